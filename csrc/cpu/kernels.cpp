@@ -1,0 +1,88 @@
+// One source, three instruction sets, one object file.  The copies lie in namespaces of their own,
+// and the standard library's templates are declared above, outside the regions: no function that
+// another file may share is ever compiled for a newer CPU (per-file -m flags do not give that).
+#include "kernels.h"
+
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define SIMPLEXFIX_X86 1
+#include <immintrin.h>
+#endif
+
+#define SIMPLEXFIX_INLINE static inline __attribute__((always_inline))
+
+#define SIMPLEXFIX_VECTOR_BYTES 16
+namespace simplexfix::cpu::base {
+#include "instruction_set.inc"
+}
+#undef SIMPLEXFIX_VECTOR_BYTES
+
+#ifdef SIMPLEXFIX_X86
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v3")
+#define SIMPLEXFIX_VECTOR_BYTES 32
+namespace simplexfix::cpu::avx2 {
+#include "instruction_set.inc"
+}
+#undef SIMPLEXFIX_VECTOR_BYTES
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
+#define SIMPLEXFIX_VECTOR_BYTES 64
+namespace simplexfix::cpu::avx512 {
+#include "instruction_set.inc"
+}
+#undef SIMPLEXFIX_VECTOR_BYTES
+#pragma GCC pop_options
+#endif
+
+namespace simplexfix::cpu {
+namespace {
+enum Isa { kBase, kAvx2, kAvx512 };
+const char* const kNames[] = {"base", "avx2", "avx512"};
+
+Isa pick() {
+  Isa best = kBase;
+#ifdef SIMPLEXFIX_X86
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("x86-64-v3")) best = kAvx2;
+  if (__builtin_cpu_supports("x86-64-v4")) best = kAvx512;
+#endif
+  if (const char* cap = std::getenv("SIMPLEXFIX_ISA"))  // lowers only, for tests and timings
+    for (int i = 0; i < best; ++i)
+      if (!std::strcmp(cap, kNames[i])) return Isa(i);
+  return best;
+}
+const Isa g_isa = pick();
+}  // namespace
+
+const char* isa() { return kNames[g_isa]; }
+
+template <typename T>
+const Kernels<T>& kernels() {
+#ifdef SIMPLEXFIX_X86
+  if (g_isa == kAvx512) return avx512::Table<T>::kernels;
+  if (g_isa == kAvx2) return avx2::Table<T>::kernels;
+#endif
+  return base::Table<T>::kernels;
+}
+template const Kernels<float>& kernels<float>();
+template const Kernels<double>& kernels<double>();
+template const Kernels<Half>& kernels<Half>();
+template const Kernels<BFloat16>& kernels<BFloat16>();
+
+const SearchKernels& search_kernels() {
+#ifdef SIMPLEXFIX_X86
+  if (g_isa == kAvx512) return avx512::kSearch;
+  if (g_isa == kAvx2) return avx2::kSearch;
+#endif
+  return base::kSearch;
+}
+
+}  // namespace simplexfix::cpu

@@ -1,0 +1,59 @@
+// The CUDA launchers, seen from the operators: no CUDA header, no torch header.
+// Each launches on the given stream of the current device and returns nullptr, or what went wrong.
+#pragma once
+#include <cstdint>
+
+#include "../core/cross_entropy.h"
+#include "../core/types.h"
+
+namespace simplexfix::cuda {
+
+enum class DType : int { kFloat, kDouble, kHalf, kBFloat16 };
+
+// A stands for double where dtype is kDouble, for float elsewhere.
+struct CrossEntropyArgs {
+  const void* z;          // [rows, d] of dtype, rows z_stride elements apart
+  int64_t z_stride;
+  const int64_t* target;  // [rows]
+  const void* weight;     // [d + 1] of A, or nullptr
+  void* row_loss;         // [rows] of A; loss itself with Reduction::kNone
+  void* loss;             // of A: [rows], or one number
+  void* gradient;         // [rows, d] of dtype, contiguous, or nullptr
+  double* sums;           // [2] workspace: counted weight of the targets, sum of the class weights
+  int64_t rows, d;
+  int64_t ignore_index;
+  Simplex simplex;
+  CrossEntropyOptions<double> options;  // weight_sum is that of no weights: K
+  Reduction reduction;
+  DType dtype;
+  void* stream;
+};
+const char* simplex_cross_entropy(const CrossEntropyArgs&);
+
+struct ScaleArgs {
+  const void* in;       // [rows, cols] of dtype, contiguous
+  const void* factor;   // of A: one, or one per row (factor_stride 0 or 1)
+  int64_t factor_stride;
+  void* out;            // [rows, cols]
+  int64_t rows, cols;
+  DType dtype;
+  void* stream;
+};
+const char* scale_rows(const ScaleArgs&);
+
+struct LogitsArgs {
+  const void* z;                // [rows, d] of dtype, rows z_stride elements apart
+  int64_t z_stride;
+  const void* logits_gradient;  // [rows, d + 1] contiguous, backward only
+  void* out;                    // forward [rows, d + 1], backward [rows, d]
+  int64_t rows, d;
+  bool normalize;
+  double scale;
+  Simplex simplex;
+  DType dtype;
+  void* stream;
+};
+const char* simplex_logits(const LogitsArgs&);
+const char* simplex_logits_backward(const LogitsArgs&);
+
+}  // namespace simplexfix::cuda

@@ -1,0 +1,67 @@
+// Teams: the threads that share a row, a warp or a whole block, and what they do together.
+//
+// Sums run in one order, fixed by the row's length alone: lane l takes the elements l, l + kThreads,
+// l + 2 kThreads, ... whatever the row's address, then the lanes merge in a butterfly and the warps
+// from first to last.  So a row's result depends neither on its place in the batch nor on its stride.
+#pragma once
+#include "device.cuh"
+
+namespace simplexfix::cuda {
+
+template <int kThreads>
+struct Team {
+  static constexpr int kBlock = kThreads == 32 ? 256 : kThreads;  // threads of a block
+  static constexpr int kTeams = kBlock / kThreads;                // rows that a block works on at a time
+  static constexpr int kWarps = kThreads / 32;
+
+  __device__ static int lane() { return int(threadIdx.x) % kThreads; }
+  __device__ static int index() { return int(threadIdx.x) / kThreads; }  // of the team in its block
+  __device__ static int64_t first_row() { return int64_t(blockIdx.x) * kTeams + index(); }
+  __device__ static int64_t row_step() { return int64_t(gridDim.x) * kTeams; }
+};
+
+__device__ __forceinline__ float combine(float a, float b) { return a + b; }
+__device__ __forceinline__ double combine(double a, double b) { return a + b; }
+__device__ __forceinline__ float from_lane_xor(float v, int mask) { return __shfl_xor_sync(kFullWarp, v, mask); }
+__device__ __forceinline__ double from_lane_xor(double v, int mask) { return __shfl_xor_sync(kFullWarp, v, mask); }
+
+// All lanes' values merged, the same for every lane.  S needs combine() and from_lane_xor(); combine()
+// must not mind the order of its two arguments, or the lanes of a butterfly would part.
+// s_parts has a place for each warp of a block; nobody may still be reading it from an earlier call.
+template <int kThreads, typename S>
+__device__ __forceinline__ S reduce_team(S value, S* s_parts) {
+  SIMPLEXFIX_UNROLL for (int mask = 16; mask > 0; mask /= 2) value = combine(value, from_lane_xor(value, mask));
+  if constexpr (kThreads > 32) {
+    if (threadIdx.x % 32 == 0) s_parts[threadIdx.x / 32] = value;
+    sync_team<kThreads>();  // every warp's part is written before any thread reads them all
+    value = s_parts[0];
+    SIMPLEXFIX_UNROLL for (int w = 1; w < Team<kThreads>::kWarps; ++w) value = combine(value, s_parts[w]);
+  }
+  return value;
+}
+
+// out[j] = f(j, in[j]) for j < d: 16 bytes at a time where in and out lie alike towards a 16-byte
+// boundary, with up to Vector::kSize - 1 single elements before and after; one by one elsewhere.
+// `alike` says whether they do, `start` is the phase then: the caller asks global addresses alone, so
+// that pointers into shared memory stay shared for the compiler.
+template <int kThreads, typename T, typename Index, typename F>
+__device__ __forceinline__ void map_row(const T* in, T* out, Index d, int start, bool alike, F f) {
+  constexpr Index n = Vector<T>::kSize;
+  const Index lane = Team<kThreads>::lane();
+  if (!alike) {
+    for (Index j = lane; j < d; j += kThreads) out[j] = f(j, in[j]);
+    return;
+  }
+  const Index to_boundary = (n - start) % n;
+  const Index head = to_boundary < d ? to_boundary : d;
+  const Index body = (d - head) / n * n;
+  const Index single = lane < head ? lane : lane + body;  // fewer than 2 n <= 32 are left to do so
+  if (single < d) out[single] = f(single, in[single]);
+  for (Index j = head + lane * n; j < head + body; j += kThreads * n) {
+    Vector<T> v = *reinterpret_cast<const Vector<T>*>(in + j);
+    SIMPLEXFIX_UNROLL for (int i = 0; i < n; ++i) v.v[i] = f(j + i, v.v[i]);
+    *reinterpret_cast<Vector<T>*>(out + j) = v;
+  }
+}
+
+}  // namespace simplexfix::cuda

@@ -1,0 +1,61 @@
+// simplexfix::cosine_topk: checks, allocation, normalisation, search.
+#include <atomic>
+
+#include "../cpu/kernels.h"
+#include "../cpu/topk.h"
+#include "common.h"
+
+namespace simplexfix {
+namespace {
+
+// A dense, normalised copy of the rows.
+Tensor normalized(const Tensor& rows, const char* name) {
+  const int64_t n = rows.size(0), d = rows.size(1), stride = n > 1 ? rows.stride(0) : d;
+  const float* in = data<float>(rows);
+  const int64_t grain = rows_per_task(d);
+  std::atomic<int64_t> bad{n};
+  torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
+    const int64_t row = cpu::first_non_finite_row(in, stride, d, begin, end);
+    if (row < 0) return;
+    int64_t seen = bad.load();
+    while (row < seen && !bad.compare_exchange_weak(seen, row)) {
+    }
+  });
+  SIMPLEXFIX_CHECK(bad == n, name, " row ", bad.load(), " holds nan or inf");
+  const Tensor out = torch::stable::new_empty(rows, {n, d});
+  float* to = mutable_data<float>(out);
+  torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
+    cpu::search_kernels().normalize_rows(in, stride, to, d, begin, end);
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor> cosine_topk_cpu(Tensor query, Tensor gallery, int64_t k) {
+  for (const auto& [tensor, name] : {std::pair{&query, "query"}, std::pair{&gallery, "gallery"}}) {
+    check_rows(*tensor, name);
+    SIMPLEXFIX_CHECK(tensor->scalar_type() == ScalarType::Float, name, " must be float32, got ",
+                     torch::headeronly::toString(tensor->scalar_type()));
+  }
+  SIMPLEXFIX_CHECK(query.size(1) == gallery.size(1), "query has ", query.size(1), " columns, gallery ",
+                   gallery.size(1));
+  SIMPLEXFIX_CHECK(k >= 1 && k < (int64_t(1) << 31), "k must lie between 1 and 2^31 - 1, got ", k);
+  const Tensor q = normalized(with_dense_rows(query), "query");
+  const Tensor g = normalized(with_dense_rows(gallery), "gallery");
+  const int64_t queries = q.size(0);
+  const Tensor scores = torch::stable::new_empty(q, {queries, k});
+  const Tensor ids = torch::stable::new_empty(q, {queries, k}, ScalarType::Long);
+  cpu::TopKSearch search(data<float>(q), queries, data<float>(g), g.size(0), q.size(1), k);
+  torch::stable::parallel_for(0, search.tasks(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) search.run(task);
+  });
+  search.write(0, queries, mutable_data<float>(scores), mutable_data<int64_t>(ids));
+  return {scores, ids};
+}
+
+}  // namespace
+}  // namespace simplexfix
+
+STABLE_TORCH_LIBRARY_FRAGMENT(simplexfix, m) {
+  m.def("cosine_topk(Tensor query, Tensor gallery, int k) -> (Tensor scores, Tensor ids)");
+}
+STABLE_TORCH_LIBRARY_IMPL(simplexfix, CPU, m) { m.impl("cosine_topk", TORCH_BOX(&simplexfix::cosine_topk_cpu)); }

@@ -1,0 +1,27 @@
+// Launch glue of the CUDA operators: the current stream, dtypes, and errors turned into messages.
+#pragma once
+#include "../cuda/kernels.h"
+#include "common.h"
+
+namespace simplexfix {
+
+bool torch_has_cuda();                      // whether the torch that is loaded is a CUDA build
+void* current_cuda_stream(int32_t device);  // of that torch; throws where there is none
+
+inline cuda::DType cuda_dtype(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double: return cuda::DType::kDouble;
+    case ScalarType::Float: return cuda::DType::kFloat;
+    case ScalarType::Half: return cuda::DType::kHalf;
+    default: return cuda::DType::kBFloat16;  // checked by check_rows
+  }
+}
+
+// f(stream) launches and returns nullptr, or what went wrong.
+template <typename F>
+void launch(int32_t device, const char* name, F&& f) {
+  const char* error = f(current_cuda_stream(device));
+  SIMPLEXFIX_CHECK(!error, name, " failed on cuda:", device, ": ", error);
+}
+
+}  // namespace simplexfix

@@ -1,0 +1,147 @@
+"""Builds simplexfix._C: one library, both the Python module and the torch operators.
+
+The operators use only LibTorch's stable ABI: built with the headers of any torch >= 2.10, the
+library runs beside any other torch >= 2.10, CPU or CUDA build.  Environment:
+
+SIMPLEXFIX_NATIVE=0        builds no library at all: the pure PyTorch package
+SIMPLEXFIX_CUDA=0 | 1      leaves the CUDA kernels out | fails where there is no nvcc (default: as found)
+SIMPLEXFIX_CUDA_ARCHS      GPU architectures, "80 90" or "native"
+CUDA_HOME, CXX             as usual
+"""
+
+import os
+import re
+import shlex
+import shutil
+import site
+import subprocess
+import sys
+import sysconfig
+from importlib.machinery import PathFinder
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+MIN_TORCH = (2, 10)
+CUDA_ARCHS = "80 86 89 90 100 120"  # machine code for those that nvcc knows, PTX for the newest of them
+NATIVE = os.environ.get("SIMPLEXFIX_NATIVE", "1") != "0"
+REMEDY = "SIMPLEXFIX_NATIVE=0 installs simplexfix without compiled kernels."
+
+
+def find_torch():
+    """(folder, version) of an installed torch's headers; torch itself is not imported.
+
+    pip's build isolation hides the target environment from sys.path, but it runs that
+    environment's own interpreter, so site still names the folders where its torch lies.
+    """
+    places = [*sys.path, *site.getsitepackages(), site.getusersitepackages()]
+    spec = PathFinder.find_spec("torch", places)
+    folder = Path(spec.origin).parent if spec and spec.origin else None
+    header = folder and folder / "include/torch/headeronly/version.h"
+    if not header or not header.is_file():  # no torch, or one older than the stable ABI
+        return folder, (0, 0)
+    text = header.read_text()
+    return folder, tuple(int(re.search(rf"TORCH_VERSION_{p} (\d+)", text)[1]) for p in ("MAJOR", "MINOR"))
+
+
+def find_nvcc():
+    want = os.environ.get("SIMPLEXFIX_CUDA", "auto")
+    if want not in ("auto", "0", "1"):
+        raise SystemExit(f"SIMPLEXFIX_CUDA must be 0, 1 or auto, got {want}")
+    if want == "0":
+        return None
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    nvcc = shutil.which(f"{home}/bin/nvcc") or shutil.which("nvcc")
+    if want == "1" and not nvcc:
+        raise SystemExit("SIMPLEXFIX_CUDA=1, but there is no nvcc in CUDA_HOME/bin or on PATH")
+    return nvcc
+
+
+def cuda_targets(nvcc):
+    """The architectures to build for, as text and as nvcc's flags."""
+    want = os.environ.get("SIMPLEXFIX_CUDA_ARCHS", CUDA_ARCHS)
+    if want == "native":  # the GPUs of this machine only: the quickest build
+        return want, ["-arch=native"]
+    known = re.findall(r"sm_(\d+)", subprocess.check_output([nvcc, "--list-gpu-code"], text=True))
+    archs = [arch for arch in want.split() if arch in known]
+    if not archs:
+        raise SystemExit(f"{nvcc} knows none of the GPU architectures {want}, only {' '.join(known)}")
+    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    return " ".join(archs), [*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+
+
+class NinjaBuildExt(build_ext):
+    """Compiles .cpp with the C++ compiler and .cu with nvcc, in parallel and incrementally."""
+
+    def build_extension(self, ext):
+        import ninja  # needed by a build alone
+        import pybind11
+        from ninja.ninja_syntax import Writer, escape_path
+
+        torch, version = find_torch()
+        if version < MIN_TORCH:
+            raise SystemExit(f"simplexfix builds with torch >= 2.10, found {torch} {version}. {REMEDY}")
+        nvcc, cxx = find_nvcc(), os.environ.get("CXX", "c++")
+        if not shutil.which(shlex.split(cxx)[0]):
+            raise SystemExit(f"the C++ compiler {cxx} was not found. {REMEDY}")
+        if not nvcc:
+            print("simplexfix: no nvcc in CUDA_HOME/bin or on PATH (or SIMPLEXFIX_CUDA=0): CPU kernels only", flush=True)
+        archs, arch_flags = cuda_targets(nvcc) if nvcc else ("", [])
+        out = Path(self.get_ext_fullpath(ext.name)).resolve()
+        # Kept, so that the next build compiles only what changed.
+        tmp = ROOT / "build" / f"ninja-{sys.implementation.cache_tag}"
+        out.parent.mkdir(parents=True, exist_ok=True)
+        tmp.mkdir(parents=True, exist_ok=True)
+
+        host = ["-fPIC", "-fvisibility=hidden"]
+        cxx_cmd = [*shlex.split(cxx), "-std=c++20", "-O3", *host, "-Wall", "-Wextra", "-Wno-psabi"]
+        cxx_cmd += [
+            "-DTORCH_TARGET_VERSION=0x{:02x}{:02x}000000000000".format(*MIN_TORCH),
+            '-DSIMPLEXFIX_BUILD_TORCH="{}.{}"'.format(*version),
+            f'-DSIMPLEXFIX_VERSION="{self.distribution.get_version()}"',
+            f'-DSIMPLEXFIX_CUDA_ARCHS="{archs}"',
+            *(["-DSIMPLEXFIX_WITH_CUDA"] if nvcc else []),
+        ]
+        # torch last: it carries an older pybind11
+        for path in (pybind11.get_include(), sysconfig.get_path("include"), torch / "include"):
+            cxx_cmd += ["-isystem", path]
+        # The .cu files include no torch header: half the compile time, and no C++ standard to share with it.
+        nvcc_cmd = [nvcc, "-std=c++17", "-O3", "-ccbin", cxx, *arch_flags, "-Xcompiler", ",".join(host)]
+        nvcc_cmd += ["-Xfatbin", "-compress-all"]
+        # nvcc as the linker adds its own static CUDA runtime: nothing of CUDA has to be there at import.
+        link_cmd = [nvcc, "-shared", "-nodlink", "-ccbin", cxx] if nvcc else [*shlex.split(cxx), "-shared"]
+        link_args = [f"-L{torch / 'lib'}", "-ltorch_cpu"]
+        if nvcc:  # an nvcc from PyPI (nvidia-cuda-nvcc) does not look into its own lib folder
+            link_args.append(f"-L{Path(nvcc).parent.parent / 'lib'}")
+
+        def shell(words):
+            return shlex.join(map(str, words)).replace("$", "$$")
+
+        with open(tmp / "build.ninja", "w") as file:
+            writer = Writer(file, width=10**6)
+            writer.rule("cxx", shell(cxx_cmd) + " -MMD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
+            if nvcc:
+                writer.rule("cu", shell(nvcc_cmd) + " -MD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
+            writer.rule("link", shell(link_cmd) + " $in " + shell(link_args) + " -o $out")
+            objects = []
+            for source in ext.sources:
+                if source.startswith("csrc/cuda/") and not nvcc:
+                    continue
+                objects.append(escape_path(str(tmp / (source.replace("/", "_") + ".o"))))
+                writer.build(objects[-1], "cu" if source.endswith(".cu") else "cxx", escape_path(str(ROOT / source)))
+            writer.build(escape_path(str(out)), "link", objects)
+        try:
+            subprocess.check_call([Path(ninja.BIN_DIR) / "ninja", "-C", tmp])
+        except subprocess.CalledProcessError:
+            raise SystemExit(f"simplexfix's kernels did not compile; the compiler's own words stand above. {REMEDY}") from None
+
+
+SOURCES = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".cu"))
+setup(
+    ext_modules=[Extension("simplexfix._C", SOURCES)] if NATIVE else [],
+    cmdclass={"build_ext": NinjaBuildExt},
+    # pip fetches a torch for the build only where the target environment has none that will do.
+    setup_requires=[] if not NATIVE or find_torch()[1] >= MIN_TORCH else ["torch>=2.10"],
+)

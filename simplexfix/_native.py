@@ -1,0 +1,46 @@
+"""The compiled library: loaded once, here, or known to be missing, with the reason and the remedy."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import warnings
+from types import ModuleType
+from typing import Any
+
+import torch  # before the library: it loads the libtorch that the library is resolved against
+
+__all__ = ["build_info", "has_kernels", "library", "missing"]
+
+
+def _load() -> tuple[ModuleType | None, str | None]:
+    if os.environ.get("SIMPLEXFIX_NATIVE", "1") == "0":
+        return None, "SIMPLEXFIX_NATIVE=0 is set"
+    if importlib.util.find_spec("simplexfix._C") is None:
+        return None, (
+            "simplexfix was installed, or is imported from a source folder, without its compiled library; "
+            "`pip install .` in the repository builds it"
+        )
+    try:
+        return importlib.import_module("simplexfix._C"), None
+    except ImportError as error:
+        reason = f"the compiled library does not load beside torch {torch.__version__} ({error}); reinstall simplexfix"
+        warnings.warn(f"simplexfix runs without its kernels: {reason}", RuntimeWarning, stacklevel=3)
+        return None, reason
+
+
+library, missing = _load()
+
+
+def build_info() -> dict[str, Any]:
+    """What was compiled and what of it runs here; empty without the library."""
+    return library.build_info() if library is not None else {}
+
+
+_DEVICES = frozenset(["cpu", "meta", *(["cuda"] if build_info().get("cuda_archs") else [])]) if library else frozenset()
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether the library has kernels for tensors of this device."""
+    return device.type in _DEVICES

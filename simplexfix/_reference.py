@@ -1,0 +1,148 @@
+"""The plain PyTorch twin of every operator: same signature, same results, no speed.
+
+It runs where the library was not built, it is the truth of the tests (in float64) and the baseline
+of the benchmarks.  Arguments were checked by `simplexfix.functional`.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .polytopes import simplex_constants
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for anything narrower: what sums and losses are kept in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _no_autocast(tensor: Tensor) -> AbstractContextManager[None]:
+    """Keeps the twin in the dtype it chose; meta tensors know no autocast."""
+    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
+
+
+def unit_rows(z: Tensor) -> Tensor:
+    """Rows divided by their L2 norm; a zero row stays zero, with a zero gradient."""
+    norm = z.square().sum(-1, keepdim=True)
+    zero = norm == 0
+    return torch.where(zero, 0.0, z * torch.where(zero, 1.0, norm).rsqrt())
+
+
+def check_targets(target: Tensor, slots: int, ignore_index: int) -> None:
+    if torch.compiler.is_compiling() or target.is_meta:
+        return
+    bad = ((target < 0) | (target >= slots)) & (target != ignore_index)
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise ValueError(
+            f"target out of range: row {row} has slot {int(target[row])}, "
+            f"expected 0 to {slots - 1} or ignore_index {ignore_index}"
+        )
+
+
+def simplex_logits(z: Tensor, *, normalize: bool = False, scale: float = 1.0) -> Tensor:
+    a, m, r = simplex_constants(z.shape[-1] + 1)
+    x = z.to(accumulate_dtype(z.dtype))
+    if normalize:
+        x = unit_rows(x)
+    total = x.sum(-1, keepdim=True)
+    return (scale / r * torch.cat([x - m * total, (a - m) * total], -1)).to(z.dtype)
+
+
+def _with_margin(cosine: Tensor, kind: str, size: float) -> Tensor:
+    if kind == "cosine":
+        return cosine - size
+    c = cosine.clamp(-1.0, 1.0)
+    sine = ((1 - c) * (1 + c)).clamp_min(1e-12).sqrt()
+    moved = c * math.cos(size) - sine * math.sin(size)
+    return torch.where(c > -math.cos(size), moved, c - size * math.sin(size))
+
+
+def simplex_cross_entropy(
+    z: Tensor,
+    target: Tensor,
+    *,
+    normalize: bool = False,
+    scale: float = 1.0,
+    margin: tuple[str, float] | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    check_targets(target, z.shape[-1] + 1, ignore_index)
+    dtype = accumulate_dtype(z.dtype)
+    logits = simplex_logits(z.to(dtype), normalize=normalize)
+    if margin is not None:
+        index = target.where(target != ignore_index, 0).unsqueeze(-1)
+        moved = _with_margin(logits.gather(-1, index), *margin)
+        logits = logits.scatter(-1, index, moved)
+    with _no_autocast(z):
+        return F.cross_entropy(
+            scale * logits,
+            target,
+            None if weight is None else weight.to(dtype),
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            reduction=reduction,
+        )
+
+
+def _contrast_rows(similarity: Tensor, same: Tensor, negatives: str) -> Tensor:
+    """-s_ii + log of the anchor's denominator, rows = anchors; similarity already times mu."""
+    own = similarity.diagonal()
+    if negatives == "zero_mask":
+        return similarity.masked_fill(same, 0.0).logsumexp(1) - own
+    if negatives == "infonce":
+        others = same & ~torch.eye(len(same), dtype=torch.bool, device=same.device)
+        return similarity.masked_fill(others, -math.inf).logsumexp(1) - own
+    alone = same.all(1)
+    masked = similarity.masked_fill(same & ~alone[:, None], -math.inf)
+    return torch.where(alone, 0.0, masked.logsumexp(1)) - own
+
+
+def old_new_contrast(
+    new: Tensor,
+    old: Tensor,
+    target: Tensor,
+    *,
+    mu: float = 10.0,
+    negatives: str = "zero_mask",
+    anchor: str = "old",
+    reduction: str = "mean",
+) -> Tensor:
+    dtype = accumulate_dtype(new.dtype)
+    with _no_autocast(new):
+        similarity = mu * (unit_rows(old.detach().to(dtype)) @ unit_rows(new.to(dtype)).T)
+    same = target[:, None] == target
+    rows = new.new_zeros(len(new), dtype=dtype)
+    if anchor in ("old", "symmetric"):
+        rows = rows + _contrast_rows(similarity, same, negatives)
+    if anchor in ("new", "symmetric"):
+        rows = rows + _contrast_rows(similarity.T, same, negatives)
+    if anchor == "symmetric":
+        rows = rows / 2
+    return rows if reduction == "none" else rows.mean() if reduction == "mean" else rows.sum()
+
+
+def cosine_topk(query: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Scores as the library defines them, up to the order of the float64 sums."""
+    for name, rows in (("query", query), ("gallery", gallery)):
+        if not torch.compiler.is_compiling() and not rows.isfinite().all():
+            raise ValueError(f"{name} row {int((~rows.isfinite()).any(1).nonzero()[0])} holds nan or inf")
+    q = unit_rows(query.double()).float().double()
+    # The best k so far, of lower ids, stand before each block's scores: a stable sort keeps the order of ties.
+    scores = q.new_full((len(q), k), -math.inf, dtype=torch.float32)
+    ids = torch.full_like(scores, -1, dtype=torch.int64)
+    for start in range(0, len(gallery), 8192):
+        block = unit_rows(gallery[start : start + 8192].double()).float().double()
+        block_ids = torch.arange(start, start + len(block), device=q.device).expand(len(q), -1)
+        scores, order = torch.cat([scores, (q @ block.T).float()], 1).sort(dim=1, descending=True, stable=True)
+        ids = torch.cat([ids, block_ids], 1).gather(1, order)
+        scores, ids = scores[:, :k], ids[:, :k]
+    return scores, ids

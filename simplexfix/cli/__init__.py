@@ -1,0 +1,35 @@
+"""The command line: one file per verb, each with `add_arguments(parser)` and `run(arguments) -> exit code`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from .. import __version__
+from . import demo, doctor
+
+__all__ = ["main"]
+
+_VERBS = {"demo": demo, "doctor": doctor}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a verb; 2 where the arguments are wrong or a package is missing."""
+    parser = argparse.ArgumentParser(
+        prog="simplexfix", description="Compatible representations: swap your embedding model, keep your index."
+    )
+    parser.add_argument("--version", action="version", version=f"simplexfix {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name, module in _VERBS.items():
+        summary = (module.__doc__ or "").split("\n", 1)[0]
+        verb = verbs.add_parser(name, help=summary, description=summary)
+        module.add_arguments(verb)
+    arguments = parser.parse_args(argv)
+    try:
+        return _VERBS[arguments.verb].run(arguments)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] not in ("matplotlib", "rich"):
+            raise
+        print(f"simplexfix {arguments.verb} needs {error.name}: pip install 'simplexfix[cli]'", file=sys.stderr)
+        return 2

@@ -1,0 +1,74 @@
+"""Says what is installed, which kernels run on this machine, and why others do not."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import platform
+from typing import Any
+
+import torch
+
+from .. import _native
+
+_OPTIONAL = ("matplotlib", "rich", "faiss-cpu", "faiss-gpu", "pytest", "pytest-benchmark")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    facts = diagnose()
+    if arguments.json:
+        print(json.dumps(facts, indent=1))
+        return 0
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{key} {entry or 'not installed'}" for key, entry in value.items())
+        print(f"{name:>17}  {value}")
+    return 0
+
+
+def diagnose() -> dict[str, Any]:
+    """Facts in the order a reader wants them; plain JSON values."""
+    info = _native.build_info()
+    facts: dict[str, Any] = {
+        "simplexfix": _version("simplexfix"),
+        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
+        "numpy": _version("numpy"),
+    }
+    if info:
+        facts["library"] = f"{info['version']}, built by gcc {info['compiler']} with the headers of torch {info['torch_headers']}"
+        facts["instruction set"] = info["cpu_isa"]
+    else:
+        facts["library"] = f"not in use: {_native.missing}"
+        facts["instruction set"] = "none: plain PyTorch"
+    facts["CUDA built for"] = info.get("cuda_archs") or "nothing"
+    facts["CUDA usable"] = _cuda_usable(info)
+    facts["optional packages"] = {name: _version(name) for name in _OPTIONAL}
+    return facts
+
+
+def _cuda_usable(info: dict[str, Any]) -> str:
+    if not info:
+        return "no: there is no compiled library"
+    if not info["cuda_archs"]:
+        return "no: built without nvcc; CUDA tensors run in plain PyTorch"
+    if torch.version.cuda is None:
+        return f"no: torch {torch.__version__} is a CPU build"
+    if not info["cuda_usable"]:
+        return "no: torch has not loaded libtorch_cuda.so"
+    if not torch.cuda.is_available():
+        return "no: torch finds no GPU or no driver"
+    major, minor = torch.cuda.get_device_capability()
+    return f"yes: {torch.cuda.get_device_name()}, compute capability {major}.{minor}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,281 @@
+"""One function per operator: the naive equation in its docstring, checks in front, kernels behind.
+
+Where the library was not built, or has no kernels for a tensor's device, the plain PyTorch twin of
+`simplexfix/_reference.py` gives the same results.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _native, _ops, _reference
+from ._checks import (
+    REDUCTIONS,
+    check_features,
+    check_loss_options,
+    check_name,
+    check_pair,
+    check_positive,
+    check_scale,
+    check_target,
+    shape,
+)
+
+__all__ = ["cosine_topk", "hoc_loss", "old_new_contrast", "simplex_cross_entropy", "simplex_logits"]
+
+
+def simplex_logits(z: Tensor, *, normalize: bool = False, scale: float = 1.0) -> Tensor:
+    """Logits of the fixed simplex classifier, in O(B K) and without its matrix.
+
+        W = simplex_prototypes(K)                       # [K, d], K = d + 1
+        logits = scale * F.normalize(z) @ W.T           # F.normalize only with normalize=True
+
+    Args:
+        z: [..., d] features, float32, float64, bfloat16 or float16; d >= 1.
+        normalize: divide each row by its L2 norm first (a zero row stays zero).
+        scale: positive factor.
+
+    Returns:
+        [..., d + 1], dtype of `z`, differentiable by `z`.
+
+    Raises:
+        TypeError: `z` is not a floating tensor.
+        ValueError: `z` has no dimension or no columns, or `scale` is not positive and finite.
+
+    Reference:
+        arXiv 2405.02581; the closed form: docs/math.md.
+    """
+    check_features("z", z)
+    check_scale(scale)
+    if not _native.has_kernels(z.device):
+        return _reference.simplex_logits(z, normalize=normalize, scale=scale)
+    out = _ops.simplex_logits(z.flatten(0, -2) if z.ndim != 1 else z[None], normalize, scale)
+    return out.reshape(*z.shape[:-1], z.shape[-1] + 1)
+
+
+def simplex_cross_entropy(
+    z: Tensor,
+    target: Tensor,
+    *,
+    normalize: bool = False,
+    scale: float = 1.0,
+    margin: tuple[str, float] | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """Cross-entropy through the fixed simplex classifier, fused: no logits and no K x d matrix.
+
+        W = simplex_prototypes(K)                       # [K, d], K = d + 1
+        logits = F.normalize(z) @ W.T                   # F.normalize only with normalize=True
+        logits[i, target[i]] -= m                       # margin=("cosine", m): CosFace
+        logits[i, target[i]] = cos(theta + m)           # margin=("angular", m): ArcFace
+        F.cross_entropy(scale * logits, target, weight, ignore_index=..., label_smoothing=..., reduction=...)
+
+    All K slots take part in the softmax, used or not: they are the room for future classes.  Sums and
+    exponentials are float32 (float64 for float64) whatever the dtype of `z`.
+
+    Args:
+        z: [..., d] features, float32, float64, bfloat16 or float16; d >= 1.
+        target: [...] int64, the slot of each row in [0, K), or `ignore_index`.
+        normalize: divide each row by its L2 norm first (a zero row stays zero).
+        scale: positive factor on the logits (the inverse temperature).
+        margin: None, ("cosine", m) with m in cosine units, or ("angular", m) with m in radians, in
+            [0, pi]; needs `normalize`.  Where theta + m would pass pi, ArcFace's usual continuation
+            cos(theta) - m sin(m) is used.
+        weight: [K] one factor per class, as in `torch.nn.functional.cross_entropy`; not differentiated.
+        ignore_index: rows with this target add nothing to loss and gradient.
+        label_smoothing: in [0, 1].
+        reduction: "none", "mean" (over the rows that count, weighted; nan if there are none) or "sum".
+
+    Returns:
+        [...] with "none", else a scalar; dtype of `z`, float32 under autocast; differentiable by `z`.
+
+    Raises:
+        TypeError: a tensor has the wrong dtype.
+        ValueError: wrong shape, a target out of range (on a GPU: its loss is nan), or an option out of range.
+
+    Reference:
+        arXiv 2405.02581; CosFace arXiv 1801.09414; ArcFace arXiv 1801.07698.
+    """
+    check_features("z", z)
+    check_loss_options(z, target, normalize, scale, margin, weight, label_smoothing, reduction)
+    if not _native.has_kernels(z.device):
+        rows = _reference.simplex_cross_entropy(
+            z.reshape(-1, z.shape[-1]),
+            target.reshape(-1),
+            normalize=normalize,
+            scale=scale,
+            margin=margin,
+            weight=weight,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            reduction=reduction,
+        )
+    else:
+        rows = _ops.simplex_cross_entropy(
+            z if z.ndim == 2 else z.reshape(-1, z.shape[-1]),
+            target if target.ndim == 1 else target.reshape(-1),
+            normalize,
+            scale,
+            margin,
+            weight,
+            ignore_index,
+            label_smoothing,
+            reduction,
+        )
+    if reduction == "none" and target.ndim != 1:
+        rows = rows.reshape(target.shape)
+    return _as_loss(rows, z)
+
+
+def old_new_contrast(
+    new: Tensor,
+    old: Tensor,
+    target: Tensor,
+    *,
+    mu: float = 10.0,
+    negatives: str = "zero_mask",
+    anchor: str = "old",
+    reduction: str = "mean",
+) -> Tensor:
+    """Contrast that holds the new model's features to the old model's, of the same batch of images.
+
+        u, v = F.normalize(old), F.normalize(new)       # no gradient to old
+        s = mu * u @ v.T                                # rows: anchors; anchor="new" transposes s
+        differs = target[:, None] != target
+        zero_mask:  -s_ii + log(sum_j exp(s_ij) over differs + number of j with the same target, i too)
+        remove:     -s_ii + log(sum_j exp(s_ij) over differs)      (a row without negatives: -s_ii alone)
+        infonce:    -s_ii + log(exp(s_ii) + sum_j exp(s_ij) over differs)
+
+    Args:
+        new: [B, d] features by the model in training, any scale.
+        old: [B, d] features of the same images by the deployed model; no gradient flows here.
+        target: [B] int64 class ids, any values.
+        mu: positive inverse temperature.
+        negatives: "zero_mask" (as the authors' code computes it), "remove" or "infonce".
+        anchor: "old", "new", or "symmetric" (the mean of both).
+        reduction: "none", "mean" or "sum".
+
+    Returns:
+        [B] with "none", else a scalar; dtype of `new`, float32 under autocast; differentiable by `new`.
+
+    Raises:
+        TypeError: a tensor has the wrong dtype.
+        ValueError: wrong shapes, an unknown name, or `mu` not positive and finite.
+
+    Reference:
+        arXiv 2405.02581.  The forms: docs/math.md.
+    """
+    check_features("new", new)
+    check_features("old", old)
+    check_pair("new", new, "old", old)
+    if new.shape != old.shape:
+        raise ValueError(f"new and old must have the same shape, got {shape(new)} and {shape(old)}")
+    check_target(target, new)
+    check_positive("mu", mu)
+    check_name("negatives", negatives, ("zero_mask", "remove", "infonce"))
+    check_name("anchor", anchor, ("old", "new", "symmetric"))
+    check_name("reduction", reduction, REDUCTIONS)
+    loss = _reference.old_new_contrast(
+        new, old, target, mu=mu, negatives=negatives, anchor=anchor, reduction=reduction
+    )
+    return _as_loss(loss, new)
+
+
+def hoc_loss(
+    z: Tensor,
+    old: Tensor,
+    target: Tensor,
+    *,
+    lambda_: float = 0.1,
+    mu: float = 10.0,
+    negatives: str = "zero_mask",
+    anchor: str = "old",
+    normalize: bool = False,
+    scale: float = 1.0,
+    margin: tuple[str, float] | None = None,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """The higher-order compatibility loss: stationary features that also keep to the old model's.
+
+        lambda_ * simplex_cross_entropy(z, target) + (1 - lambda_) * old_new_contrast(z, old, target)
+
+    Args:
+        z: [B, d] features by the model in training, d = K - 1.
+        old: [B, d] features of the same images by the deployed model.
+        target: [B] int64 slots in [0, K).
+        lambda_: share of the cross-entropy, in [0, 1].
+        mu, negatives, anchor: of `old_new_contrast`.
+        normalize, scale, margin, label_smoothing: of `simplex_cross_entropy`.
+        reduction: "none", "mean" or "sum".
+
+    Returns:
+        [B] with "none", else a scalar; dtype of `z`, float32 under autocast.
+
+    Raises:
+        TypeError, ValueError: as the two losses, and `lambda_` outside [0, 1].
+
+    Reference:
+        arXiv 2405.02581.
+    """
+    if not 0 <= lambda_ <= 1:
+        raise ValueError(f"lambda_ must lie in [0, 1], got {lambda_}")
+    classify = simplex_cross_entropy(
+        z,
+        target,
+        normalize=normalize,
+        scale=scale,
+        margin=margin,
+        label_smoothing=label_smoothing,
+        reduction=reduction,
+    )
+    contrast = old_new_contrast(z, old, target, mu=mu, negatives=negatives, anchor=anchor, reduction=reduction)
+    return lambda_ * classify + (1 - lambda_) * contrast
+
+
+def cosine_topk(query: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k gallery rows nearest to each query by cosine, exactly.
+
+        q, g = F.normalize(query), F.normalize(gallery)     # rounded to float32
+        scores, ids = (q.double() @ g.double().T).float().topk(k)
+
+    A score is the float64 dot product of the normalised float32 rows, rounded to float32; order is by
+    score, then by lower id.  Batch, threads and instruction set change nothing.
+
+    Args:
+        query: [Q, d] floating, finite.  float64 is rounded to float32.
+        gallery: [N, d] floating, finite, same device and dtype.
+        k: at least 1.  Where the gallery has fewer rows, id -1 with score -inf follows.
+
+    Returns:
+        scores [Q, k] float32 descending, differentiable by query and gallery; ids [Q, k] int64.
+
+    Raises:
+        TypeError: a tensor is not floating.
+        ValueError: wrong shapes, k below 1, or a row that holds nan or inf, by name.
+    """
+    for name, rows in (("query", query), ("gallery", gallery)):
+        check_features(name, rows)
+        if rows.ndim != 2:
+            raise ValueError(f"{name} must have 2 dimensions, got {shape(rows)}")
+    check_pair("query", query, "gallery", gallery)
+    if query.shape[1] != gallery.shape[1]:
+        raise ValueError(
+            f"query and gallery must have the same number of columns, got {query.shape[1]} and {gallery.shape[1]}"
+        )
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    if query.device.type in ("cpu", "meta") and _native.has_kernels(query.device):
+        return _ops.cosine_topk(query.float(), gallery.float(), k)
+    return _reference.cosine_topk(query.float(), gallery.float(), k)
+
+
+def _as_loss(loss: Tensor, features: Tensor) -> Tensor:
+    """The dtype that torch's own losses have: that of the features, float32 under autocast."""
+    device = features.device.type
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
+    return loss if autocast else loss.to(features.dtype)

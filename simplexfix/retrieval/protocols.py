@@ -1,0 +1,66 @@
+"""How a search is scored: queries with labels against a gallery with labels, by cosine."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..functional import cosine_topk
+
+__all__ = ["instance_accuracy", "nearest_class_mean_accuracy"]
+
+
+def nearest_class_mean_accuracy(
+    query: Tensor, query_labels: Tensor, gallery: Tensor, gallery_labels: Tensor
+) -> float:
+    """The share of queries whose nearest class template is that of their own class.
+
+        template[c] = F.normalize(gallery[gallery_labels == c].mean(0))
+        accuracy = mean( argmax_c (query . template[c]) == query_labels )
+
+    Args:
+        query: [Q, d] floating features, Q >= 1.
+        query_labels: [Q] int64 class ids, any values.
+        gallery: [N, d] features, N >= 1.
+        gallery_labels: [N] int64.
+
+    Returns:
+        In [0, 1].  A query whose class the gallery lacks counts as wrong.
+
+    Raises:
+        TypeError: labels are not int64.
+        ValueError: lengths do not match, or there are no rows.
+
+    Reference:
+        The protocol of arXiv 2405.02581; docs/math.md.
+    """
+    _check_labels(query, query_labels, gallery, gallery_labels)
+    classes, index, counts = gallery_labels.unique(return_inverse=True, return_counts=True)
+    sums = torch.zeros(len(classes), gallery.shape[1], dtype=torch.float64, device=gallery.device)
+    sums.index_add_(0, index, gallery.double())
+    _, nearest = cosine_topk(query.float(), (sums / counts[:, None]).float(), 1)
+    return _share(classes[nearest[:, 0]] == query_labels)
+
+
+def instance_accuracy(query: Tensor, query_labels: Tensor, gallery: Tensor, gallery_labels: Tensor) -> float:
+    """The share of queries whose nearest gallery item, by cosine, has their label (CMC@1).
+
+    Arguments, result and errors as of `nearest_class_mean_accuracy`.
+    """
+    _check_labels(query, query_labels, gallery, gallery_labels)
+    _, nearest = cosine_topk(query, gallery, 1)
+    return _share(gallery_labels[nearest[:, 0]] == query_labels)
+
+
+def _share(hits: Tensor) -> float:
+    return int(hits.sum()) / len(hits)
+
+
+def _check_labels(query: Tensor, query_labels: Tensor, gallery: Tensor, gallery_labels: Tensor) -> None:
+    for name, rows, labels in (("query", query, query_labels), ("gallery", gallery, gallery_labels)):
+        if labels.dtype != torch.int64:
+            raise TypeError(f"{name}_labels must be int64, got {labels.dtype}")
+        if labels.shape != rows.shape[:1]:
+            raise ValueError(f"{name} has {len(rows)} rows, {name}_labels has shape {list(labels.shape)}")
+        if not len(rows):
+            raise ValueError(f"{name} has no rows")

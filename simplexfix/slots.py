@@ -1,0 +1,193 @@
+"""Which class has which vertex: namespaces, both ends of the slots, no collisions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["SlotRegistry"]
+
+_FORMAT = 1
+
+
+class SlotRegistry:
+    """Gives classes their slots, the vertices of the fixed simplex, and never takes one back.
+
+    A class is known by a namespace (a data set, a tenant, a stage of training) and its int64 id.  New
+    classes take slots from the low end (0, 1, ...) or from the high end (K - 1, K - 2, ...) in the order
+    in which they come, so pre-training and fine-tuning can grow towards each other, as in deployed
+    models.  Growing changes no slot given before.
+
+        slots = SlotRegistry(1024)
+        slots.add("imagenet", range(600))                     # slots 0 .. 599
+        slots.add("cifar100", range(10), end="high")          # slots 1023 .. 1014
+        target = slots.lookup("cifar100", labels)             # [B] int64, ready for the loss
+
+    Args:
+        num_slots: K, the vertices allocated in advance; at least 2.
+    """
+
+    def __init__(self, num_slots: int) -> None:
+        if num_slots < 2:
+            raise ValueError(f"num_slots must be at least 2, got {num_slots}")
+        self.num_slots = num_slots
+        # Runs in the order they were given: namespace, first class id, first slot, count, +1 or -1.  Class ids
+        # of a run count up by one; slots count up from the low end and down from the high end.
+        self._runs: list[tuple[str, int, int, int, int]] = []
+        self._next = {"low": 0, "high": num_slots - 1}
+        self._tables: dict[str, tuple[Tensor, Tensor]] = {}  # of lookup: class ids ascending, their slots
+
+    def __len__(self) -> int:
+        return sum(count for _, _, _, count, _ in self._runs)
+
+    def __repr__(self) -> str:
+        used = ", ".join(f"{name}: {len(self.classes(name))}" for name in self.namespaces)
+        return f"SlotRegistry(num_slots={self.num_slots}, {used or 'empty'})"
+
+    @property
+    def namespaces(self) -> list[str]:
+        """Names in the order they came."""
+        return list(dict.fromkeys(run[0] for run in self._runs))
+
+    @property
+    def free(self) -> int:
+        """Slots that no class has."""
+        return self._next["high"] - self._next["low"] + 1
+
+    def add(self, namespace: str, classes: Iterable[int], *, end: str = "low") -> Tensor:
+        """Gives each class the next free slot of one end.
+
+        Args:
+            namespace: non-empty name.
+            classes: integer ids, each new in this namespace.
+            end: "low" or "high".
+
+        Returns:
+            [n] int64 slots, in the order of `classes`.
+
+        Raises:
+            TypeError: a class id is not an integer.
+            ValueError: a class is there already, or the slots do not suffice; nothing is added then.
+        """
+        if not namespace or not isinstance(namespace, str):
+            raise ValueError(f"namespace must be a non-empty string, got {namespace!r}")
+        if end not in ("low", "high"):
+            raise ValueError(f"end must be 'low' or 'high', got {end!r}")
+        ids = _integers(classes)
+        known = set(self.classes(namespace).tolist())
+        for i, class_id in enumerate(ids):
+            if class_id in known:
+                raise ValueError(
+                    f"class {class_id} of namespace {namespace!r} has a slot already, or comes twice (position {i}); "
+                    "a slot is given once and kept"
+                )
+            known.add(class_id)
+        if len(ids) > self.free:
+            held = ", ".join(f"{name!r} holds {len(self.classes(name))}" for name in self.namespaces) or "none is held"
+            raise ValueError(
+                f"namespace {namespace!r} needs {len(ids)} slots, {self.free} of {self.num_slots} are free ({held}); "
+                "allocate more slots when the model is first made"
+            )
+        step = 1 if end == "low" else -1
+        first = self._next[end]
+        for i, class_id in enumerate(ids):
+            self._append(namespace, class_id, first + i * step, 1, step)
+        self._next[end] = first + len(ids) * step
+        self._tables.pop(namespace, None)
+        return torch.arange(first, first + len(ids) * step, step, dtype=torch.int64)
+
+    def lookup(self, namespace: str, classes: Tensor) -> Tensor:
+        """Slots of class ids.
+
+        Args:
+            namespace: one that was added.
+            classes: int64 ids, any shape, any device.
+
+        Returns:
+            int64 slots, same shape and device.
+
+        Raises:
+            TypeError: `classes` is not int64.
+            ValueError: the namespace or a class has no slots.
+        """
+        if classes.dtype != torch.int64:
+            raise TypeError(f"classes must be int64, got {classes.dtype}")
+        ids, slots = self._table(namespace)
+        if not len(ids):
+            raise ValueError(f"namespace {namespace!r} has no slots; known: {self.namespaces}")
+        at = torch.searchsorted(ids.to(classes.device), classes.contiguous()).clamp_max(len(ids) - 1)
+        unknown = ids.to(classes.device)[at] != classes
+        if unknown.any():
+            raise ValueError(f"class {int(classes[unknown][0])} has no slot in namespace {namespace!r}; add it first")
+        return slots.to(classes.device)[at]
+
+    def classes(self, namespace: str) -> Tensor:
+        """[n] int64 class ids of a namespace, in the order they came; empty for an unknown name."""
+        runs = [torch.arange(first, first + count) for name, first, _, count, _ in self._runs if name == namespace]
+        return torch.cat(runs) if runs else torch.empty(0, dtype=torch.int64)
+
+    def used(self) -> Tensor:
+        """[n] int64, the slots that have a class, ascending."""
+        low = torch.arange(self._next["low"])
+        return torch.cat([low, torch.arange(self._next["high"] + 1, self.num_slots)])
+
+    def owner(self, slot: int) -> tuple[str, int] | None:
+        """(namespace, class id) of a slot, or None where it is free."""
+        for name, first, first_slot, count, step in self._runs:
+            offset = (slot - first_slot) * step
+            if 0 <= offset < count:
+                return name, first + offset
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings, for JSON or a state_dict; `from_dict` is its inverse."""
+        return {"format": _FORMAT, "num_slots": self.num_slots, "runs": [list(run) for run in self._runs]}
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any]) -> SlotRegistry:
+        """The registry that `to_dict` described.
+
+        Raises:
+            ValueError: the format is unknown, or two classes share a slot.
+        """
+        if saved.get("format") != _FORMAT:
+            raise ValueError(f"slot registry of format {saved.get('format')!r}, this version reads {_FORMAT}")
+        registry = cls(int(saved["num_slots"]))
+        for name, first, first_slot, count, step in saved["runs"]:
+            end = "low" if step == 1 else "high"
+            if first_slot != registry._next[end]:
+                owner = registry.owner(first_slot)
+                raise ValueError(f"slot {first_slot} of {name!r} collides with {owner}" if owner else f"slot {first_slot} of {name!r} is out of order")
+            registry.add(name, range(first, first + count), end=end)
+        return registry
+
+    def _append(self, namespace: str, class_id: int, slot: int, count: int, step: int) -> None:
+        """Adds a run, or lengthens the last one that it continues."""
+        if self._runs:
+            name, first, first_slot, length, last_step = self._runs[-1]
+            if (name, first + length, first_slot + length * step, last_step) == (namespace, class_id, slot, step):
+                self._runs[-1] = (name, first, first_slot, length + count, step)
+                return
+        self._runs.append((namespace, class_id, slot, count, step))
+
+    def _table(self, namespace: str) -> tuple[Tensor, Tensor]:
+        if namespace not in self._tables:
+            slots = [
+                torch.arange(first, first + step * count, step)
+                for name, _, first, count, step in self._runs
+                if name == namespace
+            ]
+            ids, order = self.classes(namespace).sort()
+            self._tables[namespace] = ids, torch.cat(slots)[order] if slots else ids
+        return self._tables[namespace]
+
+
+def _integers(classes: Iterable[int]) -> list[int]:
+    ids = classes.tolist() if isinstance(classes, Tensor) else list(classes)
+    for class_id in ids:
+        if isinstance(class_id, bool) or not hasattr(class_id, "__index__"):
+            raise TypeError(f"class ids must be integers, got {class_id!r}")
+    return [int(class_id) for class_id in ids]

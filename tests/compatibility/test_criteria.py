@@ -1,0 +1,117 @@
+"""AC, AA, BC, FC: the published cells, tables worked by hand, and mistakes of existing code."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from simplexfix.compatibility import (
+    average_accuracy,
+    average_compatibility,
+    backward_compatibility,
+    compatibility_matrix,
+    forward_compatibility,
+)
+from simplexfix.retrieval import instance_accuracy, nearest_class_mean_accuracy
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+
+
+@pytest.mark.parametrize("method", ["d_simplex_hoc", "er"])
+def test_published_cells_of_7_tasks(method: str) -> None:
+    published = json.loads((FIXTURES / "published_matrices_7_tasks.json").read_text())[method]
+    matrix = published["matrix"]
+    assert round(average_compatibility(matrix), 4) == published["AC"]
+    assert round(average_accuracy(matrix), 2) == published["AA"]
+    assert round(backward_compatibility(matrix), 2) == published["BC"]
+    assert round(forward_compatibility(matrix), 2) == published["FC"]
+    if "AA_t" in published:
+        assert [round(average_accuracy(matrix, upto=t + 1), 2) for t in range(7)] == published["AA_t"]
+
+
+def test_published_cells_of_31_tasks() -> None:
+    published = json.loads((FIXTURES / "published_matrix_31_tasks_er.json").read_text())["er"]
+    matrix = published["matrix"]
+    assert len(matrix) == 31
+    assert round(average_compatibility(matrix), 4) == published["AC"]
+    percent = 100 * average_accuracy(matrix)
+    assert round(percent, 3) == published["AA_percent"]
+    assert math.floor(100 * percent) / 100 == 30.32  # the paper's table cuts where it prints two digits
+
+
+def test_by_hand() -> None:
+    #       gallery 0   1    2       upgrades: 1 on 0 gains, 2 on 0 ties, 2 on 1 loses
+    matrix = [[0.5], [0.6, 0.7], [0.5, 0.6, 0.9]]
+    assert average_compatibility(matrix) == pytest.approx(1 / 3)
+    assert average_compatibility(matrix, ties="compatible") == pytest.approx(2 / 3)
+    assert average_accuracy(matrix) == pytest.approx(3.8 / 6)
+    assert average_accuracy(matrix, upto=2) == pytest.approx(0.6)
+    assert backward_compatibility(matrix) == pytest.approx((0.0 - 0.1) / 2)
+    assert forward_compatibility(matrix) == pytest.approx((-0.1 - 0.3) / 2)
+
+
+def test_ones_and_zeros_average_like_any_other_number() -> None:
+    assert average_accuracy([[0.0], [0.0, 1.0], [1.0, 1.0, 1.0]]) == pytest.approx(4 / 6)
+    assert average_compatibility([[0.0], [0.0, 1.0], [1.0, 1.0, 1.0]]) == pytest.approx(1 / 3)
+
+
+def test_one_version_has_no_upgrade() -> None:
+    assert math.isnan(average_compatibility([[0.4]]))
+    assert math.isnan(backward_compatibility([[0.4]]))
+    assert math.isnan(forward_compatibility([[0.4]]))
+    assert average_accuracy([[0.4]]) == 0.4
+
+
+def test_squares_tensors_and_what_stands_above_the_diagonal() -> None:
+    square = np.array([[0.5, np.nan], [0.7, 0.6]])
+    for matrix in (square, torch.tensor(square), np.where(np.isnan(square), 99.0, square)):
+        assert average_compatibility(matrix) == 1.0
+        assert average_accuracy(matrix) == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "message"),
+    [
+        ([], r"matrix must be \[T, T\] or T rows"),
+        ([[1.0, 2.0]], r"matrix must be \[T, T\] or T rows of lengths 1 to T, got 1 rows of shapes \[\(2,\)\]"),
+        ([[1.0], [1.0]], "got 2 rows"),
+        ([[1.0], [float("nan"), 1.0]], "matrix holds nan at row 1, column 0"),
+    ],
+)
+def test_bad_matrices(matrix, message: str) -> None:
+    for criterion in (average_compatibility, average_accuracy, backward_compatibility, forward_compatibility):
+        with pytest.raises(ValueError, match=message):
+            criterion(matrix)
+
+
+def test_bad_options() -> None:
+    with pytest.raises(ValueError, match="ties must be 'incompatible' or 'compatible', got 'both'"):
+        average_compatibility([[1.0]], ties="both")
+    for upto in (0, 3):
+        with pytest.raises(ValueError, match=r"upto must lie in \[1, 2\]"):
+            average_accuracy([[1.0], [1.0, 1.0]], upto=upto)
+
+
+@pytest.mark.parametrize("protocol", [nearest_class_mean_accuracy, instance_accuracy])
+def test_matrix_of_versions(protocol) -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(60) % 6
+    versions = [torch.randn(60, 8, generator=generator) + 2 * torch.eye(8)[labels] for _ in range(3)]
+    queries, galleries = [v[:30] for v in versions], [v[30:] for v in versions]
+    matrix = compatibility_matrix(queries, galleries, labels[:30], labels[30:], protocol)
+    assert matrix.dtype == np.float64
+    assert np.isnan(matrix[np.triu_indices(3, 1)]).all()
+    assert matrix[2, 1] == protocol(queries[2], labels[:30], galleries[1], labels[30:])
+
+
+def test_versions_of_another_width_are_refused_by_name() -> None:
+    labels = torch.tensor([0, 1])
+    with pytest.raises(ValueError, match=r"queries\[1\] has 5 columns, version 0 has 4"):
+        compatibility_matrix([torch.randn(2, 4), torch.randn(2, 5)], [torch.randn(2, 4)] * 2, labels, labels, instance_accuracy)
+    with pytest.raises(ValueError, match="must be of the same versions, got 2 and 1"):
+        compatibility_matrix([torch.randn(2, 4)] * 2, [torch.randn(2, 4)], labels, labels, instance_accuracy)

@@ -1,0 +1,237 @@
+// csrc/cuda/simplex_cross_entropy against the fp64 (long double) reference.
+#include <algorithm>
+#include <limits>
+
+#include "../../csrc/cuda/kernels.h"
+#include "check.h"
+#include "reference.h"
+#include "tests.h"
+
+namespace {
+using simplexfix::accumulate_t;
+using simplexfix::Margin;
+using simplexfix::Reduction;
+
+constexpr int64_t kIgnore = -100;
+
+struct Config {
+  const char* name;
+  reference::Options options;
+  bool weighted;
+  Reduction reduction;
+  bool gradient;
+};
+using reference::MarginKind;
+const Config kConfigs[] = {
+    {"plain", {}, false, Reduction::kMean, true},
+    {"smoothing", {false, 1, MarginKind::kNone, 0, 0.1}, false, Reduction::kNone, true},
+    {"weights", {false, 2.5, MarginKind::kNone, 0, 0}, true, Reduction::kSum, true},
+    {"weights+smoothing", {false, 1, MarginKind::kNone, 0, 0.2}, true, Reduction::kMean, true},
+    {"normalize", {true, 16, MarginKind::kNone, 0, 0}, false, Reduction::kMean, true},
+    {"cosine margin", {true, 30, MarginKind::kCosine, 0.35, 0.1}, false, Reduction::kNone, true},
+    {"angular margin+weights", {true, 10, MarginKind::kAngular, 0.5, 0.1}, true, Reduction::kSum, true},
+    {"loss alone", {true, 4, MarginKind::kNone, 0, 1.0}, true, Reduction::kNone, false},
+};
+
+struct Shape {
+  int64_t rows, d, stride;  // stride >= d
+  int offset;               // of z's and the gradient's first element towards 16 bytes
+  int64_t shift;            // row b holds the example b + shift, whatever its place
+};
+
+// One call: its inputs, and what the kernels made of them.
+template <typename T>
+struct Call {
+  using A = accumulate_t<T>;
+  Shape shape;
+  Buffer<T> z, gradient;
+  Buffer<int64_t> target;
+  Buffer<A> weight, row_loss, loss;
+  Buffer<double> sums;
+
+  explicit Call(const Shape& s)
+      : shape(s),
+        z(s.rows ? (s.rows - 1) * s.stride + s.d : 0, s.offset),
+        gradient(s.rows * s.d, s.offset % 4),
+        target(s.rows, 0),
+        weight(s.d + 1, 0),
+        row_loss(s.rows, 0),
+        loss(1, 0),
+        sums(2, 0) {}
+
+  const T* row(int64_t b) { return z.data() + b * shape.stride; }
+};
+
+// The example number e, the same wherever it is placed; `spoiled` adds rows that end as nan.
+template <typename T>
+void make_example(int64_t e, int64_t d, bool spoiled, T* z, int64_t* target) {
+  std::mt19937 random(unsigned(e) * 7919u + unsigned(d));
+  std::normal_distribution<float> normal;
+  const int kind = int(e % (spoiled ? 12 : 8));
+  *target = int64_t(random() % uint64_t(d + 1));
+  for (int64_t j = 0; j < d; ++j) z[j] = T(normal(random) * (kind == 1 ? 3.f : 1.f));
+  const int64_t other = int64_t(random() % uint64_t(d));
+  if (kind == 2) *target = d;
+  if (kind == 3) *target = kIgnore;
+  if (kind == 4 && *target < d) z[*target] = T(14.f);  // right, and sure of it
+  if (kind == 5) std::fill(z, z + d, T(0.f));
+  if (kind == 6) {  // sure, and mostly wrong
+    std::fill(z, z + d, T(0.f));
+    z[other] = T(9.f);
+  }
+  if (kind == 7)  // heavy tails
+    for (int64_t j = 0; j < d; ++j)
+      z[j] = T(std::fmin(40.f, std::fmax(-40.f, normal(random) * std::exp(1.5f * normal(random)))));
+  if (kind == 8) *target = -1;
+  if (kind == 9) *target = d + 1;
+  if (kind == 10) *target = random() % 2 ? std::numeric_limits<int64_t>::max() : std::numeric_limits<int64_t>::min();
+  if (kind == 11) z[other] = T(NAN);
+}
+
+template <typename T>
+void run(const Config& config, bool spoiled, Call<T>* call) {
+  using A = accumulate_t<T>;
+  const Shape& s = call->shape;
+  for (int64_t b = 0; b < s.rows; ++b)
+    make_example(b + s.shift, s.d, spoiled, call->z.data() + b * s.stride, &call->target[b]);
+  std::mt19937 random(unsigned(s.d));
+  for (int64_t c = 0; c <= s.d; ++c) call->weight[c] = A(0.25f + float(random() % 1024) / 512);
+  const reference::Options& o = config.options;
+  const char* error = simplexfix::cuda::simplex_cross_entropy(
+      {call->z.data(), s.stride, call->target.data(), config.weighted ? call->weight.data() : nullptr,
+       config.reduction == Reduction::kNone && s.rows ? call->row_loss.data() : call->row_loss.data(),
+       config.reduction == Reduction::kNone ? call->row_loss.data() : call->loss.data(),
+       config.gradient ? call->gradient.data() : nullptr, call->sums.data(), s.rows, s.d, kIgnore,
+       simplexfix::Simplex::of_dimension(s.d),
+       {o.normalize, o.scale, static_cast<Margin>(o.margin), o.margin_size, o.smoothing, double(s.d + 1)},
+       config.reduction, dtype_of<T>(), nullptr});
+  if (error) failed("launch: %s", error);
+}
+
+template <typename T>
+void check(const Config& config, const Shape& s, bool spoiled) {
+  using A = accumulate_t<T>;
+  ++g_cases;
+  Call<T> call(s);
+  run(config, spoiled, &call);
+
+  char name[200];
+  std::snprintf(name, sizeof name, "cross_entropy<%s> %s, %lld x %lld, stride %lld, offset %d%s", Format<T>::kName,
+                config.name, (long long)s.rows, (long long)s.d, (long long)s.stride, s.offset,
+                spoiled ? ", with bad rows" : "");
+  const reference::Simplex<long double> simplex(s.d);
+  const reference::Simplex<A> simplex_naive(s.d);
+  const auto weight = config.weighted ? widened<long double>(call.weight.data(), s.d + 1) : std::vector<long double>();
+  const auto weight_naive = config.weighted ? widened<A>(call.weight.data(), s.d + 1) : std::vector<A>();
+
+  double counted = 0;
+  bool any_bad = false;
+  for (int64_t b = 0; b < s.rows; ++b) {
+    const int64_t y = call.target[b];
+    if (y >= 0 && y <= s.d) counted += config.weighted ? double(weight[size_t(y)]) : 1.0;
+  }
+  const bool mean = config.reduction == Reduction::kMean;
+  if (mean && !(std::fabs(call.sums[0] - counted) <= 1e-12 * counted))
+    failed("%s: counted weight %.17g, truth %.17g", name, call.sums[0], counted);
+
+  long double sum = 0;
+  double sum_allowed = 0;
+  for (int64_t b = 0; b < s.rows; ++b) {
+    const int64_t y = call.target[b];
+    const double ours = value_of(call.row_loss[b]);
+    T* g = call.gradient.data() + b * s.d;
+    const auto z = widened<long double>(call.row(b), s.d);
+    const bool bad =
+        y != kIgnore && (y < 0 || y > s.d || std::any_of(z.begin(), z.end(), [](auto v) { return v != v; }));
+    any_bad |= bad;
+    if (bad || y == kIgnore) {
+      if (bad ? !std::isnan(ours) : ours != 0) failed("%s: row %lld, target %lld: loss %g", name, (long long)b, (long long)y, ours);
+      for (int64_t j = 0; config.gradient && j < s.d; ++j)
+        if (bad ? !std::isnan(value_of(g[j])) : value_of(g[j]) != 0)
+          failed("%s: row %lld, target %lld: gradient[%lld] = %g", name, (long long)b, (long long)y, (long long)j, value_of(g[j]));
+      continue;
+    }
+    auto truth = reference::cross_entropy(simplex, config.options, z, y, weight);
+    auto naive = reference::cross_entropy(simplex_naive, config.options, widened<A>(call.row(b), s.d), y, weight_naive);
+    const double sine = double(truth.sine), logit = 1 + double(truth.largest_logit);
+    const double allowed = 2 * std::fabs(double(naive.loss - truth.loss)) + floor_of<A>(2 * logit / sine);
+    if (!(std::fabs(ours - double(truth.loss)) <= allowed))
+      failed("%s: row %lld, target %lld: loss %.9g, naive %.9g, truth %.9Lg, allowed error %g", name, (long long)b, (long long)y,
+             ours, double(naive.loss), truth.loss, allowed);
+    sum += truth.loss;
+    sum_allowed += allowed;
+    if (!config.gradient) continue;
+    const long double upstream = mean ? 1.0L / counted : 1.0L;
+    for (auto& v : truth.gradient) v *= upstream;
+    for (auto& v : naive.gradient) v *= A(upstream);
+    const double slack = 2 * largest_difference(naive.gradient, truth.gradient) +
+                         floor_of<A>(double(truth.plain_gradient * upstream) * logit / (sine * sine * sine));
+    for (int64_t j = 0; j < s.d; ++j) {
+      const double want = double(truth.gradient[size_t(j)]);
+      if (!(std::fabs(value_of(g[j]) - want) <= slack + rounding_of<T>(want)))
+        failed("%s: row %lld, target %lld: gradient[%lld] = %.9g, naive %.9g, truth %.9g, allowed error %g", name,
+               (long long)b, (long long)y, (long long)j, value_of(g[j]), double(naive.gradient[size_t(j)]), want,
+               slack + rounding_of<T>(want));
+    }
+  }
+  if (config.reduction != Reduction::kNone) {
+    const double ours = value_of(call.loss[0]);
+    const double want = double(mean ? sum / (long double)counted : sum);  // over nothing: nan, as in torch
+    const double allowed = (mean ? sum_allowed / counted : sum_allowed) + rounding_of<A>(want);
+    if (any_bad || (mean && counted == 0) ? !std::isnan(ours) : !(std::fabs(ours - want) <= allowed))
+      failed("%s: loss %.9g, truth %.9g, allowed error %g", name, ours, want, allowed);
+  }
+  if (!call.gradient.surroundings_untouched() || !call.row_loss.surroundings_untouched() ||
+      !call.loss.surroundings_untouched() || !call.sums.surroundings_untouched())
+    failed("%s: wrote outside its results", name);
+}
+
+// The same examples in other places, under another stride and alignment: the same bits.
+template <typename T>
+void check_place(const Config& config, int64_t d) {
+  ++g_cases;
+  const int64_t rows = 11;
+  Call<T> one({rows, d, d, 0, 0}), other({rows - 3, d, d + 3, 1, 3});
+  run(config, false, &one);
+  run(config, false, &other);
+  for (int64_t b = 0; b < rows - 3; ++b)
+    if (std::memcmp(&one.row_loss[b + 3], &other.row_loss[b], sizeof one.row_loss[0]) ||
+        std::memcmp(&one.gradient[(b + 3) * d], &other.gradient[b * d], size_t(d) * sizeof(T)))
+      failed("cross_entropy<%s> %s, d %lld: example %lld changes with its place", Format<T>::kName, config.name,
+             (long long)d, (long long)b + 3);
+}
+
+template <typename T>
+void all_of(bool small) {
+  int turn = 0;
+  // A team's head and tail; a warp, both sides of the switch to blocks; a short and a long kept row;
+  // rows that are read again (float, double, and 16-bit).
+  for (int64_t d : {1, 2, 7, 8, 9, 31, 33, 130, 256, 257, 1023, 1024, 4097, 8190}) {
+    if (d == 8190 && sizeof(T) != 2) continue;
+    if (small && d != 9 && d != 257 && d != (sizeof(T) == 2 ? 8190 : 4097)) continue;
+    for (const Config& config : kConfigs) {
+      ++turn;
+      if (d > 1024 && turn % 2) continue;
+      if (small && turn % 3) continue;
+      // more rows than 3 blocks take at a time: see SIMPLEXFIX_MAX_BLOCKS in build.py
+      const int64_t rows = d > 256 ? 5 : turn % 4 == 0 ? 1 : 37;
+      const int64_t stride = d + int64_t(turn % 3) * (turn % 2 ? 1 : 3);
+      check<T>(config, {rows, d, stride, turn % 4, turn % 8}, turn % 3 == 0);
+    }
+  }
+  for (const Config& config : kConfigs) check<T>(config, {0, 5, 5, 0, 0}, false);
+  check<T>(kConfigs[0], {1, 5, 5, 0, 3}, false);  // one row, ignored: a mean over nothing
+  for (int64_t d : {33, 1023, sizeof(T) == 2 ? 8190 : 4097})
+    if (!small || d == 33) {
+      check_place<T>(kConfigs[1], d);
+      check_place<T>(kConfigs[6], d);
+    }
+}
+}  // namespace
+
+void test_cross_entropy(const Selection& selection) {
+  if (selection.has("float")) all_of<float>(selection.small);
+  if (selection.has("double")) all_of<double>(selection.small);
+  if (selection.has("half")) all_of<__half>(selection.small);
+  if (selection.has("bfloat16")) all_of<__nv_bfloat16>(selection.small);
+}

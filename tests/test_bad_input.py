@@ -1,0 +1,87 @@
+"""Every public function of `functional`: bad input and the message it gets."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import simplexfix.functional as SF
+
+Z = torch.zeros(3, 4)
+T = torch.tensor([0, 4, 2])
+
+
+def loss(z=Z, target=T, **options):
+    return lambda: SF.simplex_cross_entropy(z, target, **options)
+
+
+def contrast(new=Z, old=Z, target=T, **options):
+    return lambda: SF.old_new_contrast(new, old, target, **options)
+
+
+def topk(query=Z, gallery=Z, k=1):
+    return lambda: SF.cosine_topk(query, gallery, k)
+
+
+NAN = Z.clone()
+NAN[2, 1] = math.nan
+
+CASES = [
+    (loss(z=[1.0]), TypeError, "z must be a torch.Tensor, got list"),
+    (loss(z=Z.long()), TypeError, r"z must be float32, float64, bfloat16 or float16, got torch.int64; cast it"),
+    (loss(z=torch.zeros(3, 0)), ValueError, r"z must have shape \[..., d\] with d >= 1, got \[3, 0\]"),
+    (loss(z=torch.tensor(1.0)), ValueError, r"z must have shape \[..., d\] with d >= 1, got \[\]"),
+    (loss(target=T.int()), TypeError, "target must be int64, got torch.int32"),
+    (loss(target=T.float()), TypeError, "target must be int64, got torch.float32"),
+    (loss(target=[0, 1, 2]), TypeError, "target must be a torch.Tensor, got list"),
+    (loss(target=T[:2]), ValueError, r"target must have shape \[3\] to go with features \[3, 4\], got \[2\]"),
+    (loss(target=T[:, None]), ValueError, r"target must have shape \[3\] to go with features \[3, 4\], got \[3, 1\]"),
+    (loss(target=torch.tensor([0, 5, 1])), ValueError, "target out of range: row 1 has slot 5, expected 0 to 4 or ignore_index -100"),
+    (loss(target=torch.tensor([0, 1, -1])), ValueError, "target out of range: row 2 has slot -1, expected 0 to 4 or ignore_index -100"),
+    (loss(target=torch.tensor([0, 2**40, 1]), ignore_index=9), ValueError, "row 1 has slot 1099511627776, .* ignore_index 9"),
+    (loss(target=T.to("meta")), ValueError, "target must be on cpu like the features, got meta"),
+    (loss(scale=0.0), ValueError, "scale must be positive and finite, got 0.0"),
+    (loss(scale=math.inf), ValueError, "scale must be positive and finite, got inf"),
+    (loss(scale=math.nan), ValueError, "scale must be positive and finite, got nan"),
+    (loss(reduction="avg"), ValueError, "reduction must be one of 'none', 'mean', 'sum', got 'avg'"),
+    (loss(label_smoothing=1.5), ValueError, r"label_smoothing must lie in \[0, 1\], got 1.5"),
+    (loss(margin=("cosine", 0.3)), ValueError, "margin needs normalize=True"),
+    (loss(margin=0.3, normalize=True), TypeError, "margin must be None or a pair such as"),
+    (loss(margin=("arc", 0.3), normalize=True), ValueError, "margin must be one of 'cosine', 'angular', got 'arc'"),
+    (loss(margin=("angular", 4.0), normalize=True), ValueError, r"margin of kind 'angular' must lie in \[0, pi\], got 4.0"),
+    (loss(margin=("cosine", -0.1), normalize=True), ValueError, r"margin of kind 'cosine' must lie in \[0, 2\], got -0.1"),
+    (loss(weight=torch.ones(4)), ValueError, r"weight must have shape \[5\], one factor per slot, got \[4\]"),
+    (loss(weight=torch.ones(5).long()), TypeError, "weight must be floating, got torch.int64"),
+    (loss(weight=torch.ones(5, device="meta")), ValueError, "weight must be on cpu like the features, got meta"),
+    (lambda: SF.simplex_logits(Z.int()), TypeError, "z must be float32"),
+    (lambda: SF.simplex_logits(torch.zeros(2, 0)), ValueError, r"z must have shape \[..., d\] with d >= 1, got \[2, 0\]"),
+    (lambda: SF.simplex_logits(Z, scale=-1.0), ValueError, "scale must be positive and finite, got -1.0"),
+    (contrast(new=Z.int()), TypeError, "new must be float32"),
+    (contrast(old=Z.double()), TypeError, "new and old must have the same dtype, got torch.float32 and torch.float64"),
+    (contrast(old=torch.zeros(3, 5)), ValueError, r"new and old must have the same shape, got \[3, 4\] and \[3, 5\]"),
+    (contrast(target=T[:2]), ValueError, r"target must have shape \[3\]"),
+    (contrast(target=T.float()), TypeError, "target must be int64"),
+    (contrast(mu=0.0), ValueError, "mu must be positive and finite, got 0.0"),
+    (contrast(negatives="none"), ValueError, "negatives must be one of 'zero_mask', 'remove', 'infonce', got 'none'"),
+    (contrast(anchor="both"), ValueError, "anchor must be one of 'old', 'new', 'symmetric', got 'both'"),
+    (contrast(reduction=None), ValueError, "reduction must be one of 'none', 'mean', 'sum', got None"),
+    (lambda: SF.hoc_loss(Z, Z, T, lambda_=1.1), ValueError, r"lambda_ must lie in \[0, 1\], got 1.1"),
+    (topk(k=0), ValueError, "k must be at least 1, got 0"),
+    (topk(k=2**31), ValueError, r"k must lie between 1 and 2\^31 - 1, got 2147483648"),
+    (topk(query=Z[0]), ValueError, r"query must have 2 dimensions, got \[4\]"),
+    (topk(gallery=torch.zeros(3, 5)), ValueError, "query and gallery must have the same number of columns, got 4 and 5"),
+    (topk(gallery=Z.double()), TypeError, "query and gallery must have the same dtype"),
+    (topk(query=Z.long()), TypeError, "query must be float32"),
+    (topk(query=NAN), ValueError, "query row 2 holds nan or inf"),
+    (topk(gallery=-NAN), ValueError, "gallery row 2 holds nan or inf"),
+    (topk(gallery=Z + math.inf), ValueError, "gallery row 0 holds nan or inf"),
+    (topk(query=torch.full((3, 4), 1e300, dtype=torch.float64), gallery=Z.double()), ValueError, "query row 0 holds nan or inf"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), CASES, ids=[message[:50] for _, _, message in CASES])
+def test_bad_input(call, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()

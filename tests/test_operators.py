@@ -1,0 +1,138 @@
+"""What torch asks of an operator: schema, tracing, gradients, compilation, repeatable bits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accuracy import features
+from conftest import needs_library
+
+import simplexfix.functional as SF
+
+
+def loss_samples():
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        for reduction in (0, 1, 2):
+            for kind, weighted in ((0, False), (1, True), (2, False)):
+                z = features("normal", 5, 11, dtype=dtype).requires_grad_()
+                accumulate = torch.float64 if dtype == torch.float64 else torch.float32
+                weight = torch.rand(12, dtype=accumulate) if weighted else None
+                target = torch.tensor([0, 11, 5, -100, 3])
+                yield z, target, kind > 0, 4.0, kind, 0.3, weight, -100, 0.1, reduction, True
+
+
+def op_samples():
+    ops = torch.ops.simplexfix
+    for sample in loss_samples():
+        yield pytest.param(ops.simplex_cross_entropy.default, sample, id=f"loss-{sample[0].dtype}-{sample[9]}-{sample[4]}")
+    yield pytest.param(
+        ops.simplex_cross_entropy.default,
+        (torch.randn(3, 4), torch.tensor([0, 1, 2]), False, 1.0, 0, 0.0, None, -100, 0.0, 1, False),
+        id="loss-without-gradient",
+    )
+    for normalize in (False, True):
+        z = torch.randn(4, 6, requires_grad=True)
+        yield pytest.param(ops.simplex_logits.default, (z, normalize, 2.0), id=f"logits-{normalize}")
+        backward = (torch.randn(4, 7), z.detach(), normalize, 2.0)
+        yield pytest.param(ops.simplex_logits_backward.default, backward, id=f"logits-backward-{normalize}")
+    yield pytest.param(ops.scale_rows.default, (torch.randn(4, 6), torch.randn(4)), id="scale-rows")
+    yield pytest.param(ops.scale_rows.default, (torch.randn(4, 6), torch.randn(())), id="scale-all")
+    query, gallery = torch.randn(3, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
+    yield pytest.param(ops.cosine_topk.default, (query, gallery, 4), id="topk")
+
+
+@needs_library
+@pytest.mark.parametrize(("op", "arguments"), op_samples() if hasattr(torch.ops.simplexfix, "scale_rows") else [])
+def test_opcheck(op, arguments) -> None:
+    torch.library.opcheck(op, arguments)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("margin", [None, ("cosine", 0.2), ("angular", 0.3)])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_loss_gradcheck(normalize, margin, label_smoothing, reduction) -> None:
+    if margin is not None and not normalize:
+        return  # refused: tests/test_bad_input.py
+    z = features("normal", 4, 9, dtype=torch.float64).requires_grad_()
+    target = torch.tensor([0, 9, 4, -100])
+    weight = torch.rand(10, dtype=torch.float64)
+    factors = torch.randn(4, dtype=torch.float64)  # a random gradient from above for every row
+
+    def loss(z):
+        options = {"margin": margin, "weight": weight, "label_smoothing": label_smoothing, "reduction": reduction}
+        rows = SF.simplex_cross_entropy(z, target, normalize=normalize, scale=2.0, **options)
+        return (factors * rows).sum() if reduction == "none" else factors[0] * rows
+
+    assert torch.autograd.gradcheck(loss, (z,))
+
+
+def test_logits_gradcheck() -> None:
+    z = torch.randn(4, 9, dtype=torch.float64, requires_grad=True)
+    for normalize in (False, True):
+        assert torch.autograd.gradcheck(lambda z, n=normalize: SF.simplex_logits(z, normalize=n, scale=3.0), (z,))
+
+
+@pytest.mark.parametrize("negatives", ["zero_mask", "remove", "infonce"])
+@pytest.mark.parametrize("anchor", ["old", "new", "symmetric"])
+def test_contrast_gradcheck(negatives: str, anchor: str) -> None:
+    new = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    old = torch.randn(6, 5, dtype=torch.float64)
+    target = torch.tensor([1, 1, 2, 3, 3, 3])
+    assert torch.autograd.gradcheck(
+        lambda new: SF.old_new_contrast(new, old, target, negatives=negatives, anchor=anchor, reduction="none"), (new,)
+    )
+
+
+def test_double_backward_is_refused_not_wrong() -> None:
+    z = torch.randn(3, 4, requires_grad=True)
+    loss = SF.simplex_cross_entropy(z * 1.0, torch.tensor([0, 1, 2]))
+    (gradient,) = torch.autograd.grad(2.0 * loss, z, create_graph=True)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(gradient.sum(), z)
+
+
+def functions():
+    target = torch.tensor([0, 9, 4, 2])
+    old = torch.randn(4, 9)
+    gallery = torch.randn(30, 9)
+    yield "loss", lambda z: SF.simplex_cross_entropy(z * 2, target, label_smoothing=0.1) * 3
+    yield "rows", lambda z: (SF.simplex_cross_entropy(z, target, normalize=True, scale=9.0, reduction="none") * z[:, 0]).sum()
+    yield "logits", lambda z: SF.simplex_logits(z + 1, normalize=True).square().sum()
+    yield "contrast", lambda z: SF.old_new_contrast(z, old, target % 2)
+    yield "hoc", lambda z: SF.hoc_loss(z, old, target)
+    yield "topk", lambda z: SF.cosine_topk(z, gallery, 3)[0].sum()
+
+
+@pytest.mark.parametrize(("name", "function"), functions(), ids=[name for name, _ in functions()])
+def test_compiles_without_a_graph_break(name: str, function) -> None:
+    z = torch.randn(4, 9, requires_grad=True)
+    compiled = torch.compile(function, fullgraph=True)
+    eager, traced = function(z), compiled(z)
+    torch.testing.assert_close(traced, eager)
+    torch.testing.assert_close(torch.autograd.grad(traced, z), torch.autograd.grad(eager, z))
+
+
+def test_compiles_for_changing_batch_sizes() -> None:
+    compiled = torch.compile(SF.simplex_cross_entropy, fullgraph=True, dynamic=True)
+    for rows in (3, 8, 5):
+        z, target = torch.randn(rows, 9, requires_grad=True), torch.randint(10, (rows,))
+        torch.testing.assert_close(compiled(z, target), SF.simplex_cross_entropy(z, target))
+
+
+def test_repeats_to_the_bit() -> None:
+    for _, function in functions():
+        z = torch.randn(4, 9, requires_grad=True)
+        first, second = function(z), function(z)
+        assert torch.equal(first, second)
+        assert torch.equal(torch.autograd.grad(first, z)[0], torch.autograd.grad(second, z)[0])
+
+
+def test_meta_tensors_have_shapes_and_no_values() -> None:
+    z = torch.empty(4, 9, device="meta", dtype=torch.bfloat16)
+    target = torch.empty(4, device="meta", dtype=torch.int64)
+    assert SF.simplex_cross_entropy(z, target).shape == ()
+    assert SF.simplex_cross_entropy(z, target, reduction="none").shape == (4,)
+    assert SF.simplex_logits(z).shape == (4, 10)
+    scores, ids = SF.cosine_topk(z, z, 3)
+    assert (scores.shape, scores.dtype, ids.dtype) == ((4, 3), torch.float32, torch.int64)
