@@ -87,7 +87,9 @@ class NinjaBuildExt(build_ext):
         if not shutil.which(shlex.split(cxx)[0]):
             raise SystemExit(f"the C++ compiler {cxx} was not found. {REMEDY}")
         if not nvcc:
-            print("simplexfix: no nvcc in CUDA_HOME/bin or on PATH (or SIMPLEXFIX_CUDA=0): CPU kernels only", flush=True)
+            print(
+                "simplexfix: no nvcc in CUDA_HOME/bin or on PATH (or SIMPLEXFIX_CUDA=0): CPU kernels only", flush=True
+            )
         archs, arch_flags = cuda_targets(nvcc) if nvcc else ("", [])
         out = Path(self.get_ext_fullpath(ext.name)).resolve()
         # Kept, so that the next build compiles only what changed.
@@ -135,7 +137,9 @@ class NinjaBuildExt(build_ext):
         try:
             subprocess.check_call([Path(ninja.BIN_DIR) / "ninja", "-C", tmp])
         except subprocess.CalledProcessError:
-            raise SystemExit(f"simplexfix's kernels did not compile; the compiler's own words stand above. {REMEDY}") from None
+            raise SystemExit(
+                f"simplexfix's kernels did not compile; the compiler's own words stand above. {REMEDY}"
+            ) from None
 
 
 SOURCES = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".cu"))

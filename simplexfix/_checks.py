@@ -23,7 +23,9 @@ def check_features(name: str, z: Tensor) -> None:
     if not isinstance(z, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(z).__name__}")
     if z.dtype not in _FLOATING:
-        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {z.dtype}; cast it, e.g. {name}.float()")
+        raise TypeError(
+            f"{name} must be float32, float64, bfloat16 or float16, got {z.dtype}; cast it, e.g. {name}.float()"
+        )
     if z.ndim == 0 or z.shape[-1] == 0:
         raise ValueError(f"{name} must have shape [..., d] with d >= 1, got {shape(z)}")
 
@@ -39,9 +41,13 @@ def check_target(target: Tensor, z: Tensor) -> None:
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a torch.Tensor, got {type(target).__name__}")
     if target.dtype != torch.int64:
-        raise TypeError(f"target must be int64, got {target.dtype}; class ids are integers from end to end: target.long()")
+        raise TypeError(
+            f"target must be int64, got {target.dtype}; class ids are integers from end to end: target.long()"
+        )
     if target.shape != z.shape[:-1]:
-        raise ValueError(f"target must have shape {list(z.shape[:-1])} to go with features {shape(z)}, got {shape(target)}")
+        raise ValueError(
+            f"target must have shape {list(z.shape[:-1])} to go with features {shape(z)}, got {shape(target)}"
+        )
     if target.device != z.device:
         raise ValueError(f"target must be on {z.device} like the features, got {target.device}")
 

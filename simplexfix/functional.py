@@ -179,9 +179,7 @@ def old_new_contrast(
     check_name("negatives", negatives, ("zero_mask", "remove", "infonce"))
     check_name("anchor", anchor, ("old", "new", "symmetric"))
     check_name("reduction", reduction, REDUCTIONS)
-    loss = _reference.old_new_contrast(
-        new, old, target, mu=mu, negatives=negatives, anchor=anchor, reduction=reduction
-    )
+    loss = _reference.old_new_contrast(new, old, target, mu=mu, negatives=negatives, anchor=anchor, reduction=reduction)
     return _as_loss(loss, new)
 
 
@@ -267,8 +265,8 @@ def cosine_topk(query: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]
         raise ValueError(
             f"query and gallery must have the same number of columns, got {query.shape[1]} and {gallery.shape[1]}"
         )
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
+    if not 1 <= k < 2**31:
+        raise ValueError(f"k must lie between 1 and 2^31 - 1, got {k}")
     if query.device.type in ("cpu", "meta") and _native.has_kernels(query.device):
         return _ops.cosine_topk(query.float(), gallery.float(), k)
     return _reference.cosine_topk(query.float(), gallery.float(), k)

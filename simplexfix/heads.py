@@ -29,6 +29,7 @@ class SimplexHead(nn.Module):
         num_classes: classes there are from the start; 0 where `head.slots.add` will name them all.
         in_features: width of the backbone's features.
         num_slots: K; `num_classes` if None.
+        slots: a registry to share with other models instead: the same class, the same slot in all of them.
         normalize, scale, margin: of `simplexfix.functional.simplex_cross_entropy`.
         device, dtype: of the junction.
 
@@ -45,6 +46,7 @@ class SimplexHead(nn.Module):
         in_features: int,
         *,
         num_slots: int | None = None,
+        slots: SlotRegistry | None = None,
         normalize: bool = False,
         scale: float = 1.0,
         margin: tuple[str, float] | None = None,
@@ -54,7 +56,9 @@ class SimplexHead(nn.Module):
         super().__init__()
         if num_classes < 0 or in_features < 1:
             raise ValueError(f"num_classes must be >= 0 and in_features >= 1, got {num_classes} and {in_features}")
-        self.slots = SlotRegistry(num_classes if num_slots is None else num_slots)
+        if slots is not None and num_slots not in (None, slots.num_slots):
+            raise ValueError(f"slots has {slots.num_slots} slots, num_slots says {num_slots}; leave num_slots out")
+        self.slots = SlotRegistry(num_classes if num_slots is None else num_slots) if slots is None else slots
         self.slots.add("default", range(num_classes))
         self.normalize = normalize
         self.scale = scale

@@ -28,7 +28,9 @@ def simplex_constants(num_classes: int) -> SimplexConstants:
         ValueError: `num_classes` is below 2.
     """
     if num_classes < 2:
-        raise ValueError(f"num_classes must be at least 2, got {num_classes}: a simplex of one vertex has no directions")
+        raise ValueError(
+            f"num_classes must be at least 2, got {num_classes}: a simplex of one vertex has no directions"
+        )
     d = num_classes - 1
     a = -1 / (1 + math.sqrt(1 + d))  # the same number, free of cancellation
     return SimplexConstants(a, (1 + a) / (d + 1), math.sqrt(d / (d + 1)))

@@ -160,7 +160,11 @@ class SlotRegistry:
             end = "low" if step == 1 else "high"
             if first_slot != registry._next[end]:
                 owner = registry.owner(first_slot)
-                raise ValueError(f"slot {first_slot} of {name!r} collides with {owner}" if owner else f"slot {first_slot} of {name!r} is out of order")
+                raise ValueError(
+                    f"slot {first_slot} of {name!r} collides with {owner}"
+                    if owner
+                    else f"slot {first_slot} of {name!r} is out of order"
+                )
             registry.add(name, range(first, first + count), end=end)
         return registry
 

@@ -144,7 +144,10 @@ def test_ignored_rows() -> None:
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_nothing_left_is_as_in_torch(reduction: str) -> None:
-    for z, target in ((torch.randn(3, 5), torch.full((3,), -100)), (torch.randn(0, 5), torch.empty(0, dtype=torch.int64))):
+    for z, target in (
+        (torch.randn(3, 5), torch.full((3,), -100)),
+        (torch.randn(0, 5), torch.empty(0, dtype=torch.int64)),
+    ):
         loss, gradient = both(SF.simplex_cross_entropy, z, target, reduction=reduction)
         expected, expected_gradient = both(dense, z, target, reduction=reduction)
         torch.testing.assert_close(loss, expected, equal_nan=True)
@@ -183,13 +186,17 @@ def test_strided_rows(view) -> None:
 def test_zero_rows_and_nan_rows() -> None:
     z = features("normal", 3, 20, dtype=torch.float32)
     z[1] = 0
-    loss, gradient = both(SF.simplex_cross_entropy, z, torch.tensor([1, 2, 3]), normalize=True, scale=9.0, reduction="none")
+    loss, gradient = both(
+        SF.simplex_cross_entropy, z, torch.tensor([1, 2, 3]), normalize=True, scale=9.0, reduction="none"
+    )
     assert loss[1] == pytest.approx(math.log(21), rel=1e-6)
     assert not gradient[1].any()
     assert gradient.isfinite().all()
     z[1, 5] = math.nan
     for normalize in (False, True):
-        loss, gradient = both(SF.simplex_cross_entropy, z, torch.tensor([1, 2, 3]), normalize=normalize, reduction="none")
+        loss, gradient = both(
+            SF.simplex_cross_entropy, z, torch.tensor([1, 2, 3]), normalize=normalize, reduction="none"
+        )
         assert loss.isnan().tolist() == [False, True, False]
         assert gradient.isnan().any(1).tolist() == [False, True, False]
 

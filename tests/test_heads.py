@@ -31,7 +31,9 @@ def test_loss_is_the_cross_entropy_of_forward() -> None:
     for options in ({}, {"weight": weight, "label_smoothing": 0.1, "reduction": "sum"}, {"ignore_index": 3}):
         ours, expected = model.loss(x, target, **options), F.cross_entropy(model(x), target, **options)
         torch.testing.assert_close(ours, expected)
-        gradients = [torch.autograd.grad(loss, model.junction.weight, retain_graph=True)[0] for loss in (ours, expected)]
+        gradients = [
+            torch.autograd.grad(loss, model.junction.weight, retain_graph=True)[0] for loss in (ours, expected)
+        ]
         torch.testing.assert_close(*gradients)
 
 
@@ -122,7 +124,11 @@ def test_repr_says_the_options() -> None:
         (lambda: SimplexHead(4, 0), ValueError, "in_features >= 1, got 4 and 0"),
         (lambda: head(scale=0.0), ValueError, "scale must be positive and finite, got 0.0"),
         (lambda: head(margin=("cosine", 0.3)), ValueError, "margin needs normalize=True"),
-        (lambda: head().predict(torch.randn(2, 6), k=11), ValueError, r"k must lie in \[1, 10\], the classes in use, got 11"),
+        (
+            lambda: head().predict(torch.randn(2, 6), k=11),
+            ValueError,
+            r"k must lie in \[1, 10\], the classes in use, got 11",
+        ),
         (lambda: head().grow(9), ValueError, "num_classes can only grow, from 10, got 9"),
         (lambda: head().grow(17), ValueError, "needs 7 slots, 6 of 16 are free"),
     ],

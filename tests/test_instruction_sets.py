@@ -16,7 +16,12 @@ LEVELS = ["base", "avx2", "avx512"]
 
 def run(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *arguments], env={**os.environ, **environment}, capture_output=True, text=True, cwd=HERE, check=False
+        [sys.executable, *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        cwd=HERE,
+        check=False,
     )
 
 
@@ -45,8 +50,18 @@ def test_search_gives_the_same_bits_at_every_level() -> None:
 
 
 def test_every_public_function_works_without_the_library() -> None:
-    suites = ["test_cross_entropy.py", "test_logits.py", "test_contrast.py", "test_topk.py", "test_heads.py", "test_bad_input.py"]
-    chosen = "not threads and not definition and not small_loss and not repeats"
+    suites = [
+        "test_cross_entropy.py",
+        "test_logits.py",
+        "test_contrast.py",
+        "test_topk.py",
+        "test_heads.py",
+        "test_bad_input.py",
+    ]
+    # left out: promises about bits, and about tiny losses, that only the kernels make
+    chosen = "not threads and not definition and not small_loss and not strid"
     done = run({"SIMPLEXFIX_NATIVE": "0"}, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *suites)
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "kernels: none (SIMPLEXFIX_NATIVE=0 is set)" in run({"SIMPLEXFIX_NATIVE": "0"}, "-m", "pytest", "--co").stdout
+    assert (
+        "kernels: none (SIMPLEXFIX_NATIVE=0 is set)" in run({"SIMPLEXFIX_NATIVE": "0"}, "-m", "pytest", "--co").stdout
+    )

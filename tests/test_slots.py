@@ -26,7 +26,16 @@ def test_owner() -> None:
     slots = SlotRegistry(8)
     slots.add("a", [5, 6, 2**40])
     slots.add("b", [0, 1], end="high")
-    assert [slots.owner(s) for s in range(8)] == [("a", 5), ("a", 6), ("a", 2**40), None, None, None, ("b", 1), ("b", 0)]
+    assert [slots.owner(s) for s in range(8)] == [
+        ("a", 5),
+        ("a", 6),
+        ("a", 2**40),
+        None,
+        None,
+        None,
+        ("b", 1),
+        ("b", 0),
+    ]
     assert slots.owner(8) is None
     assert slots.owner(-1) is None
 
@@ -75,9 +84,15 @@ def test_a_million_classes_are_one_run() -> None:
         (lambda s: s.lookup("old", torch.tensor([2, 9])), ValueError, "class 9 has no slot in namespace 'old'"),
         (lambda s: s.lookup("new", torch.tensor([2])), ValueError, r"namespace 'new' has no slots; known: \['old'\]"),
         (lambda s: s.lookup("old", torch.tensor([2.0])), TypeError, "classes must be int64, got torch.float32"),
-        (lambda s: SlotRegistry.from_dict({"format": 9}), ValueError, "slot registry of format 9, this version reads 1"),
         (
-            lambda s: SlotRegistry.from_dict({"format": 1, "num_slots": 8, "runs": [["a", 0, 0, 3, 1], ["b", 0, 1, 2, 1]]}),
+            lambda s: SlotRegistry.from_dict({"format": 9}),
+            ValueError,
+            "slot registry of format 9, this version reads 1",
+        ),
+        (
+            lambda s: SlotRegistry.from_dict(
+                {"format": 1, "num_slots": 8, "runs": [["a", 0, 0, 3, 1], ["b", 0, 1, 2, 1]]}
+            ),
             ValueError,
             r"slot 1 of 'b' collides with \('a', 1\)",
         ),

@@ -25,7 +25,9 @@ def exact(query: torch.Tensor, gallery: torch.Tensor, k: int) -> tuple[list[list
     q, g = unit(query).tolist(), unit(gallery).tolist()
     all_scores, all_ids = [], []
     for a in q:
-        scores = [float(np.float32(float(sum(Fraction(x) * Fraction(y) for x, y in zip(a, b, strict=True))))) for b in g]
+        scores = [
+            float(np.float32(float(sum(Fraction(x) * Fraction(y) for x, y in zip(a, b, strict=True))))) for b in g
+        ]
         order = sorted(range(len(g)), key=lambda i: (-scores[i], i))[:k]
         all_scores.append([scores[i] for i in order] + [-math.inf] * (k - len(order)))
         all_ids.append(order + [-1] * (k - len(order)))
@@ -43,9 +45,14 @@ def test_definition(kind: str, d: int) -> None:
 
 
 # one query and many (blocks of 32), galleries of one panel, several, and enough to be split over tasks
-@pytest.mark.parametrize(("queries", "rows", "d", "k"), [(1, 20000, 33, 7), (70, 3000, 129, 50), (33, 9001, 16, 1), (5, 600, 1023, 600)])
+@pytest.mark.parametrize(
+    ("queries", "rows", "d", "k"), [(1, 20000, 33, 7), (70, 3000, 129, 50), (33, 9001, 16, 1), (5, 600, 1023, 600)]
+)
 def test_against_the_twin(queries: int, rows: int, d: int, k: int) -> None:
-    query, gallery = features("normal", queries, d, dtype=torch.float32, seed=1), features("normal", rows, d, dtype=torch.float32)
+    query, gallery = (
+        features("normal", queries, d, dtype=torch.float32, seed=1),
+        features("normal", rows, d, dtype=torch.float32),
+    )
     scores, ids = SF.cosine_topk(query, gallery, k)
     expected_scores, expected_ids = _reference.cosine_topk(query, gallery, k)
     assert torch.equal(scores, expected_scores)
@@ -62,7 +69,10 @@ def test_ties_go_to_the_lower_id_across_all_blocks() -> None:
 
 
 def test_a_query_is_the_same_alone_and_on_any_number_of_threads() -> None:
-    query, gallery = features("normal", 65, 50, dtype=torch.float32, seed=2), features("near-duplicates", 9000, 50, dtype=torch.float32)
+    query, gallery = (
+        features("normal", 65, 50, dtype=torch.float32, seed=2),
+        features("near-duplicates", 9000, 50, dtype=torch.float32),
+    )
     scores, ids = SF.cosine_topk(query, gallery, 20)
     threads = torch.get_num_threads()
     try:

@@ -110,10 +110,7 @@ def pack(paths: Sequence[Path]) -> bytes:
     names = sorted(drawings)
     alphabets = sorted({alphabet for alphabet, _ in names})
     images = np.stack(
-        [
-            [reduce_drawing(decode_ink(drawings[name][drawer])) for drawer in range(1, DRAWERS + 1)]
-            for name in names
-        ]
+        [[reduce_drawing(decode_ink(drawings[name][drawer])) for drawer in range(1, DRAWERS + 1)] for name in names]
     )
     buffer = io.BytesIO()
     np.savez_compressed(  # dates every member 1980-01-01, so that equal arrays are equal bytes

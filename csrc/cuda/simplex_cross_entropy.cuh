@@ -64,6 +64,11 @@ __device__ __forceinline__ RowExponentials<A> from_lane_xor(const RowExponential
   return {from_lane_xor(v.rest, mask), from_lane_xor(v.along, mask)};
 }
 
+// Blocks that an SM must have room for.  ptxas finds the budget below by itself, except for double on
+// sm_100, where it spills unless told; told for float, it spills on sm_80.
+template <typename T, int kThreads>
+constexpr int kDoubleBlocks = sizeof(T) == 8 ? 512 / Team<kThreads>::kBlock : 0;
+
 // Loss and gradient of rows.
 //
 // Work:    a team of kThreads does a row at a time: a warp (8 rows a block) for d <= 256, a block of
@@ -78,10 +83,11 @@ __device__ __forceinline__ RowExponentials<A> from_lane_xor(const RowExponential
 //          accurate exp and log.  A target out of range gives a nan loss and a nan gradient row: a
 //          kernel can raise no error, and reads nothing out of bounds for it.
 // Determinism: bitwise the same for a row wherever it lies and whatever the grid (team.cuh).
-// Budget:  16-bit and float: 64 registers or fewer, so that 1024 threads fill an SM's register file
-//          at least; double: 128.  No local memory.
+// Budget:  64 registers, 1024 threads an SM; double: 128 and 512.  The longest kept rows leave room for 640
+//          threads on sm_86 and sm_89, with their 100 KB of shared memory.  No local memory.
 template <typename T, int kThreads, bool kKept>
-__global__ void __launch_bounds__(Team<kThreads>::kBlock) simplex_cross_entropy(const CrossEntropyParams<T> p) {
+__global__ void __launch_bounds__(Team<kThreads>::kBlock, kDoubleBlocks<T, kThreads>)
+    simplex_cross_entropy(const CrossEntropyParams<T> p) {
   using A = accumulate_t<T>;
   using Rows = Team<kThreads>;
   using Index = std::conditional_t<kKept, int, int64_t>;

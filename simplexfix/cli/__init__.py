@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         module.add_arguments(verb)
     arguments = parser.parse_args(argv)
     try:
-        return _VERBS[arguments.verb].run(arguments)
+        return int(_VERBS[arguments.verb].run(arguments))
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] not in ("matplotlib", "rich"):
             raise

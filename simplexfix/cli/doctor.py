@@ -41,7 +41,9 @@ def diagnose() -> dict[str, Any]:
         "numpy": _version("numpy"),
     }
     if info:
-        facts["library"] = f"{info['version']}, built by gcc {info['compiler']} with the headers of torch {info['torch_headers']}"
+        facts["library"] = (
+            f"{info['version']}, built by gcc {info['compiler']} with the headers of torch {info['torch_headers']}"
+        )
         facts["instruction set"] = info["cpu_isa"]
     else:
         facts["library"] = f"not in use: {_native.missing}"

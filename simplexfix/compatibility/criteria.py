@@ -62,7 +62,7 @@ def average_accuracy(matrix: ArrayLike, *, upto: int | None = None) -> float:
 def backward_compatibility(matrix: ArrayLike) -> float:
     """BC: what the last model's queries gain on the old galleries over the models that made them.
 
-        BC = mean over i < T - 1 of  C[T - 1, i] - C[i, i]                nan for T = 1
+    BC = mean over i < T - 1 of  C[T - 1, i] - C[i, i]                nan for T = 1
     """
     c = lower_triangle(matrix)
     return float(np.mean(c[-1, :-1] - np.diag(c)[:-1])) if len(c) > 1 else float("nan")
@@ -71,7 +71,7 @@ def backward_compatibility(matrix: ArrayLike) -> float:
 def forward_compatibility(matrix: ArrayLike) -> float:
     """FC: what each model's queries gain on the gallery of the version before over its own gallery.
 
-        FC = mean over i >= 1 of  C[i, i - 1] - C[i, i]                   nan for T = 1
+    FC = mean over i >= 1 of  C[i, i - 1] - C[i, i]                   nan for T = 1
     """
     c = lower_triangle(matrix)
     return float(np.mean(np.diag(c, -1) - np.diag(c)[1:])) if len(c) > 1 else float("nan")

@@ -1,0 +1,6 @@
+"""Small plain networks, and the pair of backbone and head that one version of a model is."""
+
+from .convnet import SmallConvNet
+from .embedding import EmbeddingModel
+
+__all__ = ["EmbeddingModel", "SmallConvNet"]

@@ -10,9 +10,7 @@ from ..functional import cosine_topk
 __all__ = ["instance_accuracy", "nearest_class_mean_accuracy"]
 
 
-def nearest_class_mean_accuracy(
-    query: Tensor, query_labels: Tensor, gallery: Tensor, gallery_labels: Tensor
-) -> float:
+def nearest_class_mean_accuracy(query: Tensor, query_labels: Tensor, gallery: Tensor, gallery_labels: Tensor) -> float:
     """The share of queries whose nearest class template is that of their own class.
 
         template[c] = F.normalize(gallery[gallery_labels == c].mean(0))
@@ -35,7 +33,7 @@ def nearest_class_mean_accuracy(
         The protocol of arXiv 2405.02581; docs/math.md.
     """
     _check_labels(query, query_labels, gallery, gallery_labels)
-    classes, index, counts = gallery_labels.unique(return_inverse=True, return_counts=True)
+    classes, index, counts = torch.unique(gallery_labels, return_inverse=True, return_counts=True)
     sums = torch.zeros(len(classes), gallery.shape[1], dtype=torch.float64, device=gallery.device)
     sums.index_add_(0, index, gallery.double())
     _, nearest = cosine_topk(query.float(), (sums / counts[:, None]).float(), 1)

@@ -112,6 +112,8 @@ def test_matrix_of_versions(protocol) -> None:
 def test_versions_of_another_width_are_refused_by_name() -> None:
     labels = torch.tensor([0, 1])
     with pytest.raises(ValueError, match=r"queries\[1\] has 5 columns, version 0 has 4"):
-        compatibility_matrix([torch.randn(2, 4), torch.randn(2, 5)], [torch.randn(2, 4)] * 2, labels, labels, instance_accuracy)
+        compatibility_matrix(
+            [torch.randn(2, 4), torch.randn(2, 5)], [torch.randn(2, 4)] * 2, labels, labels, instance_accuracy
+        )
     with pytest.raises(ValueError, match="must be of the same versions, got 2 and 1"):
         compatibility_matrix([torch.randn(2, 4)] * 2, [torch.randn(2, 4)], labels, labels, instance_accuracy)

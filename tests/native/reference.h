@@ -86,9 +86,9 @@ template <typename R>
 struct Row {
   R loss;
   std::vector<R> gradient;
-  R largest_logit;  // in absolute value
-  R plain_gradient; // the largest of the terms that dL/dz is made of, before normalize projects it
-  R sine;           // of the angle to the true class; 1 without a margin
+  R largest_logit;   // in absolute value
+  R plain_gradient;  // the largest of the terms that dL/dz is made of, before normalize projects it
+  R sine;            // of the angle to the true class; 1 without a margin
 };
 
 template <typename R>
@@ -110,8 +110,7 @@ template <typename R>
 void through_unit(const Unit<R>& unit, std::vector<R>* g) {
   R along = 0;
   for (size_t j = 0; j < g->size(); ++j) along += unit.u[j] * (*g)[j];
-  for (size_t j = 0; j < g->size(); ++j)
-    (*g)[j] = unit.norm > 0 ? ((*g)[j] - unit.u[j] * along) / unit.norm : R(0);
+  for (size_t j = 0; j < g->size(); ++j) (*g)[j] = unit.norm > 0 ? ((*g)[j] - unit.u[j] * along) / unit.norm : R(0);
 }
 
 template <typename R>

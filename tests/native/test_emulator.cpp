@@ -63,13 +63,16 @@ void test_emulator() {
     std::vector<int> out(192);
     std::vector<float> values(64);
     int* p = out.data();
-    expect("barrier for some", "__syncthreads() that not all", [&] { launch_kernel(barrier_for_some, 1, 64, 0, nullptr, p); });
+    expect("barrier for some", "__syncthreads() that not all",
+           [&] { launch_kernel(barrier_for_some, 1, 64, 0, nullptr, p); });
     expect("two barriers", "different __syncthreads()", [&] { launch_kernel(two_barriers, 1, 64, 0, nullptr, p); });
     expect("early exit", "exited", [&] { launch_kernel(early_exit, 1, 32, 0, nullptr, p); });
     expect("partial warp", "does not have", [&] { launch_kernel(shuffle_in_a_whole_warp, 1, 40, 0, nullptr, p); });
     expect("mask", "own mask", [&] { launch_kernel(outside_its_mask, 1, 32, 0, nullptr, p); });
-    expect("divergent shuffle", "different collectives", [&] { launch_kernel(divergent_shuffle, 1, 32, 0, nullptr, p); });
-    expect("shared memory starts as nan", "", [&] { launch_kernel(last_left_unset, 1, 64, 0, nullptr, values.data()); });
+    expect("divergent shuffle", "different collectives",
+           [&] { launch_kernel(divergent_shuffle, 1, 32, 0, nullptr, p); });
+    expect("shared memory starts as nan", "",
+           [&] { launch_kernel(last_left_unset, 1, 64, 0, nullptr, values.data()); });
     if (!(values[62] == 1 && std::isnan(values[63]))) failed("emulator: unset shared memory is %g", values[63]);
     expect("reversed", "", [&] { launch_kernel(reversed, 3, 64, 64 * 4, nullptr, p); });
     for (int i = 0; i < 192; ++i)

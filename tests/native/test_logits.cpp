@@ -36,8 +36,9 @@ void check_logits(int64_t rows, int64_t d, int64_t stride, int offset, bool norm
     for (int64_t j = d; j < stride && b + 1 < rows; ++j) z[b * stride + j] = T(NAN);  // padding: never to be read
     for (int64_t j = 0; b % 5 == 3 && j < d; ++j) z[b * stride + j] = T(0.f);
   }
-  simplexfix::cuda::LogitsArgs args{z.data(), stride, nullptr, out.data(), rows, d, normalize, scale,
-                                    simplexfix::Simplex::of_dimension(d), dtype_of<T>(), nullptr};
+  simplexfix::cuda::LogitsArgs args{
+      z.data(),      stride, nullptr, out.data(), rows, d, normalize, scale, simplexfix::Simplex::of_dimension(d),
+      dtype_of<T>(), nullptr};
   if (const char* error = simplexfix::cuda::simplex_logits(args)) failed("launch: %s", error);
   args.logits_gradient = g.data();
   args.out = back.data();
@@ -48,7 +49,8 @@ void check_logits(int64_t rows, int64_t d, int64_t stride, int offset, bool norm
   for (int64_t b = 0; b < rows; ++b) {
     char name[160];
     std::snprintf(name, sizeof name, "logits<%s>%s, %lld x %lld, stride %lld, offset %d, row %lld", Format<T>::kName,
-                  normalize ? " normalize" : "", (long long)rows, (long long)d, (long long)stride, offset, (long long)b);
+                  normalize ? " normalize" : "", (long long)rows, (long long)d, (long long)stride, offset,
+                  (long long)b);
     const T *z_row = z.data() + b * stride, *g_row = g.data() + b * (d + 1);
     const auto wide = widened<long double>(z_row, d), wide_g = widened<long double>(g_row, d + 1);
     const auto narrow = widened<A>(z_row, d), narrow_g = widened<A>(g_row, d + 1);
@@ -77,8 +79,8 @@ void check_scale(int64_t rows, int64_t cols, int offset, bool by_row, bool ones)
   if (in.size() > 2) in[in.size() / 2] = T(-0.f);
   std::mt19937 random(unsigned(rows) + 3);
   for (int64_t i = 0; i < factor.size(); ++i) factor[i] = ones ? A(1) : A(float(random() % 4096) / 1000);
-  if (const char* error = simplexfix::cuda::scale_rows({in.data(), factor.data(), by_row ? 1 : 0, out.data(), rows, cols,
-                                                        dtype_of<T>(), nullptr}))
+  if (const char* error = simplexfix::cuda::scale_rows(
+          {in.data(), factor.data(), by_row ? 1 : 0, out.data(), rows, cols, dtype_of<T>(), nullptr}))
     failed("launch: %s", error);
   for (int64_t i = 0; i < in.size(); ++i) {
     const T want = T(A(in[i]) * factor[by_row ? i / cols : 0]);

@@ -27,7 +27,9 @@ def test_against_a_loop() -> None:
     query, gallery, query_labels, gallery_labels = rows[:150], rows[150:], labels[:150], labels[150:]
     classes = gallery_labels.unique().tolist()
     templates = torch.stack([F.normalize(gallery[gallery_labels == c].double().mean(0), dim=0) for c in classes])
-    right = [classes[int((templates @ q.double()).argmax())] == y for q, y in zip(query, query_labels.tolist(), strict=True)]
+    right = [
+        classes[int((templates @ q.double()).argmax())] == y for q, y in zip(query, query_labels.tolist(), strict=True)
+    ]
     assert nearest_class_mean_accuracy(query, query_labels, gallery, gallery_labels) == sum(right) / 150
     nearest = (F.normalize(query.double()) @ F.normalize(gallery.double()).T).argmax(1)
     expected = (gallery_labels[nearest] == query_labels).double().mean().item()
@@ -44,11 +46,19 @@ def test_a_class_the_gallery_lacks_counts_as_wrong(protocol) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((torch.eye(3), torch.arange(2), torch.eye(3), torch.arange(3)), ValueError, r"query has 3 rows, query_labels has shape \[2\]"),
+        (
+            (torch.eye(3), torch.arange(2), torch.eye(3), torch.arange(3)),
+            ValueError,
+            r"query has 3 rows, query_labels has shape \[2\]",
+        ),
         ((torch.eye(3), torch.arange(3), torch.eye(3), torch.arange(4)), ValueError, "gallery has 3 rows"),
         ((torch.eye(3), torch.rand(3), torch.eye(3), torch.arange(3)), TypeError, "query_labels must be int64"),
         ((torch.eye(0), torch.arange(0), torch.eye(3)[:, :0], torch.arange(3)), ValueError, "query has no rows"),
-        ((torch.eye(3) / 0, torch.arange(3), torch.eye(3), torch.arange(3)), ValueError, "query row 0 holds nan or inf"),
+        (
+            (torch.eye(3) / 0, torch.arange(3), torch.eye(3), torch.arange(3)),
+            ValueError,
+            "query row 0 holds nan or inf",
+        ),
     ],
 )
 def test_bad_input(protocol, arguments, error: type[Exception], message: str) -> None:

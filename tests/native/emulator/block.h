@@ -20,7 +20,8 @@ struct Site {
 };
 // Default arguments that name the caller's place.
 #define EMULATOR_CALLER const char *file_ = __builtin_FILE(), int line_ = __builtin_LINE()
-#define EMULATOR_SITE ::emulator::Site{file_, line_}
+#define EMULATOR_SITE \
+  ::emulator::Site { file_, line_ }
 
 enum class Wait : uint8_t { kNone, kBlock, kWarp, kDone };
 struct Block;

@@ -39,7 +39,7 @@ emulator_switch:
 namespace emulator {
 
 #if defined(EMULATOR_ASAN) || defined(EMULATOR_TSAN)
-constexpr size_t kStackBytes = 256 << 10;
+constexpr size_t kStackBytes = 96 << 10;
 #else
 constexpr size_t kStackBytes = 64 << 10;
 #endif

@@ -1,0 +1,1 @@
+"""What is measured: each case sets its data up once and gives time, bytes and error from it."""

@@ -1,0 +1,73 @@
+"""Prints one table of ratios to named peers and to the machine's limit, with errors; writes it as JSON.
+
+python benchmarks/run.py [--out FILE] [--seconds S] [--no-compile]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from cases import loss, search
+from measure import copy_in_place, interleave, machine_card
+
+
+def measure_loss(case: loss.LossCase, seconds: float, compiled: bool) -> dict[str, Any]:
+    candidates = case.candidates(compiled)
+    limit = copy_in_place(case.z.numel(), case.dtype)
+    times = interleave({**candidates, "copy": limit}, seconds=seconds)
+    ours = times["simplexfix"]
+    return {
+        "case": case.name,
+        "times ours": {name: times[name] / ours for name in candidates if name != "simplexfix"},
+        "share of copy bandwidth": times["copy"] / ours,
+        "gradient error": case.errors(),
+    }
+
+
+def measure_search(case: search.SearchCase, seconds: float) -> dict[str, Any]:
+    candidates = case.candidates()
+    times = interleave(candidates, seconds=seconds, least=3)
+    ours = times["simplexfix"]
+    return {
+        "case": case.name,
+        "times ours": {name: times[name] / ours for name in candidates if name != "simplexfix"},
+        "wrong places": case.errors(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="write the results as JSON too")
+    parser.add_argument("--seconds", type=float, default=2.0, help="per case (default: 2)")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out: it takes minutes")
+    arguments = parser.parse_args()
+    results = {"machine": machine_card(), "cases": []}
+    for key, value in results["machine"].items():
+        print(f"{key:>17}  {value}")
+    for case in loss.CASES:
+        results["cases"].append(measure_loss(case, arguments.seconds, not arguments.no_compile))
+        show(results["cases"][-1])
+    for case in search.CASES:
+        results["cases"].append(measure_search(case, arguments.seconds))
+        show(results["cases"][-1])
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def show(result: dict[str, Any]) -> None:
+    print(f"\n{result['case']}")
+    if "share of copy bandwidth" in result:
+        print(f"  {result['share of copy bandwidth']:.2f} of the speed of an in-place copy of z")
+    kind = next(key for key in ("gradient error", "wrong places") if key in result)
+    print(f"  {'simplexfix':<28} {'1':>8}      {kind} {result[kind]['simplexfix']:.1e}")
+    for name, ratio in result["times ours"].items():
+        error = result[kind].get(name)
+        print(f"  {name:<28} {ratio:8.2f} x    " + (f"{kind} {error:.1e}" if error is not None else ""))
+
+
+if __name__ == "__main__":
+    main()

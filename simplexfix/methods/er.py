@@ -1,0 +1,68 @@
+"""Experience replay: the ordinary way, a learnable linear classifier that grows with its classes."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..models import EmbeddingModel
+
+__all__ = ["ER", "LinearHead"]
+
+
+class LinearHead(nn.Module):
+    """A learnable classifier on the features, which are the embedding themselves.
+
+    Args:
+        in_features: width of the features.
+        scale: None for plain logits `W h + b`; else logits are `scale` times the cosines of features and rows
+            of W.
+    """
+
+    def __init__(self, in_features: int, *, scale: float | None = None) -> None:
+        super().__init__()
+        self.scale = scale
+        self.classifier = nn.Linear(in_features, 1)
+        self.num_classes = 0
+
+    def embed(self, features: Tensor) -> Tensor:
+        """[B, in_features], unchanged."""
+        return features
+
+    def loss(self, features: Tensor, target: Tensor) -> Tensor:
+        """Cross-entropy over the classes there are."""
+        if self.scale is None:
+            return F.cross_entropy(self.classifier(features), target)
+        weight = F.normalize(self.classifier.weight)
+        return F.cross_entropy(self.scale * F.linear(F.normalize(features), weight), target)
+
+    @torch.no_grad()
+    def grow(self, classes: int) -> None:
+        """Adds freshly initialised rows up to `classes`; the old rows stay."""
+        old, kept = self.classifier, self.num_classes
+        if classes > kept:
+            self.classifier = nn.Linear(old.in_features, classes).to(old.weight)
+            self.classifier.weight[:kept] = old.weight[:kept]
+            self.classifier.bias[:kept] = old.bias[:kept]
+            self.num_classes = classes
+
+
+class ER:
+    """Cross-entropy through a learnable head on new and remembered items; the old model plays no part.
+
+    Args:
+        scale: of `LinearHead`.
+    """
+
+    def __init__(self, *, scale: float | None = None) -> None:
+        self.scale = scale
+
+    def head(self, in_features: int) -> LinearHead:
+        return LinearHead(in_features, scale=self.scale)
+
+    def add_classes(self, model: EmbeddingModel, classes: range) -> None:
+        model.head.grow(classes.stop)  # type: ignore[operator]
+
+    def loss(self, model: EmbeddingModel, input: Tensor, target: Tensor, old: EmbeddingModel | None) -> Tensor:
+        return model.head.loss(model.backbone(input), target)  # type: ignore[no-any-return, operator]

@@ -1,0 +1,55 @@
+"""Cross-entropy through the fixed d-simplex: stationary features."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import Tensor
+
+from ..heads import SimplexHead
+from ..models import EmbeddingModel
+from ..slots import SlotRegistry
+
+__all__ = ["Simplex"]
+
+
+class Simplex:
+    """The fixed simplex classifier on new and remembered items; the old model plays no part.
+
+    Args:
+        slots: the registry that all versions and replacements share: one class, one slot, for good.
+        namespace: under which the classes are known there.
+        normalize, scale, margin: of `simplexfix.SimplexHead`.
+
+    Reference:
+        arXiv 2405.02581.
+    """
+
+    def __init__(
+        self,
+        slots: SlotRegistry,
+        namespace: str = "default",
+        *,
+        normalize: bool = False,
+        scale: float = 1.0,
+        margin: tuple[str, float] | None = None,
+    ) -> None:
+        self.slots = slots
+        self.namespace = namespace
+        self.normalize = normalize
+        self.scale = scale
+        self.margin = margin
+
+    def head(self, in_features: int) -> SimplexHead:
+        return SimplexHead(
+            0, in_features, slots=self.slots, normalize=self.normalize, scale=self.scale, margin=self.margin
+        )
+
+    def add_classes(self, model: EmbeddingModel, classes: range) -> None:
+        known = set(self.slots.classes(self.namespace).tolist())
+        self.slots.add(self.namespace, [class_id for class_id in classes if class_id not in known])
+        model.head.slots = copy.deepcopy(self.slots)  # type: ignore[assignment]  # a version keeps what was known when it was made
+
+    def loss(self, model: EmbeddingModel, input: Tensor, target: Tensor, old: EmbeddingModel | None) -> Tensor:
+        slots = self.slots.lookup(self.namespace, target)
+        return model.head.loss(model.backbone(input), slots)  # type: ignore[no-any-return, operator]

@@ -1,0 +1,192 @@
+"""The scenario of `simplexfix demo`: four versions on Omniglot, the last one a replacement.
+
+v0 learns some characters from scratch; v1 and v2 are fine-tuned in turn on more, with rehearsal; then the
+network is thrown away for a wider one that was pre-trained apart, on more characters, against the same
+simplex with the same slots (for ER: with a classifier of its own), and fine-tuned on the last ones: v3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data import RandomWarp, load_omniglot
+from ..methods import ER, HOC, Method, Simplex
+from ..models import EmbeddingModel, SmallConvNet
+from ..slots import SlotRegistry
+from .items import Items
+from .task import Schedule, train_version
+
+__all__ = ["METHODS", "UNSEEN_ALPHABETS", "OmniglotData", "Recipe", "split_omniglot", "train_versions"]
+
+METHODS = ("hoc", "simplex", "er")
+UNSEEN_ALPHABETS = ("Korean", "Tagalog")
+TRAIN_DRAWINGS, GALLERY_DRAWINGS, UNSEEN_GALLERY_DRAWINGS = 12, 4, 10  # of 20; the rest are queries
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every number of the scenario.
+
+    Args:
+        new_classes: characters that v0, v1, v2 and v3 add.
+        pretrain_classes: characters that the replacement was pre-trained on: the first so many.
+        memory_per_class: drawings of each earlier character that rehearsal keeps.
+        num_slots: K of the simplex.
+        features: width of the backbones' output.
+        width, replacement_width: channels of the network and of its replacement.
+        v0, pretrain, finetune: budgets.
+    """
+
+    new_classes: tuple[int, int, int, int] = (60, 40, 40, 45)
+    pretrain_classes: int = 140
+    memory_per_class: int = 6
+    num_slots: int = 256
+    features: int = 256
+    width: int = 16
+    replacement_width: int = 48
+    v0: Schedule = Schedule(300, 3e-3)
+    pretrain: Schedule = Schedule(400, 3e-3)
+    finetune: Schedule = Schedule(120, 1e-3)
+
+    def steps(self, methods: int) -> int:
+        """Training steps of so many methods; `hoc` and `simplex` share v0 and the replacement."""
+        starts = 1 if methods == 1 else methods - 1
+        return starts * (self.v0.steps + self.pretrain.steps) + methods * 3 * self.finetune.steps
+
+    def quick(self) -> Recipe:
+        """The same story at a fraction of the budget."""
+        short = {name: replace(getattr(self, name), steps=steps) for name, steps in _QUICK_STEPS.items()}
+        return replace(self, replacement_width=32, **short)
+
+
+_QUICK_STEPS = {"v0": 80, "pretrain": 80, "finetune": 40}
+
+
+@dataclass(frozen=True)
+class OmniglotData:
+    """uint8 drawings [N, 28, 28] with class ids, in the order in which versions learn the characters."""
+
+    train: Tensor  # [185, 12, 28, 28]
+    gallery: dict[str, Items]  # "seen": the characters of v0; "unseen": alphabets that no version saw
+    query: dict[str, Items]
+
+
+def split_omniglot(recipe: Recipe, seed: int) -> OmniglotData:
+    """Training, gallery and query drawings, disjoint; the seed orders the characters."""
+    omniglot = load_omniglot()
+    images = torch.from_numpy(omniglot.images)
+    alphabet = np.array(omniglot.alphabets)[omniglot.alphabet_of]
+    unseen = torch.from_numpy(np.isin(alphabet, UNSEEN_ALPHABETS))
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(int((~unseen).sum())))
+    seen_images, unseen_images = images[~unseen][order], images[unseen]
+    held_out = seen_images[: recipe.new_classes[0], TRAIN_DRAWINGS:]
+    return OmniglotData(
+        train=seen_images[:, :TRAIN_DRAWINGS],
+        gallery={
+            "seen": _items(held_out[:, :GALLERY_DRAWINGS]),
+            "unseen": _items(unseen_images[:, :UNSEEN_GALLERY_DRAWINGS]),
+        },
+        query={
+            "seen": _items(held_out[:, GALLERY_DRAWINGS:]),
+            "unseen": _items(unseen_images[:, UNSEEN_GALLERY_DRAWINGS:]),
+        },
+    )
+
+
+def train_versions(
+    data: OmniglotData,
+    recipe: Recipe,
+    seed: int,
+    *,
+    methods: tuple[str, ...] = METHODS,
+    on_step: Callable[[str], None] = lambda stage: None,
+) -> dict[str, list[EmbeddingModel]]:
+    """v0 .. v3 of each method, on the same data with the same budget and networks.
+
+    `hoc` and `simplex` differ only where there is an old model, so v0 and the replacement's pre-training are
+    the same for both and done once.
+    """
+    slots = SlotRegistry(recipe.num_slots)
+    makers: dict[str, Method] = {"hoc": HOC(slots), "simplex": Simplex(slots), "er": ER()}
+    starts: dict[bool, tuple[EmbeddingModel, EmbeddingModel]] = {}
+    versions: dict[str, list[EmbeddingModel]] = {}
+    for name in methods:
+        method = makers[name]
+        learnable = name == "er"
+        if learnable not in starts:
+            starts[learnable] = _train_starts(data, recipe, seed, method, "er" if learnable else "simplex", on_step)
+        versions[name] = _train_upgrades(data, recipe, seed, name, method, *starts[learnable], on_step)
+    return versions
+
+
+def _train_starts(
+    data: OmniglotData, recipe: Recipe, seed: int, method: Method, name: str, on_step: Callable[[str], None]
+) -> tuple[EmbeddingModel, EmbeddingModel]:
+    """v0, and the replacement as it comes from elsewhere."""
+    plans = (
+        (recipe.width, recipe.new_classes[0], recipe.v0, 0, f"{name}: v0"),
+        (recipe.replacement_width, recipe.pretrain_classes, recipe.pretrain, 10, f"{name}: replacement"),
+    )
+    trained = []
+    for width, classes, schedule, number, stage in plans:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(100 * seed + number)
+            backbone = SmallConvNet(width, recipe.features)
+            fresh = EmbeddingModel(backbone, method.head(recipe.features))
+        trained.append(
+            train_version(
+                fresh,
+                method,
+                _items(data.train[:classes]),
+                schedule,
+                classes=range(classes),
+                seed=100 * seed + number,
+                augment=RandomWarp(),
+                on_step=lambda stage=stage: on_step(stage),  # type: ignore[misc]
+            )
+        )
+    return trained[0], trained[1]
+
+
+def _train_upgrades(
+    data: OmniglotData,
+    recipe: Recipe,
+    seed: int,
+    name: str,
+    method: Method,
+    v0: EmbeddingModel,
+    replacement: EmbeddingModel,
+    on_step: Callable[[str], None],
+) -> list[EmbeddingModel]:
+    """v0 and what follows; each version's old model is the one deployed before it."""
+    remembered = torch.from_numpy(np.random.default_rng(1000 + seed).permutation(TRAIN_DRAWINGS))
+    remembered = remembered[: recipe.memory_per_class]
+    versions = [v0]
+    for t in (1, 2, 3):
+        first, last = sum(recipe.new_classes[:t]), sum(recipe.new_classes[: t + 1])
+        versions.append(
+            train_version(
+                replacement if t == 3 else versions[-1],
+                method,
+                _items(data.train[first:last], first),
+                recipe.finetune,
+                classes=range(last),
+                seed=100 * seed + t,
+                augment=RandomWarp(),
+                memory=_items(data.train[:first, remembered]),
+                old=versions[-1],
+                on_step=lambda stage=f"{name}: v{t}": on_step(stage),  # type: ignore[misc]
+            )
+        )
+    return versions
+
+
+def _items(drawings: Tensor, first_class: int = 0) -> Items:
+    """[C, N, 28, 28] -> C * N items of classes first_class, first_class + 1, ..."""
+    labels = torch.arange(first_class, first_class + len(drawings)).repeat_interleave(drawings.shape[1])
+    return Items(drawings.flatten(0, 1), labels)

@@ -1,0 +1,157 @@
+"""Builds the kernel tests for one layer and runs them; README.md says what each layer is for.
+
+Objects are kept in build/native under a hash of what they are made from, so a second build is free.
+"""
+
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from functools import cache
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+CACHE = ROOT / "build" / "native"
+CXX = os.environ.get("CXX", "g++")
+
+sys.path.append(str(HERE / "emulator"))
+from ptx2cpp import translate  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Layer:
+    flags: list[str]
+    arguments: list[str] = field(default_factory=list)  # of the test program
+    ptx: bool = False
+    timeout: int = 600  # seconds
+
+
+ASAN = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+LAYERS = {
+    "plain": Layer(["-O1"]),
+    "asan": Layer(["-O1", *ASAN]),
+    # A race is found in whatever order the threads run, so one order and two dtypes will do.
+    "tsan": Layer(
+        ["-O1", "-fsanitize=thread"],
+        ["--small", "--order", "forward", "--dtype", "float", "--dtype", "bfloat16"],
+    ),
+    "ptx": Layer(["-O1"], ["--ptx"], ptx=True),
+}
+
+
+class BuildError(Exception):
+    """A compiler failed; the text is what it said."""
+
+
+def cuda_include() -> Path | None:
+    """The folder of CUDA's headers."""
+    for home in filter(None, (os.environ.get("CUDA_HOME"), "/usr/local/cuda")):
+        if (Path(home) / "include" / "cuda_runtime.h").is_file():
+            return Path(home) / "include"
+    return None
+
+
+def missing() -> str | None:
+    """Why the tests cannot be built here, or None."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return f"the emulator switches contexts on x86-64 only, not on {platform.machine()}"
+    if not shutil.which(CXX):
+        return f"no {CXX}"
+    if cuda_include() is None:
+        return "no CUDA headers in $CUDA_HOME/include or /usr/local/cuda/include"
+    return None
+
+
+def execute(command: list[str | Path]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        raise BuildError(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
+    return done.stdout
+
+
+@cache
+def version(compiler: str) -> str:
+    return execute([compiler, "--version"])
+
+
+def closure(source: Path, seen: dict[Path, str] | None = None) -> dict[Path, str]:
+    """The text of a source and of every file that it includes by a quoted name."""
+    seen = {} if seen is None else seen
+    source = source.resolve()
+    if source not in seen:
+        seen[source] = source.read_text()
+        for name in re.findall(r'^\s*#include "([^"]+)"', seen[source], re.M):
+            closure(source.parent / name, seen)
+    return seen
+
+
+def digest(*parts: object) -> str:
+    return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:24]
+
+
+def make(target: Path, command: list[str | Path]) -> Path:
+    """Runs a command that writes `target`, unless it is there; it appears whole or not at all."""
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f"{target.stem}.{os.getpid()}{target.suffix}")
+        execute([*command, "-o", partial])
+        partial.replace(target)
+    return target
+
+
+def compile_source(source: Path, flags: list[str]) -> Path:
+    texts = [*closure(source).values(), *closure(HERE / "emulator" / "ptx_runtime.h").values()]
+    emulator = ["-include", HERE / "emulator" / "emulator.h", f"-I{HERE / 'emulator'}", "-isystem", cuda_include()]
+    # Fewer blocks than rows: the kernels' loops over rows take several turns.
+    common = ["-std=c++20", "-g1", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+    common += ["-DSIMPLEXFIX_MAX_BLOCKS=3"]
+    name = f"{source.stem}-{digest(version(CXX), common, flags, *texts)}.o"
+    return make(CACHE / name, [CXX, *common, *flags, *emulator, "-x", "c++", "-c", source])
+
+
+def compile_ptx(source: Path, flags: list[str]) -> Path:
+    """nvcc's optimised PTX of a source, translated and compiled."""
+    nvcc = shutil.which("nvcc") or str(cuda_include().parent / "bin" / "nvcc")
+    name = f"{source.stem}-{digest(version(nvcc), *closure(source).values())}.ptx"
+    options = ["-std=c++17", "-O3", "-arch=compute_80", "-lineinfo", "-ptx"]
+    ptx = make(CACHE / name, [nvcc, *options, source])
+    text = translate(ptx.read_text())
+    cxx = CACHE / f"{source.stem}-ptx-{digest(text)}.cpp"
+    if not cxx.exists():
+        cxx.write_text(text)
+    return compile_source(cxx, [*flags, "-w"])
+
+
+def build(layer: str, csrc: Path = ROOT / "csrc", jobs: int = 1) -> Path:
+    """The test program of a layer, with the kernels of `csrc`."""
+    chosen = LAYERS[layer]
+    kernels = sorted((csrc / "cuda").glob("*.cu"))
+    tests = sorted(HERE.glob("*.cpp"))
+    work = [(compile_source, source) for source in (*kernels, *tests)]
+    if chosen.ptx:  # their strong symbols win over the weak ones of the kernels above
+        work += [(compile_ptx, source) for source in kernels]
+    with ThreadPool(jobs) as pool:
+        objects = pool.map(lambda item: item[0](item[1], chosen.flags), work, chunksize=1)
+    name = f"tests-{layer}-{digest(*objects)}"
+    return make(CACHE / name, [CXX, *chosen.flags, *objects])
+
+
+def run(program: Path, layer: str, arguments: list[str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs a test program; its output is in stdout."""
+    command = [program, *LAYERS[layer].arguments, *(arguments or [])]
+    options = {"TSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": "detect_stack_use_after_return=0"}
+    return subprocess.run(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        timeout=LAYERS[layer].timeout,
+        env={**os.environ, **options},
+    )

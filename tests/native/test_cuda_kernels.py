@@ -1,0 +1,25 @@
+"""The CUDA kernels, run on the CPU against an fp64 reference; README.md says how, and what that leaves open."""
+
+import harness
+import mutants
+import pytest
+
+pytestmark = pytest.mark.skipif(harness.missing() is not None, reason=str(harness.missing()))
+
+
+def test_kernels_agree_with_the_reference_in_every_order_of_threads():
+    done = harness.run(harness.build("plain"), "plain")
+    assert done.returncode == 0, done.stdout
+    assert "OK" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["last slot's share of the gradient", "vectors past the end"])
+def test_a_planted_bug_is_found(name):
+    """The net still catches; run.py mutants tries them all."""
+    mutant = next(m for m in mutants.MUTANTS if m.name == name)
+    assert mutants.verdict(mutant, "plain") is not None
+
+
+def test_every_planted_bug_still_fits_the_sources(tmp_path):
+    for i, mutant in enumerate(mutants.MUTANTS):
+        mutants.plant(mutant, tmp_path / str(i))
