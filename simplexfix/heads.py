@@ -37,7 +37,8 @@ class SimplexHead(nn.Module):
         ValueError: fewer than 2 slots, more classes than slots, or an option out of range.
 
     Reference:
-        Biondi, Pernici, Ricci, Del Bimbo, "Stationary Representations", CVPR 2024, arXiv 2405.02581.
+        Biondi, Pernici, Ricci, Del Bimbo, "Stationary Representations: Optimally Approximating Compatibility
+        and Implications for Improved Model Replacements", CVPR 2024, arXiv 2405.02581.
     """
 
     def __init__(

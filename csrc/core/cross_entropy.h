@@ -20,11 +20,11 @@ namespace simplexfix {
 template <typename A>
 struct CrossEntropyOptions {
   bool normalize;
-  A scale;          // > 0
-  Margin margin;    // on the true class, with normalize only
-  A margin_size;    // a cosine, or radians
-  A smoothing;      // label_smoothing, in [0, 1]
-  A weight_sum;     // of the K class weights; K where there are none
+  A scale;        // > 0
+  Margin margin;  // on the true class, with normalize only
+  A margin_size;  // a cosine, or radians
+  A smoothing;    // label_smoothing, in [0, 1]
+  A weight_sum;   // of the K class weights; K where there are none
   // Of margin_size, found once here: sin and cos of any number need local memory on a GPU.
   A margin_cosine = std::cos(margin_size);
   A margin_sine = std::sin(margin_size);
@@ -88,7 +88,7 @@ SIMPLEXFIX_HD RowLogits<A> row_logits(const std::common_type_t<RoundedSimplex<A>
   apply_margin(options, plain / options.scale, &moved, &row.slope);
   row.label = options.margin == Margin::kNone ? plain : moved * options.scale;
   row.margin = plain - row.label;
-  row.largest = row.factor * sums.largest - row.shift;  // -inf where K = 2 leaves no other row below d
+  row.largest = row.factor * sums.largest - row.shift;    // -inf where K = 2 leaves no other row below d
   if (!(row.factor > A(0)) && d > 1) row.largest = A(0);  // a zero row under normalize, never 0 * inf
   if (label < d && !(row.largest >= row.last)) row.largest = row.last;
   if (!(row.largest >= row.label)) row.largest = row.label;
@@ -118,9 +118,9 @@ SIMPLEXFIX_HD RowOutcome<A> row_outcome(const std::common_type_t<RoundedSimplex<
   out.loss = (A(1) - options.smoothing) * weight_label * gap;
   if (options.smoothing > A(0)) {
     // sum_c w_c l_c; without weights the logits sum to zero, since the vertices do
-    const A sum = weighted ? row.factor * sums.weighted - row.shift * (options.weight_sum - weight_last) +
-                                 row.last * weight_last
-                           : A(0);
+    const A sum =
+        weighted ? row.factor * sums.weighted - row.shift * (options.weight_sum - weight_last) + row.last * weight_last
+                 : A(0);
     out.loss += share * (options.weight_sum * (gap + row.label) - (sum - weight_label * row.margin));
   }
   const A mass = (A(1) - options.smoothing) * weight_label + share * options.weight_sum;

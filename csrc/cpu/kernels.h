@@ -14,15 +14,15 @@ const char* isa();  // "base", "avx2" or "avx512": what this machine runs; SIMPL
 template <typename T>
 struct CrossEntropyArgs {
   using A = accumulate_t<T>;
-  const T* z;         // [B, d], rows z_stride elements apart
+  const T* z;  // [B, d], rows z_stride elements apart
   int64_t z_stride;
   const int64_t* target;  // [B], each a slot in [0, d] or ignore_index
-  const A* weight;    // [d + 1] or nullptr
-  A* loss;            // [B], of each row; 0 where ignored
-  T* gradient;        // [B, d] contiguous, or nullptr where none is wanted
+  const A* weight;        // [d + 1] or nullptr
+  A* loss;                // [B], of each row; 0 where ignored
+  T* gradient;            // [B, d] contiguous, or nullptr where none is wanted
   int64_t d;
   int64_t ignore_index;
-  A upstream;         // multiplies every row's gradient
+  A upstream;  // multiplies every row's gradient
   Simplex simplex;
   CrossEntropyOptions<A> options;
 };
@@ -30,10 +30,10 @@ struct CrossEntropyArgs {
 template <typename T>
 struct LogitsArgs {
   using A = accumulate_t<T>;
-  const T* z;           // [B, d], rows z_stride elements apart
+  const T* z;  // [B, d], rows z_stride elements apart
   int64_t z_stride;
   const T* logits_gradient;  // [B, d + 1] contiguous, backward only
-  T* out;               // forward: logits [B, d + 1]; backward: dL/dz [B, d]
+  T* out;                    // forward: logits [B, d + 1]; backward: dL/dz [B, d]
   int64_t d;
   bool normalize;
   A scale;

@@ -63,8 +63,8 @@ TopKSearch::TopKSearch(const float* query, int64_t queries, const float* gallery
       d_(d),
       k_(k),
       query_blocks_((queries + kQueryBlock - 1) / kQueryBlock),
-      gallery_splits_(std::clamp<int64_t>(kTasks / std::max<int64_t>(1, query_blocks_), 1,
-                                          std::max<int64_t>(1, n / kMinSplit))),
+      gallery_splits_(
+          std::clamp<int64_t>(kTasks / std::max<int64_t>(1, query_blocks_), 1, std::max<int64_t>(1, n / kMinSplit))),
       found_(size_t(tasks())) {}
 
 void TopKSearch::run(int64_t task) {

@@ -23,7 +23,7 @@
 #define SIMPLEXFIX_CALLER const char *file = __builtin_FILE(), int line = __builtin_LINE()
 #define SIMPLEXFIX_AT file, line
 #else
-#define SIMPLEXFIX_SHARED(name, ...) __shared__::simplexfix::cuda::SharedType<__VA_ARGS__> name
+#define SIMPLEXFIX_SHARED(name, ...) __shared__ simplexfix::cuda::SharedType<__VA_ARGS__> name
 #define SIMPLEXFIX_DYNAMIC_SHARED(name, type)                                \
   extern __shared__ __align__(16) unsigned char simplexfix_dynamic_shared[]; \
   type* name = reinterpret_cast<type*>(simplexfix_dynamic_shared)

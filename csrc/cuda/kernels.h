@@ -12,7 +12,7 @@ enum class DType : int { kFloat, kDouble, kHalf, kBFloat16 };
 
 // A stands for double where dtype is kDouble, for float elsewhere.
 struct CrossEntropyArgs {
-  const void* z;          // [rows, d] of dtype, rows z_stride elements apart
+  const void* z;  // [rows, d] of dtype, rows z_stride elements apart
   int64_t z_stride;
   const int64_t* target;  // [rows]
   const void* weight;     // [d + 1] of A, or nullptr
@@ -31,10 +31,10 @@ struct CrossEntropyArgs {
 const char* simplex_cross_entropy(const CrossEntropyArgs&);
 
 struct ScaleArgs {
-  const void* in;       // [rows, cols] of dtype, contiguous
-  const void* factor;   // of A: one, or one per row (factor_stride 0 or 1)
+  const void* in;      // [rows, cols] of dtype, contiguous
+  const void* factor;  // of A: one, or one per row (factor_stride 0 or 1)
   int64_t factor_stride;
-  void* out;            // [rows, cols]
+  void* out;  // [rows, cols]
   int64_t rows, cols;
   DType dtype;
   void* stream;
@@ -42,7 +42,7 @@ struct ScaleArgs {
 const char* scale_rows(const ScaleArgs&);
 
 struct LogitsArgs {
-  const void* z;                // [rows, d] of dtype, rows z_stride elements apart
+  const void* z;  // [rows, d] of dtype, rows z_stride elements apart
   int64_t z_stride;
   const void* logits_gradient;  // [rows, d + 1] contiguous, backward only
   void* out;                    // forward [rows, d + 1], backward [rows, d]

@@ -76,9 +76,9 @@ constexpr int kDoubleBlocks = sizeof(T) == 8 ? 512 / Team<kThreads>::kBlock : 0;
 //          RowExponentials, sweep 3 writes the gradient.  The projection that normalize asks of the
 //          gradient needs z . g, which is linear in those sums: no sweep of its own.
 // Memory:  z read once, dL/dz written once, 16 bytes at a time but for a row's ragged ends; a kept row
-//          (kKept) stays in shared memory, d * sizeof(T) + 16 bytes a team; a longer one is read again,
-//          from L2.  dL/dz goes out one element at a time where its rows lie otherwise towards
-//          16 bytes than z's.
+//          (kKept) stays in shared memory, d * sizeof(T) + 16 bytes a team; a longer one is read again
+//          by each sweep, from L2, one element at a time.  dL/dz goes out one element at a time where
+//          its rows lie otherwise towards 16 bytes than z's.
 // Numerics: sums, exponentials and the gradient before its rounding in float (double for double);
 //          accurate exp and log.  A target out of range gives a nan loss and a nan gradient row: a
 //          kernel can raise no error, and reads nothing out of bounds for it.

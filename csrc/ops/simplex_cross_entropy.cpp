@@ -31,8 +31,8 @@ struct CrossEntropyCall {
 };
 
 CrossEntropyCall check(const Tensor& z, const Tensor& target, bool normalize, double scale, int64_t margin_kind,
-                       double margin_size, const std::optional<Tensor>& weight, int64_t ignore_index,
-                       double smoothing, int64_t reduction, bool wants_gradient) {
+                       double margin_size, const std::optional<Tensor>& weight, int64_t ignore_index, double smoothing,
+                       int64_t reduction, bool wants_gradient) {
   check_rows(z, "z");
   const int64_t rows = z.size(0), d = z.size(1);
   const ScalarType type = z.scalar_type(), accumulate = accumulate_type(type);
@@ -54,9 +54,21 @@ CrossEntropyCall check(const Tensor& z, const Tensor& target, bool normalize, do
                      ", got ", torch::headeronly::toString(weight->scalar_type()));
     SIMPLEXFIX_CHECK(weight->device() == z.device(), "weight and z are on different devices");
   }
-  CrossEntropyCall call{with_dense_rows(z), torch::stable::contiguous(target), {}, {}, {}, rows, d, normalize,
-                        wants_gradient, scale, margin_size, smoothing, ignore_index,
-                        static_cast<Margin>(margin_kind), static_cast<Reduction>(reduction)};
+  CrossEntropyCall call{with_dense_rows(z),
+                        torch::stable::contiguous(target),
+                        {},
+                        {},
+                        {},
+                        rows,
+                        d,
+                        normalize,
+                        wants_gradient,
+                        scale,
+                        margin_size,
+                        smoothing,
+                        ignore_index,
+                        static_cast<Margin>(margin_kind),
+                        static_cast<Reduction>(reduction)};
   if (weight) call.weight = torch::stable::contiguous(*weight);
   const std::vector<int64_t> gradient_shape = wants_gradient ? std::vector<int64_t>{rows, d} : std::vector<int64_t>{0};
   const std::vector<int64_t> loss_shape =
@@ -139,8 +151,11 @@ ScaleCall check_scale(const Tensor& gradient, const Tensor& upstream) {
                    torch::headeronly::toString(accumulate_type(gradient.scalar_type())), ", got ",
                    torch::headeronly::toString(upstream.scalar_type()));
   SIMPLEXFIX_CHECK(upstream.device() == gradient.device(), "upstream and gradient are on different devices");
-  return {torch::stable::contiguous(gradient), torch::stable::contiguous(upstream),
-          torch::stable::new_empty(gradient, {gradient.size(0), gradient.size(1)}), gradient.size(0), gradient.size(1),
+  return {torch::stable::contiguous(gradient),
+          torch::stable::contiguous(upstream),
+          torch::stable::new_empty(gradient, {gradient.size(0), gradient.size(1)}),
+          gradient.size(0),
+          gradient.size(1),
           one ? 0 : 1};
 }
 
@@ -173,22 +188,12 @@ std::tuple<Tensor, Tensor> simplex_cross_entropy_cuda(Tensor z, Tensor target, b
   // [0] the counted weight of the targets, [1] the sum of the class weights: both found on the device
   const Tensor sums = torch::stable::new_empty(call.z, {2}, ScalarType::Double);
   launch(z.get_device_index(), "simplex_cross_entropy", [&](void* stream) {
-    return cuda::simplex_cross_entropy({call.z.const_data_ptr(),
-                                        call.rows > 1 ? call.z.stride(0) : call.d,
-                                        data<int64_t>(call.target),
-                                        call.weight ? call.weight->const_data_ptr() : nullptr,
-                                        row_loss.mutable_data_ptr(),
-                                        call.loss.mutable_data_ptr(),
-                                        wants_gradient ? call.gradient.mutable_data_ptr() : nullptr,
-                                        mutable_data<double>(sums),
-                                        call.rows,
-                                        call.d,
-                                        ignore_index,
-                                        Simplex::of_dimension(call.d),
-                                        call.options<double>(double(call.d + 1)),
-                                        call.reduction,
-                                        cuda_dtype(z.scalar_type()),
-                                        stream});
+    return cuda::simplex_cross_entropy(
+        {call.z.const_data_ptr(), call.rows > 1 ? call.z.stride(0) : call.d, data<int64_t>(call.target),
+         call.weight ? call.weight->const_data_ptr() : nullptr, row_loss.mutable_data_ptr(),
+         call.loss.mutable_data_ptr(), wants_gradient ? call.gradient.mutable_data_ptr() : nullptr,
+         mutable_data<double>(sums), call.rows, call.d, ignore_index, Simplex::of_dimension(call.d),
+         call.options<double>(double(call.d + 1)), call.reduction, cuda_dtype(z.scalar_type()), stream});
   });
   return {call.loss, call.gradient};
 }

@@ -38,8 +38,13 @@ LogitsCall check(const Tensor& z, const Tensor* gradient, double scale) {
 void run_cpu(const LogitsCall& call, bool backward, bool normalize, double scale) {
   dispatch_floating(call.z.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
-    const cpu::LogitsArgs<T> args{data<T>(call.z), call.z_stride, backward ? data<T>(call.gradient) : nullptr,
-                                  mutable_data<T>(call.out), call.d, normalize, accumulate_t<T>(scale),
+    const cpu::LogitsArgs<T> args{data<T>(call.z),
+                                  call.z_stride,
+                                  backward ? data<T>(call.gradient) : nullptr,
+                                  mutable_data<T>(call.out),
+                                  call.d,
+                                  normalize,
+                                  accumulate_t<T>(scale),
                                   Simplex::of_dimension(call.d)};
     const auto rows = backward ? cpu::kernels<T>().simplex_logits_backward : cpu::kernels<T>().simplex_logits;
     torch::stable::parallel_for(0, call.rows, rows_per_task(call.d),

@@ -39,6 +39,7 @@ class Recipe:
         num_slots: K of the simplex.
         features: width of the backbones' output.
         width, replacement_width: channels of the network and of its replacement.
+        scale: of normalised embeddings in the simplex's logits, and of cosines in ER's.
         v0, pretrain, finetune: budgets.
     """
 
@@ -49,9 +50,10 @@ class Recipe:
     features: int = 256
     width: int = 16
     replacement_width: int = 48
-    v0: Schedule = Schedule(300, 3e-3)
-    pretrain: Schedule = Schedule(400, 3e-3)
-    finetune: Schedule = Schedule(120, 1e-3)
+    scale: float = 12.0
+    v0: Schedule = Schedule(300, 1e-2)
+    pretrain: Schedule = Schedule(400, 1e-2)
+    finetune: Schedule = Schedule(120, 3e-3)
 
     def steps(self, methods: int) -> int:
         """Training steps of so many methods; `hoc` and `simplex` share v0 and the replacement."""
@@ -112,7 +114,11 @@ def train_versions(
     the same for both and done once.
     """
     slots = SlotRegistry(recipe.num_slots)
-    makers: dict[str, Method] = {"hoc": HOC(slots), "simplex": Simplex(slots), "er": ER()}
+    makers: dict[str, Method] = {
+        "hoc": HOC(slots, normalize=True, scale=recipe.scale),
+        "simplex": Simplex(slots, normalize=True, scale=recipe.scale),
+        "er": ER(scale=recipe.scale),
+    }
     starts: dict[bool, tuple[EmbeddingModel, EmbeddingModel]] = {}
     versions: dict[str, list[EmbeddingModel]] = {}
     for name in methods:

@@ -57,6 +57,10 @@ def cuda_include() -> Path | None:
     return None
 
 
+def nvcc() -> str:
+    return shutil.which("nvcc") or str(cuda_include().parent / "bin" / "nvcc")
+
+
 def missing() -> str | None:
     """Why the tests cannot be built here, or None."""
     if platform.machine() not in ("x86_64", "AMD64"):
@@ -117,15 +121,14 @@ def compile_source(source: Path, flags: list[str]) -> Path:
 
 def compile_ptx(source: Path, flags: list[str]) -> Path:
     """nvcc's optimised PTX of a source, translated and compiled."""
-    nvcc = shutil.which("nvcc") or str(cuda_include().parent / "bin" / "nvcc")
-    name = f"{source.stem}-{digest(version(nvcc), *closure(source).values())}.ptx"
+    name = f"{source.stem}-{digest(version(nvcc()), *closure(source).values())}.ptx"
     options = ["-std=c++17", "-O3", "-arch=compute_80", "-lineinfo", "-ptx"]
-    ptx = make(CACHE / name, [nvcc, *options, source])
+    ptx = make(CACHE / name, [nvcc(), *options, source])
     text = translate(ptx.read_text())
     cxx = CACHE / f"{source.stem}-ptx-{digest(text)}.cpp"
     if not cxx.exists():
         cxx.write_text(text)
-    return compile_source(cxx, [*flags, "-w"])
+    return compile_source(cxx, [*flags, "-w", "-fno-var-tracking"])
 
 
 def build(layer: str, csrc: Path = ROOT / "csrc", jobs: int = 1) -> Path:

@@ -103,7 +103,7 @@ def verdict(mutant: Mutant, layer: str, jobs: int = 1) -> str | None:
     with tempfile.TemporaryDirectory() as folder:
         program = harness.build(layer, plant(mutant, Path(folder)), jobs)
     try:
-        done = harness.run(program, layer, ["--only", mutant.part])
+        done = harness.run(program, layer, ["--only", mutant.part, "--order", "forward"])
     except subprocess.TimeoutExpired:
         return "time out"
     if not done.returncode:

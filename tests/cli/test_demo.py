@@ -1,0 +1,107 @@
+"""`simplexfix demo --quick`, as a user runs it; and what it prints where something is missing."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from simplexfix.cli import main
+
+pytest.importorskip("rich", reason="pip install 'simplexfix[cli]'")
+pytest.importorskip("matplotlib", reason="pip install 'simplexfix[cli]'")
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory) -> tuple[dict, Path, str, float]:
+    out = tmp_path_factory.mktemp("demo") / "not" / "there yet"
+    command = [sys.executable, "-m", "simplexfix", "demo", "--quick", "--seed", "3", "--json", "--out", str(out)]
+    start = time.monotonic()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout), out, done.stderr, time.monotonic() - start
+
+
+def test_report(quick) -> None:
+    report, out, progress, _ = quick
+    assert json.loads((out / "report.json").read_text()) == report
+    assert report["seed"] == 3
+    assert len(report["versions"]) == 4
+    assert sum(report["seconds"].values()) > 0
+    assert list(report["methods"]) == ["hoc", "simplex", "er"]
+    for method in report["methods"].values():
+        for split in ("seen", "unseen"):
+            for protocol in ("nearest_class_mean", "instance"):
+                result = method[split][protocol]
+                for i, row in enumerate(result["matrix"]):
+                    assert [value is None for value in row] == [False] * (i + 1) + [True] * (3 - i)
+                    assert all(0 <= value <= 1 for value in row[: i + 1])
+                lower = [value for row in result["matrix"] for value in row if value is not None]
+                assert result["AA"] == pytest.approx(sum(lower) / 10)
+                assert 0 <= result["AC"] <= 1
+    assert "100 %" in progress  # the bar, on standard error
+
+
+def test_pictures(quick) -> None:
+    _, out, _, _ = quick
+    for name in ("matrices.png", "neighbours.png"):
+        content = (out / name).read_bytes()
+        assert content.startswith(b"\x89PNG")
+        assert len(content) > 10_000
+
+
+def test_the_story_holds_even_when_quick(quick) -> None:
+    """After the replacement the old gallery is dead for an ordinary classifier and alive for HOC."""
+    report, _, _, _ = quick
+    for split in ("seen", "unseen"):
+        kept = {name: method[split]["nearest_class_mean"]["kept"] for name, method in report["methods"].items()}
+        assert max(kept["er"]) < 0.2
+        assert min(kept["hoc"]) > 0.6
+
+
+def test_v0_is_shared_by_hoc_and_simplex(quick) -> None:
+    report, _, _, _ = quick
+    cells = [report["methods"][m]["unseen"]["instance"]["matrix"][0][0] for m in ("hoc", "simplex")]
+    assert cells[0] == cells[1]
+
+
+def test_words_and_tables(tmp_path, capsys, monkeypatch) -> None:
+    from simplexfix.cli import demo
+    from simplexfix.training.omniglot import Recipe
+    from simplexfix.training.task import Schedule
+
+    tiny = Recipe(v0=Schedule(2, 1e-2), pretrain=Schedule(2, 1e-2), finetune=Schedule(2, 1e-3), replacement_width=8)
+    monkeypatch.setattr(demo, "Recipe", lambda: tiny)
+    assert main(["demo", "--out", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    for words in (
+        "d-simplex with HOC",
+        "ER: learnable head",
+        "v3 queries",
+        "AC 0.",
+        "the v0 gallery is",
+        "report.json",
+    ):
+        assert words in text
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert not math.isnan(report["methods"]["er"]["seen"]["instance"]["AC"])
+
+
+def test_bad_arguments(capsys) -> None:
+    for arguments in (["demo", "--seed", "x"], ["demo", "--seed", "-1"], ["dmo"], []):
+        with pytest.raises(SystemExit) as error:
+            main(arguments)
+        assert error.value.code not in (0, None)
+        capsys.readouterr()
+
+
+def test_a_missing_package_is_named_with_its_remedy(monkeypatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "rich", None)
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    assert main(["demo", "--quick"]) == 2
+    assert "pip install 'simplexfix[cli]'" in capsys.readouterr().err
