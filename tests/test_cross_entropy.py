@@ -69,7 +69,7 @@ def test_sizes(num_classes: int, dtype: torch.dtype) -> None:
 
 
 def test_many_classes() -> None:
-    """K = 65537: past the cache of one core for a few rows, and past 16 bits; the truth is the plain twin in float64."""
+    """K = 65537: past 16 bits, and past the first level of cache; the truth is the plain twin in float64."""
     z = features("normal", 3, 65536, dtype=torch.float32)
     target = torch.tensor([0, 65536, 40000])
     for dtype in (torch.float32, torch.bfloat16):

@@ -65,9 +65,9 @@ def save_neighbours(
     chosen = torch.randperm(len(query.labels), generator=generator)[:QUERIES]
     panels = [(method, version) for method in ("hoc", "er") for version in (2, 3)]
     columns = 1 + len(panels) * (NEIGHBOURS + 1)
-    figure = Figure(figsize=(0.42 * columns, 0.5 * QUERIES + 0.9))
+    figure = Figure(figsize=(0.42 * columns, 0.42 * QUERIES + 1.0))
     FigureCanvasAgg(figure)
-    axes = figure.add_axes((0.01, 0.02, 0.98, 0.8))
+    axes = figure.add_axes((0.01, 0.0, 0.98, 0.86))
     axes.set_xlim(-0.6, columns)
     axes.set_ylim(QUERIES - 0.4, -0.6)
     axes.set_aspect("equal")

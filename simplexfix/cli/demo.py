@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        bar = progress.add_task("", total=recipe.steps(len(METHODS)))
+        bar = progress.add_task("", total=recipe.steps(METHODS))
         versions = train_versions(
             data,
             recipe,

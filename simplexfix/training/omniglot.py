@@ -39,7 +39,9 @@ class Recipe:
         num_slots: K of the simplex.
         features: width of the backbones' output.
         width, replacement_width: channels of the network and of its replacement.
-        scale: of normalised embeddings in the simplex's logits, and of cosines in ER's.
+        scale: of normalised embeddings in the simplex's logits.
+        er_scale: of the cosines in ER's logits, tuned apart.
+        lambda_: share of cross-entropy in HOC.
         v0, pretrain, finetune: budgets.
     """
 
@@ -51,22 +53,24 @@ class Recipe:
     width: int = 16
     replacement_width: int = 48
     scale: float = 12.0
-    v0: Schedule = Schedule(300, 1e-2)
+    er_scale: float = 8.0
+    lambda_: float = 0.5
+    v0: Schedule = Schedule(150, 1e-2)
     pretrain: Schedule = Schedule(400, 1e-2)
     finetune: Schedule = Schedule(120, 3e-3)
 
-    def steps(self, methods: int) -> int:
-        """Training steps of so many methods; `hoc` and `simplex` share v0 and the replacement."""
-        starts = 1 if methods == 1 else methods - 1
-        return starts * (self.v0.steps + self.pretrain.steps) + methods * 3 * self.finetune.steps
+    def steps(self, methods: tuple[str, ...]) -> int:
+        """Training steps of these methods; `hoc` and `simplex` share v0 and the replacement's pre-training."""
+        starts = len({name == "er" for name in methods})
+        return starts * (self.v0.steps + self.pretrain.steps) + len(methods) * 3 * self.finetune.steps
 
     def quick(self) -> Recipe:
         """The same story at a fraction of the budget."""
         short = {name: replace(getattr(self, name), steps=steps) for name, steps in _QUICK_STEPS.items()}
-        return replace(self, replacement_width=32, **short)
+        return replace(self, **short)
 
 
-_QUICK_STEPS = {"v0": 80, "pretrain": 80, "finetune": 40}
+_QUICK_STEPS = {"v0": 80, "pretrain": 120, "finetune": 40}
 
 
 @dataclass(frozen=True)
@@ -115,9 +119,9 @@ def train_versions(
     """
     slots = SlotRegistry(recipe.num_slots)
     makers: dict[str, Method] = {
-        "hoc": HOC(slots, normalize=True, scale=recipe.scale),
+        "hoc": HOC(slots, normalize=True, scale=recipe.scale, lambda_=recipe.lambda_),
         "simplex": Simplex(slots, normalize=True, scale=recipe.scale),
-        "er": ER(scale=recipe.scale),
+        "er": ER(scale=recipe.er_scale),
     }
     starts: dict[bool, tuple[EmbeddingModel, EmbeddingModel]] = {}
     versions: dict[str, list[EmbeddingModel]] = {}

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 
 import simplexfix
@@ -42,8 +43,7 @@ def test_text_without_the_library() -> None:
 
 
 def test_version(capsys) -> None:
-    try:
+    with pytest.raises(SystemExit) as stop:
         main(["--version"])
-    except SystemExit as stop:
-        assert stop.code == 0
+    assert stop.value.code == 0
     assert capsys.readouterr().out == f"simplexfix {simplexfix.__version__}\n"

@@ -39,7 +39,8 @@ def omniglot() -> Omniglot:
 def packer() -> ModuleType:
     pytest.importorskip("PIL", reason="Pillow reads the published drawings")
     spec = importlib.util.spec_from_file_location("pack_omniglot", REPOSITORY / "tools" / "pack_omniglot.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
