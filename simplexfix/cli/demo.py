@@ -192,17 +192,16 @@ def _in_words(scores: dict[str, Any]) -> str:
     for split in ("seen", "unseen"):
         result = scores[split]["nearest_class_mean"]
         own, cross, kept = result["matrix"][0][0], result["matrix"][3][0], result["kept"][0]
-        verdict = (
-            "better than ever"
-            if kept > 1
-            else "still searchable"
-            if kept >= 0.75
-            else "damaged"
-            if kept >= 0.25
-            else "lost"
-        )
         sentences.append(
-            f"{split}: the v0 gallery is {verdict} after the replacement: v0 found {100 * own:.0f} % of its queries there, "
-            f"v3 finds {100 * cross:.0f} %"
+            f"{split}: v0 itself found {100 * own:.0f} % of its queries in its gallery, the replacement finds "
+            f"{100 * cross:.0f} % there: {_verdict(kept)}"
         )
     return "; ".join(sentences) + "."
+
+
+def _verdict(kept: float) -> str:
+    """In words, the share of the old accuracy that is left."""
+    for least, words in ((1.0, "as good as ever"), (0.75, "still searchable"), (0.25, "damaged")):
+        if kept >= least:
+            return words
+    return "lost"

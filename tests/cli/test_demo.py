@@ -84,7 +84,7 @@ def test_words_and_tables(tmp_path, capsys, monkeypatch) -> None:
         "ER: learnable head",
         "v3 queries",
         "AC 0.",
-        "the v0 gallery is",
+        "found",
         "report.json",
     ):
         assert words in text
