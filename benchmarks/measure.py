@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import statistics
 import subprocess
 import time
 from collections.abc import Callable
@@ -17,10 +16,10 @@ Call = Callable[[], object]
 
 
 def interleave(candidates: dict[str, Call], *, seconds: float = 1.0, least: int = 5) -> dict[str, float]:
-    """Median seconds of each candidate; in every round each runs once, so all meet the same noise.
+    """Seconds of each candidate, the first decile of its rounds: on a shared machine noise only adds.
 
-    The slowest decides how many rounds fit, between `least` and 200; quick calls repeat within a round until they
-    have taken a millisecond.
+    In every round each runs once, so all meet the same noise.  The slowest decides how many rounds fit, between
+    `least` and 200; quick calls repeat within a round until they have taken a millisecond.
     """
     repeats = {}
     total = 0.0
@@ -34,7 +33,7 @@ def interleave(candidates: dict[str, Call], *, seconds: float = 1.0, least: int 
     for _ in range(rounds):
         for name, call in candidates.items():
             times[name].append(_time(call, repeats[name]))
-    return {name: statistics.median(spent) for name, spent in times.items()}
+    return {name: sorted(spent)[len(spent) // 10] for name, spent in times.items()}
 
 
 def _time(call: Call, repeats: int) -> float:

@@ -1,6 +1,6 @@
 """Prints one table of ratios to named peers and to the machine's limit, with errors; writes it as JSON.
 
-python benchmarks/run.py [--out FILE] [--seconds S] [--no-compile]
+python benchmarks/run.py [--out FILE] [--seconds S] [--threads N] [--no-compile]
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from cases import loss, search
 from measure import copy_in_place, interleave, machine_card
 
@@ -42,9 +43,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the results as JSON too")
     parser.add_argument("--seconds", type=float, default=2.0, help="per case (default: 2)")
+    parser.add_argument("--threads", type=int, default=1, help="1 is steadiest on a shared machine (default: 1)")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out: it takes minutes")
     arguments = parser.parse_args()
-    results = {"machine": machine_card(), "cases": []}
+    torch.set_num_threads(arguments.threads)
+    if search.faiss is not None:
+        search.faiss.omp_set_num_threads(arguments.threads)
+    results: dict[str, Any] = {"machine": machine_card(), "cases": []}
     for key, value in results["machine"].items():
         print(f"{key:>17}  {value}")
     for case in loss.CASES:

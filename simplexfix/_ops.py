@@ -48,7 +48,7 @@ def simplex_cross_entropy(
         weight = weight.detach().to(accumulate_dtype(z.dtype))
     arguments = (target, normalize, scale, kind, size, weight, ignore_index, label_smoothing, REDUCTIONS[reduction])
     if z.requires_grad and torch.is_grad_enabled():
-        return _Loss.apply(z, z.is_leaf, arguments)  # type: ignore[no-any-return, no-untyped-call]
+        return _Loss.apply(z, arguments)  # type: ignore[no-any-return, no-untyped-call]
     return _call(torch.ops.simplexfix.simplex_cross_entropy.default, z, *arguments, False)[0]  # type: ignore[no-any-return]
 
 
@@ -72,20 +72,19 @@ class _Loss(torch.autograd.Function):
     """The forward pass writes the gradient too; the backward pass scales it by what comes from above."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, leaf: bool, arguments: tuple[Any, ...]) -> Tensor:
+    def forward(ctx: Any, z: Tensor, arguments: tuple[Any, ...]) -> Tensor:
         loss, gradient = _call(torch.ops.simplexfix.simplex_cross_entropy.default, z, *arguments, True)
         ctx.save_for_backward(gradient)
-        ctx.leaf = leaf
         return loss  # type: ignore[no-any-return]
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
-        # Mostly upstream is the 1 of `loss.backward()`, and there is nothing to do.  A leaf's .grad may take over
-        # the very tensor returned here, so a leaf gets a tensor of its own and the saved one stays as it is.
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        # Mostly upstream is the 1 of `loss.backward()`, and there is nothing to do: the saved tensor itself is
+        # returned.  While it is saved, autograd holds it twice and so copies it into a leaf's .grad.
         (gradient,) = ctx.saved_tensors
-        if ctx.leaf or not _is_one(upstream):
+        if not _is_one(upstream):
             gradient = torch.ops.simplexfix.scale_rows.default(gradient, upstream)
-        return gradient, None, None
+        return gradient, None
 
 
 def _is_one(upstream: Tensor) -> bool:

@@ -43,7 +43,7 @@ def op_samples():
 
 
 @needs_library
-@pytest.mark.parametrize(("op", "arguments"), op_samples() if hasattr(torch.ops.simplexfix, "scale_rows") else [])
+@pytest.mark.parametrize(("op", "arguments"), list(op_samples()) if hasattr(torch.ops.simplexfix, "scale_rows") else [])
 def test_opcheck(op, arguments) -> None:
     torch.library.opcheck(op, arguments)
 
@@ -108,7 +108,7 @@ def functions():
     yield "topk", lambda z: SF.cosine_topk(z, gallery, 3)[0].sum()
 
 
-@pytest.mark.parametrize(("name", "function"), functions(), ids=[name for name, _ in functions()])
+@pytest.mark.parametrize(("name", "function"), list(functions()), ids=[name for name, _ in functions()])
 def test_compiles_without_a_graph_break(name: str, function) -> None:
     z = torch.randn(4, 9, requires_grad=True)
     compiled = torch.compile(function, fullgraph=True)
