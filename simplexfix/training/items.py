@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["Items", "row_batches"]
+__all__ = ["Items", "row_batches", "seeded"]
+
+_GLOBAL_GENERATOR = threading.Lock()
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,3 +39,11 @@ def row_batches(rows: int, size: int, generator: torch.Generator) -> Iterator[Te
             left = torch.cat([left, torch.randperm(rows, generator=generator)])
         yield left[:size]
         left = left[size:]
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """torch's global generator, which makes new weights, at a seed; as it was afterwards, one thread at a time."""
+    with _GLOBAL_GENERATOR, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield

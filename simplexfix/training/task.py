@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..methods import Method
 from ..models import EmbeddingModel
-from .items import Items, row_batches
+from .items import Items, row_batches, seeded
 
 __all__ = ["Schedule", "train_version"]
 
@@ -72,8 +72,7 @@ def train_version(
         The version, in evaluation mode.
     """
     generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         model = copy.deepcopy(parent)
         method.add_classes(model, classes)
     model.train()
