@@ -38,11 +38,6 @@ class LossCase:
     def name(self) -> str:
         return f"loss+gradient B={self.rows} K={self.num_classes} {str(self.dtype).removeprefix('torch.')}"
 
-    @property
-    def bytes_moved(self) -> int:
-        """z read once, its gradient written once."""
-        return 2 * self.z.numel() * self.z.element_size()
-
     def losses(self, compiled: bool = True) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
         found = {"simplexfix": SF.simplex_cross_entropy, "closed form, eager": _reference.simplex_cross_entropy}
         if compiled:

@@ -35,10 +35,6 @@ class SearchCase:
     def name(self) -> str:
         return f"cosine top-{self.k} Q={self.queries} N={self.rows} d={self.d}"
 
-    @property
-    def operations(self) -> int:
-        return 2 * self.queries * self.rows * self.d
-
     def searches(self) -> dict[str, Callable[[], torch.Tensor]]:
         q, g = F.normalize(self.query), F.normalize(self.gallery)
         found = {
