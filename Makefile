@@ -37,5 +37,5 @@ mutants:  # every planted bug must turn a run red
 	$(BIN)/python tests/native/run.py mutants
 
 docs:  # the figures of the README and the snippets of all pages
-	$(BIN)/simplexfix demo --out docs/figures
+	$(BIN)/simplexfix demo --out demo && cp demo/matrices.png docs/figures/
 	$(BIN)/pytest tests/test_docs.py

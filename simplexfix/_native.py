@@ -10,8 +10,10 @@ from types import ModuleType
 from typing import Any
 
 import torch  # before the library: it loads the libtorch that the library is resolved against
+from torch import Tensor
+from torch.autograd import forward_ad
 
-__all__ = ["build_info", "has_kernels", "library", "missing"]
+__all__ = ["build_info", "has_kernels", "is_transformed", "library", "missing"]
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
@@ -41,6 +43,14 @@ def build_info() -> dict[str, Any]:
 _DEVICES = frozenset(["cpu", "meta", *(["cuda"] if build_info().get("cuda_archs") else [])]) if library else frozenset()
 
 
-def has_kernels(device: torch.device) -> bool:
-    """Whether the library has kernels for tensors of this device."""
-    return device.type in _DEVICES
+def has_kernels(tensor: Tensor) -> bool:
+    """Whether the library serves this tensor: its device, and no transform that only plain PyTorch knows.
+
+    Under `torch.func` (grad, vmap, jvp, ...) and forward-mode differentiation the twin takes over.
+    """
+    return tensor.device.type in _DEVICES and (torch.compiler.is_compiling() or not is_transformed())
+
+
+def is_transformed() -> bool:
+    """Whether a `torch.func` transform or forward-mode differentiation is under way."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0

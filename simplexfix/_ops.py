@@ -48,8 +48,20 @@ def simplex_cross_entropy(
         weight = weight.detach().to(accumulate_dtype(z.dtype))
     arguments = (target, normalize, scale, kind, size, weight, ignore_index, label_smoothing, REDUCTIONS[reduction])
     if z.requires_grad and torch.is_grad_enabled():
+        if z.dtype == torch.float16 and reduction == "mean":
+            # The saved gradient must not carry 1 / B: a float16 would round it to nothing before the scale of a
+            # GradScaler comes from above.
+            return _Loss.apply(z, (*arguments[:-1], REDUCTIONS["sum"])) / _counted(target, weight, ignore_index)  # type: ignore[no-any-return, no-untyped-call]
         return _Loss.apply(z, arguments)  # type: ignore[no-any-return, no-untyped-call]
     return _call(torch.ops.simplexfix.simplex_cross_entropy.default, z, *arguments, False)[0]  # type: ignore[no-any-return]
+
+
+def _counted(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
+    """What a mean divides by: the rows that count, by their weights."""
+    counts = target != ignore_index
+    if weight is None:
+        return counts.sum()
+    return weight[target.where(counts, 0)].where(counts, 0.0).sum()
 
 
 def simplex_logits(z: Tensor, normalize: bool, scale: float) -> Tensor:
@@ -68,6 +80,15 @@ def cosine_topk(query: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]
 # and torch.compile traces them as well.
 
 
+def _refuse_second_derivative() -> None:
+    """The gradient is a constant to autograd: a derivative of it would silently lack terms."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "simplexfix's kernels have no second derivative, which create_graph=True asks for; "
+            "SIMPLEXFIX_NATIVE=0 runs plain PyTorch, which has"
+        )
+
+
 class _Loss(torch.autograd.Function):
     """The forward pass writes the gradient too; the backward pass scales it by what comes from above."""
 
@@ -81,6 +102,7 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
         # Mostly upstream is the 1 of `loss.backward()`, and there is nothing to do: the saved tensor itself is
         # returned.  While it is saved, autograd holds it twice and so copies it into a leaf's .grad.
+        _refuse_second_derivative()
         (gradient,) = ctx.saved_tensors
         if not _is_one(upstream):
             gradient = torch.ops.simplexfix.scale_rows.default(gradient, upstream)
@@ -107,6 +129,7 @@ class _Logits(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        _refuse_second_derivative()
         (z,) = ctx.saved_tensors
         op = torch.ops.simplexfix.simplex_logits_backward.default
         return op(upstream, z, ctx.normalize, ctx.scale), None, None
@@ -124,6 +147,7 @@ class _TopK(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        _refuse_second_derivative()
         query, gallery, scores, ids = ctx.saved_tensors
         found = ids >= 0  # the others are padding: id -1, score -inf
         weight = upstream.masked_fill(~found, 0.0).unsqueeze(-1)

@@ -24,6 +24,8 @@ from ._checks import (
 
 __all__ = ["cosine_topk", "hoc_loss", "old_new_contrast", "simplex_cross_entropy", "simplex_logits"]
 
+_NOTHING = -(2**63)  # an ignore_index that no target has: the contrast has no rows to leave out
+
 
 def simplex_logits(z: Tensor, *, normalize: bool = False, scale: float = 1.0) -> Tensor:
     """Logits of the fixed simplex classifier, in O(B K) and without its matrix.
@@ -48,7 +50,7 @@ def simplex_logits(z: Tensor, *, normalize: bool = False, scale: float = 1.0) ->
     """
     check_features("z", z)
     check_scale(scale)
-    if not _native.has_kernels(z.device):
+    if not _native.has_kernels(z):
         return _reference.simplex_logits(z, normalize=normalize, scale=scale)
     out = _ops.simplex_logits(z.flatten(0, -2) if z.ndim != 1 else z[None], normalize, scale)
     return out.reshape(*z.shape[:-1], z.shape[-1] + 1)
@@ -102,7 +104,7 @@ def simplex_cross_entropy(
     """
     check_features("z", z)
     check_loss_options(z, target, normalize, scale, margin, weight, label_smoothing, reduction)
-    if not _native.has_kernels(z.device):
+    if not _native.has_kernels(z):
         rows = _reference.simplex_cross_entropy(
             z.reshape(-1, z.shape[-1]),
             target.reshape(-1),
@@ -230,6 +232,7 @@ def hoc_loss(
         margin=margin,
         label_smoothing=label_smoothing,
         reduction=reduction,
+        ignore_index=_NOTHING,
     )
     contrast = old_new_contrast(z, old, target, mu=mu, negatives=negatives, anchor=anchor, reduction=reduction)
     return lambda_ * classify + (1 - lambda_) * contrast
@@ -267,7 +270,7 @@ def cosine_topk(query: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]
         )
     if not 1 <= k < 2**31:
         raise ValueError(f"k must lie between 1 and 2^31 - 1, got {k}")
-    if query.device.type in ("cpu", "meta") and _native.has_kernels(query.device):
+    if query.device.type in ("cpu", "meta") and _native.has_kernels(query):
         return _ops.cosine_topk(query.float(), gallery.float(), k)
     return _reference.cosine_topk(query.float(), gallery.float(), k)
 

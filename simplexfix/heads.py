@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ class SimplexHead(nn.Module):
         num_classes: classes there are from the start; 0 where `head.slots.add` will name them all.
         in_features: width of the backbone's features.
         num_slots: K; `num_classes` if None.
-        slots: a registry to share with other models instead: the same class, the same slot in all of them.
+        slots: a registry to start from instead, copied: the same class, the same slot as in the model it is
+            from.  Models that go on to grow apart must take new classes from one registry.
         normalize, scale, margin: of `simplexfix.functional.simplex_cross_entropy`.
         device, dtype: of the junction.
 
@@ -59,7 +61,9 @@ class SimplexHead(nn.Module):
             raise ValueError(f"num_classes must be >= 0 and in_features >= 1, got {num_classes} and {in_features}")
         if slots is not None and num_slots not in (None, slots.num_slots):
             raise ValueError(f"slots has {slots.num_slots} slots, num_slots says {num_slots}; leave num_slots out")
-        self.slots = SlotRegistry(num_classes if num_slots is None else num_slots) if slots is None else slots
+        if slots is None:
+            slots = SlotRegistry(num_classes if num_slots is None else num_slots)
+        self.slots = copy.deepcopy(slots)
         self.slots.add("default", range(num_classes))
         self.normalize = normalize
         self.scale = scale

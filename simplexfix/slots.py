@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sized
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ class SlotRegistry:
     """
 
     def __init__(self, num_slots: int) -> None:
+        if not isinstance(num_slots, int):
+            raise TypeError(f"num_slots must be an int, got {num_slots!r}")
         if num_slots < 2:
             raise ValueError(f"num_slots must be at least 2, got {num_slots}")
         self.num_slots = num_slots
@@ -76,6 +78,8 @@ class SlotRegistry:
             raise ValueError(f"namespace must be a non-empty string, got {namespace!r}")
         if end not in ("low", "high"):
             raise ValueError(f"end must be 'low' or 'high', got {end!r}")
+        if isinstance(classes, Sized) and len(classes) > self.free:
+            self._refuse(namespace, len(classes))  # before anything of that size is made
         ids = _integers(classes)
         known = set(self.classes(namespace).tolist())
         for i, class_id in enumerate(ids):
@@ -86,11 +90,7 @@ class SlotRegistry:
                 )
             known.add(class_id)
         if len(ids) > self.free:
-            held = ", ".join(f"{name!r} holds {len(self.classes(name))}" for name in self.namespaces) or "none is held"
-            raise ValueError(
-                f"namespace {namespace!r} needs {len(ids)} slots, {self.free} of {self.num_slots} are free ({held}); "
-                "allocate more slots when the model is first made"
-            )
+            self._refuse(namespace, len(ids))
         step = 1 if end == "low" else -1
         first = self._next[end]
         for i, class_id in enumerate(ids):
@@ -155,8 +155,13 @@ class SlotRegistry:
         """
         if saved.get("format") != _FORMAT:
             raise ValueError(f"slot registry of format {saved.get('format')!r}, this version reads {_FORMAT}")
-        registry = cls(int(saved["num_slots"]))
+        num_slots = saved["num_slots"]
+        registry = cls(num_slots)
         for name, first, first_slot, count, step in saved["runs"]:
+            if step not in (1, -1) or not 1 <= count <= num_slots:
+                raise ValueError(
+                    f"run of {name!r} has count {count} and step {step}: not a slot registry of {num_slots}"
+                )
             end = "low" if step == 1 else "high"
             if first_slot != registry._next[end]:
                 owner = registry.owner(first_slot)
@@ -167,6 +172,13 @@ class SlotRegistry:
                 )
             registry.add(name, range(first, first + count), end=end)
         return registry
+
+    def _refuse(self, namespace: str, wanted: int) -> NoReturn:
+        held = ", ".join(f"{name!r} holds {len(self.classes(name))}" for name in self.namespaces) or "none is held"
+        raise ValueError(
+            f"namespace {namespace!r} needs {wanted} slots, {self.free} of {self.num_slots} are free ({held}); "
+            "allocate more slots when the model is first made"
+        )
 
     def _append(self, namespace: str, class_id: int, slot: int, count: int, step: int) -> None:
         """Adds a run, or lengthens the last one that it continues."""
@@ -190,8 +202,12 @@ class SlotRegistry:
 
 
 def _integers(classes: Iterable[int]) -> list[int]:
+    if isinstance(classes, Tensor) and classes.is_floating_point():
+        raise TypeError(f"class ids must be integers, got {classes.dtype}")
     ids = classes.tolist() if isinstance(classes, Tensor) else list(classes)
     for class_id in ids:
-        if isinstance(class_id, bool) or not hasattr(class_id, "__index__"):
+        if isinstance(class_id, (bool, Tensor)) or not hasattr(class_id, "__index__"):
             raise TypeError(f"class ids must be integers, got {class_id!r}")
+        if not -(2**63) <= class_id < 2**63 - 1:
+            raise ValueError(f"class ids must lie in [-2^63, 2^63 - 2], got {class_id}")
     return [int(class_id) for class_id in ids]

@@ -57,6 +57,8 @@ CASES = [
     (loss(scale=0.0), ValueError, "scale must be positive and finite, got 0.0"),
     (loss(scale=math.inf), ValueError, "scale must be positive and finite, got inf"),
     (loss(scale=math.nan), ValueError, "scale must be positive and finite, got nan"),
+    (loss(scale=torch.tensor(2.0)), TypeError, "scale must be a number, got Tensor"),
+    (lambda: SF.hoc_loss(Z, Z, torch.tensor([0, -100, 1])), ValueError, "target out of range: row 1 has slot -100"),
     (loss(reduction="avg"), ValueError, "reduction must be one of 'none', 'mean', 'sum', got 'avg'"),
     (loss(label_smoothing=1.5), ValueError, r"label_smoothing must lie in \[0, 1\], got 1.5"),
     (loss(margin=("cosine", 0.3)), ValueError, "margin needs normalize=True"),

@@ -258,3 +258,21 @@ def test_the_twin_in_float64_is_the_truth() -> None:
             both(_reference.simplex_cross_entropy, z, target, **options), both(dense, z, target, **options), strict=True
         ):
             torch.testing.assert_close(ours, truth, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_float16_gradients_survive_a_gradient_scaler(weighted: bool) -> None:
+    """1 / B is taken after the scale from above: most of these gradients would be zero in float16 otherwise."""
+    z = features("normal", 256, 4095, dtype=torch.float16)
+    target = labels(256, 4096)
+    target[5] = -100
+    weight = torch.rand(4096, generator=torch.Generator().manual_seed(0)) + 0.5 if weighted else None
+    scale = torch.tensor(16384.0)
+    loss, gradient = both(SF.simplex_cross_entropy, z, target, scale, weight=weight)
+    truth, true_gradient = both(_reference.simplex_cross_entropy, z.double(), target, scale, weight=weight)
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-3, atol=0)
+    others = torch.ones_like(z, dtype=torch.bool)
+    others[torch.arange(256), target.clamp(0, 4094)] = False
+    error = (gradient.double() - true_gradient)[others].norm() / true_gradient[others].norm()
+    assert error < 2e-2
+    assert (gradient[others] == 0).double().mean() < 0.02

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from simplexfix import SimplexHead
+from simplexfix import SimplexHead, SlotRegistry
 from simplexfix.polytopes import simplex_prototypes
 
 
@@ -87,6 +87,18 @@ def test_the_state_dict_holds_the_junction_and_the_registry_only(tmp_path) -> No
     assert torch.equal(again.junction.weight, model.junction.weight)
     with pytest.raises(ValueError, match="the saved head has 1024 slots, this one 3"):
         SimplexHead(3, 6).load_state_dict(state)
+
+
+def test_a_registry_is_copied_into_a_head_and_never_shared() -> None:
+    old = head()
+    new = SimplexHead(0, 8, slots=old.slots)
+    new.grow(14)
+    assert (old.num_classes, new.num_classes) == (10, 14)
+    assert new.slots.lookup("default", torch.arange(10)).tolist() == list(range(10))
+    with pytest.raises(ValueError, match="scale"):
+        SimplexHead(3, 8, slots=SlotRegistry(8), scale=-1.0)
+    with pytest.raises(ValueError, match="slots has 16 slots, num_slots says 8; leave num_slots out"):
+        SimplexHead(0, 8, slots=old.slots, num_slots=8)
 
 
 def test_prototypes_of_the_slots_in_use() -> None:

@@ -85,12 +85,16 @@ def test_contrast_gradcheck(negatives: str, anchor: str) -> None:
     )
 
 
+@needs_library
 def test_double_backward_is_refused_not_wrong() -> None:
     z = torch.randn(3, 4, requires_grad=True)
-    loss = SF.simplex_cross_entropy(z * 1.0, torch.tensor([0, 1, 2]))
-    (gradient,) = torch.autograd.grad(2.0 * loss, z, create_graph=True)
-    with pytest.raises(RuntimeError):
-        torch.autograd.grad(gradient.sum(), z)
+    for loss in (
+        SF.simplex_cross_entropy(z * 1.0, torch.tensor([0, 1, 2])),
+        SF.simplex_logits(z).sum(),
+        SF.cosine_topk(z, z.detach(), 1)[0].sum(),
+    ):
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.autograd.grad(loss, z, create_graph=True)
 
 
 def functions():
@@ -140,3 +144,17 @@ def test_meta_tensors_have_shapes_and_no_values() -> None:
     assert SF.simplex_logits(z).shape == (4, 10)
     scores, ids = SF.cosine_topk(z, z, 3)
     assert (scores.shape, scores.dtype, ids.dtype) == ((4, 3), torch.float32, torch.int64)
+
+
+def test_function_transforms_and_forward_mode_take_the_twin() -> None:
+    z, target = torch.randn(5, 9, dtype=torch.float64), torch.tensor([0, 9, 4, 2, 2])
+    expected = torch.autograd.grad(SF.simplex_cross_entropy(z.requires_grad_(), target), z)[0]
+    z = z.detach()
+    torch.testing.assert_close(torch.func.grad(SF.simplex_cross_entropy)(z, target), expected)
+    rows = torch.func.vmap(lambda z, t: SF.simplex_cross_entropy(z, t, reduction="none"))(z, target)
+    torch.testing.assert_close(rows, SF.simplex_cross_entropy(z, target, reduction="none"))
+    tangent = torch.randn_like(z)
+    _, along = torch.func.jvp(lambda z: SF.simplex_cross_entropy(z, target), (z,), (tangent,))
+    torch.testing.assert_close(along, (expected * tangent).sum())
+    _, moved = torch.func.jvp(SF.simplex_logits, (z,), (tangent,))
+    torch.testing.assert_close(moved, SF.simplex_logits(tangent))

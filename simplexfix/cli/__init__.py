@@ -28,6 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         return int(_VERBS[arguments.verb].run(arguments))
+    except OSError as error:
+        print(f"simplexfix {arguments.verb}: {error}", file=sys.stderr)
+        return 2
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] not in ("matplotlib", "rich"):
             raise

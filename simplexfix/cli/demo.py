@@ -41,8 +41,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     from . import _pictures
 
-    if arguments.seed < 0:
-        raise SystemExit(f"simplexfix demo: --seed must not be negative, got {arguments.seed}")
+    if not 0 <= arguments.seed < 2**31:
+        raise SystemExit(f"simplexfix demo: --seed must lie in [0, 2^31), got {arguments.seed}")
     arguments.out.mkdir(parents=True, exist_ok=True)
     threads = torch.get_num_threads()
     torch.set_num_threads(THREADS)
@@ -122,7 +122,7 @@ def _judge(embeddings: Embeddings, data: OmniglotData) -> dict[str, Any]:
                 "matrix": rows,
                 "AC": average_compatibility(matrix),
                 "AA": average_accuracy(matrix),
-                "kept": [float(matrix[-1, j] / matrix[j, j]) for j in range(len(matrix) - 1)],
+                "kept": [float(matrix[-1, j] / max(matrix[j, j], 1e-9)) for j in range(len(matrix) - 1)],
             }
     return judged
 

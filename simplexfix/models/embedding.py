@@ -28,8 +28,11 @@ class EmbeddingModel(nn.Module):
     @torch.no_grad()
     def extract(self, input: Tensor) -> Tensor:
         """[N, ...] -> [N, d] L2-normalised embeddings, as a gallery stores them; in evaluation mode."""
-        training = self.training
+        training = [module for module in self.modules() if module.training]
         self.eval()
-        rows = [nn.functional.normalize(self(batch), dim=1) for batch in torch.split(input, 1024)]
-        self.train(training)
+        try:
+            rows = [nn.functional.normalize(self(batch), dim=1) for batch in torch.split(input, 1024)]
+        finally:
+            for module in training:  # one by one: a part that was frozen stays so
+                module.training = True
         return torch.cat(rows)

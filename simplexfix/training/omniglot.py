@@ -1,14 +1,15 @@
 """The scenario of `simplexfix demo`: four versions on Omniglot, the last one a replacement.
 
 v0 learns some characters from scratch; v1 and v2 are fine-tuned in turn on more, with rehearsal; then the
-network is thrown away for a wider one that was pre-trained apart, on more characters, against the same
-simplex with the same slots (for ER: with a classifier of its own), and fine-tuned on the last ones: v3.
+network is thrown away for a wider one that was pre-trained apart, on the characters known by then, against the
+same simplex with the same slots (for ER: with a classifier of its own), and fine-tuned on the last ones: v3.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -71,7 +72,7 @@ class Recipe:
         return replace(self, **short)
 
 
-_QUICK_STEPS = {"v0": 80, "pretrain": 120, "finetune": 40}
+_QUICK_STEPS = {"v0": 60, "pretrain": 90, "finetune": 30}
 
 
 @dataclass(frozen=True)
@@ -126,16 +127,28 @@ def train_versions(
         "er": ER(scale=recipe.er_scale),
     }
 
+    stop = threading.Event()
+
+    def step(stage: str) -> None:
+        if stop.is_set():
+            raise RuntimeError("the other training failed or was interrupted")
+        on_step(stage)
+
     def train(learnable: bool) -> dict[str, list[EmbeddingModel]]:
         names = [name for name in methods if (name == "er") == learnable]
         if not names:
             return {}
-        starts = _train_starts(data, recipe, seed, makers[names[0]], "er" if learnable else "simplex", on_step)
-        return {name: _train_upgrades(data, recipe, seed, name, makers[name], *starts, on_step) for name in names}
+        starts = _train_starts(data, recipe, seed, makers[names[0]], "er" if learnable else "simplex", step)
+        return {name: _train_upgrades(data, recipe, seed, name, makers[name], *starts, step) for name in names}
 
     with ThreadPoolExecutor(2) as pool:
-        fixed, learnable = pool.map(train, (False, True))
-    return {name: (fixed | learnable)[name] for name in methods}
+        families = [pool.submit(train, learnable) for learnable in (False, True)]
+        try:
+            wait(families, return_when=FIRST_EXCEPTION)
+        finally:  # Ctrl-C and an error in one family end the other at its next step
+            stop.set()
+        trained = {name: versions for family in families for name, versions in family.result().items()}
+    return {name: trained[name] for name in methods}
 
 
 def _train_starts(

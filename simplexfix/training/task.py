@@ -70,7 +70,12 @@ def train_version(
 
     Returns:
         The version, in evaluation mode.
+
+    Raises:
+        ValueError: `old` is in training mode.
     """
+    if old is not None and old.training:
+        raise ValueError("old is in training mode: its batch statistics would change; call old.eval()")
     generator = torch.Generator().manual_seed(seed)
     with seeded(seed):
         model = copy.deepcopy(parent)

@@ -93,11 +93,17 @@ def test_words_and_tables(tmp_path, capsys, monkeypatch) -> None:
 
 
 def test_bad_arguments(capsys) -> None:
-    for arguments in (["demo", "--seed", "x"], ["demo", "--seed", "-1"], ["dmo"], []):
+    for arguments in (["demo", "--seed", "x"], ["demo", "--seed", "-1"], ["demo", "--seed", str(10**20)], ["dmo"], []):
         with pytest.raises(SystemExit) as error:
             main(arguments)
         assert error.value.code not in (0, None)
         capsys.readouterr()
+
+
+def test_a_folder_that_cannot_be_made(tmp_path, capsys) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["demo", "--out", str(tmp_path / "file" / "x")]) == 2
+    assert "Not a directory" in capsys.readouterr().err
 
 
 def test_a_missing_package_is_named_with_its_remedy(monkeypatch, capsys) -> None:

@@ -169,11 +169,42 @@ def test_a_seed_gives_the_same_bits() -> None:
     assert first["hoc"][3].backbone.layers[1].out_channels == 8
 
 
+def test_an_error_in_one_family_ends_both() -> None:
+    data, seen = split_omniglot(TINY, seed=0), []
+
+    def fail(stage: str) -> None:
+        seen.append(stage)
+        if stage.startswith("er"):
+            raise KeyError("planted")
+
+    with pytest.raises((KeyError, RuntimeError)):
+        train_versions(data, TINY, 0, on_step=fail)
+    assert len(seen) < TINY.steps(METHODS)
+
+
+def test_an_old_model_in_training_mode_is_refused() -> None:
+    method = Simplex(SlotRegistry(8))
+    items = Items(torch.zeros(4, 28, 28), torch.arange(4))
+    with pytest.raises(ValueError, match="old is in training mode"):
+        train_version(
+            model_of(method),
+            method,
+            items,
+            Schedule(1, 1e-3),
+            classes=range(5),
+            seed=0,
+            augment=RandomWarp(),
+            old=model_of(Simplex(SlotRegistry(8))),
+        )
+
+
 def test_extract_is_normalised_and_leaves_the_mode() -> None:
     model = model_of(Simplex(SlotRegistry(8))).train()
+    model.backbone.layers[2].eval()
     rows = model.extract(torch.rand(5, 1, 28, 28))
     torch.testing.assert_close(rows.norm(dim=1), torch.ones(5))
     assert model.training
+    assert not model.backbone.layers[2].training
     assert not rows.requires_grad
 
 
