@@ -12,30 +12,19 @@ from typing import Any
 
 import torch
 from cases import loss, search
-from measure import copy_in_place, interleave, machine_card
+from measure import interleave, machine_card
 
 
-def measure_loss(case: loss.LossCase, seconds: float, compiled: bool) -> dict[str, Any]:
+def measure(case: loss.LossCase | search.SearchCase, seconds: float, compiled: bool) -> dict[str, Any]:
     candidates = case.candidates(compiled)
-    limit = copy_in_place(case.z.numel(), case.dtype)
-    times = interleave({**candidates, "copy": limit}, seconds=seconds)
+    limits = case.limits()
+    times = interleave({**candidates, **limits}, seconds=seconds)
     ours = times["simplexfix"]
     return {
         "case": case.name,
         "times ours": {name: times[name] / ours for name in candidates if name != "simplexfix"},
-        "share of copy bandwidth": times["copy"] / ours,
-        "gradient error": case.errors(),
-    }
-
-
-def measure_search(case: search.SearchCase, seconds: float) -> dict[str, Any]:
-    candidates = case.candidates()
-    times = interleave(candidates, seconds=seconds, least=3)
-    ours = times["simplexfix"]
-    return {
-        "case": case.name,
-        "times ours": {name: times[name] / ours for name in candidates if name != "simplexfix"},
-        "wrong places": case.errors(),
+        **{f"share of {name}": times[name] / ours for name in limits},
+        case.error_name: case.errors(),
     }
 
 
@@ -52,22 +41,18 @@ def main() -> None:
     results: dict[str, Any] = {"machine": machine_card(), "cases": []}
     for key, value in results["machine"].items():
         print(f"{key:>17}  {value}")
-    for case in loss.CASES:
-        results["cases"].append(measure_loss(case, arguments.seconds, not arguments.no_compile))
-        show(results["cases"][-1])
-    for case in search.CASES:
-        results["cases"].append(measure_search(case, arguments.seconds))
-        show(results["cases"][-1])
+    for case in (*loss.CASES, *search.CASES):
+        results["cases"].append(measure(case, arguments.seconds, not arguments.no_compile))
+        show(results["cases"][-1], case.error_name)
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def show(result: dict[str, Any]) -> None:
+def show(result: dict[str, Any], kind: str) -> None:
     print(f"\n{result['case']}")
     if "share of copy bandwidth" in result:
         print(f"  {result['share of copy bandwidth']:.2f} of the speed of an in-place copy of z")
-    kind = next(key for key in ("gradient error", "wrong places") if key in result)
     print(f"  {'simplexfix':<28} {'1':>8}      {kind} {result[kind]['simplexfix']:.1e}")
     for name, ratio in result["times ours"].items():
         error = result[kind].get(name)

@@ -3,21 +3,27 @@ compare within one run."""
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 from cases import loss, search
 
-CANDIDATES = [
-    pytest.param(case, name, id=f"{case.name}-{name}")
-    for case in (*loss.CASES, *search.CASES)
-    for name in (case.candidates(compiled=False) if isinstance(case, loss.LossCase) else case.candidates())
-]
+CASES = {case.name: case for case in (*loss.CASES, *search.CASES)}
 
 
-@pytest.mark.parametrize(("case", "name"), CANDIDATES)
-def test_speed(benchmark, case, name: str) -> None:
-    benchmark.group = case.name
-    candidates = case.candidates(compiled=False) if isinstance(case, loss.LossCase) else case.candidates()
-    benchmark(candidates[name])
-    error = case.errors()[name]
-    benchmark.extra_info["error"] = error
-    assert error < (0.02 if name == "simplexfix" else 1.0)
+@cache
+def candidates(case: str):
+    return CASES[case].candidates(compiled=False)
+
+
+@cache
+def errors(case: str) -> dict[str, float]:
+    return CASES[case].errors()
+
+
+@pytest.mark.parametrize(("case", "name"), [(case, name) for case in CASES for name in candidates(case)])
+def test_speed(benchmark, case: str, name: str) -> None:
+    benchmark.group = case
+    benchmark(candidates(case)[name])
+    benchmark.extra_info["error"] = errors(case)[name]
+    assert errors(case)[name] < (0.02 if name == "simplexfix" else 1.0)

@@ -51,7 +51,8 @@ def simplex_cross_entropy(
         if z.dtype == torch.float16 and reduction == "mean":
             # The saved gradient must not carry 1 / B: a float16 would round it to nothing before the scale of a
             # GradScaler comes from above.
-            return _Loss.apply(z, (*arguments[:-1], REDUCTIONS["sum"])) / _counted(target, weight, ignore_index)  # type: ignore[no-any-return, no-untyped-call]
+            total = _Loss.apply(z, (*arguments[:-1], REDUCTIONS["sum"]))  # type: ignore[no-untyped-call]
+            return total / _counted(target, weight, ignore_index)  # type: ignore[no-any-return]
         return _Loss.apply(z, arguments)  # type: ignore[no-any-return, no-untyped-call]
     return _call(torch.ops.simplexfix.simplex_cross_entropy.default, z, *arguments, False)[0]  # type: ignore[no-any-return]
 

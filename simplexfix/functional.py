@@ -52,7 +52,7 @@ def simplex_logits(z: Tensor, *, normalize: bool = False, scale: float = 1.0) ->
     check_scale(scale)
     if not _native.has_kernels(z):
         return _reference.simplex_logits(z, normalize=normalize, scale=scale)
-    out = _ops.simplex_logits(z.flatten(0, -2) if z.ndim != 1 else z[None], normalize, scale)
+    out = _ops.simplex_logits(_as_rows(z), normalize, scale)
     return out.reshape(*z.shape[:-1], z.shape[-1] + 1)
 
 
@@ -104,10 +104,11 @@ def simplex_cross_entropy(
     """
     check_features("z", z)
     check_loss_options(z, target, normalize, scale, margin, weight, label_smoothing, reduction)
+    rows, labels = _as_rows(z), target if target.ndim == 1 else target.reshape(-1)
     if not _native.has_kernels(z):
-        rows = _reference.simplex_cross_entropy(
-            z.reshape(-1, z.shape[-1]),
-            target.reshape(-1),
+        loss = _reference.simplex_cross_entropy(
+            rows,
+            labels,
             normalize=normalize,
             scale=scale,
             margin=margin,
@@ -117,20 +118,12 @@ def simplex_cross_entropy(
             reduction=reduction,
         )
     else:
-        rows = _ops.simplex_cross_entropy(
-            z if z.ndim == 2 else z.reshape(-1, z.shape[-1]),
-            target if target.ndim == 1 else target.reshape(-1),
-            normalize,
-            scale,
-            margin,
-            weight,
-            ignore_index,
-            label_smoothing,
-            reduction,
+        loss = _ops.simplex_cross_entropy(
+            rows, labels, normalize, scale, margin, weight, ignore_index, label_smoothing, reduction
         )
     if reduction == "none" and target.ndim != 1:
-        rows = rows.reshape(target.shape)
-    return _as_loss(rows, z)
+        loss = loss.reshape(target.shape)
+    return _as_loss(loss, z)
 
 
 def old_new_contrast(
@@ -273,6 +266,11 @@ def cosine_topk(query: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]
     if query.device.type in ("cpu", "meta") and _native.has_kernels(query):
         return _ops.cosine_topk(query.float(), gallery.float(), k)
     return _reference.cosine_topk(query.float(), gallery.float(), k)
+
+
+def _as_rows(z: Tensor) -> Tensor:
+    """[..., d] -> [B, d]."""
+    return z if z.ndim == 2 else z.reshape(-1, z.shape[-1])
 
 
 def _as_loss(loss: Tensor, features: Tensor) -> Tensor:

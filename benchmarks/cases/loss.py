@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from measure import copy_in_place
 from torch import Tensor
 
 import simplexfix.functional as SF
@@ -27,6 +28,7 @@ class LossCase:
     rows: int
     num_classes: int
     dtype: torch.dtype = torch.float32
+    error_name = "gradient error"
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -52,6 +54,10 @@ class LossCase:
 
     def _step(self, loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], object]:
         return lambda: torch.autograd.grad(loss(self.z, self.target), self.z)
+
+    def limits(self) -> dict[str, Callable[[], object]]:
+        """z read, as much written: the least that loss and gradient can move."""
+        return {"copy bandwidth": copy_in_place(self.z.numel(), self.dtype)}
 
     def errors(self) -> dict[str, float]:
         """Largest error of the gradient against float64, relative to its largest entry."""

@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -44,8 +46,6 @@ def run(arguments: argparse.Namespace) -> int:
     if not 0 <= arguments.seed < 2**31:
         raise SystemExit(f"simplexfix demo: --seed must lie in [0, 2^31), got {arguments.seed}")
     arguments.out.mkdir(parents=True, exist_ok=True)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(THREADS)
     began = time.perf_counter()
     recipe = Recipe().quick() if arguments.quick else Recipe()
     data = split_omniglot(recipe, arguments.seed)
@@ -58,14 +58,16 @@ def run(arguments: argparse.Namespace) -> int:
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
         bar = progress.add_task("", total=recipe.steps(METHODS))
-        versions = train_versions(
-            data,
-            recipe,
-            arguments.seed,
-            on_step=lambda stage: progress.update(bar, description=stage, advance=1),
-        )
+        with _threads(THREADS):
+            versions = train_versions(
+                data,
+                recipe,
+                arguments.seed,
+                on_step=lambda stage: progress.update(bar, description=stage, advance=1),
+            )
     trained = time.perf_counter()
-    embeddings = {method: _extract(models, data) for method, models in versions.items()}
+    with _threads(THREADS):
+        embeddings = {method: _extract(models, data) for method, models in versions.items()}
     report: dict[str, Any] = {
         "seed": arguments.seed,
         "quick": arguments.quick,
@@ -84,13 +86,22 @@ def run(arguments: argparse.Namespace) -> int:
         print(text)
     else:
         _print(report, arguments.out, done - began)
-    torch.set_num_threads(threads)
     return 0
 
 
-Embeddings = dict[
-    str, dict[str, list[torch.Tensor]]
-]  # "gallery" | "query" -> "seen" | "unseen" -> a tensor per version
+# "gallery" | "query" -> "seen" | "unseen" -> a tensor per version
+Embeddings = dict[str, dict[str, list[torch.Tensor]]]
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """torch's number of threads, as it was afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _extract(models: list[EmbeddingModel], data: OmniglotData) -> Embeddings:

@@ -48,7 +48,8 @@ class Simplex:
     def add_classes(self, model: EmbeddingModel, classes: range) -> None:
         known = set(self.slots.classes(self.namespace).tolist())
         self.slots.add(self.namespace, [class_id for class_id in classes if class_id not in known])
-        model.head.slots = copy.deepcopy(self.slots)  # type: ignore[assignment]  # a version keeps what was known when it was made
+        # a version keeps what was known when it was made
+        model.head.slots = copy.deepcopy(self.slots)  # type: ignore[assignment]
 
     def loss(self, model: EmbeddingModel, input: Tensor, target: Tensor, old: EmbeddingModel | None) -> Tensor:
         slots = self.slots.lookup(self.namespace, target)

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -173,7 +174,7 @@ def _train_starts(
                 classes=range(classes),
                 seed=100 * seed + number,
                 augment=RandomWarp(),
-                on_step=lambda stage=stage: on_step(stage),  # type: ignore[misc]
+                on_step=partial(on_step, stage),
             )
         )
     return trained[0], trained[1]
@@ -206,7 +207,7 @@ def _train_upgrades(
                 augment=RandomWarp(),
                 memory=_items(data.train[:first, remembered]),
                 old=versions[-1],
-                on_step=lambda stage=f"{name}: v{t}": on_step(stage),  # type: ignore[misc]
+                on_step=partial(on_step, f"{name}: v{t}"),
             )
         )
     return versions
