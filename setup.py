@@ -1,7 +1,7 @@
 """Builds simplexfix._C: one library, both the Python module and the torch operators.
 
-The operators use only LibTorch's stable ABI: built with the headers of any torch >= 2.10, the
-library runs beside any other torch >= 2.10, CPU or CUDA build.  Environment:
+The operators use only LibTorch's stable ABI: built with the headers of any torch >= 2.11, the
+library runs beside any other torch >= 2.11, CPU or CUDA build.  Environment:
 
 SIMPLEXFIX_NATIVE=0        builds no library at all: the pure PyTorch package
 SIMPLEXFIX_CUDA=0 | 1      leaves the CUDA kernels out | fails where there is no nvcc (default: as found)
@@ -24,7 +24,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-MIN_TORCH = (2, 10)
+MIN_TORCH = (2, 11)
 CUDA_ARCHS = "80 86 89 90 100 120"  # machine code for those that nvcc knows, PTX for the newest of them
 NATIVE = os.environ.get("SIMPLEXFIX_NATIVE", "1") != "0"
 REMEDY = "SIMPLEXFIX_NATIVE=0 installs simplexfix without compiled kernels."
@@ -82,7 +82,7 @@ class NinjaBuildExt(build_ext):
 
         torch, version = find_torch()
         if version < MIN_TORCH:
-            raise SystemExit(f"simplexfix builds with torch >= 2.10, found {torch} {version}. {REMEDY}")
+            raise SystemExit(f"simplexfix builds with torch >= 2.11, found {torch} {version}. {REMEDY}")
         nvcc, cxx = find_nvcc(), os.environ.get("CXX", "c++")
         if not shutil.which(shlex.split(cxx)[0]):
             raise SystemExit(f"the C++ compiler {cxx} was not found. {REMEDY}")
@@ -147,5 +147,5 @@ setup(
     ext_modules=[Extension("simplexfix._C", SOURCES)] if NATIVE else [],
     cmdclass={"build_ext": NinjaBuildExt},
     # pip fetches a torch for the build only where the target environment has none that will do.
-    setup_requires=[] if not NATIVE or find_torch()[1] >= MIN_TORCH else ["torch>=2.10"],
+    setup_requires=[] if not NATIVE or find_torch()[1] >= MIN_TORCH else ["torch>=2.11"],
 )

@@ -18,20 +18,21 @@ Call = Callable[[], object]
 def interleave(candidates: dict[str, Call], *, seconds: float = 1.0, least: int = 5) -> dict[str, float]:
     """Seconds of each candidate, the first decile of its rounds: on a shared machine noise only adds.
 
-    In every round each runs once, so all meet the same noise.  The slowest decides how many rounds fit, between
-    `least` and 200; quick calls repeat within a round until they have taken a millisecond.
+    In every round each has its turn, so all meet the same noise.  A turn repeats a quick call for 10 ms, so that
+    caches and allocators are as the candidate itself leaves them; its first call, which finds another's, is not timed.
     """
     repeats = {}
     total = 0.0
     for name, call in candidates.items():
         call()  # warms caches, compiles
         once = min(_time(call, 1) for _ in range(2))
-        repeats[name] = max(1, int(1e-3 / max(once, 1e-9)))
-        total += once * repeats[name]
+        repeats[name] = max(1, int(10e-3 / max(once, 1e-9)))
+        total += once * (repeats[name] + 1)
     rounds = max(least, min(200, int(seconds / total)))
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, call in candidates.items():
+            call()
             times[name].append(_time(call, repeats[name]))
     return {name: sorted(spent)[len(spent) // 10] for name, spent in times.items()}
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import DTYPES, KINDS, assert_accurate, features
+from conftest import needs_library
 
 import simplexfix.functional as SF
 from simplexfix import _reference
@@ -87,6 +90,29 @@ def test_many_classes() -> None:
         naive=lambda z, t, **o: F.cross_entropy(_reference.simplex_logits(z), t, **o),
         reduction="none",
     )
+
+
+@pytest.mark.parametrize("num_classes", [2049, 2050, 2051, 4097, 5000])
+@pytest.mark.parametrize("options", [{}, {"normalize": True, "scale": 30.0}, {"label_smoothing": 0.1, "weight": 1}])
+def test_rows_of_several_tiles(num_classes: int, options: dict[str, Any]) -> None:
+    """The CPU kernels take a row in tiles of 2048, each with a largest logit of its own: labels at their ends."""
+    d = num_classes - 1
+    target = torch.tensor([0, 2047, 2048, d - 1, d, d // 2])
+    if "weight" in options:
+        options = {**options, "weight": torch.rand(num_classes, generator=torch.Generator().manual_seed(3)).double()}
+    for kind in ("normal", "heavy tail", "confident", "offset"):
+        z = features(kind, len(target), d, dtype=torch.float64)
+        z[1, :2048] -= 500  # a tile whose exponentials vanish beside another's
+        z[2] = 0
+        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+            check(
+                z.to(dtype),
+                target,
+                truth=_reference.simplex_cross_entropy,
+                naive=lambda z, t, **o: _reference.simplex_cross_entropy(z, t, **o).to(z.dtype),
+                reduction="none",
+                **options,
+            )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -201,8 +227,12 @@ def test_zero_rows_and_nan_rows() -> None:
         assert gradient.isnan().any(1).tolist() == [False, True, False]
 
 
-def test_a_row_is_the_same_alone_and_in_a_batch_and_on_any_number_of_threads() -> None:
-    z, target = features("normal", 300, 513, dtype=torch.float32), labels(300, 514)
+@pytest.mark.parametrize(("rows", "d"), [(300, 513), (130, 16400)])  # the second is written past the caches
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_is_the_same_alone_and_in_a_batch_and_on_any_number_of_threads(
+    rows: int, d: int, dtype: torch.dtype
+) -> None:
+    z, target = features("normal", rows, d, dtype=dtype), labels(rows, d + 1)
     threads = torch.get_num_threads()
     whole = both(SF.simplex_cross_entropy, z, target, reduction="none")
     mean = both(SF.simplex_cross_entropy, z, target)
@@ -213,10 +243,35 @@ def test_a_row_is_the_same_alone_and_in_a_batch_and_on_any_number_of_threads() -
         assert torch.equal(mean[0], both(SF.simplex_cross_entropy, z, target)[0])
     finally:
         torch.set_num_threads(threads)
-    for row in (0, 17, 299):
+    for row in (0, 17, rows - 1):
         alone = both(SF.simplex_cross_entropy, z[row : row + 1], target[row : row + 1], reduction="none")
         assert torch.equal(alone[0][0], whole[0][row])
         assert torch.equal(alone[1][0], whole[1][row])
+
+
+@needs_library
+def test_memory_of_gradients_is_used_again_and_never_shared() -> None:
+    z, target = torch.randn(64, 1023, requires_grad=True), labels(64, 1024)
+
+    def gradient(scale: float) -> torch.Tensor:
+        return torch.autograd.grad(SF.simplex_cross_entropy(z, target, scale=scale), z)[0]
+
+    place = gradient(1.0).data_ptr()
+    assert gradient(2.0).data_ptr() == place  # the first is gone
+    held = [gradient(float(scale)) for scale in range(1, 30)]  # more than are kept
+    assert len({g.data_ptr() for g in held}) == len(held)
+    copies = [g.clone() for g in held]
+    view = held[7][3]  # keeps its memory after the tensor itself
+    expected = view.clone()
+    del held[5:10]
+    again = [gradient(float(scale)) for scale in range(40, 60)]
+    for g, copy in zip(held, copies[:5] + copies[10:], strict=True):
+        assert torch.equal(g, copy)
+    assert torch.equal(view, expected)
+    del held, again
+    with ThreadPoolExecutor(4) as pool:  # several threads take and give back at once
+        for found in pool.map(gradient, [1.0, 2.0, 3.0] * 40):
+            assert any(torch.equal(found, copy) for copy in copies[:3])
 
 
 def test_backward_twice_and_grad_of_a_leaf() -> None:

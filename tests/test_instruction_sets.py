@@ -11,7 +11,7 @@ import pytest
 from conftest import needs_library
 
 HERE = Path(__file__).parent
-LEVELS = ["base", "avx2", "avx512"]
+LEVELS = ["base", "avx2", "avx512", "avx512bf16"]
 
 
 def run(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -71,6 +71,15 @@ SIMPLEXFIX_HD void apply_margin(const CrossEntropyOptions<A>& options, A cosine,
   }
 }
 
+// What z is multiplied by in the logits of a row; squares is read only with normalize.
+template <typename A>
+SIMPLEXFIX_HD A logit_factor(const std::common_type_t<RoundedSimplex<A>>& simplex,
+                             const CrossEntropyOptions<A>& options, A squares, A* inverse_norm) {
+  *inverse_norm = A(1);
+  if (options.normalize) *inverse_norm = squares > A(0) ? A(1) / std::sqrt(squares) : A(0);
+  return options.scale * *inverse_norm * simplex.inverse_r;
+}
+
 // z_label is z at the label, read only where label < d.  (common_type_t: not deduced, so that a
 // Simplex may stand for its rounded form.)
 template <typename A>
@@ -78,9 +87,7 @@ SIMPLEXFIX_HD RowLogits<A> row_logits(const std::common_type_t<RoundedSimplex<A>
                                       const CrossEntropyOptions<A>& options, const RowSums<A>& sums, int64_t d,
                                       int64_t label, A z_label) {
   RowLogits<A> row;
-  row.inverse_norm = A(1);
-  if (options.normalize) row.inverse_norm = sums.squares > A(0) ? A(1) / std::sqrt(sums.squares) : A(0);
-  row.factor = options.scale * row.inverse_norm * simplex.inverse_r;
+  row.factor = logit_factor(simplex, options, sums.squares, &row.inverse_norm);
   row.shift = row.factor * simplex.m * sums.sum;
   row.last = row.factor * simplex.last * sums.sum;
   const A plain = label < d ? row.factor * z_label - row.shift : row.last;

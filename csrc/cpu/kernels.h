@@ -9,7 +9,7 @@
 
 namespace simplexfix::cpu {
 
-const char* isa();  // "base", "avx2" or "avx512": what this machine runs; SIMPLEXFIX_ISA lowers it
+const char* isa();  // "base", "avx2", "avx512" or "avx512bf16": what this machine runs; SIMPLEXFIX_ISA lowers it
 
 template <typename T>
 struct CrossEntropyArgs {
@@ -22,7 +22,8 @@ struct CrossEntropyArgs {
   T* gradient;            // [B, d] contiguous, or nullptr where none is wanted
   int64_t d;
   int64_t ignore_index;
-  A upstream;  // multiplies every row's gradient
+  bool streams;  // writes the gradient past the caches: the same bits
+  A upstream;    // multiplies every row's gradient
   Simplex simplex;
   CrossEntropyOptions<A> options;
 };

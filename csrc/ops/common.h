@@ -1,5 +1,5 @@
 // What every operator's front needs of torch: LibTorch's stable ABI alone, so that one build runs
-// beside any torch from 2.10 on.
+// beside any torch from 2.11 on.
 #pragma once
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>

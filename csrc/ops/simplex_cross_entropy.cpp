@@ -1,4 +1,5 @@
 // simplexfix::simplex_cross_entropy and simplexfix::scale_rows: checks, allocation, dispatch.
+#include "buffer_pool.h"
 #include "common.h"
 
 #include <limits>
@@ -12,6 +13,9 @@
 
 namespace simplexfix {
 namespace {
+
+// A gradient of this size or more would drive everything else out of the caches before it is read again.
+constexpr int64_t kStreamBytes = int64_t(8) << 20;
 
 // The operator's arguments, checked; and its results, allocated.
 struct CrossEntropyCall {
@@ -73,7 +77,8 @@ CrossEntropyCall check(const Tensor& z, const Tensor& target, bool normalize, do
   const std::vector<int64_t> gradient_shape = wants_gradient ? std::vector<int64_t>{rows, d} : std::vector<int64_t>{0};
   const std::vector<int64_t> loss_shape =
       call.reduction == Reduction::kNone ? std::vector<int64_t>{rows} : std::vector<int64_t>{};
-  call.gradient = torch::stable::new_empty(call.z, gradient_shape);
+  call.gradient = wants_gradient && z.is_cpu() ? reusable_empty(gradient_shape, type)
+                                               : torch::stable::new_empty(call.z, gradient_shape);
   call.loss = torch::stable::new_empty(call.z, loss_shape, accumulate);
   return call;
 }
@@ -121,6 +126,7 @@ std::tuple<Tensor, Tensor> simplex_cross_entropy_cpu(Tensor z, Tensor target, bo
                                   wants_gradient ? mutable_data<T>(call.gradient) : nullptr,
                                   call.d,
                                   ignore_index,
+                                  call.rows * call.d * int64_t(sizeof(T)) >= kStreamBytes,
                                   A(mean),
                                   Simplex::of_dimension(call.d),
                                   call.options<A>(A(weight_sum))};

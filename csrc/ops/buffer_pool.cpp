@@ -1,0 +1,89 @@
+#include "buffer_pool.h"
+
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+namespace simplexfix {
+namespace {
+constexpr size_t kHeader = 64;  // before the numbers: the block's size, and their alignment
+constexpr size_t kHugePage = size_t(2) << 20;
+constexpr size_t kMostBlocks = 16;
+constexpr size_t kWorthKeeping = size_t(1) << 17;  // smaller blocks malloc keeps by itself
+
+class BufferPool {
+ public:
+  BufferPool() { free_.reserve(kMostBlocks); }
+
+  // size bytes of memory, or more, with a header before them
+  void* take(size_t size) {
+    const size_t wanted = size + kHeader;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      for (auto block = free_.rbegin(); block != free_.rend(); ++block)  // the last one left is the warmest
+        if (block->size >= wanted && block->size / 2 < wanted) {
+          void* found = block->memory;
+          kept_ -= block->size;
+          free_.erase(std::next(block).base());
+          return static_cast<char*>(found) + kHeader;
+        }
+    }
+    const size_t align = wanted >= 2 * kHugePage ? kHugePage : kHeader;
+    const size_t rounded = (wanted + align - 1) / align * align;
+    void* memory = std::aligned_alloc(align, rounded);
+    if (!memory) throw std::bad_alloc();
+#ifdef __linux__
+    if (align == kHugePage) madvise(memory, rounded, MADV_HUGEPAGE);  // a hint: no harm where it fails
+#endif
+    *static_cast<size_t*>(memory) = rounded;
+    return static_cast<char*>(memory) + kHeader;
+  }
+
+  void give_back(void* numbers) noexcept {
+    void* memory = static_cast<char*>(numbers) - kHeader;
+    const size_t size = *static_cast<size_t*>(memory);
+    if (size < kWorthKeeping || size > kKeptBytes) return std::free(memory);
+    const std::lock_guard<std::mutex> lock(mutex_);
+    while (kept_ + size > kKeptBytes || free_.size() == kMostBlocks) {
+      kept_ -= free_.front().size;
+      std::free(free_.front().memory);
+      free_.erase(free_.begin());
+    }
+    free_.push_back({memory, size});
+    kept_ += size;
+  }
+
+ private:
+  struct Block {
+    void* memory;
+    size_t size;
+  };
+  std::mutex mutex_;
+  std::vector<Block> free_;  // the oldest first; never grows, so that giving back can't fail
+  size_t kept_ = 0;
+};
+
+// Never destroyed: tensors may outlive every static object.
+BufferPool& pool() {
+  static auto* const instance = new BufferPool;
+  return *instance;
+}
+}  // namespace
+
+Tensor reusable_empty(const std::vector<int64_t>& shape, ScalarType type) {
+  int64_t numbers = 1;
+  std::vector<int64_t> strides(shape.size());
+  for (size_t i = shape.size(); i-- > 0;) {
+    strides[i] = std::max<int64_t>(numbers, 1);
+    numbers *= shape[i];
+  }
+  const size_t bytes = size_t(numbers) * size_t((type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2));
+  return torch::stable::from_blob(pool().take(bytes), shape, strides,
+                                  torch::stable::Device(torch::headeronly::DeviceType::CPU), type,
+                                  [](void* memory) { pool().give_back(memory); });
+}
+
+}  // namespace simplexfix
