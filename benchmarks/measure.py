@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+import dataclasses
+import multiprocessing
 import platform
 import subprocess
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -42,6 +47,28 @@ def _time(call: Call, repeats: int) -> float:
     for _ in range(repeats):
         call()
     return (time.perf_counter() - start) / repeats
+
+
+def peak_memory(case: Any, name: str) -> int:
+    """Bytes that one call of a case's candidate takes at its peak, beyond what was there before; in a process of
+    its own, whose memory no other candidate has touched.  Linux only."""
+    fields = {field.name: getattr(case, field.name) for field in dataclasses.fields(case)}
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(_peak_memory, type(case), fields, name).result()
+
+
+def _peak_memory(cls: type, fields: dict[str, Any], name: str) -> int:
+    call = cls(**fields).candidates(compiled=False)[name]
+    ctypes.CDLL(None).malloc_trim(0)  # what setting up left free would hide a part of the call's memory
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    before = _status("VmRSS")
+    call()
+    return _status("VmHWM") - before
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
 
 
 def copy_in_place(numbers: int, dtype: torch.dtype = torch.float32) -> Call:

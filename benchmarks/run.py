@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from cases import loss, search
-from measure import interleave, machine_card
+from measure import interleave, machine_card, peak_memory
 
 
 def measure(case: loss.LossCase | search.SearchCase, seconds: float, compiled: bool) -> dict[str, Any]:
@@ -20,10 +20,12 @@ def measure(case: loss.LossCase | search.SearchCase, seconds: float, compiled: b
     limits = case.limits()
     times = interleave({**candidates, **limits}, seconds=seconds)
     ours = times["simplexfix"]
+    memory = {name: peak_memory(case, name) / 2**20 for name in case.candidates(compiled=False)}
     return {
         "case": case.name,
         "times ours": {name: times[name] / ours for name in candidates if name != "simplexfix"},
         **{f"share of {name}": times[name] / ours for name in limits},
+        "MiB": memory,
         case.error_name: case.errors(),
     }
 
@@ -51,12 +53,14 @@ def main() -> None:
 
 def show(result: dict[str, Any], kind: str) -> None:
     print(f"\n{result['case']}")
-    if "share of copy bandwidth" in result:
-        print(f"  {result['share of copy bandwidth']:.2f} of the speed of an in-place copy of z")
-    print(f"  {'simplexfix':<28} {'1':>8}      {kind} {result[kind]['simplexfix']:.1e}")
-    for name, ratio in result["times ours"].items():
-        error = result[kind].get(name)
-        print(f"  {name:<28} {ratio:8.2f} x    " + (f"{kind} {error:.1e}" if error is not None else ""))
+    for name, share in result.items():
+        if name.startswith("share of"):
+            print(f"  {share:.2f} {name.removeprefix('share ')}")
+    for name, ratio in {"simplexfix": 1.0, **result["times ours"]}.items():
+        memory, error = result["MiB"].get(name), result[kind].get(name)
+        extra = [f"{memory:8.1f} MiB"] if memory is not None else []
+        extra += [f"{kind} {error:.1e}"] if error is not None else []
+        print("  ".join([f"  {name:<28} {ratio:8.2f} x", *extra]))
 
 
 if __name__ == "__main__":

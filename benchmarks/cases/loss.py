@@ -75,5 +75,8 @@ CASES = [
     LossCase(512, 1024),
     LossCase(512, 1024, torch.bfloat16),
     LossCase(256, 8192),
-    LossCase(64, 65536),
+    LossCase(256, 8192, torch.bfloat16),
+    LossCase(256, 65536),
+    LossCase(256, 65536, torch.bfloat16),
+    LossCase(16, 2**20),
 ]

@@ -2,7 +2,6 @@
 
 #include <cstdlib>
 #include <mutex>
-#include <new>
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -34,7 +33,7 @@ class BufferPool {
     const size_t align = wanted >= 2 * kHugePage ? kHugePage : kHeader;
     const size_t rounded = (wanted + align - 1) / align * align;
     void* memory = std::aligned_alloc(align, rounded);
-    if (!memory) throw std::bad_alloc();
+    STD_TORCH_CHECK(memory, "not enough memory for a gradient of ", size, " bytes");
 #ifdef __linux__
     if (align == kHugePage) madvise(memory, rounded, MADV_HUGEPAGE);  // a hint: no harm where it fails
 #endif
