@@ -1,4 +1,4 @@
-// One source, three instruction sets, one object file.  The copies lie in namespaces of their own,
+// One source, four instruction sets, one object file.  The copies lie in namespaces of their own,
 // and the standard library's templates are declared above, outside the regions: no function that
 // another file may share is ever compiled for a newer CPU (per-file -m flags do not give that).
 #include "kernels.h"
@@ -38,14 +38,27 @@ namespace simplexfix::cpu::avx2 {
 namespace simplexfix::cpu::avx512 {
 #include "instruction_set.inc"
 }
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v4,avx512vnni,prefer-vector-width=512")
+#define SIMPLEXFIX_VNNI 1
+namespace simplexfix::cpu::avx512vnni {
+#include "vector.inc"
+
+#include "codes.inc"
+inline constexpr SearchKernels kSearch{
+    avx512::normalize_rows, {avx512::kSearch.dot[0], avx512::kSearch.dot[1]}, avx512::encode, scan_panel, kQueryRange};
+}  // namespace simplexfix::cpu::avx512vnni
+#undef SIMPLEXFIX_VNNI
 #undef SIMPLEXFIX_VECTOR_BYTES
 #pragma GCC pop_options
 #endif
 
 namespace simplexfix::cpu {
 namespace {
-enum Isa { kBase, kAvx2, kAvx512 };
-const char* const kNames[] = {"base", "avx2", "avx512"};
+enum Isa { kBase, kAvx2, kAvx512, kAvx512Vnni };
+const char* const kNames[] = {"base", "avx2", "avx512", "avx512vnni"};
 
 Isa pick() {
   Isa best = kBase;
@@ -53,6 +66,7 @@ Isa pick() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("x86-64-v3")) best = kAvx2;
   if (__builtin_cpu_supports("x86-64-v4")) best = kAvx512;
+  if (best == kAvx512 && __builtin_cpu_supports("avx512vnni")) best = kAvx512Vnni;
 #endif
   if (const char* cap = std::getenv("SIMPLEXFIX_ISA"))  // lowers only, for tests and timings
     for (int i = 0; i < best; ++i)
@@ -67,7 +81,7 @@ const char* isa() { return kNames[g_isa]; }
 template <typename T>
 const Kernels<T>& kernels() {
 #ifdef SIMPLEXFIX_X86
-  if (g_isa == kAvx512) return avx512::Table<T>::kernels;
+  if (g_isa >= kAvx512) return avx512::Table<T>::kernels;
   if (g_isa == kAvx2) return avx2::Table<T>::kernels;
 #endif
   return base::Table<T>::kernels;
@@ -79,6 +93,7 @@ template const Kernels<BFloat16>& kernels<BFloat16>();
 
 const SearchKernels& search_kernels() {
 #ifdef SIMPLEXFIX_X86
+  if (g_isa == kAvx512Vnni) return avx512vnni::kSearch;
   if (g_isa == kAvx512) return avx512::kSearch;
   if (g_isa == kAvx2) return avx2::kSearch;
 #endif
