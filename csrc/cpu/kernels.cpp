@@ -42,7 +42,22 @@ namespace simplexfix::cpu::avx512 {
 #pragma GCC pop_options
 
 #pragma GCC push_options
-#pragma GCC target("arch=x86-64-v4,avx512bf16,prefer-vector-width=512")
+#pragma GCC target("arch=x86-64-v4,avx512vnni,prefer-vector-width=512")
+#define SIMPLEXFIX_VNNI 1
+namespace simplexfix::cpu::avx512vnni {
+#include "vector.inc"
+
+#include "codes.inc"
+inline constexpr SearchKernels kSearch{
+    avx512::normalize_rows, {avx512::kSearch.dot[0], avx512::kSearch.dot[1]}, avx512::encode, scan_panel, kQueryRange};
+}  // namespace simplexfix::cpu::avx512vnni
+#undef SIMPLEXFIX_VNNI
+#undef SIMPLEXFIX_VECTOR_BYTES
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v4,avx512vnni,avx512bf16,prefer-vector-width=512")
+#define SIMPLEXFIX_VECTOR_BYTES 64
 #define SIMPLEXFIX_AVX512BF16 1
 namespace simplexfix::cpu::avx512bf16 {
 #include "instruction_set.inc"
@@ -54,8 +69,8 @@ namespace simplexfix::cpu::avx512bf16 {
 
 namespace simplexfix::cpu {
 namespace {
-enum Isa { kBase, kAvx2, kAvx512, kAvx512Bf16 };
-const char* const kNames[] = {"base", "avx2", "avx512", "avx512bf16"};
+enum Isa { kBase, kAvx2, kAvx512, kAvx512Vnni, kAvx512Bf16 };
+const char* const kNames[] = {"base", "avx2", "avx512", "avx512vnni", "avx512bf16"};
 
 Isa pick() {
   Isa best = kBase;
@@ -63,7 +78,8 @@ Isa pick() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("x86-64-v3")) best = kAvx2;
   if (__builtin_cpu_supports("x86-64-v4")) best = kAvx512;
-  if (best == kAvx512 && __builtin_cpu_supports("avx512bf16")) best = kAvx512Bf16;
+  if (best == kAvx512 && __builtin_cpu_supports("avx512vnni")) best = kAvx512Vnni;
+  if (best == kAvx512Vnni && __builtin_cpu_supports("avx512bf16")) best = kAvx512Bf16;
 #endif
   if (const char* cap = std::getenv("SIMPLEXFIX_ISA"))  // lowers only, for tests and timings
     for (int i = 0; i < best; ++i)
@@ -92,7 +108,8 @@ template const Kernels<BFloat16>& kernels<BFloat16>();
 
 const SearchKernels& search_kernels() {
 #ifdef SIMPLEXFIX_X86
-  if (g_isa >= kAvx512) return avx512::kSearch;
+  if (g_isa >= kAvx512Vnni) return avx512vnni::kSearch;
+  if (g_isa == kAvx512) return avx512::kSearch;
   if (g_isa == kAvx2) return avx2::kSearch;
 #endif
   return base::kSearch;

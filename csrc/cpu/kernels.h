@@ -9,7 +9,8 @@
 
 namespace simplexfix::cpu {
 
-const char* isa();  // "base", "avx2", "avx512" or "avx512bf16": what this machine runs; SIMPLEXFIX_ISA lowers it
+// "base", "avx2", "avx512", "avx512vnni" or "avx512bf16": what this machine runs; SIMPLEXFIX_ISA lowers it
+const char* isa();
 
 template <typename T>
 struct CrossEntropyArgs {
@@ -50,13 +51,56 @@ struct Kernels {
                      int64_t begin, int64_t end);
 };
 
-// Exact cosine search: docs/numerics.md. Scores are fp64 sums in one fixed order, rounded to fp32.
+// A vector in codes: x = scale * codes + a residual.
+struct CodeSummary {
+  float scale;
+  int64_t sum;       // of the codes
+  double norm;       // |x|
+  double code_norm;  // |scale * codes|
+  double residual;   // |x - scale * codes|
+  double along;      // center . x
+};
+
+// 64 gallery rows in codes (gallery_codes.h).
+constexpr int64_t kPanelRows = 64;
+struct CodePanel {
+  const uint8_t* codes;                 // [groups][kPanelRows][4]
+  const float *scale, *offset, *error;  // [kPanelRows]
+};
+
+// Queries in codes; the cutoffs are those for one panel.
+struct CodeQueries {
+  const int8_t* codes;  // [n][stride], four numbers to a group
+  int64_t stride, n;
+  const int32_t* start;  // takes the panel's offset of 128 out of the products
+  const float *scale, *norm, *cutoff;
+};
+
+// How a gallery stores its rows.
+enum class RowType : int { kFloat, kBFloat16 };
+inline int64_t row_bytes(RowType type, int64_t d) { return d * (type == RowType::kFloat ? 4 : 2); }
+
+// Scores of fp32 queries with rows of one type: fp64 sums in one fixed order, rounded to fp32.
+struct DotKernels {
+  // scores[i * scores_stride + j] = query i . row j
+  void (*tile)(const float* query, int64_t queries, const void* rows, int64_t n, int64_t d, float* scores,
+               int64_t scores_stride);
+  // scores[j] = query . rows[j], rows anywhere
+  void (*scattered)(const float* query, const void* const* rows, int64_t n, int64_t d, float* scores);
+};
+
+// Exact cosine search: docs/numerics.md.
 struct SearchKernels {
   // out = in / |in| rounded to float, a zero row stays zero
   void (*normalize_rows)(const float* in, int64_t in_stride, float* out, int64_t d, int64_t begin, int64_t end);
-  // scores[i * scores_stride + j] = query i . row j
-  void (*dot_tile)(const float* query, int64_t queries, const float* rows, int64_t n, int64_t d, float* scores,
-                   int64_t scores_stride);
+  DotKernels dot[2];  // by RowType
+  // codes of row - center in [-range, range]
+  CodeSummary (*encode)(const float* row, const float* center, int64_t d, int range, int8_t* codes);
+  // Bit r of passed[q]: the upper bound of query q and row r reaches the query's cutoff.
+  // upper [n, kPanelRows] is written for those queries only of which a row passes.
+  void (*scan_panel)(const CodePanel& panel, const CodeQueries& queries, int64_t groups, uint64_t* passed,
+                     float* upper);
+  int query_range;  // of the codes of a query: what this instruction set can add without overflow
 };
 
 template <typename T>

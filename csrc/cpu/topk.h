@@ -18,6 +18,9 @@ class TopK {
   // Offers n scores of the ids first_id, first_id + 1, ...
   void offer(const float* scores, int64_t n, int64_t first_id);
   void merge(const TopK& other);
+  void offer(const Candidate& candidate) { add(candidate); }
+  // The score of the k-th best so far, -inf where there are fewer.
+  float kth_score();
   // Writes k results, best first; where there are fewer, id -1 with score -inf.
   void write(float* scores, int64_t* ids);
 
@@ -29,23 +32,6 @@ class TopK {
   size_t capacity_;
   Candidate worst_;  // nothing that ranks behind it can be among the best k
   std::vector<Candidate> candidates_;
-};
-
-// Splits a search into tasks that may run in any order on any thread: blocks of queries, and for few
-// queries blocks of the gallery too.
-class TopKSearch {
- public:
-  // Normalised rows; query [queries, d], gallery [n, d].
-  TopKSearch(const float* query, int64_t queries, const float* gallery, int64_t n, int64_t d, int64_t k);
-  int64_t tasks() const { return query_blocks_ * gallery_splits_; }
-  void run(int64_t task);
-  // After all tasks: the results of queries [begin, end).
-  void write(int64_t begin, int64_t end, float* scores, int64_t* ids);
-
- private:
-  const float *query_, *gallery_;
-  int64_t queries_, n_, d_, k_, query_blocks_, gallery_splits_;
-  std::vector<std::vector<TopK>> found_;  // [task][query of the block]
 };
 
 }  // namespace simplexfix::cpu

@@ -1,12 +1,14 @@
 // simplexfix::cosine_topk: checks, allocation, normalisation, search.
 #include <atomic>
+#include <optional>
 
-#include "../cpu/kernels.h"
-#include "../cpu/topk.h"
+#include "../cpu/float_mode.h"
+#include "../cpu/search.h"
 #include "common.h"
 
 namespace simplexfix {
 namespace {
+constexpr int64_t kQueriesWorthCodes = 24;  // to encode a gallery costs about as much as to score it for half of them
 
 // A dense, normalised copy of the rows.
 Tensor normalized(const Tensor& rows, const char* name) {
@@ -25,6 +27,7 @@ Tensor normalized(const Tensor& rows, const char* name) {
   const Tensor out = torch::stable::new_empty(rows, {n, d});
   float* to = mutable_data<float>(out);
   torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
+    const cpu::IeeeArithmetic ieee;
     cpu::search_kernels().normalize_rows(in, stride, to, d, begin, end);
   });
   return out;
@@ -44,7 +47,18 @@ std::tuple<Tensor, Tensor> cosine_topk_cpu(Tensor query, Tensor gallery, int64_t
   const int64_t queries = q.size(0);
   const Tensor scores = torch::stable::new_empty(q, {queries, k});
   const Tensor ids = torch::stable::new_empty(q, {queries, k}, ScalarType::Long);
-  cpu::TopKSearch search(data<float>(q), queries, data<float>(g), g.size(0), q.size(1), k);
+  const auto* rows_data = reinterpret_cast<const std::byte*>(data<float>(g));
+  const cpu::GalleryRows rows{&rows_data, cpu::GalleryRows::kOneBlock, g.size(0), g.size(1)};
+  std::optional<cpu::GalleryCodes> codes;
+  if (queries >= kQueriesWorthCodes && cpu::Search::can_use_codes(rows.n, rows.d, k)) {
+    codes.emplace(rows.d, cpu::central_row(rows));
+    codes->resize(rows.n);
+    const int64_t panels = (rows.n + cpu::kPanelRows - 1) / cpu::kPanelRows;
+    torch::stable::parallel_for(0, panels, rows_per_task(rows.d * cpu::kPanelRows), [&](int64_t begin, int64_t end) {
+      codes->encode(rows, begin * cpu::kPanelRows, std::min(rows.n, end * cpu::kPanelRows));
+    });
+  }
+  cpu::Search search(data<float>(q), queries, rows, codes ? &*codes : nullptr, k, torch::stable::get_num_threads());
   torch::stable::parallel_for(0, search.tasks(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) search.run(task);
   });

@@ -1,0 +1,62 @@
+// A gallery in codes of eight bits, for the first pass of the exact search: beside each row's codes
+// stand the numbers that bound its score with any query.  Free of torch.
+//
+// A row g is stored as x = g - center, coded as scale * codes, codes in [-127, 127].  center is a mean
+// of rows (zero where that is short): embeddings share a large common part, and what is not coded
+// cannot be coded wrongly.  For a query q with y = q - center, coded likewise,
+//   q.g = q.center + x.center + y.x,
+//   |y.x - coded y . coded x| <= |y| |x - coded x| + |y - coded y| |coded x|      (Cauchy-Schwarz).
+// Bytes: 1 per number and 12 per row, in panels of 64 rows; the last panel is padded.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "gallery_rows.h"
+#include "kernels.h"
+
+namespace simplexfix::cpu {
+
+class GalleryCodes {
+ public:
+  GalleryCodes(int64_t d, std::vector<float> center);
+
+  // Above this the int32 sums could overflow; and the bounds would let every row through anyway.
+  static constexpr int64_t kMaxDim = int64_t(1) << 17;
+
+  int64_t size() const { return size_; }
+  int64_t dim() const { return d_; }
+  int64_t groups() const { return groups_; }  // of four numbers
+  size_t bytes() const;
+  const float* center() const { return center_.data(); }
+
+  // Room for n rows; those that are new have to be encoded.  All or nothing.
+  void resize(int64_t n);
+  // Encodes rows [begin, end) of the gallery, of length 1 or 0 but for rounding.  Threads may do pieces that
+  // begin at multiples of kPanelRows.
+  void encode(const GalleryRows& rows, int64_t begin, int64_t end);
+
+  CodePanel panel(int64_t index) const;
+  float panel_norm(int64_t index) const { return panel_norm_[size_t(index)]; }  // at least the largest |coded x|
+
+ private:
+  struct Free {
+    void operator()(void* p) const;
+  };
+  std::byte* panel_data(int64_t index) const;
+
+  int64_t d_, groups_, size_ = 0;
+  size_t panel_bytes_;
+  int64_t chunk_panels_;  // panels that are allocated together
+  std::vector<std::unique_ptr<std::byte, Free>> chunks_;
+  std::vector<float> panel_norm_, center_;
+};
+
+// The mean of at most 1024 of the rows, spread evenly; zeros where it is too short to be worth it.
+std::vector<float> central_row(const GalleryRows& rows);
+
+// A float above x by at least 2^-20 |x|.
+float round_up(double x);
+
+}  // namespace simplexfix::cpu

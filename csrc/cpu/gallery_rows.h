@@ -1,0 +1,41 @@
+// The rows of a gallery as the search reads them: normalised, in blocks, with an id each.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace simplexfix::cpu {
+
+struct GalleryRows {
+  const std::byte* const* blocks;  // of 2^block_shift rows each, side by side; a tensor is one block
+  int block_shift;
+  int64_t n, d;
+  RowType type = RowType::kFloat;
+  const int64_t* ids = nullptr;  // nullptr: a row's id is its place
+  bool ids_ascend = true;
+
+  static constexpr int kOneBlock = 62;
+
+  const std::byte* row(int64_t i) const {
+    return blocks[i >> block_shift] + (i & ((int64_t(1) << block_shift) - 1)) * row_bytes(type, d);
+  }
+  // Rows from i on that lie side by side.
+  int64_t run_length(int64_t i) const { return (int64_t(1) << block_shift) - (i & ((int64_t(1) << block_shift) - 1)); }
+  int64_t id(int64_t i) const { return ids ? ids[i] : i; }
+  // Row i in fp32: its own place, or scratch [d].
+  const float* read(int64_t i, float* scratch) const {
+    const std::byte* from = row(i);
+    if (type == RowType::kFloat) return reinterpret_cast<const float*>(from);
+    for (int64_t j = 0; j < d; ++j) {
+      uint16_t half;
+      std::memcpy(&half, from + j * 2, 2);
+      const uint32_t bits = uint32_t(half) << 16;
+      std::memcpy(scratch + j, &bits, 4);
+    }
+    return scratch;
+  }
+};
+
+}  // namespace simplexfix::cpu

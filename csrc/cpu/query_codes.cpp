@@ -1,0 +1,65 @@
+#include "query_codes.h"
+
+#include <cmath>
+#include <limits>
+
+#include "float_mode.h"
+
+namespace simplexfix::cpu {
+namespace {
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+float round_down(double x) { return -round_up(-x); }
+}  // namespace
+
+QueryCodes::QueryCodes(const float* query, int64_t n, const GalleryCodes& gallery)
+    : d_(gallery.dim()),
+      stride_(gallery.groups() * 4),
+      codes_(size_t(n * stride_), 0),
+      start_(size_t(n)),
+      scale_(size_t(n)),
+      norm_(size_t(n)),
+      residual_(size_t(n)),
+      along_(size_t(n)) {
+  const IeeeArithmetic ieee;
+  const SearchKernels& kernels = search_kernels();
+  for (size_t q = 0; q < size_t(n); ++q) {
+    const float* row = query + int64_t(q) * d_;
+    const CodeSummary code =
+        kernels.encode(row, gallery.center(), d_, kernels.query_range, codes_.data() + int64_t(q) * stride_);
+    start_[q] = int32_t(-128 * code.sum);
+    scale_[q] = code.scale;
+    norm_[q] = round_up(code.norm);
+    residual_[q] = round_up(code.residual);
+    double along = 0;
+    for (int64_t j = 0; j < d_; ++j) along += double(row[j]) * double(gallery.center()[j]);
+    along_[q] = along;
+  }
+}
+
+CodeQueries QueryCodes::view(int64_t first, int64_t n, const float* cutoff) const {
+  return {codes_.data() + first * stride_,
+          stride_,
+          n,
+          start_.data() + first,
+          scale_.data() + first,
+          norm_.data() + first,
+          cutoff};
+}
+
+// Real numbers below the middle between two neighbouring floats are rounded to the lower one at most.
+float QueryCodes::cutoff_below(int64_t q, float score) const {
+  return cutoff(size_t(q), (double(score) + double(std::nextafter(score, -kInfinity))) / 2);
+}
+float QueryCodes::cutoff_at(int64_t q, float score) const {
+  return cutoff(size_t(q), (double(score) + double(std::nextafter(score, kInfinity))) / 2);
+}
+
+float QueryCodes::cutoff(size_t q, double real_score) const {
+  // The rounding of the fp64 score, of query . center and of row . center: each below (d + 8) * 2^-53 times
+  // lengths that sum to less than 8 (norm + |along|), for |q|^2 = q.center + q.(q - center) makes that sum at
+  // least 1 for a query of length 1, and for a zero query the score is an exact 0.
+  const double fp64_room = double(d_ + 64) * 0x1p-50 * (norm_[q] + std::abs(along_[q]));
+  return round_down(real_score - along_[q] - fp64_room - 0x1p-100);  // 2^-100: products that underflow
+}
+
+}  // namespace simplexfix::cpu

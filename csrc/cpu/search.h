@@ -1,0 +1,84 @@
+// Exact top-k by cosine, free of torch: every score is the fp64 dot product of dot.inc, rounded to
+// fp32; the order is core/ranking.h's.  With a gallery in codes (gallery_codes.h) only those rows are
+// scored whose upper bound says that they may be among the best.
+//
+// Mapping: a task is a block of queries against a stretch of the gallery.  It walks the stretch in
+// panels of 64 rows; what passes the bounds waits in a list per query.  When a list is full, its most
+// promising k rows are scored, which raises the cutoff and empties most of the list; the rest is
+// scored at the end.  Where the bounds let most rows of a stretch through, the next ones are scored
+// whole, as without codes.
+// Bytes: per task the codes of its stretch once (1 byte per number), a row's own for each row scored.
+// Determinism: the cutoffs are shared between the tasks of a query, so the work depends on timing;
+// the results never do, because a row is left out only if k others certainly rank before it.
+#pragma once
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <vector>
+
+#include "gallery_codes.h"
+#include "gallery_rows.h"
+#include "query_codes.h"
+#include "topk.h"
+
+namespace simplexfix::cpu {
+
+class Search {
+ public:
+  // Normalised queries [queries, d]; codes of the same gallery, or nullptr.  All must outlive the search.
+  // threads says how many tasks are worth having; the results are the same with any.
+  Search(const float* query, int64_t queries, const GalleryRows& rows, const GalleryCodes* codes, int64_t k,
+         int64_t threads);
+  ~Search();
+
+  // Whether the bounds can leave anything out.
+  static bool can_use_codes(int64_t n, int64_t d, int64_t k);
+
+  // Tasks may run in any order on any threads.
+  int64_t tasks() const { return query_blocks_ * splits_; }
+  void run(int64_t task);
+  // After all tasks: the results of queries [begin, end).
+  void write(int64_t begin, int64_t end, float* scores, int64_t* ids);
+
+  int64_t rows_scored() const { return rows_scored_; }  // pairs whose exact score was computed
+
+ private:
+  struct Waiting {
+    float upper;
+    uint32_t row;  // from the task's first
+  };
+  struct QueryState;
+  struct Scratch;
+  struct Task;
+
+  Scratch take_scratch();
+  void give_back(Scratch&& scratch);
+  void refresh(Task& task, int64_t q);
+  void score_all(Task& task, int64_t begin, int64_t end);
+  void scan(Task& task, int64_t begin, int64_t end);
+  void drain(Task& task, int64_t q, int64_t row);
+  void prune(Task& task, int64_t q);
+  void take_best(Task& task, int64_t q);
+  void score(Task& task, int64_t q, const Waiting* first, const Waiting* last);
+  void score_and_clear(Task& task, int64_t q, std::vector<Waiting>& list);
+  void finish(Task& task);
+  void score_in_windows(Task& task, std::vector<Waiting> QueryState::* list);
+
+  const float* query_;
+  int64_t queries_;
+  GalleryRows rows_;
+  const DotKernels& dot_;
+  const GalleryCodes* codes_;
+  std::optional<QueryCodes> query_codes_;
+  int64_t k_, query_block_, query_blocks_, splits_;
+  size_t first_limit_;  // of a list of waiting rows
+  std::atomic<int64_t> rows_scored_{0};
+  std::unique_ptr<std::atomic<float>[]> best_kth_;  // of each query: the highest k-th best score of any task
+  std::mutex scratch_mutex_;
+  std::vector<Scratch> scratch_;
+  std::vector<std::vector<TopK>> found_;  // [task][query of the block]
+};
+
+}  // namespace simplexfix::cpu

@@ -1,0 +1,74 @@
+// The first k of a range in some order, without a branch that depends on the data: nth_element
+// mispredicts about every other element.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+
+namespace simplexfix::cpu {
+
+// As std::nth_element(first, first + nth, last, before).
+template <typename T, typename Before>
+void select_nth(T* first, int64_t nth, T* last, Before before) {
+  constexpr int64_t kSmall = 32;
+  // Each round splits the range at the median of three, taken where no order of the input is likely to
+  // have put extremes; a range that many rounds don't shrink (equal elements) is left to the standard.
+  uint32_t random = 1;
+  for (int round = 0; round < 24 && last - first > kSmall; ++round) {
+    T* three[3];
+    for (T*& p : three) {
+      random = random * 1664525u + 1013904223u;
+      p = first + int64_t(uint64_t(random) * uint64_t(last - first) >> 32);
+    }
+    if (before(*three[1], *three[0])) std::swap(three[0], three[1]);
+    if (before(*three[2], *three[0])) std::swap(three[0], three[2]);
+    if (before(*three[2], *three[1])) std::swap(three[1], three[2]);
+    const T pivot = *three[1];
+    std::swap(*three[1], last[-1]);
+    T* split = first;
+    for (T* p = first; p < last - 1; ++p) {
+      const T element = *p;
+      *p = *split;
+      *split = element;
+      split += before(element, pivot);
+    }
+    std::swap(*split, last[-1]);
+    if (split - first == nth) return;
+    if (split - first < nth) {
+      nth -= split + 1 - first;
+      first = split + 1;
+    } else {
+      last = split;
+    }
+  }
+  std::nth_element(first, first + nth, last, before);
+}
+
+// Moves the elements that satisfy the predicate to out and closes the gaps; returns the new
+// end.  out must have room for all; the order stays.
+template <typename T, typename Predicate>
+T* extract_if(T* first, T* last, T*& out, Predicate predicate) {
+  T* keep = first;
+  for (T* p = first; p < last; ++p) {
+    const T element = *p;
+    const bool taken = predicate(element);
+    *out = element;
+    out += taken;
+    *keep = element;
+    keep += !taken;
+  }
+  return keep;
+}
+
+// Drops those that satisfy the predicate; returns the new end.
+template <typename T, typename Predicate>
+T* drop_if(T* first, T* last, Predicate predicate) {
+  T* keep = first;
+  for (T* p = first; p < last; ++p) {
+    const T element = *p;
+    *keep = element;
+    keep += !predicate(element);
+  }
+  return keep;
+}
+
+}  // namespace simplexfix::cpu

@@ -1,0 +1,106 @@
+"""The exact search by its definition, in plain NumPy, to the bit; and galleries that are hard on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+
+
+def _total(products_of: Iterator[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """A sum in eight partial sums (j mod 8), added in one fixed order: docs/numerics.md."""
+    s = sum(products_of)
+    return ((s[..., 0] + s[..., 4]) + (s[..., 2] + s[..., 6])) + ((s[..., 1] + s[..., 5]) + (s[..., 3] + s[..., 7]))
+
+
+def _in_eights(rows: Floats) -> NDArray[np.float64]:
+    return np.pad(rows.astype(np.float64), ((0, 0), (0, -rows.shape[1] % 8)))
+
+
+def unit(rows: Floats) -> Floats:
+    x = _in_eights(rows)
+    norm = np.sqrt(_total(x[:, j : j + 8] ** 2 for j in range(0, x.shape[1], 8)))[:, None]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(norm > 0, rows / norm, 0.0).astype(np.float32)
+
+
+def to_bfloat16(rows: Floats) -> Floats:
+    """Rounded to nearest, ties to even, and back in float32."""
+    bits = rows.view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+
+
+def definition(
+    query: Floats, gallery: Floats, k: int, ids: NDArray[np.int64] | None = None, dtype: str = "float32"
+) -> tuple[Floats, NDArray[np.int64]]:
+    """Scores and ids [Q, k] by the definition alone: every score, then one sort."""
+    g = unit(gallery)
+    q8, g8 = _in_eights(unit(query)), _in_eights(to_bfloat16(g) if dtype == "bfloat16" else g)
+    scores = np.full((len(query), k), -np.inf, dtype=np.float32)
+    found = np.full((len(query), k), -1, dtype=np.int64)
+    names = np.arange(len(gallery)) if ids is None else ids
+    if len(gallery) == 0:
+        return scores, found
+    for i, row in enumerate(q8):
+        s = _total(row[j : j + 8] * g8[:, j : j + 8] for j in range(0, len(row), 8)).astype(np.float32)
+        order = np.lexsort((names, -s))[:k]
+        scores[i, : len(order)], found[i, : len(order)] = s[order], names[order]
+    return scores, found
+
+
+GALLERIES = (
+    "normal", "one-hot", "duplicates", "one row", "clusters 1e-2", "clusters 1e-4", "clusters 1e-7", "one cluster",
+    "numbers of all sizes", "rows of all sizes", "denormals", "spike", "zeros", "rising", "falling", "signs",
+    "heavy tail",
+)  # fmt: skip
+
+
+def hard_gallery(kind: str, n: int, d: int, rng: np.random.Generator) -> Floats:
+    """Rows on which bounds are loose, scores equal or nearly so, or numbers at the ends of their range."""
+    z = rng.standard_normal((n, d)).astype(np.float32)
+    if kind == "normal":
+        return z
+    if kind == "one-hot":  # in three lengths: many exact ties, scores of 0, 1 and -1 alone
+        return np.eye(d, dtype=np.float32)[rng.integers(0, d, n)] * rng.choice([-1, 1, 2], (n, 1)).astype(np.float32)
+    if kind == "duplicates":
+        return z[rng.integers(0, max(1, n // 50), n)]
+    if kind == "one row":
+        return np.repeat(z[:1], n, 0)
+    if kind.startswith("clusters"):  # gaps down to below what codes, and then float32, can tell apart
+        return z[rng.integers(0, min(n, 7), n)] + np.float32(kind.split()[1]) * z
+    if kind == "one cluster":
+        return z[:1] + np.float32(1e-4) * z
+    if kind == "numbers of all sizes":
+        return (z * 10.0 ** rng.uniform(-30, 30, (n, d))).clip(-1e38, 1e38).astype(np.float32)
+    if kind == "rows of all sizes":
+        return (z * 10.0 ** rng.uniform(-40, 37, (n, 1))).astype(np.float32)
+    if kind == "denormals":
+        return z * np.float32(1e-41)
+    if kind == "spike":  # one number that takes the whole scale of a code, in four rows of five
+        z[np.arange(n) % 5 > 0, 0] = 1e20
+        return z
+    if kind == "zeros":
+        z[::3] = 0
+        return z
+    if kind in ("rising", "falling"):  # each row better than those before, or worse: cutoffs always or never move
+        near = np.linspace(0, 1, n, dtype=np.float32)[:: 1 if kind == "rising" else -1, None]
+        return (1 - near) * z + near * z[:1] * 3
+    if kind == "signs":
+        return rng.integers(-1, 2, (n, d)).astype(np.float32)
+    if kind == "heavy tail":
+        return (z / (np.abs(rng.standard_normal((n, d))) + 1e-6)).astype(np.float32)
+    raise ValueError(kind)
+
+
+def queries_for(gallery: Floats, count: int, rng: np.random.Generator) -> Floats:
+    """Rows of the gallery, rows near them, their opposites, others and a zero row."""
+    n, d = gallery.shape
+    rows = unit(gallery)
+    share = count // 3
+    near = rows[rng.integers(0, n, share)] + np.float32(1e-3) * rng.standard_normal((share, d)).astype(np.float32)
+    others = rng.standard_normal((count - 2 * share - 2, d)).astype(np.float32)
+    picked = gallery[rng.integers(0, n, share)]
+    return np.concatenate([picked, near, others, -rows[:1], np.zeros((1, d), np.float32)])
