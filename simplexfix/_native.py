@@ -25,11 +25,15 @@ def _load() -> tuple[ModuleType | None, str | None]:
             "`pip install .` in the repository builds it"
         )
     try:
-        return importlib.import_module("simplexfix._C"), None
+        module = importlib.import_module("simplexfix._C")
     except ImportError as error:
         reason = f"the compiled library does not load beside torch {torch.__version__} ({error}); reinstall simplexfix"
         warnings.warn(f"simplexfix runs without its kernels: {reason}", RuntimeWarning, stacklevel=3)
         return None, reason
+    levels, wanted = module.build_info()["cpu_isa_levels"], os.environ.get("SIMPLEXFIX_ISA", "")
+    if wanted and wanted not in levels:
+        warnings.warn(f"SIMPLEXFIX_ISA={wanted} is none of {', '.join(levels)}: ignored", RuntimeWarning, stacklevel=3)
+    return module, None
 
 
 library, missing = _load()

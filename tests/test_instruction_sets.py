@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 from conftest import needs_library
 
+from simplexfix import _native
+
 HERE = Path(__file__).parent
-LEVELS = ["base", "avx2", "avx512", "avx512vnni", "avx512bf16"]
+LEVELS = _native.build_info().get("cpu_isa_levels", [])
 
 
 def run(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -49,6 +51,13 @@ def test_search_gives_the_same_bits_at_every_level() -> None:
     for level, (_, used) in prints.items():
         assert LEVELS.index(used) <= LEVELS.index(level)
     assert prints["base"][1] == "base"
+
+
+@needs_library
+def test_an_unknown_level_is_told() -> None:
+    done = run({"SIMPLEXFIX_ISA": "avx1024"}, "-c", "import simplexfix")
+    assert done.returncode == 0
+    assert "SIMPLEXFIX_ISA=avx1024 is none of base, avx2" in done.stderr
 
 
 def test_every_public_function_works_without_the_library() -> None:

@@ -70,7 +70,7 @@ namespace simplexfix::cpu::avx512bf16 {
 namespace simplexfix::cpu {
 namespace {
 enum Isa { kBase, kAvx2, kAvx512, kAvx512Vnni, kAvx512Bf16 };
-const char* const kNames[] = {"base", "avx2", "avx512", "avx512vnni", "avx512bf16"};
+const std::vector<const char*> kNames = {"base", "avx2", "avx512", "avx512vnni", "avx512bf16"};
 
 Isa pick() {
   Isa best = kBase;
@@ -90,6 +90,7 @@ const Isa g_isa = pick();
 }  // namespace
 
 const char* isa() { return kNames[g_isa]; }
+const std::vector<const char*>& isa_levels() { return kNames; }
 
 template <typename T>
 const Kernels<T>& kernels() {

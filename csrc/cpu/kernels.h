@@ -3,6 +3,7 @@
 // no result depends on the split.
 #pragma once
 #include <cstdint>
+#include <vector>
 
 #include "../core/cross_entropy.h"
 #include "../core/types.h"
@@ -11,6 +12,7 @@ namespace simplexfix::cpu {
 
 // "base", "avx2", "avx512", "avx512vnni" or "avx512bf16": what this machine runs; SIMPLEXFIX_ISA lowers it
 const char* isa();
+const std::vector<const char*>& isa_levels();  // all names, the lowest first
 
 template <typename T>
 struct CrossEntropyArgs {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._checks import check_features
 from ..functional import cosine_topk
 
 __all__ = ["instance_accuracy", "nearest_class_mean_accuracy"]
@@ -26,8 +27,8 @@ def nearest_class_mean_accuracy(query: Tensor, query_labels: Tensor, gallery: Te
         In [0, 1].  A query whose class the gallery lacks counts as wrong.
 
     Raises:
-        TypeError: labels are not int64.
-        ValueError: lengths do not match, or there are no rows.
+        TypeError: labels are not int64, or features not floating tensors.
+        ValueError: lengths do not match, features are not [rows, d], or there are no rows.
 
     Reference:
         The protocol of arXiv 2405.02581; docs/math.md.
@@ -56,8 +57,12 @@ def _share(hits: Tensor) -> float:
 
 def _check_labels(query: Tensor, query_labels: Tensor, gallery: Tensor, gallery_labels: Tensor) -> None:
     for name, rows, labels in (("query", query, query_labels), ("gallery", gallery, gallery_labels)):
-        if labels.dtype != torch.int64:
-            raise TypeError(f"{name}_labels must be int64, got {labels.dtype}")
+        check_features(name, rows)
+        if rows.ndim != 2:
+            raise ValueError(f"{name} must have 2 dimensions, got {list(rows.shape)}")
+        if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
+            found = getattr(labels, "dtype", type(labels).__name__)
+            raise TypeError(f"{name}_labels must be int64 and a torch.Tensor, got {found}")
         if labels.shape != rows.shape[:1]:
             raise ValueError(f"{name} has {len(rows)} rows, {name}_labels has shape {list(labels.shape)}")
         if not len(rows):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .._checks import check_positive
 from ..methods import Method
 from ..models import EmbeddingModel
 from .items import Items, row_batches, seeded
@@ -27,6 +28,9 @@ class Schedule:
         batch: rows; half of them remembered where there is a memory.
         warmup: share of the steps.
         weight_decay: of weight matrices and filters; biases and normalisation have none.
+
+    Raises:
+        ValueError: no steps, no rows, a learning rate that is not positive, or a warm-up outside [0, 1].
     """
 
     steps: int
@@ -35,9 +39,16 @@ class Schedule:
     warmup: float = 0.1
     weight_decay: float = 0.05
 
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch < 1:
+            raise ValueError(f"steps and batch must be at least 1, got {self.steps} and {self.batch}")
+        check_positive("learning_rate", self.learning_rate)
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(f"warmup is a share of the steps, in [0, 1], got {self.warmup}")
+
     def at(self, step: int) -> float:
         """The learning rate of a step."""
-        ramp = min(1.0, (step + 1) / (self.warmup * self.steps))
+        ramp = min(1.0, (step + 1) / max(1.0, self.warmup * self.steps))
         return self.learning_rate * ramp * 0.5 * (1 + math.cos(math.pi * step / self.steps))
 
 

@@ -53,7 +53,10 @@ def test_a_class_the_gallery_lacks_counts_as_wrong(protocol) -> None:
         ),
         ((torch.eye(3), torch.arange(3), torch.eye(3), torch.arange(4)), ValueError, "gallery has 3 rows"),
         ((torch.eye(3), torch.rand(3), torch.eye(3), torch.arange(3)), TypeError, "query_labels must be int64"),
-        ((torch.eye(0), torch.arange(0), torch.eye(3)[:, :0], torch.arange(3)), ValueError, "query has no rows"),
+        ((torch.eye(3), [0, 1, 2], torch.eye(3), torch.arange(3)), TypeError, "query_labels must be int64"),
+        ((torch.eye(3).numpy(), torch.arange(3), torch.eye(3), torch.arange(3)), TypeError, "query must be a torch.T"),
+        ((torch.eye(3)[0], torch.arange(3), torch.eye(3), torch.arange(3)), ValueError, "query must have 2 dim"),
+        ((torch.eye(3)[:0], torch.arange(0), torch.eye(3), torch.arange(3)), ValueError, "query has no rows"),
         (
             (torch.eye(3) / 0, torch.arange(3), torch.eye(3), torch.arange(3)),
             ValueError,

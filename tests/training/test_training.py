@@ -36,6 +36,13 @@ def test_schedule_warms_up_and_ends_at_zero() -> None:
     assert rates[50] == pytest.approx(1.0)
 
 
+def test_a_schedule_of_nothing_is_refused() -> None:
+    for arguments, message in (((0, 1.0), "steps"), ((5, 0.0), "learning_rate"), ((5, 1.0, 8, 2.0), "warmup")):
+        with pytest.raises(ValueError, match=message):
+            Schedule(*arguments)
+    assert Schedule(5, 1.0, warmup=0.0).at(0) == 1.0
+
+
 def test_splits_do_not_overlap() -> None:
     data = split_omniglot(Recipe(), seed=0)
     assert data.train.shape == (185, 12, 28, 28)
