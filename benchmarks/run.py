@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import loss, search
+from cases import contrast, loss, search
 from measure import interleave, machine_card, peak_memory
 
 
-def measure(case: loss.LossCase | search.SearchCase, seconds: float, compiled: bool) -> dict[str, Any]:
+def measure(case: Any, seconds: float, compiled: bool) -> dict[str, Any]:
     candidates = case.candidates(compiled)
     limits = case.limits()
     times = interleave({**candidates, **limits}, seconds=seconds)
@@ -43,7 +43,7 @@ def main() -> None:
     results: dict[str, Any] = {"machine": machine_card(), "cases": []}
     for key, value in results["machine"].items():
         print(f"{key:>17}  {value}")
-    for case in (*loss.CASES, *search.CASES):
+    for case in (*loss.CASES, *contrast.CASES, *search.CASES):
         results["cases"].append(measure(case, arguments.seconds, not arguments.no_compile))
         show(results["cases"][-1], case.error_name)
     if arguments.out:

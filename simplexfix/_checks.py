@@ -12,6 +12,7 @@ from torch import Tensor
 # Names of options and the numbers by which the native operators know them.
 MARGINS = {"cosine": 1, "angular": 2}
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+NEGATIVES = {"zero_mask": 0, "remove": 1, "infonce": 2}
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

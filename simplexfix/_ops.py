@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import _native
-from ._checks import MARGINS, REDUCTIONS
+from ._checks import MARGINS, NEGATIVES, REDUCTIONS
 from ._reference import accumulate_dtype, unit_rows
 
 _ERROR_PREFIX = "simplexfix: "
@@ -69,6 +69,31 @@ def simplex_logits(z: Tensor, normalize: bool, scale: float) -> Tensor:
     if z.requires_grad and torch.is_grad_enabled():
         return _Logits.apply(z, normalize, scale)  # type: ignore[no-any-return, no-untyped-call]
     return _call(torch.ops.simplexfix.simplex_logits.default, z, normalize, scale)  # type: ignore[no-any-return]
+
+
+def contrast_rows(
+    anchors: Tensor,
+    candidates: Tensor,
+    anchor_class: Tensor,
+    candidate_class: Tensor,
+    first_positive: int,
+    mu: float,
+    negatives: str,
+    reduction: str,
+) -> Tensor:
+    """The loss in the accumulating dtype.  At most one of anchors and candidates requires a gradient."""
+    arguments = (anchor_class, candidate_class, first_positive, mu, NEGATIVES[negatives])
+    differentiable = anchors.requires_grad or candidates.requires_grad
+    if not differentiable or not torch.is_grad_enabled():
+        op = torch.ops.simplexfix.old_new_contrast.default
+        rows = _call(op, anchors, candidates, *arguments, None, False)[0]
+    elif reduction == "none" or anchors.dtype == torch.float16:  # in float16 a saved 1 / B would be rounded to nothing
+        rows = _ContrastRows.apply(anchors, candidates, arguments)  # type: ignore[no-untyped-call]
+    else:
+        weight = 1.0 / len(anchors) if reduction == "mean" and len(anchors) else 1.0
+        total = _ContrastSum.apply(anchors, candidates, arguments, weight)  # type: ignore[no-untyped-call]
+        return total if len(anchors) or reduction == "sum" else total / 0  # type: ignore[no-any-return]
+    return rows if reduction == "none" else rows.mean() if reduction == "mean" else rows.sum()  # type: ignore[no-any-return]
 
 
 def cosine_topk(query: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -136,6 +161,47 @@ class _Logits(torch.autograd.Function):
         return op(upstream, z, ctx.normalize, ctx.scale), None, None
 
 
+class _ContrastSum(torch.autograd.Function):
+    """weight times the sum of all rows' losses, whose gradient is made beside them."""
+
+    @staticmethod
+    def forward(ctx: Any, anchors: Tensor, candidates: Tensor, arguments: tuple[Any, ...], weight: float) -> Tensor:
+        upstream = anchors.new_full((len(anchors),), weight, dtype=accumulate_dtype(anchors.dtype))
+        to_anchors = ctx.needs_input_grad[0]
+        op = torch.ops.simplexfix.old_new_contrast.default
+        rows, gradient = _call(op, anchors, candidates, *arguments, upstream, to_anchors)
+        ctx.save_for_backward(gradient)
+        ctx.to_anchors = to_anchors
+        return rows.sum() * weight  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        _refuse_second_derivative()
+        (gradient,) = ctx.saved_tensors
+        if not _is_one(upstream):
+            gradient = torch.ops.simplexfix.scale_rows.default(gradient, upstream)
+        return (gradient, None, None, None) if ctx.to_anchors else (None, gradient, None, None)
+
+
+class _ContrastRows(torch.autograd.Function):
+    """Every row's loss; the backward pass knows what comes from above and computes the block products again."""
+
+    @staticmethod
+    def forward(ctx: Any, anchors: Tensor, candidates: Tensor, arguments: tuple[Any, ...]) -> Tensor:
+        ctx.save_for_backward(anchors, candidates, *arguments[:2])
+        ctx.arguments = arguments[2:]
+        op = torch.ops.simplexfix.old_new_contrast.default
+        return _call(op, anchors, candidates, *arguments, None, False)[0]  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        _refuse_second_derivative()
+        to_anchors = ctx.needs_input_grad[0]
+        op = torch.ops.simplexfix.old_new_contrast.default
+        gradient = op(*ctx.saved_tensors, *ctx.arguments, upstream, to_anchors)[1]
+        return (gradient, None, None) if to_anchors else (None, gradient, None)
+
+
 class _TopK(torch.autograd.Function):
     """d(q . g) / dquery of unit vectors q, g: (g - (q . g) q) / |query|, and the same with both exchanged."""
 
@@ -201,6 +267,22 @@ def _register_fakes() -> None:
     @fake("simplexfix::simplex_logits_backward")
     def _(gradient: Tensor, z: Tensor, normalize: bool, scale: float) -> Tensor:
         return z.new_empty(z.shape)
+
+    @fake("simplexfix::old_new_contrast")
+    def _(
+        anchors: Tensor,
+        candidates: Tensor,
+        anchor_class: Tensor,
+        candidate_class: Tensor,
+        first_positive: int,
+        mu: float,
+        negatives: int,
+        upstream: Tensor | None,
+        to_anchors: bool,
+    ) -> tuple[Tensor, Tensor]:
+        loss = anchors.new_empty([anchors.shape[0]], dtype=accumulate_dtype(anchors.dtype))
+        side = anchors if to_anchors else candidates
+        return loss, side.new_empty([0] if upstream is None else side.shape)
 
     @fake("simplexfix::cosine_topk")
     def _(query: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:

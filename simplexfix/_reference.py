@@ -94,41 +94,30 @@ def simplex_cross_entropy(
         )
 
 
-def _contrast_rows(similarity: Tensor, same: Tensor, negatives: str) -> Tensor:
-    """-s_ii + log of the anchor's denominator, rows = anchors; similarity already times mu."""
-    own = similarity.diagonal()
+def contrast_rows(
+    anchors: Tensor,
+    candidates: Tensor,
+    anchor_class: Tensor,
+    candidate_class: Tensor,
+    first_positive: int,
+    *,
+    mu: float,
+    negatives: str,
+) -> Tensor:
+    """-s_own + log of the anchor's denominator for each anchor; anchor i's own candidate is first_positive + i."""
+    dtype = accumulate_dtype(anchors.dtype)
+    with _no_autocast(anchors):
+        similarity = mu * (unit_rows(anchors.to(dtype)) @ unit_rows(candidates.to(dtype)).T)
+    own = similarity.diagonal(first_positive)
+    same = anchor_class[:, None] == candidate_class
     if negatives == "zero_mask":
         return similarity.masked_fill(same, 0.0).logsumexp(1) - own
     if negatives == "infonce":
-        others = same & ~torch.eye(len(same), dtype=torch.bool, device=same.device)
+        others = same & ~torch.ones_like(same).triu(first_positive).tril(first_positive)
         return similarity.masked_fill(others, -math.inf).logsumexp(1) - own
     alone = same.all(1)
     masked = similarity.masked_fill(same & ~alone[:, None], -math.inf)
     return torch.where(alone, 0.0, masked.logsumexp(1)) - own
-
-
-def old_new_contrast(
-    new: Tensor,
-    old: Tensor,
-    target: Tensor,
-    *,
-    mu: float = 10.0,
-    negatives: str = "zero_mask",
-    anchor: str = "old",
-    reduction: str = "mean",
-) -> Tensor:
-    dtype = accumulate_dtype(new.dtype)
-    with _no_autocast(new):
-        similarity = mu * (unit_rows(old.detach().to(dtype)) @ unit_rows(new.to(dtype)).T)
-    same = target[:, None] == target
-    rows = new.new_zeros(len(new), dtype=dtype)
-    if anchor in ("old", "symmetric"):
-        rows = rows + _contrast_rows(similarity, same, negatives)
-    if anchor in ("new", "symmetric"):
-        rows = rows + _contrast_rows(similarity.T, same, negatives)
-    if anchor == "symmetric":
-        rows = rows / 2
-    return rows if reduction == "none" else rows.mean() if reduction == "mean" else rows.sum()
 
 
 def cosine_topk(query: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:

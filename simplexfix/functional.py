@@ -7,10 +7,12 @@ Where the library was not built, or has no kernels for a tensor's device, the pl
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from . import _native, _ops, _reference
+from . import _gather, _native, _ops, _reference
 from ._checks import (
+    NEGATIVES,
     REDUCTIONS,
     check_features,
     check_loss_options,
@@ -135,6 +137,7 @@ def old_new_contrast(
     negatives: str = "zero_mask",
     anchor: str = "old",
     reduction: str = "mean",
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """Contrast that holds the new model's features to the old model's, of the same batch of images.
 
@@ -145,6 +148,8 @@ def old_new_contrast(
         remove:     -s_ii + log(sum_j exp(s_ij) over differs)      (a row without negatives: -s_ii alone)
         infonce:    -s_ii + log(exp(s_ii) + sum_j exp(s_ij) over differs)
 
+    On the CPU the B x B similarities exist in blocks only, of at most 16 MiB.
+
     Args:
         new: [B, d] features by the model in training, any scale.
         old: [B, d] features of the same images by the deployed model; no gradient flows here.
@@ -153,13 +158,17 @@ def old_new_contrast(
         negatives: "zero_mask" (as the authors' code computes it), "remove" or "infonce".
         anchor: "old", "new", or "symmetric" (the mean of both).
         reduction: "none", "mean" or "sum".
+        group: processes whose batches, all of B rows, are contrasted as one (`torch.distributed.group.WORLD`
+            for all): j then runs over the rows of all of them, i over one's own.  Gradients flow back to the
+            process that a row came from.  With "mean" and gradients averaged over the group, as
+            DistributedDataParallel does, all is as if one process had the whole batch.
 
     Returns:
         [B] with "none", else a scalar; dtype of `new`, float32 under autocast; differentiable by `new`.
 
     Raises:
         TypeError: a tensor has the wrong dtype.
-        ValueError: wrong shapes, an unknown name, or `mu` not positive and finite.
+        ValueError: wrong shapes, an unknown name, `mu` not positive and finite, or unlike batches in the group.
 
     Reference:
         arXiv 2405.02581.  The forms: docs/math.md.
@@ -171,11 +180,34 @@ def old_new_contrast(
         raise ValueError(f"new and old must have the same shape, got {shape(new)} and {shape(old)}")
     check_target(target, new)
     check_positive("mu", mu)
-    check_name("negatives", negatives, ("zero_mask", "remove", "infonce"))
+    check_name("negatives", negatives, NEGATIVES)
     check_name("anchor", anchor, ("old", "new", "symmetric"))
     check_name("reduction", reduction, REDUCTIONS)
-    loss = _reference.old_new_contrast(new, old, target, mu=mu, negatives=negatives, anchor=anchor, reduction=reduction)
-    return _as_loss(loss, new)
+    old, all_new, all_old, classes, first = old.detach(), new, old.detach(), target, 0
+    if group is not None:
+        first = _gather.rank_of(new, group) * len(new)
+        all_new, all_old, classes = (_gather.all_rows(rows, group) for rows in (new, all_old, target))
+    directions = {"old": (old, all_new), "new": (new, all_old)}
+    chosen = [directions[name] for name in ("old", "new") if anchor in (name, "symmetric")]
+    losses = [_contrast(*pair, target, classes, first, mu, negatives, reduction) for pair in chosen]
+    return _as_loss(sum(losses[1:], losses[0]) / len(losses), new)
+
+
+def _contrast(
+    anchors: Tensor,
+    candidates: Tensor,
+    target: Tensor,
+    classes: Tensor,
+    first: int,
+    mu: float,
+    negatives: str,
+    reduction: str,
+) -> Tensor:
+    """One direction of the contrast, in the accumulating dtype."""
+    if anchors.device.type in ("cpu", "meta") and _native.has_kernels(anchors):
+        return _ops.contrast_rows(anchors, candidates, target, classes, first, mu, negatives, reduction)
+    rows = _reference.contrast_rows(anchors, candidates, target, classes, first, mu=mu, negatives=negatives)
+    return rows if reduction == "none" else rows.mean() if reduction == "mean" else rows.sum()
 
 
 def hoc_loss(
@@ -192,6 +224,7 @@ def hoc_loss(
     margin: tuple[str, float] | None = None,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """The higher-order compatibility loss: stationary features that also keep to the old model's.
 
@@ -202,7 +235,7 @@ def hoc_loss(
         old: [B, d] features of the same images by the deployed model.
         target: [B] int64 slots in [0, K).
         lambda_: share of the cross-entropy, in [0, 1].
-        mu, negatives, anchor: of `old_new_contrast`.
+        mu, negatives, anchor, group: of `old_new_contrast`.
         normalize, scale, margin, label_smoothing: of `simplex_cross_entropy`.
         reduction: "none", "mean" or "sum".
 
@@ -227,7 +260,9 @@ def hoc_loss(
         reduction=reduction,
         ignore_index=_NOTHING,
     )
-    contrast = old_new_contrast(z, old, target, mu=mu, negatives=negatives, anchor=anchor, reduction=reduction)
+    contrast = old_new_contrast(
+        z, old, target, mu=mu, negatives=negatives, anchor=anchor, reduction=reduction, group=group
+    )
     return lambda_ * classify + (1 - lambda_) * contrast
 
 

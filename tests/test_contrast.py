@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from accuracy import DTYPES, assert_accurate, features
+from conftest import needs_library
 
 import simplexfix.functional as SF
+from simplexfix import _reference
 
 FORMS = ("zero_mask", "remove", "infonce")
 TARGETS = torch.tensor([3, 3, 7, 2**40, 3, 7, -5])  # classes of three, two and one
@@ -89,3 +97,150 @@ def test_hoc_is_the_mixture(reduction: str) -> None:
     rows = 0.3 * SF.simplex_cross_entropy(z, target, reduction="none") + 0.7 * by_loop(z, old, target, mu=7.0)
     expected = {"none": rows, "mean": rows.mean(), "sum": rows.sum()}[reduction]
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+
+
+def by_twin(new, old, target, *, mu=10.0, negatives="zero_mask", anchor="old", reduction="mean"):
+    pairs = {"old": [(old, new)], "new": [(new, old)], "symmetric": [(old, new), (new, old)]}[anchor]
+    rows = [_reference.contrast_rows(*pair, target, target, 0, mu=mu, negatives=negatives) for pair in pairs]
+    mean = sum(rows) / len(rows)
+    return mean if reduction == "none" else mean.mean() if reduction == "mean" else mean.sum()
+
+
+def loss_and_gradient(function, new, old, target, upstream, **options):
+    new = new.clone().requires_grad_()
+    loss = function(new, old, target, **options)
+    return loss.detach(), torch.autograd.grad(loss, new, upstream.to(loss.dtype).expand(loss.shape))[0]
+
+
+# below a vector, tails of every width, one row; 2200 rows: several blocks of anchors and chunks of candidates
+@pytest.mark.parametrize(("rows", "d"), [(1, 2), (2, 3), (37, 17), (130, 65), (2200, 33)])
+@pytest.mark.parametrize("negatives", FORMS)
+@pytest.mark.parametrize("anchor", ["old", "new", "symmetric"])
+def test_against_the_twin_in_float64(rows: int, d: int, negatives: str, anchor: str) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    target = torch.randint(max(1, rows // 4), (rows,), generator=generator) * 2**33
+    target[rows // 2] = -1  # a class of one row
+    for dtype in DTYPES if rows < 2000 else (torch.float32,):
+        new, old = (features("normal", rows, d, dtype=dtype, seed=seed) for seed in (0, 1))
+        if rows > 2:
+            new[rows // 3] = old[rows // 3]  # an easy row: a small loss under infonce
+        for reduction in ("none", "mean", "sum") if rows < 2000 else ("mean",):
+            shape = [rows] if reduction == "none" else []
+            upstream = torch.randn(shape, dtype=torch.float64, generator=generator)
+            options = {"negatives": negatives, "anchor": anchor, "reduction": reduction, "mu": 12.0}
+            truth = loss_and_gradient(by_twin, new.double(), old.double(), target, upstream, **options)
+            naive = loss_and_gradient(by_twin, new, old, target, upstream, **options)
+            ours = loss_and_gradient(SF.old_new_contrast, new, old, target, upstream, **options)
+            for what, o, n, t in zip(("loss", "gradient"), ours, naive, truth, strict=True):
+                assert_accurate(o.to(dtype), n.to(dtype), t, what=f"{what} {dtype} {reduction}")
+
+
+def test_zero_rows_strides_and_nan() -> None:
+    new, old = (features("normal", 9, 12, dtype=torch.float32, seed=seed) for seed in (0, 1))
+    target = torch.tensor([0, 1, 2, 0, 1, 2, 3, 4, 5])
+    new[4] = 0
+    expected = loss_and_gradient(SF.old_new_contrast, new, old, target, torch.ones(()))
+    assert not expected[1][4].any()
+    wide = torch.full((18, 24), math.nan)
+    wide[::2, :12] = new
+    strided = loss_and_gradient(SF.old_new_contrast, wide[::2, :12], old.T.contiguous().T, target, torch.ones(()))
+    torch.testing.assert_close(strided, expected, rtol=1e-5, atol=1e-7)
+    new[2, 3] = math.nan
+    rows = SF.old_new_contrast(new, old, target, reduction="none")
+    assert rows.isnan().tolist() == [target[i] != 2 or i == 2 for i in range(9)]  # where it is compared with
+
+
+def test_nothing_to_compare_is_as_in_torch() -> None:
+    empty, none = torch.zeros(0, 5, requires_grad=True), torch.zeros(0, dtype=torch.int64)
+    assert SF.old_new_contrast(empty, empty, none).isnan()
+    assert SF.old_new_contrast(empty, empty, none, reduction="sum") == 0
+    assert torch.autograd.grad(SF.old_new_contrast(empty, empty, none, reduction="sum"), empty)[0].shape == (0, 5)
+
+
+def test_float16_gradients_survive_a_gradient_scaler() -> None:
+    new, old = (features("normal", 4096, 8, dtype=torch.float16, seed=seed) for seed in (0, 1))
+    target = torch.arange(4096)
+    new.requires_grad_()
+    (scaled,) = torch.autograd.grad(SF.old_new_contrast(new, old, target).float() * 4096, new)
+    wide = new.detach().double().requires_grad_()
+    (truth,) = torch.autograd.grad(by_twin(wide, old.double(), target) * 4096, wide)
+    assert (scaled.double() - truth).abs().max() < 2e-3 * truth.abs().max()
+
+
+@needs_library
+def test_the_twin_is_not_what_runs_and_memory_stays_below_a_tenth() -> None:
+    """Beside its results the operator holds blocks: less than a tenth of a B x B matrix, in a process of its own."""
+    code = """
+import ctypes, torch, simplexfix.functional as SF
+status = lambda key: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key + ":"))
+torch.set_num_threads(1)
+new, old = torch.randn(64, 64, requires_grad=True), torch.randn(64, 64)
+torch.autograd.grad(SF.old_new_contrast(new, old, torch.arange(64)), new)  # loads what a first call loads
+new, old, target = torch.randn(8192, 64, requires_grad=True), torch.randn(8192, 64), torch.arange(8192)
+ctypes.CDLL(None).malloc_trim(0)
+open("/proc/self/clear_refs", "w").write("5")
+before = status("VmRSS")
+torch.autograd.grad(SF.old_new_contrast(new, old, target), new)
+print((status("VmHWM") - before) / 1024)
+"""
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("peak memory is read from Linux' /proc")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    mebibytes = float(done.stdout) - 8192 * 64 * 4 / 2**20  # the gradient is a result
+    assert mebibytes < 0.1 * 8192**2 * 4 / 2**20
+
+
+@needs_library
+def test_the_loss_is_the_same_on_any_number_of_threads() -> None:
+    """Exactly, where torch's matrix product is: the kernel takes a row from end to end."""
+    new, old = (features("normal", 600, 40, dtype=torch.float32, seed=seed) for seed in (0, 1))
+    target = torch.randint(50, (600,))
+    threads, found, products = torch.get_num_threads(), [], []
+    try:
+        for count in (1, 2, threads):
+            torch.set_num_threads(count)
+            found.append(SF.old_new_contrast(new, old, target, reduction="none"))
+            products.append(old @ new.T)
+    finally:
+        torch.set_num_threads(threads)
+    for product, rows in zip(products[1:], found[1:], strict=True):
+        if torch.equal(product, products[0]):
+            assert torch.equal(rows, found[0])
+        torch.testing.assert_close(rows, found[0], rtol=1e-5, atol=1e-5)
+
+
+def contrast_of_a_rank(rank: int, size: int, port: int, unequal: bool) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=size)
+    torch.set_num_threads(1)
+    try:
+        images, target = features("normal", 12, 9, dtype=torch.float64), torch.arange(12) % 5
+        old = features("normal", 12, 7, dtype=torch.float64, seed=1)
+        mine = slice(rank * 12 // size, (rank + 1) * 12 // size)
+        if unequal:
+            with pytest.raises(ValueError, match="batches of one shape"):
+                SF.old_new_contrast(old[rank:], old[rank:], target[rank:], group=dist.group.WORLD)
+            return
+        for anchor in ("old", "new", "symmetric"):
+            weight = features("normal", 7, 9, dtype=torch.float64, seed=2).requires_grad_()
+            new = images[mine] @ weight.T
+            loss = SF.old_new_contrast(new, old[mine], target[mine], anchor=anchor, group=dist.group.WORLD)
+            (gradient,) = torch.autograd.grad(loss, weight)
+            dist.all_reduce(gradient)
+            everywhere = loss.detach().clone()
+            dist.all_reduce(everywhere)
+            whole = SF.old_new_contrast(images @ weight.T, old, target, anchor=anchor)
+            torch.testing.assert_close(everywhere / size, whole.detach(), rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(gradient / size, torch.autograd.grad(whole, weight)[0], rtol=1e-10, atol=1e-12)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
+@pytest.mark.parametrize("unequal", [False, True])
+def test_gathered_batches_are_one_batch(unequal: bool) -> None:
+    """Two processes with half the rows each, gradients averaged: the loss and gradient of one with all rows."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(contrast_of_a_rank, (2, port, unequal), nprocs=2)

@@ -39,6 +39,12 @@ def op_samples():
         yield pytest.param(ops.simplex_logits_backward.default, backward, id=f"logits-backward-{normalize}")
     yield pytest.param(ops.scale_rows.default, (torch.randn(4, 6), torch.randn(4)), id="scale-rows")
     yield pytest.param(ops.scale_rows.default, (torch.randn(4, 6), torch.randn(())), id="scale-all")
+    for upstream in (None, torch.rand(4)):
+        for to_anchors in (False, True):
+            rows, classes = (torch.randn(4, 6), torch.randn(9, 6)), (torch.arange(4), torch.arange(9) // 2)
+            arguments = (*rows, *classes, 3, 5.0, 0, upstream, to_anchors)
+            name = f"contrast-{upstream is not None}-{to_anchors}"
+            yield pytest.param(ops.old_new_contrast.default, arguments, id=name)
     yield pytest.param(ops.cosine_topk.default, (torch.randn(3, 8), torch.randn(20, 8), 4), id="topk")
 
 

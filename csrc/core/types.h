@@ -25,5 +25,6 @@ using accumulate_t = std::conditional_t<std::is_same_v<T, double>, double, float
 
 enum class Reduction : int { kNone, kMean, kSum };
 enum class Margin : int { kNone, kCosine, kAngular };
+enum class Negatives : int { kZeroMask, kRemove, kInfoNce };
 
 }  // namespace simplexfix

@@ -44,6 +44,23 @@ struct LogitsArgs {
   Simplex simplex;
 };
 
+// Classes as numbers as wide as the scores that they mask.
+template <typename A>
+using ClassIndex = std::conditional_t<std::is_same_v<A, double>, int64_t, int32_t>;
+
+template <typename A>
+struct ContrastArgs {
+  A* similarity;  // [rows, candidates] dot products of features; becomes the loss's derivatives by them
+  int64_t candidates;
+  const ClassIndex<A>*anchor_class, *candidate_class;
+  const A *anchor_scale, *candidate_scale;  // 1 / norm
+  A mu;
+  Negatives negatives;
+  int64_t first_positive;  // row i's own candidate is first_positive + i
+  A* loss;                 // [rows]
+  const A* upstream;       // [rows], or nullptr where no derivatives are wanted
+};
+
 template <typename T>
 struct Kernels {
   void (*simplex_cross_entropy)(const CrossEntropyArgs<T>&, int64_t begin, int64_t end);
@@ -51,6 +68,11 @@ struct Kernels {
   void (*simplex_logits_backward)(const LogitsArgs<T>&, int64_t begin, int64_t end);
   void (*scale_rows)(const T* in, const accumulate_t<T>* factor, int64_t factor_stride, T* out, int64_t cols,
                      int64_t begin, int64_t end);
+  void (*contrast_rows)(const ContrastArgs<accumulate_t<T>>&, int64_t begin, int64_t end);
+  void (*inverse_norms)(const T* z, int64_t z_stride, int64_t d, accumulate_t<T>* out, int64_t begin, int64_t end);
+  // out = gradient - z (z . gradient) / |z|^2, where gradient already carries the 1 / |z|; may be in place
+  void (*project_rows)(const T* z, int64_t z_stride, const accumulate_t<T>* gradient,
+                       const accumulate_t<T>* inverse_norm, int64_t d, T* out, int64_t begin, int64_t end);
 };
 
 // A vector in codes: x = scale * codes + a residual.

@@ -1,0 +1,77 @@
+"""Loss and gradient of the old/new contrast: blocks and fused kernels against plain PyTorch with its B x B matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import simplexfix.functional as SF
+from simplexfix import _reference
+
+
+def plain(new: Tensor, old: Tensor, target: Tensor, negatives: str) -> Tensor:
+    return _reference.contrast_rows(old, new, target, target, 0, mu=10.0, negatives=negatives).mean()
+
+
+@dataclass
+class ContrastCase:
+    """B rows of 100 classes; the gradient to the new features."""
+
+    rows: int
+    d: int
+    negatives: str = "zero_mask"
+    error_name = "gradient error"
+
+    def __post_init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        leaf = torch.randn(self.rows, self.d, generator=generator).requires_grad_()
+        self.new = leaf * 1
+        self.old = torch.randn(self.rows, self.d, generator=generator)
+        self.target = torch.randint(100, (self.rows,), generator=generator)
+
+    @property
+    def name(self) -> str:
+        return f"contrast+gradient B={self.rows} d={self.d} {self.negatives}"
+
+    def losses(self, compiled: bool = True) -> dict[str, Callable[..., Tensor]]:
+        found = {
+            "simplexfix": lambda new, old, target: SF.old_new_contrast(new, old, target, negatives=self.negatives),
+            "plain, eager": lambda new, old, target: plain(new, old, target, self.negatives),
+        }
+        if compiled:
+            torch.compiler.reset()
+            found["plain, torch.compile"] = torch.compile(found["plain, eager"], fullgraph=True)
+        return found
+
+    def candidates(self, compiled: bool = True) -> dict[str, Callable[[], object]]:
+        return {name: self._step(loss) for name, loss in self.losses(compiled).items()}
+
+    def _step(self, loss: Callable[..., Tensor]) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(loss(self.new, self.old, self.target), self.new)
+
+    def limits(self) -> dict[str, Callable[[], object]]:
+        """The two matrix products, of which neither can be left out."""
+        u, v = F.normalize(self.old), F.normalize(self.new.detach())
+
+        def products() -> None:
+            similarity = u @ v.T
+            similarity.T @ u
+
+        return {"two products": products}
+
+    def errors(self) -> dict[str, float]:
+        """Largest error of the gradient against float64, relative to its largest entry."""
+        new = self.new.detach().double().requires_grad_()
+        (truth,) = torch.autograd.grad(plain(new, self.old.double(), self.target, self.negatives), new)
+        errors = {}
+        for name, loss in self.losses(compiled=False).items():
+            (gradient,) = torch.autograd.grad(loss(self.new, self.old, self.target), self.new, retain_graph=True)
+            errors[name] = float((gradient.double() - truth).abs().max() / truth.abs().max())
+        return errors
+
+
+CASES = [ContrastCase(256, 1023), ContrastCase(8192, 1023)]

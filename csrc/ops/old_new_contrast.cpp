@@ -1,0 +1,190 @@
+// simplexfix::old_new_contrast: block after block of anchors, two matrix products by torch and the
+// kernel of cpu/contrast.inc between them.
+//
+// Features are not normalised beforehand: norms enter as factors of rows and columns, so that beside
+// the results the only memory is one block of similarities, kBlockNumbers, and for 16-bit features
+// their copies in float.
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
+#include <algorithm>
+
+#include "../cpu/kernels.h"
+#include "buffer_pool.h"
+#include "common.h"
+
+namespace simplexfix {
+namespace {
+constexpr int64_t kBlockNumbers = int64_t(5) << 19;
+constexpr int64_t kMinBlock = 32, kMaxBlock = 512;  // rows: below, the products are slow; above, no faster
+constexpr int64_t kChunk = 1024;                    // candidates whose gradients are computed together
+
+template <typename I>
+std::vector<I> numbers_of(const int64_t* ids, int64_t n, const std::vector<int64_t>& sorted) {
+  std::vector<I> numbers(static_cast<size_t>(n));
+  for (int64_t i = 0; i < n; ++i) {
+    const auto found = std::lower_bound(sorted.begin(), sorted.end(), ids[i]);
+    // an anchor's class that no candidate has gets a number of its own: all differ
+    numbers[size_t(i)] = found != sorted.end() && *found == ids[i] ? I(found - sorted.begin()) : I(-1);
+  }
+  return numbers;
+}
+
+template <typename T, typename A>
+std::vector<A> norms_of(const Tensor& rows) {
+  const int64_t n = rows.size(0), d = rows.size(1), stride = n > 1 ? rows.stride(0) : d;
+  std::vector<A> out(static_cast<size_t>(n));
+  torch::stable::parallel_for(0, n, rows_per_task(d), [&](int64_t begin, int64_t end) {
+    cpu::kernels<T>().inverse_norms(data<T>(rows), stride, d, out.data(), begin, end);
+  });
+  return out;
+}
+
+Tensor narrow_rows(Tensor rows, int64_t first, int64_t count) { return torch::stable::narrow(rows, 0, first, count); }
+
+Tensor accumulating(const Tensor& rows) {
+  const ScalarType type = accumulate_type(rows.scalar_type());
+  return rows.scalar_type() == type ? rows : torch::stable::to(rows, type);
+}
+
+// gradient [candidates, d] += similarity^T anchors, in chunks of candidates.  The product goes to rows that begin
+// at multiples of 64 bytes: for widths such as 1023, torch's is half as fast again as into the gradient itself.
+template <typename A>
+class CandidateGradient {
+ public:
+  CandidateGradient(const Tensor& gradient, int64_t block)
+      : gradient_(gradient),
+        d_(gradient.size(1)),
+        padded_((d_ + 15) / 16 * 16),
+        anchors_(torch::stable::new_zeros(gradient, {block, padded_})),
+        product_(torch::stable::new_empty(gradient, {std::min(kChunk, gradient.size(0)), padded_})) {
+    std::fill_n(mutable_data<A>(gradient), gradient.numel(), A(0));
+  }
+
+  void add(const Tensor& similarity, const Tensor& anchors) {
+    const int64_t rows = anchors.size(0), stride = rows > 1 ? anchors.stride(0) : d_, count = gradient_.size(0);
+    for (int64_t i = 0; i < rows; ++i)
+      std::copy_n(data<A>(anchors) + i * stride, d_, mutable_data<A>(anchors_) + i * padded_);
+    const Tensor padded = narrow_rows(anchors_, 0, rows);
+    const Tensor columns = torch::stable::transpose(similarity, 0, 1);
+    for (int64_t first = 0; first < count; first += kChunk) {
+      const int64_t chunk = std::min(kChunk, count - first);
+      const Tensor product = narrow_rows(product_, 0, chunk);
+      TORCH_ERROR_CODE_CHECK(
+          aoti_torch_cpu_mm_out(product.get(), narrow_rows(columns, first, chunk).get(), padded.get()));
+      torch::stable::parallel_for(0, chunk, rows_per_task(d_), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const A* from = data<A>(product) + i * padded_;
+          A* to = mutable_data<A>(gradient_) + (first + i) * d_;
+          for (int64_t j = 0; j < d_; ++j) to[j] += from[j];
+        }
+      });
+    }
+  }
+
+ private:
+  const Tensor& gradient_;
+  int64_t d_, padded_;
+  Tensor anchors_, product_;
+};
+
+// anchors [A, d], candidates [C, d]; anchor i's own candidate is first_positive + i.  upstream [A] in the
+// accumulating dtype: what each row's gradient is multiplied by; without it there is none.  The gradient is
+// that of the candidates, or of the anchors.
+std::tuple<Tensor, Tensor> old_new_contrast_cpu(Tensor anchors, Tensor candidates, Tensor anchor_class,
+                                                Tensor candidate_class, int64_t first_positive, double mu,
+                                                int64_t negatives, std::optional<Tensor> upstream, bool to_anchors) {
+  const std::pair<const Tensor*, const Tensor*> sides[] = {{&anchors, &anchor_class}, {&candidates, &candidate_class}};
+  const ScalarType type = anchors.scalar_type();
+  for (const auto& [rows, classes] : sides) {
+    const char* name = rows == &anchors ? "anchors" : "candidates";
+    check_rows(*rows, name);
+    SIMPLEXFIX_CHECK(rows->scalar_type() == type && rows->size(1) == anchors.size(1),
+                     "anchors and candidates must have the same dtype and number of columns");
+    SIMPLEXFIX_CHECK(
+        classes->dim() == 1 && classes->size(0) == rows->size(0) && classes->scalar_type() == ScalarType::Long, name,
+        "' classes must be int64 and have shape [", rows->size(0), "]");
+  }
+  const int64_t n = anchors.size(0), count = candidates.size(0), d = anchors.size(1);
+  SIMPLEXFIX_CHECK(first_positive >= 0 && first_positive + n <= count, "anchors ", first_positive, " to ",
+                   first_positive + n - 1, " have no candidates of their own among ", count);
+  SIMPLEXFIX_CHECK(negatives >= 0 && negatives <= 2, "negatives must be 0, 1 or 2, got ", negatives);
+  SIMPLEXFIX_CHECK(count < (int64_t(1) << 31), "at most 2^31 - 1 candidates, got ", count);
+  if (upstream)
+    SIMPLEXFIX_CHECK(upstream->dim() == 1 && upstream->size(0) == n && upstream->scalar_type() == accumulate_type(type),
+                     "upstream must have shape [", n, "] in the accumulating dtype");
+  anchors = with_dense_rows(anchors);
+  candidates = with_dense_rows(candidates);
+  anchor_class = torch::stable::contiguous(anchor_class);
+  candidate_class = torch::stable::contiguous(candidate_class);
+  const Tensor weights = upstream ? torch::stable::contiguous(*upstream) : anchors;  // read only with upstream
+
+  const Tensor loss = torch::stable::new_empty(anchors, {n}, accumulate_type(type));
+  const Tensor& side = to_anchors ? anchors : candidates;
+  const Tensor gradient = upstream ? reusable_empty({side.size(0), d}, type) : torch::stable::new_empty(side, {0});
+  dispatch_floating(type, [&](auto tag) {
+    using T = decltype(tag);
+    using A = accumulate_t<T>;
+    std::vector<int64_t> sorted(data<int64_t>(candidate_class), data<int64_t>(candidate_class) + count);
+    std::sort(sorted.begin(), sorted.end());
+    sorted.erase(std::unique(sorted.begin(), sorted.end()), sorted.end());
+    const auto anchor_numbers = numbers_of<cpu::ClassIndex<A>>(data<int64_t>(anchor_class), n, sorted);
+    const auto candidate_numbers = numbers_of<cpu::ClassIndex<A>>(data<int64_t>(candidate_class), count, sorted);
+    const auto anchor_scale = norms_of<T, A>(anchors), candidate_scale = norms_of<T, A>(candidates);
+    const Tensor a = accumulating(anchors), c = accumulating(candidates);
+    const Tensor c_columns = torch::stable::transpose(c, 0, 1);
+    // what flows into the normalised features, before the projection; in place where the types agree
+    const Tensor flow =
+        !upstream || a.scalar_type() == type ? gradient : reusable_empty({side.size(0), d}, a.scalar_type());
+
+    const int64_t block = std::clamp(kBlockNumbers / std::max<int64_t>(1, count), kMinBlock, kMaxBlock);
+    const Tensor similarity = torch::stable::new_empty(a, {std::min(block, n), count});
+    std::optional<CandidateGradient<A>> candidate_gradient;
+    if (upstream && !to_anchors) candidate_gradient.emplace(flow, std::min(block, n));
+    for (int64_t first = 0; first < n; first += block) {
+      const int64_t rows = std::min(block, n - first);
+      const Tensor a_rows = narrow_rows(a, first, rows), s_rows = narrow_rows(similarity, 0, rows);
+      TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(s_rows.get(), a_rows.get(), c_columns.get()));
+      const cpu::ContrastArgs<A> args{mutable_data<A>(s_rows),
+                                      count,
+                                      anchor_numbers.data() + first,
+                                      candidate_numbers.data(),
+                                      anchor_scale.data() + first,
+                                      candidate_scale.data(),
+                                      A(mu),
+                                      static_cast<Negatives>(negatives),
+                                      first_positive + first,
+                                      mutable_data<A>(loss) + first,
+                                      upstream ? data<A>(weights) + first : nullptr};
+      torch::stable::parallel_for(0, rows, rows_per_task(count), [&](int64_t begin, int64_t end) {
+        cpu::kernels<T>().contrast_rows(args, begin, end);
+      });
+      if (!upstream) continue;
+      if (to_anchors) {
+        TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(narrow_rows(flow, first, rows).get(), s_rows.get(), c.get()));
+      } else {
+        candidate_gradient->add(s_rows, a_rows);
+      }
+    }
+    if (!upstream) return;
+    const auto& scale = to_anchors ? anchor_scale : candidate_scale;
+    const int64_t side_rows = side.size(0), stride = side_rows > 1 ? side.stride(0) : d;
+    torch::stable::parallel_for(0, side_rows, rows_per_task(d), [&](int64_t begin, int64_t end) {
+      cpu::kernels<T>().project_rows(data<T>(side), stride, data<A>(flow), scale.data(), d, mutable_data<T>(gradient),
+                                     begin, end);
+    });
+  });
+  return {loss, gradient};
+}
+
+}  // namespace
+}  // namespace simplexfix
+
+STABLE_TORCH_LIBRARY_FRAGMENT(simplexfix, m) {
+  m.def(
+      "old_new_contrast(Tensor anchors, Tensor candidates, Tensor anchor_class, Tensor candidate_class, "
+      "int first_positive, float mu, int negatives, Tensor? upstream, bool to_anchors) -> (Tensor loss, Tensor "
+      "gradient)");
+}
+STABLE_TORCH_LIBRARY_IMPL(simplexfix, CPU, m) {
+  m.impl("old_new_contrast", TORCH_BOX(&simplexfix::old_new_contrast_cpu));
+}
