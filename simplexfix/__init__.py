@@ -8,7 +8,8 @@ from importlib.metadata import version
 from . import functional, polytopes
 from .functional import cosine_topk
 from .heads import SimplexHead
+from .retrieval import CosineIndex
 from .slots import SlotRegistry
 
 __version__ = version("simplexfix")
-__all__ = ["SimplexHead", "SlotRegistry", "__version__", "cosine_topk", "functional", "polytopes"]
+__all__ = ["CosineIndex", "SimplexHead", "SlotRegistry", "__version__", "cosine_topk", "functional", "polytopes"]

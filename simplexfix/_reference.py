@@ -7,6 +7,7 @@ of the benchmarks.  Arguments were checked by `simplexfix.functional`.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -125,14 +126,25 @@ def cosine_topk(query: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]
     for name, rows in (("query", query), ("gallery", gallery)):
         if not torch.compiler.is_compiling() and not is_transformed() and not rows.isfinite().all():
             raise ValueError(f"{name} row {int((~rows.isfinite()).any(1).nonzero()[0])} holds nan or inf")
-    q = unit_rows(query.double()).float().double()
+    return unit_topk(unit_float32(query), map(unit_float32, torch.split(gallery, 8192)), k)
+
+
+def unit_float32(rows: Tensor) -> Tensor:
+    """Normalised in float64 and rounded: what a search compares."""
+    return unit_rows(rows.double()).float()
+
+
+def unit_topk(q: Tensor, blocks: Iterable[Tensor], k: int) -> tuple[Tensor, Tensor]:
+    """The same for rows that are normalised already; the gallery comes in blocks."""
+    q = q.double()
     # The best k so far, of lower ids, stand before each block's scores: a stable sort keeps the order of ties.
     scores = q.new_full((len(q), k), -math.inf, dtype=torch.float32)
     ids = torch.full_like(scores, -1, dtype=torch.int64)
-    for start in range(0, len(gallery), 8192):
-        block = unit_rows(gallery[start : start + 8192].double()).float().double()
+    start = 0
+    for block in blocks:
         block_ids = torch.arange(start, start + len(block), device=q.device).expand(len(q), -1)
-        scores, order = torch.cat([scores, (q @ block.T).float()], 1).sort(dim=1, descending=True, stable=True)
+        start += len(block)
+        scores, order = torch.cat([scores, (q @ block.double().T).float()], 1).sort(dim=1, descending=True, stable=True)
         ids = torch.cat([ids, block_ids], 1).gather(1, order)
         scores, ids = scores[:, :k], ids[:, :k]
     return scores, ids

@@ -10,7 +10,7 @@
 
 namespace simplexfix::cpu {
 namespace {
-constexpr size_t kChunkBytes = size_t(1) << 20;
+constexpr size_t kChunkBytes = size_t(1) << 18;
 constexpr int kRange = 127;  // of a gallery's codes; stored plus 128, as the products want them unsigned
 constexpr std::align_val_t kAlign{64};
 
@@ -90,7 +90,7 @@ void GalleryCodes::encode(const GalleryRows& rows, int64_t begin, int64_t end) {
     numbers[kPanelRows + at] = round_up(row.along);
     numbers[2 * kPanelRows + at] = round_up(row.residual + kDotRoom * row.code_norm);
     float& norm = panel_norm_[size_t(panel)];
-    norm = std::max(norm, round_up(row.code_norm));
+    norm = std::max(at == 0 ? 0.f : norm, round_up(row.code_norm));
   }
 }
 

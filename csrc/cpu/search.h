@@ -39,7 +39,7 @@ class Search {
   // Tasks may run in any order on any threads.
   int64_t tasks() const { return query_blocks_ * splits_; }
   void run(int64_t task);
-  // After all tasks: the results of queries [begin, end).
+  // After all tasks: writes the results of queries [begin, end) to their places in scores and ids [queries, k].
   void write(int64_t begin, int64_t end, float* scores, int64_t* ids);
 
   int64_t rows_scored() const { return rows_scored_; }  // pairs whose exact score was computed

@@ -62,7 +62,10 @@ std::tuple<Tensor, Tensor> cosine_topk_cpu(Tensor query, Tensor gallery, int64_t
   torch::stable::parallel_for(0, search.tasks(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) search.run(task);
   });
-  search.write(0, queries, mutable_data<float>(scores), mutable_data<int64_t>(ids));
+  float* const to_scores = mutable_data<float>(scores);
+  int64_t* const to_ids = mutable_data<int64_t>(ids);
+  torch::stable::parallel_for(0, queries, rows_per_task(k * 16),
+                              [&](int64_t begin, int64_t end) { search.write(begin, end, to_scores, to_ids); });
   return {scores, ids};
 }
 

@@ -1,0 +1,232 @@
+// CosineIndex::save and load; the format is docs/formats.md.
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <bit>
+#include <cerrno>
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+#include <system_error>
+#include <utility>
+
+#include "checksum.h"
+#include "cosine_index.h"
+#include "parallel.h"
+
+static_assert(std::endian::native == std::endian::little,
+              "the file is little-endian, and written as it lies in memory");
+
+namespace simplexfix::cpu {
+namespace {
+
+constexpr char kMagic[8] = {'S', 'F', 'X', 'I', 'N', 'D', 'E', 'X'};
+constexpr uint32_t kVersion = 1;
+constexpr int64_t kMaxDim = (int64_t(1) << 31) - 2;
+constexpr int64_t kMaxRows = int64_t(1) << 40;
+constexpr int64_t kIdsAtATime = 1 << 16;
+
+struct Header {
+  char magic[8];
+  uint32_t version, row_type;
+  int64_t dim, rows, next_id;
+  uint32_t payload_checksum;
+  uint32_t zero[4];
+  uint32_t header_checksum;  // of all before it
+};
+static_assert(sizeof(Header) == 64);
+
+uint32_t checksum_of(const Header& header) {
+  Crc32 checksum;
+  checksum.add(&header, offsetof(Header, header_checksum));
+  return checksum.value();
+}
+
+[[noreturn]] void fail(const char* what) { throw std::system_error(errno, std::generic_category(), what); }
+[[noreturn]] void refuse(const std::string& why) { throw std::runtime_error(why); }
+
+class File {
+ public:
+  File(const std::string& path, int flags) : fd_(::open(path.c_str(), flags | O_CLOEXEC, 0666)) {
+    if (fd_ < 0) fail("open");
+  }
+  File(const File&) = delete;
+  File& operator=(const File&) = delete;
+  ~File() {
+    if (fd_ >= 0) ::close(fd_);
+  }
+
+  void write(const void* data, size_t size) {
+    for (const char* p = static_cast<const char*>(data); size > 0;) {
+      const ssize_t done = ::write(fd_, p, size);
+      if (done < 0 && errno == EINTR) continue;
+      if (done < 0) fail("write");
+      p += done;
+      size -= size_t(done);
+    }
+  }
+  void read(void* data, size_t size) {
+    for (char* p = static_cast<char*>(data); size > 0;) {
+      const ssize_t done = ::read(fd_, p, size);
+      if (done < 0 && errno == EINTR) continue;
+      if (done < 0) fail("read");
+      if (done == 0) refuse("the file ends too early");
+      p += done;
+      size -= size_t(done);
+    }
+  }
+  void write_at_start(const Header& header) {
+    if (::lseek(fd_, 0, SEEK_SET) < 0) fail("lseek");
+    write(&header, sizeof header);
+  }
+  int64_t size() const {
+    struct stat facts;
+    if (::fstat(fd_, &facts) < 0) fail("fstat");
+    if (!S_ISREG(facts.st_mode)) refuse("it is not a regular file");
+    return facts.st_size;
+  }
+  void sync() {
+    if (::fsync(fd_) < 0) fail("fsync");
+  }
+  void close() {
+    if (::close(std::exchange(fd_, -1)) < 0) fail("close");
+  }
+
+ private:
+  int fd_;
+};
+
+// A file beside `path` that takes its place when it is complete, and vanishes if it never is.
+class Replacement {
+ public:
+  explicit Replacement(const std::string& path) : path_(path) {
+    while (!file) {  // a name may be left over from a process of the same number that was killed
+      temporary_ = path + "." + std::to_string(::getpid()) + "-" + std::to_string(++g_counter) + ".tmp";
+      try {
+        file.emplace(temporary_, O_WRONLY | O_CREAT | O_EXCL);
+      } catch (const std::system_error& error) {
+        if (error.code() != std::errc::file_exists) throw;
+      }
+    }
+  }
+  ~Replacement() {
+    if (file) ::unlink(temporary_.c_str());
+  }
+  void commit() {
+    file->sync();
+    file->close();
+    if (::rename(temporary_.c_str(), path_.c_str()) < 0) fail("rename");
+    file.reset();
+    const size_t slash = path_.rfind('/');
+    File folder(slash == std::string::npos ? "." : path_.substr(0, slash + 1), O_RDONLY | O_DIRECTORY);
+    folder.sync();
+  }
+
+  std::optional<File> file;
+
+ private:
+  static inline std::atomic<int64_t> g_counter{0};
+  std::string path_, temporary_;
+};
+
+Header read_header(File& file) {
+  const int64_t size = file.size();
+  Header header;
+  if (size < int64_t(sizeof header)) refuse("it is shorter than a header of 64 bytes");
+  file.read(&header, sizeof header);
+  if (std::memcmp(header.magic, kMagic, sizeof kMagic) != 0) refuse("it does not begin with SFXINDEX");
+  if (header.version != kVersion) refuse("it is of version " + std::to_string(header.version) + ", expected 1");
+  if (header.header_checksum != checksum_of(header)) refuse("the header's checksum does not match");
+  for (const uint32_t zero : header.zero)
+    if (zero != 0) refuse("a reserved field of the header is not 0");
+  if (header.row_type > uint32_t(RowType::kBFloat16)) refuse("its row type is unknown");
+  if (header.dim < 1 || header.dim > kMaxDim) refuse("its dim is out of range");
+  if (header.rows < 0 || header.rows > kMaxRows || header.next_id < 0) refuse("a size in its header is out of range");
+  const int64_t row = 8 + row_bytes(RowType(header.row_type), header.dim);
+  if (header.rows > (size - int64_t(sizeof header)) / row || size != int64_t(sizeof header) + header.rows * row)
+    refuse("it has " + std::to_string(size) + " bytes, which is not what its header says");
+  return header;
+}
+
+// Rows as add() writes them: finite, and of length 0, or of length 1 but for rounding.  The bounds stand on that.
+void check_rows(const GalleryRows& rows, int64_t begin, int64_t end) {
+  const double most = rows.type == RowType::kFloat ? 0x1p-20 : 0x1p-7;
+  std::vector<float> scratch(size_t(rows.d));
+  for (int64_t i = begin; i < end; ++i) {
+    const float* row = rows.read(i, scratch.data());
+    double square = 0;
+    for (int64_t j = 0; j < rows.d; ++j) square += double(row[j]) * double(row[j]);
+    if (square != 0 && !(std::abs(square - 1) <= most)) refuse("row " + std::to_string(i) + " is not of length 1 or 0");
+  }
+}
+
+}  // namespace
+
+void CosineIndex::save(const std::string& path) const {
+  const auto lock = reading();
+  Replacement replacement(path);
+  File& file = *replacement.file;
+  Header header{{}, kVersion, uint32_t(type_), d_, ids_.size(), ids_.next(), 0, {}, 0};
+  std::memcpy(header.magic, kMagic, sizeof kMagic);
+  file.write(&header, sizeof header);
+  Crc32 checksum;
+  const auto write = [&](const void* data, size_t size) {
+    checksum.add(data, size);
+    file.write(data, size);
+  };
+  std::vector<int64_t> some;
+  for (int64_t i = 0; i < ids_.size();) {
+    some.clear();
+    for (; i < ids_.size() && int64_t(some.size()) < kIdsAtATime; ++i) some.push_back(ids_[i]);
+    write(some.data(), some.size() * sizeof(int64_t));
+  }
+  const GalleryRows rows = view(ids_.size());
+  for (int64_t i = 0; i < rows.n; i += rows_.rows_per_block())
+    write(rows.row(i), size_t(std::min(rows.n - i, rows_.rows_per_block()) * row_bytes(type_, d_)));
+  header.payload_checksum = checksum.value();
+  header.header_checksum = checksum_of(header);
+  file.write_at_start(header);
+  replacement.commit();
+}
+
+std::unique_ptr<CosineIndex> CosineIndex::load(const std::string& path, int64_t threads) {
+  File file(path, O_RDONLY | O_NONBLOCK);  // a pipe must not be waited for
+  const Header header = read_header(file);
+  const int64_t n = header.rows;
+  const auto type = RowType(header.row_type);
+  auto index = std::make_unique<CosineIndex>(header.dim, type, threads);
+  Crc32 checksum;
+  const auto read = [&](void* data, size_t size) {
+    file.read(data, size);
+    checksum.add(data, size);
+  };
+  std::vector<int64_t> some;
+  for (int64_t i = 0; i < n; i += int64_t(some.size())) {
+    some.resize(size_t(std::min(n - i, kIdsAtATime)));
+    read(some.data(), some.size() * sizeof(int64_t));
+    try {
+      index->ids_.append(some.data(), int64_t(some.size()));
+    } catch (const std::invalid_argument& error) {
+      refuse(error.what());
+    }
+  }
+  if (header.next_id < index->ids_.next()) refuse("its next id is below an id that it holds");
+  index->ids_.set_next(header.next_id);
+  for (int64_t i = 0; i < n;) {  // room as it is filled: a file that lies about its size is found out
+    const int64_t end = std::min(n, i + index->rows_.rows_per_block());
+    index->rows_.resize(end);
+    read(index->rows_.row(i), size_t((end - i) * row_bytes(type, header.dim)));
+    i = end;
+  }
+  if (header.payload_checksum != checksum.value()) refuse("the checksum of its content does not match");
+  const GalleryRows rows = index->view(n);
+  parallel((n + kPanelRows - 1) / kPanelRows, index->threads_for(n * header.dim),
+           [&](int64_t panel) { check_rows(rows, panel * kPanelRows, std::min(n, (panel + 1) * kPanelRows)); });
+  index->codes_ = index->recentred(n);
+  index->centred_at_ = n;
+  return index;
+}
+
+}  // namespace simplexfix::cpu

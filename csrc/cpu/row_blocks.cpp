@@ -1,0 +1,42 @@
+#include "row_blocks.h"
+
+#include <new>
+
+namespace simplexfix::cpu {
+namespace {
+constexpr int64_t kBlockBytes = int64_t(1) << 20;
+constexpr std::align_val_t kAlign{64};
+}  // namespace
+
+RowBlocks::RowBlocks(int64_t d, RowType type) : d_(d), type_(type) {
+  while ((row_bytes(type, d) << (shift_ + 1)) <= kBlockBytes) ++shift_;
+}
+
+RowBlocks::~RowBlocks() { free_from(0); }
+
+void RowBlocks::free_from(size_t block) {
+  for (size_t i = block; i < blocks_.size(); ++i) ::operator delete(blocks_[i], kAlign);
+  blocks_.resize(block);
+}
+
+void RowBlocks::resize(int64_t n) {
+  const auto wanted = size_t((n + rows_per_block() - 1) >> shift_), before = blocks_.size();
+  if (wanted <= before) return free_from(wanted);
+  try {
+    while (blocks_.size() < wanted) {
+      blocks_.push_back(nullptr);
+      blocks_.back() = static_cast<std::byte*>(::operator new(block_bytes(), kAlign));
+    }
+  } catch (...) {
+    free_from(before);
+    throw;
+  }
+}
+
+std::byte* RowBlocks::row(int64_t i) {
+  return blocks_[size_t(i >> shift_)] + (i & (rows_per_block() - 1)) * row_bytes(type_, d_);
+}
+
+size_t RowBlocks::bytes() const { return blocks_.size() * block_bytes() + blocks_.capacity() * sizeof(std::byte*); }
+
+}  // namespace simplexfix::cpu

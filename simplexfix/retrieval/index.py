@@ -1,0 +1,199 @@
+"""An exact cosine index that is kept: rows come and go, with an id each, and it is written to a file."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from .. import _native
+from .._checks import check_name
+from ._plain_index import PlainIndex
+
+__all__ = ["CosineIndex"]
+
+_MAX_DIM = 2**31 - 2
+
+
+class CosineIndex:
+    """Finds, for each query, the k stored vectors nearest by cosine, exactly.
+
+        g = F.normalize(vectors)                    # in float64, rounded to float32, and to bfloat16 if so stored
+        q = F.normalize(query)                      # in float64, rounded to float32
+        scores, rows = (q.double() @ g.double().T).float().topk(k)
+        ids = ids[rows]
+
+    A score is the float64 dot product, rounded to float32; order is by score, then by lower id.  Batch, threads,
+    instruction set, and the order in which rows came, change nothing.  A zero vector scores 0.
+
+    Beside each vector lies a copy in codes of eight bits, from which a first pass tells which rows cannot be among
+    the best.  Memory per row, in bytes: 5 d + 12 with float32, 3 d + 12 with bfloat16; 8 more unless the ids are 0, 1,
+    2, ...; about 40 more once ids are not ascending.  Any thread may call anything at any time: searches run beside
+    each other, changes alone; other Python threads run meanwhile.
+
+    Args:
+        dim: d, 1 to 2^31 - 2.
+        dtype: how vectors are stored, "float32" or "bfloat16".  What is stored is what is searched: with "bfloat16"
+            the scores are exact for the rounded vectors, which differ from the given ones by up to 2^-9 of each number.
+        threads: what one call may use; None: as many as torch (`torch.get_num_threads()`).
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+    """
+
+    def __init__(self, dim: int, *, dtype: str = "float32", threads: int | None = None) -> None:
+        _check_int("dim", dim, _MAX_DIM)
+        check_name("dtype", dtype, ("float32", "bfloat16"))
+        self._index: Any = _kind()(int(dim), dtype, _threads(threads))
+
+    def add(self, vectors: ArrayLike | torch.Tensor, ids: ArrayLike | torch.Tensor | None = None) -> None:
+        """Adds rows: all of them or, after an error, none.
+
+        Args:
+            vectors: [n, dim] float32, float64 or float16, a CPU tensor also bfloat16; finite.  float64 is rounded to
+                float32 first.
+            ids: [n] integers in [0, 2^63 - 2], none of them twice nor in the index.  None: counted on from the highest
+                id that the index ever held, from 0 at first.
+
+        Raises:
+            TypeError: not numbers of these kinds.
+            ValueError: wrong shape; a row that holds nan or inf, or an id that may not be, by name.
+        """
+        rows = self._rows("vectors", vectors)
+        self._index.add(rows, None if ids is None else _ids(ids, len(rows)))
+
+    def search(self, query: ArrayLike | torch.Tensor, k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """The k best for each query.
+
+        Args:
+            query: [Q, dim], as the vectors of `add`.
+            k: 1 to 2^31 - 1.
+
+        Returns:
+            scores [Q, k] float32 descending and ids [Q, k] int64; where the index holds fewer than k rows, score -inf
+            with id -1 follows.
+
+        Raises:
+            TypeError, ValueError: as `add`.
+        """
+        _check_int("k", k, 2**31 - 1)
+        scores, ids = self._index.search(self._rows("query", query), int(k))
+        return scores, ids
+
+    def remove(self, ids: ArrayLike | torch.Tensor) -> int:
+        """Removes rows: all of these or, after an error, none.  Takes one pass over the rows behind the first of them.
+
+        Args:
+            ids: [n] integers, each in the index and none twice.
+
+        Returns:
+            n.  The ids are not given out again by `add` without ids.
+
+        Raises:
+            KeyError: an id is not in the index, by name.
+            ValueError: an id is given twice, by name.
+        """
+        gone = _ids(ids, None)
+        self._index.remove(gone)
+        return len(gone)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the index to a file, which appears whole or not at all: docs/formats.md.
+
+        Raises:
+            OSError: the file cannot be written; one that was there is as before.
+        """
+        self._index.save(os.fsencode(path))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, threads: int | None = None) -> CosineIndex:
+        """Reads an index that `save` wrote.  Everything in the file is checked: it may come from anywhere.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: it is not such a file, or damaged; with the reason.
+        """
+        index = cls.__new__(cls)
+        try:
+            index._index = _kind().load(os.fsencode(path), _threads(threads))
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)} is no index, or damaged: {error}") from None
+        return index
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    @property
+    def dim(self) -> int:
+        return int(self._index.dim)
+
+    @property
+    def dtype(self) -> str:
+        """ "float32" or "bfloat16"."""
+        return str(self._index.dtype)
+
+    @property
+    def threads(self) -> int:
+        return int(self._index.threads)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the rows take, in bytes, with what is set aside for more: it comes in pieces of about 1 MiB."""
+        return int(self._index.nbytes)
+
+    def __repr__(self) -> str:
+        return f"CosineIndex(dim={self.dim}, dtype={self.dtype!r}, threads={self.threads}) with {len(self)} rows"
+
+    def _rows(self, name: str, rows: ArrayLike | torch.Tensor) -> NDArray[np.float32]:
+        array = _to_numpy(name, rows)
+        if array.dtype.kind != "f" or array.dtype.itemsize > 8:
+            raise TypeError(f"{name} must be float32, float64 or float16, got {array.dtype}")
+        if array.ndim != 2 or array.shape[1] != self.dim:
+            raise ValueError(f"{name} must have shape [n, {self.dim}], got {list(array.shape)}")
+        with np.errstate(over="ignore"):  # becomes inf, and is refused with its row
+            return np.ascontiguousarray(array, dtype=np.float32)
+
+
+def _kind() -> Any:
+    """The class that does the work: the library's, or its plain twin."""
+    return PlainIndex if _native.library is None else _native.library.CosineIndex
+
+
+def _to_numpy(name: str, values: ArrayLike | torch.Tensor) -> NDArray[Any]:
+    if isinstance(values, torch.Tensor):
+        if values.device.type != "cpu":
+            raise ValueError(f"{name} must be on the CPU, got {values.device}; pass {name}.cpu()")
+        values = values.detach()
+        return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+    return np.asarray(values)
+
+
+def _ids(ids: ArrayLike | torch.Tensor, count: int | None) -> NDArray[np.int64]:
+    array = _to_numpy("ids", ids)
+    if array.size == 0:
+        array = array.astype(np.int64)  # an empty list has no dtype of its own
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"ids must be integers, got {array.dtype}")
+    if array.ndim != 1 or (count is not None and len(array) != count):
+        expected = "n" if count is None else count
+        raise ValueError(f"ids must have shape [{expected}], got {list(array.shape)}")
+    if array.dtype == np.uint64 and array.size and array.max() > np.iinfo(np.int64).max:
+        raise ValueError(f"ids must lie between 0 and 2^63 - 2, got {array.max()}")
+    return np.ascontiguousarray(array, dtype=np.int64)
+
+
+def _threads(threads: int | None) -> int:
+    if threads is None:
+        return torch.get_num_threads()
+    _check_int("threads", threads, 1024)
+    return int(threads)
+
+
+def _check_int(name: str, value: int, most: int) -> None:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if not 1 <= value <= most:
+        raise ValueError(f"{name} must lie between 1 and {most}, got {value}")

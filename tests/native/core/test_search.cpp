@@ -1,0 +1,110 @@
+// The search through codes against every score and one sort, bit for bit: several kinds of gallery, row types,
+// ids, block sizes and numbers of threads.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <numeric>
+
+#include "../../../csrc/cpu/parallel.h"
+#include "../../../csrc/cpu/search.h"
+#include "core.h"
+
+using namespace simplexfix::cpu;
+
+namespace {
+
+// The definition of dot.inc: eight partial sums, added in one order.
+float score(const float* a, const float* b, int64_t d) {
+  double s[8] = {};
+  for (int64_t j = 0; j < d; ++j) s[j % 8] += double(a[j]) * double(b[j]);
+  return float(((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7])));
+}
+
+Result by_definition(const std::vector<float>& query, int64_t queries, const GalleryRows& rows, int64_t k) {
+  Result result(queries, k);
+  std::vector<simplexfix::Candidate> all;
+  std::vector<float> scratch(static_cast<size_t>(rows.d));
+  for (int64_t q = 0; q < queries; ++q) {
+    all.clear();
+    for (int64_t i = 0; i < rows.n; ++i)
+      all.push_back({score(query.data() + q * rows.d, rows.read(i, scratch.data()), rows.d), rows.id(i)});
+    std::sort(all.begin(), all.end(), simplexfix::ranks_before);
+    for (int64_t j = 0; j < k; ++j) {
+      const bool found = j < rows.n;
+      result.scores[size_t(q * k + j)] = found ? all[size_t(j)].score : -INFINITY;
+      result.ids[size_t(q * k + j)] = found ? all[size_t(j)].id : -1;
+    }
+  }
+  return result;
+}
+
+Result through(const std::vector<float>& query, int64_t queries, const GalleryRows& rows, const GalleryCodes* codes,
+               int64_t k, int64_t threads) {
+  Search search(query.data(), queries, rows, codes, k, threads);
+  parallel(search.tasks(), threads, [&](int64_t task) { search.run(task); });
+  Result result(queries, k);
+  parallel(queries, threads, [&](int64_t q) { search.write(q, q + 1, result.scores.data(), result.ids.data()); });
+  return result;
+}
+
+std::vector<std::byte> stored(const std::vector<float>& rows, RowType type) {
+  std::vector<std::byte> bytes(rows.size() * (type == RowType::kFloat ? 4 : 2));
+  for (size_t i = 0; i < rows.size(); ++i)  // the upper half of a float is a bfloat16, rounded down
+    if (type == RowType::kFloat)
+      std::memcpy(bytes.data() + 4 * i, &rows[i], 4);
+    else
+      std::memcpy(bytes.data() + 2 * i, reinterpret_cast<const char*>(&rows[i]) + 2, 2);
+  return bytes;
+}
+
+}  // namespace
+
+void test_search(const Options& options) {
+  Random random(1);
+  std::vector<std::pair<int64_t, int64_t>> sizes{{9000, 5}, {9000, 64}, {3000, 129}, {70, 7}, {0, 3}};
+  if (options.small) sizes = {{9000, 17}};
+  for (const auto& [n, d] : sizes)
+    for (const double spread : {1e3, 0.1, 1e-3, 1e-7, 0.0}) {  // round five centers
+      const std::vector<float> gallery = clusters(n, d, spread, random);
+      const int64_t queries = 9;
+      std::vector<float> query = clusters(queries, d, 1, random);
+      if (n) std::copy_n(gallery.begin() + n / 2 * d, 4 * d, query.begin());
+      std::vector<int64_t> shuffled(static_cast<size_t>(n));
+      std::iota(shuffled.begin(), shuffled.end(), 5);
+      std::shuffle(shuffled.begin(), shuffled.end(), random);
+      std::vector<int64_t> ascending = shuffled;
+      std::sort(ascending.begin(), ascending.end());
+      for (const RowType type : {RowType::kFloat, RowType::kBFloat16}) {
+        const std::vector<std::byte> bytes = stored(gallery, type);
+        const int shift = options.small ? 6 : 9;
+        std::vector<const std::byte*> blocks;  // each an allocation of its own: reads past it are seen
+        std::vector<std::vector<std::byte>> memory;
+        for (int64_t i = 0; i < n; i += int64_t(1) << shift)
+          memory.emplace_back(bytes.begin() + i * row_bytes(type, d),
+                              bytes.begin() + std::min(n, i + (int64_t(1) << shift)) * row_bytes(type, d));
+        for (const auto& block : memory) blocks.push_back(block.data());
+        GalleryRows rows{blocks.data(), shift, n, d, type};
+        GalleryCodes codes(d, central_row(rows));
+        for (int64_t at = 0; at < n;) {  // pieces that end within panels
+          const int64_t end = std::min<int64_t>(n, at + 1 + int64_t(random() % 3000));
+          codes.resize(end);
+          codes.encode(rows, at, end);
+          at = end;
+        }
+        for (std::vector<int64_t>* const ids : {(std::vector<int64_t>*)nullptr, &ascending, &shuffled}) {
+          rows.ids = ids ? ids->data() : nullptr;
+          rows.ids_ascend = ids != &shuffled;
+          const int64_t most = std::max<int64_t>(1, n / 4);
+          const Result truth = by_definition(query, queries, rows, std::max<int64_t>(10, most + 3));
+          for (const int64_t k : {int64_t(1), int64_t(10), most, most + 3})
+            for (const int64_t threads : {1, 4}) {
+              if (options.small && threads == 1) continue;
+              check(through(query, queries, rows, &codes, k, threads) == truth.first(k),
+                    "n=%ld d=%ld spread=%g %s ids=%d k=%ld threads=%ld", long(n), long(d), spread,
+                    type == RowType::kFloat ? "float" : "bfloat16", int(ids ? 1 + (ids == &shuffled) : 0), long(k),
+                    long(threads));
+            }
+        }
+      }
+    }
+}
