@@ -60,3 +60,4 @@ inline std::vector<float> clusters(int64_t n, int64_t d, double spread, Random& 
 
 void test_search(const Options&);
 void test_index(const Options&);
+void test_losses(const Options&);

@@ -14,6 +14,7 @@ int main(int argc, char** argv) {
   }
   test_search(options);
   test_index(options);
+  test_losses(options);
   std::printf("%s %s: %d cases, %d failures\n", g_failures ? "FAILED" : "OK", simplexfix::cpu::isa(), g_cases,
               g_failures);
   return g_failures != 0;
