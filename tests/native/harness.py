@@ -1,4 +1,5 @@
-"""Builds the kernel tests for one layer and runs them; README.md says what each layer is for.
+"""Builds the tests of the CUDA kernels, and those of the CPU core, for one layer and runs them; README.md says what
+each layer is for.
 
 Objects are kept in build/native under a hash of what they are made from, so a second build is free.
 """
@@ -129,6 +130,78 @@ def compile_ptx(source: Path, flags: list[str]) -> Path:
     if not cxx.exists():
         cxx.write_text(text)
     return compile_source(cxx, [*flags, "-w", "-fno-var-tracking"])
+
+
+@dataclass(frozen=True)
+class CoreLayer:
+    """The CPU core: no torch, no CUDA, no emulator."""
+
+    flags: list[str]
+    levels: list[str]  # instruction sets to run at, as far as this machine has them
+    arguments: list[str] = field(default_factory=list)
+    fuzz_seconds: int = 0
+    timeout: int = 600
+
+
+ISA_LEVELS = ["base", "avx2", "avx512", "avx512vnni"]
+CORE_LAYERS = {
+    "plain": CoreLayer(["-O2"], ISA_LEVELS),
+    "asan": CoreLayer(["-O1", *ASAN], ISA_LEVELS, fuzz_seconds=4),
+    "tsan": CoreLayer(["-O1", "-fsanitize=thread"], ISA_LEVELS[-1:], ["--small"]),
+}
+
+
+def missing_core() -> str | None:
+    """Why the CPU core cannot be built here, or None."""
+    return None if shutil.which(CXX) else f"no {CXX}"
+
+
+def build_core(layer: str, csrc: Path = ROOT / "csrc", jobs: int = 1) -> tuple[Path, Path]:
+    """The test program and the fuzz program of a layer, with the core of `csrc`."""
+    flags = ["-pthread", *CORE_LAYERS[layer].flags]
+    common = ["-std=c++20", "-g1", "-Wall", "-Wextra", "-Wno-psabi"]
+
+    def compiled(source: Path) -> Path:
+        name = f"{source.stem}-{digest(version(CXX), common, flags, *closure(source).values())}.o"
+        return make(CACHE / name, [CXX, *common, *flags, "-c", source])
+
+    core, tests = sorted((csrc / "cpu").glob("*.cpp")), sorted((HERE / "core").glob("*.cpp"))
+    with ThreadPool(jobs) as pool:
+        objects = dict(zip(core + tests, pool.map(compiled, core + tests, chunksize=1), strict=True))
+    library = [objects[source] for source in core]
+
+    def linked(what: str, own: list[Path]) -> Path:
+        name = f"core-{what}-{layer}-{digest(*own, *library)}"
+        return make(CACHE / name, [CXX, *flags, *own, *library])
+
+    return (
+        linked("tests", [objects[source] for source in tests if not source.stem.startswith("fuzz")]),
+        linked("fuzz", [objects[source] for source in tests if source.stem.startswith("fuzz")]),
+    )
+
+
+def run_core(
+    programs: tuple[Path, Path], layer: str, levels: list[str] | None = None
+) -> list[subprocess.CompletedProcess[str]]:
+    """The test program at every level, or these, then the fuzz program."""
+    chosen = CORE_LAYERS[layer]
+    environment = {"TSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": "max_allocation_size_mb=64"}
+
+    def start(command: list[str | Path], level: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            timeout=chosen.timeout,
+            env={**os.environ, **environment, "SIMPLEXFIX_ISA": level},
+        )
+
+    done = [start([programs[0], *chosen.arguments], level) for level in levels or chosen.levels]
+    if chosen.fuzz_seconds:  # a file of a few kilobytes must never ask for more than 64 MiB
+        done.append(start([programs[1], str(chosen.fuzz_seconds)], ISA_LEVELS[-1]))
+    return done
 
 
 def build(layer: str, csrc: Path = ROOT / "csrc", jobs: int = 1) -> Path:

@@ -17,6 +17,7 @@ from pathlib import Path
 import harness
 
 ENTROPY, LOGITS, TEAM = "cuda/simplex_cross_entropy.cuh", "cuda/simplex_logits.cuh", "cuda/team.cuh"
+SEARCH, CODES, INDEX = "cpu/search.cpp", "cpu/gallery_codes.cpp", "cpu/cosine_index.cpp"
 LAUNCH, SCALE, CORE = "cuda/simplex_cross_entropy.cu", "cuda/scale_rows.cuh", "core/cross_entropy.h"
 
 
@@ -26,7 +27,11 @@ class Mutant:
     file: str
     old: str
     new: str
-    part: str = "cross_entropy"  # of the test program
+    part: str = "cross_entropy"  # of the kernels' test program
+
+    @property
+    def in_core(self) -> bool:
+        return self.file.startswith("cpu/")
 
 
 MUTANTS = [
@@ -82,13 +87,53 @@ MUTANTS = [
     Mutant("last logit", LOGITS, "T(factor * p.simplex.last * sums.z)", "T(factor * p.simplex.a * sums.z)", "logits"),
     Mutant("projection of the logits' gradient", LOGITS, "* inverse * inverse;", "* inverse;", "logits"),
     Mutant("one factor for all rows", SCALE, "p.factor[k * p.factor_stride]", "p.factor[0]", "scale_rows"),
+    # The CPU core: bounds of the first pass
+    Mutant("a row's residual forgotten", CODES, "round_up(row.residual + kDot", "round_up(0 * row.residual + kDot"),
+    Mutant("a query's residual forgotten", "cpu/query_codes.h", "return residual_[size_t(q)] *", "return 0 *"),
+    Mutant("center forgotten", CODES, "round_up(row.along)", "round_up(0 * row.along)"),
+    Mutant(
+        "cutoff above the score", "cpu/query_codes.cpp", "nextafter(score, -kInfinity)", "nextafter(score, kInfinity)"
+    ),
+    Mutant(
+        "panel's length from its last row",
+        CODES,
+        "std::max(at == 0 ? 0.f : norm, round_up(row.code_norm))",
+        "round_up(row.code_norm)",
+    ),
+    # ... what passes, and in which order
+    Mutant("equal scores by place instead of id", SEARCH, "own == any && rows_.ids_ascend", "own == any"),
+    Mutant("rows past the end of the gallery", SEARCH, "end - g >= kPanelRows ? ~uint64_t(0)", "true ? ~uint64_t(0)"),
+    Mutant(
+        "rest of a step taken for scored", SEARCH, "state.dense ? kInfinity", "begin < state.dense_until ? kInfinity"
+    ),
+    Mutant("too few of the promising scored", SEARCH, "score_in_windows(task, &QueryState::waiting);", ""),
+    # ... the index
+    Mutant("codes of moved rows kept", INDEX, "encode(*codes_, gone.front() / kPanelRows * kPanelRows, to);", ""),
+    Mutant(
+        "a refused row stays",
+        INDEX,
+        "    rows_.resize(before);\n    if (codes_) codes_->resize(before);\n    throw;",
+        "    ids_.append(nullptr, n);\n    throw;",
+    ),
+    Mutant(
+        "changes do not wait for searches",
+        INDEX,
+        "return std::unique_lock(mutex_);",
+        "return std::unique_lock(mutex_, std::defer_lock);",
+    ),
+    Mutant(
+        "length of a file's rows taken on trust",
+        "cpu/index_file.cpp",
+        "if (square != 0 &&",
+        "if (false && square != 0 &&",
+    ),
 ]
 
 
 def plant(mutant: Mutant, folder: Path) -> Path:
     """A copy of csrc with the bug in it."""
     csrc = folder / "csrc"
-    for part in ("core", "cuda"):
+    for part in ("core", "cpu", "cuda"):
         shutil.copytree(harness.ROOT / "csrc" / part, csrc / part)
     file = csrc / mutant.file
     text = file.read_text()
@@ -101,16 +146,21 @@ def plant(mutant: Mutant, folder: Path) -> Path:
 def verdict(mutant: Mutant, layer: str, jobs: int = 1) -> str | None:
     """What the layer found, or None."""
     with tempfile.TemporaryDirectory() as folder:
-        program = harness.build(layer, plant(mutant, Path(folder)), jobs)
+        csrc = plant(mutant, Path(folder))
+        programs = harness.build_core(layer, csrc, jobs) if mutant.in_core else harness.build(layer, csrc, jobs)
     try:
-        done = harness.run(program, layer, ["--only", mutant.part, "--order", "forward"])
+        if mutant.in_core:
+            runs = harness.run_core(programs, layer, harness.ISA_LEVELS[-1:])
+        else:
+            runs = [harness.run(programs, layer, ["--only", mutant.part, "--order", "forward"])]
     except subprocess.TimeoutExpired:
         return "time out"
-    if not done.returncode:
-        return None
-    telling = ("SUMMARY", "runtime error", "CAUGHT", "FAIL ")
-    found = [line for line in done.stdout.splitlines() if any(word in line for word in telling)]
-    return found[0].strip() if found else f"exit status {done.returncode}"
+    for done in runs:
+        if done.returncode:
+            telling = ("SUMMARY", "runtime error", "CAUGHT", "FAIL ", "the best row", "a row is missing")
+            found = [line for line in done.stdout.splitlines() if any(word in line for word in telling)]
+            return found[0].strip() if found else f"exit status {done.returncode}"
+    return None
 
 
 def run_all(

@@ -1,4 +1,7 @@
-"""Runs layers of the kernel tests: python tests/native/run.py [--jobs N] plain | asan | tsan | ptx | mutants ..."""
+"""Runs layers of the native tests, of the CUDA kernels and of the CPU core:
+
+python tests/native/run.py [--jobs N] plain | asan | tsan | ptx | mutants ...
+"""
 
 import argparse
 import sys
@@ -9,29 +12,45 @@ import mutants
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("layers", nargs="+", choices=[*harness.LAYERS, "mutants"])
     parser.add_argument("--jobs", type=int, default=1, help="compilers at a time")
     options = parser.parse_args()
-    if reason := harness.missing():
+    if reason := harness.missing_core():
         print(f"skipped: {reason}")
         return 1  # whoever asks for a layer by name wants it run
-    failed = []
+    reason = harness.missing()
+    if reason:
+        print(f"the CUDA kernels are skipped: {reason}")
+    failed = ["kernels"] if reason else []
     for layer in options.layers:
-        start = time.monotonic()
         if layer == "mutants":
-            survivors = mutants.run_all(jobs=options.jobs)
-            failed += [f"mutant {name}" for name in survivors]
+            failed += [f"mutant {name}" for name in mutants.run_all(jobs=options.jobs)]
             continue
+        start = time.monotonic()
+        if layer in harness.CORE_LAYERS:
+            programs = harness.build_core(layer, jobs=options.jobs)
+            built = time.monotonic()
+            results = harness.run_core(programs, layer)
+            said = "; ".join(done.stdout.strip() for done in results)
+            failed += [f"core {layer}"] * any(done.returncode for done in results)
+            print(f"core {layer}: {said}  {_times(start, built)}", flush=True)
+        if reason:
+            continue
+        start = time.monotonic()
         program = harness.build(layer, jobs=options.jobs)
         built = time.monotonic()
         done = harness.run(program, layer)
-        print(f"{layer}: {done.stdout.strip()}  [built in {built - start:.0f} s, ran {time.monotonic() - built:.0f} s]")
+        print(f"{layer}: {done.stdout.strip()}  {_times(start, built)}", flush=True)
         if done.returncode:
             failed.append(layer)
     if failed:
         print("FAILED: " + ", ".join(failed))
     return bool(failed)
+
+
+def _times(start: float, built: float) -> str:
+    return f"[built in {built - start:.0f} s, ran {time.monotonic() - built:.0f} s]"
 
 
 if __name__ == "__main__":
