@@ -30,7 +30,7 @@ test:
 bench:
 	$(BIN)/python benchmarks/run.py
 
-sanitize:  # CUDA kernels executed on the CPU: AddressSanitizer, UBSan, ThreadSanitizer, and nvcc's PTX
+sanitize:  # the CPU core and the CUDA kernels executed on the CPU: AddressSanitizer, UBSan, ThreadSanitizer, nvcc's PTX, a fuzz target
 	$(BIN)/python tests/native/run.py plain asan tsan ptx
 
 mutants:  # every planted bug must turn a run red

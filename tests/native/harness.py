@@ -143,7 +143,7 @@ class CoreLayer:
     timeout: int = 600
 
 
-ISA_LEVELS = ["base", "avx2", "avx512", "avx512vnni"]
+ISA_LEVELS = ["base", "avx2", "avx512", "avx512vnni", "avx512bf16"]
 CORE_LAYERS = {
     "plain": CoreLayer(["-O2"], ISA_LEVELS),
     "asan": CoreLayer(["-O1", *ASAN], ISA_LEVELS, fuzz_seconds=4),
