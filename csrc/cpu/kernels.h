@@ -5,26 +5,28 @@
 #include <cstdint>
 
 #include "../core/cross_entropy.h"
+#include "../core/simplex.h"
 #include "../core/types.h"
 
 namespace simplexfix::cpu {
 
 const char* isa();  // "base", "avx2", "avx512" or "avx512bf16": what this machine runs; SIMPLEXFIX_ISA lowers it
 
+// Of every polytope with K slots.
 template <typename T>
 struct CrossEntropyArgs {
+  using Number = T;
   using A = accumulate_t<T>;
   const T* z;  // [B, d], rows z_stride elements apart
   int64_t z_stride;
-  const int64_t* target;  // [B], each a slot in [0, d] or ignore_index
-  const A* weight;        // [d + 1] or nullptr
+  const int64_t* target;  // [B], each a slot in [0, K) or ignore_index
+  const A* weight;        // [K] or nullptr
   A* loss;                // [B], of each row; 0 where ignored
   T* gradient;            // [B, d] contiguous, or nullptr where none is wanted
   int64_t d;
   int64_t ignore_index;
   bool streams;  // writes the gradient past the caches: the same bits
   A upstream;    // multiplies every row's gradient
-  Simplex simplex;
   CrossEntropyOptions<A> options;
 };
 
@@ -44,6 +46,7 @@ struct LogitsArgs {
 template <typename T>
 struct Kernels {
   void (*simplex_cross_entropy)(const CrossEntropyArgs<T>&, int64_t begin, int64_t end);
+  void (*orthoplex_cross_entropy)(const CrossEntropyArgs<T>&, int64_t begin, int64_t end);
   void (*simplex_logits)(const LogitsArgs<T>&, int64_t begin, int64_t end);
   void (*simplex_logits_backward)(const LogitsArgs<T>&, int64_t begin, int64_t end);
   void (*scale_rows)(const T* in, const accumulate_t<T>* factor, int64_t factor_stride, T* out, int64_t cols,

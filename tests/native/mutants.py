@@ -17,7 +17,7 @@ from pathlib import Path
 import harness
 
 ENTROPY, LOGITS, TEAM = "cuda/simplex_cross_entropy.cuh", "cuda/simplex_logits.cuh", "cuda/team.cuh"
-LAUNCH, SCALE, CORE = "cuda/simplex_cross_entropy.cu", "cuda/scale_rows.cuh", "core/cross_entropy.h"
+LAUNCH, SCALE, CORE = "cuda/simplex_cross_entropy.cu", "cuda/scale_rows.cuh", "core/simplex_cross_entropy.h"
 
 
 @dataclass(frozen=True)
