@@ -31,6 +31,12 @@ struct CrossEntropyArgs {
 };
 
 template <typename T>
+struct CubeCrossEntropyArgs : CrossEntropyArgs<T> {
+  const int64_t* codes;  // [K, words], bit j % 64 of word j / 64 set where coordinate j is positive; or nullptr:
+  int64_t words;         // the target is the code itself, of d <= 62 bits
+};
+
+template <typename T>
 struct LogitsArgs {
   using A = accumulate_t<T>;
   const T* z;  // [B, d], rows z_stride elements apart
@@ -47,6 +53,7 @@ template <typename T>
 struct Kernels {
   void (*simplex_cross_entropy)(const CrossEntropyArgs<T>&, int64_t begin, int64_t end);
   void (*orthoplex_cross_entropy)(const CrossEntropyArgs<T>&, int64_t begin, int64_t end);
+  void (*cube_cross_entropy)(const CubeCrossEntropyArgs<T>&, int64_t begin, int64_t end);
   void (*simplex_logits)(const LogitsArgs<T>&, int64_t begin, int64_t end);
   void (*simplex_logits_backward)(const LogitsArgs<T>&, int64_t begin, int64_t end);
   void (*scale_rows)(const T* in, const accumulate_t<T>* factor, int64_t factor_stride, T* out, int64_t cols,
