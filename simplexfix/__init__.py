@@ -7,8 +7,17 @@ from importlib.metadata import version
 
 from . import functional, polytopes
 from .functional import cosine_topk
-from .heads import SimplexHead
+from .heads import CubeHead, OrthoplexHead, SimplexHead
 from .slots import SlotRegistry
 
 __version__ = version("simplexfix")
-__all__ = ["SimplexHead", "SlotRegistry", "__version__", "cosine_topk", "functional", "polytopes"]
+__all__ = [
+    "CubeHead",
+    "OrthoplexHead",
+    "SimplexHead",
+    "SlotRegistry",
+    "__version__",
+    "cosine_topk",
+    "functional",
+    "polytopes",
+]
