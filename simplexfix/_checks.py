@@ -87,6 +87,7 @@ def check_margin(margin: tuple[str, float] | None, normalize: bool) -> None:
 def check_loss_options(
     z: Tensor,
     target: Tensor,
+    slots: int,
     normalize: bool,
     scale: float,
     margin: tuple[str, float] | None,
@@ -103,7 +104,19 @@ def check_loss_options(
     if weight is not None:
         if not weight.is_floating_point():
             raise TypeError(f"weight must be floating, got {weight.dtype}")
-        if weight.shape != (z.shape[-1] + 1,):
-            raise ValueError(f"weight must have shape [{z.shape[-1] + 1}], one factor per slot, got {shape(weight)}")
+        if weight.shape != (slots,):
+            raise ValueError(f"weight must have shape [{slots}], one factor per slot, got {shape(weight)}")
         if weight.device != z.device:
             raise ValueError(f"weight must be on {z.device} like the features, got {weight.device}")
+
+
+def check_codes(codes: Tensor, d: int, z: Tensor | None = None) -> None:
+    """Bit tables of cube vertices in d dimensions; on the device of z."""
+    if not isinstance(codes, Tensor):
+        raise TypeError(f"codes must be a torch.Tensor, got {type(codes).__name__}")
+    if codes.dtype != torch.int64:
+        raise TypeError(f"codes must be int64, got {codes.dtype}; simplexfix.polytopes.cube_codes makes them")
+    if codes.ndim != 2 or codes.shape[1] != -(-d // 64) or not len(codes):
+        raise ValueError(f"codes must have shape [C, {-(-d // 64)}] for d = {d}, C >= 1, got {shape(codes)}")
+    if z is not None and codes.device != z.device:
+        raise ValueError(f"codes must be on {z.device} like the features, got {codes.device}")

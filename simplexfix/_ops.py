@@ -31,9 +31,11 @@ def _call(op: Callable[..., Any], *args: object) -> Any:
         raise ValueError(message.split(_ERROR_PREFIX, 1)[1].split("\n", 1)[0]) from None
 
 
-def simplex_cross_entropy(
+def cross_entropy(
+    polytope: str,
     z: Tensor,
     target: Tensor,
+    codes: Tensor | None,
     normalize: bool,
     scale: float,
     margin: tuple[str, float] | None,
@@ -42,19 +44,25 @@ def simplex_cross_entropy(
     label_smoothing: float,
     reduction: str,
 ) -> Tensor:
-    """The loss in the accumulating dtype."""
+    """The loss in the accumulating dtype; `polytope` is "simplex", "orthoplex" or "cube", which alone has codes."""
     kind, size = (0, 0.0) if margin is None else (MARGINS[margin[0]], margin[1])
     if weight is not None:
         weight = weight.detach().to(accumulate_dtype(z.dtype))
-    arguments = (target, normalize, scale, kind, size, weight, ignore_index, label_smoothing, REDUCTIONS[reduction])
+    first = (target, codes) if polytope == "cube" else (target,)
+    options = (normalize, scale, kind, size, weight, ignore_index, label_smoothing)
+    arguments = (*first, *options, REDUCTIONS[reduction])
     if z.requires_grad and torch.is_grad_enabled():
         if z.dtype == torch.float16 and reduction == "mean":
             # The saved gradient must not carry 1 / B: a float16 would round it to nothing before the scale of a
             # GradScaler comes from above.
-            total = _Loss.apply(z, (*arguments[:-1], REDUCTIONS["sum"]))  # type: ignore[no-untyped-call]
+            total = _Loss.apply(z, polytope, (*first, *options, REDUCTIONS["sum"]))  # type: ignore[no-untyped-call]
             return total / _counted(target, weight, ignore_index)  # type: ignore[no-any-return]
-        return _Loss.apply(z, arguments)  # type: ignore[no-any-return, no-untyped-call]
-    return _call(torch.ops.simplexfix.simplex_cross_entropy.default, z, *arguments, False)[0]  # type: ignore[no-any-return]
+        return _Loss.apply(z, polytope, arguments)  # type: ignore[no-any-return, no-untyped-call]
+    return _call(_loss_operator(polytope), z, *arguments, False)[0]  # type: ignore[no-any-return]
+
+
+def _loss_operator(polytope: str) -> Callable[..., Any]:
+    return getattr(torch.ops.simplexfix, f"{polytope}_cross_entropy").default  # type: ignore[no-any-return]
 
 
 def _counted(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
@@ -119,20 +127,20 @@ class _Loss(torch.autograd.Function):
     """The forward pass writes the gradient too; the backward pass scales it by what comes from above."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, arguments: tuple[Any, ...]) -> Tensor:
-        loss, gradient = _call(torch.ops.simplexfix.simplex_cross_entropy.default, z, *arguments, True)
+    def forward(ctx: Any, z: Tensor, polytope: str, arguments: tuple[Any, ...]) -> Tensor:
+        loss, gradient = _call(_loss_operator(polytope), z, *arguments, True)
         ctx.save_for_backward(gradient)
         return loss  # type: ignore[no-any-return]
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
         # Mostly upstream is the 1 of `loss.backward()`, and there is nothing to do: the saved tensor itself is
         # returned.  While it is saved, autograd holds it twice and so copies it into a leaf's .grad.
         _refuse_second_derivative()
         (gradient,) = ctx.saved_tensors
         if not _is_one(upstream):
             gradient = torch.ops.simplexfix.scale_rows.default(gradient, upstream)
-        return gradient, None
+        return gradient, None, None
 
 
 def _is_one(upstream: Tensor) -> bool:
@@ -239,10 +247,11 @@ def _inverse_norm(rows: Tensor) -> Tensor:
 def _register_fakes() -> None:
     fake = torch.library.register_fake
 
-    @fake("simplexfix::simplex_cross_entropy")
-    def _(
+    @fake("simplexfix::cube_cross_entropy")
+    def of_codes(
         z: Tensor,
         target: Tensor,
+        codes: Tensor | None,
         normalize: bool,
         scale: float,
         margin_kind: int,
@@ -255,6 +264,12 @@ def _register_fakes() -> None:
     ) -> tuple[Tensor, Tensor]:
         loss = z.new_empty([z.shape[0]] if reduction == REDUCTIONS["none"] else [], dtype=accumulate_dtype(z.dtype))
         return loss, z.new_empty(z.shape if wants_gradient else [0])
+
+    def without_codes(z: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+        return of_codes(z, target, None, *options)  # type: ignore[no-any-return]
+
+    fake("simplexfix::simplex_cross_entropy", without_codes)
+    fake("simplexfix::orthoplex_cross_entropy", without_codes)
 
     @fake("simplexfix::scale_rows")
     def _(gradient: Tensor, upstream: Tensor) -> Tensor:

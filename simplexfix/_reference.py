@@ -9,13 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ._native import is_transformed
-from .polytopes import simplex_constants
+from .polytopes import cube_signs, simplex_constants
+
+CUBE_BLOCK = 4096  # vertices of a cube whose signs are held at a time
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -65,10 +68,69 @@ def _with_margin(cosine: Tensor, kind: str, size: float) -> Tensor:
     return torch.where(c > -math.cos(size), moved, c - size * math.sin(size))
 
 
-def simplex_cross_entropy(
+def orthoplex_logits(z: Tensor, *, normalize: bool = False, scale: float = 1.0) -> Tensor:
+    x = z.to(accumulate_dtype(z.dtype))
+    if normalize:
+        x = unit_rows(x)
+    x = scale * x
+    return torch.cat([x, -x], -1).to(z.dtype)
+
+
+def cube_logits(z: Tensor, codes: Tensor, *, normalize: bool = False, scale: float = 1.0) -> Tensor:
+    d = z.shape[-1]
+    x = z.to(accumulate_dtype(z.dtype))
+    if normalize:
+        x = unit_rows(x)
+    x = scale / math.sqrt(d) * x
+    with _no_autocast(z):
+        # the signs of a block of vertices at a time: all of them may be far more than z and the logits together
+        blocks = [x @ cube_signs(block, d, x.dtype).T for block in torch.split(codes, CUBE_BLOCK)]
+    return torch.cat(blocks, -1).to(z.dtype)
+
+
+def _cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    scale: float = 1.0,
+    margin: tuple[str, float] | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """The loss of logits at scale 1, in their dtype."""
+    check_targets(target, logits.shape[-1], ignore_index)
+    if margin is not None:
+        index = target.where(target != ignore_index, 0).unsqueeze(-1)
+        moved = _with_margin(logits.gather(-1, index), *margin)
+        logits = logits.scatter(-1, index, moved)
+    with _no_autocast(logits):
+        return F.cross_entropy(
+            scale * logits,
+            target,
+            None if weight is None else weight.to(logits.dtype),
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            reduction=reduction,
+        )
+
+
+def simplex_cross_entropy(z: Tensor, target: Tensor, *, normalize: bool = False, **options: Any) -> Tensor:
+    logits = simplex_logits(z.to(accumulate_dtype(z.dtype)), normalize=normalize)
+    return _cross_entropy(logits, target, **options)
+
+
+def orthoplex_cross_entropy(z: Tensor, target: Tensor, *, normalize: bool = False, **options: Any) -> Tensor:
+    logits = orthoplex_logits(z.to(accumulate_dtype(z.dtype)), normalize=normalize)
+    return _cross_entropy(logits, target, **options)
+
+
+def cube_cross_entropy(
     z: Tensor,
     target: Tensor,
     *,
+    codes: Tensor | None = None,
     normalize: bool = False,
     scale: float = 1.0,
     margin: tuple[str, float] | None = None,
@@ -77,22 +139,40 @@ def simplex_cross_entropy(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
-    check_targets(target, z.shape[-1] + 1, ignore_index)
-    dtype = accumulate_dtype(z.dtype)
-    logits = simplex_logits(z.to(dtype), normalize=normalize)
+    d = z.shape[-1]
+    check_targets(target, 2**d if codes is None else len(codes), ignore_index)
+    counts = target != ignore_index
+    label = target.where(counts, 0)
+    x = z.to(accumulate_dtype(z.dtype)).where(counts.unsqueeze(-1), 0.0)
+    if normalize:
+        x = unit_rows(x)
+    own = cube_signs(label.unsqueeze(-1) if codes is None else codes[label], d, x.dtype) * x / math.sqrt(d)
+    flips = -2 * scale * own  # how much a vertex gains on the label's by each coordinate in which it differs
+    gap = _softplus(flips).sum(-1)  # logsumexp - the label's logit
+    moved = cosine = own.sum(-1)
     if margin is not None:
-        index = target.where(target != ignore_index, 0).unsqueeze(-1)
-        moved = _with_margin(logits.gather(-1, index), *margin)
-        logits = logits.scatter(-1, index, moved)
-    with _no_autocast(z):
-        return F.cross_entropy(
-            scale * logits,
-            target,
-            None if weight is None else weight.to(dtype),
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            reduction=reduction,
-        )
+        moved = _with_margin(cosine, *margin)
+        gap = _softplus(_log_expm1(gap, flips) + scale * (cosine - moved))
+    rows = (1 - label_smoothing) * gap
+    if label_smoothing > 0:  # the vertices sum to zero, and so do their logits but for the margin
+        rows = rows + label_smoothing * (gap + scale * moved + scale * (cosine - moved) * 0.5**d)
+    factor = torch.ones_like(rows) if weight is None else weight.to(rows.dtype)[label]
+    rows = (factor * rows).where(counts, 0.0)
+    if reduction == "none":
+        return rows
+    return rows.sum() if reduction == "sum" else rows.sum() / factor.where(counts, 0.0).sum()
+
+
+def _softplus(x: Tensor) -> Tensor:
+    """log(1 + exp(x)) to full relative precision, where F.softplus turns linear above 20."""
+    return torch.logaddexp(x, torch.zeros_like(x))
+
+
+def _log_expm1(gap: Tensor, flips: Tensor) -> Tensor:
+    """log(exp(gap) - 1), gap = sum_j softplus(flips_j); a gap too small to tell is the sum of exp(flips_j)."""
+    tiny = gap < torch.finfo(gap.dtype).eps
+    safe = gap.where(~tiny, 1.0)
+    return torch.where(tiny, flips.logsumexp(-1), safe + (-torch.expm1(-safe)).log())
 
 
 def contrast_rows(

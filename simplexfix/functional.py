@@ -14,6 +14,7 @@ from . import _gather, _native, _ops, _reference
 from ._checks import (
     NEGATIVES,
     REDUCTIONS,
+    check_codes,
     check_features,
     check_loss_options,
     check_name,
@@ -24,7 +25,17 @@ from ._checks import (
     shape,
 )
 
-__all__ = ["cosine_topk", "hoc_loss", "old_new_contrast", "simplex_cross_entropy", "simplex_logits"]
+__all__ = [
+    "cosine_topk",
+    "cube_cross_entropy",
+    "cube_logits",
+    "hoc_loss",
+    "old_new_contrast",
+    "orthoplex_cross_entropy",
+    "orthoplex_logits",
+    "simplex_cross_entropy",
+    "simplex_logits",
+]
 
 _NOTHING = -(2**63)  # an ignore_index that no target has: the contrast has no rows to leave out
 
@@ -104,28 +115,188 @@ def simplex_cross_entropy(
     Reference:
         arXiv 2405.02581; CosFace arXiv 1801.09414; ArcFace arXiv 1801.07698.
     """
+    return _cross_entropy(
+        "simplex",
+        z,
+        target,
+        None,
+        normalize=normalize,
+        scale=scale,
+        margin=margin,
+        weight=weight,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        reduction=reduction,
+    )
+
+
+def orthoplex_logits(z: Tensor, *, normalize: bool = False, scale: float = 1.0) -> Tensor:
+    """Logits of the fixed orthoplex classifier, whose vertices are the unit vectors and their opposites.
+
+        W = orthoplex_prototypes(2 * d)                 # [2 d, d]: slot c < d is e_c, slot d + c is -e_c
+        logits = scale * F.normalize(z) @ W.T           # F.normalize only with normalize=True; W.T: [z, -z]
+
+    Args:
+        z: [..., d] features, float32, float64, bfloat16 or float16; d >= 1.
+        normalize, scale: as in `simplex_logits`.
+
+    Returns:
+        [..., 2 d], dtype of `z`, differentiable by `z`.
+
+    Raises:
+        TypeError, ValueError: as `simplex_logits`.
+
+    Reference:
+        Pernici et al., "Regular Polytope Networks", arXiv 2103.15632.
+    """
     check_features("z", z)
-    check_loss_options(z, target, normalize, scale, margin, weight, label_smoothing, reduction)
-    rows, labels = _as_rows(z), target if target.ndim == 1 else target.reshape(-1)
-    if not _native.has_kernels(z):
-        loss = _reference.simplex_cross_entropy(
-            rows,
-            labels,
-            normalize=normalize,
-            scale=scale,
-            margin=margin,
-            weight=weight,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            reduction=reduction,
+    check_scale(scale)
+    return _reference.orthoplex_logits(z, normalize=normalize, scale=scale)
+
+
+def orthoplex_cross_entropy(
+    z: Tensor,
+    target: Tensor,
+    *,
+    normalize: bool = False,
+    scale: float = 1.0,
+    margin: tuple[str, float] | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """Cross-entropy through the fixed orthoplex classifier, fused: K = 2 d classes in d dimensions.
+
+        logits = [F.normalize(z), -F.normalize(z)]      # F.normalize only with normalize=True
+        ... then as `simplex_cross_entropy`
+
+    All 2 d slots take part in the softmax.
+
+    Args:
+        z: [..., d] features, float32, float64, bfloat16 or float16; d >= 1.
+        target: [...] int64, the slot of each row in [0, 2 d), or `ignore_index`; slot c < d is e_c, d + c is -e_c.
+        weight: [2 d] one factor per class; not differentiated.
+        normalize, scale, margin, ignore_index, label_smoothing, reduction: as in `simplex_cross_entropy`.
+
+    Returns:
+        [...] with "none", else a scalar; dtype of `z`, float32 under autocast; differentiable by `z`.
+
+    Raises:
+        TypeError, ValueError: as `simplex_cross_entropy`.
+
+    Reference:
+        Pernici et al., "Regular Polytope Networks", arXiv 2103.15632.
+    """
+    return _cross_entropy(
+        "orthoplex",
+        z,
+        target,
+        None,
+        normalize=normalize,
+        scale=scale,
+        margin=margin,
+        weight=weight,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        reduction=reduction,
+    )
+
+
+def cube_logits(z: Tensor, codes: Tensor, *, normalize: bool = False, scale: float = 1.0) -> Tensor:
+    """Logits of chosen vertices of the d-cube.
+
+        W = cube_prototypes(codes, d)                   # [C, d], rows of +-1 / sqrt(d)
+        logits = scale * F.normalize(z) @ W.T           # F.normalize only with normalize=True
+
+    Args:
+        z: [..., d] features, float32, float64, bfloat16 or float16; d >= 1.
+        codes: [C, ceil(d / 64)] int64, the vertices, as `simplexfix.polytopes.cube_codes` makes them.
+        normalize, scale: as in `simplex_logits`.
+
+    Returns:
+        [..., C], dtype of `z`, differentiable by `z`.
+
+    Raises:
+        TypeError: `z` is not floating, or `codes` not int64.
+        ValueError: a shape, a device or `scale` is wrong.
+
+    Reference:
+        Pernici et al., "Regular Polytope Networks", arXiv 2103.15632.
+    """
+    check_features("z", z)
+    check_codes(codes, z.shape[-1], z)
+    check_scale(scale)
+    return _reference.cube_logits(z, codes, normalize=normalize, scale=scale)
+
+
+def cube_cross_entropy(
+    z: Tensor,
+    target: Tensor,
+    *,
+    codes: Tensor | None = None,
+    normalize: bool = False,
+    scale: float = 1.0,
+    margin: tuple[str, float] | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """Cross-entropy through the fixed d-cube classifier: a softmax over all 2^d vertices, in O(d) by its product form.
+
+        s = (+-1)^d, the signs of the vertex target[i]
+        logsumexp - logit = sum_j log(1 + exp(-2 scale / sqrt(d) * s_j * z_j))     # z normalised with normalize=True
+        ... which is F.cross_entropy(scale * z @ W.T, vertex), W = all 2^d rows of (+-1)^d / sqrt(d)
+
+    The vertices of the classes are a few among those of the softmax.
+
+    Args:
+        z: [..., d] features, float32, float64, bfloat16 or float16; d >= 1.
+        target: [...] int64, the class of each row, a row of `codes`, or `ignore_index`.
+        codes: [C, ceil(d / 64)] int64, the vertex of each class, as `simplexfix.polytopes.cube_codes` makes them.
+            If None the target is the number of the vertex, in [0, 2^d), d <= 62: coordinate j is positive where
+            bit j is set.
+        weight: [C] one factor per class ([2^d] without `codes`); not differentiated.  Not with
+            `label_smoothing`, which is over all vertices, most of which have no class.
+        normalize, scale, margin, ignore_index, label_smoothing, reduction: as in `simplex_cross_entropy`.
+
+    Returns:
+        [...] with "none", else a scalar; dtype of `z`, float32 under autocast; differentiable by `z`.
+
+    Raises:
+        TypeError, ValueError: as `simplex_cross_entropy`; codes of a wrong shape, or missing where d > 62; `weight`
+            together with `label_smoothing`.
+
+    Reference:
+        Pernici et al., "Regular Polytope Networks", arXiv 2103.15632; the product form: docs/math.md.
+    """
+    check_features("z", z)
+    if codes is not None:
+        check_codes(codes, z.shape[-1], z)
+    elif z.shape[-1] > 62:
+        raise ValueError(
+            f"without codes d must be at most 62, so that a target is the number of a vertex, got {z.shape[-1]}; "
+            "pass codes=simplexfix.polytopes.cube_codes(num_classes, d)"
         )
-    else:
-        loss = _ops.simplex_cross_entropy(
-            rows, labels, normalize, scale, margin, weight, ignore_index, label_smoothing, reduction
+    if weight is not None and label_smoothing:
+        raise ValueError(
+            "weight and label_smoothing exclude each other: smoothing is over all 2^d vertices, of which "
+            "only those with a class have a weight"
         )
-    if reduction == "none" and target.ndim != 1:
-        loss = loss.reshape(target.shape)
-    return _as_loss(loss, z)
+    return _cross_entropy(
+        "cube",
+        z,
+        target,
+        codes,
+        normalize=normalize,
+        scale=scale,
+        margin=margin,
+        weight=weight,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        reduction=reduction,
+    )
 
 
 def old_new_contrast(
@@ -204,7 +375,7 @@ def _contrast(
     reduction: str,
 ) -> Tensor:
     """One direction of the contrast, in the accumulating dtype."""
-    if anchors.device.type in ("cpu", "meta") and _native.has_kernels(anchors):
+    if _native.has_kernels(anchors, cuda=False):
         return _ops.contrast_rows(anchors, candidates, target, classes, first, mu, negatives, reduction)
     rows = _reference.contrast_rows(anchors, candidates, target, classes, first, mu=mu, negatives=negatives)
     return rows if reduction == "none" else rows.mean() if reduction == "mean" else rows.sum()
@@ -298,9 +469,62 @@ def cosine_topk(query: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]
         )
     if not 1 <= k < 2**31:
         raise ValueError(f"k must lie between 1 and 2^31 - 1, got {k}")
-    if query.device.type in ("cpu", "meta") and _native.has_kernels(query):
+    if _native.has_kernels(query, cuda=False):
         return _ops.cosine_topk(query.float(), gallery.float(), k)
     return _reference.cosine_topk(query.float(), gallery.float(), k)
+
+
+def _cross_entropy(
+    polytope: str,
+    z: Tensor,
+    target: Tensor,
+    codes: Tensor | None,
+    *,
+    normalize: bool,
+    scale: float,
+    margin: tuple[str, float] | None,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: str,
+) -> Tensor:
+    """Checks, then the operator of this polytope, or its twin."""
+    check_features("z", z)
+    d = z.shape[-1]
+    slots = {"simplex": d + 1, "orthoplex": 2 * d}.get(polytope) or (2**d if codes is None else len(codes))
+    check_loss_options(z, target, slots, normalize, scale, margin, weight, label_smoothing, reduction)
+    rows, labels = _as_rows(z), target if target.ndim == 1 else target.reshape(-1)
+    if _native.has_kernels(z, cuda=polytope == "simplex"):
+        loss = _ops.cross_entropy(
+            polytope,
+            rows,
+            labels,
+            codes,
+            normalize,
+            scale,
+            margin,
+            weight,
+            ignore_index,
+            label_smoothing,
+            reduction,
+        )
+    else:
+        twin = getattr(_reference, f"{polytope}_cross_entropy")
+        loss = twin(
+            rows,
+            labels,
+            **({"codes": codes} if polytope == "cube" else {}),
+            normalize=normalize,
+            scale=scale,
+            margin=margin,
+            weight=weight,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            reduction=reduction,
+        )
+    if reduction == "none" and target.ndim != 1:
+        loss = loss.reshape(target.shape)
+    return _as_loss(loss, z)
 
 
 def _as_rows(z: Tensor) -> Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,13 +12,197 @@ from torch import Tensor, nn
 
 from . import functional as SF
 from ._checks import check_margin, check_scale
-from .polytopes import simplex_prototypes
+from .polytopes import cube_codes, cube_prototypes, orthoplex_prototypes, simplex_prototypes
 from .slots import SlotRegistry
 
-__all__ = ["SimplexHead"]
+__all__ = ["CubeHead", "OrthoplexHead", "SimplexHead"]
+
+_LOGITS_AT_A_TIME = 1 << 21  # that predict holds
+_VERTICES_AT_A_TIME = 4096  # of a cube, whose signs predict holds
 
 
-class SimplexHead(nn.Module):
+def _registry(num_classes: int, in_features: int, num_slots: int | None, slots: SlotRegistry | None) -> SlotRegistry:
+    """A registry of its own for a new head, with classes 0 .. num_classes - 1 in namespace "default"."""
+    if num_classes < 0 or in_features < 1:
+        raise ValueError(f"num_classes must be >= 0 and in_features >= 1, got {num_classes} and {in_features}")
+    if slots is not None and num_slots not in (None, slots.num_slots):
+        raise ValueError(f"slots has {slots.num_slots} slots, num_slots says {num_slots}; leave num_slots out")
+    if slots is None:
+        slots = SlotRegistry(num_classes if num_slots is None else num_slots)
+    slots = copy.deepcopy(slots)
+    slots.add("default", range(num_classes))
+    return slots
+
+
+class _PolytopeHead(nn.Module):
+    """What all heads have: junction, slots and options.  A subclass knows the polytope."""
+
+    def __init__(
+        self,
+        slots: SlotRegistry,
+        in_features: int,
+        embedding_dim: int,
+        normalize: bool,
+        scale: float,
+        margin: tuple[str, float] | None,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        self.slots = slots
+        self.normalize = normalize
+        self.scale = scale
+        self.margin = margin
+        check_scale(scale)
+        check_margin(margin, normalize)
+        self.junction = nn.Linear(in_features, embedding_dim, bias=False, device=device, dtype=dtype)
+
+    def _logits(self, z: Tensor) -> Tensor:
+        """[..., d] -> [..., K]."""
+        raise NotImplementedError
+
+    def _loss(self, z: Tensor, target: Tensor, **options: Any) -> Tensor:
+        raise NotImplementedError
+
+    def _vertices(self, slots: Tensor) -> Tensor:
+        """[n] slots -> [n, d] in the dtype of the junction."""
+        raise NotImplementedError
+
+    def _scores(self, z: Tensor, used: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Logits [b, n] of slots [n], block by block, which together are `used`, ascending."""
+        yield self._logits(z).index_select(-1, used), used
+
+    @property
+    def num_slots(self) -> int:
+        """K, fixed for the life of the model."""
+        return self.slots.num_slots
+
+    @property
+    def num_classes(self) -> int:
+        """Slots in use."""
+        return len(self.slots)
+
+    @property
+    def embedding_dim(self) -> int:
+        """d: the width of what goes into the gallery."""
+        return self.junction.out_features
+
+    def grow(self, num_classes: int) -> None:
+        """Makes room in namespace "default" for classes up to `num_classes`, inside the allocated slots.
+
+        No parameter, no slot and no output changes.
+
+        Raises:
+            ValueError: fewer than there are, or more than the slots hold.
+        """
+        have = len(self.slots.classes("default"))
+        if num_classes < have:
+            raise ValueError(f"num_classes can only grow, from {have}, got {num_classes}")
+        self.slots.add("default", range(have, num_classes))
+
+    def embed(self, features: Tensor) -> Tensor:
+        """[B, in_features] -> [B, d]: what a gallery stores and a query is searched by (cosine)."""
+        return self.junction(features)  # type: ignore[no-any-return]
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, in_features] -> [B, K] logits, one per slot."""
+        return self._logits(self.embed(features))
+
+    def loss(
+        self,
+        features: Tensor,
+        target: Tensor,
+        *,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
+    ) -> Tensor:
+        """The polytope's cross-entropy of `simplexfix.functional`, fused, with the head's margin.
+
+        Args:
+            features: [B, in_features].
+            target: [B] int64 slots (`head.slots.lookup` maps class ids of a namespace to slots).
+            weight, ignore_index, label_smoothing, reduction: as in `simplexfix.functional`.
+        """
+        return self._loss(
+            self.embed(features),
+            target,
+            normalize=self.normalize,
+            scale=self.scale,
+            margin=self.margin,
+            weight=weight,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            reduction=reduction,
+        )
+
+    @torch.no_grad()
+    def predict(self, features: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
+        """The k likeliest of the slots in use: `self(features)`, but never more than a block of its logits at a time.
+
+        Args:
+            features: [B, in_features].
+            k: from 1 to the number of classes.
+
+        Returns:
+            scores [B, k] logits, descending; classes [B, k] int64 slots, the lower one first where scores are equal
+            (slots are equal to class ids in namespace "default"; `head.slots.owner` names the others).
+
+        Raises:
+            ValueError: k is below 1 or above the number of classes.
+        """
+        if not 1 <= k <= self.num_classes:
+            raise ValueError(f"k must lie in [1, {self.num_classes}], the classes in use, got {k}")
+        z = self.embed(features)
+        used = self.slots.used().to(z.device)
+        best = [self._best(rows, used, k) for rows in torch.split(z.flatten(0, -2), self._rows_at_a_time())]
+        scores, classes = (torch.cat(parts).view(*z.shape[:-1], k) for parts in zip(*best, strict=True))
+        return scores, classes
+
+    def _rows_at_a_time(self) -> int:
+        return max(1, _LOGITS_AT_A_TIME // self.num_slots)
+
+    def _best(self, z: Tensor, used: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The best k of each row, block after block: those so far have the lower slots and stand in front."""
+        scores, slots = z.new_empty(len(z), 0), used.new_empty(len(z), 0)
+        for block, block_slots in self._scores(z, used):
+            scores = torch.cat([scores, block], 1)
+            slots = torch.cat([slots, block_slots.expand(len(z), -1)], 1)
+            at = _top_columns(scores, min(k, scores.shape[1]))
+            scores, slots = scores.gather(1, at), slots.gather(1, at)
+        return scores, slots
+
+    def prototypes(self, slots: Tensor | None = None) -> Tensor:
+        """[n, d] unit vertices of the given slots, of all slots in use if None."""
+        return self._vertices(self.slots.used() if slots is None else slots)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return self.slots.to_dict()
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        registry = SlotRegistry.from_dict(state)
+        if registry.num_slots != self.num_slots:
+            raise ValueError(f"the saved head has {registry.num_slots} slots, this one {self.num_slots}")
+        self.slots = registry
+
+    def extra_repr(self) -> str:
+        options = f"normalize={self.normalize}, scale={self.scale}, margin={self.margin}"
+        return f"num_classes={self.num_classes}, num_slots={self.num_slots}, {options}"
+
+
+def _top_columns(scores: Tensor, k: int) -> Tensor:
+    """[B, n] -> [B, k] columns of the largest, descending, nan first as in topk; of equal ones, which topk takes in
+    any order, the lower."""
+    key = torch.where(scores.isnan(), torch.inf, scores)
+    least = key.topk(k).values[:, -1:]
+    above, ties = key > least, key == least
+    taken = above | (ties & (ties.cumsum(1) <= k - above.sum(1, keepdim=True)))
+    at = taken.nonzero()[:, 1].view(-1, k)
+    return at.gather(1, key.gather(1, at).sort(dim=1, descending=True, stable=True).indices)
+
+
+class SimplexHead(_PolytopeHead):
     """Junction and fixed d-simplex classifier: the head that makes a model's features stationary.
 
         z = junction(features)                          # bias-free nn.Linear, in_features -> K - 1
@@ -56,119 +242,153 @@ class SimplexHead(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        if num_classes < 0 or in_features < 1:
-            raise ValueError(f"num_classes must be >= 0 and in_features >= 1, got {num_classes} and {in_features}")
-        if slots is not None and num_slots not in (None, slots.num_slots):
-            raise ValueError(f"slots has {slots.num_slots} slots, num_slots says {num_slots}; leave num_slots out")
-        if slots is None:
-            slots = SlotRegistry(num_classes if num_slots is None else num_slots)
-        self.slots = copy.deepcopy(slots)
-        self.slots.add("default", range(num_classes))
-        self.normalize = normalize
-        self.scale = scale
-        self.margin = margin
-        check_scale(scale)
-        check_margin(margin, normalize)
-        self.junction = nn.Linear(in_features, self.embedding_dim, bias=False, device=device, dtype=dtype)
+        slots = _registry(num_classes, in_features, num_slots, slots)
+        super().__init__(slots, in_features, slots.num_slots - 1, normalize, scale, margin, device, dtype)
 
-    @property
-    def num_slots(self) -> int:
-        """K, fixed for the life of the model."""
-        return self.slots.num_slots
+    def _logits(self, z: Tensor) -> Tensor:
+        return SF.simplex_logits(z, normalize=self.normalize, scale=self.scale)
 
-    @property
-    def num_classes(self) -> int:
-        """Slots in use."""
-        return len(self.slots)
+    def _loss(self, z: Tensor, target: Tensor, **options: Any) -> Tensor:
+        return SF.simplex_cross_entropy(z, target, **options)
 
-    @property
-    def embedding_dim(self) -> int:
-        """K - 1: the width of what goes into the gallery."""
-        return self.slots.num_slots - 1
-
-    def grow(self, num_classes: int) -> None:
-        """Makes room in namespace "default" for classes up to `num_classes`, inside the allocated slots.
-
-        No parameter, no slot and no output changes.
-
-        Raises:
-            ValueError: fewer than there are, or more than the slots hold.
-        """
-        have = len(self.slots.classes("default"))
-        if num_classes < have:
-            raise ValueError(f"num_classes can only grow, from {have}, got {num_classes}")
-        self.slots.add("default", range(have, num_classes))
-
-    def embed(self, features: Tensor) -> Tensor:
-        """[B, in_features] -> [B, K - 1]: what a gallery stores and a query is searched by (cosine)."""
-        return self.junction(features)  # type: ignore[no-any-return]
-
-    def forward(self, features: Tensor) -> Tensor:
-        """[B, in_features] -> [B, K] logits, one per slot."""
-        return SF.simplex_logits(self.embed(features), normalize=self.normalize, scale=self.scale)
-
-    def loss(
-        self,
-        features: Tensor,
-        target: Tensor,
-        *,
-        weight: Tensor | None = None,
-        ignore_index: int = -100,
-        label_smoothing: float = 0.0,
-        reduction: str = "mean",
-    ) -> Tensor:
-        """`F.cross_entropy(self(features), target, ...)`, fused, with the head's margin.
-
-        Args:
-            features: [B, in_features].
-            target: [B] int64 slots (`head.slots.lookup` maps class ids of a namespace to slots).
-            weight, ignore_index, label_smoothing, reduction: as in `simplexfix.functional`.
-        """
-        return SF.simplex_cross_entropy(
-            self.embed(features),
-            target,
-            normalize=self.normalize,
-            scale=self.scale,
-            margin=self.margin,
-            weight=weight,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            reduction=reduction,
-        )
-
-    @torch.no_grad()
-    def predict(self, features: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
-        """The k likeliest of the slots in use.
-
-        Returns:
-            scores [B, k] logits, descending; classes [B, k] int64 slots (equal to class ids in
-            namespace "default"; `head.slots.owner` names the others).
-
-        Raises:
-            ValueError: k is below 1 or above the number of classes.
-        """
-        if not 1 <= k <= self.num_classes:
-            raise ValueError(f"k must lie in [1, {self.num_classes}], the classes in use, got {k}")
-        used = self.slots.used().to(features.device)
-        scores, at = self(features).index_select(-1, used).topk(k, dim=-1)
-        return scores, used[at]
-
-    def prototypes(self, slots: Tensor | None = None) -> Tensor:
-        """[n, K - 1] unit vertices of the given slots, of all slots in use if None."""
+    def _vertices(self, slots: Tensor) -> Tensor:
         weight = self.junction.weight
-        wanted = self.slots.used() if slots is None else slots
-        return simplex_prototypes(self.num_slots, wanted, dtype=weight.dtype, device=weight.device)
+        return simplex_prototypes(self.num_slots, slots, dtype=weight.dtype, device=weight.device)
+
+
+class OrthoplexHead(_PolytopeHead):
+    """Junction and fixed orthoplex classifier: K classes in K / 2 dimensions.
+
+        z = junction(features)                          # bias-free nn.Linear, in_features -> K / 2
+        logits = scale * [z, -z]                        # z normalised first with normalize=True
+
+    As `SimplexHead`, with half the width.  Slot c and slot K / 2 + c are opposite vertices, all others are
+    orthogonal.
+
+    Args:
+        num_classes: classes there are from the start; 0 where `head.slots.add` will name them all.
+        in_features: width of the backbone's features.
+        num_slots: K, made even by one more where it is odd; `num_classes` if None.
+        slots: a registry to start from instead, copied, with an even number of slots.
+        normalize, scale, margin: of `simplexfix.functional.orthoplex_cross_entropy`.
+        device, dtype: of the junction.
+
+    Raises:
+        ValueError: fewer than 2 slots, more classes than slots, a registry of an odd number of slots, or an option
+            out of range.
+
+    Reference:
+        Pernici et al., "Regular Polytope Networks", arXiv 2103.15632.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        in_features: int,
+        *,
+        num_slots: int | None = None,
+        slots: SlotRegistry | None = None,
+        normalize: bool = False,
+        scale: float = 1.0,
+        margin: tuple[str, float] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if slots is None:
+            num_slots = num_classes if num_slots is None else num_slots
+            num_slots += num_slots % 2
+        elif slots.num_slots % 2:
+            raise ValueError(
+                f"slots must have an even number of slots, got {slots.num_slots}: each vertex comes with its opposite"
+            )
+        slots = _registry(num_classes, in_features, num_slots, slots)
+        super().__init__(slots, in_features, slots.num_slots // 2, normalize, scale, margin, device, dtype)
+
+    def _logits(self, z: Tensor) -> Tensor:
+        return SF.orthoplex_logits(z, normalize=self.normalize, scale=self.scale)
+
+    def _loss(self, z: Tensor, target: Tensor, **options: Any) -> Tensor:
+        return SF.orthoplex_cross_entropy(z, target, **options)
+
+    def _vertices(self, slots: Tensor) -> Tensor:
+        weight = self.junction.weight
+        return orthoplex_prototypes(self.num_slots, slots, dtype=weight.dtype, device=weight.device)
+
+
+class CubeHead(_PolytopeHead):
+    """Junction and fixed d-cube classifier: many classes in few dimensions, at the cost of O(d) per row.
+
+        z = junction(features)                          # bias-free nn.Linear, in_features -> d
+        codes = cube_codes(K, d)                        # K of the 2^d vertices, far from each other
+        logits = scale * z @ cube_prototypes(codes, d).T    # z normalised first with normalize=True
+
+    As `SimplexHead`, but d is free, from log2(K) up, and the loss is `cube_cross_entropy`: its softmax is over all
+    2^d vertices, where `forward` and `predict` know the K slots alone.  The codes follow from K and d and are not
+    saved; a state_dict of other codes is refused.
+
+    Args:
+        num_classes: classes there are from the start; 0 where `head.slots.add` will name them all.
+        in_features: width of the backbone's features.
+        embedding_dim: d.
+        num_slots: K, at most 2^24; `num_classes` if None.
+        slots: a registry to start from instead, copied.
+        normalize, scale, margin: of `simplexfix.functional.cube_cross_entropy`.
+        device, dtype: of the junction; the codes are int64.
+
+    Raises:
+        ValueError: fewer than 2 slots, more than 2^d or 2^24, more classes than slots, or an option out of range.
+
+    Reference:
+        Pernici et al., "Regular Polytope Networks", arXiv 2103.15632.
+    """
+
+    codes: Tensor
+
+    def __init__(
+        self,
+        num_classes: int,
+        in_features: int,
+        *,
+        embedding_dim: int,
+        num_slots: int | None = None,
+        slots: SlotRegistry | None = None,
+        normalize: bool = False,
+        scale: float = 1.0,
+        margin: tuple[str, float] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        slots = _registry(num_classes, in_features, num_slots, slots)
+        codes = cube_codes(slots.num_slots, embedding_dim)
+        super().__init__(slots, in_features, embedding_dim, normalize, scale, margin, device, dtype)
+        self.register_buffer("codes", codes.to(self.junction.weight.device), persistent=False)
+        self._fingerprint = zlib.crc32(codes.numpy().tobytes())
+
+    def _logits(self, z: Tensor) -> Tensor:
+        return SF.cube_logits(z, self.codes, normalize=self.normalize, scale=self.scale)
+
+    def _loss(self, z: Tensor, target: Tensor, **options: Any) -> Tensor:
+        return SF.cube_cross_entropy(z, target, codes=self.codes, **options)
+
+    def _vertices(self, slots: Tensor) -> Tensor:
+        weight = self.junction.weight
+        return cube_prototypes(self.codes, self.embedding_dim, slots, dtype=weight.dtype)
+
+    def _scores(self, z: Tensor, used: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        for slots in torch.split(used, _VERTICES_AT_A_TIME):
+            yield SF.cube_logits(z, self.codes[slots], normalize=self.normalize, scale=self.scale), slots
+
+    def _rows_at_a_time(self) -> int:
+        return max(1, _LOGITS_AT_A_TIME // min(self.num_slots, _VERTICES_AT_A_TIME))
 
     def get_extra_state(self) -> dict[str, Any]:
-        return self.slots.to_dict()
+        return {**super().get_extra_state(), "codes_crc32": self._fingerprint}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        registry = SlotRegistry.from_dict(state)
-        if registry.num_slots != self.num_slots:
-            raise ValueError(f"the saved head has {registry.num_slots} slots, this one {self.num_slots}")
-        self.slots = registry
-
-    def extra_repr(self) -> str:
-        options = f"normalize={self.normalize}, scale={self.scale}, margin={self.margin}"
-        return f"num_classes={self.num_classes}, num_slots={self.num_slots}, {options}"
+        crc32 = state.get("codes_crc32")
+        if state.get("num_slots") == self.num_slots and crc32 != self._fingerprint:
+            raise ValueError(
+                f"the saved head has codes of crc32 {crc32}, this one {self._fingerprint}: its features are "
+                "stationary about other vertices"
+            )
+        super().set_extra_state(state)

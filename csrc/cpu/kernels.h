@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "../core/cross_entropy.h"
+#include "../core/simplex.h"
 #include "../core/types.h"
 
 namespace simplexfix::cpu {
@@ -14,21 +15,28 @@ namespace simplexfix::cpu {
 const char* isa();
 const std::vector<const char*>& isa_levels();  // all names, the lowest first
 
+// Of every polytope with K slots.
 template <typename T>
 struct CrossEntropyArgs {
+  using Number = T;
   using A = accumulate_t<T>;
   const T* z;  // [B, d], rows z_stride elements apart
   int64_t z_stride;
-  const int64_t* target;  // [B], each a slot in [0, d] or ignore_index
-  const A* weight;        // [d + 1] or nullptr
+  const int64_t* target;  // [B], each a slot in [0, K) or ignore_index
+  const A* weight;        // [K] or nullptr
   A* loss;                // [B], of each row; 0 where ignored
   T* gradient;            // [B, d] contiguous, or nullptr where none is wanted
   int64_t d;
   int64_t ignore_index;
   bool streams;  // writes the gradient past the caches: the same bits
   A upstream;    // multiplies every row's gradient
-  Simplex simplex;
   CrossEntropyOptions<A> options;
+};
+
+template <typename T>
+struct CubeCrossEntropyArgs : CrossEntropyArgs<T> {
+  const int64_t* codes;  // [K, words], bit j % 64 of word j / 64 set where coordinate j is positive; or nullptr:
+  int64_t words;         // the target is the code itself, of d <= 62 bits
 };
 
 template <typename T>
@@ -64,6 +72,8 @@ struct ContrastArgs {
 template <typename T>
 struct Kernels {
   void (*simplex_cross_entropy)(const CrossEntropyArgs<T>&, int64_t begin, int64_t end);
+  void (*orthoplex_cross_entropy)(const CrossEntropyArgs<T>&, int64_t begin, int64_t end);
+  void (*cube_cross_entropy)(const CubeCrossEntropyArgs<T>&, int64_t begin, int64_t end);
   void (*simplex_logits)(const LogitsArgs<T>&, int64_t begin, int64_t end);
   void (*simplex_logits_backward)(const LogitsArgs<T>&, int64_t begin, int64_t end);
   void (*scale_rows)(const T* in, const accumulate_t<T>* factor, int64_t factor_stride, T* out, int64_t cols,

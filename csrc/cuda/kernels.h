@@ -3,7 +3,7 @@
 #pragma once
 #include <cstdint>
 
-#include "../core/cross_entropy.h"
+#include "../core/simplex_cross_entropy.h"
 #include "../core/types.h"
 
 namespace simplexfix::cuda {

@@ -1,5 +1,5 @@
 // Simplex cross-entropy on the GPU: the loss of every row and, where wanted, dL/dz, by the row
-// mathematics of core/cross_entropy.h; before it the sums that a mean needs, after it the mean.
+// mathematics of core/simplex_cross_entropy.h; before it the sums that a mean needs, after it the mean.
 //
 //   target_sums            sums[0] = sum of the targets' class weights, sums[1] = sum of all class weights
 //   simplex_cross_entropy  row losses and gradients, already divided by sums[0] for a mean
@@ -8,7 +8,7 @@
 // One stream orders the three; no number travels to the host between them, so a CUDA graph can hold
 // them, targets and weights may change between its replays, and no atomic addition takes part.
 #pragma once
-#include "../core/cross_entropy.h"
+#include "../core/simplex_cross_entropy.h"
 #include "team.cuh"
 
 namespace simplexfix {  // that of RowSums, where reduce_team looks for these two

@@ -11,7 +11,7 @@
 // Determinism: bitwise the same for a row wherever it lies and whatever the grid (team.cuh).
 // Budget:  64 registers, so 1024 threads an SM or more, in double too.  No local memory.
 #pragma once
-#include "../core/cross_entropy.h"
+#include "../core/simplex_cross_entropy.h"
 #include "team.cuh"
 
 namespace simplexfix::cuda {

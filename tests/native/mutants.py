@@ -18,7 +18,7 @@ import harness
 
 ENTROPY, LOGITS, TEAM = "cuda/simplex_cross_entropy.cuh", "cuda/simplex_logits.cuh", "cuda/team.cuh"
 SEARCH, CODES, INDEX = "cpu/search.cpp", "cpu/gallery_codes.cpp", "cpu/cosine_index.cpp"
-LAUNCH, SCALE, CORE = "cuda/simplex_cross_entropy.cu", "cuda/scale_rows.cuh", "core/cross_entropy.h"
+LAUNCH, SCALE, CORE = "cuda/simplex_cross_entropy.cu", "cuda/scale_rows.cuh", "core/simplex_cross_entropy.h"
 
 
 @dataclass(frozen=True)

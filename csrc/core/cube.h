@@ -1,0 +1,94 @@
+// The scalar mathematics of one row of cube cross-entropy: K = 2^d vertices s / sqrt(d), s in {-1, 1}^d, all of them
+// in the softmax.  The sum over vertices is a product over coordinates, so with s the label's signs,
+// f = scale / sqrt(d) (and / |z| with normalize) and x_j = -2 f s_j z_j
+//
+//   gap = logsumexp(l) - l_y = sum_j log(1 + exp(x_j))                                   without a margin
+//   dL/dz_j = s_j * (constant - coefficient * sigmoid(x_j))
+//
+// The label is subtracted before anything is rounded: each term of gap is positive, none cancels.  A margin
+// lowers l_y by delta alone: exp(gap') - 1 = (exp(gap) - 1) * exp(delta).
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "cross_entropy.h"
+
+namespace simplexfix {
+
+template <typename A>
+struct CubeRow {
+  A factor;  // f
+  LabelLogit<A> label;
+  A inverse_norm;  // 1 / |z|, 0 for a zero row; 1 without normalize
+};
+
+// along = sum_j s_j z_j
+template <typename A>
+SIMPLEXFIX_HD CubeRow<A> cube_row(const CrossEntropyOptions<A>& options, A squares, A inverse_sqrt_d, A along) {
+  CubeRow<A> row;
+  row.factor = row_factor(options, squares, &row.inverse_norm) * inverse_sqrt_d;
+  row.label = label_logit(options, row.factor * along);
+  return row;
+}
+
+// logsumexp - l_y with the margin, and what sigmoid(x_j) is multiplied by because of it.
+template <typename A>
+struct CubeGap {
+  A gap, ratio;
+};
+
+// exp(gap) - 1 below this has too few bits, or none, to be multiplied by exp(delta): cube_gap_of_flips then.
+template <typename A>
+constexpr A kLeastCubeGap = std::is_same_v<A, double> ? A(1e-150) : A(1e-18);
+
+template <typename A>
+SIMPLEXFIX_HD CubeGap<A> cube_gap(A gap, A delta) {
+  A moved;
+  if (gap < A(1)) {
+    const A half = std::exp(delta / A(2)), odds = std::expm1(gap) * half * half;
+    moved = odds <= std::numeric_limits<A>::max() ? std::log1p(odds) : std::log(std::expm1(gap)) + delta;
+  } else {
+    moved = gap + delta + std::log1p(std::exp(-gap) * std::expm1(-delta));
+  }
+  return {moved, std::exp((gap - moved) + delta)};
+}
+
+// For a gap below kLeastCubeGap, where every x_j is far below 0 and exp(gap) - 1 is the sum of exp(x_j), the
+// vertices that differ from the label's in one coordinate.  flips = sum_j exp(x_j - largest), and the kernel
+// takes these terms for sigmoid(x_j).
+template <typename A>
+SIMPLEXFIX_HD CubeGap<A> cube_gap_of_flips(A largest, A flips, A delta) {
+  const A odds = (largest + delta) + std::log(flips);
+  const A moved = odds > A(0) ? odds + std::log1p(std::exp(-odds)) : std::log1p(std::exp(odds));
+  return {moved, std::exp((largest + delta) - moved)};
+}
+
+template <typename A>
+struct CubeOutcome {
+  A loss;
+  A constant, coefficient;  // of the gradient, times upstream
+};
+
+// inverse_slots = 2^-d.  Smoothing is over all vertices: their logits sum to -delta, since the vertices sum to zero.
+// weight_label is 1 without weights, and always with smoothing.
+template <typename A>
+SIMPLEXFIX_HD CubeOutcome<A> cube_outcome(const CrossEntropyOptions<A>& options, const CubeRow<A>& row,
+                                          const CubeGap<A>& at, A inverse_slots, A weight_label, A upstream) {
+  const A kept = (A(1) - options.smoothing) * weight_label, mass = kept + options.smoothing;
+  const A share = options.smoothing * inverse_slots;
+  CubeOutcome<A> out;
+  out.loss = kept * at.gap;
+  if (options.smoothing > A(0)) out.loss += options.smoothing * (at.gap + row.label.value) + share * row.label.margin;
+  const A factor = upstream * row.factor;
+  out.constant = factor * options.smoothing;
+  if (options.margin == Margin::kAngular) {
+    // dL/dl_y = mass * p_y - kept - share, by 1 - p_y
+    const A g_label = (options.smoothing - share) + mass * std::expm1(-at.gap);
+    out.constant += factor * (row.label.slope - A(1)) * g_label;
+  }
+  out.coefficient = factor * A(2) * mass * at.ratio;
+  return out;
+}
+
+}  // namespace simplexfix

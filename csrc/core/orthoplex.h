@@ -1,0 +1,68 @@
+// The scalar mathematics of one row of orthoplex cross-entropy: K = 2d vertices, slot c < d is +e_c and slot
+// d + c is -e_c, so the logits are factor * [z, -z].
+//
+// A kernel sweeps the row twice.  The first sweep finds the largest |z_j|; orthoplex_row() turns it into
+// `largest`.  The second adds up exp(f |z_j| - largest) + exp(-f |z_j| - largest), f = factor, of all coordinates
+// but the label's; orthoplex_outcome() turns that into the loss and the numbers from which dL/dz follows:
+//
+//   dL/dz_j = exponential * (exp(f z_j - largest) - exp(-f z_j - largest)) - weight * (w_j - w_{d+j})
+//   dL/dz_j = label                                                          at the label's coordinate
+//
+// The label's coordinate, with the label's opposite, stays out of both sweeps: core/simplex_cross_entropy.h says why.
+#pragma once
+#include <cmath>
+#include <cstdint>
+
+#include "cross_entropy.h"
+
+namespace simplexfix {
+
+template <typename A>
+struct OrthoplexRow {
+  A factor;    // l = factor * [z, -z]
+  A opposite;  // the logit of the label's opposite
+  LabelLogit<A> label;
+  A largest;       // of all logits, the label's with its margin
+  A inverse_norm;  // 1 / |z|, 0 for a zero row; 1 without normalize
+};
+
+// largest = max |z_j| over the coordinates but the label's, -inf where there is none; z_label is z at the
+// label's coordinate, times the sign of the label's vertex.
+template <typename A>
+SIMPLEXFIX_HD OrthoplexRow<A> orthoplex_row(const CrossEntropyOptions<A>& options, A squares, A largest, A z_label) {
+  OrthoplexRow<A> row;
+  row.factor = row_factor(options, squares, &row.inverse_norm);
+  row.label = label_logit(options, row.factor * z_label);
+  row.opposite = -(row.factor * z_label);
+  row.largest = row.factor > A(0) ? row.factor * largest : A(0);  // a zero row: never 0 * inf
+  if (!(row.largest >= row.opposite)) row.largest = row.opposite;
+  if (!(row.largest >= row.label.value)) row.largest = row.label.value;
+  return row;
+}
+
+template <typename A>
+struct OrthoplexOutcome {
+  A loss;
+  A exponential, weight, label;  // of the gradient, times upstream
+};
+
+// rest = the second sweep's sum; weighted = sum_j (w_j - w_{d+j}) z_j, 0 without weights; sign = that of the
+// label's vertex; weight_* are 1 without weights.
+template <typename A>
+SIMPLEXFIX_HD OrthoplexOutcome<A> orthoplex_outcome(const CrossEntropyOptions<A>& options, const OrthoplexRow<A>& row,
+                                                    int64_t d, A sign, A rest, A weighted, A weight_label,
+                                                    A weight_opposite, A upstream) {
+  const A opposite = std::exp(row.opposite - row.largest);
+  const auto at =
+      label_outcome(options, A(2 * d), row.largest, row.label, rest + opposite, row.factor * weighted, weight_label);
+  const A g_opposite = at.mass * (opposite / at.total) - at.share * weight_opposite;
+  const A factor = upstream * row.factor;
+  OrthoplexOutcome<A> out;
+  out.loss = at.loss;
+  out.exponential = factor * at.mass / at.total;
+  out.weight = factor * at.share;
+  out.label = factor * sign * (at.gradient * row.label.slope - g_opposite);
+  return out;
+}
+
+}  // namespace simplexfix

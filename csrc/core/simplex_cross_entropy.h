@@ -1,0 +1,97 @@
+// The scalar mathematics of one row of simplex cross-entropy, shared by the CPU and CUDA kernels.
+//
+// A kernel sweeps the row twice.  The first sweep gathers RowSums; row_logits() turns them into the
+// affine map from z to logits.  The second adds up exp(l_i - largest) of all i < d but the label;
+// row_outcome() turns that into the loss and into the few numbers from which every dL/dz_j follows:
+//
+//   dL/dz_j = exponential * exp(l_j - largest) + constant - weight * w_j     for j != label
+//   dL/dz_y = label
+//
+// The label stays out of both sweeps: a margin moves it, and a confident row keeps its small loss
+// (log1p) and its small gradient (no 1 - p) to full relative precision.
+#pragma once
+#include <cmath>
+#include <cstdint>
+
+#include "cross_entropy.h"
+#include "simplex.h"
+
+namespace simplexfix {
+
+template <typename A>
+struct RowSums {
+  A sum;       // sum_j z_j
+  A squares;   // sum_j z_j^2, with normalize
+  A largest;   // max of z_i over i < d other than the label; -inf where there is none
+  A weighted;  // sum_j w_j z_j over j < d, with class weights and smoothing
+};
+
+template <typename A>
+struct RowLogits {
+  A factor, shift;  // l_i = factor * z_i - shift for i < d
+  A last;           // l_d
+  LabelLogit<A> label;
+  A largest;       // of all logits, the label's with its margin
+  A inverse_norm;  // 1 / |z|, 0 for a zero row; 1 without normalize
+};
+
+// What z is multiplied by in the logits of a row; squares is read only with normalize.
+template <typename A>
+SIMPLEXFIX_HD A logit_factor(const std::common_type_t<RoundedSimplex<A>>& simplex,
+                             const CrossEntropyOptions<A>& options, A squares, A* inverse_norm) {
+  return row_factor(options, squares, inverse_norm) * simplex.inverse_r;
+}
+
+// z_label is z at the label, read only where label < d.  (common_type_t: not deduced, so that a
+// Simplex may stand for its rounded form.)
+template <typename A>
+SIMPLEXFIX_HD RowLogits<A> row_logits(const std::common_type_t<RoundedSimplex<A>>& simplex,
+                                      const CrossEntropyOptions<A>& options, const RowSums<A>& sums, int64_t d,
+                                      int64_t label, A z_label) {
+  RowLogits<A> row;
+  row.factor = logit_factor(simplex, options, sums.squares, &row.inverse_norm);
+  row.shift = row.factor * simplex.m * sums.sum;
+  row.last = row.factor * simplex.last * sums.sum;
+  row.label = label_logit(options, label < d ? row.factor * z_label - row.shift : row.last);
+  row.largest = row.factor * sums.largest - row.shift;    // -inf where K = 2 leaves no other row below d
+  if (!(row.factor > A(0)) && d > 1) row.largest = A(0);  // a zero row under normalize, never 0 * inf
+  if (label < d && !(row.largest >= row.last)) row.largest = row.last;
+  if (!(row.largest >= row.label.value)) row.largest = row.label.value;
+  return row;
+}
+
+template <typename A>
+struct RowOutcome {
+  A loss;
+  A exponential, constant, weight, label;  // of the gradient, times upstream
+};
+
+// rest = sum of exp(l_i - largest) over i < d other than the label; weight_* are 1 without weights;
+// weighted tells whether RowSums::weighted holds the class weights' sum.
+template <typename A>
+SIMPLEXFIX_HD RowOutcome<A> row_outcome(const std::common_type_t<RoundedSimplex<A>>& simplex,
+                                        const CrossEntropyOptions<A>& options, const RowSums<A>& sums,
+                                        const RowLogits<A>& row, int64_t d, int64_t label, A rest, bool weighted,
+                                        A weight_label, A weight_last, A upstream) {
+  const A last = std::exp(row.last - row.largest);
+  const A others = label < d ? rest + last : rest;
+  // sum_c w_c l_c; without weights the logits sum to zero, since the vertices do
+  const A logit_sum =
+      weighted ? row.factor * sums.weighted - row.shift * (options.weight_sum - weight_last) + row.last * weight_last
+               : A(0);
+  const auto at = label_outcome(options, A(d + 1), row.largest, row.label, others, logit_sum, weight_label);
+  const A g_label = at.gradient * row.label.slope;
+  const A excess = at.gradient * (row.label.slope - A(1));  // sum of all g: zero without an angular margin
+  const A g_last = label < d ? at.mass * (last / at.total) - at.share * weight_last : g_label;
+  const A common = simplex.a * g_last - simplex.m * excess;
+  const A factor = upstream * row.factor;
+  RowOutcome<A> out;
+  out.loss = at.loss;
+  out.exponential = factor * at.mass / at.total;
+  out.constant = factor * (weighted ? common : common - at.share);
+  out.weight = factor * at.share;
+  out.label = factor * (g_label + common);
+  return out;
+}
+
+}  // namespace simplexfix

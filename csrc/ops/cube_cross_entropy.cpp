@@ -1,0 +1,46 @@
+// simplexfix::cube_cross_entropy: checks of the codes, dispatch; everything else is cross_entropy.h's.
+#include "cross_entropy.h"
+
+namespace simplexfix {
+namespace {
+
+std::tuple<Tensor, Tensor> cube_cross_entropy_cpu(Tensor z, Tensor target, std::optional<Tensor> codes, bool normalize,
+                                                  double scale, int64_t margin_kind, double margin_size,
+                                                  std::optional<Tensor> weight, int64_t ignore_index, double smoothing,
+                                                  int64_t reduction, bool wants_gradient) {
+  check_rows(z, "z");
+  const int64_t d = z.size(1), words = (d + 63) / 64;
+  if (codes) {
+    SIMPLEXFIX_CHECK(codes->dim() == 2 && codes->size(1) == words, "codes must have shape [C, ", words,
+                     "] for features of ", d, " columns");
+    SIMPLEXFIX_CHECK(codes->scalar_type() == ScalarType::Long, "codes must be int64, got ",
+                     torch::headeronly::toString(codes->scalar_type()));
+    SIMPLEXFIX_CHECK(codes->device() == z.device(), "codes and z are on different devices");
+    codes = torch::stable::contiguous(*codes);
+  } else {
+    SIMPLEXFIX_CHECK(d <= 62, "without codes z must have at most 62 columns, got ", d);
+  }
+  SIMPLEXFIX_CHECK(!weight || smoothing == 0, "weight and label_smoothing exclude each other");
+  const int64_t slots = codes ? codes->size(0) : int64_t(1) << d;
+  const CrossEntropyCall call = check_cross_entropy(z, target, slots, normalize, scale, margin_kind, margin_size,
+                                                    weight, ignore_index, smoothing, reduction, wants_gradient);
+  cross_entropy_cpu(call, [&](const auto& args, int64_t begin, int64_t end) {
+    using T = typename std::decay_t<decltype(args)>::Number;
+    const int64_t* table = codes ? data<int64_t>(*codes) : nullptr;
+    cpu::kernels<T>().cube_cross_entropy({args, table, words}, begin, end);
+  });
+  return {call.loss, call.gradient};
+}
+
+}  // namespace
+}  // namespace simplexfix
+
+STABLE_TORCH_LIBRARY_FRAGMENT(simplexfix, m) {
+  m.def(
+      "cube_cross_entropy(Tensor z, Tensor target, Tensor? codes, bool normalize, float scale, int margin_kind, "
+      "float margin_size, Tensor? weight, int ignore_index, float label_smoothing, int reduction, "
+      "bool wants_gradient) -> (Tensor loss, Tensor gradient)");
+}
+STABLE_TORCH_LIBRARY_IMPL(simplexfix, CPU, m) {
+  m.impl("cube_cross_entropy", TORCH_BOX(&simplexfix::cube_cross_entropy_cpu));
+}
