@@ -53,8 +53,8 @@ def definition(
 
 GALLERIES = (
     "normal", "one-hot", "duplicates", "one row", "clusters 1e-2", "clusters 1e-4", "clusters 1e-7", "one cluster",
-    "numbers of all sizes", "rows of all sizes", "denormals", "spike", "zeros", "rising", "falling", "signs",
-    "heavy tail",
+    "a crowd and others", "numbers of all sizes", "rows of all sizes", "denormals", "spike", "zeros", "rising",
+    "falling", "signs", "heavy tail",
 )  # fmt: skip
 
 
@@ -73,6 +73,8 @@ def hard_gallery(kind: str, n: int, d: int, rng: np.random.Generator) -> Floats:
         return z[rng.integers(0, min(n, 7), n)] + np.float32(kind.split()[1]) * z
     if kind == "one cluster":
         return z[:1] + np.float32(1e-4) * z
+    if kind == "a crowd and others":  # codes of the crowd are short, those of the others long
+        return np.where(rng.random((n, 1)) < 0.9, z[:1] + np.float32(0.1) * z, z)
     if kind == "numbers of all sizes":
         return (z * 10.0 ** rng.uniform(-30, 30, (n, d))).clip(-1e38, 1e38).astype(np.float32)
     if kind == "rows of all sizes":

@@ -159,7 +159,6 @@ void CosineIndex::search(const float* query, int64_t queries, int64_t k, float* 
   const auto lock = reading();
   GalleryRows rows = view(ids_.size());
   rows.ids = ids_.data();
-  rows.ids_ascend = ids_.ascend();
   const double numbers = double(queries) * double(rows.n) * double(d_);
   const auto threads = int64_t(std::clamp(numbers / double(kNumbersPerThread), 1.0, double(threads_)));
   Search search(unit.data(), queries, rows, codes_ ? &*codes_ : nullptr, k, threads);

@@ -14,7 +14,6 @@ struct GalleryRows {
   int64_t n, d;
   RowType type = RowType::kFloat;
   const int64_t* ids = nullptr;  // nullptr: a row's id is its place
-  bool ids_ascend = true;
 
   static constexpr int kOneBlock = 62;
 

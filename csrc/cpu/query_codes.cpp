@@ -46,20 +46,15 @@ CodeQueries QueryCodes::view(int64_t first, int64_t n, const float* cutoff) cons
           cutoff};
 }
 
-// Real numbers below the middle between two neighbouring floats are rounded to the lower one at most.
-float QueryCodes::cutoff_below(int64_t q, float score) const {
-  return cutoff(size_t(q), (double(score) + double(std::nextafter(score, -kInfinity))) / 2);
-}
-float QueryCodes::cutoff_at(int64_t q, float score) const {
-  return cutoff(size_t(q), (double(score) + double(std::nextafter(score, kInfinity))) / 2);
-}
-
-float QueryCodes::cutoff(size_t q, double real_score) const {
+float QueryCodes::cutoff(int64_t query, float score) const {
+  const auto q = size_t(query);
+  // a real number below the middle of a float and the one beneath it is rounded to that one at most
+  const double middle = (double(score) + double(std::nextafter(score, -kInfinity))) / 2;
   // The rounding of the fp64 score, of query . center and of row . center: each below (d + 8) * 2^-53 times
   // lengths that sum to less than 8 (norm + |along|), for |q|^2 = q.center + q.(q - center) makes that sum at
   // least 1 for a query of length 1, and for a zero query the score is an exact 0.
   const double fp64_room = double(d_ + 64) * 0x1p-50 * (norm_[q] + std::abs(along_[q]));
-  return round_down(real_score - along_[q] - fp64_room - 0x1p-100);  // 2^-100: products that underflow
+  return round_down(middle - along_[q] - fp64_room - 0x1p-100);  // 2^-100: products that underflow
 }
 
 }  // namespace simplexfix::cpu

@@ -20,14 +20,10 @@ class QueryCodes {
   // |y - coded y| times the panel's largest |coded x|.
   float panel_term(int64_t q, float panel_norm) const { return residual_[size_t(q)] * panel_norm; }
 
-  // A row whose upper bound, panel_term included, lies below this scores below `score` for certain;
-  float cutoff_below(int64_t q, float score) const;
-  // ... scores `score` at most.
-  float cutoff_at(int64_t q, float score) const;
+  // A row whose upper bound, panel_term included, lies below this scores below `score` for certain.
+  float cutoff(int64_t q, float score) const;
 
  private:
-  float cutoff(size_t q, double real_score) const;
-
   int64_t d_, stride_;
   std::vector<int8_t> codes_;
   std::vector<int32_t> start_;

@@ -15,7 +15,6 @@ class RowIds {
   int64_t size() const { return size_; }
   const int64_t* data() const { return counted_ ? nullptr : ids_.data(); }  // nullptr: each row's place
   int64_t operator[](int64_t row) const { return counted_ ? row : ids_[size_t(row)]; }
-  bool ascend() const { return ascend_; }
   int64_t next() const { return next_; }
   void set_next(int64_t next) { next_ = next; }
   size_t bytes() const;

@@ -29,9 +29,7 @@ void raise(std::atomic<float>& highest, float score) {
 }  // namespace
 
 struct Search::QueryState {
-  // What the upper bound of a row must reach, -inf while nothing is known: of the rows that wait, and of those not
-  // seen yet.  The second is higher where ids ascend, since a row that only equals the k-th best then ranks behind it.
-  float waiting_cutoff, coming_cutoff;
+  float cutoff;                             // what the upper bound of a row must reach; -inf while nothing is known
   bool dense;                               // this step's rows are scored whole
   int64_t dense_until;                      // rows before this are scored whole
   int64_t dense_steps;                      // how many steps the next time: twice as many each time
@@ -41,7 +39,7 @@ struct Search::QueryState {
   std::vector<Waiting> waiting, promising;  // by ascending row
 
   void reset(int64_t first_row, size_t first_limit) {
-    waiting_cutoff = coming_cutoff = -kInfinity;
+    cutoff = -kInfinity;
     dense_until = drained_at = first_row;
     dense_steps = 1;
     limit = first_limit;
@@ -133,16 +131,14 @@ void Search::give_back(Scratch&& scratch) {
   scratch_.push_back(std::move(scratch));
 }
 
-// The cutoffs of a query from the best scores so far, its own and the other tasks'.
+// The cutoff of a query from the best scores so far, its own and the other tasks'.
 void Search::refresh(Task& task, int64_t q) {
   const float own = task.best[size_t(q)].kth_score();
   std::atomic<float>& best = best_kth_[size_t(task.q0 + q)];
   raise(best, own);
   const float any = best.load(std::memory_order_relaxed);
   if (any == -kInfinity) return;
-  QueryState& state = task.state[size_t(q)];
-  state.waiting_cutoff = state.coming_cutoff = query_codes_->cutoff_below(task.q0 + q, any);
-  if (own == any && rows_.ids_ascend) state.coming_cutoff = query_codes_->cutoff_at(task.q0 + q, own);
+  task.state[size_t(q)].cutoff = query_codes_->cutoff(task.q0 + q, any);
 }
 
 // Scores rows [begin, end), one step, for the queries whose bounds are of no use there.
@@ -193,7 +189,7 @@ void Search::scan(Task& task, int64_t begin, int64_t end) {
     for (int64_t q = 0; q < task.queries; ++q) {
       const QueryState& state = task.state[size_t(q)];
       task.cutoff[size_t(q)] =
-          state.dense ? kInfinity : state.coming_cutoff - query_codes_->panel_term(task.q0 + q, panel_norm);
+          state.dense ? kInfinity : state.cutoff - query_codes_->panel_term(task.q0 + q, panel_norm);
     }
     search_kernels().scan_panel(panel, queries, codes_->groups(), task.passed.data(), task.upper.data());
     const uint64_t present = end - g >= kPanelRows ? ~uint64_t(0) : (uint64_t(1) << (end - g)) - 1;
@@ -224,8 +220,7 @@ void Search::drain(Task& task, int64_t q, int64_t row) {
     return;
   }
   // none passes for certain before k are scored, which the sample of take_best may miss
-  const bool most_passed =
-      state.waiting_cutoff > -kInfinity && int64_t(state.waiting.size()) > (row - state.drained_at) / 4;
+  const bool most_passed = state.cutoff > -kInfinity && int64_t(state.waiting.size()) > (row - state.drained_at) / 4;
   if (!most_passed && state.limit < 8 * first_limit_) {
     state.limit *= 2;
     return;
@@ -246,7 +241,7 @@ void Search::prune(Task& task, int64_t q) {
   QueryState& state = task.state[size_t(q)];
   std::vector<Waiting>& waiting = state.waiting;
   Waiting* const end = drop_if(waiting.data(), waiting.data() + waiting.size(),
-                               [&](const Waiting& w) { return w.upper < state.waiting_cutoff; });
+                               [&](const Waiting& w) { return w.upper < state.cutoff; });
   waiting.resize(size_t(end - waiting.data()));
 }
 

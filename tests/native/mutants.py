@@ -92,7 +92,7 @@ MUTANTS = [
     Mutant("a query's residual forgotten", "cpu/query_codes.h", "return residual_[size_t(q)] *", "return 0 *"),
     Mutant("center forgotten", CODES, "round_up(row.along)", "round_up(0 * row.along)"),
     Mutant(
-        "cutoff above the score", "cpu/query_codes.cpp", "nextafter(score, -kInfinity)", "nextafter(score, kInfinity)"
+        "cutoff without the center", "cpu/query_codes.cpp", "round_down(middle - along_[q] -", "round_down(middle -"
     ),
     Mutant(
         "panel's length from its last row",
@@ -101,7 +101,6 @@ MUTANTS = [
         "round_up(row.code_norm)",
     ),
     # ... what passes, and in which order
-    Mutant("equal scores by place instead of id", SEARCH, "own == any && rows_.ids_ascend", "own == any"),
     Mutant("rows past the end of the gallery", SEARCH, "end - g >= kPanelRows ? ~uint64_t(0)", "true ? ~uint64_t(0)"),
     Mutant(
         "rest of a step taken for scored", SEARCH, "state.dense ? kInfinity", "begin < state.dense_until ? kInfinity"

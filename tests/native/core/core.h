@@ -44,14 +44,14 @@ struct Result {
   bool operator==(const Result&) const = default;
 };
 
-// Normalised rows: five centers with noise about them.
+// Normalised rows: five centers with noise about them, the first of which has most of the rows.
 inline std::vector<float> clusters(int64_t n, int64_t d, double spread, Random& random) {
   std::normal_distribution<double> normal;
   std::vector<double> centers(size_t(5 * d));
   for (double& x : centers) x = normal(random);
   std::vector<float> raw(static_cast<size_t>(n * d)), rows(raw.size());
   for (int64_t i = 0; i < n; ++i) {
-    const double* center = centers.data() + random() % 5 * size_t(d);
+    const double* center = centers.data() + (random() % 8 ? 0 : random() % 5) * size_t(d);
     for (int64_t j = 0; j < d; ++j) raw[size_t(i * d + j)] = float(center[j] + spread * normal(random));
   }
   simplexfix::cpu::search_kernels().normalize_rows(raw.data(), d, rows.data(), d, 0, n);

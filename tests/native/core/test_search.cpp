@@ -96,7 +96,6 @@ void test_search(const Options& options) {
         std::vector<int64_t>* const kinds[] = {nullptr, &ascending, &shuffled};
         const int kind = turn++ % 3;
         rows.ids = kind ? kinds[kind]->data() : nullptr;
-        rows.ids_ascend = kind < 2;
         const int64_t most = std::max<int64_t>(1, n / 4);
         const Result truth = by_definition(query, queries, rows, std::max<int64_t>(10, most + 3));
         for (const int64_t k : {int64_t(1), int64_t(10), most, most + 3})
