@@ -144,6 +144,7 @@ def cube_cross_entropy(
     counts = target != ignore_index
     label = target.where(counts, 0)
     x = z.to(accumulate_dtype(z.dtype)).where(counts.unsqueeze(-1), 0.0)
+    x = x + 0.0 * x  # inf to nan, as it is in any softmax
     if normalize:
         x = unit_rows(x)
     own = cube_signs(label.unsqueeze(-1) if codes is None else codes[label], d, x.dtype) * x / math.sqrt(d)

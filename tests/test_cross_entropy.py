@@ -1,9 +1,10 @@
-"""Closed form against the matrix: values, gradients, options, formats."""
+"""Closed forms of the three polytopes against their matrices: values, gradients, options, formats."""
 
 from __future__ import annotations
 
 import math
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,13 +14,44 @@ from accuracy import DTYPES, KINDS, assert_accurate, features
 from conftest import needs_library
 
 import simplexfix.functional as SF
-from simplexfix import _reference
-from simplexfix.polytopes import simplex_prototypes
+from simplexfix import _native, _reference
+from simplexfix.polytopes import cube_codes, cube_prototypes, orthoplex_prototypes, simplex_prototypes
+
+POLYTOPES = ("simplex", "orthoplex", "cube")
+OPERATORS = {name: getattr(SF, f"{name}_cross_entropy") for name in POLYTOPES}
+TWINS = {name: getattr(_reference, f"{name}_cross_entropy") for name in POLYTOPES}
+ENUMERATED = 12  # the most dimensions of a cube whose 2^d vertices are all written down
 
 
-def dense(z, target, *, normalize=False, scale=1.0, margin=None, **options):
-    """The naive equation of the docstring, with the K x d matrix, in the dtype of z."""
-    w = simplex_prototypes(z.shape[1] + 1, dtype=z.dtype)
+def slots_of(polytope: str, d: int) -> int:
+    """Classes of a sample: the cube's are all its vertices, or 100 of them where they are too many."""
+    return {"simplex": d + 1, "orthoplex": 2 * d}.get(polytope) or (2**d if d <= ENUMERATED else 100)
+
+
+def options_of(polytope: str, d: int) -> dict[str, Any]:
+    """What the operator has to be told besides: the cube's vertices, anywhere, all bits of a word in use."""
+    if polytope != "cube" or d <= ENUMERATED:
+        return {}
+    words = torch.randint(-(2**62), 2**62, (100, -(-d // 64)), generator=torch.Generator().manual_seed(7))
+    return {"codes": words * 2 + torch.arange(100)[:, None] % 2}
+
+
+def prototypes(polytope: str, d: int, dtype: torch.dtype) -> torch.Tensor:
+    if polytope == "simplex":
+        return simplex_prototypes(d + 1, dtype=dtype)
+    if polytope == "orthoplex":
+        return orthoplex_prototypes(2 * d, dtype=dtype)
+    return cube_prototypes(torch.arange(2**d)[:, None], d, dtype=dtype)
+
+
+def dense(z, target, *, polytope="simplex", normalize=False, scale=1.0, margin=None, **options):
+    """The naive equation of the docstring, with the K x d matrix, in the dtype of z.
+
+    A cube of too many vertices for that: the plain twin, rounded to the dtype of z; below it is held to the matrix.
+    """
+    if polytope == "cube" and z.shape[1] > ENUMERATED:
+        return TWINS["cube"](z, target, normalize=normalize, scale=scale, margin=margin, **options).to(z.dtype)
+    w = prototypes(polytope, z.shape[1], z.dtype)
     logits = (F.normalize(z) if normalize else z) @ w.T
     if margin is not None:
         kind, size = margin
@@ -44,16 +76,23 @@ def both(function, z, target, upstream=None, **options):
     return loss.detach(), torch.autograd.grad(loss, z, upstream)[0]
 
 
-def check(z, target, upstream_seed=0, truth=dense, naive=dense, **options):
+def check(z, target, upstream_seed=0, polytope="simplex", truth=None, naive=None, **options):
+    options = {**options_of(polytope, z.shape[1]), **options}
+    truth = truth or partial(dense, polytope=polytope)
+    naive = naive or partial(dense, polytope=polytope)
     shape = [len(z)] if options.get("reduction") == "none" else []
     upstream = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(upstream_seed))
     upstream = upstream.to(z.dtype)
-    loss, gradient = both(SF.simplex_cross_entropy, z, target, upstream, **options)
+    loss, gradient = both(OPERATORS[polytope], z, target, upstream, **options)
     true_loss, true_gradient = both(truth, z.double(), target, upstream.double(), **options)
     naive_loss, naive_gradient = both(naive, z, target, upstream, **options)
     assert loss.dtype == gradient.dtype == z.dtype
     assert_accurate(loss, naive_loss, true_loss, what="loss")
     assert_accurate(gradient, naive_gradient, true_gradient, what="gradient")
+
+
+def twin_in_the_dtype_of_z(polytope: str):
+    return lambda z, target, **options: TWINS[polytope](z, target, **options).to(z.dtype)
 
 
 def labels(rows: int, slots: int, seed: int = 1) -> torch.Tensor:
@@ -63,12 +102,13 @@ def labels(rows: int, slots: int, seed: int = 1) -> torch.Tensor:
 
 
 # below one vector, tails of every vector width, whole vectors, whole unrolled blocks, the paper's size
-@pytest.mark.parametrize("num_classes", [2, 3, 4, 5, 8, 16, 17, 33, 65, 66, 80, 130, 1024])
+@pytest.mark.parametrize("polytope", POLYTOPES)
+@pytest.mark.parametrize("d", [1, 2, 3, 4, 7, 12, 15, 16, 32, 64, 65, 79, 129, 1023])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_sizes(num_classes: int, dtype: torch.dtype) -> None:
-    z = features("normal", 9, num_classes - 1, dtype=dtype)
+def test_sizes(polytope: str, d: int, dtype: torch.dtype) -> None:
+    z = features("normal", 9, d, dtype=dtype)
     for reduction in ("none", "mean", "sum"):
-        check(z, labels(9, num_classes), reduction=reduction)
+        check(z, labels(9, slots_of(polytope, d)), polytope=polytope, reduction=reduction)
 
 
 def test_many_classes() -> None:
@@ -92,14 +132,18 @@ def test_many_classes() -> None:
     )
 
 
-@pytest.mark.parametrize("num_classes", [2049, 2050, 2051, 4097, 5000])
+@pytest.mark.parametrize("polytope", POLYTOPES)
+@pytest.mark.parametrize("d", [2048, 2049, 2050, 4096, 4999])
 @pytest.mark.parametrize("options", [{}, {"normalize": True, "scale": 30.0}, {"label_smoothing": 0.1, "weight": 1}])
-def test_rows_of_several_tiles(num_classes: int, options: dict[str, Any]) -> None:
+def test_rows_of_several_tiles(polytope: str, d: int, options: dict[str, Any]) -> None:
     """The CPU kernels take a row in tiles of 2048, each with a largest logit of its own: labels at their ends."""
-    d = num_classes - 1
-    target = torch.tensor([0, 2047, 2048, d - 1, d, d // 2])
+    slots = slots_of(polytope, d)
+    target = torch.tensor([0, 2047, 2048, d - 1, slots - 1, d // 2, d // 2 + 2048])
+    if polytope == "cube":
+        target = target % slots
     if "weight" in options:
-        options = {**options, "weight": torch.rand(num_classes, generator=torch.Generator().manual_seed(3)).double()}
+        weight = torch.rand(slots, generator=torch.Generator().manual_seed(3)).double()
+        options = {"weight": weight} if polytope == "cube" else {**options, "weight": weight}
     for kind in ("normal", "heavy tail", "confident", "offset"):
         z = features(kind, len(target), d, dtype=torch.float64)
         z[1, :2048] -= 500  # a tile whose exponentials vanish beside another's
@@ -107,89 +151,148 @@ def test_rows_of_several_tiles(num_classes: int, options: dict[str, Any]) -> Non
         for dtype in (torch.float64, torch.float32, torch.bfloat16):
             check(
                 z.to(dtype),
-                target,
-                truth=_reference.simplex_cross_entropy,
-                naive=lambda z, t, **o: _reference.simplex_cross_entropy(z, t, **o).to(z.dtype),
+                target % slots,
+                polytope=polytope,
+                truth=TWINS[polytope],
+                naive=twin_in_the_dtype_of_z(polytope),
                 reduction="none",
                 **options,
             )
 
 
+@pytest.mark.parametrize("polytope", POLYTOPES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_distributions(kind: str, dtype: torch.dtype) -> None:
-    z = features(kind, 33, 129, dtype=dtype)
-    for normalize in (False, True):
-        check(z, labels(33, 130), normalize=normalize, scale=8.0 if normalize else 1.0, reduction="none")
+def test_distributions(polytope: str, kind: str, dtype: torch.dtype) -> None:
+    for d in (12, 129):  # the first: every vertex of the cube written down
+        z = features(kind, 33, d, dtype=dtype)
+        target = labels(33, slots_of(polytope, d))
+        for normalize in (False, True):
+            scale = 8.0 if normalize else 1.0
+            check(z, target, polytope=polytope, normalize=normalize, scale=scale, reduction="none")
 
 
+@pytest.mark.parametrize("polytope", POLYTOPES)
 @pytest.mark.parametrize("margin", [None, ("cosine", 0.35), ("angular", 0.5)])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-def test_options(margin, weighted: bool, label_smoothing: float, reduction: str) -> None:
-    z = features("normal", 21, 70, dtype=torch.float64)
-    target = labels(21, 71)
+def test_options(polytope: str, margin, weighted: bool, label_smoothing: float, reduction: str) -> None:
+    if polytope == "cube" and weighted and label_smoothing:
+        return  # refused: tests/test_bad_input.py
+    d = 9 if polytope == "cube" else 70
+    slots = slots_of(polytope, d)
+    z = features("normal", 21, d, dtype=torch.float64)
+    target = labels(21, slots)
     target[3] = -100
-    weight = torch.rand(71, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) if weighted else None
-    options = {"weight": weight, "label_smoothing": label_smoothing, "reduction": reduction}
+    weight = torch.rand(slots, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) if weighted else None
+    options = {"weight": weight, "label_smoothing": label_smoothing, "reduction": reduction, "polytope": polytope}
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         check(z.to(dtype), target, normalize=True, scale=16.0, margin=margin, **options)
         if margin is None:
             check(z.to(dtype), target, scale=0.5, **options)
 
 
-def test_angular_margin_beyond_pi() -> None:
-    z = 0.2 * features("normal", 5, 4, dtype=torch.float64) - simplex_prototypes(5, dtype=torch.float64)
-    assert (F.cosine_similarity(z, simplex_prototypes(5, dtype=torch.float64)) < -math.cos(1.2)).all()
-    check(z, torch.arange(5), normalize=True, scale=4.0, margin=("angular", 1.2), reduction="none")
+@pytest.mark.parametrize("polytope", POLYTOPES)
+def test_angular_margin_beyond_pi(polytope: str) -> None:
+    w = prototypes(polytope, 4, torch.float64)
+    z = 0.2 * features("normal", len(w), 4, dtype=torch.float64) - w
+    assert (F.cosine_similarity(z, w) < -math.cos(1.2)).all()
+    target = torch.arange(len(w))
+    check(z, target, polytope=polytope, normalize=True, scale=4.0, margin=("angular", 1.2), reduction="none")
 
 
-def test_a_row_at_its_own_vertex_keeps_its_small_loss() -> None:
-    """log1p, not log(1 + tiny): at cosine 1 and scale 60 the loss is 1e-24, which 1 - p would lose."""
-    w = simplex_prototypes(64, dtype=torch.float64)
-    loss = SF.simplex_cross_entropy(w, torch.arange(64), scale=60.0, reduction="none")
-    expected = 63 * math.exp(-60 * (1 + 1 / 63))
+@pytest.mark.parametrize("polytope", POLYTOPES)
+def test_a_row_at_its_own_vertex_keeps_its_small_loss(polytope: str) -> None:
+    """log1p, not log(1 + tiny): at cosine 1 and such scales the loss is 1e-24, which 1 - p would lose."""
+    d, scale = {"simplex": (63, 60.0), "orthoplex": (64, 60.0), "cube": (10, 300.0)}[polytope]
+    w = prototypes(polytope, d, torch.float64)
+    loss = OPERATORS[polytope](w, torch.arange(len(w)), scale=scale, reduction="none")
+    expected = {
+        "simplex": 63 * math.exp(-60 * (1 + 1 / 63)),
+        "orthoplex": 126 * math.exp(-60) + math.exp(-120),
+        "cube": 10 * math.exp(-600 / 10),
+    }[polytope]
     torch.testing.assert_close(loss, torch.full_like(loss, expected), rtol=1e-10, atol=0)
 
 
-def test_ignored_rows() -> None:
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("margin", [("cosine", 0.5), ("angular", 1.0)])
+def test_a_margin_brings_back_a_loss_too_small_to_hold(dtype: torch.dtype, margin: tuple[str, float]) -> None:
+    """Without its margin the loss of these rows is exp(-2 scale / d), down to below the smallest number of the dtype.
+
+    The truth is the twin in float64, which takes the logarithm of the sum there; the matrix gives 0 for most."""
+    scale, tolerance = (2500.0, 1e-9) if dtype == torch.float64 else (250.0, 2e-3)  # logits hold scale * epsilon
+    w = prototypes("cube", 4, torch.float64)
+    z, target = (w + 0.02 * features("normal", 16, 4, dtype=torch.float64)).to(dtype), torch.arange(16)
+    for factor in (0.03, 0.1, 0.3, 0.8, 1.0, 1.3):  # on both sides of where the kernel changes its formula
+        options = {"normalize": True, "scale": factor * scale, "margin": margin, "reduction": "none"}
+        loss, gradient = both(SF.cube_cross_entropy, z, target, **options)
+        true_loss, true_gradient = both(_reference.cube_cross_entropy, z.double(), target, **options)
+        torch.testing.assert_close(loss.double(), true_loss, rtol=tolerance, atol=1e-30)
+        size = float(true_gradient.abs().max())
+        torch.testing.assert_close(gradient.double(), true_gradient, rtol=0, atol=tolerance * size)
+        assert true_loss.min() > 0
+
+
+def test_a_cubes_target_is_the_vertex_number_or_its_row_of_codes() -> None:
+    z, target = features("normal", 9, 62, dtype=torch.float32), torch.arange(9) * 2**58 + 12345
+    target[0], target[-1] = 0, 2**62 - 1
+    numbers = both(SF.cube_cross_entropy, z, target, scale=3.0)
+    codes = both(SF.cube_cross_entropy, z, torch.arange(9), codes=target[:, None], scale=3.0)
+    assert all(torch.equal(a, b) for a, b in zip(numbers, codes, strict=True))
+    beyond = torch.full((9, 1), -(2**63)) | target[:, None]  # bits past d mean nothing
+    assert torch.equal(numbers[0], SF.cube_cross_entropy(z, torch.arange(9), codes=beyond, scale=3.0))
+    transposed = torch.stack([target, target], 1)[:, :1]  # codes of any stride
+    assert torch.equal(numbers[0], SF.cube_cross_entropy(z, torch.arange(9), codes=transposed, scale=3.0))
+
+
+@pytest.mark.parametrize("polytope", POLYTOPES)
+def test_ignored_rows(polytope: str) -> None:
+    f = OPERATORS[polytope]
     z = features("normal", 4, 9, dtype=torch.float32)
+    z[2, 0] = math.nan
     target = torch.tensor([3, 7, -1, 9])
-    loss, gradient = both(SF.simplex_cross_entropy, z, target, ignore_index=-1)
+    loss, gradient = both(f, z, target, ignore_index=-1)
     kept = torch.tensor([0, 1, 3])
-    part, part_gradient = both(SF.simplex_cross_entropy, z[kept], target[kept])
+    part, part_gradient = both(f, z[kept], target[kept])
     assert torch.equal(loss, part)
     assert torch.equal(gradient[kept], part_gradient)
-    assert not gradient[2].any()
+    if _native.library is not None:
+        assert not gradient[2].any()
     # a class in use may be the one to ignore, as in torch
-    loss, gradient = both(SF.simplex_cross_entropy, z, target.abs(), ignore_index=3)
-    torch.testing.assert_close(loss, both(dense, z.double(), target.abs(), ignore_index=3)[0].float())
+    z[2, 0] = 1.0
+    loss, gradient = both(f, z, target.abs(), ignore_index=3)
+    expected = both(partial(dense, polytope=polytope), z.double(), target.abs(), ignore_index=3)[0]
+    torch.testing.assert_close(loss, expected.float())
     assert not gradient[0].any()
 
 
+@pytest.mark.parametrize("polytope", POLYTOPES)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_nothing_left_is_as_in_torch(reduction: str) -> None:
+def test_nothing_left_is_as_in_torch(polytope: str, reduction: str) -> None:
     for z, target in (
         (torch.randn(3, 5), torch.full((3,), -100)),
         (torch.randn(0, 5), torch.empty(0, dtype=torch.int64)),
     ):
-        loss, gradient = both(SF.simplex_cross_entropy, z, target, reduction=reduction)
-        expected, expected_gradient = both(dense, z, target, reduction=reduction)
+        loss, gradient = both(OPERATORS[polytope], z, target, reduction=reduction)
+        expected, expected_gradient = both(partial(dense, polytope=polytope), z, target, reduction=reduction)
         torch.testing.assert_close(loss, expected, equal_nan=True)
         torch.testing.assert_close(gradient, expected_gradient, equal_nan=True)
 
 
-def test_leading_dimensions() -> None:
-    z = torch.randn(2, 3, 7)
+@pytest.mark.parametrize("polytope", POLYTOPES)
+def test_leading_dimensions(polytope: str) -> None:
+    f, z = OPERATORS[polytope], torch.randn(2, 3, 7)
     target = torch.randint(8, (2, 3))
-    rows = SF.simplex_cross_entropy(z, target, reduction="none")
-    assert torch.equal(rows, SF.simplex_cross_entropy(z.view(6, 7), target.view(6), reduction="none").view(2, 3))
-    one = SF.simplex_cross_entropy(z[0, 0], target[0, 0], reduction="none")
+    rows = f(z, target, reduction="none")
+    assert torch.equal(rows, f(z.view(6, 7), target.view(6), reduction="none").view(2, 3))
+    one = f(z[0, 0], target[0, 0], reduction="none")
     assert one.shape == ()
     assert torch.equal(one, rows[0, 0])
 
 
+@pytest.mark.parametrize("polytope", POLYTOPES)
 @pytest.mark.parametrize(
     "view",
     [
@@ -200,51 +303,55 @@ def test_leading_dimensions() -> None:
         lambda z: z[:, 1:42],  # rows that start off any vector boundary
     ],
 )
-def test_strided_rows(view) -> None:
+def test_strided_rows(polytope: str, view) -> None:
     z = view(features("normal", 60, 60, dtype=torch.float32))
-    target = labels(len(z), z.shape[1] + 1)
-    loss, gradient = both(SF.simplex_cross_entropy, z, target)
-    dense_loss, dense_gradient = both(SF.simplex_cross_entropy, z.contiguous(), target)
+    target, f = labels(len(z), z.shape[1] + 1), OPERATORS[polytope]
+    loss, gradient = both(f, z, target)
+    dense_loss, dense_gradient = both(f, z.contiguous(), target)
     assert torch.equal(loss, dense_loss)
     assert torch.equal(gradient, dense_gradient)
 
 
-def test_zero_rows_and_nan_rows() -> None:
-    z = features("normal", 3, 20, dtype=torch.float32)
+@pytest.mark.parametrize("polytope", POLYTOPES)
+def test_zero_rows_and_nan_rows(polytope: str) -> None:
+    f, z = OPERATORS[polytope], features("normal", 3, 20, dtype=torch.float32)
     z[1] = 0
-    loss, gradient = both(
-        SF.simplex_cross_entropy, z, torch.tensor([1, 2, 3]), normalize=True, scale=9.0, reduction="none"
-    )
-    assert loss[1] == pytest.approx(math.log(21), rel=1e-6)
+    loss, gradient = both(f, z, torch.tensor([1, 2, 3]), normalize=True, scale=9.0, reduction="none")
+    slots = 2**20 if polytope == "cube" else slots_of(polytope, 20)
+    assert loss[1] == pytest.approx(math.log(slots), rel=1e-6)
     assert not gradient[1].any()
     assert gradient.isfinite().all()
-    z[1, 5] = math.nan
-    for normalize in (False, True):
-        loss, gradient = both(
-            SF.simplex_cross_entropy, z, torch.tensor([1, 2, 3]), normalize=normalize, reduction="none"
-        )
-        assert loss.isnan().tolist() == [False, True, False]
-        assert gradient.isnan().any(1).tolist() == [False, True, False]
+    for bad in (math.nan, math.inf, -math.inf):  # infinite logits have no softmax, whatever their signs
+        for at in (1, 2, 5):
+            z[1] = 0.5
+            z[1, at] = bad
+            for options in ({}, {"normalize": True}, {"normalize": True, "margin": ("angular", 0.2)}):
+                loss, gradient = both(f, z, torch.tensor([1, 2, 3]), reduction="none", **options)
+                assert loss.isnan().tolist() == [False, True, False]
+                assert gradient.isnan().any(1).tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize("polytope", POLYTOPES)
 @pytest.mark.parametrize(("rows", "d"), [(300, 513), (130, 16400)])  # the second is written past the caches
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("normalize", [False, True])
 def test_a_row_is_the_same_alone_and_in_a_batch_and_on_any_number_of_threads(
-    rows: int, d: int, dtype: torch.dtype
+    polytope: str, rows: int, d: int, dtype: torch.dtype, normalize: bool
 ) -> None:
-    z, target = features("normal", rows, d, dtype=dtype), labels(rows, d + 1)
+    f = partial(OPERATORS[polytope], normalize=normalize, **options_of(polytope, d))
+    z, target = features("normal", rows, d, dtype=dtype), labels(rows, slots_of(polytope, d))
     threads = torch.get_num_threads()
-    whole = both(SF.simplex_cross_entropy, z, target, reduction="none")
-    mean = both(SF.simplex_cross_entropy, z, target)
+    whole = both(f, z, target, reduction="none")
+    mean = both(f, z, target)
     try:
-        torch.set_num_threads(1)
-        for ours, again in zip(whole, both(SF.simplex_cross_entropy, z, target, reduction="none"), strict=True):
+        torch.set_num_threads(1 if threads > 1 else 3)
+        for ours, again in zip(whole, both(f, z, target, reduction="none"), strict=True):
             assert torch.equal(ours, again)
-        assert torch.equal(mean[0], both(SF.simplex_cross_entropy, z, target)[0])
+        assert torch.equal(mean[0], both(f, z, target)[0])
     finally:
         torch.set_num_threads(threads)
     for row in (0, 17, rows - 1):
-        alone = both(SF.simplex_cross_entropy, z[row : row + 1], target[row : row + 1], reduction="none")
+        alone = both(f, z[row : row + 1], target[row : row + 1], reduction="none")
         assert torch.equal(alone[0][0], whole[0][row])
         assert torch.equal(alone[1][0], whole[1][row])
 
@@ -296,23 +403,42 @@ def test_no_gradient_is_made_where_none_is_wanted() -> None:
     assert not SF.simplex_cross_entropy(z.detach(), torch.zeros(4, dtype=torch.int64)).requires_grad
 
 
+@pytest.mark.parametrize("polytope", POLYTOPES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_autocast_gives_float32_as_torch_does(dtype: torch.dtype) -> None:
+def test_autocast_gives_float32_as_torch_does(polytope: str, dtype: torch.dtype) -> None:
     z, target = features("normal", 5, 9, dtype=dtype), labels(5, 10)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss, gradient = both(SF.simplex_cross_entropy, z, target)
+        loss, gradient = both(OPERATORS[polytope], z, target)
     assert loss.dtype == torch.float32
     assert gradient.dtype == dtype
-    torch.testing.assert_close(loss, dense(z.double(), target).float())
+    torch.testing.assert_close(loss, dense(z.double(), target, polytope=polytope).float())
 
 
-def test_the_twin_in_float64_is_the_truth() -> None:
-    z, target = features("heavy tail", 20, 50, dtype=torch.float64), labels(20, 51)
-    for options in ({}, {"normalize": True, "scale": 30.0, "margin": ("angular", 0.4)}, {"label_smoothing": 0.2}):
-        for ours, truth in zip(
-            both(_reference.simplex_cross_entropy, z, target, **options), both(dense, z, target, **options), strict=True
+@pytest.mark.parametrize("polytope", POLYTOPES)
+def test_the_twin_in_float64_is_the_truth(polytope: str) -> None:
+    d = ENUMERATED if polytope == "cube" else 50
+    z, target = features("heavy tail", 20, d, dtype=torch.float64), labels(20, slots_of(polytope, d))
+    weight = torch.rand(slots_of(polytope, d), dtype=torch.float64)
+    for options in (
+        {},
+        {"normalize": True, "scale": 30.0, "margin": ("angular", 0.4)},
+        {"normalize": True, "scale": 30.0, "margin": ("cosine", 0.4), "label_smoothing": 0.3},
+        {"label_smoothing": 0.2},
+        {"weight": weight},
+    ):
+        truth = partial(dense, polytope=polytope)
+        for ours, expected in zip(
+            both(TWINS[polytope], z, target, **options), both(truth, z, target, **options), strict=True
         ):
-            torch.testing.assert_close(ours, truth, rtol=1e-11, atol=1e-12)
+            torch.testing.assert_close(ours, expected, rtol=1e-11, atol=1e-11)
+
+
+def test_the_cube_of_all_vertices_agrees_with_its_classes() -> None:
+    """cube_codes chooses among the vertices that a target without codes numbers."""
+    z, target, codes = features("normal", 30, 10, dtype=torch.float64), labels(30, 40), cube_codes(40, 10)
+    expected = both(partial(dense, polytope="cube"), z, codes[target, 0], scale=4.0)
+    for ours, truth in zip(both(SF.cube_cross_entropy, z, target, codes=codes, scale=4.0), expected, strict=True):
+        torch.testing.assert_close(ours, truth)
 
 
 @pytest.mark.parametrize("weighted", [False, True])

@@ -39,8 +39,9 @@ struct CubeGap {
 };
 
 // exp(gap) - 1 below this has too few bits, or none, to be multiplied by exp(delta): cube_gap_of_flips then.
+// (A: what the exponentials are computed in.)
 template <typename A>
-constexpr A kLeastCubeGap = std::is_same_v<A, double> ? A(1e-150) : A(1e-18);
+constexpr double kLeastCubeGap = std::is_same_v<A, double> ? 1e-150 : 1e-18;
 
 template <typename A>
 SIMPLEXFIX_HD CubeGap<A> cube_gap(A gap, A delta) {
