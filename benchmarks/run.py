@@ -1,6 +1,6 @@
 """Prints one table of ratios to named peers and to the machine's limit, with errors; writes it as JSON.
 
-python benchmarks/run.py [--out FILE] [--seconds S] [--threads N] [--no-compile]
+python benchmarks/run.py [--only loss search index] [--out FILE] [--seconds S] [--threads N] [--no-compile]
 """
 
 from __future__ import annotations
@@ -14,8 +14,12 @@ import torch
 from cases import loss, search
 from measure import interleave, machine_card
 
+PARTS = {"loss": loss.CASES, "search": search.CASES, "index": search.INDEX_CASES}
 
-def measure(case: loss.LossCase | search.SearchCase, seconds: float, compiled: bool) -> dict[str, Any]:
+
+def measure(
+    case: loss.LossCase | search.SearchCase | search.IndexCase, seconds: float, compiled: bool
+) -> dict[str, Any]:
     candidates = case.candidates(compiled)
     limits = case.limits()
     times = interleave({**candidates, **limits}, seconds=seconds)
@@ -25,11 +29,15 @@ def measure(case: loss.LossCase | search.SearchCase, seconds: float, compiled: b
         "times ours": {name: times[name] / ours for name in candidates if name != "simplexfix"},
         **{f"share of {name}": times[name] / ours for name in limits},
         case.error_name: case.errors(),
+        **({"memory of fp32": case.memory()} if isinstance(case, search.IndexCase) else {}),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--only", nargs="+", default=list(PARTS), choices=PARTS, help="default: all; index takes minutes"
+    )
     parser.add_argument("--out", type=Path, help="write the results as JSON too")
     parser.add_argument("--seconds", type=float, default=2.0, help="per case (default: 2)")
     parser.add_argument("--threads", type=int, default=1, help="1 is steadiest on a shared machine (default: 1)")
@@ -41,7 +49,7 @@ def main() -> None:
     results: dict[str, Any] = {"machine": machine_card(), "cases": []}
     for key, value in results["machine"].items():
         print(f"{key:>17}  {value}")
-    for case in (*loss.CASES, *search.CASES):
+    for case in (case for part in arguments.only for case in PARTS[part]):
         results["cases"].append(measure(case, arguments.seconds, not arguments.no_compile))
         show(results["cases"][-1], case.error_name)
     if arguments.out:
@@ -53,6 +61,8 @@ def show(result: dict[str, Any], kind: str) -> None:
     print(f"\n{result['case']}")
     if "share of copy bandwidth" in result:
         print(f"  {result['share of copy bandwidth']:.2f} of the speed of an in-place copy of z")
+    if "memory of fp32" in result:
+        print("  memory of fp32: " + ", ".join(f"{name} {r:.3f}" for name, r in result["memory of fp32"].items()))
     print(f"  {'simplexfix':<28} {'1':>8}      {kind} {result[kind]['simplexfix']:.1e}")
     for name, ratio in result["times ours"].items():
         error = result[kind].get(name)
