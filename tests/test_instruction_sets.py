@@ -31,7 +31,7 @@ def run(environment: dict[str, str], *arguments: str) -> subprocess.CompletedPro
 @pytest.mark.parametrize("level", LEVELS[:-1])
 def test_operators_at_a_lower_level(level: str) -> None:
     """The whole numeric suite again below the best level; on a machine without AVX the levels coincide."""
-    suites = ["test_topk.py", "retrieval/test_exact_search.py"]
+    suites = ["test_topk.py", "retrieval/test_exact_search.py", "retrieval/test_index.py::test_definition"]
     if level != "avx512vnni":  # of the losses there are no VNNI kernels: they are those of avx512
         suites += ["test_cross_entropy.py", "test_logits.py", "test_contrast.py"]
     done = run({"SIMPLEXFIX_ISA": level}, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not gathered", *suites)
@@ -68,6 +68,7 @@ def test_every_public_function_works_without_the_library() -> None:
         "test_topk.py",
         "test_heads.py",
         "test_bad_input.py",
+        "retrieval/test_index.py",
     ]
     # left out: promises about bits, and about tiny losses, that only the kernels make
     chosen = "not threads and not definition and not small_loss and not strid"

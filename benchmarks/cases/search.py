@@ -1,20 +1,26 @@
-"""Exact search: ours against faiss and blocked torch, with the share of queries whose ids agree with float64."""
+"""Exact search: ours against faiss, usearch and torch, with the share of places that differ from float64."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 import simplexfix.functional as SF
-from simplexfix import _reference
+from simplexfix import CosineIndex, _reference
 
 try:
     import faiss
 except ModuleNotFoundError:
     faiss = None
+try:
+    import usearch.index as usearch
+except ModuleNotFoundError:
+    usearch = None
 
 
 @dataclass
@@ -59,3 +65,91 @@ class SearchCase:
 
 
 CASES = [SearchCase(200, 20_000, 128), SearchCase(200, 20_000, 1023), SearchCase(1, 20_000, 1023)]
+
+
+@lru_cache(maxsize=1)
+def unit_rows(kind: str, rows: int, d: int) -> tuple[np.ndarray, np.ndarray]:
+    """Normalised queries [1000, d] and gallery [rows, d]: Gaussian, or 100 clusters with a gap of 1e-3 between rows."""
+    rng = np.random.default_rng(0)
+
+    def some(n: int) -> np.ndarray:
+        x = rng.standard_normal((n, d), dtype=np.float32)
+        if kind == "clusters":
+            x = centers[rng.integers(0, 100, n)] + np.float32(1e-3) * x
+        return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+    centers = rng.standard_normal((100, d), dtype=np.float32)
+    gallery = some(rows)
+    return some(1000), gallery
+
+
+@lru_cache(maxsize=1)
+def indexes(kind: str, rows: int, d: int) -> dict[str, object]:
+    """Built once for all cases of the same rows."""
+    _, gallery = unit_rows(kind, rows, d)
+    found: dict[str, object] = {}
+    for name, dtype in (("simplexfix", "float32"), ("simplexfix bfloat16", "bfloat16")):
+        found[name] = CosineIndex(d, dtype=dtype)
+        found[name].add(gallery)
+    if faiss is not None:
+        found["faiss IndexFlatIP"] = faiss.IndexFlatIP(d)
+        found["faiss IndexFlatIP"].add(gallery)
+    return found
+
+
+@dataclass
+class IndexCase:
+    """CosineIndex against indexes of others, all built beforehand from normalised rows."""
+
+    kind: str  # "Gaussian" or "clusters"
+    queries: int
+    d: int
+    k: int = 10
+    rows: int = 100_000
+    error_name = "wrong places"
+
+    @property
+    def name(self) -> str:
+        return f"index {self.kind} top-{self.k} Q={self.queries} N={self.rows} d={self.d}"
+
+    def query(self) -> np.ndarray:
+        return unit_rows(self.kind, self.rows, self.d)[0][: self.queries]
+
+    def candidates(self, compiled: bool = True) -> dict[str, Callable[[], torch.Tensor]]:
+        """Searches that return ids; none of them has a compiled form."""
+        q, k = self.query(), self.k
+        found = {}
+        for name, index in indexes(self.kind, self.rows, self.d).items():
+            found[name] = lambda index=index: torch.from_numpy(index.search(q, k)[1])
+        if usearch is not None and self.queries == 1:  # seconds for a thousand
+            g = unit_rows(self.kind, self.rows, self.d)[1]
+            options = {"metric": usearch.MetricKind.IP, "exact": True, "threads": torch.get_num_threads()}
+            found["usearch exact"] = lambda: torch.from_numpy(
+                usearch.search(g, q, k, **options).keys.astype(np.int64).reshape(len(q), k)
+            )
+        return found
+
+    def limits(self) -> dict[str, Callable[[], object]]:
+        return {}
+
+    def memory(self) -> dict[str, float]:
+        """Bytes of the index over those of the vectors in float32."""
+        plain = 4 * self.rows * self.d
+        ours = indexes(self.kind, self.rows, self.d)
+        return {name: index.nbytes / plain for name, index in ours.items() if isinstance(index, CosineIndex)}
+
+    def errors(self) -> dict[str, float]:
+        """Share of places, of the first 50 queries, that differ from the float64 definition for these rows."""
+        q, g = (torch.from_numpy(x) for x in unit_rows(self.kind, self.rows, self.d))
+        _, truth = _reference.cosine_topk(q[: min(50, self.queries)], g, self.k)
+        return {
+            name: float((search()[: len(truth)] != truth).double().mean()) for name, search in self.candidates().items()
+        }
+
+
+INDEX_CASES = [
+    IndexCase(kind, queries, d, k)
+    for d in (128, 512, 1023)
+    for kind in ("Gaussian", "clusters")
+    for queries, k in ((1000, 10), (1000, 100), (1000, 1000), (1, 10))
+]
