@@ -1,6 +1,6 @@
 """Prints one table of ratios to named peers and to the machine's limit, with errors; writes it as JSON.
 
-python benchmarks/run.py [--only loss search index] [--out FILE] [--seconds S] [--threads N] [--no-compile]
+python benchmarks/run.py [--only loss contrast search index] [--out FILE] [--seconds S] [--threads N] [--no-compile]
 """
 
 from __future__ import annotations
@@ -14,28 +14,25 @@ import torch
 from cases import contrast, loss, search
 from measure import interleave, machine_card, peak_memory
 
-PARTS = {"loss": loss.CASES, "search": search.CASES, "index": search.INDEX_CASES}
+PARTS = {"loss": loss.CASES, "contrast": contrast.CASES, "search": search.CASES, "index": search.INDEX_CASES}
 
-<<<<<<< HEAD
+
 def measure(case: Any, seconds: float, compiled: bool) -> dict[str, Any]:
-=======
-
-def measure(
-    case: loss.LossCase | search.SearchCase | search.IndexCase, seconds: float, compiled: bool
-) -> dict[str, Any]:
->>>>>>> search
     candidates = case.candidates(compiled)
     limits = case.limits()
     times = interleave({**candidates, **limits}, seconds=seconds)
     ours = times["simplexfix"]
-    memory = {name: peak_memory(case, name) / 2**20 for name in case.candidates(compiled=False)}
+    if isinstance(case, search.IndexCase):  # a search takes next to nothing beside its index
+        memory, unit = case.memory(), "of fp32"
+    else:
+        memory, unit = {name: peak_memory(case, name) / 2**20 for name in case.candidates(compiled=False)}, "MiB"
     return {
         "case": case.name,
         "times ours": {name: times[name] / ours for name in candidates if name != "simplexfix"},
         **{f"share of {name}": times[name] / ours for name in limits},
-        "MiB": memory,
+        "memory": memory,
+        "memory unit": unit,
         case.error_name: case.errors(),
-        **({"memory of fp32": case.memory()} if isinstance(case, search.IndexCase) else {}),
     }
 
 
@@ -55,11 +52,7 @@ def main() -> None:
     results: dict[str, Any] = {"machine": machine_card(), "cases": []}
     for key, value in results["machine"].items():
         print(f"{key:>17}  {value}")
-<<<<<<< HEAD
-    for case in (*loss.CASES, *contrast.CASES, *search.CASES):
-=======
     for case in (case for part in arguments.only for case in PARTS[part]):
->>>>>>> search
         results["cases"].append(measure(case, arguments.seconds, not arguments.no_compile))
         show(results["cases"][-1], case.error_name)
     if arguments.out:
@@ -69,25 +62,14 @@ def main() -> None:
 
 def show(result: dict[str, Any], kind: str) -> None:
     print(f"\n{result['case']}")
-<<<<<<< HEAD
     for name, share in result.items():
         if name.startswith("share of"):
             print(f"  {share:.2f} {name.removeprefix('share ')}")
     for name, ratio in {"simplexfix": 1.0, **result["times ours"]}.items():
-        memory, error = result["MiB"].get(name), result[kind].get(name)
-        extra = [f"{memory:8.1f} MiB"] if memory is not None else []
+        memory, error = result["memory"].get(name), result[kind].get(name)
+        extra = [f"{memory:8.2f} {result['memory unit']}"] if memory is not None else []
         extra += [f"{kind} {error:.1e}"] if error is not None else []
         print("  ".join([f"  {name:<28} {ratio:8.2f} x", *extra]))
-=======
-    if "share of copy bandwidth" in result:
-        print(f"  {result['share of copy bandwidth']:.2f} of the speed of an in-place copy of z")
-    if "memory of fp32" in result:
-        print("  memory of fp32: " + ", ".join(f"{name} {r:.3f}" for name, r in result["memory of fp32"].items()))
-    print(f"  {'simplexfix':<28} {'1':>8}      {kind} {result[kind]['simplexfix']:.1e}")
-    for name, ratio in result["times ours"].items():
-        error = result[kind].get(name)
-        print(f"  {name:<28} {ratio:8.2f} x    " + (f"{kind} {error:.1e}" if error is not None else ""))
->>>>>>> search
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 import torch.nn.functional as F
+from measure import copy_in_place
 
 import simplexfix.functional as SF
 from simplexfix import CosineIndex, _reference
@@ -130,7 +131,11 @@ class IndexCase:
         return found
 
     def limits(self) -> dict[str, Callable[[], object]]:
-        return {}
+        """The first pass at its least: its products in int8 by torch, or for one query the bytes of the codes."""
+        if self.queries == 1:
+            return {"copy bandwidth": copy_in_place(self.rows * self.d // 2, torch.int8)}
+        q, g = (torch.ones(n, self.d, dtype=torch.int8) for n in (self.queries, self.rows))
+        return {"int8 matrix product": lambda: torch._int_mm(q, g.T)}
 
     def memory(self) -> dict[str, float]:
         """Bytes of the index over those of the vectors in float32."""
