@@ -17,6 +17,17 @@ def loss(z=Z, target=T, **options):
     return lambda: SF.simplex_cross_entropy(z, target, **options)
 
 
+def orthoplex(z=Z, target=T, **options):
+    return lambda: SF.orthoplex_cross_entropy(z, target, **options)
+
+
+def cube(z=Z, target=T, **options):
+    return lambda: SF.cube_cross_entropy(z, target, **options)
+
+
+CODES = torch.arange(5)[:, None]
+
+
 def contrast(new=Z, old=Z, target=T, **options):
     return lambda: SF.old_new_contrast(new, old, target, **options)
 
@@ -77,6 +88,31 @@ CASES = [
     (loss(weight=torch.ones(4)), ValueError, r"weight must have shape \[5\], one factor per slot, got \[4\]"),
     (loss(weight=torch.ones(5).long()), TypeError, "weight must be floating, got torch.int64"),
     (loss(weight=torch.ones(5, device="meta")), ValueError, "weight must be on cpu like the features, got meta"),
+    (orthoplex(z=Z.long()), TypeError, "z must be float32"),
+    (orthoplex(target=T + 4), ValueError, "target out of range: row 1 has slot 8, expected 0 to 7 or ignore_index"),
+    (orthoplex(weight=torch.ones(5)), ValueError, r"weight must have shape \[8\], one factor per slot, got \[5\]"),
+    (orthoplex(margin=("cosine", 0.3)), ValueError, "margin needs normalize=True"),
+    (orthoplex(scale=-1.0), ValueError, "scale must be positive and finite, got -1.0"),
+    (cube(z=[1.0]), TypeError, "z must be a torch.Tensor, got list"),
+    (cube(target=T + 12), ValueError, "target out of range: row 1 has slot 16, expected 0 to 15 or ignore_index -100"),
+    (cube(codes=CODES, target=T + 1), ValueError, "target out of range: row 1 has slot 5, expected 0 to 4"),
+    (cube(codes=[0, 1]), TypeError, "codes must be a torch.Tensor, got list"),
+    (cube(codes=CODES.int()), TypeError, "codes must be int64, got torch.int32; .*cube_codes makes them"),
+    (cube(codes=CODES[:, 0]), ValueError, r"codes must have shape \[C, 1\] for d = 4, C >= 1, got \[5\]"),
+    (cube(codes=CODES.expand(5, 2)), ValueError, r"codes must have shape \[C, 1\] for d = 4, C >= 1, got \[5, 2\]"),
+    (cube(codes=CODES[:0]), ValueError, r"codes must have shape \[C, 1\] for d = 4, C >= 1, got \[0, 1\]"),
+    (cube(codes=CODES.to("meta")), ValueError, "codes must be on cpu like the features, got meta"),
+    (cube(z=torch.zeros(3, 63)), ValueError, "without codes d must be at most 62, .* got 63; pass codes="),
+    (cube(weight=torch.ones(5)), ValueError, r"weight must have shape \[16\], one factor per slot, got \[5\]"),
+    (
+        cube(codes=CODES, weight=torch.ones(5), label_smoothing=0.1),
+        ValueError,
+        r"weight and label_smoothing exclude each other: smoothing is over all 2\^d vertices",
+    ),
+    (lambda: SF.cube_logits(Z, CODES.int()), TypeError, "codes must be int64"),
+    (lambda: SF.cube_logits(Z, CODES, scale=0.0), ValueError, "scale must be positive and finite, got 0.0"),
+    (lambda: SF.orthoplex_logits(Z.int()), TypeError, "z must be float32"),
+    (lambda: SF.orthoplex_logits(Z, scale=0.0), ValueError, "scale must be positive and finite, got 0.0"),
     (lambda: SF.simplex_logits(Z.int()), TypeError, "z must be float32"),
     (
         lambda: SF.simplex_logits(torch.zeros(2, 0)),

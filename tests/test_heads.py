@@ -1,13 +1,20 @@
-"""SimplexHead: drop-in for nn.Linear, nothing of size K x d, growth that changes nothing."""
+"""Heads: drop-in for nn.Linear, nothing of size K x d, growth that changes nothing."""
 
 from __future__ import annotations
+
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import needs_library
 
-from simplexfix import SimplexHead, SlotRegistry
-from simplexfix.polytopes import simplex_prototypes
+from simplexfix import CubeHead, OrthoplexHead, SimplexHead, SlotRegistry
+from simplexfix import functional as SF
+from simplexfix.polytopes import cube_codes, simplex_prototypes
+
+KINDS = ("simplex", "orthoplex", "cube")
 
 
 def head(**options) -> SimplexHead:
@@ -15,18 +22,32 @@ def head(**options) -> SimplexHead:
     return SimplexHead(10, 6, num_slots=16, **options)
 
 
+def head_of(kind: str, num_classes: int = 10, num_slots: int = 16, in_features: int = 6, **options):
+    torch.manual_seed(0)
+    if kind == "cube":
+        return CubeHead(num_classes, in_features, embedding_dim=9, num_slots=num_slots, **options)
+    return {"simplex": SimplexHead, "orthoplex": OrthoplexHead}[kind](
+        num_classes, in_features, num_slots=num_slots, **options
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("options", [{}, {"normalize": True, "scale": 12.0}])
-def test_forward_is_the_matrix_product(options: dict) -> None:
-    model, x = head(**options), torch.randn(5, 6)
+def test_forward_is_the_matrix_product(kind: str, options: dict) -> None:
+    model, x = head_of(kind, **options), torch.randn(5, 6)
     z = model.junction(x)
     assert torch.equal(model.embed(x), z)
-    w = simplex_prototypes(16)
+    assert z.shape == (5, model.embedding_dim)
+    assert model.embedding_dim == {"simplex": 15, "orthoplex": 8, "cube": 9}[kind]
+    w = model.prototypes(torch.arange(16))
+    torch.testing.assert_close(w.norm(dim=1), torch.ones(16))
     z = F.normalize(z) if options else z
     torch.testing.assert_close(model(x), options.get("scale", 1.0) * z @ w.T, rtol=1e-5, atol=1e-5)
 
 
-def test_loss_is_the_cross_entropy_of_forward() -> None:
-    model, x, target = head(scale=3.0), torch.randn(5, 6), torch.tensor([0, 15, 3, 2, 1])
+@pytest.mark.parametrize("kind", ["simplex", "orthoplex"])
+def test_loss_is_the_cross_entropy_of_forward(kind: str) -> None:
+    model, x, target = head_of(kind, scale=3.0), torch.randn(5, 6), torch.tensor([0, 15, 3, 2, 1])
     weight = torch.rand(16)
     for options in ({}, {"weight": weight, "label_smoothing": 0.1, "reduction": "sum"}, {"ignore_index": 3}):
         ours, expected = model.loss(x, target, **options), F.cross_entropy(model(x), target, **options)
@@ -37,11 +58,58 @@ def test_loss_is_the_cross_entropy_of_forward() -> None:
         torch.testing.assert_close(*gradients)
 
 
-def test_the_margin_acts_in_the_loss_only() -> None:
-    plain, margin = head(normalize=True, scale=9.0), head(normalize=True, scale=9.0, margin=("cosine", 0.3))
+def test_the_loss_of_the_cube_is_over_all_vertices() -> None:
+    model, x, target = head_of("cube", scale=3.0), torch.randn(5, 6), torch.tensor([0, 15, 3, 2, 1])
+    assert torch.equal(model.codes, cube_codes(16, 9))
+    for options in ({}, {"label_smoothing": 0.1, "reduction": "sum"}, {"ignore_index": 3}, {"weight": torch.rand(16)}):
+        ours = model.loss(x, target, **options)
+        assert torch.equal(ours, SF.cube_cross_entropy(model.embed(x), target, codes=model.codes, scale=3.0, **options))
+    everything = SF.cube_logits(model.embed(x), torch.arange(512)[:, None], scale=3.0)
+    torch.testing.assert_close(model.loss(x, target), F.cross_entropy(everything, model.codes[target, 0]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_margin_acts_in_the_loss_only(kind: str) -> None:
+    options = {"normalize": True, "scale": 9.0}
+    plain, margin = head_of(kind, **options), head_of(kind, **options, margin=("cosine", 0.3))
     x, target = torch.randn(5, 6), torch.arange(5)
     assert torch.equal(plain(x), margin(x))
     assert margin.loss(x, target) > plain.loss(x, target)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_predict_is_the_topk_of_forward_whatever_the_blocks(kind: str, monkeypatch) -> None:
+    model, x = head_of(kind, 10, 50), torch.randn(40, 6)
+    model.slots.add("fine", range(7), end="high")
+    used = model.slots.used()
+    logits = model(x)
+    expected = logits[:, used].sort(dim=1, descending=True, stable=True)
+    for rows, vertices in ((1 << 21, 4096), (150, 3), (1, 1)):
+        monkeypatch.setattr("simplexfix.heads._LOGITS_AT_A_TIME", rows)
+        monkeypatch.setattr("simplexfix.heads._VERTICES_AT_A_TIME", vertices)
+        for k in (1, 2, 5, 17):
+            scores, classes = model.predict(x, k)
+            assert torch.equal(classes, used[expected.indices[:, :k]])
+            torch.testing.assert_close(scores, expected.values[:, :k])
+            if kind != "cube":  # whose products depend on the block in their last bit
+                assert torch.equal(scores, expected.values[:, :k])
+    assert model.predict(x[:0], 3)[1].shape == (0, 3)
+    assert torch.equal(model.predict(x.view(4, 10, 6), 3)[1], model.predict(x, 3)[1].view(4, 10, 3))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_predict_gives_ties_to_the_lower_slot(kind: str, monkeypatch) -> None:
+    model = head_of(kind, 16, 16)
+    monkeypatch.setattr("simplexfix.heads._VERTICES_AT_A_TIME", 5)
+    scores, classes = model.predict(torch.zeros(3, 6), 7)
+    assert classes.tolist() == [list(range(7))] * 3
+    assert not scores.any()
+    torch.nn.init.zeros_(model.junction.weight)
+    model.junction.weight.data[0, 0] = 1.0  # all but slots 0 and its opposite tie in the orthoplex
+    x = F.one_hot(torch.tensor([0]), 6).float()
+    expected = model(x).sort(dim=1, descending=True, stable=True)
+    assert torch.equal(model.predict(x, 9)[1], expected.indices[:, :9])
+    assert model.predict(torch.full((2, 6), float("nan")), 3)[0].isnan().all()
 
 
 def test_predict_names_slots_in_use_only() -> None:
@@ -57,8 +125,9 @@ def test_predict_names_slots_in_use_only() -> None:
     assert set(high.predict(x, k=3)[1].flatten().tolist()) == {13, 14, 15}
 
 
-def test_growth_changes_nothing() -> None:
-    model, x = head(), torch.randn(7, 6)
+@pytest.mark.parametrize("kind", KINDS)
+def test_growth_changes_nothing(kind: str) -> None:
+    model, x = head_of(kind), torch.randn(7, 6)
     before = {name: value.clone() for name, value in model.named_parameters()}
     embedded, logits, loss = model.embed(x), model(x), model.loss(x, torch.arange(7))
     model.grow(14)
@@ -89,6 +158,62 @@ def test_the_state_dict_holds_the_junction_and_the_registry_only(tmp_path) -> No
         SimplexHead(3, 6).load_state_dict(state)
 
 
+@pytest.mark.parametrize("kind", ["orthoplex", "cube"])
+def test_state_dicts_of_the_other_polytopes(kind: str) -> None:
+    model = head_of(kind)
+    model.slots.add("more", [5], end="high")
+    state = model.state_dict()
+    assert sorted(state) == ["_extra_state", "junction.weight"]
+    again = head_of(kind, 0)
+    again.load_state_dict(state)
+    assert again.slots.to_dict() == model.slots.to_dict()
+    x = torch.randn(3, 6)
+    assert torch.equal(again(x), model(x))
+
+
+def test_a_cube_refuses_the_state_of_other_codes() -> None:
+    model, other = head_of("cube"), head_of("cube", 0)
+    state = model.state_dict()
+    state["_extra_state"] = {**state["_extra_state"], "codes_crc32": 1}
+    with pytest.raises(ValueError, match="the saved head has codes of crc32 1, this one"):
+        other.load_state_dict(state)
+    assert not len(other.slots)
+    with pytest.raises(ValueError, match="the saved head has 16 slots, this one 20"):
+        head_of("cube", 0, 20).load_state_dict(model.state_dict())
+
+
+def test_an_odd_orthoplex_gets_the_opposite_of_its_last_vertex() -> None:
+    model = OrthoplexHead(5, 6)
+    assert (model.num_slots, model.embedding_dim, model.num_classes) == (6, 3, 5)
+    assert model(torch.randn(2, 6)).shape == (2, 6)
+    assert model.predict(torch.randn(50, 6), 5)[1].max() == 4
+
+
+_MILLION = """
+import resource, torch
+from simplexfix import SimplexHead
+head = SimplexHead(1 << 20, 2)
+head.loss(torch.randn(2, 2), torch.zeros(2, dtype=torch.int64)).backward()
+head.zero_grad()
+x, target = torch.randn(16, 2), torch.arange(16) * 65536 + 65535
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+z = head.embed(x).detach().requires_grad_()
+head._loss(z, target, normalize=False, scale=1.0, margin=None).backward()
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+assert z.shape == (16, (1 << 20) - 1) and z.grad.isfinite().all()
+print((after - before) / 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has another unit")
+@needs_library
+def test_a_million_slots_fit_in_memory() -> None:
+    """16 rows of z and of its gradient are 64 MiB each, the copy in .grad as well; logits would be 64 MiB more each."""
+    done = subprocess.run([sys.executable, "-c", _MILLION], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert 64 < float(done.stdout) < 300
+
+
 def test_a_registry_is_copied_into_a_head_and_never_shared() -> None:
     old = head()
     new = SimplexHead(0, 8, slots=old.slots)
@@ -108,8 +233,9 @@ def test_prototypes_of_the_slots_in_use() -> None:
     assert head(dtype=torch.float64).prototypes().dtype == torch.float64
 
 
-def test_trains_and_compiles() -> None:
-    model = head()
+@pytest.mark.parametrize("kind", KINDS)
+def test_trains_and_compiles(kind: str) -> None:
+    model = head_of(kind)
     x, target = torch.randn(64, 6), torch.arange(64) % 6
     x = x + 4 * F.one_hot(target, 6)
     optimizer = torch.optim.SGD(model.parameters(), lr=2.0)
@@ -134,6 +260,11 @@ def test_repr_says_the_options() -> None:
         (lambda: SimplexHead(-1, 4, num_slots=4), ValueError, "num_classes must be >= 0"),
         (lambda: SimplexHead(9, 4, num_slots=8), ValueError, "namespace 'default' needs 9 slots, 8 of 8 are free"),
         (lambda: SimplexHead(4, 0), ValueError, "in_features >= 1, got 4 and 0"),
+        (lambda: OrthoplexHead(-1, 4), ValueError, "num_classes must be >= 0"),
+        (lambda: OrthoplexHead(1, 4, slots=SlotRegistry(5)), ValueError, "an even number of slots, got 5"),
+        (lambda: CubeHead(9, 4, embedding_dim=3), ValueError, "d must be at least 4 for 9 classes, got 3"),
+        (lambda: CubeHead(9, 0, embedding_dim=8), ValueError, "in_features >= 1, got 9 and 0"),
+        (lambda: CubeHead(1, 4, embedding_dim=8), ValueError, "num_slots must be at least 2, got 1"),
         (lambda: head(scale=0.0), ValueError, "scale must be positive and finite, got 0.0"),
         (lambda: head(margin=("cosine", 0.3)), ValueError, "margin needs normalize=True"),
         (

@@ -24,9 +24,21 @@ def loss_samples():
 def op_samples():
     ops = torch.ops.simplexfix
     for sample in loss_samples():
-        yield pytest.param(
-            ops.simplex_cross_entropy.default, sample, id=f"loss-{sample[0].dtype}-{sample[9]}-{sample[4]}"
-        )
+        z, target, *options = sample
+        name = f"{z.dtype}-{sample[9]}-{sample[4]}"
+        yield pytest.param(ops.simplex_cross_entropy.default, sample, id=f"loss-{name}")
+        wider = torch.cat([sample[6], torch.rand(10, dtype=sample[6].dtype)]) if sample[6] is not None else None
+        orthoplex = (z, torch.tensor([0, 21, 5, -100, 14]), *options[:4], wider, *options[5:])
+        yield pytest.param(ops.orthoplex_cross_entropy.default, orthoplex, id=f"orthoplex-{name}")
+        smoothing = 0.0 if sample[6] is not None else 0.1
+        codes = torch.arange(12)[:, None] * 150
+        cube = (z, target, codes, *options[:6], smoothing, *options[7:])
+        yield pytest.param(ops.cube_cross_entropy.default, cube, id=f"cube-{name}")
+    yield pytest.param(
+        ops.cube_cross_entropy.default,
+        (torch.randn(3, 4), torch.tensor([0, 15, 2]), None, False, 1.0, 0, 0.0, None, -100, 0.0, 1, True),
+        id="cube-without-codes",
+    )
     yield pytest.param(
         ops.simplex_cross_entropy.default,
         (torch.randn(3, 4), torch.tensor([0, 1, 2]), False, 1.0, 0, 0.0, None, -100, 0.0, 1, False),
@@ -54,21 +66,24 @@ def test_opcheck(op, arguments) -> None:
     torch.library.opcheck(op, arguments)
 
 
+@pytest.mark.parametrize("polytope", ["simplex", "orthoplex", "cube"])
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("margin", [None, ("cosine", 0.2), ("angular", 0.3)])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-def test_loss_gradcheck(normalize, margin, label_smoothing, reduction) -> None:
+def test_loss_gradcheck(polytope, normalize, margin, label_smoothing, reduction) -> None:
     if margin is not None and not normalize:
         return  # refused: tests/test_bad_input.py
     z = features("normal", 4, 9, dtype=torch.float64).requires_grad_()
     target = torch.tensor([0, 9, 4, -100])
-    weight = torch.rand(10, dtype=torch.float64)
+    weight = torch.rand({"simplex": 10, "orthoplex": 18, "cube": 512}[polytope], dtype=torch.float64)
+    if polytope == "cube" and label_smoothing:
+        weight = None  # refused: tests/test_bad_input.py
     factors = torch.randn(4, dtype=torch.float64)  # a random gradient from above for every row
 
     def loss(z):
         options = {"margin": margin, "weight": weight, "label_smoothing": label_smoothing, "reduction": reduction}
-        rows = SF.simplex_cross_entropy(z, target, normalize=normalize, scale=2.0, **options)
+        rows = getattr(SF, f"{polytope}_cross_entropy")(z, target, normalize=normalize, scale=2.0, **options)
         return (factors * rows).sum() if reduction == "none" else factors[0] * rows
 
     assert torch.autograd.gradcheck(loss, (z,))
@@ -96,6 +111,8 @@ def test_double_backward_is_refused_not_wrong() -> None:
     z = torch.randn(3, 4, requires_grad=True)
     for loss in (
         SF.simplex_cross_entropy(z * 1.0, torch.tensor([0, 1, 2])),
+        SF.orthoplex_cross_entropy(z * 1.0, torch.tensor([0, 1, 2])),
+        SF.cube_cross_entropy(z * 1.0, torch.tensor([0, 1, 2])),
         SF.simplex_logits(z).sum(),
         SF.cosine_topk(z, z.detach(), 1)[0].sum(),
     ):
@@ -112,6 +129,11 @@ def functions():
         "rows",
         lambda z: (SF.simplex_cross_entropy(z, target, normalize=True, scale=9.0, reduction="none") * z[:, 0]).sum(),
     )
+    yield "orthoplex", lambda z: SF.orthoplex_cross_entropy(z * 2, target * 2 - 1, label_smoothing=0.1, ignore_index=-1)
+    yield "cube", lambda z: SF.cube_cross_entropy(z * 2, target, codes=target[:, None].repeat(3, 1), scale=3.0)
+    yield "vertices", lambda z: SF.cube_cross_entropy(z, target, normalize=True, margin=("angular", 0.1)) * 2
+    yield "orthoplex-logits", lambda z: SF.orthoplex_logits(z, normalize=True).square().sum()
+    yield "cube-logits", lambda z: SF.cube_logits(z, target[:, None]).square().sum()
     yield "logits", lambda z: SF.simplex_logits(z + 1, normalize=True).square().sum()
     yield "contrast", lambda z: SF.old_new_contrast(z, old, target % 2)
     yield "hoc", lambda z: SF.hoc_loss(z, old, target)
@@ -147,20 +169,24 @@ def test_meta_tensors_have_shapes_and_no_values() -> None:
     target = torch.empty(4, device="meta", dtype=torch.int64)
     assert SF.simplex_cross_entropy(z, target).shape == ()
     assert SF.simplex_cross_entropy(z, target, reduction="none").shape == (4,)
+    assert SF.orthoplex_cross_entropy(z, target, reduction="none").shape == (4,)
+    assert SF.cube_cross_entropy(z, target, codes=target[:, None], reduction="none").shape == (4,)
     assert SF.simplex_logits(z).shape == (4, 10)
     scores, ids = SF.cosine_topk(z, z, 3)
     assert (scores.shape, scores.dtype, ids.dtype) == ((4, 3), torch.float32, torch.int64)
 
 
-def test_function_transforms_and_forward_mode_take_the_twin() -> None:
+@pytest.mark.parametrize("polytope", ["simplex", "orthoplex", "cube"])
+def test_function_transforms_and_forward_mode_take_the_twin(polytope: str) -> None:
+    loss = getattr(SF, f"{polytope}_cross_entropy")
     z, target = torch.randn(5, 9, dtype=torch.float64), torch.tensor([0, 9, 4, 2, 2])
-    expected = torch.autograd.grad(SF.simplex_cross_entropy(z.requires_grad_(), target), z)[0]
+    expected = torch.autograd.grad(loss(z.requires_grad_(), target), z)[0]
     z = z.detach()
-    torch.testing.assert_close(torch.func.grad(SF.simplex_cross_entropy)(z, target), expected)
-    rows = torch.func.vmap(lambda z, t: SF.simplex_cross_entropy(z, t, reduction="none"))(z, target)
-    torch.testing.assert_close(rows, SF.simplex_cross_entropy(z, target, reduction="none"))
+    torch.testing.assert_close(torch.func.grad(loss)(z, target), expected)
+    rows = torch.func.vmap(lambda z, t: loss(z, t, reduction="none"))(z, target)
+    torch.testing.assert_close(rows, loss(z, target, reduction="none"))
     tangent = torch.randn_like(z)
-    _, along = torch.func.jvp(lambda z: SF.simplex_cross_entropy(z, target), (z,), (tangent,))
+    _, along = torch.func.jvp(lambda z: loss(z, target), (z,), (tangent,))
     torch.testing.assert_close(along, (expected * tangent).sum())
     _, moved = torch.func.jvp(SF.simplex_logits, (z,), (tangent,))
     torch.testing.assert_close(moved, SF.simplex_logits(tangent))

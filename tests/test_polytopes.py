@@ -1,4 +1,4 @@
-"""The deployed construction, to sign and order."""
+"""The deployed construction, to sign and order; orthoplex and cube."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ import math
 import pytest
 import torch
 
-from simplexfix.polytopes import simplex_constants, simplex_prototypes
+from simplexfix.polytopes import (
+    cube_codes,
+    cube_prototypes,
+    cube_signs,
+    orthoplex_prototypes,
+    simplex_constants,
+    simplex_prototypes,
+)
 
 BY_HAND = {
     2: [[1.0], [-1.0]],
@@ -70,10 +77,95 @@ def test_constants_do_not_cancel() -> None:
     assert r == pytest.approx(1.0, rel=1e-12)
 
 
+def test_orthoplex_vertices_are_the_axes_and_their_opposites() -> None:
+    w = orthoplex_prototypes(6, dtype=torch.float64)
+    assert torch.equal(w, torch.cat([torch.eye(3), -torch.eye(3)]).double())
+    assert torch.equal(orthoplex_prototypes(6, torch.tensor([5, 0, 0])), w[[5, 0, 0]].float())
+    assert orthoplex_prototypes(2**20, torch.tensor([2**20 - 1])).shape == (1, 2**19)
+
+
+def distances(codes: torch.Tensor, d: int) -> torch.Tensor:
+    """Hamming distances of all pairs."""
+    signs = cube_signs(codes, d, torch.float64)
+    return (d - signs @ signs.T) / 2
+
+
+def griesmer(bits: int, d: int) -> int:
+    """The Griesmer bound: no linear code of this many message bits and length d has a larger distance."""
+    distance = 0
+    while sum(-(-(distance + 1) // 2**i) for i in range(bits)) <= d:
+        distance += 1
+    return distance
+
+
+@pytest.mark.parametrize(
+    ("classes", "d", "least"),
+    [
+        (2, 1, 1),
+        (2, 5, 5),
+        (8, 3, 1),
+        (8, 7, 4),  # 2^k classes in 2^k - 1 dimensions: a regular simplex, cosine -1 / 7
+        (8, 14, 8),
+        (16, 15, 8),
+        (32, 31, 16),
+        (64, 63, 32),
+        (100, 64, 30),
+        (256, 128, 60),
+        (1000, 64, 25),
+        (1024, 128, 56),
+        (4096, 64, 23),
+        (5, 200, 114),
+    ],
+)
+def test_codes_keep_their_distance(classes: int, d: int, least: int) -> None:
+    codes = cube_codes(classes, d)
+    found = distances(codes, d)
+    reached = int(found[~torch.eye(classes, dtype=torch.bool)].min())
+    bits = (classes - 1).bit_length()
+    print(f"{classes} classes in {d} dimensions: distance {reached}, bounds {griesmer(bits, d)}")
+    assert reached >= least
+    if classes == 2**bits:  # fewer classes are some of the codewords, which may lie further apart
+        assert reached <= griesmer(bits, d)
+        assert reached <= d * classes / (2 * (classes - 1))  # Plotkin's bound, by the mean distance
+    w = cube_prototypes(codes, d, dtype=torch.float64)
+    torch.testing.assert_close(w @ w.T, 1 - 2 * found / d, rtol=0, atol=1e-12)
+    assert torch.equal(cube_codes(2**bits, d)[:classes], codes)
+
+
+def test_a_cubes_codes_can_be_a_regular_simplex() -> None:
+    w = cube_prototypes(cube_codes(64, 63), 63, dtype=torch.float64)
+    cosines = torch.full((64, 64), -1 / 63, dtype=torch.float64).fill_diagonal_(1.0)
+    torch.testing.assert_close(w @ w.T, cosines, rtol=0, atol=1e-12)
+
+
+def test_codes_of_a_million_classes_are_all_different() -> None:
+    codes = cube_codes(2**20, 70)
+    assert codes.shape == (2**20, 2)
+    assert codes.unique(dim=0).shape == codes.shape
+    weights = sum(((codes >> j) & 1).sum(1) for j in range(64))
+    assert int(weights[1:].min()) >= 17  # linear: the least weight is the least distance
+
+
+def test_every_bit_of_a_word_is_a_coordinate() -> None:
+    codes = torch.tensor([[-(2**63), 5], [2**62, -1]])
+    signs = cube_signs(codes, 67)
+    assert (signs > 0).nonzero().tolist() == [[0, 63], [0, 64], [0, 66], [1, 62], [1, 64], [1, 65], [1, 66]]
+    assert torch.equal(cube_prototypes(codes, 67, torch.tensor([1, 0])) > 0, signs[[1, 0]] > 0)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: simplex_constants(1), "num_classes must be at least 2, got 1"),
+        (lambda: orthoplex_prototypes(5), "num_classes must be even and at least 2, got 5"),
+        (lambda: orthoplex_prototypes(0), "num_classes must be even and at least 2, got 0"),
+        (lambda: orthoplex_prototypes(4, torch.tensor([4])), r"slots must lie in \[0, 3\], got 4 to 4"),
+        (lambda: cube_codes(0, 4), r"num_classes must lie in \[1, 16777216\], got 0"),
+        (lambda: cube_codes(2**24 + 1, 64), r"num_classes must lie in \[1, 16777216\]"),
+        (lambda: cube_codes(17, 4), "d must be at least 5 for 17 classes, got 4"),
+        (lambda: cube_codes(1, 0), "d must be at least 1 for 1 classes, got 0"),
+        (lambda: cube_prototypes(torch.zeros(2, 2, dtype=torch.int64), 64), r"codes must have shape \[C, 1\]"),
+        (lambda: cube_prototypes(cube_codes(3, 4), 4, torch.tensor([3])), r"slots must lie in \[0, 2\], got 3 to 3"),
         (lambda: simplex_prototypes(0), "num_classes must be at least 2, got 0"),
         (lambda: simplex_prototypes(4, torch.tensor([4])), r"slots must lie in \[0, 3\], got 4 to 4"),
         (lambda: simplex_prototypes(4, torch.tensor([-1, 2])), r"slots must lie in \[0, 3\], got -1 to 2"),
