@@ -28,7 +28,7 @@ def test_links_and_test_names(page: Path) -> None:
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
     tests = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
-    for name in re.findall(r"\btest_[a-z_0-9]+\b(?!\.py)", text):
+    for name in re.findall(r"\btest_[a-z_0-9]+\b(?!\.(?:py|cpp))", text):
         assert f"def {name}(" in tests, f"{page.name} names {name}"
     for path in re.findall(r"`((?:tests|csrc|simplexfix|docs|benchmarks|tools)/[\w./-]+)", text):
         assert (ROOT / path).exists(), f"{page.name} names {path}"
