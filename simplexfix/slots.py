@@ -14,7 +14,7 @@ _FORMAT = 1
 
 
 class SlotRegistry:
-    """Gives classes their slots, the vertices of the fixed simplex, and never takes one back.
+    """Gives classes their slots, the vertices of the fixed polytope, and never takes one back.
 
     A class is known by a namespace (a data set, a tenant, a stage of training) and its int64 id.  New
     classes take slots from the low end (0, 1, ...) or from the high end (K - 1, K - 2, ...) in the order

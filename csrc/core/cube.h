@@ -10,7 +10,6 @@
 #pragma once
 #include <cmath>
 #include <cstdint>
-#include <limits>
 
 #include "cross_entropy.h"
 
@@ -48,7 +47,7 @@ SIMPLEXFIX_HD CubeGap<A> cube_gap(A gap, A delta) {
   A moved;
   if (gap < A(1)) {
     const A half = std::exp(delta / A(2)), odds = std::expm1(gap) * half * half;
-    moved = odds <= std::numeric_limits<A>::max() ? std::log1p(odds) : std::log(std::expm1(gap)) + delta;
+    moved = std::isinf(odds) ? std::log(std::expm1(gap)) + delta : std::log1p(odds);
   } else {
     moved = gap + delta + std::log1p(std::exp(-gap) * std::expm1(-delta));
   }
