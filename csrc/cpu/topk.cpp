@@ -8,6 +8,8 @@
 
 namespace simplexfix::cpu {
 namespace {
+constexpr size_t kReserved = 4096;  // at once; a k of millions may meet a gallery of few rows
+
 constexpr auto ranks_before_branchless = [](const Candidate& a, const Candidate& b) {
   return bool(int(a.score > b.score) | (int(a.score == b.score) & int(a.id < b.id)));
 };
@@ -35,6 +37,7 @@ void TopK::merge(const TopK& other) {
 
 void TopK::add(const Candidate& candidate) {
   if (!ranks_before(candidate, worst_)) return;
+  if (candidates_.capacity() == 0) candidates_.reserve(std::min(capacity_, kReserved));
   candidates_.push_back(candidate);
   if (candidates_.size() >= capacity_) prune();
 }
@@ -55,7 +58,7 @@ float TopK::kth_score() {
 void TopK::write(float* scores, int64_t* ids) {
   const int64_t found = std::min<int64_t>(k_, int64_t(candidates_.size()));
   if (int64_t(candidates_.size()) > k_) prune();
-  std::sort(candidates_.begin(), candidates_.end(), ranks_before);
+  std::sort(candidates_.begin(), candidates_.end(), [](const auto& a, const auto& b) { return ranks_before(a, b); });
   for (int64_t i = 0; i < k_; ++i) {
     scores[i] = i < found ? candidates_[size_t(i)].score : -std::numeric_limits<float>::infinity();
     ids[i] = i < found ? candidates_[size_t(i)].id : -1;
