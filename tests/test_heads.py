@@ -190,28 +190,32 @@ def test_an_odd_orthoplex_gets_the_opposite_of_its_last_vertex() -> None:
 
 
 _MILLION = """
-import resource, torch
+import torch
 from simplexfix import SimplexHead
+
+def peak():  # not ru_maxrss, which starts at that of the parent
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) / 1024 for line in file if line.startswith("VmHWM"))
+
 head = SimplexHead(1 << 20, 2)
 head.loss(torch.randn(2, 2), torch.zeros(2, dtype=torch.int64)).backward()
 head.zero_grad()
 x, target = torch.randn(16, 2), torch.arange(16) * 65536 + 65535
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 z = head.embed(x).detach().requires_grad_()
 head._loss(z, target, normalize=False, scale=1.0, margin=None).backward()
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 assert z.shape == (16, (1 << 20) - 1) and z.grad.isfinite().all()
-print((after - before) / 1024)
+print(peak() - before)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has another unit")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 @needs_library
 def test_a_million_slots_fit_in_memory() -> None:
     """16 rows of z and of its gradient are 64 MiB each, the copy in .grad as well; logits would be 64 MiB more each."""
     done = subprocess.run([sys.executable, "-c", _MILLION], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert 64 < float(done.stdout) < 300
+    assert 128 < float(done.stdout) < 300  # mebibytes
 
 
 def test_a_registry_is_copied_into_a_head_and_never_shared() -> None:
