@@ -112,8 +112,8 @@ PYBIND11_MODULE(_C, m) {
 #endif
         return py::dict("version"_a = SIMPLEXFIX_VERSION, "compiler"_a = __VERSION__,
                         "torch_headers"_a = SIMPLEXFIX_BUILD_TORCH, "cpu_isa"_a = simplexfix::cpu::isa(),
-                        "cpu_isa_levels"_a = simplexfix::cpu::isa_levels(),
-                        "cuda_archs"_a = SIMPLEXFIX_CUDA_ARCHS, "cuda_usable"_a = cuda_usable);
+                        "cpu_isa_levels"_a = simplexfix::cpu::isa_levels(), "cuda_archs"_a = SIMPLEXFIX_CUDA_ARCHS,
+                        "cuda_usable"_a = cuda_usable);
       },
       "What was built and what of it runs here; cuda_usable: kernels built in, and a CUDA build of torch loaded.");
 }
