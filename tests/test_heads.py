@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -211,7 +212,8 @@ print((after - before) / 1024)
 @needs_library
 def test_a_million_slots_fit_in_memory() -> None:
     """16 rows of z and of its gradient are 64 MiB each, the copy in .grad as well; logits would be 64 MiB more each."""
-    done = subprocess.run([sys.executable, "-c", _MILLION], capture_output=True, text=True, check=False)
+    here = Path(__file__).parent  # from the repository's own folder Python would import the source, without the library
+    done = subprocess.run([sys.executable, "-c", _MILLION], capture_output=True, text=True, check=False, cwd=here)
     assert done.returncode == 0, done.stderr
     assert 64 < float(done.stdout) < 300
 
