@@ -37,6 +37,8 @@ def _registry(num_classes: int, in_features: int, num_slots: int | None, slots: 
 class _PolytopeHead(nn.Module):
     """What all heads have: junction, slots and options.  A subclass knows the polytope."""
 
+    _polytope: str
+
     def __init__(
         self,
         slots: SlotRegistry,
@@ -178,10 +180,13 @@ class _PolytopeHead(nn.Module):
         return self._vertices(self.slots.used() if slots is None else slots)
 
     def get_extra_state(self) -> dict[str, Any]:
-        return self.slots.to_dict()
+        return {**self.slots.to_dict(), "polytope": self._polytope}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        registry = SlotRegistry.from_dict(state)
+        saved = state.get("polytope", "simplex")
+        if saved != self._polytope:
+            raise ValueError(f"the saved head is of a {saved}, this one of a {self._polytope}: other vertices")
+        registry = SlotRegistry.from_dict({key: value for key, value in state.items() if key != "polytope"})
         if registry.num_slots != self.num_slots:
             raise ValueError(f"the saved head has {registry.num_slots} slots, this one {self.num_slots}")
         self.slots = registry
@@ -228,6 +233,8 @@ class SimplexHead(_PolytopeHead):
         Biondi, Pernici, Ricci, Del Bimbo, "Stationary Representations: Optimally Approximating Compatibility
         and Implications for Improved Model Replacements", CVPR 2024, arXiv 2405.02581.
     """
+
+    _polytope = "simplex"
 
     def __init__(
         self,
@@ -280,6 +287,8 @@ class OrthoplexHead(_PolytopeHead):
     Reference:
         Pernici et al., "Regular Polytope Networks", arXiv 2103.15632.
     """
+
+    _polytope = "orthoplex"
 
     def __init__(
         self,
@@ -344,6 +353,8 @@ class CubeHead(_PolytopeHead):
 
     codes: Tensor
 
+    _polytope = "cube"
+
     def __init__(
         self,
         num_classes: int,
@@ -392,3 +403,6 @@ class CubeHead(_PolytopeHead):
                 "stationary about other vertices"
             )
         super().set_extra_state(state)
+        if self.codes.is_meta or zlib.crc32(self.codes.cpu().numpy().tobytes()) != self._fingerprint:
+            # made on the meta device: the buffer was never filled, as it is not saved
+            self.codes = cube_codes(self.num_slots, self.embedding_dim).to(self.junction.weight.device)

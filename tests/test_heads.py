@@ -283,3 +283,16 @@ def test_repr_says_the_options() -> None:
 def test_bad_input(act, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         act()
+
+
+def test_a_head_of_another_polytope_is_refused_and_meta_codes_are_made_anew() -> None:
+    cube = CubeHead(10, 16, embedding_dim=5)
+    for other in (OrthoplexHead(10, 16), SimplexHead(10, 16)):
+        state = {**cube.state_dict(), "junction.weight": other.junction.weight.detach()}
+        with pytest.raises((ValueError, RuntimeError), match="is of a cube"):
+            other.load_state_dict(state)
+    empty = CubeHead(10, 16, embedding_dim=5, device="meta").to_empty(device="cpu")
+    empty.codes.fill_(-1)
+    empty.load_state_dict(cube.state_dict())
+    x = torch.randn(3, 16)
+    assert torch.equal(empty(x), cube(x))

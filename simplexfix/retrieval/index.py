@@ -106,7 +106,7 @@ class CosineIndex:
         Raises:
             OSError: the file cannot be written; one that was there is as before.
         """
-        self._index.save(os.fsencode(path))
+        self._index.save(_file(path))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, threads: int | None = None) -> CosineIndex:
@@ -118,7 +118,7 @@ class CosineIndex:
         """
         index = cls.__new__(cls)
         try:
-            index._index = _kind().load(os.fsencode(path), _threads(threads))
+            index._index = _kind().load(_file(path), _threads(threads))
         except ValueError as error:
             raise ValueError(f"{os.fspath(path)} is no index, or damaged: {error}") from None
         return index
@@ -197,3 +197,10 @@ def _check_int(name: str, value: int, most: int) -> None:
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
     if not 1 <= value <= most:
         raise ValueError(f"{name} must lie between 1 and {most}, got {value}")
+
+
+def _file(path: str | os.PathLike[str]) -> bytes:
+    name = os.fsencode(path)
+    if b"\0" in name:  # C++ would end the path there: another file
+        raise ValueError("path: embedded null byte")
+    return name

@@ -446,3 +446,11 @@ def test_other_python_threads_run_meanwhile() -> None:
         count += 1
     # were the lock held, only the 5 ms until Python's first change of threads would have been left
     assert count * a_loop > 0.03
+
+
+def test_a_path_with_a_null_byte_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="null byte"):
+        CosineIndex(4).save(str(tmp_path / "a\0b"))
+    with pytest.raises(ValueError, match="null byte"):
+        CosineIndex.load(str(tmp_path / "a\0b"))
+    assert not list(tmp_path.iterdir())
