@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import _native
 from ._checks import MARGINS, NEGATIVES, REDUCTIONS
-from ._reference import accumulate_dtype, unit_rows
+from ._reference import accumulate_dtype, reduce_rows, unit_rows
 
 _ERROR_PREFIX = "simplexfix: "
 
@@ -101,7 +101,7 @@ def contrast_rows(
         weight = 1.0 / len(anchors) if reduction == "mean" and len(anchors) else 1.0
         total = _ContrastSum.apply(anchors, candidates, arguments, weight)  # type: ignore[no-untyped-call]
         return total if len(anchors) or reduction == "sum" else total / 0  # type: ignore[no-any-return]
-    return rows if reduction == "none" else rows.mean() if reduction == "mean" else rows.sum()  # type: ignore[no-any-return]
+    return reduce_rows(rows, reduction)
 
 
 def cosine_topk(query: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:

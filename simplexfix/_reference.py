@@ -176,6 +176,10 @@ def _log_expm1(gap: Tensor, flips: Tensor) -> Tensor:
     return torch.where(tiny, flips.logsumexp(-1), safe + (-torch.expm1(-safe)).log())
 
 
+def reduce_rows(rows: Tensor, reduction: str) -> Tensor:
+    return rows if reduction == "none" else rows.mean() if reduction == "mean" else rows.sum()
+
+
 def contrast_rows(
     anchors: Tensor,
     candidates: Tensor,

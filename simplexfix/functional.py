@@ -378,7 +378,7 @@ def _contrast(
     if _native.has_kernels(anchors, cuda=False):
         return _ops.contrast_rows(anchors, candidates, target, classes, first, mu, negatives, reduction)
     rows = _reference.contrast_rows(anchors, candidates, target, classes, first, mu=mu, negatives=negatives)
-    return rows if reduction == "none" else rows.mean() if reduction == "mean" else rows.sum()
+    return _reference.reduce_rows(rows, reduction)
 
 
 def hoc_loss(

@@ -186,7 +186,7 @@ class _PolytopeHead(nn.Module):
         saved = state.get("polytope", "simplex")
         if saved != self._polytope:
             raise ValueError(f"the saved head is of a {saved}, this one of a {self._polytope}: other vertices")
-        registry = SlotRegistry.from_dict({key: value for key, value in state.items() if key != "polytope"})
+        registry = SlotRegistry.from_dict(state)
         if registry.num_slots != self.num_slots:
             raise ValueError(f"the saved head has {registry.num_slots} slots, this one {self.num_slots}")
         self.slots = registry

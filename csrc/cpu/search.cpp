@@ -61,7 +61,6 @@ struct Search::Scratch {
 struct Search::Task : Scratch {
   int64_t q0, queries, g0, g1;
   TopK* best;  // [queries]
-  int64_t scored = 0;
 };
 
 Search::Search(const float* query, int64_t queries, const GalleryRows& rows, const GalleryCodes* codes, int64_t k,
@@ -114,7 +113,6 @@ void Search::run(int64_t index) {
     if (codes_) scan(task, g, end);
   }
   if (codes_) finish(task);
-  rows_scored_ += task.scored;
   give_back(std::move(task));
 }
 
@@ -176,7 +174,6 @@ void Search::score_all(Task& task, int64_t begin, int64_t end) {
     }
     g += rows;
   }
-  task.scored += n * (end - begin);
 }
 
 // The first pass over rows [begin, end) for the other queries.
@@ -282,7 +279,6 @@ void Search::score(Task& task, int64_t q, const Waiting* first, const Waiting* l
     const int64_t row = task.g0 + first[i].row;
     best.offer({task.scores[i], rows_.id(row)});
   }
-  task.scored += int64_t(n);
 }
 
 void Search::score_and_clear(Task& task, int64_t q, std::vector<Waiting>& list) {

@@ -42,8 +42,6 @@ class Search {
   // After all tasks: writes the results of queries [begin, end) to their places in scores and ids [queries, k].
   void write(int64_t begin, int64_t end, float* scores, int64_t* ids);
 
-  int64_t rows_scored() const { return rows_scored_; }  // pairs whose exact score was computed
-
  private:
   struct Waiting {
     float upper;
@@ -73,8 +71,7 @@ class Search {
   const GalleryCodes* codes_;
   std::optional<QueryCodes> query_codes_;
   int64_t k_, query_block_, query_blocks_, splits_;
-  size_t first_limit_;  // of a list of waiting rows
-  std::atomic<int64_t> rows_scored_{0};
+  size_t first_limit_;                              // of a list of waiting rows
   std::unique_ptr<std::atomic<float>[]> best_kth_;  // of each query: the highest k-th best score of any task
   std::mutex scratch_mutex_;
   std::vector<Scratch> scratch_;

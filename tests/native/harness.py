@@ -188,15 +188,7 @@ def run_core(
     environment = {"TSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": "max_allocation_size_mb=64"}
 
     def start(command: list[str | Path], level: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            timeout=chosen.timeout,
-            env={**os.environ, **environment, "SIMPLEXFIX_ISA": level},
-        )
+        return start_program(command, chosen.timeout, {**environment, "SIMPLEXFIX_ISA": level})
 
     done = [start([programs[0], *chosen.arguments], level) for level in levels or chosen.levels]
     if chosen.fuzz_seconds:  # a file of a few kilobytes must never ask for more than 64 MiB
@@ -222,12 +214,18 @@ def run(program: Path, layer: str, arguments: list[str] | None = None) -> subpro
     """Runs a test program; its output is in stdout."""
     command = [program, *LAYERS[layer].arguments, *(arguments or [])]
     options = {"TSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": "detect_stack_use_after_return=0"}
+    return start_program(command, LAYERS[layer].timeout, options)
+
+
+def start_program(
+    command: list[str | Path], timeout: int, environment: dict[str, str]
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        timeout=LAYERS[layer].timeout,
-        env={**os.environ, **options},
+        timeout=timeout,
+        env={**os.environ, **environment},
     )
