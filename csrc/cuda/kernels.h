@@ -56,4 +56,43 @@ struct LogitsArgs {
 const char* simplex_logits(const LogitsArgs&);
 const char* simplex_logits_backward(const LogitsArgs&);
 
+// The parts of old_new_contrast (csrc/ops/old_new_contrast.cpp); A is that of dtype.
+struct ContrastArgs {
+  void* similarity;  // [rows, candidates] of A: dot products of features; becomes the loss's derivatives by them
+  const int64_t *anchor_class, *candidate_class;
+  const void *anchor_scale, *candidate_scale;  // of A: 1 / norm
+  const void* upstream;                        // [rows] of A, or nullptr where no derivatives are wanted
+  void* loss;                                  // [rows] of A
+  int64_t rows, candidates;
+  int64_t first_positive;  // row i's own candidate is first_positive + i
+  double mu;
+  Negatives negatives;
+  DType dtype;
+  void* stream;
+};
+const char* contrast_rows(const ContrastArgs&);
+
+struct NormArgs {
+  const void* z;  // [rows, d] of dtype, rows z_stride elements apart
+  int64_t z_stride;
+  void* out;  // [rows] of A: 1 / |z|, 0 of a zero row
+  int64_t rows, d;
+  DType dtype;
+  void* stream;
+};
+const char* inverse_norms(const NormArgs&);
+
+// out = flow - z (z . flow) / |z|^2, where flow already carries the 1 / |z|
+struct ProjectArgs {
+  const void* z;  // [rows, d] of dtype, rows z_stride elements apart
+  int64_t z_stride;
+  const void* flow;          // [rows, d] of A
+  const void* inverse_norm;  // [rows] of A
+  void* out;                 // [rows, d] of dtype; may be flow
+  int64_t rows, d;
+  DType dtype;
+  void* stream;
+};
+const char* project_rows(const ProjectArgs&);
+
 }  // namespace simplexfix::cuda

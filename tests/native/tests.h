@@ -30,6 +30,7 @@ simplexfix::cuda::DType dtype_of() {
 }
 
 void test_cross_entropy(const Selection&);
+void test_contrast(const Selection&);
 void test_logits(const Selection&);
 void test_scale_rows(const Selection&);
 void test_emulator();
