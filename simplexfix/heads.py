@@ -346,7 +346,7 @@ class CubeHead(_PolytopeHead):
 
     As `SimplexHead`, but d is free, from log2(K) up, and the loss is `cube_cross_entropy`: its softmax is over all
     2^d vertices, where `forward` and `predict` know the K slots alone.  The codes follow from K and d and are not
-    saved; a state_dict of other codes is refused.
+    saved; a state_dict of other codes is refused.  A head made on the meta device makes them once it has memory.
 
     Args:
         num_classes: classes there are from the start; 0 where `head.slots.add` will name them all.
