@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable
 from numbers import Real
+from typing import SupportsIndex, cast
 
 import torch
 from torch import Tensor
+
+from ._native import is_readable
 
 # Names of options and the numbers by which the native operators know them.
 MARGINS = {"cosine": 1, "angular": 2}
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 NEGATIVES = {"zero_mask": 0, "remove": 1, "infonce": 2}
 
+_FLOAT32 = torch.finfo(torch.float32)
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -21,15 +26,44 @@ def shape(tensor: Tensor) -> list[int]:
     return list(tensor.shape)
 
 
+def check_tensor(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be dense, got {tensor.layout}; pass {name}.to_dense()")
+
+
+def check_integer(name: str, value: SupportsIndex) -> int:
+    """The value as an int: it may be NumPy's, or another library's."""
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+        return cast(int, value)
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+
+
+def check_number(name: str, value: float) -> None:
+    if not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+
+
 def check_features(name: str, z: Tensor) -> None:
-    if not isinstance(z, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(z).__name__}")
+    check_tensor(name, z)
     if z.dtype not in _FLOATING:
         raise TypeError(
             f"{name} must be float32, float64, bfloat16 or float16, got {z.dtype}; cast it, e.g. {name}.float()"
         )
     if z.ndim == 0 or z.shape[-1] == 0:
         raise ValueError(f"{name} must have shape [..., d] with d >= 1, got {shape(z)}")
+
+
+def check_rows(name: str, rows: Tensor) -> None:
+    check_features(name, rows)
+    if rows.ndim != 2:
+        raise ValueError(f"{name} must have 2 dimensions, got {shape(rows)}")
 
 
 def check_pair(name: str, first: Tensor, other_name: str, other: Tensor) -> None:
@@ -39,9 +73,17 @@ def check_pair(name: str, first: Tensor, other_name: str, other: Tensor) -> None
         raise ValueError(f"{name} and {other_name} must be on the same device, got {first.device} and {other.device}")
 
 
+def check_new_and_old(name: str, new: Tensor, old: Tensor) -> None:
+    """Features of the same images by two models; `name` is what the caller calls the new ones."""
+    check_rows(name, new)
+    check_rows("old", old)
+    check_pair(name, new, "old", old)
+    if new.shape != old.shape:
+        raise ValueError(f"{name} and old must have the same shape, got {shape(new)} and {shape(old)}")
+
+
 def check_target(target: Tensor, z: Tensor) -> None:
-    if not isinstance(target, Tensor):
-        raise TypeError(f"target must be a torch.Tensor, got {type(target).__name__}")
+    check_tensor("target", target)
     if target.dtype != torch.int64:
         raise TypeError(
             f"target must be int64, got {target.dtype}; class ids are integers from end to end: target.long()"
@@ -55,10 +97,13 @@ def check_target(target: Tensor, z: Tensor) -> None:
 
 
 def check_positive(name: str, value: float) -> None:
-    if not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    check_number(name, value)
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {value}")
+    if not _FLOAT32.tiny <= value <= _FLOAT32.max:
+        raise ValueError(
+            f"{name} must lie between {_FLOAT32.tiny:.1e} and {_FLOAT32.max:.1e}, the range of float32, got {value}"
+        )
 
 
 def check_scale(scale: float) -> None:
@@ -80,6 +125,7 @@ def check_margin(margin: tuple[str, float] | None, normalize: bool) -> None:
     check_name("margin", kind, MARGINS)
     if not normalize:
         raise ValueError("margin needs normalize=True: it is a margin on cosines")
+    check_number("margin's size", size)
     if not 0 <= size <= (math.pi if kind == "angular" else 2):
         raise ValueError(f"margin of kind {kind!r} must lie in [0, {'pi' if kind == 'angular' else '2'}], got {size}")
 
@@ -92,16 +138,20 @@ def check_loss_options(
     scale: float,
     margin: tuple[str, float] | None,
     weight: Tensor | None,
+    ignore_index: int,
     label_smoothing: float,
     reduction: str,
 ) -> None:
     check_target(target, z)
     check_scale(scale)
     check_name("reduction", reduction, REDUCTIONS)
+    check_integer("ignore_index", ignore_index)
+    check_number("label_smoothing", label_smoothing)
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
     check_margin(margin, normalize)
     if weight is not None:
+        check_tensor("weight", weight)
         if not weight.is_floating_point():
             raise TypeError(f"weight must be floating, got {weight.dtype}")
         if weight.shape != (slots,):
@@ -112,11 +162,21 @@ def check_loss_options(
 
 def check_codes(codes: Tensor, d: int, z: Tensor | None = None) -> None:
     """Bit tables of cube vertices in d dimensions; on the device of z."""
-    if not isinstance(codes, Tensor):
-        raise TypeError(f"codes must be a torch.Tensor, got {type(codes).__name__}")
+    check_tensor("codes", codes)
     if codes.dtype != torch.int64:
         raise TypeError(f"codes must be int64, got {codes.dtype}; simplexfix.polytopes.cube_codes makes them")
     if codes.ndim != 2 or codes.shape[1] != -(-d // 64) or not len(codes):
         raise ValueError(f"codes must have shape [C, {-(-d // 64)}] for d = {d}, C >= 1, got {shape(codes)}")
     if z is not None and codes.device != z.device:
         raise ValueError(f"codes must be on {z.device} like the features, got {codes.device}")
+
+
+def check_bits(codes: Tensor, d: int, rows: Tensor | None = None) -> None:
+    """Refuses codes made for more dimensions, where they can be looked at; `rows` says which rows these are."""
+    if d % 64 == 0 or not is_readable(codes):
+        return
+    beyond = codes[:, -1] >> (d % 64) != 0
+    if beyond.any():
+        row = int(beyond.nonzero()[0])
+        row = row if rows is None else int(rows[row])
+        raise ValueError(f"codes row {row} has bits beyond d = {d}: they were made for another d")

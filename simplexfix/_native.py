@@ -13,7 +13,7 @@ import torch  # before the library: it loads the libtorch that the library is re
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["build_info", "has_kernels", "is_transformed", "library", "missing"]
+__all__ = ["build_info", "has_kernels", "is_readable", "is_transformed", "library", "missing"]
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
@@ -62,3 +62,8 @@ def has_kernels(tensor: Tensor, *, cuda: bool = True) -> bool:
 def is_transformed() -> bool:
     """Whether a `torch.func` transform or forward-mode differentiation is under way."""
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def is_readable(tensor: Tensor) -> bool:
+    """Whether its values can be looked at: there are some, and without waiting for a GPU to have made them."""
+    return tensor.is_cpu and not torch.compiler.is_compiling() and not is_transformed()

@@ -1,4 +1,4 @@
-"""The operators of the library as torch sees them: shapes for tracing, gradients, errors.
+"""The operators of the library as torch sees them: shapes for tracing, gradients.
 
 Functions here take what `simplexfix.functional` has checked, and only where the library is loaded.
 """
@@ -14,21 +14,6 @@ from torch import Tensor
 from . import _native
 from ._checks import MARGINS, NEGATIVES, REDUCTIONS
 from ._reference import accumulate_dtype, reduce_rows, unit_rows
-
-_ERROR_PREFIX = "simplexfix: "
-
-
-def _call(op: Callable[..., Any], *args: object) -> Any:
-    """Runs an operator; what its front refuses reaches the user as a ValueError."""
-    if torch.compiler.is_compiling():
-        return op(*args)
-    try:
-        return op(*args)
-    except RuntimeError as error:
-        message = str(error)
-        if _ERROR_PREFIX not in message:
-            raise
-        raise ValueError(message.split(_ERROR_PREFIX, 1)[1].split("\n", 1)[0]) from None
 
 
 def cross_entropy(
@@ -58,7 +43,7 @@ def cross_entropy(
             total = _Loss.apply(z, polytope, (*first, *options, REDUCTIONS["sum"]))  # type: ignore[no-untyped-call]
             return total / _counted(target, weight, ignore_index)  # type: ignore[no-any-return]
         return _Loss.apply(z, polytope, arguments)  # type: ignore[no-any-return, no-untyped-call]
-    return _call(_loss_operator(polytope), z, *arguments, False)[0]  # type: ignore[no-any-return]
+    return _loss_operator(polytope)(z, *arguments, False)[0]  # type: ignore[no-any-return]
 
 
 def _loss_operator(polytope: str) -> Callable[..., Any]:
@@ -70,13 +55,14 @@ def _counted(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor
     counts = target != ignore_index
     if weight is None:
         return counts.sum()
-    return weight[target.where(counts, 0)].where(counts, 0.0).sum()
+    slot = target.where(counts, 0).clamp(0, len(weight) - 1)  # one out of range has a nan loss, on a GPU
+    return weight[slot].where(counts, 0.0).sum()
 
 
 def simplex_logits(z: Tensor, normalize: bool, scale: float) -> Tensor:
     if z.requires_grad and torch.is_grad_enabled():
         return _Logits.apply(z, normalize, scale)  # type: ignore[no-any-return, no-untyped-call]
-    return _call(torch.ops.simplexfix.simplex_logits.default, z, normalize, scale)  # type: ignore[no-any-return]
+    return torch.ops.simplexfix.simplex_logits.default(z, normalize, scale)  # type: ignore[no-any-return]
 
 
 def contrast_rows(
@@ -94,7 +80,7 @@ def contrast_rows(
     differentiable = anchors.requires_grad or candidates.requires_grad
     if not differentiable or not torch.is_grad_enabled():
         op = torch.ops.simplexfix.old_new_contrast.default
-        rows = _call(op, anchors, candidates, *arguments, None, False)[0]
+        rows = op(anchors, candidates, *arguments, None, False)[0]
     elif reduction == "none" or anchors.dtype == torch.float16:  # in float16 a saved 1 / B would be rounded to nothing
         rows = _ContrastRows.apply(anchors, candidates, arguments)  # type: ignore[no-untyped-call]
     else:
@@ -107,7 +93,7 @@ def contrast_rows(
 def cosine_topk(query: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if (query.requires_grad or gallery.requires_grad) and torch.is_grad_enabled():
         return _TopK.apply(query, gallery, k)  # type: ignore[no-any-return, no-untyped-call]
-    return _call(torch.ops.simplexfix.cosine_topk.default, query, gallery, k)  # type: ignore[no-any-return]
+    return torch.ops.simplexfix.cosine_topk.default(query, gallery, k)  # type: ignore[no-any-return]
 
 
 # Gradients are autograd.Functions rather than torch.library.register_autograd: a quarter of the cost of a call,
@@ -128,7 +114,7 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, polytope: str, arguments: tuple[Any, ...]) -> Tensor:
-        loss, gradient = _call(_loss_operator(polytope), z, *arguments, True)
+        loss, gradient = _loss_operator(polytope)(z, *arguments, True)
         ctx.save_for_backward(gradient)
         return loss  # type: ignore[no-any-return]
 
@@ -159,7 +145,7 @@ class _Logits(torch.autograd.Function):
     def forward(ctx: Any, z: Tensor, normalize: bool, scale: float) -> Tensor:
         ctx.save_for_backward(z)
         ctx.normalize, ctx.scale = normalize, scale
-        return _call(torch.ops.simplexfix.simplex_logits.default, z, normalize, scale)  # type: ignore[no-any-return]
+        return torch.ops.simplexfix.simplex_logits.default(z, normalize, scale)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
@@ -177,7 +163,7 @@ class _ContrastSum(torch.autograd.Function):
         upstream = anchors.new_full((len(anchors),), weight, dtype=accumulate_dtype(anchors.dtype))
         to_anchors = ctx.needs_input_grad[0]
         op = torch.ops.simplexfix.old_new_contrast.default
-        rows, gradient = _call(op, anchors, candidates, *arguments, upstream, to_anchors)
+        rows, gradient = op(anchors, candidates, *arguments, upstream, to_anchors)
         ctx.save_for_backward(gradient)
         ctx.to_anchors = to_anchors
         return rows.sum() * weight  # type: ignore[no-any-return]
@@ -199,7 +185,7 @@ class _ContrastRows(torch.autograd.Function):
         ctx.save_for_backward(anchors, candidates, *arguments[:2])
         ctx.arguments = arguments[2:]
         op = torch.ops.simplexfix.old_new_contrast.default
-        return _call(op, anchors, candidates, *arguments, None, False)[0]  # type: ignore[no-any-return]
+        return op(anchors, candidates, *arguments, None, False)[0]  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -215,7 +201,7 @@ class _TopK(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        scores, ids = _call(torch.ops.simplexfix.cosine_topk.default, query, gallery, k)
+        scores, ids = torch.ops.simplexfix.cosine_topk.default(query, gallery, k)
         ctx.mark_non_differentiable(ids)
         ctx.save_for_backward(query, gallery, scores, ids)
         return scores, ids

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._native import is_transformed
+from ._checks import check_bits
+from ._native import is_readable, is_transformed
 from .polytopes import cube_signs, simplex_constants
 
 CUBE_BLOCK = 4096  # vertices of a cube whose signs are held at a time
@@ -38,16 +39,18 @@ def unit_rows(z: Tensor) -> Tensor:
     return torch.where(zero, 0.0, z * torch.where(zero, 1.0, norm).rsqrt())
 
 
-def check_targets(target: Tensor, slots: int, ignore_index: int) -> None:
-    if torch.compiler.is_compiling() or is_transformed() or target.is_meta:
-        return
+def check_targets(z: Tensor, target: Tensor, slots: int, ignore_index: int) -> Tensor:
+    """z [B, d] as it is, or an error; where targets cannot be looked at, nan in the rows of those out of range."""
     bad = ((target < 0) | (target >= slots)) & (target != ignore_index)
+    if not is_readable(target):
+        return z * torch.ones_like(target, dtype=z.dtype).masked_fill(bad, math.nan).unsqueeze(-1)
     if bad.any():
         row = int(bad.nonzero()[0])
         raise ValueError(
             f"target out of range: row {row} has slot {int(target[row])}, "
             f"expected 0 to {slots - 1} or ignore_index {ignore_index}"
         )
+    return z
 
 
 def simplex_logits(z: Tensor, *, normalize: bool = False, scale: float = 1.0) -> Tensor:
@@ -78,6 +81,7 @@ def orthoplex_logits(z: Tensor, *, normalize: bool = False, scale: float = 1.0) 
 
 def cube_logits(z: Tensor, codes: Tensor, *, normalize: bool = False, scale: float = 1.0) -> Tensor:
     d = z.shape[-1]
+    check_bits(codes, d)
     x = z.to(accumulate_dtype(z.dtype))
     if normalize:
         x = unit_rows(x)
@@ -99,31 +103,35 @@ def _cross_entropy(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
-    """The loss of logits at scale 1, in their dtype."""
-    check_targets(target, logits.shape[-1], ignore_index)
+    """The loss of logits at scale 1, in their dtype; those of a target out of range are nan."""
+    counts, target = target != ignore_index, target.clamp(0, logits.shape[-1] - 1)
     if margin is not None:
-        index = target.where(target != ignore_index, 0).unsqueeze(-1)
+        index = target.unsqueeze(-1)
         moved = _with_margin(logits.gather(-1, index), *margin)
         logits = logits.scatter(-1, index, moved)
     with _no_autocast(logits):
         return F.cross_entropy(
             scale * logits,
-            target,
+            target.where(counts, -100),
             None if weight is None else weight.to(logits.dtype),
-            ignore_index=ignore_index,
+            ignore_index=-100,
             label_smoothing=label_smoothing,
             reduction=reduction,
         )
 
 
-def simplex_cross_entropy(z: Tensor, target: Tensor, *, normalize: bool = False, **options: Any) -> Tensor:
-    logits = simplex_logits(z.to(accumulate_dtype(z.dtype)), normalize=normalize)
-    return _cross_entropy(logits, target, **options)
+def simplex_cross_entropy(
+    z: Tensor, target: Tensor, *, normalize: bool = False, ignore_index: int = -100, **options: Any
+) -> Tensor:
+    x = check_targets(z.to(accumulate_dtype(z.dtype)), target, z.shape[-1] + 1, ignore_index)
+    return _cross_entropy(simplex_logits(x, normalize=normalize), target, ignore_index=ignore_index, **options)
 
 
-def orthoplex_cross_entropy(z: Tensor, target: Tensor, *, normalize: bool = False, **options: Any) -> Tensor:
-    logits = orthoplex_logits(z.to(accumulate_dtype(z.dtype)), normalize=normalize)
-    return _cross_entropy(logits, target, **options)
+def orthoplex_cross_entropy(
+    z: Tensor, target: Tensor, *, normalize: bool = False, ignore_index: int = -100, **options: Any
+) -> Tensor:
+    x = check_targets(z.to(accumulate_dtype(z.dtype)), target, 2 * z.shape[-1], ignore_index)
+    return _cross_entropy(orthoplex_logits(x, normalize=normalize), target, ignore_index=ignore_index, **options)
 
 
 def cube_cross_entropy(
@@ -140,14 +148,18 @@ def cube_cross_entropy(
     reduction: str = "mean",
 ) -> Tensor:
     d = z.shape[-1]
-    check_targets(target, 2**d if codes is None else len(codes), ignore_index)
+    slots = 2**d if codes is None else len(codes)
+    x = check_targets(z.to(accumulate_dtype(z.dtype)), target, slots, ignore_index)
     counts = target != ignore_index
-    label = target.where(counts, 0)
-    x = z.to(accumulate_dtype(z.dtype)).where(counts.unsqueeze(-1), 0.0)
+    label = target.where(counts, 0).clamp(0, slots - 1)
+    x = x.where(counts.unsqueeze(-1), 0.0)
     x = x + 0.0 * x  # inf to nan, as it is in any softmax
     if normalize:
         x = unit_rows(x)
-    own = cube_signs(label.unsqueeze(-1) if codes is None else codes[label], d, x.dtype) * x / math.sqrt(d)
+    code = label.unsqueeze(-1) if codes is None else codes[label]
+    if codes is not None:
+        check_bits(code.where(counts.unsqueeze(-1), 0), d, label)
+    own = cube_signs(code, d, x.dtype) * x / math.sqrt(d)
     flips = -2 * scale * own  # how much a vertex gains on the label's by each coordinate in which it differs
     gap = _softplus(flips).sum(-1)  # logsumexp - the label's logit
     moved = cosine = own.sum(-1)

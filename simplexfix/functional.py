@@ -16,13 +16,16 @@ from ._checks import (
     REDUCTIONS,
     check_codes,
     check_features,
+    check_integer,
     check_loss_options,
     check_name,
+    check_new_and_old,
+    check_number,
     check_pair,
     check_positive,
+    check_rows,
     check_scale,
     check_target,
-    shape,
 )
 
 __all__ = [
@@ -96,7 +99,7 @@ def simplex_cross_entropy(
         z: [..., d] features, float32, float64, bfloat16 or float16; d >= 1.
         target: [...] int64, the slot of each row in [0, K), or `ignore_index`.
         normalize: divide each row by its L2 norm first (a zero row stays zero).
-        scale: positive factor on the logits (the inverse temperature).
+        scale: positive factor on the logits (the inverse temperature), in the range of float32.
         margin: None, ("cosine", m) with m in cosine units, or ("angular", m) with m in radians, in
             [0, pi]; needs `normalize`.  Where theta + m would pass pi, ArcFace's usual continuation
             cos(theta) - m sin(m) is used.
@@ -110,7 +113,9 @@ def simplex_cross_entropy(
 
     Raises:
         TypeError: a tensor has the wrong dtype.
-        ValueError: wrong shape, a target out of range (on a GPU: its loss is nan), or an option out of range.
+        ValueError: wrong shape, an option out of range, or a target out of range.  Where targets cannot be looked at
+            (on a GPU, which is not waited for; under `torch.func`; in a compiled twin), that row's loss and gradient
+            are nan instead.
 
     Reference:
         arXiv 2405.02581; CosFace arXiv 1801.09414; ArcFace arXiv 1801.07698.
@@ -219,7 +224,7 @@ def cube_logits(z: Tensor, codes: Tensor, *, normalize: bool = False, scale: flo
 
     Raises:
         TypeError: `z` is not floating, or `codes` not int64.
-        ValueError: a shape, a device or `scale` is wrong.
+        ValueError: a shape, a device or `scale` is wrong, or a code has bits beyond d (on a GPU these are not seen).
 
     Reference:
         Pernici et al., "Regular Polytope Networks", arXiv 2103.15632.
@@ -265,8 +270,8 @@ def cube_cross_entropy(
         [...] with "none", else a scalar; dtype of `z`, float32 under autocast; differentiable by `z`.
 
     Raises:
-        TypeError, ValueError: as `simplex_cross_entropy`; codes of a wrong shape, or missing where d > 62; `weight`
-            together with `label_smoothing`.
+        TypeError, ValueError: as `simplex_cross_entropy`; codes of a wrong shape, or missing where d > 62; a target
+            whose code has bits beyond d (on a GPU these are not seen); `weight` together with `label_smoothing`.
 
     Reference:
         Pernici et al., "Regular Polytope Networks", arXiv 2103.15632; the product form: docs/math.md.
@@ -325,7 +330,7 @@ def old_new_contrast(
         new: [B, d] features by the model in training, any scale.
         old: [B, d] features of the same images by the deployed model; no gradient flows here.
         target: [B] int64 class ids, any values.
-        mu: positive inverse temperature.
+        mu: positive inverse temperature, in the range of float32.
         negatives: "zero_mask" (as the authors' code computes it), "remove" or "infonce".
         anchor: "old", "new", or "symmetric" (the mean of both).
         reduction: "none", "mean" or "sum".
@@ -344,11 +349,7 @@ def old_new_contrast(
     Reference:
         arXiv 2405.02581.  The forms: docs/math.md.
     """
-    check_features("new", new)
-    check_features("old", old)
-    check_pair("new", new, "old", old)
-    if new.shape != old.shape:
-        raise ValueError(f"new and old must have the same shape, got {shape(new)} and {shape(old)}")
+    check_new_and_old("new", new, old)
     check_target(target, new)
     check_positive("mu", mu)
     check_name("negatives", negatives, NEGATIVES)
@@ -419,6 +420,8 @@ def hoc_loss(
     Reference:
         arXiv 2405.02581.
     """
+    check_new_and_old("z", z, old)
+    check_number("lambda_", lambda_)
     if not 0 <= lambda_ <= 1:
         raise ValueError(f"lambda_ must lie in [0, 1], got {lambda_}")
     classify = simplex_cross_entropy(
@@ -459,14 +462,13 @@ def cosine_topk(query: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]
         ValueError: wrong shapes, k below 1, or a row that holds nan or inf, by name.
     """
     for name, rows in (("query", query), ("gallery", gallery)):
-        check_features(name, rows)
-        if rows.ndim != 2:
-            raise ValueError(f"{name} must have 2 dimensions, got {shape(rows)}")
+        check_rows(name, rows)
     check_pair("query", query, "gallery", gallery)
     if query.shape[1] != gallery.shape[1]:
         raise ValueError(
             f"query and gallery must have the same number of columns, got {query.shape[1]} and {gallery.shape[1]}"
         )
+    k = check_integer("k", k)
     if not 1 <= k < 2**31:
         raise ValueError(f"k must lie between 1 and 2^31 - 1, got {k}")
     if _native.has_kernels(query, cuda=False):
@@ -492,7 +494,7 @@ def _cross_entropy(
     check_features("z", z)
     d = z.shape[-1]
     slots = {"simplex": d + 1, "orthoplex": 2 * d}.get(polytope) or (2**d if codes is None else len(codes))
-    check_loss_options(z, target, slots, normalize, scale, margin, weight, label_smoothing, reduction)
+    check_loss_options(z, target, slots, normalize, scale, margin, weight, ignore_index, label_smoothing, reduction)
     rows, labels = _as_rows(z), target if target.ndim == 1 else target.reshape(-1)
     if _native.has_kernels(z, cuda=polytope == "simplex"):
         loss = _ops.cross_entropy(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import functional as SF
-from ._checks import check_margin, check_scale
+from ._checks import check_integer, check_margin, check_scale
 from .polytopes import cube_codes, cube_prototypes, orthoplex_prototypes, simplex_prototypes
 from .slots import SlotRegistry
 
@@ -23,6 +23,7 @@ _VERTICES_AT_A_TIME = 4096  # of a cube, whose signs predict holds
 
 def _registry(num_classes: int, in_features: int, num_slots: int | None, slots: SlotRegistry | None) -> SlotRegistry:
     """A registry of its own for a new head, with classes 0 .. num_classes - 1 in namespace "default"."""
+    num_classes, in_features = check_integer("num_classes", num_classes), check_integer("in_features", in_features)
     if num_classes < 0 or in_features < 1:
         raise ValueError(f"num_classes must be >= 0 and in_features >= 1, got {num_classes} and {in_features}")
     if slots is not None and num_slots not in (None, slots.num_slots):
@@ -57,7 +58,7 @@ class _PolytopeHead(nn.Module):
         self.margin = margin
         check_scale(scale)
         check_margin(margin, normalize)
-        self.junction = nn.Linear(in_features, embedding_dim, bias=False, device=device, dtype=dtype)
+        self.junction = nn.Linear(int(in_features), embedding_dim, bias=False, device=device, dtype=dtype)
 
     def _logits(self, z: Tensor) -> Tensor:
         """[..., d] -> [..., K]."""
@@ -95,8 +96,10 @@ class _PolytopeHead(nn.Module):
         No parameter, no slot and no output changes.
 
         Raises:
+            TypeError: not an integer.
             ValueError: fewer than there are, or more than the slots hold.
         """
+        num_classes = check_integer("num_classes", num_classes)
         have = len(self.slots.classes("default"))
         if num_classes < have:
             raise ValueError(f"num_classes can only grow, from {have}, got {num_classes}")
@@ -144,21 +147,25 @@ class _PolytopeHead(nn.Module):
         """The k likeliest of the slots in use: `self(features)`, but never more than a block of its logits at a time.
 
         Args:
-            features: [B, in_features].
+            features: [..., in_features].
             k: from 1 to the number of classes.
 
         Returns:
-            scores [B, k] logits, descending; classes [B, k] int64 slots, the lower one first where scores are equal
+            scores [..., k] logits, descending; classes [..., k] int64 slots, the lower one first where scores are equal
             (slots are equal to class ids in namespace "default"; `head.slots.owner` names the others).
 
         Raises:
-            ValueError: k is below 1 or above the number of classes.
+            TypeError: k is no integer.
+            ValueError: k is below 1 or above the number of classes, or there are none.
         """
+        k = check_integer("k", k)
+        if not self.num_classes:
+            raise ValueError("the head has no classes yet; head.grow or head.slots.add makes some")
         if not 1 <= k <= self.num_classes:
             raise ValueError(f"k must lie in [1, {self.num_classes}], the classes in use, got {k}")
         z = self.embed(features)
         used = self.slots.used().to(z.device)
-        best = [self._best(rows, used, k) for rows in torch.split(z.flatten(0, -2), self._rows_at_a_time())]
+        best = [self._best(rows, used, k) for rows in torch.split(z.reshape(-1, z.shape[-1]), self._rows_at_a_time())]
         scores, classes = (torch.cat(parts).view(*z.shape[:-1], k) for parts in zip(*best, strict=True))
         return scores, classes
 
@@ -183,13 +190,18 @@ class _PolytopeHead(nn.Module):
         return {**self.slots.to_dict(), "polytope": self._polytope}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.slots = self._saved_slots(state)
+
+    def _saved_slots(self, state: dict[str, Any]) -> SlotRegistry:
+        if not isinstance(state, dict):
+            raise TypeError(f"the saved head's _extra_state must be a dict, got {type(state).__name__}")
         saved = state.get("polytope", "simplex")
         if saved != self._polytope:
             raise ValueError(f"the saved head is of a {saved}, this one of a {self._polytope}: other vertices")
         registry = SlotRegistry.from_dict(state)
         if registry.num_slots != self.num_slots:
             raise ValueError(f"the saved head has {registry.num_slots} slots, this one {self.num_slots}")
-        self.slots = registry
+        return registry
 
     def extra_repr(self) -> str:
         options = f"normalize={self.normalize}, scale={self.scale}, margin={self.margin}"
@@ -304,7 +316,8 @@ class OrthoplexHead(_PolytopeHead):
         dtype: torch.dtype | None = None,
     ) -> None:
         if slots is None:
-            num_slots = num_classes if num_slots is None else num_slots
+            num_classes = check_integer("num_classes", num_classes)
+            num_slots = num_classes if num_slots is None else check_integer("num_slots", num_slots)
             num_slots += num_slots % 2
         elif slots.num_slots % 2:
             raise ValueError(
@@ -333,7 +346,7 @@ class CubeHead(_PolytopeHead):
 
     As `SimplexHead`, but d is free, from log2(K) up, and the loss is `cube_cross_entropy`: its softmax is over all
     2^d vertices, where `forward` and `predict` know the K slots alone.  The codes follow from K and d and are not
-    saved; a state_dict of other codes is refused.
+    saved; a state_dict of other codes is refused.  A head made on the meta device makes them once it has memory.
 
     Args:
         num_classes: classes there are from the start; 0 where `head.slots.add` will name them all.
@@ -370,10 +383,12 @@ class CubeHead(_PolytopeHead):
         dtype: torch.dtype | None = None,
     ) -> None:
         slots = _registry(num_classes, in_features, num_slots, slots)
-        codes = cube_codes(slots.num_slots, embedding_dim)
+        embedding_dim = check_integer("embedding_dim", embedding_dim)
+        codes = cube_codes(slots.num_slots, embedding_dim, device="cpu")
         super().__init__(slots, in_features, embedding_dim, normalize, scale, margin, device, dtype)
         self.register_buffer("codes", codes.to(self.junction.weight.device), persistent=False)
-        self._fingerprint = zlib.crc32(codes.numpy().tobytes())
+        self._fingerprint = _crc32(codes)
+        self.register_load_state_dict_post_hook(_fill_codes)  # type: ignore[no-untyped-call]
 
     def _logits(self, z: Tensor) -> Tensor:
         return SF.cube_logits(z, self.codes, normalize=self.normalize, scale=self.scale)
@@ -395,14 +410,29 @@ class CubeHead(_PolytopeHead):
     def get_extra_state(self) -> dict[str, Any]:
         return {**super().get_extra_state(), "codes_crc32": self._fingerprint}
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        crc32 = state.get("codes_crc32")
-        if state.get("num_slots") == self.num_slots and crc32 != self._fingerprint:
+    def _saved_slots(self, state: dict[str, Any]) -> SlotRegistry:
+        slots = super()._saved_slots(state)
+        if (crc32 := state.get("codes_crc32")) != self._fingerprint:
             raise ValueError(
                 f"the saved head has codes of crc32 {crc32}, this one {self._fingerprint}: its features are "
                 "stationary about other vertices"
             )
-        super().set_extra_state(state)
-        if self.codes.is_meta or zlib.crc32(self.codes.cpu().numpy().tobytes()) != self._fingerprint:
-            # made on the meta device: the buffer was never filled, as it is not saved
-            self.codes = cube_codes(self.num_slots, self.embedding_dim).to(self.junction.weight.device)
+        return slots
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CubeHead:
+        empty = self.codes.is_meta
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if empty:
+            _fill_codes(self)
+        return self
+
+
+def _fill_codes(head: CubeHead, _: object = None) -> None:
+    """Makes the codes of a head made on the meta device, which are not saved, once it has memory for them."""
+    device = head.junction.weight.device
+    if device.type != "meta" and (head.codes.is_meta or _crc32(head.codes) != head._fingerprint):
+        head.codes = cube_codes(head.num_slots, head.embedding_dim, device=device)
+
+
+def _crc32(codes: Tensor) -> int:
+    return zlib.crc32(codes.cpu().numpy().tobytes())

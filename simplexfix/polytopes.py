@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._checks import check_codes
+from ._checks import check_bits, check_codes, check_integer, check_tensor, shape
 
 __all__ = [
     "SimplexConstants",
@@ -37,8 +37,10 @@ def simplex_constants(num_classes: int) -> SimplexConstants:
     `r = sqrt(d / (d + 1))`.
 
     Raises:
+        TypeError: `num_classes` is no integer.
         ValueError: `num_classes` is below 2.
     """
+    num_classes = check_integer("num_classes", num_classes)
     if num_classes < 2:
         raise ValueError(
             f"num_classes must be at least 2, got {num_classes}: a simplex of one vertex has no directions"
@@ -72,11 +74,13 @@ def simplex_prototypes(
         [n, K - 1].
 
     Raises:
+        TypeError: K is no integer, or `slots` not an int64 tensor.
         ValueError: K is below 2, or a slot is out of range.
 
     Reference:
         Pernici et al., "Regular Polytope Networks", arXiv 2103.15632; arXiv 2405.02581.
     """
+    num_classes = check_integer("num_classes", num_classes)
     a, m, r = simplex_constants(num_classes)
     d = num_classes - 1
     slots = _wanted(slots, num_classes, device)
@@ -110,11 +114,13 @@ def orthoplex_prototypes(
         [n, K / 2].
 
     Raises:
+        TypeError: K is no integer, or `slots` not an int64 tensor.
         ValueError: K is odd or below 2, or a slot is out of range.
 
     Reference:
         Pernici et al., "Regular Polytope Networks", arXiv 2103.15632.
     """
+    num_classes = check_integer("num_classes", num_classes)
     if num_classes < 2 or num_classes % 2:
         raise ValueError(
             f"num_classes must be even and at least 2, got {num_classes}: each vertex comes with its opposite"
@@ -125,7 +131,7 @@ def orthoplex_prototypes(
     return rows.scatter_(1, (slots % d).unsqueeze(1), torch.where(slots < d, 1.0, -1.0).to(dtype).unsqueeze(1))
 
 
-def cube_codes(num_classes: int, d: int) -> Tensor:
+def cube_codes(num_classes: int, d: int, *, device: torch.device | str | None = None) -> Tensor:
     """Well-separated vertices of the d-cube `(+-1)^d / sqrt(d)`, one per class, as a table of bits.
 
     Row `u` is the codeword of the number `u` in a binary linear code of length `d`: bit `j` is the parity of
@@ -136,25 +142,28 @@ def cube_codes(num_classes: int, d: int) -> Tensor:
     Args:
         num_classes: C, from 1 to 2^24.  Takes O(d C log C): seconds for 2^20 classes in 64 dimensions.
         d: dimensions, at least log2(C).
+        device: of the result, torch's default if None; the codes are made on the CPU.
 
     Returns:
         [C, ceil(d / 64)] int64, rows all different: bit `j % 64` of word `j // 64` is set where coordinate `j`
         is positive.
 
     Raises:
+        TypeError: C or d is no integer.
         ValueError: C is out of range, or larger than 2^d.
 
     Reference:
         Greedy choice by the method of conditional expectations, as in the proof of the Gilbert-Varshamov bound.
     """
+    num_classes, d = check_integer("num_classes", num_classes), check_integer("d", d)
     if not 1 <= num_classes <= _MOST_CODES:
         raise ValueError(f"num_classes must lie in [1, {_MOST_CODES}], got {num_classes}")
     bits = (num_classes - 1).bit_length()
     if d < max(bits, 1):
         raise ValueError(f"d must be at least {max(bits, 1)} for {num_classes} classes, got {d}: 2^d vertices in all")
-    messages = torch.arange(1 << bits, dtype=torch.int32)
+    messages = torch.arange(1 << bits, dtype=torch.int32, device="cpu")
     weights = torch.zeros_like(messages)  # of the codewords so far
-    codes = torch.zeros(num_classes, -(-d // 64), dtype=torch.int64)
+    codes = torch.zeros(num_classes, -(-d // 64), dtype=torch.int64, device="cpu")
     # A codeword counts 2^-(its weight above the least): those that may stay the nearest count most.  Integers, so
     # that the choice is the same everywhere; 2^bits of 2^depth each stay below 2^31.
     depth = min(10, 30 - bits)
@@ -169,7 +178,7 @@ def cube_codes(num_classes: int, d: int) -> Tensor:
         column = _parity(messages & generator)
         weights += column
         codes[:, j // 64] |= column[:num_classes].to(torch.int64) << (j % 64)
-    return codes
+    return codes.to(torch.get_default_device() if device is None else device)
 
 
 def cube_signs(codes: Tensor, d: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -193,13 +202,17 @@ def cube_prototypes(
         [n, d], on the device of `codes`.
 
     Raises:
-        TypeError: `codes` is not an int64 tensor.
-        ValueError: `codes` has the wrong shape, or a slot is out of range.
+        TypeError: `codes` or `slots` is not an int64 tensor, or d no integer.
+        ValueError: `codes` has the wrong shape or (on the CPU) bits beyond d, or a slot is out of range.
 
     Reference:
         Pernici et al., "Regular Polytope Networks", arXiv 2103.15632.
     """
+    d = check_integer("d", d)
+    if d < 1:
+        raise ValueError(f"d must be at least 1, got {d}")
     check_codes(codes, d)
+    check_bits(codes, d)
     slots = _wanted(slots, len(codes), codes.device)
     return (cube_signs(codes[slots], d, torch.float64) / math.sqrt(d)).to(dtype)
 
@@ -208,6 +221,11 @@ def _wanted(slots: Tensor | None, num_classes: int, device: torch.device | str |
     """The slots asked for, all of them if None, each checked to be one."""
     if slots is None:
         return torch.arange(num_classes, device=device)
+    check_tensor("slots", slots)
+    if slots.dtype != torch.int64:
+        raise TypeError(f"slots must be int64, got {slots.dtype}")
+    if slots.ndim != 1:
+        raise ValueError(f"slots must have shape [n], got {shape(slots)}")
     if device is not None:
         slots = slots.to(device)
     if slots.numel() and (slots.min() < 0 or slots.max() >= num_classes):

@@ -8,6 +8,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from ._checks import check_integer
+
 __all__ = ["SlotRegistry"]
 
 _FORMAT = 1
@@ -19,7 +21,7 @@ class SlotRegistry:
     A class is known by a namespace (a data set, a tenant, a stage of training) and its int64 id.  New
     classes take slots from the low end (0, 1, ...) or from the high end (K - 1, K - 2, ...) in the order
     in which they come, so pre-training and fine-tuning can grow towards each other, as in deployed
-    models.  Growing changes no slot given before.
+    models.  Growing changes no slot given before.  Tensors that it makes are on the CPU, whatever torch's default.
 
         slots = SlotRegistry(1024)
         slots.add("imagenet", range(600))                     # slots 0 .. 599
@@ -31,8 +33,7 @@ class SlotRegistry:
     """
 
     def __init__(self, num_slots: int) -> None:
-        if not isinstance(num_slots, int):
-            raise TypeError(f"num_slots must be an int, got {num_slots!r}")
+        num_slots = check_integer("num_slots", num_slots)
         if num_slots < 2:
             raise ValueError(f"num_slots must be at least 2, got {num_slots}")
         self.num_slots = num_slots
@@ -97,7 +98,7 @@ class SlotRegistry:
             self._append(namespace, class_id, first + i * step, 1, step)
         self._next[end] = first + len(ids) * step
         self._tables.pop(namespace, None)
-        return torch.arange(first, first + len(ids) * step, step, dtype=torch.int64)
+        return torch.arange(first, first + len(ids) * step, step, dtype=torch.int64, device="cpu")
 
     def lookup(self, namespace: str, classes: Tensor) -> Tensor:
         """Slots of class ids.
@@ -126,16 +127,21 @@ class SlotRegistry:
 
     def classes(self, namespace: str) -> Tensor:
         """[n] int64 class ids of a namespace, in the order they came; empty for an unknown name."""
-        runs = [torch.arange(first, first + count) for name, first, _, count, _ in self._runs if name == namespace]
-        return torch.cat(runs) if runs else torch.empty(0, dtype=torch.int64)
+        runs = [
+            torch.arange(first, first + count, device="cpu")
+            for name, first, _, count, _ in self._runs
+            if name == namespace
+        ]
+        return torch.cat(runs) if runs else torch.empty(0, dtype=torch.int64, device="cpu")
 
     def used(self) -> Tensor:
         """[n] int64, the slots that have a class, ascending."""
-        low = torch.arange(self._next["low"])
-        return torch.cat([low, torch.arange(self._next["high"] + 1, self.num_slots)])
+        low = torch.arange(self._next["low"], device="cpu")
+        return torch.cat([low, torch.arange(self._next["high"] + 1, self.num_slots, device="cpu")])
 
     def owner(self, slot: int) -> tuple[str, int] | None:
         """(namespace, class id) of a slot, or None where it is free."""
+        slot = check_integer("slot", slot)
         for name, first, first_slot, count, step in self._runs:
             offset = (slot - first_slot) * step
             if 0 <= offset < count:
@@ -192,7 +198,7 @@ class SlotRegistry:
     def _table(self, namespace: str) -> tuple[Tensor, Tensor]:
         if namespace not in self._tables:
             slots = [
-                torch.arange(first, first + step * count, step)
+                torch.arange(first, first + step * count, step, device="cpu")
                 for name, _, first, count, step in self._runs
                 if name == namespace
             ]

@@ -29,11 +29,14 @@ def slots_of(polytope: str, d: int) -> int:
 
 
 def options_of(polytope: str, d: int) -> dict[str, Any]:
-    """What the operator has to be told besides: the cube's vertices, anywhere, all bits of a word in use."""
+    """What the operator has to be told besides: the cube's vertices, anywhere, all bits of d in use."""
     if polytope != "cube" or d <= ENUMERATED:
         return {}
     words = torch.randint(-(2**62), 2**62, (100, -(-d // 64)), generator=torch.Generator().manual_seed(7))
-    return {"codes": words * 2 + torch.arange(100)[:, None] % 2}
+    codes = words * 2 + torch.arange(100)[:, None] % 2
+    if d % 64:
+        codes[:, -1] &= (1 << d % 64) - 1
+    return {"codes": codes}
 
 
 def prototypes(polytope: str, d: int, dtype: torch.dtype) -> torch.Tensor:
@@ -241,8 +244,10 @@ def test_a_cubes_target_is_the_vertex_number_or_its_row_of_codes() -> None:
     numbers = both(SF.cube_cross_entropy, z, target, scale=3.0)
     codes = both(SF.cube_cross_entropy, z, torch.arange(9), codes=target[:, None], scale=3.0)
     assert all(torch.equal(a, b) for a, b in zip(numbers, codes, strict=True))
-    beyond = torch.full((9, 1), -(2**63)) | target[:, None]  # bits past d mean nothing
-    assert torch.equal(numbers[0], SF.cube_cross_entropy(z, torch.arange(9), codes=beyond, scale=3.0))
+    beyond = torch.tensor([[0], [2**62]])  # is refused in rows that are wanted: those alone are looked at
+    assert SF.cube_cross_entropy(z, torch.zeros(9, dtype=torch.int64), codes=beyond).isfinite()
+    with pytest.raises(ValueError, match="codes row 1 has bits beyond d = 62"):
+        SF.cube_cross_entropy(z, torch.ones(9, dtype=torch.int64), codes=beyond)
     transposed = torch.stack([target, target], 1)[:, :1]  # codes of any stride
     assert torch.equal(numbers[0], SF.cube_cross_entropy(z, torch.arange(9), codes=transposed, scale=3.0))
 
@@ -457,3 +462,13 @@ def test_float16_gradients_survive_a_gradient_scaler(weighted: bool) -> None:
     error = (gradient.double() - true_gradient)[others].norm() / true_gradient[others].norm()
     assert error < 2e-2
     assert (gradient[others] == 0).double().mean() < 0.02
+
+
+@pytest.mark.parametrize("polytope", POLYTOPES)
+@pytest.mark.parametrize("size", [1e-18, 1e-9, 1e9, 1e19])
+def test_a_rows_norm_may_be_anything_whose_square_float32_has(polytope: str, size: float) -> None:
+    z = F.normalize(features("normal", 5, 40, dtype=torch.float32))
+    loss, gradient = both(OPERATORS[polytope], z, torch.arange(5), normalize=True, scale=9.0)
+    huge, its_gradient = both(OPERATORS[polytope], z * size, torch.arange(5), normalize=True, scale=9.0)
+    torch.testing.assert_close(huge, loss, rtol=1e-5, atol=0)
+    torch.testing.assert_close(its_gradient * size, gradient, rtol=1e-4, atol=1e-6)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -96,6 +99,7 @@ def test_predict_is_the_topk_of_forward_whatever_the_blocks(kind: str, monkeypat
                 assert torch.equal(scores, expected.values[:, :k])
     assert model.predict(x[:0], 3)[1].shape == (0, 3)
     assert torch.equal(model.predict(x.view(4, 10, 6), 3)[1], model.predict(x, 3)[1].view(4, 10, 3))
+    assert torch.equal(model.predict(x[0], 3)[1], model.predict(x, 3)[1][0])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -253,6 +257,36 @@ def test_trains_and_compiles(kind: str) -> None:
     assert (model.predict(x)[1][:, 0] == target).float().mean() > 0.9
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_integer_is_a_count(kind: str) -> None:
+    model = head_of(kind, np.int64(10), np.int32(16), np.int64(6))
+    model.grow(np.int64(12))
+    assert (model.num_classes, model.num_slots, model.junction.weight.shape[1]) == (12, 16, 6)
+    assert model.predict(torch.randn(2, 6), np.int64(3))[1].shape == (2, 3)
+    assert model.slots.owner(np.int64(3)) == ("default", 3)
+    assert json.dumps(model.slots.to_dict())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_head_made_on_meta_is_as_any_other_once_it_has_memory(kind: str) -> None:
+    """In the ways in which modules come from the meta device."""
+    model, x = head_of(kind), torch.randn(3, 6)
+    model.grow(12)
+    state = model.state_dict()
+    with torch.device("meta"):
+        loaded, assigned, filled = (head_of(kind) for _ in range(3))
+        filled.grow(12)
+        assert filled.junction.weight.is_meta
+    loaded.to_empty(device="cpu").load_state_dict(state)
+    assigned.load_state_dict(state, assign=True)
+    filled.to_empty(device="cpu").junction.weight.data.copy_(state["junction.weight"])
+    for made in (loaded, assigned, filled):
+        made = copy.deepcopy(made)
+        assert torch.equal(made(x), model(x))
+        assert torch.equal(made.loss(x, torch.arange(3)), model.loss(x, torch.arange(3)))
+        assert torch.equal(made.prototypes(), model.prototypes())
+
+
 def test_repr_says_the_options() -> None:
     assert "num_classes=10, num_slots=16, normalize=False, scale=1.0, margin=None" in repr(head())
 
@@ -261,6 +295,24 @@ def test_repr_says_the_options() -> None:
     ("act", "error", "message"),
     [
         (lambda: SimplexHead(1, 4), ValueError, "num_slots must be at least 2, got 1"),
+        (lambda: SimplexHead("3", 4), TypeError, "num_classes must be an integer, got str"),
+        (lambda: SimplexHead(3.0, 4), TypeError, "num_classes must be an integer, got float"),
+        (lambda: SimplexHead(3, 4.0), TypeError, "in_features must be an integer, got float"),
+        (lambda: SimplexHead(3, 4, num_slots=8.0), TypeError, "num_slots must be an integer, got float"),
+        (lambda: OrthoplexHead(3.0, 4), TypeError, "num_classes must be an integer, got float"),
+        (lambda: OrthoplexHead(3, 4, num_slots=8.0), TypeError, "num_slots must be an integer, got float"),
+        (lambda: CubeHead(3.0, 4, embedding_dim=4), TypeError, "num_classes must be an integer, got float"),
+        (lambda: CubeHead(3, 4, embedding_dim=4.0), TypeError, "embedding_dim must be an integer, got float"),
+        (lambda: head().grow(12.0), TypeError, "num_classes must be an integer, got float"),
+        (lambda: head().predict(torch.randn(2, 6), k=2.0), TypeError, "k must be an integer, got float"),
+        (
+            lambda: SimplexHead(0, 6, num_slots=9).predict(torch.randn(2, 6)),
+            ValueError,
+            r"the head has no classes yet; head.grow or head.slots.add makes some",
+        ),
+        (lambda: head().prototypes([0, 1]), TypeError, "slots must be a torch.Tensor, got list"),
+        (lambda: head().set_extra_state(None), TypeError, "the saved head's _extra_state must be a dict, got NoneType"),
+        (lambda: head_of("cube").set_extra_state(None), TypeError, "_extra_state must be a dict, got NoneType"),
         (lambda: SimplexHead(-1, 4, num_slots=4), ValueError, "num_classes must be >= 0"),
         (lambda: SimplexHead(9, 4, num_slots=8), ValueError, "namespace 'default' needs 9 slots, 8 of 8 are free"),
         (lambda: SimplexHead(4, 0), ValueError, "in_features >= 1, got 4 and 0"),

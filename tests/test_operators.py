@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from functools import partial
+
 import pytest
 import torch
 from accuracy import features
 from conftest import needs_library
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import simplexfix.functional as SF
+from simplexfix import _native
 
 
 def loss_samples():
@@ -190,3 +195,72 @@ def test_function_transforms_and_forward_mode_take_the_twin(polytope: str) -> No
     torch.testing.assert_close(along, (expected * tangent).sum())
     _, moved = torch.func.jvp(SF.simplex_logits, (z,), (tangent,))
     torch.testing.assert_close(moved, SF.simplex_logits(tangent))
+
+
+LOSSES = {
+    "simplex": SF.simplex_cross_entropy,
+    "orthoplex": SF.orthoplex_cross_entropy,
+    "cube": SF.cube_cross_entropy,
+    "codes": lambda z, target, **options: SF.cube_cross_entropy(z, target, codes=torch.arange(5)[:, None], **options),
+}
+
+
+@pytest.mark.parametrize("polytope", LOSSES)
+@pytest.mark.parametrize("options", [{}, {"normalize": True, "margin": ("angular", 0.1)}, {"ignore_index": 0}])
+def test_a_target_out_of_range_is_nan_where_it_cannot_be_looked_at(polytope: str, options: dict, monkeypatch) -> None:
+    torch.compiler.reset()  # which counts how often a function was compiled, over all tests
+    loss = LOSSES[polytope]
+    z, target = torch.randn(4, 4), torch.tensor([1, 2**40, -7, 0])
+    monkeypatch.setattr(_native, "_DEVICES", frozenset())  # the compiled twin: the operators look
+
+    def rows(z, target):
+        return loss(z, target, reduction="none", **options)
+
+    kept = torch.tensor([0, 3])
+    part = z[kept].requires_grad_()
+    expected = rows(part, target[kept])
+    (expected_gradient,) = torch.autograd.grad(expected.sum(), part)
+    traced = z.clone().requires_grad_()
+    compiled = torch.compile(rows, fullgraph=True, backend="aot_eager")(traced, target)
+    (compiled_gradient,) = torch.autograd.grad(compiled.sum(), traced)
+    everywhere = torch.func.vmap(rows)(z, target), torch.func.vmap(torch.func.grad(rows))(z, target)
+    together = torch.func.grad(lambda z: rows(z, target).sum())(z)
+    for value, gradient in ((compiled, compiled_gradient), everywhere, (compiled, together)):
+        assert value.isnan().tolist() == [False, True, True, False]
+        assert gradient.isnan().tolist() == [[False] * 4, [True] * 4, [True] * 4, [False] * 4]
+        torch.testing.assert_close(value[kept], expected)
+        torch.testing.assert_close(gradient[kept], expected_gradient)
+    for reduction in ("mean", "sum"):
+        assert torch.func.grad_and_value(loss)(z, target, reduction=reduction, **options)[1].isnan()
+
+
+@pytest.mark.parametrize("polytope", LOSSES)
+def test_a_target_on_a_gpu_is_not_waited_for(polytope: str) -> None:
+    """Fake tensors have no values that anyone could look at."""
+    # a torch without CUDA knows no index of them, which the cube needs
+    device = "cuda" if polytope in ("simplex", "orthoplex") or torch.cuda.is_available() else "meta"
+    with FakeTensorMode():
+        z, target = torch.empty(3, 4, device=device), torch.empty(3, device=device, dtype=torch.int64)
+        codes = {"codes": torch.empty(5, 1, device=device, dtype=torch.int64)} if polytope == "codes" else {}
+        function = SF.cube_cross_entropy if codes else LOSSES[polytope]
+        loss = function(z, target, reduction="none", **codes)
+    assert (loss.shape, loss.device.type) == ((3,), device)
+
+
+@needs_library
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("wrap", [lambda f: f, torch.compile], ids=["eager", "compiled"])
+def test_what_an_operator_refuses_is_a_value_error_with_its_message_alone(gradient: bool, wrap) -> None:
+    z, target = torch.randn(3, 4, requires_grad=gradient), torch.tensor([0, 9, 1])
+    for loss, slots in (
+        (SF.simplex_cross_entropy, 5),
+        (SF.orthoplex_cross_entropy, 8),
+        (partial(SF.cube_cross_entropy, codes=torch.arange(6)[:, None]), 6),
+    ):
+        with pytest.raises(ValueError, match="target") as raised:
+            wrap(loss)(z, target)
+        expected = f"target out of range: row 1 has slot 9, expected 0 to {slots - 1} or ignore_index -100"
+        assert str(raised.value) == expected
+    with pytest.raises(ValueError, match="query") as raised:
+        wrap(SF.cosine_topk)(z * math.inf, z, 1)
+    assert str(raised.value) == "query row 0 holds nan or inf"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -147,10 +148,57 @@ def test_codes_of_a_million_classes_are_all_different() -> None:
 
 
 def test_every_bit_of_a_word_is_a_coordinate() -> None:
-    codes = torch.tensor([[-(2**63), 5], [2**62, -1]])
+    codes = torch.tensor([[-(2**63), 5], [2**62, 7]])
     signs = cube_signs(codes, 67)
     assert (signs > 0).nonzero().tolist() == [[0, 63], [0, 64], [0, 66], [1, 62], [1, 64], [1, 65], [1, 66]]
     assert torch.equal(cube_prototypes(codes, 67, torch.tensor([1, 0])) > 0, signs[[1, 0]] > 0)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        simplex_constants,
+        simplex_prototypes,
+        orthoplex_prototypes,
+        lambda n: cube_codes(n, 9),
+        lambda d: cube_codes(9, d),
+        lambda d: cube_prototypes(cube_codes(8, 5), d),
+    ],
+)
+@pytest.mark.parametrize("number", [np.int64(8), np.uint8(8), torch.tensor(8)], ids=repr)
+def test_any_integer_is_a_count(call, number) -> None:
+    ours, expected = call(number), call(8)
+    assert torch.equal(ours, expected) if isinstance(expected, torch.Tensor) else ours == expected
+    for other in (8.0, "8", None, True, torch.tensor(8.0)):
+        with pytest.raises(TypeError, match=f"(num_classes|d) must be an integer, got {type(other).__name__}"):
+            call(other)
+
+
+def test_codes_are_made_for_a_device() -> None:
+    expected = cube_codes(8, 70)
+    assert cube_codes(8, 70, device="meta").is_meta
+    with torch.device("meta"):
+        assert cube_codes(8, 70).is_meta
+        assert cube_codes(8, 70, device="cpu").tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda slots: simplex_prototypes(8, slots),
+        lambda slots: orthoplex_prototypes(8, slots),
+        lambda slots: cube_prototypes(cube_codes(8, 5), 5, slots),
+    ],
+)
+def test_slots_are_a_tensor_of_int64(call) -> None:
+    for slots, error, message in (
+        ([0, 1], TypeError, "slots must be a torch.Tensor, got list"),
+        (torch.tensor([0.0]), TypeError, "slots must be int64, got torch.float32"),
+        (torch.tensor([True]), TypeError, "slots must be int64, got torch.bool"),
+        (torch.tensor([[0]]), ValueError, r"slots must have shape \[n\], got \[1, 1\]"),
+    ):
+        with pytest.raises(error, match=message):
+            call(slots)
 
 
 @pytest.mark.parametrize(
@@ -165,6 +213,8 @@ def test_every_bit_of_a_word_is_a_coordinate() -> None:
         (lambda: cube_codes(17, 4), "d must be at least 5 for 17 classes, got 4"),
         (lambda: cube_codes(1, 0), "d must be at least 1 for 1 classes, got 0"),
         (lambda: cube_prototypes(torch.zeros(2, 2, dtype=torch.int64), 64), r"codes must have shape \[C, 1\]"),
+        (lambda: cube_prototypes(cube_codes(9, 40), 4), "codes row . has bits beyond d = 4: .* another d"),
+        (lambda: cube_prototypes(cube_codes(3, 4), 0), "d must be at least 1, got 0"),
         (lambda: cube_prototypes(cube_codes(3, 4), 4, torch.tensor([3])), r"slots must lie in \[0, 2\], got 3 to 3"),
         (lambda: simplex_prototypes(0), "num_classes must be at least 2, got 0"),
         (lambda: simplex_prototypes(4, torch.tensor([4])), r"slots must lie in \[0, 3\], got 4 to 4"),

@@ -78,7 +78,9 @@ def test_a_million_classes_are_one_run() -> None:
         (lambda s: s.add("a", [1], end="top"), ValueError, "end must be 'low' or 'high', got 'top'"),
         (lambda s: s.add("a", [1.5]), TypeError, "class ids must be integers, got 1.5"),
         (lambda s: s.add("a", [True]), TypeError, "class ids must be integers, got True"),
-        (lambda s: SlotRegistry(2.5), TypeError, "num_slots must be an int, got 2.5"),
+        (lambda s: SlotRegistry(2.5), TypeError, "num_slots must be an integer, got float"),
+        (lambda s: SlotRegistry(True), TypeError, "num_slots must be an integer, got bool"),
+        (lambda s: s.owner(1.0), TypeError, "slot must be an integer, got float"),
         (
             lambda s: s.add("a", [2**63]),
             ValueError,

@@ -49,7 +49,7 @@ uint32_t checksum_of(const Header& header) {
 
 class File {
  public:
-  File(const std::string& path, int flags) : fd_(::open(path.c_str(), flags | O_CLOEXEC, 0666)) {
+  File(const std::string& path, int flags, mode_t mode = 0666) : fd_(::open(path.c_str(), flags | O_CLOEXEC, mode)) {
     if (fd_ < 0) fail("open");
   }
   File(const File&) = delete;
@@ -87,6 +87,9 @@ class File {
     if (!S_ISREG(facts.st_mode)) refuse("it is not a regular file");
     return facts.st_size;
   }
+  void change_mode(mode_t mode) {
+    if (::fchmod(fd_, mode) < 0) fail("fchmod");
+  }
   void sync() {
     if (::fsync(fd_) < 0) fail("fsync");
   }
@@ -98,14 +101,16 @@ class File {
   int fd_;
 };
 
-// A file beside `path` that takes its place when it is complete, and vanishes if it never is.
+// A file beside `path` that takes its place, and its mode, when it is complete, and vanishes if it never is.
 class Replacement {
  public:
   explicit Replacement(const std::string& path) : path_(path) {
+    struct stat replaced;
+    if (::stat(path.c_str(), &replaced) == 0) mode_ = replaced.st_mode & 0777;
     while (!file) {  // a name may be left over from a process of the same number that was killed
       temporary_ = path + "." + std::to_string(::getpid()) + "-" + std::to_string(++g_counter) + ".tmp";
       try {
-        file.emplace(temporary_, O_WRONLY | O_CREAT | O_EXCL);
+        file.emplace(temporary_, O_WRONLY | O_CREAT | O_EXCL, mode_.value_or(0666));
       } catch (const std::system_error& error) {
         if (error.code() != std::errc::file_exists) throw;
       }
@@ -115,6 +120,7 @@ class Replacement {
     if (file) ::unlink(temporary_.c_str());
   }
   void commit() {
+    if (mode_) file->change_mode(*mode_);  // with what the umask took away
     file->sync();
     file->close();
     if (::rename(temporary_.c_str(), path_.c_str()) < 0) fail("rename");
@@ -129,6 +135,7 @@ class Replacement {
  private:
   static inline std::atomic<int64_t> g_counter{0};
   std::string path_, temporary_;
+  std::optional<mode_t> mode_;  // of the file that is replaced
 };
 
 Header read_header(File& file) {

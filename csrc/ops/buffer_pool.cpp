@@ -36,7 +36,7 @@ class BufferPool {
     const size_t align = wanted >= 2 * kHugePage ? kHugePage : kAlign;
     const size_t rounded = (wanted + align - 1) / align * align;
     void* memory = std::aligned_alloc(align, rounded);
-    STD_TORCH_CHECK(memory, "not enough memory for a gradient of ", size, " bytes");
+    if (!memory) throw std::runtime_error(message("not enough memory for a gradient of ", size, " bytes"));
 #ifdef __linux__
     if (align == kHugePage) madvise(memory, rounded, MADV_HUGEPAGE);  // a hint: no harm where it fails
 #endif

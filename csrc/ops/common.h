@@ -11,17 +11,31 @@
 #include <algorithm>
 #include <cstdint>
 #include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
 #include <tuple>
 #include <vector>
 
 #include "../core/types.h"
 
-// Messages that reach Python as ValueError start with this: simplexfix/_ops.py.
-#define SIMPLEXFIX_CHECK(condition, ...) STD_TORCH_CHECK(condition, "simplexfix: ", __VA_ARGS__)
+// Python sees a ValueError with this message alone: STD_TORCH_CHECK would make it a RuntimeError, and name the folder
+// of the build.
+#define SIMPLEXFIX_CHECK(condition, ...)                                             \
+  do {                                                                               \
+    if (!(condition)) throw std::invalid_argument(simplexfix::message(__VA_ARGS__)); \
+  } while (false)
 
 namespace simplexfix {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+template <typename... Parts>
+std::string message(const Parts&... parts) {
+  std::ostringstream out;
+  (out << ... << parts);
+  return out.str();
+}
 
 inline bool is_floating(ScalarType type) {
   return type == ScalarType::Double || type == ScalarType::Float || type == ScalarType::Half ||

@@ -24,6 +24,15 @@ std::tuple<Tensor, Tensor> cube_cross_entropy_cpu(Tensor z, Tensor target, std::
   const int64_t slots = codes ? codes->size(0) : int64_t(1) << d;
   const CrossEntropyCall call = check_cross_entropy(z, target, slots, normalize, scale, margin_kind, margin_size,
                                                     weight, ignore_index, smoothing, reduction, wants_gradient);
+  if (codes && d % 64 != 0) {  // of the rows that are wanted: to look at all of them would cost more than the loss
+    const int64_t *labels = data<int64_t>(call.target), *table = data<int64_t>(*codes);
+    for (int64_t b = 0; b < call.rows; ++b) {
+      const int64_t label = labels[b];
+      if (label == ignore_index || label < 0 || label >= slots) continue;
+      SIMPLEXFIX_CHECK(table[label * words + words - 1] >> (d % 64) == 0, "codes row ", label,
+                       " has bits beyond d = ", d, ": they were made for another d");
+    }
+  }
   cross_entropy_cpu(call, [&](const auto& args, int64_t begin, int64_t end) {
     using T = typename std::decay_t<decltype(args)>::Number;
     const int64_t* table = codes ? data<int64_t>(*codes) : nullptr;

@@ -23,7 +23,7 @@ bool torch_has_cuda() { return stream_getter() != nullptr; }
 
 void* current_cuda_stream(int32_t device) {
   const StreamGetter get = stream_getter();
-  SIMPLEXFIX_CHECK(get, "this torch is built without CUDA");
+  if (!get) throw std::runtime_error("this torch is built without CUDA");
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(get(device, &stream));
   return stream;

@@ -21,7 +21,7 @@ inline cuda::DType cuda_dtype(ScalarType type) {
 template <typename F>
 void launch(int32_t device, const char* name, F&& f) {
   const char* error = f(current_cuda_stream(device));
-  SIMPLEXFIX_CHECK(!error, name, " failed on cuda:", device, ": ", error);
+  if (error) throw std::runtime_error(message(name, " failed on cuda:", device, ": ", error));
 }
 
 }  // namespace simplexfix

@@ -91,7 +91,12 @@ class PlainIndex:
         header = _HEADER.pack(_MAGIC, _VERSION, *facts)
         temporary = path + b".%d-%d.tmp" % (os.getpid(), threading.get_ident())
         try:
-            with open(temporary, "xb") as file:
+            # the mode first: what others may not read is never there for them
+            mode = os.stat(path).st_mode & 0o777 if os.path.exists(path) else None
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+            with open(os.open(temporary, flags, 0o666 if mode is None else mode), "wb") as file:
+                if mode is not None:  # what the umask took away as well
+                    os.fchmod(file.fileno(), mode)
                 file.write(header + struct.pack("<I", zlib.crc32(header)) + content)
                 file.flush()
                 os.fsync(file.fileno())

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, NoReturn, SupportsIndex
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
 from .. import _native
-from .._checks import check_name
+from .._checks import check_integer, check_name, check_tensor
 from ._plain_index import PlainIndex
 
 __all__ = ["CosineIndex"]
@@ -32,7 +32,8 @@ class CosineIndex:
     Beside each vector lies a copy in codes of eight bits, from which a first pass tells which rows cannot be among
     the best.  Memory per row, in bytes: 5 d + 12 with float32, 3 d + 12 with bfloat16; 8 more unless the ids are 0, 1,
     2, ...; about 40 more once ids are not ascending.  Any thread may call anything at any time: searches run beside
-    each other, changes alone; other Python threads run meanwhile.
+    each other, changes alone; other Python threads run meanwhile.  An index is not copied or pickled: a second one
+    is loaded from a file.
 
     Args:
         dim: d, 1 to 2^31 - 2.
@@ -45,9 +46,9 @@ class CosineIndex:
     """
 
     def __init__(self, dim: int, *, dtype: str = "float32", threads: int | None = None) -> None:
-        _check_int("dim", dim, _MAX_DIM)
+        dim = _check_int("dim", dim, _MAX_DIM)
         check_name("dtype", dtype, ("float32", "bfloat16"))
-        self._index: Any = _kind()(int(dim), dtype, _threads(threads))
+        self._index: Any = _kind()(dim, dtype, _threads(threads))
 
     def add(self, vectors: ArrayLike | torch.Tensor, ids: ArrayLike | torch.Tensor | None = None) -> None:
         """Adds rows: all of them or, after an error, none.
@@ -79,8 +80,8 @@ class CosineIndex:
         Raises:
             TypeError, ValueError: as `add`.
         """
-        _check_int("k", k, 2**31 - 1)
-        scores, ids = self._index.search(self._rows("query", query), int(k))
+        k = _check_int("k", k, 2**31 - 1)
+        scores, ids = self._index.search(self._rows("query", query), k)
         return scores, ids
 
     def remove(self, ids: ArrayLike | torch.Tensor) -> int:
@@ -103,10 +104,13 @@ class CosineIndex:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the index to a file, which appears whole or not at all: docs/formats.md.
 
+        A file that was there is replaced by one of the same mode; a symbolic link stays, and its target is replaced.
+
         Raises:
             OSError: the file cannot be written; one that was there is as before.
         """
-        self._index.save(_file(path))
+        file = _file(path)
+        self._index.save(os.path.realpath(file) if os.path.islink(file) else file)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, threads: int | None = None) -> CosineIndex:
@@ -122,6 +126,11 @@ class CosineIndex:
         except ValueError as error:
             raise ValueError(f"{os.fspath(path)} is no index, or damaged: {error}") from None
         return index
+
+    def __reduce_ex__(self, _: SupportsIndex) -> NoReturn:
+        raise TypeError(
+            "a CosineIndex is neither copied nor pickled: save(path) and CosineIndex.load(path) make another"
+        )
 
     def __len__(self) -> int:
         return len(self._index)
@@ -166,8 +175,11 @@ def _to_numpy(name: str, values: ArrayLike | torch.Tensor) -> NDArray[Any]:
     if isinstance(values, torch.Tensor):
         if values.device.type != "cpu":
             raise ValueError(f"{name} must be on the CPU, got {values.device}; pass {name}.cpu()")
-        values = values.detach()
+        check_tensor(name, values)
+        values = values.detach().resolve_conj().resolve_neg()
         return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+    if np.ma.is_masked(values):
+        raise TypeError(f"{name} must have no masked numbers; pass those that count, or {name}.filled(...)")
     return np.asarray(values)
 
 
@@ -188,15 +200,14 @@ def _ids(ids: ArrayLike | torch.Tensor, count: int | None) -> NDArray[np.int64]:
 def _threads(threads: int | None) -> int:
     if threads is None:
         return torch.get_num_threads()
-    _check_int("threads", threads, 1024)
-    return int(threads)
+    return _check_int("threads", threads, 1024)
 
 
-def _check_int(name: str, value: int, most: int) -> None:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+def _check_int(name: str, value: int, most: int) -> int:
+    value = check_integer(name, value)
     if not 1 <= value <= most:
         raise ValueError(f"{name} must lie between 1 and {most}, got {value}")
+    return value
 
 
 def _file(path: str | os.PathLike[str]) -> bytes:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
+import stat
 import struct
 import subprocess
 import sys
@@ -161,6 +164,14 @@ def test_arrays_and_tensors_of_all_formats(kind: str, dtype: torch.dtype) -> Non
         assert_same(index_of(np.asfortranarray(array), torch.arange(40)).search(array[::-1][::-1], 3), expected)
 
 
+def test_lazy_signs_and_masks_of_nothing_are_numbers(kind: str) -> None:
+    vectors = rows(4, 3)
+    negative = torch.from_numpy(-vectors)._neg_view()
+    assert negative.is_neg()
+    assert_same(index_of(negative).search(negative, 2), index_of(vectors).search(vectors, 2))
+    assert_same(index_of(np.ma.masked_array(vectors)).search(vectors, 2), index_of(vectors).search(vectors, 2))
+
+
 def test_properties(kind: str) -> None:
     index = index_of(rows(5, 4), dtype="bfloat16", threads=3)
     assert (len(index), index.dim, index.dtype, index.threads) == (5, 4, "bfloat16", 3)
@@ -195,6 +206,14 @@ BAD = [
     (lambda i: i.add([[1, 2, 3]]), TypeError, "vectors must be float32, float64 or float16, got int64"),
     (lambda i: i.add(np.zeros((1, 3), np.longdouble)), TypeError, "vectors must .* got (longdouble|float128)"),
     (lambda i: i.add(torch.zeros(1, 3, device="meta")), ValueError, "vectors must be on the CPU, got meta; pass"),
+    (lambda i: i.add(torch.zeros(1, 3).to_sparse()), TypeError, "vectors must be dense, got torch.sparse_coo; pass"),
+    (lambda i: i.add(torch.zeros(1, 3, dtype=torch.complex64).conj()), TypeError, "vectors must .* got complex64"),
+    (lambda i: i.add(np.ma.masked_less(rows(2, 3), 0)), TypeError, "vectors must have no masked numbers; .*filled"),
+    (lambda i: i.add(rows(2, 3), np.ma.masked_equal([7, 8], 8)), TypeError, "ids must have no masked numbers"),
+    (lambda i: i.search(np.ma.masked_less(rows(2, 3), 0), 1), TypeError, "query must have no masked numbers"),
+    (copy.copy, TypeError, r"a CosineIndex is neither copied nor pickled: save\(path\) and .*load\(path\)"),
+    (copy.deepcopy, TypeError, "a CosineIndex is neither copied nor pickled"),
+    (pickle.dumps, TypeError, "a CosineIndex is neither copied nor pickled"),
     (lambda i: i.add(NAN), ValueError, "vectors row 2 holds nan or inf"),
     (lambda i: i.add([[0.0, 0.0, 0.0], [0.0, 1e300, 0.0]]), ValueError, "vectors row 1 holds nan or inf"),
     (lambda i: i.add(rows(2, 3), [8]), ValueError, r"ids must have shape \[2\], got \[1\]"),
@@ -381,6 +400,33 @@ def test_saving_that_fails_leaves_the_old_file(kind: str, tmp_path: Path) -> Non
     with pytest.raises(IsADirectoryError):
         index_of(rows(3, 4)).save(tmp_path / "folder")
     assert sorted(os.listdir(tmp_path)) == ["folder", "index"]
+
+
+def test_saving_keeps_the_mode_and_the_links_of_the_file_it_replaces(kind: str, tmp_path: Path) -> None:
+    path, links = tmp_path / "index", tmp_path / "links"
+    links.mkdir()
+    index = index_of(rows(3, 4))
+    umask = os.umask(0o022)
+    try:
+        for mode in (0o600, 0o666):  # narrower and wider than a new file's
+            path.touch()
+            path.chmod(mode)
+            index.save(path)
+            assert stat.S_IMODE(path.stat().st_mode) == mode
+        index.save(tmp_path / "new")
+        assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o644
+    finally:
+        os.umask(umask)
+    (links / "first").symlink_to("second")
+    (links / "second").symlink_to("../index")
+    (links / "to be").symlink_to("../later")
+    index_of(rows(5, 4)).save(links / "first")
+    index_of(rows(7, 4)).save(links / "to be")
+    assert len(CosineIndex.load(path)) == 5
+    assert len(CosineIndex.load(tmp_path / "later")) == 7
+    assert sorted(os.listdir(links)) == ["first", "second", "to be"]
+    assert all(link.is_symlink() for link in links.iterdir())
+    assert sorted(os.listdir(tmp_path)) == ["index", "later", "links", "new"]
 
 
 # ---- threads
