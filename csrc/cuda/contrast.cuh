@@ -48,7 +48,7 @@ __device__ __forceinline__ ContrastSums<A> from_lane_xor(const ContrastSums<A>& 
 template <typename A>
 __global__ void __launch_bounds__(kContrastThreads) contrast_rows(const ContrastParams<A> p) {
   using Rows = Team<kContrastThreads>;
-  constexpr A kLowest = -std::numeric_limits<A>::infinity();
+  const A lowest = -A(INFINITY);
   SIMPLEXFIX_SHARED(s_sums, ContrastSums<A>[Rows::kWarps]);
   SIMPLEXFIX_SHARED(s_others, A[Rows::kWarps]);  // each is written a barrier after the last reading of it
   for (int64_t row = Rows::first_row(); row < p.rows; row += Rows::row_step()) {
@@ -56,26 +56,25 @@ __global__ void __launch_bounds__(kContrastThreads) contrast_rows(const Contrast
     const int64_t anchor = p.anchor_class[row], own_at = p.first_positive + row;
     const A factor = p.mu * p.anchor_scale[row];
     // a thread keeps to its own columns in all three sweeps
-    ContrastSums<A> sums{kLowest, 0, A(0)};
+    ContrastSums<A> sums{lowest, 0, A(0)};
     for (int64_t j = Rows::lane(); j < p.candidates; j += kContrastThreads) {
       const A score = s[j] * factor * p.candidate_scale[j];
       const bool differs = p.candidate_class[j] != anchor;
       if (j == own_at) sums.own = score;
       if (!differs) ++sums.same;
       if (differs && !(score <= sums.largest)) sums.largest = score;
-      s[j] = differs ? score : kLowest;
+      s[j] = differs ? score : lowest;
     }
     sums = reduce_team<kContrastThreads>(sums, s_sums);
     const A top = contrast_top(p.negatives, sums.largest, sums.own);
     A others = A(0);
     for (int64_t j = Rows::lane(); j < p.candidates; j += kContrastThreads) {
-      const A e = s[j] == kLowest ? A(0) : std::exp(s[j] - top);
+      const A e = s[j] == lowest ? A(0) : std::exp(s[j] - top);
       if (p.upstream) s[j] = e;
       others += e;
     }
     others = reduce_team<kContrastThreads>(others, s_others);
-    const auto outcome =
-        contrast_outcome(p.negatives, top, sums.own, others, A(sums.same), sums.same == p.candidates);
+    const auto outcome = contrast_outcome(p.negatives, top, sums.own, others, A(sums.same), sums.same == p.candidates);
     if (Rows::lane() == 0) p.loss[row] = outcome.loss;
     if (!p.upstream) continue;
     const A slope = p.upstream[row] * factor, share = slope / outcome.total, own = -outcome.missing * slope;

@@ -1,32 +1,48 @@
-// torch's current CUDA stream.  aoti_torch_get_current_cuda_stream lives in libtorch_cuda.so, which a
-// CPU build of torch lacks: it is looked up in the copy that torch has loaded, so that this library
-// links and imports without it.
+// What is needed of libtorch_cuda.so, which a CPU build of torch lacks: looked up in the copy that torch has loaded, so
+// that this library links and imports without it.
 #ifdef SIMPLEXFIX_WITH_CUDA
 #include "cuda_stream.h"
 
 #include <dlfcn.h>
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
 
 namespace simplexfix {
 namespace {
+void* find(const char* name) {
+  void* library = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD);
+  return library ? dlsym(library, name) : nullptr;
+}
+
 using StreamGetter = AOTITorchError (*)(int32_t device_index, void** stream);
 
 StreamGetter stream_getter() {
-  static const StreamGetter getter = [] {
-    void* library = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD);
-    return library ? reinterpret_cast<StreamGetter>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
-  }();
+  static const auto getter = reinterpret_cast<StreamGetter>(find("aoti_torch_get_current_cuda_stream"));
   return getter;
+}
+
+template <typename F>
+F* loaded(F* function, const char* name) {
+  if (!function) throw std::runtime_error(message("this torch is built without CUDA: no ", name));
+  return function;
 }
 }  // namespace
 
 bool torch_has_cuda() { return stream_getter() != nullptr; }
 
 void* current_cuda_stream(int32_t device) {
-  const StreamGetter get = stream_getter();
-  if (!get) throw std::runtime_error("this torch is built without CUDA");
   void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(get(device, &stream));
+  TORCH_ERROR_CODE_CHECK(loaded(stream_getter(), "current stream")(device, &stream));
   return stream;
+}
+
+void cuda_matrix_product(const Tensor& out, const Tensor& a, const Tensor& b, bool add) {
+  static const auto mm = reinterpret_cast<decltype(&aoti_torch_cuda_mm_out)>(find("aoti_torch_cuda_mm_out"));
+  static const auto addmm = reinterpret_cast<decltype(&aoti_torch_cuda_addmm_out)>(find("aoti_torch_cuda_addmm_out"));
+  if (add) {
+    TORCH_ERROR_CODE_CHECK(loaded(addmm, "addmm")(out.get(), out.get(), a.get(), b.get(), 1, 1));
+  } else {
+    TORCH_ERROR_CODE_CHECK(loaded(mm, "mm")(out.get(), a.get(), b.get()));
+  }
 }
 
 }  // namespace simplexfix

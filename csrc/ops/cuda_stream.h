@@ -1,4 +1,5 @@
-// Launch glue of the CUDA operators: the current stream, dtypes, and errors turned into messages.
+// Launch glue of the CUDA operators: the current stream, torch's matrix products, dtypes, and errors turned into
+// messages.
 #pragma once
 #include "../cuda/kernels.h"
 #include "common.h"
@@ -7,6 +8,9 @@ namespace simplexfix {
 
 bool torch_has_cuda();                      // whether the torch that is loaded is a CUDA build
 void* current_cuda_stream(int32_t device);  // of that torch; throws where there is none
+
+// out = a b, or out += a b, by the torch that is loaded: float32 as torch.set_float32_matmul_precision says
+void cuda_matrix_product(const Tensor& out, const Tensor& a, const Tensor& b, bool add);
 
 inline cuda::DType cuda_dtype(ScalarType type) {
   switch (type) {

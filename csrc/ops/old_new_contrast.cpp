@@ -1,5 +1,5 @@
 // simplexfix::old_new_contrast: block after block of anchors, two matrix products by torch and the
-// kernel of cpu/contrast.inc between them.
+// kernel of cpu/contrast.inc or cuda/contrast.cuh between them.
 //
 // Features are not normalised beforehand: norms enter as factors of rows and columns, so that beside
 // the results the only memory is one block of similarities, kBlockNumbers, and for 16-bit features
@@ -11,6 +11,10 @@
 #include "../cpu/kernels.h"
 #include "buffer_pool.h"
 #include "common.h"
+#ifdef SIMPLEXFIX_WITH_CUDA
+#include "../cuda/kernels.h"
+#include "cuda_stream.h"
+#endif
 
 namespace simplexfix {
 namespace {
@@ -90,9 +94,22 @@ class CandidateGradient {
 // anchors [A, d], candidates [C, d]; anchor i's own candidate is first_positive + i.  upstream [A] in the
 // accumulating dtype: what each row's gradient is multiplied by; without it there is none.  The gradient is
 // that of the candidates, or of the anchors.
-std::tuple<Tensor, Tensor> old_new_contrast_cpu(Tensor anchors, Tensor candidates, Tensor anchor_class,
-                                                Tensor candidate_class, int64_t first_positive, double mu,
-                                                int64_t negatives, std::optional<Tensor> upstream, bool to_anchors) {
+struct ContrastCall {
+  Tensor anchors, candidates, anchor_class, candidate_class, loss;
+  std::optional<Tensor> upstream;
+  int64_t rows, count, d, first_positive;
+  double mu;
+  Negatives negatives;
+  bool to_anchors;
+  ScalarType type, accumulate;
+
+  const Tensor& side() const { return to_anchors ? anchors : candidates; }  // whose gradient it is
+  int64_t side_stride() const { return side().size(0) > 1 ? side().stride(0) : d; }
+};
+
+ContrastCall check_contrast(const Tensor& anchors, const Tensor& candidates, const Tensor& anchor_class,
+                            const Tensor& candidate_class, int64_t first_positive, double mu, int64_t negatives,
+                            const std::optional<Tensor>& upstream, bool to_anchors) {
   const std::pair<const Tensor*, const Tensor*> sides[] = {{&anchors, &anchor_class}, {&candidates, &candidate_class}};
   const ScalarType type = anchors.scalar_type();
   for (const auto& [rows, classes] : sides) {
@@ -103,8 +120,10 @@ std::tuple<Tensor, Tensor> old_new_contrast_cpu(Tensor anchors, Tensor candidate
     SIMPLEXFIX_CHECK(
         classes->dim() == 1 && classes->size(0) == rows->size(0) && classes->scalar_type() == ScalarType::Long, name,
         "' classes must be int64 and have shape [", rows->size(0), "]");
+    SIMPLEXFIX_CHECK(rows->device() == anchors.device() && classes->device() == anchors.device(),
+                     "anchors, candidates and their classes are on different devices");
   }
-  const int64_t n = anchors.size(0), count = candidates.size(0), d = anchors.size(1);
+  const int64_t n = anchors.size(0), count = candidates.size(0);
   SIMPLEXFIX_CHECK(first_positive >= 0 && first_positive + n <= count, "anchors ", first_positive, " to ",
                    first_positive + n - 1, " have no candidates of their own among ", count);
   SIMPLEXFIX_CHECK(negatives >= 0 && negatives <= 2, "negatives must be 0, 1 or 2, got ", negatives);
@@ -112,29 +131,47 @@ std::tuple<Tensor, Tensor> old_new_contrast_cpu(Tensor anchors, Tensor candidate
   if (upstream)
     SIMPLEXFIX_CHECK(upstream->dim() == 1 && upstream->size(0) == n && upstream->scalar_type() == accumulate_type(type),
                      "upstream must have shape [", n, "] in the accumulating dtype");
-  anchors = with_dense_rows(anchors);
-  candidates = with_dense_rows(candidates);
-  anchor_class = torch::stable::contiguous(anchor_class);
-  candidate_class = torch::stable::contiguous(candidate_class);
-  const Tensor weights = upstream ? torch::stable::contiguous(*upstream) : anchors;  // read only with upstream
+  ContrastCall call{with_dense_rows(anchors),
+                    with_dense_rows(candidates),
+                    torch::stable::contiguous(anchor_class),
+                    torch::stable::contiguous(candidate_class),
+                    torch::stable::new_empty(anchors, {n}, accumulate_type(type)),
+                    {},
+                    n,
+                    count,
+                    anchors.size(1),
+                    first_positive,
+                    mu,
+                    static_cast<Negatives>(negatives),
+                    to_anchors,
+                    type,
+                    accumulate_type(type)};
+  if (upstream) call.upstream = torch::stable::contiguous(*upstream);
+  return call;
+}
 
-  const Tensor loss = torch::stable::new_empty(anchors, {n}, accumulate_type(type));
-  const Tensor& side = to_anchors ? anchors : candidates;
-  const Tensor gradient = upstream ? reusable_empty({side.size(0), d}, type) : torch::stable::new_empty(side, {0});
-  dispatch_floating(type, [&](auto tag) {
+std::tuple<Tensor, Tensor> old_new_contrast_cpu(Tensor anchors, Tensor candidates, Tensor anchor_class,
+                                                Tensor candidate_class, int64_t first_positive, double mu,
+                                                int64_t negatives, std::optional<Tensor> upstream, bool to_anchors) {
+  const ContrastCall call = check_contrast(anchors, candidates, anchor_class, candidate_class, first_positive, mu,
+                                           negatives, upstream, to_anchors);
+  const int64_t n = call.rows, count = call.count, d = call.d;
+  const Tensor& side = call.side();
+  const Tensor gradient = upstream ? reusable_empty({side.size(0), d}, call.type) : torch::stable::new_empty(side, {0});
+  dispatch_floating(call.type, [&](auto tag) {
     using T = decltype(tag);
     using A = accumulate_t<T>;
-    std::vector<int64_t> sorted(data<int64_t>(candidate_class), data<int64_t>(candidate_class) + count);
+    std::vector<int64_t> sorted(data<int64_t>(call.candidate_class), data<int64_t>(call.candidate_class) + count);
     std::sort(sorted.begin(), sorted.end());
     sorted.erase(std::unique(sorted.begin(), sorted.end()), sorted.end());
-    const auto anchor_numbers = numbers_of<cpu::ClassIndex<A>>(data<int64_t>(anchor_class), n, sorted);
-    const auto candidate_numbers = numbers_of<cpu::ClassIndex<A>>(data<int64_t>(candidate_class), count, sorted);
-    const auto anchor_scale = norms_of<T, A>(anchors), candidate_scale = norms_of<T, A>(candidates);
-    const Tensor a = accumulating(anchors), c = accumulating(candidates);
+    const auto anchor_numbers = numbers_of<cpu::ClassIndex<A>>(data<int64_t>(call.anchor_class), n, sorted);
+    const auto candidate_numbers = numbers_of<cpu::ClassIndex<A>>(data<int64_t>(call.candidate_class), count, sorted);
+    const auto anchor_scale = norms_of<T, A>(call.anchors), candidate_scale = norms_of<T, A>(call.candidates);
+    const Tensor a = accumulating(call.anchors), c = accumulating(call.candidates);
     const Tensor c_columns = torch::stable::transpose(c, 0, 1);
     // what flows into the normalised features, before the projection; in place where the types agree
     const Tensor flow =
-        !upstream || a.scalar_type() == type ? gradient : reusable_empty({side.size(0), d}, a.scalar_type());
+        !upstream || call.accumulate == call.type ? gradient : reusable_empty({side.size(0), d}, call.accumulate);
 
     const int64_t block = std::clamp(kBlockNumbers / std::max<int64_t>(1, count), kMinBlock, kMaxBlock);
     const Tensor similarity = torch::stable::new_empty(a, {std::min(block, n), count});
@@ -151,10 +188,10 @@ std::tuple<Tensor, Tensor> old_new_contrast_cpu(Tensor anchors, Tensor candidate
                                       anchor_scale.data() + first,
                                       candidate_scale.data(),
                                       A(mu),
-                                      static_cast<Negatives>(negatives),
+                                      call.negatives,
                                       first_positive + first,
-                                      mutable_data<A>(loss) + first,
-                                      upstream ? data<A>(weights) + first : nullptr};
+                                      mutable_data<A>(call.loss) + first,
+                                      upstream ? data<A>(*call.upstream) + first : nullptr};
       torch::stable::parallel_for(0, rows, rows_per_task(count), [&](int64_t begin, int64_t end) {
         cpu::kernels<T>().contrast_rows(args, begin, end);
       });
@@ -167,14 +204,74 @@ std::tuple<Tensor, Tensor> old_new_contrast_cpu(Tensor anchors, Tensor candidate
     }
     if (!upstream) return;
     const auto& scale = to_anchors ? anchor_scale : candidate_scale;
-    const int64_t side_rows = side.size(0), stride = side_rows > 1 ? side.stride(0) : d;
-    torch::stable::parallel_for(0, side_rows, rows_per_task(d), [&](int64_t begin, int64_t end) {
-      cpu::kernels<T>().project_rows(data<T>(side), stride, data<A>(flow), scale.data(), d, mutable_data<T>(gradient),
-                                     begin, end);
+    torch::stable::parallel_for(0, side.size(0), rows_per_task(d), [&](int64_t begin, int64_t end) {
+      cpu::kernels<T>().project_rows(data<T>(side), call.side_stride(), data<A>(flow), scale.data(), d,
+                                     mutable_data<T>(gradient), begin, end);
     });
   });
-  return {loss, gradient};
+  return {call.loss, gradient};
 }
+
+#ifdef SIMPLEXFIX_WITH_CUDA
+constexpr int64_t kCudaBlockNumbers = int64_t(1) << 22;  // 16 MiB of float: stays in L2 (A100 40, H100 50 MiB)
+constexpr int64_t kCudaMinBlock = 128;                   // rows
+
+std::tuple<Tensor, Tensor> old_new_contrast_cuda(Tensor anchors, Tensor candidates, Tensor anchor_class,
+                                                 Tensor candidate_class, int64_t first_positive, double mu,
+                                                 int64_t negatives, std::optional<Tensor> upstream, bool to_anchors) {
+  const int32_t device = anchors.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const ContrastCall call = check_contrast(anchors, candidates, anchor_class, candidate_class, first_positive, mu,
+                                           negatives, upstream, to_anchors);
+  const int64_t n = call.rows, count = call.count, d = call.d;
+  const Tensor& side = call.side();
+  const cuda::DType dtype = cuda_dtype(call.type);
+  const auto norms_of = [&](const Tensor& rows) {
+    const Tensor norms = torch::stable::new_empty(rows, {rows.size(0)}, call.accumulate);
+    launch(device, "old_new_contrast", [&](void* stream) {
+      return cuda::inverse_norms({rows.const_data_ptr(), rows.size(0) > 1 ? rows.stride(0) : d,
+                                  norms.mutable_data_ptr(), rows.size(0), d, dtype, stream});
+    });
+    return norms;
+  };
+  const Tensor anchor_scale = norms_of(call.anchors), candidate_scale = norms_of(call.candidates);
+  const Tensor a = accumulating(call.anchors), c = accumulating(call.candidates);
+  const Tensor c_columns = torch::stable::transpose(c, 0, 1);
+  const Tensor gradient = torch::stable::new_empty(side, {upstream ? side.size(0) : 0, d});
+  const Tensor flow = !upstream || call.accumulate == call.type
+                          ? gradient
+                          : torch::stable::new_empty(side, {side.size(0), d}, call.accumulate);
+  if (upstream && n == 0) torch::stable::zero_(const_cast<Tensor&>(flow));  // candidates without anchors
+
+  const int64_t block = std::max(kCudaBlockNumbers / std::max<int64_t>(1, count), kCudaMinBlock);
+  const Tensor similarity = torch::stable::new_empty(a, {std::min(block, n), count});
+  const auto at = [&](const Tensor& numbers, int64_t first) { return narrow_rows(numbers, first, n - first); };
+  for (int64_t first = 0; first < n; first += block) {
+    const int64_t rows = std::min(block, n - first);
+    const Tensor a_rows = narrow_rows(a, first, rows), s_rows = narrow_rows(similarity, 0, rows);
+    cuda_matrix_product(s_rows, a_rows, c_columns, false);
+    launch(device, "old_new_contrast", [&](void* stream) {
+      return cuda::contrast_rows(
+          {s_rows.mutable_data_ptr(), data<int64_t>(at(call.anchor_class, first)), data<int64_t>(call.candidate_class),
+           at(anchor_scale, first).const_data_ptr(), candidate_scale.const_data_ptr(),
+           upstream ? at(*call.upstream, first).const_data_ptr() : nullptr, at(call.loss, first).mutable_data_ptr(),
+           rows, count, first_positive + first, mu, call.negatives, dtype, stream});
+    });
+    if (!upstream) continue;
+    if (to_anchors)
+      cuda_matrix_product(narrow_rows(flow, first, rows), s_rows, c, false);
+    else
+      cuda_matrix_product(flow, torch::stable::transpose(s_rows, 0, 1), a_rows, first > 0);
+  }
+  if (!upstream) return {call.loss, gradient};
+  launch(device, "old_new_contrast", [&](void* stream) {
+    return cuda::project_rows({side.const_data_ptr(), call.side_stride(), flow.const_data_ptr(),
+                               (to_anchors ? anchor_scale : candidate_scale).const_data_ptr(),
+                               gradient.mutable_data_ptr(), side.size(0), d, dtype, stream});
+  });
+  return {call.loss, gradient};
+}
+#endif
 
 }  // namespace
 }  // namespace simplexfix
@@ -188,3 +285,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(simplexfix, m) {
 STABLE_TORCH_LIBRARY_IMPL(simplexfix, CPU, m) {
   m.impl("old_new_contrast", TORCH_BOX(&simplexfix::old_new_contrast_cpu));
 }
+#ifdef SIMPLEXFIX_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(simplexfix, CUDA, m) {
+  m.impl("old_new_contrast", TORCH_BOX(&simplexfix::old_new_contrast_cuda));
+}
+#endif

@@ -125,9 +125,8 @@ void check_features(int64_t rows, int64_t d, int64_t stride, int offset) {
     for (int64_t j = 0; j < d; ++j) {
       const long double share = squares == 0 ? 0 : wide[j] / squares;
       const double want = double(g[j] - share * along), got = value_of(out[i * d + j]);
-      const double naive_error = naive_squares == A(0) ? 0
-                                                       : std::fabs(double(narrow[j] * naive_along / naive_squares -
-                                                                          share * along));
+      const double naive_error =
+          naive_squares == A(0) ? 0 : std::fabs(double(narrow[j] * naive_along / naive_squares - share * along));
       const double allowed = 2 * naive_error + floor_of<A>(std::fabs(double(g[j])) + double(std::fabs(share) * size)) +
                              rounding_of<T>(want);
       if (!(std::fabs(got - want) <= allowed))
@@ -135,7 +134,8 @@ void check_features(int64_t rows, int64_t d, int64_t stride, int offset) {
                (long long)rows, (long long)d, (long long)i, (long long)j, got, want, allowed);
     }
   }
-  if (!norm.surroundings_untouched() || !out.surroundings_untouched()) failed("project_rows: wrote outside its results");
+  if (!norm.surroundings_untouched() || !out.surroundings_untouched())
+    failed("project_rows: wrote outside its results");
 }
 
 template <typename A>
@@ -146,7 +146,8 @@ void rows_of(bool small) {
       const int64_t rows = std::min<int64_t>(candidates, candidates > 1000 ? 2 : 5);
       for (int classes : {1, 3, 1000}) {  // all of one class; some; hardly any
         check_rows<A>(rows, candidates, (candidates - rows) / 2, classes, negatives, true, 0.3);
-        if (!small) check_rows<A>(rows, candidates, candidates - rows, classes, negatives, false, classes == 3 ? 9 : 0.1);
+        if (!small)
+          check_rows<A>(rows, candidates, candidates - rows, classes, negatives, false, classes == 3 ? 9 : 0.1);
       }
     }
   check_rows<A>(0, 3, 1, 2, Negatives::kRemove, true, 1);
