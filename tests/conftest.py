@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import simplexfix
 from simplexfix import _native
@@ -13,7 +15,30 @@ from simplexfix import _native
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def pytest_report_header() -> str:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--emulated-cuda", action="store_true", help="operators' CUDA halves, on CPU tensors: tests/native")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "cpu_only: what CUDA operators promise otherwise, or not")
+    if config.getoption("--emulated-cuda"):
+        sys.path.append(str(ROOT / "tests" / "native"))
+        import harness
+
+        torch.ops.load_library(harness.build_ops(jobs=2))
+        torch.ops.simplexfix = torch.ops.simplexfix_emulated
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--emulated-cuda"):
+        for item in items:
+            if item.get_closest_marker("cpu_only"):
+                item.add_marker(pytest.mark.skip(reason="of the CPU's operators alone"))
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    if config.getoption("--emulated-cuda"):
+        return "kernels: those of CUDA, emulated"
     info = _native.build_info()
     kernels = f"{info['cpu_isa']}, CUDA {info['cuda_archs'] or 'not built'}" if info else f"none ({_native.missing})"
     return f"simplexfix {simplexfix.__version__} from {Path(simplexfix.__file__).parent}; kernels: {kernels}"

@@ -205,6 +205,7 @@ def test_angular_margin_beyond_pi(polytope: str) -> None:
     check(z, target, polytope=polytope, normalize=True, scale=4.0, margin=("angular", 1.2), reduction="none")
 
 
+@needs_library
 @pytest.mark.parametrize("polytope", POLYTOPES)
 def test_a_row_at_its_own_vertex_keeps_its_small_loss(polytope: str) -> None:
     """log1p, not log(1 + tiny): at cosine 1 and such scales the loss is 1e-24, which 1 - p would lose."""
@@ -297,6 +298,7 @@ def test_leading_dimensions(polytope: str) -> None:
     assert torch.equal(one, rows[0, 0])
 
 
+@needs_library
 @pytest.mark.parametrize("polytope", POLYTOPES)
 @pytest.mark.parametrize(
     "view",
@@ -362,6 +364,7 @@ def test_a_row_is_the_same_alone_and_in_a_batch_and_on_any_number_of_threads(
 
 
 @needs_library
+@pytest.mark.cpu_only
 def test_memory_of_gradients_is_used_again_and_never_shared() -> None:
     z, target = torch.randn(64, 1023, requires_grad=True), labels(64, 1024)
 

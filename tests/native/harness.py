@@ -210,6 +210,30 @@ def build(layer: str, csrc: Path = ROOT / "csrc", jobs: int = 1) -> Path:
     return make(CACHE / name, [CXX, *chosen.flags, *objects])
 
 
+def build_ops(jobs: int = 1) -> Path:
+    """A library of the operators' CUDA halves for CPU tensors, in torch.ops.simplexfix_emulated."""
+    import torch  # nothing else here needs it
+
+    folder = Path(torch.__file__).parent
+    headers = HERE / "emulator" / "emulated_ops.h"
+    fronts = [f for f in sorted((ROOT / "csrc" / "ops").glob("*.cpp")) if f.stem != "cuda_stream"]
+    flags = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
+    flags += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-isystem", folder / "include", "-include", headers]
+
+    def compile_front(source: Path, _: object) -> Path:
+        texts = [*closure(source).values(), *closure(headers).values()]
+        name = f"{source.stem}-ops-{digest(version(CXX), torch.__version__, flags, *texts)}.o"
+        return make(CACHE / name, [CXX, *flags, "-c", source])
+
+    kernels = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    work = [(compile_source, source) for source in kernels]
+    work += [(compile_front, source) for source in [*fronts, HERE / "emulator" / "emulated_stream.cpp"]]
+    with ThreadPool(jobs) as pool:
+        objects = pool.map(lambda item: item[0](item[1], ["-O1", "-fPIC"]), work, chunksize=1)
+    name = f"libops-{digest(*objects)}.so"
+    return make(CACHE / name, [CXX, "-shared", *objects, f"-L{folder / 'lib'}", "-ltorch_cpu"])
+
+
 def run(program: Path, layer: str, arguments: list[str] | None = None) -> subprocess.CompletedProcess[str]:
     """Runs a test program; its output is in stdout."""
     command = [program, *LAYERS[layer].arguments, *(arguments or [])]

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import harness
 
+CONTRAST, CONTRAST_ROW = "cuda/contrast.cuh", "core/contrast.h"
 ENTROPY, LOGITS, TEAM = "cuda/simplex_cross_entropy.cuh", "cuda/simplex_logits.cuh", "cuda/team.cuh"
 SEARCH, CODES, INDEX = "cpu/search.cpp", "cpu/gallery_codes.cpp", "cpu/cosine_index.cpp"
 LAUNCH, SCALE, CORE = "cuda/simplex_cross_entropy.cu", "cuda/scale_rows.cuh", "core/simplex_cross_entropy.h"
@@ -87,6 +88,26 @@ MUTANTS = [
     Mutant("last logit", LOGITS, "T(factor * p.simplex.last * sums.z)", "T(factor * p.simplex.a * sums.z)", "logits"),
     Mutant("projection of the logits' gradient", LOGITS, "* inverse * inverse;", "* inverse;", "logits"),
     Mutant("one factor for all rows", SCALE, "p.factor[k * p.factor_stride]", "p.factor[0]", "scale_rows"),
+    # The contrast
+    Mutant("own candidate's derivative", CONTRAST, "(j == own_at ? own : s[j] * share)", "(s[j] * share)", "contrast"),
+    Mutant("one class for all rows", CONTRAST, "p.anchor_class[row]", "p.anchor_class[0]", "contrast"),
+    Mutant("candidates of its own class in the sum", CONTRAST, "differs ? score : lowest;", "score;", "contrast"),
+    Mutant("length of a zero row", CONTRAST, "squares == A(0) ? A(0) : A(1)", "A(1)", "contrast"),
+    Mutant(
+        "norms' parts overwritten",
+        CONTRAST,
+        "std::sqrt(squares);\n    sync_team<kThreads>();",
+        "std::sqrt(squares);\n",
+        "contrast",
+    ),
+    Mutant("own score above the others", CONTRAST_ROW, "top < own) top = own;", "false) top = own;", "contrast"),
+    Mutant(
+        "alone without negatives",
+        CONTRAST_ROW,
+        "Negatives::kRemove && alone",
+        "Negatives::kRemove && false",
+        "contrast",
+    ),
     # The CPU core: bounds of the first pass
     Mutant("a row's residual forgotten", CODES, "round_up(row.residual + kDot", "round_up(0 * row.residual + kDot"),
     Mutant("a query's residual forgotten", "cpu/query_codes.h", "return residual_[size_t(q)] *", "return 0 *"),
