@@ -35,6 +35,7 @@ int main(int argc, char** argv) {
     for (const emulator::Order order : chosen) {
       emulator::g_settings = {order, 1};
       emulator::g_launches = emulator::g_ptx_launches = 0;
+      if (only.empty() || only == "primitives") test_primitives(selection);
       if (only.empty() || only == "cross_entropy") test_cross_entropy(selection);
       if (only.empty() || only == "logits") test_logits(selection);
       if (only.empty() || only == "scale_rows") test_scale_rows(selection);

@@ -50,10 +50,10 @@ T shuffle(unsigned mask, T value, int source, Site site) {
   return argument.result;
 }
 
-// Ends the launch: launch_kernel() throws `what`.
-[[noreturn]] inline void die(const std::string& what, Site site) {
+// Ends the launch: launch_kernel() throws `what`.  The fiber is left as it stands, so it must own nothing.
+[[noreturn]] inline void die(const char* what, Site site) {
   self->site = site;
-  self->error = what + " at " + where(*self);
+  self->error = std::string(what) + " at " + where(*self);
   for (;;) wait_for(Wait::kWarp, 0, nullptr, nullptr, site);
 }
 
