@@ -3,6 +3,7 @@
 // another file may share is ever compiled for a newer CPU (per-file -m flags do not give that).
 #include "kernels.h"
 
+#include "../core/cosine_score.h"
 #include "../core/cube.h"
 #include "../core/orthoplex.h"
 #include "../core/simplex_cross_entropy.h"

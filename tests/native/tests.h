@@ -32,5 +32,6 @@ simplexfix::cuda::DType dtype_of() {
 void test_cross_entropy(const Selection&);
 void test_logits(const Selection&);
 void test_scale_rows(const Selection&);
+void test_topk(const Selection&);
 void test_primitives(const Selection&);
 void test_emulator();

@@ -64,3 +64,9 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32, EMULATO
   const int lane = ::emulator::self->lane, source = lane ^ lane_mask;
   return ::emulator::shuffle(mask, value, source >= (lane & ~(width - 1)) + width ? lane : source, EMULATOR_SITE);
 }
+
+// Atomic and no more: as on the device, it orders no other memory.
+template <typename T>
+T atomicAdd(T* p, T value) {
+  return __atomic_fetch_add(p, value, __ATOMIC_RELAXED);
+}

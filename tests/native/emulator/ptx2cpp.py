@@ -269,6 +269,13 @@ class Kernel:
         sets = " ".join(f"ptx::set({self.register(r)}, v.v[{i}]);" for i, r in kept)
         self.statements.append(f"{{ const {vector} v = *{place}; {sets} }}")
 
+    @instruction(r"(atom|red)\.(global|shared)\.add\.u(32|64)")
+    def atomic_add(self, word, kind, a):
+        address, added = a[-2:]
+        place = f"ptx::aligned<{CXX[kind]}>({self.pointer(address, word[1])}, {self.site()})"
+        call = f"atomicAdd({place}, {self.value(added, kind)})"
+        self.put(a[0], kind, call) if word[0] == "atom" else self.statements.append(f"{call};")
+
     @instruction(r"bra(\.uni)?")
     def bra(self, word, kind, a):
         self.statements.append(f"goto {label(a[0])};")
