@@ -50,29 +50,28 @@ __device__ __forceinline__ void copy_panel(__nv_bfloat16 (*s_to)[kTileDepth + 8]
   }
 }
 
-// A warp's products: 2 x 4 fragments of 16 queries and 8 rows.
+// A warp's products: fragments of 16 queries and 8 rows, number f of queries f / 4 and rows f % 4.
 struct WarpTile {
-  float sums[2][4][4];
+  float sums[8][4];
 
-  __device__ void clear() {
-    SIMPLEXFIX_UNROLL for (auto& i : sums) SIMPLEXFIX_UNROLL for (auto& j : i) SIMPLEXFIX_UNROLL for (float& x : j) x =
-        0;
-  }
-  // The lane's numbers within the block's tile: query of sums[i][.][e], row of sums[.][j][e].
-  __device__ static int query(int i, int e) { return int(threadIdx.x) / 32 % 2 * 32 + i * 16 + lane() / 4 + e / 2 * 8; }
-  __device__ static int row(int j, int e) { return int(threadIdx.x) / 64 * 32 + j * 8 + lane() % 4 * 2 + e % 2; }
+  // Where the lane's number e of fragment f lies in the block's tile.
+  __device__ static int query(int f, int e) { return query0() + f / 4 * 16 + lane() / 4 + e / 2 * 8; }
+  __device__ static int row(int f, int e) { return row0() + f % 4 * 8 + lane() % 4 * 2 + e % 2; }
+  __device__ static int query0() { return int(threadIdx.x) / 32 % 2 * 32; }
+  __device__ static int row0() { return int(threadIdx.x) / 64 * 32; }
   __device__ static int lane() { return int(threadIdx.x) % 32; }
 
   __device__ void add(const TilePanels& s_panels) {
-    const int query0 = int(threadIdx.x) / 32 % 2 * 32, row0 = int(threadIdx.x) / 64 * 32;
     SIMPLEXFIX_UNROLL for (int k = 0; k < kTileDepth; k += 16) {
       uint32_t a[2][4], b[2][4];
-      SIMPLEXFIX_UNROLL for (int i = 0; i < 2; ++i)
-          ldmatrix(a[i], &s_panels.query[query0 + i * 16 + lane() % 16][k + lane() / 16 * 8]);
-      SIMPLEXFIX_UNROLL for (int j = 0; j < 2; ++j)
-          ldmatrix(b[j], &s_panels.row[row0 + j * 16 + lane() % 8 + lane() / 16 * 8][k + lane() / 8 % 2 * 8]);
-      SIMPLEXFIX_UNROLL for (int i = 0; i < 2; ++i) SIMPLEXFIX_UNROLL for (int j = 0; j < 4; ++j)
-          mma<__nv_bfloat16>(sums[i][j], a[i], {b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]});
+      SIMPLEXFIX_UNROLL for (int i = 0; i < 2; ++i) {
+        ldmatrix(a[i], &s_panels.query[query0() + i * 16 + lane() % 16][k + lane() / 16 * 8]);
+        ldmatrix(b[i], &s_panels.row[row0() + i * 16 + lane() / 16 * 8 + lane() % 8][k + lane() / 8 % 2 * 8]);
+      }
+      SIMPLEXFIX_UNROLL for (int f = 0; f < 8; ++f) {
+        const uint32_t (&rows)[4] = b[f % 4 / 2];
+        mma<__nv_bfloat16>(sums[f], a[f / 4], {rows[f % 2 * 2], rows[f % 2 * 2 + 1]});
+      }
     }
   }
 };
@@ -91,18 +90,16 @@ __global__ void __launch_bounds__(kTileThreads, 4) sweep_tiles(const TilesParams
       }
       commit_copies();
     };
-    float room[2][2], cutoff[2][2], best[2][4][4];
-    SIMPLEXFIX_UNROLL for (int i = 0; i < 2; ++i) SIMPLEXFIX_UNROLL for (int e = 0; e < 2; ++e) {
-      const int64_t query = query0 + WarpTile::query(i, 2 * e);
-      room[i][e] = query < p.queries ? p.query_room[query] : 0.f;
-      cutoff[i][e] = kLists && query < p.queries ? p.cutoff[query] : INFINITY;
-      SIMPLEXFIX_UNROLL for (int j = 0; j < 4; ++j) best[i][j][2 * e] = best[i][j][2 * e + 1] = -INFINITY;
+    float least[4], best[8][4];  // what a product and its row's room must reach; the best product less its row's room
+    SIMPLEXFIX_UNROLL for (int i = 0; i < 4; ++i) {
+      const int64_t query = query0 + WarpTile::query(i / 2 * 4, i % 2 * 2);
+      least[i] = kLists && query < p.queries ? p.cutoff[query] - p.query_room[query] : INFINITY;
     }
+    SIMPLEXFIX_UNROLL for (int i = 0; i < 32; ++i) best[i / 4][i % 4] = -INFINITY;
     load(stretch, 0, 0);
     int now = 0;
     for (int64_t tile = stretch; tile < row_tiles; tile += p.stretches) {
-      WarpTile products;
-      products.clear();
+      WarpTile products{};
       for (int64_t panel = 0; panel < panels; ++panel) {
         const bool last = panel + 1 == panels;
         load(last ? tile + p.stretches : tile, last ? 0 : panel + 1, 1 - now);
@@ -112,31 +109,31 @@ __global__ void __launch_bounds__(kTileThreads, 4) sweep_tiles(const TilesParams
         sync_team<kTileThreads>();  // all have read it: the next turn's copies go there
         now = 1 - now;
       }
-      SIMPLEXFIX_UNROLL for (int j = 0; j < 4; ++j) SIMPLEXFIX_UNROLL for (int odd = 0; odd < 2; ++odd) {
-        const int64_t row = tile * kTile + WarpTile::row(j, odd);
+      SIMPLEXFIX_UNROLL for (int i = 0; i < 8; ++i) {  // a row's products side by side
+        const int64_t row = tile * kTile + WarpTile::row(i / 2, i % 2);
         if (row >= p.n) continue;
         const float row_room = p.row_room[row];
-        SIMPLEXFIX_UNROLL for (int i = 0; i < 2; ++i) SIMPLEXFIX_UNROLL for (int e = 0; e < 2; ++e) {
-          const float product = products.sums[i][j][2 * e + odd], within = room[i][e] + row_room;
-          float& most = best[i][j][2 * e + odd];
+        SIMPLEXFIX_UNROLL for (int j = 0; j < 4; ++j) {
+          const int f = i / 2 + j / 2 * 4, e = i % 2 + j % 2 * 2;
+          const float product = products.sums[f][e];
           if constexpr (kLists) {
-            if (!(product + within >= cutoff[i][e])) continue;
-            const int64_t query = query0 + WarpTile::query(i, 2 * e);
+            if (!(product + row_room >= least[j])) continue;
+            const int64_t query = query0 + WarpTile::query(f, e);
             const auto place = int64_t(atomicAdd(p.found + query, 1ull));
             if (place < p.capacity) p.list[query * p.capacity + place].id = row;
           } else {
-            most = product - within > most ? product - within : most;
+            best[f][e] = product - row_room > best[f][e] ? product - row_room : best[f][e];
           }
         }
       }
     }
-    if constexpr (!kLists)
-      SIMPLEXFIX_UNROLL for (int i = 0; i < 2; ++i) SIMPLEXFIX_UNROLL for (int j = 0; j < 4; ++j)
-          SIMPLEXFIX_UNROLL for (int e = 0; e < 4; ++e) {
-        const int64_t query = query0 + WarpTile::query(i, e);
-        if (query < p.queries)
-          p.best[query * p.stretches * kTile + stretch * kTile + WarpTile::row(j, e)] = best[i][j][e];
+    if constexpr (!kLists) {
+      SIMPLEXFIX_UNROLL for (int i = 0; i < 32; ++i) {
+        const int f = i / 4, e = i % 4;
+        const int64_t query = query0 + WarpTile::query(f, e), bucket = stretch * kTile + WarpTile::row(f, e);
+        if (query < p.queries) p.best[query * p.stretches * kTile + bucket] = best[f][e] - p.query_room[query];
       }
+    }
   }
 }
 

@@ -413,10 +413,12 @@ def translate(text: str) -> str:
     text = re.sub(r"/\*.*?\*/", "", text, flags=re.S)
     files = dict(re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', text, re.M))
     text = re.sub(r"//[^\n]*", "", text)
-    shared_pattern = r"(?:\.extern\s+|\.visible\s+)?\.shared\s+\.align\s+\d+\s+\.b8\s+([\w$]+)\[(\d*)\];"
+    # a single variable, an array, or the dynamic one: an array without a size
+    shared_pattern = r"(?:\.extern\s+|\.visible\s+)?\.shared\s+\.align\s+\d+\s+\.([usbf]\d+)\s+([\w$]+)(\[\d*\])?;"
     found = re.findall(shared_pattern, text)
-    shared = {name: i << 20 for i, (name, _) in enumerate(found)}
-    variables = ", ".join(f"{{{count or 0}, 0}}" for _, count in found) or "{0, 0}"
+    shared = {name: i << 20 for i, (_, name, _) in enumerate(found)}
+    sizes = [size(kind) * int(array.strip("[]") or 0) if array else size(kind) for kind, _, array in found]
+    variables = ", ".join(f"{{{count}, 0}}" for count in sizes) or "{0, 0}"
     text = re.sub(shared_pattern, "", text)
     out = ["#include <ptx_runtime.h>", f"static ptx::SharedVariable shared_variables[] = {{{variables}}};"]
     header = re.compile(r"\.entry\s+([\w$]+)\s*\((.*?)\)\s*((?:\.(?:maxntid|minnctapersm)[^\n{]*\n)*)\s*\{", re.S)
