@@ -4,7 +4,7 @@
 // Memory:  a row read twice (the second time through L1 or L2); 2 bytes a number written, 6 for queries.
 // Numerics: core/cosine_score.h: the same bits as on the CPU.
 // Determinism: bitwise the same for a row wherever it lies.
-// Budget:  64 registers, no shared memory, no local memory.
+// Budget:  64 registers, so 1024 threads an SM; no shared memory, no local memory.
 #pragma once
 #include "../core/cosine_score.h"
 #include "team.cuh"
@@ -33,7 +33,7 @@ struct RowsParams {
 };
 
 template <bool kQueries>
-__global__ void __launch_bounds__(kRowThreads) prepare_rows(const RowsParams p) {
+__global__ void __launch_bounds__(kRowThreads, 4) prepare_rows(const RowsParams p) {
   constexpr int kRows = 32 / kPartials;  // of a warp
   const int lane = int(threadIdx.x) % kPartials;
   const int64_t warp = (int64_t(blockIdx.x) * kRowThreads + int(threadIdx.x)) / 32;
