@@ -64,6 +64,7 @@ void test_primitives(const Selection& selection) {
   }
   for (int bytes : {16, 6, 0})
     for (int waited : {0, 1, 2}) check_copies(bytes, waited);
+#ifndef __SANITIZE_THREAD__  // the threads of a launch that was ended look unordered to what comes after it
   // thread 0 must have run for the launch to be counted as one of translated PTX
   if (emulator::g_settings.order != emulator::Order::kForward) return;
   ++g_cases;
@@ -76,4 +77,5 @@ void test_primitives(const Selection& selection) {
   }
   if (error.find("misaligned asynchronous copy") == error.npos)
     failed("a copy from an odd address went through: %s", error.c_str());
+#endif
 }
