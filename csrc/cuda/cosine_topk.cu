@@ -1,7 +1,8 @@
 // Exact search by cosine: launches of topk_rows.cuh, topk_tiles.cuh and topk_select.cuh.
 //
 // Queries go in chunks, so that buckets and lists stay within TopkLimits::bytes.  Nothing is asked of the
-// device in between, and what is launched depends on shapes alone: a CUDA graph may hold it.
+// device in between, and what is launched depends on shapes alone: a CUDA graph may hold it.  Memory
+// beside the results: about 2 bytes for each number of the gallery and 6 of the queries, and that limit.
 #include "launch.cuh"
 #include "topk_rows.cuh"
 #include "topk_select.cuh"
