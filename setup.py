@@ -66,6 +66,10 @@ def cuda_targets(nvcc):
         return want, ["-arch=native"]
     known = re.findall(r"sm_(\d+)", subprocess.check_output([nvcc, "--list-gpu-code"], text=True))
     archs = [arch for arch in want.split() if arch in known]
+    if old := [arch for arch in archs if int(arch) < 80]:
+        raise SystemExit(
+            f"the CUDA kernels need GPU architectures from 80 on (bfloat16 in tensor cores), got {' '.join(old)}"
+        )
     if not archs:
         raise SystemExit(f"{nvcc} knows none of the GPU architectures {want}, only {' '.join(known)}")
     flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]

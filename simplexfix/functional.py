@@ -460,7 +460,8 @@ def cosine_topk(query: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]
 
     Raises:
         TypeError: a tensor is not floating.
-        ValueError: wrong shapes, k below 1, or a row that holds nan or inf, by name.
+        ValueError: wrong shapes, k below 1, or a row that holds nan or inf, by name.  CUDA kernels are not waited
+            for: scores are nan there and ids -1, of that query, or of all where the gallery holds such a row.
     """
     for name, rows in (("query", query), ("gallery", gallery)):
         check_rows(name, rows)
@@ -472,7 +473,7 @@ def cosine_topk(query: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]
     k = check_integer("k", k)
     if not 1 <= k < 2**31:
         raise ValueError(f"k must lie between 1 and 2^31 - 1, got {k}")
-    if _native.has_kernels(query, cuda=False):
+    if _native.has_kernels(query):
         return _ops.cosine_topk(query.float(), gallery.float(), k)
     return _reference.cosine_topk(query.float(), gallery.float(), k)
 

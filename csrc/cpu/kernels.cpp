@@ -4,6 +4,7 @@
 #include "kernels.h"
 
 #include "../core/contrast.h"
+#include "../core/cosine_score.h"
 #include "../core/cube.h"
 #include "../core/orthoplex.h"
 #include "../core/simplex_cross_entropy.h"

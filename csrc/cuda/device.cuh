@@ -1,5 +1,5 @@
-// The only file with shared-memory declarations (and, once a kernel needs it, inline PTX).  Two
-// compilers see it: nvcc, and g++ with SIMPLEXFIX_EMULATED, under which tests/native runs the kernels.
+// The only file with shared-memory declarations and inline PTX.  Two compilers see it: nvcc, and g++
+// with SIMPLEXFIX_EMULATED, under which tests/native runs the kernels.
 #pragma once
 #ifndef SIMPLEXFIX_EMULATED  // the emulator comes before this file and has its own names for CUDA's
 #include <cuda_bf16.h>
@@ -13,7 +13,7 @@
 // SIMPLEXFIX_SHARED(name, type): an object of each block.  SIMPLEXFIX_DYNAMIC_SHARED(name, type):
 // a pointer to the array whose bytes the launch asks for, aligned to 16.
 // SIMPLEXFIX_CALLER, SIMPLEXFIX_AT: a parameter and its use, by which the emulator names the
-// barrier where threads have parted; nothing on a GPU.
+// barrier where threads have parted; nothing on a GPU.  The same with AND_ follow other parameters.
 #ifdef SIMPLEXFIX_EMULATED
 #define SIMPLEXFIX_SHARED(name, ...)                        \
   static const char name##_key __attribute__((unused)) = 0; \
@@ -22,6 +22,8 @@
 #define SIMPLEXFIX_UNROLL
 #define SIMPLEXFIX_CALLER const char *file = __builtin_FILE(), int line = __builtin_LINE()
 #define SIMPLEXFIX_AT file, line
+#define SIMPLEXFIX_AND_CALLER , SIMPLEXFIX_CALLER
+#define SIMPLEXFIX_AND_AT , SIMPLEXFIX_AT
 #else
 #define SIMPLEXFIX_SHARED(name, ...) __shared__ simplexfix::cuda::SharedType<__VA_ARGS__> name
 #define SIMPLEXFIX_DYNAMIC_SHARED(name, type)                                \
@@ -30,6 +32,8 @@
 #define SIMPLEXFIX_UNROLL _Pragma("unroll")
 #define SIMPLEXFIX_CALLER
 #define SIMPLEXFIX_AT
+#define SIMPLEXFIX_AND_CALLER
+#define SIMPLEXFIX_AND_AT
 #endif
 
 namespace simplexfix::cuda {
@@ -68,6 +72,109 @@ __device__ __forceinline__ void sync_team(SIMPLEXFIX_CALLER) {
   } else {
     __syncthreads(SIMPLEXFIX_AT);
   }
+}
+
+// Tensor cores, sm_80 and newer.  Every lane of the warp takes part in ldmatrix and mma; a pair of
+// 16-bit numbers of a lane is one register, the lower address in the low half.  With g = lane / 4
+// and t = 2 (lane % 4), a lane holds
+//   a[i], 16 x 16:   row g + 8 (i % 2),  columns t + 8 (i / 2) and the next
+//   b[i], 16 x 8:    rows t + 8 i and the next,  column g
+//   sums[i], 16 x 8: row g + 8 (i / 2),  column t + i % 2
+
+#ifndef SIMPLEXFIX_EMULATED
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+#endif
+
+// Two or four 8 x 8 matrices of 16-bit numbers from shared memory: lane 8 m + i names row i of matrix
+// m, 8 numbers at a 16-byte boundary (with two matrices the addresses of lanes 16 to 31 count for
+// nothing), and r[m] becomes the numbers t and t + 1 of row g of matrix m.  Transposed: those of column g.
+template <bool kTransposed = false>
+__device__ __forceinline__ void ldmatrix(uint32_t (&r)[4], const void* s_row SIMPLEXFIX_AND_CALLER) {
+#ifdef SIMPLEXFIX_EMULATED
+  ::emulator::ldmatrix<4, kTransposed>(r, s_row SIMPLEXFIX_AND_AT);
+#else
+  if constexpr (kTransposed)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(s_row))
+                 : "memory");
+  else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(s_row))
+                 : "memory");
+#endif
+}
+template <bool kTransposed = false>
+__device__ __forceinline__ void ldmatrix(uint32_t (&r)[2], const void* s_row SIMPLEXFIX_AND_CALLER) {
+#ifdef SIMPLEXFIX_EMULATED
+  ::emulator::ldmatrix<2, kTransposed>(r, s_row SIMPLEXFIX_AND_AT);
+#else
+  if constexpr (kTransposed)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(r[0]), "=r"(r[1])
+                 : "r"(shared_address(s_row))
+                 : "memory");
+  else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(r[0]), "=r"(r[1])
+                 : "r"(shared_address(s_row))
+                 : "memory");
+#endif
+}
+
+// sums += a b, for T = __nv_bfloat16 or __half.  Products are exact; how a GPU rounds the sum of the
+// 17 terms is its own affair (the emulator adds one by one in float), so nothing may count on its bits.
+template <typename T>
+__device__ __forceinline__ void mma(float (&sums)[4], const uint32_t (&a)[4],
+                                    const uint32_t (&b)[2] SIMPLEXFIX_AND_CALLER) {
+#ifdef SIMPLEXFIX_EMULATED
+  ::emulator::mma<T>(sums, a, b SIMPLEXFIX_AND_AT);
+#else
+  if constexpr (std::is_same_v<T, __half>)
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  else
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+
+// Starts to copy the first `bytes` of 16 from global to shared memory and zeros for the rest; both
+// addresses at 16-byte boundaries, also where bytes is 0 and nothing is read.  The copy is there for
+// this thread after wait_for_copies(), for others after a barrier behind it.
+__device__ __forceinline__ void copy_async(void* s_to, const void* g_from, int bytes SIMPLEXFIX_AND_CALLER) {
+#ifdef SIMPLEXFIX_EMULATED
+  ::emulator::copy_async(s_to, g_from, bytes SIMPLEXFIX_AND_AT);
+#else
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(s_to)), "l"(g_from), "r"(bytes)
+               : "memory");
+#endif
+}
+// The copies since the last commit become a group, which may be empty.
+__device__ __forceinline__ void commit_copies() {
+#ifdef SIMPLEXFIX_EMULATED
+  ::emulator::commit_copies();
+#else
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+// Until all groups of this thread but the kOpen latest are there.
+template <int kOpen>
+__device__ __forceinline__ void wait_for_copies() {
+#ifdef SIMPLEXFIX_EMULATED
+  ::emulator::wait_for_copies(kOpen);
+#else
+  asm volatile("cp.async.wait_group %0;" ::"n"(kOpen) : "memory");
+#endif
 }
 
 }  // namespace simplexfix::cuda

@@ -95,4 +95,50 @@ struct ProjectArgs {
 };
 const char* project_rows(const ProjectArgs&);
 
+// Exact search.  The caller gives the memory that the plan asks for, each buffer at a 16-byte boundary.
+enum class TopkBuffer : int {
+  kQueryUnit,
+  kQueryNorm,
+  kQueryRoom,
+  kQueryCode,
+  kRowNorm,
+  kRowRoom,
+  kRowCode,
+  kBroken,
+  kBest,
+  kCutoff,
+  kFound,
+  kList,
+  kCount
+};
+constexpr int kTopkBuffers = int(TopkBuffer::kCount);
+
+struct TopkLimits {                    // the tests lower them
+  int64_t stretches = 128;             // of the gallery, at least: work for a whole GPU from few queries
+  int64_t capacity = 2048;             // of a query's list, at least; a power of two
+  int64_t bytes = int64_t(256) << 20;  // of buckets and lists, about
+};
+
+struct CosineTopkPlan {
+  bool first_pass;    // in bfloat16; otherwise every row is scored
+  int64_t pitch;      // of the codes
+  int64_t stretches;  // of the gallery
+  int64_t capacity;   // of a query's list
+  int64_t chunk;      // queries at a time
+  int64_t bytes[kTopkBuffers];
+};
+CosineTopkPlan plan_cosine_topk(int64_t queries, int64_t n, int64_t d, int64_t k, const TopkLimits& = {});
+
+struct CosineTopkArgs {
+  const float *query, *gallery;  // [queries, d], [n, d], rows query_stride and gallery_stride elements apart
+  int64_t query_stride, gallery_stride;
+  int64_t queries, n, d, k;
+  float* scores;  // [queries, k]; nan where the query, or any row of the gallery, holds nan or inf
+  int64_t* ids;   // [queries, k]; -1 there and past the end of the gallery
+  CosineTopkPlan plan;
+  void* buffers[kTopkBuffers];
+  void* stream;
+};
+const char* cosine_topk(const CosineTopkArgs&);
+
 }  // namespace simplexfix::cuda

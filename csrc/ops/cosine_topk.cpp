@@ -1,10 +1,16 @@
 // simplexfix::cosine_topk: checks, allocation, normalisation, search.
 #include <atomic>
+#include <cstddef>
 #include <optional>
+#include <string>
 
 #include "../cpu/float_mode.h"
 #include "../cpu/search.h"
 #include "common.h"
+#ifdef SIMPLEXFIX_WITH_CUDA
+#include "../cuda/kernels.h"
+#include "cuda_stream.h"
+#endif
 
 namespace simplexfix {
 namespace {
@@ -33,7 +39,7 @@ Tensor normalized(const Tensor& rows, const char* name) {
   return out;
 }
 
-std::tuple<Tensor, Tensor> cosine_topk_cpu(Tensor query, Tensor gallery, int64_t k) {
+void check(const Tensor& query, const Tensor& gallery, int64_t k) {
   for (const auto& [tensor, name] : {std::pair{&query, "query"}, std::pair{&gallery, "gallery"}}) {
     check_rows(*tensor, name);
     SIMPLEXFIX_CHECK(tensor->scalar_type() == ScalarType::Float, name, " must be float32, got ",
@@ -41,7 +47,12 @@ std::tuple<Tensor, Tensor> cosine_topk_cpu(Tensor query, Tensor gallery, int64_t
   }
   SIMPLEXFIX_CHECK(query.size(1) == gallery.size(1), "query has ", query.size(1), " columns, gallery ",
                    gallery.size(1));
+  SIMPLEXFIX_CHECK(query.device() == gallery.device(), "query and gallery are on different devices");
   SIMPLEXFIX_CHECK(k >= 1 && k < (int64_t(1) << 31), "k must lie between 1 and 2^31 - 1, got ", k);
+}
+
+std::tuple<Tensor, Tensor> cosine_topk_cpu(Tensor query, Tensor gallery, int64_t k) {
+  check(query, gallery, k);
   const Tensor q = normalized(with_dense_rows(query), "query");
   const Tensor g = normalized(with_dense_rows(gallery), "gallery");
   const int64_t queries = q.size(0);
@@ -69,6 +80,47 @@ std::tuple<Tensor, Tensor> cosine_topk_cpu(Tensor query, Tensor gallery, int64_t
   return {scores, ids};
 }
 
+#ifdef SIMPLEXFIX_WITH_CUDA
+// Rows with nan or inf are not refused here: the host would have to wait for the device (docs/numerics.md).
+std::tuple<Tensor, Tensor> cosine_topk_cuda(Tensor query, Tensor gallery, int64_t k) {
+  const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
+  check(query, gallery, k);
+  const Tensor q = with_dense_rows(query), g = with_dense_rows(gallery);
+  const int64_t queries = q.size(0), n = g.size(0), d = q.size(1);
+  const Tensor scores = torch::stable::new_empty(q, {queries, k});
+  const Tensor ids = torch::stable::new_empty(q, {queries, k}, ScalarType::Long);
+  cuda::CosineTopkArgs args{data<float>(q),
+                            data<float>(g),
+                            queries > 1 ? q.stride(0) : d,
+                            n > 1 ? g.stride(0) : d,
+                            queries,
+                            n,
+                            d,
+                            k,
+                            mutable_data<float>(scores),
+                            mutable_data<int64_t>(ids),
+                            cuda::plan_cosine_topk(queries, n, d, k),
+                            {},
+                            nullptr};
+  constexpr int64_t kAlign = 256;
+  int64_t offsets[cuda::kTopkBuffers], total = 0;
+  for (int i = 0; i < cuda::kTopkBuffers; ++i) {
+    offsets[i] = total;
+    total += (args.plan.bytes[i] + kAlign - 1) / kAlign * kAlign;
+  }
+  const Tensor workspace = torch::stable::new_empty(q, {total}, ScalarType::Byte);
+  for (int i = 0; i < cuda::kTopkBuffers; ++i)
+    args.buffers[i] = args.plan.bytes[i] ? mutable_data<std::byte>(workspace) + offsets[i] : nullptr;
+  const std::string name = "cosine_topk of [" + std::to_string(queries) + ", " + std::to_string(d) + "] in [" +
+                           std::to_string(n) + ", " + std::to_string(d) + "] with k " + std::to_string(k);
+  launch(query.get_device_index(), name.c_str(), [&](void* stream) {
+    args.stream = stream;
+    return cuda::cosine_topk(args);
+  });
+  return {scores, ids};
+}
+#endif
+
 }  // namespace
 }  // namespace simplexfix
 
@@ -76,3 +128,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(simplexfix, m) {
   m.def("cosine_topk(Tensor query, Tensor gallery, int k) -> (Tensor scores, Tensor ids)");
 }
 STABLE_TORCH_LIBRARY_IMPL(simplexfix, CPU, m) { m.impl("cosine_topk", TORCH_BOX(&simplexfix::cosine_topk_cpu)); }
+#ifdef SIMPLEXFIX_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(simplexfix, CUDA, m) { m.impl("cosine_topk", TORCH_BOX(&simplexfix::cosine_topk_cuda)); }
+#endif

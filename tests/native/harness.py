@@ -199,7 +199,7 @@ def run_core(
 def build(layer: str, csrc: Path = ROOT / "csrc", jobs: int = 1) -> Path:
     """The test program of a layer, with the kernels of `csrc`."""
     chosen = LAYERS[layer]
-    kernels = sorted((csrc / "cuda").glob("*.cu"))
+    kernels = [*sorted((csrc / "cuda").glob("*.cu")), HERE / "primitives.cu"]
     tests = sorted(HERE.glob("*.cpp"))
     work = [(compile_source, source) for source in (*kernels, *tests)]
     if chosen.ptx:  # their strong symbols win over the weak ones of the kernels above

@@ -35,10 +35,12 @@ int main(int argc, char** argv) {
     for (const emulator::Order order : chosen) {
       emulator::g_settings = {order, 1};
       emulator::g_launches = emulator::g_ptx_launches = 0;
+      if (only.empty() || only == "primitives") test_primitives(selection);
       if (only.empty() || only == "cross_entropy") test_cross_entropy(selection);
       if (only.empty() || only == "contrast") test_contrast(selection);
       if (only.empty() || only == "logits") test_logits(selection);
       if (only.empty() || only == "scale_rows") test_scale_rows(selection);
+      if (only.empty() || only == "topk") test_topk(selection);
       // Neither layer may pass for the other.
       if (emulator::g_ptx_launches != (ptx ? emulator::g_launches : 0))
         failed("%lld of %lld launches ran translated PTX", (long long)emulator::g_ptx_launches,

@@ -19,6 +19,8 @@ import harness
 CONTRAST, CONTRAST_ROW = "cuda/contrast.cuh", "core/contrast.h"
 ENTROPY, LOGITS, TEAM = "cuda/simplex_cross_entropy.cuh", "cuda/simplex_logits.cuh", "cuda/team.cuh"
 SEARCH, CODES, INDEX = "cpu/search.cpp", "cpu/gallery_codes.cpp", "cpu/cosine_index.cpp"
+TILES, SELECT, ROWS = "cuda/topk_tiles.cuh", "cuda/topk_select.cuh", "cuda/topk_rows.cuh"
+DEVICE, SCORE = "cuda/device.cuh", "core/cosine_score.h"
 LAUNCH, SCALE, CORE = "cuda/simplex_cross_entropy.cu", "cuda/scale_rows.cuh", "core/simplex_cross_entropy.h"
 
 
@@ -29,6 +31,7 @@ class Mutant:
     old: str
     new: str
     part: str = "cross_entropy"  # of the kernels' test program
+    layers: tuple[str, ...] = ("plain", "asan", "tsan")  # that may find it
 
     @property
     def in_core(self) -> bool:
@@ -108,9 +111,93 @@ MUTANTS = [
         "Negatives::kRemove && false",
         "contrast",
     ),
+    # The search by tensor cores: synchronisation
+    Mutant("tile read too early", TILES, "sync_team<kTileThreads>();  // every", "// every", "topk"),
+    Mutant("tile overwritten too early", TILES, "sync_team<kTileThreads>();  // all", "// all", "topk"),
+    Mutant("copies not waited for", TILES, "wait_for_copies<1>();", "wait_for_copies<2>();", "topk"),
+    Mutant("counts cleared too early", SELECT, "sync_team<kThreads>();  // all have read", "// all have", "topk"),
+    Mutant("counts read too early", SELECT, "sync_team<kThreads>();  // all are counted", "// all", "topk"),
+    Mutant("sorted before all have pushed", SELECT, "sync_team<kThreads>();  // all have pushed", "// all", "topk"),
+    Mutant("no barrier in the sort", SELECT, "sync_team<kThreads>();  // other", "// other", "topk"),
+    # ... fragments
+    Mutant(
+        "halves of a query's columns swapped",
+        TILES,
+        "lane() % 16][k + lane() / 16 * 8]",
+        "lane() % 16][k + (1 - lane() / 16) * 8]",
+        "topk",
+    ),
+    Mutant(
+        "rows of a fragment swapped",
+        TILES,
+        "{rows[f % 2 * 2], rows[f % 2 * 2 + 1]}",
+        "{rows[f % 2 * 2 + 1], rows[f % 2 * 2]}",
+        "topk",
+    ),
+    Mutant(
+        "operands of mma swapped",
+        DEVICE,
+        "f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}",
+        "f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %6, %5, %7}",
+        "topk",
+        ("ptx",),
+    ),
+    Mutant("queries past the end", TILES, "first + row < rows && column + at < pitch", "column + at < pitch", "topk"),
+    Mutant("columns past the end", TILES, "first + row < rows && column + at < pitch", "first + row < rows", "topk"),
+    Mutant(
+        "vectors at odd addresses", "cuda/cosine_topk.cu", "plan.pitch = ceil_div(d, 8) * 8;", "plan.pitch = d;", "topk"
+    ),
+    # ... bounds
+    Mutant("a query's residual forgotten", SCORE, "float(residual * (1 + 0x1p-7) +", "float(0 * residual +", "topk"),
+    Mutant("a row's residual forgotten", SCORE, "residual * (1 + 0x1p-16)", "0 * residual", "topk"),
+    Mutant(
+        "room on the wrong side",
+        TILES,
+        "if (!(product + row_room >= least[j]))",
+        "if (!(product - row_room >= least[j]))",
+        "topk",
+    ),
+    Mutant("cutoff of one row too few", SELECT, "int64_t rank = p.k;", "int64_t rank = p.k - 1;", "topk"),
+    Mutant("bits of negative scores", SELECT, "? ~bits : bits | 0x80000000u", "? bits : bits | 0x80000000u", "topk"),
+    Mutant("rows past the gallery listed", TILES, "if (row >= p.n) continue;", "", "topk"),
+    # ... lists, order, results
+    Mutant("list past its end", TILES, "if (place < p.capacity) p.list", "p.list", "topk"),
+    Mutant(
+        "a full list taken for all",
+        SELECT,
+        "const bool listed = p.found && int64_t(p.found[query]) <= p.capacity;",
+        "const bool listed = p.found;",
+        "topk",
+    ),
+    Mutant("ties to the higher id", "core/ranking.h", "a.id < b.id", "a.id > b.id", "topk"),
+    Mutant(
+        "padding sorted first", SELECT, "list[i] = {-INFINITY, INT64_MAX};", "list[i] = {INFINITY, INT64_MAX};", "topk"
+    ),
+    Mutant(
+        "nothing kept of a full list",
+        SELECT,
+        "kept = count < p.k ? count : p.k;",
+        "kept = begin + rows < total ? 0 : count < p.k ? count : p.k;",
+        "topk",
+    ),
+    Mutant("nan not refused", SELECT, "const bool refused = *p.broken > 0 ||", "const bool refused =", "topk"),
+    Mutant(
+        "partial sums in another order",
+        ROWS,
+        "int mask = kPartials / 2; mask > 0; mask /= 2",
+        "int mask = 1; mask < kPartials; mask *= 2",
+        "topk",
+    ),
     # The CPU core: bounds of the first pass
-    Mutant("a row's residual forgotten", CODES, "round_up(row.residual + kDot", "round_up(0 * row.residual + kDot"),
-    Mutant("a query's residual forgotten", "cpu/query_codes.h", "return residual_[size_t(q)] *", "return 0 *"),
+    Mutant(
+        "a row's residual forgotten in the codes",
+        CODES,
+        "round_up(row.residual + kDot",
+        "round_up(0 * row.residual + kDot",
+    ),
+    Mutant(
+        "a query's residual forgotten in the codes", "cpu/query_codes.h", "return residual_[size_t(q)] *", "return 0 *"
+    ),
     Mutant("center forgotten", CODES, "round_up(row.along)", "round_up(0 * row.along)"),
     Mutant(
         "cutoff without the center", "cpu/query_codes.cpp", "round_down(middle - along_[q] -", "round_down(middle -"
@@ -183,15 +270,13 @@ def verdict(mutant: Mutant, layer: str, jobs: int = 1) -> str | None:
     return None
 
 
-def run_all(
-    names: list[str] | None = None, layers: tuple[str, ...] = ("plain", "asan", "tsan"), jobs: int = 1
-) -> list[str]:
+def run_all(names: list[str] | None = None, layers: tuple[str, ...] | None = None, jobs: int = 1) -> list[str]:
     """Tries the layers on each mutant until one turns red; prints a table, returns the survivors."""
     survivors = []
     for mutant in MUTANTS:
         if names and mutant.name not in names:
             continue
-        for layer in layers:
+        for layer in layers or mutant.layers:
             found = verdict(mutant, layer, jobs)
             if found:
                 print(f"{mutant.name:38} {layer:6} {found[:150]}", flush=True)
@@ -205,10 +290,10 @@ def run_all(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="all where none is given")
-    parser.add_argument("--layers", nargs="+", default=["plain", "asan", "tsan"], choices=list(harness.LAYERS))
+    parser.add_argument("--layers", nargs="+", choices=list(harness.LAYERS))
     parser.add_argument("--jobs", type=int, default=1, help="compilers at a time")
     options = parser.parse_args()
-    return bool(run_all(options.names, tuple(options.layers), options.jobs))
+    return bool(run_all(options.names, options.layers and tuple(options.layers), options.jobs))
 
 
 if __name__ == "__main__":

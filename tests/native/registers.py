@@ -1,5 +1,5 @@
 """Compiles the kernels for every GPU architecture and holds them to their budget: no stack, no spills,
-64 registers a thread (128 where sums are double).  Prints registers by architecture; needs nvcc."""
+64 registers a thread (128 where sums are double) or what BUDGET says.  Prints registers by architecture; needs nvcc."""
 
 import collections
 import re
@@ -11,6 +11,7 @@ from pathlib import Path
 import harness
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+BUDGET = {"sweep_tiles": 128, "finish_topk": 80}  # their headers say why
 
 
 def report(source: Path) -> str:
@@ -33,7 +34,8 @@ def main() -> int:
             name, architecture = re.match(r"(\S+)' for 'sm_(\d+)'", part).groups()
             stack, stores, loads = map(int, re.search(r"(\d+) bytes stack.* (\d+) bytes.* (\d+) bytes", part).groups())
             used = registers[name][architecture] = int(re.search(r"Used (\d+) registers", part)[1])
-            if stack or stores or loads or used > (128 if re.search(r"Id(Li\d+|E)", name) else 64):
+            own = (registers for kernel, registers in BUDGET.items() if kernel in name)
+            if stack or stores or loads or used > next(own, 128 if re.search(r"Id(Li\d+|E)", name) else 64):
                 broken.append(f"{name} on sm_{architecture}: {used} registers, stack {stack}, spills {stores}/{loads}")
     plain = subprocess.run(["c++filt"], input="\n".join(registers), capture_output=True, text=True, check=True).stdout
     print(f"{'registers on sm_':52}" + "".join(f"{a:5}" for a in ARCHITECTURES))

@@ -33,4 +33,6 @@ void test_cross_entropy(const Selection&);
 void test_contrast(const Selection&);
 void test_logits(const Selection&);
 void test_scale_rows(const Selection&);
+void test_topk(const Selection&);
+void test_primitives(const Selection&);
 void test_emulator();

@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <string>
 #include <vector>
@@ -28,6 +29,13 @@ struct Block;
 struct Warp;
 using WarpFunction = void (*)(Warp&, unsigned mask);  // runs once, when every lane of mask has arrived
 
+struct Copy {  // asynchronous, of 16 bytes: `bytes` from memory, then zeros
+  void* to;
+  const void* from;
+  int bytes;
+  int64_t group;  // -1: not committed
+};
+
 struct Lane {
   uint3 thread{};
   int lane = 0;  // in its warp
@@ -43,6 +51,8 @@ struct Lane {
   void* stack_pointer = nullptr;
   void* asan_stack = nullptr;
   void* tsan_fiber = nullptr;
+  std::deque<Copy> copies;  // under way, in their order
+  int64_t groups = 0;       // committed
 };
 
 struct Warp {

@@ -50,10 +50,10 @@ T shuffle(unsigned mask, T value, int source, Site site) {
   return argument.result;
 }
 
-// Ends the launch: launch_kernel() throws `what`.
-[[noreturn]] inline void die(const std::string& what, Site site) {
+// Ends the launch: launch_kernel() throws `what`.  The fiber is left as it stands, so it must own nothing.
+[[noreturn]] inline void die(const char* what, Site site) {
   self->site = site;
-  self->error = what + " at " + where(*self);
+  self->error = std::string(what) + " at " + where(*self);
   for (;;) wait_for(Wait::kWarp, 0, nullptr, nullptr, site);
 }
 
@@ -63,4 +63,10 @@ template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32, EMULATOR_CALLER) {
   const int lane = ::emulator::self->lane, source = lane ^ lane_mask;
   return ::emulator::shuffle(mask, value, source >= (lane & ~(width - 1)) + width ? lane : source, EMULATOR_SITE);
+}
+
+// Atomic and no more: as on the device, it orders no other memory.
+template <typename T>
+T atomicAdd(T* p, T value) {
+  return __atomic_fetch_add(p, value, __ATOMIC_RELAXED);
 }

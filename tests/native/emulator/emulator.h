@@ -31,3 +31,4 @@
 
 #include "cuda_names.h"
 #include "launch.h"
+#include "tensor_core.h"

@@ -152,6 +152,11 @@ class Kernel:
             kind = "u" + kind[1:]  # wraps, and has the same bits
         self.put(a[0], kind, f"{self.value(a[1], kind)} {OPERATORS[word[0]]} {self.value(a[2], kind)}")
 
+    @instruction(r"(div|rem)\.[us](32|64)")
+    def divide(self, word, kind, a):
+        sign = "/" if word[0] == "div" else "%"
+        self.put(a[0], kind, f"{self.value(a[1], kind)} {sign} {self.value(a[2], kind)}")
+
     @instruction(r"mul\.wide\.[us]32")
     def mul_wide(self, word, kind, a):
         wide = kind[0] + "64"
@@ -238,6 +243,16 @@ class Kernel:
     def cvta(self, word, kind, a):
         self.put(a[0], kind, self.value(a[1], kind))
 
+    @instruction(r"cvta\.to\.shared\.u64")
+    def cvta_to_shared(self, word, kind, a):
+        pointer = self.value(a[1], kind)
+        self.put(a[0], kind, f"ptx::shared_address(shared_variables, std::size(shared_variables), {pointer})")
+
+    @instruction(r"cvta\.shared\.u64")
+    def cvta_shared(self, word, kind, a):
+        pointer = f"ptx::shared_memory(shared_variables, {self.value(a[1], kind)})"
+        self.put(a[0], kind, f"reinterpret_cast<uintptr_t>({pointer})")
+
     @instruction(r"(ld\.(param|global|shared)|st\.(global|shared))(\.v[24])?\.[usbf](8|16|32|64)")
     def move(self, word, kind, a):
         loads = word[0] == "ld"
@@ -253,6 +268,13 @@ class Kernel:
         kept = [(i, r) for i, r in enumerate(registers) if r != "_"]
         sets = " ".join(f"ptx::set({self.register(r)}, v.v[{i}]);" for i, r in kept)
         self.statements.append(f"{{ const {vector} v = *{place}; {sets} }}")
+
+    @instruction(r"(atom|red)\.(global|shared)\.add\.u(32|64)")
+    def atomic_add(self, word, kind, a):
+        address, added = a[-2:]
+        place = f"ptx::aligned<{CXX[kind]}>({self.pointer(address, word[1])}, {self.site()})"
+        call = f"atomicAdd({place}, {self.value(added, kind)})"
+        self.put(a[0], kind, call) if word[0] == "atom" else self.statements.append(f"{call};")
 
     @instruction(r"bra(\.uni)?")
     def bra(self, word, kind, a):
@@ -279,6 +301,44 @@ class Kernel:
         source = f"int({self.value(a[2], 'u32')})"
         mask, value = self.value(a[4], "u32"), self.value(a[1], "b32")
         self.put(target, "b32", f"__shfl_xor_sync({mask}, {value}, {source}, {width}, {self.site()})")
+
+    # Tensor cores and asynchronous copies
+
+    @instruction(r"ldmatrix\.sync\.aligned\.m8n8\.x[24](\.trans)?\.shared\.b16")
+    def ldmatrix(self, word, kind, a):
+        registers, transposed = names(a[0]), str("trans" in word).lower()
+        if len(registers) != int(word[4][1]):
+            raise UnknownPtxError("ldmatrix with another number of registers")
+        call = f"emulator::ldmatrix<{len(registers)}, {transposed}>(m, {self.pointer(a[1], 'shared')}, {self.site()})"
+        sets = " ".join(f"ptx::set({self.register(r)}, m[{i}]);" for i, r in enumerate(registers))
+        self.statements.append(f"{{ uint32_t m[{len(registers)}]; {call}; {sets} }}")
+
+    @instruction(r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(bf16\.bf16|f16\.f16)\.f32")
+    def mma(self, word, kind, a):
+        out, x, y, z = map(names, a)
+        operands = ((x, "b32", 4), (y, "b32", 2), (z, "f32", 4))
+        if len(out) != 4 or any(len(registers) != count for registers, _, count in operands):
+            raise UnknownPtxError("mma with another number of registers")
+        x, y, z = (", ".join(self.value(r, kind) for r in registers) for registers, kind, _ in operands)
+        sets = " ".join(f"ptx::set({self.register(r)}, z[{i}]);" for i, r in enumerate(out))
+        call = f"emulator::mma<{CXX[word[7]]}>(z, x, y, {self.site()})"
+        arrays = f"float z[] = {{{z}}}; const uint32_t x[] = {{{x}}}, y[] = {{{y}}};"
+        self.statements.append(f"{{ {arrays} {call}; {sets} }}")
+
+    @instruction(r"cp\.async\.cg\.shared\.global")
+    def copy_async(self, word, kind, a):
+        if len(a) != 4 or a[2] != "16":
+            raise UnknownPtxError("an asynchronous copy in another form")
+        to, source = self.pointer(a[0], "shared"), self.pointer(a[1], "global")
+        self.statements.append(f"emulator::copy_async({to}, {source}, {self.value(a[3], 's32')}, {self.site()});")
+
+    @instruction(r"cp\.async\.commit_group")
+    def commit_copies(self, word, kind, a):
+        self.statements.append("emulator::commit_copies();")
+
+    @instruction(r"cp\.async\.wait_group")
+    def wait_for_copies(self, word, kind, a):
+        self.statements.append(f"emulator::wait_for_copies({int(a[0])});")
 
     # The body
 
@@ -353,10 +413,12 @@ def translate(text: str) -> str:
     text = re.sub(r"/\*.*?\*/", "", text, flags=re.S)
     files = dict(re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', text, re.M))
     text = re.sub(r"//[^\n]*", "", text)
-    shared_pattern = r"(?:\.extern\s+|\.visible\s+)?\.shared\s+\.align\s+\d+\s+\.b8\s+([\w$]+)\[(\d*)\];"
+    # a single variable, an array, or the dynamic one: an array without a size
+    shared_pattern = r"(?:\.extern\s+|\.visible\s+)?\.shared\s+\.align\s+\d+\s+\.([usbf]\d+)\s+([\w$]+)(\[\d*\])?;"
     found = re.findall(shared_pattern, text)
-    shared = {name: i << 20 for i, (name, _) in enumerate(found)}
-    variables = ", ".join(f"{{{count or 0}, 0}}" for _, count in found) or "{0, 0}"
+    shared = {name: i << 20 for i, (_, name, _) in enumerate(found)}
+    sizes = [size(kind) * int(array.strip("[]") or 0) if array else size(kind) for kind, _, array in found]
+    variables = ", ".join(f"{{{count}, 0}}" for count in sizes) or "{0, 0}"
     text = re.sub(shared_pattern, "", text)
     out = ["#include <ptx_runtime.h>", f"static ptx::SharedVariable shared_variables[] = {{{variables}}};"]
     header = re.compile(r"\.entry\s+([\w$]+)\s*\((.*?)\)\s*((?:\.(?:maxntid|minnctapersm)[^\n{]*\n)*)\s*\{", re.S)

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <iterator>
 
 #include "emulator.h"
 
@@ -56,6 +57,18 @@ inline char* shared_memory(SharedVariable* variables, uint64_t address) {
   SharedVariable& v = variables[address >> 20];
   void* base = v.size ? emulator::shared_object(&v.key, size_t(v.size)) : emulator::dynamic_shared();
   return static_cast<char*>(base) + (address & 0xfffff);
+}
+
+// The other way: the address of a pointer.  The dynamic object, whose size is not known here, comes last.
+inline uint64_t shared_address(SharedVariable* variables, size_t count, uint64_t pointer) {
+  for (const bool dynamic : {false, true})
+    for (size_t i = 0; i < count; ++i) {
+      if (dynamic != !variables[i].size) continue;
+      const auto base = reinterpret_cast<uintptr_t>(shared_memory(variables, i << 20));
+      const uint64_t bytes = dynamic ? uint64_t(1) << 20 : uint64_t(variables[i].size);
+      if (pointer >= base && pointer < base + bytes) return (i << 20) + (pointer - base);
+    }
+  emulator::die("a pointer that is none into shared memory", {"ptx", 0});
 }
 
 template <typename T>
