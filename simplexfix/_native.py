@@ -47,14 +47,12 @@ def build_info() -> dict[str, Any]:
 _DEVICES = frozenset(["cpu", "meta", *(["cuda"] if build_info().get("cuda_archs") else [])]) if library else frozenset()
 
 
-def has_kernels(tensor: Tensor, *, cuda: bool = True) -> bool:
+def has_kernels(tensor: Tensor) -> bool:
     """Whether the library serves this tensor: its device, and no transform that only plain PyTorch knows.
 
-    `cuda` says whether the operator has CUDA kernels, where any were built.  Under `torch.func` (grad, vmap,
-    jvp, ...) and forward-mode differentiation the twin takes over.
+    Under `torch.func` (grad, vmap, jvp, ...) and forward-mode differentiation the twin takes over.
     """
-    device = tensor.device.type
-    if device not in _DEVICES or (device == "cuda" and not cuda):
+    if tensor.device.type not in _DEVICES:
         return False
     return torch.compiler.is_compiling() or not is_transformed()
 

@@ -498,7 +498,7 @@ def _cross_entropy(
     slots = {"simplex": d + 1, "orthoplex": 2 * d}.get(polytope) or (2**d if codes is None else len(codes))
     check_loss_options(z, target, slots, normalize, scale, margin, weight, ignore_index, label_smoothing, reduction)
     rows, labels = _as_rows(z), target if target.ndim == 1 else target.reshape(-1)
-    if _native.has_kernels(z, cuda=polytope == "simplex"):
+    if _native.has_kernels(z):
         loss = _ops.cross_entropy(
             polytope,
             rows,

@@ -44,14 +44,13 @@ constexpr double kLeastCubeGap = std::is_same_v<A, double> ? 1e-150 : 1e-18;
 
 template <typename A>
 SIMPLEXFIX_HD CubeGap<A> cube_gap(A gap, A delta) {
-  A moved;
   if (gap < A(1)) {
     const A half = std::exp(delta / A(2)), odds = std::expm1(gap) * half * half;
-    moved = std::isinf(odds) ? std::log(std::expm1(gap)) + delta : std::log1p(odds);
-  } else {
-    moved = gap + delta + std::log1p(std::exp(-gap) * std::expm1(-delta));
+    if (std::isinf(odds)) return {std::log(std::expm1(gap)) + delta, std::exp(gap) / std::expm1(gap)};
+    return {std::log1p(odds), std::exp(gap) * half / (A(1) + odds) * half};
   }
-  return {moved, std::exp((gap - moved) + delta)};
+  const A shift = std::exp(-gap) * std::expm1(-delta);
+  return {gap + delta + std::log1p(shift), A(1) / (A(1) + shift)};
 }
 
 // For a gap below kLeastCubeGap, where every x_j is far below 0 and exp(gap) - 1 is the sum of exp(x_j), the

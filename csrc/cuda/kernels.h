@@ -3,7 +3,8 @@
 #pragma once
 #include <cstdint>
 
-#include "../core/simplex_cross_entropy.h"
+#include "../core/cross_entropy.h"
+#include "../core/simplex.h"
 #include "../core/types.h"
 
 namespace simplexfix::cuda {
@@ -15,20 +16,27 @@ struct CrossEntropyArgs {
   const void* z;  // [rows, d] of dtype, rows z_stride elements apart
   int64_t z_stride;
   const int64_t* target;  // [rows]
-  const void* weight;     // [d + 1] of A, or nullptr
+  const void* weight;     // [slots] of A, or nullptr
   void* row_loss;         // [rows] of A; loss itself with Reduction::kNone
   void* loss;             // of A: [rows], or one number
   void* gradient;         // [rows, d] of dtype, contiguous, or nullptr
-  double* sums;           // [2] workspace: counted weight of the targets, sum of the class weights
-  int64_t rows, d;
+  double* workspace;      // cross_entropy_workspace() numbers; [0] becomes what a mean divides by
+  int64_t rows, d, slots;
   int64_t ignore_index;
-  Simplex simplex;
-  CrossEntropyOptions<double> options;  // weight_sum is that of no weights: K
+  CrossEntropyOptions<double> options;  // weight_sum is that of no weights: slots
   Reduction reduction;
   DType dtype;
   void* stream;
 };
+int64_t cross_entropy_workspace(int64_t rows, int64_t d, DType dtype);
 const char* simplex_cross_entropy(const CrossEntropyArgs&);
+const char* orthoplex_cross_entropy(const CrossEntropyArgs&);
+// codes: [slots, ceil(d / 64)] of signs, or nullptr where a target is its own code
+const char* cube_cross_entropy(const CrossEntropyArgs&, const int64_t* codes);
+
+// Of loss_sums.cu, before and after the rows of any polytope.
+const char* launch_target_sums(const CrossEntropyArgs&);
+const char* launch_reduce_loss(const CrossEntropyArgs&);
 
 struct ScaleArgs {
   const void* in;      // [rows, cols] of dtype, contiguous

@@ -1,8 +1,8 @@
 // Teams: the threads that share a row, a warp or a whole block, and what they do together.
 //
-// Sums run in one order, fixed by the row's length alone: lane l takes the elements l, l + kThreads,
-// l + 2 kThreads, ... whatever the row's address, then the lanes merge in a butterfly and the warps
-// from first to last.  So a row's result depends neither on its place in the batch nor on its stride.
+// Sums run in one order, fixed by the row's length alone: a lane takes the same elements whatever the row's
+// address (l, l + kThreads, l + 2 kThreads, ..., or whole vectors of them), then the lanes merge in a butterfly
+// and the warps from first to last.  So a row's result depends neither on its place in the batch nor on its stride.
 #pragma once
 #include "device.cuh"
 
@@ -25,12 +25,19 @@ __device__ __forceinline__ double combine(double a, double b) { return a + b; }
 __device__ __forceinline__ float from_lane_xor(float v, int mask) { return __shfl_xor_sync(kFullWarp, v, mask); }
 __device__ __forceinline__ double from_lane_xor(double v, int mask) { return __shfl_xor_sync(kFullWarp, v, mask); }
 
-// All lanes' values merged, the same for every lane.  S needs combine() and from_lane_xor(); combine()
+// The values of a warp's lanes merged, the same for every lane.  S needs combine() and from_lane_xor(); combine()
 // must not mind the order of its two arguments, or the lanes of a butterfly would part.
+template <typename S>
+__device__ __forceinline__ S reduce_warp(S value) {
+  SIMPLEXFIX_UNROLL for (int mask = 16; mask > 0; mask /= 2) value = combine(value, from_lane_xor(value, mask));
+  return value;
+}
+
+// The values of a team's lanes merged, the same for every lane.
 // s_parts has a place for each warp of a block; nobody may still be reading it from an earlier call.
 template <int kThreads, typename S>
 __device__ __forceinline__ S reduce_team(S value, S* s_parts) {
-  SIMPLEXFIX_UNROLL for (int mask = 16; mask > 0; mask /= 2) value = combine(value, from_lane_xor(value, mask));
+  value = reduce_warp(value);
   if constexpr (kThreads > 32) {
     if (threadIdx.x % 32 == 0) s_parts[threadIdx.x / 32] = value;
     sync_team<kThreads>();  // every warp's part is written before any thread reads them all
@@ -38,6 +45,25 @@ __device__ __forceinline__ S reduce_team(S value, S* s_parts) {
     SIMPLEXFIX_UNROLL for (int w = 1; w < Team<kThreads>::kWarps; ++w) value = combine(value, s_parts[w]);
   }
   return value;
+}
+
+// f(j, in[j]) for j < d, 16 bytes at a time where `in` lies on a 16-byte boundary.  Elsewhere a lane takes the same
+// elements one by one, so that sums come out alike wherever a row lies; its neighbours' lines are in L1 then.
+template <int kThreads, typename T, typename F>
+__device__ __forceinline__ void sweep_vectors(const T* in, int d, F f) {
+  constexpr int n = Vector<T>::kSize;
+  const int lane = Team<kThreads>::lane(), whole = d / n * n;
+  const bool aligned = phase(in) == 0;
+  for (int j = lane * n; j < whole; j += kThreads * n) {
+    Vector<T> v;
+    if (aligned) {
+      v = *reinterpret_cast<const Vector<T>*>(in + j);
+    } else {
+      SIMPLEXFIX_UNROLL for (int i = 0; i < n; ++i) v.v[i] = in[j + i];
+    }
+    SIMPLEXFIX_UNROLL for (int i = 0; i < n; ++i) f(j + i, v.v[i]);
+  }
+  if (whole + lane < d) f(whole + lane, in[whole + lane]);
 }
 
 // out[j] = f(j, in[j]) for j < d: 16 bytes at a time where in and out lie alike towards a 16-byte

@@ -6,6 +6,10 @@
 #include "../cpu/kernels.h"
 #include "buffer_pool.h"
 #include "common.h"
+#ifdef SIMPLEXFIX_WITH_CUDA
+#include "../cuda/kernels.h"
+#include "cuda_stream.h"
+#endif
 
 namespace simplexfix {
 
@@ -132,5 +136,29 @@ void cross_entropy_cpu(const CrossEntropyCall& call, F&& kernel) {
     *mutable_data<A>(call.loss) = A(call.reduction == Reduction::kMean ? sum / counted : sum);
   });
 }
+
+#ifdef SIMPLEXFIX_WITH_CUDA
+// launchers(cuda::CrossEntropyArgs) starts a polytope's kernels.  Targets and weights are looked at on the device
+// alone.
+template <typename F>
+void cross_entropy_cuda(const CrossEntropyCall& call, const char* name, F&& launchers) {
+  const ScalarType type = call.z.scalar_type();
+  const cuda::DType dtype = cuda_dtype(type);
+  const Tensor row_loss = call.reduction == Reduction::kNone
+                              ? call.loss
+                              : torch::stable::new_empty(call.z, {call.rows}, accumulate_type(type));
+  const Tensor workspace =
+      torch::stable::new_empty(call.z, {cuda::cross_entropy_workspace(call.rows, call.d, dtype)}, ScalarType::Double);
+  const int32_t device = call.z.get_device_index();
+  launch(device, name, [&](void* stream) {
+    return launchers(cuda::CrossEntropyArgs{
+        call.z.const_data_ptr(), call.rows > 1 ? call.z.stride(0) : call.d, data<int64_t>(call.target),
+        call.weight ? call.weight->const_data_ptr() : nullptr, row_loss.mutable_data_ptr(),
+        call.loss.mutable_data_ptr(), call.wants_gradient ? call.gradient.mutable_data_ptr() : nullptr,
+        mutable_data<double>(workspace), call.rows, call.d, call.slots, call.ignore_index,
+        call.options<double>(double(call.slots)), call.reduction, dtype, stream});
+  });
+}
+#endif
 
 }  // namespace simplexfix

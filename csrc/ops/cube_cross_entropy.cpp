@@ -4,26 +4,34 @@
 namespace simplexfix {
 namespace {
 
-std::tuple<Tensor, Tensor> cube_cross_entropy_cpu(Tensor z, Tensor target, std::optional<Tensor> codes, bool normalize,
-                                                  double scale, int64_t margin_kind, double margin_size,
-                                                  std::optional<Tensor> weight, int64_t ignore_index, double smoothing,
-                                                  int64_t reduction, bool wants_gradient) {
+// codes: made contiguous where they are not.
+CrossEntropyCall check(const Tensor& z, const Tensor& target, std::optional<Tensor>* codes, bool normalize,
+                       double scale, int64_t margin_kind, double margin_size, const std::optional<Tensor>& weight,
+                       int64_t ignore_index, double smoothing, int64_t reduction, bool wants_gradient) {
   check_rows(z, "z");
   const int64_t d = z.size(1), words = (d + 63) / 64;
-  if (codes) {
-    SIMPLEXFIX_CHECK(codes->dim() == 2 && codes->size(1) == words, "codes must have shape [C, ", words,
+  if (*codes) {
+    SIMPLEXFIX_CHECK((*codes)->dim() == 2 && (*codes)->size(1) == words, "codes must have shape [C, ", words,
                      "] for features of ", d, " columns");
-    SIMPLEXFIX_CHECK(codes->scalar_type() == ScalarType::Long, "codes must be int64, got ",
-                     torch::headeronly::toString(codes->scalar_type()));
-    SIMPLEXFIX_CHECK(codes->device() == z.device(), "codes and z are on different devices");
-    codes = torch::stable::contiguous(*codes);
+    SIMPLEXFIX_CHECK((*codes)->scalar_type() == ScalarType::Long, "codes must be int64, got ",
+                     torch::headeronly::toString((*codes)->scalar_type()));
+    SIMPLEXFIX_CHECK((*codes)->device() == z.device(), "codes and z are on different devices");
+    *codes = torch::stable::contiguous(**codes);
   } else {
     SIMPLEXFIX_CHECK(d <= 62, "without codes z must have at most 62 columns, got ", d);
   }
   SIMPLEXFIX_CHECK(!weight || smoothing == 0, "weight and label_smoothing exclude each other");
-  const int64_t slots = codes ? codes->size(0) : int64_t(1) << d;
-  const CrossEntropyCall call = check_cross_entropy(z, target, slots, normalize, scale, margin_kind, margin_size,
-                                                    weight, ignore_index, smoothing, reduction, wants_gradient);
+  return check_cross_entropy(z, target, *codes ? (*codes)->size(0) : int64_t(1) << d, normalize, scale, margin_kind,
+                             margin_size, weight, ignore_index, smoothing, reduction, wants_gradient);
+}
+
+std::tuple<Tensor, Tensor> cube_cross_entropy_cpu(Tensor z, Tensor target, std::optional<Tensor> codes, bool normalize,
+                                                  double scale, int64_t margin_kind, double margin_size,
+                                                  std::optional<Tensor> weight, int64_t ignore_index, double smoothing,
+                                                  int64_t reduction, bool wants_gradient) {
+  const CrossEntropyCall call = check(z, target, &codes, normalize, scale, margin_kind, margin_size, weight,
+                                      ignore_index, smoothing, reduction, wants_gradient);
+  const int64_t d = call.d, words = (d + 63) / 64, slots = call.slots;
   if (codes && d % 64 != 0) {  // of the rows that are wanted: to look at all of them would cost more than the loss
     const int64_t *labels = data<int64_t>(call.target), *table = data<int64_t>(*codes);
     for (int64_t b = 0; b < call.rows; ++b) {
@@ -41,6 +49,21 @@ std::tuple<Tensor, Tensor> cube_cross_entropy_cpu(Tensor z, Tensor target, std::
   return {call.loss, call.gradient};
 }
 
+#ifdef SIMPLEXFIX_WITH_CUDA
+std::tuple<Tensor, Tensor> cube_cross_entropy_cuda(Tensor z, Tensor target, std::optional<Tensor> codes, bool normalize,
+                                                   double scale, int64_t margin_kind, double margin_size,
+                                                   std::optional<Tensor> weight, int64_t ignore_index, double smoothing,
+                                                   int64_t reduction, bool wants_gradient) {
+  const torch::stable::accelerator::DeviceGuard guard(z.get_device_index());
+  const CrossEntropyCall call = check(z, target, &codes, normalize, scale, margin_kind, margin_size, weight,
+                                      ignore_index, smoothing, reduction, wants_gradient);
+  cross_entropy_cuda(call, "cube_cross_entropy", [&](const cuda::CrossEntropyArgs& args) {
+    return cuda::cube_cross_entropy(args, codes ? data<int64_t>(*codes) : nullptr);
+  });
+  return {call.loss, call.gradient};
+}
+#endif
+
 }  // namespace
 }  // namespace simplexfix
 
@@ -53,3 +76,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(simplexfix, m) {
 STABLE_TORCH_LIBRARY_IMPL(simplexfix, CPU, m) {
   m.impl("cube_cross_entropy", TORCH_BOX(&simplexfix::cube_cross_entropy_cpu));
 }
+#ifdef SIMPLEXFIX_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(simplexfix, CUDA, m) {
+  m.impl("cube_cross_entropy", TORCH_BOX(&simplexfix::cube_cross_entropy_cuda));
+}
+#endif

@@ -4,20 +4,39 @@
 namespace simplexfix {
 namespace {
 
+CrossEntropyCall check(const Tensor& z, const Tensor& target, bool normalize, double scale, int64_t margin_kind,
+                       double margin_size, const std::optional<Tensor>& weight, int64_t ignore_index, double smoothing,
+                       int64_t reduction, bool wants_gradient) {
+  check_rows(z, "z");
+  return check_cross_entropy(z, target, 2 * z.size(1), normalize, scale, margin_kind, margin_size, weight, ignore_index,
+                             smoothing, reduction, wants_gradient);
+}
+
 std::tuple<Tensor, Tensor> orthoplex_cross_entropy_cpu(Tensor z, Tensor target, bool normalize, double scale,
                                                        int64_t margin_kind, double margin_size,
                                                        std::optional<Tensor> weight, int64_t ignore_index,
                                                        double smoothing, int64_t reduction, bool wants_gradient) {
-  check_rows(z, "z");
-  const CrossEntropyCall call =
-      check_cross_entropy(z, target, 2 * z.size(1), normalize, scale, margin_kind, margin_size, weight, ignore_index,
-                          smoothing, reduction, wants_gradient);
+  const CrossEntropyCall call = check(z, target, normalize, scale, margin_kind, margin_size, weight, ignore_index,
+                                      smoothing, reduction, wants_gradient);
   cross_entropy_cpu(call, [](const auto& args, int64_t begin, int64_t end) {
     using T = typename std::decay_t<decltype(args)>::Number;
     cpu::kernels<T>().orthoplex_cross_entropy(args, begin, end);
   });
   return {call.loss, call.gradient};
 }
+
+#ifdef SIMPLEXFIX_WITH_CUDA
+std::tuple<Tensor, Tensor> orthoplex_cross_entropy_cuda(Tensor z, Tensor target, bool normalize, double scale,
+                                                        int64_t margin_kind, double margin_size,
+                                                        std::optional<Tensor> weight, int64_t ignore_index,
+                                                        double smoothing, int64_t reduction, bool wants_gradient) {
+  const torch::stable::accelerator::DeviceGuard guard(z.get_device_index());
+  const CrossEntropyCall call = check(z, target, normalize, scale, margin_kind, margin_size, weight, ignore_index,
+                                      smoothing, reduction, wants_gradient);
+  cross_entropy_cuda(call, "orthoplex_cross_entropy", cuda::orthoplex_cross_entropy);
+  return {call.loss, call.gradient};
+}
+#endif
 
 }  // namespace
 }  // namespace simplexfix
@@ -31,3 +50,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(simplexfix, m) {
 STABLE_TORCH_LIBRARY_IMPL(simplexfix, CPU, m) {
   m.impl("orthoplex_cross_entropy", TORCH_BOX(&simplexfix::orthoplex_cross_entropy_cpu));
 }
+#ifdef SIMPLEXFIX_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(simplexfix, CUDA, m) {
+  m.impl("orthoplex_cross_entropy", TORCH_BOX(&simplexfix::orthoplex_cross_entropy_cuda));
+}
+#endif

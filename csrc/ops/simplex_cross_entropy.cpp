@@ -1,12 +1,6 @@
 // simplexfix::simplex_cross_entropy and simplexfix::scale_rows: checks, allocation, dispatch.
 #include "cross_entropy.h"
 
-#include "../core/simplex.h"
-#ifdef SIMPLEXFIX_WITH_CUDA
-#include "../cuda/kernels.h"
-#include "cuda_stream.h"
-#endif
-
 namespace simplexfix {
 namespace {
 
@@ -77,19 +71,7 @@ std::tuple<Tensor, Tensor> simplex_cross_entropy_cuda(Tensor z, Tensor target, b
   const torch::stable::accelerator::DeviceGuard guard(z.get_device_index());
   const CrossEntropyCall call = check(z, target, normalize, scale, margin_kind, margin_size, weight, ignore_index,
                                       smoothing, reduction, wants_gradient);
-  const ScalarType accumulate = accumulate_type(z.scalar_type());
-  const Tensor row_loss =
-      call.reduction == Reduction::kNone ? call.loss : torch::stable::new_empty(call.z, {call.rows}, accumulate);
-  // [0] the counted weight of the targets, [1] the sum of the class weights: both found on the device
-  const Tensor sums = torch::stable::new_empty(call.z, {2}, ScalarType::Double);
-  launch(z.get_device_index(), "simplex_cross_entropy", [&](void* stream) {
-    return cuda::simplex_cross_entropy(
-        {call.z.const_data_ptr(), call.rows > 1 ? call.z.stride(0) : call.d, data<int64_t>(call.target),
-         call.weight ? call.weight->const_data_ptr() : nullptr, row_loss.mutable_data_ptr(),
-         call.loss.mutable_data_ptr(), wants_gradient ? call.gradient.mutable_data_ptr() : nullptr,
-         mutable_data<double>(sums), call.rows, call.d, ignore_index, Simplex::of_dimension(call.d),
-         call.options<double>(double(call.d + 1)), call.reduction, cuda_dtype(z.scalar_type()), stream});
-  });
+  cross_entropy_cuda(call, "simplex_cross_entropy", cuda::simplex_cross_entropy);
   return {call.loss, call.gradient};
 }
 

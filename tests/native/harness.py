@@ -115,7 +115,7 @@ def compile_source(source: Path, flags: list[str]) -> Path:
     emulator = ["-include", HERE / "emulator" / "emulator.h", f"-I{HERE / 'emulator'}", "-isystem", cuda_include()]
     # Fewer blocks than rows: the kernels' loops over rows take several turns.
     common = ["-std=c++20", "-g1", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
-    common += ["-DSIMPLEXFIX_MAX_BLOCKS=3"]
+    common += ["-DSIMPLEXFIX_MAX_BLOCKS=3", "-DSIMPLEXFIX_GROUP_BYTES=100000"]
     name = f"{source.stem}-{digest(version(CXX), common, flags, *texts)}.o"
     return make(CACHE / name, [CXX, *common, *flags, *emulator, "-x", "c++", "-c", source])
 

@@ -1,5 +1,6 @@
 // What the kernels must compute, written from the definitions in docs/math.md and not from
-// csrc/core: the simplex as a matrix (above 130 dimensions in closed form), cross-entropy over whole
+// csrc/core: the simplex as a matrix (above 130 dimensions in closed form), the orthoplex and the cube
+// vertex by vertex (coded cubes, of too many, as a product over coordinates), cross-entropy over whole
 // rows of logits, angles by acos.  R = long double gives the truth; R = the kernels' own accumulating
 // type gives the naive computation that their error is measured against.
 #pragma once
@@ -72,6 +73,48 @@ class Simplex {
   std::vector<R> rows_;
 };
 
+template <typename R>
+class Orthoplex {  // e_0, ..., e_{d-1}, -e_0, ..., -e_{d-1}
+ public:
+  explicit Orthoplex(int64_t d) : d_(size_t(d)) {}
+  std::vector<R> times(const std::vector<R>& x) const {
+    std::vector<R> l(x);
+    for (R v : x) l.push_back(-v);
+    return l;
+  }
+  std::vector<R> transposed_times(const std::vector<R>& g) const {
+    std::vector<R> x(d_);
+    for (size_t j = 0; j < d_; ++j) x[j] = g[j] - g[d_ + j];
+    return x;
+  }
+
+ private:
+  size_t d_;
+};
+
+template <typename R>
+class Cube {  // vertex c has 1 / sqrt(d) where bit j of c is set, -1 / sqrt(d) elsewhere
+ public:
+  explicit Cube(int64_t d) : d_(size_t(d)), side_(1 / std::sqrt(R(d))) {}
+  std::vector<R> times(const std::vector<R>& x) const {
+    std::vector<R> l(size_t(1) << d_);
+    for (size_t c = 0; c < l.size(); ++c)
+      for (size_t j = 0; j < d_; ++j) l[c] += at(c, j) * x[j];
+    return l;
+  }
+  std::vector<R> transposed_times(const std::vector<R>& g) const {
+    std::vector<R> x(d_);
+    for (size_t c = 0; c < g.size(); ++c)
+      for (size_t j = 0; j < d_; ++j) x[j] += at(c, j) * g[c];
+    return x;
+  }
+
+ private:
+  R at(size_t c, size_t j) const { return c >> j & 1 ? side_ : -side_; }
+  size_t d_;
+  R side_;
+};
+
 enum class MarginKind { kNone, kCosine, kAngular };
 
 struct Options {
@@ -121,13 +164,13 @@ R largest(const std::vector<R>& v) {
 }
 
 // weight: K numbers, or empty.
-template <typename R>
-Row<R> cross_entropy(const Simplex<R>& simplex, const Options& options, const std::vector<R>& z, int64_t label,
+template <typename Polytope, typename R>
+Row<R> cross_entropy(const Polytope& polytope, const Options& options, const std::vector<R>& z, int64_t label,
                      const std::vector<R>& weight) {
-  const int64_t slots = int64_t(z.size()) + 1;
   Unit<R> unit{z, R(1)};
   if (options.normalize) unit = reference::unit(z);
-  std::vector<R> l = simplex.times(unit.u);
+  std::vector<R> l = polytope.times(unit.u);
+  const int64_t slots = int64_t(l.size());
   R slope = 1;
   Row<R> row{0, {}, 0, 0, 1};
   if (options.margin == MarginKind::kCosine) l[label] -= R(options.margin_size);
@@ -163,12 +206,33 @@ Row<R> cross_entropy(const Simplex<R>& simplex, const Options& options, const st
   for (int64_t c = 0; c < slots; ++c) g[c] = R(options.scale) * (mass * std::exp(l[c] - top) / total - share[c]);
   g[label] = R(options.scale) * (other_mass - mass * rest);
   g[label] *= slope;
-  row.gradient = simplex.transposed_times(g);
+  row.gradient = polytope.transposed_times(g);
   row.plain_gradient = largest(row.gradient);
   for (int64_t c = 0; c < slots; ++c) {
     const R term = c == label ? other_mass + mass * rest : mass * std::exp(l[c] - top) / total + share[c];
     row.plain_gradient = std::fmax(row.plain_gradient, R(options.scale) * term);
   }
+  if (options.normalize) {
+    row.plain_gradient = unit.norm > 0 ? row.plain_gradient / unit.norm : R(0);
+    through_unit(unit, &row.gradient);
+  }
+  return row;
+}
+
+// Cross-entropy with the vertex of these signs against all 2^d: no margin, no smoothing, one class weight.
+template <typename R>
+Row<R> coded_cube(const Options& options, const std::vector<R>& z, const std::vector<bool>& positive, R weight) {
+  Unit<R> unit{z, R(1)};
+  if (options.normalize) unit = reference::unit(z);
+  const R factor = R(options.scale) / std::sqrt(R(z.size()));
+  Row<R> row{0, std::vector<R>(z.size()), 0, 0, 1};
+  for (size_t j = 0; j < z.size(); ++j) {
+    const R s = positive[j] ? R(1) : R(-1), x = -2 * factor * s * unit.u[j];
+    row.loss += weight * (std::fmax(x, R(0)) + std::log1p(std::exp(-std::fabs(x))));
+    row.gradient[j] = -2 * factor * weight * s / (1 + std::exp(-x));
+    row.largest_logit += std::fabs(x);
+  }
+  row.plain_gradient = 2 * factor * weight;
   if (options.normalize) {
     row.plain_gradient = unit.norm > 0 ? row.plain_gradient / unit.norm : R(0);
     through_unit(unit, &row.gradient);

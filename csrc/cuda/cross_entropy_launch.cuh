@@ -1,0 +1,97 @@
+// Launches of cross_entropy.cuh for one polytope, between those of loss_sums.cuh.
+#pragma once
+#include <algorithm>
+
+#include "cross_entropy.cuh"
+#include "launch.cuh"
+
+namespace simplexfix::cuda {
+
+// Rows in parts are done in groups of this many bytes, so that most GPUs find them in L2 again (A100: 40 MB,
+// H100: 50 MB).  The tests lower it.
+#ifndef SIMPLEXFIX_GROUP_BYTES
+#define SIMPLEXFIX_GROUP_BYTES (16 << 20)
+#endif
+
+template <typename T>
+bool is_kept(int64_t d) {
+  return kept_slot<T>(d) * int64_t(sizeof(T)) <= kKeptBytes;
+}
+
+// How a row that is not kept is cut up: its length alone decides.
+inline int part_size(int64_t d) {
+  constexpr int64_t step = kPartThreads * 8;  // a multiple of all threads' vectors, whatever the dtype
+  const int64_t size = std::max<int64_t>(kPartElements, (d + kMostParts - 1) / kMostParts);
+  return int((size + step - 1) / step * step);
+}
+inline int part_count(int64_t d) { return int((d + part_size(d) - 1) / part_size(d)); }
+
+template <typename T>
+int64_t rows_of_group(int64_t rows, int64_t d) {
+  return std::min(rows, std::max<int64_t>(1, SIMPLEXFIX_GROUP_BYTES / (d * int64_t(sizeof(T)))));
+}
+
+// Numbers of the accumulating type that a part's Sums and Terms take, at the most.
+constexpr int kPartNumbers = 8;
+
+template <typename Loss, typename T, int kThreads>
+const char* launch_kept(const CrossEntropyParams<Loss, T>& params, void* stream) {
+  using Rows = Team<kThreads>;
+  return launch_kernel(cross_entropy<Loss, T, kThreads>, blocks_for(params.rows, Rows::kTeams), Rows::kBlock,
+                       Rows::kTeams * kept_slot<T>(params.d) * int64_t(sizeof(T)), stream, params);
+}
+
+template <typename Loss, typename T>
+const char* launch_parts(CrossEntropyParams<Loss, T> params, void* workspace, void* stream) {
+  using Sums = typename Loss::Sums;
+  using Terms = typename Loss::Terms;
+  static_assert(sizeof(Sums) + sizeof(Terms) <= kPartNumbers * sizeof(accumulate_t<T>));
+  const int64_t rows = params.rows, group = rows_of_group<T>(rows, params.d);
+  Parts<Loss> parts{part_size(params.d), part_count(params.d), static_cast<Sums*>(workspace), nullptr};
+  parts.terms = reinterpret_cast<Terms*>(parts.sums + group * parts.count);
+  for (int64_t row = 0; row < rows; row += group) {
+    params.rows = std::min(group, rows - row);
+    for (auto kernel : {cross_entropy_part<Loss, T, Sweep::kSums>, cross_entropy_part<Loss, T, Sweep::kTerms>,
+                        cross_entropy_part<Loss, T, Sweep::kGradient>}) {
+      const char* error =
+          launch_kernel(kernel, blocks_for(params.rows * parts.count, 1), kPartThreads, 0, stream, params, parts);
+      if (error) return error;
+    }
+    params.z += params.rows * params.z_stride;
+    params.target += params.rows;
+    params.row_loss += params.rows;
+    if (params.gradient) params.gradient += params.rows * params.d;
+  }
+  return nullptr;
+}
+
+template <typename Loss, typename T>
+const char* launch_cross_entropy(const CrossEntropyArgs& args, const typename Loss::Constants& constants) {
+  using A = accumulate_t<T>;
+  const CrossEntropyParams<Loss, T> params{static_cast<const T*>(args.z),
+                                           args.target,
+                                           static_cast<const A*>(args.weight),
+                                           args.workspace,
+                                           static_cast<A*>(args.row_loss),
+                                           static_cast<T*>(args.gradient),
+                                           args.z_stride,
+                                           args.rows,
+                                           args.d,
+                                           args.slots,
+                                           args.ignore_index,
+                                           round_options<A>(args.options),
+                                           args.reduction == Reduction::kMean,
+                                           constants};
+  if (const char* error = launch_target_sums(args)) return error;
+  if (args.rows > 0) {
+    const char* error = args.d <= 256 ? launch_kept<Loss, T, 32>(params, args.stream)
+                        : kept_slot<T>(args.d) * int64_t(sizeof(T)) <= kShortBytes
+                            ? launch_kept<Loss, T, 128>(params, args.stream)
+                        : is_kept<T>(args.d) ? launch_kept<Loss, T, 512>(params, args.stream)
+                                             : launch_parts<Loss, T>(params, args.workspace + 2, args.stream);
+    if (error) return error;
+  }
+  return launch_reduce_loss(args);
+}
+
+}  // namespace simplexfix::cuda
