@@ -169,6 +169,7 @@ void check_misleading(bool query_is_rounded) {
 void test_topk(const Selection& selection) {
   if (!selection.has("float")) return;
   const bool small = selection.small;
+  const int64_t few = small ? 1 : 3;  // queries
   const TopkLimits few_stretches{2, 256, 1 << 20}, short_lists{2, 64, 1 << 20};
   // columns: one, ends of vectors and of panels; rows apart and at odd places
   int turn = 0;
@@ -178,7 +179,8 @@ void test_topk(const Selection& selection) {
     check_normal({"normal", 3, d > 100 ? 65 : 130, d, 5, few_stretches, turn % 3, turn % 2, turn % 4});
   }
   // galleries: none, one, less than a tile; k past the end; no first pass
-  for (int64_t n : {0, 1, 5, 33}) check_normal({"few rows", 3, n, 9, n == 33 ? 33 : 7, {}, 1, 2, 3});
+  for (int64_t n : {0, 1, 5, 33})
+    if (!small || n == 33) check_normal({"few rows", 3, n, 9, n == 33 ? 33 : 7, {}, 1, 2, 3});
   check_normal({"no queries", 0, 40, 9, 3});
   check_normal({"no first pass, more rows than a list holds", 2, 300, 9, 80, short_lists});
   // several tiles of queries, several rows to a bucket; chunks of queries
@@ -187,9 +189,9 @@ void test_topk(const Selection& selection) {
   if (!small) check_normal({"many results", 1, 8300, 8, 2048});
   // ties, and where nearly all rows pass: in lists, and past their end
   for (const TopkLimits& limits : {few_stretches, short_lists}) {
-    check_classes({"duplicates", 3, 300, 17, 10, limits}, 20, 0);
-    check_classes({"all equal", 2, 300, 17, 10, limits}, 1, 0);
-    check_classes({"collapsed classes", 3, 300, 17, 10, limits}, 2, 3e-3f);
+    check_classes({"duplicates", few, 300, 17, 10, limits}, 20, 0);
+    if (!small) check_classes({"all equal", 2, 300, 17, 10, limits}, 1, 0);
+    check_classes({"collapsed classes", few, 300, 17, 10, limits}, 2, 3e-3f);
   }
   check_misleading(true);
   check_misleading(false);
@@ -197,6 +199,7 @@ void test_topk(const Selection& selection) {
   check_search({"order of the sums", 1, 1, 8, 1}, {1, 1e-10f, 0, 0, 1, 0, 0, 0}, {1, 1e-10f, 0, 0, -1, 0, 0, 0});
   // nan and inf: a query's own results, or all
   for (const float bad : {NAN, INFINITY, -INFINITY}) {
+    if (small && !std::isnan(bad)) continue;
     Rows query = normal_rows(3, 9, 6), gallery = normal_rows(100, 9, 7);
     query[9 + 8] = bad;
     check_search({"nan in a query", 3, 100, 9, 4}, query, gallery);
