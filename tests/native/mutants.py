@@ -17,7 +17,8 @@ from pathlib import Path
 import harness
 
 CONTRAST, CONTRAST_ROW = "cuda/contrast.cuh", "core/contrast.h"
-ENTROPY, LOGITS, TEAM = "cuda/simplex_cross_entropy.cuh", "cuda/simplex_logits.cuh", "cuda/team.cuh"
+ENTROPY, SUMS, LOGITS, TEAM = "cuda/cross_entropy.cuh", "cuda/loss_sums.cuh", "cuda/simplex_logits.cuh", "cuda/team.cuh"
+SIMPLEX, ORTHOPLEX, CUBE = (f"cuda/{polytope}_cross_entropy.cuh" for polytope in ("simplex", "orthoplex", "cube"))
 SEARCH, CODES, INDEX = "cpu/search.cpp", "cpu/gallery_codes.cpp", "cpu/cosine_index.cpp"
 TILES, SELECT, ROWS = "cuda/topk_tiles.cuh", "cuda/topk_select.cuh", "cuda/topk_rows.cuh"
 DEVICE, SCORE = "cuda/device.cuh", "core/cosine_score.h"
@@ -41,7 +42,9 @@ class Mutant:
 MUTANTS = [
     # Synchronisation
     Mutant("no barrier after staging", ENTROPY, "sync_team<kThreads>();  // the sweeps below", "// the sweeps below"),
-    Mutant("no barrier before the row is reused", ENTROPY, "if constexpr (kKept) sync_team<kThreads>();", ""),
+    Mutant(
+        "no barrier before the row is reused", ENTROPY, "sync_team<kThreads>();  // the next row", "// the next row"
+    ),
     Mutant("no barrier in a reduction", TEAM, "sync_team<kThreads>();  // every warp", "// every warp"),
     Mutant(
         "reduction buffer reused too early",
@@ -64,13 +67,18 @@ MUTANTS = [
         "const Index body = (d - head) / n * n;",
         "const Index body = (d - head + n - 1) / n * n;",
     ),
-    Mutant("alignment taken for granted", ENTROPY, "phase(g_z) == phase(g_out)", "true"),
+    Mutant(
+        "alignment taken for granted",
+        ENTROPY,
+        "phase(g_z) == phase(g_gradient),\n                        [&]",
+        "true,\n                        [&]",
+    ),
     Mutant("kept row too small", ENTROPY, "return (d + 2 * n - 2) / n * n;", "return (d + n - 1) / n * n;"),
-    Mutant("label out of range let in", ENTROPY, "target > p.d) {", "target > p.d + 1) {"),
-    Mutant("stride forgotten", ENTROPY, "p.z + row * p.z_stride;", "p.z + row * p.d;"),
+    Mutant("label out of range let in", ENTROPY, "target >= p.slots ?", "target > p.slots ?"),
+    Mutant("stride forgotten", ENTROPY, "p.z + row * p.z_stride;\n    T* s_z", "p.z + row * p.d;\n    T* s_z"),
     # Values
-    Mutant("label off by one", ENTROPY, "if (j == label) g = outcome.label;", "if (j == label + 1) g = outcome.label;"),
-    Mutant("label in the sum", ENTROPY, "const A e = j == label ? A(0) : std", "const A e = std"),
+    Mutant("label off by one", SIMPLEX, "if (j == label_) g =", "if (j == label_ + 1) g ="),
+    Mutant("label in the sum", SIMPLEX, "const A e = j == label_ ? A(0) : std", "const A e = std"),
     Mutant(
         "last slot counted twice",
         CORE,
@@ -78,16 +86,50 @@ MUTANTS = [
         "const A others = rest + last;",
     ),
     Mutant("last slot's share of the gradient", CORE, "simplex.a * g_last -", "-"),
-    Mutant("mean not divided", ENTROPY, "p.mean ? A(1) / A(p.sums[0]) : A(1)", "A(1)"),
-    Mutant("ignored rows counted", ENTROPY, "if (label != ignore_index && label >= 0", "if (label >= 0"),
-    Mutant("weight sum not read", ENTROPY, "if (weighted) options.weight_sum = A(p.sums[1]);", ""),
-    Mutant("projection without weights", ENTROPY, "if (weighted) projection -=", "if (false) projection -="),
+    Mutant("mean not divided", ENTROPY, "return mean ? A(1) / A(sums[0]) : A(1);", "return A(1);"),
+    Mutant("ignored rows counted", SUMS, "if (label != ignore_index && label >= 0", "if (label >= 0"),
+    Mutant("weight sum not read", ENTROPY, "if (weighted()) with_weights.weight_sum = A(sums[1]);", ""),
+    Mutant(
+        "projection without weights",
+        SIMPLEX,
+        "      if (row_.weighted())\n        along -= outcome_.weight * (sums.weighted - (slot",
+        "      if (false)\n        along -= outcome_.weight * (sums.weighted - (slot",
+    ),
     Mutant(
         "order of sums by address",
         ENTROPY,
-        "j = lane; j < d; j += kThreads) {\n      const A x = A(z[j]);\n      sums.sum",
-        "j = (lane + phase(g_z)) % kThreads; j < d; j += kThreads) {\n      const A x = A(z[j]);\n      sums.sum",
+        "(int j = lane; j < d; j += kThreads) loss.gather(&sums, j, A(s_z[j]));",
+        "(int j = (lane + phase(g_z)) % kThreads; j < d; j += kThreads) loss.gather(&sums, j, A(s_z[j]));",
     ),
+    Mutant(
+        "a part's sums overwritten",
+        ENTROPY,
+        "sync_team<kPartThreads>();  // the next part's warps overwrite s_sums",
+        "",
+    ),
+    Mutant(
+        "only the first part's terms",
+        ENTROPY,
+        "parts.terms + row * parts.count, parts.count)",
+        "parts.terms + row * parts.count, 1)",
+    ),
+    Mutant(
+        "parts' workspace by rows",
+        ENTROPY,
+        "parts.sums + row * parts.count, parts.count)",
+        "parts.sums + row, parts.count)",
+    ),
+    Mutant("opposite of the orthoplex's label", ORTHOPLEX, "positive_ ? slot + row_.d : slot - row_.d;", "slot;"),
+    Mutant("side of the orthoplex's label", ORTHOPLEX, "positive_ ? z_label_ : -z_label_);", "z_label_);"),
+    Mutant(
+        "label of another part",
+        ORTHOPLEX,
+        "(positive_ ? row.slot() : row.slot() - row.d) - row.begin)",
+        "(positive_ ? row.slot() : row.slot() - row.d))",
+    ),
+    Mutant("bit of the cube's code", CUBE, ">> (j & 63)) & 1;", ">> (j & 31)) & 1;"),
+    Mutant("codes of another part", CUBE, " + row.begin / 64),", "),"),
+    Mutant("logarithm of the last factors", CUBE, "terms->logs += std::log1p(product_);", "terms->logs += product_;"),
     Mutant("last logit", LOGITS, "T(factor * p.simplex.last * sums.z)", "T(factor * p.simplex.a * sums.z)", "logits"),
     Mutant("projection of the logits' gradient", LOGITS, "* inverse * inverse;", "* inverse;", "logits"),
     Mutant("one factor for all rows", SCALE, "p.factor[k * p.factor_stride]", "p.factor[0]", "scale_rows"),
