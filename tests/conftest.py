@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--emulated-cuda", action="store_true", help="operators' CUDA halves, on CPU tensors: tests/native"
+        "--emulated-cuda", action="store_true", help="CUDA operators on CPU tensors: tests/native"
     )
 
 
