@@ -53,15 +53,19 @@ class Search {
 
   Scratch take_scratch();
   void give_back(Scratch&& scratch);
+  int64_t sample_rank(int64_t g0, int64_t g1) const;
+  void search_again(Task& task);
+  void sweep(Task& task);
+  void sweep_part(Task& task, int64_t wanted, int64_t first, int64_t last);
   void refresh(Task& task, int64_t q);
   void score_all(Task& task, int64_t begin, int64_t end);
   void scan(Task& task, int64_t begin, int64_t end);
-  void drain(Task& task, int64_t q, int64_t row);
+  void drain(Task& task, int64_t q);
   void prune(Task& task, int64_t q);
   void take_best(Task& task, int64_t q);
   void score(Task& task, int64_t q, const Waiting* first, const Waiting* last);
   void score_and_clear(Task& task, int64_t q, std::vector<Waiting>& list);
-  void finish(Task& task);
+  void score_best(Task& task);
   void score_in_windows(Task& task, std::vector<Waiting> QueryState::* list);
 
   const float* query_;
@@ -69,10 +73,8 @@ class Search {
   GalleryRows rows_;
   const DotKernels& dot_;
   const GalleryCodes* codes_;
-  std::optional<QueryCodes> query_codes_;
   int64_t k_, query_block_, query_blocks_, splits_;
-  size_t first_limit_;                              // of a list of waiting rows
-  std::unique_ptr<std::atomic<float>[]> best_kth_;  // of each query: the highest k-th best score of any task
+  std::unique_ptr<std::atomic<float>[]> highest_;  // of each query: the highest k-th best score of any task
   std::mutex scratch_mutex_;
   std::vector<Scratch> scratch_;
   std::vector<std::vector<TopK>> found_;  // [task][query of the block]
