@@ -17,6 +17,7 @@ constexpr int64_t kMaxBlockResults = int64_t(1) << 18;
 constexpr int64_t kTasksPerThread = 2;      // for an even load; each task reads the gallery and finds a cutoff anew
 constexpr int64_t kMinSplit = 4096;         // gallery rows that are worth a task of their own
 constexpr int64_t kStep = 16 * kPanelRows;  // rows between two looks at the other tasks' cutoffs
+constexpr int64_t kSparseSteps = 16;        // of which one has a panel in the first sample
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -74,9 +75,9 @@ struct Search::Task : Scratch {
   int64_t queries, g0, g1;
   TopK* best;                   // [queries]
   std::atomic<float>* highest;  // [queries]: the highest k-th best score of any task
-  int64_t sample_rank;          // of the score in the sample that is assumed of the k-th best of all
+  bool assumes;                 // that the k-th best score of all reaches a high one of the sample
   std::optional<QueryCodes> codes = {};
-  int64_t wanted = 0;     // best rows: sample_rank in the sample, then k
+  int64_t wanted = 0;     // best rows of the part at hand
   size_t max_limit = 0;   // of the lists
   int64_t seen = 0;       // rows, in the sample or outside
 };
@@ -114,19 +115,10 @@ void Search::run(int64_t index) {
   const int64_t g0 = steps * split / splits_ * kStep, g1 = std::min(rows_.n, steps * (split + 1) / splits_ * kStep);
   auto& best = found_[size_t(index)];
   best.assign(size_t(q1 - q0), TopK(k_));
-  Task task{take_scratch(), query_ + q0 * rows_.d, q1 - q0, g0, g1, best.data(), highest_.get() + q0,
-            sample_rank(g0, g1)};
+  Task task{take_scratch(), query_ + q0 * rows_.d, q1 - q0, g0, g1, best.data(), highest_.get() + q0, true};
   sweep(task);
   if (codes_) search_again(task);
   give_back(std::move(task));
-}
-
-// A score of this rank in the sample is reached by k rows of all, as good as always.
-int64_t Search::sample_rank(int64_t g0, int64_t g1) const {
-  const int64_t whole = (g1 - g0) / kStep, rest = (g1 - g0) % kStep;
-  const int64_t sample = whole * kPanelRows + std::min(rest, kPanelRows);
-  const double expected = double(k_) * double(sample) / double(std::max<int64_t>(1, g1 - g0));
-  return std::min(k_, int64_t(expected + 4 * std::sqrt(expected)) + 4);
 }
 
 // The queries of which the sample promised too much, as those of a task of their own that assumes nothing.
@@ -141,7 +133,7 @@ void Search::search_again(Task& task) {
     std::memcpy(query.data() + i * d, task.query + again[size_t(i)] * d, size_t(d) * sizeof(float));
   std::vector<TopK> best(again.size(), TopK(k_));
   const auto highest = no_scores(n);
-  Task second{take_scratch(), query.data(), n, task.g0, task.g1, best.data(), highest.get(), k_};
+  Task second{take_scratch(), query.data(), n, task.g0, task.g1, best.data(), highest.get(), false};
   sweep(second);
   for (int64_t i = 0; i < n; ++i) task.best[again[size_t(i)]] = std::move(best[size_t(i)]);
   give_back(std::move(second));
@@ -157,29 +149,39 @@ void Search::sweep(Task& task) {
     task.panel_cutoff.resize(n);
     task.passed.resize(n);
     task.upper.resize(n * kPanelRows);
-    sweep_part(task, task.sample_rank, 0, kPanelRows);
-    score_best(task);
   }
-  sweep_part(task, k_, codes_ ? kPanelRows : 0, kStep);
+  constexpr Part kParts[] = {Part::kSparse, Part::kSample, Part::kRest};
+  for (Part part : kParts) sweep_part(task, part);
   if (!codes_) return;
-  score_best(task);
   score_in_windows(task, &QueryState::waiting);
   for (int64_t q = 0; q < task.queries; ++q) refresh(task, q);
 }
 
-// Rows [first, last) of each step, of which the best `wanted` are looked for.
-void Search::sweep_part(Task& task, int64_t wanted, int64_t first, int64_t last) {
-  const size_t limit = size_t(std::min(4 * wanted, rows_.n)) + 128;
-  task.wanted = wanted;
-  task.max_limit = 8 * limit;
+// A score of this rank among so many of all rows is reached by k of all, as good as always.
+int64_t Search::rank_in(double share) const {
+  const double expected = double(k_) * std::min(1.0, share);
+  return std::min(k_, int64_t(expected + 4 * std::sqrt(expected)) + 4);
+}
+
+void Search::sweep_part(Task& task, Part part) {
+  const int64_t rows = task.g1 - task.g0, steps = ceil_div(rows, kStep);
+  const int64_t panels = part == Part::kSparse ? ceil_div(steps, kSparseSteps) : steps;
+  const bool rest = part == Part::kRest;
+  task.wanted = rest || !task.assumes ? k_ : rank_in(double(panels * kPanelRows) / double(rows));
+  const size_t limit = size_t(std::min(8 * task.wanted, rows_.n)) + 512;
+  task.max_limit = 4 * limit;
   task.seen = 0;
   for (QueryState& state : task.state) state.start(limit);
-  for (int64_t g = task.g0; g < task.g1; g += kStep) {
-    const int64_t begin = std::min(g + first, task.g1), end = std::min(g + last, task.g1);
+  for (int64_t step = 0; step < steps; ++step) {
+    if (!rest && (step % kSparseSteps == 0) != (part == Part::kSparse)) continue;
+    const int64_t g = task.g0 + step * kStep;
+    const int64_t begin = std::min(rest ? g + kPanelRows : g, task.g1);
+    const int64_t end = std::min(rest ? g + kStep : g + kPanelRows, task.g1);
     for (int64_t q = 0; codes_ && q < task.queries; ++q) refresh(task, q);
     score_all(task, begin, end);
     if (codes_) scan(task, begin, end);
   }
+  if (codes_) score_best(task);
 }
 
 Search::Scratch Search::take_scratch() {
@@ -294,7 +296,7 @@ void Search::drain(Task& task, int64_t q) {
   if (most_passed) {
     state.drained_at = state.dense_until = task.seen + state.dense_rows;
     state.dense_rows *= 2;
-    state.limit = task.max_limit / 8;
+    state.limit = task.max_limit / 4;
   }
   prune(task, q);
 }

@@ -47,16 +47,17 @@ class Search {
     float upper;
     uint32_t row;  // from the task's first
   };
+  enum class Part { kSparse, kSample, kRest };  // of the rows, in the order in which they are looked at
   struct QueryState;
   struct Scratch;
   struct Task;
 
   Scratch take_scratch();
   void give_back(Scratch&& scratch);
-  int64_t sample_rank(int64_t g0, int64_t g1) const;
+  int64_t rank_in(double share) const;
   void search_again(Task& task);
   void sweep(Task& task);
-  void sweep_part(Task& task, int64_t wanted, int64_t first, int64_t last);
+  void sweep_part(Task& task, Part part);
   void refresh(Task& task, int64_t q);
   void score_all(Task& task, int64_t begin, int64_t end);
   void scan(Task& task, int64_t begin, int64_t end);
