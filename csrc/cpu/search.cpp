@@ -12,12 +12,12 @@
 namespace simplexfix::cpu {
 namespace {
 constexpr int64_t kMaxQueryBlock = 252;  // a multiple of 6, the queries that a kernel takes at once
-// Queries of a block times k: bounds what waits, at worst 32 k rows of 8 bytes for each query.
+// Queries of a block times k: bounds what waits, at worst 32 k + 2048 rows of 8 bytes for each query.
 constexpr int64_t kMaxBlockResults = int64_t(1) << 18;
 constexpr int64_t kTasksPerThread = 2;      // for an even load; each task reads the gallery and finds a cutoff anew
 constexpr int64_t kMinSplit = 4096;         // gallery rows that are worth a task of their own
 constexpr int64_t kStep = 16 * kPanelRows;  // rows between two looks at the other tasks' cutoffs
-constexpr int64_t kSparseSteps = 16;        // of which one has a panel in the first sample
+constexpr int64_t kSparseSteps = 16;        // of which one has its first panel in the sparse sample
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -75,11 +75,11 @@ struct Search::Task : Scratch {
   int64_t queries, g0, g1;
   TopK* best;                   // [queries]
   std::atomic<float>* highest;  // [queries]: the highest k-th best score of any task
-  bool assumes;                 // that the k-th best score of all reaches a high one of the sample
+  bool assumes;                 // that the k-th best of all reaches rank_in the sample
   std::optional<QueryCodes> codes = {};
-  int64_t wanted = 0;     // best rows of the part at hand
-  size_t max_limit = 0;   // of the lists
-  int64_t seen = 0;       // rows, in the sample or outside
+  int64_t wanted = 0;    // best rows of the part at hand
+  size_t max_limit = 0;  // of the lists
+  int64_t seen = 0;      // rows, in the sample or outside
 };
 
 Search::Search(const float* query, int64_t queries, const GalleryRows& rows, const GalleryCodes* codes, int64_t k,
@@ -121,7 +121,8 @@ void Search::run(int64_t index) {
   give_back(std::move(task));
 }
 
-// The queries of which the sample promised too much, as those of a task of their own that assumes nothing.
+// Queries whose k-th best score does not reach what was assumed may have lost rows: a task of their own assumes
+// nothing.
 void Search::search_again(Task& task) {
   std::vector<int64_t> again;
   for (int64_t q = 0; q < task.queries; ++q)
@@ -143,45 +144,45 @@ void Search::sweep(Task& task) {
   const auto n = size_t(task.queries);
   task.state.resize(n);
   for (QueryState& state : task.state) state.reset();
-  if (codes_) {
-    task.codes.emplace(task.query, task.queries, *codes_);
-    task.cutoff.resize(n);
-    task.panel_cutoff.resize(n);
-    task.passed.resize(n);
-    task.upper.resize(n * kPanelRows);
+  if (!codes_) return sweep_part(task, Part::kAll);
+  task.codes.emplace(task.query, task.queries, *codes_);
+  task.cutoff.resize(n);
+  task.panel_cutoff.resize(n);
+  task.passed.resize(n);
+  task.upper.resize(n * kPanelRows);
+  for (Part part : {Part::kSparse, Part::kSample, Part::kRest}) {
+    sweep_part(task, part);
+    score_best(task);
   }
-  constexpr Part kParts[] = {Part::kSparse, Part::kSample, Part::kRest};
-  for (Part part : kParts) sweep_part(task, part);
-  if (!codes_) return;
   score_in_windows(task, &QueryState::waiting);
   for (int64_t q = 0; q < task.queries; ++q) refresh(task, q);
 }
 
-// A score of this rank among so many of all rows is reached by k of all, as good as always.
-int64_t Search::rank_in(double share) const {
-  const double expected = double(k_) * std::min(1.0, share);
-  return std::min(k_, int64_t(expected + 4 * std::sqrt(expected)) + 4);
-}
-
 void Search::sweep_part(Task& task, Part part) {
   const int64_t rows = task.g1 - task.g0, steps = ceil_div(rows, kStep);
-  const int64_t panels = part == Part::kSparse ? ceil_div(steps, kSparseSteps) : steps;
-  const bool rest = part == Part::kRest;
-  task.wanted = rest || !task.assumes ? k_ : rank_in(double(panels * kPanelRows) / double(rows));
+  const bool samples = part == Part::kSparse || part == Part::kSample;
+  const int64_t sampled = part == Part::kSparse ? ceil_div(steps, kSparseSteps) : steps;
+  task.wanted = samples && task.assumes ? rank_in(double(sampled * kPanelRows) / double(rows)) : k_;
   const size_t limit = size_t(std::min(8 * task.wanted, rows_.n)) + 512;
   task.max_limit = 4 * limit;
   task.seen = 0;
   for (QueryState& state : task.state) state.start(limit);
   for (int64_t step = 0; step < steps; ++step) {
-    if (!rest && (step % kSparseSteps == 0) != (part == Part::kSparse)) continue;
-    const int64_t g = task.g0 + step * kStep;
-    const int64_t begin = std::min(rest ? g + kPanelRows : g, task.g1);
-    const int64_t end = std::min(rest ? g + kStep : g + kPanelRows, task.g1);
+    if (samples && (step % kSparseSteps == 0) != (part == Part::kSparse)) continue;
+    const int64_t first = task.g0 + step * kStep;
+    const int64_t begin = std::min(part == Part::kRest ? first + kPanelRows : first, task.g1);
+    const int64_t end = std::min(first + (samples ? kPanelRows : kStep), task.g1);
     for (int64_t q = 0; codes_ && q < task.queries; ++q) refresh(task, q);
     score_all(task, begin, end);
     if (codes_) scan(task, begin, end);
   }
-  if (codes_) score_best(task);
+}
+
+// The rank in a sample, so large a share of all rows, that the k-th best of all reaches but for bad luck: of the k best
+// it holds a binomial number, four standard deviations and four more than expected less than once in 10^5 times.
+int64_t Search::rank_in(double share) const {
+  const double expected = double(k_) * std::min(1.0, share);
+  return std::min(k_, int64_t(expected + 4 * std::sqrt(expected)) + 4);
 }
 
 Search::Scratch Search::take_scratch() {
@@ -286,7 +287,8 @@ void Search::drain(Task& task, int64_t q) {
     return;
   }
   // none passes for certain before k are scored, which the sample of take_best may miss
-  const bool most_passed = state.cutoff > -kInfinity && int64_t(state.waiting.size()) > (task.seen - state.drained_at) / 4;
+  const bool most_passed =
+      state.cutoff > -kInfinity && int64_t(state.waiting.size()) > (task.seen - state.drained_at) / 4;
   if (!most_passed && state.limit < task.max_limit) {
     state.limit *= 2;
     return;
@@ -313,7 +315,8 @@ void Search::prune(Task& task, int64_t q) {
   waiting.resize(size_t(end - waiting.data()));
 }
 
-// Moves about as many waiting rows as are wanted, those of the highest upper bounds to the promising ones, in the order of the rows.
+// Moves about as many waiting rows as are wanted, those of the highest upper bounds to the promising ones, in the order
+// of the rows.
 void Search::take_best(Task& task, int64_t q) {
   QueryState& state = task.state[size_t(q)];
   std::vector<Waiting>& waiting = state.waiting;

@@ -7,9 +7,13 @@
 // promising k rows are scored, which raises the cutoff and empties most of the list; the rest is
 // scored at the end.  Where the bounds let most rows of a stretch through, the next ones are scored
 // whole, as without codes.
+// The first panel of each 16 comes before the others (and of those one in 16 first of all): a sample.
+// A score so high in it that k rows of all are as good as sure to reach it is assumed as the k-th best,
+// so that few rows pass from there on.  Where fewer than k reach it after all (rows in an order that
+// the sample fits into), the query is searched again without.
 // Bytes: per task the codes of its stretch once (1 byte per number), a row's own for each row scored.
 // Determinism: the cutoffs are shared between the tasks of a query, so the work depends on timing;
-// the results never do, because a row is left out only if k others certainly rank before it.
+// the results never do, because in the end a row is left out only if k others certainly rank before it.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -47,7 +51,8 @@ class Search {
     float upper;
     uint32_t row;  // from the task's first
   };
-  enum class Part { kSparse, kSample, kRest };  // of the rows, in the order in which they are looked at
+  // Of a task's rows: a panel in 256, the first of each other step, what is left; or all.
+  enum class Part { kSparse, kSample, kRest, kAll };
   struct QueryState;
   struct Scratch;
   struct Task;
