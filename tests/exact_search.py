@@ -54,7 +54,7 @@ def definition(
 GALLERIES = (
     "normal", "one-hot", "duplicates", "one row", "clusters 1e-2", "clusters 1e-4", "clusters 1e-7", "one cluster",
     "a crowd and others", "numbers of all sizes", "rows of all sizes", "denormals", "spike", "zeros", "rising",
-    "falling", "signs", "heavy tail",
+    "falling", "runs", "signs", "heavy tail",
 )  # fmt: skip
 
 
@@ -90,6 +90,8 @@ def hard_gallery(kind: str, n: int, d: int, rng: np.random.Generator) -> Floats:
     if kind in ("rising", "falling"):  # each row better than those before, or worse: cutoffs always or never move
         near = np.linspace(0, 1, n, dtype=np.float32)[:: 1 if kind == "rising" else -1, None]
         return (1 - near) * z + near * z[:1] * 3
+    if kind == "runs":  # 64 neighbours together, the same ones in each 1024: no few of the rows stand for all
+        return z[np.arange(n) // 64 % 16] + np.float32(0.1) * z
     if kind == "signs":
         return rng.integers(-1, 2, (n, d)).astype(np.float32)
     if kind == "heavy tail":

@@ -36,14 +36,12 @@ QueryCodes::QueryCodes(const float* query, int64_t n, const GalleryCodes& galler
   }
 }
 
-CodeQueries QueryCodes::view(int64_t first, int64_t n, const float* cutoff) const {
-  return {codes_.data() + first * stride_,
-          stride_,
-          n,
-          start_.data() + first,
-          scale_.data() + first,
-          norm_.data() + first,
-          cutoff};
+CodeQueries QueryCodes::view(const float* cutoff) const {
+  return {codes_.data(), stride_, int64_t(start_.size()), start_.data(), scale_.data(), norm_.data(), cutoff};
+}
+
+void QueryCodes::panel_cutoffs(const float* cutoff, float panel_norm, float* out) const {
+  for (size_t q = 0; q < residual_.size(); ++q) out[q] = cutoff[q] - panel_term(int64_t(q), panel_norm);
 }
 
 float QueryCodes::cutoff(int64_t query, float score) const {

@@ -13,12 +13,15 @@ class QueryCodes {
   // Normalised queries [n, d].
   QueryCodes(const float* query, int64_t n, const GalleryCodes& gallery);
 
-  // Queries [first, first + n) for the kernel, with a cutoff each.
-  CodeQueries view(int64_t first, int64_t n, const float* cutoff) const;
+  // For the kernel, with a cutoff each.
+  CodeQueries view(const float* cutoff) const;
 
   // The term of a row's upper bound that the kernel leaves out, the same for all rows of a panel:
   // |y - coded y| times the panel's largest |coded x|.
   float panel_term(int64_t q, float panel_norm) const { return residual_[size_t(q)] * panel_norm; }
+
+  // The cutoffs without that term.
+  void panel_cutoffs(const float* cutoff, float panel_norm, float* out) const;
 
   // A row whose upper bound, panel_term included, lies below this scores below `score` for certain.
   float cutoff(int64_t q, float score) const;

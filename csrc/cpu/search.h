@@ -7,9 +7,13 @@
 // promising k rows are scored, which raises the cutoff and empties most of the list; the rest is
 // scored at the end.  Where the bounds let most rows of a stretch through, the next ones are scored
 // whole, as without codes.
+// The first panel of each 16 comes before the others (and of those one in 16 first of all): a sample.
+// A score so high in it that k rows of all are as good as sure to reach it is assumed as the k-th best,
+// so that few rows pass from there on.  Where fewer than k reach it after all (rows in an order that
+// the sample fits into), the query is searched again without.
 // Bytes: per task the codes of its stretch once (1 byte per number), a row's own for each row scored.
 // Determinism: the cutoffs are shared between the tasks of a query, so the work depends on timing;
-// the results never do, because a row is left out only if k others certainly rank before it.
+// the results never do, because in the end a row is left out only if k others certainly rank before it.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -47,21 +51,27 @@ class Search {
     float upper;
     uint32_t row;  // from the task's first
   };
+  // Of a task's rows: a panel in 256, the first of each other step, what is left; or all.
+  enum class Part { kSparse, kSample, kRest, kAll };
   struct QueryState;
   struct Scratch;
   struct Task;
 
   Scratch take_scratch();
   void give_back(Scratch&& scratch);
+  int64_t rank_in(double share) const;
+  void search_again(Task& task);
+  void sweep(Task& task);
+  void sweep_part(Task& task, Part part);
   void refresh(Task& task, int64_t q);
   void score_all(Task& task, int64_t begin, int64_t end);
   void scan(Task& task, int64_t begin, int64_t end);
-  void drain(Task& task, int64_t q, int64_t row);
+  void drain(Task& task, int64_t q);
   void prune(Task& task, int64_t q);
   void take_best(Task& task, int64_t q);
   void score(Task& task, int64_t q, const Waiting* first, const Waiting* last);
   void score_and_clear(Task& task, int64_t q, std::vector<Waiting>& list);
-  void finish(Task& task);
+  void score_best(Task& task);
   void score_in_windows(Task& task, std::vector<Waiting> QueryState::* list);
 
   const float* query_;
@@ -69,10 +79,8 @@ class Search {
   GalleryRows rows_;
   const DotKernels& dot_;
   const GalleryCodes* codes_;
-  std::optional<QueryCodes> query_codes_;
   int64_t k_, query_block_, query_blocks_, splits_;
-  size_t first_limit_;                              // of a list of waiting rows
-  std::unique_ptr<std::atomic<float>[]> best_kth_;  // of each query: the highest k-th best score of any task
+  std::unique_ptr<std::atomic<float>[]> highest_;  // of each query: the highest k-th best score of any task
   std::mutex scratch_mutex_;
   std::vector<Scratch> scratch_;
   std::vector<std::vector<TopK>> found_;  // [task][query of the block]

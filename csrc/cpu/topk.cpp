@@ -55,6 +55,14 @@ float TopK::kth_score() {
   return worst_.score;
 }
 
+float TopK::nth_score(int64_t rank) {
+  const auto found = int64_t(candidates_.size());
+  if (found < rank) return -std::numeric_limits<float>::infinity();
+  Candidate* const first = candidates_.data();
+  select_nth(first, rank - 1, first + found, ranks_before_branchless);
+  return first[rank - 1].score;
+}
+
 void TopK::write(float* scores, int64_t* ids) {
   const int64_t found = std::min<int64_t>(k_, int64_t(candidates_.size()));
   if (int64_t(candidates_.size()) > k_) prune();

@@ -21,6 +21,8 @@ class TopK {
   void offer(const Candidate& candidate) { add(candidate); }
   // The score of the k-th best so far, -inf where there are fewer.
   float kth_score();
+  // The same for a rank of at most k.
+  float nth_score(int64_t rank);
   // Writes k results, best first; where there are fewer, id -1 with score -inf.
   void write(float* scores, int64_t* ids);
 

@@ -251,10 +251,14 @@ MUTANTS = [
         "round_up(row.code_norm)",
     ),
     # ... what passes, and in which order
-    Mutant("rows past the end of the gallery", SEARCH, "end - g >= kPanelRows ? ~uint64_t(0)", "true ? ~uint64_t(0)"),
+    Mutant("rows past the end of the gallery", SEARCH, "~uint64_t(0) >> (kPanelRows - rows)", "~uint64_t(0)"),
     Mutant(
-        "rest of a step taken for scored", SEARCH, "state.dense ? kInfinity", "begin < state.dense_until ? kInfinity"
+        "rest of a step taken for scored",
+        SEARCH,
+        "task.cutoff[size_t(q)] = state.cutoff;",
+        "task.cutoff[size_t(q)] = task.seen < state.dense_until ? kInfinity : state.cutoff;",
     ),
+    Mutant("sample believed", SEARCH, "if (codes_) search_again(task);", ""),
     Mutant("too few of the promising scored", SEARCH, "score_in_windows(task, &QueryState::waiting);", ""),
     # ... the index
     Mutant("codes of moved rows kept", INDEX, "encode(*codes_, gone.front() / kPanelRows * kPanelRows, to);", ""),
