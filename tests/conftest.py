@@ -16,9 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--emulated-cuda", action="store_true", help="CUDA operators on CPU tensors: tests/native"
-    )
+    parser.addoption("--emulated-cuda", action="store_true", help="CUDA operators on CPU tensors: tests/native")
 
 
 def pytest_configure(config: pytest.Config) -> None:
