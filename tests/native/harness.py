@@ -36,7 +36,7 @@ class Layer:
 ASAN = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 LAYERS = {
     "plain": Layer(["-O1"]),
-    "asan": Layer(["-O1", *ASAN]),
+    "asan": Layer(["-O1", *ASAN], ["--order", "forward"]),  # where an access lies does not depend on the order
     # A race is found in whatever order the threads run, so one order and two dtypes will do.
     "tsan": Layer(
         ["-O1", "-fsanitize=thread"],
