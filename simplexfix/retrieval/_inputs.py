@@ -92,6 +92,15 @@ class Features:
             yield begin, self.block(begin, min(len(self), begin + rows))
         self.release()
 
+    def check_finite(self) -> None:
+        """Reads all rows once, for a caller that will not by `block`.
+
+        Raises:
+            ValueError: as `block`.
+        """
+        for _ in self.blocks():
+            pass
+
     def tensor(self) -> Tensor:
         """All rows in their own dtype: the caller's tensor, or a copy of an array (torch has no read-only tensors)."""
         if isinstance(self.rows, Tensor):

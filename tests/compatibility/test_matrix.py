@@ -1,0 +1,316 @@
+"""The compatibility matrix by passes: each cell is what its protocol says, whatever the features; bad input."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from simplexfix.compatibility import _passes, compatibility_matrix
+from simplexfix.compatibility.matrix import compatibility_hits
+from simplexfix.retrieval import (
+    RetrievalResults,
+    instance_accuracy,
+    instance_hits,
+    metrics,
+    nearest_class_mean_accuracy,
+    nearest_class_mean_hits,
+)
+from simplexfix.retrieval._inputs import Features
+
+PROTOCOLS = {nearest_class_mean_accuracy: nearest_class_mean_hits, instance_accuracy: instance_hits}
+both = pytest.mark.parametrize("protocol", PROTOCOLS, ids=lambda protocol: protocol.__name__)
+
+KINDS = ("clear", "noise", "near ties", "one-hot", "zeros", "collapsed", "sizes", "denormals", "signs")
+
+
+def rows_of(kind: str, labels: np.ndarray, d: int, rng: np.random.Generator) -> np.ndarray:
+    """Features on which a product in float32 is easily wrong, among others."""
+    classes, index = np.unique(labels, return_inverse=True)
+    x = rng.standard_normal((len(labels), d))
+    centers = np.random.default_rng(99).standard_normal((len(classes), d))
+    if kind == "clear":
+        x += 0.3 * centers[index]
+    elif kind == "near ties":  # every class mean within 1e-7 of every other's
+        x = centers[0] + 1e-7 * x
+    elif kind == "one-hot":
+        x = np.eye(d)[rng.integers(d, size=len(labels))]
+    elif kind == "zeros":
+        x = x * (rng.random(len(labels)) < 0.5)[:, None] + centers[index]
+        x[::3] = 0
+    elif kind == "collapsed":
+        x = centers[index]
+    elif kind == "sizes":  # up to 1e38: sums of squares, and products with templates, overflow float32
+        x = (x + centers[index]) * 10.0 ** rng.uniform(-38, 37, size=(len(labels), 1))
+    elif kind == "denormals":
+        x = (x + centers[index]) * 1e-42
+    elif kind == "signs":
+        x = np.sign(x)
+    return x.astype(np.float32)
+
+
+def versions_of(kind: str, versions: int, d: int = 24, classes: int = 6, queries: int = 90, items: int = 60):
+    rng = np.random.default_rng(sum(map(ord, kind)))
+    labels = rng.integers(classes, size=queries + items) * 2**33 - 7
+    labels[:3] = 2**24 + 1, 2**24, -(2**62)  # classes that the gallery lacks, and float32
+    both = [rows_of(kind, labels, d, rng) for _ in range(versions)]
+    return [x[:queries] for x in both], [x[queries:] for x in both], labels[:queries], labels[queries:]
+
+
+def by_cells(queries, galleries, query_labels, gallery_labels, function) -> list[list[np.ndarray]]:
+    """The straightforward way: the protocol's function, cell by cell."""
+    q, g = ([torch.tensor(np.asarray(x)) for x in features] for features in (queries, galleries))
+    labels = torch.from_numpy(query_labels), torch.from_numpy(gallery_labels)
+    out = []
+    for i in range(len(q)):
+        out.append([])
+        for j in range(i + 1):
+            d = min(q[i].shape[1], g[j].shape[1])
+            out[i].append(np.asarray(function(q[i][:, :d], labels[0], g[j][:, :d], labels[1])))
+    return out
+
+
+def check(found: list[list[np.ndarray]], expected: list[list[np.ndarray]]) -> None:
+    assert [len(row) for row in found] == [len(row) for row in expected] == list(range(1, len(found) + 1))
+    for i, row in enumerate(expected):
+        for j, cell in enumerate(row):
+            np.testing.assert_array_equal(found[i][j], cell, err_msg=f"cell {i}, {j}")
+
+
+@both
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_cell_is_the_protocols(protocol, kind: str) -> None:
+    arguments = versions_of(kind, 4)
+    expected = by_cells(*arguments, PROTOCOLS[protocol])
+    hits = compatibility_hits(*arguments, protocol)
+    check(hits, expected)
+    matrix = compatibility_matrix(*arguments, protocol)
+    check([list(row[: i + 1]) for i, row in enumerate(matrix)], [[cell.mean() for cell in row] for row in expected])
+    check([list(row[: i + 1]) for i, row in enumerate(matrix)], by_cells(*arguments, protocol))
+    assert np.isnan(matrix[np.triu_indices(4, 1)]).all()
+    assert matrix.dtype == np.float64
+
+
+@both
+@pytest.mark.parametrize("classes", [1, 2, 40])
+def test_blocks_and_groups_change_nothing(protocol, classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = versions_of("clear", 5, classes=classes)
+    expected = compatibility_matrix(*arguments, protocol)
+    monkeypatch.setattr(_passes, "_QUERY_ROWS", 7)
+    monkeypatch.setattr("simplexfix.retrieval._inputs._BLOCK_BYTES", 4 * 24 * 11)
+    for columns, taken in ((1, 1), (2 * classes, 3 * 60 * (5 * 24 + 12) - 1)):  # one at a time; two
+        monkeypatch.setattr(_passes, "_PRODUCT_COLUMNS", columns)
+        monkeypatch.setattr(_passes, "_INDEX_BYTES", taken)
+        np.testing.assert_array_equal(compatibility_matrix(*arguments, protocol), expected)
+    assert len(np.unique(expected[np.tril_indices(5)])) >= (1 if classes == 1 else 4)
+
+
+@pytest.mark.parametrize("kind", ["clear", "noise"])
+def test_few_queries_are_left_to_the_search(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = versions_of(kind, 3, d=512, queries=4000, items=300)
+    searched = []
+    search = _passes.cosine_topk
+    monkeypatch.setattr(_passes, "cosine_topk", lambda q, g, k: searched.append(len(q)) or search(q, g, k))
+    compatibility_matrix(*arguments, nearest_class_mean_accuracy)
+    assert 0 < sum(searched) < 0.05 * 4000 * 6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("d", [1, 24, 1500])
+def test_the_product_errs_less_than_its_bound(kind: str, d: int) -> None:
+    """Rows and templates as they are used, against float64: the bound is what makes the answers sure."""
+    labels = np.arange(200) % 5
+    block = (
+        rows_of(kind, labels, d, np.random.default_rng(0)) if kind != "one-hot" or d > 1 else np.ones((200, 1), "f4")
+    )
+    sums = np.random.default_rng(1).standard_normal((5, d)).astype(np.float32)
+    templates = _passes._templates(sums, d)[:, None]
+    unit = torch.from_numpy(_passes._templates(sums, d)).double().numpy()
+    bound = _passes._error_bound(block)
+    [(right, sure)] = list(_passes._decide(block, bound, templates, labels))
+    with np.errstate(over="ignore", invalid="ignore"):
+        truth = block.astype(np.float64) @ unit.T
+        own = truth[np.arange(200), labels]
+        truth[np.arange(200), labels] = -np.inf
+        gap = own - truth.max(1)
+        computed = (templates[:, 0] @ block.T).astype(np.float64)
+        mine = computed[labels, np.arange(200)]
+        computed[labels, np.arange(200)] = -np.inf
+        difference = np.abs(mine - computed.max(0) - gap)
+    assert (right == (gap > 0))[sure].all()
+    assert (difference[np.isfinite(difference)] <= bound[np.isfinite(difference)]).all()
+    assert sure.any() == (kind != "denormals")
+
+
+class Extracting(Sequence):
+    """Versions that are made when asked for, and count how often."""
+
+    def __init__(self, rows: list[np.ndarray]) -> None:
+        self.rows, self.asked = rows, [0] * len(rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        row = self.rows[i]
+        self.asked[i] += 1
+        return row
+
+
+@pytest.mark.parametrize("protocol", [*PROTOCOLS, lambda q, ql, g, gl: float((ql[0] - gl[0]).item())])
+def test_t_and_t_extractions_and_reads(protocol, monkeypatch: pytest.MonkeyPatch) -> None:
+    queries, galleries, *labels = versions_of("noise", 6)
+    read: dict[str, int] = {}
+    block = Features.block
+
+    def counting(self: Features, begin: int, end: int) -> np.ndarray:
+        read[self.name] = read.get(self.name, 0) + end - begin
+        return block(self, begin, end)
+
+    monkeypatch.setattr(Features, "block", counting)
+    asked = Extracting(queries), Extracting(galleries)
+    compatibility_matrix(*asked, *labels, protocol)
+    assert asked[0].asked == asked[1].asked == [1] * 6
+    assert read == {f"{name}[{i}]": n for name, n in (("queries", 90), ("galleries", 60)) for i in range(6)}
+
+
+@both
+def test_mapped_files(protocol, tmp_path: Path) -> None:
+    queries, galleries, *labels = versions_of("clear", 3)
+    mapped = []
+    for name, features in (("q", queries), ("g", galleries)):
+        for i, rows in enumerate(features):
+            np.save(tmp_path / f"{name}{i}.npy", rows)
+        mapped.append([np.load(tmp_path / f"{name}{i}.npy", mmap_mode="r") for i in range(3)])
+    expected = compatibility_matrix(queries, galleries, *labels, protocol)
+    np.testing.assert_array_equal(compatibility_matrix(*mapped, *labels, protocol), expected)
+    sliced = [x[::2] for x in mapped[0]]
+    np.testing.assert_array_equal(
+        compatibility_matrix(sliced, mapped[1], labels[0][::2], labels[1], protocol),
+        compatibility_matrix([x[::2] for x in queries], galleries, labels[0][::2], labels[1], protocol),
+    )
+
+
+def resident(path: Path) -> int:
+    """KiB of a file that count as this process's memory."""
+    total, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split(" ", 1)[0]:
+            inside = line.endswith(str(path))
+        elif inside and line.startswith("Rss:"):
+            total += int(line.split()[1])
+    return total
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps"), reason="no /proc/self/smaps")
+def test_mapped_pages_are_given_back_and_private_changes_are_not(tmp_path: Path) -> None:
+    path = tmp_path / "rows.npy"
+    np.save(path, np.ones((4000, 64), dtype=np.float32))
+    labels = np.arange(4000)
+    rows = np.load(path, mmap_mode="r")
+    rows.sum()
+    assert resident(path) > 900
+    compatibility_matrix([rows], [rows], labels, labels, nearest_class_mean_accuracy)
+    assert resident(path) < 100
+    changed = np.load(path, mmap_mode="c")
+    changed[:] = -1
+    compatibility_matrix([changed], [changed], labels, labels, nearest_class_mean_accuracy)
+    assert (changed == -1).all()
+
+
+@both
+def test_dtypes_may_be_mixed(protocol) -> None:
+    queries, galleries, query_labels, gallery_labels = versions_of("clear", 4)
+    half_q, half_g = ([x.astype(np.float16).astype(np.float32) for x in f] for f in (queries, galleries))
+    expected = compatibility_matrix(half_q, half_g, query_labels, gallery_labels, protocol)
+    mixed = [half_q[0].astype(np.float16), torch.from_numpy(half_q[1]), half_q[2].astype(">f8"), half_q[3]]
+    other = [torch.from_numpy(half_g[0]).half(), np.asfortranarray(half_g[1]), half_g[2].astype(np.float64), half_g[3]]
+    for gallery_ids in (gallery_labels, torch.from_numpy(gallery_labels), gallery_labels.tolist()):
+        np.testing.assert_array_equal(compatibility_matrix(mixed, other, query_labels, gallery_ids, protocol), expected)
+    small = query_labels % 5
+    np.testing.assert_array_equal(
+        compatibility_matrix(
+            queries, galleries, small.astype(np.uint8), torch.from_numpy(gallery_labels % 5), protocol
+        ),
+        compatibility_matrix(queries, galleries, small, gallery_labels % 5, protocol),
+    )
+
+
+@both
+def test_versions_of_different_width(protocol) -> None:
+    queries, galleries, *labels = versions_of("clear", 5)
+    widths = (24, 10, 17, 17, 3)
+    queries = [x[:, :d] for x, d in zip(queries, widths, strict=True)]
+    galleries = [x[:, :d] for x, d in zip(galleries, widths, strict=True)]
+    with pytest.raises(ValueError, match=r"queries\[1\] has 10 columns, version 0 has 24.*common_dimensions=True"):
+        compatibility_matrix(queries, galleries, *labels, protocol)
+    hits = compatibility_hits(queries, galleries, *labels, protocol, common_dimensions=True)
+    check(hits, by_cells(queries, galleries, *labels, PROTOCOLS[protocol]))
+    matrix = compatibility_matrix(queries, galleries, *labels, protocol, common_dimensions=True)
+    asked = compatibility_matrix(queries, galleries, *labels, lambda *a: protocol(*a), common_dimensions=True)
+    np.testing.assert_array_equal(matrix, asked)
+
+
+def test_one_version_and_one_row() -> None:
+    one = np.ones((1, 4), dtype=np.float32)
+    for protocol in PROTOCOLS:
+        assert compatibility_matrix([one], [one], [3], [3], protocol).tolist() == [[1.0]]
+        assert compatibility_matrix([one], [one], [3], [2**40], protocol).tolist() == [[0.0]]
+
+
+def test_any_function_is_a_protocol() -> None:
+    queries, galleries, *labels = versions_of("clear", 3)
+
+    def mean_average_precision(query, query_labels, gallery, gallery_labels) -> float:
+        found = RetrievalResults.search(query, query_labels, gallery, gallery_labels)
+        return metrics.mean_average_precision(found)
+
+    matrix = compatibility_matrix(queries, galleries, *labels, mean_average_precision)
+    for i in range(3):
+        for j in range(i + 1):
+            assert matrix[i, j] == mean_average_precision(queries[i], labels[0], galleries[j], labels[1])
+    assert matrix[0, 0] != matrix[1, 0] != matrix[1, 1]
+    with pytest.raises(ValueError, match="protocol must be nearest_class_mean_accuracy or instance_accuracy, which"):
+        compatibility_hits(queries, galleries, *labels, mean_average_precision)
+
+
+def bad_cases() -> Iterator[tuple[dict, type[Exception], str]]:
+    x = np.eye(4, dtype=np.float32)
+    nan = x.copy()
+    nan[2, 1] = np.nan
+    inf = torch.eye(4)
+    inf[3, 3] = -np.inf
+    yield {"queries": [], "galleries": []}, ValueError, "must be of the same versions, got 0 and 0"
+    yield {"queries": [x]}, ValueError, "must be of the same versions, got 1 and 2"
+    yield {"queries": [x, nan]}, ValueError, r"queries\[1\] row 2 holds nan or inf"
+    yield {"galleries": [x, nan]}, ValueError, r"galleries\[1\] row 2 holds nan or inf"
+    yield {"galleries": [inf, x]}, ValueError, r"galleries\[0\] row 3 holds nan or inf"
+    yield {"queries": [x, x[:3]]}, ValueError, r"queries\[1\] has 3 rows, queries\[0\] has 4: all versions"
+    yield {"galleries": [x, x[:3]]}, ValueError, r"galleries\[1\] has 3 rows, galleries\[0\] has 4"
+    yield {"galleries": [x, x[:, :3]]}, ValueError, r"galleries\[1\] has 3 columns, version 0 has 4"
+    yield {"queries": [x, x.astype(int)]}, TypeError, r"queries\[1\] must be float32, float64 or float16, got int64"
+    yield {"queries": [x, x.tolist()]}, TypeError, r"queries\[1\] must be a torch.Tensor or a NumPy array, got list"
+    yield {"queries": [x[0], x]}, ValueError, r"queries\[0\] must have 2 dimensions"
+    yield {"galleries": [x[:0], x[:0]], "gallery_labels": []}, ValueError, r"galleries\[0\] has no rows"
+    yield {"query_labels": [0, 1, 2]}, ValueError, r"queries\[0\] has 4 rows, query_labels has shape \[3\]"
+    yield {"gallery_labels": np.arange(5)}, ValueError, r"galleries\[0\] has 4 rows, gallery_labels has shape \[5\]"
+    yield {"query_labels": np.arange(4.0)}, TypeError, "query_labels must be integers, got float64; class ids are"
+
+
+@pytest.mark.parametrize("protocol", [*PROTOCOLS, lambda *a: instance_accuracy(*a)])
+@pytest.mark.parametrize(("changes", "error", "message"), list(bad_cases()))
+def test_bad_input(protocol, changes, error: type[Exception], message: str) -> None:
+    x = np.eye(4, dtype=np.float32)
+    good = {"queries": [x, x], "galleries": [x, x], "query_labels": range(4), "gallery_labels": range(4)}
+    with pytest.raises(error, match=message):
+        compatibility_matrix(**{**good, **changes}, protocol=protocol)
+
+
+def test_mixed_dtypes_of_another_protocol_are_refused_by_name() -> None:
+    x = torch.eye(4)
+    with pytest.raises(TypeError, match=r"queries\[1\] is float16, galleries\[0\] is float32: this protocol is called"):
+        compatibility_matrix([x, x.half()], [x, x.half()], range(4), range(4), lambda *a: instance_accuracy(*a))
