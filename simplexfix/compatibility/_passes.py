@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from .._reference import unit_float32
 from ..functional import cosine_topk
 from ..retrieval import CosineIndex
-from ..retrieval._inputs import Features
+from ..retrieval._inputs import Features, row_squares
 
 __all__ = ["CellHits", "class_mean_hits", "nearest_item_hits"]
 
@@ -24,8 +24,8 @@ CellHits: TypeAlias = Iterator[tuple[int, int, int, NDArray[np.bool_]]]
 Floats: TypeAlias = NDArray[np.float32]
 Ids: TypeAlias = NDArray[np.int64]
 
-_UNIT = 2.0**-24  # of rounding to float32
 _QUERY_ROWS = 4096  # a block of them is past L2, and so are its products with some versions' templates
+_GALLERY_ROWS = 1024  # as float64 they stay in caches on their way into the sums
 _PRODUCT_COLUMNS = 1024  # templates of so many versions meet a block in one product
 _INDEX_BYTES = 2**30  # of indexes that are held at a time
 
@@ -35,8 +35,8 @@ def class_mean_hits(
 ) -> CellHits:
     """Nearest class mean: templates once per gallery; each query row is read once, against all galleries' templates.
 
-    A product in float32 decides where the own class's score is further from the best other's than the product can
-    err.  The few other queries are searched by `cosine_topk`, whose answer is the protocol's by definition.
+    A product in float32 decides where the own class's score is further from the best other's than it can err, then one
+    in float64.  What is left, ties above all, is searched by `cosine_topk`, whose answer is the protocol's own.
     Memory: 8 bytes per gallery, class and dimension, beside blocks.
     """
     classes, index = np.unique(gallery_labels, return_inverse=True)
@@ -44,27 +44,22 @@ def class_mean_hits(
     lacking = classes[own] != query_labels
     sums = [_class_sums(gallery, index, len(classes)) for gallery in galleries]
     group = max(1, _PRODUCT_COLUMNS // len(classes))
-    stacks: tuple[int, list[Floats]] = (0, [])  # of the width of the query version before
+    made: list[Floats] = []
     for i, query in enumerate(queries):
-        width, made = stacks
-        if query.width != width:
+        if made and made[0].shape[1] != query.width:
             made = []
         made.extend(_templates(total, query.width) for total in sums[len(made) : i + 1])
-        stacks = query.width, made
         groups = [(j, _stack(made[j : min(j + group, i + 1)])) for j in range(0, i + 1, group)]
         for begin, block in query.blocks(_QUERY_ROWS):
             rows = slice(begin, begin + len(block))
-            bound = _error_bound(block)
             for first, templates in groups:
-                for v, (hits, sure) in enumerate(_decide(block, bound, templates, own[rows])):
-                    j = first + v
-                    hits[lacking[rows]] = False
-                    open_rows = np.flatnonzero(~(sure | lacking[rows]))
-                    if len(open_rows):
-                        common = min(query.width, sums[j].shape[1])
-                        some = torch.from_numpy(block[open_rows, :common])
-                        _, nearest = cosine_topk(some, torch.from_numpy(sums[j][:, :common]), 1)
-                        hits[open_rows] = nearest[:, 0].numpy() == own[begin + open_rows]
+                gaps, sure = _gaps(block, templates, own[rows])
+                sure |= lacking[rows]
+                for j, gap, known in zip(range(first, i + 1), gaps, sure, strict=False):
+                    hits = (gap > 0) & ~lacking[rows]
+                    some = np.flatnonzero(~known)
+                    if len(some):
+                        hits[some] = _decide(block[some], made[j], sums[j], own[begin + some])
                     yield i, j, begin, hits
 
 
@@ -107,7 +102,7 @@ def _class_sums(gallery: Features, index: Ids, classes: int) -> Floats:
     """[classes, d]: added in float64 row by row, in blocks as in one go; a sum points where the mean does."""
     sums = torch.zeros(classes, gallery.width, dtype=torch.float64)
     to = torch.from_numpy(index)
-    for begin, block in gallery.blocks():
+    for begin, block in gallery.blocks(_GALLERY_ROWS):
         rows = torch.from_numpy(block.astype(np.float64))
         sums.index_add_(0, to[begin : begin + len(block)], rows)
     return sums.float().numpy()
@@ -126,34 +121,42 @@ def _stack(templates: list[Floats]) -> Floats:
     return np.stack(templates, axis=1) if len(templates) > 1 else templates[0][:, None]
 
 
-def _error_bound(block: Floats) -> NDArray[np.float64]:
-    """[rows] by how much two scores of a row, as products in float32, can be further apart than their definition says.
+def _gaps(block: Floats, templates: Floats, own: Ids) -> tuple[NDArray[np.floating], NDArray[np.bool_]]:
+    """[versions, rows] own class's score less the best other's, and where its sign is sure.
 
-    Rounding: of d products and sums in any order d u |q|, of the normalised row, template and score 4 u |q|.  The
-    bound holds for |q| and more in proportion.  The constant covers what underflows in products or in |q| itself.
+    Args:
+        block: [rows, d].
+        templates: [classes, versions, d] unit rows in float32.
+        own: [rows] each row's class.
+
+    The scores' definition normalises a row, rounds that and the template, and the score, each by u |q| at most for
+    u = 2^-24; what is computed here takes a template that may be another's neighbour in float32, and adds the rounding
+    of d products and sums in any order.  A gap is of two scores.  The small constant covers what underflows in
+    products or in |q| itself.
     """
-    units = (block.shape[1] + 8) * _UNIT
-    if units > 0.1:
-        return np.full(len(block), np.inf)
-    share = units / (1 - units)
-    with np.errstate(over="ignore"):
-        norms = np.sqrt(np.einsum("ij,ij->i", block, block).astype(np.float64))
-    bound: NDArray[np.float64] = 2 * share * (1 + share) * (norms + 1e-17)
-    return bound
+    classes, versions, d = templates.shape
+    # Of float32 whatever torch's settings, which may allow products in bfloat16: NumPy's.
+    unit = 2.0**-24 if block.dtype == np.float32 else 2.0**-53
+    share = d * unit / (1 - d * unit) + 8 * 2.0**-24
+    with np.errstate(over="ignore", invalid="ignore"):  # ends as not sure
+        scores = (templates.reshape(-1, d) @ block.T).reshape(classes, versions, len(block))
+        at = (own, np.arange(versions)[:, None], np.arange(len(block)))
+        right = scores[at]
+        scores[at] = -np.inf
+        gaps = right - scores.max(axis=0)
+        bound = 2 * share * (1 + share) * (np.sqrt(row_squares(block).astype(np.float64)) + 1e-17)
+        sure = np.abs(gaps) > bound
+    return gaps, sure & (share < 0.1)
 
 
-def _decide(
-    block: Floats, bound: NDArray[np.float64], templates: Floats, own: Ids
-) -> Iterator[tuple[NDArray[np.bool_], NDArray[np.bool_]]]:
-    """For each version of `templates` [classes, versions, d]: which rows are right, and of which that is sure."""
-    classes, versions, width = templates.shape
-    columns = np.arange(len(block))
-    with np.errstate(over="ignore", invalid="ignore"):  # such rows end as not sure
-        # NumPy's product is of float32 whatever torch's settings, which may allow bfloat16.
-        scores = (templates.reshape(-1, width) @ block.T).reshape(classes, versions, len(block))
-        for v in range(versions):
-            of_version = scores[:, v]
-            right = of_version[own, columns]
-            of_version[own, columns] = -np.inf
-            gap = right.astype(np.float64) - of_version.max(axis=0)
-            yield gap > 0, np.abs(gap) > bound
+def _decide(block: Floats, templates: Floats, sums: Floats, own: Ids) -> NDArray[np.bool_]:
+    """[rows] hits of one version for rows that a product in float32 left open: one in float64 leaves next to none."""
+    gaps, sure = _gaps(block.astype(np.float64), templates[:, None].astype(np.float64), own)
+    hits: NDArray[np.bool_] = gaps[0] > 0
+    some = np.flatnonzero(~sure[0])
+    if len(some):
+        common = min(block.shape[1], sums.shape[1])
+        rows = torch.from_numpy(np.ascontiguousarray(block[some, :common]))
+        _, nearest = cosine_topk(rows, torch.from_numpy(np.ascontiguousarray(sums[:, :common])), 1)
+        hits[some] = nearest[:, 0].numpy() == own[some]
+    return hits

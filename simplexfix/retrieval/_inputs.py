@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator, Sequence
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -13,11 +13,12 @@ from torch import Tensor
 
 from .._checks import check_features
 
-__all__ = ["Features", "Ids", "Rows", "read_ids", "read_labels"]
+__all__ = ["Features", "Ids", "Rows", "read_ids", "read_labels", "row_squares"]
 
 Rows: TypeAlias = "Tensor | NDArray[np.floating]"
 Ids: TypeAlias = "Tensor | NDArray[np.integer] | Sequence[int]"
 
+_Float = TypeVar("_Float", bound=np.floating)
 _BLOCK_BYTES = 2**25  # of float32: past L2, so that calls cost nothing, and far below what a gallery takes
 
 
@@ -125,10 +126,16 @@ class Features:
 
     def _refuse_non_finite(self, block: NDArray[np.float32], begin: int) -> None:
         with np.errstate(over="ignore", invalid="ignore"):
-            suspects = np.flatnonzero(~np.isfinite(np.einsum("ij,ij->i", block, block)))  # finite rows overflow too
+            suspects = np.flatnonzero(~np.isfinite(row_squares(block)))  # finite rows overflow too
         for row in suspects:
             if not np.isfinite(block[row]).all():
                 raise ValueError(f"{self.name} row {begin + int(row)} holds nan or inf")
+
+
+def row_squares(rows: NDArray[_Float]) -> NDArray[_Float]:
+    """[n] each row's product with itself, in the rows' own dtype, by the matrix product that is there for any NumPy."""
+    squares: NDArray[_Float] = np.matmul(rows[:, None, :], rows[:, :, None])[:, 0, 0]
+    return squares
 
 
 def read_labels(name: str, labels: Ids, rows_name: str, count: int) -> NDArray[np.int64]:
