@@ -25,7 +25,7 @@ Floats: TypeAlias = NDArray[np.float32]
 Ids: TypeAlias = NDArray[np.int64]
 
 _QUERY_ROWS = 4096  # a block of them is past L2, and so are its products with some versions' templates
-_GALLERY_ROWS = 1024  # as float64 they stay in caches on their way into the sums
+_GALLERY_ROWS = 128  # as float64 they stay in caches on their way into the sums
 _PRODUCT_COLUMNS = 1024  # templates of so many versions meet a block in one product
 _INDEX_BYTES = 2**30  # of indexes that are held at a time
 

@@ -72,7 +72,11 @@ class Features:
         else:
             with np.errstate(over="ignore"):  # becomes inf, and is refused with its row
                 block = np.ascontiguousarray(self.rows[begin:end], dtype=np.float32)
-        self._refuse_non_finite(block, begin)
+        with np.errstate(over="ignore", invalid="ignore"):
+            suspects = np.flatnonzero(~np.isfinite(row_squares(block)))  # a finite row's may overflow too
+        for row in suspects:
+            if not np.isfinite(block[row]).all():
+                raise ValueError(f"{self.name} row {begin + int(row)} holds nan or inf")
         return block
 
     def block_tensor(self, begin: int, end: int) -> Tensor:
@@ -123,13 +127,6 @@ class Features:
             root = root.base
         if isinstance(root, mmap.mmap) and hasattr(root, "madvise"):
             root.madvise(mmap.MADV_DONTNEED)
-
-    def _refuse_non_finite(self, block: NDArray[np.float32], begin: int) -> None:
-        with np.errstate(over="ignore", invalid="ignore"):
-            suspects = np.flatnonzero(~np.isfinite(row_squares(block)))  # finite rows overflow too
-        for row in suspects:
-            if not np.isfinite(block[row]).all():
-                raise ValueError(f"{self.name} row {begin + int(row)} holds nan or inf")
 
 
 def row_squares(rows: NDArray[_Float]) -> NDArray[_Float]:

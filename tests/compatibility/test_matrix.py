@@ -114,13 +114,17 @@ def test_blocks_and_groups_change_nothing(protocol, classes: int, monkeypatch: p
 def test_few_queries_are_left_to_the_search(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = versions_of(kind, 3, d=512, queries=4000, items=300)
     left = {"_decide": 0, "cosine_topk": 0}
-    for name in left:
+    functions = {name: getattr(_passes, name) for name in left}
 
-        def counting(rows, *others, function=getattr(_passes, name), name=name):
+    def counting(name: str):
+        def call(rows, *others):
             left[name] += len(rows)
-            return function(rows, *others)
+            return functions[name](rows, *others)
 
-        monkeypatch.setattr(_passes, name, counting)
+        return call
+
+    for name in left:
+        monkeypatch.setattr(_passes, name, counting(name))
     compatibility_matrix(*arguments, nearest_class_mean_accuracy)
     cells = 4000 * 6
     assert (kind == "noise") <= left["_decide"] < 0.01 * cells
