@@ -25,7 +25,9 @@ def interleave(
 ) -> dict[str, float]:
     """Seconds of each candidate, the first decile of its rounds: on a shared machine noise only adds.
 
-    On a GPU they are between two CUDA events: what is launched is waited for, and so is a slow launch.  In every round each has its turn, so all meet the same noise.  A turn repeats a quick call for 10 ms, so that
+    On a GPU they are between two CUDA events: what is launched is waited for, and so is a slow launch.
+
+    In every round each has its turn, so all meet the same noise.  A turn repeats a quick call for 10 ms, so that
     caches and allocators are as the candidate itself leaves them; its first call, which finds another's, is not timed.
     """
     _time = {"cpu": _clock, "cuda": _events}[device]
