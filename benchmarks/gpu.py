@@ -35,17 +35,21 @@ PEERS = {
 HALF = torch.bfloat16
 
 
+# (B, K, dtype) of the losses and the logits, rows of the contrast, (Q, N, d) of the search: each kernel's regimes
+LOSSES = [(512, 1024, torch.float32), (4096, 1024, HALF), (256, 8192, torch.float32), (256, 65536, HALF)]
+LOSSES.append((16, 2**20, torch.float32))
+CONTRASTS = [256, 1024, 2048, 4096, 8192]
+SEARCHES = [(1000, 100_000, 128), (1000, 100_000, 1023), (1, 100_000, 1023), (1000, 1_000_000, 128)]
+SEARCHES.append((10_000, 100_000, 512))
+
+
 def all_cases(device: str) -> list[Callable[[], Any]]:
     """Made one after the other, so that no two take the GPU's memory at once."""
-    shapes = [(512, 1024, torch.float32), (4096, 1024, HALF), (256, 8192, torch.float32), (256, 65536, HALF)]
-    shapes.append((16, 2**20, torch.float32))
-    searches = [(1000, 100_000, 128), (1000, 100_000, 1023), (1, 100_000, 1023), (1000, 1_000_000, 128)]
     return [
-        *(lambda s=s: loss.LossCase(*s, device) for s in shapes),
-        *(lambda p=p, s=s: loss.LossCase(*s, device, p) for p in ("orthoplex", "cube") for s in shapes[:2]),
-        *(lambda s=s: logits.LogitsCase(*s, device) for s in (shapes[0], shapes[3])),
-        *(lambda n=n: contrast.ContrastCase(n, 1023, device=device) for n in (256, 8192)),
-        *(lambda s=s: search.SearchCase(*s, device=device) for s in searches),
+        *(lambda p=p, s=s: loss.LossCase(*s, device, p) for p in ("simplex", "orthoplex", "cube") for s in LOSSES),
+        *(lambda s=s: logits.LogitsCase(*s, device) for s in LOSSES),
+        *(lambda n=n: contrast.ContrastCase(n, 1023, device=device) for n in CONTRASTS),
+        *(lambda s=s: search.SearchCase(*s, device=device) for s in SEARCHES),
     ]
 
 
@@ -87,7 +91,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu only to try the script")
     parser.add_argument("--quick", action="store_true", help="one small case of each kind, and no torch.compile")
-    parser.add_argument("--seconds", type=float, default=2.0, help="per case (default: 2)")
+    parser.add_argument("--seconds", type=float, default=1.0, help="per case (default: 1)")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out: it takes minutes")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/gpu-NAME.json, of a GPU's results alone")
     arguments = parser.parse_args()

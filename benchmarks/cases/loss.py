@@ -13,7 +13,7 @@ from torch import Tensor
 
 import simplexfix.functional as SF
 from simplexfix import _reference
-from simplexfix.polytopes import cube_codes, orthoplex_prototypes, simplex_prototypes
+from simplexfix.polytopes import orthoplex_prototypes, simplex_prototypes
 
 try:
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
@@ -45,7 +45,10 @@ def fused_dense(w: Tensor) -> dict[str, Loss]:
 
 @dataclass
 class LossCase:
-    """B rows, K slots; random features and targets of one seed.  The cube has as many dimensions as classes."""
+    """B rows, K slots; random features and targets of one seed.
+
+    The cube has K dimensions, a multiple of 64, and 100 of its 2^K vertices have classes.
+    """
 
     rows: int
     num_classes: int
@@ -60,8 +63,10 @@ class LossCase:
         generator = torch.Generator().manual_seed(0)
         leaf = torch.randn(self.rows, d, generator=generator).to(self.device, self.dtype).requires_grad_()
         self.z = leaf * 1  # as a junction leaves it: no leaf
-        self.target = torch.randint(k, (self.rows,), generator=generator).to(self.device)
-        codes = {"codes": cube_codes(k, d).to(self.device)} if self.polytope == "cube" else {}
+        classes = 100 if self.polytope == "cube" else k
+        self.target = torch.randint(classes, (self.rows,), generator=generator).to(self.device)
+        words = torch.randint(-(2**63), 2**63 - 1, (100, k // 64), generator=generator)
+        codes = {"codes": words.to(self.device)} if self.polytope == "cube" else {}
         self.ours: Loss = partial(getattr(SF, f"{self.polytope}_cross_entropy"), **codes)
         self.twin: Loss = partial(getattr(_reference, f"{self.polytope}_cross_entropy"), **codes)
 
