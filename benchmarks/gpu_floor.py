@@ -1,15 +1,13 @@
 """The table "On a GPU" of docs/performance.md: what kernels move and compute, and the times that published peaks allow.
 
 python benchmarks/gpu_floor.py            prints the table; nothing in it was measured
-python benchmarks/gpu_floor.py --ptxas    compiles the kernels and says where REGISTERS is out of date (needs nvcc)
+python benchmarks/gpu_floor.py --check    holds REGISTERS against the built library (tests/native/machine_code.py)
 """
 
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
@@ -31,25 +29,25 @@ class Gpu:
 H100 = Gpu(90, 3.35e12, 989e12, 228 << 10)  # SXM
 A100 = Gpu(80, 2.04e12, 312e12, 164 << 10)  # SXM, 80 GB
 
-# By ptxas of CUDA 13.0: registers a thread on sm_90 and sm_80, bytes of static shared memory; the most of the sweeps
-# of a row in parts.
+# Built by CUDA 13.0: registers a thread on sm_90 and sm_80, bytes of static shared memory a block; the most of the
+# sweeps of a row in parts.
 REGISTERS = {
-    "contrast_rows<float>": (40, 40, 224),
+    "contrast_rows<float>": (40, 40, 160),
     "cross_entropy<CubeLoss<float>, __nv_bfloat16, 128>": (64, 63, 128),
     "cross_entropy<CubeLoss<float>, float, 128>": (64, 63, 128),
-    "cross_entropy<CubeLoss<float>, float, 512>": (64, 64, 512),
+    "cross_entropy<CubeLoss<float>, float, 512>": (64, 63, 512),
     "cross_entropy<OrthoplexLoss<float>, __nv_bfloat16, 128>": (64, 64, 80),
-    "cross_entropy<OrthoplexLoss<float>, float, 128>": (64, 63, 80),
-    "cross_entropy<OrthoplexLoss<float>, float, 512>": (64, 64, 320),
+    "cross_entropy<OrthoplexLoss<float>, float, 128>": (62, 61, 80),
+    "cross_entropy<OrthoplexLoss<float>, float, 512>": (62, 61, 320),
     "cross_entropy<SimplexLoss<float>, __nv_bfloat16, 128>": (64, 64, 96),
-    "cross_entropy<SimplexLoss<float>, float, 128>": (64, 64, 96),
-    "cross_entropy<SimplexLoss<float>, float, 512>": (64, 64, 384),
+    "cross_entropy<SimplexLoss<float>, float, 128>": (64, 63, 96),
+    "cross_entropy<SimplexLoss<float>, float, 512>": (64, 61, 384),
     "cross_entropy_part<CubeLoss<float>, __nv_bfloat16>": (64, 64, 256),
-    "cross_entropy_part<CubeLoss<float>, float>": (59, 63, 256),
+    "cross_entropy_part<CubeLoss<float>, float>": (56, 56, 256),
     "cross_entropy_part<OrthoplexLoss<float>, __nv_bfloat16>": (64, 64, 192),
     "cross_entropy_part<OrthoplexLoss<float>, float>": (64, 64, 192),
-    "cross_entropy_part<SimplexLoss<float>, __nv_bfloat16>": (63, 64, 256),
-    "cross_entropy_part<SimplexLoss<float>, float>": (60, 64, 256),
+    "cross_entropy_part<SimplexLoss<float>, __nv_bfloat16>": (64, 64, 256),
+    "cross_entropy_part<SimplexLoss<float>, float>": (56, 56, 256),
     "simplex_logits_backward<__nv_bfloat16, 256>": (48, 48, 128),
     "simplex_logits_backward<float, 256>": (48, 48, 128),
     "sweep_tiles<false>": (126, 128, 20480),
@@ -139,39 +137,27 @@ def table() -> str:
     return "\n".join([head, "|" + " --- |" * 9, *(row.line() for row in all_rows())])
 
 
-def registers_by_ptxas() -> dict[str, tuple[int, int, int]]:
+def registers_built() -> dict[str, tuple[int, int, int]]:
+    """REGISTERS of the built library; of a kernel in several sweeps the most."""
     sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "native"))
-    import harness
+    import machine_code
 
-    found: dict[str, list[int]] = {}
-    for name in ("simplex_cross_entropy", "orthoplex_cross_entropy", "cube_cross_entropy", "simplex_logits", "contrast",
-                 "cosine_topk"):  # fmt: skip
-        source = harness.ROOT / "csrc" / "cuda" / f"{name}.cu"
-        codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in (80, 90)]
-        with tempfile.TemporaryDirectory() as folder:
-            command = [harness.nvcc(), "-std=c++17", "-O3", *codes, "-Xptxas", "-v", "-c", source, "-o", f"{folder}/o"]
-            said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-        for part in said.split("Compiling entry function '")[1:]:
-            mangled, architecture = re.match(r"(\S+)' for 'sm_(\d+)'", part).groups()
-            kernel = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout
-            kernel = re.sub(r"simplexfix::cuda::|^void ", "", kernel.strip())
-            kernel = re.sub(r", \(Sweep\)\d", "", kernel).split("(")[0]
-            shared = re.search(r"(\d+) bytes smem", part)
-            most = found.setdefault(kernel, [0, 0, 0])
-            at = 0 if architecture == "90" else 1
-            most[at] = max(most[at], int(re.search(r"Used (\d+) registers", part)[1]))
-            most[2] = max(most[2], int(shared[1]) if shared else 0)
-    return {kernel: tuple(most) for kernel, most in found.items()}
+    found: dict[str, tuple[int, int, int]] = {}
+    for kernel, by in machine_code.usage(machine_code.built_library()).items():
+        name = re.sub(r", \(Sweep\)\d", "", kernel)
+        used = (by["90"].registers, by["80"].registers, by["80"].shared)  # on sm_90 it counts the reserved KiB too
+        found[name] = tuple(map(max, used, found.get(name, used)))
+    return found
 
 
 def main() -> int:
-    if sys.argv[1:] != ["--ptxas"]:
+    if sys.argv[1:] != ["--check"]:
         print(table())
         return 0
-    found = registers_by_ptxas()
+    found = registers_built()
     wrong = {kernel: found.get(kernel) for kernel, known in REGISTERS.items() if found.get(kernel) != known}
     for kernel, registers in wrong.items():
-        print(f"{kernel}: ptxas says {registers}, REGISTERS {REGISTERS[kernel]}")
+        print(f"{kernel}: the library has {registers}, REGISTERS {REGISTERS[kernel]}")
     print(f"{len(wrong)} of {len(REGISTERS)} out of date")
     return bool(wrong)
 

@@ -1,5 +1,5 @@
-"""Holds the machine code of the CUDA kernels in a built library to what was meant: registers within budget, no stack, no
-local memory, the instructions that a kernel is written for.  Prints registers by architecture.
+"""Holds the machine code of the CUDA kernels in a built library to what was meant: registers within budget, no stack,
+no local memory, the instructions that a kernel is written for.  Prints registers by architecture.
 
 python tests/native/machine_code.py [LIBRARY]      (default: simplexfix/_C*.so as built in place)
 
