@@ -12,22 +12,28 @@ from typing import Any
 
 import torch
 from cases import contrast, loss, search
-from measure import interleave, machine_card, peak_memory
+from measure import captured, interleave, machine_card, peak_memory
 
 PARTS = {"loss": loss.CASES, "contrast": contrast.CASES, "search": search.CASES, "index": search.INDEX_CASES}
 
 
-def measure(case: Any, seconds: float, compiled: bool) -> dict[str, Any]:
+def measure(case: Any, seconds: float, compiled: bool, with_memory: bool = True) -> dict[str, Any]:
     candidates = case.candidates(compiled)
+    if case.device == "cuda":
+        candidates["simplexfix, CUDA graph"] = captured(candidates["simplexfix"])
     limits = case.limits()
-    times = interleave({**candidates, **limits}, seconds=seconds)
+    times = interleave({**candidates, **limits}, seconds=seconds, device=case.device)
     ours = times["simplexfix"]
     if isinstance(case, search.IndexCase):  # a search takes next to nothing beside its index
         memory, unit = case.memory(), "of fp32"
     else:
-        memory, unit = {name: peak_memory(case, name) / 2**20 for name in case.candidates(compiled=False)}, "MiB"
+        measured = list(case.candidates(compiled=False)) if with_memory else []
+        if case.device == "cuda":  # these have allocators of their own
+            measured = [name for name in measured if not name.startswith(("faiss", "cuVS"))]
+        memory, unit = {name: peak_memory(case, name) / 2**20 for name in measured}, "MiB"
     return {
         "case": case.name,
+        **({"microseconds": 1e6 * ours} if case.device == "cuda" else {}),
         "times ours": {name: times[name] / ours for name in candidates if name != "simplexfix"},
         **{f"share of {name}": times[name] / ours for name in limits},
         "memory": memory,
@@ -62,6 +68,8 @@ def main() -> None:
 
 def show(result: dict[str, Any], kind: str) -> None:
     print(f"\n{result['case']}")
+    if "microseconds" in result:
+        print(f"  {result['microseconds']:.1f} us")
     for name, share in result.items():
         if name.startswith("share of"):
             print(f"  {share:.2f} {name.removeprefix('share ')}")

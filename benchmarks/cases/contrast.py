@@ -24,14 +24,15 @@ class ContrastCase:
     rows: int
     d: int
     negatives: str = "zero_mask"
+    device: str = "cpu"
     error_name = "gradient error"
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
-        leaf = torch.randn(self.rows, self.d, generator=generator).requires_grad_()
+        leaf = torch.randn(self.rows, self.d, generator=generator).to(self.device).requires_grad_()
         self.new = leaf * 1
-        self.old = torch.randn(self.rows, self.d, generator=generator)
-        self.target = torch.randint(100, (self.rows,), generator=generator)
+        self.old = torch.randn(self.rows, self.d, generator=generator).to(self.device)
+        self.target = torch.randint(100, (self.rows,), generator=generator).to(self.device)
 
     @property
     def name(self) -> str:
