@@ -1,6 +1,6 @@
 """Prints one table of ratios to named peers and to the machine's limit, with errors; writes it as JSON.
 
-python benchmarks/run.py [--only loss contrast search index] [--out FILE] [--seconds S] [--threads N] [--no-compile]
+python benchmarks/run.py [--only loss logits contrast search index] [--out FILE] [--seconds S] [--threads N] [--no-compile]
 """
 
 from __future__ import annotations
@@ -11,10 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import contrast, loss, search
+from cases import contrast, logits, loss, search
 from measure import captured, interleave, machine_card, peak_memory
 
-PARTS = {"loss": loss.CASES, "contrast": contrast.CASES, "search": search.CASES, "index": search.INDEX_CASES}
+PARTS = {
+    "loss": loss.CASES,
+    "logits": logits.CASES,
+    "contrast": contrast.CASES,
+    "search": search.CASES,
+    "index": search.INDEX_CASES,
+}
 
 
 def measure(case: Any, seconds: float, compiled: bool, with_memory: bool = True) -> dict[str, Any]:

@@ -67,3 +67,6 @@ class LogitsCase:
             (gradient,) = torch.autograd.grad(logits(self.z), self.z, self.upstream, retain_graph=True)
             errors[name] = float((gradient.double() - truth).abs().max() / truth.abs().max())
         return errors
+
+
+CASES = [LogitsCase(512, 1024), LogitsCase(256, 8192)]

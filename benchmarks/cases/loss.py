@@ -127,4 +127,8 @@ CASES = [
     LossCase(256, 65536),
     LossCase(256, 65536, torch.bfloat16),
     LossCase(16, 2**20),
+    LossCase(512, 1024, polytope="orthoplex"),
+    LossCase(256, 8192, polytope="orthoplex"),
+    LossCase(512, 1024, polytope="cube"),
+    LossCase(256, 8192, polytope="cube"),
 ]
