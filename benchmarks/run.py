@@ -1,6 +1,7 @@
 """Prints one table of ratios to named peers and to the machine's limit, with errors; writes it as JSON.
 
-python benchmarks/run.py [--only loss logits contrast search index] [--out FILE] [--seconds S] [--threads N] [--no-compile]
+python benchmarks/run.py [--only loss logits contrast search index] [--out FILE] [--seconds S] [--threads N]
+                         [--no-compile]
 """
 
 from __future__ import annotations
