@@ -49,7 +49,8 @@ def nearest_class_mean_hits(query: Tensor, query_labels: Tensor, gallery: Tensor
     sums = torch.zeros(len(classes), gallery.shape[1], dtype=torch.float64, device=gallery.device)
     sums.index_add_(0, index, gallery.double())  # a sum points where the mean does
     _, nearest = cosine_topk(query.float(), sums.float(), 1)
-    return classes[nearest[:, 0]] == query_labels
+    hits: Tensor = classes[nearest[:, 0]] == query_labels
+    return hits
 
 
 def instance_accuracy(query: Tensor, query_labels: Tensor, gallery: Tensor, gallery_labels: Tensor) -> float:
