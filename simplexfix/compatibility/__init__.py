@@ -11,17 +11,38 @@ from .criteria import (
     negative_flip_rate,
     positive_flip_rate,
 )
+from .inequalities import Violations, inequality_violations
 from .matrix import compatibility_matrix
+from .statistics import (
+    Interval,
+    McNemar,
+    bootstrap_cells,
+    bootstrap_gain,
+    bootstrap_interval,
+    exact_interval,
+    mcnemar_test,
+    mcnemar_tests,
+)
 
 __all__ = [
     "CompatibilityTable",
+    "Interval",
+    "McNemar",
+    "Violations",
     "average_accuracy",
     "average_compatibility",
     "backward_compatibility",
+    "bootstrap_cells",
+    "bootstrap_gain",
+    "bootstrap_interval",
     "compatibility_matrix",
     "compatibility_table",
     "compatibility_tax",
+    "exact_interval",
     "forward_compatibility",
+    "inequality_violations",
+    "mcnemar_test",
+    "mcnemar_tests",
     "negative_flip_rate",
     "positive_flip_rate",
 ]
