@@ -87,7 +87,7 @@ def test_ties_break_nothing() -> None:
     numbers = np.random.default_rng(2)
     rows = numbers.normal(size=(100, 700)).astype(np.float32)
     labels = np.arange(100) % 4
-    for other in (rows, 3 * rows, rows.astype(np.float64) * 0.1):
+    for other in (rows, 4 * rows, rows.astype(np.float64) * 0.1):
         found = inequality_violations(other, rows, rows[::-1], labels, labels)
         assert (found.same_violations, found.other_violations) == (0, 0)
     # orthogonal moves: every product is 0, as in one-hot features
