@@ -96,6 +96,16 @@ def test_ties_break_nothing() -> None:
     assert (found.same_violations, found.other_violations) == (0, 0)
 
 
+def test_queries_that_stay_among_others_that_move() -> None:
+    numbers = np.random.default_rng(6)
+    old, gallery = numbers.normal(size=(90, 12)), numbers.normal(size=(70, 12))
+    new = np.where(np.arange(90)[:, None] % 3 == 0, old, numbers.normal(size=old.shape))
+    labels = np.arange(90) // 10, np.arange(70) % 9
+    found = inequality_violations(new, old, gallery, *labels)
+    assert found == in_float64(new, old, gallery, *labels)
+    assert found.same_violations > 100
+
+
 def test_few_and_many_undecided_pairs_agree(monkeypatch) -> None:
     """Near duplicates: all pairs of a tile go through float64, by either way of computing it."""
     numbers = np.random.default_rng(3)
