@@ -11,6 +11,7 @@ from .criteria import (
     negative_flip_rate,
     positive_flip_rate,
 )
+from .gate import DEFAULT_RULES, GateResult, Outcome, Rule, VersionFeatures, upgrade_gate
 from .inequalities import Violations, inequality_violations
 from .matrix import compatibility_matrix
 from .statistics import (
@@ -25,9 +26,14 @@ from .statistics import (
 )
 
 __all__ = [
+    "DEFAULT_RULES",
     "CompatibilityTable",
+    "GateResult",
     "Interval",
     "McNemar",
+    "Outcome",
+    "Rule",
+    "VersionFeatures",
     "Violations",
     "average_accuracy",
     "average_compatibility",
@@ -45,4 +51,5 @@ __all__ = [
     "mcnemar_tests",
     "negative_flip_rate",
     "positive_flip_rate",
+    "upgrade_gate",
 ]
