@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from .._checks import check_name, check_number, check_rows
+from .._checks import check_name, check_number, check_rows, check_tensor, shape
 from ..retrieval.protocols import instance_hits, nearest_class_mean_hits
 from .statistics import Interval, bootstrap_gain, exact_interval, mcnemar_test
 
@@ -50,9 +51,9 @@ class Rule:
     Args:
         kind: one of these four.
         limit: a share, in [-1, 1].
-        confidence: None: the measured value is compared with the limit.  Else the worse end of its two-sided interval is,
-            and `ecc` with a limit of 0 or more asks besides that McNemar's exact test gives p <= 1 - confidence, which few
-            queries cannot.
+        confidence: None: the measured value is compared with the limit.  Else the worse end of its two-sided interval
+            is, and `ecc` with a limit of 0 or more asks besides that McNemar's exact test gives p <= 1 - confidence,
+            which very few queries cannot.
         gallery: "old", as the upgrade leaves it, or "new", re-extracted; None: the first that `kind` allows.
         group: None: all queries; "*": the rule holds for each group apart; else for the group of this name.
 
@@ -83,9 +84,7 @@ class Rule:
         if self.gallery is None:
             object.__setattr__(self, "gallery", allowed[0])
         if self.gallery not in allowed:
-            raise ValueError(
-                f"gallery of a rule of kind {self.kind!r} must be {' or '.join(allowed)}, got {self.gallery!r}"
-            )
+            raise ValueError(f"gallery of kind {self.kind!r} must be {' or '.join(allowed)}, got {self.gallery!r}")
         if self.group is not None and not isinstance(self.group, str):
             raise TypeError(
                 f"group must be a string, got {type(self.group).__name__}; groups are matched by their names"
@@ -104,8 +103,8 @@ class Outcome:
         group: the group of this outcome, None for all queries.
         queries: how many there are in it.
         value: what was measured.
-        low, high: its two-sided interval, at the rule's confidence, or at 95 % where it has none: a paired bootstrap over
-            the queries for `ecc` and `max_tax`, Clopper and Pearson's for `max_nfr` and `min_recall`.
+        low, high: its two-sided interval, at the rule's confidence, or at 95 % where it has none: a paired bootstrap
+            over the queries for `ecc` and `max_tax`, Clopper and Pearson's for `max_nfr` and `min_recall`.
         p_value: of McNemar's exact test, for `ecc`; None for others.
         margin: how far the number that is compared, value or end of interval, lies inside the limit; negative outside.
         passed: whether the rule holds.
@@ -140,6 +139,8 @@ class Outcome:
         """passed, or by how much it failed."""
         if self.passed:
             return "passed"
+        if self.margin == 0:
+            return "failed: exactly the limit, and must be above"
         if self.margin > 0:
             return f"failed: p = {self.p_value:.3g} with so few changed queries"
         end = "" if self.rule.confidence is None else "lower end " if KINDS[self.rule.kind][1] else "upper end "
@@ -218,8 +219,8 @@ def upgrade_gate(
         gallery_labels: [N] int64.
         rules: none given: `ecc` at 95 % confidence.
         protocol: "nearest_class_mean" or "instance", as of `simplexfix.retrieval`.
-        widths: "equal": features that are searched in each other must be of one width; "leading": the wider are cut to the
-            leading dimensions of the narrower, as models made for it allow.
+        widths: "equal": features that are searched in each other must be of one width; "leading": the wider are cut to
+            the leading dimensions of the narrower, as models made for it allow.
         query_groups: [Q] names or numbers, for rules with a group; None: the classes are the groups.
         unconstrained: by a model trained without compatibility, of the same items: what `max_tax` compares with.
         generator: of the bootstrap; None: `np.random.default_rng(0)`.
@@ -288,8 +289,8 @@ def match_widths(
         return query, gallery
     if widths == "equal":
         raise ValueError(
-            f"{query_name} has {query.shape[1]} columns, {gallery_name} has {gallery.shape[1]}: features of different width "
-            'cannot be compared; with widths="leading" their leading dimensions are'
+            f"{query_name} has {query.shape[1]} columns, {gallery_name} has {gallery.shape[1]}: features of different "
+            'width cannot be compared; with widths="leading" their leading dimensions are'
         )
     width = min(query.shape[1], gallery.shape[1])
     return query[:, :width], gallery[:, :width]
@@ -322,16 +323,18 @@ def _judge(
 def _check_versions(
     versions: Mapping[str, VersionFeatures | None], query_labels: Tensor, gallery_labels: Tensor
 ) -> None:
+    labels = {"query": query_labels, "gallery": gallery_labels}
+    for part, of in labels.items():
+        check_tensor(f"{part}_labels", of)
+        if of.dtype != torch.int64 or of.ndim != 1:
+            raise TypeError(f"{part}_labels must be int64 of shape [rows], got {of.dtype} of shape {shape(of)}")
     for name, version in versions.items():
         if version is None:
             continue
-        for part, rows, labels in (
-            ("query", version.query, query_labels),
-            ("gallery", version.gallery, gallery_labels),
-        ):
+        for part, rows in zip(labels, version, strict=True):
             check_rows(f"{name}.{part}", rows)
-            if len(rows) != len(labels):
-                raise ValueError(f"{name}.{part} has {len(rows)} rows, {part}_labels has {len(labels)}")
+            if len(rows) != len(labels[part]):
+                raise ValueError(f"{name}.{part} has {len(rows)} rows, {part}_labels has {len(labels[part])}")
 
 
 def _groups(query_labels: Tensor, query_groups: ArrayLike | None) -> NDArray[np.str_]:
