@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from simplexfix.data import FeatureFileError, load_features
+from simplexfix.data import FeatureFileError, features, load_features
 
 KEYS = ("query", "gallery", "query_labels", "gallery_labels")
 
@@ -185,6 +185,13 @@ def test_pickled_objects_are_refused(tmp_path) -> None:
     np.savez(tmp_path / "o.npz", **arrays(query_groups=np.array(["a", None] * 3, object)))
     with pytest.raises(FeatureFileError, match="Object arrays cannot be loaded"):
         load_features(tmp_path / "o.npz")
+
+
+def test_the_row_is_named_wherever_it_lies(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(features, "CHUNK", 2 * 3 * 4)  # two rows are looked at together
+    path = save(tmp_path / "folder", arrays(gallery=nan_at(3)))
+    with pytest.raises(FeatureFileError, match="gallery row 3 holds nan or inf"):
+        load_features(path)
 
 
 def test_what_is_not_a_feature_file(tmp_path) -> None:
