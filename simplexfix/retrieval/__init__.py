@@ -2,6 +2,13 @@
 
 from ..functional import cosine_topk
 from .index import CosineIndex
-from .protocols import instance_accuracy, nearest_class_mean_accuracy
+from .protocols import instance_accuracy, instance_hits, nearest_class_mean_accuracy, nearest_class_mean_hits
 
-__all__ = ["CosineIndex", "cosine_topk", "instance_accuracy", "nearest_class_mean_accuracy"]
+__all__ = [
+    "CosineIndex",
+    "cosine_topk",
+    "instance_accuracy",
+    "instance_hits",
+    "nearest_class_mean_accuracy",
+    "nearest_class_mean_hits",
+]

@@ -8,7 +8,7 @@ from torch import Tensor
 from .._checks import check_features
 from ..functional import cosine_topk
 
-__all__ = ["instance_accuracy", "nearest_class_mean_accuracy"]
+__all__ = ["instance_accuracy", "instance_hits", "nearest_class_mean_accuracy", "nearest_class_mean_hits"]
 
 
 def nearest_class_mean_accuracy(query: Tensor, query_labels: Tensor, gallery: Tensor, gallery_labels: Tensor) -> float:
@@ -33,12 +33,24 @@ def nearest_class_mean_accuracy(query: Tensor, query_labels: Tensor, gallery: Te
     Reference:
         The protocol of arXiv 2405.02581; docs/math.md.
     """
+    return _share(nearest_class_mean_hits(query, query_labels, gallery, gallery_labels))
+
+
+def nearest_class_mean_hits(query: Tensor, query_labels: Tensor, gallery: Tensor, gallery_labels: Tensor) -> Tensor:
+    """Which queries are nearest to the template of their own class; their share is `nearest_class_mean_accuracy`.
+
+    Arguments and errors as there.
+
+    Returns:
+        [Q] bool.
+    """
     _check_labels(query, query_labels, gallery, gallery_labels)
     classes, index = torch.unique(gallery_labels, return_inverse=True)
     sums = torch.zeros(len(classes), gallery.shape[1], dtype=torch.float64, device=gallery.device)
     sums.index_add_(0, index, gallery.double())  # a sum points where the mean does
     _, nearest = cosine_topk(query.float(), sums.float(), 1)
-    return _share(classes[nearest[:, 0]] == query_labels)
+    hits: Tensor = classes[nearest[:, 0]] == query_labels
+    return hits
 
 
 def instance_accuracy(query: Tensor, query_labels: Tensor, gallery: Tensor, gallery_labels: Tensor) -> float:
@@ -46,9 +58,20 @@ def instance_accuracy(query: Tensor, query_labels: Tensor, gallery: Tensor, gall
 
     Arguments, result and errors as of `nearest_class_mean_accuracy`.
     """
+    return _share(instance_hits(query, query_labels, gallery, gallery_labels))
+
+
+def instance_hits(query: Tensor, query_labels: Tensor, gallery: Tensor, gallery_labels: Tensor) -> Tensor:
+    """Which queries' nearest gallery item has their label; their share is `instance_accuracy`.
+
+    Arguments and errors as there.
+
+    Returns:
+        [Q] bool.
+    """
     _check_labels(query, query_labels, gallery, gallery_labels)
     _, nearest = cosine_topk(query, gallery, 1)
-    return _share(gallery_labels[nearest[:, 0]] == query_labels)
+    return gallery_labels[nearest[:, 0]] == query_labels
 
 
 def _share(hits: Tensor) -> float:

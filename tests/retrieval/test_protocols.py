@@ -6,7 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from simplexfix.retrieval import instance_accuracy, nearest_class_mean_accuracy
+from simplexfix.retrieval import (
+    instance_accuracy,
+    instance_hits,
+    nearest_class_mean_accuracy,
+    nearest_class_mean_hits,
+)
 
 
 def test_by_hand() -> None:
@@ -18,6 +23,8 @@ def test_by_hand() -> None:
     assert nearest_class_mean_accuracy(query, query_labels, gallery, gallery_labels) == pytest.approx(2 / 3)
     # nearest items: 0 (class 7), 3 (class 2^40), 1 before 2 on a tie of cosines (class 7)
     assert instance_accuracy(query, query_labels, gallery, gallery_labels) == 1.0
+    assert nearest_class_mean_hits(query, query_labels, gallery, gallery_labels).tolist() == [True, True, False]
+    assert instance_hits(query, query_labels, gallery, gallery_labels).tolist() == [True, True, True]
 
 
 def test_against_a_loop() -> None:
