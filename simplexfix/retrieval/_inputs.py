@@ -1,0 +1,170 @@
+"""Features and labels as callers have them: tensors, arrays, memory-mapped files.  Features are read in blocks."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator, Sequence
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .._checks import check_features
+
+__all__ = ["Features", "Ids", "Rows", "read_ids", "read_labels"]
+
+Rows: TypeAlias = "Tensor | NDArray[np.floating]"
+Ids: TypeAlias = "Tensor | NDArray[np.integer] | Sequence[int]"
+
+_BLOCK_BYTES = 2**25  # of float32: past L2, so that calls cost nothing, and far below what a gallery takes
+
+
+class Features:
+    """[n, d] features under the name that the caller knows them by.
+
+    Raises:
+        TypeError: not a tensor or array of floating numbers.
+        ValueError: not [n, d], or no rows.
+    """
+
+    def __init__(self, name: str, rows: Rows) -> None:
+        if isinstance(rows, Tensor):
+            check_features(name, rows)
+        elif not isinstance(rows, np.ndarray):
+            raise TypeError(f"{name} must be a torch.Tensor or a NumPy array, got {type(rows).__name__}")
+        elif np.ma.isMaskedArray(rows):
+            raise TypeError(f"{name} must have no masked numbers; pass those rows that count")
+        elif rows.dtype.kind != "f" or rows.dtype.itemsize > 8:
+            raise TypeError(f"{name} must be float32, float64 or float16, got {rows.dtype}")
+        if rows.ndim != 2 or not rows.shape[1]:
+            raise ValueError(f"{name} must have 2 dimensions, [rows, d] with d >= 1, got {list(rows.shape)}")
+        if not len(rows):
+            raise ValueError(f"{name} has no rows")
+        self.name = name
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def width(self) -> int:
+        return int(self.rows.shape[1])
+
+    @property
+    def on_cpu(self) -> bool:
+        return not isinstance(self.rows, Tensor) or self.rows.device.type == "cpu"
+
+    @property
+    def dtype(self) -> str:
+        return str(self.rows.dtype).removeprefix("torch.")
+
+    def block(self, begin: int, end: int) -> NDArray[np.float32]:
+        """Rows [begin, end) as dense float32; a view of the caller's numbers where they are that already.
+
+        Raises:
+            ValueError: a row holds nan or inf, by its number.
+        """
+        if isinstance(self.rows, Tensor):
+            block = self.rows[begin:end].detach().resolve_neg().float().cpu().contiguous().numpy()
+        else:
+            with np.errstate(over="ignore"):  # becomes inf, and is refused with its row
+                block = np.ascontiguousarray(self.rows[begin:end], dtype=np.float32)
+        self._refuse_non_finite(block, begin)
+        return block
+
+    def block_tensor(self, begin: int, end: int) -> Tensor:
+        """The same as a tensor, on the device of the rows; a copy of what is read-only, which torch does not know."""
+        if isinstance(self.rows, Tensor) and not self.on_cpu:
+            on_device = self.rows[begin:end].detach().float()
+            bad = (~on_device.isfinite()).any(1).nonzero()
+            if len(bad):
+                raise ValueError(f"{self.name} row {begin + int(bad[0])} holds nan or inf")
+            return on_device
+        block = self.block(begin, end)
+        return torch.from_numpy(block if block.flags.writeable else block.copy())
+
+    def blocks(self, rows: int | None = None) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """(first row, block) one after the other; `rows` at a time, or as many as make 32 MiB."""
+        rows = rows or max(1, _BLOCK_BYTES // (4 * self.width))
+        for begin in range(0, len(self), rows):
+            yield begin, self.block(begin, min(len(self), begin + rows))
+        self.release()
+
+    def tensor(self) -> Tensor:
+        """All rows in their own dtype: the caller's tensor, or a copy of an array (torch has no read-only tensors)."""
+        if isinstance(self.rows, Tensor):
+            return self.rows
+        native = self.rows.dtype.newbyteorder("=")
+        tensor = torch.from_numpy(np.array(self.rows, dtype=native, order="C"))
+        self.release()
+        return tensor
+
+    def release(self) -> None:
+        """Takes a read-only mapped file's pages out of this process; they stay in the system's cache.
+
+        Without it a pass over T versions ends with all of their bytes counted as this process's memory.
+        """
+        root: object = self.rows
+        while isinstance(root, np.ndarray):
+            if isinstance(root, np.memmap) and root.mode != "r":
+                return  # a private mapping's changes would be lost with its pages
+            root = root.base
+        if isinstance(root, mmap.mmap) and hasattr(root, "madvise"):
+            root.madvise(mmap.MADV_DONTNEED)
+
+    def _refuse_non_finite(self, block: NDArray[np.float32], begin: int) -> None:
+        with np.errstate(over="ignore", invalid="ignore"):
+            suspects = np.flatnonzero(~np.isfinite(np.einsum("ij,ij->i", block, block)))  # finite rows overflow too
+        for row in suspects:
+            if not np.isfinite(block[row]).all():
+                raise ValueError(f"{self.name} row {begin + int(row)} holds nan or inf")
+
+
+def read_labels(name: str, labels: Ids, rows_name: str, count: int) -> NDArray[np.int64]:
+    """[count] int64 class ids, of the rows that the caller calls `rows_name`.
+
+    Raises:
+        TypeError: not integers.
+        ValueError: another length, or a number that int64 lacks.
+    """
+    array = _integers(name, labels, "class ids are integers from end to end")
+    if array.shape != (count,):
+        raise ValueError(f"{rows_name} has {count} rows, {name} has shape {list(array.shape)}")
+    return array
+
+
+def read_ids(name: str, ids: Ids, rows_name: str, count: int, *, unique: bool) -> NDArray[np.int64]:
+    """[count] int64 ids of items, each once where `unique`.
+
+    Raises:
+        TypeError, ValueError: as `read_labels`; an id that comes twice, by name.
+    """
+    array = _integers(name, ids, "ids are integers from end to end")
+    if array.shape != (count,):
+        raise ValueError(f"{rows_name} has {count} rows, {name} has shape {list(array.shape)}")
+    if unique:
+        order = np.argsort(array, kind="stable")
+        again = np.flatnonzero(array[order[1:]] == array[order[:-1]])
+        if len(again):
+            first, second = (int(order[again[0] + i]) for i in (0, 1))
+            raise ValueError(f"{name} must hold each id once, got {array[first]} in rows {first} and {second}")
+    return array
+
+
+def _integers(name: str, values: Ids, why: str) -> NDArray[np.int64]:
+    if isinstance(values, Tensor):
+        if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+            raise TypeError(f"{name} must be integers, got {str(values.dtype).removeprefix('torch.')}; {why}")
+        values = values.detach().cpu().numpy()
+    if np.ma.is_masked(values):
+        raise TypeError(f"{name} must have no masked numbers; pass those rows that count")
+    array = np.asarray(values)
+    if not array.size:
+        array = array.astype(np.int64)  # an empty list has no dtype of its own
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{name} must be integers, got {array.dtype}; {why}")
+    if array.dtype == np.uint64 and array.size and array.max() > np.iinfo(np.int64).max:
+        raise ValueError(f"{name} must be at most 2^63 - 1, got {array.max()}")
+    return np.ascontiguousarray(array, dtype=np.int64)

@@ -1,0 +1,173 @@
+"""What an exact search found, with what was relevant: retrieved once, then every metric is a function of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .._checks import check_integer
+from ..functional import cosine_topk
+from ._inputs import Features, Ids, Rows, read_ids, read_labels
+
+__all__ = ["RetrievalResults"]
+
+# Of one search: 200 MB of ranking and 256 MB of queries, against the gallery's being normalised anew for each.
+_BLOCK_PLACES = 2**24
+_BLOCK_NUMBERS = 2**26
+
+
+@dataclass(frozen=True, eq=False)
+class RetrievalResults:
+    """The ranking of a gallery for each query, by `cosine_topk`: by score, then by lower gallery row.
+
+    An item is relevant to a query of its class.  All arrays are read-only.  Memory is 13 bytes per query and place.
+
+    Attributes:
+        positions: [Q, k] int64 gallery rows, best first; -1 where the gallery has no more.
+        scores: [Q, k] float32 cosines, descending; -inf where positions is -1.
+        relevant: [Q, k] bool.
+        num_relevant: [Q] int64, relevant items in the whole gallery, without what was excluded.
+        num_candidates: [Q] int64, gallery items in all, without what was excluded.
+        excluded: [Q] int64, the gallery row that is the query itself, by id, and was left out; -1 if none was.
+        gallery_ids: [N] int64 as given, or None.
+    """
+
+    positions: NDArray[np.int64]
+    scores: NDArray[np.float32]
+    relevant: NDArray[np.bool_]
+    num_relevant: NDArray[np.int64]
+    num_candidates: NDArray[np.int64]
+    excluded: NDArray[np.int64]
+    gallery_ids: NDArray[np.int64] | None = None
+
+    @classmethod
+    def search(
+        cls,
+        query: Rows,
+        query_labels: Ids,
+        gallery: Rows,
+        gallery_labels: Ids,
+        *,
+        k: int | None = None,
+        query_ids: Ids | None = None,
+        gallery_ids: Ids | None = None,
+    ) -> RetrievalResults:
+        """Searches every query in the gallery, exactly.
+
+            scores, positions = cosine_topk(query, gallery, k)      # without the row whose id is the query's
+            relevant = gallery_labels[positions] == query_labels[:, None]
+
+        Args:
+            query: [Q, d] tensor or array (a memory-mapped file too) of float32, float64, float16, a tensor also
+                bfloat16; finite; float64 is rounded to float32.
+            query_labels: [Q] integer class ids, any values.
+            gallery: [N, d], as the query.
+            gallery_labels: [N] integers.
+            k: places to keep.  None: the full ranking, N places (N - 1 if every query excludes an item), which mAP
+                and the like need; metrics say which of them a cut ranking still allows.
+            query_ids, gallery_ids: [Q], [N] integers, both or neither: the gallery item with the id of the query is
+                left out of its ranking and of every count.  Each gallery id comes once.
+
+        Raises:
+            TypeError: features are not floating, labels or ids not integers.
+            ValueError: lengths or widths that do not match, no rows, k below 1, nan or inf (by row), an id that
+                comes twice, or one of the ids without the other.
+        """
+        queries, items = Features("query", query), Features("gallery", gallery)
+        if queries.width != items.width:
+            raise ValueError(f"query has {queries.width} columns, gallery has {items.width}; they must be of one width")
+        query_classes = read_labels("query_labels", query_labels, "query", len(queries))
+        gallery_classes = read_labels("gallery_labels", gallery_labels, "gallery", len(items))
+        kept_ids, excluded = _exclusions(query_ids, gallery_ids, len(queries), len(items))
+        if k is not None:
+            k = check_integer("k", k)
+            if k < 1:
+                raise ValueError(f"k must be at least 1, or None for the full ranking, got {k}")
+        out = excluded >= 0
+        candidates = len(items) - out.astype(np.int64)
+        # A gallery of nothing but the query itself leaves one place, which stays empty.
+        k = max(1, min(int(candidates.max()), k or len(items)))
+
+        positions = np.empty((len(queries), k), dtype=np.int64)
+        scores = np.empty((len(queries), k), dtype=np.float32)
+        everything = items.block_tensor(0, len(items))
+        depth = k + int(out.any())
+        rows = max(1, min(_BLOCK_PLACES // depth, _BLOCK_NUMBERS // queries.width))
+        for begin in range(0, len(queries), rows):
+            end = min(len(queries), begin + rows)
+            found, ids = (x.cpu().numpy() for x in cosine_topk(queries.block_tensor(begin, end), everything, depth))
+            scores[begin:end], positions[begin:end] = _leave_out(found, ids, excluded[begin:end], k)
+
+        classes, index = np.unique(gallery_classes, return_inverse=True)
+        place = np.searchsorted(classes, query_classes).clip(max=len(classes) - 1)
+        matched = classes[place] == query_classes
+        total = np.where(matched, np.bincount(index, minlength=len(classes))[place], 0)
+        total -= out & (gallery_classes[excluded] == query_classes)
+        relevant = gallery_classes[positions] == query_classes[:, None]
+        relevant &= positions >= 0
+        results = cls(positions, scores, relevant, total, candidates, excluded, kept_ids)
+        for array in (positions, scores, relevant, total, candidates, excluded, kept_ids):
+            if array is not None:
+                array.flags.writeable = False
+        return results
+
+    def __len__(self) -> int:
+        """Q."""
+        return len(self.positions)
+
+    @property
+    def k(self) -> int:
+        return int(self.positions.shape[1])
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every query's ranking goes to the end of the gallery."""
+        return bool((self.num_candidates <= self.k).all())
+
+    @property
+    def ids(self) -> NDArray[np.int64]:
+        """[Q, k] the given ids of what was found, -1 where there is nothing more; `positions` without given ids."""
+        if self.gallery_ids is None:
+            return self.positions
+        return np.where(self.positions >= 0, self.gallery_ids[self.positions], -1)
+
+    @property
+    def queries_without_match(self) -> NDArray[np.int64]:
+        """Numbers of the queries with nothing relevant in the gallery.  Every metric gives them 0 and counts them."""
+        return np.flatnonzero(self.num_relevant == 0)
+
+    def __repr__(self) -> str:
+        without = len(self.queries_without_match)
+        return f"RetrievalResults of {len(self)} queries, k={self.k}{' (full)' if self.is_full else ''}" + (
+            f", {without} without a match" if without else ""
+        )
+
+
+def _exclusions(
+    query_ids: Ids | None, gallery_ids: Ids | None, queries: int, items: int
+) -> tuple[NDArray[np.int64] | None, NDArray[np.int64]]:
+    """The gallery's ids as int64, of our own; and the gallery row of each query's id, -1 where it has none."""
+    if (query_ids is None) != (gallery_ids is None):
+        given, missing = ("gallery_ids", "query_ids") if query_ids is None else ("query_ids", "gallery_ids")
+        raise ValueError(f"{given} without {missing}: both say which gallery item is the query itself; pass neither")
+    if query_ids is None or gallery_ids is None:
+        return None, np.full(queries, -1, dtype=np.int64)
+    wanted = read_ids("query_ids", query_ids, "query", queries, unique=False)
+    held = read_ids("gallery_ids", gallery_ids, "gallery", items, unique=True).copy()
+    order = np.argsort(held)
+    place = order[np.searchsorted(held, wanted, sorter=order).clip(max=items - 1)]
+    return held, np.where(held[place] == wanted, place, -1)
+
+
+def _leave_out(
+    scores: NDArray[np.float32], positions: NDArray[np.int64], excluded: NDArray[np.int64], k: int
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """The first k places without the excluded row."""
+    if positions.shape[1] == k:
+        return scores, positions
+    gone = (positions == excluded[:, None]) & (excluded >= 0)[:, None]
+    gone[~gone.any(1), -1] = True  # the last place, which was fetched in its stead
+    keep = ~gone
+    return scores[keep].reshape(-1, k), positions[keep].reshape(-1, k)
