@@ -48,7 +48,7 @@ def cmc(results: RetrievalResults, k: int = 1, *, per_query: bool = False) -> fl
     CMC@k = [ hits(k) > 0 ]
     """
     depth = _cut(results, k)
-    return _result(results.relevant[:, :depth].any(1).astype(np.float64), per_query)
+    return _result(np.asarray(results.relevant[:, :depth].any(1), dtype=np.float64), per_query)
 
 
 def precision(results: RetrievalResults, k: int, *, per_query: bool = False) -> float | _Values:

@@ -112,7 +112,7 @@ def test_flags(files, capsys) -> None:
 
 def test_rules_of_a_file_per_group_and_summary(files, capsys, monkeypatch) -> None:
     day = np.where(np.arange(300) % 3 == 0, "night|<b>", "day")
-    np.savez(files / "new.npz", **features(3.5), query_groups=day)
+    np.savez(files / "new.npz", **features(1.5), query_groups=day)  # worse: some queries break
     (files / "rules.json").write_text(
         json.dumps({"rules": [{"kind": "max_nfr", "limit": 0.0, "group": "*"}, {"kind": "ecc", "confidence": 0.95}]})
     )
@@ -188,7 +188,7 @@ def test_bad_input_is_2_and_leaves_nothing_behind(files, capsys) -> None:
         ("nan", "query row 41 holds nan or inf"),
         ("short", "query has 300 rows, query_labels has shape [299]"),
         ("few", "must be of the same items: query_labels has 300 and 299 entries"),
-        ("shuffled", "must be of the same items in the same order: gallery_labels at 0 is 0 and 11"),
+        ("shuffled", "must be of the same items in the same order: gallery_labels at 0 is 0 and "),
         ("float", "gallery_labels must be integers, got float32"),
         ("double", "new.query is torch.float64 and old.gallery is torch.float32"),
         ("cut", "it may be truncated or damaged"),
