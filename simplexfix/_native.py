@@ -79,9 +79,9 @@ _serves_gpu: dict[int | None, bool] = {}
 @torch.compiler.assume_constant_result
 def _serves(device: int | None) -> bool:
     """Whether the kernels serve a GPU; says once for each where not."""
-    if not torch.cuda.is_available():  # a fake tensor: traced for a GPU elsewhere
-        return bool(build_info().get("cuda_archs"))
-    if device not in _serves_gpu:
+    if device not in _serves_gpu:  # asked in every call: what follows is for the first alone
+        if not torch.cuda.is_available():  # a fake tensor: traced for a GPU elsewhere
+            return bool(build_info().get("cuda_archs"))
         reason = why_not_cuda(device)
         _serves_gpu[device] = reason is None
         if reason is not None and os.environ.get("SIMPLEXFIX_NATIVE", "1") != "0":

@@ -231,7 +231,7 @@ class Kernel:
     def cvt(self, word, kind, a):
         self.put(a[0], word[-2], f"{CXX[word[-2]]}({self.value(a[1], kind)})")
 
-    @instruction(r"cvt\.rni\.([us](32|64)\.(f32|f64)|f32\.f32|f64\.f64)")
+    @instruction(r"cvt\.rni\.([us](32|64)\.(f32|f64)|f32\.f32)")
     def cvt_nearest(self, word, kind, a):
         self.put(a[0], word[-2], f"{CXX[word[-2]]}(std::nearbyint({self.value(a[1], kind)}))")
 
@@ -260,6 +260,8 @@ class Kernel:
         vector = f"ptx::Lanes<{CXX[kind]}, {len(registers)}>"
         place = f"ptx::aligned<{vector}>({self.pointer(address, word[1])}, {self.site()})"
         if not loads:
+            if size(kind) == 1:
+                raise UnknownPtxError("a store of bytes")
             values = ", ".join(self.value(r, kind) for r in registers)
             self.statements.append(f"*{place} = {vector}{{{{{values}}}}};")
             return
