@@ -140,8 +140,8 @@ def negative_flip_rate(before: ArrayLike | torch.Tensor, after: ArrayLike | torc
     Reference:
         Yan et al., "Positive-Congruent Training: Towards Regression-Free Model Updates", CVPR 2021.
     """
-    old, new = paired_hits(before, after)
-    return int((old & ~new).sum()) / len(old)
+    _, losses, queries = flips(before, after)
+    return losses / queries
 
 
 def positive_flip_rate(before: ArrayLike | torch.Tensor, after: ArrayLike | torch.Tensor) -> float:
@@ -149,8 +149,8 @@ def positive_flip_rate(before: ArrayLike | torch.Tensor, after: ArrayLike | torc
 
     Arguments and errors as of `negative_flip_rate`; this minus that is the gain in accuracy.
     """
-    old, new = paired_hits(before, after)
-    return int((~old & new).sum()) / len(old)
+    gains, _, queries = flips(before, after)
+    return gains / queries
 
 
 def compatibility_tax(unconstrained: float, compatible: float) -> float:
@@ -170,16 +170,16 @@ def compatibility_tax(unconstrained: float, compatible: float) -> float:
     return float(unconstrained) - float(compatible)
 
 
-def paired_hits(before: ArrayLike | torch.Tensor, after: ArrayLike | torch.Tensor) -> list[NDArray[np.bool_]]:
-    """Both as [Q] bool.
+def flips(before: ArrayLike | torch.Tensor, after: ArrayLike | torch.Tensor) -> tuple[int, int, int]:
+    """How many queries the upgrade mends, how many it breaks, and how many there are.
 
     Raises:
         TypeError, ValueError: as `negative_flip_rate`.
     """
-    pair = [as_hits("before", before), as_hits("after", after)]
-    if pair[0].shape != pair[1].shape:
-        raise ValueError(f"before and after must be of the same queries, got {len(pair[0])} and {len(pair[1])}")
-    return pair
+    old, new = as_hits("before", before), as_hits("after", after)
+    if old.shape != new.shape:
+        raise ValueError(f"before and after must be of the same queries, got {len(old)} and {len(new)}")
+    return int((~old & new).sum()), int((old & ~new).sum()), len(old)
 
 
 def as_hits(name: str, hits: ArrayLike | torch.Tensor) -> NDArray[np.bool_]:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .._checks import check_name, check_number, check_rows, check_tensor, shape
 from ..retrieval.protocols import instance_hits, nearest_class_mean_hits
-from .statistics import Interval, bootstrap_gain, exact_interval, mcnemar_test
+from .criteria import flips
+from .statistics import Interval, bootstrap_gain, check_confidence, exact_interval, mcnemar_test
 
 __all__ = ["DEFAULT_RULES", "GateResult", "Outcome", "Rule", "VersionFeatures", "upgrade_gate"]
 
@@ -77,9 +78,7 @@ class Rule:
         if not -1 <= self.limit <= 1:  # type: ignore[operator]
             raise ValueError(f"limit is a share and must lie in [-1, 1], got {self.limit}")
         if self.confidence is not None:
-            check_number("confidence", self.confidence)
-            if not 0 < self.confidence < 1:
-                raise ValueError(f"confidence must lie between 0 and 1, both excluded, got {self.confidence}")
+            check_confidence(self.confidence)
         allowed = KINDS[self.kind][2]
         if self.gallery is None:
             object.__setattr__(self, "gallery", allowed[0])
@@ -144,17 +143,9 @@ class Outcome:
         if self.margin > 0:
             return f"failed: p = {self.p_value:.3g} with so few changed queries"
         end = "" if self.rule.confidence is None else "lower end " if KINDS[self.rule.kind][1] else "upper end "
-        return f"failed: {end}{_percent(self._compared)}, {_percent(-self.margin)} {self._side} the limit"
-
-    @property
-    def _compared(self) -> float:
-        if self.rule.confidence is None:
-            return self.value
-        return self.low if KINDS[self.rule.kind][1] else self.high
-
-    @property
-    def _side(self) -> str:
-        return "below" if KINDS[self.rule.kind][1] else "above"
+        side = "below" if KINDS[self.rule.kind][1] else "above"
+        compared = _compared(self.rule, self.value, self.low, self.high)
+        return f"failed: {end}{_percent(compared)}, {_percent(-self.margin)} {side} the limit"
 
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "measured": self.measured, "demand": self.demand, "verdict": self.verdict}
@@ -296,6 +287,13 @@ def match_widths(
     return query[:, :width], gallery[:, :width]
 
 
+def _compared(rule: Rule, value: float, low: float, high: float) -> float:
+    """The number that the limit is held against: the value, or the worse end of its interval."""
+    if rule.confidence is None:
+        return value
+    return low if KINDS[rule.kind][1] else high
+
+
 def _judge(
     rule: Rule, group: str | None, before: NDArray[np.bool_], after: NDArray[np.bool_], generator: np.random.Generator
 ) -> Outcome:
@@ -308,10 +306,10 @@ def _judge(
         interval = bootstrap_gain(before, after, confidence=sure, generator=generator)
         p_value = p if rule.kind == "ecc" else None
     else:
-        times = int((before & ~after).sum()) if rule.kind == "max_nfr" else int(after.sum())
+        times = flips(before, after)[1] if rule.kind == "max_nfr" else int(after.sum())
         value = times / count
         interval = exact_interval(times, count, confidence=sure)
-    compared = value if rule.confidence is None else interval.low if more_is_better else interval.high
+    compared = _compared(rule, value, *interval)
     margin = compared - limit if more_is_better else limit - compared
     passed = margin > 0 if rule.kind == "ecc" else margin >= 0
     if p_value is not None and rule.confidence is not None and limit >= 0:

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from .._checks import check_integer, check_number
-from .criteria import as_hits, paired_hits
+from .criteria import as_hits, flips
 
 __all__ = [
     "Interval",
@@ -94,12 +94,11 @@ def bootstrap_gain(
 
     Arguments and errors as of `bootstrap_interval` and `negative_flip_rate`.
     """
-    old, new = paired_hits(before, after)
+    gains, losses, queries = flips(before, after)
     numbers = _options(confidence, resamples, generator)
-    gains, losses = int((~old & new).sum()), int((old & ~new).sum())
-    shares = np.array([gains, losses, len(old) - gains - losses]) / len(old)
-    drawn = numbers.multinomial(len(old), shares, size=resamples)
-    return _percentiles((drawn[:, 0] - drawn[:, 1]) / len(old), confidence)
+    shares = np.array([gains, losses, queries - gains - losses]) / queries
+    drawn = numbers.multinomial(queries, shares, size=resamples)
+    return _percentiles((drawn[:, 0] - drawn[:, 1]) / queries, confidence)
 
 
 def bootstrap_cells(
@@ -147,8 +146,7 @@ def mcnemar_test(before: Hits, after: Hits) -> McNemar:
     Reference:
         McNemar, "Note on the sampling error of the difference between correlated proportions", 1947.
     """
-    old, new = paired_hits(before, after)
-    gains, losses = int((~old & new).sum()), int((old & ~new).sum())
+    gains, losses, _ = flips(before, after)
     return McNemar(gains, losses, min(1.0, 2 * _at_most(min(gains, losses), gains + losses, 0.5)))
 
 
@@ -186,7 +184,7 @@ def exact_interval(successes: int, trials: int, *, confidence: float = 0.95) -> 
     trials, successes = check_integer("trials", trials), check_integer("successes", successes)
     if not 0 <= successes <= trials or trials < 1:
         raise ValueError(f"successes of trials must be 0 to trials, trials >= 1, got {successes} of {trials}")
-    tail = (1 - _check_confidence(confidence)) / 2
+    tail = (1 - check_confidence(confidence)) / 2
     # P(X <= k) falls with p, from 1 to 0; the low end counts failures
     high = 1.0 if successes == trials else _solve(successes, trials, tail)
     low = 0.0 if successes == 0 else 1.0 - _solve(trials - successes, trials, tail)
@@ -229,7 +227,7 @@ def _percentiles(values: NDArray[np.float64], confidence: float) -> Interval:
     return Interval(float(low), float(high))
 
 
-def _check_confidence(confidence: float) -> float:
+def check_confidence(confidence: float) -> float:
     check_number("confidence", confidence)
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie between 0 and 1, both excluded, got {confidence}")
@@ -237,7 +235,7 @@ def _check_confidence(confidence: float) -> float:
 
 
 def _options(confidence: float, resamples: int, generator: np.random.Generator | None) -> np.random.Generator:
-    _check_confidence(confidence)
+    check_confidence(confidence)
     if check_integer("resamples", resamples) < 1:
         raise ValueError(f"resamples must be at least 1, got {resamples}")
     if generator is None:
