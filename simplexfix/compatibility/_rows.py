@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["as_ids", "as_rows", "blocks", "check_labels", "unit_rows"]
+from ..retrieval._inputs import read_ids, read_labels
+
+__all__ = ["as_ids", "as_labels", "as_rows", "blocks", "unit_rows"]
 
 BLOCK_BYTES = 64 << 20  # of float64, per block of rows
 
@@ -25,19 +27,13 @@ def as_rows(name: str, features: ArrayLike | torch.Tensor) -> NDArray[Any]:
 
 
 def as_ids(name: str, ids: ArrayLike | torch.Tensor, of: str, count: int) -> NDArray[np.int64]:
-    """[count] int64: labels or ids of the rows of `of`."""
-    array = _as_array(name, ids)
-    if array.dtype.kind not in "iu":
-        raise TypeError(f"{name} must be integers, got {array.dtype}")
-    if array.shape != (count,):
-        raise ValueError(f"{of} has {count} rows, {name} has shape {list(array.shape)}")
-    if array.dtype == np.uint64 and array.max() > np.iinfo(np.int64).max:
-        raise ValueError(f"{name} must fit into int64, got {array.max()}")
-    return array.astype(np.int64, copy=False)
+    """[count] int64 ids of the rows of `of`."""
+    return read_ids(name, _as_array(name, ids), of, count, unique=False)
 
 
-def check_labels(name: str, rows: NDArray[Any], labels: ArrayLike | torch.Tensor) -> NDArray[np.int64]:
-    return as_ids(f"{name}_labels", labels, name, len(rows))
+def as_labels(name: str, rows: NDArray[Any], labels: ArrayLike | torch.Tensor) -> NDArray[np.int64]:
+    """[rows] int64 labels of the rows that the caller calls `name`."""
+    return read_labels(f"{name}_labels", _as_array(f"{name}_labels", labels), name, len(rows))
 
 
 def blocks(rows: NDArray[Any]) -> Iterator[slice]:

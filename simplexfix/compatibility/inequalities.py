@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from ._rows import as_ids, as_rows, blocks, check_labels, unit_rows
+from ._rows import as_ids, as_labels, as_rows, blocks, unit_rows
 
 __all__ = ["Violations", "inequality_violations"]
 
@@ -91,7 +91,7 @@ def inequality_violations(
             )
     if len(new) != len(old):
         raise ValueError(f"new_query and old_query must be of the same queries, got {len(new)} and {len(old)} rows")
-    labels = check_labels("query", old, query_labels), check_labels("gallery", gallery, gallery_labels)
+    labels = as_labels("query", old, query_labels), as_labels("gallery", gallery, gallery_labels)
     if (query_ids is None) != (gallery_ids is None):
         raise ValueError("query_ids and gallery_ids must both be given, or neither")
     self_pairs = np.empty((2, 0), dtype=np.int64)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -17,8 +16,6 @@ __all__ = ["Features", "Ids", "Rows", "read_ids", "read_labels"]
 
 Rows: TypeAlias = "Tensor | NDArray[np.floating]"
 Ids: TypeAlias = "Tensor | NDArray[np.integer] | Sequence[int]"
-
-_BLOCK_BYTES = 2**25  # of float32: past L2, so that calls cost nothing, and far below what a gallery takes
 
 
 class Features:
@@ -56,10 +53,6 @@ class Features:
     def on_cpu(self) -> bool:
         return not isinstance(self.rows, Tensor) or self.rows.device.type == "cpu"
 
-    @property
-    def dtype(self) -> str:
-        return str(self.rows.dtype).removeprefix("torch.")
-
     def block(self, begin: int, end: int) -> NDArray[np.float32]:
         """Rows [begin, end) as dense float32; a view of the caller's numbers where they are that already.
 
@@ -85,35 +78,6 @@ class Features:
         block = self.block(begin, end)
         return torch.from_numpy(block if block.flags.writeable else block.copy())
 
-    def blocks(self, rows: int | None = None) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        """(first row, block) one after the other; `rows` at a time, or as many as make 32 MiB."""
-        rows = rows or max(1, _BLOCK_BYTES // (4 * self.width))
-        for begin in range(0, len(self), rows):
-            yield begin, self.block(begin, min(len(self), begin + rows))
-        self.release()
-
-    def tensor(self) -> Tensor:
-        """All rows in their own dtype: the caller's tensor, or a copy of an array (torch has no read-only tensors)."""
-        if isinstance(self.rows, Tensor):
-            return self.rows
-        native = self.rows.dtype.newbyteorder("=")
-        tensor = torch.from_numpy(np.array(self.rows, dtype=native, order="C"))
-        self.release()
-        return tensor
-
-    def release(self) -> None:
-        """Takes a read-only mapped file's pages out of this process; they stay in the system's cache.
-
-        Without it a pass over T versions ends with all of their bytes counted as this process's memory.
-        """
-        root: object = self.rows
-        while isinstance(root, np.ndarray):
-            if isinstance(root, np.memmap) and root.mode != "r":
-                return  # a private mapping's changes would be lost with its pages
-            root = root.base
-        if isinstance(root, mmap.mmap) and hasattr(root, "madvise"):
-            root.madvise(mmap.MADV_DONTNEED)
-
     def _refuse_non_finite(self, block: NDArray[np.float32], begin: int) -> None:
         with np.errstate(over="ignore", invalid="ignore"):
             suspects = np.flatnonzero(~np.isfinite(np.einsum("ij,ij->i", block, block)))  # finite rows overflow too
@@ -129,10 +93,7 @@ def read_labels(name: str, labels: Ids, rows_name: str, count: int) -> NDArray[n
         TypeError: not integers.
         ValueError: another length, or a number that int64 lacks.
     """
-    array = _integers(name, labels, "class ids are integers from end to end")
-    if array.shape != (count,):
-        raise ValueError(f"{rows_name} has {count} rows, {name} has shape {list(array.shape)}")
-    return array
+    return _integers(name, labels, rows_name, count, "class ids are integers from end to end")
 
 
 def read_ids(name: str, ids: Ids, rows_name: str, count: int, *, unique: bool) -> NDArray[np.int64]:
@@ -141,9 +102,7 @@ def read_ids(name: str, ids: Ids, rows_name: str, count: int, *, unique: bool) -
     Raises:
         TypeError, ValueError: as `read_labels`; an id that comes twice, by name.
     """
-    array = _integers(name, ids, "ids are integers from end to end")
-    if array.shape != (count,):
-        raise ValueError(f"{rows_name} has {count} rows, {name} has shape {list(array.shape)}")
+    array = _integers(name, ids, rows_name, count, "ids are integers from end to end")
     if unique:
         order = np.argsort(array, kind="stable")
         again = np.flatnonzero(array[order[1:]] == array[order[:-1]])
@@ -153,7 +112,7 @@ def read_ids(name: str, ids: Ids, rows_name: str, count: int, *, unique: bool) -
     return array
 
 
-def _integers(name: str, values: Ids, why: str) -> NDArray[np.int64]:
+def _integers(name: str, values: Ids, rows_name: str, count: int, why: str) -> NDArray[np.int64]:
     if isinstance(values, Tensor):
         if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
             raise TypeError(f"{name} must be integers, got {str(values.dtype).removeprefix('torch.')}; {why}")
@@ -166,5 +125,7 @@ def _integers(name: str, values: Ids, why: str) -> NDArray[np.int64]:
     if array.dtype.kind not in "iu":
         raise TypeError(f"{name} must be integers, got {array.dtype}; {why}")
     if array.dtype == np.uint64 and array.size and array.max() > np.iinfo(np.int64).max:
-        raise ValueError(f"{name} must be at most 2^63 - 1, got {array.max()}")
+        raise ValueError(f"{name} must fit into int64, at most 2^63 - 1, got {array.max()}")
+    if array.shape != (count,):
+        raise ValueError(f"{rows_name} has {count} rows, {name} has shape {list(array.shape)}")
     return np.ascontiguousarray(array, dtype=np.int64)
