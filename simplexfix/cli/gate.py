@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from .._files import write_whole
 from ..compatibility import DEFAULT_RULES, GateResult, Outcome, Rule, VersionFeatures, upgrade_gate
 from ..data.features import Features, load_features
-from ._files import write_whole
 
 PASSED, FAILED, BAD_INPUT = 0, 1, 2
 CRASHED = 70  # EX_SOFTWARE of sysexits.h: a bug here must not read as a rule that failed
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
         return CRASHED
     report = json.dumps(result.as_dict(), indent=1)
     if arguments.out is not None:
-        write_whole(arguments.out, report + "\n")
+        write_whole(arguments.out, f"{report}\n".encode())
     print(report if arguments.json else _text(result))
     summary = os.environ.get("GITHUB_STEP_SUMMARY")
     if summary:
