@@ -16,7 +16,8 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+import harness
+
 BUDGET = {"sweep_tiles": 128, "finish_topk": 80}  # registers a thread; their headers say why.  Others: 64, double 128
 WIDE = ("LDG.E.128", "STG.E.128")  # 16 bytes at a time
 # The first words of instructions that kernels must have; of sweep_tiles those of tensor cores, of the fragments and of
@@ -43,7 +44,7 @@ class Usage:
 
 
 def built_library() -> Path:
-    found = sorted((ROOT / "simplexfix").glob("_C*.so"))
+    found = sorted((harness.ROOT / "simplexfix").glob("_C*.so"))
     if not found:
         raise ToolError("no simplexfix/_C*.so: make build")
     return found[0]
@@ -52,8 +53,9 @@ def built_library() -> Path:
 def dump(option: str, library: Path) -> subprocess.Popen[str]:
     """cuobjdump at work; c++filt's names."""
     packages = Path(sysconfig.get_path("platlib")).glob("nvidia/cu*/bin")
-    homes = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin", *packages]
-    path = os.pathsep.join(map(str, [os.environ["PATH"], *homes]))
+    headers = harness.cuda_include()
+    toolkit = [headers.parent / "bin"] if headers else []
+    path = os.pathsep.join(map(str, [os.environ["PATH"], *toolkit, *packages]))
     if not all(shutil.which(tool, path=path) for tool in ("cuobjdump", "nvdisasm", "c++filt")):
         raise ToolError("no cuobjdump and nvdisasm: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
     command = f'set -o pipefail; cuobjdump {option} "$0" | c++filt'
