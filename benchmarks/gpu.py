@@ -79,7 +79,7 @@ def gpu_card() -> dict[str, str]:
     """Driver and clocks as nvidia-smi says them, where it can be asked."""
     facts = ["name", "driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu"]
     command = ["nvidia-smi", f"--query-gpu={','.join(facts)}", "--format=csv,noheader"]
-    command.append(f"--id={torch.cuda.get_device_properties(0).uuid}")  # CUDA_VISIBLE_DEVICES counts otherwise
+    command.append(f"--id=GPU-{torch.cuda.get_device_properties(0).uuid}")  # CUDA_VISIBLE_DEVICES counts otherwise
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
     except (OSError, subprocess.SubprocessError) as error:

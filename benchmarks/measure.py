@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from simplexfix.cli.doctor import diagnose
 
-Call = Callable[[], object]
+Call = Callable[[], Any]
 
 
 def interleave(
@@ -76,6 +77,24 @@ def captured(call: Call) -> Call:
     with torch.cuda.graph(graph):
         call()
     return graph.replay
+
+
+def gradient_step(function: Callable[[Tensor], Tensor], z: Tensor, upstream: Tensor | None = None) -> Call:
+    """function(z) and its gradient.  z is a new leaf in every call: autograd runs a node on the stream that made it,
+    and what was made before a CUDA graph's capture cannot take part in it."""
+
+    def step() -> Tensor:
+        leaf = z.detach().requires_grad_()
+        return torch.autograd.grad(function(leaf), leaf, upstream)[0]
+
+    return step
+
+
+def gradient_errors(steps: dict[str, Call], truth: Call) -> dict[str, float]:
+    """Largest error of each gradient against float64, relative to its largest entry."""
+    expected = truth()
+    scale = expected.abs().max()
+    return {name: float((step().double() - expected).abs().max() / scale) for name, step in steps.items()}
 
 
 def peak_memory(case: Any, name: str) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from measure import copy_in_place
+from measure import copy_in_place, gradient_errors, gradient_step
 from torch import Tensor
 
 import simplexfix.functional as SF
@@ -30,9 +30,8 @@ class LogitsCase:
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
-        leaf, upstream = (torch.randn(self.rows, self.num_classes - i, generator=generator) for i in (1, 0))
-        self.z = leaf.to(self.device, self.dtype).requires_grad_() * 1
-        self.upstream = upstream.to(self.device, self.dtype)
+        z, upstream = (torch.randn(self.rows, self.num_classes - i, generator=generator) for i in (1, 0))
+        self.z, self.upstream = (x.to(self.device, self.dtype) for x in (z, upstream))
 
     @property
     def name(self) -> str:
@@ -52,21 +51,15 @@ class LogitsCase:
         return {name: self._step(logits) for name, logits in self.logits(compiled).items()}
 
     def _step(self, logits: Logits) -> Callable[[], object]:
-        return lambda: torch.autograd.grad(logits(self.z), self.z, self.upstream)
+        return gradient_step(logits, self.z, self.upstream)
 
     def limits(self) -> dict[str, Callable[[], object]]:
         """z read and the logits written, then their gradient read and that of z written: the least."""
         return {"copy bandwidth": copy_in_place(2 * self.z.numel(), self.dtype, self.device)}
 
     def errors(self) -> dict[str, float]:
-        """Largest error of the gradient against float64, relative to its largest entry."""
-        z = self.z.detach().double().requires_grad_()
-        (truth,) = torch.autograd.grad(_reference.simplex_logits(z), z, self.upstream.double())
-        errors = {}
-        for name, logits in self.logits(compiled=False).items():
-            (gradient,) = torch.autograd.grad(logits(self.z), self.z, self.upstream, retain_graph=True)
-            errors[name] = float((gradient.double() - truth).abs().max() / truth.abs().max())
-        return errors
+        truth = gradient_step(_reference.simplex_logits, self.z.double(), self.upstream.double())
+        return gradient_errors(self.candidates(compiled=False), truth)
 
 
 CASES = [LogitsCase(512, 1024), LogitsCase(256, 8192)]

@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from measure import copy_in_place
+from measure import copy_in_place, gradient_errors, gradient_step
 from torch import Tensor
 
 import simplexfix.functional as SF
@@ -61,8 +61,7 @@ class LossCase:
         k = self.num_classes
         d = {"simplex": k - 1, "orthoplex": k // 2, "cube": k}[self.polytope]
         generator = torch.Generator().manual_seed(0)
-        leaf = torch.randn(self.rows, d, generator=generator).to(self.device, self.dtype).requires_grad_()
-        self.z = leaf * 1  # as a junction leaves it: no leaf
+        self.z = torch.randn(self.rows, d, generator=generator).to(self.device, self.dtype)
         classes = 100 if self.polytope == "cube" else k
         self.target = torch.randint(classes, (self.rows,), generator=generator).to(self.device)
         words = torch.randint(-(2**63), 2**63 - 1, (100, k // 64), generator=generator)
@@ -101,21 +100,15 @@ class LossCase:
         return {name: self._step(loss) for name, loss in self.losses(compiled).items()}
 
     def _step(self, loss: Loss) -> Callable[[], object]:
-        return lambda: torch.autograd.grad(loss(self.z, self.target), self.z)
+        return gradient_step(lambda z: loss(z, self.target), self.z)
 
     def limits(self) -> dict[str, Callable[[], object]]:
         """z read, as much written: the least that loss and gradient can move."""
         return {"copy bandwidth": copy_in_place(self.z.numel(), self.dtype, self.device)}
 
     def errors(self) -> dict[str, float]:
-        """Largest error of the gradient against float64, relative to its largest entry."""
-        z = self.z.detach().double().requires_grad_()
-        (truth,) = torch.autograd.grad(self.twin(z, self.target), z)
-        errors = {}
-        for name, loss in self.losses(compiled=False).items():
-            (gradient,) = torch.autograd.grad(loss(self.z, self.target), self.z, retain_graph=True)
-            errors[name] = float((gradient.double() - truth).abs().max() / truth.abs().max())
-        return errors
+        truth = gradient_step(lambda z: self.twin(z, self.target), self.z.double())
+        return gradient_errors(self.candidates(compiled=False), truth)
 
 
 CASES = [
