@@ -106,7 +106,7 @@ def losses() -> Iterator[Row]:
                 kernel = f"cross_entropy<{polytope}Loss<float>, {name}, {threads}>"
             else:
                 kernel, kept = f"cross_entropy_part<{polytope}Loss<float>, {name}>", 0
-            what = f"{polytope.lower()} loss + gradient"
+            what = f"{polytope.lower()} loss with gradient, its kernel"
             yield Row(what, shape(b, d, n), 2 * b * d * n, operations * b * d, kernel, threads, kept)
 
 

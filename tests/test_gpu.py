@@ -41,6 +41,7 @@ def gpu() -> str:
     usable = diagnose()["CUDA usable"]
     if not usable.startswith("yes"):
         pytest.skip(f"no GPU that simplexfix can use: {usable}")
+    torch.set_float32_matmul_precision("highest")  # some images of torch come with TF32 on
     return "cuda"
 
 
