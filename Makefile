@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup build lint format test bench sanitize mutants docs
+.PHONY: setup build lint format test test-gpu bench bench-gpu sanitize mutants machine-code docs
 
 setup:
 	$(PYTHON) -m venv .venv
@@ -27,11 +27,28 @@ format:
 test:
 	$(BIN)/pytest
 
+test-gpu: build  # this machine's GPU against its CPU; then every kernel once under compute-sanitizer, where there is one
+	$(BIN)/python -c 'from simplexfix._native import why_not_cuda as why; import sys; sys.exit(why())'
+	$(BIN)/pytest tests/test_gpu.py
+	@for tool in memcheck racecheck initcheck synccheck; do \
+	  command -v compute-sanitizer > /dev/null || { echo "no compute-sanitizer: left out"; break; }; \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --report-api-errors no --error-exitcode 3 \
+	    $(BIN)/python -m pytest -q tests/test_gpu.py -k each_kernel_once || exit 1; \
+	done
+
 bench:
 	$(BIN)/python benchmarks/run.py
 
+bench-gpu: build
+	$(BIN)/python benchmarks/gpu.py
+
 sanitize:  # the CPU core and the CUDA kernels executed on the CPU: AddressSanitizer, UBSan, ThreadSanitizer, nvcc's PTX, a fuzz target
-	$(BIN)/python tests/native/run.py plain asan tsan ptx
+	$(BIN)/python tests/native/run.py plain asan tsan ptx ptx-tsan
+
+machine-code: build  # no spills, registers within budget, the instructions that were meant; needs nvcc
+	$(BIN)/pip install -q nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+	$(BIN)/python tests/native/machine_code.py
+	$(BIN)/python benchmarks/gpu_floor.py --check
 
 mutants:  # every planted bug must turn a run red
 	$(BIN)/python tests/native/run.py mutants

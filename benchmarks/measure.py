@@ -14,18 +14,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from simplexfix.cli.doctor import diagnose
 
-Call = Callable[[], object]
+Call = Callable[[], Any]
 
 
-def interleave(candidates: dict[str, Call], *, seconds: float = 1.0, least: int = 5) -> dict[str, float]:
+def interleave(
+    candidates: dict[str, Call], *, seconds: float = 1.0, least: int = 5, device: str = "cpu"
+) -> dict[str, float]:
     """Seconds of each candidate, the first decile of its rounds: on a shared machine noise only adds.
+
+    On a GPU they are between two CUDA events: what is launched is waited for, and so is a slow launch.
 
     In every round each has its turn, so all meet the same noise.  A turn repeats a quick call for 10 ms, so that
     caches and allocators are as the candidate itself leaves them; its first call, which finds another's, is not timed.
     """
+    _time = {"cpu": _clock, "cuda": _events}[device]
     repeats = {}
     total = 0.0
     for name, call in candidates.items():
@@ -42,16 +48,65 @@ def interleave(candidates: dict[str, Call], *, seconds: float = 1.0, least: int 
     return {name: sorted(spent)[len(spent) // 10] for name, spent in times.items()}
 
 
-def _time(call: Call, repeats: int) -> float:
+def _clock(call: Call, repeats: int) -> float:
     start = time.perf_counter()
     for _ in range(repeats):
         call()
     return (time.perf_counter() - start) / repeats
 
 
+def _events(call: Call, repeats: int) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(repeats):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / repeats
+
+
+def captured(call: Call) -> Call:
+    """The call as a CUDA graph: its kernels alone, without Python, dispatch and launches."""
+    beside = torch.cuda.Stream()
+    beside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(beside):  # capturing wants calls that have run elsewhere before
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(beside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def gradient_step(function: Callable[[Tensor], Tensor], z: Tensor, upstream: Tensor | None = None) -> Call:
+    """function(z) and its gradient.  z is a new leaf in every call: autograd runs a node on the stream that made it,
+    and what was made before a CUDA graph's capture cannot take part in it."""
+
+    def step() -> Tensor:
+        leaf = z.detach().requires_grad_()
+        return torch.autograd.grad(function(leaf), leaf, upstream)[0]
+
+    return step
+
+
+def gradient_errors(steps: dict[str, Call], truth: Call) -> dict[str, float]:
+    """Largest error of each gradient against float64, relative to its largest entry."""
+    expected = truth()
+    scale = expected.abs().max()
+    return {name: float((step().double() - expected).abs().max() / scale) for name, step in steps.items()}
+
+
 def peak_memory(case: Any, name: str) -> int:
-    """Bytes that one call of a case's candidate takes at its peak, beyond what was there before; in a process of
-    its own, whose memory no other candidate has touched.  Linux only."""
+    """Bytes that one call of a case's candidate takes at its peak, beyond what was there before: of torch's allocator
+    on a GPU, else of a process of its own, whose memory no other candidate has touched.  Linux only."""
+    if case.device == "cuda":
+        call = case.candidates(compiled=False)[name]
+        call()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        return torch.cuda.max_memory_allocated() - before
     fields = {field.name: getattr(case, field.name) for field in dataclasses.fields(case)}
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
         return process.submit(_peak_memory, type(case), fields, name).result()
@@ -71,9 +126,9 @@ def _status(key: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
 
 
-def copy_in_place(numbers: int, dtype: torch.dtype = torch.float32) -> Call:
+def copy_in_place(numbers: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Call:
     """Reads and writes `numbers` numbers, as a gradient that is written where its input was read would."""
-    source, target = torch.ones(numbers, dtype=dtype), torch.ones(numbers, dtype=dtype)
+    source, target = (torch.ones(numbers, dtype=dtype, device=device) for _ in range(2))
     return lambda: target.copy_(source)
 
 

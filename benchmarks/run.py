@@ -1,6 +1,7 @@
 """Prints one table of ratios to named peers and to the machine's limit, with errors; writes it as JSON.
 
-python benchmarks/run.py [--only loss contrast search index] [--out FILE] [--seconds S] [--threads N] [--no-compile]
+python benchmarks/run.py [--only loss logits contrast search index] [--out FILE] [--seconds S] [--threads N]
+                         [--no-compile]
 """
 
 from __future__ import annotations
@@ -11,23 +12,38 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import contrast, loss, search
-from measure import interleave, machine_card, peak_memory
+from cases import contrast, logits, loss, search
+from measure import captured, interleave, machine_card, peak_memory
 
-PARTS = {"loss": loss.CASES, "contrast": contrast.CASES, "search": search.CASES, "index": search.INDEX_CASES}
+PARTS = {
+    "loss": loss.CASES,
+    "logits": logits.CASES,
+    "contrast": contrast.CASES,
+    "search": search.CASES,
+    "index": search.INDEX_CASES,
+}
 
 
-def measure(case: Any, seconds: float, compiled: bool) -> dict[str, Any]:
+def measure(case: Any, seconds: float, compiled: bool, with_memory: bool = True) -> dict[str, Any]:
     candidates = case.candidates(compiled)
+    if case.device == "cuda":
+        try:
+            candidates["simplexfix, CUDA graph"] = captured(candidates["simplexfix"])
+        except RuntimeError as error:  # the other candidates are worth having
+            print(f"\n{case.name}: not captured, {str(error).splitlines()[:1]}")
     limits = case.limits()
-    times = interleave({**candidates, **limits}, seconds=seconds)
+    times = interleave({**candidates, **limits}, seconds=seconds, device=case.device)
     ours = times["simplexfix"]
     if isinstance(case, search.IndexCase):  # a search takes next to nothing beside its index
         memory, unit = case.memory(), "of fp32"
     else:
-        memory, unit = {name: peak_memory(case, name) / 2**20 for name in case.candidates(compiled=False)}, "MiB"
+        measured = list(case.candidates(compiled=False)) if with_memory else []
+        if case.device == "cuda":  # these have allocators of their own
+            measured = [name for name in measured if not name.startswith(("faiss", "cuVS"))]
+        memory, unit = {name: peak_memory(case, name) / 2**20 for name in measured}, "MiB"
     return {
         "case": case.name,
+        **({"microseconds": 1e6 * ours} if case.device == "cuda" else {}),
         "times ours": {name: times[name] / ours for name in candidates if name != "simplexfix"},
         **{f"share of {name}": times[name] / ours for name in limits},
         "memory": memory,
@@ -62,6 +78,8 @@ def main() -> None:
 
 def show(result: dict[str, Any], kind: str) -> None:
     print(f"\n{result['case']}")
+    if "microseconds" in result:
+        print(f"  {result['microseconds']:.1f} us")
     for name, share in result.items():
         if name.startswith("share of"):
             print(f"  {share:.2f} {name.removeprefix('share ')}")

@@ -13,7 +13,7 @@ import torch  # before the library: it loads the libtorch that the library is re
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["build_info", "has_kernels", "is_readable", "is_transformed", "library", "missing"]
+__all__ = ["build_info", "has_kernels", "is_readable", "is_transformed", "library", "missing", "why_not_cuda"]
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
@@ -44,7 +44,49 @@ def build_info() -> dict[str, Any]:
     return library.build_info() if library is not None else {}
 
 
-_DEVICES = frozenset(["cpu", "meta", *(["cuda"] if build_info().get("cuda_archs") else [])]) if library else frozenset()
+def why_not_cuda(device: int | None = None) -> str | None:
+    """Why CUDA tensors, of one GPU or of the current one, run in plain PyTorch; None where the kernels serve them."""
+    info = build_info()
+    if not info:
+        return "there is no compiled library"
+    if not info["cuda_archs"]:
+        return "the library was built without nvcc"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a CPU build"
+    if not info["cuda_usable"]:
+        return "torch has not loaded libtorch_cuda.so"
+    if not torch.cuda.is_available():
+        return "torch finds no GPU or no driver"
+    capability = torch.cuda.get_device_capability(device)
+    if not runs_on(capability, info["cuda_archs"]):
+        name, (major, minor) = torch.cuda.get_device_name(device), capability
+        return f"the library was built for {info['cuda_archs']}, {name} is {major}{minor}"
+    return None
+
+
+def runs_on(capability: tuple[int, int], archs: str) -> bool:
+    """Whether a GPU runs the machine code for one of `archs`, "80 90", or can translate the PTX of the last."""
+    if archs == "native":
+        return True
+    built = [divmod(int(arch), 10) for arch in archs.split()]
+    of_its_kind = ((major, minor) for major, minor in built if major == capability[0])
+    return built[-1] <= capability or any(arch <= capability for arch in of_its_kind)
+
+
+_serves_gpu: dict[int | None, bool] = {}
+
+
+@torch.compiler.assume_constant_result
+def _serves(device: int | None) -> bool:
+    """Whether the kernels serve a GPU; says once for each where not."""
+    if device not in _serves_gpu:  # asked in every call: what follows is for the first alone
+        if not torch.cuda.is_available():  # a fake tensor: traced for a GPU elsewhere
+            return bool(build_info().get("cuda_archs"))
+        reason = why_not_cuda(device)
+        _serves_gpu[device] = reason is None
+        if reason is not None and os.environ.get("SIMPLEXFIX_NATIVE", "1") != "0":
+            warnings.warn(f"CUDA tensors run in plain PyTorch: {reason}", RuntimeWarning, stacklevel=4)
+    return _serves_gpu[device]
 
 
 def has_kernels(tensor: Tensor) -> bool:
@@ -52,7 +94,11 @@ def has_kernels(tensor: Tensor) -> bool:
 
     Under `torch.func` (grad, vmap, jvp, ...) and forward-mode differentiation the twin takes over.
     """
-    if tensor.device.type not in _DEVICES:
+    kind = tensor.device.type
+    if kind == "cuda":
+        if not _serves(tensor.device.index):
+            return False
+    elif library is None or kind not in ("cpu", "meta"):
         return False
     return torch.compiler.is_compiling() or not is_transformed()
 

@@ -120,7 +120,7 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
-        # Mostly upstream is the 1 of `loss.backward()`, and there is nothing to do: the saved tensor itself is
+        # Mostly upstream is the 1 of `loss.backward()`.  On the CPU, where that can be seen, the saved tensor itself is
         # returned.  While it is saved, autograd holds it twice and so copies it into a leaf's .grad.
         _refuse_second_derivative()
         (gradient,) = ctx.saved_tensors

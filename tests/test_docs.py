@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,3 +39,10 @@ def test_links_and_test_names(page: Path) -> None:
 def test_no_page_names_a_machine() -> None:
     for page in PAGES:
         assert not re.search(r"(^|\s)/(home|root|work|opt)/", page.read_text()), page.name
+
+
+def test_the_table_of_gpu_floors_is_what_its_script_prints() -> None:
+    script = [sys.executable, str(ROOT / "benchmarks" / "gpu_floor.py")]
+    table = subprocess.run(script, capture_output=True, text=True, check=True).stdout
+    assert table.count("not measured") >= 30
+    assert table in (ROOT / "docs" / "performance.md").read_text()

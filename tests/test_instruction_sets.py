@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from functools import cache
+from multiprocessing.pool import AsyncResult, ThreadPool
 from pathlib import Path
 
 import pytest
@@ -27,15 +30,45 @@ def run(environment: dict[str, str], *arguments: str) -> subprocess.CompletedPro
     )
 
 
+def suite(environment: dict[str, str], chosen: str, *tests: str) -> subprocess.CompletedProcess[str]:
+    return run(
+        {**environment, "OMP_NUM_THREADS": "1"}, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *tests
+    )
+
+
+def at_level(level: str) -> subprocess.CompletedProcess[str]:
+    tests = ["test_topk.py", "retrieval/test_exact_search.py", "retrieval/test_index.py::test_definition"]
+    if level != "avx512vnni":  # of the losses there are no VNNI kernels: they are those of avx512
+        tests += ["test_cross_entropy.py", "test_logits.py", "test_contrast.py"]
+    return suite({"SIMPLEXFIX_ISA": level}, "not gathered", *tests)
+
+
+def without_the_library() -> subprocess.CompletedProcess[str]:
+    tests = ["cross_entropy", "logits", "contrast", "topk", "heads", "bad_input"]
+    # left out: promises about bits, and about tiny losses, that only the kernels make
+    chosen = "not threads and not definition and not small_loss and not strid"
+    paths = [*(f"test_{name}.py" for name in tests), "retrieval/test_index.py"]
+    return suite({"SIMPLEXFIX_NATIVE": "0"}, chosen, *paths)
+
+
+@pytest.fixture(scope="module")
+def runs() -> Iterator[Callable[..., AsyncResult]]:
+    """Starts what is wanted as soon as the first asks; as many at a time as there are cores."""
+    with ThreadPool(len(os.sched_getaffinity(0))) as pool:
+        yield cache(lambda function, *arguments: pool.apply_async(function, arguments))
+
+
+def passed(done: subprocess.CompletedProcess[str]) -> None:
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
 @needs_library
 @pytest.mark.parametrize("level", LEVELS[:-1])
-def test_operators_at_a_lower_level(level: str) -> None:
+def test_operators_at_a_lower_level(runs: Callable[..., AsyncResult], level: str) -> None:
     """The whole numeric suite again below the best level; on a machine without AVX the levels coincide."""
-    suites = ["test_topk.py", "retrieval/test_exact_search.py", "retrieval/test_index.py::test_definition"]
-    if level != "avx512vnni":  # of the losses there are no VNNI kernels: they are those of avx512
-        suites += ["test_cross_entropy.py", "test_logits.py", "test_contrast.py"]
-    done = run({"SIMPLEXFIX_ISA": level}, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not gathered", *suites)
-    assert done.returncode == 0, done.stdout[-3000:]
+    others = [runs(at_level, other) for other in LEVELS[:-1]]
+    runs(without_the_library)
+    passed(others[LEVELS.index(level)].get())
 
 
 @needs_library
@@ -60,20 +93,8 @@ def test_an_unknown_level_is_told() -> None:
     assert "SIMPLEXFIX_ISA=avx1024 is none of base, avx2" in done.stderr
 
 
-def test_every_public_function_works_without_the_library() -> None:
-    suites = [
-        "test_cross_entropy.py",
-        "test_logits.py",
-        "test_contrast.py",
-        "test_topk.py",
-        "test_heads.py",
-        "test_bad_input.py",
-        "retrieval/test_index.py",
-    ]
-    # left out: promises about bits, and about tiny losses, that only the kernels make
-    chosen = "not threads and not definition and not small_loss and not strid"
-    done = run({"SIMPLEXFIX_NATIVE": "0"}, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *suites)
-    assert done.returncode == 0, done.stdout[-3000:]
+def test_every_public_function_works_without_the_library(runs: Callable[..., AsyncResult]) -> None:
+    passed(runs(without_the_library).get())
     assert (
         "kernels: none (SIMPLEXFIX_NATIVE=0 is set)" in run({"SIMPLEXFIX_NATIVE": "0"}, "-m", "pytest", "--co").stdout
     )

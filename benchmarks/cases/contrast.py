@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from measure import gradient_errors, gradient_step
 from torch import Tensor
 
 import simplexfix.functional as SF
@@ -24,14 +25,14 @@ class ContrastCase:
     rows: int
     d: int
     negatives: str = "zero_mask"
+    device: str = "cpu"
     error_name = "gradient error"
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
-        leaf = torch.randn(self.rows, self.d, generator=generator).requires_grad_()
-        self.new = leaf * 1
-        self.old = torch.randn(self.rows, self.d, generator=generator)
-        self.target = torch.randint(100, (self.rows,), generator=generator)
+        self.new = torch.randn(self.rows, self.d, generator=generator).to(self.device)
+        self.old = torch.randn(self.rows, self.d, generator=generator).to(self.device)
+        self.target = torch.randint(100, (self.rows,), generator=generator).to(self.device)
 
     @property
     def name(self) -> str:
@@ -51,11 +52,11 @@ class ContrastCase:
         return {name: self._step(loss) for name, loss in self.losses(compiled).items()}
 
     def _step(self, loss: Callable[..., Tensor]) -> Callable[[], object]:
-        return lambda: torch.autograd.grad(loss(self.new, self.old, self.target), self.new)
+        return gradient_step(lambda new: loss(new, self.old, self.target), self.new)
 
     def limits(self) -> dict[str, Callable[[], object]]:
         """The two matrix products, of which neither can be left out."""
-        u, v = F.normalize(self.old), F.normalize(self.new.detach())
+        u, v = F.normalize(self.old), F.normalize(self.new)
 
         def products() -> None:
             similarity = u @ v.T
@@ -64,14 +65,8 @@ class ContrastCase:
         return {"two products": products}
 
     def errors(self) -> dict[str, float]:
-        """Largest error of the gradient against float64, relative to its largest entry."""
-        new = self.new.detach().double().requires_grad_()
-        (truth,) = torch.autograd.grad(plain(new, self.old.double(), self.target, self.negatives), new)
-        errors = {}
-        for name, loss in self.losses(compiled=False).items():
-            (gradient,) = torch.autograd.grad(loss(self.new, self.old, self.target), self.new, retain_graph=True)
-            errors[name] = float((gradient.double() - truth).abs().max() / truth.abs().max())
-        return errors
+        truth = gradient_step(lambda new: plain(new, self.old.double(), self.target, self.negatives), self.new.double())
+        return gradient_errors(self.candidates(compiled=False), truth)
 
 
 CASES = [ContrastCase(256, 1023), ContrastCase(8192, 1023)]

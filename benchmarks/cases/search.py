@@ -1,7 +1,8 @@
-"""Exact search: ours against faiss, usearch and torch, with the share of places that differ from float64."""
+"""Exact search: ours against faiss, cuVS, usearch and torch, with the share of places that differ from float64."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,9 +20,28 @@ try:
 except ModuleNotFoundError:
     faiss = None
 try:
+    from cuvs.neighbors import brute_force
+except ImportError:
+    brute_force = None
+try:
     import usearch.index as usearch
 except ModuleNotFoundError:
     usearch = None
+
+
+def gpu_peers(q: torch.Tensor, g: torch.Tensor, k: int) -> dict[str, Callable[[], torch.Tensor]]:
+    """Those that are installed; both work on torch's tensors where they are."""
+    found: dict[str, Callable[[], torch.Tensor]] = {}
+    if hasattr(faiss, "GpuIndexFlatIP"):
+        importlib.import_module("faiss.contrib.torch_utils")  # teaches faiss tensors, and torch's stream
+        index = faiss.GpuIndexFlatIP(faiss.StandardGpuResources(), q.shape[1])
+        index.add(g)
+        found["faiss GpuIndexFlatIP"] = lambda: index.search(q, k)[1]
+    if brute_force is not None:
+        torch.cuda.synchronize()  # its stream is not torch's; its calls wait for their own end
+        rows = brute_force.build(g, metric="inner_product")
+        found["cuVS brute_force"] = lambda: torch.as_tensor(brute_force.search(rows, q, k)[1], device=q.device)
+    return found
 
 
 @dataclass
@@ -32,12 +52,13 @@ class SearchCase:
     rows: int
     d: int
     k: int = 10
+    device: str = "cpu"
     error_name = "wrong places"
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.query = torch.randn(self.queries, self.d, generator=generator)
-        self.gallery = torch.randn(self.rows, self.d, generator=generator)
+        self.query = torch.randn(self.queries, self.d, generator=generator).to(self.device)
+        self.gallery = torch.randn(self.rows, self.d, generator=generator).to(self.device)
 
     @property
     def name(self) -> str:
@@ -50,14 +71,20 @@ class SearchCase:
             "simplexfix": lambda: SF.cosine_topk(self.query, self.gallery, self.k)[1],
             "torch mm + topk": lambda: (q @ g.T).topk(self.k).indices,
         }
-        if faiss is not None:
+        if self.device == "cuda":
+            found.update(gpu_peers(q, g, self.k))
+        elif faiss is not None:
             index = faiss.IndexFlatIP(self.d)
             index.add(g.numpy())
             found["faiss IndexFlatIP"] = lambda: torch.from_numpy(index.search(q.numpy(), self.k)[1])
         return found
 
     def limits(self) -> dict[str, Callable[[], object]]:
-        return {}
+        """On a GPU the first pass at its least: one product in bfloat16, of which it makes two."""
+        if self.device == "cpu":
+            return {}
+        q, g = self.query.bfloat16(), self.gallery.bfloat16()
+        return {"bfloat16 matrix product": lambda: q @ g.T}
 
     def errors(self) -> dict[str, float]:
         """Share of places in the ranking that differ from the float64 definition."""
@@ -108,6 +135,7 @@ class IndexCase:
     k: int = 10
     rows: int = 100_000
     error_name = "wrong places"
+    device = "cpu"
 
     @property
     def name(self) -> str:

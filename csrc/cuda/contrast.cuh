@@ -31,17 +31,17 @@ struct ContrastParams {
 
 template <typename A>
 struct ContrastSums {
-  A largest;     // of the scores that differ
-  int64_t same;  // how many do not
-  A own;         // of the one thread that has the own candidate, 0 of the others
+  int64_t same;  // scores that do not differ
+  A largest;     // of those that do
+  A own;         // that of the own candidate, of the one thread that has it
 };
 template <typename A>
 __device__ __forceinline__ ContrastSums<A> combine(const ContrastSums<A>& a, const ContrastSums<A>& b) {
-  return {a.largest < b.largest ? b.largest : a.largest, a.same + b.same, a.own + b.own};
+  return {a.same + b.same, a.largest < b.largest ? b.largest : a.largest, a.own + b.own};
 }
 template <typename A>
 __device__ __forceinline__ ContrastSums<A> from_lane_xor(const ContrastSums<A>& v, int mask) {
-  return {from_lane_xor(v.largest, mask), int64_t(__shfl_xor_sync(kFullWarp, (long long)v.same, mask)),
+  return {int64_t(__shfl_xor_sync(kFullWarp, (long long)v.same, mask)), from_lane_xor(v.largest, mask),
           from_lane_xor(v.own, mask)};
 }
 
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kContrastThreads) contrast_rows(const Contrast
     const int64_t anchor = p.anchor_class[row], own_at = p.first_positive + row;
     const A factor = p.mu * p.anchor_scale[row];
     // a thread keeps to its own columns in all three sweeps
-    ContrastSums<A> sums{lowest, 0, A(0)};
+    ContrastSums<A> sums{0, lowest, A(0)};
     for (int64_t j = Rows::lane(); j < p.candidates; j += kContrastThreads) {
       const A score = s[j] * factor * p.candidate_scale[j];
       const bool differs = p.candidate_class[j] != anchor;

@@ -42,7 +42,7 @@ __device__ __forceinline__ S reduce_team(S value, S* s_parts) {
     if (threadIdx.x % 32 == 0) s_parts[threadIdx.x / 32] = value;
     sync_team<kThreads>();  // every warp's part is written before any thread reads them all
     value = s_parts[0];
-    SIMPLEXFIX_UNROLL for (int w = 1; w < Team<kThreads>::kWarps; ++w) value = combine(value, s_parts[w]);
+    _Pragma("unroll 4") for (int w = 1; w < Team<kThreads>::kWarps; ++w) value = combine(value, s_parts[w]);
   }
   return value;
 }
@@ -75,7 +75,7 @@ __device__ __forceinline__ void map_row(const T* in, T* out, Index d, int start,
   constexpr Index n = Vector<T>::kSize;
   const Index lane = Team<kThreads>::lane();
   if (!alike) {
-    for (Index j = lane; j < d; j += kThreads) out[j] = f(j, in[j]);
+    _Pragma("unroll 1") for (Index j = lane; j < d; j += kThreads) out[j] = f(j, in[j]);  // seldom: no registers for it
     return;
   }
   const Index to_boundary = (n - start) % n;

@@ -237,7 +237,8 @@ std::tuple<Tensor, Tensor> old_new_contrast_cuda(Tensor anchors, Tensor candidat
   const Tensor anchor_scale = norms_of(call.anchors), candidate_scale = norms_of(call.candidates);
   const Tensor a = accumulating(call.anchors), c = accumulating(call.candidates);
   const Tensor c_columns = torch::stable::transpose(c, 0, 1);
-  const Tensor gradient = torch::stable::new_empty(side, {upstream ? side.size(0) : 0, d});
+  const Tensor gradient =
+      upstream ? torch::stable::new_empty(side, {side.size(0), d}) : torch::stable::new_empty(side, {0});
   const Tensor flow = !upstream || call.accumulate == call.type
                           ? gradient
                           : torch::stable::new_empty(side, {side.size(0), d}, call.accumulate);

@@ -7,11 +7,12 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import demo, doctor
+from . import demo, doctor, gate
 
 __all__ = ["main"]
 
-_VERBS = {"demo": demo, "doctor": doctor}
+_VERBS = {"demo": demo, "doctor": doctor, "gate": gate}
+_EXTRAS = {"matplotlib": "cli", "rich": "cli", "safetensors": "safetensors"}  # which extra brings a package
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,7 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"simplexfix {arguments.verb}: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] not in ("matplotlib", "rich"):
+        package = (error.name or "").split(".")[0]
+        if package not in _EXTRAS:
             raise
-        print(f"simplexfix {arguments.verb} needs {error.name}: pip install 'simplexfix[cli]'", file=sys.stderr)
+        remedy = f"pip install 'simplexfix[{_EXTRAS[package]}]'"
+        print(f"simplexfix {arguments.verb} needs {package}: {remedy}", file=sys.stderr)
         return 2

@@ -49,22 +49,15 @@ def diagnose() -> dict[str, Any]:
         facts["library"] = f"not in use: {_native.missing}"
         facts["instruction set"] = "none: plain PyTorch"
     facts["CUDA built for"] = info.get("cuda_archs") or "nothing"
-    facts["CUDA usable"] = _cuda_usable(info)
+    facts["CUDA usable"] = _cuda_usable()
     facts["optional packages"] = {name: _version(name) for name in _OPTIONAL}
     return facts
 
 
-def _cuda_usable(info: dict[str, Any]) -> str:
-    if not info:
-        return "no: there is no compiled library"
-    if not info["cuda_archs"]:
-        return "no: built without nvcc; CUDA tensors run in plain PyTorch"
-    if torch.version.cuda is None:
-        return f"no: torch {torch.__version__} is a CPU build"
-    if not info["cuda_usable"]:
-        return "no: torch has not loaded libtorch_cuda.so"
-    if not torch.cuda.is_available():
-        return "no: torch finds no GPU or no driver"
+def _cuda_usable() -> str:
+    reason = _native.why_not_cuda()
+    if reason is not None:
+        return f"no: {reason}; CUDA tensors run in plain PyTorch"
     major, minor = torch.cuda.get_device_capability()
     return f"yes: {torch.cuda.get_device_name()}, compute capability {major}.{minor}"
 

@@ -1,12 +1,56 @@
 """Judging an upgrade: from features and labels only, without any training."""
 
-from .criteria import average_accuracy, average_compatibility, backward_compatibility, forward_compatibility
-from .matrix import compatibility_matrix
+from .criteria import (
+    CompatibilityTable,
+    average_accuracy,
+    average_compatibility,
+    backward_compatibility,
+    compatibility_table,
+    compatibility_tax,
+    forward_compatibility,
+    negative_flip_rate,
+    positive_flip_rate,
+)
+from .gate import DEFAULT_RULES, GateResult, Outcome, Rule, VersionFeatures, upgrade_gate
+from .inequalities import Violations, inequality_violations
+from .matrix import compatibility_hits, compatibility_matrix
+from .statistics import (
+    Interval,
+    McNemar,
+    bootstrap_cells,
+    bootstrap_gain,
+    bootstrap_interval,
+    exact_interval,
+    mcnemar_test,
+    mcnemar_tests,
+)
 
 __all__ = [
+    "DEFAULT_RULES",
+    "CompatibilityTable",
+    "GateResult",
+    "Interval",
+    "McNemar",
+    "Outcome",
+    "Rule",
+    "VersionFeatures",
+    "Violations",
     "average_accuracy",
     "average_compatibility",
     "backward_compatibility",
+    "bootstrap_cells",
+    "bootstrap_gain",
+    "bootstrap_interval",
+    "compatibility_hits",
     "compatibility_matrix",
+    "compatibility_table",
+    "compatibility_tax",
+    "exact_interval",
     "forward_compatibility",
+    "inequality_violations",
+    "mcnemar_test",
+    "mcnemar_tests",
+    "negative_flip_rate",
+    "positive_flip_rate",
+    "upgrade_gate",
 ]

@@ -1,4 +1,4 @@
-"""Criteria of a compatibility matrix, as plain functions.
+"""Criteria of a compatibility matrix, and of one upgrade's queries, as plain functions.
 
 A compatibility matrix is `C[i, j] = M(query by model i, gallery by model j)` for `j <= i`, any score M of
 which more is better; what stands above the diagonal is never read.  Versions count from 0.
@@ -6,12 +6,41 @@ which more is better; what stands above the diagonal is never read.  Versions co
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["average_accuracy", "average_compatibility", "backward_compatibility", "forward_compatibility"]
+from .._checks import check_name, check_number
+
+__all__ = [
+    "CompatibilityTable",
+    "average_accuracy",
+    "average_compatibility",
+    "backward_compatibility",
+    "compatibility_table",
+    "compatibility_tax",
+    "forward_compatibility",
+    "negative_flip_rate",
+    "positive_flip_rate",
+]
+
+TIES = ("incompatible", "compatible")
+
+
+class CompatibilityTable(NamedTuple):
+    """The empirical compatibility criterion of every upgrade, row = query model, column = gallery model.
+
+    Attributes:
+        compatible: [T, T] bool; False on and above the diagonal, where there is no upgrade.
+        margins: [T, T] float64, `C[i, j] - C[j, j]` below the diagonal, nan elsewhere.
+    """
+
+    compatible: NDArray[np.bool_]
+    margins: NDArray[np.float64]
 
 
 def average_compatibility(matrix: ArrayLike, *, ties: str = "incompatible") -> float:
@@ -32,14 +61,32 @@ def average_compatibility(matrix: ArrayLike, *, ties: str = "incompatible") -> f
     Reference:
         Biondi et al., arXiv 2405.02581.
     """
-    if ties not in ("incompatible", "compatible"):
-        raise ValueError(f"ties must be 'incompatible' or 'compatible', got {ties!r}")
+    compatible = compatibility_table(matrix, ties=ties).compatible
+    upgrades = np.tril_indices(len(compatible), -1)
+    return float(compatible[upgrades].mean()) if len(upgrades[0]) else math.nan
+
+
+def compatibility_table(matrix: ArrayLike, *, ties: str = "incompatible") -> CompatibilityTable:
+    """ECC: which upgrades find more in an old gallery than the model that made it, and by how much.
+
+        ECC[i, j] = C[i, j] > C[j, j]        margins[i, j] = C[i, j] - C[j, j]        for j < i
+
+    Args:
+        matrix: [T, T], or T rows of lengths 1, 2, ..., T.
+        ties: what C[i, j] == C[j, j] counts as, "incompatible" or "compatible".
+
+    Raises:
+        ValueError: not a lower triangle of numbers, or an unknown `ties`.
+
+    Reference:
+        Shen et al., "Towards Backward-Compatible Representation Learning", 2020.
+    """
+    check_name("ties", ties, TIES)
     c = lower_triangle(matrix)
-    rows, columns = np.tril_indices(len(c), -1)
-    if not len(rows):
-        return float("nan")
-    cross, own = c[rows, columns], c[columns, columns]
-    return float(np.mean(cross >= own if ties == "compatible" else cross > own))
+    upgrade = np.tri(len(c), k=-1, dtype=bool)
+    own = np.broadcast_to(np.diag(c), c.shape)
+    better = c >= own if ties == "compatible" else c > own  # never where c is nan, above the diagonal
+    return CompatibilityTable(better & upgrade, np.where(upgrade, c - own, np.nan))
 
 
 def average_accuracy(matrix: ArrayLike, *, upto: int | None = None) -> float:
@@ -65,7 +112,7 @@ def backward_compatibility(matrix: ArrayLike) -> float:
     BC = mean over i < T - 1 of  C[T - 1, i] - C[i, i]                nan for T = 1
     """
     c = lower_triangle(matrix)
-    return float(np.mean(c[-1, :-1] - np.diag(c)[:-1])) if len(c) > 1 else float("nan")
+    return float(np.mean(c[-1, :-1] - np.diag(c)[:-1])) if len(c) > 1 else math.nan
 
 
 def forward_compatibility(matrix: ArrayLike) -> float:
@@ -74,7 +121,79 @@ def forward_compatibility(matrix: ArrayLike) -> float:
     FC = mean over i >= 1 of  C[i, i - 1] - C[i, i]                   nan for T = 1
     """
     c = lower_triangle(matrix)
-    return float(np.mean(np.diag(c, -1) - np.diag(c)[1:])) if len(c) > 1 else float("nan")
+    return float(np.mean(np.diag(c, -1) - np.diag(c)[1:])) if len(c) > 1 else math.nan
+
+
+def negative_flip_rate(before: ArrayLike | torch.Tensor, after: ArrayLike | torch.Tensor) -> float:
+    """NFR: the share of queries that the upgrade breaks.
+
+        NFR = mean( before & ~after )
+
+    Args:
+        before: [Q] bool, which queries were right, as `simplexfix.retrieval.nearest_class_mean_hits` says; Q >= 1.
+        after: [Q] bool, the same queries after the upgrade.
+
+    Raises:
+        TypeError: not booleans.
+        ValueError: not one value per query, or no query.
+
+    Reference:
+        Yan et al., "Positive-Congruent Training: Towards Regression-Free Model Updates", CVPR 2021.
+    """
+    _, losses, queries = flips(before, after)
+    return losses / queries
+
+
+def positive_flip_rate(before: ArrayLike | torch.Tensor, after: ArrayLike | torch.Tensor) -> float:
+    """The share of queries that the upgrade mends: `mean( ~before & after )`.
+
+    Arguments and errors as of `negative_flip_rate`; this minus that is the gain in accuracy.
+    """
+    gains, _, queries = flips(before, after)
+    return gains / queries
+
+
+def compatibility_tax(unconstrained: float, compatible: float) -> float:
+    """What compatibility costs: the score of a new model trained without it, minus that of the compatible one.
+
+        tax = M(unconstrained on its own gallery) - M(compatible on its own gallery)
+
+    Negative where the compatible model is the better one.
+
+    Raises:
+        TypeError, ValueError: a score is not a finite number.
+    """
+    for name, score in (("unconstrained", unconstrained), ("compatible", compatible)):
+        check_number(name, score)
+        if not math.isfinite(score):
+            raise ValueError(f"{name} must be a finite score, got {score}")
+    return float(unconstrained) - float(compatible)
+
+
+def flips(before: ArrayLike | torch.Tensor, after: ArrayLike | torch.Tensor) -> tuple[int, int, int]:
+    """How many queries the upgrade mends, how many it breaks, and how many there are.
+
+    Raises:
+        TypeError, ValueError: as `negative_flip_rate`.
+    """
+    old, new = as_hits("before", before), as_hits("after", after)
+    if old.shape != new.shape:
+        raise ValueError(f"before and after must be of the same queries, got {len(old)} and {len(new)}")
+    return int((~old & new).sum()), int((old & ~new).sum()), len(old)
+
+
+def as_hits(name: str, hits: ArrayLike | torch.Tensor) -> NDArray[np.bool_]:
+    """[Q] bool, Q >= 1.
+
+    Raises:
+        TypeError, ValueError: it is not that, by name.
+    """
+    array: NDArray[Any] = np.asarray(hits.detach().cpu() if isinstance(hits, torch.Tensor) else hits)
+    if array.ndim != 1 or not len(array):
+        raise ValueError(f"{name} must have shape [Q] with Q >= 1, got {list(array.shape)}")
+    if array.dtype != np.bool_:
+        raise TypeError(f"{name} must be bool, right or wrong for each query, got {array.dtype}")
+    return array
 
 
 def lower_triangle(matrix: ArrayLike | Sequence[Sequence[float]]) -> NDArray[np.float64]:

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .._checks import check_name
 from ..retrieval import instance_accuracy, nearest_class_mean_accuracy
 from ..retrieval._inputs import Features, Ids, Rows, read_labels
 from ._passes import CellHits, class_mean_hits, nearest_item_hits
@@ -32,7 +33,7 @@ def compatibility_matrix(
     gallery_labels: Ids,
     protocol: Protocol,
     *,
-    common_dimensions: bool = False,
+    widths: str = "equal",
 ) -> NDArray[np.float64]:
     """Scores every version's queries on its own gallery and on those of the versions before.
 
@@ -50,8 +51,8 @@ def compatibility_matrix(
         query_labels: [Q] integers, any values.
         gallery_labels: [N] integers.
         protocol: of `simplexfix.retrieval`, or a function with the same arguments.
-        common_dimensions: versions of different width are compared on the leading dimensions that both have,
-            min(d_i, d_j) of them, instead of being refused.
+        widths: "equal": versions of different width are refused; "leading": they are compared on the leading
+            dimensions that both have, min(d_i, d_j) of them.
 
     Returns:
         [T, T] float64, nan above the diagonal.
@@ -61,7 +62,7 @@ def compatibility_matrix(
         ValueError: no version, unlike numbers of versions, of rows or of labels, versions of different width, or a
             row that holds nan or inf; by name.
     """
-    versions = _Versions(queries, galleries, query_labels, gallery_labels, common_dimensions)
+    versions = _Versions(queries, galleries, query_labels, gallery_labels, widths)
     size = len(versions.queries)
     matrix = np.full((size, size), np.nan)
     cells = versions.hits(protocol)
@@ -85,7 +86,7 @@ def compatibility_hits(
     gallery_labels: Ids,
     protocol: Protocol,
     *,
-    common_dimensions: bool = False,
+    widths: str = "equal",
 ) -> list[list[NDArray[np.bool_]]]:
     """Which queries are right in each cell: what intervals, tests and flips are made from, from the same T + T passes.
 
@@ -97,7 +98,7 @@ def compatibility_hits(
     Raises:
         ValueError: `protocol` is not `nearest_class_mean_accuracy` or `instance_accuracy`.
     """
-    versions = _Versions(queries, galleries, query_labels, gallery_labels, common_dimensions)
+    versions = _Versions(queries, galleries, query_labels, gallery_labels, widths)
     cells = versions.hits(protocol, always=True)
     if cells is None:
         names = " or ".join(known.__name__ for known in _BY_PASSES)
@@ -118,8 +119,9 @@ class _Versions:
         galleries: Sequence[Rows],
         query_labels: Ids,
         gallery_labels: Ids,
-        common_dimensions: bool,
+        widths: str,
     ) -> None:
+        check_name("widths", widths, ("equal", "leading"))
         if not len(queries) or len(queries) != len(galleries):
             raise ValueError(
                 f"queries and galleries must be of the same versions, got {len(queries)} and {len(galleries)}"
@@ -129,10 +131,10 @@ class _Versions:
         first = self.queries[0]
         for features in (self.queries, self.galleries):
             for version in features:
-                if version.width != first.width and not common_dimensions:
+                if version.width != first.width and widths == "equal":
                     raise ValueError(
                         f"{version.name} has {version.width} columns, version 0 has {first.width}: features of "
-                        "different width cannot be compared, but for their leading dimensions: common_dimensions=True"
+                        'different width cannot be compared, but for their leading dimensions: widths="leading"'
                     )
                 if len(version) != len(features[0]):
                     raise ValueError(

@@ -142,10 +142,7 @@ def read_labels(name: str, labels: Ids, rows_name: str, count: int) -> NDArray[n
         TypeError: not integers.
         ValueError: another length, or a number that int64 lacks.
     """
-    array = _integers(name, labels, "class ids are integers from end to end")
-    if array.shape != (count,):
-        raise ValueError(f"{rows_name} has {count} rows, {name} has shape {list(array.shape)}")
-    return array
+    return _integers(name, labels, rows_name, count, "class ids are integers from end to end")
 
 
 def read_ids(name: str, ids: Ids, rows_name: str, count: int, *, unique: bool) -> NDArray[np.int64]:
@@ -154,9 +151,7 @@ def read_ids(name: str, ids: Ids, rows_name: str, count: int, *, unique: bool) -
     Raises:
         TypeError, ValueError: as `read_labels`; an id that comes twice, by name.
     """
-    array = _integers(name, ids, "ids are integers from end to end")
-    if array.shape != (count,):
-        raise ValueError(f"{rows_name} has {count} rows, {name} has shape {list(array.shape)}")
+    array = _integers(name, ids, rows_name, count, "ids are integers from end to end")
     if unique:
         order = np.argsort(array, kind="stable")
         again = np.flatnonzero(array[order[1:]] == array[order[:-1]])
@@ -166,7 +161,7 @@ def read_ids(name: str, ids: Ids, rows_name: str, count: int, *, unique: bool) -
     return array
 
 
-def _integers(name: str, values: Ids, why: str) -> NDArray[np.int64]:
+def _integers(name: str, values: Ids, rows_name: str, count: int, why: str) -> NDArray[np.int64]:
     if isinstance(values, Tensor):
         if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
             raise TypeError(f"{name} must be integers, got {str(values.dtype).removeprefix('torch.')}; {why}")
@@ -179,5 +174,7 @@ def _integers(name: str, values: Ids, why: str) -> NDArray[np.int64]:
     if array.dtype.kind not in "iu":
         raise TypeError(f"{name} must be integers, got {array.dtype}; {why}")
     if array.dtype == np.uint64 and array.size and array.max() > np.iinfo(np.int64).max:
-        raise ValueError(f"{name} must be at most 2^63 - 1, got {array.max()}")
+        raise ValueError(f"{name} must fit into int64, at most 2^63 - 1, got {array.max()}")
+    if array.shape != (count,):
+        raise ValueError(f"{rows_name} has {count} rows, {name} has shape {list(array.shape)}")
     return np.ascontiguousarray(array, dtype=np.int64)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from .._files import write_whole
 from .._reference import unit_float32, unit_topk
 
 _HEADER = struct.Struct("<8sIIqqqI16s")  # and a checksum of these
@@ -89,27 +90,7 @@ class PlainIndex:
         )
         facts = (_DTYPES.index(self.dtype), self.dim, len(rows.ids), rows.next_id, zlib.crc32(content), bytes(16))
         header = _HEADER.pack(_MAGIC, _VERSION, *facts)
-        temporary = path + b".%d-%d.tmp" % (os.getpid(), threading.get_ident())
-        try:
-            # the mode first: what others may not read is never there for them
-            mode = os.stat(path).st_mode & 0o777 if os.path.exists(path) else None
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-            with open(os.open(temporary, flags, 0o666 if mode is None else mode), "wb") as file:
-                if mode is not None:  # what the umask took away as well
-                    os.fchmod(file.fileno(), mode)
-                file.write(header + struct.pack("<I", zlib.crc32(header)) + content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except OSError as error:
-            if os.path.exists(temporary):
-                os.unlink(temporary)
-            raise OSError(error.errno, error.strerror, os.fsdecode(path)) from None
-        folder = os.open(os.path.dirname(path) or b".", os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        write_whole(path, header + struct.pack("<I", zlib.crc32(header)) + content)
 
     @classmethod
     def load(cls, path: bytes, threads: int) -> PlainIndex:

@@ -15,7 +15,11 @@ from simplexfix.compatibility import (
     average_compatibility,
     backward_compatibility,
     compatibility_matrix,
+    compatibility_table,
+    compatibility_tax,
     forward_compatibility,
+    negative_flip_rate,
+    positive_flip_rate,
 )
 from simplexfix.retrieval import instance_accuracy, nearest_class_mean_accuracy
 
@@ -55,6 +59,52 @@ def test_by_hand() -> None:
     assert forward_compatibility(matrix) == pytest.approx((-0.1 - 0.3) / 2)
 
 
+def test_table_by_hand() -> None:
+    matrix = [[0.5], [0.6, 0.7], [0.5, 0.6, 0.9]]
+    compatible, margins = compatibility_table(matrix)
+    assert compatible.tolist() == [[False, False, False], [True, False, False], [False, False, False]]
+    assert compatibility_table(matrix, ties="compatible").compatible[2].tolist() == [True, False, False]
+    assert np.isnan(margins[np.triu_indices(3)]).all()
+    assert margins[np.tril_indices(3, -1)] == pytest.approx([0.1, 0.0, -0.1])
+
+
+def test_table_of_published_matrices() -> None:
+    hoc = json.loads((FIXTURES / "published_matrices_7_tasks.json").read_text())["d_simplex_hoc"]
+    compatible, margins = compatibility_table(hoc["matrix"])
+    # AC 0.95 is 20 of 21 upgrades: only the replacement at task 4 loses, on the gallery just before it
+    assert compatible[np.tril_indices(7, -1)].sum() == 20
+    assert np.argwhere(margins <= 0).tolist() == [[4, 3]]
+    assert round(margins[4, 3], 2) == -0.26
+    er = json.loads((FIXTURES / "published_matrix_31_tasks_er.json").read_text())["er"]["matrix"]
+    compatible, margins = compatibility_table(er)
+    assert not compatible.any()
+    assert np.count_nonzero(~np.isnan(margins)) == 31 * 30 // 2
+
+
+def test_flips_and_tax_by_hand() -> None:
+    before = [True, True, True, False, False]
+    after = np.array([True, False, False, True, False])
+    assert negative_flip_rate(before, after) == 2 / 5
+    assert positive_flip_rate(torch.tensor(before), torch.tensor(after)) == 1 / 5
+    assert compatibility_tax(0.75, 0.5) == 0.25
+    assert compatibility_tax(0.5, 0.75) == -0.25
+
+
+@pytest.mark.parametrize("flips", [negative_flip_rate, positive_flip_rate])
+def test_bad_hits(flips) -> None:
+    with pytest.raises(TypeError, match="after must be bool, right or wrong for each query, got int64"):
+        flips([True, False], [1, 0])
+    with pytest.raises(ValueError, match="before and after must be of the same queries, got 2 and 3"):
+        flips([True, False], [True] * 3)
+    for before in ([], [[True]]):
+        with pytest.raises(ValueError, match=r"before must have shape \[Q\] with Q >= 1"):
+            flips(before, [True])
+    with pytest.raises(ValueError, match="compatible must be a finite score, got nan"):
+        compatibility_tax(0.5, float("nan"))
+    with pytest.raises(TypeError, match="unconstrained must be a number, got str"):
+        compatibility_tax("0.5", 0.5)
+
+
 def test_ones_and_zeros_average_like_any_other_number() -> None:
     assert average_accuracy([[0.0], [0.0, 1.0], [1.0, 1.0, 1.0]]) == pytest.approx(4 / 6)
     assert average_compatibility([[0.0], [0.0, 1.0], [1.0, 1.0, 1.0]]) == pytest.approx(1 / 3)
@@ -84,13 +134,19 @@ def test_squares_tensors_and_what_stands_above_the_diagonal() -> None:
     ],
 )
 def test_bad_matrices(matrix, message: str) -> None:
-    for criterion in (average_compatibility, average_accuracy, backward_compatibility, forward_compatibility):
+    for criterion in (
+        average_compatibility,
+        average_accuracy,
+        backward_compatibility,
+        forward_compatibility,
+        compatibility_table,
+    ):
         with pytest.raises(ValueError, match=message):
             criterion(matrix)
 
 
 def test_bad_options() -> None:
-    with pytest.raises(ValueError, match="ties must be 'incompatible' or 'compatible', got 'both'"):
+    with pytest.raises(ValueError, match="ties must be one of 'incompatible', 'compatible', got 'both'"):
         average_compatibility([[1.0]], ties="both")
     for upto in (0, 3):
         with pytest.raises(ValueError, match=r"upto must lie in \[1, 2\]"):

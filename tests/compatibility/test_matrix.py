@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from simplexfix._reference import unit_float32
-from simplexfix.compatibility import _passes, compatibility_matrix
-from simplexfix.compatibility.matrix import compatibility_hits
+from simplexfix.compatibility import _passes, compatibility_hits, compatibility_matrix
 from simplexfix.retrieval import (
     RetrievalResults,
     instance_accuracy,
@@ -255,12 +254,12 @@ def test_versions_of_different_width(protocol) -> None:
     widths = (24, 10, 17, 17, 3)
     queries = [x[:, :d] for x, d in zip(queries, widths, strict=True)]
     galleries = [x[:, :d] for x, d in zip(galleries, widths, strict=True)]
-    with pytest.raises(ValueError, match=r"queries\[1\] has 10 columns, version 0 has 24.*common_dimensions=True"):
+    with pytest.raises(ValueError, match=r'queries\[1\] has 10 columns, version 0 has 24.*widths="leading"'):
         compatibility_matrix(queries, galleries, *labels, protocol)
-    hits = compatibility_hits(queries, galleries, *labels, protocol, common_dimensions=True)
+    hits = compatibility_hits(queries, galleries, *labels, protocol, widths="leading")
     check(hits, by_cells(queries, galleries, *labels, PROTOCOLS[protocol]))
-    matrix = compatibility_matrix(queries, galleries, *labels, protocol, common_dimensions=True)
-    asked = compatibility_matrix(queries, galleries, *labels, lambda *a: protocol(*a), common_dimensions=True)
+    matrix = compatibility_matrix(queries, galleries, *labels, protocol, widths="leading")
+    asked = compatibility_matrix(queries, galleries, *labels, lambda *a: protocol(*a), widths="leading")
     np.testing.assert_array_equal(matrix, asked)
 
 
@@ -293,6 +292,7 @@ def bad_cases() -> Iterator[tuple[dict, type[Exception], str]]:
     nan[2, 1] = np.nan
     inf = torch.eye(4)
     inf[3, 3] = -np.inf
+    yield {"widths": "common"}, ValueError, "widths must be .*equal.*leading.* got 'common'"
     yield {"queries": [], "galleries": []}, ValueError, "must be of the same versions, got 0 and 0"
     yield {"queries": [x]}, ValueError, "must be of the same versions, got 1 and 2"
     yield {"queries": [x, nan]}, ValueError, r"queries\[1\] row 2 holds nan or inf"

@@ -34,15 +34,15 @@ class Layer:
 
 
 ASAN = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+TSAN = ["-O1", "-fsanitize=thread"]
+# A race is found in whatever order the threads run, so one order and two dtypes will do.
+FEW = ["--small", "--order", "forward", "--dtype", "float", "--dtype", "bfloat16"]
 LAYERS = {
     "plain": Layer(["-O1"]),
     "asan": Layer(["-O1", *ASAN], ["--order", "forward"]),  # where an access lies does not depend on the order
-    # A race is found in whatever order the threads run, so one order and two dtypes will do.
-    "tsan": Layer(
-        ["-O1", "-fsanitize=thread"],
-        ["--small", "--order", "forward", "--dtype", "float", "--dtype", "bfloat16"],
-    ),
+    "tsan": Layer(TSAN, FEW),
     "ptx": Layer(["-O1"], ["--ptx"], ptx=True),
+    "ptx-tsan": Layer(TSAN, ["--ptx", *FEW], ptx=True),
 }
 
 

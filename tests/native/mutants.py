@@ -1,6 +1,6 @@
 """Planted bugs: each is one edit of the kernels' sources that some layer of the tests must catch.
 
-    python tests/native/mutants.py [--layers plain asan tsan ptx] [NAME ...]
+    python tests/native/mutants.py [--layers plain asan tsan ptx] [--some N] [NAME ...]
 
 The edits are kept here and not as #ifdefs in the kernels.  Each names the text that it replaces, once
 in its file: when a kernel changes, its mutant has to follow or fails by itself.
@@ -333,12 +333,25 @@ def run_all(names: list[str] | None = None, layers: tuple[str, ...] | None = Non
     return survivors
 
 
+def some(count: int) -> list[Mutant]:
+    """Planted bugs in turn, the number of commits decides which; not those for which all must go through nvcc again."""
+    quick = [mutant for mutant in MUTANTS if mutant.layers != ("ptx",)]
+    commits = subprocess.run(
+        ["git", "rev-list", "--count", "HEAD"], cwd=harness.ROOT, capture_output=True, text=True, check=True
+    )
+    start = int(commits.stdout) * count
+    return [quick[(start + i) % len(quick)] for i in range(min(count, len(quick)))]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="all where none is given")
     parser.add_argument("--layers", nargs="+", choices=list(harness.LAYERS))
     parser.add_argument("--jobs", type=int, default=1, help="compilers at a time")
+    parser.add_argument("--some", type=int, metavar="N", help="N of them, others for every commit")
     options = parser.parse_args()
+    if options.some:
+        options.names += [mutant.name for mutant in some(options.some)]
     return bool(run_all(options.names, options.layers and tuple(options.layers), options.jobs))
 
 

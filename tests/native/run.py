@@ -1,6 +1,6 @@
 """Runs layers of the native tests, of the CUDA kernels and of the CPU core:
 
-python tests/native/run.py [--jobs N] plain | asan | tsan | ptx | mutants ...
+python tests/native/run.py [--jobs N] plain | asan | tsan | ptx | ptx-tsan | mutants ...
 """
 
 import argparse

@@ -177,7 +177,7 @@ class Kernel:
     def add_to_zero(self, word, kind, a):
         self.put(a[0], kind, f"ptx::add_to_zero({self.value(a[1], kind)}, {self.value(a[2], kind)})")
 
-    @instruction(r"(min|max)\.[us](32|64)")
+    @instruction(r"(min|max)\.([us](32|64)|f32|f64)")
     def extremum(self, word, kind, a):
         self.put(a[0], kind, f"ptx::{word[0]}({self.value(a[1], kind)}, {self.value(a[2], kind)})")
 
@@ -215,11 +215,11 @@ class Kernel:
         yes, no = self.value(a[1], kind), self.value(a[2], kind)
         self.put(a[0], kind, f"{self.value(a[3], 'pred')} ? {yes} : {no}")
 
-    @instruction(r"(abs|sqrt\.rn|rcp\.rn)\.(f32|f64)|ex2\.approx\.ftz\.f32|rcp\.approx\.ftz\.f64")
+    @instruction(r"(abs|sqrt\.rn|rcp\.rn)\.(f32|f64)|ex2\.approx(\.ftz)?\.f32|rcp\.approx\.ftz\.f64")
     def function(self, word, kind, a):
         x = self.value(a[1], kind)
         if word[0] == "ex2":
-            expression = f"ptx::flushed(std::exp2(ptx::flushed({x})))"
+            expression = f"ptx::flushed(std::exp2(ptx::flushed({x})))" if "ftz" in word else f"std::exp2({x})"
         elif word[:2] == ["rcp", "approx"]:
             expression = f"ptx::reciprocal_start({x})"
         else:
@@ -231,7 +231,7 @@ class Kernel:
     def cvt(self, word, kind, a):
         self.put(a[0], word[-2], f"{CXX[word[-2]]}({self.value(a[1], kind)})")
 
-    @instruction(r"cvt\.rni\.[us](32|64)\.(f32|f64)")
+    @instruction(r"cvt\.rni\.([us](32|64)\.(f32|f64)|f32\.f32)")
     def cvt_nearest(self, word, kind, a):
         self.put(a[0], word[-2], f"{CXX[word[-2]]}(std::nearbyint({self.value(a[1], kind)}))")
 

@@ -71,12 +71,19 @@ inline uint64_t shared_address(SharedVariable* variables, size_t count, uint64_t
   emulator::die("a pointer that is none into shared memory", {"ptx", 0});
 }
 
+// Of a number and a nan the number; -0 is less than +0.
 template <typename T>
 T min(T a, T b) {
+  if (a != a || b != b) return a != a ? b : a;
+  if constexpr (std::is_floating_point_v<T>)
+    if (a == b) return std::signbit(a) ? a : b;
   return b < a ? b : a;
 }
 template <typename T>
 T max(T a, T b) {
+  if (a != a || b != b) return a != a ? b : a;
+  if constexpr (std::is_floating_point_v<T>)
+    if (a == b) return std::signbit(a) ? b : a;
   return a < b ? b : a;
 }
 template <typename T>

@@ -1,0 +1,222 @@
+"""Judges an upgrade by rules, for a pipeline: exit code 0 where it passes, 1 where a rule fails, 2 on bad input.
+
+Each of OLD and NEW is an .npz file, a .safetensors file or a folder of .npy files with query, gallery, query_labels
+and gallery_labels of one model, over the same items; query_groups where rules are per group.  Without rules: the new
+queries must find more in the old gallery than the old ones did (ECC), at 95 % confidence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import traceback
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .._files import write_whole
+from ..compatibility import DEFAULT_RULES, GateResult, Outcome, Rule, VersionFeatures, upgrade_gate
+from ..data.features import Features, load_features
+
+PASSED, FAILED, BAD_INPUT = 0, 1, 2
+CRASHED = 70  # EX_SOFTWARE of sysexits.h: a bug here must not read as a rule that failed
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--old", type=Path, required=True, help="features by the model in service")
+    parser.add_argument("--new", type=Path, required=True, help="features by the model that is to replace it")
+    parser.add_argument(
+        "--unconstrained", type=Path, help="features by a model trained without compatibility: for the tax"
+    )
+    parser.add_argument("--rules", type=Path, help='.json or .toml: {"rules": [{"kind": "ecc", ...}, ...]}')
+    parser.add_argument("--ecc", action="store_true", help="the default rule, beside those of other flags")
+    parser.add_argument("--max-nfr", type=float, metavar="SHARE", help="most queries that may break")
+    parser.add_argument("--max-tax", type=float, metavar="SHARE", help="most that compatibility may cost")
+    parser.add_argument("--min-recall", type=float, metavar="SHARE", help="least share right on the old gallery")
+    parser.add_argument(
+        "--confidence",
+        type=float,
+        metavar="C",
+        help="of rules from flags; else 0.95 for ECC, none for others",
+    )
+    parser.add_argument("--protocol", choices=("nearest_class_mean", "instance"), default="nearest_class_mean")
+    parser.add_argument(
+        "--widths", choices=("equal", "leading"), default="equal", help="leading: compare on the narrower width"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--out", type=Path, help="write the JSON object to this file, too")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    try:
+        result = _judge(arguments)
+    except (ValueError, TypeError) as error:
+        print(f"simplexfix gate: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except (OSError, ModuleNotFoundError):
+        raise  # main has words for these
+    except Exception:
+        traceback.print_exc()
+        return CRASHED
+    report = json.dumps(result.as_dict(), indent=1)
+    if arguments.out is not None:
+        write_whole(arguments.out, f"{report}\n".encode())
+    print(report if arguments.json else _text(result))
+    summary = os.environ.get("GITHUB_STEP_SUMMARY")
+    if summary:
+        with open(summary, "a", encoding="utf-8") as file:  # other steps have written to it
+            file.write(_markdown(result))
+    return PASSED if result.passed else FAILED
+
+
+def _judge(arguments: argparse.Namespace) -> GateResult:
+    rules = _rules(arguments)
+    if not 0 <= arguments.seed < 2**31:
+        raise ValueError(f"--seed must lie in [0, 2^31), got {arguments.seed}")
+    old = load_features(arguments.old)
+    others = {
+        name: load_features(path)
+        for name, path in (("new", arguments.new), ("unconstrained", arguments.unconstrained))
+        if path is not None
+    }
+    for other in others.values():
+        _check_same_items(old, other)
+    groups = [file.query_groups for file in (old, *others.values()) if file.query_groups is not None]
+    versions = {name: VersionFeatures(file.query, file.gallery) for name, file in others.items()}
+    return upgrade_gate(
+        VersionFeatures(old.query, old.gallery),
+        versions["new"],
+        old.query_labels,
+        old.gallery_labels,
+        rules=rules,
+        protocol=arguments.protocol,
+        widths=arguments.widths,
+        query_groups=groups[0] if groups else None,
+        unconstrained=versions.get("unconstrained"),
+        generator=np.random.default_rng(arguments.seed),
+    )
+
+
+def _check_same_items(first: Features, second: Features) -> None:
+    """Labels, and groups where both have them, are all that tells whether two files are of the same items."""
+    for name in ("query_labels", "gallery_labels"):
+        a, b = getattr(first, name), getattr(second, name)
+        if a.shape != b.shape:
+            raise ValueError(
+                f"{first.path} and {second.path} must be of the same items: {name} has {len(a)} and {len(b)} entries"
+            )
+        if not torch.equal(a, b):
+            row = int((a != b).int().argmax())
+            raise ValueError(
+                f"{first.path} and {second.path} must be of the same items in the same order: {name} at {row} is "
+                f"{int(a[row])} and {int(b[row])}"
+            )
+    a, b = first.query_groups, second.query_groups
+    if a is not None and b is not None and not np.array_equal(a.astype(str), b.astype(str)):
+        raise ValueError(f"{first.path} and {second.path} differ in query_groups")
+
+
+def _rules(arguments: argparse.Namespace) -> list[Rule]:
+    rules = [] if arguments.rules is None else _rules_of_file(arguments.rules)
+    sure = arguments.confidence
+    if arguments.ecc:
+        rules.append(Rule("ecc", confidence=0.95 if sure is None else sure))
+    for kind in ("max_nfr", "max_tax", "min_recall"):
+        limit = getattr(arguments, kind)
+        if limit is not None:
+            rules.append(Rule(kind, limit, confidence=sure))
+    if not rules:
+        rules = list(DEFAULT_RULES) if sure is None else [Rule("ecc", confidence=sure)]
+    return rules
+
+
+def _rules_of_file(path: Path) -> list[Rule]:
+    content = _parse(path)
+    entries = content.get("rules") if isinstance(content, dict) else None
+    if not isinstance(entries, list) or not entries or set(content) != {"rules"}:
+        raise ValueError(f'{path} must hold {{"rules": [...]}} with at least one rule and nothing else')
+    known = [field.name for field in fields(Rule)]
+    rules = []
+    for at, entry in enumerate(entries):
+        if not isinstance(entry, dict) or "kind" not in entry:
+            raise ValueError(f"{path}: rule {at} must have a kind")
+        unknown = sorted(set(entry) - set(known))
+        if unknown:
+            raise ValueError(f"{path}: rule {at} has {', '.join(unknown)}, which is none of {', '.join(known)}")
+        try:
+            rules.append(Rule(**entry))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: rule {at}: {error}") from None
+    return rules
+
+
+def _parse(path: Path) -> Any:
+    text = path.read_text(encoding="utf-8")
+    try:
+        if path.suffix != ".toml":
+            return json.loads(text)
+        try:
+            import tomllib
+        except ModuleNotFoundError:
+            raise ValueError("TOML needs Python 3.11: write the rules as JSON") from None
+        return tomllib.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+
+
+def _interval(outcome: Outcome) -> str:
+    return f"[{100 * outcome.low:.2f}, {100 * outcome.high:.2f}]"
+
+
+def _scores(result: GateResult) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {100 * score:.2f} %" for name, score in result.scores.items())
+
+
+def _facts(result: GateResult) -> str:
+    absent = f"; {result.absent} queries are of classes that the gallery lacks" if result.absent else ""
+    return f"{result.queries} queries, {result.gallery} gallery items, {result.protocol.replace('_', ' ')}{absent}"
+
+
+def _text(result: GateResult) -> str:
+    lines = [_facts(result), _scores(result)]
+    for outcome in result.outcomes:
+        lines.append(
+            f"{'pass' if outcome.passed else 'FAIL'}  {outcome.measured}: {100 * outcome.value:.2f} % "
+            f"{_interval(outcome)}, must be {outcome.demand}" + ("" if outcome.passed else f"; {outcome.verdict}")
+        )
+    failed = sum(not outcome.passed for outcome in result.outcomes)
+    lines.append("the upgrade passes" if not failed else f"the upgrade fails {failed} of {len(result.outcomes)} rules")
+    return "\n".join(lines)
+
+
+def _markdown(result: GateResult) -> str:
+    rows = [
+        f"| {'✅' if outcome.passed else '❌'} | {_cell(outcome.measured)} | {100 * outcome.value:.2f} % | "
+        f"{_interval(outcome)} | {outcome.demand} | {_cell(outcome.verdict)} |"
+        for outcome in result.outcomes
+    ]
+    return "\n".join(
+        [
+            f"### Upgrade gate: {'passed' if result.passed else 'failed'}",
+            "",
+            "| | measured | value | interval | must be | |",
+            "| --- | --- | ---: | --- | --- | --- |",
+            *rows,
+            "",
+            f"{_scores(result)}. {_facts(result)}.",
+            "",
+            "",
+        ]
+    )
+
+
+def _cell(text: str) -> str:
+    """Names of groups are data: a bar, a line end or a tag in one must not break the table."""
+    escaped = text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
+    return " ".join(escaped.split())

@@ -1,0 +1,360 @@
+"""Whether a new model may go into service: rules, what was measured for each, and by how much it passed or failed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from .._checks import check_name, check_number, check_rows, check_tensor, shape
+from ..retrieval.protocols import instance_hits, nearest_class_mean_hits
+from .criteria import flips
+from .statistics import Interval, bootstrap_gain, check_confidence, exact_interval, mcnemar_test
+
+__all__ = ["DEFAULT_RULES", "GateResult", "Outcome", "Rule", "VersionFeatures", "upgrade_gate"]
+
+PROTOCOLS: Mapping[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+    "nearest_class_mean": nearest_class_mean_hits,
+    "instance": instance_hits,
+}
+# kind -> what is measured, whether more of it is better, and the galleries that it may be asked of
+KINDS: Mapping[str, tuple[str, bool, tuple[str, ...]]] = {
+    "ecc": ("gain of the new queries on the old gallery", True, ("old",)),
+    "max_nfr": ("negative flip rate", False, ("old", "new")),
+    "max_tax": ("compatibility tax", False, ("new",)),
+    "min_recall": ("recall of the new queries", True, ("old", "new")),
+}
+SHOWN_CONFIDENCE = 0.95  # of the interval beside a rule that is judged by its value alone
+EACH_GROUP = "*"
+
+
+class VersionFeatures(NamedTuple):
+    """Features of one model: `query` [Q, d] and `gallery` [N, d], floating."""
+
+    query: Tensor
+    gallery: Tensor
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One condition on an upgrade.
+
+        ecc         M(new queries, old gallery) - M(old queries, old gallery) > limit        limit 0 unless given
+        max_nfr     share of queries right by (old queries, old gallery), wrong by (new queries, `gallery`) <= limit
+        max_tax     M(unconstrained queries and gallery) - M(new queries and gallery) <= limit
+        min_recall  M(new queries, `gallery`) >= limit
+
+    Args:
+        kind: one of these four.
+        limit: a share, in [-1, 1].
+        confidence: None: the measured value is compared with the limit.  Else the worse end of its two-sided interval
+            is, and `ecc` with a limit of 0 or more asks besides that McNemar's exact test gives p <= 1 - confidence,
+            which very few queries cannot.
+        gallery: "old", as the upgrade leaves it, or "new", re-extracted; None: the first that `kind` allows.
+        group: None: all queries; "*": the rule holds for each group apart; else for the group of this name.
+
+    Raises:
+        TypeError, ValueError: not as above, by name.
+    """
+
+    kind: str
+    limit: float | None = None
+    confidence: float | None = None
+    gallery: str | None = None
+    group: str | None = None
+
+    def __post_init__(self) -> None:
+        check_name("kind", self.kind, KINDS)
+        if self.limit is None:
+            if self.kind != "ecc":
+                raise ValueError(f"a rule of kind {self.kind!r} needs a limit")
+            object.__setattr__(self, "limit", 0.0)
+        check_number("limit", self.limit)  # type: ignore[arg-type]
+        if not -1 <= self.limit <= 1:  # type: ignore[operator]
+            raise ValueError(f"limit is a share and must lie in [-1, 1], got {self.limit}")
+        if self.confidence is not None:
+            check_confidence(self.confidence)
+        allowed = KINDS[self.kind][2]
+        if self.gallery is None:
+            object.__setattr__(self, "gallery", allowed[0])
+        if self.gallery not in allowed:
+            raise ValueError(f"gallery of kind {self.kind!r} must be {' or '.join(allowed)}, got {self.gallery!r}")
+        if self.group is not None and not isinstance(self.group, str):
+            raise TypeError(
+                f"group must be a string, got {type(self.group).__name__}; groups are matched by their names"
+            )
+
+
+DEFAULT_RULES = (Rule("ecc", confidence=0.95),)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One rule, on one group of queries.
+
+    Attributes:
+        rule: as given; `rule.group` of "*" stands for each.
+        group: the group of this outcome, None for all queries.
+        queries: how many there are in it.
+        value: what was measured.
+        low, high: its two-sided interval, at the rule's confidence, or at 95 % where it has none: a paired bootstrap
+            over the queries for `ecc` and `max_tax`, Clopper and Pearson's for `max_nfr` and `min_recall`.
+        p_value: of McNemar's exact test, for `ecc`; None for others.
+        margin: how far the number that is compared, value or end of interval, lies inside the limit; negative outside.
+        passed: whether the rule holds.
+    """
+
+    rule: Rule
+    group: str | None
+    queries: int
+    value: float
+    low: float
+    high: float
+    p_value: float | None
+    margin: float
+    passed: bool
+
+    @property
+    def measured(self) -> str:
+        """What was measured, in words."""
+        what = KINDS[self.rule.kind][0]
+        where = f" on the {self.rule.gallery} gallery" if self.rule.kind in ("max_nfr", "min_recall") else ""
+        return what + where + (f", group {self.group}" if self.group is not None else "")
+
+    @property
+    def demand(self) -> str:
+        """The rule, in words."""
+        sign = ">" if self.rule.kind == "ecc" else ">=" if KINDS[self.rule.kind][1] else "<="
+        sure = f" at {100 * self.rule.confidence:g} % confidence" if self.rule.confidence is not None else ""
+        return f"{sign} {_percent(self.rule.limit or 0.0)}{sure}"
+
+    @property
+    def verdict(self) -> str:
+        """passed, or by how much it failed."""
+        if self.passed:
+            return "passed"
+        if self.margin == 0:
+            return "failed: exactly the limit, and must be above"
+        if self.margin > 0:
+            return f"failed: p = {self.p_value:.3g} with so few changed queries"
+        end = "" if self.rule.confidence is None else "lower end " if KINDS[self.rule.kind][1] else "upper end "
+        side = "below" if KINDS[self.rule.kind][1] else "above"
+        compared = _compared(self.rule, self.value, self.low, self.high)
+        return f"failed: {end}{_percent(compared)}, {_percent(-self.margin)} {side} the limit"
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "measured": self.measured, "demand": self.demand, "verdict": self.verdict}
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """What `upgrade_gate` found.
+
+    Attributes:
+        outcomes: one per rule, and per group where a rule asks for each.
+        scores: M by (queries, gallery): "old_on_old", "new_on_old" and, where a rule needed it, "new_on_new" and
+            "unconstrained".
+        queries, gallery: numbers of items.
+        absent: queries whose class the gallery lacks; they count as wrong for every model.
+    """
+
+    outcomes: tuple[Outcome, ...]
+    scores: dict[str, float]
+    protocol: str
+    queries: int
+    gallery: int
+    absent: int
+
+    @property
+    def passed(self) -> bool:
+        """Whether every rule holds."""
+        return all(outcome.passed for outcome in self.outcomes)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values under stable keys."""
+        return {
+            "passed": self.passed,
+            "protocol": self.protocol,
+            "queries": self.queries,
+            "gallery": self.gallery,
+            "queries_of_classes_not_in_gallery": self.absent,
+            "scores": dict(self.scores),
+            "rules": [outcome.as_dict() for outcome in self.outcomes],
+        }
+
+
+def upgrade_gate(
+    old: VersionFeatures,
+    new: VersionFeatures,
+    query_labels: Tensor,
+    gallery_labels: Tensor,
+    *,
+    rules: Sequence[Rule] = DEFAULT_RULES,
+    protocol: str = "nearest_class_mean",
+    widths: str = "equal",
+    query_groups: ArrayLike | None = None,
+    unconstrained: VersionFeatures | None = None,
+    generator: np.random.Generator | None = None,
+) -> GateResult:
+    """Judges an upgrade by rules, from features and labels alone.
+
+    Args:
+        old: by the model in service.
+        new: by the one that is to replace it, of the same items.
+        query_labels: [Q] int64.
+        gallery_labels: [N] int64.
+        rules: none given: `ecc` at 95 % confidence.
+        protocol: "nearest_class_mean" or "instance", as of `simplexfix.retrieval`.
+        widths: "equal": features that are searched in each other must be of one width; "leading": the wider are cut to
+            the leading dimensions of the narrower, as models made for it allow.
+        query_groups: [Q] names or numbers, for rules with a group; None: the classes are the groups.
+        unconstrained: by a model trained without compatibility, of the same items: what `max_tax` compares with.
+        generator: of the bootstrap; None: `np.random.default_rng(0)`.
+
+    Raises:
+        TypeError, ValueError: features or labels that the protocol refuses or that do not fit each other, by name; no
+            rules; a rule that asks for what is not there.
+
+    Reference:
+        docs/math.md; the criterion is that of Shen et al., "Towards Backward-Compatible Representation Learning", 2020.
+    """
+    check_name("protocol", protocol, PROTOCOLS)
+    check_name("widths", widths, ("equal", "leading"))
+    if not rules:
+        raise ValueError("rules must hold at least one rule")
+    versions = {"old": old, "new": new, "unconstrained": unconstrained}
+    _check_versions(versions, query_labels, gallery_labels)
+    groups = _groups(query_labels, query_groups)
+    generator = np.random.default_rng(0) if generator is None else generator
+
+    found: dict[str, NDArray[np.bool_]] = {}
+
+    def hits(searcher: str, searched: str) -> NDArray[np.bool_]:
+        name = searcher if searcher == "unconstrained" else f"{searcher}_on_{searched}"
+        if name not in found:
+            by, of = versions[searcher], versions[searched]
+            if by is None or of is None:
+                raise ValueError("a rule of kind 'max_tax' needs features of an unconstrained model")
+            query, gallery = match_widths(f"{searcher}.query", by.query, f"{searched}.gallery", of.gallery, widths)
+            found[name] = PROTOCOLS[protocol](query, query_labels, gallery, gallery_labels).cpu().numpy()
+        return found[name]
+
+    before = hits("old", "old")
+    hits("new", "old")
+    outcomes = []
+    for rule in rules:
+        if rule.kind == "max_tax":
+            pair = hits("new", "new"), hits("unconstrained", "unconstrained")
+        else:
+            pair = before, hits("new", rule.gallery or "old")
+        for group, members in _members(rule, groups):
+            outcomes.append(_judge(rule, group, pair[0][members], pair[1][members], generator))
+    absent = int(np.isin(query_labels.cpu().numpy(), gallery_labels.cpu().numpy(), invert=True).sum())
+    return GateResult(
+        outcomes=tuple(outcomes),
+        scores={name: float(right.mean()) for name, right in found.items()},
+        protocol=protocol,
+        queries=len(query_labels),
+        gallery=len(gallery_labels),
+        absent=absent,
+    )
+
+
+def match_widths(
+    query_name: str, query: Tensor, gallery_name: str, gallery: Tensor, widths: str
+) -> tuple[Tensor, Tensor]:
+    """Both as they are where they fit each other, cut to the narrower if `widths` is "leading".
+
+    Raises:
+        TypeError: of another dtype.
+        ValueError: of another width, with `widths` "equal".
+    """
+    if query.dtype != gallery.dtype:
+        raise TypeError(f"{query_name} is {query.dtype} and {gallery_name} is {gallery.dtype}: cast one of them")
+    if query.shape[1] == gallery.shape[1]:
+        return query, gallery
+    if widths == "equal":
+        raise ValueError(
+            f"{query_name} has {query.shape[1]} columns, {gallery_name} has {gallery.shape[1]}: features of different "
+            'width cannot be compared; with widths="leading" their leading dimensions are'
+        )
+    width = min(query.shape[1], gallery.shape[1])
+    return query[:, :width], gallery[:, :width]
+
+
+def _compared(rule: Rule, value: float, low: float, high: float) -> float:
+    """The number that the limit is held against: the value, or the worse end of its interval."""
+    if rule.confidence is None:
+        return value
+    return low if KINDS[rule.kind][1] else high
+
+
+def _judge(
+    rule: Rule, group: str | None, before: NDArray[np.bool_], after: NDArray[np.bool_], generator: np.random.Generator
+) -> Outcome:
+    count, sure, more_is_better = len(before), rule.confidence or SHOWN_CONFIDENCE, KINDS[rule.kind][1]
+    limit, p_value = rule.limit or 0.0, None
+    interval: Interval
+    if rule.kind in ("ecc", "max_tax"):
+        gains, losses, p = mcnemar_test(before, after)
+        value = (gains - losses) / count
+        interval = bootstrap_gain(before, after, confidence=sure, generator=generator)
+        p_value = p if rule.kind == "ecc" else None
+    else:
+        times = flips(before, after)[1] if rule.kind == "max_nfr" else int(after.sum())
+        value = times / count
+        interval = exact_interval(times, count, confidence=sure)
+    compared = _compared(rule, value, *interval)
+    margin = compared - limit if more_is_better else limit - compared
+    passed = margin > 0 if rule.kind == "ecc" else margin >= 0
+    if p_value is not None and rule.confidence is not None and limit >= 0:
+        # a bootstrap of very few queries that agree has an interval without width; the exact test does not fall for it
+        passed = passed and p_value <= 1 - rule.confidence
+    return Outcome(rule, group, count, value, interval.low, interval.high, p_value, margin, passed)
+
+
+def _check_versions(
+    versions: Mapping[str, VersionFeatures | None], query_labels: Tensor, gallery_labels: Tensor
+) -> None:
+    labels = {"query": query_labels, "gallery": gallery_labels}
+    for part, of in labels.items():
+        check_tensor(f"{part}_labels", of)
+        if of.dtype != torch.int64 or of.ndim != 1:
+            raise TypeError(f"{part}_labels must be int64 of shape [rows], got {of.dtype} of shape {shape(of)}")
+    for name, version in versions.items():
+        if version is None:
+            continue
+        for part, rows in zip(labels, version, strict=True):
+            check_rows(f"{name}.{part}", rows)
+            if len(rows) != len(labels[part]):
+                raise ValueError(f"{name}.{part} has {len(rows)} rows, {part}_labels has {len(labels[part])}")
+
+
+def _groups(query_labels: Tensor, query_groups: ArrayLike | None) -> NDArray[np.str_]:
+    groups = query_labels.cpu().numpy() if query_groups is None else np.asarray(query_groups)
+    if groups.dtype.kind not in "iuU":
+        raise TypeError(f"query_groups must be integers or strings, got {groups.dtype}")
+    if groups.shape != (len(query_labels),):
+        raise ValueError(f"query_groups must have shape [{len(query_labels)}], one per query, got {list(groups.shape)}")
+    return groups.astype(str)
+
+
+def _members(rule: Rule, groups: NDArray[np.str_]) -> list[tuple[str | None, NDArray[np.bool_] | slice]]:
+    if rule.group is None:
+        return [(None, slice(None))]
+    names = sorted(set(groups.tolist()))
+    if rule.group != EACH_GROUP:
+        if rule.group not in names:
+            shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+            raise ValueError(f"there is no group {rule.group!r}; groups of queries are {shown}")
+        names = [rule.group]
+    return [(name, groups == name) for name in names]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"

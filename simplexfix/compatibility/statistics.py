@@ -1,0 +1,257 @@
+"""How sure one may be of a cell and of an upgrade: intervals and paired tests, from which queries were right.
+
+What is resampled are queries; the gallery is taken as it is.  Resampling Q queries with replacement and counting the
+right ones *is* a binomial draw, and counting gains and losses of an upgrade a multinomial one, so that a resample costs
+O(1) and not O(Q), with exactly the distribution of the bootstrap.
+
+Intervals are percentile intervals: a share of hits is its own binomial maximum-likelihood estimate, without bias, its
+interval stays in [0, 1], and BCa's two corrections are differences of lattice points here, undefined where all queries
+agree.  Where they do all agree, a bootstrap knows no other outcome and its interval has no width: `exact_interval` and
+`mcnemar_test` hold for any number of queries.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from .._checks import check_integer, check_number
+from .criteria import as_hits, flips
+
+__all__ = [
+    "Interval",
+    "McNemar",
+    "bootstrap_cells",
+    "bootstrap_gain",
+    "bootstrap_interval",
+    "exact_interval",
+    "mcnemar_test",
+    "mcnemar_tests",
+]
+
+Hits = ArrayLike | torch.Tensor
+
+
+class Interval(NamedTuple):
+    """Ends of a two-sided interval."""
+
+    low: float
+    high: float
+
+
+class McNemar(NamedTuple):
+    """Attributes: gains: queries wrong before and right after; losses: the other way; p_value: two-sided."""
+
+    gains: int
+    losses: int
+    p_value: float
+
+
+def bootstrap_interval(
+    hits: Hits,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    generator: np.random.Generator | None = None,
+) -> Interval:
+    """The percentile interval of a share of hits.
+
+        resampled = [ mean(hits[generator.integers(Q, size=Q)]) for _ in range(resamples) ]
+        interval = quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])
+
+    Args:
+        hits: [Q] bool, which queries were right; Q >= 1.
+        confidence: in (0, 1).
+        resamples: at least 1.
+        generator: None: `np.random.default_rng(0)`, the same numbers at every call.
+
+    Raises:
+        TypeError: hits are not bool, or an option is not a number.
+        ValueError: not one value per query, no query, or an option out of its range.
+
+    Reference:
+        Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13.
+    """
+    right = as_hits("hits", hits)
+    drawn = _options(confidence, resamples, generator).binomial(len(right), right.mean(), size=resamples)
+    return _percentiles(drawn / len(right), confidence)
+
+
+def bootstrap_gain(
+    before: Hits,
+    after: Hits,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    generator: np.random.Generator | None = None,
+) -> Interval:
+    """The percentile interval of `mean(after) - mean(before)`, both of the same resampled queries.
+
+    Arguments and errors as of `bootstrap_interval` and `negative_flip_rate`.
+    """
+    gains, losses, queries = flips(before, after)
+    numbers = _options(confidence, resamples, generator)
+    shares = np.array([gains, losses, queries - gains - losses]) / queries
+    drawn = numbers.multinomial(queries, shares, size=resamples)
+    return _percentiles((drawn[:, 0] - drawn[:, 1]) / queries, confidence)
+
+
+def bootstrap_cells(
+    hits: Sequence[Sequence[Hits]],
+    *,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    generator: np.random.Generator | None = None,
+) -> NDArray[np.float64]:
+    """The interval of each cell of a compatibility matrix.
+
+    Args:
+        hits: T rows of lengths 1, 2, ..., T, as of the matrix: hits[i][j], [Q] bool, of queries by model i on the
+            gallery by model j.
+        confidence, resamples, generator: as of `bootstrap_interval`.
+
+    Returns:
+        [T, T, 2] float64, low and high; nan above the diagonal.
+
+    Raises:
+        TypeError, ValueError: as `bootstrap_interval`; not a lower triangle.
+    """
+    rows = _triangle(hits)
+    numbers = _options(confidence, resamples, generator)
+    cells = np.full((len(rows), len(rows), 2), np.nan)
+    for i, row in enumerate(rows):
+        for j, right in enumerate(row):
+            cells[i, j] = bootstrap_interval(right, confidence=confidence, resamples=resamples, generator=numbers)
+    return cells
+
+
+def mcnemar_test(before: Hits, after: Hits) -> McNemar:
+    """McNemar's exact test, the sign test of paired hits: might gains and losses be a fair coin's?
+
+        n = gains + losses,  m = min(gains, losses)
+        p_value = min(1, 2 * sum_{k <= m} binomial(n, k) / 2^n)           1 where n = 0
+
+    Args:
+        before: [Q] bool, which queries were right.
+        after: [Q] bool, the same queries after the upgrade.
+
+    Raises:
+        TypeError, ValueError: as `negative_flip_rate`.
+
+    Reference:
+        McNemar, "Note on the sampling error of the difference between correlated proportions", 1947.
+    """
+    gains, losses, _ = flips(before, after)
+    return McNemar(gains, losses, min(1.0, 2 * _at_most(min(gains, losses), gains + losses, 0.5)))
+
+
+def mcnemar_tests(hits: Sequence[Sequence[Hits]]) -> NDArray[np.float64]:
+    """[T, T] p-values, `mcnemar_test(hits[j][j], hits[i][j])` for i > j, nan elsewhere.
+
+    Arguments and errors as of `bootstrap_cells`.
+    """
+    rows = _triangle(hits)
+    tests = np.full((len(rows), len(rows)), np.nan)
+    for i, row in enumerate(rows):
+        for j in range(i):
+            tests[i, j] = mcnemar_test(rows[j][j], row[j]).p_value
+    return tests
+
+
+def exact_interval(successes: int, trials: int, *, confidence: float = 0.95) -> Interval:
+    """The interval of a share by Clopper and Pearson, which covers the true one at least as often as it says.
+
+        low:  the p with P(X >= successes) = (1 - confidence) / 2       0 where successes = 0
+        high: the p with P(X <= successes) = (1 - confidence) / 2       1 where successes = trials
+        X of the binomial distribution of `trials` and p
+
+    Args:
+        successes: 0 to trials.
+        trials: at least 1.
+        confidence: in (0, 1).
+
+    Raises:
+        TypeError, ValueError: not such numbers.
+
+    Reference:
+        Clopper and Pearson, "The use of confidence or fiducial limits", 1934.
+    """
+    trials, successes = check_integer("trials", trials), check_integer("successes", successes)
+    if not 0 <= successes <= trials or trials < 1:
+        raise ValueError(f"successes of trials must be 0 to trials, trials >= 1, got {successes} of {trials}")
+    tail = (1 - check_confidence(confidence)) / 2
+    # P(X <= k) falls with p, from 1 to 0; the low end counts failures
+    high = 1.0 if successes == trials else _solve(successes, trials, tail)
+    low = 0.0 if successes == 0 else 1.0 - _solve(trials - successes, trials, tail)
+    return Interval(low, high)
+
+
+def _solve(k: int, n: int, tail: float) -> float:
+    """The p with P(X <= k) = tail, by bisection to the last bits."""
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        if _at_most(k, n, middle) > tail:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2
+
+
+def _at_most(k: int, n: int, p: float) -> float:
+    """P(X <= k), X binomial of n and p."""
+    if k >= n or p <= 0:
+        return 1.0
+    if p >= 1:
+        return 0.0
+    if k > n * p:  # the other tail is the smaller one: fewer terms, and no cancellation in it
+        return 1.0 - _at_most(n - k - 1, n, 1 - p)
+    # from the largest term down, each from the one before, until they no longer count
+    ways = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+    term = math.exp(ways + k * math.log(p) + (n - k) * math.log1p(-p))
+    total, odds = 0.0, (1 - p) / p
+    while term > total * 2.0**-60:
+        total += term
+        term *= k / (n - k + 1) * odds
+        k -= 1
+    return min(total, 1.0)
+
+
+def _percentiles(values: NDArray[np.float64], confidence: float) -> Interval:
+    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(float(low), float(high))
+
+
+def check_confidence(confidence: float) -> float:
+    check_number("confidence", confidence)
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie between 0 and 1, both excluded, got {confidence}")
+    return confidence
+
+
+def _options(confidence: float, resamples: int, generator: np.random.Generator | None) -> np.random.Generator:
+    check_confidence(confidence)
+    if check_integer("resamples", resamples) < 1:
+        raise ValueError(f"resamples must be at least 1, got {resamples}")
+    if generator is None:
+        return np.random.default_rng(0)
+    if not isinstance(generator, np.random.Generator):
+        raise TypeError(f"generator must be a numpy.random.Generator, got {type(generator).__name__}")
+    return generator
+
+
+def _triangle(hits: Sequence[Sequence[Hits]]) -> list[list[NDArray[np.bool_]]]:
+    lengths = [len(row) for row in hits]
+    if not lengths or lengths != list(range(1, len(lengths) + 1)):
+        raise ValueError(f"hits must be T rows of lengths 1 to T, got lengths {lengths[:8]}")
+    rows = [[as_hits(f"hits[{i}][{j}]", cell) for j, cell in enumerate(row)] for i, row in enumerate(hits)]
+    for i, row in enumerate(rows):
+        for j, cell in enumerate(row):
+            if cell.shape != rows[0][0].shape:
+                raise ValueError(f"hits[{i}][{j}] is of {len(cell)} queries, hits[0][0] of {len(rows[0][0])}")
+    return rows

@@ -1,0 +1,212 @@
+"""The upgrade gate: every rule worked by hand, on features whose hits are known, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from simplexfix.compatibility import Rule, VersionFeatures, exact_interval, upgrade_gate
+from simplexfix.retrieval import instance_accuracy, nearest_class_mean_accuracy
+
+CLASSES = 4
+
+
+def version(right: list[bool], labels: torch.Tensor, width: int = CLASSES, seed: int = 0) -> VersionFeatures:
+    """Queries that point to their own class where `right`, else to the next; a gallery of two items a class."""
+    generator = torch.Generator().manual_seed(seed)
+    shown = torch.where(torch.tensor(right), labels, (labels + 1) % CLASSES)
+    noise = 0.05 * torch.randn(len(labels), width, generator=generator)
+    return VersionFeatures(F.one_hot(shown, width).float() + noise, F.one_hot(torch.arange(8) % CLASSES, width).float())
+
+
+def hits(pattern: str, times: int = 1) -> list[bool]:
+    return [letter == "1" for letter in pattern] * times
+
+
+LABELS = torch.arange(100) % CLASSES
+GALLERY_LABELS = torch.arange(8) % CLASSES
+# of 20 queries 10 stay right, 4 are gained, 1 is lost, 5 stay wrong
+OLD, NEW = hits("1" * 10 + "0" * 4 + "1" + "0" * 5, 5), hits("1" * 10 + "1" * 4 + "0" + "0" * 5, 5)
+
+
+def gate(*rules: Rule, old=OLD, new=NEW, **options):
+    labels = LABELS[: len(old)]
+    return upgrade_gate(
+        version(old, labels), version(new, labels, seed=1), labels, GALLERY_LABELS, rules=rules, **options
+    )
+
+
+def test_default_rule() -> None:
+    result = upgrade_gate(version(OLD, LABELS), version(NEW, LABELS), LABELS, GALLERY_LABELS)
+    (outcome,) = result.outcomes
+    assert outcome.rule == Rule("ecc", limit=0.0, confidence=0.95, gallery="old")
+    assert result.scores == {"old_on_old": 0.55, "new_on_old": 0.7}
+    assert outcome.value == pytest.approx(0.15)
+    assert 0.03 < outcome.low < 0.15 < outcome.high < 0.27
+    # 20 gains, 5 losses: 2 (1 + 25 + 300 + 2300 + 12650 + 53130) / 2^25
+    assert outcome.p_value == pytest.approx(2 * 68406 / 2**25)
+    assert result.passed
+    assert outcome.margin == outcome.low
+    assert outcome.verdict == "passed"
+
+
+def test_each_rule_at_its_limit() -> None:
+    assert gate(Rule("ecc", 0.149), Rule("max_nfr", 0.05), Rule("min_recall", 0.7)).passed
+    result = gate(Rule("ecc", 0.16), Rule("max_nfr", 0.04), Rule("min_recall", 0.71), Rule("min_recall", 0.7))
+    assert [outcome.passed for outcome in result.outcomes] == [False, False, False, True]
+    assert [outcome.margin for outcome in result.outcomes] == pytest.approx([-0.01, -0.01, -0.01, 0.0])
+    assert [outcome.value for outcome in result.outcomes] == pytest.approx([0.15, 0.05, 0.7, 0.7])
+    assert not result.passed
+    assert result.outcomes[1].verdict == "failed: 5.00 %, 1.00 % above the limit"
+    assert result.outcomes[2].verdict == "failed: 70.00 %, 1.00 % below the limit"
+    (tie,) = gate(Rule("ecc"), new=OLD).outcomes
+    assert not tie.passed
+    assert tie.verdict == "failed: exactly the limit, and must be above"
+
+
+def test_confidence_asks_for_the_worse_end() -> None:
+    nfr, recall = exact_interval(5, 100), exact_interval(70, 100)
+    result = gate(
+        Rule("max_nfr", nfr.high + 1e-6, confidence=0.95),
+        Rule("max_nfr", nfr.high - 1e-6, confidence=0.95),
+        Rule("min_recall", recall.low - 1e-6, confidence=0.95),
+        Rule("min_recall", recall.low + 1e-6, confidence=0.95),
+        Rule("max_nfr", 0.06, confidence=0.5),
+    )
+    assert [outcome.passed for outcome in result.outcomes] == [True, False, True, False, False]
+    assert (result.outcomes[0].low, result.outcomes[0].high) == nfr
+    assert (result.outcomes[2].low, result.outcomes[2].high) == recall
+    assert "upper end" in result.outcomes[1].verdict
+    assert "lower end" in result.outcomes[3].verdict
+
+
+def test_few_queries_prove_nothing() -> None:
+    """Four gains of four: a bootstrap interval of [1, 1], and p = 1/8."""
+    few = {"old": hits("0000"), "new": hits("1111")}
+    (outcome,) = gate(Rule("ecc", confidence=0.95), **few).outcomes
+    assert (outcome.value, outcome.low, outcome.high, outcome.p_value) == (1.0, 1.0, 1.0, pytest.approx(0.125))
+    assert not outcome.passed
+    assert outcome.verdict == "failed: p = 0.125 with so few changed queries"
+    assert gate(Rule("ecc", confidence=0.8), **few).passed
+    (outcome,) = gate(Rule("max_nfr", 0.01, confidence=0.95), old=hits("1111"), new=hits("1111")).outcomes
+    assert outcome.value == 0
+    assert not outcome.passed  # nor that nothing breaks
+
+
+def test_tax_against_an_unconstrained_model() -> None:
+    unconstrained = version(hits("1" * 16 + "0" * 4, 5), LABELS, width=7)  # of another width: it has its own gallery
+    result = gate(Rule("max_tax", 0.1), Rule("max_tax", 0.09), unconstrained=unconstrained)
+    assert [outcome.value for outcome in result.outcomes] == pytest.approx([0.1, 0.1])
+    assert [outcome.passed for outcome in result.outcomes] == [True, False]
+    assert result.scores == pytest.approx(
+        {"old_on_old": 0.55, "new_on_old": 0.7, "new_on_new": 0.7, "unconstrained": 0.8}
+    )
+    with pytest.raises(ValueError, match="'max_tax' needs features of an unconstrained model"):
+        gate(Rule("max_tax", 0.1))
+
+
+def test_the_new_gallery() -> None:
+    """A new model that is right, but in a rotated space: all is lost on the old gallery, nothing on its own."""
+    old, right = version(OLD, LABELS), version(hits("1" * 20, 5), LABELS)
+    rotated = VersionFeatures(right.query.roll(1, 1), right.gallery.roll(1, 1))
+    rules = [
+        Rule(kind, limit, gallery=g) for kind, limit in (("min_recall", 0.9), ("max_nfr", 0.1)) for g in ("old", "new")
+    ]
+    result = upgrade_gate(old, rotated, LABELS, GALLERY_LABELS, rules=rules)
+    assert [outcome.value for outcome in result.outcomes] == [0.0, 1.0, 0.55, 0.0]
+    assert [outcome.passed for outcome in result.outcomes] == [False, True, False, True]
+
+
+def test_groups() -> None:
+    names = np.array(["day", "night"])[np.arange(100) % 20 // 10]
+    result = gate(
+        Rule("min_recall", 0.9, group="day"), Rule("min_recall", 0.4, group="*"), Rule("max_nfr", 0.0, group="*"),
+        query_groups=names,
+    )  # fmt: skip
+    seen = [(outcome.group, outcome.queries, round(outcome.value, 6), outcome.passed) for outcome in result.outcomes]
+    assert seen == [
+        ("day", 50, 1.0, True),
+        ("day", 50, 1.0, True),
+        ("night", 50, 0.4, True),
+        ("day", 50, 0.0, True),
+        ("night", 50, 0.1, False),
+    ]
+    assert "group night" in result.outcomes[-1].measured
+    # without groups, the classes are
+    per_class = gate(Rule("min_recall", 0.0, group="*"))
+    assert [outcome.group for outcome in per_class.outcomes] == ["0", "1", "2", "3"]
+    with pytest.raises(ValueError, match="there is no group 'dusk'; groups of queries are day, night"):
+        gate(Rule("ecc", group="dusk"), query_groups=names)
+
+
+def test_protocols_and_widths() -> None:
+    generator = torch.Generator().manual_seed(3)
+    labels, gallery_labels = torch.arange(200) % 10, torch.arange(80) % 10
+    clear = 1.2 * F.one_hot(torch.arange(280) % 10, 16)
+    rows = [torch.randn(280, 16, generator=generator) + clear for _ in range(2)]
+    wide = torch.cat([rows[1], torch.randn(280, 4, generator=generator)], 1)
+    old, new = VersionFeatures(rows[0][:200], rows[0][200:]), VersionFeatures(wide[:200], wide[200:])
+    for name, accuracy in (("nearest_class_mean", nearest_class_mean_accuracy), ("instance", instance_accuracy)):
+        rules = [Rule("ecc"), Rule("min_recall", 0.0, gallery="new")]
+        result = upgrade_gate(old, new, labels, gallery_labels, rules=rules, protocol=name, widths="leading")
+        assert result.scores == {
+            "old_on_old": accuracy(old.query, labels, old.gallery, gallery_labels),
+            "new_on_old": accuracy(new.query[:, :16], labels, old.gallery, gallery_labels),
+            "new_on_new": accuracy(new.query, labels, new.gallery, gallery_labels),
+        }
+    with pytest.raises(ValueError, match=r"new.query has 20 columns, old.gallery has 16: features of different width"):
+        upgrade_gate(old, new, labels, gallery_labels)
+
+
+def test_result_as_json_and_absent_classes() -> None:
+    labels = LABELS.clone()
+    labels[:7] = 2**40
+    result = upgrade_gate(version(OLD, LABELS), version(NEW, LABELS), labels, GALLERY_LABELS)
+    plain = json.loads(json.dumps(result.as_dict()))
+    assert plain["queries_of_classes_not_in_gallery"] == 7
+    assert (plain["queries"], plain["gallery"], plain["protocol"]) == (100, 8, "nearest_class_mean")
+    assert plain["rules"][0]["rule"] == {
+        "kind": "ecc", "limit": 0.0, "confidence": 0.95, "gallery": "old", "group": None
+    }  # fmt: skip
+    assert plain["rules"][0]["demand"] == "> 0.00 % at 95 % confidence"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"kind": "acc"}, ValueError, "kind must be one of 'ecc', 'max_nfr', 'max_tax', 'min_recall', got 'acc'"),
+        ({"kind": "max_nfr"}, ValueError, "a rule of kind 'max_nfr' needs a limit"),
+        ({"kind": "max_nfr", "limit": 2}, ValueError, r"limit is a share and must lie in \[-1, 1\], got 2"),
+        ({"kind": "max_nfr", "limit": float("nan")}, ValueError, "limit is a share"),
+        ({"kind": "max_nfr", "limit": "2"}, TypeError, "limit must be a number, got str"),
+        ({"kind": "ecc", "confidence": 95}, ValueError, "confidence must lie between 0 and 1"),
+        ({"kind": "ecc", "gallery": "new"}, ValueError, "gallery of kind 'ecc' must be old, got 'new'"),
+        ({"kind": "ecc", "group": 3}, TypeError, "group must be a string, got int"),
+    ],
+)
+def test_bad_rules(arguments, error, message: str) -> None:
+    with pytest.raises(error, match=message):
+        Rule(**arguments)
+
+
+def test_bad_input() -> None:
+    old, new = version(OLD, LABELS), version(NEW, LABELS)
+    arguments = {"old": old, "new": new, "query_labels": LABELS, "gallery_labels": GALLERY_LABELS}
+    for change, error, message in (
+        ({"query_labels": LABELS[:99]}, ValueError, "old.query has 100 rows, query_labels has 99"),
+        ({"new": new._replace(gallery=new.gallery[1:])}, ValueError, "new.gallery has 7 rows, gallery_labels has 8"),
+        ({"new": new._replace(query=new.query.double())}, TypeError, "new.query is torch.float64 and old.gallery"),
+        ({"new": new._replace(query=new.query.long())}, TypeError, "new.query must be float32"),
+        ({"query_labels": LABELS.float()}, TypeError, "query_labels must be int64 of shape .rows., got torch.float32"),
+        ({"rules": []}, ValueError, "rules must hold at least one rule"),
+        ({"protocol": "x"}, ValueError, "protocol must be one of"),
+        ({"widths": "x"}, ValueError, "widths must be one of"),
+        ({"query_groups": [1.5] * 100}, TypeError, "query_groups must be integers or strings, got float64"),
+        ({"query_groups": [1]}, ValueError, r"query_groups must have shape \[100\], one per query"),
+    ):
+        with pytest.raises(error, match=message):
+            upgrade_gate(**{**arguments, **change})

@@ -1,0 +1,206 @@
+"""Feature files: every format gives the same, mapped where said, and every kind of damage is named."""
+
+from __future__ import annotations
+
+import io
+import struct
+import tracemalloc
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from simplexfix.data import FeatureFileError, features, load_features
+
+KEYS = ("query", "gallery", "query_labels", "gallery_labels")
+
+
+def arrays(**changes) -> dict[str, np.ndarray]:
+    numbers = np.random.default_rng(0)
+    made = {
+        "query": numbers.normal(size=(6, 3)).astype(np.float32),
+        "gallery": numbers.normal(size=(4, 3)).astype(np.float32),
+        "query_labels": np.array([0, 1, 2, 2**40, -5, 0]),
+        "gallery_labels": np.arange(4, dtype=np.int32),
+        **changes,
+    }
+    return {key: value for key, value in made.items() if value is not None}
+
+
+def save(path: Path, made: dict[str, np.ndarray]) -> Path:
+    if path.suffix == ".npz":
+        np.savez(path, **made)
+    elif path.suffix == ".safetensors":
+        pytest.importorskip("safetensors")
+        from safetensors.numpy import save_file
+
+        save_file(made, path)
+    else:
+        path.mkdir()
+        for key, value in made.items():
+            np.save(path / f"{key}.npy", value)
+    return path
+
+
+FORMATS = ("f.npz", "f.safetensors", "folder")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_formats(tmp_path, name: str, dtype) -> None:
+    made = arrays(query_groups=np.arange(6))
+    made["query"], made["gallery"] = made["query"].astype(dtype), made["gallery"].astype(dtype)
+    found = load_features(str(save(tmp_path / name, made)))
+    for key in KEYS:
+        value = getattr(found, key)
+        assert np.array_equal(value.numpy(), made[key])
+        assert value.dtype == (torch.int64 if "labels" in key else torch.from_numpy(made[key]).dtype)
+    assert found.query_groups.tolist() == list(range(6))
+    assert load_features(save(tmp_path / ("b" + name), arrays())).query_groups is None
+
+
+def test_bfloat16_from_safetensors(tmp_path) -> None:
+    torch_files = pytest.importorskip("safetensors.torch")
+    made = {key: torch.from_numpy(value) for key, value in arrays().items()}
+    made["query"], made["gallery"] = made["query"].bfloat16(), made["gallery"].bfloat16()
+    torch_files.save_file(made, tmp_path / "b.safetensors")
+    assert torch.equal(load_features(tmp_path / "b.safetensors").query, made["query"])
+
+
+def test_compressed_foreign_order_and_fortran(tmp_path) -> None:
+    made = arrays(query_groups=np.array(["day", "night"] * 3))
+    np.savez_compressed(tmp_path / "c.npz", **made)
+    swapped = {**made, "query": made["query"].astype(">f4"), "query_labels": made["query_labels"].astype(">i8")}
+    np.savez(tmp_path / "s.npz", **{**swapped, "gallery": np.asfortranarray(made["gallery"])})
+    for name in ("c.npz", "s.npz"):
+        found = load_features(tmp_path / name)
+        for key in KEYS:
+            assert np.array_equal(getattr(found, key).numpy(), made[key])
+        assert found.query_groups.tolist() == ["day", "night"] * 3
+
+
+@pytest.mark.parametrize("name", ["f.safetensors", "folder"])
+def test_features_are_mapped_and_the_file_stays_as_it_is(tmp_path, name: str) -> None:
+    big = np.ones((40_000, 64), np.float32)
+    path = save(tmp_path / name, arrays(gallery=big, query=big[:6], gallery_labels=np.zeros(40_000, np.int64)))
+    tracemalloc.start()
+    found = load_features(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < big.nbytes / 4
+    found.gallery[0] = 7  # nobody should, but what is written stays in this process
+    assert load_features(path).gallery[0, 0] == 1
+
+
+def nan_at(row: int) -> np.ndarray:
+    rows = arrays()["gallery"]
+    rows[row, 1] = np.nan
+    return rows
+
+
+BAD = [
+    ({"query_labels": None, "gallery": None}, "no gallery, query_labels; it holds gallery_labels, query$"),
+    ({"query_labels": np.arange(5)}, r"query has 6 rows, query_labels has shape \[5\]"),
+    ({"gallery_labels": np.zeros((4, 1), int)}, r"gallery has 4 rows, gallery_labels has shape \[4, 1\]"),
+    ({"query_labels": np.arange(6.0)}, r"query_labels must be integers, got float64; class ids stay integers"),
+    ({"query_labels": np.zeros(6, bool)}, "query_labels must be integers, got bool"),
+    ({"query_labels": np.full(6, 2**63, np.uint64)}, "query_labels must fit into int64, got 9223372036854775808"),
+    ({"gallery": nan_at(2)}, "gallery row 2 holds nan or inf"),
+    ({"gallery": np.full((4, 3), np.inf, np.float32)}, "gallery row 0 holds nan or inf"),
+    ({"gallery": arrays()["gallery"].astype(np.float64)}, "query is float32 and gallery is float64: save both alike"),
+    ({"gallery": np.ones((4, 3), int)}, "gallery must be float16, bfloat16, float32 or float64, got int64"),
+    ({"gallery": np.ones((4, 5), np.float32)}, "query has 3 columns, gallery has 5"),
+    ({"gallery": np.ones(4, np.float32)}, r"gallery must have shape \[rows, d\] and not be empty, got \[4\]"),
+    ({"gallery": np.ones((0, 3), np.float32)}, r"gallery must have shape \[rows, d\] and not be empty, got \[0, 3\]"),
+    ({"query_groups": np.arange(6.0)}, "query_groups must be integers or strings, got float64"),
+    ({"query_groups": np.arange(5)}, r"query has 6 rows, query_groups has shape \[5\]"),
+]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(("changes", "message"), BAD)
+def test_bad_arrays_are_named_with_their_file(tmp_path, name: str, changes, message: str) -> None:
+    path = save(tmp_path / name, arrays(**changes))
+    with pytest.raises(FeatureFileError, match=message) as error:
+        load_features(path)
+    assert str(error.value).startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize("name", ["f.npz", "f.safetensors", "folder/query.npy", "c.npz"])
+def test_truncated_anywhere(tmp_path, name: str) -> None:
+    made = arrays()
+    if name == "c.npz":
+        np.savez_compressed(tmp_path / name, **made)
+    else:
+        save(tmp_path / name.split("/")[0], made)
+    file = tmp_path / name
+    whole = file.read_bytes()
+    for length in range(0, len(whole), max(1, len(whole) // 60)):
+        file.write_bytes(whole[:length])
+        with pytest.raises(FeatureFileError, match="cannot be read, it may be truncated or damaged"):
+            load_features(tmp_path / name.split("/")[0])
+
+
+def test_a_flipped_bit_in_an_archive(tmp_path) -> None:
+    path = save(tmp_path / "f.npz", arrays())
+    whole = bytearray(path.read_bytes())
+    at = whole.index(arrays()["gallery"].tobytes()[:12])
+    whole[at] ^= 1
+    path.write_bytes(whole)
+    with pytest.raises(FeatureFileError, match=r"Bad CRC-32 for file 'gallery.npy'"):
+        load_features(path)
+
+
+def test_headers_that_lie(tmp_path) -> None:
+    """An array header inside a sound archive that speaks of more than is there, even of more than memory holds."""
+    for shape in ((6, 4), (2**40, 2**40), (2**62, 4)):
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
+        content = header.getvalue() + bytes(6 * 3 * 4)
+        for compression in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            path = save(tmp_path / "f.npz", {key: value for key, value in arrays().items() if key != "query"})
+            with zipfile.ZipFile(path, "a", compression) as archive:
+                archive.writestr("query.npy", content)
+            with pytest.raises(FeatureFileError, match=r"its header speaks of shape"):
+                load_features(path)
+        folder = save(tmp_path / f"f{shape[0]}", arrays())
+        (folder / "query.npy").write_bytes(content)
+        with pytest.raises(FeatureFileError, match="it may be truncated or damaged"):
+            load_features(folder)
+
+
+def test_a_directory_that_points_elsewhere(tmp_path) -> None:
+    path = save(tmp_path / "f.npz", arrays())
+    whole = bytearray(path.read_bytes())
+    at = whole.rindex(b"PK\1\2")
+    whole[at + 42 : at + 46] = struct.pack("<I", 5)
+    path.write_bytes(whole)
+    with pytest.raises(FeatureFileError, match="Bad magic number for file header"):
+        load_features(path)
+
+
+def test_pickled_objects_are_refused(tmp_path) -> None:
+    np.savez(tmp_path / "o.npz", **arrays(query_groups=np.array(["a", None] * 3, object)))
+    with pytest.raises(FeatureFileError, match="Object arrays cannot be loaded"):
+        load_features(tmp_path / "o.npz")
+
+
+def test_the_row_is_named_wherever_it_lies(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(features, "CHUNK", 2 * 3 * 4)  # two rows are looked at together
+    path = save(tmp_path / "folder", arrays(gallery=nan_at(3)))
+    with pytest.raises(FeatureFileError, match="gallery row 3 holds nan or inf"):
+        load_features(path)
+
+
+def test_what_is_not_a_feature_file(tmp_path) -> None:
+    for name in ("no.npz", "no.safetensors", "no", "no.bin"):
+        with pytest.raises(FileNotFoundError, match=name):
+            load_features(tmp_path / name)
+    (tmp_path / "f.bin").write_text("")
+    with pytest.raises(FeatureFileError, match=r"must be an .npz or .safetensors file or a folder of .npy files"):
+        load_features(tmp_path / "f.bin")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FeatureFileError, match=r"no query, gallery, query_labels, gallery_labels; it holds nothing"):
+        load_features(tmp_path / "empty")

@@ -1,0 +1,101 @@
+"""Which GPUs the library serves, and that the others are told of, once.  No test here needs a GPU."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from conftest import needs_library
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import simplexfix.functional as SF
+from simplexfix import _native, _reference
+from simplexfix.cli.doctor import diagnose
+
+
+@pytest.mark.parametrize(
+    ("capability", "archs", "runs"),
+    [
+        ((8, 0), "80 90", True),
+        ((8, 6), "80 90", True),  # code for an older one of the same kind
+        ((8, 0), "86", False),
+        ((9, 0), "80 120", False),
+        ((10, 0), "80 90", True),  # by PTX
+        ((12, 1), "80 86 120", True),
+        ((7, 5), "80 90", False),
+        ((7, 5), "native", True),
+    ],
+)
+def test_architectures(capability: tuple[int, int], archs: str, runs: bool) -> None:
+    assert _native.runs_on(capability, archs) is runs
+
+
+@pytest.fixture
+def gpu_of_7_5(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A torch with a GPU that no build of the library serves."""
+    if _native.library is None:
+        pytest.skip(f"no library: {_native.missing}")
+    info = {**_native.build_info(), "cuda_archs": "80 90", "cuda_usable": True}
+    monkeypatch.setattr(_native, "build_info", lambda: info)
+    monkeypatch.setattr(_native, "_serves_gpu", {})
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Old GPU")
+
+
+class OnGpu:
+    """As much of a CUDA tensor as dispatch looks at."""
+
+    device = torch.device("cuda", 0)
+
+
+@pytest.mark.usefixtures("gpu_of_7_5")
+def test_a_gpu_too_old_is_told_of_once() -> None:
+    assert (
+        diagnose()["CUDA usable"]
+        == "no: the library was built for 80 90, Old GPU is 75; CUDA tensors run in plain PyTorch"
+    )
+    with pytest.warns(RuntimeWarning, match="CUDA tensors run in plain PyTorch: the library was built for 80 90"):
+        assert not _native.has_kernels(OnGpu())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not _native.has_kernels(OnGpu())
+
+
+@pytest.mark.usefixtures("gpu_of_7_5")
+def test_a_gpu_of_the_right_kind_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    assert _native.has_kernels(OnGpu())
+    assert diagnose()["CUDA usable"] == "yes: Old GPU, compute capability 9.0"
+
+
+@needs_library
+def test_fake_tensors_are_traced_for_a_gpu_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU the operators are traced where they were built, the twins elsewhere; shapes are the same."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    built = _native.build_info()
+    for archs in ("80 90", ""):
+        monkeypatch.setattr(_native, "build_info", lambda archs=archs: {**built, "cuda_archs": archs})
+        used = []
+        twin = _reference.simplex_logits
+
+        def watched(z: Tensor, used=used, twin=twin, **options: object) -> Tensor:
+            used.append("twin")
+            return twin(z, **options)
+
+        monkeypatch.setattr(_reference, "simplex_logits", watched)
+        with FakeTensorMode():
+            logits = SF.simplex_logits(torch.empty(3, 4, device="cuda"))
+        monkeypatch.setattr(_reference, "simplex_logits", twin)
+        assert (logits.shape, logits.device.type) == ((3, 5), "cuda")
+        assert used == ([] if archs else ["twin"])
+
+
+def test_asking_for_a_gpu_compiles() -> None:
+    torch.compiler.reset()
+    function = torch.compile(lambda z: z + 1 if _native._serves(0) else z - 1, fullgraph=True, backend="eager")
+    assert function(torch.zeros(2)).tolist() in ([1.0, 1.0], [-1.0, -1.0])
