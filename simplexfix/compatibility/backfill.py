@@ -11,7 +11,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from .._checks import check_integer, check_name
+from .._checks import check_integer, check_name, check_number
 from ..functional import cosine_topk
 from ..retrieval._inputs import Features, Ids, Rows, read_labels
 from ..retrieval.protocols import class_sums
@@ -109,7 +109,7 @@ def backfill_curve(
         order: "random"; "farthest_from_class_mean" or "lowest_margin", as the functions of these names say of the old
             gallery; or [N] row numbers, each once.
         protocol: "nearest_class_mean" or "instance", as of `simplexfix.retrieval`; or, for one width, a function with
-            their arguments (CPU or GPU tensors, as the features) whose result is a score, such as mAP.
+            their arguments, tensors on the device of the features, whose result is a number, such as mAP.
         steps: S - 1, at least 1; a gallery with fewer rows takes one step per row.
         widths: "equal" or "leading", as of `upgrade_gate`.
         generator: of the random order; None: `np.random.default_rng(0)`.
@@ -146,7 +146,7 @@ def backfill_curve(
             hits.append(found.cpu().numpy())
             scores.append(int(found.sum()) / len(found))
         else:
-            scores.append(float(found))
+            scores.append(found)
     curve = BackfillCurve(
         shares=np.array(replaced) / count,
         scores=np.array(scores),
@@ -276,4 +276,10 @@ def _scorer(
             f"function needs one width; {' and '.join(map(repr, PROTOCOLS))} can do with two"
         )
     name = getattr(protocol, "__name__", type(protocol).__name__)
-    return name, lambda replaced: protocol(items.query, query_labels, gallery(replaced), gallery_labels)
+
+    def score(replaced: Tensor) -> float:
+        value = protocol(items.query, query_labels, gallery(replaced), gallery_labels)
+        check_number(f"the score by {name}", value)
+        return float(value)
+
+    return name, score

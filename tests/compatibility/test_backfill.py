@@ -118,7 +118,8 @@ def test_the_ends_in_two_widths_are_those_of_the_pure_galleries(old_width: int, 
 @pytest.mark.parametrize(("old_width", "new_width"), [(7, 12), (12, 7)])
 def test_templates_in_two_widths_against_a_loop(old_width: int, new_width: int) -> None:
     query, query_labels, old, new, gallery_labels = items(old_width, new_width)
-    curve = backfill_curve(query, query_labels, old, new, gallery_labels, steps=4, widths="leading")
+    by_class = gallery_labels.argsort(stable=True)  # so that templates of both widths meet
+    curve = backfill_curve(query, query_labels, old, new, gallery_labels, order=by_class, steps=4, widths="leading")
     assert curve.hits is not None
     classes = gallery_labels.unique()
     for t, hits in enumerate(curve.hits):
@@ -252,6 +253,7 @@ BAD_CURVE = [
     ({"order": [-1, 0, 1]}, ValueError, "order must hold the rows 0 to 2, each once, got -1"),
     ({"order": [0.0, 1.0, 2.0]}, TypeError, "order must be integers, got float64"),
     ({"protocol": "nearest"}, ValueError, "protocol must be one of 'nearest_class_mean', 'instance', got 'nearest'"),
+    ({"protocol": instance_hits}, TypeError, "the score by instance_hits must be a number, got Tensor"),
     ({"protocol": None}, TypeError, "protocol must be a name or a function, got NoneType"),
     (
         {"protocol": instance_accuracy, "old_gallery": torch.ones(3, 4), "widths": "leading"},
