@@ -1,5 +1,6 @@
 """Judging an upgrade: from features and labels only, without any training."""
 
+from .backfill import BackfillCurve, backfill_curve, mixed_topk
 from .criteria import (
     CompatibilityTable,
     average_accuracy,
@@ -14,6 +15,7 @@ from .criteria import (
 from .gate import DEFAULT_RULES, GateResult, Outcome, Rule, VersionFeatures, upgrade_gate
 from .inequalities import Violations, inequality_violations
 from .matrix import compatibility_hits, compatibility_matrix
+from .orders import farthest_from_class_mean, lowest_margin
 from .statistics import (
     Interval,
     McNemar,
@@ -27,6 +29,7 @@ from .statistics import (
 
 __all__ = [
     "DEFAULT_RULES",
+    "BackfillCurve",
     "CompatibilityTable",
     "GateResult",
     "Interval",
@@ -37,6 +40,7 @@ __all__ = [
     "Violations",
     "average_accuracy",
     "average_compatibility",
+    "backfill_curve",
     "backward_compatibility",
     "bootstrap_cells",
     "bootstrap_gain",
@@ -46,10 +50,13 @@ __all__ = [
     "compatibility_table",
     "compatibility_tax",
     "exact_interval",
+    "farthest_from_class_mean",
     "forward_compatibility",
     "inequality_violations",
+    "lowest_margin",
     "mcnemar_test",
     "mcnemar_tests",
+    "mixed_topk",
     "negative_flip_rate",
     "positive_flip_rate",
     "upgrade_gate",
