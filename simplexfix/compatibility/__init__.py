@@ -26,16 +26,19 @@ from .statistics import (
     mcnemar_test,
     mcnemar_tests,
 )
+from .thresholds import Calibration, ThresholdMove, calibrate_scores, upgrade_threshold
 
 __all__ = [
     "DEFAULT_RULES",
     "BackfillCurve",
+    "Calibration",
     "CompatibilityTable",
     "GateResult",
     "Interval",
     "McNemar",
     "Outcome",
     "Rule",
+    "ThresholdMove",
     "VersionFeatures",
     "Violations",
     "average_accuracy",
@@ -45,6 +48,7 @@ __all__ = [
     "bootstrap_cells",
     "bootstrap_gain",
     "bootstrap_interval",
+    "calibrate_scores",
     "compatibility_hits",
     "compatibility_matrix",
     "compatibility_table",
@@ -60,4 +64,5 @@ __all__ = [
     "negative_flip_rate",
     "positive_flip_rate",
     "upgrade_gate",
+    "upgrade_threshold",
 ]
