@@ -33,7 +33,7 @@ def nearest_class_mean_accuracy(query: Tensor, query_labels: Tensor, gallery: Te
     Reference:
         The protocol of arXiv 2405.02581; docs/math.md.
     """
-    return _share(nearest_class_mean_hits(query, query_labels, gallery, gallery_labels))
+    return share(nearest_class_mean_hits(query, query_labels, gallery, gallery_labels))
 
 
 def nearest_class_mean_hits(query: Tensor, query_labels: Tensor, gallery: Tensor, gallery_labels: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def instance_accuracy(query: Tensor, query_labels: Tensor, gallery: Tensor, gall
 
     Arguments, result and errors as of `nearest_class_mean_accuracy`.
     """
-    return _share(instance_hits(query, query_labels, gallery, gallery_labels))
+    return share(instance_hits(query, query_labels, gallery, gallery_labels))
 
 
 def instance_hits(query: Tensor, query_labels: Tensor, gallery: Tensor, gallery_labels: Tensor) -> Tensor:
@@ -74,7 +74,8 @@ def instance_hits(query: Tensor, query_labels: Tensor, gallery: Tensor, gallery_
     return gallery_labels[nearest[:, 0]] == query_labels
 
 
-def _share(hits: Tensor) -> float:
+def share(hits: Tensor) -> float:
+    """Of those that are true."""
     return int(hits.sum()) / len(hits)
 
 
