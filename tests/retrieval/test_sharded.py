@@ -122,15 +122,26 @@ def check_protocols(rank: int, size: int, kinds: Sequence[str]) -> None:
                     assert torch.equal(found, whole(*args)), (kind, cut, ours.__name__, dtype)
 
 
-def check_order_of_sums(rank: int, size: int) -> None:
-    # Row by row the ones are lost beside 1e16, and class 7 points to (0, 1); as partial sums they would not be.
-    gallery = torch.tensor([[1e16, 0.1], [1, 0.1], [1, 0.1], [1, 0.1], [1, 0.1], [-1e16, 0.1], [1, 1]])
-    labels, query = torch.tensor([7, 7, 7, 7, 7, 7, 8]), torch.tensor([[1.0, 0.0]])
-    for cut in ([slice(0, 2), slice(2, 7)], [slice(0, 1), slice(1, 3), slice(3, 3), slice(3, 7)]):
-        if len(cut) == size:
-            mine = gallery[cut[rank]], labels[cut[rank]]
-            assert sharded_nearest_class_mean_hits(query, torch.tensor([8]), *mine).tolist() == [True]
-            assert sharded_nearest_class_mean_hits(query.numpy(), [7], *mine).tolist() == [False]
+def check_sums(rank: int, size: int) -> None:
+    """Of classes of which (1, 0) finds 7 or 8, which points to (1, 1), by the last bits of the sum of 7."""
+    tiny = 2.0**-30
+    cases = [
+        # row by row the ones are lost beside 1e16, in partial sums they would not be
+        ([[1e16, 0.1], [1, 0.1], [1, 0.1], [1, 0.1], [1, 0.1], [-1e16, 0.1]], torch.float32, 8),
+        # what passes between ranks is float64
+        ([[1, 0], [tiny, tiny / 4], [0, 0], [0, 0], [0, 0], [-1, 0]], torch.float32, 7),
+        # and so is what is added
+        ([[1 + tiny, tiny / 4], [0, 0], [0, 0], [0, 0], [0, 0], [-1, 0]], torch.float64, 7),
+    ]
+    query, labels = torch.tensor([[1.0, 0.0]]), torch.tensor([7, 7, 7, 7, 7, 7, 8])
+    cut = {2: [slice(0, 2), slice(2, 7)], 4: [slice(0, 1), slice(1, 3), slice(3, 3), slice(3, 7)]}[size]
+    for rows, dtype, nearest in cases:
+        gallery = torch.tensor([*rows, [1, 1]], dtype=dtype)
+        for mine in (gallery[cut[rank]], gallery.numpy()[cut[rank]]):
+            for label in (7, 8):
+                found = sharded_nearest_class_mean_hits(query, [label], mine, labels[cut[rank]])
+                assert found.tolist() == [label == nearest], (rows, dtype)
+        assert nearest_class_mean_hits(query, torch.tensor([nearest]), gallery, labels).tolist() == [True]
 
 
 def check_matrix(rank: int, size: int, group: dist.ProcessGroup) -> None:
@@ -241,7 +252,7 @@ def work_of_a_rank(rank: int, size: int, port: int) -> None:
         check_searches(rank, size, ("normal", "duplicates", "one row", "one-hot", "signs", "zeros", "clusters 1e-7"))
         check_kinds_of_rows(rank, size)
         check_protocols(rank, size, ("normal", "one-hot", "duplicates", "heavy tail"))
-        check_order_of_sums(rank, size)
+        check_sums(rank, size)
         check_matrix(rank, size, group)
         check_refusals(rank, size)
         check_part_of_the_world(rank, size)
@@ -249,7 +260,7 @@ def work_of_a_rank(rank: int, size: int, port: int) -> None:
         sharded._BLOCK_PLACES, sharded._SUM_NUMBERS, sharded._SUM_COLUMNS = 700, 200, 8
         check_searches(rank, size, ["duplicates"])
         check_protocols(rank, size, ["heavy tail"])
-        check_order_of_sums(rank, size)
+        check_sums(rank, size)
         sharded._BLOCK_PLACES, sharded._BLOCK_NUMBERS = 2**24, 60
         check_searches(rank, size, ["one-hot"])
     assert not dist.is_initialized()
