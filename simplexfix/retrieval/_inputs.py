@@ -62,10 +62,6 @@ class Features:
     def on_cpu(self) -> bool:
         return not isinstance(self.rows, Tensor) or self.rows.device.type == "cpu"
 
-    @property
-    def dtype(self) -> str:
-        return str(self.rows.dtype).removeprefix("torch.")
-
     def block(self, begin: int, end: int) -> NDArray[np.float32]:
         """Rows [begin, end) as dense float32; a view of the caller's numbers where they are that already.
 
