@@ -14,6 +14,8 @@ from .criteria import (
 from .gate import DEFAULT_RULES, GateResult, Outcome, Rule, VersionFeatures, upgrade_gate
 from .inequalities import Violations, inequality_violations
 from .matrix import compatibility_hits, compatibility_matrix
+from .regressions import Regression, worst_regressions
+from .report import Counts, EvaluationReport, Upgrade, evaluate_versions
 from .statistics import (
     Interval,
     McNemar,
@@ -28,11 +30,15 @@ from .statistics import (
 __all__ = [
     "DEFAULT_RULES",
     "CompatibilityTable",
+    "Counts",
+    "EvaluationReport",
     "GateResult",
     "Interval",
     "McNemar",
     "Outcome",
+    "Regression",
     "Rule",
+    "Upgrade",
     "VersionFeatures",
     "Violations",
     "average_accuracy",
@@ -45,6 +51,7 @@ __all__ = [
     "compatibility_matrix",
     "compatibility_table",
     "compatibility_tax",
+    "evaluate_versions",
     "exact_interval",
     "forward_compatibility",
     "inequality_violations",
@@ -53,4 +60,5 @@ __all__ = [
     "negative_flip_rate",
     "positive_flip_rate",
     "upgrade_gate",
+    "worst_regressions",
 ]
