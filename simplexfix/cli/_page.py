@@ -193,7 +193,7 @@ def _matrix(report: EvaluationReport) -> str:
         for name, theme in (("light", LIGHT), ("dark", DARK))
     )
     marks = (
-        "Outlined cells: compatible."
+        "Outlined in red: an upgrade that finds less than the version that made the gallery, or as much."
         if dense
         else "✓ finds more there than the version that made the gallery; ✗ does not."
     )
@@ -264,8 +264,9 @@ def _regressions(report: EvaluationReport, sheet: Sequence[Shown]) -> str:
         f"<td><b>{_data(r.margin, f'{r.margin:.3f}')}</b></td><td>{r.found_item}</td><td>{r.own_item}</td></tr>"
         for r in report.regressions
     ]
-    table = _table(_REGRESSION_HEAD, rows[:12])
-    if len(rows) > 12:
+    seen = 0 if sheet else 12  # images tell more
+    table = _table(_REGRESSION_HEAD, rows[:seen]) if seen else ""
+    if len(rows) > seen:
         table += f"<details><summary>The worst {len(rows)}</summary>{_table(_REGRESSION_HEAD, rows)}</details>"
     cards = "".join(_card(shown) for shown in sheet)
     what = "the nearest item" if instance else "a class’s template"
@@ -319,7 +320,7 @@ def _criteria(report: EvaluationReport) -> str:
             else style.format(value)
         )
         rows.append(
-            f'<tr><th scope="row">{name}</th><td><b>{_data(value, shown)}</b></td><td class="words">{words}</td>'
+            f'<tr><th scope="row">{name}</th><td><b>{_data(value, shown, name)}</b></td><td class="words">{words}</td>'
             f'<td class="words"><code>{formula}</code></td></tr>'
         )
     course = [
@@ -417,9 +418,8 @@ def _badge(words: str, tone: str) -> str:
 def _data(value: Any, shown: str, name: str = "") -> str:
     """A number for people, and itself: the value as JSON writes it."""
     number = float(value)
-    return (
-        f'<data value="{"null" if math.isnan(number) else repr(number)}"{f" id={name}" if name else ""}>{shown}</data>'
-    )
+    called = f' id="{name}"' if name else ""
+    return f'<data value="{"null" if math.isnan(number) else repr(number)}"{called}>{shown}</data>'
 
 
 def _percent(value: float) -> str:
