@@ -78,8 +78,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         if path is not None
     }
     report = evaluate_versions(
-        [version.query for version in versions],
-        [version.gallery for version in versions],
+        [version.rows("query") for version in versions],
+        [version.rows("gallery") for version in versions],
         versions[0].query_labels,
         versions[0].gallery_labels,
         names=short_names(paths),

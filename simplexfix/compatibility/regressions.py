@@ -11,7 +11,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from .._checks import check_integer, check_name
-from ..retrieval import CosineIndex
+from ..functional import cosine_topk
 from ..retrieval._inputs import Features, Ids, Rows, read_labels
 from ._passes import class_sums
 from ._rows import BLOCK_BYTES, unit_rows
@@ -156,13 +156,16 @@ class _Search:
 
     def items(self, lost: Integers, labels: Integers) -> tuple[Integers, Floats, Floats]:
         """Each query's nearest item, its score, and that of the own class's nearest."""
-        index = CosineIndex(self.width)
-        for _, block in self.gallery.blocks():
-            index.add(block[:, : self.width])
-        found, score, own_score = np.empty_like(lost), np.empty(len(lost)), np.empty(len(lost))
-        for rows in self._blocks(len(lost), self.width):
+        found, score, own_score = np.zeros_like(lost), np.full(len(lost), -np.inf), np.empty(len(lost))
+        for block in self._blocks(len(self.gallery), self.gallery.width):
+            items = self.gallery.block_tensor(block.start, block.stop)[:, : self.width].cpu()
+            for rows in self._blocks(len(lost), self.width):
+                near, at = cosine_topk(torch.from_numpy(self.unit_queries(lost[rows])).float(), items, 1)
+                better = near[:, 0].numpy() > score[rows]
+                score[rows] = np.where(better, near[:, 0].numpy(), score[rows])
+                found[rows] = np.where(better, block.start + at[:, 0].numpy(), found[rows])
+        for rows in self._blocks(len(lost), self.width):  # what float32 chose, as float64 sees it
             unit = self.unit_queries(lost[rows])
-            found[rows] = index.search(unit.astype(np.float32), 1)[1][:, 0]
             score[rows] = np.einsum("ij,ij->i", unit, self._unit(self.gallery, found[rows]))
         for label in np.unique(labels):
             of = np.flatnonzero(labels == label)

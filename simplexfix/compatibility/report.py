@@ -189,6 +189,7 @@ def evaluate_versions(
     protocol: str = "nearest_class_mean",
     widths: str = "equal",
     confidence: float = 0.95,
+    hits: Sequence[Sequence[NDArray[np.bool_]]] | None = None,
     generator: np.random.Generator | None = None,
 ) -> EvaluationReport:
     """Judges T versions by the same queries and gallery, from features and labels alone.
@@ -204,10 +205,13 @@ def evaluate_versions(
         protocol: "nearest_class_mean" or "instance".
         widths: "equal" or "leading", as of `compatibility_matrix`.
         confidence: of intervals, in (0, 1).
+        hits: of these features by this protocol, as of `compatibility_hits`, where processes found them together;
+            None: found here.
         generator: of the bootstrap; None: `np.random.default_rng(0)`.
 
     Raises:
-        TypeError, ValueError: as `compatibility_matrix`; names that are not T different ones; an option out of range.
+        TypeError, ValueError: as `compatibility_matrix`; names that are not T different ones; hits of
+            something else; an option out of range.
     """
     check_name("protocol", protocol, PROTOCOLS)
     check_confidence(confidence)
@@ -215,7 +219,14 @@ def evaluate_versions(
     if len(names) != len(queries) or len(set(names)) != len(names):
         raise ValueError(f"names must be {len(queries)} different ones, one per version, got {names}")
     generator = np.random.default_rng(0) if generator is None else generator
-    hits = compatibility_hits(queries, galleries, query_labels, gallery_labels, PROTOCOLS[protocol], widths=widths)
+    if hits is None:
+        hits = compatibility_hits(queries, galleries, query_labels, gallery_labels, PROTOCOLS[protocol], widths=widths)
+    intervals = bootstrap_cells(hits, confidence=confidence, generator=generator)
+    if len(hits) != len(queries) or len(hits[0][0]) != len(queries[0]):
+        raise ValueError(
+            f"hits must be of {len(queries)} versions and {len(queries[0])} queries, got {len(hits)} and "
+            f"{len(hits[0][0])}"
+        )
     labels = read_labels("query_labels", query_labels, "queries[0]", len(queries[0]))
     item_labels = read_labels("gallery_labels", gallery_labels, "galleries[0]", len(galleries[0]))
     matrix = np.full((len(hits), len(hits)), np.nan)
@@ -235,7 +246,7 @@ def evaluate_versions(
         confidence=confidence,
         counts=_count(labels, item_labels),
         matrix=matrix,
-        intervals=bootstrap_cells(hits, confidence=confidence, generator=generator),
+        intervals=intervals,
         upgrades=tuple(
             _upgrade(old, new, hits[old][old], hits[new][old], confidence, generator)
             for new in range(len(hits))

@@ -10,6 +10,7 @@ Keys, or names of files without `.npy`:
 from __future__ import annotations
 
 import itertools
+import mmap
 import os
 import re
 import zipfile
@@ -54,6 +55,14 @@ class Features:
     query_labels: Tensor
     gallery_labels: Tensor
     query_groups: NDArray[Any] | None
+
+    def rows(self, part: str) -> NDArray[Any] | Tensor:
+        """ "query" or "gallery" for reading alone: of a folder a read-only map, whose pages a pass can give back."""
+        if self.path.is_dir():
+            array: NDArray[Any] = np.load(self.path / f"{part}.npy", mmap_mode="r")
+            return array
+        tensor: Tensor = getattr(self, part)
+        return tensor
 
 
 def load_features(path: str | os.PathLike[str]) -> Features:
@@ -220,6 +229,9 @@ def _rows(path: Path, name: str, array: NDArray[Any] | Tensor) -> Tensor:
             row = start + int(finite.int().argmin())
             what = "a number past float32's range" if torch.isfinite(rows[row]).all() else "nan or inf"
             raise FeatureFileError(f"{path}: {name} row {row} holds {what}")
+    base = getattr(array, "base", None)
+    if isinstance(base, mmap.mmap) and hasattr(base, "madvise"):  # else all that was looked at counts as memory
+        base.madvise(mmap.MADV_DONTNEED)
     return rows
 
 

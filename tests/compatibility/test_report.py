@@ -221,6 +221,19 @@ def test_bad_options(options, error, message: str) -> None:
         evaluate_versions(queries, galleries, labels[:QUERIES], labels[QUERIES:], **options)
 
 
+@both
+def test_hits_found_elsewhere(protocol: str) -> None:
+    queries, galleries, labels = versions()
+    of = labels[:QUERIES], labels[QUERIES:]
+    hits = compatibility_hits(queries, galleries, *of, PROTOCOLS[protocol])
+    given = evaluate_versions(queries, galleries, *of, protocol=protocol, hits=hits)
+    assert given.as_dict() == evaluate_versions(queries, galleries, *of, protocol=protocol).as_dict()
+    with pytest.raises(ValueError, match="hits must be of 3 versions and 200 queries, got 2 and 200"):
+        evaluate_versions(queries, galleries, *of, protocol=protocol, hits=hits[:2])
+    with pytest.raises(ValueError, match="hits must be T rows of lengths 1 to T"):
+        evaluate_versions(queries, galleries, *of, protocol=protocol, hits=[*hits[:2], hits[2][:2]])
+
+
 BAD_REGRESSIONS = [
     ({"limit": -1}, ValueError, "limit must be at least 0, got -1"),
     ({"limit": 2.5}, TypeError, "limit must be an integer"),
