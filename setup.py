@@ -59,11 +59,19 @@ def find_nvcc():
     return nvcc
 
 
+def this_machines_archs():
+    try:
+        found = subprocess.check_output(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"], text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise SystemExit(f"SIMPLEXFIX_CUDA_ARCHS=native, but nvidia-smi names no GPU: {error}") from None
+    return sorted({line.strip().replace(".", "") for line in found.split("\n") if line.strip()}, key=int)
+
+
 def cuda_targets(nvcc):
     """The architectures to build for, as text and as nvcc's flags."""
     want = os.environ.get("SIMPLEXFIX_CUDA_ARCHS", CUDA_ARCHS)
     if want == "native":  # the GPUs of this machine only: the quickest build
-        return want, ["-arch=native"]
+        want = " ".join(this_machines_archs())
     known = re.findall(r"sm_(\d+)", subprocess.check_output([nvcc, "--list-gpu-code"], text=True))
     archs = [arch for arch in want.split() if arch in known]
     if old := [arch for arch in archs if int(arch) < 80]:

@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 #include <system_error>
+#include <utility>
 
 #include "cpu/cosine_index.h"
 #include "cpu/kernels.h"
@@ -17,8 +18,10 @@ using namespace py::literals;
 
 #ifdef SIMPLEXFIX_WITH_CUDA
 namespace simplexfix {
-bool torch_has_cuda();  // ops/cuda_stream.cpp
-}
+// ops/cuda_stream.cpp
+bool torch_has_cuda();
+std::pair<int, int> cuda_versions();
+}  // namespace simplexfix
 #endif
 
 namespace {
@@ -116,4 +119,8 @@ PYBIND11_MODULE(_C, m) {
                         "cuda_usable"_a = cuda_usable);
       },
       "What was built and what of it runs here; cuda_usable: kernels built in, and a CUDA build of torch loaded.");
+#ifdef SIMPLEXFIX_WITH_CUDA
+  m.def("cuda_versions", &simplexfix::cuda_versions,
+        "Of the CUDA runtime built in, and the newest that the driver serves, 0 without one; 13000 is 13.0.");
+#endif
 }

@@ -57,20 +57,33 @@ def why_not_cuda(device: int | None = None) -> str | None:
         return "torch has not loaded libtorch_cuda.so"
     if not torch.cuda.is_available():
         return "torch finds no GPU or no driver"
+    runtime, driver = cuda_versions()
+    if driver // 1000 < runtime // 1000:
+        return f"the library was built with CUDA {_dotted(runtime)}, the driver serves CUDA up to {_dotted(driver)}"
     capability = torch.cuda.get_device_capability(device)
-    if not runs_on(capability, info["cuda_archs"]):
+    if not runs_on(capability, info["cuda_archs"], translates=driver >= runtime):
         name, (major, minor) = torch.cuda.get_device_name(device), capability
         return f"the library was built for {info['cuda_archs']}, {name} is {major}{minor}"
     return None
 
 
-def runs_on(capability: tuple[int, int], archs: str) -> bool:
-    """Whether a GPU runs the machine code for one of `archs`, "80 90", or can translate the PTX of the last."""
-    if archs == "native":
-        return True
+def cuda_versions() -> tuple[int, int]:
+    """Of the runtime built in, and the newest that the driver serves; 13000 is 13.0.  Of a library with CUDA only."""
+    return library.cuda_versions()  # type: ignore[union-attr, no-any-return]
+
+
+def _dotted(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
+def runs_on(capability: tuple[int, int], archs: str, *, translates: bool = True) -> bool:
+    """Whether a GPU runs the machine code for one of `archs`, "80 90", or the driver translates the PTX of the last.
+
+    A driver runs machine code of any toolkit of its major version, and translates PTX of none newer than itself.
+    """
     built = [divmod(int(arch), 10) for arch in archs.split()]
     of_its_kind = ((major, minor) for major, minor in built if major == capability[0])
-    return built[-1] <= capability or any(arch <= capability for arch in of_its_kind)
+    return (translates and built[-1] <= capability) or any(arch <= capability for arch in of_its_kind)
 
 
 _serves_gpu: dict[int | None, bool] = {}

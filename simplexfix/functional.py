@@ -338,7 +338,8 @@ def old_new_contrast(
         group: processes whose batches, all of B rows, are contrasted as one (`torch.distributed.group.WORLD`
             for all): j then runs over the rows of all of them, i over one's own.  Gradients flow back to the
             process that a row came from.  With "mean" and gradients averaged over the group, as
-            DistributedDataParallel does, all is as if one process had the whole batch.
+            DistributedDataParallel does, all is as if one process had the whole batch.  Each call compares the
+            processes' shapes first, and waits for a GPU as it does.
 
     Returns:
         [B] with "none", else a scalar; dtype of `new`, float32 under autocast; differentiable by `new`.

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from conftest import needs_library
 
 import simplexfix.functional as SF
 
@@ -175,6 +176,15 @@ CASES = [
         "query row 0 holds nan or inf",
     ),
 ]
+
+
+@needs_library
+def test_memory_that_is_not_there_is_told_in_torchs_words() -> None:
+    """And not by the place of torch's header where the library was built."""
+    one = torch.zeros(2**12, 1)
+    with pytest.raises(RuntimeError, match=r"allocate|for want of memory") as raised:
+        SF.cosine_topk(one, one, 2**30)
+    assert "API call" not in str(raised.value)
 
 
 @pytest.mark.parametrize(("call", "error", "message"), CASES, ids=[message[:50] for _, _, message in CASES])

@@ -16,20 +16,20 @@ from simplexfix.cli.doctor import diagnose
 
 
 @pytest.mark.parametrize(
-    ("capability", "archs", "runs"),
+    ("capability", "archs", "runs", "untranslated"),
     [
-        ((8, 0), "80 90", True),
-        ((8, 6), "80 90", True),  # code for an older one of the same kind
-        ((8, 0), "86", False),
-        ((9, 0), "80 120", False),
-        ((10, 0), "80 90", True),  # by PTX
-        ((12, 1), "80 86 120", True),
-        ((7, 5), "80 90", False),
-        ((7, 5), "native", True),
+        ((8, 0), "80 90", True, True),
+        ((8, 6), "80 90", True, True),  # code for an older one of the same kind
+        ((8, 0), "86", False, False),
+        ((9, 0), "80 120", False, False),
+        ((10, 0), "80 90", True, False),  # by PTX
+        ((12, 1), "80 86 120", True, True),
+        ((7, 5), "80 90", False, False),
     ],
 )
-def test_architectures(capability: tuple[int, int], archs: str, runs: bool) -> None:
+def test_architectures(capability: tuple[int, int], archs: str, runs: bool, untranslated: bool) -> None:
     assert _native.runs_on(capability, archs) is runs
+    assert _native.runs_on(capability, archs, translates=False) is untranslated
 
 
 @pytest.fixture
@@ -40,6 +40,7 @@ def gpu_of_7_5(monkeypatch: pytest.MonkeyPatch) -> None:
     info = {**_native.build_info(), "cuda_archs": "80 90", "cuda_usable": True}
     monkeypatch.setattr(_native, "build_info", lambda: info)
     monkeypatch.setattr(_native, "_serves_gpu", {})
+    monkeypatch.setattr(_native, "cuda_versions", lambda: (13000, 13010))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
@@ -70,6 +71,27 @@ def test_a_gpu_of_the_right_kind_is_served(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     assert _native.has_kernels(OnGpu())
     assert diagnose()["CUDA usable"] == "yes: Old GPU, compute capability 9.0"
+
+
+@pytest.mark.usefixtures("gpu_of_7_5")
+def test_a_driver_older_than_the_librarys_cuda_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(_native, "cuda_versions", lambda: (13000, 12080))
+    reason = "the library was built with CUDA 13.0, the driver serves CUDA up to 12.8"
+    assert diagnose()["CUDA usable"] == f"no: {reason}; CUDA tensors run in plain PyTorch"
+    with pytest.warns(RuntimeWarning, match=reason):
+        assert not _native.has_kernels(OnGpu())
+    monkeypatch.setattr(_native, "cuda_versions", lambda: (13010, 13000))  # machine code runs, PTX is not translated
+    assert _native.why_not_cuda(0) is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (10, 0))
+    assert _native.why_not_cuda(0) == "the library was built for 80 90, Old GPU is 100"
+
+
+@pytest.mark.skipif(not _native.build_info().get("cuda_archs"), reason="built without CUDA")
+def test_versions_are_those_of_the_toolkit_and_the_driver() -> None:
+    runtime, driver = _native.cuda_versions()
+    assert runtime >= 11000
+    assert driver >= runtime // 1000 * 1000 if torch.cuda.is_available() else driver >= 0
 
 
 @needs_library

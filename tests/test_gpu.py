@@ -478,13 +478,13 @@ def test_messages_say_shape_and_device(device: str) -> None:
         assert str(raised.value).startswith(message)
 
 
-def test_more_than_2_31_numbers(gpu: str) -> None:
+@pytest.mark.parametrize(("rows", "d"), [(2**15 + 8, 2**16), (2**20 + 8, 2**11)], ids=["swept rows", "rows that stay"])
+def test_more_than_2_31_numbers(gpu: str, rows: int, d: int) -> None:
     """Indices past int32: the last rows of a tensor of 4 GiB are as they are alone."""
-    rows, d = 2**15 + 8, 2**16
     if torch.cuda.mem_get_info()[0] < 8 * rows * d:
         pytest.skip("takes 16 GiB of GPU memory")
     z = torch.randn(rows, d, device=gpu, dtype=torch.bfloat16)
-    target = torch.arange(rows, device=gpu)
+    target = torch.arange(rows, device=gpu) % d
     for loss in (SF.simplex_cross_entropy, SF.orthoplex_cross_entropy):
         leaf = z.requires_grad_()
         value = loss(leaf, target, reduction="sum")
@@ -493,3 +493,21 @@ def test_more_than_2_31_numbers(gpu: str) -> None:
         (expected,) = torch.autograd.grad(loss(alone, target[-3:], reduction="sum"), alone)
         assert torch.equal(gradient[-3:], expected)
         del gradient
+    z = z.detach()
+    assert torch.equal(SF.simplex_logits(z)[-3:], SF.simplex_logits(z[-3:].clone()))
+    found = SF.cosine_topk(z[-3:].float(), z.float(), 1)[1]
+    assert found[:, 0].tolist() == [rows - 3, rows - 2, rows - 1]
+
+
+def test_arguments_of_two_devices_are_refused_before_anything_is_done(gpu: str) -> None:
+    z, target = torch.randn(2, 3), torch.zeros(2, dtype=torch.int64)
+    loss = torch.ops.simplexfix.simplex_cross_entropy
+    for where, message in (((z, target.to(gpu)), "z is not on a GPU"), ((z.to(gpu), target), "different devices")):
+        with pytest.raises(ValueError, match=message):
+            loss(*where, False, 1.0, 0, 0.0, None, -100, 0.0, 1, True)
+
+
+def test_memory_that_is_not_there(gpu: str) -> None:
+    one = torch.zeros(2**12, 1, device=gpu)
+    with pytest.raises(RuntimeError, match=r"^CUDA out of memory\. Tried to allocate"):
+        SF.cosine_topk(one, one, 2**30)

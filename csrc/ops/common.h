@@ -10,11 +10,13 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "../core/types.h"
@@ -25,6 +27,9 @@
   do {                                                                               \
     if (!(condition)) throw std::invalid_argument(simplexfix::message(__VA_ARGS__)); \
   } while (false)
+
+// torch's, from 2.13 on; weak, so that the library loads beside an older one.
+extern "C" const char* torch_exception_get_what_without_backtrace() __attribute__((weak));
 
 namespace simplexfix {
 using torch::headeronly::ScalarType;
@@ -81,5 +86,24 @@ inline void check_rows(const Tensor& z, const char* name) {
 
 // Rows per task such that a task is worth the hand-over to another thread.
 inline int64_t rows_per_task(int64_t cols) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, cols)); }
+
+// An operator as it is registered.  Where torch fails within it, most often for want of memory, Python sees torch's own
+// words ("CUDA out of memory. Tried to allocate ..."): the stable ABI says only where in its headers it noticed.
+template <auto F>
+struct Operator;
+template <typename Result, typename... Args, Result (*F)(Args...)>
+struct Operator<F> {
+  static Result call(Args... args) {
+    try {
+      return F(std::move(args)...);
+    } catch (const std::runtime_error& error) {
+      if (!std::strstr(error.what(), "API call failed")) throw;
+      throw std::runtime_error(torch_exception_get_what_without_backtrace
+                                   ? torch_exception_get_what_without_backtrace()
+                                   : "torch failed, for want of memory most likely: its own words stand on stderr");
+    }
+  }
+};
+#define SIMPLEXFIX_OPERATOR(function) TORCH_BOX(&simplexfix::Operator<&simplexfix::function>::call)
 
 }  // namespace simplexfix

@@ -83,7 +83,7 @@ std::tuple<Tensor, Tensor> cosine_topk_cpu(Tensor query, Tensor gallery, int64_t
 #ifdef SIMPLEXFIX_WITH_CUDA
 // Rows with nan or inf are not refused here: the host would have to wait for the device (docs/numerics.md).
 std::tuple<Tensor, Tensor> cosine_topk_cuda(Tensor query, Tensor gallery, int64_t k) {
-  const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
+  const torch::stable::accelerator::DeviceGuard guard(cuda_device(query, "query"));
   check(query, gallery, k);
   const Tensor q = with_dense_rows(query), g = with_dense_rows(gallery);
   const int64_t queries = q.size(0), n = g.size(0), d = q.size(1);
@@ -127,7 +127,7 @@ std::tuple<Tensor, Tensor> cosine_topk_cuda(Tensor query, Tensor gallery, int64_
 STABLE_TORCH_LIBRARY_FRAGMENT(simplexfix, m) {
   m.def("cosine_topk(Tensor query, Tensor gallery, int k) -> (Tensor scores, Tensor ids)");
 }
-STABLE_TORCH_LIBRARY_IMPL(simplexfix, CPU, m) { m.impl("cosine_topk", TORCH_BOX(&simplexfix::cosine_topk_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(simplexfix, CPU, m) { m.impl("cosine_topk", SIMPLEXFIX_OPERATOR(cosine_topk_cpu)); }
 #ifdef SIMPLEXFIX_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(simplexfix, CUDA, m) { m.impl("cosine_topk", TORCH_BOX(&simplexfix::cosine_topk_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(simplexfix, CUDA, m) { m.impl("cosine_topk", SIMPLEXFIX_OPERATOR(cosine_topk_cuda)); }
 #endif

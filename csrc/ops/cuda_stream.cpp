@@ -1,10 +1,14 @@
-// What is needed of libtorch_cuda.so, which a CPU build of torch lacks: looked up in the copy that torch has loaded, so
-// that this library links and imports without it.
+// What is asked of CUDA.  Of libtorch_cuda.so, which a CPU build of torch lacks, it is looked up in the copy that torch
+// has loaded, so that this library links and imports without it.
 #ifdef SIMPLEXFIX_WITH_CUDA
 #include "cuda_stream.h"
 
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
+
+// Of the CUDA runtime that nvcc links in; without its headers, which the C++ compiler need not find.
+extern "C" int cudaRuntimeGetVersion(int* version);
+extern "C" int cudaDriverGetVersion(int* version);
 
 namespace simplexfix {
 namespace {
@@ -28,6 +32,18 @@ F* loaded(F* function, const char* name) {
 }  // namespace
 
 bool torch_has_cuda() { return stream_getter() != nullptr; }
+
+std::pair<int, int> cuda_versions() {
+  std::pair<int, int> versions{0, 0};
+  cudaRuntimeGetVersion(&versions.first);
+  cudaDriverGetVersion(&versions.second);
+  return versions;
+}
+
+int32_t cuda_device(const Tensor& tensor, const char* name) {
+  SIMPLEXFIX_CHECK(tensor.is_cuda(), name, " is not on a GPU, as other arguments are");
+  return tensor.get_device_index();
+}
 
 void* current_cuda_stream(int32_t device) {
   void* stream = nullptr;

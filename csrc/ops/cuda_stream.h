@@ -1,5 +1,5 @@
-// Launch glue of the CUDA operators: the current stream, torch's matrix products, dtypes, and errors turned into
-// messages.
+// Launch glue of the CUDA operators: device and stream, torch's matrix products, dtypes, versions, and errors turned
+// into messages.
 #pragma once
 #include "../cuda/kernels.h"
 #include "common.h"
@@ -8,6 +8,10 @@ namespace simplexfix {
 
 bool torch_has_cuda();                      // whether the torch that is loaded is a CUDA build
 void* current_cuda_stream(int32_t device);  // of that torch; throws where there is none
+
+// The device of an operator's first tensor.  Asked before anything else: a raw call may have it on the CPU, and only
+// another one, which brought the call here, on a GPU.
+int32_t cuda_device(const Tensor& tensor, const char* name);
 
 // out = a b, or out += a b, by the torch that is loaded: float32 as torch.set_float32_matmul_precision says
 void cuda_matrix_product(const Tensor& out, const Tensor& a, const Tensor& b, bool add);

@@ -219,7 +219,7 @@ constexpr int64_t kCudaMinBlock = 128;                   // rows
 std::tuple<Tensor, Tensor> old_new_contrast_cuda(Tensor anchors, Tensor candidates, Tensor anchor_class,
                                                  Tensor candidate_class, int64_t first_positive, double mu,
                                                  int64_t negatives, std::optional<Tensor> upstream, bool to_anchors) {
-  const int32_t device = anchors.get_device_index();
+  const int32_t device = cuda_device(anchors, "anchors");
   const torch::stable::accelerator::DeviceGuard guard(device);
   const ContrastCall call = check_contrast(anchors, candidates, anchor_class, candidate_class, first_positive, mu,
                                            negatives, upstream, to_anchors);
@@ -283,11 +283,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(simplexfix, m) {
       "int first_positive, float mu, int negatives, Tensor? upstream, bool to_anchors) -> (Tensor loss, Tensor "
       "gradient)");
 }
-STABLE_TORCH_LIBRARY_IMPL(simplexfix, CPU, m) {
-  m.impl("old_new_contrast", TORCH_BOX(&simplexfix::old_new_contrast_cpu));
-}
+STABLE_TORCH_LIBRARY_IMPL(simplexfix, CPU, m) { m.impl("old_new_contrast", SIMPLEXFIX_OPERATOR(old_new_contrast_cpu)); }
 #ifdef SIMPLEXFIX_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(simplexfix, CUDA, m) {
-  m.impl("old_new_contrast", TORCH_BOX(&simplexfix::old_new_contrast_cuda));
+  m.impl("old_new_contrast", SIMPLEXFIX_OPERATOR(old_new_contrast_cuda));
 }
 #endif

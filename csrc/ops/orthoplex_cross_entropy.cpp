@@ -30,7 +30,7 @@ std::tuple<Tensor, Tensor> orthoplex_cross_entropy_cuda(Tensor z, Tensor target,
                                                         int64_t margin_kind, double margin_size,
                                                         std::optional<Tensor> weight, int64_t ignore_index,
                                                         double smoothing, int64_t reduction, bool wants_gradient) {
-  const torch::stable::accelerator::DeviceGuard guard(z.get_device_index());
+  const torch::stable::accelerator::DeviceGuard guard(cuda_device(z, "z"));
   const CrossEntropyCall call = check(z, target, normalize, scale, margin_kind, margin_size, weight, ignore_index,
                                       smoothing, reduction, wants_gradient);
   cross_entropy_cuda(call, "orthoplex_cross_entropy", cuda::orthoplex_cross_entropy);
@@ -48,10 +48,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(simplexfix, m) {
       "bool wants_gradient) -> (Tensor loss, Tensor gradient)");
 }
 STABLE_TORCH_LIBRARY_IMPL(simplexfix, CPU, m) {
-  m.impl("orthoplex_cross_entropy", TORCH_BOX(&simplexfix::orthoplex_cross_entropy_cpu));
+  m.impl("orthoplex_cross_entropy", SIMPLEXFIX_OPERATOR(orthoplex_cross_entropy_cpu));
 }
 #ifdef SIMPLEXFIX_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(simplexfix, CUDA, m) {
-  m.impl("orthoplex_cross_entropy", TORCH_BOX(&simplexfix::orthoplex_cross_entropy_cuda));
+  m.impl("orthoplex_cross_entropy", SIMPLEXFIX_OPERATOR(orthoplex_cross_entropy_cuda));
 }
 #endif

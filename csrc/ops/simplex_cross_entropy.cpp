@@ -68,7 +68,7 @@ std::tuple<Tensor, Tensor> simplex_cross_entropy_cuda(Tensor z, Tensor target, b
                                                       int64_t margin_kind, double margin_size,
                                                       std::optional<Tensor> weight, int64_t ignore_index,
                                                       double smoothing, int64_t reduction, bool wants_gradient) {
-  const torch::stable::accelerator::DeviceGuard guard(z.get_device_index());
+  const torch::stable::accelerator::DeviceGuard guard(cuda_device(z, "z"));
   const CrossEntropyCall call = check(z, target, normalize, scale, margin_kind, margin_size, weight, ignore_index,
                                       smoothing, reduction, wants_gradient);
   cross_entropy_cuda(call, "simplex_cross_entropy", cuda::simplex_cross_entropy);
@@ -76,7 +76,7 @@ std::tuple<Tensor, Tensor> simplex_cross_entropy_cuda(Tensor z, Tensor target, b
 }
 
 Tensor scale_rows_cuda(Tensor gradient, Tensor upstream) {
-  const torch::stable::accelerator::DeviceGuard guard(gradient.get_device_index());
+  const torch::stable::accelerator::DeviceGuard guard(cuda_device(gradient, "gradient"));
   const ScaleCall call = check_scale(gradient, upstream);
   launch(gradient.get_device_index(), "scale_rows", [&](void* stream) {
     return cuda::scale_rows({call.gradient.const_data_ptr(), call.factor.const_data_ptr(), call.factor_stride,
@@ -98,12 +98,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(simplexfix, m) {
   m.def("scale_rows(Tensor gradient, Tensor upstream) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(simplexfix, CPU, m) {
-  m.impl("simplex_cross_entropy", TORCH_BOX(&simplexfix::simplex_cross_entropy_cpu));
-  m.impl("scale_rows", TORCH_BOX(&simplexfix::scale_rows_cpu));
+  m.impl("simplex_cross_entropy", SIMPLEXFIX_OPERATOR(simplex_cross_entropy_cpu));
+  m.impl("scale_rows", SIMPLEXFIX_OPERATOR(scale_rows_cpu));
 }
 #ifdef SIMPLEXFIX_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(simplexfix, CUDA, m) {
-  m.impl("simplex_cross_entropy", TORCH_BOX(&simplexfix::simplex_cross_entropy_cuda));
-  m.impl("scale_rows", TORCH_BOX(&simplexfix::scale_rows_cuda));
+  m.impl("simplex_cross_entropy", SIMPLEXFIX_OPERATOR(simplex_cross_entropy_cuda));
+  m.impl("scale_rows", SIMPLEXFIX_OPERATOR(scale_rows_cuda));
 }
 #endif

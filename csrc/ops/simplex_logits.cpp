@@ -83,14 +83,14 @@ void run_cuda(const LogitsCall& call, bool backward, bool normalize, double scal
 }
 
 Tensor simplex_logits_cuda(Tensor z, bool normalize, double scale) {
-  const torch::stable::accelerator::DeviceGuard guard(z.get_device_index());
+  const torch::stable::accelerator::DeviceGuard guard(cuda_device(z, "z"));
   const LogitsCall call = check(z, nullptr, scale);
   run_cuda(call, false, normalize, scale);
   return call.out;
 }
 
 Tensor simplex_logits_backward_cuda(Tensor gradient, Tensor z, bool normalize, double scale) {
-  const torch::stable::accelerator::DeviceGuard guard(z.get_device_index());
+  const torch::stable::accelerator::DeviceGuard guard(cuda_device(z, "z"));
   const LogitsCall call = check(z, &gradient, scale);
   run_cuda(call, true, normalize, scale);
   return call.out;
@@ -105,12 +105,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(simplexfix, m) {
   m.def("simplex_logits_backward(Tensor gradient, Tensor z, bool normalize, float scale) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(simplexfix, CPU, m) {
-  m.impl("simplex_logits", TORCH_BOX(&simplexfix::simplex_logits_cpu));
-  m.impl("simplex_logits_backward", TORCH_BOX(&simplexfix::simplex_logits_backward_cpu));
+  m.impl("simplex_logits", SIMPLEXFIX_OPERATOR(simplex_logits_cpu));
+  m.impl("simplex_logits_backward", SIMPLEXFIX_OPERATOR(simplex_logits_backward_cpu));
 }
 #ifdef SIMPLEXFIX_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(simplexfix, CUDA, m) {
-  m.impl("simplex_logits", TORCH_BOX(&simplexfix::simplex_logits_cuda));
-  m.impl("simplex_logits_backward", TORCH_BOX(&simplexfix::simplex_logits_backward_cuda));
+  m.impl("simplex_logits", SIMPLEXFIX_OPERATOR(simplex_logits_cuda));
+  m.impl("simplex_logits_backward", SIMPLEXFIX_OPERATOR(simplex_logits_backward_cuda));
 }
 #endif

@@ -1,5 +1,6 @@
 """Judging an upgrade: from features and labels only, without any training."""
 
+from .backfill import BackfillCurve, backfill_curve, mixed_topk
 from .criteria import (
     CompatibilityTable,
     average_accuracy,
@@ -14,6 +15,7 @@ from .criteria import (
 from .gate import DEFAULT_RULES, GateResult, Outcome, Rule, VersionFeatures, upgrade_gate
 from .inequalities import Violations, inequality_violations
 from .matrix import compatibility_hits, compatibility_matrix
+from .orders import farthest_from_class_mean, lowest_margin
 from .regressions import Regression, worst_regressions
 from .report import Counts, EvaluationReport, Upgrade, evaluate_versions
 from .statistics import (
@@ -29,6 +31,7 @@ from .statistics import (
 
 __all__ = [
     "DEFAULT_RULES",
+    "BackfillCurve",
     "CompatibilityTable",
     "Counts",
     "EvaluationReport",
@@ -43,6 +46,7 @@ __all__ = [
     "Violations",
     "average_accuracy",
     "average_compatibility",
+    "backfill_curve",
     "backward_compatibility",
     "bootstrap_cells",
     "bootstrap_gain",
@@ -53,10 +57,13 @@ __all__ = [
     "compatibility_tax",
     "evaluate_versions",
     "exact_interval",
+    "farthest_from_class_mean",
     "forward_compatibility",
     "inequality_violations",
+    "lowest_margin",
     "mcnemar_test",
     "mcnemar_tests",
+    "mixed_topk",
     "negative_flip_rate",
     "positive_flip_rate",
     "upgrade_gate",

@@ -234,15 +234,20 @@ def check_confidence(confidence: float) -> float:
     return confidence
 
 
-def _options(confidence: float, resamples: int, generator: np.random.Generator | None) -> np.random.Generator:
-    check_confidence(confidence)
-    if check_integer("resamples", resamples) < 1:
-        raise ValueError(f"resamples must be at least 1, got {resamples}")
+def check_generator(generator: np.random.Generator | None) -> np.random.Generator:
+    """The generator; for None one that gives the same numbers at every call."""
     if generator is None:
         return np.random.default_rng(0)
     if not isinstance(generator, np.random.Generator):
         raise TypeError(f"generator must be a numpy.random.Generator, got {type(generator).__name__}")
     return generator
+
+
+def _options(confidence: float, resamples: int, generator: np.random.Generator | None) -> np.random.Generator:
+    check_confidence(confidence)
+    if check_integer("resamples", resamples) < 1:
+        raise ValueError(f"resamples must be at least 1, got {resamples}")
+    return check_generator(generator)
 
 
 def _triangle(hits: Sequence[Sequence[Hits]]) -> list[list[NDArray[np.bool_]]]:

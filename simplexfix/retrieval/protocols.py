@@ -45,10 +45,8 @@ def nearest_class_mean_hits(query: Tensor, query_labels: Tensor, gallery: Tensor
         [Q] bool.
     """
     _check_labels(query, query_labels, gallery, gallery_labels)
-    classes, index = torch.unique(gallery_labels, return_inverse=True)
-    sums = torch.zeros(len(classes), gallery.shape[1], dtype=torch.float64, device=gallery.device)
-    sums.index_add_(0, index, gallery.double())  # a sum points where the mean does
-    _, nearest = cosine_topk(query.float(), sums.float(), 1)
+    classes, _, sums = class_sums(gallery, gallery_labels)
+    _, nearest = cosine_topk(query.float(), sums, 1)
     hits: Tensor = classes[nearest[:, 0]] == query_labels
     return hits
 
@@ -72,6 +70,14 @@ def instance_hits(query: Tensor, query_labels: Tensor, gallery: Tensor, gallery_
     _check_labels(query, query_labels, gallery, gallery_labels)
     _, nearest = cosine_topk(query, gallery, 1)
     return gallery_labels[nearest[:, 0]] == query_labels
+
+
+def class_sums(gallery: Tensor, gallery_labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[C] class ids, ascending; [N] each row's place among them; [C, d] float32 sums, that point where the means do."""
+    classes, index = torch.unique(gallery_labels, return_inverse=True)
+    sums = torch.zeros(len(classes), gallery.shape[1], dtype=torch.float64, device=gallery.device)
+    sums.index_add_(0, index, gallery.double())
+    return classes, index, sums.float()
 
 
 def _share(hits: Tensor) -> float:
