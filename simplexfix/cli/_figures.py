@@ -47,6 +47,9 @@ def draw(report: EvaluationReport, sheet: Sequence[Shown]) -> dict[str, Drawn]:
     if report.upgrades:
         words = "Queries that each upgrade mends and breaks on the gallery of the version before, in percent."
         figures["flips.svg"] = _both(lambda theme: _flips(report, theme), words)
+    if report.backfill:
+        words = "Score against the share of the gallery that the newest version has extracted again, for each order."
+        figures["backfill.svg"] = _both(lambda theme: _backfill(report, theme), words)
     if sheet:
         figures["regressions.png"] = _both(
             lambda theme: _sheet(sheet, theme), "The worst regressions as images.", "png"
@@ -191,6 +194,45 @@ def _flips(report: EvaluationReport, theme: Theme) -> Figure:
     axes.set_xlabel("← broken      percent of queries      mended →")
     for side in ("left", "bottom"):
         axes.spines[side].set_visible(False)
+    return figure
+
+
+ORDER_WORDS = {
+    "random": "in random order",
+    "farthest_from_class_mean": "farthest from class mean first",
+    "lowest_margin": "lowest margin first",
+}
+
+
+def _backfill(report: EvaluationReport, theme: Theme) -> Figure:
+    figure = Figure(figsize=(7.2, 3.6), layout="constrained")
+    axes = figure.subplots()
+    styles = {
+        "random": (theme.old, "--"),
+        "farthest_from_class_mean": (theme.new, "-"),
+        "lowest_margin": (theme.good, "-"),
+    }
+    for curve in report.backfill:
+        colour, line = styles[curve.order_name]
+        label = f"{ORDER_WORDS[curve.order_name]}: {100 * curve.area:.1f}"
+        axes.plot(
+            100 * curve.shares,
+            100 * curve.scores,
+            line,
+            color=colour,
+            label=label,
+            marker="o",
+            markersize=3.5,
+            linewidth=2,
+        )
+    axes.grid(color=theme.grid, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0)
+    axes.set_xlim(-1, 101)
+    axes.set_xlabel("percent of the gallery extracted again")
+    axes.set_ylabel("score in percent")
+    legend = axes.legend(frameon=False, labelcolor=theme.ink, title="mean over the way, percent", alignment="left")
+    legend.get_title().set_color(theme.muted)
     return figure
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from ..compatibility import EvaluationReport, Upgrade, average_accuracy, average_compatibility
 from ._colours import DARK, LIGHT, Theme, readable, shade
-from ._figures import Drawn, Shown
+from ._figures import ORDER_WORDS, Drawn, Shown
 
 __all__ = ["Verdict", "render", "verdict"]
 
@@ -77,6 +77,7 @@ def render(
         _head(report),
         _matrix(report),
         _upgrades(report, figures),
+        _backfill(report, figures),
         _regressions(report, sheet),
         _criteria(report),
         _cells(report),
@@ -251,6 +252,44 @@ def _upgrade_table(report: EvaluationReport, upgrades: Iterable[Upgrade]) -> str
     return _table(head, rows)
 
 
+def _backfill(report: EvaluationReport, figures: Mapping[str, Drawn]) -> str:
+    upgrade = report.last_upgrade
+    if upgrade is None:
+        return ""
+    old, new = escape(report.names[upgrade.old]), escape(report.names[upgrade.new])
+    if not report.backfill:
+        return _section("If the gallery is extracted again", "Not computed: the two galleries exceed 4 GiB.", "", "")
+    first = report.backfill[0]
+    drawn = f", by {first.queries:,} queries drawn of {report.counts.queries:,}" * (
+        first.queries < report.counts.queries
+    )
+    rows = [
+        f'<tr><th scope="row">{ORDER_WORDS[curve.order_name]}</th>'
+        f"<td>{_data(curve.scores[0], _percent(curve.scores[0]))}</td>"
+        f"<td>{_data(curve.scores[-1], _percent(curve.scores[-1]))}</td>"
+        f"<td><b>{_data(curve.area, _percent(curve.area))}</b></td>"
+        f"<td>{_data(curve.above_line, _signed(curve.above_line))}</td></tr>"
+        for curve in report.backfill
+    ]
+    steps = [
+        f'<tr><th scope="row">{_data(share, _percent(share))}</th>'
+        + "".join(f"<td>{_data(c.scores[at], _percent(c.scores[at]))}</td>" for c in report.backfill)
+        + "</tr>"
+        for at, share in enumerate(first.shares)
+    ]
+    heads = ("re-extracted, percent", *(ORDER_WORDS[curve.order_name] for curve in report.backfill))
+    return _section(
+        "If the gallery is extracted again",
+        f"What {new} finds while its rows take the place of those of {old}, one after the other{drawn}.",
+        _figure(figures["backfill.svg"], "svg")
+        + _table(("rows are replaced", "before", "after", "mean over the way", "gain by the order"), rows)
+        + f"<details><summary>All points</summary>{_table(heads, steps)}</details>",
+        "Mean over the way: the area under the curve, the score that users see on average while the gallery is "
+        "extracted at a constant speed. Gain by the order: that minus the mean of the two ends, in points. Orders are "
+        "chosen by the old features and the labels alone.",
+    )
+
+
 def _regressions(report: EvaluationReport, sheet: Sequence[Shown]) -> str:
     upgrade = report.last_upgrade
     if upgrade is None:
@@ -336,7 +375,7 @@ def _criteria(report: EvaluationReport) -> str:
     return _section(
         "Criteria of the whole history",
         "One number each for all versions together; T versions, counted from 0.",
-        _table(("", "value", "meaning", "formula"), rows) + more,
+        _table(("", "value", "meaning", "formula"), rows, words=("meaning", "formula")) + more,
         "AC, AA: Biondi et al., arXiv 2405.02581. A tie counts as not compatible.",
     )
 
@@ -368,7 +407,7 @@ def _provenance(report: EvaluationReport, content: Mapping[str, Any]) -> str:
         "How this was made",
         f"{escape(str(content['made_by']))} {escape(str(content['simplexfix']))}, {_protocol(report)}, widths "
         f"{report.widths}, seed {content['seed']}. All numbers, every digit: report.json beside this page.",
-        _table(("version", "features", "dimensions"), rows),
+        _table(("version", "features", "dimensions"), rows, words=("features",)),
         "",
     )
 
@@ -387,8 +426,10 @@ def _tile(title: str, value: str, below: str, tone: str) -> str:
     return f'<div class="tile {tone}"><h3>{title}</h3><p class="value">{value}</p><p class="below">{below}</p></div>'
 
 
-def _table(head: Sequence[str], rows: Sequence[str]) -> str:
-    cells = "".join(f'<th scope="col">{name}</th>' for name in head)
+def _table(head: Sequence[str], rows: Sequence[str], *, words: Sequence[str] = ()) -> str:
+    """`words`: the heads of columns that hold no numbers."""
+    left = dict.fromkeys(words, ' class="words"')
+    cells = "".join(f'<th scope="col"{left.get(name, "")}>{name}</th>' for name in head)
     return f'<div class="scroll"><table><thead><tr>{cells}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 
 

@@ -126,6 +126,11 @@ def worst_regressions(
     return tuple(worst)
 
 
+def take_rows(rows: Rows, at: Integers) -> Rows:
+    """A copy of these rows, of a tensor or of a mapped file."""
+    return rows[torch.from_numpy(at)] if isinstance(rows, torch.Tensor) else rows[at]
+
+
 class _Search:
     """Scores of chosen queries, in blocks: the gallery may be a mapped file and one class may be most of it."""
 
@@ -186,8 +191,7 @@ class _Search:
         return best, nearest
 
     def _unit(self, features: Features, at: Integers) -> Floats:
-        rows = features.rows[torch.from_numpy(at)] if isinstance(features.rows, torch.Tensor) else features.rows[at]
-        dense = Features(features.name, rows).block(0, len(at))[:, : self.width]
+        dense = Features(features.name, take_rows(features.rows, at)).block(0, len(at))[:, : self.width]
         return unit_rows(features.name, dense, np.arange(len(at)))
 
     @staticmethod

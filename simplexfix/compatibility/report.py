@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from .._checks import check_name
 from ..retrieval import instance_accuracy, nearest_class_mean_accuracy
 from ..retrieval._inputs import Features, Ids, Rows, read_labels
+from .backfill import BackfillCurve, backfill_curve
 from .criteria import (
     CompatibilityTable,
     average_accuracy,
@@ -23,7 +24,8 @@ from .criteria import (
     forward_compatibility,
 )
 from .matrix import Protocol, compatibility_hits
-from .regressions import Regression, worst_regressions
+from .orders import ORDERS
+from .regressions import Regression, take_rows, worst_regressions
 from .statistics import bootstrap_cells, bootstrap_gain, check_confidence, mcnemar_test
 
 __all__ = ["Counts", "EvaluationReport", "Upgrade", "evaluate_versions"]
@@ -32,6 +34,8 @@ PROTOCOLS: Mapping[str, Protocol] = {
     "nearest_class_mean": nearest_class_mean_accuracy,
     "instance": instance_accuracy,
 }
+BACKFILL_QUERIES = 5_000  # each of some 30 searches of whole galleries is by so many at most
+BACKFILL_BYTES = 4 * 2**30  # of float32, of the galleries that it holds whole
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,8 @@ class EvaluationReport:
         intervals: [T, T, 2] of each cell, nan for j > i.
         upgrades: all T (T - 1) / 2, by `new`, then by `old`.
         regressions: the worst queries of the last upgrade, from version T - 2 to T - 1 on the gallery of T - 2.
+        backfill: what version T - 1 finds while its rows replace those of T - 2 in the gallery, one curve per order, by
+            5,000 drawn queries where there are more; none for T = 1, and of galleries past 4 GiB.
     """
 
     names: tuple[str, ...]
@@ -115,6 +121,7 @@ class EvaluationReport:
     intervals: NDArray[np.float64]
     upgrades: tuple[Upgrade, ...]
     regressions: tuple[Regression, ...]
+    backfill: tuple[BackfillCurve, ...]
 
     @property
     def last_upgrade(self) -> Upgrade | None:
@@ -176,6 +183,9 @@ class EvaluationReport:
                 "count": last.losses,
                 "worst": [regression.as_dict() for regression in self.regressions],
             },
+            "backfill": None
+            if last is None or not self.backfill
+            else {"old": last.old, "new": last.new, "curves": [curve.as_dict() for curve in self.backfill]},
         }
 
 
@@ -238,6 +248,11 @@ def evaluate_versions(
         regressions = worst_regressions(
             queries[-1], galleries[-2], labels, item_labels, before, after, protocol=protocol
         )
+    upgrades = tuple(
+        _upgrade(old, new, hits[old][old], hits[new][old], confidence, generator)
+        for new in range(len(hits))
+        for old in range(new)
+    )
     return EvaluationReport(
         names=tuple(names),
         dimensions=tuple(Features("query", rows).width for rows in queries),
@@ -247,12 +262,41 @@ def evaluate_versions(
         counts=_count(labels, item_labels),
         matrix=matrix,
         intervals=intervals,
-        upgrades=tuple(
-            _upgrade(old, new, hits[old][old], hits[new][old], confidence, generator)
-            for new in range(len(hits))
-            for old in range(new)
-        ),
+        upgrades=upgrades,
         regressions=regressions,
+        backfill=_backfill(queries, galleries, labels, item_labels, protocol, widths, generator),
+    )
+
+
+def _backfill(
+    queries: Sequence[Rows],
+    galleries: Sequence[Rows],
+    labels: NDArray[np.int64],
+    item_labels: NDArray[np.int64],
+    protocol: str,
+    widths: str,
+    generator: np.random.Generator,
+) -> tuple[BackfillCurve, ...]:
+    """Of the last upgrade."""
+    if len(galleries) < 2 or sum(4 * math.prod(gallery.shape) for gallery in galleries[-2:]) > BACKFILL_BYTES:
+        return ()
+    query = queries[-1]
+    if len(labels) > BACKFILL_QUERIES:
+        drawn = np.sort(generator.choice(len(labels), BACKFILL_QUERIES, replace=False))
+        query, labels = take_rows(query, drawn), labels[drawn]
+    return tuple(
+        backfill_curve(
+            query,
+            labels,
+            galleries[-2],
+            galleries[-1],
+            item_labels,
+            order=order,
+            protocol=protocol,
+            widths=widths,
+            generator=generator,
+        )
+        for order in ORDERS
     )
 
 

@@ -77,6 +77,7 @@ def test_a_folder_of_versions(models, capsys) -> None:
     assert content["inputs"] == ["models/v1.npz", "models/v2", "models/v10.npz"]
     assert everything_in(Path("report")) == [
         "figures",
+        "figures/backfill.svg",
         "figures/flips.svg",
         "figures/matrix.svg",
         "report.html",

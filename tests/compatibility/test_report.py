@@ -11,6 +11,7 @@ import torch
 from simplexfix.compatibility import (
     average_accuracy,
     average_compatibility,
+    backfill_curve,
     backward_compatibility,
     bootstrap_cells,
     bootstrap_gain,
@@ -123,6 +124,36 @@ def test_worst_regressions_by_falling_margin(protocol: str) -> None:
 
 
 @both
+def test_backfill_of_the_last_upgrade(protocol: str, monkeypatch) -> None:
+    queries, galleries, labels = versions()
+    of = labels[:QUERIES], labels[QUERIES:]
+    report = evaluate_versions(queries, galleries, *of, protocol=protocol)
+    assert [curve.order_name for curve in report.backfill] == ["random", "farthest_from_class_mean", "lowest_margin"]
+    content = report.as_dict()["backfill"]
+    assert (content["old"], content["new"]) == (1, 2)
+    for curve, written in zip(report.backfill, content["curves"], strict=True):
+        assert curve.scores[0] == report.matrix[2, 1]
+        assert curve.scores[-1] == report.matrix[2, 2]
+        assert written == curve.as_dict()
+        if curve.order_name != "random":
+            expected = backfill_curve(
+                queries[2], of[0], galleries[1], galleries[2], of[1], order=curve.order_name, protocol=protocol
+            )
+            assert written == expected.as_dict()
+
+    from simplexfix.compatibility import report as module
+
+    monkeypatch.setattr(module, "BACKFILL_QUERIES", 40)
+    drawn = evaluate_versions(queries, galleries, *of, protocol=protocol)
+    assert {curve.queries for curve in drawn.backfill} == {40}
+    ends = {(curve.scores[0], curve.scores[-1]) for curve in drawn.backfill}
+    assert len(ends) == 1  # the same queries in all curves
+    np.testing.assert_array_equal(drawn.matrix, report.matrix)
+    monkeypatch.setattr(module, "BACKFILL_BYTES", 2 * ITEMS * 16 * 4 - 1)
+    assert evaluate_versions(queries, galleries, *of, protocol=protocol).as_dict()["backfill"] is None
+
+
+@both
 def test_blocks_do_not_change_regressions(protocol: str, monkeypatch) -> None:
     from simplexfix.compatibility import regressions
 
@@ -149,6 +180,7 @@ def test_one_version_has_no_upgrade(protocol: str) -> None:
         "AC": None, "AA": report.matrix[0, 0], "AA_t": [report.matrix[0, 0]], "BC": None, "FC": None,
     }  # fmt: skip
     assert content["regressions"] is None
+    assert content["backfill"] is None
     assert content["compatible"] == content["margins"] == content["p_values"] == [[None]]
 
 
@@ -158,7 +190,7 @@ def test_thirty_one_versions_with_stable_keys() -> None:
     content = json.loads(json.dumps(report.as_dict(), allow_nan=False))
     assert list(content) == [
         "versions", "protocol", "widths", "confidence", "counts", "matrix", "intervals", "criteria", "compatible",
-        "margins", "p_values", "upgrades", "regressions",
+        "margins", "p_values", "upgrades", "regressions", "backfill",
     ]  # fmt: skip
     assert len(content["upgrades"]) == 31 * 30 // 2
     assert [sum(x is not None for x in row) for row in content["matrix"]] == list(range(1, 32))
