@@ -108,7 +108,8 @@ def _encode(make: Callable[[Theme], Figure], theme: Theme, kind: str) -> bytes:
         "svg.hashsalt": "simplexfix",
         "svg.fonttype": "path",
         "font.family": "DejaVu Sans",
-        "font.size": 9.5,
+        "font.size": 8.5,
+        "text.parse_math": False,  # names of versions are text, dollars and all
         "text.color": theme.ink,
         "axes.labelcolor": theme.muted,
         "axes.edgecolor": theme.grid,
@@ -166,7 +167,7 @@ def _matrix(report: EvaluationReport, theme: Theme) -> Figure:
 
 def _flips(report: EvaluationReport, theme: Theme) -> Figure:
     upgrades = report.successive_upgrades
-    figure = Figure(figsize=(7.2, 0.9 + 0.34 * len(upgrades)), layout="constrained")
+    figure = Figure(figsize=(5.0, 0.7 + 0.26 * len(upgrades)), layout="constrained")
     axes = figure.subplots()
     rows = np.arange(len(upgrades))
     mended = np.array([100 * upgrade.positive_flip_rate for upgrade in upgrades])
@@ -205,7 +206,7 @@ ORDER_WORDS = {
 
 
 def _backfill(report: EvaluationReport, theme: Theme) -> Figure:
-    figure = Figure(figsize=(7.2, 3.6), layout="constrained")
+    figure = Figure(figsize=(5.0, 2.9), layout="constrained")
     axes = figure.subplots()
     styles = {
         "random": (theme.old, "--"),

@@ -203,7 +203,7 @@ def _matrix(report: EvaluationReport) -> str:
         "Score in percent: a row’s version sends the queries, a column’s version extracted the gallery, which was "
         "never processed again. On the diagonal each version searches its own.",
         f'<div class="scroll"><table class="heat{" dense" * dense}"><thead><tr>'
-        f'<td class="corner">query ↓ gallery →</td>{head}'
+        f'<td class="corner">query ↓<br>gallery →</td>{head}'
         f"</tr></thead><tbody>{''.join(rows)}</tbody></table></div>\n"
         f'<p class="legend">{_percent(low)} % <span class="scale">{scales}</span> {_percent(high)} %'
         f'<span class="marks">{marks if size > 1 else ""}</span></p>',

@@ -119,7 +119,7 @@ def version_paths(given: Sequence[Path]) -> list[Path]:
 
 def short_names(paths: Sequence[Path]) -> list[str]:
     """What tells the files apart: stems, else names, else whole paths."""
-    for names in ([path.stem for path in paths], [path.name for path in paths]):
+    for names in ([path.name if path.is_dir() else path.stem for path in paths], [path.name for path in paths]):
         if len(set(names)) == len(paths) and all(names):
             return names
     names = [str(path) for path in paths]

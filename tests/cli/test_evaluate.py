@@ -125,6 +125,18 @@ def test_one_version_and_a_version_given_as_the_only_folder(models, capsys) -> N
     assert not Path("report/figures/flips.svg").exists()
 
 
+def test_names_are_the_shortest_that_differ(models, capsys) -> None:
+    save(models, "v1", features(8, 3.0))
+    save(models, "v3.5", features(8, 3.0))
+    for given, names in (
+        (["models/v1.npz", "models/v3.5"], ["v1", "v3.5"]),
+        (["models/v1.npz", "models/v1"], ["v1.npz", "v1"]),
+        (["models/v2", "./models/v2/../v2"], ["models/v2", "models/v2/../v2"]),
+    ):
+        assert main(["evaluate", *given, "--json"]) == 0
+        assert [version["name"] for version in json.loads(capsys.readouterr().out)["versions"]] == names
+
+
 def test_widths(models, capsys) -> None:
     wide = save(models, "wide.npz", features(9, 3.0, width=24))
     names = [str(models / "v1.npz"), str(wide)]
@@ -364,8 +376,8 @@ def test_bad_lists_of_images(models, capsys) -> None:
         assert message in capsys.readouterr().err
 
 
-def test_names_of_files_are_text_and_not_html(models) -> None:
-    os.rename(models / "v10.npz", models / "v10 [red]<b>&\"'.npz")
+def test_names_of_files_are_text_and_neither_html_nor_mathematics(models) -> None:
+    os.rename(models / "v10.npz", models / "v10 $\\frac$ [red]<b>&\"'.npz")
     assert main(["evaluate", "models"]) == 0
     page = Path("report/report.html").read_text()
     assert "<b>&" not in page
