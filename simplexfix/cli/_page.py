@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from ..compatibility import EvaluationReport, Upgrade, average_accuracy, average_compatibility
+from ..compatibility import EvaluationReport, Upgrade
 from ._colours import DARK, LIGHT, Theme, readable, shade
 from ._figures import ORDER_WORDS, Drawn, Shown
 
 __all__ = ["Verdict", "render", "verdict"]
 
 NUMBERED = 12  # versions whose cells have room for a decimal and a mark
+REGRESSION_HEAD = ("query", "class", "found class", "score", "own class’s", "margin", "found item", "own item")
 
 
 class Verdict(NamedTuple):
@@ -103,7 +104,7 @@ def _title(report: EvaluationReport) -> str:
 def _head(report: EvaluationReport) -> str:
     tone, words, then = verdict(report)
     counts, upgrade = report.counts, report.last_upgrade
-    ac, aa = average_compatibility(report.matrix), average_accuracy(report.matrix)
+    ac, aa = report.criteria.ac, report.criteria.aa
     tiles = []
     if upgrade is not None:
         sure = f"{100 * report.confidence:g} %"
@@ -154,40 +155,14 @@ def _head(report: EvaluationReport) -> str:
 
 
 def _matrix(report: EvaluationReport) -> str:
-    size, compatible = len(report.matrix), report.table.compatible
+    size = len(report.matrix)
     low, high = float(np.nanmin(report.matrix)), float(np.nanmax(report.matrix))
     dense = size > NUMBERED
     head = "".join(f'<th scope="col" title="{escape(name)}">{escape(_short(name))}</th>' for name in report.names)
     rows = []
     for i, name in enumerate(report.names):
-        cells = []
-        for j in range(i + 1):
-            value = float(report.matrix[i, j])
-            share = (value - low) / (high - low) if high > low else 0.5
-            pair = [(shade(theme, share), readable(shade(theme, share))) for theme in (LIGHT, DARK)]
-            style = f"--l:{pair[0][0]};--li:{pair[0][1]};--d:{pair[1][0]};--di:{pair[1][1]}"
-            ends = report.intervals[i, j]
-            hint = (
-                f"{name} searches the gallery of {report.names[j]}: {_percent(value)} % "
-                f"[{_percent(ends[0])}, {_percent(ends[1])}]"
-            )
-            mark = ""
-            if i != j:
-                good = bool(compatible[i, j])
-                words = "compatible" if good else "not compatible"
-                mark = (
-                    f'<span class="mark" role="img" aria-label="{words}">{"✓" if good else "✗"}</span>'
-                    if not dense
-                    else ""
-                )
-                hint += f", {words}"
-            shown = f"{100 * value:.0f}" if dense else _percent(value)
-            kind = "own" if i == j else "yes" if compatible[i, j] else "no"
-            cells.append(
-                f'<td class="{kind}" style="{style}" title="{escape(hint)}">'
-                f"{_data(value, shown, f'C-{i}-{j}')}{mark}</td>"
-            )
-        cells += ["<td></td>"] * (size - i - 1)
+        shares = (report.matrix[i] - low) / (high - low) if high > low else np.full(size, 0.5)
+        cells = [_heat_cell(report, i, j, shares[j], dense) for j in range(i + 1)] + ["<td></td>"] * (size - i - 1)
         rows.append(f'<tr><th scope="row" title="{escape(name)}">{escape(_short(name))}</th>{"".join(cells)}</tr>')
     scales = "".join(
         f'<i class="{name}" style="background:linear-gradient(90deg,{",".join(theme.scale)})"></i>'
@@ -212,6 +187,22 @@ def _matrix(report: EvaluationReport) -> str:
     )
 
 
+def _heat_cell(report: EvaluationReport, i: int, j: int, share: float, dense: bool) -> str:
+    value, (low, high), good = report.matrix[i, j], report.intervals[i, j], report.table.compatible[i, j]
+    colours = [colour for theme in (LIGHT, DARK) for colour in (shade(theme, share), readable(shade(theme, share)))]
+    style = ";".join(f"--{name}:{colour}" for name, colour in zip(("l", "li", "d", "di"), colours, strict=True))
+    hint = f"{report.names[i]} searches the gallery of {report.names[j]}: {_percent(value)} %"
+    hint += f" [{_percent(low)}, {_percent(high)}]"
+    kind, mark = "own", ""
+    if i != j:
+        kind, words = ("yes", "compatible") if good else ("no", "not compatible")
+        hint += f", {words}"
+        if not dense:
+            mark = f'<span class="mark" role="img" aria-label="{words}">{"✓" if good else "✗"}</span>'
+    shown = _data(value, f"{100 * value:.0f}" if dense else _percent(value), f"C-{i}-{j}")
+    return f'<td class="{kind}" style="{style}" title="{escape(hint)}">{shown}{mark}</td>'
+
+
 def _upgrades(report: EvaluationReport, figures: Mapping[str, Drawn]) -> str:
     if not report.upgrades:
         return ""
@@ -226,7 +217,7 @@ def _upgrades(report: EvaluationReport, figures: Mapping[str, Drawn]) -> str:
         "What each upgrade changes",
         "On the gallery of the version before, as it is in service. An upgrade that gains on average still breaks "
         "single queries, and users notice those.",
-        _figure(figures["flips.svg"], "svg") + _upgrade_table(report, steps) + every,
+        _figure(figures["flips.svg"]) + _upgrade_table(report, steps) + every,
         "Gain = C[new, old] − C[old, old], its interval by a paired bootstrap over the queries. Broken: right before "
         "and wrong after (negative flips, as a share of all queries NFR); mended: the other way (PFR). p: McNemar’s "
         "exact test, the chance that a fair coin splits broken and mended so unevenly, two-sided, each upgrade by "
@@ -281,7 +272,7 @@ def _backfill(report: EvaluationReport, figures: Mapping[str, Drawn]) -> str:
     return _section(
         "If the gallery is extracted again",
         f"What {new} finds while its rows take the place of those of {old}, one after the other{drawn}.",
-        _figure(figures["backfill.svg"], "svg")
+        _figure(figures["backfill.svg"])
         + _table(("rows are replaced", "before", "after", "mean over the way", "gain by the order"), rows)
         + f"<details><summary>All points</summary>{_table(heads, steps)}</details>",
         "Mean over the way: the area under the curve, the score that users see on average while the gallery is "
@@ -304,9 +295,9 @@ def _regressions(report: EvaluationReport, sheet: Sequence[Shown]) -> str:
         for r in report.regressions
     ]
     seen = 0 if sheet else 12  # images tell more
-    table = _table(_REGRESSION_HEAD, rows[:seen]) if seen else ""
+    table = _table(REGRESSION_HEAD, rows[:seen]) if seen else ""
     if len(rows) > seen:
-        table += f"<details><summary>The worst {len(rows)}</summary>{_table(_REGRESSION_HEAD, rows)}</details>"
+        table += f"<details><summary>The worst {len(rows)}</summary>{_table(REGRESSION_HEAD, rows)}</details>"
     cards = "".join(_card(shown) for shown in sheet)
     what = "the nearest item" if instance else "a class’s template"
     return _section(
@@ -318,9 +309,6 @@ def _regressions(report: EvaluationReport, sheet: Sequence[Shown]) -> str:
         f"Margin = cosine of the query and what is found, {what}, minus that of the query and its own class’s. "
         "Queries and items are row numbers, from 0" + ("." if instance else "; items are the nearest of their class."),
     )
-
-
-_REGRESSION_HEAD = ("query", "class", "found class", "score", "own class’s", "margin", "found item", "own item")
 
 
 def _card(shown: Shown) -> str:
@@ -341,30 +329,43 @@ def _card(shown: Shown) -> str:
 def _criteria(report: EvaluationReport) -> str:
     c = report.criteria
     meaning = (
-        ("AC", "share of upgrades that are compatible", "2 / (T (T − 1)) · #{ i > j : C[i, j] > C[j, j] }", "{:.4f}"),
-        ("AA", "mean score, of all versions on all galleries so far", "2 / (T (T + 1)) · Σ C[i, j] for j ≤ i", "%"),
-        ("BC", "what the newest gains on old galleries", "mean over j < T − 1 of C[T − 1, j] − C[j, j]", "±"),
-        ("FC", "what each gains on the gallery before its own", "mean over i ≥ 1 of C[i, i − 1] − C[i, i]", "±"),
+        (
+            "AC",
+            c.ac,
+            f"{c.ac:.4f}",
+            "share of upgrades that are compatible",
+            "2 / (T (T − 1)) · #{ i > j : C[i, j] > C[j, j] }",
+        ),
+        (
+            "AA",
+            c.aa,
+            f"{_percent(c.aa)} %",
+            "mean score, of all versions on all galleries so far",
+            "2 / (T (T + 1)) · Σ C[i, j] for j ≤ i",
+        ),
+        (
+            "BC",
+            c.bc,
+            f"{_signed(c.bc)} points",
+            "what the newest gains on old galleries",
+            "mean over j < T − 1 of C[T − 1, j] − C[j, j]",
+        ),
+        (
+            "FC",
+            c.fc,
+            f"{_signed(c.fc)} points",
+            "what each gains on the gallery before its own",
+            "mean over i ≥ 1 of C[i, i − 1] − C[i, i]",
+        ),
     )
-    rows = []
-    for name, words, formula, style in meaning:
-        value = c[name]
-        shown = (
-            "–"
-            if math.isnan(value)  # type: ignore[arg-type]
-            else f"{_percent(value)} %"  # type: ignore[arg-type]
-            if style == "%"
-            else f"{_signed(value)} points"  # type: ignore[arg-type]
-            if style == "±"
-            else style.format(value)
-        )
-        rows.append(
-            f'<tr><th scope="row">{name}</th><td><b>{_data(value, shown, name)}</b></td><td class="words">{words}</td>'
-            f'<td class="words"><code>{formula}</code></td></tr>'
-        )
+    rows = [
+        f'<tr><th scope="row">{name}</th><td><b>{_data(value, "–" if math.isnan(value) else shown, name)}</b></td>'
+        f'<td class="words">{words}</td><td class="words"><code>{formula}</code></td></tr>'
+        for name, value, shown, words, formula in meaning
+    ]
     course = [
         f'<tr><th scope="row">{escape(_short(name))}</th><td>{_data(value, _percent(value))}</td></tr>'
-        for name, value in zip(report.names, c["AA_t"], strict=True)  # type: ignore[arg-type]
+        for name, value in zip(report.names, c.aa_t, strict=True)
     ]
     more = (
         f"<details><summary>AA<sub>t</sub>: average accuracy after each version</summary>"
@@ -433,8 +434,8 @@ def _table(head: Sequence[str], rows: Sequence[str], *, words: Sequence[str] = (
     return f'<div class="scroll"><table><thead><tr>{cells}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 
 
-def _figure(drawn: Drawn, kind: str) -> str:
-    light, dark = (_uri(content, kind) for content in (drawn.light, drawn.dark))
+def _figure(drawn: Drawn) -> str:
+    light, dark = (_uri(content, "svg+xml") for content in (drawn.light, drawn.dark))
     return (
         f'<picture class="chart"><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
         f'<img src="{light}" alt="{escape(drawn.words)}"></picture>'
@@ -443,13 +444,13 @@ def _figure(drawn: Drawn, kind: str) -> str:
 
 def _image_uri(image: Image.Image) -> str:
     file = io.BytesIO()
-    image.save(file, "PNG" if max(image.size) <= 64 else "JPEG", quality=85)
-    return _uri(file.getvalue(), "png" if max(image.size) <= 64 else "jpeg")
+    kind = "png" if max(image.size) <= 64 else "jpeg"
+    image.save(file, kind, quality=85)
+    return _uri(file.getvalue(), kind)
 
 
 def _uri(content: bytes, kind: str) -> str:
-    kinds = {"svg": "svg+xml"}
-    return f"data:image/{kinds.get(kind, kind)};base64,{base64.b64encode(content).decode()}"
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def _badge(words: str, tone: str) -> str:

@@ -200,13 +200,10 @@ def _print(report: EvaluationReport, out: Path) -> None:
     marks = _marks(console)
     if report.upgrades:
         console.print(f"{marks[True]} finds more than the version that made the gallery, {marks[False]} does not\n")
-    criteria = report.criteria
-    console.print(
-        "   ".join(
-            f"[bold]{name}[/bold] {_points(criteria[name], name)}"  # type: ignore[arg-type]
-            for name in ("AC", "AA", "BC", "FC")
-        )
-    )
+    c = report.criteria
+    change = {name: "-" if value != value else f"{100 * value:+.2f}" for name, value in (("BC", c.bc), ("FC", c.fc))}
+    shown = {"AC": "-" if c.ac != c.ac else f"{c.ac:.3f}", "AA": f"{100 * c.aa:.2f} %", **change}
+    console.print("   ".join(f"[bold]{name}[/bold] {value}" for name, value in shown.items()))
     upgrade = report.last_upgrade
     if upgrade is not None:
         console.print(
@@ -217,14 +214,6 @@ def _print(report: EvaluationReport, out: Path) -> None:
         )
     console.print(f"\n[bold]{escape(verdict(report).words)}[/bold]")
     console.print(f"{escape(str(out / 'report.html'))}, report.json and figures are written")
-
-
-def _points(value: float, name: str) -> str:
-    if value != value:
-        return "-"
-    if name == "AC":
-        return f"{value:.3f}"
-    return f"{100 * value:.2f} %" if name == "AA" else f"{100 * value:+.2f}"
 
 
 def _marks(console: Any) -> dict[bool, str]:

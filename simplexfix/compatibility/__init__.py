@@ -17,7 +17,7 @@ from .inequalities import Violations, inequality_violations
 from .matrix import compatibility_hits, compatibility_matrix
 from .orders import farthest_from_class_mean, lowest_margin
 from .regressions import Regression, worst_regressions
-from .report import Counts, EvaluationReport, Upgrade, evaluate_versions
+from .report import Counts, Criteria, EvaluationReport, Upgrade, evaluate_versions
 from .statistics import (
     Interval,
     McNemar,
@@ -34,6 +34,7 @@ __all__ = [
     "BackfillCurve",
     "CompatibilityTable",
     "Counts",
+    "Criteria",
     "EvaluationReport",
     "GateResult",
     "Interval",

@@ -28,7 +28,7 @@ from .orders import ORDERS
 from .regressions import Regression, take_rows, worst_regressions
 from .statistics import bootstrap_cells, bootstrap_gain, check_confidence, mcnemar_test
 
-__all__ = ["Counts", "EvaluationReport", "Upgrade", "evaluate_versions"]
+__all__ = ["Counts", "Criteria", "EvaluationReport", "Upgrade", "evaluate_versions"]
 
 PROTOCOLS: Mapping[str, Protocol] = {
     "nearest_class_mean": nearest_class_mean_accuracy,
@@ -56,6 +56,30 @@ class Counts:
     classes_not_in_gallery: int
     queries_of_classes_not_in_gallery: int
     classes_without_queries: int
+
+
+@dataclass(frozen=True)
+class Criteria:
+    """The matrix in a few numbers; nan where there is no upgrade.
+
+    Attributes:
+        ac: `average_compatibility`.
+        aa: `average_accuracy`.
+        aa_t: that of the first t versions, t = 1 .. T.
+        bc: `backward_compatibility`.
+        fc: `forward_compatibility`.
+    """
+
+    ac: float
+    aa: float
+    aa_t: tuple[float, ...]
+    bc: float
+    fc: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Under the papers' names; None for nan."""
+        values = {"AC": self.ac, "AA": self.aa, "AA_t": list(self.aa_t), "BC": self.bc, "FC": self.fc}
+        return {name: None if value != value else value for name, value in values.items()}  # nan alone is not itself
 
 
 @dataclass(frozen=True)
@@ -139,15 +163,14 @@ class EvaluationReport:
         return compatibility_table(self.matrix)
 
     @property
-    def criteria(self) -> dict[str, float | list[float]]:
-        """AC, AA, AA_t (of the first t versions, t = 1 .. T), BC and FC; nan where there is no upgrade."""
-        return {
-            "AC": average_compatibility(self.matrix),
-            "AA": average_accuracy(self.matrix),
-            "AA_t": [average_accuracy(self.matrix, upto=t) for t in range(1, len(self.matrix) + 1)],
-            "BC": backward_compatibility(self.matrix),
-            "FC": forward_compatibility(self.matrix),
-        }
+    def criteria(self) -> Criteria:
+        return Criteria(
+            ac=average_compatibility(self.matrix),
+            aa=average_accuracy(self.matrix),
+            aa_t=tuple(average_accuracy(self.matrix, upto=t) for t in range(1, len(self.matrix) + 1)),
+            bc=backward_compatibility(self.matrix),
+            fc=forward_compatibility(self.matrix),
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values under stable keys; None where there is nothing: above the diagonal, AC of one version."""
@@ -170,7 +193,7 @@ class EvaluationReport:
             "counts": asdict(self.counts),
             "matrix": lower({(i, j): float(self.matrix[i, j]) for i, j in pairs if j <= i}),
             "intervals": lower({(i, j): self.intervals[i, j].tolist() for i, j in pairs if j <= i}),
-            "criteria": {name: _plain(value) for name, value in self.criteria.items()},
+            "criteria": self.criteria.as_dict(),
             "compatible": lower({(i, j): bool(compatible[i, j]) for i, j in pairs if j < i}),
             "margins": lower({(i, j): float(margins[i, j]) for i, j in pairs if j < i}),
             "p_values": lower(p_values),
@@ -336,7 +359,3 @@ def _count(labels: NDArray[np.int64], item_labels: NDArray[np.int64]) -> Counts:
         queries_of_classes_not_in_gallery=int(np.isin(labels, classes, invert=True).sum()),
         classes_without_queries=int(np.isin(classes, asked, invert=True).sum()),
     )
-
-
-def _plain(value: float | list[float]) -> float | list[float] | None:
-    return None if isinstance(value, float) and math.isnan(value) else value

@@ -57,7 +57,7 @@ def test_numbers_are_those_of_the_public_functions(protocol: str) -> None:
     np.testing.assert_array_equal(report.matrix, matrix)
     generator = np.random.default_rng(7)
     np.testing.assert_array_equal(report.intervals, bootstrap_cells(hits, confidence=0.9, generator=generator))
-    assert report.criteria == {
+    assert report.criteria.as_dict() == {
         "AC": average_compatibility(matrix),
         "AA": average_accuracy(matrix),
         "AA_t": [average_accuracy(matrix, upto=t) for t in (1, 2, 3)],
