@@ -17,6 +17,7 @@ _EXTRAS = {
     "matplotlib": "cli",
     "rich": "cli",
     "safetensors": "safetensors",
+    "sklearn": "calibration",
 }  # which extra brings a package
 
 

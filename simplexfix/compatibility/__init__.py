@@ -28,10 +28,12 @@ from .statistics import (
     mcnemar_test,
     mcnemar_tests,
 )
+from .thresholds import Calibration, ThresholdMove, calibrate_scores, upgrade_threshold
 
 __all__ = [
     "DEFAULT_RULES",
     "BackfillCurve",
+    "Calibration",
     "CompatibilityTable",
     "Counts",
     "Criteria",
@@ -42,6 +44,7 @@ __all__ = [
     "Outcome",
     "Regression",
     "Rule",
+    "ThresholdMove",
     "Upgrade",
     "VersionFeatures",
     "Violations",
@@ -52,6 +55,7 @@ __all__ = [
     "bootstrap_cells",
     "bootstrap_gain",
     "bootstrap_interval",
+    "calibrate_scores",
     "compatibility_hits",
     "compatibility_matrix",
     "compatibility_table",
@@ -68,5 +72,6 @@ __all__ = [
     "negative_flip_rate",
     "positive_flip_rate",
     "upgrade_gate",
+    "upgrade_threshold",
     "worst_regressions",
 ]

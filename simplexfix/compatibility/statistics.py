@@ -78,8 +78,8 @@ def bootstrap_interval(
         Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13.
     """
     right = as_hits("hits", hits)
-    drawn = _options(confidence, resamples, generator).binomial(len(right), right.mean(), size=resamples)
-    return _percentiles(drawn / len(right), confidence)
+    drawn = check_options(confidence, resamples, generator).binomial(len(right), right.mean(), size=resamples)
+    return percentiles(drawn / len(right), confidence)
 
 
 def bootstrap_gain(
@@ -95,10 +95,10 @@ def bootstrap_gain(
     Arguments and errors as of `bootstrap_interval` and `negative_flip_rate`.
     """
     gains, losses, queries = flips(before, after)
-    numbers = _options(confidence, resamples, generator)
+    numbers = check_options(confidence, resamples, generator)
     shares = np.array([gains, losses, queries - gains - losses]) / queries
     drawn = numbers.multinomial(queries, shares, size=resamples)
-    return _percentiles((drawn[:, 0] - drawn[:, 1]) / queries, confidence)
+    return percentiles((drawn[:, 0] - drawn[:, 1]) / queries, confidence)
 
 
 def bootstrap_cells(
@@ -122,7 +122,7 @@ def bootstrap_cells(
         TypeError, ValueError: as `bootstrap_interval`; not a lower triangle.
     """
     rows = _triangle(hits)
-    numbers = _options(confidence, resamples, generator)
+    numbers = check_options(confidence, resamples, generator)
     cells = np.full((len(rows), len(rows), 2), np.nan)
     for i, row in enumerate(rows):
         for j, right in enumerate(row):
@@ -222,7 +222,7 @@ def _at_most(k: int, n: int, p: float) -> float:
     return min(total, 1.0)
 
 
-def _percentiles(values: NDArray[np.float64], confidence: float) -> Interval:
+def percentiles(values: NDArray[np.float64], confidence: float) -> Interval:
     low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(float(low), float(high))
 
@@ -243,7 +243,7 @@ def check_generator(generator: np.random.Generator | None) -> np.random.Generato
     return generator
 
 
-def _options(confidence: float, resamples: int, generator: np.random.Generator | None) -> np.random.Generator:
+def check_options(confidence: float, resamples: int, generator: np.random.Generator | None) -> np.random.Generator:
     check_confidence(confidence)
     if check_integer("resamples", resamples) < 1:
         raise ValueError(f"resamples must be at least 1, got {resamples}")

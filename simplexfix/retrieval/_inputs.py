@@ -27,10 +27,10 @@ class Features:
 
     Raises:
         TypeError: not a tensor or array of floating numbers.
-        ValueError: not [n, d], or no rows.
+        ValueError: not [n, d], or no rows unless they `may_be_empty`, as a rank's share of a gallery.
     """
 
-    def __init__(self, name: str, rows: Rows) -> None:
+    def __init__(self, name: str, rows: Rows, *, may_be_empty: bool = False) -> None:
         if isinstance(rows, Tensor):
             check_features(name, rows)
         elif not isinstance(rows, np.ndarray):
@@ -41,7 +41,7 @@ class Features:
             raise TypeError(f"{name} must be float32, float64 or float16, got {rows.dtype}")
         if rows.ndim != 2 or not rows.shape[1]:
             raise ValueError(f"{name} must have 2 dimensions, [rows, d] with d >= 1, got {list(rows.shape)}")
-        if not len(rows):
+        if not len(rows) and not may_be_empty:
             raise ValueError(f"{name} has no rows")
         self.name = name
         self.rows = rows
@@ -54,12 +54,13 @@ class Features:
         return int(self.rows.shape[1])
 
     @property
-    def on_cpu(self) -> bool:
-        return not isinstance(self.rows, Tensor) or self.rows.device.type == "cpu"
+    def dtype(self) -> str:
+        """Its name, which tensors and arrays share."""
+        return str(self.rows.dtype).removeprefix("torch.")
 
     @property
-    def dtype(self) -> str:
-        return str(self.rows.dtype).removeprefix("torch.")
+    def on_cpu(self) -> bool:
+        return not isinstance(self.rows, Tensor) or self.rows.device.type == "cpu"
 
     def block(self, begin: int, end: int) -> NDArray[np.float32]:
         """Rows [begin, end) as dense float32; a view of the caller's numbers where they are that already.

@@ -33,7 +33,7 @@ def nearest_class_mean_accuracy(query: Tensor, query_labels: Tensor, gallery: Te
     Reference:
         The protocol of arXiv 2405.02581; docs/math.md.
     """
-    return _share(nearest_class_mean_hits(query, query_labels, gallery, gallery_labels))
+    return share(nearest_class_mean_hits(query, query_labels, gallery, gallery_labels))
 
 
 def nearest_class_mean_hits(query: Tensor, query_labels: Tensor, gallery: Tensor, gallery_labels: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def instance_accuracy(query: Tensor, query_labels: Tensor, gallery: Tensor, gall
 
     Arguments, result and errors as of `nearest_class_mean_accuracy`.
     """
-    return _share(instance_hits(query, query_labels, gallery, gallery_labels))
+    return share(instance_hits(query, query_labels, gallery, gallery_labels))
 
 
 def instance_hits(query: Tensor, query_labels: Tensor, gallery: Tensor, gallery_labels: Tensor) -> Tensor:
@@ -80,7 +80,8 @@ def class_sums(gallery: Tensor, gallery_labels: Tensor) -> tuple[Tensor, Tensor,
     return classes, index, sums.float()
 
 
-def _share(hits: Tensor) -> float:
+def share(hits: Tensor) -> float:
+    """Of those that are true."""
     return int(hits.sum()) / len(hits)
 
 

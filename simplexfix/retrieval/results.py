@@ -80,7 +80,7 @@ class RetrievalResults:
             raise ValueError(f"query has {queries.width} columns, gallery has {items.width}; they must be of one width")
         query_classes = read_labels("query_labels", query_labels, "query", len(queries))
         gallery_classes = read_labels("gallery_labels", gallery_labels, "gallery", len(items))
-        kept_ids, excluded = _exclusions(query_ids, gallery_ids, len(queries), len(items))
+        kept_ids, excluded = find_excluded(query_ids, gallery_ids, len(queries), len(items))
         if k is not None:
             k = check_integer("k", k)
             if k < 1:
@@ -145,7 +145,7 @@ class RetrievalResults:
         )
 
 
-def _exclusions(
+def find_excluded(
     query_ids: Ids | None, gallery_ids: Ids | None, queries: int, items: int
 ) -> tuple[NDArray[np.int64] | None, NDArray[np.int64]]:
     """The gallery's ids as int64, of our own; and the gallery row of each query's id, -1 where it has none."""

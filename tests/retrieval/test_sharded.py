@@ -1,0 +1,382 @@
+"""Galleries sharded over processes: the bits of one process, one error on all, and no rank that outlives another."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import needs_library
+from exact_search import hard_gallery, queries_for
+from torch import Tensor
+
+import simplexfix
+from simplexfix.compatibility import compatibility_matrix
+from simplexfix.retrieval import (
+    RankDiedError,
+    cosine_topk,
+    instance_accuracy,
+    instance_hits,
+    nearest_class_mean_accuracy,
+    nearest_class_mean_hits,
+    process_group,
+    shard_rows,
+    sharded,
+    sharded_cosine_topk,
+    sharded_instance_accuracy,
+    sharded_instance_hits,
+    sharded_nearest_class_mean_accuracy,
+    sharded_nearest_class_mean_hits,
+)
+
+pytestmark = pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="torch without gloo processes"
+)
+N = 203
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def environment(rank: int, size: int, port: int) -> dict[str, str]:
+    """What torchrun sets."""
+    return {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def shards(n: int, size: int) -> list[list[slice]]:
+    """Even, all on the last, the first and last empty where there are more than two, and one row before the rest."""
+    cuts = [
+        [shard_rows(n, rank, size).start for rank in range(size)] + [n],
+        [0] * size + [n],
+        [0, *(n * (rank - 1) // max(1, size - 2) for rank in range(1, size)), n] if size > 2 else [0, n // 3, n],
+        [0] + [min(n, 1 + rank * 5) for rank in range(size - 1)] + [n],
+    ]
+    return [[slice(*pair) for pair in pairwise(cut)] for cut in cuts]
+
+
+def same_bits(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> bool:
+    return torch.equal(found[0].view(torch.int32), expected[0].view(torch.int32)) and torch.equal(found[1], expected[1])
+
+
+def gallery_and_queries(kind: str, n: int, d: int, seed: int) -> tuple[Tensor, Tensor]:
+    rng = np.random.default_rng(seed)
+    gallery = hard_gallery(kind, n, d, rng)
+    return torch.from_numpy(gallery), torch.from_numpy(queries_for(gallery, 20, rng))
+
+
+def check_searches(rank: int, size: int, kinds: Sequence[str]) -> None:
+    for seed, kind in enumerate(kinds):
+        gallery, query = gallery_and_queries(kind, N, 19, seed)
+        for cut in shards(N, size):
+            for k in (1, 9, 64, N, N + 40):
+                found = sharded_cosine_topk(query, gallery[cut[rank]], k)
+                assert same_bits(found, cosine_topk(query, gallery, k)), (kind, cut, k)
+
+
+def check_kinds_of_rows(rank: int, size: int) -> None:
+    gallery, query = gallery_and_queries("duplicates", N, 40, 7)
+    cut = shards(N, size)[3]
+    for dtype in (torch.float64, torch.float16, torch.bfloat16):
+        whole, asked = gallery.to(dtype), query.to(dtype)
+        assert same_bits(sharded_cosine_topk(asked, whole[cut[rank]], 12), cosine_topk(asked, whole, 12)), dtype
+    strided, asked = gallery[:, ::2], query[:, 1::2].requires_grad_()
+    found = sharded_cosine_topk(asked, strided[cut[rank]], 12)
+    assert same_bits(found, cosine_topk(asked.detach(), strided, 12))
+    assert not found[0].requires_grad
+    mapped = gallery.numpy().copy()
+    mapped.flags.writeable = False
+    assert same_bits(sharded_cosine_topk(query.detach().numpy(), mapped[cut[rank]], 3), cosine_topk(query, gallery, 3))
+    for rows, asked in ((gallery[:0], query), (gallery[:1], query), (gallery, query[:0])):
+        mine = rows[shard_rows(len(rows), rank, size)]
+        assert same_bits(sharded_cosine_topk(asked, mine, 4), cosine_topk(asked, rows, 4))
+
+
+def check_protocols(rank: int, size: int, kinds: Sequence[str]) -> None:
+    pairs = ((sharded_instance_hits, instance_hits), (sharded_nearest_class_mean_hits, nearest_class_mean_hits))
+    for seed, kind in enumerate(kinds):
+        gallery, query = gallery_and_queries(kind, N, 19, seed)
+        generator = torch.Generator().manual_seed(seed)
+        # ids above 2^24 and below 0; class 8 2^40 is of the queries alone; most classes lie on several ranks
+        labels = torch.randint(-3, 8, (N,), generator=generator) * 2**40
+        wanted = torch.randint(-3, 9, (len(query),), generator=generator) * 2**40
+        for cut in shards(N, size):
+            for ours, whole in pairs:
+                for dtype in (torch.float32, torch.float64):
+                    args = query.to(dtype), wanted, (gallery.to(dtype) * (1 + 1e-9)), labels
+                    found = ours(args[0], wanted, args[2][cut[rank]], labels[cut[rank]])
+                    assert torch.equal(found, whole(*args)), (kind, cut, ours.__name__, dtype)
+
+
+def check_sums(rank: int, size: int) -> None:
+    """Of classes of which (1, 0) finds 7 or 8, which points to (1, 1), by the last bits of the sum of 7."""
+    tiny = 2.0**-30
+    cases = [
+        # row by row the ones are lost beside 1e16, in partial sums they would not be
+        ([[1e16, 0.1], [1, 0.1], [1, 0.1], [1, 0.1], [1, 0.1], [-1e16, 0.1]], torch.float32, 8),
+        # what passes between ranks is float64
+        ([[1, 0], [tiny, tiny / 4], [0, 0], [0, 0], [0, 0], [-1, 0]], torch.float32, 7),
+        # and so is what is added
+        ([[1 + tiny, tiny / 4], [0, 0], [0, 0], [0, 0], [0, 0], [-1, 0]], torch.float64, 7),
+    ]
+    query, labels = torch.tensor([[1.0, 0.0]]), torch.tensor([7, 7, 7, 7, 7, 7, 8])
+    cut = {2: [slice(0, 2), slice(2, 7)], 4: [slice(0, 1), slice(1, 3), slice(3, 3), slice(3, 7)]}[size]
+    for rows, dtype, nearest in cases:
+        gallery = torch.tensor([*rows, [1, 1]], dtype=dtype)
+        for mine in (gallery[cut[rank]], gallery.numpy()[cut[rank]]):
+            for label in (7, 8):
+                found = sharded_nearest_class_mean_hits(query, [label], mine, labels[cut[rank]])
+                assert found.tolist() == [label == nearest], (rows, dtype)
+        assert nearest_class_mean_hits(query, torch.tensor([nearest]), gallery, labels).tolist() == [True]
+
+
+def check_matrix(rank: int, size: int, group: dist.ProcessGroup) -> None:
+    generator = torch.Generator().manual_seed(3)
+    galleries = [torch.randn(60, 9, generator=generator) for _ in range(3)]
+    queries = [rows[::4] + 0.4 * torch.randn(15, 9, generator=generator) for rows in galleries]
+    labels = torch.arange(60) % 11
+    mine = shard_rows(60, rank, size)
+    for ours, whole in (
+        (sharded_instance_accuracy, instance_accuracy),
+        (sharded_nearest_class_mean_accuracy, nearest_class_mean_accuracy),
+    ):
+        shares = [rows[mine] for rows in galleries]
+        found = compatibility_matrix(queries, shares, labels[::4], labels[mine], partial(ours, group=group))
+        expected = compatibility_matrix(queries, galleries, labels[::4], labels, whole)
+        assert 0 < expected[2, 0] < 1
+        np.testing.assert_array_equal(found, expected)
+
+
+def check_refusals(rank: int, size: int) -> None:
+    """The same error on every rank, of input that one of them has, and work goes on after it."""
+    last = rank == size - 1
+    rows, labels, wrong = torch.eye(6), torch.arange(6), size - 1
+    holed = rows.clone()
+    holed[4, 2] = torch.nan
+    topk, means, items = sharded_cosine_topk, sharded_nearest_class_mean_hits, sharded_instance_hits
+    cases: list[tuple[Callable[..., Any], tuple[Any, ...], tuple[Any, ...], type[Exception], str]] = [
+        # what all others call with, what the last rank does
+        (
+            topk,
+            (rows, rows, 2),
+            (rows[:, :4], rows, 2),
+            ValueError,
+            f"rank {wrong}: query and shard must have the same",
+        ),
+        (topk, (rows, rows, 2), (rows[:, :4], rows[:, :4], 2), ValueError, r"same shape of the query, got \[6, 6\] on"),
+        (topk, (rows, rows, 2), (rows[:4], rows, 2), ValueError, rf"\[6, 6\] on rank 0 and \[4, 6\] on rank {wrong}"),
+        (topk, (rows, rows, 2), (rows.double(), rows.double(), 2), ValueError, "same query dtype, got float32 on rank"),
+        (topk, (rows, rows, 2), (rows, rows.double(), 2), TypeError, f"rank {wrong}: query and shard must have the s"),
+        (topk, (rows, rows, 2), (rows, rows, 3), ValueError, f"the same k, got 2 on rank 0 and 3 on rank {wrong}"),
+        (topk, (rows, rows, 2), (rows, rows, 0), ValueError, f"rank {wrong}: k must lie between 1 and"),
+        (topk, (rows, rows, 2), (rows, rows, 1.5), TypeError, f"rank {wrong}: k must be an integer"),
+        (topk, (rows, rows, 2), (rows.flip(0), rows, 2), ValueError, r"all ranks must have the same queries"),
+        (topk, (rows, rows, 2), (rows, holed, 2), ValueError, f"rank {wrong}: shard row 4 holds nan or inf"),
+        (topk, (rows, rows, 2), (holed, rows, 2), ValueError, f"rank {wrong}: query row 4 holds nan or inf"),
+        (topk, (rows, rows, 2), (rows, rows.tolist(), 2), TypeError, f"rank {wrong}: shard must be a torch.Tensor or"),
+        (topk, (rows, rows, 2), (rows, rows[0], 2), ValueError, f"rank {wrong}: shard must have 2 dimensions"),
+        (topk, (rows, rows.long(), 2), (rows, rows, 2), TypeError, "rank 0: shard must be float32"),
+        (means, (rows, labels, rows, labels), (rows, labels, holed, labels), ValueError, "shard row 4 holds nan"),
+        (
+            means,
+            (rows, labels, rows, labels),
+            (rows, labels, rows, labels[1:]),
+            ValueError,
+            "shard has 6 rows, shard_l",
+        ),
+        (
+            means,
+            (rows, labels, rows, labels),
+            (rows, labels, rows, rows[0]),
+            TypeError,
+            "shard_labels must be integers",
+        ),
+        (means, (rows, labels, rows, labels), (rows, labels + 1, rows, labels), ValueError, "same queries and labels"),
+        (means, (rows, labels, rows[:0], labels[:0]), (rows, labels, rows[:0], labels[:0]), ValueError, "no rows: the"),
+        (items, (rows, labels, rows[:0], labels[:0]), (rows, labels, rows[:0], labels[:0]), ValueError, "no rows: the"),
+        (items, (rows, labels, rows, labels), (rows[:0], labels[:0], rows, labels), ValueError, "query has no rows"),
+        (
+            items,
+            (rows, labels, rows, labels),
+            (rows, labels[1:], rows, labels),
+            ValueError,
+            "query has 6 rows, query_l",
+        ),
+        (means, (rows, labels, 2e38 * rows, labels), (rows, labels, 2e38 * rows, labels), ValueError, "class 0 add up"),
+    ]
+    for call, others, mine, error, message in cases:
+        with pytest.raises(error, match=message) as raised:
+            call(*(mine if last else others))
+        said: list[Any] = [None] * size
+        dist.all_gather_object(said, (type(raised.value).__name__, str(raised.value)))
+        assert said == [said[0]] * size
+    with pytest.raises(ValueError, match="same call, got sharded_"):
+        (means if last else items)(rows, labels, rows, labels)
+    assert sharded_cosine_topk(rows, rows, 1)[1].tolist() == [[row] for row in range(6)]
+
+
+def check_part_of_the_world(rank: int, size: int) -> None:
+    """Ranks are the group's, not the world's."""
+    group = dist.new_group(list(range(1, size)))
+    gallery, query = gallery_and_queries("duplicates", N, 19, 1)
+    labels, wanted = torch.arange(N) % 9, torch.arange(len(query)) % 9
+    if not rank:
+        with pytest.raises(ValueError, match="group must hold this process"):
+            sharded_cosine_topk(query, gallery, 5, group=group)
+        return
+    mine = shard_rows(N, rank - 1, size - 1)
+    assert same_bits(sharded_cosine_topk(query, gallery[mine], 5, group=group), cosine_topk(query, gallery, 5))
+    found = sharded_nearest_class_mean_hits(query, wanted, gallery[mine], labels[mine], group=group)
+    assert torch.equal(found, nearest_class_mean_hits(query, wanted, gallery, labels))
+
+
+def work_of_a_rank(rank: int, size: int, port: int) -> None:
+    os.environ.update(environment(rank, size, port))
+    torch.set_num_threads(1)
+    with process_group(timeout=timedelta(minutes=2)) as group:
+        assert (group.rank(), group.size()) == (rank, size)
+        check_searches(rank, size, ("normal", "duplicates", "one row", "one-hot", "signs", "zeros", "clusters 1e-7"))
+        check_kinds_of_rows(rank, size)
+        check_protocols(rank, size, ("normal", "one-hot", "duplicates", "heavy tail"))
+        check_sums(rank, size)
+        check_matrix(rank, size, group)
+        check_refusals(rank, size)
+        check_part_of_the_world(rank, size)
+        # Many blocks of queries by places, then by numbers; of rows and columns; each with a rest.
+        sharded._BLOCK_PLACES, sharded._SUM_NUMBERS, sharded._SUM_COLUMNS = 700, 200, 8
+        check_searches(rank, size, ["duplicates"])
+        check_protocols(rank, size, ["heavy tail"])
+        check_sums(rank, size)
+        sharded._BLOCK_PLACES, sharded._BLOCK_NUMBERS = 2**24, 60
+        check_searches(rank, size, ["one-hot"])
+    assert not dist.is_initialized()
+
+
+@needs_library
+@pytest.mark.parametrize("size", [2, 4])
+def test_sharded_is_whole_to_the_bit(size: int) -> None:
+    torch.multiprocessing.spawn(work_of_a_rank, (size, free_port()), nprocs=size)
+
+
+DIES = """
+import os, sys, time
+from datetime import timedelta
+import torch, torch.distributed as dist
+from simplexfix.retrieval import process_group, sharded_nearest_class_mean_hits
+rank, how = int(os.environ["RANK"]), sys.argv[1]
+rows, labels = torch.eye(8), torch.arange(8)
+with process_group() as group:
+    hurried = dist.new_group(timeout=timedelta(seconds=2))
+    sharded_nearest_class_mean_hits(rows, labels, rows, labels)
+    print("ready", flush=True)
+    if how == "is killed":
+        while True:
+            sharded_nearest_class_mean_hits(rows, labels, rows, labels)
+    if rank == 1:
+        if how == "raises":
+            raise MemoryError("no room for the shard")
+        time.sleep(600)
+    if how == "hangs":
+        sharded_nearest_class_mean_hits(rows, labels, rows, labels, group=hurried)
+"""
+
+
+@pytest.mark.parametrize("how", ["is killed", "raises", "hangs"])
+def test_a_rank_that_dies_ends_the_others_with_a_message(how: str) -> None:
+    """The other is in the midst of a search, waits at the end for all, or has waited for its time."""
+    port, here = free_port(), Path(__file__).parent
+    source = str(Path(simplexfix.__file__).parents[1])
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", DIES, how],
+            env={**os.environ, **environment(rank, 2, port), "PYTHONPATH": source},
+            cwd=here,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    survivor, dies = processes
+    try:
+        assert dies.stdout is not None
+        assert dies.stdout.readline() == "ready\n"
+        start = time.monotonic()
+        if how == "is killed":
+            dies.kill()
+        _, said = survivor.communicate(timeout=60)
+        assert time.monotonic() - start < 20
+        assert survivor.returncode == 1
+        assert "RankDiedError: rank 0 of 2 lost a peer, which died or did not answer in time" in said
+        if how == "raises":
+            assert "MemoryError: no room for the shard" in dies.communicate(timeout=60)[1]
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def test_a_rank_that_never_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in environment(0, 2, free_port()).items():
+        monkeypatch.setenv(name, value)
+    with (
+        pytest.raises(RankDiedError, match="the processes did not come together"),
+        process_group(timeout=timedelta(seconds=1)),
+    ):
+        pass
+    assert not dist.is_initialized()
+
+
+def test_there_is_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="there is no process group: start the processes with torchrun"):
+        sharded_cosine_topk(torch.eye(3), torch.eye(3), 1)
+    for name in environment(0, 1, 1):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ValueError, match="RANK expected, but not set"), process_group():
+        pass
+
+
+def test_one_process_is_a_group_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in environment(0, 1, free_port()).items():
+        monkeypatch.setenv(name, value)
+    query, gallery = torch.randn(5, 7), torch.randn(30, 7)
+    with process_group() as group:
+        assert same_bits(sharded_cosine_topk(query, gallery, 3), cosine_topk(query, gallery, 3))
+        with pytest.raises(ValueError, match="twice"), process_group():
+            pass
+        assert group.size() == 1
+    assert not dist.is_initialized()
+
+
+def test_shard_rows() -> None:
+    assert [shard_rows(10, rank, 4) for rank in range(4)] == [slice(0, 2), slice(2, 5), slice(5, 7), slice(7, 10)]
+    assert [shard_rows(1, rank, 3) for rank in range(3)] == [slice(0, 0), slice(0, 0), slice(0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((-1, 0, 1), ValueError, "n must be at least 0, got -1"),
+        ((5, 2, 2), ValueError, r"rank must lie in \[0, world_size\), got 2 of 2"),
+        ((5, -1, 2), ValueError, r"rank must lie in \[0, world_size\), got -1 of 2"),
+        ((5, 0, 0), ValueError, r"rank must lie in \[0, world_size\), got 0 of 0"),
+        ((5.0, 0, 1), TypeError, "n must be an integer"),
+    ],
+)
+def test_shard_rows_of_bad_input(arguments, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        shard_rows(*arguments)
