@@ -13,9 +13,13 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from PIL import Image, ImageOps
 
-from ..compatibility import EvaluationReport, Regression
+from ..compatibility import EvaluationReport, Regression, VersionPairs
+from ..compatibility.pairs import HISTOGRAM_BINS
+from ..retrieval.verification import score_histogram
 from ._colours import DARK, LIGHT, Theme, readable, shade
 
 __all__ = ["Drawn", "Shown", "draw", "load_sheet", "read_paths"]
@@ -50,6 +54,11 @@ def draw(report: EvaluationReport, sheet: Sequence[Shown]) -> dict[str, Drawn]:
     if report.backfill:
         words = "Score against the share of the gallery that the newest version has extracted again, for each order."
         figures["backfill.svg"] = _both(lambda theme: _backfill(report, theme), words)
+    if report.pairs is not None:
+        words = "True-accept rate against false-accept rate of pairs, before the upgrade and after it."
+        figures["roc.svg"] = _both(lambda theme: _roc(report, theme), words)
+        words = "How scores of pairs of one class, and of two, are spread, before the upgrade and after it."
+        figures["scores.svg"] = _both(lambda theme: _scores(report, theme), words)
     if sheet:
         figures["regressions.png"] = _both(
             lambda theme: _sheet(sheet, theme), "The worst regressions as images.", "png"
@@ -234,6 +243,68 @@ def _backfill(report: EvaluationReport, theme: Theme) -> Figure:
     axes.set_ylabel("score in percent")
     legend = axes.legend(frameon=False, labelcolor=theme.ink, title="mean over the way, percent", alignment="left")
     legend.get_title().set_color(theme.muted)
+    return figure
+
+
+def _pairs(report: EvaluationReport, theme: Theme) -> list[tuple[str, VersionPairs, str]]:
+    """Name, pairs and colour of the last upgrade's versions."""
+    pairs = report.pairs
+    assert pairs is not None
+    if pairs.after is None:
+        return [(report.names[-1], pairs.before, theme.new)]
+    return [(report.names[-2], pairs.before, theme.old), (report.names[-1], pairs.after, theme.new)]
+
+
+def _roc(report: EvaluationReport, theme: Theme) -> Figure:
+    figure = Figure(figsize=(5.0, 2.9), layout="constrained")
+    axes = figure.subplots()
+    for name, pairs, colour in _pairs(report, theme):
+        label = f"{_short(name)}: equal error {100 * pairs.equal_error_rate:.2f} %"
+        axes.plot(pairs.curve_far, 100 * pairs.curve_tar, color=colour, linewidth=2, label=label)
+    axes.set_xscale("log")
+    axes.set_xlabel("false-accept rate")
+    axes.set_ylabel("true-accept rate, percent")
+    axes.set_ylim(top=101)
+    axes.grid(color=theme.grid, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.tick_params(which="both", length=0)
+    axes.legend(frameon=False, labelcolor=theme.ink, loc="lower right")
+    return figure
+
+
+def _scores(report: EvaluationReport, theme: Theme) -> Figure:
+    versions, pairs = _pairs(report, theme), report.pairs
+    figure = Figure(figsize=(5.0, 1.1 + 1.25 * len(versions)), layout="constrained")
+    grid: Any = figure.subplots(len(versions), 1, sharex=True, squeeze=False)
+    ends = []
+    for at, (axes, (name, found, _)) in enumerate(zip(grid.flat, versions, strict=True)):
+        edges, *kinds = score_histogram(found.results, HISTOGRAM_BINS)
+        for counts, colour in zip(kinds, (theme.good, theme.bad), strict=True):
+            axes.stairs(counts / counts.sum(), edges, color=colour, fill=True, alpha=0.45, linewidth=0)
+            axes.stairs(counts / counts.sum(), edges, color=colour, linewidth=1.2)
+            some = np.flatnonzero(counts)
+            ends += [edges[some[0]], edges[some[-1] + 1]]
+        if pairs is not None and pairs.threshold is not None:
+            move = pairs.threshold
+            axes.axvline(move.before.threshold, color=theme.muted, linewidth=1.2, linestyle="--")
+            if at:
+                axes.axvline(move.after.threshold, color=theme.ink, linewidth=1.4)
+        axes.set_yticks([])
+        axes.set_ylabel(_short(name), rotation=0, ha="right", va="center", color=theme.ink)
+        axes.spines["left"].set_visible(False)
+        axes.tick_params(length=0)
+    grid[0, 0].set_xlim(min(ends), max(ends))
+    grid[-1, 0].set_xlabel("score of a pair, cosine")
+    handles: list[Any] = [
+        Patch(color=colour, alpha=0.6, label=label)
+        for colour, label in ((theme.good, "same class"), (theme.bad, "other class"))
+    ]
+    if pairs is not None and pairs.threshold is not None:
+        handles += [
+            Line2D([], [], color=theme.muted, linewidth=1.2, linestyle="--", label="threshold in service"),
+            Line2D([], [], color=theme.ink, linewidth=1.4, label="threshold that keeps the FAR"),
+        ]
+    figure.legend(handles=handles, frameon=False, labelcolor=theme.ink, loc="outside upper center", ncols=2)
     return figure
 
 

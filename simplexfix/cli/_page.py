@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from ..compatibility import EvaluationReport, Upgrade
+from ..compatibility import EvaluationReport, Interval, Upgrade
 from ._colours import DARK, LIGHT, Theme, readable, shade
 from ._figures import ORDER_WORDS, Drawn, Shown
 
@@ -79,6 +79,7 @@ def render(
         _matrix(report),
         _upgrades(report, figures),
         _backfill(report, figures),
+        _pairs(report, figures),
         _regressions(report, sheet),
         _criteria(report),
         _cells(report),
@@ -279,6 +280,64 @@ def _backfill(report: EvaluationReport, figures: Mapping[str, Drawn]) -> str:
         "extracted at a constant speed. Gain by the order: that minus the mean of the two ends, in points. Orders are "
         "chosen by the old features and the labels alone.",
     )
+
+
+def _pairs(report: EvaluationReport, figures: Mapping[str, Drawn]) -> str:
+    title, pairs = "Match or no match", report.pairs
+    if pairs is None:
+        return _section(title, "Not computed: all pairs of a query and a gallery item are of one kind.", "", "")
+    versions = [(report.names[-1], pairs.before)]
+    if pairs.after is not None:
+        versions = [(report.names[-2], pairs.before), (report.names[-1], pairs.after)]
+    rows = [
+        f'<tr><th scope="row">{escape(_short(name))}</th>'
+        f"<td>{_data(found.equal_error_rate, f'{100 * found.equal_error_rate:.2f}')}</td>"
+        f"<td>{_data(found.area, f'{found.area:.4f}')}</td>"
+        + "".join(f"<td>{_data(point.tar, _percent(point.tar))}</td>" for point in found.points)
+        + "</tr>"
+        for name, found in versions
+    ]
+    heads = ("", "equal error, percent", "area", *(f"TAR at FAR {100 * far:g} %" for far in pairs.before.fars))
+    counts = report.counts
+    whole = (pairs.queries, pairs.gallery) == (counts.queries, counts.gallery)
+    what = f"{pairs.queries:,} queries with {pairs.gallery:,} items" + ("" if whole else ", drawn at random,")
+    return _section(
+        title,
+        f"For a service that accepts what scores above a threshold: {what} of the gallery of "
+        f"{escape(report.names[max(0, len(report.names) - 2)])} make {pairs.before.results.num_genuine:,} pairs of one "
+        f"class and {pairs.before.results.num_impostor:,} of two.",
+        _threshold(report) + _figure(figures["scores.svg"]) + _figure(figures["roc.svg"]) + _table(heads, rows),
+        "FAR, TAR: the shares of pairs of two classes, and of one, whose score reaches the threshold; TAR at FAR: at "
+        "the lowest threshold that keeps the FAR. Equal error: where FAR is 1 − TAR. Area: under TAR over FAR.",
+    )
+
+
+def _threshold(report: EvaluationReport) -> str:
+    """What the upgrade does to a service's threshold."""
+    if report.pairs is None or report.pairs.threshold is None:
+        return ""
+    move, old, new = report.pairs.threshold, report.names[-2], report.names[-1]
+    rows = [
+        f'<tr><th scope="row">{escape(words)}</th><td>{_data(point.threshold, f"{point.threshold:.4f}")}</td>'
+        f"<td>{_data(point.far, f'{100 * point.far:.3f}')}{far}</td>"
+        f"<td>{_data(point.tar, _percent(point.tar))}</td></tr>"
+        for words, point, far in (
+            (f"{old}, in service", move.before, ""),
+            (f"{new}, threshold left as it is", move.unmoved, _ends(move.far_interval, 100, 3)),
+            (f"{new}, threshold that keeps the FAR", move.after, ""),
+        )
+    ]
+    times = move.unmoved.far / move.before.far
+    return (
+        f'<p class="lead">Left as it is, a threshold of {move.before.threshold:.4f} accepts {times:.2g} times as many '
+        f"wrong pairs with {escape(new)} as with {escape(old)}, and {_percent(move.unmoved.tar)} % of the right ones "
+        f"instead of {_percent(move.before.tar)} %. {move.after.threshold:.4f}{_ends(move.interval, 1, 4)} keeps the "
+        "false-accept rate.</p>" + _table(("", "threshold", "FAR, percent", "TAR, percent"), rows)
+    )
+
+
+def _ends(interval: Interval, times: float, digits: int) -> str:
+    return f" [{times * interval.low:.{digits}f}, {times * interval.high:.{digits}f}]"
 
 
 def _regressions(report: EvaluationReport, sheet: Sequence[Shown]) -> str:

@@ -16,6 +16,7 @@ from .gate import DEFAULT_RULES, GateResult, Outcome, Rule, VersionFeatures, upg
 from .inequalities import Violations, inequality_violations
 from .matrix import compatibility_hits, compatibility_matrix
 from .orders import farthest_from_class_mean, lowest_margin
+from .pairs import PairReport, VersionPairs, compare_pairs
 from .regressions import Regression, worst_regressions
 from .report import Counts, Criteria, EvaluationReport, Upgrade, evaluate_versions
 from .statistics import (
@@ -42,11 +43,13 @@ __all__ = [
     "Interval",
     "McNemar",
     "Outcome",
+    "PairReport",
     "Regression",
     "Rule",
     "ThresholdMove",
     "Upgrade",
     "VersionFeatures",
+    "VersionPairs",
     "Violations",
     "average_accuracy",
     "average_compatibility",
@@ -56,6 +59,7 @@ __all__ = [
     "bootstrap_gain",
     "bootstrap_interval",
     "calibrate_scores",
+    "compare_pairs",
     "compatibility_hits",
     "compatibility_matrix",
     "compatibility_table",

@@ -25,6 +25,7 @@ from .criteria import (
 )
 from .matrix import Protocol, compatibility_hits
 from .orders import ORDERS
+from .pairs import PairReport, compare_pairs
 from .regressions import Regression, take_rows, worst_regressions
 from .statistics import bootstrap_cells, bootstrap_gain, check_confidence, mcnemar_test
 
@@ -133,6 +134,8 @@ class EvaluationReport:
         regressions: the worst queries of the last upgrade, from version T - 2 to T - 1 on the gallery of T - 2.
         backfill: what version T - 1 finds while its rows replace those of T - 2 in the gallery, one curve per order, by
             5,000 drawn queries where there are more; none for T = 1, and of galleries past 4 GiB.
+        pairs: verification by the queries of T - 2 and of T - 1 against the gallery of T - 2; of one version where T =
+            1; None where all pairs are of one kind.
     """
 
     names: tuple[str, ...]
@@ -146,6 +149,7 @@ class EvaluationReport:
     upgrades: tuple[Upgrade, ...]
     regressions: tuple[Regression, ...]
     backfill: tuple[BackfillCurve, ...]
+    pairs: PairReport | None
 
     @property
     def last_upgrade(self) -> Upgrade | None:
@@ -209,6 +213,7 @@ class EvaluationReport:
             "backfill": None
             if last is None or not self.backfill
             else {"old": last.old, "new": last.new, "curves": [curve.as_dict() for curve in self.backfill]},
+            "pairs": None if self.pairs is None else self.pairs.as_dict(),
         }
 
 
@@ -288,6 +293,15 @@ def evaluate_versions(
         upgrades=upgrades,
         regressions=regressions,
         backfill=_backfill(queries, galleries, labels, item_labels, protocol, widths, generator),
+        pairs=compare_pairs(
+            queries[max(0, len(hits) - 2)],
+            queries[-1] if len(hits) > 1 else None,
+            labels,
+            galleries[max(0, len(hits) - 2)],
+            item_labels,
+            confidence=confidence,
+            generator=generator,
+        ),
     )
 
 
