@@ -2,28 +2,39 @@
 
 Each version is an .npz file, a .safetensors file or a folder of .npy files with query, gallery, query_labels and
 gallery_labels, over the same items, oldest version first; or one folder holds them all, and their names give the order.
-Needs the extra `cli` for figures, and `safetensors` for such files.
+Needs the extra `cli` for figures, and `safetensors` for such files.  Under `torchrun` each process searches its part of
+every gallery, and the first one writes the report, which is the same.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .. import __version__
 from .._files import write_folder
 from ..compatibility import EvaluationReport, evaluate_versions
 from ..data.features import REQUIRED, Features, check_same_items, find_versions, load_features
+from ..retrieval import (
+    RankDiedError,
+    process_group,
+    shard_rows,
+    sharded_instance_hits,
+    sharded_nearest_class_mean_hits,
+)
+from ..retrieval._ranks import Facts, Ranks
 from ._colours import LIGHT, readable, shade
 
 MADE_BY = "simplexfix evaluate"
-BAD_INPUT = 2
+NOT_EVALUATED = 2  # bad input, or a process of several that is gone
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,53 +61,111 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    # before anything is computed: what is missing is said at once
-    from . import _figures, _page  # noqa: F401
+    from . import _figures, _page  # noqa: F401  # before anything is computed: what is missing is said at once
 
+    rank = int(os.environ.get("RANK", "0"))
     try:
-        _evaluate(arguments)
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            _write(arguments, _read(arguments), None)
+        else:
+            with process_group() as group:
+                _evaluate_together(arguments, Ranks(group))
     except (ValueError, TypeError) as error:
-        print(f"simplexfix evaluate: {error}", file=sys.stderr)
-        return BAD_INPUT
+        if rank == 0:  # it is the same on all
+            print(f"simplexfix evaluate: {error}", file=sys.stderr)
+        return NOT_EVALUATED
+    except RankDiedError as error:
+        print(f"simplexfix evaluate: rank {rank}: {error}", file=sys.stderr)
+        return NOT_EVALUATED
     return 0
 
 
-def _evaluate(arguments: argparse.Namespace) -> None:
-    from . import _figures, _page
+def _evaluate_together(arguments: argparse.Namespace, ranks: Ranks) -> None:
+    """Each rank searches its rows of every gallery; the first one has the rest to do, and the others wait for it."""
+
+    def read() -> tuple[_Input, Facts]:
+        try:
+            return _read(arguments, first=ranks.rank == 0), Facts({}, 0)
+        except OSError as error:
+            raise ValueError(str(error)) from error
+
+    given, _ = ranks.agree(read)
+    hits = _hits_of_ranks(given.versions, arguments.protocol, ranks)
+    if ranks.rank == 0:
+        _write(arguments, given, hits)
+
+
+class _Input(NamedTuple):
+    paths: list[Path]
+    versions: list[Features]
+    images: dict[str, list[Path]]
+
+
+def _read(arguments: argparse.Namespace, *, first: bool = True) -> _Input:
+    """All that is given, checked; `first`: on the process that writes."""
+    from . import _figures
 
     if not 0 <= arguments.seed < 2**31:
         raise ValueError(f"--seed must lie in [0, 2^31), got {arguments.seed}")
     if arguments.gallery_images is not None and arguments.images is None:
         raise ValueError("--gallery-images needs --images: it is shown beside the queries")
-    check_replaceable(arguments.out)
+    if first:
+        check_replaceable(arguments.out)
     paths = version_paths(arguments.versions)
+    if first and paths != arguments.versions:
+        print(f"simplexfix evaluate: by name, oldest first: {', '.join(path.name for path in paths)}", file=sys.stderr)
     versions = [load_features(path) for path in paths]
     check_versions(versions, arguments.widths)
     images = {
         part: _figures.read_paths(path, part, len(getattr(versions[0], part)))
         for part, path in (("query", arguments.images), ("gallery", arguments.gallery_images))
-        if path is not None
+        if path is not None and first
     }
+    return _Input(paths, versions, images)
+
+
+def _hits_of_ranks(versions: Sequence[Features], protocol: str, ranks: Ranks) -> list[list[NDArray[np.bool_]]]:
+    """What `compatibility_hits` finds, each rank in its rows of the galleries, in float32 as there."""
+    find = {"nearest_class_mean": sharded_nearest_class_mean_hits, "instance": sharded_instance_hits}[protocol]
+    labels, item_labels = versions[0].query_labels, versions[0].gallery_labels
+    mine = shard_rows(len(item_labels), ranks.rank, ranks.size)
+    hits: list[list[NDArray[np.bool_]]] = []
+    for new in versions:
+        query = new.query.float()
+        hits.append([])
+        for old in versions[: len(hits)]:
+            width = min(query.shape[1], old.gallery.shape[1])
+            shard = old.gallery[mine, :width].float()
+            found = find(query[:, :width], labels, shard, item_labels[mine], group=ranks.group)
+            hits[-1].append(found.numpy())
+    return hits
+
+
+def _write(arguments: argparse.Namespace, given: _Input, hits: list[list[NDArray[np.bool_]]] | None) -> None:
+    from . import _figures, _page
+
+    versions = given.versions
     report = evaluate_versions(
         [version.rows("query") for version in versions],
         [version.rows("gallery") for version in versions],
         versions[0].query_labels,
         versions[0].gallery_labels,
-        names=short_names(paths),
+        names=short_names(given.paths),
         protocol=arguments.protocol,
         widths=arguments.widths,
         confidence=arguments.confidence,
+        hits=hits,
         generator=np.random.default_rng(arguments.seed),
     )
     content = {
         "made_by": MADE_BY,
         "simplexfix": __version__,
-        "inputs": [str(path) for path in paths],
+        "inputs": [str(path) for path in given.paths],
         "seed": arguments.seed,
         **report.as_dict(),
     }
     text = json.dumps(content, indent=1, allow_nan=False)
-    sheet = _figures.load_sheet(report.regressions, images) if images else []
+    sheet = _figures.load_sheet(report.regressions, given.images) if given.images else []
     figures = _figures.draw(report, sheet)
     files = {"report.json": f"{text}\n".encode(), "report.html": _page.render(report, content, figures, sheet).encode()}
     files |= {f"figures/{name}": figure.light for name, figure in figures.items()}
@@ -112,9 +181,7 @@ def version_paths(given: Sequence[Path]) -> list[Path]:
     """The versions' files, oldest first: as given, or those in the one folder given, if that is no version itself."""
     if len(given) > 1 or not given[0].is_dir() or any((given[0] / f"{name}.npy").exists() for name in REQUIRED):
         return list(given)
-    paths = find_versions(given[0])
-    print(f"simplexfix evaluate: by name, oldest first: {', '.join(path.name for path in paths)}", file=sys.stderr)
-    return paths
+    return find_versions(given[0])
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What an upgrade does to a service that accepts a match above a threshold: pairs before and after it, and how to move."""
+"""What an upgrade does to a service that accepts matches above a threshold: pairs before and after, by their scores."""
 
 from __future__ import annotations
 

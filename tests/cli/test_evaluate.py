@@ -80,6 +80,8 @@ def test_a_folder_of_versions(models, capsys) -> None:
         "figures/backfill.svg",
         "figures/flips.svg",
         "figures/matrix.svg",
+        "figures/roc.svg",
+        "figures/scores.svg",
         "report.html",
         "report.json",
     ]
@@ -147,6 +149,16 @@ def test_widths(models, capsys) -> None:
     assert not Path("report").exists()
     assert main(["evaluate", *names, "--widths", "leading", "--json"]) == 0
     assert [version["dimensions"] for version in json.loads(capsys.readouterr().out)["versions"]] == [16, 24]
+
+
+def test_one_class_alone_has_no_pairs_of_two(models, capsys) -> None:
+    made = features(0, 2.0)
+    made["query_labels"][:], made["gallery_labels"][:] = 7, 7
+    save(models, "alike.npz", made)
+    assert main(["evaluate", "models/alike.npz", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["pairs"] is None
+    assert "all pairs of a query and a gallery item are of one kind" in Path("report/report.html").read_text()
+    assert not Path("report/figures/roc.svg").exists()
 
 
 def test_thirty_one_versions(tmp_path, monkeypatch, capsys) -> None:
@@ -312,7 +324,14 @@ def test_a_report_is_replaced_whole(models) -> None:
     assert main(["evaluate", "models"]) == 0
     Path("report").chmod(0o750)
     assert main(["evaluate", "models/v2"]) == 0
-    assert everything_in(Path("report")) == ["figures", "figures/matrix.svg", "report.html", "report.json"]
+    assert everything_in(Path("report")) == [
+        "figures",
+        "figures/matrix.svg",
+        "figures/roc.svg",
+        "figures/scores.svg",
+        "report.html",
+        "report.json",
+    ]
     assert Path("report").stat().st_mode & 0o777 == 0o750
     assert everything_in(models.parent)[-1] == "report/report.json"
 

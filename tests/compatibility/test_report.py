@@ -15,6 +15,7 @@ from simplexfix.compatibility import (
     backward_compatibility,
     bootstrap_cells,
     bootstrap_gain,
+    compare_pairs,
     compatibility_hits,
     compatibility_matrix,
     compatibility_table,
@@ -153,6 +154,21 @@ def test_backfill_of_the_last_upgrade(protocol: str, monkeypatch) -> None:
     assert evaluate_versions(queries, galleries, *of, protocol=protocol).as_dict()["backfill"] is None
 
 
+def test_pairs_of_the_last_upgrade() -> None:
+    queries, galleries, labels = versions()
+    of = labels[:QUERIES], labels[QUERIES:]
+    report = evaluate_versions(queries, galleries, *of)
+    pairs = compare_pairs(queries[1], queries[2], of[0], galleries[1], of[1])
+    written = report.as_dict()["pairs"]
+    for part in ("before", "after"):
+        assert written[part] == pairs.as_dict()[part]
+    assert written["threshold"]["before"] == pairs.as_dict()["threshold"]["before"]
+    one = evaluate_versions(queries[:1], galleries[:1], *of).as_dict()["pairs"]
+    assert one == compare_pairs(queries[0], None, of[0], galleries[0], of[1]).as_dict()
+    assert one["after"] is None
+    assert one["threshold"] is None
+
+
 @both
 def test_blocks_do_not_change_regressions(protocol: str, monkeypatch) -> None:
     from simplexfix.compatibility import regressions
@@ -190,7 +206,7 @@ def test_thirty_one_versions_with_stable_keys() -> None:
     content = json.loads(json.dumps(report.as_dict(), allow_nan=False))
     assert list(content) == [
         "versions", "protocol", "widths", "confidence", "counts", "matrix", "intervals", "criteria", "compatible",
-        "margins", "p_values", "upgrades", "regressions", "backfill",
+        "margins", "p_values", "upgrades", "regressions", "backfill", "pairs",
     ]  # fmt: skip
     assert len(content["upgrades"]) == 31 * 30 // 2
     assert [sum(x is not None for x in row) for row in content["matrix"]] == list(range(1, 32))
