@@ -198,7 +198,7 @@ def _flips(report: EvaluationReport, theme: Theme) -> Figure:
     axes.set_xlim(-reach, reach)
     axes.axvline(0, color=theme.muted, linewidth=0.8)
     axes.set_yticks(rows, [f"{_short(report.names[u.old])} → {_short(report.names[u.new])}" for u in upgrades])
-    axes.invert_yaxis()
+    axes.set_ylim(len(upgrades) - 0.4, -0.6)
     axes.tick_params(length=0)
     axes.xaxis.set_major_formatter(lambda value, _: f"{abs(value):g}")
     axes.set_xlabel("← broken      percent of queries      mended →")
@@ -262,6 +262,8 @@ def _roc(report: EvaluationReport, theme: Theme) -> Figure:
         label = f"{_short(name)}: equal error {100 * pairs.equal_error_rate:.2f} %"
         axes.plot(pairs.curve_far, 100 * pairs.curve_tar, color=colour, linewidth=2, label=label)
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")  # the usual one writes mathematics
+    axes.xaxis.set_minor_formatter(lambda *_: "")
     axes.set_xlabel("false-accept rate")
     axes.set_ylabel("true-accept rate, percent")
     axes.set_ylim(top=101)

@@ -398,6 +398,9 @@ def test_bad_lists_of_images(models, capsys) -> None:
 def test_names_of_files_are_text_and_neither_html_nor_mathematics(models) -> None:
     os.rename(models / "v10.npz", models / "v10 $\\frac$ [red]<b>&\"'.npz")
     assert main(["evaluate", "models"]) == 0
+    for figure in Path("report/figures").glob("*.svg"):
+        assert "\\math" not in figure.read_text(), figure  # SVG has each text as a comment beside its shapes
+    assert "<!-- query by -->" in Path("report/figures/matrix.svg").read_text()
     page = Path("report/report.html").read_text()
     assert "<b>&" not in page
     assert "&lt;b&gt;&amp;&quot;" in page
