@@ -13,14 +13,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .._checks import check_number
-from ..retrieval._inputs import Ids, Rows
+from ..retrieval._inputs import Ids, Rows, SearchInput
 from ..retrieval.verification import (
     BINS,
     STEPS,
     OperatingPoint,
-    Pairs,
     VerificationResults,
     accept_rates,
+    bin_pairs,
     tar_at_far,
 )
 from .statistics import Interval, check_options, percentiles
@@ -99,11 +99,11 @@ def upgrade_threshold(
     if (threshold is None) == (far is None):
         raise ValueError("give one of threshold and far: the service's threshold, or its false-accept rate")
     rng = check_options(confidence, resamples, generator)
-    old = Pairs(old_query, query_labels, gallery, gallery_labels, query_ids, gallery_ids)
-    new = Pairs(
+    old = SearchInput.read(old_query, query_labels, gallery, gallery_labels, query_ids, gallery_ids)
+    new = SearchInput.read(
         new_query, query_labels, gallery if new_gallery is None else new_gallery, gallery_labels, query_ids, gallery_ids
     )
-    old_results, new_results = VerificationResults.count(old), VerificationResults.count(new)
+    old_results, new_results = VerificationResults.of(old), VerificationResults.of(new)
     before = tar_at_far(old_results, far) if threshold is None else old_results.at(threshold)  # type: ignore[arg-type]
     if before.far == 0:
         raise ValueError(
@@ -200,15 +200,17 @@ def calibrate_scores(results: VerificationResults, *, prior: float | None = None
     return Calibration(fit.X_thresholds_.astype(np.float64), fit.y_thresholds_.astype(np.float64), float(prior))
 
 
-def _accepted_impostors(pairs: Pairs, edges: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _accepted_impostors(
+    given: SearchInput, edges: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """[Q, E] impostor pairs of each query at each edge, a bin, and above; [Q] its impostor pairs in all."""
     order = np.argsort(edges, kind="stable")
     count = len(edges)
     not_impostor = count + 1
     reached = np.searchsorted(edges[order], np.arange(2 * BINS + 1), side="right")  # how many of the edges a bin has
     reached[2 * BINS] = not_impostor  # a pair that is left out
-    per_query = np.zeros((len(pairs.query), count + 2))
-    for rows, bins, same in pairs.blocks():
+    per_query = np.zeros((len(given.query), count + 2))
+    for rows, bins, same in bin_pairs(given):
         places = np.where(same, not_impostor, reached[bins])
         places += np.arange(len(places))[:, None] * (count + 2)
         per_query[rows] += np.bincount(places.ravel(), minlength=len(places) * (count + 2)).reshape(-1, count + 2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator, Sequence
-from typing import TypeAlias, TypeVar
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .._checks import check_features
 
-__all__ = ["Features", "Ids", "Rows", "read_ids", "read_labels", "row_squares"]
+__all__ = ["Features", "Ids", "Rows", "SearchInput", "read_ids", "read_labels", "row_squares"]
 
 Rows: TypeAlias = "Tensor | NDArray[np.floating]"
 Ids: TypeAlias = "Tensor | NDArray[np.integer] | Sequence[int]"
@@ -179,3 +179,59 @@ def _integers(name: str, values: Ids, rows_name: str, count: int, why: str) -> N
     if array.shape != (count,):
         raise ValueError(f"{rows_name} has {count} rows, {name} has shape {list(array.shape)}")
     return np.ascontiguousarray(array, dtype=np.int64)
+
+
+class SearchInput(NamedTuple):
+    """Labelled queries and a labelled gallery of one width.
+
+    Attributes:
+        query, gallery: [Q, d], [N, d].
+        query_labels, gallery_labels: [Q], [N].
+        excluded: [Q] int64, the gallery row that is the query itself, by id; -1 if none is.
+        gallery_ids: [N] int64 of our own, or None.
+    """
+
+    query: Features
+    gallery: Features
+    query_labels: NDArray[np.int64]
+    gallery_labels: NDArray[np.int64]
+    excluded: NDArray[np.int64]
+    gallery_ids: NDArray[np.int64] | None
+
+    @classmethod
+    def read(
+        cls,
+        query: Rows,
+        query_labels: Ids,
+        gallery: Rows,
+        gallery_labels: Ids,
+        query_ids: Ids | None = None,
+        gallery_ids: Ids | None = None,
+    ) -> SearchInput:
+        """
+        Raises:
+            TypeError, ValueError: as `RetrievalResults.search`, but for nan and inf.
+        """
+        queries, items = Features("query", query), Features("gallery", gallery)
+        if queries.width != items.width:
+            raise ValueError(f"query has {queries.width} columns, gallery has {items.width}; they must be of one width")
+        query_classes = read_labels("query_labels", query_labels, "query", len(queries))
+        gallery_classes = read_labels("gallery_labels", gallery_labels, "gallery", len(items))
+        held, excluded = _find_excluded(query_ids, gallery_ids, len(queries), len(items))
+        return cls(queries, items, query_classes, gallery_classes, excluded, held)
+
+
+def _find_excluded(
+    query_ids: Ids | None, gallery_ids: Ids | None, queries: int, items: int
+) -> tuple[NDArray[np.int64] | None, NDArray[np.int64]]:
+    """The gallery's ids as int64, of our own; and the gallery row of each query's id, -1 where it has none."""
+    if (query_ids is None) != (gallery_ids is None):
+        given, missing = ("gallery_ids", "query_ids") if query_ids is None else ("query_ids", "gallery_ids")
+        raise ValueError(f"{given} without {missing}: both say which gallery item is the query itself; pass neither")
+    if query_ids is None or gallery_ids is None:
+        return None, np.full(queries, -1, dtype=np.int64)
+    wanted = read_ids("query_ids", query_ids, "query", queries, unique=False)
+    held = read_ids("gallery_ids", gallery_ids, "gallery", items, unique=True).copy()
+    order = np.argsort(held)
+    place = order[np.searchsorted(held, wanted, sorter=order).clip(max=items - 1)]
+    return held, np.where(held[place] == wanted, place, -1)

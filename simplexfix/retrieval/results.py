@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from .._checks import check_integer
 from ..functional import cosine_topk
-from ._inputs import Features, Ids, Rows, read_ids, read_labels
+from ._inputs import Ids, Rows, SearchInput
 
 __all__ = ["RetrievalResults"]
 
@@ -75,12 +75,8 @@ class RetrievalResults:
             ValueError: lengths or widths that do not match, no rows, k below 1, nan or inf (by row), an id that
                 comes twice, or one of the ids without the other.
         """
-        queries, items = Features("query", query), Features("gallery", gallery)
-        if queries.width != items.width:
-            raise ValueError(f"query has {queries.width} columns, gallery has {items.width}; they must be of one width")
-        query_classes = read_labels("query_labels", query_labels, "query", len(queries))
-        gallery_classes = read_labels("gallery_labels", gallery_labels, "gallery", len(items))
-        kept_ids, excluded = find_excluded(query_ids, gallery_ids, len(queries), len(items))
+        given = SearchInput.read(query, query_labels, gallery, gallery_labels, query_ids, gallery_ids)
+        queries, items, excluded = given.query, given.gallery, given.excluded
         if k is not None:
             k = check_integer("k", k)
             if k < 1:
@@ -100,15 +96,15 @@ class RetrievalResults:
             found, ids = (x.cpu().numpy() for x in cosine_topk(queries.block_tensor(begin, end), everything, depth))
             scores[begin:end], positions[begin:end] = _leave_out(found, ids, excluded[begin:end], k)
 
-        classes, index = np.unique(gallery_classes, return_inverse=True)
-        place = np.searchsorted(classes, query_classes).clip(max=len(classes) - 1)
-        matched = classes[place] == query_classes
+        classes, index = np.unique(given.gallery_labels, return_inverse=True)
+        place = np.searchsorted(classes, given.query_labels).clip(max=len(classes) - 1)
+        matched = classes[place] == given.query_labels
         total = np.where(matched, np.bincount(index, minlength=len(classes))[place], 0)
-        total -= out & (gallery_classes[excluded] == query_classes)
-        relevant = gallery_classes[positions] == query_classes[:, None]
+        total -= out & (given.gallery_labels[excluded] == given.query_labels)
+        relevant = given.gallery_labels[positions] == given.query_labels[:, None]
         relevant &= positions >= 0
-        results = cls(positions, scores, relevant, total, candidates, excluded, kept_ids)
-        for array in (positions, scores, relevant, total, candidates, excluded, kept_ids):
+        results = cls(positions, scores, relevant, total, candidates, excluded, given.gallery_ids)
+        for array in (positions, scores, relevant, total, candidates, excluded, given.gallery_ids):
             if array is not None:
                 array.flags.writeable = False
         return results
@@ -143,22 +139,6 @@ class RetrievalResults:
         return f"RetrievalResults of {len(self)} queries, k={self.k}{' (full)' if self.is_full else ''}" + (
             f", {without} without a match" if without else ""
         )
-
-
-def find_excluded(
-    query_ids: Ids | None, gallery_ids: Ids | None, queries: int, items: int
-) -> tuple[NDArray[np.int64] | None, NDArray[np.int64]]:
-    """The gallery's ids as int64, of our own; and the gallery row of each query's id, -1 where it has none."""
-    if (query_ids is None) != (gallery_ids is None):
-        given, missing = ("gallery_ids", "query_ids") if query_ids is None else ("query_ids", "gallery_ids")
-        raise ValueError(f"{given} without {missing}: both say which gallery item is the query itself; pass neither")
-    if query_ids is None or gallery_ids is None:
-        return None, np.full(queries, -1, dtype=np.int64)
-    wanted = read_ids("query_ids", query_ids, "query", queries, unique=False)
-    held = read_ids("gallery_ids", gallery_ids, "gallery", items, unique=True).copy()
-    order = np.argsort(held)
-    place = order[np.searchsorted(held, wanted, sorter=order).clip(max=items - 1)]
-    return held, np.where(held[place] == wanted, place, -1)
 
 
 def _leave_out(

@@ -24,8 +24,7 @@ from torch import Tensor
 
 from .._checks import check_integer, check_number
 from .._reference import unit_float32
-from ._inputs import Features, Ids, Rows, read_ids, read_labels
-from .results import find_excluded
+from ._inputs import Features, Ids, Rows, SearchInput, read_ids
 
 __all__ = [
     "CrossValidation",
@@ -83,14 +82,14 @@ class VerificationResults:
         Raises:
             TypeError, ValueError: as there.
         """
-        return cls.count(Pairs(query, query_labels, gallery, gallery_labels, query_ids, gallery_ids))
+        return cls.of(SearchInput.read(query, query_labels, gallery, gallery_labels, query_ids, gallery_ids))
 
     @classmethod
-    def count(cls, pairs: Pairs) -> VerificationResults:
+    def of(cls, given: SearchInput) -> VerificationResults:
         counts = np.zeros(2 * BINS + 1, dtype=np.int64)
-        for _, bins, same in pairs.blocks():
+        for _, bins, same in bin_pairs(given):
             counts += np.bincount((bins + BINS * same).ravel(), minlength=len(counts))
-        results = cls(counts[BINS : 2 * BINS].copy(), counts[:BINS].copy(), pairs.count_excluded())
+        results = cls(counts[BINS : 2 * BINS].copy(), counts[:BINS].copy(), int((given.excluded >= 0).sum()))
         for array in (results.genuine, results.impostor):
             array.flags.writeable = False
         return results
@@ -339,51 +338,27 @@ def _best_threshold(scores: NDArray[np.float64], same: NDArray[np.bool_]) -> flo
     return float(np.append(candidates, np.inf)[gain.argmax()])
 
 
-class Pairs:
-    """All pairs of queries and gallery items, checked, in blocks of bins."""
+def bin_pairs(given: SearchInput) -> Iterator[tuple[slice, NDArray[np.int64], NDArray[np.bool_]]]:
+    """(which queries, [rows, items] bins, [rows, items] whether of one class).
 
-    def __init__(
-        self,
-        query: Rows,
-        query_labels: Ids,
-        gallery: Rows,
-        gallery_labels: Ids,
-        query_ids: Ids | None = None,
-        gallery_ids: Ids | None = None,
-    ) -> None:
-        self.query, self.gallery = Features("query", query), Features("gallery", gallery)
-        if self.query.width != self.gallery.width:
-            raise ValueError(
-                f"query has {self.query.width} columns, gallery has {self.gallery.width}; they must be of one width"
-            )
-        self.query_labels = read_labels("query_labels", query_labels, "query", len(self.query))
-        self.gallery_labels = read_labels("gallery_labels", gallery_labels, "gallery", len(self.gallery))
-        self.excluded = find_excluded(query_ids, gallery_ids, len(self.query), len(self.gallery))[1]
-
-    def count_excluded(self) -> int:
-        return int((self.excluded >= 0).sum())
-
-    def blocks(self) -> Iterator[tuple[slice, NDArray[np.int64], NDArray[np.bool_]]]:
-        """(which queries, [rows, items] bins, [rows, items] whether of one class).
-
-        The bin of a pair that is left out is 2 BINS, and it is of two classes.
-        """
-        for begin in range(0, len(self.query), _QUERY_ROWS):
-            rows = slice(begin, min(len(self.query), begin + _QUERY_ROWS))
-            q = unit_float32(self.query.block_tensor(rows.start, rows.stop)).double()
-            for first in range(0, len(self.gallery), _GALLERY_ROWS):
-                items = slice(first, min(len(self.gallery), first + _GALLERY_ROWS))
-                g = unit_float32(self.gallery.block_tensor(items.start, items.stop)).double()
-                steps = (q @ g.T).float().mul_(STEPS).floor_().clamp_(-STEPS, STEPS)
-                bins = steps.to(torch.int64).add_(STEPS).cpu().numpy()
-                same = self.query_labels[rows, None] == self.gallery_labels[items]
-                out = self.excluded[rows] - first
-                left_out = np.flatnonzero((out >= 0) & (out < bins.shape[1]))
-                bins[left_out, out[left_out]] = 2 * BINS
-                same[left_out, out[left_out]] = False
-                yield rows, bins, same
-        self.query.release()
-        self.gallery.release()
+    The bin of a pair that is left out is 2 BINS, and it is of two classes.
+    """
+    for begin in range(0, len(given.query), _QUERY_ROWS):
+        rows = slice(begin, min(len(given.query), begin + _QUERY_ROWS))
+        q = unit_float32(given.query.block_tensor(rows.start, rows.stop)).double()
+        for first in range(0, len(given.gallery), _GALLERY_ROWS):
+            items = slice(first, min(len(given.gallery), first + _GALLERY_ROWS))
+            g = unit_float32(given.gallery.block_tensor(items.start, items.stop)).double()
+            steps = (q @ g.T).float().mul_(STEPS).floor_().clamp_(-STEPS, STEPS)
+            bins = steps.to(torch.int64).add_(STEPS).cpu().numpy()
+            same = given.query_labels[rows, None] == given.gallery_labels[items]
+            out = given.excluded[rows] - first
+            left_out = np.flatnonzero((out >= 0) & (out < bins.shape[1]))
+            bins[left_out, out[left_out]] = 2 * BINS
+            same[left_out, out[left_out]] = False
+            yield rows, bins, same
+    given.query.release()
+    given.gallery.release()
 
 
 def _as_array(values: ArrayLike | Tensor) -> NDArray[np.generic]:

@@ -14,7 +14,8 @@ from sklearn.isotonic import IsotonicRegression
 from simplexfix.compatibility import calibrate_scores, upgrade_threshold
 from simplexfix.compatibility.thresholds import _accepted_impostors
 from simplexfix.retrieval import VerificationResults
-from simplexfix.retrieval.verification import BINS, STEPS, Pairs, tar_at_far
+from simplexfix.retrieval._inputs import SearchInput
+from simplexfix.retrieval.verification import BINS, STEPS, tar_at_far
 
 
 def upgrade(queries: int = 120, items: int = 80, d: int = 12, seed: int = 0, noise: float = 0.7):
@@ -81,7 +82,7 @@ def test_accepted_impostors_of_each_query() -> None:
     scores, same = pairs_of(old, query_labels, gallery, gallery_labels)
     reached = int(np.floor(np.float64(scores[~same].max()) * STEPS)) + STEPS  # by one pair, and just so
     edges = np.array([STEPS + 30000, STEPS - 1, reached, STEPS + 30000, BINS, 0])
-    accepted, impostors = _accepted_impostors(Pairs(old, query_labels, gallery, gallery_labels), edges)
+    accepted, impostors = _accepted_impostors(SearchInput.read(old, query_labels, gallery, gallery_labels), edges)
     assert accepted[:, 2].sum() == 1
     for i, edge in enumerate(edges):
         expected = ((scores >= (edge - STEPS) / STEPS) & ~same).sum(1) if edge < BINS else np.zeros(len(old))
