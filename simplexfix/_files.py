@@ -1,11 +1,14 @@
-"""Files that appear whole or not at all."""
+"""Files, and folders of them, that appear whole or not at all."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import threading
+from collections.abc import Mapping
+from pathlib import Path
 
-__all__ = ["write_whole"]
+__all__ = ["write_folder", "write_whole"]
 
 
 def write_whole(path: str | bytes | os.PathLike[str], content: bytes) -> None:
@@ -33,8 +36,48 @@ def write_whole(path: str | bytes | os.PathLike[str], content: bytes) -> None:
         if isinstance(error, OSError):
             raise OSError(error.errno, error.strerror, os.fsdecode(path)) from None
         raise
-    folder = os.open(os.path.dirname(path) or b".", os.O_RDONLY)
+    _sync(os.path.dirname(path) or b".")
+
+
+def write_folder(path: str | os.PathLike[str], files: Mapping[str, bytes]) -> None:
+    """A folder of these files, named by their paths in it, in the place of the one that was there, which is deleted.
+
+    Written beside, synced, exchanged by two renames: after an error the folder is as it was before, and a crash between
+    the two leaves both whole, under other names.  It keeps its mode.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path = Path(os.path.realpath(path))  # what a link points to is replaced, not the link
+    suffix = f"{os.getpid()}-{threading.get_ident()}"
+    made, aside = path.with_name(f".{path.name}.{suffix}.tmp"), path.with_name(f".{path.name}.{suffix}.old")
     try:
-        os.fsync(folder)
+        made.mkdir()
+        for name, content in files.items():
+            file = made / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with open(file, "xb") as opened:
+                opened.write(content)
+                opened.flush()
+                os.fsync(opened.fileno())
+        for folder in (made, *(entry for entry in made.rglob("*") if entry.is_dir())):
+            _sync(os.fsencode(folder))
+        if path.exists():
+            made.chmod(path.stat().st_mode & 0o777)
+            path.rename(aside)
+        made.rename(path)
+    except BaseException:
+        if aside.exists() and not path.exists():
+            aside.rename(path)
+        shutil.rmtree(made, ignore_errors=True)
+        raise
+    _sync(os.fsencode(path.parent))
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync(folder: bytes) -> None:
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
     finally:
-        os.close(folder)
+        os.close(opened)

@@ -7,12 +7,13 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import demo, doctor, gate
+from . import demo, doctor, evaluate, gate
 
 __all__ = ["main"]
 
-_VERBS = {"demo": demo, "doctor": doctor, "gate": gate}
+_VERBS = {"demo": demo, "doctor": doctor, "evaluate": evaluate, "gate": gate}
 _EXTRAS = {
+    "PIL": "cli",
     "matplotlib": "cli",
     "rich": "cli",
     "safetensors": "safetensors",

@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from .._files import write_whole
 from ..compatibility import DEFAULT_RULES, GateResult, Outcome, Rule, VersionFeatures, upgrade_gate
-from ..data.features import Features, load_features
+from ..data.features import check_same_items, load_features
 
 PASSED, FAILED, BAD_INPUT = 0, 1, 2
 CRASHED = 70  # EX_SOFTWARE of sysexits.h: a bug here must not read as a rule that failed
@@ -86,7 +85,7 @@ def _judge(arguments: argparse.Namespace) -> GateResult:
         if path is not None
     }
     for other in others.values():
-        _check_same_items(old, other)
+        check_same_items(old, other)
     groups = [file.query_groups for file in (old, *others.values()) if file.query_groups is not None]
     versions = {name: VersionFeatures(file.query, file.gallery) for name, file in others.items()}
     return upgrade_gate(
@@ -101,25 +100,6 @@ def _judge(arguments: argparse.Namespace) -> GateResult:
         unconstrained=versions.get("unconstrained"),
         generator=np.random.default_rng(arguments.seed),
     )
-
-
-def _check_same_items(first: Features, second: Features) -> None:
-    """Labels, and groups where both have them, are all that tells whether two files are of the same items."""
-    for name in ("query_labels", "gallery_labels"):
-        a, b = getattr(first, name), getattr(second, name)
-        if a.shape != b.shape:
-            raise ValueError(
-                f"{first.path} and {second.path} must be of the same items: {name} has {len(a)} and {len(b)} entries"
-            )
-        if not torch.equal(a, b):
-            row = int((a != b).int().argmax())
-            raise ValueError(
-                f"{first.path} and {second.path} must be of the same items in the same order: {name} at {row} is "
-                f"{int(a[row])} and {int(b[row])}"
-            )
-    a, b = first.query_groups, second.query_groups
-    if a is not None and b is not None and not np.array_equal(a.astype(str), b.astype(str)):
-        raise ValueError(f"{first.path} and {second.path} differ in query_groups")
 
 
 def _rules(arguments: argparse.Namespace) -> list[Rule]:

@@ -16,6 +16,9 @@ from .gate import DEFAULT_RULES, GateResult, Outcome, Rule, VersionFeatures, upg
 from .inequalities import Violations, inequality_violations
 from .matrix import compatibility_hits, compatibility_matrix
 from .orders import farthest_from_class_mean, lowest_margin
+from .pairs import PairReport, VersionPairs, compare_pairs
+from .regressions import Regression, worst_regressions
+from .report import Counts, Criteria, EvaluationReport, Upgrade, evaluate_versions
 from .statistics import (
     Interval,
     McNemar,
@@ -33,13 +36,20 @@ __all__ = [
     "BackfillCurve",
     "Calibration",
     "CompatibilityTable",
+    "Counts",
+    "Criteria",
+    "EvaluationReport",
     "GateResult",
     "Interval",
     "McNemar",
     "Outcome",
+    "PairReport",
+    "Regression",
     "Rule",
     "ThresholdMove",
+    "Upgrade",
     "VersionFeatures",
+    "VersionPairs",
     "Violations",
     "average_accuracy",
     "average_compatibility",
@@ -49,10 +59,12 @@ __all__ = [
     "bootstrap_gain",
     "bootstrap_interval",
     "calibrate_scores",
+    "compare_pairs",
     "compatibility_hits",
     "compatibility_matrix",
     "compatibility_table",
     "compatibility_tax",
+    "evaluate_versions",
     "exact_interval",
     "farthest_from_class_mean",
     "forward_compatibility",
@@ -65,4 +77,5 @@ __all__ = [
     "positive_flip_rate",
     "upgrade_gate",
     "upgrade_threshold",
+    "worst_regressions",
 ]

@@ -18,7 +18,7 @@ from ..functional import cosine_topk
 from ..retrieval import CosineIndex
 from ..retrieval._inputs import Features, row_squares
 
-__all__ = ["CellHits", "class_mean_hits", "nearest_item_hits"]
+__all__ = ["CellHits", "class_mean_hits", "class_sums", "nearest_item_hits"]
 
 CellHits: TypeAlias = Iterator[tuple[int, int, int, NDArray[np.bool_]]]
 Floats: TypeAlias = NDArray[np.float32]
@@ -42,7 +42,7 @@ def class_mean_hits(
     classes, index = np.unique(gallery_labels, return_inverse=True)
     own = np.searchsorted(classes, query_labels).clip(max=len(classes) - 1)
     lacking = classes[own] != query_labels
-    sums = [_class_sums(gallery, index, len(classes)) for gallery in galleries]
+    sums = [class_sums(gallery, index, len(classes)) for gallery in galleries]
     group = max(1, _PRODUCT_COLUMNS // len(classes))
     made: list[Floats] = []
     for i, query in enumerate(queries):
@@ -98,7 +98,7 @@ def _groups(sizes: list[int]) -> Iterator[tuple[int, int]]:
     yield first, len(sizes)
 
 
-def _class_sums(gallery: Features, index: Ids, classes: int) -> Floats:
+def class_sums(gallery: Features, index: Ids, classes: int) -> Floats:
     """[classes, d]: added in float64 row by row, in blocks as in one go; a sum points where the mean does."""
     sums = torch.zeros(classes, gallery.width, dtype=torch.float64)
     to = torch.from_numpy(index)

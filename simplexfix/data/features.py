@@ -1,4 +1,4 @@
-"""Features of one model version from a file: `.npz`, a folder of `.npy`, or `.safetensors`; mapped where possible.
+"""Features of model versions from files: `.npz`, a folder of `.npy`, or `.safetensors`; mapped where possible.
 
 Keys, or names of files without `.npy`:
 
@@ -9,7 +9,10 @@ Keys, or names of files without `.npy`:
 
 from __future__ import annotations
 
+import itertools
+import mmap
 import os
+import re
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -22,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["FeatureFileError", "Features", "load_features"]
+__all__ = ["FeatureFileError", "Features", "check_same_items", "find_versions", "load_features"]
 
 REQUIRED = ("query", "gallery", "query_labels", "gallery_labels")
 OPTIONAL = ("query_groups",)
@@ -53,6 +56,14 @@ class Features:
     gallery_labels: Tensor
     query_groups: NDArray[Any] | None
 
+    def rows(self, part: str) -> NDArray[Any] | Tensor:
+        """ "query" or "gallery" for reading alone: of a folder a read-only map, whose pages a pass can give back."""
+        if self.path.is_dir():
+            array: NDArray[Any] = np.load(self.path / f"{part}.npy", mmap_mode="r")
+            return array
+        tensor: Tensor = getattr(self, part)
+        return tensor
+
 
 def load_features(path: str | os.PathLike[str]) -> Features:
     """Reads and checks the features of one version.
@@ -65,8 +76,8 @@ def load_features(path: str | os.PathLike[str]) -> Features:
     Raises:
         FileNotFoundError, OSError: it cannot be opened.
         FeatureFileError: an unreadable or truncated file; an array that is missing or of pickled objects; features that
-            are not [rows, d] floats, of two dtypes or widths, or hold nan or inf, by row; labels that are not integers,
-            or not one per row.
+            are not [rows, d] floats, of two dtypes or widths, or hold nan, inf or what is that in float32, by row;
+            labels that are not integers, or not one per row.
         ModuleNotFoundError: `.safetensors`, and the package of this name is not installed.
     """
     path = Path(path)
@@ -87,6 +98,62 @@ def load_features(path: str | os.PathLike[str]) -> Features:
         gallery_labels=_labels(path, "gallery_labels", arrays["gallery_labels"], "gallery", len(gallery)),
         query_groups=_groups(path, arrays["query_groups"], len(query)) if "query_groups" in arrays else None,
     )
+
+
+def find_versions(folder: str | os.PathLike[str]) -> list[Path]:
+    """The feature files in a folder, a version each, sorted naturally: v2 before v10.
+
+    Subfolders with .npy files, .npz and .safetensors files; what else lies there is not looked at.
+
+    Raises:
+        OSError: it cannot be listed.
+        FeatureFileError: there is none; two are of one name but for case or leading zeros, so that no order is natural.
+    """
+    folder = Path(folder)
+    entries = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    found = [
+        path
+        for path in entries
+        if (any(path.glob("*.npy")) if path.is_dir() else path.suffix in (".npz", ".safetensors"))
+    ]
+    if not found:
+        raise FeatureFileError(
+            f"{folder} holds no versions: neither .npz nor .safetensors files, nor folders of .npy files"
+        )
+    found.sort(key=_natural)
+    for first, second in itertools.pairwise(found):
+        if _natural(first) == _natural(second):
+            raise FeatureFileError(f"{first} and {second}: which is older? Name the versions one by one, oldest first")
+    return found
+
+
+def _natural(path: Path) -> list[tuple[bool, int, str]]:
+    name = path.name if path.is_dir() else path.stem
+    pieces = re.split(r"([0-9]+)", name.casefold())
+    return [(piece.isdecimal(), int(piece) if piece.isdecimal() else 0, piece.lstrip("0123456789")) for piece in pieces]
+
+
+def check_same_items(first: Features, second: Features) -> None:
+    """Labels, and groups where both have them, are all that tells whether two files are of the same items.
+
+    Raises:
+        FeatureFileError: they are not; names both files, the array and the first row that differs.
+    """
+    for name in ("query_labels", "gallery_labels"):
+        a, b = getattr(first, name), getattr(second, name)
+        if a.shape != b.shape:
+            raise FeatureFileError(
+                f"{first.path} and {second.path} must be of the same items: {name} has {len(a)} and {len(b)} entries"
+            )
+        if not torch.equal(a, b):
+            row = int((a != b).int().argmax())
+            raise FeatureFileError(
+                f"{first.path} and {second.path} must be of the same items in the same order: {name} at {row} is "
+                f"{int(a[row])} and {int(b[row])}"
+            )
+    a, b = first.query_groups, second.query_groups
+    if a is not None and b is not None and not np.array_equal(a.astype(str), b.astype(str)):
+        raise FeatureFileError(f"{first.path} and {second.path} differ in query_groups")
 
 
 def _read(path: Path) -> Mapping[str, NDArray[Any] | Tensor]:
@@ -156,10 +223,15 @@ def _rows(path: Path, name: str, array: NDArray[Any] | Tensor) -> Tensor:
         raise FeatureFileError(f"{path}: {name} must have shape [rows, d] and not be empty, got {list(array.shape)}")
     step = max(1, CHUNK // (rows.shape[1] * rows.element_size()))
     for start in range(0, len(rows), step):
-        finite = torch.isfinite(rows[start : start + step]).all(dim=1)
+        # as float32, in which all features are compared: of float64 it may lack one
+        finite = torch.isfinite(rows[start : start + step].float()).all(dim=1)
         if not finite.all():
             row = start + int(finite.int().argmin())
-            raise FeatureFileError(f"{path}: {name} row {row} holds nan or inf")
+            what = "a number past float32's range" if torch.isfinite(rows[row]).all() else "nan or inf"
+            raise FeatureFileError(f"{path}: {name} row {row} holds {what}")
+    base = getattr(array, "base", None)
+    if isinstance(base, mmap.mmap) and hasattr(base, "madvise"):  # else all that was looked at counts as memory
+        base.madvise(mmap.MADV_DONTNEED)
     return rows
 
 

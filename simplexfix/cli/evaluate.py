@@ -1,0 +1,313 @@
+"""Judges model versions from features and labels alone, and writes a report: numbers, figures, one page of HTML.
+
+Each version is an .npz file, a .safetensors file or a folder of .npy files with query, gallery, query_labels and
+gallery_labels, over the same items, oldest version first; or one folder holds them all, and their names give the order.
+Needs the extra `cli` for figures, and `safetensors` for such files.  Under `torchrun` each process searches its part of
+every gallery, and the first one writes the report, which is the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import __version__
+from .._files import write_folder
+from ..compatibility import EvaluationReport, evaluate_versions
+from ..data.features import REQUIRED, Features, check_same_items, find_versions, load_features
+from ..retrieval import (
+    RankDiedError,
+    process_group,
+    shard_rows,
+    sharded_instance_hits,
+    sharded_nearest_class_mean_hits,
+)
+from ..retrieval._ranks import Facts, Ranks
+from ._colours import LIGHT, readable, shade
+
+MADE_BY = "simplexfix evaluate"
+NOT_EVALUATED = 2  # bad input, or a process of several that is gone
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "versions",
+        type=Path,
+        nargs="+",
+        metavar="VERSION",
+        help=".npz file, .safetensors file or folder of .npy files, oldest first; or one folder that holds them, "
+        "sorted by name, v2 before v10",
+    )
+    parser.add_argument("--out", type=Path, default=Path("report"), help="folder of the report (default: report)")
+    parser.add_argument("--protocol", choices=("nearest_class_mean", "instance"), default="nearest_class_mean")
+    parser.add_argument(
+        "--widths", choices=("equal", "leading"), default="equal", help="leading: compare on the narrower width"
+    )
+    parser.add_argument("--confidence", type=float, default=0.95, metavar="C", help="of intervals (default: 0.95)")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
+    parser.add_argument(
+        "--images", type=Path, metavar="FILE", help="text, a line per query: its image, to show the worst regressions"
+    )
+    parser.add_argument("--gallery-images", type=Path, metavar="FILE", help="the same of the gallery")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, that of report.json")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from . import _figures, _page  # noqa: F401  # before anything is computed: what is missing is said at once
+
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            _write(arguments, _read(arguments), None)
+        else:
+            with process_group() as group:
+                _evaluate_together(arguments, Ranks(group))
+    except (ValueError, TypeError) as error:
+        if rank == 0:  # it is the same on all
+            print(f"simplexfix evaluate: {error}", file=sys.stderr)
+        return NOT_EVALUATED
+    except RankDiedError as error:
+        print(f"simplexfix evaluate: rank {rank}: {error}", file=sys.stderr)
+        return NOT_EVALUATED
+    return 0
+
+
+def _evaluate_together(arguments: argparse.Namespace, ranks: Ranks) -> None:
+    """Each rank searches its rows of every gallery; the first one has the rest to do, and the others wait for it."""
+
+    def read() -> tuple[_Input, Facts]:
+        try:
+            return _read(arguments, first=ranks.rank == 0), Facts({}, 0)
+        except OSError as error:
+            raise ValueError(str(error)) from error
+
+    given, _ = ranks.agree(read)
+    hits = _hits_of_ranks(given.versions, arguments.protocol, ranks)
+    if ranks.rank == 0:
+        _write(arguments, given, hits)
+
+
+class _Input(NamedTuple):
+    paths: list[Path]
+    versions: list[Features]
+    images: dict[str, list[Path]]
+
+
+def _read(arguments: argparse.Namespace, *, first: bool = True) -> _Input:
+    """All that is given, checked; `first`: on the process that writes."""
+    from . import _figures
+
+    if not 0 <= arguments.seed < 2**31:
+        raise ValueError(f"--seed must lie in [0, 2^31), got {arguments.seed}")
+    if arguments.gallery_images is not None and arguments.images is None:
+        raise ValueError("--gallery-images needs --images: it is shown beside the queries")
+    if first:
+        check_replaceable(arguments.out)
+    paths = version_paths(arguments.versions)
+    if first and paths != arguments.versions:
+        print(f"simplexfix evaluate: by name, oldest first: {', '.join(path.name for path in paths)}", file=sys.stderr)
+    versions = [load_features(path) for path in paths]
+    check_versions(versions, arguments.widths)
+    images = {
+        part: _figures.read_paths(path, part, len(getattr(versions[0], part)))
+        for part, path in (("query", arguments.images), ("gallery", arguments.gallery_images))
+        if path is not None and first
+    }
+    return _Input(paths, versions, images)
+
+
+def _hits_of_ranks(versions: Sequence[Features], protocol: str, ranks: Ranks) -> list[list[NDArray[np.bool_]]]:
+    """What `compatibility_hits` finds, each rank in its rows of the galleries, in float32 as there."""
+    find = {"nearest_class_mean": sharded_nearest_class_mean_hits, "instance": sharded_instance_hits}[protocol]
+    labels, item_labels = versions[0].query_labels, versions[0].gallery_labels
+    mine = shard_rows(len(item_labels), ranks.rank, ranks.size)
+    hits: list[list[NDArray[np.bool_]]] = []
+    for new in versions:
+        query = new.query.float()
+        hits.append([])
+        for old in versions[: len(hits)]:
+            width = min(query.shape[1], old.gallery.shape[1])
+            shard = old.gallery[mine, :width].float()
+            found = find(query[:, :width], labels, shard, item_labels[mine], group=ranks.group)
+            hits[-1].append(found.numpy())
+    return hits
+
+
+def _write(arguments: argparse.Namespace, given: _Input, hits: list[list[NDArray[np.bool_]]] | None) -> None:
+    from . import _figures, _page
+
+    versions = given.versions
+    report = evaluate_versions(
+        [version.rows("query") for version in versions],
+        [version.rows("gallery") for version in versions],
+        versions[0].query_labels,
+        versions[0].gallery_labels,
+        names=short_names(given.paths),
+        protocol=arguments.protocol,
+        widths=arguments.widths,
+        confidence=arguments.confidence,
+        hits=hits,
+        generator=np.random.default_rng(arguments.seed),
+    )
+    content = {
+        "made_by": MADE_BY,
+        "simplexfix": __version__,
+        "inputs": [str(path) for path in given.paths],
+        "seed": arguments.seed,
+        **report.as_dict(),
+    }
+    text = json.dumps(content, indent=1, allow_nan=False)
+    sheet = _figures.load_sheet(report.regressions, given.images) if given.images else []
+    figures = _figures.draw(report, sheet)
+    files = {"report.json": f"{text}\n".encode(), "report.html": _page.render(report, content, figures, sheet).encode()}
+    files |= {f"figures/{name}": figure.light for name, figure in figures.items()}
+    check_replaceable(arguments.out)  # it has been minutes
+    write_folder(arguments.out, files)
+    if arguments.json:
+        print(text)
+    else:
+        _print(report, arguments.out)
+
+
+def version_paths(given: Sequence[Path]) -> list[Path]:
+    """The versions' files, oldest first: as given, or those in the one folder given, if that is no version itself."""
+    if len(given) > 1 or not given[0].is_dir() or any((given[0] / f"{name}.npy").exists() for name in REQUIRED):
+        return list(given)
+    return find_versions(given[0])
+
+
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """What tells the files apart: stems, else names, else whole paths."""
+    for names in ([path.name if path.is_dir() else path.stem for path in paths], [path.name for path in paths]):
+        if len(set(names)) == len(paths) and all(names):
+            return names
+    names = [str(path) for path in paths]
+    again = next((name for name in names if names.count(name) > 1), None)
+    if again is not None:
+        raise ValueError(f"{again} is given twice: each version once, oldest first")
+    return names
+
+
+def check_versions(versions: Sequence[Features], widths: str) -> None:
+    """Of the same items, of one dtype, and of one width where that is asked for.
+
+    Raises:
+        ValueError: they are not, by file and array.
+    """
+    first = versions[0]
+    for other in versions[1:]:
+        check_same_items(first, other)
+        if other.query.dtype != first.query.dtype:
+            dtypes = (str(version.query.dtype).removeprefix("torch.") for version in (first, other))
+            raise ValueError(
+                f"{first.path} and {other.path} differ in the dtype of query and gallery: {' and '.join(dtypes)}; "
+                "save all versions alike"
+            )
+        if other.query.shape[1] != first.query.shape[1] and widths == "equal":
+            raise ValueError(
+                f"{other.path}: query and gallery have {other.query.shape[1]} columns, those of {first.path} have "
+                f"{first.query.shape[1]}; --widths leading compares the leading ones that both have"
+            )
+
+
+def check_replaceable(out: Path) -> None:
+    """Nothing is there yet, or an empty folder, or a report with nothing else in it: what is deleted is our own.
+
+    Raises:
+        ValueError: something else is there.
+        FileNotFoundError: nor is the folder that it is to be in.
+    """
+    if not out.exists():
+        out.resolve().parent.stat()
+        return
+    if not out.is_dir():
+        raise ValueError(f"{out} is a file: --out names a folder")
+    found = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir())
+    if not found:
+        return
+    try:
+        report = json.loads((out / "report.json").read_bytes())
+    except (OSError, ValueError):
+        report = None
+    if not isinstance(report, dict) or report.get("made_by") != MADE_BY:
+        raise ValueError(f"{out} is a folder of something else than a report; it stays as it is: --out names another")
+    ours = ("report.json", "report.html", "figures/")
+    others = [name for name in found if not name.startswith(ours)]
+    if others:
+        raise ValueError(f"{out} holds more than a report, {others[0]}; it stays as it is: move that, or name another")
+
+
+def _print(report: EvaluationReport, out: Path) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+
+    from ._page import verdict
+
+    console = Console(highlight=False, soft_wrap=True)
+    counts = report.counts
+    console.print(
+        f"{counts.queries} queries, {counts.gallery} gallery items of {counts.classes} classes, "
+        f"{report.protocol.replace('_', ' ')}"
+    )
+    if counts.queries_of_classes_not_in_gallery:
+        console.print(
+            f"[yellow]{counts.queries_of_classes_not_in_gallery} queries are of {counts.classes_not_in_gallery} "
+            "classes that the gallery lacks; they count as wrong[/yellow]"
+        )
+    console.print("\nScore in percent, rows search columns; below the diagonal old galleries, as they were\n")
+    console.print(_heat_map(report, console))
+    marks = _marks(console)
+    if report.upgrades:
+        console.print(f"{marks[True]} finds more than the version that made the gallery, {marks[False]} does not\n")
+    c = report.criteria
+    change = {name: "-" if value != value else f"{100 * value:+.2f}" for name, value in (("BC", c.bc), ("FC", c.fc))}
+    shown = {"AC": "-" if c.ac != c.ac else f"{c.ac:.3f}", "AA": f"{100 * c.aa:.2f} %", **change}
+    console.print("   ".join(f"[bold]{name}[/bold] {value}" for name, value in shown.items()))
+    upgrade = report.last_upgrade
+    if upgrade is not None:
+        console.print(
+            f"{escape(report.names[upgrade.old])} -> {escape(report.names[upgrade.new])} on the old gallery: "
+            f"{100 * upgrade.before:.2f} % -> {100 * upgrade.after:.2f} %, gain {100 * upgrade.gain:+.2f} "
+            f"[{100 * upgrade.low:+.2f}, {100 * upgrade.high:+.2f}], {upgrade.losses} queries break, "
+            f"{upgrade.gains} mend, p = {upgrade.p_value:.3g}"
+        )
+    console.print(f"\n[bold]{escape(verdict(report).words)}[/bold]")
+    console.print(f"{escape(str(out / 'report.html'))}, report.json and figures are written")
+
+
+def _marks(console: Any) -> dict[bool, str]:
+    return {True: "+", False: "-"} if console.options.ascii_only else {True: "✓", False: "✗"}
+
+
+def _heat_map(report: EvaluationReport, console: Any) -> Any:
+    """As wide as the terminal allows: percent with a decimal, whole percent, or colours alone."""
+    from rich.text import Text
+
+    size, names = len(report.matrix), [name[-20:] for name in report.names]
+    left = max(map(len, names)) + 1
+    room = (console.width - left) // size
+    width = 8 if room >= 8 else 4 if room >= 4 else 2
+    compatible, marks = report.table.compatible, _marks(console)
+    lowest, highest = np.nanmin(report.matrix), np.nanmax(report.matrix)
+    text = Text()
+    if width > 2:
+        heads = (name[1 - width :] for name in names)
+        text.append(" " * left + "".join(f"{name:>{width - 1}} " for name in heads) + "\n", style="dim")
+    for i, name in enumerate(names):
+        text.append(f"{name:<{left}}", style="dim")
+        for j in range(i + 1):
+            value = 100 * report.matrix[i, j]
+            mark = " " if i == j else marks[bool(compatible[i, j])]
+            cell = f"{value:.1f}{mark}" if width == 8 else f"{value:.0f}{mark}" if width == 4 else f"{mark} "
+            ground = shade(LIGHT, (report.matrix[i, j] - lowest) / (highest - lowest) if highest > lowest else 0.5)
+            text.append(f"{cell:>{width}}", style=f"{readable(ground)} on {ground}")
+        text.append("\n")
+    return text

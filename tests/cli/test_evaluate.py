@@ -1,0 +1,424 @@
+"""`simplexfix evaluate`: what it prints and writes, what it refuses, and that a report is there whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from simplexfix.cli import main
+from simplexfix.compatibility import evaluate_versions
+
+pytest.importorskip("matplotlib", reason="pip install 'simplexfix[cli]'")
+pytest.importorskip("rich", reason="pip install 'simplexfix[cli]'")
+image_module = pytest.importorskip("PIL.Image", reason="pip install 'simplexfix[cli]'")
+
+CLASSES, WIDTH, QUERIES = 12, 16, 300
+
+
+def features(seed: int, clear: float, width: int = WIDTH) -> dict[str, np.ndarray]:
+    labels = np.arange(500) % CLASSES
+    made = np.random.default_rng(seed).normal(size=(500, width)) + clear * np.eye(width)[labels]
+    rows = made.astype(np.float32)
+    return {
+        "query": rows[:QUERIES],
+        "gallery": rows[QUERIES:],
+        "query_labels": labels[:QUERIES],
+        "gallery_labels": labels[QUERIES:],
+    }
+
+
+CLEAR = {"v1": 2.0, "v2": 3.0, "v10": 2.4}
+
+
+def save(folder: Path, name: str, made: dict[str, np.ndarray]) -> Path:
+    if name.endswith(".npz"):
+        np.savez(folder / name, **made)
+    else:
+        (folder / name).mkdir(parents=True)
+        for key, array in made.items():
+            np.save(folder / name / f"{key}.npy", array)
+    return folder / name
+
+
+@pytest.fixture
+def models(tmp_path, monkeypatch) -> Path:
+    """v1.npz, the folder v2 and v10.npz; the last is worse than the one before."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "models"
+    folder.mkdir()
+    for at, (name, clear) in enumerate(CLEAR.items()):
+        save(folder, name if name == "v2" else f"{name}.npz", features(at, clear))
+    return folder
+
+
+def everything_in(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+def in_memory(**options):
+    made = [features(at, clear) for at, clear in enumerate(CLEAR.values())]
+    rows = ([m[part] for m in made] for part in ("query", "gallery"))
+    return evaluate_versions(*rows, made[0]["query_labels"], made[0]["gallery_labels"], names=tuple(CLEAR), **options)
+
+
+def test_a_folder_of_versions(models, capsys) -> None:
+    (models / "README.md").write_text("not a version")
+    (models / ".cache").mkdir()
+    assert main(["evaluate", "models", "--seed", "5"]) == 0
+    printed = capsys.readouterr()
+    assert "by name, oldest first: v1.npz, v2, v10.npz\n" in printed.err
+    content = json.loads(Path("report/report.json").read_text())
+    assert content["inputs"] == ["models/v1.npz", "models/v2", "models/v10.npz"]
+    assert everything_in(Path("report")) == [
+        "figures",
+        "figures/backfill.svg",
+        "figures/flips.svg",
+        "figures/matrix.svg",
+        "figures/roc.svg",
+        "figures/scores.svg",
+        "report.html",
+        "report.json",
+    ]
+    expected = in_memory(generator=np.random.default_rng(5))
+    assert {key: content[key] for key in expected.as_dict()} == expected.as_dict()
+    assert content["made_by"] == "simplexfix evaluate"
+    assert content["seed"] == 5
+    # the terminal shows each cell, and whether it beats the diagonal
+    matrix = expected.matrix
+    for i in range(3):
+        for j in range(i + 1):
+            assert f"{100 * matrix[i, j]:.1f}" in printed.out
+    assert "300 queries, 200 gallery items of 12 classes, nearest class mean" in printed.out
+    assert f"{content['upgrades'][-1]['losses']} queries break" in printed.out
+    assert "v10 is not compatible with v2." in printed.out
+
+
+def test_versions_named_one_by_one_json_and_protocol(models, capsys) -> None:
+    names = [str(models / name) for name in ("v1.npz", "v2", "v10.npz")]
+    assert main(["evaluate", *names, "--json", "--protocol", "instance", "--out", "r", "--confidence", "0.8"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    content = json.loads(printed.out)
+    assert printed.out == Path("r/report.json").read_text()
+    expected = in_memory(protocol="instance", confidence=0.8).as_dict()
+    assert {key: content[key] for key in expected} == expected
+
+
+def test_the_same_input_is_the_same_report(models) -> None:
+    for out in ("a", "b"):
+        assert main(["evaluate", "models", "--out", out]) == 0
+    for name in everything_in(Path("a")):
+        if (Path("a") / name).is_file():
+            assert (Path("a") / name).read_bytes() == (Path("b") / name).read_bytes(), name
+
+
+def test_one_version_and_a_version_given_as_the_only_folder(models, capsys) -> None:
+    assert main(["evaluate", "models/v2", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["criteria"]["AC"] is None
+    assert [version["name"] for version in content["versions"]] == ["v2"]
+    assert "no upgrade to judge" in Path("report/report.html").read_text()
+    assert not Path("report/figures/flips.svg").exists()
+
+
+def test_names_are_the_shortest_that_differ(models, capsys) -> None:
+    save(models, "v1", features(8, 3.0))
+    save(models, "v3.5", features(8, 3.0))
+    for given, names in (
+        (["models/v1.npz", "models/v3.5"], ["v1", "v3.5"]),
+        (["models/v1.npz", "models/v1"], ["v1.npz", "v1"]),
+        (["models/v2", "./models/v2/../v2"], ["models/v2", "models/v2/../v2"]),
+    ):
+        assert main(["evaluate", *given, "--json"]) == 0
+        assert [version["name"] for version in json.loads(capsys.readouterr().out)["versions"]] == names
+
+
+def test_widths(models, capsys) -> None:
+    wide = save(models, "wide.npz", features(9, 3.0, width=24))
+    names = [str(models / "v1.npz"), str(wide)]
+    assert main(["evaluate", *names]) == 2
+    message = capsys.readouterr().err
+    assert "wide.npz: query and gallery have 24 columns" in message
+    assert "--widths leading" in message
+    assert not Path("report").exists()
+    assert main(["evaluate", *names, "--widths", "leading", "--json"]) == 0
+    assert [version["dimensions"] for version in json.loads(capsys.readouterr().out)["versions"]] == [16, 24]
+
+
+def test_one_class_alone_has_no_pairs_of_two(models, capsys) -> None:
+    made = features(0, 2.0)
+    made["query_labels"][:], made["gallery_labels"][:] = 7, 7
+    save(models, "alike.npz", made)
+    assert main(["evaluate", "models/alike.npz", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["pairs"] is None
+    assert "all pairs of a query and a gallery item are of one kind" in Path("report/report.html").read_text()
+    assert not Path("report/figures/roc.svg").exists()
+
+
+def test_thirty_one_versions(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    for t in range(31):
+        save(tmp_path, f"v{t}.npz", features(t, 2 + t / 30))
+    assert main(["evaluate", *(f"v{t}.npz" for t in range(31))]) == 0
+    assert len(json.loads(Path("report/report.json").read_text())["matrix"]) == 31
+    assert Path("report/report.html").read_text().count('id="C-') == 496
+    assert max(map(len, capsys.readouterr().out.split("p = ")[0].splitlines()[3:36])) <= 80
+
+
+def test_classes_that_the_gallery_lacks_are_counted_and_said(models, capsys) -> None:
+    far = [2**24 + 1, 2**24 + 2, -5, 2**60] + list(range(100, 100 + CLASSES - 4))
+    for at, (name, clear) in enumerate(CLEAR.items()):
+        made = features(at, clear)
+        made["query_labels"] = np.array(far)[made["query_labels"]]
+        made["gallery_labels"] = np.array(far)[made["gallery_labels"]]
+        made["gallery_labels"][made["gallery_labels"] == 2**24 + 2] = 2**24 + 1  # one class more becomes its neighbour
+        save(models.parent, f"far-{name}.npz", made)
+    assert main(["evaluate", *(f"far-{name}.npz" for name in CLEAR)]) == 0
+    content = json.loads(Path("report/report.json").read_text())
+    assert content["counts"]["queries_of_classes_not_in_gallery"] == QUERIES // CLASSES
+    assert content["counts"]["classes_not_in_gallery"] == 1
+    assert "25 queries are of 1 classes that the gallery lacks" in capsys.readouterr().out
+    assert "25 of 300 queries" in Path("report/report.html").read_text()
+
+
+def change(array: str, value) -> dict:
+    def apply(made: dict[str, np.ndarray]) -> None:
+        made[array] = value(made[array]) if callable(value) else value
+
+    return {"change": apply}
+
+
+def nan_at(row: int):
+    def put(rows: np.ndarray) -> np.ndarray:
+        rows = rows.copy()
+        rows[row, 3] = np.nan
+        return rows
+
+    return put
+
+
+BAD = {
+    "labels of another length": (change("query_labels", lambda x: x[:-1]), "query has 300 rows, query_labels"),
+    "nan": (change("gallery", nan_at(17)), "gallery row 17 holds nan or inf"),
+    "dtypes within": (change("query", lambda x: x.astype(np.float64)), "query is float64 and gallery is float32"),
+    "float labels": (change("query_labels", lambda x: x.astype(np.float32)), "query_labels must be integers"),
+    "other labels": (change("gallery_labels", lambda x: x[::-1].copy()), "gallery_labels at 0 is"),
+    "fewer items": (change("drop", None), "query_labels has 300 and 299 entries"),
+    "one dimension": (change("query", lambda x: x[0]), "query must have shape"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_2_names_file_and_array_and_writes_nothing(models, capsys, case: str) -> None:
+    how, message = BAD[case]
+    made = features(4, 2.0)
+    if case == "fewer items":
+        made["query"], made["query_labels"] = made["query"][1:], made["query_labels"][1:]
+    else:
+        how["change"](made)
+    save(models, "bad.npz", made)
+    before = everything_in(models.parent)
+    assert main(["evaluate", str(models / "v1.npz"), str(models / "bad.npz")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("simplexfix evaluate: ")
+    assert message in error
+    assert "bad.npz" in error
+    assert everything_in(models.parent) == before
+
+
+def test_dtypes_between_versions(models, capsys) -> None:
+    half = {key: x.astype(np.float16) if x.ndim == 2 else x for key, x in features(4, 2.0).items()}
+    save(models, "half.npz", half)
+    assert main(["evaluate", str(models / "v1.npz"), str(models / "half.npz")]) == 2
+    error = capsys.readouterr().err
+    assert "v1.npz" in error
+    assert "half.npz differ in the dtype of query and gallery: float32 and float16" in error
+
+
+def test_numbers_that_float32_lacks(models, capsys) -> None:
+    large = {key: x.astype(np.float64) if x.ndim == 2 else x for key, x in features(4, 2.0).items()}
+    large["query"][7, 2] = 1e300
+    save(models, "large.npz", large)
+    assert main(["evaluate", str(models / "large.npz")]) == 2
+    assert "large.npz: query row 7 holds a number past float32's range" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", [0, 10, 1000, -1])
+def test_truncated_files(models, capsys, size: int) -> None:
+    content = (models / "v1.npz").read_bytes()
+    (models / "cut.npz").write_bytes(content[:size])
+    assert main(["evaluate", str(models / "cut.npz")]) == 2
+    assert "cut.npz cannot be read, it may be truncated or damaged" in capsys.readouterr().err
+    assert not Path("report").exists()
+
+
+def test_what_is_not_there(models, capsys) -> None:
+    (models.parent / "empty").mkdir()
+    for arguments, message in [
+        (["nothing.npz"], "nothing.npz"),
+        (["empty"], "empty holds no versions"),
+        (["models/v1.npz", "models/v1.npz"], "models/v1.npz is given twice"),
+        (["models", "--out", "no/where"], "no"),
+        (["models", "--seed", "-1"], "--seed must lie in"),
+        (["models", "--confidence", "0"], "confidence must lie between 0 and 1"),
+        (["models", "--gallery-images", "x"], "--gallery-images needs --images"),
+    ]:
+        assert main(["evaluate", *arguments]) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+    assert everything_in(models.parent)[0] == "empty"
+    assert not Path("report").exists()
+
+
+def test_no_natural_order(models, capsys) -> None:
+    save(models, "v01.npz", features(0, 2.0))
+    assert main(["evaluate", "models"]) == 2
+    assert "which is older?" in capsys.readouterr().err
+
+
+def test_an_error_while_writing_leaves_the_report_before(models, monkeypatch) -> None:
+    assert main(["evaluate", "models"]) == 0
+    before = {name: Path("report", name).read_bytes() for name in ("report.json", "report.html")}
+    entries = everything_in(models.parent)
+
+    for at, error in ((2, OSError(28, "No space left on device")), (4, KeyboardInterrupt())):
+        calls = iter(range(100))
+
+        def fsync(_: int, calls=calls, at=at, error=error) -> None:
+            if next(calls) == at:
+                raise error
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "fsync", fsync)
+            if isinstance(error, OSError):
+                assert main(["evaluate", "models", "--seed", "9"]) == 2
+            else:
+                with pytest.raises(KeyboardInterrupt):
+                    main(["evaluate", "models", "--seed", "9"])
+        assert everything_in(models.parent) == entries
+        assert {name: Path("report", name).read_bytes() for name in before} == before
+
+
+def test_a_rename_that_fails_puts_the_report_back(models, monkeypatch) -> None:
+    assert main(["evaluate", "models"]) == 0
+    before, entries = Path("report/report.json").read_bytes(), everything_in(models.parent)
+    rename = Path.rename
+
+    def fails(self: Path, target: Path) -> Path:
+        if self.suffix == ".tmp":
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    assert main(["evaluate", "models", "--seed", "9"]) == 2
+    assert everything_in(models.parent) == entries
+    assert Path("report/report.json").read_bytes() == before
+
+
+def test_a_report_is_replaced_whole(models) -> None:
+    assert main(["evaluate", "models"]) == 0
+    Path("report").chmod(0o750)
+    assert main(["evaluate", "models/v2"]) == 0
+    assert everything_in(Path("report")) == [
+        "figures",
+        "figures/matrix.svg",
+        "figures/roc.svg",
+        "figures/scores.svg",
+        "report.html",
+        "report.json",
+    ]
+    assert Path("report").stat().st_mode & 0o777 == 0o750
+    assert everything_in(models.parent)[-1] == "report/report.json"
+
+
+def test_a_folder_of_something_else_is_never_deleted(models, capsys) -> None:
+    Path("report").mkdir()  # an empty one may be taken
+    assert main(["evaluate", "models"]) == 0
+    Path("report/notes.txt").write_text("mine")
+    Path("photos").mkdir()
+    Path("photos/report.json").write_text("{}")
+    Path("file").write_text("mine")
+    for out, message in (("report", "notes.txt"), ("photos", "something else"), ("file", "names a folder")):
+        entries = everything_in(models.parent)
+        capsys.readouterr()
+        assert main(["evaluate", "models", "--out", out]) == 2
+        assert message in capsys.readouterr().err
+        assert everything_in(models.parent) == entries
+    # features in a folder of .npy files are no report either
+    assert main(["evaluate", "models/v1.npz", "--out", "models/v2"]) == 2
+
+
+def images(folder: Path, name: str, count: int) -> Path:
+    (folder / name).mkdir()
+    for i in range(count):
+        image_module.new("RGB", (200 if i % 2 else 28, 28), (i % 256, 80, 120)).save(folder / name / f"{i}.png")
+    (folder / f"{name}.txt").write_text("".join(f"{name}/{i}.png\n" for i in range(count)))
+    return folder / f"{name}.txt"
+
+
+def test_images_of_the_worst_regressions(models, capsys) -> None:
+    query, gallery = images(models.parent, "q", QUERIES), images(models.parent, "g", 200)
+    assert main(["evaluate", "models", "--images", str(query), "--gallery-images", str(gallery)]) == 0
+    content = json.loads(Path("report/report.json").read_text())
+    worst = content["regressions"]["worst"][0]
+    with image_module.open("report/figures/regressions.png") as sheet:
+        assert min(sheet.size) > 100
+    page = Path("report/report.html").read_text()
+    shown = min(24, len(content["regressions"]["worst"]))
+    assert shown > 3
+    assert page.count("<figure>") == shown
+    assert page.count('alt="query ') == page.count('alt="found: ') == page.count('alt="right: ') == shown
+    assert f'alt="found: gallery item {worst["found_item"]} of class {worst["found_label"]}"' in page
+    # only the images that are shown are opened; of these none may be missing
+    (models.parent / "q" / f"{worst['query']}.png").write_bytes(b"\x89PNG\r\n\x1a\n truncated")
+    before = Path("report/report.html").read_bytes()
+    capsys.readouterr()
+    assert main(["evaluate", "models", "--images", str(query)]) == 2
+    assert f"the image {models.parent}/q/{worst['query']}.png cannot be read" in capsys.readouterr().err
+    assert Path("report/report.html").read_bytes() == before
+
+
+def test_bad_lists_of_images(models, capsys) -> None:
+    (models.parent / "short.txt").write_text("a.png\n")
+    (models.parent / "binary.txt").write_bytes(b"\xff\xfe\x00" * 300)
+    for name, message in (
+        ("short.txt", "short.txt has 1 lines, query has 300 rows"),
+        ("binary.txt", "binary.txt must be text in UTF-8"),
+        ("missing.txt", "missing.txt"),
+    ):
+        assert main(["evaluate", "models", "--images", name]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_names_of_files_are_text_and_neither_html_nor_mathematics(models) -> None:
+    os.rename(models / "v10.npz", models / "v10 $\\frac$ [red]<b>&\"'.npz")
+    assert main(["evaluate", "models"]) == 0
+    for figure in Path("report/figures").glob("*.svg"):
+        assert "\\math" not in figure.read_text(), figure  # SVG has each text as a comment beside its shapes
+    assert "<!-- query by -->" in Path("report/figures/matrix.svg").read_text()
+    page = Path("report/report.html").read_text()
+    assert "<b>&" not in page
+    assert "&lt;b&gt;&amp;&quot;" in page
+
+
+def test_output_is_plain_where_the_terminal_is(models) -> None:
+    command = [sys.executable, "-m", "simplexfix", "evaluate", "models"]
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = subprocess.run(command, env=environment, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert b"\x1b" not in done.stdout
+    assert done.stdout.decode("ascii").count("+ finds more") == 1
+
+
+def test_matplotlib_missing_is_named_with_its_remedy(models, capsys, monkeypatch) -> None:
+    for name in [name for name in sys.modules if name.startswith(("matplotlib", "simplexfix.cli._"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["evaluate", "models"]) == 2
+    assert "evaluate needs matplotlib: pip install 'simplexfix[cli]'" in capsys.readouterr().err

@@ -1,0 +1,122 @@
+"""`torchrun -m simplexfix evaluate`: the report of one process, one message where input is bad, no rank left behind."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+
+from simplexfix.cli import main
+
+pytest.importorskip("matplotlib", reason="pip install 'simplexfix[cli]'")
+pytest.importorskip("rich", reason="pip install 'simplexfix[cli]'")
+pytestmark = pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="torch without gloo processes"
+)
+
+
+@pytest.fixture
+def models(tmp_path, monkeypatch) -> Path:
+    """Three versions, of two widths and in float64, whose sums float32 rounds; a class of queries only."""
+    monkeypatch.chdir(tmp_path)
+    rng, labels = np.random.default_rng(0), np.arange(331) % 9
+    for t, width in enumerate((16, 16, 24)):
+        rows = rng.normal(size=(331, width)) + (1.5 + 0.3 * t) * np.eye(width)[labels]
+        (tmp_path / "models" / f"v{t}").mkdir(parents=True)
+        made = {
+            "query": rows[:200],
+            "gallery": rows[200:],
+            "query_labels": labels[:200],
+            "gallery_labels": labels[200:],
+        }
+        made["query_labels"] = np.where(labels[:200] == 3, 2**24 + 1, labels[:200])
+        for name, array in made.items():
+            np.save(tmp_path / "models" / f"v{t}" / f"{name}.npy", array)
+    return tmp_path
+
+
+def ranks(folder: Path, size: int, *flags: str, inputs: dict[int, str] | None = None) -> list[tuple[int, str, str]]:
+    """Exit code, output and errors of each process, started as torchrun starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(size):
+        environment = {
+            **os.environ,
+            "RANK": str(rank),
+            "WORLD_SIZE": str(size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join((str(folder), str(Path(__file__).resolve().parents[2]))),
+        }
+        given = (inputs or {}).get(rank, "models")
+        command = [sys.executable, "-m", "simplexfix", "evaluate", given, "--widths", "leading", *flags]
+        processes.append(
+            subprocess.Popen(
+                command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+        )
+    done = []
+    try:
+        for process in processes:
+            out, errors = process.communicate(timeout=240)
+            done.append((process.returncode, out, errors))
+    finally:
+        for process in processes:
+            process.kill()
+    return done
+
+
+@pytest.mark.parametrize("protocol", ["nearest_class_mean", "instance"])
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_report_of_one_process(models, size: int, protocol: str) -> None:
+    flags = ("--protocol", protocol)
+    assert main(["evaluate", "models", "--widths", "leading", "--out", "alone", *flags]) == 0
+    done = ranks(models, size, "--out", "together", *flags)
+    assert [code for code, *_ in done] == [0] * size, done
+    assert "by name, oldest first: v0, v1, v2" in done[0][2]
+    assert "200 queries, 131 gallery items" in done[0][1]
+    assert all(out == "" for _, out, _ in done[1:])
+    for path in Path("alone").rglob("*.*"):
+        assert path.read_bytes() == (Path("together") / path.relative_to("alone")).read_bytes(), path
+
+
+def test_bad_input_on_one_rank_is_one_message_and_ends_all(models) -> None:
+    (models / "damaged").mkdir()
+    (models / "damaged" / "v.npz").write_bytes(b"PK")
+    done = ranks(models, 2, inputs={1: "damaged"})
+    assert [code for code, *_ in done] == [2, 2]
+    assert "rank 1: damaged/v.npz cannot be read" in done[0][2]
+    assert "Traceback" not in done[0][2] + done[1][2]
+    assert not (models / "report").exists()
+
+
+def test_what_only_the_writer_meets_ends_all(models) -> None:
+    (models / "report").mkdir()
+    (models / "report" / "notes.txt").write_text("mine")
+    done = ranks(models, 2)
+    assert [code for code, *_ in done] == [2, 2]
+    assert "report is a folder of something else" in done[0][2]
+    assert sorted(path.name for path in (models / "report").iterdir()) == ["notes.txt"]
+
+
+def test_a_rank_that_dies_ends_all_with_a_message(models) -> None:
+    """The writer is killed after the search, while the other waits for it."""
+    (models / "sitecustomize.py").write_text(
+        "import os\n"
+        "if os.environ['RANK'] == '0':\n"
+        "    import simplexfix.cli.evaluate as evaluate\n"
+        "    evaluate._write = lambda *_: os._exit(9)\n"
+    )
+    done = ranks(models, 2)
+    assert [code for code, *_ in done] == [9, 2]
+    assert done[1][2].startswith("simplexfix evaluate: rank 1: ")
+    assert "Traceback" not in done[1][2]

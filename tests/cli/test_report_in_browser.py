@@ -1,0 +1,199 @@
+"""report.html in a real browser: whole, quiet, by itself, the same numbers as report.json, on a phone, at night."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from simplexfix.cli import main
+
+pytest.importorskip("matplotlib", reason="pip install 'simplexfix[cli]'")
+pytest.importorskip("rich", reason="pip install 'simplexfix[cli]'")
+image_module = pytest.importorskip("PIL.Image", reason="pip install 'simplexfix[cli]'")
+webdriver = pytest.importorskip("selenium.webdriver", reason="pip install selenium")
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+pytestmark = pytest.mark.skipif(not BROWSER or not DRIVER, reason="needs chromium and chromedriver")
+
+FLAGS = (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+)
+PHONE, DESK = 390, 1280
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory) -> Iterator[Any]:
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module", params=[1, 3, 31])
+def report(request, tmp_path_factory) -> Path:
+    """The page of so many versions; of three with images."""
+    folder, labels = tmp_path_factory.mktemp("report"), np.arange(400) % 10
+    for t in range(request.param):
+        rows = np.random.default_rng(t).normal(size=(400, 16)) + (2 + t / 10) * np.eye(16)[labels]
+        rows = rows.astype(np.float32)
+        np.savez(
+            folder / f"version {t} <&> with a long name.npz",
+            query=rows[:250],
+            gallery=rows[250:],
+            query_labels=labels[:250] + 2**24,
+            gallery_labels=labels[250:] % 9 + 2**24,
+        )
+    flags = ["--out", str(folder / "report")]
+    if request.param == 3:
+        for part, count in (("query", 250), ("gallery", 150)):
+            (folder / part).mkdir()
+            for i in range(count):
+                image_module.new("RGB", (300, 200) if i % 2 else (28, 28), (i, 90, 200)).save(
+                    folder / part / f"{i}.png"
+                )
+            (folder / f"{part}.txt").write_text("".join(f"{part}/{i}.png\n" for i in range(count)))
+        flags += ["--images", str(folder / "query.txt"), "--gallery-images", str(folder / "gallery.txt")]
+    assert main(["evaluate", str(folder), *flags]) == 0
+    return folder / "report"
+
+
+def show(browser: Any, report: Path, width: int = DESK, scheme: str = "light") -> None:
+    for log in ("browser", "performance"):
+        browser.get_log(log)
+    metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    browser.get((report / "report.html").as_uri())
+    browser.execute_script("for (const d of document.querySelectorAll('details')) d.open = true")
+
+
+def test_nothing_is_wrong_and_nothing_comes_from_elsewhere(browser, report) -> None:
+    show(browser, report)
+    assert browser.get_log("browser") == []
+    asked = [
+        message["params"]["request"]["url"]
+        for message in (json.loads(entry["message"])["message"] for entry in browser.get_log("performance"))
+        if message["method"] == "Network.requestWillBeSent"
+    ]
+    assert asked
+    assert {url.split(":")[0] for url in asked} <= {"file", "data"}
+    assert [url for url in asked if url.startswith("file")] == [(report / "report.html").as_uri()]
+    policy = browser.execute_script(
+        "return document.querySelector('meta[http-equiv=Content-Security-Policy]').getAttribute('content')"
+    )
+    assert policy.startswith("default-src 'none'")
+    assert "http:" not in policy
+    assert browser.execute_script("return document.scripts.length") == 0
+
+
+def test_the_policy_is_in_force(browser, report) -> None:
+    """What would load from elsewhere is refused: the test above could see it."""
+    show(browser, report)
+    browser.execute_async_script(
+        """const done = arguments[0], image = new Image();
+        image.onload = image.onerror = () => done(); image.src = 'http://127.0.0.1:9/x.png';"""
+    )
+    assert any("Content Security Policy" in entry["message"] for entry in browser.get_log("browser"))
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_all_images_are_there_with_words(browser, report, scheme: str) -> None:
+    show(browser, report, scheme=scheme)
+    images = browser.execute_script(
+        """return Promise.all([...document.images].map(i => i.decode().catch(() => 0))).then(() =>
+        [...document.images].map(i => [i.complete && i.naturalWidth, i.getBoundingClientRect().width, i.alt]))"""
+    )
+    versions = len(json.loads((report / "report.json").read_text())["versions"])
+    assert len(images) > 0 or versions == 1
+    for natural, shown, words in images:
+        assert natural > 0, words
+        assert shown > 0, words
+        assert words
+
+
+def test_the_numbers_are_those_of_the_json(browser, report) -> None:
+    show(browser, report)
+    content = json.loads((report / "report.json").read_text())
+    shown = browser.execute_script(
+        "return Object.fromEntries([...document.querySelectorAll('data[id]')].map(d => [d.id, [d.value, d.innerText]]))"
+    )
+    size = len(content["matrix"])
+    expected = {f"C-{i}-{j}": content["matrix"][i][j] for i in range(size) for j in range(i + 1)}
+    assert {name: json.loads(value) for name, (value, _) in shown.items() if name.startswith("C-")} == expected
+    for name, value in expected.items():
+        assert shown[name][1] == (f"{100 * value:.1f}" if size <= 12 else f"{100 * value:.0f}")
+    for name in ("AC", "AA", "BC", "FC"):
+        assert json.loads(shown[name][0]) == content["criteria"][name]
+    if size > 1:
+        marks = browser.execute_script("return [...document.querySelectorAll('.heat td.yes')].length")
+        assert marks == sum(x is True for row in content["compatible"] for x in row)
+
+
+@pytest.mark.parametrize("width", [PHONE, DESK])
+def test_nothing_is_wider_than_the_window(browser, report, width: int) -> None:
+    show(browser, report, width=width)
+    page, window = browser.execute_script(
+        "return [document.documentElement.scrollWidth, document.documentElement.clientWidth]"
+    )
+    assert page <= window
+    wide = browser.execute_script(
+        """return [...document.querySelectorAll('main *')].filter(e => !e.closest('.scroll')
+        && e.getBoundingClientRect().right > innerWidth + 0.5).map(e => e.outerHTML.slice(0, 120))"""
+    )
+    assert wide == []
+    # what is wider scrolls by itself, and is not cut off
+    cut = browser.execute_script(
+        """return [...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth
+        && getComputedStyle(e).overflowX !== 'auto').length"""
+    )
+    assert cut == 0
+
+
+CONTRAST = """
+const channel = c => { c /= 255; return c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4; };
+const parse = text => text.match(/[\\d.]+/g).map(Number);
+const luminance = c => 0.2126 * channel(c[0]) + 0.7152 * channel(c[1]) + 0.0722 * channel(c[2]);
+const ground = e => {
+  for (; e; e = e.parentElement) {
+    const c = parse(getComputedStyle(e).backgroundColor);
+    if (c.length < 4 || c[3] > 0) return c;
+  }
+  return [255, 255, 255];
+};
+const low = [];
+for (const e of document.querySelectorAll('main *')) {
+  if (![...e.childNodes].some(n => n.nodeType === 3 && n.textContent.trim())) continue;
+  const [a, b] = [luminance(parse(getComputedStyle(e).color)), luminance(ground(e))];
+  const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+  if (ratio < 4.5) low.push([ratio, e.outerHTML.slice(0, 120)]);
+}
+return low;
+"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_text_can_be_read(browser, report, scheme: str) -> None:
+    """4.5 to 1 at least, WCAG 2.2 AA."""
+    show(browser, report, scheme=scheme)
+    dark = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+    assert (dark == "rgb(14, 19, 27)") == (scheme == "dark")
+    assert browser.execute_script(CONTRAST) == []
