@@ -93,7 +93,7 @@ def test_bad_input_on_one_rank_is_one_message_and_ends_all(models) -> None:
     (models / "damaged").mkdir()
     (models / "damaged" / "v.npz").write_bytes(b"PK")
     done = ranks(models, 2, inputs={1: "damaged"})
-    assert [code for code, *_ in done] == [2, 2]
+    assert [code for code, *_ in done] == [2, 2], done
     assert "rank 1: damaged/v.npz cannot be read" in done[0][2]
     assert "Traceback" not in done[0][2] + done[1][2]
     assert not (models / "report").exists()
@@ -103,7 +103,7 @@ def test_what_only_the_writer_meets_ends_all(models) -> None:
     (models / "report").mkdir()
     (models / "report" / "notes.txt").write_text("mine")
     done = ranks(models, 2)
-    assert [code for code, *_ in done] == [2, 2]
+    assert [code for code, *_ in done] == [2, 2], done
     assert "report is a folder of something else" in done[0][2]
     assert sorted(path.name for path in (models / "report").iterdir()) == ["notes.txt"]
 
@@ -117,6 +117,6 @@ def test_a_rank_that_dies_ends_all_with_a_message(models) -> None:
         "    evaluate._write = lambda *_: os._exit(9)\n"
     )
     done = ranks(models, 2)
-    assert [code for code, *_ in done] == [9, 2]
+    assert [code for code, *_ in done] == [9, 2], done
     assert done[1][2].startswith("simplexfix evaluate: rank 1: ")
     assert "Traceback" not in done[1][2]
