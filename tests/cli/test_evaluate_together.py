@@ -75,8 +75,7 @@ def ranks(folder: Path, size: int, *flags: str, inputs: dict[int, str] | None = 
     return done
 
 
-@pytest.mark.parametrize("protocol", ["nearest_class_mean", "instance"])
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(("size", "protocol"), [(2, "nearest_class_mean"), (4, "instance")])
 def test_the_report_of_one_process(models, size: int, protocol: str) -> None:
     flags = ("--protocol", protocol)
     assert main(["evaluate", "models", "--widths", "leading", "--out", "alone", *flags]) == 0
