@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT
+
+from simplexfix.cli import main
 
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 
@@ -22,6 +26,26 @@ def test_snippets_of_the_readme_run_in_order() -> None:
     assert names["ids"].shape == (3, 5)
     assert names["new_head"].num_classes == 120
     names["loss"].backward()
+
+
+def test_commands_of_the_readme_run_word_for_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a model that gets better and stays in its space."""
+    rng = np.random.default_rng(0)
+    labels = {"query_labels": rng.integers(8, size=400), "gallery_labels": rng.integers(8, size=200)}
+    clean = {name[:-7]: np.eye(16)[ids] for name, ids in labels.items()}
+    noise = {name: rng.standard_normal(rows.shape) for name, rows in clean.items()}
+    for names, size in ((("old", "v0"), 0.9), (("v1",), 0.6), (("new", "v2"), 0.3)):
+        rows = {name: (clean[name] + size * noise[name]).astype(np.float32) for name in clean}
+        for name in names:
+            np.savez(tmp_path / f"{name}.npz", **rows, **labels)
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "README.md").read_text()
+    commands = re.findall(
+        r"^\$ simplexfix (.*)$", "\n".join(re.findall(r"```console\n(.*?)```", text, re.DOTALL)), re.MULTILINE
+    )
+    assert [command.split()[0] for command in commands] == ["gate", "evaluate"]
+    assert [main(shlex.split(command, comments=True)) for command in commands] == [0, 0]
+    assert (tmp_path / "report" / "report.html").is_file()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
