@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .._checks import check_number
-from ..retrieval._inputs import Ids, Rows, SearchInput
+from ..retrieval._inputs import Ids, Rows, SearchInput, read_ids
 from ..retrieval.verification import (
     BINS,
     STEPS,
@@ -42,6 +42,8 @@ class ThresholdMove:
         after: threshold and rates of the new queries where their FAR is at most that of before.
         interval: of the threshold of `after`.
         far_interval: of the FAR of `unmoved`.
+        tar_before_interval: of the TAR of `before`.
+        tar_after_interval: of the TAR of `after`, with the doubt about its threshold.
     """
 
     before: OperatingPoint
@@ -49,6 +51,8 @@ class ThresholdMove:
     after: OperatingPoint
     interval: Interval
     far_interval: Interval
+    tar_before_interval: Interval
+    tar_after_interval: Interval
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values under stable keys."""
@@ -67,6 +71,7 @@ def upgrade_threshold(
     new_gallery: Rows | None = None,
     query_ids: Ids | None = None,
     gallery_ids: Ids | None = None,
+    query_groups: Ids | None = None,
     confidence: float = 0.95,
     resamples: int = 2000,
     generator: np.random.Generator | None = None,
@@ -76,8 +81,10 @@ def upgrade_threshold(
         before = rates of (old_query, gallery) at `threshold`, or at the lowest threshold with FAR <= far
         after  = rates of (new_query, gallery) at the lowest threshold with FAR <= before.far
 
-    The interval is a percentile bootstrap over queries, each with all its pairs, old and new of the same draw: pairs of
-    one query depend on each other, and to resample pairs would promise far too much.  Its ends are two of 257
+    The intervals are a percentile bootstrap over queries, each with all its pairs, old and new of the same draw: pairs
+    of one query depend on each other, and to resample pairs would promise far too much.  So do queries of one identity:
+    name them in `query_groups`, which are drawn whole, or intervals are too narrow.  The old threshold is taken as the
+    service's, also where it was found from `far`.  The ends are two of 257
     thresholds between those at which the new FAR is 4 times and a fourth of the old one; where a resample needs one
     beyond, it counts as the end.  The gallery is taken as it is.
 
@@ -90,6 +97,8 @@ def upgrade_threshold(
         far: the false-accept rate at which it was put.  One of the two.
         new_gallery: [N, d], for an upgrade that re-extracts: what the new queries search; None: `gallery`.
         query_ids, gallery_ids: pairs of an item with itself are left out, as of `RetrievalResults.search`.
+        query_groups: [Q] integers, which queries are drawn together, such as `query_labels` where classes are people;
+            at least 2.  None: each by itself.
         confidence, resamples, generator: as of `bootstrap_interval`.
 
     Raises:
@@ -103,6 +112,7 @@ def upgrade_threshold(
     new = SearchInput.read(
         new_query, query_labels, gallery if new_gallery is None else new_gallery, gallery_labels, query_ids, gallery_ids
     )
+    groups = _groups(query_groups, len(old.query))
     old_results, new_results = VerificationResults.of(old), VerificationResults.of(new)
     before = tar_at_far(old_results, far) if threshold is None else old_results.at(threshold)  # type: ignore[arg-type]
     if before.far == 0:
@@ -116,25 +126,41 @@ def upgrade_threshold(
     first, last = int((rates <= _SPAN * before.far).argmax()), int((rates <= before.far / _SPAN).argmax())
     edges = np.unique(np.append(np.linspace(first, last, _EDGES).astype(np.int64), kept))
 
-    was = _accepted_impostors(old, np.array([held]))
-    now = _accepted_impostors(new, np.append(edges, held))
-    queries = len(was[1])
-    chosen, unmoved = [], []
+    # as many rows as groups: impostors and genuine pairs of each, accepted and in all
+    was = _accepted(old, np.array([held]), groups)
+    now = _accepted(new, np.append(edges, held), groups)
+    drawn = was.shape[1]
+    columns: list[list[NDArray[np.float64]]] = [[], [], [], []]
     for begin in range(0, resamples, _RESAMPLES_AT_A_TIME):
         number = min(_RESAMPLES_AT_A_TIME, resamples - begin)
-        weights = rng.multinomial(queries, np.full(queries, 1 / queries), size=number).astype(np.float64)
-        old_far = (weights @ was[0])[:, 0] / np.maximum(weights @ was[1], 1)
-        new_far = (weights @ now[0]) / np.maximum(weights @ now[1], 1)[:, None]
-        enough = new_far[:, :-1] <= old_far[:, None]
+        weights = rng.multinomial(drawn, np.full(drawn, 1 / drawn), size=number).astype(np.float64)
+        old_false, old_true, new_false, new_true = (weights @ counts for counts in (*was, *now))
+        # of the same pairs, so that counts compare as rates do
+        enough = new_false[:, :-2] <= old_false[:, :1]
         enough[:, -1] = True
-        chosen.append(enough.argmax(1))
-        unmoved.append(new_far[:, -1])
+        chosen = enough.argmax(1)
+        impostors, genuine = np.maximum(old_false[:, -1], 1), np.where(old_true[:, -1] > 0, old_true[:, -1], np.nan)
+        found = new_true[np.arange(number), chosen]
+        values = (
+            (edges[chosen] - STEPS) / STEPS,
+            new_false[:, -2] / impostors,
+            old_true[:, 0] / genuine,
+            found / genuine,
+        )
+        for column, value in zip(columns, values, strict=True):
+            column.append(value)
+    thresholds, unmoved, *tars = (np.concatenate(column) for column in columns)
+    tars = [tar[np.isfinite(tar)] for tar in tars]  # a draw without a genuine pair says nothing of them
+    if not len(tars[0]):
+        raise ValueError(f"none of {resamples} resamples has a genuine pair: give more resamples, or smaller groups")
     return ThresholdMove(
         before=before,
         unmoved=new_results.at_bin(held),
         after=new_results.at_bin(kept),
-        interval=percentiles((edges[np.concatenate(chosen)] - STEPS) / STEPS, confidence),
-        far_interval=percentiles(np.concatenate(unmoved), confidence),
+        interval=percentiles(thresholds, confidence),
+        far_interval=percentiles(unmoved, confidence),
+        tar_before_interval=percentiles(tars[0], confidence),
+        tar_after_interval=percentiles(tars[1], confidence),
     )
 
 
@@ -200,20 +226,33 @@ def calibrate_scores(results: VerificationResults, *, prior: float | None = None
     return Calibration(fit.X_thresholds_.astype(np.float64), fit.y_thresholds_.astype(np.float64), float(prior))
 
 
-def _accepted_impostors(
-    given: SearchInput, edges: NDArray[np.int64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """[Q, E] impostor pairs of each query at each edge, a bin, and above; [Q] its impostor pairs in all."""
+def _groups(query_groups: Ids | None, queries: int) -> NDArray[np.int64]:
+    """[Q] the number of each query's group, from 0."""
+    if query_groups is None:
+        return np.arange(queries)
+    found, groups = np.unique(
+        read_ids("query_groups", query_groups, "old_query", queries, unique=False), return_inverse=True
+    )
+    if len(found) < 2:
+        raise ValueError("query_groups must be at least 2: one says nothing of how they differ")
+    return groups
+
+
+def _accepted(given: SearchInput, edges: NDArray[np.int64], groups: NDArray[np.int64]) -> NDArray[np.float64]:
+    """[2, G, E + 1] impostor and genuine pairs of each group: accepted at each edge, a bin, and above; and in all."""
     order = np.argsort(edges, kind="stable")
     count = len(edges)
-    not_impostor = count + 1
-    reached = np.searchsorted(edges[order], np.arange(2 * BINS + 1), side="right")  # how many of the edges a bin has
-    reached[2 * BINS] = not_impostor  # a pair that is left out
-    per_query = np.zeros((len(given.query), count + 2))
+    size = count + 2  # by how many edges a pair reaches, 0 to E; the last are pairs that are left out
+    reached = np.searchsorted(edges[order], np.arange(2 * BINS + 1), side="right")
+    reached[2 * BINS] = size - 1
+    per_group = np.zeros((int(groups.max()) + 1, 2, size), dtype=np.int64)
     for rows, bins, same in bin_pairs(given):
-        places = np.where(same, not_impostor, reached[bins])
-        places += np.arange(len(places))[:, None] * (count + 2)
-        per_query[rows] += np.bincount(places.ravel(), minlength=len(places) * (count + 2)).reshape(-1, count + 2)
-    accepted = np.empty((len(per_query), count))
-    accepted[:, order] = np.cumsum(per_query[:, count:0:-1], axis=1)[:, ::-1]
-    return accepted, per_query[:, :not_impostor].sum(axis=1)
+        places = reached[bins] + size * same
+        places += 2 * size * np.arange(len(places))[:, None]
+        found = np.bincount(places.ravel(), minlength=2 * size * len(places)).reshape(-1, 2, size)
+        np.add.at(per_group, groups[rows], found)
+    out = np.empty((2, len(per_group), count + 1))
+    at_least = np.cumsum(per_group[:, :, count::-1], axis=2)[:, :, ::-1].transpose(1, 0, 2)
+    out[:, :, order] = at_least[:, :, 1:]
+    out[:, :, count] = at_least[:, :, 0]
+    return out

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from sklearn.isotonic import IsotonicRegression
 
 from simplexfix.compatibility import calibrate_scores, upgrade_threshold
-from simplexfix.compatibility.thresholds import _accepted_impostors
+from simplexfix.compatibility.thresholds import _accepted
 from simplexfix.retrieval import VerificationResults
 from simplexfix.retrieval._inputs import SearchInput
 from simplexfix.retrieval.verification import BINS, STEPS, tar_at_far
@@ -77,17 +77,21 @@ def test_a_gallery_extracted_anew_and_items_left_out() -> None:
     assert move.after != tar_at_far(VerificationResults.compare(new, labels, new, labels), move.before.far)
 
 
-def test_accepted_impostors_of_each_query() -> None:
+@pytest.mark.parametrize("groups", [np.arange(120), np.arange(120) % 7])
+def test_accepted_pairs_of_each_group(groups) -> None:
     old, _, query_labels, gallery, gallery_labels = upgrade()
     scores, same = pairs_of(old, query_labels, gallery, gallery_labels)
-    reached = int(np.floor(np.float64(scores[~same].max()) * STEPS)) + STEPS  # by one pair, and just so
+    reached = int(np.floor(np.float64(scores[~same].max()) * STEPS)) + STEPS  # by one impostor, and just so
     edges = np.array([STEPS + 30000, STEPS - 1, reached, STEPS + 30000, BINS, 0])
-    accepted, impostors = _accepted_impostors(SearchInput.read(old, query_labels, gallery, gallery_labels), edges)
-    assert accepted[:, 2].sum() == 1
-    for i, edge in enumerate(edges):
-        expected = ((scores >= (edge - STEPS) / STEPS) & ~same).sum(1) if edge < BINS else np.zeros(len(old))
-        np.testing.assert_array_equal(accepted[:, i], expected)
-    np.testing.assert_array_equal(impostors, (~same).sum(1))
+    ids = {"query_ids": np.arange(120), "gallery_ids": np.arange(80) * 2}
+    kept = ids["query_ids"][:, None] != ids["gallery_ids"]
+    given = SearchInput.read(old, query_labels, gallery, gallery_labels, *ids.values())
+    accepted = _accepted(given, edges, groups)
+    for kind, of in enumerate((~same & kept, same & kept)):
+        for group in np.unique(groups):
+            at = groups == group
+            expected = [(of[at] & (scores[at] >= (edge - STEPS) / STEPS)).sum() if edge < BINS else 0 for edge in edges]
+            assert accepted[kind, group].tolist() == [*expected, of[at].sum()]
 
 
 def test_the_interval_is_that_of_resampled_queries() -> None:
@@ -97,7 +101,7 @@ def test_the_interval_is_that_of_resampled_queries() -> None:
     was, same = pairs_of(old, query_labels, gallery, gallery_labels)
     now, _ = pairs_of(new, query_labels, gallery, gallery_labels)
     rng = np.random.default_rng(7)
-    thresholds, fars = [], []
+    thresholds, fars, tars = [], [], []
     for _ in range(1000):
         drawn = rng.integers(200, size=200)
         impostor = ~same[drawn]
@@ -106,8 +110,14 @@ def test_the_interval_is_that_of_resampled_queries() -> None:
         allowed = int(far * len(scores) + 1e-9)
         thresholds.append(scores[len(scores) - allowed - 1])
         fars.append((scores >= 0.7).mean())
+        friends = now[drawn][~impostor]
+        tars.append(((was[drawn][~impostor] >= 0.7).mean(), (friends > thresholds[-1]).mean()))
     np.testing.assert_allclose(move.interval, np.quantile(thresholds, [0.1, 0.9]), atol=0.004)
     np.testing.assert_allclose(move.far_interval, np.quantile(fars, [0.1, 0.9]), atol=0.002)
+    expected = np.quantile(tars, [0.1, 0.9], axis=0)
+    np.testing.assert_allclose(move.tar_before_interval, expected[:, 0], atol=0.01)
+    np.testing.assert_allclose(move.tar_after_interval, expected[:, 1], atol=0.01)
+    assert move.tar_after_interval.low < move.after.tar < move.tar_after_interval.high
     assert move.interval.low < move.after.threshold < move.interval.high
     assert move.interval.high - move.interval.low > 0.01
 
@@ -128,6 +138,25 @@ def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
         )
         covered += move.interval.low <= true <= move.interval.high
     assert 0.8 <= covered / 40 <= 0.99
+
+
+def test_the_interval_of_the_unmoved_rate_is_the_new_queries() -> None:
+    """Where old queries and new ones are far apart, it holds the one rate and not the other."""
+    old, new, *labelled = upgrade(400, 100, noise=3.0)
+    move = upgrade_threshold(old, new, *labelled, threshold=0.5)
+    assert move.far_interval.low < move.unmoved.far < move.far_interval.high
+    assert not move.far_interval.low < move.before.far < move.far_interval.high
+
+
+def test_a_group_is_drawn_whole() -> None:
+    """Every query eight times over tells no more than once, if its copies are drawn together."""
+    old, new, query_labels, gallery, gallery_labels = upgrade(60)
+    once = upgrade_threshold(old, new, query_labels, gallery, gallery_labels, threshold=0.7)
+    many = *(np.repeat(x, 8, axis=0) for x in (old, new, query_labels)), gallery, gallery_labels
+    together = upgrade_threshold(*many, threshold=0.7, query_groups=np.repeat(np.arange(60) * 2**40, 8))
+    assert together == once
+    apart = upgrade_threshold(*many, threshold=0.7)
+    assert np.ptp(apart.interval) < 0.6 * np.ptp(once.interval)
 
 
 def test_the_same_numbers_at_every_call_and_others_of_another_generator() -> None:
@@ -196,6 +225,9 @@ GOOD = {
         ({"new_query": NEW[:5]}, ValueError, "query has 5 rows, query_labels has shape"),
         ({"new_query": NEW[:, :5]}, ValueError, "query has 5 columns, gallery has 12"),
         ({"query_labels": LABELS + 0.5}, TypeError, "query_labels must be integers"),
+        ({"query_groups": [1, 2]}, ValueError, r"old_query has 20 rows, query_groups has shape \[2\]"),
+        ({"query_groups": LABELS + 0.5}, TypeError, "query_groups must be integers"),
+        ({"query_groups": LABELS * 0}, ValueError, "query_groups must be at least 2"),
         ({"confidence": 1.0}, ValueError, "confidence must lie between 0 and 1"),
         ({"resamples": 0}, ValueError, "resamples must be at least 1"),
         ({"generator": 0}, TypeError, "generator must be a numpy.random.Generator"),

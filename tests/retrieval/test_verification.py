@@ -160,6 +160,19 @@ def test_blocks_change_nothing_and_pairs_are_not_held(monkeypatch: pytest.Monkey
     assert not found.genuine.flags.writeable
 
 
+def test_products_that_cancel_are_accepted_at_their_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Antipodal halves: every cosine is 0, and float64 makes it a little more or less by the shape of a product."""
+    rng = np.random.default_rng(0)
+    a, b = (rng.standard_normal((rows, 96)).astype(np.float32) for rows in (70, 90))
+    query, gallery = np.concatenate([a, a], axis=1), np.concatenate([b, -b], axis=1)
+    for rows, items in ((1024, 4096), (64, 64), (1, 90), (70, 1)):
+        monkeypatch.setattr(verification, "_QUERY_ROWS", rows)
+        monkeypatch.setattr(verification, "_GALLERY_ROWS", items)
+        results = VerificationResults.compare(query, np.arange(70) % 7, gallery, np.arange(90) % 7)
+        assert results.at(0.0)[1:] == (1, 1)
+        assert results.at(2**-16)[1:] == (0, 0)
+
+
 def test_dtypes_and_kinds_of_arrays() -> None:
     query, query_labels, gallery, gallery_labels = features()
     half = [x.astype(np.float16) for x in (query, gallery)]
