@@ -84,9 +84,9 @@ def upgrade_threshold(
     The intervals are a percentile bootstrap over queries, each with all its pairs, old and new of the same draw: pairs
     of one query depend on each other, and to resample pairs would promise far too much.  So do queries of one identity:
     name them in `query_groups`, which are drawn whole, or intervals are too narrow.  The old threshold is taken as the
-    service's, also where it was found from `far`.  The ends are two of 257
-    thresholds between those at which the new FAR is 4 times and a fourth of the old one; where a resample needs one
-    beyond, it counts as the end.  The gallery is taken as it is.
+    service's, also where it was found from `far`.  The ends are two of 257 thresholds between those at which the new
+    FAR is 4 times and a fourth of the old one; where a resample needs one beyond, it counts as the end.  The gallery is
+    taken as it is.
 
     Args:
         old_query, new_query: [Q, d], the same queries by each model; as of `RetrievalResults.search`.
@@ -182,11 +182,11 @@ class Calibration:
         """Probabilities, in the shape of `scores`.
 
         Raises:
-            ValueError: a score is nan.
+            ValueError: a score is nan or inf.
         """
         values = np.asarray(scores, dtype=np.float64)
-        if np.isnan(values).any():
-            raise ValueError("scores hold nan")
+        if not np.isfinite(values).all():
+            raise ValueError("scores hold nan or inf")
         return np.interp(values, self.scores, self.probabilities)
 
 

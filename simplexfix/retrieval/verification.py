@@ -200,6 +200,9 @@ def roc_curve(results: VerificationResults) -> RocCurve:
 def tar_at_far(results: VerificationResults, far: float) -> OperatingPoint:
     """The lowest threshold, of multiples of 2^-16, whose FAR is at most `far`, and both rates there.
 
+    A threshold between two multiples might accept more genuine pairs, by those of one bin at most; of a model that has
+    collapsed, whose scores all lie within 2^-16, none would be left.
+
     Args:
         results: of `VerificationResults.compare`.
         far: in [0, 1]; 0 accepts no impostor at all.

@@ -244,7 +244,8 @@ def test_bad_calibrations() -> None:
     for prior in (0, 1, -0.1, np.nan):
         with pytest.raises(ValueError, match=r"prior is a share of genuine pairs and must lie in \(0, 1\)"):
             calibrate_scores(results, prior=prior)
-    with pytest.raises(ValueError, match="scores hold nan"):
-        calibrate_scores(results)([0.5, np.nan])
+    for bad in (np.nan, np.inf):
+        with pytest.raises(ValueError, match="scores hold nan or inf"):
+            calibrate_scores(results)([0.5, bad])
     with pytest.raises(ValueError, match="no pair of items of one class"):
         calibrate_scores(VerificationResults.compare(np.eye(3), [0, 1, 2], np.eye(3), [7, 7, 7]))
