@@ -45,6 +45,10 @@ class Shown:
     images: dict[str, Image.Image]
 
 
+# all that a report may hold
+NAMES = ("matrix.svg", "flips.svg", "backfill.svg", "roc.svg", "scores.svg", "regressions.png")
+
+
 def draw(report: EvaluationReport, sheet: Sequence[Shown]) -> dict[str, Drawn]:
     """File name -> figure."""
     figures = {"matrix.svg": _both(lambda theme: _matrix(report, theme), _matrix_words(report))}

@@ -55,6 +55,12 @@ def verdict(report: EvaluationReport) -> Verdict:
             f"It finds less in the gallery of {old} than {old} itself, {sure}: extract the gallery again before "
             "switching, or train with compatibility.",
         )
+    if not upgrade.gains and not upgrade.losses:
+        return Verdict(
+            "unsure",
+            f"{new} answers every query as {old} does.",
+            f"On the gallery of {old} none of {report.counts.queries} queries is mended and none breaks.",
+        )
     how = "more" if upgrade.gain > 0 else "less" if upgrade.gain < 0 else "as much"
     than = "than" if upgrade.gain else "as"
     return Verdict(
@@ -327,9 +333,10 @@ def _threshold(report: EvaluationReport) -> str:
             (f"{new}, threshold that keeps the FAR", move.after, ""),
         )
     ]
-    times = move.unmoved.far / move.before.far
+    ratio = move.unmoved.far / move.before.far
+    times = "about as many" if 0.95 < ratio < 1.05 else f"{ratio:.2g} times as many"
     return (
-        f'<p class="lead">Left as it is, a threshold of {move.before.threshold:.4f} accepts {times:.2g} times as many '
+        f'<p class="lead">Left as it is, a threshold of {move.before.threshold:.4f} accepts {times} '
         f"wrong pairs with {escape(new)} as with {escape(old)}, and {_percent(move.unmoved.tar)} % of the right ones "
         f"instead of {_percent(move.before.tar)} %. {move.after.threshold:.4f}{_ends(move.interval, 1, 4)} keeps the "
         "false-accept rate.</p>" + _table(("", "threshold", "FAR, percent", "TAR, percent"), rows)
@@ -407,7 +414,7 @@ def _criteria(report: EvaluationReport) -> str:
             c.bc,
             f"{_signed(c.bc)} points",
             "what the newest gains on old galleries",
-            "mean over j < T − 1 of C[T − 1, j] − C[j, j]",
+            "mean over j &lt; T − 1 of C[T − 1, j] − C[j, j]",
         ),
         (
             "FC",
@@ -532,7 +539,7 @@ def _signed(value: float) -> str:
 
 
 def _p(value: float) -> str:
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+    return "&lt; 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def _short(name: str) -> str:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from .. import __version__
 from .._files import write_folder
 from ..compatibility import EvaluationReport, evaluate_versions
+from ..compatibility.statistics import check_confidence
 from ..data.features import REQUIRED, Features, check_same_items, find_versions, load_features
 from ..retrieval import (
     RankDiedError,
@@ -81,7 +82,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate_together(arguments: argparse.Namespace, ranks: Ranks) -> None:
-    """Each rank searches its rows of every gallery; the first one has the rest to do, and the others wait for it."""
+    """Each rank searches its rows of every gallery; the first one has the rest to do, and the others wait for it.
+
+    What fails there fails all, with the same words.
+    """
 
     def read() -> tuple[_Input, Facts]:
         try:
@@ -91,8 +95,16 @@ def _evaluate_together(arguments: argparse.Namespace, ranks: Ranks) -> None:
 
     given, _ = ranks.agree(read)
     hits = _hits_of_ranks(given.versions, arguments.protocol, ranks)
-    if ranks.rank == 0:
-        _write(arguments, given, hits)
+
+    def write() -> tuple[None, Facts]:
+        try:
+            if ranks.rank == 0:
+                _write(arguments, given, hits)
+        except OSError as error:
+            raise ValueError(str(error)) from error
+        return None, Facts({}, 0)
+
+    ranks.agree(write)
 
 
 class _Input(NamedTuple):
@@ -107,15 +119,25 @@ def _read(arguments: argparse.Namespace, *, first: bool = True) -> _Input:
 
     if not 0 <= arguments.seed < 2**31:
         raise ValueError(f"--seed must lie in [0, 2^31), got {arguments.seed}")
+    check_confidence(arguments.confidence)
     if arguments.gallery_images is not None and arguments.images is None:
         raise ValueError("--gallery-images needs --images: it is shown beside the queries")
     if first:
         check_replaceable(arguments.out)
     paths = version_paths(arguments.versions)
     if first and paths != arguments.versions:
-        print(f"simplexfix evaluate: by name, oldest first: {', '.join(path.name for path in paths)}", file=sys.stderr)
+        names = ", ".join(printable(path.name) for path in paths)
+        print(f"simplexfix evaluate: by name, oldest first: {names}", file=sys.stderr)
     versions = [load_features(path) for path in paths]
     check_versions(versions, arguments.widths)
+    for version in versions if first else ():
+        for part, zeros in zip(("query", "gallery"), version.zero_rows, strict=True):
+            if zeros:
+                print(
+                    f"simplexfix evaluate: {printable(version.path)}: {zeros} rows of {part} are zero, without a "
+                    "direction: they find the class or the row that comes first",
+                    file=sys.stderr,
+                )
     images = {
         part: _figures.read_paths(path, part, len(getattr(versions[0], part)))
         for part, path in (("query", arguments.images), ("gallery", arguments.gallery_images))
@@ -160,8 +182,9 @@ def _write(arguments: argparse.Namespace, given: _Input, hits: list[list[NDArray
     content = {
         "made_by": MADE_BY,
         "simplexfix": __version__,
-        "inputs": [str(path) for path in given.paths],
+        "inputs": [printable(path) for path in given.paths],
         "seed": arguments.seed,
+        "zero_rows": [dict(zip(("query", "gallery"), version.zero_rows, strict=True)) for version in versions],
         **report.as_dict(),
     }
     text = json.dumps(content, indent=1, allow_nan=False)
@@ -187,13 +210,20 @@ def version_paths(given: Sequence[Path]) -> list[Path]:
 def short_names(paths: Sequence[Path]) -> list[str]:
     """What tells the files apart: stems, else names, else whole paths."""
     for names in ([path.name if path.is_dir() else path.stem for path in paths], [path.name for path in paths]):
+        names = [printable(name) for name in names]
         if len(set(names)) == len(paths) and all(names):
             return names
-    names = [str(path) for path in paths]
+    names = [printable(path) for path in paths]
     again = next((name for name in names if names.count(name) > 1), None)
     if again is not None:
         raise ValueError(f"{again} is given twice: each version once, oldest first")
     return names
+
+
+def printable(name: str | Path) -> str:
+    """For terminals and pages: what is no text in UTF-8, or moves a cursor, is spelt out."""
+    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def check_versions(versions: Sequence[Features], widths: str) -> None:
@@ -225,12 +255,16 @@ def check_replaceable(out: Path) -> None:
         ValueError: something else is there.
         FileNotFoundError: nor is the folder that it is to be in.
     """
+    from . import _figures
+
     if not out.exists():
         out.resolve().parent.stat()
         return
     if not out.is_dir():
         raise ValueError(f"{out} is a file: --out names a folder")
-    found = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir())
+    if out.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise ValueError(f"{out} is where you are, and would be replaced under your feet: --out names another folder")
+    found = sorted(path.relative_to(out).as_posix() for path in out.rglob("*"))
     if not found:
         return
     try:
@@ -239,8 +273,8 @@ def check_replaceable(out: Path) -> None:
         report = None
     if not isinstance(report, dict) or report.get("made_by") != MADE_BY:
         raise ValueError(f"{out} is a folder of something else than a report; it stays as it is: --out names another")
-    ours = ("report.json", "report.html", "figures/")
-    others = [name for name in found if not name.startswith(ours)]
+    ours = {"report.json", "report.html", "figures", *(f"figures/{name}" for name in _figures.NAMES)}
+    others = [name for name in found if name not in ours]
     if others:
         raise ValueError(f"{out} holds more than a report, {others[0]}; it stays as it is: move that, or name another")
 

@@ -17,6 +17,7 @@ from .._reference import unit_float32
 from ..functional import cosine_topk
 from ..retrieval import CosineIndex
 from ..retrieval._inputs import Features, row_squares
+from ..retrieval.protocols import check_sums
 
 __all__ = ["CellHits", "class_mean_hits", "class_sums", "nearest_item_hits"]
 
@@ -105,7 +106,7 @@ def class_sums(gallery: Features, index: Ids, classes: int) -> Floats:
     for begin, block in gallery.blocks(_GALLERY_ROWS):
         rows = torch.from_numpy(block.astype(np.float64))
         sums.index_add_(0, to[begin : begin + len(block)], rows)
-    return sums.float().numpy()
+    return check_sums(gallery.name, sums.float()).numpy()
 
 
 def _templates(sums: Floats, width: int) -> Floats:

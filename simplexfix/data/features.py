@@ -10,6 +10,7 @@ Keys, or names of files without `.npy`:
 from __future__ import annotations
 
 import itertools
+import lzma
 import mmap
 import os
 import re
@@ -30,6 +31,11 @@ __all__ = ["FeatureFileError", "Features", "check_same_items", "find_versions", 
 REQUIRED = ("query", "gallery", "query_labels", "gallery_labels")
 OPTIONAL = ("query_groups",)
 CHUNK = 16 << 20  # bytes looked at together
+# RuntimeError: an encrypted member; OSError: damage that bz2 finds
+_DAMAGED = (
+    ValueError, OverflowError, EOFError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, NotImplementedError,
+    RuntimeError, OSError,
+)  # fmt: skip
 
 
 class FeatureFileError(ValueError):
@@ -47,6 +53,7 @@ class Features:
         query_labels: [Q] int64.
         gallery_labels: [N] int64.
         query_groups: [Q] integers or strings; None if there are none.
+        zero_rows: how many rows of query and gallery are all zero: they have no direction, and find what comes first.
     """
 
     path: Path
@@ -55,6 +62,7 @@ class Features:
     query_labels: Tensor
     gallery_labels: Tensor
     query_groups: NDArray[Any] | None
+    zero_rows: tuple[int, int]
 
     def rows(self, part: str) -> NDArray[Any] | Tensor:
         """ "query" or "gallery" for reading alone: of a folder a read-only map, whose pages a pass can give back."""
@@ -76,8 +84,8 @@ def load_features(path: str | os.PathLike[str]) -> Features:
     Raises:
         FileNotFoundError, OSError: it cannot be opened.
         FeatureFileError: an unreadable or truncated file; an array that is missing or of pickled objects; features that
-            are not [rows, d] floats, of two dtypes or widths, or hold nan, inf or what is that in float32, by row;
-            labels that are not integers, or not one per row.
+            are not [rows, d] floats, of two dtypes or widths, or hold nan, inf or what is that, or nothing, in float32,
+            by row; labels that are not integers, or not one per row.
         ModuleNotFoundError: `.safetensors`, and the package of this name is not installed.
     """
     path = Path(path)
@@ -85,7 +93,7 @@ def load_features(path: str | os.PathLike[str]) -> Features:
     missing = [key for key in REQUIRED if key not in arrays]
     if missing:
         raise FeatureFileError(f"{path}: no {', '.join(missing)}; it holds {', '.join(sorted(arrays)) or 'nothing'}")
-    query, gallery = (_rows(path, name, arrays[name]) for name in ("query", "gallery"))
+    (query, zero_queries), (gallery, zero_items) = (_rows(path, name, arrays[name]) for name in ("query", "gallery"))
     if query.dtype != gallery.dtype:
         raise FeatureFileError(f"{path}: query is {_name(query)} and gallery is {_name(gallery)}: save both alike")
     if query.shape[1] != gallery.shape[1]:
@@ -97,6 +105,7 @@ def load_features(path: str | os.PathLike[str]) -> Features:
         query_labels=_labels(path, "query_labels", arrays["query_labels"], "query", len(query)),
         gallery_labels=_labels(path, "gallery_labels", arrays["gallery_labels"], "gallery", len(gallery)),
         query_groups=_groups(path, arrays["query_groups"], len(query)) if "query_groups" in arrays else None,
+        zero_rows=(zero_queries, zero_items),
     )
 
 
@@ -166,7 +175,9 @@ def _read(path: Path) -> Mapping[str, NDArray[Any] | Tensor]:
             return _read_npz(path)
         if path.suffix == ".safetensors":
             return _read_safetensors(path)
-    except (ValueError, OverflowError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+    except _DAMAGED as error:
+        if isinstance(error, OSError) and error.errno is not None:  # not of the bytes, as bz2's is
+            raise
         raise FeatureFileError(f"{path} cannot be read, it may be truncated or damaged: {error}") from error
     path.stat()  # a file that is not there is said to be so, whatever its name
     raise FeatureFileError(f"{path} must be an .npz or .safetensors file or a folder of .npy files")
@@ -210,7 +221,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(str(error)) from error
 
 
-def _rows(path: Path, name: str, array: NDArray[Any] | Tensor) -> Tensor:
+def _rows(path: Path, name: str, array: NDArray[Any] | Tensor) -> tuple[Tensor, int]:
+    """The rows, and how many of them are zero."""
     if isinstance(array, Tensor):
         rows, floating = array, array.is_floating_point() and array.element_size() >= 2
     else:
@@ -222,9 +234,17 @@ def _rows(path: Path, name: str, array: NDArray[Any] | Tensor) -> Tensor:
     if rows.ndim != 2 or 0 in rows.shape:
         raise FeatureFileError(f"{path}: {name} must have shape [rows, d] and not be empty, got {list(array.shape)}")
     step = max(1, CHUNK // (rows.shape[1] * rows.element_size()))
+    zeros = 0
     for start in range(0, len(rows), step):
         # as float32, in which all features are compared: of float64 it may lack one
-        finite = torch.isfinite(rows[start : start + step].float()).all(dim=1)
+        block = rows[start : start + step].float()
+        zero = ~block.any(dim=1)
+        zeros += int(zero.sum())
+        lost = zero & rows[start : start + step].any(dim=1) if rows.dtype == torch.float64 else zero[:0]
+        if lost.any():
+            row = start + int(lost.int().argmax())
+            raise FeatureFileError(f"{path}: {name} row {row} holds numbers below float32's range alone: scale them up")
+        finite = torch.isfinite(block).all(dim=1)
         if not finite.all():
             row = start + int(finite.int().argmin())
             what = "a number past float32's range" if torch.isfinite(rows[row]).all() else "nan or inf"
@@ -232,7 +252,7 @@ def _rows(path: Path, name: str, array: NDArray[Any] | Tensor) -> Tensor:
     base = getattr(array, "base", None)
     if isinstance(base, mmap.mmap) and hasattr(base, "madvise"):  # else all that was looked at counts as memory
         base.madvise(mmap.MADV_DONTNEED)
-    return rows
+    return rows, zeros
 
 
 def _labels(path: Path, name: str, array: NDArray[Any] | Tensor, of: str, count: int) -> Tensor:

@@ -77,7 +77,22 @@ def class_sums(gallery: Tensor, gallery_labels: Tensor) -> tuple[Tensor, Tensor,
     classes, index = torch.unique(gallery_labels, return_inverse=True)
     sums = torch.zeros(len(classes), gallery.shape[1], dtype=torch.float64, device=gallery.device)
     sums.index_add_(0, index, gallery.double())
-    return classes, index, sums.float()
+    if not sums.isfinite().all():
+        bad = (~gallery.isfinite()).any(1).nonzero()
+        if len(bad):
+            raise ValueError(f"gallery row {int(bad[0])} holds nan or inf")
+    return classes, index, check_sums("gallery", sums.float())
+
+
+def check_sums(name: str, sums: Tensor) -> Tensor:
+    """[classes, d] sums of finite rows.
+
+    Raises:
+        ValueError: one is more than float32 holds.
+    """
+    if not sums.isfinite().all():
+        raise ValueError(f"{name} has a class whose rows add up to more than float32 holds: scale its features down")
+    return sums
 
 
 def share(hits: Tensor) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -249,6 +250,66 @@ def test_numbers_that_float32_lacks(models, capsys) -> None:
     assert "large.npz: query row 7 holds a number past float32's range" in capsys.readouterr().err
 
 
+def test_numbers_too_small_for_float32_and_zero_rows(models, capsys) -> None:
+    small = {key: x.astype(np.float64) if x.ndim == 2 else x for key, x in features(4, 2.0).items()}
+    small["gallery"][3] *= 1e-60
+    save(models, "small.npz", small)
+    assert main(["evaluate", str(models / "small.npz")]) == 2
+    assert "small.npz: gallery row 3 holds numbers below float32's range alone" in capsys.readouterr().err
+    small["gallery"][3] = 0
+    small["query"][5:9] = 0
+    save(models, "small.npz", small)
+    assert main(["evaluate", str(models / "small.npz")]) == 0
+    said = capsys.readouterr().err
+    assert "small.npz: 4 rows of query are zero" in said
+    assert "small.npz: 1 rows of gallery are zero" in said
+    assert json.loads(Path("report/report.json").read_text())["zero_rows"] == [{"query": 4, "gallery": 1}]
+
+
+def test_classes_whose_rows_add_up_to_too_much(models, capsys) -> None:
+    large = {key: np.full_like(x, 3e38) if x.ndim == 2 else x for key, x in features(4, 2.0).items()}
+    save(models, "large.npz", large)
+    assert main(["evaluate", str(models / "large.npz")]) == 2
+    assert "galleries[0] has a class whose rows add up to more than float32 holds" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["lzma", "bz2", "encrypted"])
+def test_damage_that_a_zip_file_hides(models, capsys, kind: str) -> None:
+    """Errors of their own kinds; all are told by file."""
+    import zipfile
+
+    method = {"lzma": zipfile.ZIP_LZMA, "bz2": zipfile.ZIP_BZIP2, "encrypted": zipfile.ZIP_STORED}[kind]
+    with zipfile.ZipFile(models / "v1.npz") as whole, zipfile.ZipFile(models / "bad.npz", "w", method) as packed:
+        for name in whole.namelist():
+            packed.writestr(name, whole.read(name))
+    content = bytearray((models / "bad.npz").read_bytes())
+    if kind == "encrypted":
+        for signature, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+            at = -1
+            while (at := content.find(signature, at + 1)) >= 0:
+                content[at + flags] |= 1
+    else:
+        content[60:4000:7] = bytes(x ^ 0x5A for x in content[60:4000:7])
+    (models / "bad.npz").write_bytes(content)
+    assert main(["evaluate", str(models / "bad.npz")]) == 2
+    assert "bad.npz cannot be read, it may be truncated or damaged" in capsys.readouterr().err
+
+
+def test_names_that_are_no_text(models, capsys) -> None:
+    shutil.copy(models / "v1.npz", models.parent / os.fsdecode(b"\xff\x1b[31m.npz"))
+    assert main(["evaluate", os.fsdecode(b"\xff\x1b[31m.npz")]) == 0
+    assert "\x1b[31m" not in capsys.readouterr().out
+    content = json.loads(Path("report/report.json").read_text())
+    assert content["inputs"] == ["\\xff\\x1b[31m.npz"]
+    assert content["versions"][0]["name"] == "\\xff\\x1b[31m"
+
+
+def test_a_version_and_its_copy(models, capsys) -> None:
+    shutil.copy(models / "v1.npz", models.parent / "copy.npz")
+    assert main(["evaluate", str(models / "v1.npz"), "copy.npz"]) == 0
+    assert "copy answers every query as v1 does." in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("size", [0, 10, 1000, -1])
 def test_truncated_files(models, capsys, size: int) -> None:
     content = (models / "v1.npz").read_bytes()
@@ -340,10 +401,22 @@ def test_a_folder_of_something_else_is_never_deleted(models, capsys) -> None:
     Path("report").mkdir()  # an empty one may be taken
     assert main(["evaluate", "models"]) == 0
     Path("report/notes.txt").write_text("mine")
+    for name in ("report.json.bak", "report.html.orig", "figures/my-own.png", "figures/empty/"):
+        kept = Path("kept")
+        assert main(["evaluate", "models", "--out", "kept"]) == 0
+        (kept / name).mkdir() if name.endswith("/") else (kept / name).write_text("mine")
+        assert main(["evaluate", "models", "--out", "kept"]) == 2
+        assert f"kept holds more than a report, {name.rstrip('/')}" in capsys.readouterr().err
+        shutil.rmtree(kept)
     Path("photos").mkdir()
     Path("photos/report.json").write_text("{}")
     Path("file").write_text("mine")
-    for out, message in (("report", "notes.txt"), ("photos", "something else"), ("file", "names a folder")):
+    for out, message in (
+        ("report", "notes.txt"),
+        ("photos", "something else"),
+        ("file", "names a folder"),
+        (".", "where you are"),
+    ):
         entries = everything_in(models.parent)
         capsys.readouterr()
         assert main(["evaluate", "models", "--out", out]) == 2

@@ -98,6 +98,14 @@ def test_bad_input_on_one_rank_is_one_message_and_ends_all(models) -> None:
     assert not (models / "report").exists()
 
 
+def test_options_are_looked_at_before_anything_is_searched(models) -> None:
+    done = ranks(models, 2, "--confidence", "95")
+    assert [code for code, *_ in done] == [2, 2], done
+    assert done[0][2].count("\n") == 1, done[0][2]
+    assert "confidence must lie between 0 and 1" in done[0][2]
+    assert "lost a peer" not in done[0][2] + done[1][2]
+
+
 def test_what_only_the_writer_meets_ends_all(models) -> None:
     (models / "report").mkdir()
     (models / "report" / "notes.txt").write_text("mine")
