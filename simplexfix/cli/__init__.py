@@ -12,7 +12,12 @@ from . import demo, doctor, gate
 __all__ = ["main"]
 
 _VERBS = {"demo": demo, "doctor": doctor, "gate": gate}
-_EXTRAS = {"matplotlib": "cli", "rich": "cli", "safetensors": "safetensors"}  # which extra brings a package
+_EXTRAS = {
+    "matplotlib": "cli",
+    "rich": "cli",
+    "safetensors": "safetensors",
+    "yaml": "train",
+}  # which extra brings a package
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -46,8 +46,7 @@ def write_state(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
         TypeError: something else is in the state; names its place.
         OSError: it cannot be written.
     """
-    from safetensors.torch import save
-
+    save = _safetensors().torch.save
     tensors: dict[str, Tensor] = {}
     text = json.dumps(_plain(state, "", tensors), allow_nan=False, separators=(",", ":"))
     metadata = {"format": _FORMAT, "state": text, "sha256": _checksum(text, tensors)}
@@ -61,11 +60,10 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Any]:
         CheckpointError: the file is truncated, damaged, of another format, or something else.
         OSError: it cannot be read.
     """
-    from safetensors import SafetensorError, safe_open
-
+    safetensors = _safetensors()
     os.stat(path)
     try:
-        with safe_open(path, framework="pt") as file:
+        with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             names = list(file.keys())
             if metadata.get("format") != _FORMAT or not {"state", "sha256"} <= metadata.keys():
@@ -73,7 +71,7 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Any]:
                     f"{os.fspath(path)} is no checkpoint of format {_FORMAT}, its format is {metadata.get('format')!r}"
                 )
             tensors = {name: file.get_tensor(name) for name in names}
-    except SafetensorError as error:
+    except safetensors.SafetensorError as error:
         raise CheckpointError(f"{os.fspath(path)} cannot be read, it may be truncated or damaged: {error}") from error
     if _checksum(metadata["state"], tensors) != metadata["sha256"]:
         raise CheckpointError(f"{os.fspath(path)} is damaged: what it holds does not give its checksum")
@@ -102,6 +100,7 @@ class Checkpoints:
     def __init__(self, folder: str | os.PathLike[str], *, keep: int = 3) -> None:
         if keep < 1:
             raise ValueError(f"keep must be at least 1, got {keep}")
+        _safetensors()  # rather here than after the first hours
         self.folder = Path(folder)
         self.keep = keep
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -140,6 +139,16 @@ class Checkpoints:
         """Newest first."""
         found = [(re.fullmatch(r"step-(\d+)\.safetensors", path.name), path) for path in self.folder.iterdir()]
         return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "checkpoints need safetensors: pip install 'simplexfix[train]'", name="safetensors"
+        ) from error
+    return safetensors
 
 
 def _plain(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:

@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Items", "RowBatches", "seeded"]
+__all__ = ["Items", "RowBatches", "mixed_seed", "seeded"]
 
 _GLOBAL_GENERATOR = threading.Lock()
 _FINGERPRINT_ROWS = 4096
@@ -78,6 +79,11 @@ class RowBatches:
         """Goes on from there."""
         self._generator.set_state(state["generator"])
         self._left = state["left"]
+
+
+def mixed_seed(seed: int, *counters: int) -> int:
+    """A seed of its own for every tuple of counters."""
+    return int(np.random.SeedSequence([seed, *counters]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 @contextmanager

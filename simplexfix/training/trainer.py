@@ -18,7 +18,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -27,9 +26,10 @@ from torch.nn.parallel import DistributedDataParallel
 from .._checks import check_name
 from ..methods import Method
 from ..models import EmbeddingModel
+from . import processes
 from .checkpoint import Checkpoints, CheckpointWarning, fingerprint, read_state, write_state
 from .facts import check_no_drift, described
-from .items import Items, RowBatches, seeded
+from .items import Items, RowBatches, mixed_seed, seeded
 from .schedule import Schedule
 
 __all__ = ["Trainer"]
@@ -162,7 +162,7 @@ class Trainer:
             self.method.add_classes(model, classes)
         model.to(self.device)
         finished = None if folder is None else Path(folder) / "version.safetensors"
-        if finished is not None and _agreed(finished.exists()):
+        if finished is not None and processes.agreed(finished.exists()):
             saved = read_state(finished)
             check_no_drift(saved["facts"], facts, str(finished))
             model.load_state_dict(saved["model"])
@@ -186,15 +186,15 @@ class Trainer:
             if checkpoints is not None and log is not None and (last or run.step % self.save_every == 0):
                 run.mean_loss()  # no state of nan takes the place of a good one
                 state = {"facts": facts, "run": run.state(), "log_bytes": log.synced()}
-                if _rank() == 0:
+                if processes.rank() == 0:
                     checkpoints.save(run.step, state)
             on_step()
         model = run.finished()
         if finished is not None and checkpoints is not None:
-            if _rank() == 0:
+            if processes.rank() == 0:
                 write_state(finished, {"facts": facts, "model": model.state_dict()})
                 checkpoints.clear()
-            _meet()
+            processes.meet()
         return model
 
 
@@ -229,7 +229,7 @@ class _Run:
         self.augment = trainer.augment
         self.device = trainer.device
         self.dtype = _DTYPES[trainer.precision]
-        self.rank, self.world = _rank(), _world()
+        self.rank, self.world = processes.rank(), processes.world()
         self.parts = schedule.accumulate * self.world
         sources = [items] if memory is None else [items, memory]
         new_rows = schedule.batch if memory is None else schedule.batch // 2
@@ -240,7 +240,7 @@ class _Run:
                 f"{self.world} processes with {schedule.accumulate} parts each"
             )
         self.sources = [
-            (source, RowBatches(len(source.labels), size, seed=_mixed(seed, number)))
+            (source, RowBatches(len(source.labels), size, seed=mixed_seed(seed, number)))
             for number, (source, size) in enumerate(zip(sources, sizes, strict=False))
         ]
         self.model = model.train()
@@ -296,7 +296,7 @@ class _Run:
             input, target = input.pin_memory(), target.pin_memory()
         input, target = (tensor.to(self.device, non_blocking=True) for tensor in (input, target))
         if self.augment is not None:
-            input = self.augment(input, torch.Generator().manual_seed(_mixed(self.seed, 2, self.step, part)))
+            input = self.augment(input, torch.Generator().manual_seed(mixed_seed(self.seed, 2, self.step, part)))
         return input, target
 
     def mean_loss(self) -> float:
@@ -331,6 +331,9 @@ class _Run:
             for p, mean in zip(self.model.parameters(), self.mean, strict=self.ema is not None):
                 p.copy_(mean)
         self.model.backbone._compiled_call_impl = None
+        if self.world > 1:  # statistics of batches are each process's own
+            for buffer in self.model.buffers():
+                dist.broadcast(buffer, 0)
         return self.model.eval()
 
     def state(self) -> dict[str, Any]:
@@ -344,7 +347,7 @@ class _Run:
             "batches": [batches.state_dict() for _, batches in self.sources],
             "total": self.total,
             "reported": self.reported,
-            "random": _gathered(_random_state(self.device)),
+            "random": processes.gathered(_random_state(self.device)),
         }
 
     def load(self, saved: dict[str, Any]) -> None:
@@ -382,27 +385,22 @@ class _Log:
         self.path = path
 
     def cut(self, size: int) -> None:
-        if _rank() == 0:
+        if processes.rank() == 0:
             with open(self.path, "ab") as file:
                 file.truncate(size)
 
     def write(self, line: Mapping[str, Any]) -> None:
-        if _rank() == 0:
+        if processes.rank() == 0:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
     def synced(self) -> int:
         """Its size, once that has reached the disk."""
-        if _rank() != 0:
+        if processes.rank() != 0:
             return 0
         with open(self.path, "ab") as file:
             os.fsync(file.fileno())
             return file.tell()
-
-
-def _mixed(seed: int, *counters: int) -> int:
-    """A seed of its own for every tuple of counters."""
-    return int(np.random.SeedSequence([seed, *counters]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:
@@ -420,39 +418,8 @@ def _set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None
 
 def _newest(checkpoints: Checkpoints) -> dict[str, Any] | None:
     """The first process chooses, all read the same."""
-    found = checkpoints.newest() if _rank() == 0 else None
-    step = _agreed(None if found is None else found[0])
+    found = checkpoints.newest() if processes.rank() == 0 else None
+    step = processes.agreed(None if found is None else found[0])
     if step is None:
         return None
     return checkpoints.read(step) if found is None else found[1]
-
-
-def _world() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _meet() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def _agreed(value: Any) -> Any:
-    """The first process's value, on all of them."""
-    if not dist.is_initialized():
-        return value
-    values = [value]
-    dist.broadcast_object_list(values)
-    return values[0]
-
-
-def _gathered(value: Any) -> list[Any]:
-    """Every process's value, in the order of their ranks."""
-    if not dist.is_initialized():
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values

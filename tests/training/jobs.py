@@ -48,9 +48,7 @@ def trained(
     group: bool = False,
 ) -> EmbeddingModel:
     """A second version, with an old model, rehearsal, augmentation and dropout."""
-    method = HOC(SlotRegistry(20), lambda_=0.5)
-    if group:
-        method.group = dist.group.WORLD
+    method = HOC(SlotRegistry(20), lambda_=0.5, group=dist.group.WORLD if group else None)
     torch.manual_seed(3)
     backbone = SmallConvNet(4, 10) if convolutions else network(dropout)
     parent = EmbeddingModel(backbone, method.head(10))
@@ -114,7 +112,7 @@ def killed(folder: Path, moment: str, seed: int, options: dict) -> None:
                 die()
                 return self.file.write(content[len(content) // 2 :])
 
-        files.open = lambda *arguments: Half(open(*arguments))
+        files.open = lambda *arguments: Half(open(*arguments))  # noqa: SIM115
         trained(folder, **options)
     else:
         setattr(files.os, moment, dying(getattr(files.os, moment)))
@@ -126,12 +124,18 @@ def resumed(folder: Path, options: dict) -> None:
     trained(folder, **options)
 
 
-def in_group(rank: int, world: int, folder: Path, name: str, options: dict) -> None:
-    """One process of a gloo group; the first saves the weights under the name."""
+def in_group(rank: int, world: int, folder: Path, name: str, die_at: int | None, options: dict) -> None:
+    """One process of a gloo group; each dies after so many steps."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/{name}.rendezvous", rank=rank, world_size=world)
-    version = trained(folder / name, **options)
-    if rank == 0:
-        torch.save([p.detach() for p in version.parameters()], folder / f"{name}.pt")
-    dist.barrier()
+    rendezvous = f"file://{folder}/{name}.{die_at}.rendezvous"
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world)
+    steps = 0
+
+    def on_step() -> None:
+        nonlocal steps
+        steps += 1
+        if steps == die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    trained(folder / name, on_step=on_step, **options)
     dist.destroy_process_group()
