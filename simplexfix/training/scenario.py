@@ -194,17 +194,20 @@ def _versions(
                     )
                 old = copy.deepcopy(made).to(trainer.device).eval()
         place = None if folder is None else Path(folder) / f"task-{t:02d}"
-        version = trainer.fit(
-            parent,
-            task.items,
-            schedule,
-            classes=task.classes,
-            seed=mixed_seed(seed, t, 1),
-            memory=memory,
-            old=old,
-            folder=place,
-            on_step=partial(on_step, t),
-        )
+        devices = [trainer.device] if trainer.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):  # for what the network draws: from here on, wherever training stopped
+            torch.manual_seed(mixed_seed(seed, t, 3, processes.rank()))
+            version = trainer.fit(
+                parent,
+                task.items,
+                schedule,
+                classes=task.classes,
+                seed=mixed_seed(seed, t, 1),
+                memory=memory,
+                old=old,
+                folder=place,
+                on_step=partial(on_step, t),
+            )
         if rehearsal is not None and t + 1 < len(tasks):
             memory = _remembered(version, task, memory, rehearsal, mixed_seed(seed, t, 2), place)
         yield version

@@ -112,8 +112,8 @@ class Trainer:
         from the newest good one, and else begins.  `log.jsonl` there has a line for every `log_every` steps, each
         step once however often training was stopped; `version.safetensors` is the finished version.
 
-        What the network itself draws, as dropout does, comes from torch's global generators, whose state is part of
-        every checkpoint and is set from it.
+        What the network itself draws, as dropout does, comes from torch's global generators: their state is part of
+        every checkpoint and is set from it; at the beginning it is as the caller left it (`train_versions` seeds it).
 
         Args:
             parent: the version before, a replacement, or a fresh network.
@@ -345,9 +345,8 @@ class _Run:
             "scaler": self.scaler.state_dict(),
             "mean": self.mean,
             "batches": [batches.state_dict() for _, batches in self.sources],
-            "total": self.total,
             "reported": self.reported,
-            "random": processes.gathered(_random_state(self.device)),
+            "processes": processes.gathered({"total": self.total.item(), "random": _random_state(self.device)}),
         }
 
     def load(self, saved: dict[str, Any]) -> None:
@@ -364,15 +363,17 @@ class _Run:
             mean.copy_(value)
         for (_, batches), state in zip(self.sources, saved["batches"], strict=True):
             batches.load_state_dict(state)
-        self.total.copy_(saved["total"])
         self.reported = saved["reported"]
         self.clock = (time.perf_counter(), self.step)
-        if len(saved["random"]) == self.world:
-            _set_random_state(saved["random"][self.rank], self.device)
+        theirs = saved["processes"]
+        if len(theirs) == self.world:
+            self.total.fill_(theirs[self.rank]["total"])
+            _set_random_state(theirs[self.rank]["random"], self.device)
         else:
+            self.total.fill_(sum(process["total"] for process in theirs) / len(theirs))
             warnings.warn(
-                f"{self.world} processes go on with a training of {len(saved['random'])}: what the network draws, as "
-                "dropout does, will differ from what it would have drawn",
+                f"{self.world} processes go on with a training of {len(theirs)}: what the network draws, as dropout "
+                "does, will differ from what it would have drawn",
                 CheckpointWarning,
                 stacklevel=3,
             )

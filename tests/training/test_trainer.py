@@ -6,17 +6,14 @@ import json
 import multiprocessing
 import random
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import jobs
 import pytest
 import torch
 
 from simplexfix.training import CheckpointWarning, Schedule, read_state, write_state
-
-sys.path.insert(0, str(Path(__file__).parent))
-import jobs
 
 # a server that has loaded torch forks a process for each job, in milliseconds; it never ran a backward pass itself,
 # after which torch forbids that
@@ -148,7 +145,7 @@ def test_a_group_that_was_killed_goes_on(tmp_path) -> None:
     assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
 
 
-class Stop(Exception):
+class StopError(Exception):
     pass
 
 
@@ -158,9 +155,9 @@ def stopped(folder: Path, after: int, **options) -> None:
     def on_step() -> None:
         steps.append(1)
         if len(steps) == after:
-            raise Stop
+            raise StopError
 
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         jobs.trained(folder, on_step=on_step, **options)
 
 
@@ -212,7 +209,7 @@ def test_another_number_of_processes_is_told_of(tmp_path) -> None:
     stopped(tmp_path / "run", 6, dropout=0.0)
     path = tmp_path / "run" / "step-000000005.safetensors"
     state = read_state(path)
-    write_state(path, {**state, "run": {**state["run"], "random": state["run"]["random"] * 2}})
+    write_state(path, {**state, "run": {**state["run"], "processes": state["run"]["processes"] * 2}})
     with pytest.warns(CheckpointWarning, match="1 processes go on with a training of 2"):
         jobs.trained(tmp_path / "run", dropout=0.0)
 
