@@ -15,7 +15,7 @@ from torch import Tensor
 
 __all__ = ["Items", "RowBatches", "mixed_seed", "seeded"]
 
-_GLOBAL_GENERATOR = threading.Lock()
+_GLOBAL_GENERATOR = threading.RLock()  # what makes a network may train one
 _FINGERPRINT_ROWS = 4096
 
 
