@@ -7,11 +7,11 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import demo, doctor, gate
+from . import demo, doctor, gate, runs, train
 
 __all__ = ["main"]
 
-_VERBS = {"demo": demo, "doctor": doctor, "gate": gate}
+_VERBS = {"demo": demo, "doctor": doctor, "gate": gate, "runs": runs, "train": train}
 _EXTRAS = {
     "matplotlib": "cli",
     "rich": "cli",

@@ -222,10 +222,17 @@ def _with_head(made: nn.Module, trainer: Trainer, before: EmbeddingModel | None)
         raise ValueError(
             f"a {type(made).__name__} must be an EmbeddingModel, or have out_features, the width of what it returns"
         )
-    widths = [getattr(m.head, "embedding_dim", None) for m in (before, model) if m is not None]
-    if len(widths) == 2 and widths[0] != widths[1]:
-        raise ValueError(f"a replacement's embeddings must be {widths[0]} wide like those before, got {widths[1]}")
+    if before is not None and _width(before) != _width(model):
+        raise ValueError(
+            f"a replacement's embeddings must be {_width(before)} wide like those before, got {_width(model)}"
+        )
     return model
+
+
+def _width(model: EmbeddingModel) -> int | None:
+    """Of its embeddings: a head without a junction hands the features on."""
+    found = getattr(model.head, "embedding_dim", None) or getattr(model.backbone, "out_features", None)
+    return found if isinstance(found, int) else None
 
 
 def _remembered(

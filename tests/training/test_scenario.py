@@ -135,7 +135,7 @@ def test_memory_is_half_of_each_batch_and_of_earlier_classes() -> None:
             seen.append(target.tolist())
             return super().loss(model, input, target, old)
 
-    versions(Watch())
+    versions(Watch(), replacements={})
     assert all(max(labels) < 4 for labels in seen[:5])
     for labels in seen[5:10]:
         assert [label < 4 for label in labels] == [False] * 8 + [True] * 8
@@ -186,6 +186,7 @@ def test_a_stopped_sequence_goes_on_to_the_same_bits(tmp_path: Path, after: int)
             lambda: versions(replacements={1: lambda: EmbeddingModel(wider(), HOC(SlotRegistry(9)).head(24))}),
             "a replacement's embeddings must be 19 wide like those before, got 8",
         ),
+        (lambda: versions(ER()), "a replacement's embeddings must be 10 wide like those before, got 24"),
     ],
 )
 def test_bad_input(act, message: str) -> None:
