@@ -13,6 +13,7 @@ import pytest
 
 from simplexfix.cli import main
 from simplexfix.training import PRESETS, RunConfig, Trainer, overridden, read_config
+from simplexfix.training.run import _load, _schedule, _tasks
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,7 @@ def test_a_run_stops_goes_on_and_is_listed(tmp_path, features, monkeypatch, caps
 
     assert main(["train", config, "method.mu=5.0", "--out", str(tmp_path / "runs" / "whole")]) == 2
     assert "config.method.mu: was 10.0, is 5.0" in capsys.readouterr().err
-    assert main(["train", config, "method.name=er", "--out", str(tmp_path / "runs" / "er")]) == 0
+    assert main(["train", config, "method.name=er", "model.hidden=[20]", "--out", str(tmp_path / "runs" / "er")]) == 0
     capsys.readouterr()
     assert main(["runs", str(tmp_path / "runs")]) == 0
     out = capsys.readouterr().out
@@ -137,6 +138,7 @@ def test_presets_can_be_read_back_and_run(name: str, tmp_path, capsys) -> None:
         (["method.slot=3"], "method.slot is unknown; did you mean slots?"),
         (["tasks.counts=[9, 9]"], "counts must be positive and sum to at most 14 classes"),
         (["tasks.replacements.1.classes=7"], "replacements.1.classes must lie in [1, 6]"),
+        (["method.name=er"], "model gives 16, replacements.1.model 20"),
         (["tasks.counts=[]"], "counts are the new classes of each task"),
         (["data.kind=omniglot"], "path is the folder of kind="),
         (["data.kind=cifar"], "kind must be one of 'features', 'omniglot', got 'cifar'"),
@@ -152,11 +154,9 @@ def test_bad_input(changes: list[str], message: str, tmp_path, features, capsys)
 
 
 def test_epochs_count_steps(features, tmp_path) -> None:
-    config = read_config(RunConfig, overridden(json.loads(configuration(tmp_path, features).read_text()), []))
-    from simplexfix.training.run import _load, _schedule, _tasks
-
-    epochs = read_config(RunConfig, overridden(json.loads((tmp_path / "small.json").read_text()), ["tasks.epochs=3"]))
+    content = json.loads(configuration(tmp_path, features).read_text())
+    epochs = read_config(RunConfig, overridden(content, ["tasks.epochs=3"]))
     tasks, rest = _tasks(epochs, _load(epochs).train)
     assert [_schedule(epochs, task, t).steps for t, task in enumerate(tasks)] == [3 * 3, 3 * 3, 3 * 3]  # 80/32, 40/16
     assert len(rest.labels) == 6 * 20
-    assert _schedule(config, tasks[0], 0).steps == 20
+    assert _schedule(read_config(RunConfig, content), tasks[0], 0).steps == 20
