@@ -8,35 +8,25 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import os
-import time
-import warnings
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from .._checks import check_name
 from ..methods import Method
 from ..models import EmbeddingModel
 from . import processes
-from .checkpoint import Checkpoints, CheckpointWarning, fingerprint, read_state, write_state
+from .checkpoint import Checkpoints, fingerprint, read_state, write_state
 from .facts import check_no_drift, described
-from .items import Items, RowBatches, mixed_seed, seeded
+from .items import Items, seeded
 from .schedule import Schedule
+from .steps import DTYPES, Augment, Steps
 
 __all__ = ["Trainer"]
-
-_DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-Augment = Callable[[Tensor, torch.Generator], Tensor]
 
 
 class Trainer:
@@ -44,7 +34,8 @@ class Trainer:
 
     Where `torch.distributed` has been initialised (under torchrun), every process calls the same: a step sees the
     same rows, augmented alike, as in one process with `accumulate` times as many parts, and gradients are averaged.
-    Processes share the folder.  There is no wait for the device in a step, but every `log_every` steps and to save.
+    Processes share the folder.  The trainer waits for the device every `log_every` steps and to save; in a step only a
+    method may, where it checks what it is given, as `SlotRegistry.lookup` and gathered negatives do.
 
     Args:
         method: of `simplexfix.methods`.
@@ -76,7 +67,7 @@ class Trainer:
         keep: int = 3,
         log_every: int = 50,
     ) -> None:
-        check_name("precision", precision, _DTYPES)
+        check_name("precision", precision, DTYPES)
         if ema is not None and not 0 < ema < 1:
             raise ValueError(f"ema must be None or lie in (0, 1), got {ema}")
         if save_every < 1 or keep < 1 or log_every < 1:
@@ -157,6 +148,8 @@ class Trainer:
             facts["memory"] = None if memory is None else memory.fingerprint()
             facts["parent"] = fingerprint(parent.state_dict())
             facts["old"] = None if old is None else fingerprint(old.state_dict())
+        if old is not None and next(old.parameters()).device != self.device:
+            old = copy.deepcopy(old).to(self.device)
         with seeded(seed):
             model = copy.deepcopy(parent)
             self.method.add_classes(model, classes)
@@ -165,9 +158,24 @@ class Trainer:
         if finished is not None and processes.agreed(finished.exists()):
             saved = read_state(finished)
             check_no_drift(saved["facts"], facts, str(finished))
+            if processes.rank() == 0:  # it may have been killed between writing and clearing
+                Checkpoints(finished.parent).clear()
             model.load_state_dict(saved["model"])
             return model.eval()
-        run = _Run(self, model, old, items, memory, schedule, seed)
+        run = Steps(
+            model,
+            self.method,
+            old,
+            items,
+            memory,
+            schedule,
+            seed=seed,
+            augment=self.augment,
+            device=self.device,
+            precision=self.precision,
+            ema=self.ema,
+            compile=self.compile,
+        )
         checkpoints = None if folder is None else Checkpoints(folder, keep=self.keep)
         log = None if folder is None else _Log(Path(folder) / "log.jsonl")
         if checkpoints is not None and log is not None:
@@ -198,187 +206,6 @@ class Trainer:
         return model
 
 
-class _Loss(nn.Module):
-    """The method's loss as a module, for DistributedDataParallel to see its inputs and its gradients."""
-
-    def __init__(self, method: Method, model: EmbeddingModel, old: EmbeddingModel | None) -> None:
-        super().__init__()
-        self.model = model
-        self.frozen = (method, old)  # in a tuple: the old model's parameters are not for training
-
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        method, old = self.frozen
-        return method.loss(self.model, input, target, old)
-
-
-class _Run:
-    """All that changes from step to step, and the step."""
-
-    def __init__(
-        self,
-        trainer: Trainer,
-        model: EmbeddingModel,
-        old: EmbeddingModel | None,
-        items: Items,
-        memory: Items | None,
-        schedule: Schedule,
-        seed: int,
-    ) -> None:
-        self.schedule = schedule
-        self.seed = seed
-        self.augment = trainer.augment
-        self.device = trainer.device
-        self.dtype = _DTYPES[trainer.precision]
-        self.rank, self.world = processes.rank(), processes.world()
-        self.parts = schedule.accumulate * self.world
-        sources = [items] if memory is None else [items, memory]
-        new_rows = schedule.batch if memory is None else schedule.batch // 2
-        sizes = (new_rows, schedule.batch - new_rows)
-        if any(size % self.parts for size in sizes):
-            raise ValueError(
-                f"{sizes[0]} new and {sizes[1]} remembered rows of a batch cannot be shared out evenly over "
-                f"{self.world} processes with {schedule.accumulate} parts each"
-            )
-        self.sources = [
-            (source, RowBatches(len(source.labels), size, seed=mixed_seed(seed, number)))
-            for number, (source, size) in enumerate(zip(sources, sizes, strict=False))
-        ]
-        self.model = model.train()
-        if trainer.compile:
-            model.backbone.compile()
-        self.optimizer = schedule.optimizer_of(model)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=trainer.precision == "float16")
-        self.loss: nn.Module = _Loss(trainer.method, model, old)
-        if self.world > 1:
-            self.loss = DistributedDataParallel(
-                self.loss, device_ids=[self.device] if self.device.type == "cuda" else None
-            )
-        self.ema = trainer.ema
-        self.mean = [] if trainer.ema is None else [p.detach().clone() for p in model.parameters()]
-        self.step = 0
-        self.total = torch.zeros((), dtype=torch.float64, device=self.device)  # of losses since the last report
-        self.reported = 0
-        self.clock = (time.perf_counter(), 0)
-
-    def advance(self) -> None:
-        """One step of the optimizer."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.schedule.at(self.step)
-        rows = [next(batches) for _, batches in self.sources]
-        for i in range(self.schedule.accumulate):
-            with self._gradients_sent(i + 1 == self.schedule.accumulate):
-                input, target = self._part(rows, i * self.world + self.rank)
-                with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-                    loss = self.loss(input, target) / self.schedule.accumulate
-                self.scaler.scale(loss).backward()
-            self.total += loss.detach()
-        if self.schedule.clip is not None:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.schedule.clip)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
-        if self.ema is not None:
-            torch._foreach_lerp_(self.mean, [p.detach() for p in self.model.parameters()], 1 - self.ema)
-        self.step += 1
-
-    def _gradients_sent(self, last: bool) -> AbstractContextManager[None]:
-        if last or not isinstance(self.loss, DistributedDataParallel):
-            return nullcontext()
-        return self.loss.no_sync()
-
-    def _part(self, rows: list[Tensor], part: int) -> tuple[Tensor, Tensor]:
-        """Every `parts`-th row from `part` on; its augmentation depends on step and part, not on who computes it."""
-        taken = [source.take(r[part :: self.parts]) for (source, _), r in zip(self.sources, rows, strict=True)]
-        batch = taken[0] if len(taken) == 1 else taken[0].joined(taken[1])
-        input, target = batch.inputs, batch.labels
-        if self.device.type == "cuda" and not input.is_cuda:  # from pinned memory, so that nobody waits for the copy
-            input, target = input.pin_memory(), target.pin_memory()
-        input, target = (tensor.to(self.device, non_blocking=True) for tensor in (input, target))
-        if self.augment is not None:
-            input = self.augment(input, torch.Generator().manual_seed(mixed_seed(self.seed, 2, self.step, part)))
-        return input, target
-
-    def mean_loss(self) -> float:
-        """Since the last report, over all processes; waits for the device."""
-        total = self.total.clone()
-        if self.world > 1:
-            dist.all_reduce(total)
-        loss = total.item() / self.world / max(1, self.step - self.reported)
-        if not math.isfinite(loss) and self.dtype != torch.float16:  # whose overflows the loss scale takes care of
-            raise FloatingPointError(
-                f"the loss of steps {self.reported} to {self.step - 1} is {loss}: a lower learning rate, a longer "
-                "warm-up or clip may help"
-            )
-        return loss
-
-    def report(self) -> dict[str, Any]:
-        """A line of the log."""
-        loss = self.mean_loss()
-        self.total.zero_()
-        self.reported = self.step
-        now = time.perf_counter()
-        (then, before), self.clock = self.clock, (now, self.step)
-        return {
-            "step": self.step,
-            "loss": loss,
-            "learning_rate": self.schedule.at(self.step - 1),
-            "steps_per_second": round((self.step - before) / max(now - then, 1e-9), 3),
-        }
-
-    def finished(self) -> EmbeddingModel:
-        with torch.no_grad():
-            for p, mean in zip(self.model.parameters(), self.mean, strict=self.ema is not None):
-                p.copy_(mean)
-        self.model.backbone._compiled_call_impl = None
-        if self.world > 1:  # statistics of batches are each process's own
-            for buffer in self.model.buffers():
-                dist.broadcast(buffer, 0)
-        return self.model.eval()
-
-    def state(self) -> dict[str, Any]:
-        """For `write_state`; all processes must call it, for each has random numbers of its own."""
-        return {
-            "step": self.step,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "mean": self.mean,
-            "batches": [batches.state_dict() for _, batches in self.sources],
-            "reported": self.reported,
-            "processes": processes.gathered({"total": self.total.item(), "random": _random_state(self.device)}),
-        }
-
-    def load(self, saved: dict[str, Any]) -> None:
-        self.step = saved["step"]
-        self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        for p, entries in self.optimizer.state.items():
-            for name, value in entries.items():
-                # in the parameter's own layout, as it had been: fused kernels walk both in order of memory
-                if isinstance(value, Tensor) and value.shape == p.shape:
-                    entries[name] = torch.empty_like(p).copy_(value)
-        self.scaler.load_state_dict(saved["scaler"])
-        for mean, value in zip(self.mean, saved["mean"], strict=True):
-            mean.copy_(value)
-        for (_, batches), state in zip(self.sources, saved["batches"], strict=True):
-            batches.load_state_dict(state)
-        self.reported = saved["reported"]
-        self.clock = (time.perf_counter(), self.step)
-        theirs = saved["processes"]
-        if len(theirs) == self.world:
-            self.total.fill_(theirs[self.rank]["total"])
-            _set_random_state(theirs[self.rank]["random"], self.device)
-        else:
-            self.total.fill_(sum(process["total"] for process in theirs) / len(theirs))
-            warnings.warn(
-                f"{self.world} processes go on with a training of {len(theirs)}: what the network draws, as dropout "
-                "does, will differ from what it would have drawn",
-                CheckpointWarning,
-                stacklevel=3,
-            )
-
-
 class _Log:
     """JSON lines, by the first process; cut back to where a checkpoint was, so that no step comes twice."""
 
@@ -402,19 +229,6 @@ class _Log:
         with open(self.path, "ab") as file:
             os.fsync(file.fileno())
             return file.tell()
-
-
-def _random_state(device: torch.device) -> dict[str, Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def _set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def _newest(checkpoints: Checkpoints) -> dict[str, Any] | None:
