@@ -185,6 +185,7 @@ def _versions(
             make = replacements.get(t, start)
             with seeded(mixed_seed(seed, t, 0)):
                 made = make()
+            with seeded(mixed_seed(seed, t, 4)):  # apart: what was pre-trained and is only read now drew less
                 parent = _with_head(made, trainer, version)
             if t in replacements and hoc_reference == "replacement":
                 if not isinstance(made, EmbeddingModel):

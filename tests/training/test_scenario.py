@@ -111,6 +111,18 @@ def test_a_replacement_of_other_width_keeps_slots_and_gets_its_junction() -> Non
     assert method._old == [None] * 5 + [first] * 5 + [second] * 5
 
 
+def test_a_new_junction_does_not_depend_on_what_its_maker_drew() -> None:
+    """A maker that trains draws on the first call, and on the next one only reads."""
+
+    def drawing() -> nn.Module:
+        made = wider()
+        torch.rand(7)
+        return made
+
+    results = [versions(replacements={1: make})[1].head.junction.weight for make in (wider, drawing)]
+    assert torch.equal(*results)
+
+
 def test_the_reference_of_a_replacement_may_be_itself() -> None:
     method = Recorder()
 
