@@ -20,6 +20,7 @@ from .._files import write_whole
 __all__ = ["CheckpointError", "CheckpointWarning", "Checkpoints", "fingerprint", "read_state", "write_state"]
 
 _FORMAT = "1"
+_KEY = "simplexfix"  # of the metadata
 _PLAIN = (str, int, bool, type(None))
 
 
@@ -34,8 +35,8 @@ class CheckpointWarning(UserWarning):
 def write_state(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
     """One safetensors file: the tensors, and in its metadata the rest as JSON, a format version and a checksum.
 
-    The file appears whole or not at all, and has reached the disk on return.  Tensors are written contiguous and
-    come back so, on the CPU; what shared memory does so no more.
+    Equal states make equal files.  The file appears whole or not at all, and has reached the disk on return.  Tensors
+    are written contiguous and come back so, on the CPU; what shared memory does so no more.
 
     Args:
         path: of the file, whose folder is there.
@@ -49,8 +50,8 @@ def write_state(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
     save = _safetensors().torch.save
     tensors: dict[str, Tensor] = {}
     text = json.dumps(_plain(state, "", tensors), allow_nan=False, separators=(",", ":"))
-    metadata = {"format": _FORMAT, "state": text, "sha256": _checksum(text, tensors)}
-    write_whole(path, save(tensors, metadata))
+    # one entry: of several, safetensors writes the order by chance, and equal states would be unequal files
+    write_whole(path, save(tensors, {_KEY: f"{_FORMAT} {_checksum(text, tensors)} {text}"}))
 
 
 def read_state(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -64,18 +65,18 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Any]:
     os.stat(path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            names = list(file.keys())
-            if metadata.get("format") != _FORMAT or not {"state", "sha256"} <= metadata.keys():
+            version, _, rest = (file.metadata() or {}).get(_KEY, "").partition(" ")
+            checksum, _, text = rest.partition(" ")
+            if version != _FORMAT:
                 raise CheckpointError(
-                    f"{os.fspath(path)} is no checkpoint of format {_FORMAT}, its format is {metadata.get('format')!r}"
+                    f"{os.fspath(path)} is no checkpoint of format {_FORMAT}, its format is {version or None!r}"
                 )
-            tensors = {name: file.get_tensor(name) for name in names}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except safetensors.SafetensorError as error:
         raise CheckpointError(f"{os.fspath(path)} cannot be read, it may be truncated or damaged: {error}") from error
-    if _checksum(metadata["state"], tensors) != metadata["sha256"]:
+    if _checksum(text, tensors) != checksum:
         raise CheckpointError(f"{os.fspath(path)} is damaged: what it holds does not give its checksum")
-    state = _restored(json.loads(metadata["state"]), tensors)
+    state = _restored(json.loads(text), tensors)
     assert isinstance(state, dict)
     return state
 

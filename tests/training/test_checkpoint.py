@@ -34,6 +34,9 @@ def same(a, b) -> bool:
 def test_what_is_written_comes_back(tmp_path: Path) -> None:
     write_state(tmp_path / "x", STATE)
     assert same(STATE, read_state(tmp_path / "x"))
+    for _ in range(8):
+        write_state(tmp_path / "y", STATE)
+        assert (tmp_path / "x").read_bytes() == (tmp_path / "y").read_bytes()
     write_state(tmp_path / "x", {"nan": math.nan})
     assert math.isnan(read_state(tmp_path / "x")["nan"])
 

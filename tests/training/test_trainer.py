@@ -85,7 +85,8 @@ def test_killed_again_and_again_ends_with_the_same_bits(kind: str, moment: str, 
         kills += 1
     assert kills
     assert done(jobs.resumed, folder, KINDS[kind]) == 0
-    assert same(weights(folder), weights(whole(kind)))
+    name = "version.safetensors"
+    assert (folder / name).read_bytes() == (whole(kind) / name).read_bytes()
     assert lines(folder) == lines(whole(kind))
     # checkpoints and what killed saves left are gone
     assert {path.name for path in folder.iterdir()} == {"log.jsonl", "version.safetensors"}
