@@ -7,17 +7,18 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import demo, doctor, evaluate, gate
+from . import demo, doctor, evaluate, gate, runs, train
 
 __all__ = ["main"]
 
-_VERBS = {"demo": demo, "doctor": doctor, "evaluate": evaluate, "gate": gate}
+_VERBS = {"demo": demo, "doctor": doctor, "evaluate": evaluate, "gate": gate, "runs": runs, "train": train}
 _EXTRAS = {
     "PIL": "cli",
     "matplotlib": "cli",
     "rich": "cli",
     "safetensors": "safetensors",
     "sklearn": "calibration",
+    "yaml": "train",
 }  # which extra brings a package
 
 

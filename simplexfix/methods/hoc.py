@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .. import functional as SF
@@ -18,7 +19,7 @@ class HOC(Simplex):
 
     Args:
         slots, namespace, normalize, scale, margin: of `Simplex`.
-        lambda_, mu, negatives, anchor: of `hoc_loss`.
+        lambda_, mu, negatives, anchor, group: of `hoc_loss`; with a group, negatives come from all its processes.
 
     Reference:
         arXiv 2405.02581.
@@ -36,12 +37,14 @@ class HOC(Simplex):
         mu: float = 10.0,
         negatives: str = "zero_mask",
         anchor: str = "old",
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__(slots, namespace, normalize=normalize, scale=scale, margin=margin)
         self.lambda_ = lambda_
         self.mu = mu
         self.negatives = negatives
         self.anchor = anchor
+        self.group = group
 
     def loss(self, model: EmbeddingModel, input: Tensor, target: Tensor, old: EmbeddingModel | None) -> Tensor:
         if old is None:
@@ -59,4 +62,5 @@ class HOC(Simplex):
             normalize=self.normalize,
             scale=self.scale,
             margin=self.margin,
+            group=self.group,
         )

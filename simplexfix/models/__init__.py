@@ -2,5 +2,6 @@
 
 from .convnet import SmallConvNet
 from .embedding import EmbeddingModel
+from .mlp import FeatureMLP
 
-__all__ = ["EmbeddingModel", "SmallConvNet"]
+__all__ = ["EmbeddingModel", "FeatureMLP", "SmallConvNet"]

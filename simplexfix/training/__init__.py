@@ -1,6 +1,50 @@
 """Training: a user of the library like any other; what it does, a loop of one's own can do."""
 
-from .items import Items, row_batches
-from .task import Schedule, train_version
+from .checkpoint import CheckpointError, Checkpoints, CheckpointWarning, read_state, write_state
+from .config import ConfigError, overridden, read_config, read_mapping
+from .items import Items, RowBatches
+from .presets import PRESETS
+from .run import (
+    DataConfig,
+    MethodConfig,
+    ModelConfig,
+    ReplacementConfig,
+    RunConfig,
+    TasksConfig,
+    TrainerConfig,
+    train_run,
+)
+from .scenario import Task, class_incremental, class_order, dataset_sequence, instance_incremental, train_versions
+from .schedule import Schedule
+from .trainer import Trainer
 
-__all__ = ["Items", "Schedule", "row_batches", "train_version"]
+__all__ = [
+    "PRESETS",
+    "CheckpointError",
+    "CheckpointWarning",
+    "Checkpoints",
+    "ConfigError",
+    "DataConfig",
+    "Items",
+    "MethodConfig",
+    "ModelConfig",
+    "ReplacementConfig",
+    "RowBatches",
+    "RunConfig",
+    "Schedule",
+    "Task",
+    "TasksConfig",
+    "Trainer",
+    "TrainerConfig",
+    "class_incremental",
+    "class_order",
+    "dataset_sequence",
+    "instance_incremental",
+    "overridden",
+    "read_config",
+    "read_mapping",
+    "read_state",
+    "train_run",
+    "train_versions",
+    "write_state",
+]

@@ -22,7 +22,8 @@ from ..methods import ER, HOC, Method, Simplex
 from ..models import EmbeddingModel, SmallConvNet
 from ..slots import SlotRegistry
 from .items import Items, seeded
-from .task import Schedule, train_version
+from .schedule import Schedule
+from .trainer import Trainer
 
 __all__ = ["METHODS", "UNSEEN_ALPHABETS", "OmniglotData", "Recipe", "split_omniglot", "train_versions"]
 
@@ -166,14 +167,12 @@ def _train_starts(
             backbone = SmallConvNet(width, recipe.features)
             fresh = EmbeddingModel(backbone, method.head(recipe.features))
         trained.append(
-            train_version(
+            Trainer(method, augment=RandomWarp()).fit(
                 fresh,
-                method,
                 _items(data.train[:classes]),
                 schedule,
                 classes=range(classes),
                 seed=100 * seed + number,
-                augment=RandomWarp(),
                 on_step=partial(on_step, stage),
             )
         )
@@ -197,14 +196,12 @@ def _train_upgrades(
     for t in (1, 2, 3):
         first, last = sum(recipe.new_classes[:t]), sum(recipe.new_classes[: t + 1])
         versions.append(
-            train_version(
+            Trainer(method, augment=RandomWarp()).fit(
                 replacement if t == 3 else versions[-1],
-                method,
                 _items(data.train[first:last], first),
                 recipe.finetune,
                 classes=range(last),
                 seed=100 * seed + t,
-                augment=RandomWarp(),
                 memory=_items(data.train[:first, remembered]),
                 old=versions[-1],
                 on_step=partial(on_step, f"{name}: v{t}"),

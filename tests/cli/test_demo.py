@@ -73,7 +73,7 @@ def test_v0_is_shared_by_hoc_and_simplex(quick) -> None:
 def test_words_and_tables(tmp_path, capsys, monkeypatch) -> None:
     from simplexfix.cli import demo
     from simplexfix.training.omniglot import Recipe
-    from simplexfix.training.task import Schedule
+    from simplexfix.training.schedule import Schedule
 
     tiny = Recipe(v0=Schedule(2, 1e-2), pretrain=Schedule(2, 1e-2), finetune=Schedule(2, 1e-3), replacement_width=8)
     monkeypatch.setattr(demo, "Recipe", lambda: tiny)

@@ -13,7 +13,7 @@ from simplexfix import SlotRegistry
 from simplexfix.data import RandomWarp
 from simplexfix.methods import ER, HOC, Simplex
 from simplexfix.models import EmbeddingModel, SmallConvNet
-from simplexfix.training import Items, Schedule, row_batches, train_version
+from simplexfix.training import Items, RowBatches, Schedule, Trainer
 from simplexfix.training.omniglot import METHODS, Recipe, split_omniglot, train_versions
 
 TINY = Recipe(v0=Schedule(3, 1e-2), pretrain=Schedule(2, 1e-2), finetune=Schedule(2, 1e-3), replacement_width=8)
@@ -21,7 +21,7 @@ TINY = Recipe(v0=Schedule(3, 1e-2), pretrain=Schedule(2, 1e-2), finetune=Schedul
 
 @pytest.mark.parametrize(("rows", "size"), [(10, 3), (3, 10), (4, 4), (1, 1)])
 def test_batches_show_every_row_once_before_any_again(rows: int, size: int) -> None:
-    batches = row_batches(rows, size, torch.Generator().manual_seed(0))
+    batches = RowBatches(rows, size, seed=0)
     seen = torch.cat([next(batches) for _ in range(rows)])  # `size` whole rounds
     for start in range(0, rows * size, rows):
         assert sorted(seen[start : start + rows].tolist()) == list(range(rows))
@@ -122,14 +122,12 @@ def test_a_version_is_a_copy_and_the_global_generator_is_left_alone() -> None:
     items = Items(torch.randint(2, (20, 28, 28)), torch.arange(20) % 5)
     state = torch.get_rng_state()
     steps = []
-    version = train_version(
+    version = Trainer(method, augment=RandomWarp()).fit(
         parent,
-        method,
         items,
         Schedule(4, 1e-2, batch=8),
         classes=range(7),
         seed=0,
-        augment=RandomWarp(),
         memory=items,
         old=parent.eval(),
         on_step=lambda: steps.append(1),
@@ -153,7 +151,7 @@ def test_training_lowers_the_loss() -> None:
     images[torch.arange(50), labels * 5] = 1.0  # a stroke at a height that says the class
     items = Items(images, labels)
     warp = RandomWarp(rotate=0.05, log_scale=0.05, shear=0.05, shift=0.01, elastic=0.01)
-    version = train_version(parent, method, items, Schedule(40, 1e-2, batch=25), classes=range(5), seed=0, augment=warp)
+    version = Trainer(method, augment=warp).fit(parent, items, Schedule(40, 1e-2, batch=25), classes=range(5), seed=0)
     _, classes = version.head.predict(version.backbone(images.unsqueeze(1)))
     assert (classes[:, 0] == labels).double().mean() > 0.9
 
@@ -193,14 +191,12 @@ def test_an_old_model_in_training_mode_is_refused() -> None:
     method = Simplex(SlotRegistry(8))
     items = Items(torch.zeros(4, 28, 28), torch.arange(4))
     with pytest.raises(ValueError, match="old is in training mode"):
-        train_version(
+        Trainer(method).fit(
             model_of(method),
-            method,
             items,
             Schedule(1, 1e-3),
             classes=range(5),
             seed=0,
-            augment=RandomWarp(),
             old=model_of(Simplex(SlotRegistry(8))),
         )
 
@@ -218,7 +214,7 @@ def test_extract_is_normalised_and_leaves_the_mode() -> None:
 @pytest.mark.parametrize(
     ("act", "message"),
     [
-        (lambda: next(row_batches(0, 4, torch.Generator())), "rows and size must be positive, got 0 and 4"),
+        (lambda: RowBatches(0, 4, seed=0), "rows and size must be positive, got 0 and 4"),
         (lambda: SmallConvNet(0, 4), "width and out_features must be positive, got 0 and 4"),
         (
             lambda: SmallConvNet(4, 4)(torch.zeros(2, 1, 32, 32)),

@@ -1,0 +1,70 @@
+"""Lists the runs in a folder: how far each is, what it reached, and in what their configurations differ."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..training.facts import differences
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, help="of runs of `simplexfix train`")
+    parser.add_argument("--json", action="store_true", help="print a JSON list")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    files = sorted(arguments.folder.glob("*/run.json")) or sorted(arguments.folder.glob("run.json"))
+    if not files:
+        print(f"simplexfix runs: {arguments.folder} holds no runs", file=sys.stderr)
+        return 2
+    runs = [_described(file.parent) for file in files]
+    first = runs[0]["config"]
+    if arguments.json:
+        print(json.dumps(runs, indent=1))
+        return 0
+    width = max(len(run["name"]) for run in runs)
+    for run in runs:
+        print(f"{run['name']:<{width}}  {run['state']:<28} {_scores(run['scores'])}")
+    for run in runs[1:]:
+        for line in differences(first, run["config"]):
+            place, _, change = line.partition(": ")
+            was, _, now = change.removeprefix("was ").rpartition(", is ")
+            print(f"{run['name']}: {place} = {now} ({runs[0]['name']}: {was})")
+    return 0
+
+
+def _described(folder: Path) -> dict[str, Any]:
+    facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    report = folder / "report.json"
+    scores = json.loads(report.read_text(encoding="utf-8"))["protocols"] if report.exists() else None
+    return {
+        "name": folder.resolve().name,
+        "state": "done" if scores else _progress(folder),
+        "scores": {name: {key: entry[key] for key in ("AC", "AA")} for name, entry in (scores or {}).items()},
+        "config": facts["config"],
+        "data": facts["data"],
+    }
+
+
+def _progress(folder: Path) -> str:
+    """The stage that was written to last, and its last line."""
+    logs = sorted(folder.glob("*/log.jsonl"), key=lambda path: path.stat().st_mtime)
+    if not logs:
+        return "just begun"
+    lines = logs[-1].read_text(encoding="utf-8").splitlines()
+    try:
+        return f"{logs[-1].parent.name}, step {json.loads(lines[-1])['step']}"
+    except (IndexError, ValueError):  # none yet, or half of one
+        return logs[-1].parent.name
+
+
+def _scores(scores: dict[str, Any]) -> str:
+    return "; ".join(
+        f"{name.replace('_', ' ')} AC {'-' if entry['AC'] is None else format(entry['AC'], '.2f')} "
+        f"AA {100 * entry['AA']:.1f}"
+        for name, entry in scores.items()
+    )

@@ -1,0 +1,87 @@
+"""Trains the versions of a configuration, or goes on where that was stopped, and judges them by the matrix."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from ..training import processes
+from ..training.config import overridden, read_config, read_mapping
+from ..training.presets import PRESETS
+from ..training.run import RunConfig, train_run
+
+BAD_INPUT = 2
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help=f"a .yaml or .json file, or one of: {', '.join(PRESETS)}")
+    parser.add_argument("changes", nargs="*", metavar="KEY.SUB=VALUE", help="in place of what the configuration says")
+    parser.add_argument("--out", type=Path, help="folder of the run (default: runs/NAME)")
+    parser.add_argument("--show", action="store_true", help="print the resolved configuration as JSON, train nothing")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Under torchrun, one of its processes."""
+    try:
+        config = _config(arguments)
+        if arguments.show:
+            print(json.dumps(asdict(config), indent=1))
+            return 0
+        folder = arguments.out or Path("runs") / Path(arguments.config).stem
+        with _group():
+            report = train_run(config, folder, on_step=_Progress())
+            first = processes.rank() == 0
+    except (ValueError, TypeError, FloatingPointError) as error:
+        print(f"simplexfix train: {error}", file=sys.stderr)
+        return BAD_INPUT
+    if first:
+        for name, scores in report["protocols"].items():
+            ac = "-" if scores["AC"] is None else f"{scores['AC']:.2f}"
+            print(f"{name.replace('_', ' ')}: AC {ac}, AA {100 * scores['AA']:.1f}")
+        print(f"{folder} holds versions, logs and report.json")
+    return 0
+
+
+def _config(arguments: argparse.Namespace) -> RunConfig:
+    if arguments.config in PRESETS:
+        content = json.loads(json.dumps(asdict(PRESETS[arguments.config])))
+    else:
+        content = read_mapping(Path(arguments.config))
+    return read_config(RunConfig, overridden(content, arguments.changes))
+
+
+class _Progress:
+    """A line on standard error as each stage begins, by the first process."""
+
+    def __init__(self) -> None:
+        self.stage = ""
+
+    def __call__(self, stage: str) -> None:
+        if stage != self.stage and processes.rank() == 0:
+            print(stage, file=sys.stderr)
+        self.stage = stage
+
+
+@contextmanager
+def _group() -> Iterator[None]:
+    """The processes that torchrun started, where it did."""
+    if "RANK" not in os.environ or not dist.is_torchelastic_launched():
+        yield
+        return
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if cuda else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,38 @@
+"""Fully connected layers on features that another network, frozen, has extracted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+__all__ = ["FeatureMLP"]
+
+
+class FeatureMLP(nn.Module):
+    """[B, in_features] -> [B, out_features]: for each width Linear, batch normalisation and ReLU; nothing for none.
+
+    With no hidden layers a head's junction is all that is trained: a linear map of the features.
+
+    Args:
+        in_features: width of what comes in.
+        hidden: widths of the layers; `out_features` is the last, or `in_features` if there is none.
+
+    Raises:
+        ValueError: a width is not positive.
+    """
+
+    def __init__(self, in_features: int, hidden: Sequence[int] = ()) -> None:
+        super().__init__()
+        widths = [in_features, *hidden]
+        if min(widths) < 1:
+            raise ValueError(f"in_features and hidden must be positive, got {in_features} and {list(hidden)}")
+        self.out_features = widths[-1]
+        layers: list[nn.Module] = []
+        for width, following in pairwise(widths):
+            layers += [nn.Linear(width, following, bias=False), nn.BatchNorm1d(following), nn.ReLU(inplace=True)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.layers(features)  # type: ignore[no-any-return]

@@ -1,0 +1,69 @@
+"""What a training was started with, in plain values for its checkpoints, and where two such differ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+__all__ = ["check_no_drift", "described", "differences"]
+
+_ABSENT = object()
+
+
+def described(value: Any) -> Any:
+    """Plain values that tell one configuration of an object from another, the same in every process.
+
+    Of a dataclass its fields, of an object with `to_dict` what that says, of another its class and its attributes
+    that do not begin with "_"; of a function its name.
+    """
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [described(entry) for entry in value]
+    if isinstance(value, Mapping):
+        return {str(key): described(entry) for key, entry in value.items()}
+    if hasattr(value, "to_dict"):
+        return described(value.to_dict())
+    if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):
+        return f"{value.__module__}.{value.__qualname__}"
+    name = {"type": f"{type(value).__module__}.{type(value).__qualname__}"}
+    if is_dataclass(value):
+        return {**name, **{field.name: described(getattr(value, field.name)) for field in fields(value)}}
+    public = {key: entry for key, entry in sorted(getattr(value, "__dict__", {}).items()) if not key.startswith("_")}
+    # processes of a group are not configuration: a training may go on with others
+    return {**name, **{key: described(entry) for key, entry in public.items() if key != "group"}}
+
+
+def differences(then: Any, now: Any, place: str = "") -> list[str]:
+    """Where two descriptions differ, as "key.sub: was A, is B"."""
+    if isinstance(then, Mapping) and isinstance(now, Mapping):
+        keys = list(then) + [key for key in now if key not in then]
+        return [
+            line
+            for key in keys
+            for line in differences(then.get(key, _ABSENT), now.get(key, _ABSENT), f"{place}.{key}" if place else key)
+        ]
+    if isinstance(then, tuple):
+        then = list(then)
+    if isinstance(now, tuple):
+        now = list(now)
+    same = then == now or (then != then and now != now)  # nan
+    return [] if same else [f"{place}: was {_shown(then)}, is {_shown(now)}"]
+
+
+def check_no_drift(then: Mapping[str, Any], now: Mapping[str, Any], what: str) -> None:
+    """
+    Raises:
+        ValueError: the two differ; names every place.
+    """
+    found = differences(then, now)
+    if found:
+        raise ValueError(
+            f"{what} is of a training that was started otherwise; take another folder, or what it was:\n  "
+            + "\n  ".join(found)
+        )
+
+
+def _shown(value: Any) -> str:
+    return "absent" if value is _ABSENT else repr(value)

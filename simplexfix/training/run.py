@@ -1,0 +1,400 @@
+"""One run from its configuration: data, pre-training, versions, and the matrix at the end."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .. import __version__
+from .._checks import check_name
+from .._files import write_whole
+from ..compatibility import average_accuracy, average_compatibility, compatibility_matrix
+from ..data import RandomWarp, load_features
+from ..methods import ER, HOC, Method, Simplex
+from ..models import EmbeddingModel, FeatureMLP, SmallConvNet
+from ..retrieval import instance_accuracy, nearest_class_mean_accuracy
+from ..slots import SlotRegistry
+from . import processes
+from .facts import check_no_drift
+from .items import Items, mixed_seed, seeded
+from .omniglot import Recipe, split_omniglot
+from .scenario import Task, class_incremental, instance_incremental, train_versions
+from .schedule import Schedule
+from .trainer import Trainer
+
+__all__ = [
+    "DataConfig",
+    "MethodConfig",
+    "ModelConfig",
+    "ReplacementConfig",
+    "RunConfig",
+    "TasksConfig",
+    "TrainerConfig",
+    "train_run",
+]
+
+PROTOCOLS = {"nearest_class_mean": nearest_class_mean_accuracy, "instance": instance_accuracy}
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is learned and what is searched.
+
+    Args:
+        kind: "omniglot", which comes inside the package and searches alphabets that no version saw; or "features": a
+            folder of .npy files with train [N, d], train_labels [N], and query, gallery, query_labels and
+            gallery_labels as `simplexfix gate` reads them.
+        path: of the folder.
+    """
+
+    kind: str = "omniglot"
+    path: str | None = None
+
+    def __post_init__(self) -> None:
+        check_name("kind", self.kind, ("features", "omniglot"))
+        if (self.kind == "features") != (self.path is not None):
+            raise ValueError('path is the folder of kind="features", and of no other')
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A backbone.
+
+    Args:
+        kind: "convnet", `SmallConvNet` of this width and so many features, for images; or "mlp", `FeatureMLP` with
+            these hidden layers, for features.
+    """
+
+    kind: str = "convnet"
+    width: int = 16
+    features: int = 256
+    hidden: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_name("kind", self.kind, ("convnet", "mlp"))
+
+    @property
+    def out_features(self) -> int | None:
+        """Width of what it returns; None for that of its input."""
+        if self.kind == "convnet":
+            return self.features
+        return self.hidden[-1] if self.hidden else None
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """A way to train, of `simplexfix.methods`.
+
+    Args:
+        name: "er", "simplex" or "hoc".
+        slots: K of the simplex.
+        normalize: of the simplex; ER with a scale is always normalised.
+        scale: of the logits; None for plain ones.
+        lambda_, mu, negatives, anchor: of `hoc_loss`.
+        gather: negatives of HOC from all processes.
+    """
+
+    name: str = "hoc"
+    slots: int = 1024
+    normalize: bool = False
+    scale: float | None = None
+    lambda_: float = 0.1
+    mu: float = 10.0
+    negatives: str = "zero_mask"
+    anchor: str = "old"
+    gather: bool = True
+
+    def __post_init__(self) -> None:
+        check_name("name", self.name, ("er", "hoc", "simplex"))
+
+    def method(self, slots: SlotRegistry, namespace: str) -> Method:
+        if self.name == "er":
+            return ER(scale=self.scale)
+        scale = 1.0 if self.scale is None else self.scale
+        if self.name == "simplex":
+            return Simplex(slots, namespace, normalize=self.normalize, scale=scale)
+        return HOC(
+            slots,
+            namespace,
+            normalize=self.normalize,
+            scale=scale,
+            lambda_=self.lambda_,
+            mu=self.mu,
+            negatives=self.negatives,
+            anchor=self.anchor,
+            group=dist.group.WORLD if self.gather and processes.world() > 1 else None,
+        )
+
+
+@dataclass(frozen=True)
+class ReplacementConfig:
+    """A network that takes over, and how it is pre-trained.
+
+    Args:
+        model: the network that takes over.
+        classes: that it is pre-trained on: so many of those that no task brings.
+        schedule: of pre-training.
+    """
+
+    model: ModelConfig
+    classes: int
+    schedule: Schedule
+
+
+@dataclass(frozen=True)
+class TasksConfig:
+    """What versions learn one after the other.
+
+    Args:
+        kind: "class_incremental" with `counts`, or "instance_incremental" with `parts`.
+        epochs: None, or passes over a task's new items, in place of the schedule's steps.
+        memory_per_class: items that rehearsal keeps, drawn at random; 0 for no memory.
+        replacements: task number -> what takes over there.
+        hoc_reference: of `train_versions`.
+    """
+
+    kind: str = "class_incremental"
+    counts: tuple[int, ...] = ()
+    parts: int = 1
+    epochs: int | None = None
+    memory_per_class: int = 20
+    replacements: dict[int, ReplacementConfig] = field(default_factory=dict)
+    hoc_reference: str = "deployed"
+
+    def __post_init__(self) -> None:
+        check_name("kind", self.kind, ("class_incremental", "instance_incremental"))
+        if (self.kind == "class_incremental") != bool(self.counts):
+            raise ValueError('counts are the new classes of each task of kind="class_incremental", and of no other')
+        if self.epochs is not None and self.epochs < 1:
+            raise ValueError(f"epochs must be at least 1, got {self.epochs}")
+        if self.memory_per_class < 0:
+            raise ValueError(f"memory_per_class must be 0 or more, got {self.memory_per_class}")
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """Of `Trainer`; device None is the GPU of this process where there is one."""
+
+    device: str | None = None
+    precision: str = "float32"
+    ema: float | None = None
+    compile: bool = False
+    save_every: int = 500
+    keep: int = 3
+    log_every: int = 50
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that a run depends on, but for the data itself."""
+
+    tasks: TasksConfig
+    schedule: Schedule
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.method.name == "er":
+            for t, replacement in self.tasks.replacements.items():
+                if replacement.model.out_features != self.model.out_features:
+                    raise ValueError(
+                        "ER has no junction, all its networks must give features of one width: model gives "
+                        f"{self.model.out_features or 'what comes in'}, replacements.{t}.model "
+                        f"{replacement.model.out_features or 'what comes in'}"
+                    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Data:
+    train: Items
+    query: Items
+    gallery: Items
+    augment: Callable[[Tensor, torch.Generator], Tensor] | None
+    prepare: Callable[[Tensor], Tensor]  # for extraction, where there is no augmentation
+
+
+def train_run(
+    config: RunConfig,
+    folder: str | os.PathLike[str],
+    *,
+    on_step: Callable[[str], None] = lambda stage: None,
+) -> dict[str, Any]:
+    """Trains all versions and judges them; called again with the same folder it goes on where it was stopped.
+
+    In the folder: `run.json` (resolved configuration, fingerprint of the data), a folder for each pre-training and
+    each task (`Trainer.fit`), and at the end `report.json`, which is returned.
+
+    Args:
+        config: read by `simplexfix.training.config.read_config`, or made.
+        folder: of this run alone.
+        on_step: called after every step with the name of its stage.
+
+    Raises:
+        ValueError: the folder is of another configuration or other data; names what differs.
+    """
+    folder = Path(folder)
+    data = _load(config)
+    facts = {
+        "simplexfix": __version__,
+        "config": json.loads(json.dumps(asdict(config))),
+        "data": {name: getattr(data, name).fingerprint() for name in ("train", "query", "gallery")},
+    }
+    _agree_on(folder, facts)
+    slots = SlotRegistry(config.method.slots)
+    tasks, rest = _tasks(config, data.train)
+    device = config.trainer.device or (
+        f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    )
+    options = {**asdict(config.trainer), "device": device}
+
+    def trainer(namespace: str) -> Trainer:
+        return Trainer(config.method.method(slots, namespace), augment=data.augment, **options)
+
+    def backbone(model: ModelConfig) -> nn.Module:
+        if model.kind == "convnet":
+            return SmallConvNet(model.width, model.features)
+        return FeatureMLP(data.train.inputs.shape[1], model.hidden)
+
+    def pretrained(t: int, plan: ReplacementConfig) -> nn.Module:
+        with seeded(mixed_seed(config.seed, t, 10)):
+            made = backbone(plan.model)
+            fresh = EmbeddingModel(made, trainer("pretraining").method.head(made.out_features))  # type: ignore[arg-type]
+        model = trainer("pretraining").fit(
+            fresh,
+            rest.take((rest.labels < plan.classes).nonzero()[:, 0]),
+            plan.schedule,
+            classes=range(plan.classes),
+            seed=mixed_seed(config.seed, t, 11),
+            folder=folder / f"pretraining-{t:02d}",
+            on_step=partial(on_step, f"pre-training for task {t}"),
+        )
+        return model.backbone if config.method.name == "er" else model  # whose classifier knows other classes
+
+    stages = train_versions(
+        trainer("default"),
+        tasks,
+        partial(backbone, config.model),
+        [_schedule(config, task, t) for t, task in enumerate(tasks)],
+        seed=config.seed,
+        rehearsal=partial(_random_rows, config.tasks.memory_per_class) if config.tasks.memory_per_class else None,
+        replacements={t: partial(pretrained, t, plan) for t, plan in config.tasks.replacements.items()},
+        hoc_reference=config.tasks.hoc_reference,
+        folder=folder,
+        on_step=lambda t: on_step(f"task {t}"),
+    )
+    queries: list[Tensor] = []
+    galleries: list[Tensor] = []
+    for version in stages:
+        for rows, items in ((queries, data.query), (galleries, data.gallery)):
+            batches = torch.split(items.inputs, 1024)
+            rows.append(torch.cat([version.extract(data.prepare(batch).to(device)).cpu() for batch in batches]))
+    report: dict[str, Any] = {"protocols": {}}
+    for name, protocol in PROTOCOLS.items():
+        matrix = compatibility_matrix(queries, galleries, data.query.labels, data.gallery.labels, protocol)
+        report["protocols"][name] = {
+            "matrix": [[None if math.isnan(value) else value for value in row] for row in matrix.tolist()],
+            "AC": average_compatibility(matrix) if len(matrix) > 1 else None,
+            "AA": average_accuracy(matrix),
+        }
+    if processes.rank() == 0:
+        write_whole(folder / "report.json", f"{json.dumps(report, indent=1)}\n".encode())
+    return report
+
+
+def _agree_on(folder: Path, facts: dict[str, Any]) -> None:
+    """Writes down what this run is of, or compares it with what was written; how often it saves is free to change."""
+    file = folder / "run.json"
+    if processes.agreed(file.exists()):
+        then = json.loads(file.read_text(encoding="utf-8"))
+        free = {key: facts["config"]["trainer"][key] for key in ("device", "keep", "log_every", "save_every")}
+        then["config"]["trainer"].update(free)
+        check_no_drift(then, facts, str(file))
+    elif processes.rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(file, f"{json.dumps(facts, indent=1)}\n".encode())
+    processes.meet()
+
+
+def _load(config: RunConfig) -> _Data:
+    if config.data.path is not None:
+        path = Path(config.data.path)
+        search = load_features(path)
+        train, labels = (np.load(path / f"{name}.npy", mmap_mode="c") for name in ("train", "train_labels"))
+        if (
+            train.ndim != 2
+            or train.dtype.kind != "f"
+            or labels.shape != train.shape[:1]
+            or labels.dtype.kind not in "iu"
+        ):
+            raise ValueError(
+                f"{path}: train must be floating [N, d] and train_labels integers [N], got {train.dtype} "
+                f"{list(train.shape)} and {labels.dtype} {list(labels.shape)}"
+            )
+        return _Data(
+            Items(torch.from_numpy(train).float(), torch.from_numpy(labels.astype(np.int64))),
+            Items(search.query, search.query_labels),
+            Items(search.gallery, search.gallery_labels),
+            None,
+            lambda rows: rows.float(),
+        )
+    omniglot = split_omniglot(Recipe(), config.seed)
+    drawings = omniglot.train
+    labels = torch.arange(len(drawings)).repeat_interleave(drawings.shape[1])
+    return _Data(
+        Items(drawings.flatten(0, 1), labels),
+        omniglot.query["unseen"],
+        omniglot.gallery["unseen"],
+        RandomWarp(),
+        lambda images: images.float().unsqueeze(1),
+    )
+
+
+def _tasks(config: RunConfig, train: Items) -> tuple[list[Task], Items]:
+    """The tasks, and the items of classes that none of them brings, from 0 on, for pre-training."""
+    plan = config.tasks
+    classes = len(torch.unique(train.labels))
+    if plan.kind == "instance_incremental":
+        tasks, left = instance_incremental(train, plan.parts, seed=config.seed), 0
+        rest = train.take(torch.empty(0, dtype=torch.int64))
+    else:
+        left = classes - sum(plan.counts)
+        tasks = class_incremental(train, plan.counts + ((left,) if left > 0 else ()), seed=config.seed)
+        rest = train.take(torch.empty(0, dtype=torch.int64))
+        if left > 0:
+            last = tasks.pop()
+            rest = Items(last.items.inputs, last.items.labels - sum(plan.counts))
+    for t, replacement in plan.replacements.items():
+        if not 1 <= replacement.classes <= left:
+            raise ValueError(
+                f"replacements.{t}.classes must lie in [1, {left}], the classes that no task brings, "
+                f"got {replacement.classes}"
+            )
+    return tasks, rest
+
+
+def _schedule(config: RunConfig, task: Task, t: int) -> Schedule:
+    if config.tasks.epochs is None:
+        return config.schedule
+    remembers = t > 0 and config.tasks.memory_per_class > 0
+    rows = config.schedule.batch // 2 if remembers else config.schedule.batch
+    return replace(config.schedule, steps=config.tasks.epochs * -(-len(task.items.labels) // rows))
+
+
+def _random_rows(per_class: int, version: EmbeddingModel, items: Items, generator: np.random.Generator) -> Tensor:
+    drawn = torch.from_numpy(generator.permutation(len(items.labels)))
+    labels = items.labels[drawn]
+    return torch.cat([drawn[labels == c][:per_class] for c in torch.unique(labels)])

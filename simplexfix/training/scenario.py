@@ -1,0 +1,275 @@
+"""What versions learn one after the other, and the loop that trains them: CL2R and IAM-CL2R."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .._checks import check_name
+from ..models import EmbeddingModel
+from . import processes
+from .checkpoint import read_state, write_state
+from .facts import check_no_drift
+from .items import Items, mixed_seed, seeded
+from .schedule import Schedule
+from .trainer import Trainer
+
+__all__ = [
+    "Task",
+    "class_incremental",
+    "class_order",
+    "dataset_sequence",
+    "instance_incremental",
+    "train_versions",
+]
+
+Rehearsal = Callable[[EmbeddingModel, Items, np.random.Generator], Tensor]
+
+_REFERENCES = ("deployed", "replacement")
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What one version learns.
+
+    Args:
+        items: new to it; labels are ids of the scenario, which count up from 0 in the order of learning.
+        classes: all ids known with it, 0 up to the last.
+    """
+
+    items: Items
+    classes: range
+
+
+def class_order(labels: Tensor, *, seed: int) -> Tensor:
+    """[C] the class ids among `labels`, in the seed's order; position in it is the id in a scenario."""
+    classes = torch.unique(labels)
+    order: Tensor = classes[torch.from_numpy(np.random.default_rng(seed).permutation(len(classes)))]
+    return order
+
+
+def class_incremental(items: Items, counts: Sequence[int], *, seed: int) -> list[Task]:
+    """Every task brings `counts[t]` new classes with all their items, in the order of `class_order`.
+
+    Raises:
+        ValueError: a count is below 1, or they need more classes than there are.
+    """
+    order = class_order(items.labels, seed=seed)
+    if not counts or min(counts) < 1 or sum(counts) > len(order):
+        raise ValueError(f"counts must be positive and sum to at most {len(order)} classes, got {list(counts)}")
+    ids = _positions(items.labels, order)
+    stops = np.cumsum(counts).tolist()
+    return [
+        Task(_renamed(items, ids, (ids >= stop - count) & (ids < stop)), range(stop))
+        for count, stop in zip(counts, stops, strict=True)
+    ]
+
+
+def instance_incremental(items: Items, parts: int, *, seed: int) -> list[Task]:
+    """Every task brings new items of all classes: of each class an equal share, drawn by the seed.
+
+    Raises:
+        ValueError: `parts` is below 1, or a class has fewer items.
+    """
+    order = class_order(items.labels, seed=seed)
+    ids = _positions(items.labels, order)
+    least = int(torch.bincount(ids).min())
+    if not 1 <= parts <= least:
+        raise ValueError(f"parts must lie in [1, {least}], the items of the smallest class, got {parts}")
+    drawn = torch.from_numpy(np.random.default_rng([seed, 1]).permutation(len(ids)))
+    part = torch.empty_like(ids)
+    for c in range(len(order)):
+        rows = drawn[ids[drawn] == c]
+        part[rows] = torch.arange(len(rows)) * parts // len(rows)
+    return [Task(_renamed(items, ids, part == t), range(len(order))) for t in range(parts)]
+
+
+def dataset_sequence(sets: Sequence[Items], *, seed: int) -> list[Task]:
+    """Every task is a data set with classes of its own, whatever their ids are there; inputs have one shape.
+
+    Raises:
+        ValueError: there is none, or shapes or dtypes differ.
+    """
+    kinds = {(tuple(items.inputs.shape[1:]), items.inputs.dtype) for items in sets}
+    if len(kinds) != 1:
+        found = ", ".join(f"{list(shape)} {dtype}" for shape, dtype in sorted(kinds, key=str)) or "none"
+        raise ValueError(f"sets must hold at least one, with inputs of one shape and dtype, got {found}")
+    tasks: list[Task] = []
+    known = 0
+    for items in sets:
+        order = class_order(items.labels, seed=seed)
+        tasks.append(Task(Items(items.inputs, _positions(items.labels, order) + known), range(known + len(order))))
+        known += len(order)
+    return tasks
+
+
+def train_versions(
+    trainer: Trainer,
+    tasks: Sequence[Task],
+    start: Callable[[], nn.Module],
+    schedule: Schedule | Sequence[Schedule],
+    *,
+    seed: int,
+    rehearsal: Rehearsal | None = None,
+    replacements: Mapping[int, Callable[[], nn.Module]] | None = None,
+    hoc_reference: str = "deployed",
+    folder: str | os.PathLike[str] | None = None,
+    on_step: Callable[[int], None] = lambda task: None,
+) -> Iterator[EmbeddingModel]:
+    """A version per task, each as it is done: CL2R, or IAM-CL2R with replacements.
+
+        model = start()
+        for t, task in enumerate(tasks):
+            if t in replacements: model = replacements[t]()
+            model = fine-tune(model, task.items + memory, old=the version of t - 1)
+            memory += rehearsal(model, task.items)
+
+    With a folder each task has one of its own in it, and what was stopped is called again in the same way: finished
+    versions are read, the one in training goes on from its newest checkpoint (`Trainer.fit`).
+
+    Args:
+        trainer: with the method.
+        tasks: of this module's functions, or one's own.
+        start: makes the first network: an `EmbeddingModel`, or a backbone with `out_features`, which gets a new head.
+        schedule: of every task, or one for each.
+        seed: of new weights, batches and what is remembered.
+        rehearsal: (version, items, generator) -> rows of items to remember; None for no memory.
+        replacements: task number -> what makes the network that takes the working one's place there: any
+            architecture.  An `EmbeddingModel` keeps the head that it was pre-trained with; a backbone with
+            `out_features` gets a new one: a junction of its own width, the same slots.
+        hoc_reference: the old model where a replacement comes in: the "deployed" version before it, whose gallery is
+            there, or the "replacement" as it came, as in the authors' code.
+        folder: of the run.
+        on_step: called with the task's number after every step.
+
+    Raises:
+        ValueError: a number of schedules that is not that of tasks, a replacement for no task, an unknown reference,
+            "replacement" where that has no head, or a head whose embeddings are of another width.
+    """
+    check_name("hoc_reference", hoc_reference, _REFERENCES)
+    replacements = replacements or {}
+    schedules = [schedule] * len(tasks) if isinstance(schedule, Schedule) else list(schedule)
+    if len(schedules) != len(tasks):
+        raise ValueError(f"schedule must be one, or one for each of {len(tasks)} tasks, got {len(schedules)}")
+    strangers = sorted(set(replacements) - set(range(len(tasks))))
+    if strangers:
+        raise ValueError(f"replacements must be for tasks 0 to {len(tasks) - 1}, got {strangers}")
+    return _versions(trainer, tasks, start, schedules, seed, rehearsal, replacements, hoc_reference, folder, on_step)
+
+
+def _versions(
+    trainer: Trainer,
+    tasks: Sequence[Task],
+    start: Callable[[], nn.Module],
+    schedules: Sequence[Schedule],
+    seed: int,
+    rehearsal: Rehearsal | None,
+    replacements: Mapping[int, Callable[[], nn.Module]],
+    hoc_reference: str,
+    folder: str | os.PathLike[str] | None,
+    on_step: Callable[[int], None],
+) -> Iterator[EmbeddingModel]:
+    version: EmbeddingModel | None = None
+    memory: Items | None = None
+    for t, (task, schedule) in enumerate(zip(tasks, schedules, strict=True)):
+        parent, old = version, version
+        if t in replacements or parent is None:
+            make = replacements.get(t, start)
+            with seeded(mixed_seed(seed, t, 0)):
+                made = make()
+            with seeded(mixed_seed(seed, t, 4)):  # apart: what was pre-trained and is only read now drew less
+                parent = _with_head(made, trainer, version)
+            if t in replacements and hoc_reference == "replacement":
+                if not isinstance(made, EmbeddingModel):
+                    raise ValueError(
+                        f'hoc_reference="replacement" needs a trained head, the replacement of task {t} is a backbone '
+                        'with a new one; return an EmbeddingModel, or take "deployed"'
+                    )
+                old = copy.deepcopy(made).to(trainer.device).eval()
+        place = None if folder is None else Path(folder) / f"task-{t:02d}"
+        devices = [trainer.device] if trainer.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):  # for what the network draws: from here on, wherever training stopped
+            torch.manual_seed(mixed_seed(seed, t, 3, processes.rank()))
+            version = trainer.fit(
+                parent,
+                task.items,
+                schedule,
+                classes=task.classes,
+                seed=mixed_seed(seed, t, 1),
+                memory=memory,
+                old=old,
+                folder=place,
+                on_step=partial(on_step, t),
+            )
+        if rehearsal is not None and t + 1 < len(tasks):
+            memory = _remembered(version, task, memory, rehearsal, mixed_seed(seed, t, 2), place)
+        yield version
+
+
+def _with_head(made: nn.Module, trainer: Trainer, before: EmbeddingModel | None) -> EmbeddingModel:
+    if isinstance(made, EmbeddingModel):
+        model = made
+    elif isinstance(width := getattr(made, "out_features", None), int):
+        model = EmbeddingModel(made, trainer.method.head(width))
+    else:
+        raise ValueError(
+            f"a {type(made).__name__} must be an EmbeddingModel, or have out_features, the width of what it returns"
+        )
+    if before is not None and _width(before) != _width(model):
+        raise ValueError(
+            f"a replacement's embeddings must be {_width(before)} wide like those before, got {_width(model)}"
+        )
+    return model
+
+
+def _width(model: EmbeddingModel) -> int | None:
+    """Of its embeddings: a head without a junction hands the features on."""
+    found = getattr(model.head, "embedding_dim", None) or getattr(model.backbone, "out_features", None)
+    return found if isinstance(found, int) else None
+
+
+def _remembered(
+    version: EmbeddingModel,
+    task: Task,
+    memory: Items | None,
+    rehearsal: Rehearsal,
+    seed: int,
+    folder: Path | None,
+) -> Items:
+    """The memory after a task: of its classes what rehearsal takes of old and new items, of others what there was.
+
+    It is written down: what a network finds worth remembering may differ from machine to machine.
+    """
+    file = None if folder is None else folder / "memory.safetensors"
+    if file is not None and processes.agreed(file.exists()):
+        saved = read_state(file)
+        check_no_drift(saved["facts"], {"seed": seed}, str(file))
+        return Items(saved["inputs"], saved["labels"])
+    pool, kept = task.items, None
+    if memory is not None:
+        again = torch.isin(memory.labels, task.items.labels)
+        pool, kept = memory.take(again.nonzero()[:, 0]).joined(pool), memory.take((~again).nonzero()[:, 0])
+    chosen = pool.take(rehearsal(version, pool, np.random.default_rng(seed)))
+    result = chosen if kept is None else kept.joined(chosen)
+    if file is not None and processes.rank() == 0:
+        write_state(file, {"facts": {"seed": seed}, "inputs": result.inputs, "labels": result.labels})
+    return result
+
+
+def _positions(labels: Tensor, order: Tensor) -> Tensor:
+    """Of each label, its place in `order`."""
+    ascending, places = order.sort()
+    return places[torch.searchsorted(ascending, labels)]
+
+
+def _renamed(items: Items, ids: Tensor, chosen: Tensor) -> Items:
+    rows = chosen.nonzero()[:, 0]
+    return Items(items.inputs[rows], ids[rows])

@@ -1,0 +1,234 @@
+"""The step of a training, and all that changes from step to step."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..methods import Method
+from ..models import EmbeddingModel
+from . import processes
+from .checkpoint import CheckpointWarning
+from .items import Items, RowBatches, mixed_seed
+from .schedule import Schedule
+
+__all__ = ["DTYPES", "Augment", "Steps"]
+
+DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+Augment = Callable[[Tensor, torch.Generator], Tensor]
+
+
+class _Loss(nn.Module):
+    """The method's loss as a module, for DistributedDataParallel to see its inputs and its gradients."""
+
+    def __init__(self, method: Method, model: EmbeddingModel, old: EmbeddingModel | None) -> None:
+        super().__init__()
+        self.model = model
+        self.frozen = (method, old)  # in a tuple: the old model's parameters are not for training
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        method, old = self.frozen
+        return method.loss(self.model, input, target, old)
+
+
+class Steps:
+    """One training of one model: `advance` does a step, `state` and `load` are for checkpoints.
+
+    Args:
+        model: trained in place, on the device.
+        method, old, items, memory, schedule, seed: of `Trainer.fit`.
+        augment, device, precision, ema, compile: of `Trainer`.
+    """
+
+    def __init__(
+        self,
+        model: EmbeddingModel,
+        method: Method,
+        old: EmbeddingModel | None,
+        items: Items,
+        memory: Items | None,
+        schedule: Schedule,
+        *,
+        seed: int,
+        augment: Augment | None,
+        device: torch.device,
+        precision: str,
+        ema: float | None,
+        compile: bool,
+    ) -> None:
+        self.schedule = schedule
+        self.seed = seed
+        self.augment = augment
+        self.device = device
+        self.dtype = DTYPES[precision]
+        self.rank, self.world = processes.rank(), processes.world()
+        self.parts = schedule.accumulate * self.world
+        sources = [items] if memory is None else [items, memory]
+        new_rows = schedule.batch if memory is None else schedule.batch // 2
+        sizes = (new_rows, schedule.batch - new_rows)
+        if any(size % self.parts for size in sizes):
+            raise ValueError(
+                f"{sizes[0]} new and {sizes[1]} remembered rows of a batch cannot be shared out evenly over "
+                f"{self.world} processes with {schedule.accumulate} parts each"
+            )
+        self.sources = [
+            (source, RowBatches(len(source.labels), size, seed=mixed_seed(seed, number)))
+            for number, (source, size) in enumerate(zip(sources, sizes, strict=False))
+        ]
+        self.model = model.train()
+        if compile:
+            model.backbone.compile()
+        self.optimizer = schedule.optimizer_of(model)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "float16")
+        self.loss: nn.Module = _Loss(method, model, old)
+        if self.world > 1:
+            self.loss = DistributedDataParallel(
+                self.loss, device_ids=[self.device] if self.device.type == "cuda" else None
+            )
+        self.ema = ema
+        self.mean = [] if ema is None else [p.detach().clone() for p in model.parameters()]
+        self.step = 0
+        self.total = torch.zeros((), dtype=torch.float64, device=self.device)  # of losses since the last report
+        self.reported = 0
+        self.clock = (time.perf_counter(), 0)
+
+    def advance(self) -> None:
+        """One step of the optimizer."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.schedule.at(self.step)
+        rows = [next(batches) for _, batches in self.sources]
+        for i in range(self.schedule.accumulate):
+            with self._gradients_sent(i + 1 == self.schedule.accumulate):
+                input, target = self._part(rows, i * self.world + self.rank)
+                with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+                    loss = self.loss(input, target) / self.schedule.accumulate
+                self.scaler.scale(loss).backward()
+            self.total += loss.detach()
+        if self.schedule.clip is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.schedule.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        if self.ema is not None:
+            torch._foreach_lerp_(self.mean, [p.detach() for p in self.model.parameters()], 1 - self.ema)
+        self.step += 1
+
+    def _gradients_sent(self, last: bool) -> AbstractContextManager[None]:
+        if last or not isinstance(self.loss, DistributedDataParallel):
+            return nullcontext()
+        return self.loss.no_sync()
+
+    def _part(self, rows: list[Tensor], part: int) -> tuple[Tensor, Tensor]:
+        """Every `parts`-th row from `part` on; its augmentation depends on step and part, not on who computes it."""
+        taken = [source.take(r[part :: self.parts]) for (source, _), r in zip(self.sources, rows, strict=True)]
+        batch = taken[0] if len(taken) == 1 else taken[0].joined(taken[1])
+        input, target = batch.inputs, batch.labels
+        if self.device.type == "cuda" and not input.is_cuda:  # from pinned memory, so that nobody waits for the copy
+            input, target = input.pin_memory(), target.pin_memory()
+        input, target = (tensor.to(self.device, non_blocking=True) for tensor in (input, target))
+        if self.augment is not None:
+            input = self.augment(input, torch.Generator().manual_seed(mixed_seed(self.seed, 2, self.step, part)))
+        return input, target
+
+    def mean_loss(self) -> float:
+        """Since the last report, over all processes; waits for the device."""
+        total = self.total.clone()
+        if self.world > 1:
+            dist.all_reduce(total)
+        loss = total.item() / self.world / max(1, self.step - self.reported)
+        if not math.isfinite(loss) and self.dtype != torch.float16:  # whose overflows the loss scale takes care of
+            raise FloatingPointError(
+                f"the loss of steps {self.reported} to {self.step - 1} is {loss}: a lower learning rate, a longer "
+                "warm-up or clip may help"
+            )
+        return loss
+
+    def report(self) -> dict[str, Any]:
+        """A line of the log."""
+        loss = self.mean_loss()
+        self.total.zero_()
+        self.reported = self.step
+        now = time.perf_counter()
+        (then, before), self.clock = self.clock, (now, self.step)
+        return {
+            "step": self.step,
+            "loss": loss,
+            "learning_rate": self.schedule.at(self.step - 1),
+            "steps_per_second": round((self.step - before) / max(now - then, 1e-9), 3),
+        }
+
+    def finished(self) -> EmbeddingModel:
+        with torch.no_grad():
+            for p, mean in zip(self.model.parameters(), self.mean, strict=self.ema is not None):
+                p.copy_(mean)
+        self.model.backbone._compiled_call_impl = None
+        if self.world > 1:  # statistics of batches are each process's own
+            for buffer in self.model.buffers():
+                dist.broadcast(buffer, 0)
+        return self.model.eval()
+
+    def state(self) -> dict[str, Any]:
+        """For `write_state`; all processes must call it, for each has random numbers of its own."""
+        return {
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "mean": self.mean,
+            "batches": [batches.state_dict() for _, batches in self.sources],
+            "reported": self.reported,
+            "processes": processes.gathered({"total": self.total.item(), "random": _random_state(self.device)}),
+        }
+
+    def load(self, saved: dict[str, Any]) -> None:
+        self.step = saved["step"]
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        for p, entries in self.optimizer.state.items():
+            for name, value in entries.items():
+                # in the parameter's own layout, as it had been: fused kernels walk both in order of memory
+                if isinstance(value, Tensor) and value.shape == p.shape:
+                    entries[name] = torch.empty_like(p).copy_(value)
+        self.scaler.load_state_dict(saved["scaler"])
+        for mean, value in zip(self.mean, saved["mean"], strict=True):
+            mean.copy_(value)
+        for (_, batches), state in zip(self.sources, saved["batches"], strict=True):
+            batches.load_state_dict(state)
+        self.reported = saved["reported"]
+        self.clock = (time.perf_counter(), self.step)
+        theirs = saved["processes"]
+        if len(theirs) == self.world:
+            self.total.fill_(theirs[self.rank]["total"])
+            _set_random_state(theirs[self.rank]["random"], self.device)
+        else:
+            self.total.fill_(sum(process["total"] for process in theirs) / len(theirs))
+            warnings.warn(
+                f"{self.world} processes go on with a training of {len(theirs)}: what the network draws, as dropout "
+                "does, will differ from what it would have drawn",
+                CheckpointWarning,
+                stacklevel=3,
+            )
+
+
+def _random_state(device: torch.device) -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def _set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)

@@ -1,0 +1,240 @@
+"""Training one version: from scratch, or fine-tuned from another on new and remembered items.
+
+A training with a folder survives its process: stopped at any moment and called again, it goes on from its newest
+checkpoint, and what comes out is the same to the last bit as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .._checks import check_name
+from ..methods import Method
+from ..models import EmbeddingModel
+from . import processes
+from .checkpoint import Checkpoints, fingerprint, read_state, write_state
+from .facts import check_no_drift, described
+from .items import Items, seeded
+from .schedule import Schedule
+from .steps import DTYPES, Augment, Steps
+
+__all__ = ["Trainer"]
+
+
+class Trainer:
+    """Trains versions by one method, on one device, or as one of several processes.
+
+    Where `torch.distributed` has been initialised (under torchrun), every process calls the same: a step sees the
+    same rows, augmented alike, as in one process with `accumulate` times as many parts, and gradients are averaged.
+    Processes share the folder.  The trainer waits for the device every `log_every` steps and to save; in a step only a
+    method may, where it checks what it is given, as `SlotRegistry.lookup` and gathered negatives do.
+
+    Args:
+        method: of `simplexfix.methods`.
+        augment: (inputs [B, ...] on the device, a generator on the CPU) -> what the network takes; None for inputs as
+            they are.
+        device: where the networks are trained.
+        precision: "float32", or "bfloat16" or "float16" of autocast; the latter with a loss scale.
+        ema: None, or the share, in (0, 1), that the mean of the weights keeps in each step; the version then is
+            that mean.
+        compile: the backbone, by torch.compile.
+        save_every: steps from checkpoint to checkpoint.
+        keep: checkpoints that stay.
+        log_every: steps from line to line of the log.
+
+    Raises:
+        ValueError: a name that is none of these, or a number out of its range.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        *,
+        augment: Augment | None = None,
+        device: torch.device | str = "cpu",
+        precision: str = "float32",
+        ema: float | None = None,
+        compile: bool = False,
+        save_every: int = 500,
+        keep: int = 3,
+        log_every: int = 50,
+    ) -> None:
+        check_name("precision", precision, DTYPES)
+        if ema is not None and not 0 < ema < 1:
+            raise ValueError(f"ema must be None or lie in (0, 1), got {ema}")
+        if save_every < 1 or keep < 1 or log_every < 1:
+            raise ValueError(
+                f"save_every, keep and log_every must be at least 1, got {save_every}, {keep} and {log_every}"
+            )
+        self.method = method
+        self.augment = augment
+        self.device = torch.device(device)
+        self.precision = precision
+        self.ema = ema
+        self.compile = compile
+        self.save_every = save_every
+        self.keep = keep
+        self.log_every = log_every
+
+    def fit(
+        self,
+        parent: EmbeddingModel,
+        items: Items,
+        schedule: Schedule,
+        *,
+        classes: range,
+        seed: int,
+        memory: Items | None = None,
+        old: EmbeddingModel | None = None,
+        folder: str | os.PathLike[str] | None = None,
+        on_step: Callable[[], None] = lambda: None,
+    ) -> EmbeddingModel:
+        """A new version, trained from a copy of `parent`, which stays as it is.
+
+        With a folder: where that holds the finished version it is read, where it holds checkpoints training goes on
+        from the newest good one, and else begins.  `log.jsonl` there has a line for every `log_every` steps, each
+        step once however often training was stopped; `version.safetensors` is the finished version.
+
+        What the network itself draws, as dropout does, comes from torch's global generators: their state is part of
+        every checkpoint and is set from it; at the beginning it is as the caller left it (`train_versions` seeds it).
+
+        Args:
+            parent: the version before, a replacement, or a fresh network.
+            items: new inputs and class ids.
+            schedule: budget and learning rate.
+            classes: all class ids so far, 0 up to the last.
+            seed: of batches, augmentation and new weights.
+            memory: remembered items of earlier classes, half of every batch.
+            old: the deployed version whose gallery is to stay searchable; it is not trained.
+            folder: of this one version; None to keep nothing.
+            on_step: called after every step.
+
+        Returns:
+            The version, in evaluation mode.
+
+        Raises:
+            ValueError: `old` is in training mode, a batch cannot be shared out evenly, or the folder is of a training
+                that differs (configuration, data, parent or old model); names what differs.
+            CheckpointError: the finished version's file is damaged.
+            FloatingPointError: the loss is nan or infinite.
+
+        Warns:
+            CheckpointWarning: a damaged checkpoint is passed over, or training goes on with another number of
+                processes, which the random numbers within the network depend on.
+        """
+        if old is not None and old.training:
+            raise ValueError("old is in training mode: its batch statistics would change; call old.eval()")
+        facts = {
+            "schedule": asdict(schedule),
+            "seed": seed,
+            "classes": [classes.start, classes.stop],
+            "precision": self.precision,
+            "ema": self.ema,
+            "compile": self.compile,
+            "device": self.device.type,
+            "augment": described(self.augment),
+            "method": described(self.method),
+        }
+        if folder is not None:  # the data as well; it takes a moment
+            facts["items"] = items.fingerprint()
+            facts["memory"] = None if memory is None else memory.fingerprint()
+            facts["parent"] = fingerprint(parent.state_dict())
+            facts["old"] = None if old is None else fingerprint(old.state_dict())
+        if old is not None and next(old.parameters()).device != self.device:
+            old = copy.deepcopy(old).to(self.device)
+        with seeded(seed):
+            model = copy.deepcopy(parent)
+            self.method.add_classes(model, classes)
+        model.to(self.device)
+        finished = None if folder is None else Path(folder) / "version.safetensors"
+        if finished is not None and processes.agreed(finished.exists()):
+            saved = read_state(finished)
+            check_no_drift(saved["facts"], facts, str(finished))
+            if processes.rank() == 0:  # it may have been killed between writing and clearing
+                Checkpoints(finished.parent).clear()
+            model.load_state_dict(saved["model"])
+            return model.eval()
+        run = Steps(
+            model,
+            self.method,
+            old,
+            items,
+            memory,
+            schedule,
+            seed=seed,
+            augment=self.augment,
+            device=self.device,
+            precision=self.precision,
+            ema=self.ema,
+            compile=self.compile,
+        )
+        checkpoints = None if folder is None else Checkpoints(folder, keep=self.keep)
+        log = None if folder is None else _Log(Path(folder) / "log.jsonl")
+        if checkpoints is not None and log is not None:
+            newest = _newest(checkpoints)
+            if newest is not None:
+                check_no_drift(newest["facts"], facts, str(checkpoints.folder))
+                run.load(newest["run"])
+            log.cut(0 if newest is None else newest["log_bytes"])
+        while run.step < schedule.steps:
+            run.advance()
+            last = run.step == schedule.steps
+            if last or run.step % self.log_every == 0:
+                line = run.report()
+                if log is not None:
+                    log.write(line)
+            if checkpoints is not None and log is not None and (last or run.step % self.save_every == 0):
+                run.mean_loss()  # no state of nan takes the place of a good one
+                state = {"facts": facts, "run": run.state(), "log_bytes": log.synced()}
+                if processes.rank() == 0:
+                    checkpoints.save(run.step, state)
+            on_step()
+        model = run.finished()
+        if finished is not None and checkpoints is not None:
+            if processes.rank() == 0:
+                write_state(finished, {"facts": facts, "model": model.state_dict()})
+                checkpoints.clear()
+            processes.meet()
+        return model
+
+
+class _Log:
+    """JSON lines, by the first process; cut back to where a checkpoint was, so that no step comes twice."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def cut(self, size: int) -> None:
+        if processes.rank() == 0:
+            with open(self.path, "ab") as file:
+                file.truncate(size)
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        if processes.rank() == 0:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def synced(self) -> int:
+        """Its size, once that has reached the disk."""
+        if processes.rank() != 0:
+            return 0
+        with open(self.path, "ab") as file:
+            os.fsync(file.fileno())
+            return file.tell()
+
+
+def _newest(checkpoints: Checkpoints) -> dict[str, Any] | None:
+    """The first process chooses, all read the same."""
+    found = checkpoints.newest() if processes.rank() == 0 else None
+    step = processes.agreed(None if found is None else found[0])
+    if step is None:
+        return None
+    return checkpoints.read(step) if found is None else found[1]

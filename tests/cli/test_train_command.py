@@ -1,0 +1,162 @@
+"""`simplexfix train` and `simplexfix runs`, on a folder of features and on the preset."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from simplexfix.cli import main
+from simplexfix.training import PRESETS, RunConfig, Trainer, overridden, read_config
+from simplexfix.training.run import _load, _schedule, _tasks
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("features")
+    draw = np.random.default_rng(0)
+    centres = draw.normal(size=(14, 12))
+    for name, rows in (("train", 280), ("query", 56), ("gallery", 84)):
+        labels = np.arange(rows) % 14 + 100
+        np.save(folder / f"{name}.npy", (centres[labels - 100] + 0.3 * draw.normal(size=(rows, 12))).astype(np.float32))
+        np.save(folder / f"{name}_labels.npy", labels)
+    return folder
+
+
+def configuration(folder: Path, features: Path, **method) -> Path:
+    content = {
+        "data": {"kind": "features", "path": str(features)},
+        "model": {"kind": "mlp", "hidden": [16]},
+        "method": {"slots": 32, "normalize": True, "scale": 8.0, "lambda_": 0.5, **method},
+        "tasks": {
+            "counts": [4, 2, 2],
+            "memory_per_class": 5,
+            "replacements": {
+                "1": {
+                    "model": {"kind": "mlp", "hidden": [24, 20]},
+                    "classes": 6,
+                    "schedule": {"steps": 30, "learning_rate": 0.01, "batch": 32},
+                }
+            },
+        },
+        "schedule": {"steps": 20, "learning_rate": 0.01, "batch": 32},
+        "trainer": {"save_every": 4, "log_every": 5},
+    }
+    path = folder / "small.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_a_run_stops_goes_on_and_is_listed(tmp_path, features, monkeypatch, capsys) -> None:
+    config = str(configuration(tmp_path, features))
+    assert main(["train", config, "--out", str(tmp_path / "runs" / "whole")]) == 0
+    assert "nearest class mean: AC " in capsys.readouterr().out
+
+    fit, fits = Trainer.fit, []
+
+    def fails_third(self, *arguments, **options):
+        fits.append(1)
+        if len(fits) == 3:
+            count = iter(range(1000))
+            options["on_step"] = lambda: 1 / (7 - next(count))
+        return fit(self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "fit", fails_third)
+        with pytest.raises(ZeroDivisionError):
+            main(["train", config, "--out", str(tmp_path / "runs" / "stopped")])
+    assert main(["runs", str(tmp_path / "runs")]) == 0
+    assert "stopped  task-01, step 5" in capsys.readouterr().out
+    assert main(["train", config, "trainer.save_every=9", "--out", str(tmp_path / "runs" / "stopped")]) == 0
+    whole, stopped = (tmp_path / "runs" / name for name in ("whole", "stopped"))
+    assert (whole / "report.json").read_bytes() == (stopped / "report.json").read_bytes()
+    report = json.loads((whole / "report.json").read_text())
+    matrix = report["protocols"]["nearest_class_mean"]["matrix"]
+    assert [sum(value is not None for value in row) for row in matrix] == [1, 2, 3]
+    assert matrix[0][0] > 0.5  # of 14 classes
+
+    assert main(["train", config, "method.mu=5.0", "--out", str(tmp_path / "runs" / "whole")]) == 2
+    assert "config.method.mu: was 10.0, is 5.0" in capsys.readouterr().err
+    assert main(["train", config, "method.name=er", "model.hidden=[20]", "--out", str(tmp_path / "runs" / "er")]) == 0
+    capsys.readouterr()
+    assert main(["runs", str(tmp_path / "runs")]) == 0
+    out = capsys.readouterr().out
+    assert "whole: method.name = 'hoc' (er: 'er')" in out
+    assert out.count("done") == 3
+    assert main(["runs", "--json", str(tmp_path / "runs")]) == 0
+    assert [run["name"] for run in json.loads(capsys.readouterr().out)] == ["er", "stopped", "whole"]
+
+
+def test_other_data_is_named(tmp_path, features, capsys) -> None:
+    config = str(configuration(tmp_path, features))
+    short = ["schedule.steps=2", "tasks.replacements={}", "--out", str(tmp_path / "run")]
+    assert main(["train", config, *short]) == 0
+    labels = np.load(features / "query_labels.npy")
+    try:
+        np.save(features / "query_labels.npy", labels[::-1])
+        assert main(["train", config, *short]) == 2
+    finally:
+        np.save(features / "query_labels.npy", labels)
+    assert "data.query.sha256: was " in capsys.readouterr().err
+
+
+def test_torchrun(tmp_path, features) -> None:
+    """Two processes of the real launcher; one that goes on alone reads what they finished."""
+    config = str(configuration(tmp_path, features))
+    arguments = ["train", config, "--out", str(tmp_path / "run")]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*launcher, "-m", "simplexfix", *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("nearest class mean") == 1
+    report = (tmp_path / "run" / "report.json").read_bytes()
+    assert main(arguments) == 0
+    assert (tmp_path / "run" / "report.json").read_bytes() == report
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_can_be_read_back_and_run(name: str, tmp_path, capsys) -> None:
+    assert main(["train", name, "--show"]) == 0
+    assert read_config(RunConfig, json.loads(capsys.readouterr().out)) == PRESETS[name]
+    short = ["schedule.steps=2", "tasks.replacements.3.schedule.steps=2", "schedule.batch=16"]
+    assert main(["train", name, *short, "--out", str(tmp_path / "run")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["method.slot=3"], "method.slot is unknown; did you mean slots?"),
+        (["tasks.counts=[9, 9]"], "counts must be positive and sum to at most 14 classes"),
+        (["tasks.replacements.1.classes=7"], "replacements.1.classes must lie in [1, 6]"),
+        (["method.name=er"], "model gives 16, replacements.1.model 20"),
+        (["tasks.counts=[]"], "counts are the new classes of each task"),
+        (["data.kind=omniglot"], "path is the folder of kind="),
+        (["data.kind=cifar"], "kind must be one of 'features', 'omniglot', got 'cifar'"),
+        (["tasks.epochs=0"], "epochs must be at least 1, got 0"),
+        (["tasks.memory_per_class=-1"], "memory_per_class must be 0 or more, got -1"),
+        (["tasks.hoc_reference=self"], "hoc_reference must be one of 'deployed', 'replacement', got 'self'"),
+    ],
+)
+def test_bad_input(changes: list[str], message: str, tmp_path, features, capsys) -> None:
+    config = configuration(tmp_path, features)
+    assert main(["train", str(config), *changes, "--out", str(tmp_path / "run")]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_epochs_count_steps(features, tmp_path) -> None:
+    content = json.loads(configuration(tmp_path, features).read_text())
+    epochs = read_config(RunConfig, overridden(content, ["tasks.epochs=3"]))
+    tasks, rest = _tasks(epochs, _load(epochs).train)
+    assert [_schedule(epochs, task, t).steps for t, task in enumerate(tasks)] == [3 * 3, 3 * 3, 3 * 3]  # 80/32, 40/16
+    assert len(rest.labels) == 6 * 20
+    assert _schedule(read_config(RunConfig, content), tasks[0], 0).steps == 20

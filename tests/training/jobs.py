@@ -1,0 +1,141 @@
+"""What the processes do that tests start and kill: one small training of each kind, on features."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from simplexfix import SlotRegistry
+from simplexfix import _files as files
+from simplexfix.methods import HOC
+from simplexfix.models import EmbeddingModel, SmallConvNet
+from simplexfix.training import Items, Schedule, Trainer
+
+STEPS = 24
+
+
+def features(rows: int, classes: int, seed: int) -> Items:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(rows) % classes
+    centres = torch.randn(classes, 12, generator=generator)
+    return Items(centres[labels] + 0.3 * torch.randn(rows, 12, generator=generator), labels)
+
+
+def add_noise(inputs: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    return inputs + 0.1 * torch.randn(inputs.shape, generator=generator).to(inputs)
+
+
+def network(dropout: float = 0.2) -> nn.Module:
+    layers = nn.Sequential(nn.Linear(12, 16), nn.LayerNorm(16), nn.ReLU(), nn.Dropout(dropout), nn.Linear(16, 10))
+    layers.out_features = 10
+    return layers
+
+
+def trained(
+    folder: Path | None,
+    *,
+    convolutions: bool = False,
+    dropout: float = 0.2,
+    trainer: dict | None = None,
+    schedule: dict | None = None,
+    on_step=lambda: None,
+    group: bool = False,
+) -> EmbeddingModel:
+    """A second version, with an old model, rehearsal, augmentation and dropout."""
+    method = HOC(SlotRegistry(20), lambda_=0.5, group=dist.group.WORLD if group else None)
+    torch.manual_seed(3)
+    backbone = SmallConvNet(4, 10) if convolutions else network(dropout)
+    parent = EmbeddingModel(backbone, method.head(10))
+    method.add_classes(parent, range(4))
+    items, memory = features(50, 8, 1), features(18, 4, 2)
+    if convolutions:
+        items, memory = (
+            Items(torch.rand(len(i.labels), 1, 28, 28, generator=torch.Generator().manual_seed(n)), i.labels)
+            for n, i in enumerate((items, memory))
+        )
+    return Trainer(method, **{"augment": add_noise, "save_every": 5, "log_every": 4, **(trainer or {})}).fit(
+        parent,
+        items,
+        Schedule(**{"steps": STEPS, "learning_rate": 1e-2, "batch": 16, **(schedule or {})}),
+        classes=range(8),
+        seed=9,
+        memory=memory,
+        old=parent.eval(),
+        folder=folder,
+        on_step=on_step,
+    )
+
+
+def killed(folder: Path, moment: str, seed: int, options: dict) -> None:
+    """Dies by SIGKILL: between two steps, or inside a save, after so many of either."""
+    count = [random.Random(seed).randrange(1, STEPS if moment == "step" else 4)]
+
+    def die() -> None:
+        count[0] -= 1
+        if count[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def dying(act):
+        def instead(*arguments):
+            die()
+            return act(*arguments)
+
+        return instead
+
+    if moment == "step":
+        trained(folder, on_step=die, **options)
+    elif moment == "write":  # the temporary file has half of its bytes
+
+        class Half:
+            def __init__(self, file) -> None:
+                self.file = file
+
+            def __enter__(self):
+                self.file.__enter__()
+                return self
+
+            def __exit__(self, *error):
+                return self.file.__exit__(*error)
+
+            def __getattr__(self, name):
+                return getattr(self.file, name)
+
+            def write(self, content: bytes) -> int:
+                self.file.write(content[: len(content) // 2])
+                self.file.flush()
+                die()
+                return self.file.write(content[len(content) // 2 :])
+
+        files.open = lambda *arguments: Half(open(*arguments))  # noqa: SIM115
+        trained(folder, **options)
+    else:
+        setattr(files.os, moment, dying(getattr(files.os, moment)))
+        trained(folder, **options)
+    raise AssertionError("was not killed")
+
+
+def resumed(folder: Path, options: dict) -> None:
+    trained(folder, **options)
+
+
+def in_group(rank: int, world: int, folder: Path, name: str, die_at: int | None, options: dict) -> None:
+    """One process of a gloo group; each dies after so many steps."""
+    torch.set_num_threads(1)
+    rendezvous = f"file://{folder}/{name}.{die_at}.rendezvous"
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world)
+    steps = 0
+
+    def on_step() -> None:
+        nonlocal steps
+        steps += 1
+        if steps == die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    trained(folder / name, on_step=on_step, **options)
+    dist.destroy_process_group()

@@ -1,0 +1,113 @@
+"""A configuration is what was meant, or is refused with a word on why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from simplexfix.training.config import ConfigError, overridden, read_config, read_mapping
+from simplexfix.training.facts import check_no_drift, described, differences
+from simplexfix.training.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Whole:
+    schedule: Schedule
+    name: str = "x"
+    counts: tuple[int, ...] = (1, 2)
+    limits: dict[int, float] = field(default_factory=dict)
+    deep: bool = False
+    ema: float | None = None
+
+
+def test_a_file_is_read_and_overridden(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("schedule:\n  steps: 5\n  learning_rate: 1\ncounts: [3]\nlimits: {2: 0.5}\n")
+    (tmp_path / "a.json").write_text(
+        '{"schedule": {"steps": 5, "learning_rate": 1}, "counts": [3], "limits": {"2": 0.5}}'
+    )
+    for name in ("a.yaml", "a.json"):
+        content = read_mapping(tmp_path / name)
+        assert read_config(Whole, content) == Whole(Schedule(5, 1.0), counts=(3,), limits={2: 0.5})
+        changed = overridden(content, ["schedule.steps=7", "deep=true", "name=y", "ema=0.9", "counts=[4, 5]"])
+        assert read_config(Whole, changed) == Whole(Schedule(7, 1.0), "y", (4, 5), limits={2: 0.5}, deep=True, ema=0.9)
+        assert read_config(Whole, overridden(changed, ["ema=null"])).ema is None
+        assert content["schedule"]["steps"] == 5
+
+
+GOOD = {"schedule": {"steps": 5, "learning_rate": 1.0}}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["schedule.learningrate=1"], r"schedule\.learningrate is unknown; did you mean learning_rate\?"),
+        (["qqqq=1"], "qqqq is unknown; known: schedule, name, counts, limits, deep, ema"),
+        (["schedule.steps=1.5"], r"schedule\.steps must be an integer, got 1\.5"),
+        (["schedule.steps=true"], r"schedule\.steps must be an integer, got True"),
+        (["schedule.steps=0"], "schedule: steps, batch and accumulate must be at least 1, got 0, 128 and 1"),
+        (["schedule.learning_rate=fast"], r"schedule\.learning_rate must be a finite number, got 'fast'$"),
+        (["schedule.learning_rate=NaN"], r"schedule\.learning_rate must be a finite number, got nan"),
+        (["schedule=3"], "schedule must be keys and values, got 3"),
+        (["counts=3"], "counts must be a list, got 3"),
+        (["counts=[1, null]"], r"counts\[1\] must be an integer, got None"),
+        (["limits.x=1"], "limits must be an integer, got 'x'"),
+        (["deep=1"], "deep must be true or false, got 1"),
+        (["name=1"], "name must be a string, got 1"),
+        (["name"], "'name' must be key=value"),
+        (["=3"], "'=3' must be key=value"),
+        (["name=x", "name.sub=1"], r"'name\.sub=1': name holds 'x', which nothing is below"),
+    ],
+)
+def test_what_cannot_be_is_refused(change: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_config(Whole, overridden(GOOD, change))
+
+
+def test_what_is_missing_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"schedule\.learning_rate must be given"):
+        read_config(Whole, {"schedule": {"steps": 1}})
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.yaml", "a: [1", r"a\.yaml cannot be read: while parsing"),
+        ("a.yaml", "a: 1\na: 2", r"a\.yaml cannot be read: key 'a' comes twice"),
+        ("a.json", '{"a": 1, "a": 2}', r"a\.json cannot be read: key 'a' comes twice"),
+        ("a.json", "[1]", r"a\.json must hold keys and values, got list"),
+        ("a.toml", "", r"a\.toml cannot be read: it must be \.json, \.yaml or \.yml"),
+    ],
+)
+def test_files_that_are_none(tmp_path: Path, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_mapping(tmp_path / name)
+
+
+def test_a_number_that_yaml_reads_as_text_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("schedule: {steps: 1, learning_rate: 1e-3}")
+    with pytest.raises(ConfigError, match=r"got '1e-3'; YAML reads that as text, write 0\.001"):
+        read_config(Whole, read_mapping(tmp_path / "a.yaml"))
+
+
+def test_drift_is_named() -> None:
+    then = {"a": {"b": 1, "c": float("nan")}, "d": (1, 2), "e": 3}
+    assert differences(then, {"a": {"b": 1, "c": float("nan")}, "d": [1, 2], "e": 3}) == []
+    now = {"a": {"b": 2, "c": float("nan")}, "d": [1], "f": "x"}
+    found = ["a.b: was 1, is 2", "d: was [1, 2], is [1]", "e: was 3, is absent", "f: was absent, is 'x'"]
+    assert differences(then, now) == found
+    with pytest.raises(ValueError, match=r"run is of a training that was started otherwise.*\n  a\.b: was 1, is 2\n"):
+        check_no_drift(then, now, "run")
+
+
+def test_descriptions_do_not_depend_on_the_process() -> None:
+    class Thing:
+        def __init__(self) -> None:
+            self.size, self._cache, self.group = 3, object(), object()
+
+    assert described(Thing())["size"] == 3
+    assert set(described(Thing())) == {"type", "size"}
+    assert described(test_drift_is_named).endswith("test_drift_is_named")
+    assert described(Schedule(1, 1.0))["steps"] == 1

@@ -1,0 +1,206 @@
+"""Tasks hold what they should, and sequences of versions go on where they stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jobs
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from simplexfix import SlotRegistry
+from simplexfix.methods import ER, HOC
+from simplexfix.models import EmbeddingModel
+from simplexfix.training import (
+    Items,
+    Schedule,
+    Trainer,
+    class_incremental,
+    class_order,
+    dataset_sequence,
+    instance_incremental,
+    train_versions,
+)
+
+LABELS = torch.tensor([30, 7, 7, 2**40, 30, -5, 7, 2**40, -5, 30, 30, -5, 2**40])
+ITEMS = Items(torch.arange(13.0).view(13, 1), LABELS)
+
+
+def test_class_incremental_brings_each_class_once_under_a_new_id() -> None:
+    order = class_order(LABELS, seed=4)
+    assert sorted(order.tolist()) == [-5, 7, 30, 2**40]
+    tasks = class_incremental(ITEMS, (1, 2), seed=4)
+    assert [task.classes for task in tasks] == [range(1), range(3)]
+    for task, ids in zip(tasks, ([0], [1, 2]), strict=True):
+        rows = task.items.inputs[:, 0].long()
+        assert torch.equal(order[task.items.labels], LABELS[rows])
+        assert sorted(rows.tolist()) == torch.isin(LABELS, order[ids]).nonzero()[:, 0].tolist()
+    orders = {tuple(class_order(LABELS, seed=seed).tolist()) for seed in range(20)}
+    assert len(orders) > 5
+
+
+def test_instance_incremental_shares_every_class_out() -> None:
+    tasks = instance_incremental(ITEMS, 3, seed=0)
+    assert [task.classes for task in tasks] == [range(4)] * 3
+    rows = torch.cat([task.items.inputs[:, 0] for task in tasks])
+    assert sorted(rows.tolist()) == list(range(13))
+    for task in tasks:
+        assert set(torch.bincount(task.items.labels, minlength=4).tolist()) <= {1, 2}
+        assert torch.equal(class_order(LABELS, seed=0)[task.items.labels], LABELS[task.items.inputs[:, 0].long()])
+
+
+def test_dataset_sequence_keeps_classes_of_equal_ids_apart() -> None:
+    tasks = dataset_sequence([ITEMS, ITEMS], seed=0)
+    assert [task.classes for task in tasks] == [range(4), range(8)]
+    assert torch.equal(tasks[1].items.labels, tasks[0].items.labels + 4)
+
+
+STAGES = jobs.features(120, 8, 5)
+
+
+def start() -> nn.Module:
+    return jobs.network()
+
+
+def wider(features: int = 24) -> nn.Module:
+    layers = nn.Sequential(nn.Linear(12, 32), nn.GELU(), nn.Linear(32, features))
+    layers.out_features = features
+    return layers
+
+
+def remember(version: EmbeddingModel, items: Items, generator: np.random.Generator) -> torch.Tensor:
+    drawn = torch.from_numpy(generator.permutation(len(items.labels)))
+    return torch.cat([drawn[items.labels[drawn] == c][:3] for c in items.labels.unique()])
+
+
+class Recorder(HOC):
+    """HOC that notes which old model it was given."""
+
+    def __init__(self) -> None:
+        super().__init__(SlotRegistry(20), lambda_=0.5)
+        self._old: list[EmbeddingModel | None] = []
+
+    def loss(self, model, input, target, old):
+        self._old.append(old)
+        return super().loss(model, input, target, old)
+
+
+def versions(method=None, folder: Path | None = None, **options) -> list[EmbeddingModel]:
+    trainer = Trainer(method or Recorder(), augment=jobs.add_noise, save_every=2)
+    return list(
+        train_versions(
+            trainer,
+            class_incremental(STAGES, (4, 2, 2), seed=1),
+            start,
+            Schedule(5, 1e-2, batch=16),
+            **{"seed": 2, "rehearsal": remember, "folder": folder, "replacements": {1: wider}, **options},
+        )
+    )
+
+
+def test_a_replacement_of_other_width_keeps_slots_and_gets_its_junction() -> None:
+    method = Recorder()
+    first, second, third = versions(method)
+    assert [v.head.junction.in_features for v in (first, second, third)] == [10, 24, 24]
+    assert [v.head.num_classes for v in (first, second, third)] == [4, 6, 8]
+    assert {v.extract(STAGES.inputs[:2]).shape[1] for v in (first, second, third)} == {19}
+    ids = torch.arange(4)
+    assert torch.equal(first.head.slots.lookup("default", ids), third.head.slots.lookup("default", ids))
+    assert method._old == [None] * 5 + [first] * 5 + [second] * 5
+
+
+def test_a_new_junction_does_not_depend_on_what_its_maker_drew() -> None:
+    """A maker that trains draws on the first call, and on the next one only reads."""
+
+    def drawing() -> nn.Module:
+        made = wider()
+        torch.rand(7)
+        return made
+
+    results = [versions(replacements={1: make})[1].head.junction.weight for make in (wider, drawing)]
+    assert torch.equal(*results)
+
+
+def test_the_reference_of_a_replacement_may_be_itself() -> None:
+    method = Recorder()
+
+    def pretrained() -> EmbeddingModel:
+        torch.manual_seed(8)
+        return EmbeddingModel(wider(), method.head(24))
+
+    made = pretrained()
+    result = versions(method, replacements={0: pretrained, 1: pretrained}, hoc_reference="replacement")
+    for old in method._old[:10]:
+        assert torch.equal(old.backbone[0].weight, made.backbone[0].weight)
+        assert not old.training
+    assert method._old[10:] == [result[1]] * 5
+    assert not torch.equal(result[0].backbone[0].weight, made.backbone[0].weight)
+
+
+def test_memory_is_half_of_each_batch_and_of_earlier_classes() -> None:
+    seen: list[list[int]] = []
+
+    class Watch(ER):
+        def loss(self, model, input, target, old):
+            seen.append(target.tolist())
+            return super().loss(model, input, target, old)
+
+    versions(Watch(), replacements={})
+    assert all(max(labels) < 4 for labels in seen[:5])
+    for labels in seen[5:10]:
+        assert [label < 4 for label in labels] == [False] * 8 + [True] * 8
+    for labels in seen[10:]:
+        assert [label < 6 for label in labels] == [False] * 8 + [True] * 8
+    assert {label for labels in seen[10:] for label in labels[8:]} == set(range(6))
+
+
+@pytest.mark.parametrize("after", [1, 4, 5, 6, 8, 11, 14])
+def test_a_stopped_sequence_goes_on_to_the_same_bits(tmp_path: Path, after: int) -> None:
+    state = torch.get_rng_state()
+    whole = versions()
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(after)
+    steps: list[int] = []
+
+    def on_step(task: int) -> None:
+        steps.append(task)
+        if len(steps) == after:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        versions(folder=tmp_path, on_step=on_step)
+    steps.clear()
+    again = versions(folder=tmp_path, on_step=lambda task: steps.append(task))
+    assert len(steps) == 15 - (after - after % 5) - after % 5 // 2 * 2
+    for a, b in zip(whole, again, strict=True):
+        for x, y in zip(a.parameters(), b.parameters(), strict=True):
+            assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        (lambda: class_incremental(ITEMS, (2, 3), seed=0), r"sum to at most 4 classes, got \[2, 3\]"),
+        (lambda: class_incremental(ITEMS, (0, 3), seed=0), r"counts must be positive"),
+        (lambda: instance_incremental(ITEMS, 4, seed=0), r"parts must lie in \[1, 3\].*got 4"),
+        (lambda: dataset_sequence([], seed=0), "one shape and dtype, got none"),
+        (
+            lambda: dataset_sequence([ITEMS, jobs.features(4, 2, 0)], seed=0),
+            r"one shape and dtype, got \[1\] torch.float32, \[12\] torch.float32",
+        ),
+        (lambda: versions(replacements={3: wider}), r"replacements must be for tasks 0 to 2, got \[3\]"),
+        (lambda: versions(hoc_reference="old"), "hoc_reference must be one of 'deployed', 'replacement', got 'old'"),
+        (lambda: versions(hoc_reference="replacement"), "the replacement of task 1 is a backbone with a new one"),
+        (lambda: versions(replacements={1: nn.ReLU}), "a ReLU must be an EmbeddingModel, or have out_features"),
+        (
+            lambda: versions(replacements={1: lambda: EmbeddingModel(wider(), HOC(SlotRegistry(9)).head(24))}),
+            "a replacement's embeddings must be 19 wide like those before, got 8",
+        ),
+        (lambda: versions(ER()), "a replacement's embeddings must be 10 wide like those before, got 24"),
+    ],
+)
+def test_bad_input(act, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        act()

@@ -1,0 +1,288 @@
+"""No step is lost: trainings that are killed at any moment end as those that never were."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import random
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import jobs
+import pytest
+import torch
+
+from simplexfix.training import CheckpointWarning, Schedule, read_state, write_state
+
+# a server that has loaded torch forks a process for each job, in milliseconds; it never ran a backward pass itself,
+# after which torch forbids that
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["torch", "torch.distributed", "simplexfix.training", "jobs"])
+
+KINDS = {
+    "float32": {},
+    "channels last, accumulated, clipped, mean": {
+        "convolutions": True,
+        "trainer": {"ema": 0.9},
+        "schedule": {"accumulate": 2, "clip": 0.5},
+    },
+    "bfloat16 sgd": {"trainer": {"precision": "bfloat16"}, "schedule": {"optimizer": "sgd", "learning_rate": 0.05}},
+    "float16 sgd": {
+        "trainer": {"precision": "float16"},
+        "schedule": {"optimizer": "sgd", "learning_rate": 0.05, "clip": 1.0},
+    },
+}
+
+
+def done(job: Callable[..., None], *arguments: object) -> int | None:
+    process = PROCESSES.Process(target=job, args=arguments)
+    process.start()
+    process.join(60)
+    return process.exitcode
+
+
+def weights(folder: Path) -> dict:
+    return read_state(folder / "version.safetensors")["model"]
+
+
+def same(first: dict, second: dict) -> bool:
+    assert first.keys() == second.keys()
+    return all(
+        torch.equal(a, second[name]) if isinstance(a, torch.Tensor) else a == second[name] for name, a in first.items()
+    )
+
+
+def lines(folder: Path) -> list[dict]:
+    """Without their times."""
+    found = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "steps_per_second"} for line in found]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Callable[[str], Path]:
+    """The training of a kind that never stopped."""
+    folders: dict[str, Path] = {}
+
+    def folder_of(kind: str) -> Path:
+        if kind not in folders:
+            folders[kind] = tmp_path_factory.mktemp("whole") / "run"
+            assert done(jobs.resumed, folders[kind], KINDS[kind]) == 0
+        return folders[kind]
+
+    return folder_of
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("moment", ["step", "write", "fsync", "replace"])
+def test_killed_again_and_again_ends_with_the_same_bits(kind: str, moment: str, whole, tmp_path) -> None:
+    kills, seed = 0, random.Random(f"{kind} {moment}").randrange(1000)
+    folder = tmp_path / "run"
+    for attempt in range(3):  # each dies a few steps, or a save or two, further on
+        code = done(jobs.killed, folder, moment, seed + attempt, KINDS[kind])
+        if code != -signal.SIGKILL:
+            break  # it had nothing left to do
+        kills += 1
+    assert kills
+    assert done(jobs.resumed, folder, KINDS[kind]) == 0
+    name = "version.safetensors"
+    assert (folder / name).read_bytes() == (whole(kind) / name).read_bytes()
+    assert lines(folder) == lines(whole(kind))
+    # checkpoints and what killed saves left are gone
+    assert {path.name for path in folder.iterdir()} == {"log.jsonl", "version.safetensors"}
+
+
+def test_the_seed_decides_and_dropout_is_part_of_it(whole) -> None:
+    """Otherwise the tests above could not fail."""
+    other = jobs.trained(None, dropout=0.0)
+    assert not same(dict(other.state_dict()), weights(whole("float32")))
+    mean = jobs.trained(None, convolutions=True, schedule={"accumulate": 2, "clip": 0.5})
+    assert not same(dict(mean.state_dict()), weights(whole("channels last, accumulated, clipped, mean")))
+
+
+def group(folder: Path, name: str, options: dict, *, world: int = 2, die_at: int | None = None) -> list[int | None]:
+    processes = [
+        PROCESSES.Process(target=jobs.in_group, args=(rank, world, folder, name, die_at, options))
+        for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    return [process.exitcode for process in processes]
+
+
+def close(first: dict, second: dict) -> None:
+    for name, value in first.items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(value, second[name], rtol=1e-5, atol=1e-6)
+
+
+def test_two_processes_see_what_one_sees(tmp_path) -> None:
+    """In parts, as one process would compute them; and with gathered negatives, the batch as a whole."""
+    alone = {"dropout": 0.0}
+    assert group(tmp_path, "parts", alone) == [0, 0]
+    jobs.trained(tmp_path / "accumulated", **alone, schedule={"accumulate": 2})
+    close(weights(tmp_path / "parts"), weights(tmp_path / "accumulated"))
+    assert [line["step"] for line in lines(tmp_path / "parts")] == list(range(4, jobs.STEPS + 1, 4))
+    losses = zip(lines(tmp_path / "parts"), lines(tmp_path / "accumulated"), strict=True)
+    assert all(a["loss"] == pytest.approx(b["loss"], rel=1e-5) for a, b in losses)
+
+    whole = {"dropout": 0.0, "trainer": {"augment": None}}
+    assert group(tmp_path, "gathered", {**whole, "group": True}) == [0, 0]
+    jobs.trained(tmp_path / "one", **whole)
+    close(weights(tmp_path / "gathered"), weights(tmp_path / "one"))
+    other = weights(tmp_path / "parts")["backbone.0.weight"] - weights(tmp_path / "one")["backbone.0.weight"]
+    assert other.abs().max() > 1e-3
+
+
+def test_a_group_that_was_killed_goes_on(tmp_path) -> None:
+    options = {"convolutions": True, "schedule": {"accumulate": 2}}  # statistics of batches differ by process
+    assert group(tmp_path, "whole", options) == [0, 0]
+    assert -signal.SIGKILL in group(tmp_path, "killed", options, die_at=13)  # the other may miss it, and fail first
+    assert (tmp_path / "killed" / "step-000000010.safetensors").exists()
+    assert group(tmp_path, "killed", options) == [0, 0]
+    assert same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
+    assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
+
+
+class StopError(Exception):
+    pass
+
+
+def stopped(folder: Path, after: int, **options) -> None:
+    steps = []
+
+    def on_step() -> None:
+        steps.append(1)
+        if len(steps) == after:
+            raise StopError
+
+    with pytest.raises(StopError):
+        jobs.trained(folder, on_step=on_step, **options)
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, whole) -> None:
+    stopped(tmp_path / "run", 12)
+    newest = tmp_path / "run" / "step-000000010.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    with pytest.warns(CheckpointWarning, match=r"step-000000010\.safetensors cannot be read"):
+        jobs.trained(tmp_path / "run")
+    assert same(weights(tmp_path / "run"), weights(whole("float32")))
+    version = tmp_path / "run" / "version.safetensors"
+    version.write_bytes(version.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"version\.safetensors cannot be read"):
+        jobs.trained(tmp_path / "run")
+
+
+def test_a_finished_version_is_read_and_not_trained_again(tmp_path) -> None:
+    first = jobs.trained(tmp_path / "run")
+
+    def no_step() -> None:
+        raise AssertionError
+
+    second = jobs.trained(tmp_path / "run", on_step=no_step)
+    assert same(dict(first.state_dict()), dict(second.state_dict()))
+    assert not second.training
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"schedule": {"learning_rate": 0.02}}, r"schedule\.learning_rate: was 0\.01, is 0\.02"),
+        ({"trainer": {"precision": "bfloat16"}}, "precision: was 'float32', is 'bfloat16'"),
+        ({"trainer": {"augment": None}}, "augment: was 'jobs.add_noise', is None"),
+        ({"convolutions": True}, r"items\.shape: was \[50, 12\], is \[50, 1, 28, 28\]"),
+    ],
+)
+@pytest.mark.parametrize("done", [False, True])
+def test_drift_is_named(tmp_path, options: dict, message: str, done: bool) -> None:
+    if done:
+        jobs.trained(tmp_path / "run", schedule={"steps": 1} | options.get("schedule", {}) | {"learning_rate": 0.01})
+        options = {**options, "schedule": {"steps": 1, **options.get("schedule", {})}}
+    else:
+        stopped(tmp_path / "run", 6)
+    with pytest.raises(ValueError, match=message):
+        jobs.trained(tmp_path / "run", **options)
+
+
+def test_another_number_of_processes_is_told_of(tmp_path) -> None:
+    stopped(tmp_path / "run", 6, dropout=0.0)
+    path = tmp_path / "run" / "step-000000005.safetensors"
+    state = read_state(path)
+    write_state(path, {**state, "run": {**state["run"], "processes": state["run"]["processes"] * 2}})
+    with pytest.warns(CheckpointWarning, match="1 processes go on with a training of 2"):
+        jobs.trained(tmp_path / "run", dropout=0.0)
+
+
+def test_a_loss_of_nan_ends_the_training_and_no_good_checkpoint(tmp_path) -> None:
+    def poison(inputs: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        steps[0] += 1
+        return inputs * float("nan") if steps[0] > 11 else inputs
+
+    steps = [0]
+    with pytest.raises(FloatingPointError, match="the loss of steps 8 to 11 is nan"):
+        jobs.trained(tmp_path / "run", trainer={"augment": poison, "save_every": 3})
+    assert sorted(p.name for p in (tmp_path / "run").glob("step*"))[-1] == "step-000000009.safetensors"
+
+
+def test_the_mean_of_weights_is_the_version() -> None:
+    # one step: the mean is ema of the first weights and the rest of the last
+    last = jobs.trained(None, schedule={"steps": 1})
+    mean = jobs.trained(None, schedule={"steps": 1}, trainer={"ema": 0.75})
+    torch.manual_seed(3)
+    first = jobs.network()
+    expected = 0.75 * first[0].weight + 0.25 * last.backbone[0].weight
+    torch.testing.assert_close(mean.backbone[0].weight, expected)
+
+
+def test_first_steps_of_sgd_that_overflow_leave_the_weights_alone() -> None:
+    """torch's fused SGD would take memory that nobody wrote for its momentum."""
+    weight = torch.nn.Linear(64, 64)
+    before = weight.weight.detach().clone()
+    optimizer = Schedule(1, 0.1, optimizer="sgd").optimizer_of(weight)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    for value in (float("inf"), 1.0):
+        scaler.scale((weight.weight * value).sum() + 0 * weight.bias.sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        if value != 1.0:
+            assert torch.equal(weight.weight, before)
+            noise = [torch.full((64, 64), 1e30) for _ in range(50)]  # for memory to be dirty
+            del noise
+    torch.testing.assert_close(weight.weight, before - 0.1 * (1 + 0.05 * before), rtol=1e-5, atol=1e-6)
+
+
+def test_clip_and_compile_do_what_they_say() -> None:
+    free = jobs.trained(None, dropout=0.0, schedule={"optimizer": "sgd", "steps": 1, "warmup": 0.0, "momentum": 0.0})
+    tight = jobs.trained(
+        None, dropout=0.0, schedule={"optimizer": "sgd", "steps": 1, "warmup": 0.0, "momentum": 0.0, "clip": 1e-3}
+    )
+    torch.manual_seed(3)
+    first = jobs.network(0.0)
+    moved = [(v.backbone[0].bias - first[0].bias).norm() for v in (free, tight)]
+    assert moved[1] <= 1.001e-2 * 1e-3 < moved[0]
+    compiled = jobs.trained(None, dropout=0.0, trainer={"compile": True}, schedule={"steps": 3})
+    plain = jobs.trained(None, dropout=0.0, schedule={"steps": 3})
+    torch.testing.assert_close(compiled.backbone[0].weight, plain.backbone[0].weight, rtol=1e-3, atol=1e-4)
+    assert compiled.state_dict().keys() == plain.state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"trainer": {"precision": "half"}}, "precision must be one of 'float32', 'bfloat16', 'float16', got 'half'"),
+        ({"trainer": {"ema": 1.0}}, r"ema must be None or lie in \(0, 1\), got 1\.0"),
+        ({"trainer": {"save_every": 0}}, "save_every, keep and log_every must be at least 1, got 0, 3 and 4"),
+        ({"schedule": {"accumulate": 3}}, "8 new and 8 remembered rows of a batch cannot be shared out evenly over 1"),
+        ({"schedule": {"optimizer": "lion"}}, "optimizer must be one of 'adamw', 'sgd', got 'lion'"),
+        ({"schedule": {"momentum": 1.0}}, r"momentum must lie in \[0, 1\), got 1\.0"),
+        ({"schedule": {"final_learning_rate": 1.0}}, r"final_learning_rate must lie in \[0, 0\.01\]"),
+        ({"schedule": {"weight_decay": -1.0}}, r"weight_decay must be 0 or more and finite, got -1\.0"),
+        ({"schedule": {"clip": 0.0}}, r"clip must be positive and finite, got 0\.0"),
+    ],
+)
+def test_bad_input(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        jobs.trained(None, **options)
