@@ -77,6 +77,8 @@ class Trainer:
         self.method = method
         self.augment = augment
         self.device = torch.device(device)
+        if self.device.type == "cuda" and self.device.index is None:  # as tensors there name it
+            self.device = torch.device("cuda", torch.cuda.current_device())
         self.precision = precision
         self.ema = ema
         self.compile = compile

@@ -15,7 +15,8 @@ from simplexfix import SlotRegistry
 from simplexfix import _files as files
 from simplexfix.methods import HOC
 from simplexfix.models import EmbeddingModel, SmallConvNet
-from simplexfix.training import Items, Schedule, Trainer
+from simplexfix.training import Items, Schedule, Trainer, processes
+from simplexfix.training.checkpoint import fingerprint
 
 STEPS = 24
 
@@ -137,5 +138,6 @@ def in_group(rank: int, world: int, folder: Path, name: str, die_at: int | None,
         if steps == die_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    trained(folder / name, on_step=on_step, **options)
+    version = trained(folder / name, on_step=on_step, **options)
+    assert len(set(processes.gathered(fingerprint(version.state_dict())))) == 1  # statistics of batches, too
     dist.destroy_process_group()
