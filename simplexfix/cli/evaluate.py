@@ -23,7 +23,7 @@ from .. import __version__
 from .._files import write_folder
 from ..compatibility import EvaluationReport, evaluate_versions
 from ..compatibility.statistics import check_confidence
-from ..data.features import REQUIRED, Features, check_same_items, find_versions, load_features
+from ..data.features import REQUIRED, Features, check_alike, find_versions, load_features
 from ..retrieval import (
     RankDiedError,
     process_group,
@@ -129,7 +129,8 @@ def _read(arguments: argparse.Namespace, *, first: bool = True) -> _Input:
         names = ", ".join(printable(path.name) for path in paths)
         print(f"simplexfix evaluate: by name, oldest first: {names}", file=sys.stderr)
     versions = [load_features(path) for path in paths]
-    check_versions(versions, arguments.widths)
+    for other in versions[1:]:
+        check_alike(versions[0], other, arguments.widths)
     for version in versions if first else ():
         for part, zeros in zip(("query", "gallery"), version.zero_rows, strict=True):
             if zeros:
@@ -224,28 +225,6 @@ def printable(name: str | Path) -> str:
     """For terminals and pages: what is no text in UTF-8, or moves a cursor, is spelt out."""
     text = os.fsencode(name).decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def check_versions(versions: Sequence[Features], widths: str) -> None:
-    """Of the same items, of one dtype, and of one width where that is asked for.
-
-    Raises:
-        ValueError: they are not, by file and array.
-    """
-    first = versions[0]
-    for other in versions[1:]:
-        check_same_items(first, other)
-        if other.query.dtype != first.query.dtype:
-            dtypes = (str(version.query.dtype).removeprefix("torch.") for version in (first, other))
-            raise ValueError(
-                f"{first.path} and {other.path} differ in the dtype of query and gallery: {' and '.join(dtypes)}; "
-                "save all versions alike"
-            )
-        if other.query.shape[1] != first.query.shape[1] and widths == "equal":
-            raise ValueError(
-                f"{other.path}: query and gallery have {other.query.shape[1]} columns, those of {first.path} have "
-                f"{first.query.shape[1]}; --widths leading compares the leading ones that both have"
-            )
 
 
 def check_replaceable(out: Path) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 
 from .._files import write_whole
 from ..compatibility import DEFAULT_RULES, GateResult, Outcome, Rule, VersionFeatures, upgrade_gate
-from ..data.features import check_same_items, load_features
+from ..data.features import check_alike, load_features
 
 PASSED, FAILED, BAD_INPUT = 0, 1, 2
 CRASHED = 70  # EX_SOFTWARE of sysexits.h: a bug here must not read as a rule that failed
@@ -32,7 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--unconstrained", type=Path, help="features by a model trained without compatibility: for the tax"
     )
-    parser.add_argument("--rules", type=Path, help='.json or .toml: {"rules": [{"kind": "ecc", ...}, ...]}')
+    parser.add_argument(
+        "--rules",
+        type=Path,
+        help='.json or .toml: {"rules": [{"kind": "ecc" | "max_nfr" | "max_tax" | "min_recall", "limit": ..., '
+        '"confidence": ..., "gallery": "old" | "new", "group": ...}, ...]}',
+    )
     parser.add_argument("--ecc", action="store_true", help="the default rule, beside those of other flags")
     parser.add_argument("--max-nfr", type=float, metavar="SHARE", help="most queries that may break")
     parser.add_argument("--max-tax", type=float, metavar="SHARE", help="most that compatibility may cost")
@@ -69,13 +74,20 @@ def run(arguments: argparse.Namespace) -> int:
     print(report if arguments.json else _text(result))
     summary = os.environ.get("GITHUB_STEP_SUMMARY")
     if summary:
-        with open(summary, "a", encoding="utf-8") as file:  # other steps have written to it
-            file.write(_markdown(result))
+        try:
+            with open(summary, "a", encoding="utf-8") as file:  # other steps have written to it
+                file.write(_markdown(result))
+        except OSError as error:  # the verdict stands
+            print(f"simplexfix gate: no summary was written: {error}", file=sys.stderr)
     return PASSED if result.passed else FAILED
 
 
 def _judge(arguments: argparse.Namespace) -> GateResult:
     rules = _rules(arguments)
+    if arguments.unconstrained is None and any(rule.kind == "max_tax" for rule in rules):
+        raise ValueError(
+            "a rule of kind max_tax needs features of a model trained without compatibility: --unconstrained"
+        )
     if not 0 <= arguments.seed < 2**31:
         raise ValueError(f"--seed must lie in [0, 2^31), got {arguments.seed}")
     old = load_features(arguments.old)
@@ -85,7 +97,7 @@ def _judge(arguments: argparse.Namespace) -> GateResult:
         if path is not None
     }
     for other in others.values():
-        check_same_items(old, other)
+        check_alike(old, other, arguments.widths)
     groups = [file.query_groups for file in (old, *others.values()) if file.query_groups is not None]
     versions = {name: VersionFeatures(file.query, file.gallery) for name, file in others.items()}
     return upgrade_gate(
@@ -110,7 +122,10 @@ def _rules(arguments: argparse.Namespace) -> list[Rule]:
     for kind in ("max_nfr", "max_tax", "min_recall"):
         limit = getattr(arguments, kind)
         if limit is not None:
-            rules.append(Rule(kind, limit, confidence=sure))
+            try:
+                rules.append(Rule(kind, limit, confidence=sure))
+            except ValueError as error:
+                raise ValueError(f"--{kind.replace('_', '-')}: {error}") from None
     if not rules:
         rules = list(DEFAULT_RULES) if sure is None else [Rule("ecc", confidence=sure)]
     return rules
@@ -137,17 +152,25 @@ def _rules_of_file(path: Path) -> list[Rule]:
 
 
 def _parse(path: Path) -> Any:
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
         if path.suffix != ".toml":
-            return json.loads(text)
+            return json.loads(text, object_pairs_hook=_without_repeats)
         try:
             import tomllib
         except ModuleNotFoundError:
             raise ValueError("TOML needs Python 3.11: write the rules as JSON") from None
         return tomllib.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A key given twice would leave a rule with the last of its values, without a word."""
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
+        raise ValueError(f"a key comes twice in {{{', '.join(key for key, _ in pairs)}}}")
+    return entries
 
 
 def _interval(outcome: Outcome) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from .._checks import check_name, check_number, check_rows, check_tensor, shape
 from ..retrieval.protocols import instance_hits, nearest_class_mean_hits
 from .criteria import flips
-from .statistics import Interval, bootstrap_gain, check_confidence, exact_interval, mcnemar_test
+from .statistics import Interval, bootstrap_gain, check_confidence, check_generator, exact_interval, mcnemar_test
 
 __all__ = ["DEFAULT_RULES", "GateResult", "Outcome", "Rule", "VersionFeatures", "upgrade_gate"]
 
@@ -75,6 +75,8 @@ class Rule:
                 raise ValueError(f"a rule of kind {self.kind!r} needs a limit")
             object.__setattr__(self, "limit", 0.0)
         check_number("limit", self.limit)  # type: ignore[arg-type]
+        if isinstance(self.limit, bool):
+            raise TypeError(f"limit must be a number, got {self.limit}")
         if not -1 <= self.limit <= 1:  # type: ignore[operator]
             raise ValueError(f"limit is a share and must lie in [-1, 1], got {self.limit}")
         if self.confidence is not None:
@@ -139,7 +141,8 @@ class Outcome:
         if self.passed:
             return "passed"
         if self.margin == 0:
-            return "failed: exactly the limit, and must be above"
+            what = "" if self.rule.confidence is None else "lower end "
+            return f"failed: {what}exactly the limit, and must be above"
         if self.margin > 0:
             return f"failed: p = {self.p_value:.3g} with so few changed queries"
         end = "" if self.rule.confidence is None else "lower end " if KINDS[self.rule.kind][1] else "upper end "
@@ -230,7 +233,8 @@ def upgrade_gate(
     versions = {"old": old, "new": new, "unconstrained": unconstrained}
     _check_versions(versions, query_labels, gallery_labels)
     groups = _groups(query_labels, query_groups)
-    generator = np.random.default_rng(0) if generator is None else generator
+    # of one seed for each outcome: it must not depend on what other rules there are
+    seed = int(check_generator(generator).integers(2**63))
 
     found: dict[str, NDArray[np.bool_]] = {}
 
@@ -253,7 +257,7 @@ def upgrade_gate(
         else:
             pair = before, hits("new", rule.gallery or "old")
         for group, members in _members(rule, groups):
-            outcomes.append(_judge(rule, group, pair[0][members], pair[1][members], generator))
+            outcomes.append(_judge(rule, group, pair[0][members], pair[1][members], np.random.default_rng(seed)))
     absent = int(np.isin(query_labels.cpu().numpy(), gallery_labels.cpu().numpy(), invert=True).sum())
     return GateResult(
         outcomes=tuple(outcomes),

@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["FeatureFileError", "Features", "check_same_items", "find_versions", "load_features"]
+__all__ = ["FeatureFileError", "Features", "check_alike", "check_same_items", "find_versions", "load_features"]
 
 REQUIRED = ("query", "gallery", "query_labels", "gallery_labels")
 OPTIONAL = ("query_groups",)
@@ -163,6 +163,25 @@ def check_same_items(first: Features, second: Features) -> None:
     a, b = first.query_groups, second.query_groups
     if a is not None and b is not None and not np.array_equal(a.astype(str), b.astype(str)):
         raise FeatureFileError(f"{first.path} and {second.path} differ in query_groups")
+
+
+def check_alike(first: Features, other: Features, widths: str) -> None:
+    """Of the same items, of one dtype, and of one width where `widths` is "equal".
+
+    Raises:
+        FeatureFileError: they are not, by file and array.
+    """
+    check_same_items(first, other)
+    if other.query.dtype != first.query.dtype:
+        raise FeatureFileError(
+            f"{first.path} and {other.path} differ in the dtype of query and gallery: {_name(first.query)} and "
+            f"{_name(other.query)}; save all versions alike"
+        )
+    if other.query.shape[1] != first.query.shape[1] and widths == "equal":
+        raise FeatureFileError(
+            f"{other.path}: query and gallery have {other.query.shape[1]} columns, those of {first.path} have "
+            f"{first.query.shape[1]}; --widths leading compares the leading ones that both have"
+        )
 
 
 def _read(path: Path) -> Mapping[str, NDArray[Any] | Tensor]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from simplexfix.cli import gate, main
 
@@ -162,7 +163,7 @@ def test_widths_and_protocol(files, capsys) -> None:
     wide["gallery"] = np.hstack([wide["gallery"], extra[300:]])
     np.savez(files / "wide.npz", **wide)
     assert run(files, "wide.npz") == 2
-    assert "new.query has 21 columns, old.gallery has 16" in capsys.readouterr().err
+    assert "wide.npz: query and gallery have 21 columns" in capsys.readouterr().err
     assert run(files, "wide.npz", "--widths", "leading", "--protocol", "instance", "--json") == 0
     cut = json.loads(capsys.readouterr().out)
     assert run(files, "better.npz", "--protocol", "instance", "--json") == 0
@@ -190,7 +191,7 @@ def test_bad_input_is_2_and_leaves_nothing_behind(files, capsys) -> None:
         ("few", "must be of the same items: query_labels has 300 and 299 entries"),
         ("shuffled", "must be of the same items in the same order: gallery_labels at 0 is 0 and "),
         ("float", "gallery_labels must be integers, got float32"),
-        ("double", "new.query is torch.float64 and old.gallery is torch.float32"),
+        ("double", "double.npz differ in the dtype of query and gallery: float32 and float64"),
         ("cut", "it may be truncated or damaged"),
         ("absent", "No such file"),
     ):
@@ -213,7 +214,10 @@ def test_bad_input_is_2_and_leaves_nothing_behind(files, capsys) -> None:
         ('{"rules": [{"kind": "ecc"}, {"kind": "ecc", "max": 1}]}', "rule 1 has max, which is none of kind, limit"),
         ('{"rules": [{"kind": "nfr", "limit": 0.1}]}', "rule 0: kind must be one of 'ecc', 'max_nfr'"),
         ('{"rules": [{"kind": "ecc", "group": "99"}]}', "there is no group '99'; groups of queries are 0, 1, 10, 11"),
-        ('{"rules": [{"kind": "max_tax", "limit": 0.1}]}', "needs features of an unconstrained model"),
+        ('{"rules": [{"kind": "max_tax", "limit": 0.1}]}', "trained without compatibility: --unconstrained"),
+        ('{"rules": [{"kind": "max_nfr", "limit": true}]}', "rule 0: limit must be a number, got True"),
+        ('{"rules": [{"kind": "max_nfr", "limit": 0.0, "limit": 1.0}]}', "a key comes twice in {kind, limit, limit}"),
+        ("[" * 100_000, "cannot be read"),
     ],
 )
 def test_bad_rules(files, capsys, content: str, message: str) -> None:
@@ -263,3 +267,26 @@ def test_safetensors_missing_is_named_with_its_remedy(files, capsys, monkeypatch
     monkeypatch.setitem(sys.modules, "safetensors", None)
     assert run(files, "new.safetensors") == 2
     assert "simplexfix gate needs safetensors: pip install 'simplexfix[safetensors]'" in capsys.readouterr().err
+
+
+def test_rules_that_are_no_text(files, capsys) -> None:
+    (files / "rules.json").write_bytes(b"\xff")
+    assert run(files, "better.npz", "--rules", str(files / "rules.json")) == 2
+    assert "rules.json cannot be read" in capsys.readouterr().err
+
+
+def test_flags_are_named_as_they_are_typed(files, capsys) -> None:
+    assert run(files, "better.npz", "--max-nfr", "5") == 2
+    assert "--max-nfr: limit is a share" in capsys.readouterr().err
+
+
+def test_a_summary_that_cannot_be_written_leaves_the_verdict(files, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(files))
+    assert run(files, "better.npz") == 0
+    assert "no summary was written" in capsys.readouterr().err
+
+
+def test_the_rules_of_the_page(files) -> None:
+    page = (ROOT / "docs" / "gate.md").read_text()
+    (files / "rules.json").write_text(page.split("```json\n")[1].split("```")[0])
+    assert run(files, "better.npz", "--rules", str(files / "rules.json"), "--json") in (0, 1)

@@ -210,3 +210,16 @@ def test_bad_input() -> None:
     ):
         with pytest.raises(error, match=message):
             upgrade_gate(**{**arguments, **change})
+
+
+def test_an_outcome_does_not_depend_on_other_rules() -> None:
+    rules = [Rule("ecc", confidence=float(sure)) for sure in np.linspace(0.5, 0.98, 25)]
+    assert gate(*rules).outcomes == tuple(gate(rule).outcomes[0] for rule in rules)
+    other = gate(*rules, generator=np.random.default_rng(9)).outcomes
+    assert {(o.low, o.high) for o in other} != {(o.low, o.high) for o in gate(*rules).outcomes}
+
+
+def test_a_lower_end_on_the_limit_is_called_that() -> None:
+    (outcome,) = gate(Rule("ecc", confidence=0.95)).outcomes
+    (on_it,) = gate(Rule("ecc", limit=outcome.low, confidence=0.95)).outcomes
+    assert on_it.verdict == "failed: lower end exactly the limit, and must be above"
