@@ -162,13 +162,14 @@ def stopped(folder: Path, after: int, **options) -> None:
         jobs.trained(folder, on_step=on_step, **options)
 
 
-def test_a_damaged_checkpoint_is_passed_over(tmp_path, whole) -> None:
+def test_a_damaged_checkpoint_is_passed_over(tmp_path) -> None:
+    jobs.trained(tmp_path / "whole")  # here: other tests may have left another number of threads
     stopped(tmp_path / "run", 12)
     newest = tmp_path / "run" / "step-000000010.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1])
     with pytest.warns(CheckpointWarning, match=r"step-000000010\.safetensors cannot be read"):
         jobs.trained(tmp_path / "run")
-    assert same(weights(tmp_path / "run"), weights(whole("float32")))
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
     version = tmp_path / "run" / "version.safetensors"
     version.write_bytes(version.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"version\.safetensors cannot be read"):
