@@ -30,12 +30,15 @@ class LinearHead(nn.Module):
         """[B, in_features], unchanged."""
         return features
 
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, in_features] -> [B, C] logits of the classes there are."""
+        if self.scale is None:
+            return self.classifier(features)  # type: ignore[no-any-return]
+        return self.scale * F.linear(F.normalize(features), F.normalize(self.classifier.weight))
+
     def loss(self, features: Tensor, target: Tensor) -> Tensor:
         """Cross-entropy over the classes there are."""
-        if self.scale is None:
-            return F.cross_entropy(self.classifier(features), target)
-        weight = F.normalize(self.classifier.weight)
-        return F.cross_entropy(self.scale * F.linear(F.normalize(features), weight), target)
+        return F.cross_entropy(self(features), target)
 
     @torch.no_grad()
     def grow(self, classes: int) -> None:

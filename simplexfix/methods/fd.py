@@ -1,0 +1,67 @@
+"""Feature distillation: a learnable classifier, and features held near the old model's."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._checks import check_name, check_new_and_old, check_positive
+from ..models import EmbeddingModel
+from .er import ER
+
+__all__ = ["FD"]
+
+_DISTANCES = ("cosine", "l2")
+
+
+class FD(ER):
+    """Experience replay with each new feature drawn to the old model's of the same item.
+
+        loss = cross_entropy(logits(h), y) + weight / B * sum_i D(h_i, u_i)
+
+        cosine    D(h, u) = 1 - h . u / (|h| |u|)
+        l2        D(h, u) = |h - u|^2
+
+    with h_i the new features, u_i the old model's (no gradient), over new and remembered items alike; cross-entropy
+    alone without an old model.  A zero feature has cosine 0 with any other.  Distances are of float32 at least.
+
+    Args:
+        weight: of the distance.
+        distance: "cosine" or "l2".
+        scale: of `LinearHead`.
+
+    Raises:
+        ValueError: an unknown distance, or a weight that is not positive and finite; in `loss`: the old features are
+            of another width.
+
+    Reference:
+        cosine: Hou et al., "Learning a Unified Classifier Incrementally via Rebalancing", CVPR 2019 (less-forget
+        constraint).  l2: Jung et al., "Less-forgetting Learning in Deep Neural Networks", arXiv 1607.00122; as a
+        compatible training in Shen et al., arXiv 2003.11942.
+    """
+
+    def __init__(self, *, weight: float = 1.0, distance: str = "cosine", scale: float | None = None) -> None:
+        super().__init__(scale=scale)
+        check_positive("weight", weight)
+        check_name("distance", distance, _DISTANCES)
+        self.weight = weight
+        self.distance = distance
+
+    def loss(self, model: EmbeddingModel, input: Tensor, target: Tensor, old: EmbeddingModel | None) -> Tensor:
+        if old is None:
+            return super().loss(model, input, target, old)
+        features = model.backbone(input)
+        with torch.no_grad():
+            reference = old(input)
+        check_new_and_old("new", features, reference)
+        classify: Tensor = model.head.loss(features, target)  # type: ignore[operator]
+        return classify + self.weight * self._distances(features, reference).mean()
+
+    def _distances(self, new: Tensor, old: Tensor) -> Tensor:
+        # under autocast features are of 8 bits, of which little is left in the difference of neighbours
+        wide = torch.promote_types(new.dtype, torch.float32)
+        new, old = new.to(wide), old.to(wide)
+        if self.distance == "l2":
+            return (new - old).square().sum(1)
+        return 1 - (F.normalize(new) * F.normalize(old)).sum(1)
