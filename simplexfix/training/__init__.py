@@ -4,6 +4,7 @@ from .checkpoint import CheckpointError, Checkpoints, CheckpointWarning, read_st
 from .config import ConfigError, overridden, read_config, read_mapping
 from .items import Items, RowBatches
 from .presets import PRESETS
+from .rehearsal import Rehearsal, herding_rows, random_rows
 from .run import (
     DataConfig,
     MethodConfig,
@@ -14,12 +15,14 @@ from .run import (
     TrainerConfig,
     train_run,
 )
+from .samplers import BalancedSampler
 from .scenario import Task, class_incremental, class_order, dataset_sequence, instance_incremental, train_versions
 from .schedule import Schedule
 from .trainer import Trainer
 
 __all__ = [
     "PRESETS",
+    "BalancedSampler",
     "CheckpointError",
     "CheckpointWarning",
     "Checkpoints",
@@ -28,6 +31,7 @@ __all__ = [
     "Items",
     "MethodConfig",
     "ModelConfig",
+    "Rehearsal",
     "ReplacementConfig",
     "RowBatches",
     "RunConfig",
@@ -39,8 +43,10 @@ __all__ = [
     "class_incremental",
     "class_order",
     "dataset_sequence",
+    "herding_rows",
     "instance_incremental",
     "overridden",
+    "random_rows",
     "read_config",
     "read_mapping",
     "read_state",

@@ -21,7 +21,7 @@ from .._checks import check_name
 from .._files import write_whole
 from ..compatibility import average_accuracy, average_compatibility, compatibility_matrix
 from ..data import RandomWarp, load_features
-from ..methods import ER, HOC, Method, Simplex
+from ..methods import BCT, ER, FD, HOC, Method, Simplex
 from ..models import EmbeddingModel, FeatureMLP, SmallConvNet
 from ..retrieval import instance_accuracy, nearest_class_mean_accuracy
 from ..slots import SlotRegistry
@@ -29,6 +29,7 @@ from . import processes
 from .facts import check_no_drift
 from .items import Items, mixed_seed, seeded
 from .omniglot import Recipe, split_omniglot
+from .rehearsal import SELECTIONS, herding_rows, random_rows
 from .scenario import Task, class_incremental, instance_incremental, train_versions
 from .schedule import Schedule
 from .trainer import Trainer
@@ -44,6 +45,7 @@ __all__ = [
     "train_run",
 ]
 
+LEARNABLE = ("bct", "er", "fd")  # methods with a classifier for each network, and features for embeddings
 PROTOCOLS = {"nearest_class_mean": nearest_class_mean_accuracy, "instance": instance_accuracy}
 
 
@@ -97,10 +99,12 @@ class MethodConfig:
     """A way to train, of `simplexfix.methods`.
 
     Args:
-        name: "er", "simplex" or "hoc".
+        name: "er", "fd" or "bct", with a learnable classifier; "simplex" or "hoc", with the fixed one.
         slots: K of the simplex.
-        normalize: of the simplex; ER with a scale is always normalised.
+        normalize: of the simplex; a learnable classifier with a scale is always normalised.
         scale: of the logits; None for plain ones.
+        weight: of FD's distance and of BCT's influence loss.
+        distance: of FD.
         lambda_, mu, negatives, anchor: of `hoc_loss`.
         gather: negatives of HOC from all processes.
     """
@@ -109,6 +113,8 @@ class MethodConfig:
     slots: int = 1024
     normalize: bool = False
     scale: float | None = None
+    weight: float = 1.0
+    distance: str = "cosine"
     lambda_: float = 0.1
     mu: float = 10.0
     negatives: str = "zero_mask"
@@ -116,11 +122,15 @@ class MethodConfig:
     gather: bool = True
 
     def __post_init__(self) -> None:
-        check_name("name", self.name, ("er", "hoc", "simplex"))
+        check_name("name", self.name, (*LEARNABLE, "hoc", "simplex"))
 
     def method(self, slots: SlotRegistry, namespace: str) -> Method:
         if self.name == "er":
             return ER(scale=self.scale)
+        if self.name == "fd":
+            return FD(weight=self.weight, distance=self.distance, scale=self.scale)
+        if self.name == "bct":
+            return BCT(weight=self.weight, scale=self.scale)
         scale = 1.0 if self.scale is None else self.scale
         if self.name == "simplex":
             return Simplex(slots, namespace, normalize=self.normalize, scale=scale)
@@ -159,7 +169,8 @@ class TasksConfig:
     Args:
         kind: "class_incremental" with `counts`, or "instance_incremental" with `parts`.
         epochs: None, or passes over a task's new items, in place of the schedule's steps.
-        memory_per_class: items that rehearsal keeps, drawn at random; 0 for no memory.
+        memory_per_class: items that rehearsal keeps; 0 for no memory.
+        rehearsal: which: "random", or "herding", those whose mean feature is nearest to that of the class.
         replacements: task number -> what takes over there.
         hoc_reference: of `train_versions`.
     """
@@ -169,6 +180,7 @@ class TasksConfig:
     parts: int = 1
     epochs: int | None = None
     memory_per_class: int = 20
+    rehearsal: str = "random"
     replacements: dict[int, ReplacementConfig] = field(default_factory=dict)
     hoc_reference: str = "deployed"
 
@@ -178,6 +190,7 @@ class TasksConfig:
             raise ValueError('counts are the new classes of each task of kind="class_incremental", and of no other')
         if self.epochs is not None and self.epochs < 1:
             raise ValueError(f"epochs must be at least 1, got {self.epochs}")
+        check_name("rehearsal", self.rehearsal, SELECTIONS)
         if self.memory_per_class < 0:
             raise ValueError(f"memory_per_class must be 0 or more, got {self.memory_per_class}")
 
@@ -208,12 +221,12 @@ class RunConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.method.name == "er":
+        if self.method.name in LEARNABLE:
             for t, replacement in self.tasks.replacements.items():
                 if replacement.model.out_features != self.model.out_features:
                     raise ValueError(
-                        "ER has no junction, all its networks must give features of one width: model gives "
-                        f"{self.model.out_features or 'what comes in'}, replacements.{t}.model "
+                        f"{self.method.name.upper()} has no junction, all its networks must give features of one "
+                        f"width: model gives {self.model.out_features or 'what comes in'}, replacements.{t}.model "
                         f"{replacement.model.out_features or 'what comes in'}"
                     )
 
@@ -282,7 +295,16 @@ def train_run(
             folder=folder / f"pretraining-{t:02d}",
             on_step=partial(on_step, f"pre-training for task {t}"),
         )
-        return model.backbone if config.method.name == "er" else model  # whose classifier knows other classes
+        return model.backbone if config.method.name in LEARNABLE else model  # whose classifier knows other classes
+
+    def features(version: EmbeddingModel, items: Items) -> Tensor:
+        batches = torch.split(items.inputs, 1024)
+        return torch.cat([version.extract(data.prepare(batch).to(device)).cpu() for batch in batches])
+
+    def remembered(version: EmbeddingModel, items: Items, generator: np.random.Generator) -> Tensor:
+        if config.tasks.rehearsal == "herding":
+            return herding_rows(features(version, items), items.labels, config.tasks.memory_per_class)
+        return random_rows(items.labels, config.tasks.memory_per_class, generator)
 
     stages = train_versions(
         trainer("default"),
@@ -290,7 +312,7 @@ def train_run(
         partial(backbone, config.model),
         [_schedule(config, task, t) for t, task in enumerate(tasks)],
         seed=config.seed,
-        rehearsal=partial(_random_rows, config.tasks.memory_per_class) if config.tasks.memory_per_class else None,
+        rehearsal=remembered if config.tasks.memory_per_class else None,
         replacements={t: partial(pretrained, t, plan) for t, plan in config.tasks.replacements.items()},
         hoc_reference=config.tasks.hoc_reference,
         folder=folder,
@@ -299,9 +321,8 @@ def train_run(
     queries: list[Tensor] = []
     galleries: list[Tensor] = []
     for version in stages:
-        for rows, items in ((queries, data.query), (galleries, data.gallery)):
-            batches = torch.split(items.inputs, 1024)
-            rows.append(torch.cat([version.extract(data.prepare(batch).to(device)).cpu() for batch in batches]))
+        queries.append(features(version, data.query))
+        galleries.append(features(version, data.gallery))
     report: dict[str, Any] = {"protocols": {}}
     for name, protocol in PROTOCOLS.items():
         matrix = compatibility_matrix(queries, galleries, data.query.labels, data.gallery.labels, protocol)
@@ -392,9 +413,3 @@ def _schedule(config: RunConfig, task: Task, t: int) -> Schedule:
     remembers = t > 0 and config.tasks.memory_per_class > 0
     rows = config.schedule.batch // 2 if remembers else config.schedule.batch
     return replace(config.schedule, steps=config.tasks.epochs * -(-len(task.items.labels) // rows))
-
-
-def _random_rows(per_class: int, version: EmbeddingModel, items: Items, generator: np.random.Generator) -> Tensor:
-    drawn = torch.from_numpy(generator.permutation(len(items.labels)))
-    labels = items.labels[drawn]
-    return torch.cat([drawn[labels == c][:per_class] for c in torch.unique(labels)])

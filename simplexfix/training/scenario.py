@@ -31,7 +31,7 @@ __all__ = [
     "train_versions",
 ]
 
-Rehearsal = Callable[[EmbeddingModel, Items, np.random.Generator], Tensor]
+_Selection = Callable[[EmbeddingModel, Items, np.random.Generator], Tensor]
 
 _REFERENCES = ("deployed", "replacement")
 
@@ -118,7 +118,7 @@ def train_versions(
     schedule: Schedule | Sequence[Schedule],
     *,
     seed: int,
-    rehearsal: Rehearsal | None = None,
+    rehearsal: _Selection | None = None,
     replacements: Mapping[int, Callable[[], nn.Module]] | None = None,
     hoc_reference: str = "deployed",
     folder: str | os.PathLike[str] | None = None,
@@ -171,7 +171,7 @@ def _versions(
     start: Callable[[], nn.Module],
     schedules: Sequence[Schedule],
     seed: int,
-    rehearsal: Rehearsal | None,
+    rehearsal: _Selection | None,
     replacements: Mapping[int, Callable[[], nn.Module]],
     hoc_reference: str,
     folder: str | os.PathLike[str] | None,
@@ -240,7 +240,7 @@ def _remembered(
     version: EmbeddingModel,
     task: Task,
     memory: Items | None,
-    rehearsal: Rehearsal,
+    rehearsal: _Selection,
     seed: int,
     folder: Path | None,
 ) -> Items:
@@ -257,7 +257,9 @@ def _remembered(
     if memory is not None:
         again = torch.isin(memory.labels, task.items.labels)
         pool, kept = memory.take(again.nonzero()[:, 0]).joined(pool), memory.take((~again).nonzero()[:, 0])
-    chosen = pool.take(rehearsal(version, pool, np.random.default_rng(seed)))
+    # what the first process chose: others, on another device, may find another feature nearer
+    rows = processes.agreed(rehearsal(version, pool, np.random.default_rng(seed)).tolist())
+    chosen = pool.take(torch.tensor(rows, dtype=torch.int64))
     result = chosen if kept is None else kept.joined(chosen)
     if file is not None and processes.rank() == 0:
         write_state(file, {"facts": {"seed": seed}, "inputs": result.inputs, "labels": result.labels})

@@ -18,7 +18,8 @@ from ..methods import Method
 from ..models import EmbeddingModel
 from . import processes
 from .checkpoint import CheckpointWarning
-from .items import Items, RowBatches, mixed_seed
+from .items import Items, mixed_seed
+from .samplers import BalancedSampler
 from .schedule import Schedule
 
 __all__ = ["DTYPES", "Augment", "Steps"]
@@ -72,19 +73,18 @@ class Steps:
         self.device = device
         self.dtype = DTYPES[precision]
         self.rank, self.world = processes.rank(), processes.world()
-        self.parts = schedule.accumulate * self.world
-        sources = [items] if memory is None else [items, memory]
-        new_rows = schedule.batch if memory is None else schedule.batch // 2
-        sizes = (new_rows, schedule.batch - new_rows)
-        if any(size % self.parts for size in sizes):
+        self.items = items
+        self.memory = memory
+        remembered = 0 if memory is None else len(memory.labels)
+        self.sampler = BalancedSampler(
+            len(items.labels), remembered, schedule.batch, seed=seed, rank=self.rank, world=self.world
+        )
+        sizes = self.sampler.sizes
+        if any(size % (schedule.accumulate * self.world) for size in sizes):
             raise ValueError(
                 f"{sizes[0]} new and {sizes[1]} remembered rows of a batch cannot be shared out evenly over "
                 f"{self.world} processes with {schedule.accumulate} parts each"
             )
-        self.sources = [
-            (source, RowBatches(len(source.labels), size, seed=mixed_seed(seed, number)))
-            for number, (source, size) in enumerate(zip(sources, sizes, strict=False))
-        ]
         self.model = model.train()
         if compile:
             model.backbone.compile()
@@ -106,10 +106,10 @@ class Steps:
         """One step of the optimizer."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.at(self.step)
-        rows = [next(batches) for _, batches in self.sources]
+        rows = next(self.sampler)
         for i in range(self.schedule.accumulate):
             with self._gradients_sent(i + 1 == self.schedule.accumulate):
-                input, target = self._part(rows, i * self.world + self.rank)
+                input, target = self._part(rows, i)
                 with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
                     loss = self.loss(input, target) / self.schedule.accumulate
                 self.scaler.scale(loss).backward()
@@ -129,15 +129,18 @@ class Steps:
             return nullcontext()
         return self.loss.no_sync()
 
-    def _part(self, rows: list[Tensor], part: int) -> tuple[Tensor, Tensor]:
-        """Every `parts`-th row from `part` on; its augmentation depends on step and part, not on who computes it."""
-        taken = [source.take(r[part :: self.parts]) for (source, _), r in zip(self.sources, rows, strict=True)]
-        batch = taken[0] if len(taken) == 1 else taken[0].joined(taken[1])
+    def _part(self, rows: tuple[Tensor, Tensor], i: int) -> tuple[Tensor, Tensor]:
+        """Every `accumulate`-th of this rank's rows from the i-th on: of the whole batch, one in all ranks' parts."""
+        new, remembered = (r[i :: self.schedule.accumulate] for r in rows)
+        batch = self.items.take(new)
+        if self.memory is not None:
+            batch = batch.joined(self.memory.take(remembered))
         input, target = batch.inputs, batch.labels
         if self.device.type == "cuda" and not input.is_cuda:  # from pinned memory, so that nobody waits for the copy
             input, target = input.pin_memory(), target.pin_memory()
         input, target = (tensor.to(self.device, non_blocking=True) for tensor in (input, target))
         if self.augment is not None:
+            part = i * self.world + self.rank  # of the whole batch: the same augmentation whoever computes it
             input = self.augment(input, torch.Generator().manual_seed(mixed_seed(self.seed, 2, self.step, part)))
         return input, target
 
@@ -186,7 +189,7 @@ class Steps:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "mean": self.mean,
-            "batches": [batches.state_dict() for _, batches in self.sources],
+            "sampler": self.sampler.state_dict(),
             "reported": self.reported,
             "processes": processes.gathered({"total": self.total.item(), "random": _random_state(self.device)}),
         }
@@ -203,8 +206,7 @@ class Steps:
         self.scaler.load_state_dict(saved["scaler"])
         for mean, value in zip(self.mean, saved["mean"], strict=True):
             mean.copy_(value)
-        for (_, batches), state in zip(self.sources, saved["batches"], strict=True):
-            batches.load_state_dict(state)
+        self.sampler.load_state_dict(saved["sampler"])
         self.reported = saved["reported"]
         self.clock = (time.perf_counter(), self.step)
         theirs = saved["processes"]

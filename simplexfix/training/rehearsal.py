@@ -1,0 +1,240 @@
+"""What is remembered of earlier classes: a few items each, drawn at random or near the class mean."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._checks import check_integer, check_name
+from ..retrieval._inputs import Features, Ids, Rows, read_labels
+from .items import Items
+
+__all__ = ["SELECTIONS", "Rehearsal", "herding_rows", "random_rows"]
+
+SELECTIONS = ("random", "herding")
+
+
+def random_rows(labels: Ids, per_class: int, generator: np.random.Generator) -> Tensor:
+    """Of each class `per_class` rows, drawn at random, or all where it has no more.
+
+    Args:
+        labels: [N] class ids.
+        per_class: at least 1.
+        generator: decides; one draw whatever the classes are.
+
+    Returns:
+        [n] int64 rows, class after class in ascending order of ids.  The rows of a smaller budget are the first of
+        each class.
+
+    Raises:
+        TypeError, ValueError: labels are not [N] integers, or `per_class` is below 1.
+    """
+    check_budget(per_class)
+    ids = read_labels("labels", labels, "labels", len(labels))
+    drawn = generator.permutation(len(ids))
+    rows = [drawn[ids[drawn] == c][:per_class] for c in np.unique(ids)]
+    return torch.from_numpy(np.concatenate([np.empty(0, np.int64), *rows]))
+
+
+def herding_rows(features: Rows, labels: Ids, per_class: int) -> Tensor:
+    """Of each class the `per_class` rows whose mean stays nearest to that of the class, chosen one by one.
+
+        x_i = features_i / |features_i|,    m = mean of x over the class
+        k-th choice = argmin_i | m - (x_i + sum of the k - 1 chosen) / k |     over those not yet chosen
+
+    in float64; of equals the first row.  Means are not normalised again.  A zero feature stays zero.
+
+    Args:
+        features: [N, d] floating, finite.
+        labels: [N] class ids.
+        per_class: at least 1; a class of no more rows is taken whole, in this order.
+
+    Returns:
+        [n] int64 rows, class after class in ascending order of ids, within a class as chosen: the rows of a smaller
+        budget are the first of each class.
+
+    Raises:
+        TypeError, ValueError: not [N, d] floating features with one integer label each, nan or inf (by row), or
+            `per_class` below 1.
+
+    Reference:
+        Rebuffi et al., "iCaRL: Incremental Classifier and Representation Learning", CVPR 2017, arXiv 1611.07725,
+        algorithm 4.
+    """
+    check_budget(per_class)
+    held = Features("features", features)
+    held.check_finite()
+    rows = held.tensor().detach().cpu()
+    ids = read_labels("labels", labels, "features", len(held))
+    chosen = []
+    for c in np.unique(ids):
+        of_class = np.flatnonzero(ids == c)
+        x = rows[torch.from_numpy(of_class)].double().numpy()
+        x /= np.maximum(np.abs(x).max(axis=1, keepdims=True), np.finfo(np.float64).tiny)  # no square is lost to 0
+        x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), np.finfo(np.float64).tiny)
+        mean, total, left = x.mean(axis=0), np.zeros(x.shape[1]), np.ones(len(x), dtype=bool)
+        for k in range(1, min(per_class, len(x)) + 1):
+            # k times the difference; row by row, for equal rows to give equal bits
+            apart = np.where(left, np.square(k * mean - total - x).sum(axis=1), np.inf)
+            best = int(apart.argmin())
+            left[best] = False
+            total += x[best]
+            chosen.append(int(of_class[best]))
+    return torch.tensor(chosen, dtype=torch.int64)
+
+
+class Rehearsal:
+    """A memory of a few items of each class, for a loop of one's own.
+
+        memory = Rehearsal(20, selection="herding", generator=np.random.default_rng(0))
+        memory.add_class(7, inputs, features)      # at the end of the task that brought it
+        batch = new_items.joined(memory.sample(64))
+
+    Args:
+        per_class: items of each class, at least 1.
+        selection: "random" (`random_rows`) or "herding" (`herding_rows`).
+        generator: of `numpy.random.default_rng`, for this memory alone: what is drawn, here and in `sample`.
+
+    Raises:
+        TypeError, ValueError: a budget below 1, an unknown selection, or another kind of generator.
+    """
+
+    def __init__(self, per_class: int, *, selection: str = "random", generator: np.random.Generator) -> None:
+        check_budget(per_class)
+        check_name("selection", selection, SELECTIONS)
+        if not isinstance(generator, np.random.Generator) or not isinstance(generator.bit_generator, np.random.PCG64):
+            raise TypeError(
+                "generator must be one of numpy.random.default_rng(seed), whose state is plain numbers, "
+                f"got {getattr(generator, 'bit_generator', generator)!r}"
+            )
+        self.per_class = per_class
+        self.selection = selection
+        self._generator = generator
+        self._items: Items | None = None
+        self._left = torch.empty(0, dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return 0 if self._items is None else len(self._items.labels)
+
+    @property
+    def classes(self) -> list[int]:
+        """Ids of the classes that are remembered, ascending."""
+        found: list[int] = [] if self._items is None else torch.unique(self._items.labels).tolist()
+        return found
+
+    def items(self) -> Items:
+        """All that is remembered, classes in the order in which they came, items in that in which they were chosen.
+
+        Raises:
+            ValueError: nothing is.
+        """
+        if self._items is None:
+            raise ValueError("nothing is remembered yet; add_class comes first")
+        return self._items
+
+    def add_class(self, class_id: int, inputs: Tensor, features: Rows | None = None) -> None:
+        """Remembers a class by the best of its items.
+
+        Of a class that comes back with new items, pass the old ones along:
+        `add_class(c, torch.cat([memory.pop_class(c), inputs]), ...)`.
+
+        Args:
+            class_id: not remembered yet.
+            inputs: [N, ...], N >= 1, all of this class, of the shape and dtype of those of other classes.
+            features: [N, d] of these inputs by the model of now; for herding, and for that only.
+
+        Raises:
+            TypeError, ValueError: a class that is remembered; inputs of another shape or dtype, or none; features
+                that are missing, not wanted, or not one row for each input.
+        """
+        class_id = check_integer("class_id", class_id)
+        if class_id in self.classes:
+            raise ValueError(f"class {class_id} is remembered already; pop_class({class_id}) gives its items back")
+        if not len(inputs):
+            raise ValueError(f"inputs of class {class_id} has no rows")
+        if self._items is not None and (
+            inputs.shape[1:] != self._items.inputs.shape[1:] or inputs.dtype != self._items.inputs.dtype
+        ):
+            there = self._items.inputs
+            raise ValueError(
+                f"inputs must be {there.dtype} [N, {', '.join(map(str, there.shape[1:]))}] like those remembered, "
+                f"got {inputs.dtype} {list(inputs.shape)}"
+            )
+        labels = torch.full((len(inputs),), class_id)
+        if self.selection == "herding":
+            if features is None:
+                raise ValueError('features must be given: selection="herding" goes by them')
+            if len(features) != len(inputs):
+                raise ValueError(f"features has {len(features)} rows, inputs has {len(inputs)}")
+            rows = herding_rows(features, labels, self.per_class)
+        elif features is not None:
+            raise ValueError('features must be left out: selection="random" does not look at them')
+        else:
+            rows = random_rows(labels, self.per_class, self._generator)
+        chosen = Items(inputs[rows.to(inputs.device)], labels[rows])
+        self._hold(chosen if self._items is None else self._items.joined(chosen))
+
+    def pop_class(self, class_id: int) -> Tensor:
+        """Forgets a class and returns its inputs, in the order in which they were chosen.
+
+        Raises:
+            ValueError: it is not remembered.
+        """
+        if self._items is None or class_id not in self.classes:
+            raise ValueError(f"class {class_id} is not remembered")
+        of_class = self._items.labels == class_id
+        popped, kept = (self._items.take(mask.nonzero()[:, 0]) for mask in (of_class, ~of_class))
+        self._hold(kept if len(kept.labels) else None)
+        return popped.inputs
+
+    def sample(self, count: int) -> Items:
+        """The next `count` items: every one once, in random order, before any comes again.
+
+        After a class was added or popped all are drawn anew.
+
+        Raises:
+            ValueError: nothing is remembered, or `count` is below 1.
+        """
+        items = self.items()
+        if count < 1:
+            raise ValueError(f"count must be at least 1, got {count}")
+        while len(self._left) < count:
+            self._left = torch.cat([self._left, torch.from_numpy(self._generator.permutation(len(items.labels)))])
+        rows, self._left = self._left[:count], self._left[count:]
+        return items.take(rows)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, in tensors and plain values; `write_state` takes it."""
+        return {
+            "per_class": self.per_class,
+            "selection": self.selection,
+            "inputs": None if self._items is None else self._items.inputs,
+            "labels": None if self._items is None else self._items.labels,
+            "left": self._left,
+            "generator": self._generator.bit_generator.state,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Becomes what it was, in place of all it holds.
+
+        Raises:
+            ValueError: the state is of another budget or selection.
+        """
+        for name in ("per_class", "selection"):
+            if state[name] != getattr(self, name):
+                raise ValueError(f"the state is of {name} {state[name]!r}, this memory of {getattr(self, name)!r}")
+        self._items = None if state["inputs"] is None else Items(state["inputs"], state["labels"])
+        self._left = state["left"]
+        self._generator.bit_generator.state = state["generator"]
+
+    def _hold(self, items: Items | None) -> None:
+        self._items = items
+        self._left = torch.empty(0, dtype=torch.int64)
+
+
+def check_budget(per_class: int) -> None:
+    if check_integer("per_class", per_class) < 1:
+        raise ValueError(f"per_class must be at least 1, got {per_class}")

@@ -1,0 +1,88 @@
+"""Which rows make the batch of a step: new ones, and as many remembered ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .items import RowBatches, mixed_seed
+
+__all__ = ["BalancedSampler"]
+
+
+class BalancedSampler:
+    """Endless batches of (new rows, remembered rows): half and half, all of them new where there is no memory.
+
+        new rows          every one once, in random order, before any comes again: an epoch
+        remembered rows   the same, apart, at their own pace
+
+    Batches are all of one size, so the last one of an epoch holds the first rows of the next where the size does not
+    divide the number of rows.  The batch is that of all processes together and does not depend on how many there are:
+
+        rows of rank r of W = rows of the batch [r::W]
+
+    so a state that any number of processes saved, any number can go on from.
+
+    Args:
+        new: how many new rows there are, at least 1.
+        remembered: how many remembered ones; 0 for no memory.
+        batch: rows of one batch, of all processes; of an odd number one more is remembered than new.
+        seed: of both orders.
+        rank, world: this process, of so many.
+
+    Raises:
+        ValueError: a number out of its range, or halves that cannot be shared out evenly over the processes: the mean
+            of their gradients would not be that of the batch.
+    """
+
+    def __init__(self, new: int, remembered: int, batch: int, *, seed: int, rank: int = 0, world: int = 1) -> None:
+        if new < 1 or remembered < 0:
+            raise ValueError(f"new must be at least 1 and remembered at least 0, got {new} and {remembered}")
+        if not 0 <= rank < world:
+            raise ValueError(f"rank must lie in [0, {world}), the processes, got {rank}")
+        self.sizes = (batch // 2, batch - batch // 2) if remembered else (batch, 0)
+        if self.sizes[0] < 1:
+            raise ValueError(f"batch must hold a row, and two where some are remembered, got {batch}")
+        if any(size % world for size in self.sizes):
+            raise ValueError(
+                f"{self.sizes[0]} new and {self.sizes[1]} remembered rows of a batch cannot be shared out evenly over "
+                f"{world} processes"
+            )
+        self.rows = (new, remembered)
+        self.rank = rank
+        self.world = world
+        self._orders = [
+            RowBatches(rows, size, seed=mixed_seed(seed, number))
+            for number, (rows, size) in enumerate(zip(self.rows, self.sizes, strict=True))
+            if rows
+        ]
+
+    def __iter__(self) -> BalancedSampler:
+        return self
+
+    def __next__(self) -> tuple[Tensor, Tensor]:
+        """This rank's rows, [new / W] and [remembered / W] int64."""
+        taken = [next(order)[self.rank :: self.world] for order in self._orders]
+        return taken[0], taken[1] if len(taken) == 2 else torch.empty(0, dtype=torch.int64)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where it is, between any two batches, in tensors and plain values."""
+        return {
+            "rows": list(self.rows),
+            "sizes": list(self.sizes),
+            "orders": [order.state_dict() for order in self._orders],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from there, to the same batches as if it had never stopped.
+
+        Raises:
+            ValueError: the state is of other numbers of rows or of another batch.
+        """
+        for name, mine in (("rows", self.rows), ("sizes", self.sizes)):
+            if list(state[name]) != list(mine):
+                raise ValueError(f"the state is of {name} {list(state[name])} (new, remembered), here are {list(mine)}")
+        for order, saved in zip(self._orders, state["orders"], strict=True):
+            order.load_state_dict(saved)
