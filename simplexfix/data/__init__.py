@@ -1,7 +1,27 @@
 """Data sets, augmentation, and features from files.  Nothing here downloads anything."""
 
-from .augment import RandomWarp
+from .augment import Normalize, RandomCropFlip, RandomWarp
+from .cifar import CIFAR100_MEAN, CIFAR100_STD, Cifar, CifarFileError, load_cifar10, load_cifar100
 from .features import FeatureFileError, Features, load_features
+from .folders import ImageFileError, ImageFolder, load_image_folder
 from .omniglot import Omniglot, load_omniglot
 
-__all__ = ["FeatureFileError", "Features", "Omniglot", "RandomWarp", "load_features", "load_omniglot"]
+__all__ = [
+    "CIFAR100_MEAN",
+    "CIFAR100_STD",
+    "Cifar",
+    "CifarFileError",
+    "FeatureFileError",
+    "Features",
+    "ImageFileError",
+    "ImageFolder",
+    "Normalize",
+    "Omniglot",
+    "RandomCropFlip",
+    "RandomWarp",
+    "load_cifar10",
+    "load_cifar100",
+    "load_features",
+    "load_image_folder",
+    "load_omniglot",
+]

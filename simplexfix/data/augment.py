@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["RandomWarp"]
+__all__ = ["Normalize", "RandomCropFlip", "RandomWarp"]
 
 _BUMPS = 4  # a grid of 4 x 4 control points
 
@@ -52,6 +53,83 @@ class RandomWarp:
         weights = torch.cat([torch.stack([x, y], 1), bends], 2)  # [B, 2, 3 + 16]
         grid = (weights @ _basis(height, width)).view(b, 2, height, width).permute(0, 2, 3, 1)
         return F.grid_sample(images.float().unsqueeze(1), grid.to(images.device), align_corners=False)
+
+
+@dataclass(frozen=True)
+class Normalize:
+    """Pixels as a network takes them, without augmentation: `(x / 255 - mean) / std` by channel.
+
+    Args:
+        mean, std: one number for each channel, for pixels in [0, 1].
+
+    Raises:
+        ValueError: of different lengths, or a std that is not positive.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != len(self.std) or not all(0 < s < math.inf for s in self.std):
+            raise ValueError(
+                f"mean and std must be of one length and std positive, got {list(self.mean)} and {list(self.std)}"
+            )
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 [B, C, H, W] -> float32 [B, C, H, W]."""
+        _check_pixels(images, len(self.mean))
+        mean, std = (
+            torch.tensor(numbers, device=images.device).view(1, -1, 1, 1) * 255 for numbers in (self.mean, self.std)
+        )
+        return (images - mean) / std
+
+
+@dataclass(frozen=True)
+class RandomCropFlip:
+    """The usual augmentation of 32-pixel photographs: a shifted cut, mirrored or not, one per image, then normalised.
+
+    An image is padded with black (0) on all sides, and a piece of its own size is cut out of that, from anywhere with
+    equal chance.  Sizes do not change.
+
+    Args:
+        normalize: what follows.
+        padding: pixels on each side.
+        flip: chance of left and right being exchanged.
+
+    Raises:
+        ValueError: a negative padding, or a chance outside [0, 1].
+    """
+
+    normalize: Normalize
+    padding: int = 4
+    flip: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.padding < 0 or not 0 <= self.flip <= 1:
+            raise ValueError(f"padding must be 0 or more and flip in [0, 1], got {self.padding} and {self.flip}")
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """uint8 [B, C, H, W] -> float32 [B, C, H, W]; the generator is on the CPU, the images anywhere."""
+        _check_pixels(images, len(self.normalize.mean))
+        b, _, height, width = images.shape
+        down, right = torch.randint(2 * self.padding + 1, (2, b, 1), generator=generator)
+        mirrored = torch.rand(b, 1, generator=generator) < self.flip
+        x = torch.arange(width).expand(b, -1)
+        rows = (torch.arange(height) + down).to(images.device)  # [B, H] of the padded image
+        columns = (x.where(~mirrored, width - 1 - x) + right).to(images.device)  # [B, W]
+        padded = F.pad(images, (self.padding,) * 4)
+        image = torch.arange(b, device=images.device).view(-1, 1, 1)
+        # advanced indices on both sides of a slice: channels come last, and are put back
+        cut = padded[image, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+        return self.normalize(cut)
+
+
+def _check_pixels(images: Tensor, channels: int) -> None:
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != channels:
+        raise ValueError(
+            f"images must be uint8 [B, {channels}, H, W], got {str(images.dtype).removeprefix('torch.')} "
+            f"{list(images.shape)}"
+        )
 
 
 @functools.cache

@@ -10,9 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from simplexfix.cli import main
-from simplexfix.training import PRESETS, RunConfig, Trainer, overridden, read_config
+from simplexfix.methods import ER
+from simplexfix.models import EmbeddingModel, FeatureMLP
+from simplexfix.training import PRESETS, RunConfig, Trainer, herding_rows, overridden, read_config, read_state
 from simplexfix.training.run import _load, _schedule, _tasks
 
 
@@ -92,6 +95,25 @@ def test_a_run_stops_goes_on_and_is_listed(tmp_path, features, monkeypatch, caps
     assert [run["name"] for run in json.loads(capsys.readouterr().out)] == ["er", "stopped", "whole"]
 
 
+@pytest.mark.parametrize("name", ["bct", "fd"])
+def test_methods_with_a_classifier_remember_by_herding(tmp_path, features, name: str) -> None:
+    changes = [f"method.name={name}", "method.scale=null", "model.hidden=[20]", "tasks.rehearsal=herding"]
+    config = configuration(tmp_path, features)
+    assert main(["train", str(config), *changes, "--out", str(tmp_path / "run")]) == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["protocols"]["nearest_class_mean"]["matrix"][2][2] > 0.5
+
+    read = read_config(RunConfig, overridden(json.loads(config.read_text()), changes))
+    first = _tasks(read, _load(read).train)[0][0].items
+    version = EmbeddingModel(FeatureMLP(12, [20]), ER().head(20))
+    ER().add_classes(version, range(4))
+    version.load_state_dict(read_state(tmp_path / "run" / "task-00" / "version.safetensors")["model"])
+    chosen = first.take(herding_rows(version.extract(first.inputs), first.labels, 5))
+    remembered = read_state(tmp_path / "run" / "task-00" / "memory.safetensors")
+    assert torch.equal(remembered["inputs"], chosen.inputs)
+    assert torch.equal(remembered["labels"], chosen.labels)
+
+
 def test_other_data_is_named(tmp_path, features, capsys) -> None:
     config = str(configuration(tmp_path, features))
     short = ["schedule.steps=2", "tasks.replacements={}", "--out", str(tmp_path / "run")]
@@ -144,6 +166,8 @@ def test_presets_can_be_read_back_and_run(name: str, tmp_path, capsys) -> None:
         (["data.kind=cifar"], "kind must be one of 'features', 'omniglot', got 'cifar'"),
         (["tasks.epochs=0"], "epochs must be at least 1, got 0"),
         (["tasks.memory_per_class=-1"], "memory_per_class must be 0 or more, got -1"),
+        (["tasks.rehearsal=nearest"], "rehearsal must be one of 'random', 'herding', got 'nearest'"),
+        (["method.name=bct"], "BCT has no junction, all its networks must give features of one width: model gives 16"),
         (["tasks.hoc_reference=self"], "hoc_reference must be one of 'deployed', 'replacement', got 'self'"),
     ],
 )
