@@ -7,12 +7,15 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 
 from simplexfix.cli import main
+from simplexfix.training import class_order
 
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 
@@ -46,6 +49,38 @@ def test_commands_of_the_readme_run_word_for_word(tmp_path: Path, monkeypatch: p
     assert [command.split()[0] for command in commands] == ["gate", "evaluate"]
     assert [main(shlex.split(command, comments=True)) for command in commands] == [0, 0]
     assert (tmp_path / "report" / "report.html").is_file()
+
+
+def test_the_method_of_ones_own_trains_and_its_page_runs(tmp_path, monkeypatch) -> None:
+    """The snippets of docs/methods.md in order: a second version that finds items in the first one's gallery."""
+    image = pytest.importorskip("PIL.Image", reason="the page reads a folder of images")
+    draw = np.random.default_rng(0)
+    centres, labels = draw.normal(size=(10, 12)), np.arange(400) % 10
+    features = torch.from_numpy(centres[labels] + 0.3 * draw.normal(size=(400, 12))).float()
+    cifar = tmp_path / "data" / "cifar-100-binary"
+    cifar.mkdir(parents=True)
+    (cifar / "train.bin").write_bytes(draw.integers(0, 20, 3074 * 3, np.uint8).tobytes())
+    (cifar / "fine_label_names.txt").write_text("\n".join(f"class{i}" for i in range(100)))
+    (tmp_path / "data" / "own" / "cat").mkdir(parents=True)
+    image.new("RGB", (40, 50), (1, 2, 3)).save(tmp_path / "data" / "own" / "cat" / "a.png")
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "methods.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 4
+    names: dict[str, Any] = {"features": features, "labels": torch.from_numpy(labels)}
+    for block in blocks:
+        exec(compile(block, "docs/methods.md", "exec"), names)
+    first, last = names["versions"]
+    ids = class_order(names["labels"], seed=0).argsort()[labels]  # as the tasks count them
+    _, slots = last.head.predict(last.backbone(features))
+    assert (slots[:, 0] == last.head.slots.lookup("default", ids)).double().mean() > 0.9
+    known = ids < 6  # to both
+    old, new = (version.extract(features[known]) for version in (first, last))
+    assert old.shape == (240, 32)
+    nearest = (new @ old.T).fill_diagonal_(-1).argmax(1)  # an item's own old embedding does not count
+    assert (ids[known][nearest] == ids[known]).double().mean() > 0.9
+    assert (len(names["rows"]), len(names["again"])) == (16, 16)
+    assert names["batch"].shape == (3, 3, 32, 32)
+    assert names["own"].images.shape == (1, 3, 32, 32)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -115,9 +115,8 @@ def _folder(path: str | os.PathLike[str], name: str, files: list[str]) -> Path:
 
 
 def _names(file: Path, classes: int) -> tuple[str, ...]:
-    names = tuple(
-        line.strip() for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()
-    )
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    names = tuple(line.strip() for line in lines if line.strip())
     if len(names) != classes:
         raise CifarFileError(f"{file} must name {classes} classes, one a line, got {len(names)}")
     return names

@@ -53,8 +53,8 @@ def load_image_folder(path: str | os.PathLike[str], *, size: int) -> ImageFolder
 
     Raises:
         FileNotFoundError: no such folder, or no class folder in it.
-        ImageFileError: a class without images; a file that is no image by its suffix, that cannot be read, or whose pixels
-            are not of 8 bits.
+        ImageFileError: a class without images; a file that is no image by its suffix, that cannot be read, or whose
+            pixels are not of 8 bits.
         ValueError: a size below 1.
         ModuleNotFoundError: Pillow is not installed.
     """

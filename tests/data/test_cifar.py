@@ -1,4 +1,4 @@
-"""The binary version of CIFAR: files written here byte by byte, every damage named, and the real images where they are."""
+"""The binary version of CIFAR: files byte by byte, every damage named, and the real images where they are."""
 
 from __future__ import annotations
 
