@@ -25,6 +25,9 @@ class BCT(ER):
     that it lacks are left out; where no row is left, and without an old model, the influence is 0 and has no gradient.
     The old backbone is not run.
 
+    Of several processes, or parts of a batch, each takes the mean over its own rows: that is the batch's where all hold
+    as many rows of old classes, as they do where these are the remembered half.
+
     Args:
         weight: of the influence loss.
         scale: of `LinearHead`; the old classifier keeps the one that it was trained with.

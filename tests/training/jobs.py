@@ -15,8 +15,9 @@ from simplexfix import SlotRegistry
 from simplexfix import _files as files
 from simplexfix.methods import HOC
 from simplexfix.models import EmbeddingModel, SmallConvNet
-from simplexfix.training import Items, Schedule, Trainer, processes
+from simplexfix.training import Items, Schedule, Task, Trainer, processes
 from simplexfix.training.checkpoint import fingerprint
+from simplexfix.training.scenario import _remembered
 
 STEPS = 24
 
@@ -140,4 +141,19 @@ def in_group(rank: int, world: int, folder: Path, name: str, die_at: int | None,
 
     version = trained(folder / name, on_step=on_step, **options)
     assert len(set(processes.gathered(fingerprint(version.state_dict())))) == 1  # statistics of batches, too
+    dist.destroy_process_group()
+
+
+def remembering(rank: int, world: int, folder: Path) -> None:
+    """Each process of a group would remember other rows, with or without a folder."""
+    rendezvous = f"file://{folder}/remembering.rendezvous"
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world)
+    items = features(12, 3, 0)
+    version = EmbeddingModel(nn.Identity(), nn.Identity())
+    for place in (None, folder):
+        memory = _remembered(
+            version, Task(items, range(3)), None, lambda v, pool, g: torch.tensor([rank, 5 + rank]), 0, place
+        )
+        assert torch.equal(memory.inputs, items.inputs[[0, 5]])
+        assert torch.equal(memory.labels, items.labels[[0, 5]])
     dist.destroy_process_group()

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from simplexfix import SlotRegistry
-from simplexfix.methods import ER, HOC
+from simplexfix.methods import BCT, ER, FD, HOC
 from simplexfix.models import EmbeddingModel
 from simplexfix.training import (
     Items,
@@ -20,6 +20,7 @@ from simplexfix.training import (
     class_incremental,
     class_order,
     dataset_sequence,
+    herding_rows,
     instance_incremental,
     train_versions,
 )
@@ -177,6 +178,35 @@ def test_a_stopped_sequence_goes_on_to_the_same_bits(tmp_path: Path, after: int)
     for a, b in zip(whole, again, strict=True):
         for x, y in zip(a.parameters(), b.parameters(), strict=True):
             assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("make", [BCT, FD, lambda: FD(distance="l2", scale=5.0)])
+@pytest.mark.parametrize("after", [6, 12])
+def test_versions_with_a_classifier_and_herding_go_on_to_the_same_bits(tmp_path: Path, make, after: int) -> None:
+    """The old classifier is read from its version's file, the memory from its own; the last network is a new one."""
+
+    def herd(version: EmbeddingModel, items: Items, generator: np.random.Generator) -> torch.Tensor:
+        return herding_rows(version.extract(items.inputs), items.labels, 3)
+
+    options = {"rehearsal": herd, "replacements": {2: start}}
+    whole = versions(make(), **options)
+    assert [version.head.num_classes for version in whole] == [4, 6, 8]
+    steps: list[int] = []
+
+    def on_step(task: int) -> None:
+        steps.append(task)
+        if len(steps) == after:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        versions(make(), folder=tmp_path, on_step=on_step, **options)
+    again = versions(make(), folder=tmp_path, **options)
+    for a, b in zip(whole, again, strict=True):
+        for x, y in zip(a.parameters(), b.parameters(), strict=True):
+            assert torch.equal(x, y)
+    alone = versions(ER(scale=make().scale), **options)
+    assert torch.equal(alone[0].backbone[0].weight, whole[0].backbone[0].weight)  # there was no old model
+    assert not torch.equal(alone[1].backbone[0].weight, whole[1].backbone[0].weight)
 
 
 @pytest.mark.parametrize(

@@ -101,10 +101,11 @@ def test_the_seed_decides_and_dropout_is_part_of_it(whole) -> None:
 
 
 def group(folder: Path, name: str, options: dict, *, world: int = 2, die_at: int | None = None) -> list[int | None]:
-    processes = [
-        PROCESSES.Process(target=jobs.in_group, args=(rank, world, folder, name, die_at, options))
-        for rank in range(world)
-    ]
+    return together(jobs.in_group, folder, name, die_at, options, world=world)
+
+
+def together(job: Callable[..., None], *arguments: object, world: int = 2) -> list[int | None]:
+    processes = [PROCESSES.Process(target=job, args=(rank, world, *arguments)) for rank in range(world)]
     for process in processes:
         process.start()
     for process in processes:
@@ -116,6 +117,10 @@ def close(first: dict, second: dict) -> None:
     for name, value in first.items():
         if isinstance(value, torch.Tensor):
             torch.testing.assert_close(value, second[name], rtol=1e-5, atol=1e-6)
+
+
+def test_all_processes_remember_what_the_first_chose(tmp_path) -> None:
+    assert together(jobs.remembering, tmp_path) == [0, 0]
 
 
 def test_two_processes_see_what_one_sees(tmp_path) -> None:
