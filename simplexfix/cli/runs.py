@@ -40,11 +40,13 @@ def run(arguments: argparse.Namespace) -> int:
 def _described(folder: Path) -> dict[str, Any]:
     facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     report = folder / "report.json"
-    scores = json.loads(report.read_text(encoding="utf-8"))["protocols"] if report.exists() else None
+    scores = json.loads(report.read_text(encoding="utf-8"))["search"] if report.exists() else None
     return {
         "name": folder.resolve().name,
         "state": "done" if scores else _progress(folder),
-        "scores": {name: {key: entry[key] for key in ("AC", "AA")} for name, entry in (scores or {}).items()},
+        "scores": {
+            name: {key: entry["criteria"][key] for key in ("AC", "AA")} for name, entry in (scores or {}).items()
+        },
         "config": facts["config"],
         "data": facts["data"],
     }

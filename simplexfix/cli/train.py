@@ -14,10 +14,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from ..models.external import LIBRARIES
 from ..training import processes
 from ..training.config import overridden, read_config, read_mapping
 from ..training.presets import PRESETS
-from ..training.run import RunConfig, train_run
+from ..training.run import train_run
+from ..training.run_config import RunConfig
 
 BAD_INPUT = 2
 
@@ -43,8 +45,14 @@ def run(arguments: argparse.Namespace) -> int:
     except (ValueError, TypeError, FloatingPointError) as error:
         print(f"simplexfix train: {error}", file=sys.stderr)
         return BAD_INPUT
+    except ModuleNotFoundError as error:
+        if error.name not in LIBRARIES:  # which are no extras of ours
+            raise
+        print(f"simplexfix train: {error}", file=sys.stderr)
+        return BAD_INPUT
     if first:
-        for name, scores in report["protocols"].items():
+        for name, entry in report["search"].items():
+            scores = entry["criteria"]
             ac = "-" if scores["AC"] is None else f"{scores['AC']:.2f}"
             print(f"{name.replace('_', ' ')}: AC {ac}, AA {100 * scores['AA']:.1f}")
         print(f"{folder} holds versions, logs and report.json")

@@ -1,7 +1,9 @@
-"""Small plain networks, and the pair of backbone and head that one version of a model is."""
+"""Small plain networks, those of other libraries, and the pair of backbone and head that is a version of a model."""
 
 from .convnet import SmallConvNet
 from .embedding import EmbeddingModel
+from .external import external_backbone
 from .mlp import FeatureMLP
+from .resnet import ResNet18
 
-__all__ = ["EmbeddingModel", "FeatureMLP", "SmallConvNet"]
+__all__ = ["EmbeddingModel", "FeatureMLP", "ResNet18", "SmallConvNet", "external_backbone"]

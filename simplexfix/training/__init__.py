@@ -5,7 +5,8 @@ from .config import ConfigError, overridden, read_config, read_mapping
 from .items import Items, RowBatches
 from .presets import PRESETS
 from .rehearsal import Rehearsal, herding_rows, random_rows
-from .run import (
+from .run import train_run
+from .run_config import (
     DataConfig,
     MethodConfig,
     ModelConfig,
@@ -13,7 +14,6 @@ from .run import (
     RunConfig,
     TasksConfig,
     TrainerConfig,
-    train_run,
 )
 from .samplers import BalancedSampler
 from .scenario import Task, class_incremental, class_order, dataset_sequence, instance_incremental, train_versions

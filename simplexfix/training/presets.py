@@ -2,10 +2,53 @@
 
 from __future__ import annotations
 
-from .run import MethodConfig, ModelConfig, ReplacementConfig, RunConfig, TasksConfig
+from dataclasses import replace
+
+from .run_config import (
+    DataConfig,
+    MethodConfig,
+    ModelConfig,
+    ReplacementConfig,
+    RunConfig,
+    TasksConfig,
+    TrainerConfig,
+)
 from .schedule import Schedule
 
 __all__ = ["PRESETS"]
+
+# The authors' protocol.  Replacements are pre-trained on `data.pretraining`: ImageNet at 32 pixels, a folder of images
+# for every class; how long is our choice, the rest theirs.
+_PAPER = RunConfig(
+    data=DataConfig(kind="cifar", path="data", per_class=300),
+    model=ModelConfig(kind="resnet18"),
+    tasks=TasksConfig(counts=(10, *[15] * 6), epochs=70, hoc_reference="replacement"),
+    schedule=Schedule(
+        1,  # in place of which come the epochs
+        1e-3,
+        warmup=0.0,
+        weight_decay=5e-4,
+        final_learning_rate=1e-5,
+        optimizer="sgd",
+    ),
+    trainer=TrainerConfig(precision="float16"),
+)
+
+
+def _replaced(
+    at: tuple[int, ...], classes: tuple[int, ...], model: ModelConfig, epochs: int
+) -> dict[int, ReplacementConfig]:
+    schedule = Schedule(1, 0.1, weight_decay=5e-4, optimizer="sgd")
+    return {t: ReplacementConfig(model, n, schedule, epochs) for t, n in zip(at, classes, strict=True)}
+
+
+def _iamcl2r(counts: tuple[int, ...], at: tuple[int, ...]) -> RunConfig:
+    data = replace(_PAPER.data, pretraining="data/imagenet32")
+    replacements = _replaced(at, (100, 300, 600), _PAPER.model, epochs=90)
+    return replace(_PAPER, data=data, tasks=replace(_PAPER.tasks, counts=counts, replacements=replacements))
+
+
+_NARROW = ModelConfig(kind="resnet18", width=32)
 
 PRESETS = {
     # IAM-CL2R at the size of the demo: four tasks, at the last of which a wider, pre-trained network takes over
@@ -17,5 +60,21 @@ PRESETS = {
         ),
         schedule=Schedule(120, 3e-3),
         method=MethodConfig(slots=256, normalize=True, scale=12.0, lambda_=0.5),
+    ),
+    "cl2r": _PAPER,
+    "iamcl2r-7": _iamcl2r((10, *[15] * 6), (0, 2, 4)),
+    "iamcl2r-31": _iamcl2r((10, *[3] * 30), (0, 10, 20)),
+    # iamcl2r-7 for a few minutes of two cores: half of CIFAR-100 for the tasks, the other half for pre-training
+    "cpu-small": RunConfig(
+        data=DataConfig(kind="cifar", path="data", per_class=300, query_batches=(1,)),
+        model=_NARROW,
+        tasks=TasksConfig(
+            counts=(8, *[7] * 6),
+            pretraining_from=50,
+            epochs=8,
+            replacements=_replaced((0, 2, 4), (20, 35, 50), _NARROW, epochs=12),
+            hoc_reference="replacement",
+        ),
+        schedule=Schedule(1, 1e-2, weight_decay=5e-4, optimizer="sgd"),
     ),
 }

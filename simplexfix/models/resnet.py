@@ -1,0 +1,94 @@
+"""ResNet-18 for small photographs, in both forms of its stem."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .._checks import check_name
+
+__all__ = ["ResNet18"]
+
+_STEMS = ("cifar", "imagenet")
+
+
+class ResNet18(nn.Module):
+    """[B, 3, H, W] images -> [B, 8 width] features: the mean over the last feature map.
+
+    Four stages of two residual blocks of two 3 x 3 convolutions each, of 1, 2, 4 and 8 times `width` channels; each
+    stage after the first halves height and width.
+
+        stem       first layers                              side of the stages for 32-pixel images
+        imagenet   7 x 7 of stride 2, 3 x 3 max-pool of 2     8, 4, 2, 1
+        cifar      3 x 3 of stride 1                          32, 16, 8, 4
+
+    so "imagenet" is the cheaper one, by a factor of 15.  Parameters are named as torchvision names those of its
+    `resnet18`, whose weights "imagenet" of width 64 loads but for `fc`; it starts as that one does, from He's normal
+    distribution by outputs.
+
+    Args:
+        stem: "imagenet" or "cifar".
+        width: channels of the first stage; 64 in the paper.
+        in_channels: of the images.
+
+    Raises:
+        ValueError: an unknown stem, or a width that is not positive.
+
+    Reference:
+        He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, arXiv 1512.03385.
+    """
+
+    def __init__(self, stem: str = "imagenet", *, width: int = 64, in_channels: int = 3) -> None:
+        super().__init__()
+        check_name("stem", stem, _STEMS)
+        if width < 1 or in_channels < 1:
+            raise ValueError(f"width and in_channels must be positive, got {width} and {in_channels}")
+        self.stem = stem
+        self.width = width
+        self.in_channels = in_channels
+        self.out_features = 8 * width
+        if stem == "imagenet":
+            self.conv1 = nn.Conv2d(in_channels, width, 7, stride=2, padding=3, bias=False)
+            self.maxpool: nn.Module = nn.MaxPool2d(3, stride=2, padding=1)
+        else:
+            self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
+            self.maxpool = nn.Identity()
+        self.bn1 = nn.BatchNorm2d(width)
+        self.layer1 = nn.Sequential(_Block(width, width, 1), _Block(width, width, 1))
+        self.layer2 = nn.Sequential(_Block(width, 2 * width, 2), _Block(2 * width, 2 * width, 1))
+        self.layer3 = nn.Sequential(_Block(2 * width, 4 * width, 2), _Block(4 * width, 4 * width, 1))
+        self.layer4 = nn.Sequential(_Block(4 * width, 8 * width, 2), _Block(8 * width, 8 * width, 1))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def forward(self, images: Tensor) -> Tensor:
+        if images.ndim != 4 or images.shape[1] != self.in_channels:
+            raise ValueError(f"images must have shape [B, {self.in_channels}, H, W], got {list(images.shape)}")
+        x = images.contiguous(memory_format=torch.channels_last)
+        x = self.maxpool(F.relu(self.bn1(self.conv1(x)), inplace=True))
+        maps: Tensor = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return maps.mean((2, 3))
+
+
+class _Block(nn.Module):
+    """relu(x' + bn(conv(relu(bn(conv(x)))))), with x' = x, or a 1 x 1 convolution of it where shapes change."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.downsample = (
+            nn.Sequential(nn.Conv2d(in_channels, channels, 1, stride=stride, bias=False), nn.BatchNorm2d(channels))
+            if stride > 1
+            else None
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        return F.relu(shortcut + self.bn2(self.conv2(x)), inplace=True)

@@ -1,0 +1,266 @@
+"""What a run is: the dataclasses that its configuration file is read into."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch.distributed as dist
+
+from .._checks import check_name
+from ..data import CIFAR100_MEAN, CIFAR100_STD
+from ..methods import BCT, ER, FD, HOC, Method, Simplex
+from ..models.external import LIBRARIES
+from ..slots import SlotRegistry
+from . import processes
+from .rehearsal import SELECTIONS
+from .schedule import Schedule
+
+__all__ = [
+    "LEARNABLE",
+    "DataConfig",
+    "MethodConfig",
+    "ModelConfig",
+    "ReplacementConfig",
+    "RunConfig",
+    "TasksConfig",
+    "TrainerConfig",
+]
+
+LEARNABLE = ("bct", "er", "fd")  # methods with a classifier for each network, and features for embeddings
+DATA = ("cifar", "features", "images", "omniglot")
+PROTOCOLS = ("nearest_class_mean", "instance")
+NETWORKS = ("convnet", "mlp", "resnet18")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is learned and what is searched.
+
+        kind       in path                                               search
+        omniglot   nothing: it comes inside the package                  alphabets that no version saw
+        features   train [N, d], train_labels [N] and query, gallery,    query, gallery
+                   query_labels, gallery_labels as .npy files
+        cifar      CIFAR-100 and CIFAR-10 in their binary version        CIFAR-10: training images in its test images
+        images     folders train, query and gallery, each with a         query, gallery
+                   folder of images for every class
+
+    Args:
+        kind, path: as in the table.
+        per_class: the first so many training items of each class; None for all.
+        validation: share of the rest of each class, drawn by the seed, that is never trained on: the report judges all
+            versions by it, too, so that nothing has to be chosen by the search data.
+        query_batches: of cifar: which of the five files of training images are searched with.
+        size: side that images are scaled to, in pixels.
+        mean, std: of the channels of cifar and images, for pixels in [0, 1].
+        pretraining: None, or a folder of images for every class, of cifar and images: what replacements are
+            pre-trained on, in place of classes that no task brings.
+    """
+
+    kind: str = "omniglot"
+    path: str | None = None
+    per_class: int | None = None
+    validation: float = 0.0
+    query_batches: tuple[int, ...] = (1, 2, 3, 4, 5)
+    size: int = 32
+    mean: tuple[float, ...] = CIFAR100_MEAN
+    std: tuple[float, ...] = CIFAR100_STD
+    pretraining: str | None = None
+
+    def __post_init__(self) -> None:
+        check_name("kind", self.kind, DATA)
+        if (self.kind == "omniglot") != (self.path is None):
+            raise ValueError('path is where the data is, of every kind but "omniglot"')
+        if self.per_class is not None and self.per_class < 1:
+            raise ValueError(f"per_class must be at least 1, got {self.per_class}")
+        if not 0 <= self.validation < 1:
+            raise ValueError(f"validation is a share, in [0, 1), got {self.validation}")
+        if self.pretraining is not None and self.kind not in ("cifar", "images"):
+            raise ValueError('pretraining is a folder of images, of kind="cifar" and kind="images"')
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A backbone.
+
+        kind                        what                            takes
+        convnet                     `SmallConvNet`                  drawings of omniglot
+        mlp                         `FeatureMLP`                    features
+        resnet18                    `ResNet18`                      images
+        timm:NAME, torchvision:NAME `external_backbone`             images
+
+    Args:
+        kind: as in the table.
+        width: channels of the first layers of convnet (None: 16) and resnet18 (None: 64).
+        features: width of what convnet returns.
+        hidden: layers of mlp.
+        stem: of resnet18, "imagenet" or "cifar".
+        pretrained: another library's network with its default weights, which that downloads where it must.
+    """
+
+    kind: str = "convnet"
+    width: int | None = None
+    features: int = 256
+    hidden: tuple[int, ...] = ()
+    stem: str = "imagenet"
+    pretrained: bool = False
+
+    def __post_init__(self) -> None:
+        external = self.kind.partition(":")[0] in LIBRARIES
+        if not external:
+            check_name("kind", self.kind, (*NETWORKS, *(f"{library}:NAME" for library in LIBRARIES)))
+        if self.pretrained and not external:
+            raise ValueError(f"pretrained is of networks of {' and '.join(LIBRARIES)}, got kind={self.kind!r}")
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """A way to train, of `simplexfix.methods`.
+
+    Args:
+        name: "er", "fd" or "bct", with a learnable classifier; "simplex" or "hoc", with the fixed one.
+        slots: K of the simplex.
+        normalize: of the simplex; a learnable classifier with a scale is always normalised.
+        scale: of the logits; None for plain ones.
+        weight: of FD's distance and of BCT's influence loss.
+        distance: of FD.
+        lambda_, mu, negatives, anchor: of `hoc_loss`.
+        gather: negatives of HOC from all processes.
+    """
+
+    name: str = "hoc"
+    slots: int = 1024
+    normalize: bool = False
+    scale: float | None = None
+    weight: float = 1.0
+    distance: str = "cosine"
+    lambda_: float = 0.1
+    mu: float = 10.0
+    negatives: str = "zero_mask"
+    anchor: str = "old"
+    gather: bool = True
+
+    def __post_init__(self) -> None:
+        check_name("name", self.name, (*LEARNABLE, "hoc", "simplex"))
+
+    def method(self, slots: SlotRegistry, namespace: str) -> Method:
+        if self.name == "er":
+            return ER(scale=self.scale)
+        if self.name == "fd":
+            return FD(weight=self.weight, distance=self.distance, scale=self.scale)
+        if self.name == "bct":
+            return BCT(weight=self.weight, scale=self.scale)
+        scale = 1.0 if self.scale is None else self.scale
+        if self.name == "simplex":
+            return Simplex(slots, namespace, normalize=self.normalize, scale=scale)
+        return HOC(
+            slots,
+            namespace,
+            normalize=self.normalize,
+            scale=scale,
+            lambda_=self.lambda_,
+            mu=self.mu,
+            negatives=self.negatives,
+            anchor=self.anchor,
+            group=dist.group.WORLD if self.gather and processes.world() > 1 else None,
+        )
+
+    def pretraining(self) -> MethodConfig:
+        """What this one is where there is no old model: pre-training that methods may share."""
+        return replace(self, name="er" if self.name in LEARNABLE else "simplex")
+
+
+@dataclass(frozen=True)
+class ReplacementConfig:
+    """A network that takes over, and how it is pre-trained.
+
+    Args:
+        model: the network that takes over.
+        classes: that it is pre-trained on: so many of those that no task brings, or of `data.pretraining`, the first
+            in the seed's order; 0 for a network that comes as it is.
+        schedule: of pre-training.
+        epochs: None, or passes over its items, in place of the schedule's steps.
+    """
+
+    model: ModelConfig
+    classes: int = 0
+    schedule: Schedule | None = None
+    epochs: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.classes < 0 or (self.classes > 0) != (self.schedule is not None):
+            raise ValueError("classes and schedule are of pre-training: give both, or neither")
+        if self.epochs is not None and (self.epochs < 1 or self.schedule is None):
+            raise ValueError(f"epochs must be at least 1, of a schedule, got {self.epochs}")
+
+
+@dataclass(frozen=True)
+class TasksConfig:
+    """What versions learn one after the other.
+
+    Args:
+        kind: "class_incremental" with `counts`, or "instance_incremental" with `parts`.
+        pretraining_from: None, or the class id from which on classes are for pre-training; None for what the counts
+            leave over in the seed's order.
+        epochs: None, or passes over a task's new items, in place of the schedule's steps.
+        memory_per_class: items that rehearsal keeps; 0 for no memory.
+        rehearsal: which: "random", or "herding", those whose mean feature is nearest to that of the class.
+        replacements: task number -> what takes over there.
+        pretraining_folder: where pre-trained networks are kept, for runs of other methods to use; None for the run's.
+        hoc_reference: of `train_versions`, for HOC; other methods hold on to the deployed version.
+    """
+
+    kind: str = "class_incremental"
+    counts: tuple[int, ...] = ()
+    parts: int = 1
+    pretraining_from: int | None = None
+    epochs: int | None = None
+    memory_per_class: int = 20
+    rehearsal: str = "random"
+    replacements: dict[int, ReplacementConfig] = field(default_factory=dict)
+    pretraining_folder: str | None = None
+    hoc_reference: str = "deployed"
+
+    def __post_init__(self) -> None:
+        check_name("kind", self.kind, ("class_incremental", "instance_incremental"))
+        if (self.kind == "class_incremental") != bool(self.counts):
+            raise ValueError('counts are the new classes of each task of kind="class_incremental", and of no other')
+        if self.epochs is not None and self.epochs < 1:
+            raise ValueError(f"epochs must be at least 1, got {self.epochs}")
+        check_name("rehearsal", self.rehearsal, SELECTIONS)
+        if self.memory_per_class < 0:
+            raise ValueError(f"memory_per_class must be 0 or more, got {self.memory_per_class}")
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """Of `Trainer`; device None is the GPU of this process where there is one."""
+
+    device: str | None = None
+    precision: str = "float32"
+    ema: float | None = None
+    compile: bool = False
+    save_every: int = 500
+    keep: int = 3
+    log_every: int = 50
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that a run depends on, but for the data itself.
+
+    Args:
+        protocols: by which versions are judged at the end, of `simplexfix.compatibility.evaluate_versions`.
+    """
+
+    tasks: TasksConfig
+    schedule: Schedule
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    protocols: tuple[str, ...] = PROTOCOLS
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for protocol in self.protocols:
+            check_name("protocols", protocol, PROTOCOLS)

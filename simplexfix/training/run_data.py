@@ -1,0 +1,180 @@
+"""The items of a run: what its configuration names, read, split into tasks, and what is held out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data import Normalize, RandomCropFlip, RandomWarp, load_cifar10, load_cifar100, load_features, load_image_folder
+from .items import Items
+from .omniglot import Recipe, split_omniglot
+from .run_config import DataConfig, RunConfig
+from .scenario import Task, class_incremental, class_order, instance_incremental
+
+__all__ = ["RunData", "load_run_data"]
+
+
+@dataclass(frozen=True, eq=False)
+class RunData:
+    """What a run learns and searches.
+
+    Attributes:
+        tasks: what versions learn.
+        pretraining: items of the classes that replacements are pre-trained on, 0, 1, ... in the seed's order.
+        searched: name -> (query, gallery): "search", and "validation" where items of the tasks are held out: those
+            among the trained ones.
+        augment: of training: (inputs, generator) -> what the network takes.
+        prepare: of extraction, the same without augmentation.
+    """
+
+    tasks: list[Task]
+    pretraining: Items
+    searched: dict[str, tuple[Items, Items]]
+    augment: Callable[[Tensor, torch.Generator], Tensor] | None
+    prepare: Callable[[Tensor], Tensor]
+
+    def fingerprint(self) -> dict[str, object]:
+        """Of all items that the run depends on."""
+        parts = {
+            "pretraining": self.pretraining,
+            **{f"task {t}": task.items for t, task in enumerate(self.tasks)},
+            **{f"{name} {part}": pair[i] for name, pair in self.searched.items() for i, part in _PARTS},
+        }
+        return {name: items.fingerprint() for name, items in parts.items()}
+
+
+_PARTS = ((0, "query"), (1, "gallery"))
+
+
+def load_run_data(config: RunConfig) -> RunData:
+    """Reads and splits; the same for the same seed.
+
+    Raises:
+        FileNotFoundError, ValueError: data that is missing or damaged, or classes that are not there.
+    """
+    train, query, gallery = _read(config.data, config.seed)
+    if config.data.per_class is not None:
+        train = train.take(_first_of_each_class(train.labels, config.data.per_class))
+    plan = config.tasks
+    rest = None if config.data.pretraining is None else _images(Path(config.data.pretraining), config.data.size)
+    if plan.pretraining_from is not None:
+        if rest is not None:
+            raise ValueError("tasks.pretraining_from and data.pretraining: replacements are pre-trained on one of them")
+        apart = train.labels >= plan.pretraining_from
+        train, rest = train.take((~apart).nonzero()[:, 0]), train.take(apart.nonzero()[:, 0])
+    searched = {"search": (query, gallery)}
+    held: Tensor | None = None
+    if config.data.validation:
+        held = _held_out(train.labels, config.data.validation, config.seed)
+        validation = train.take(held.nonzero()[:, 0])
+        train = train.take((~held).nonzero()[:, 0])
+    if plan.kind == "instance_incremental":
+        tasks = instance_incremental(train, plan.parts, seed=config.seed)
+    else:
+        left = len(torch.unique(train.labels)) - sum(plan.counts) if rest is None else 0
+        tasks = class_incremental(train, plan.counts + ((left,) if left > 0 else ()), seed=config.seed)
+        if left > 0:
+            last = tasks.pop()
+            rest = Items(last.items.inputs, last.items.labels - sum(plan.counts))
+    if held is not None:
+        learned = class_order(train.labels, seed=config.seed)[: tasks[-1].classes.stop]
+        searched["validation"] = tuple(
+            items.take(torch.isin(items.labels, learned).nonzero()[:, 0]) for items in (validation, train)
+        )  # type: ignore[assignment]
+    if rest is None:
+        rest = train.take(torch.empty(0, dtype=torch.int64))
+    elif config.data.pretraining is not None or plan.pretraining_from is not None:
+        (whole,) = class_incremental(rest, [len(torch.unique(rest.labels))], seed=config.seed)
+        rest = whole.items
+    classes = len(torch.unique(rest.labels))
+    for t, replacement in plan.replacements.items():
+        if replacement.classes > classes:
+            raise ValueError(
+                f"replacements.{t}.classes must lie in [0, {classes}], the classes for pre-training, "
+                f"got {replacement.classes}"
+            )
+    return RunData(tasks, rest, searched, *_prepared(config.data))
+
+
+def _read(config: DataConfig, seed: int) -> tuple[Items, Items, Items]:
+    """Training, query, gallery."""
+    if config.path is None:
+        omniglot = split_omniglot(Recipe(), seed)
+        labels = torch.arange(len(omniglot.train)).repeat_interleave(omniglot.train.shape[1])
+        train = Items(omniglot.train.flatten(0, 1), labels)
+        return train, omniglot.query["unseen"], omniglot.gallery["unseen"]
+    path = Path(config.path)
+    if config.kind == "cifar":
+        sets = (load_cifar100(path), load_cifar10(path, batches=config.query_batches), load_cifar10(path, "test"))
+        train, query, gallery = (Items(torch.from_numpy(s.images), torch.from_numpy(s.labels)) for s in sets)
+        return train, query, gallery
+    if config.kind == "images":
+        return _images(path / "train", config.size), *_searched_images(path, config.size)
+    return _features(path)
+
+
+def _images(path: Path, size: int) -> Items:
+    folder = load_image_folder(path, size=size)
+    return Items(torch.from_numpy(folder.images), torch.from_numpy(folder.labels))
+
+
+def _searched_images(path: Path, size: int) -> tuple[Items, Items]:
+    """Classes are known by the names of their folders, of which query may have fewer than gallery, or others."""
+    query, gallery = (load_image_folder(path / name, size=size) for name in ("query", "gallery"))
+    ids = {name: i for i, name in enumerate(sorted({*query.class_names, *gallery.class_names}))}
+    items = [
+        Items(
+            torch.from_numpy(folder.images),
+            torch.tensor([ids[name] for name in folder.class_names])[torch.from_numpy(folder.labels)],
+        )
+        for folder in (query, gallery)
+    ]
+    return items[0], items[1]
+
+
+def _features(path: Path) -> tuple[Items, Items, Items]:
+    search = load_features(path)
+    train, labels = (np.load(path / f"{name}.npy", mmap_mode="c") for name in ("train", "train_labels"))
+    if train.ndim != 2 or train.dtype.kind != "f" or labels.shape != train.shape[:1] or labels.dtype.kind not in "iu":
+        raise ValueError(
+            f"{path}: train must be floating [N, d] and train_labels integers [N], got {train.dtype} "
+            f"{list(train.shape)} and {labels.dtype} {list(labels.shape)}"
+        )
+    return (
+        Items(torch.from_numpy(train).float(), torch.from_numpy(labels.astype(np.int64))),
+        Items(search.query, search.query_labels),
+        Items(search.gallery, search.gallery_labels),
+    )
+
+
+def _prepared(
+    config: DataConfig,
+) -> tuple[Callable[[Tensor, torch.Generator], Tensor] | None, Callable[[Tensor], Tensor]]:
+    if config.kind == "features":
+        return None, lambda rows: rows.float()
+    if config.kind == "omniglot":
+        return RandomWarp(), lambda images: images.float().unsqueeze(1)
+    normalize = Normalize(config.mean, config.std)
+    return RandomCropFlip(normalize, padding=config.size // 8), normalize
+
+
+def _first_of_each_class(labels: Tensor, count: int) -> Tensor:
+    rows = [(labels == c).nonzero()[:count, 0] for c in torch.unique(labels)]
+    return torch.cat(rows).sort().values
+
+
+def _held_out(labels: Tensor, share: float, seed: int) -> Tensor:
+    """[N] bool: that share of every class, rounded, at least one item, and never all of them."""
+    drawn = torch.from_numpy(np.random.default_rng([seed, 2]).permutation(len(labels)))
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    for c in torch.unique(labels).tolist():
+        rows = drawn[labels[drawn] == c]
+        if len(rows) < 2:
+            raise ValueError(f"validation needs two items of each class, class {c} has one")
+        held[rows[: min(len(rows) - 1, max(1, round(share * len(rows))))]] = True
+    return held
