@@ -2,6 +2,17 @@
 
 from .convnet import SmallConvNet
 from .embedding import EmbeddingModel
+from .folder import ModelFolderError, read_identity
+from .identity import ModelIdentity
+from .linear import LinearHead
 from .mlp import FeatureMLP
 
-__all__ = ["EmbeddingModel", "FeatureMLP", "SmallConvNet"]
+__all__ = [
+    "EmbeddingModel",
+    "FeatureMLP",
+    "LinearHead",
+    "ModelFolderError",
+    "ModelIdentity",
+    "SmallConvNet",
+    "read_identity",
+]

@@ -20,7 +20,7 @@ from .. import __version__
 from .._checks import check_name
 from .._files import write_whole
 from ..compatibility import average_accuracy, average_compatibility, compatibility_matrix
-from ..data import RandomWarp, load_features
+from ..data import Drawings, Preprocessing, RandomWarp, Vectors, load_features
 from ..methods import BCT, ER, FD, HOC, Method, Simplex
 from ..models import EmbeddingModel, FeatureMLP, SmallConvNet
 from ..retrieval import instance_accuracy, nearest_class_mean_accuracy
@@ -237,7 +237,7 @@ class _Data:
     query: Items
     gallery: Items
     augment: Callable[[Tensor, torch.Generator], Tensor] | None
-    prepare: Callable[[Tensor], Tensor]  # for extraction, where there is no augmentation
+    prepare: Preprocessing  # for extraction, where there is no augmentation
 
 
 def train_run(
@@ -249,7 +249,8 @@ def train_run(
     """Trains all versions and judges them; called again with the same folder it goes on where it was stopped.
 
     In the folder: `run.json` (resolved configuration, fingerprint of the data), a folder for each pre-training and
-    each task (`Trainer.fit`), and at the end `report.json`, which is returned.
+    each task (`Trainer.fit`), in a task's the folder `model`, which `EmbeddingModel.from_pretrained` reads, and at the
+    end `report.json`, which is returned.
 
     Args:
         config: read by `simplexfix.training.config.read_config`, or made.
@@ -320,10 +321,18 @@ def train_run(
     )
     queries: list[Tensor] = []
     galleries: list[Tensor] = []
-    for version in stages:
+    written: list[dict[str, str]] = []
+    for t, version in enumerate(stages):
+        place, name = f"task-{t:02d}/model", f"{config.method.name}, task {t}"
+        version.preprocessing = data.prepare
+        if processes.rank() == 0:
+            identity = version.save_pretrained(folder / place, version=t, name=name)
+        else:
+            identity = version.identity(version=t, name=name)
+        written.append({"folder": place, "fingerprint": identity.fingerprint})
         queries.append(features(version, data.query))
         galleries.append(features(version, data.gallery))
-    report: dict[str, Any] = {"protocols": {}}
+    report: dict[str, Any] = {"versions": written, "protocols": {}}
     for name, protocol in PROTOCOLS.items():
         matrix = compatibility_matrix(queries, galleries, data.query.labels, data.gallery.labels, protocol)
         report["protocols"][name] = {
@@ -370,7 +379,7 @@ def _load(config: RunConfig) -> _Data:
             Items(search.query, search.query_labels),
             Items(search.gallery, search.gallery_labels),
             None,
-            lambda rows: rows.float(),
+            Vectors(train.shape[1]),
         )
     omniglot = split_omniglot(Recipe(), config.seed)
     drawings = omniglot.train
@@ -380,7 +389,7 @@ def _load(config: RunConfig) -> _Data:
         omniglot.query["unseen"],
         omniglot.gallery["unseen"],
         RandomWarp(),
-        lambda images: images.float().unsqueeze(1),
+        Drawings(drawings.shape[-1]),
     )
 
 

@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from simplexfix.cli import main
+from simplexfix.compatibility import compatibility_matrix
 from simplexfix.methods import ER
-from simplexfix.models import EmbeddingModel, FeatureMLP
+from simplexfix.models import EmbeddingModel, FeatureMLP, read_identity
+from simplexfix.retrieval import nearest_class_mean_accuracy
 from simplexfix.training import PRESETS, RunConfig, Trainer, herding_rows, overridden, read_config, read_state
 from simplexfix.training.run import _load, _schedule, _tasks
 
@@ -93,6 +95,37 @@ def test_a_run_stops_goes_on_and_is_listed(tmp_path, features, monkeypatch, caps
     assert out.count("done") == 3
     assert main(["runs", "--json", str(tmp_path / "runs")]) == 0
     assert [run["name"] for run in json.loads(capsys.readouterr().out)] == ["er", "stopped", "whole"]
+
+
+@pytest.mark.parametrize("method", ["er", "hoc"])
+def test_the_folders_of_a_runs_versions_give_its_matrix(tmp_path, features, method: str) -> None:
+    """With a new network on the way, from the folders alone: every embedding has the bits that the run saw."""
+    changes = [f"method.name={method}", "model.hidden=[20]"]
+    assert main(["train", str(configuration(tmp_path, features)), *changes, "--out", str(tmp_path / "run")]) == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert [entry["folder"] for entry in report["versions"]] == [f"task-{t:02d}/model" for t in range(3)]
+    rows = {name: torch.from_numpy(np.load(features / f"{name}.npy")) for name in ("query", "gallery")}
+    labels = [torch.from_numpy(np.load(features / f"{name}_labels.npy")) for name in rows]
+    embeddings: dict[str, list[torch.Tensor]] = {name: [] for name in rows}
+    identities = []
+    for t, entry in enumerate(report["versions"]):
+        identities.append(read_identity(tmp_path / "run" / entry["folder"]))
+        assert identities[-1].fingerprint == entry["fingerprint"]
+        assert (identities[-1].version, identities[-1].name) == (t, f"{method}, task {t}")
+        model = EmbeddingModel.from_pretrained(tmp_path / "run" / entry["folder"])
+        saved = read_state(tmp_path / "run" / f"task-{t:02d}" / "version.safetensors")["model"]
+        assert all(torch.equal(value, saved[key]) for key, value in model.state_dict().items() if "extra" not in key)
+        for name in rows:
+            embeddings[name].append(model.extract(model.preprocessing(rows[name])))
+    matrix = compatibility_matrix(*embeddings.values(), *labels, nearest_class_mean_accuracy)
+    expected = [
+        [np.nan if value is None else value for value in row]
+        for row in report["protocols"]["nearest_class_mean"]["matrix"]
+    ]
+    assert np.array_equal(matrix, np.array(expected), equal_nan=True)
+    refusals = [identities[2].why_not_search(identity) for identity in identities]
+    assert refusals[2] == []
+    assert [bool(reasons) for reasons in refusals[:2]] == [method == "er"] * 2
 
 
 @pytest.mark.parametrize("name", ["bct", "fd"])
