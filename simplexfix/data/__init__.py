@@ -4,6 +4,7 @@ from .augment import Normalize, RandomCropFlip, RandomWarp
 from .cifar import CIFAR100_MEAN, CIFAR100_STD, Cifar, CifarFileError, load_cifar10, load_cifar100
 from .features import FeatureFileError, Features, load_features
 from .folders import ImageFileError, ImageFolder, load_image_folder
+from .inputs import Drawings, Photographs, Preprocessing, Vectors
 from .omniglot import Omniglot, load_omniglot
 
 __all__ = [
@@ -11,14 +12,18 @@ __all__ = [
     "CIFAR100_STD",
     "Cifar",
     "CifarFileError",
+    "Drawings",
     "FeatureFileError",
     "Features",
     "ImageFileError",
     "ImageFolder",
     "Normalize",
     "Omniglot",
+    "Photographs",
+    "Preprocessing",
     "RandomCropFlip",
     "RandomWarp",
+    "Vectors",
     "load_cifar10",
     "load_cifar100",
     "load_features",

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.func import functional_call
 
 from .._checks import check_positive
-from ..models import EmbeddingModel
-from .er import ER, LinearHead
+from ..models import EmbeddingModel, LinearHead
+from .er import ER
 
 __all__ = ["BCT"]
 

@@ -2,53 +2,11 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..models import EmbeddingModel
+from ..models import EmbeddingModel, LinearHead
 
-__all__ = ["ER", "LinearHead"]
-
-
-class LinearHead(nn.Module):
-    """A learnable classifier on the features, which are the embedding themselves.
-
-    Args:
-        in_features: width of the features.
-        scale: None for plain logits `W h + b`; else logits are `scale` times the cosines of features and rows
-            of W.
-    """
-
-    def __init__(self, in_features: int, *, scale: float | None = None) -> None:
-        super().__init__()
-        self.scale = scale
-        self.classifier = nn.Linear(in_features, 1)
-        self.num_classes = 0
-
-    def embed(self, features: Tensor) -> Tensor:
-        """[B, in_features], unchanged."""
-        return features
-
-    def forward(self, features: Tensor) -> Tensor:
-        """[B, in_features] -> [B, C] logits of the classes there are."""
-        if self.scale is None:
-            return self.classifier(features)  # type: ignore[no-any-return]
-        return self.scale * F.linear(F.normalize(features), F.normalize(self.classifier.weight))
-
-    def loss(self, features: Tensor, target: Tensor) -> Tensor:
-        """Cross-entropy over the classes there are."""
-        return F.cross_entropy(self(features), target)
-
-    @torch.no_grad()
-    def grow(self, classes: int) -> None:
-        """Adds freshly initialised rows up to `classes`; the old rows stay."""
-        old, kept = self.classifier, self.num_classes
-        if classes > kept:
-            self.classifier = nn.Linear(old.in_features, classes).to(old.weight)
-            self.classifier.weight[:kept] = old.weight[:kept]
-            self.classifier.bias[:kept] = old.bias[:kept]
-            self.num_classes = classes
+__all__ = ["ER"]
 
 
 class ER:

@@ -3,7 +3,20 @@
 from .convnet import SmallConvNet
 from .embedding import EmbeddingModel
 from .external import external_backbone
+from .folder import ModelFolderError, read_identity
+from .identity import ModelIdentity
+from .linear import LinearHead
 from .mlp import FeatureMLP
 from .resnet import ResNet18
 
-__all__ = ["EmbeddingModel", "FeatureMLP", "ResNet18", "SmallConvNet", "external_backbone"]
+__all__ = [
+    "EmbeddingModel",
+    "FeatureMLP",
+    "LinearHead",
+    "ModelFolderError",
+    "ModelIdentity",
+    "ResNet18",
+    "SmallConvNet",
+    "external_backbone",
+    "read_identity",
+]

@@ -23,6 +23,7 @@ class SmallConvNet(nn.Module):
         super().__init__()
         if width < 1 or out_features < 1:
             raise ValueError(f"width and out_features must be positive, got {width} and {out_features}")
+        self.width = width
         self.out_features = out_features
         self.layers = nn.Sequential(
             nn.PixelUnshuffle(2),

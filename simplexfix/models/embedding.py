@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor, nn
+
+from ..data.inputs import Preprocessing
+from .folder import identity_of, load_model, save_model
+from .identity import ModelIdentity
 
 __all__ = ["EmbeddingModel"]
 
@@ -14,12 +20,15 @@ class EmbeddingModel(nn.Module):
     Args:
         backbone: [B, ...] inputs -> [B, f] features.
         head: `SimplexHead`, or a module with the same `embed(features)` and `loss(features, target)`.
+        preprocessing: of `simplexfix.data`, what makes inputs of what there is: kept with the model in its folder;
+            whoever calls the model applies it.
     """
 
-    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
+    def __init__(self, backbone: nn.Module, head: nn.Module, *, preprocessing: Preprocessing | None = None) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
+        self.preprocessing = preprocessing
 
     def forward(self, input: Tensor) -> Tensor:
         """[B, ...] -> [B, d] embeddings, as training sees them."""
@@ -36,3 +45,46 @@ class EmbeddingModel(nn.Module):
             for module in training:  # one by one: a part that was frozen stays so
                 module.training = True
         return torch.cat(rows)
+
+    def save_pretrained(self, folder: str | os.PathLike[str], *, version: int = 0, name: str = "") -> ModelIdentity:
+        """Writes weights, head, slots, preprocessing and version into a folder, as docs/formats.md says.
+
+        A model that was there is replaced; other files stay.  After an error or a crash the folder holds the model
+        that was there, whole, or the new one.
+
+        Args:
+            folder: made if it is not there.
+            version, name: of the model, for those who search what it wrote.
+
+        Returns:
+            What a gallery must know of the model.
+
+        Raises:
+            TypeError: a head that is none of this package's, a preprocessing that is none, parts besides backbone and
+                head, or a state of the backbone that is neither tensors nor plain values.
+            ValueError: a negative version; the folder holds the `config.json` of something else; or a backbone of this
+                package was altered, so that its constructor's arguments no longer make it.
+            OSError: it cannot be written.
+        """
+        return save_model(self, folder, version=version, name=name)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str], *, backbone: nn.Module | None = None) -> EmbeddingModel:
+        """The model that `save_pretrained` wrote: on the CPU, in evaluation mode, its embeddings the same to the bit.
+
+        Args:
+            folder: a local one; nothing is downloaded and nothing unpickled.
+            backbone: made as the saved one was, which is loaded into it; None for those of `simplexfix.models`, which
+                are made again from their arguments.
+
+        Raises:
+            FileNotFoundError: there is no such folder.
+            ModelFolderError: it holds no model; it is damaged or was changed by hand, or of another format; or its
+                tensors do not fit the backbone: names what is missing, unexpected, or of another shape or dtype.
+        """
+        parts = load_model(folder, backbone)
+        return cls(parts[0], parts[1], preprocessing=parts[2]).eval()
+
+    def identity(self, *, version: int = 0, name: str = "") -> ModelIdentity:
+        """What `save_pretrained` would return, of the weights as they are now; errors of the model as there."""
+        return identity_of(self, version=version, name=name)

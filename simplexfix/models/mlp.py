@@ -28,6 +28,8 @@ class FeatureMLP(nn.Module):
         widths = [in_features, *hidden]
         if min(widths) < 1:
             raise ValueError(f"in_features and hidden must be positive, got {in_features} and {list(hidden)}")
+        self.in_features = in_features
+        self.hidden = tuple(hidden)
         self.out_features = widths[-1]
         layers: list[nn.Module] = []
         for width, following in pairwise(widths):

@@ -43,8 +43,10 @@ def train_run(
     """Trains all versions and judges them; called again with the same folder it goes on where it was stopped.
 
     In the folder: `run.json` (resolved configuration, fingerprint of the data), a folder for each pre-training and
-    each task (`Trainer.fit`), and at the end `report.json`, which is returned: under "search", and under "validation"
-    where items were held out, for each protocol what `simplexfix.compatibility.evaluate_versions` says.
+    each task (`Trainer.fit`), in a task's the folder `model`, which `EmbeddingModel.from_pretrained` reads, and at the
+    end `report.json`, which is returned: under "versions" where each model is, and its fingerprint; under "search", and
+    under "validation" where items were held out, for each protocol what
+    `simplexfix.compatibility.evaluate_versions` says.
 
     Args:
         config: read by `simplexfix.training.config.read_config`, or made.
@@ -122,11 +124,20 @@ def train_run(
         on_step=lambda t: on_step(f"task {t}"),
     )
     extracted: dict[str, tuple[list[Tensor], list[Tensor]]] = {name: ([], []) for name in data.searched}
-    for version in stages:
+    written: list[dict[str, str]] = []
+    for t, version in enumerate(stages):
+        place, title = f"task-{t:02d}/model", f"{config.method.name}, task {t}"
+        version.preprocessing = data.prepare
+        if processes.rank() == 0:
+            identity = version.save_pretrained(folder / place, version=t, name=title)
+        else:
+            identity = version.identity(version=t, name=title)
+        written.append({"folder": place, "fingerprint": identity.fingerprint})
         for name, pair in data.searched.items():
             for rows, items in zip(extracted[name], pair, strict=True):
                 rows.append(features(version, items))
-    report = {
+    report: dict[str, Any] = {"versions": written}
+    report |= {
         name: {
             protocol: evaluate_versions(
                 *extracted[name], query.labels.numpy(), gallery.labels.numpy(), protocol=protocol

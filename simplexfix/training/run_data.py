@@ -10,7 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data import Normalize, RandomCropFlip, RandomWarp, load_cifar10, load_cifar100, load_features, load_image_folder
+from ..data import (
+    Drawings,
+    Normalize,
+    Photographs,
+    Preprocessing,
+    RandomCropFlip,
+    RandomWarp,
+    Vectors,
+    load_cifar10,
+    load_cifar100,
+    load_features,
+    load_image_folder,
+)
 from .items import Items
 from .omniglot import Recipe, split_omniglot
 from .run_config import DataConfig, RunConfig
@@ -36,7 +48,7 @@ class RunData:
     pretraining: Items
     searched: dict[str, tuple[Items, Items]]
     augment: Callable[[Tensor, torch.Generator], Tensor] | None
-    prepare: Callable[[Tensor], Tensor]
+    prepare: Preprocessing
 
     def fingerprint(self) -> dict[str, object]:
         """Of all items that the run depends on."""
@@ -98,7 +110,7 @@ def load_run_data(config: RunConfig) -> RunData:
                 f"replacements.{t}.classes must lie in [0, {classes}], the classes for pre-training, "
                 f"got {replacement.classes}"
             )
-    return RunData(tasks, rest, searched, *_prepared(config.data))
+    return RunData(tasks, rest, searched, *_prepared(config.data, train.inputs))
 
 
 def _read(config: DataConfig, seed: int) -> tuple[Items, Items, Items]:
@@ -153,14 +165,15 @@ def _features(path: Path) -> tuple[Items, Items, Items]:
 
 
 def _prepared(
-    config: DataConfig,
-) -> tuple[Callable[[Tensor, torch.Generator], Tensor] | None, Callable[[Tensor], Tensor]]:
+    config: DataConfig, inputs: Tensor
+) -> tuple[Callable[[Tensor, torch.Generator], Tensor] | None, Preprocessing]:
+    side = inputs.shape[-1]
     if config.kind == "features":
-        return None, lambda rows: rows.float()
+        return None, Vectors(side)
     if config.kind == "omniglot":
-        return RandomWarp(), lambda images: images.float().unsqueeze(1)
+        return RandomWarp(), Drawings(side)
     normalize = Normalize(config.mean, config.std)
-    return RandomCropFlip(normalize, padding=config.size // 8), normalize
+    return RandomCropFlip(normalize, padding=side // 8), Photographs(side, normalize)
 
 
 def _first_of_each_class(labels: Tensor, count: int) -> Tensor:

@@ -13,10 +13,13 @@ import pytest
 import torch
 
 from simplexfix.cli import main
+from simplexfix.compatibility import compatibility_matrix
 from simplexfix.methods import ER
-from simplexfix.models import EmbeddingModel, FeatureMLP
-from simplexfix.training import PRESETS, RunConfig, Trainer, herding_rows, overridden, read_config, read_state
-from simplexfix.training.run import _load, _schedule, _tasks
+from simplexfix.models import EmbeddingModel, FeatureMLP, read_identity
+from simplexfix.retrieval import nearest_class_mean_accuracy
+from simplexfix.training import PRESETS, RunConfig, Schedule, Trainer, herding_rows, overridden, read_config, read_state
+from simplexfix.training.run import _schedule
+from simplexfix.training.run_data import load_run_data
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +82,7 @@ def test_a_run_stops_goes_on_and_is_listed(tmp_path, features, monkeypatch, caps
     whole, stopped = (tmp_path / "runs" / name for name in ("whole", "stopped"))
     assert (whole / "report.json").read_bytes() == (stopped / "report.json").read_bytes()
     report = json.loads((whole / "report.json").read_text())
-    matrix = report["protocols"]["nearest_class_mean"]["matrix"]
+    matrix = report["search"]["nearest_class_mean"]["matrix"]
     assert [sum(value is not None for value in row) for row in matrix] == [1, 2, 3]
     assert matrix[0][0] > 0.5  # of 14 classes
 
@@ -95,16 +98,47 @@ def test_a_run_stops_goes_on_and_is_listed(tmp_path, features, monkeypatch, caps
     assert [run["name"] for run in json.loads(capsys.readouterr().out)] == ["er", "stopped", "whole"]
 
 
+@pytest.mark.parametrize("method", ["er", "hoc"])
+def test_the_folders_of_a_runs_versions_give_its_matrix(tmp_path, features, method: str) -> None:
+    """With a new network on the way, from the folders alone: every embedding has the bits that the run saw."""
+    changes = [f"method.name={method}", "model.hidden=[20]"]
+    assert main(["train", str(configuration(tmp_path, features)), *changes, "--out", str(tmp_path / "run")]) == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert [entry["folder"] for entry in report["versions"]] == [f"task-{t:02d}/model" for t in range(3)]
+    rows = {name: torch.from_numpy(np.load(features / f"{name}.npy")) for name in ("query", "gallery")}
+    labels = [torch.from_numpy(np.load(features / f"{name}_labels.npy")) for name in rows]
+    embeddings: dict[str, list[torch.Tensor]] = {name: [] for name in rows}
+    identities = []
+    for t, entry in enumerate(report["versions"]):
+        identities.append(read_identity(tmp_path / "run" / entry["folder"]))
+        assert identities[-1].fingerprint == entry["fingerprint"]
+        assert (identities[-1].version, identities[-1].name) == (t, f"{method}, task {t}")
+        model = EmbeddingModel.from_pretrained(tmp_path / "run" / entry["folder"])
+        saved = read_state(tmp_path / "run" / f"task-{t:02d}" / "version.safetensors")["model"]
+        assert all(torch.equal(value, saved[key]) for key, value in model.state_dict().items() if "extra" not in key)
+        for name in rows:
+            embeddings[name].append(model.extract(model.preprocessing(rows[name])))
+    matrix = compatibility_matrix(*embeddings.values(), *labels, nearest_class_mean_accuracy)
+    expected = [
+        [np.nan if value is None else value for value in row]
+        for row in report["search"]["nearest_class_mean"]["matrix"]
+    ]
+    assert np.array_equal(matrix, np.array(expected), equal_nan=True)
+    refusals = [identities[2].why_not_search(identity) for identity in identities]
+    assert refusals[2] == []
+    assert [bool(reasons) for reasons in refusals[:2]] == [method == "er"] * 2
+
+
 @pytest.mark.parametrize("name", ["bct", "fd"])
 def test_methods_with_a_classifier_remember_by_herding(tmp_path, features, name: str) -> None:
     changes = [f"method.name={name}", "method.scale=null", "model.hidden=[20]", "tasks.rehearsal=herding"]
     config = configuration(tmp_path, features)
     assert main(["train", str(config), *changes, "--out", str(tmp_path / "run")]) == 0
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert report["protocols"]["nearest_class_mean"]["matrix"][2][2] > 0.5
+    assert report["search"]["nearest_class_mean"]["matrix"][2][2] > 0.5
 
     read = read_config(RunConfig, overridden(json.loads(config.read_text()), changes))
-    first = _tasks(read, _load(read).train)[0][0].items
+    first = load_run_data(read).tasks[0].items
     version = EmbeddingModel(FeatureMLP(12, [20]), ER().head(20))
     ER().add_classes(version, range(4))
     version.load_state_dict(read_state(tmp_path / "run" / "task-00" / "version.safetensors")["model"])
@@ -124,7 +158,7 @@ def test_other_data_is_named(tmp_path, features, capsys) -> None:
         assert main(["train", config, *short]) == 2
     finally:
         np.save(features / "query_labels.npy", labels)
-    assert "data.query.sha256: was " in capsys.readouterr().err
+    assert "data.search query.sha256: was " in capsys.readouterr().err
 
 
 def test_torchrun(tmp_path, features) -> None:
@@ -147,11 +181,14 @@ def test_torchrun(tmp_path, features) -> None:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_presets_can_be_read_back_and_run(name: str, tmp_path, capsys) -> None:
+def test_presets_can_be_read_back(name: str, capsys) -> None:
     assert main(["train", name, "--show"]) == 0
     assert read_config(RunConfig, json.loads(capsys.readouterr().out)) == PRESETS[name]
+
+
+def test_the_preset_that_needs_no_data_runs(tmp_path) -> None:
     short = ["schedule.steps=2", "tasks.replacements.3.schedule.steps=2", "schedule.batch=16"]
-    assert main(["train", name, *short, "--out", str(tmp_path / "run")]) == 0
+    assert main(["train", "omniglot", *short, "--out", str(tmp_path / "run")]) == 0
 
 
 @pytest.mark.parametrize(
@@ -159,11 +196,20 @@ def test_presets_can_be_read_back_and_run(name: str, tmp_path, capsys) -> None:
     [
         (["method.slot=3"], "method.slot is unknown; did you mean slots?"),
         (["tasks.counts=[9, 9]"], "counts must be positive and sum to at most 14 classes"),
-        (["tasks.replacements.1.classes=7"], "replacements.1.classes must lie in [1, 6]"),
-        (["method.name=er"], "model gives 16, replacements.1.model 20"),
+        (["tasks.replacements.1.classes=7"], "replacements.1.classes must lie in [0, 6]"),
+        (["tasks.replacements.1.classes=0"], "classes and schedule are of pre-training: give both, or neither"),
+        (["tasks.replacements.1.epochs=0"], "epochs must be at least 1, of a schedule, got 0"),
+        (["method.name=er"], "model gives 16, replacements.1.model gives 20"),
         (["tasks.counts=[]"], "counts are the new classes of each task"),
-        (["data.kind=omniglot"], "path is the folder of kind="),
-        (["data.kind=cifar"], "kind must be one of 'features', 'omniglot', got 'cifar'"),
+        (["data.kind=omniglot"], "path is where the data is, of every kind but"),
+        (["data.kind=mnist"], "kind must be one of 'cifar', 'features', 'images', 'omniglot', got 'mnist'"),
+        (["data.kind=cifar"], "has no train.bin, fine_label_names.txt"),
+        (["data.validation=1.0"], "validation is a share, in [0, 1), got 1.0"),
+        (["data.per_class=0"], "per_class must be at least 1, got 0"),
+        (["data.pretraining=here"], "pretraining is a folder of images"),
+        (["model.kind=resnet50"], "kind must be one of 'convnet', 'mlp', 'resnet18', 'timm:NAME', 'torchvision:NAME'"),
+        (["model.pretrained=true"], "pretrained is of networks of timm and torchvision, got kind='mlp'"),
+        (['protocols=["mean"]'], "protocols must be one of 'nearest_class_mean', 'instance', got 'mean'"),
         (["tasks.epochs=0"], "epochs must be at least 1, got 0"),
         (["tasks.memory_per_class=-1"], "memory_per_class must be 0 or more, got -1"),
         (["tasks.rehearsal=nearest"], "rehearsal must be one of 'random', 'herding', got 'nearest'"),
@@ -177,10 +223,8 @@ def test_bad_input(changes: list[str], message: str, tmp_path, features, capsys)
     assert message in capsys.readouterr().err
 
 
-def test_epochs_count_steps(features, tmp_path) -> None:
-    content = json.loads(configuration(tmp_path, features).read_text())
-    epochs = read_config(RunConfig, overridden(content, ["tasks.epochs=3"]))
-    tasks, rest = _tasks(epochs, _load(epochs).train)
-    assert [_schedule(epochs, task, t).steps for t, task in enumerate(tasks)] == [3 * 3, 3 * 3, 3 * 3]  # 80/32, 40/16
-    assert len(rest.labels) == 6 * 20
-    assert _schedule(read_config(RunConfig, content), tasks[0], 0).steps == 20
+def test_epochs_count_steps() -> None:
+    schedule = Schedule(20, 0.1)
+    assert _schedule(schedule, None, 80, 32).steps == 20
+    assert _schedule(schedule, 3, 80, 32).steps == 9
+    assert _schedule(schedule, 3, 40, 16).steps == 9

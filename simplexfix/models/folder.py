@@ -1,0 +1,368 @@
+"""A model in a folder: `config.json` says what it is, a safetensors file holds its weights.
+
+The weights come first, under a name made of their checksum; then `config.json`, which names them, takes the place of
+the one before by a rename; then the old weights go.  So at every moment the folder holds one whole model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .._files import write_whole
+from .._states import CheckpointError, encoded, fingerprint, read_state
+from ..data.augment import Normalize
+from ..data.inputs import Drawings, Photographs, Preprocessing, Vectors
+from ..heads import CubeHead, OrthoplexHead, SimplexHead
+from ..slots import SlotRegistry
+from .convnet import SmallConvNet
+from .identity import LEARNABLE, ModelIdentity
+from .linear import LinearHead
+from .mlp import FeatureMLP
+from .resnet import ResNet18
+
+if TYPE_CHECKING:
+    from .embedding import EmbeddingModel
+
+__all__ = ["BACKBONES", "ModelFolderError", "identity_of", "load_model", "read_identity", "save_model"]
+
+_FORMAT, _NUMBER = "simplexfix model", 1
+_PARTS = ("backbone", "head", "preprocessing", "slots", "version")
+_KEYS = {"fingerprint", "format", "format_number", "sha256", "weights", *_PARTS}
+_WEIGHTS = re.compile(r"model-[0-9a-f]{16}\.safetensors")
+_LEFT_BEHIND = re.compile(rf"({_WEIGHTS.pattern}|config\.json)\.\d+-\d+\.tmp")  # by `write_whole`
+_NAMED = 8  # tensors in one message
+
+# What is made again from its folder alone: every argument of its constructor is an attribute of the same name.
+BACKBONES: dict[str, type[nn.Module]] = {kind.__name__: kind for kind in (FeatureMLP, ResNet18, SmallConvNet)}
+_HEADS = {"cube": CubeHead, LEARNABLE: LinearHead, "orthoplex": OrthoplexHead, "simplex": SimplexHead}
+_PREPROCESSING = {kind.__name__: kind for kind in (Drawings, Normalize, Photographs, Vectors)}
+
+
+class ModelFolderError(ValueError):
+    """A folder holds no model, or not as it was written, or not one of this backbone; the message says what."""
+
+
+def save_model(model: EmbeddingModel, folder: str | os.PathLike[str], *, version: int, name: str) -> ModelIdentity:
+    """`EmbeddingModel.save_pretrained`."""
+    folder = Path(folder)
+    config, state = _parts(model, version, name)
+    content, checksum = encoded(state)
+    _add_checksums(config, checksum)
+    identity = _identity(config)
+    file = folder / "config.json"
+    if file.exists() and not _is_ours(file):
+        raise ModelFolderError(f"{file} is of something else and would be lost; take another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    _clear(folder, _LEFT_BEHIND)
+    write_whole(folder / config["weights"], content)
+    write_whole(file, f"{json.dumps(config, indent=1, allow_nan=False)}\n".encode())
+    _clear(folder, _WEIGHTS, but=config["weights"])
+    return identity
+
+
+def _clear(folder: Path, names: re.Pattern[str], *, but: str = "") -> None:
+    """Removes the weights of models before, or what killed processes left in the middle of writing."""
+    for path in list(folder.iterdir()):
+        if names.fullmatch(path.name) and path.name != but:
+            path.unlink()
+
+
+def load_model(
+    folder: str | os.PathLike[str], backbone: nn.Module | None
+) -> tuple[nn.Module, nn.Module, Preprocessing | None]:
+    """Backbone, head and preprocessing, for `EmbeddingModel.from_pretrained`."""
+    folder = Path(folder)
+    config = _read_config(folder)
+    weights = folder / config["weights"]
+    try:
+        state = read_state(weights)
+    except FileNotFoundError:
+        raise ModelFolderError(f"{weights}, which config.json names, is not there") from None
+    except CheckpointError as error:
+        raise ModelFolderError(str(error)) from error
+    if fingerprint(state) != config["sha256"]["weights"]:
+        raise ModelFolderError(f"{weights} holds other weights than those that config.json was written for")
+    given = backbone is not None
+    try:
+        head = _head(config)
+        preprocessing = _restored(config["preprocessing"])
+        if backbone is None:
+            backbone = _backbone(config["backbone"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelFolderError(f"{folder / 'config.json'}: {error}") from error
+    for_backbone, for_head = _below("backbone.", state), {**_below("head.", state), **_extra_state(config)}
+    _check_fit("the backbone", backbone, for_backbone, dtypes=given)
+    _check_fit("the head", head, for_head, dtypes=False)
+    if not given:
+        _cast(backbone, for_backbone)
+    _cast(head, for_head)
+    backbone.load_state_dict(for_backbone)
+    head.load_state_dict(for_head)
+    return backbone, head, preprocessing
+
+
+def read_identity(folder: str | os.PathLike[str]) -> ModelIdentity:
+    """Of the model in a folder; the weights are not read.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ModelFolderError: it holds no model, or its `config.json` is of another format or was changed; says what.
+    """
+    return _identity(_read_config(Path(folder)))
+
+
+def identity_of(model: EmbeddingModel, *, version: int, name: str) -> ModelIdentity:
+    """`EmbeddingModel.identity`."""
+    config, state = _parts(model, version, name)
+    _add_checksums(config, fingerprint(state))
+    return _identity(config)
+
+
+def _parts(model: EmbeddingModel, version: int, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What `config.json` says, but for the checksums, and the tensors."""
+    backbone, head, preprocessing = model.backbone, model.head, model.preprocessing
+    kind = next((kind for kind, made in _HEADS.items() if type(head) is made), None)
+    if kind is None:
+        names = ", ".join(made.__name__ for made in _HEADS.values())
+        raise TypeError(f"head must be one of {names} for the model to be saved, got {type(head).__name__}")
+    if preprocessing is not None and type(preprocessing) not in _PREPROCESSING.values():
+        raise TypeError(
+            f"preprocessing must be None or one of {', '.join(_PREPROCESSING)} for the model to be saved, "
+            f"got {type(preprocessing).__name__}"
+        )
+    state = {key: value for key, value in model.state_dict().items() if key != "head._extra_state"}
+    strangers = [key for key in state if not key.startswith(("backbone.", "head."))]
+    if strangers:
+        raise TypeError(f"a model that is saved has a backbone and a head, this one has {', '.join(strangers)} as well")
+    config = {
+        "format": _FORMAT,
+        "format_number": _NUMBER,
+        "version": {"number": version, "name": name},
+        "backbone": _backbone_spec(backbone),
+        "head": {"kind": kind, **_head_spec(head)},
+        "slots": None if isinstance(head, LinearHead) else head.slots.to_dict(),  # type: ignore[union-attr, operator]
+        "preprocessing": _plain(preprocessing),
+    }
+    if config["backbone"]["kind"] in BACKBONES:  # what could not be read back is refused now
+        with torch.device("meta"):
+            made = _backbone(config["backbone"])
+        _check_fit("what its arguments make", made, _below("backbone.", state), dtypes=False)
+    return config, state
+
+
+def _backbone_spec(backbone: nn.Module) -> dict[str, Any]:
+    kind = type(backbone)
+    if BACKBONES.get(kind.__name__) is kind:
+        arguments = {name: getattr(backbone, name) for name in inspect.signature(kind).parameters}
+        return {"kind": kind.__name__, "arguments": _plain(arguments)}
+    return {"kind": "other", "class": f"{kind.__module__}.{kind.__qualname__}"}
+
+
+def _backbone(spec: Mapping[str, Any]) -> nn.Module:
+    if spec["kind"] == "other":
+        raise ValueError(f"the backbone is a {spec['class']}, which only you can make: pass backbone=")
+    if spec["kind"] not in BACKBONES:
+        raise ValueError(f"backbone of kind {spec['kind']!r} is unknown; known: {', '.join(BACKBONES)}")
+    with torch.random.fork_rng(devices=[]):  # for weights that are overwritten
+        return BACKBONES[spec["kind"]](**spec["arguments"])
+
+
+def _head_spec(head: Any) -> dict[str, Any]:
+    if isinstance(head, LinearHead):
+        return {
+            "in_features": head.classifier.in_features,
+            "embedding_dim": head.classifier.in_features,
+            "num_classes": head.num_classes,
+            "scale": head.scale,
+        }
+    spec = {
+        "in_features": head.junction.in_features,
+        "embedding_dim": head.embedding_dim,
+        "normalize": head.normalize,
+        "scale": head.scale,
+        "margin": None if head.margin is None else list(head.margin),
+    }
+    if isinstance(head, CubeHead):
+        spec["codes_crc32"] = head.get_extra_state()["codes_crc32"]
+    return spec
+
+
+def _head(config: Mapping[str, Any]) -> nn.Module:
+    spec, kind = config["head"], config["head"]["kind"]
+    if kind not in _HEADS:
+        raise ValueError(f"head of kind {kind!r} is unknown; known: {', '.join(_HEADS)}")
+    with torch.random.fork_rng(devices=[]):
+        if kind == LEARNABLE:
+            learnable = LinearHead(spec["in_features"], scale=spec["scale"])
+            learnable.grow(spec["num_classes"])
+            return learnable
+        options = {
+            "slots": SlotRegistry.from_dict(config["slots"]),
+            "normalize": spec["normalize"],
+            "scale": spec["scale"],
+            "margin": None if spec["margin"] is None else tuple(spec["margin"]),
+        }
+        if kind == "cube":
+            options["embedding_dim"] = spec["embedding_dim"]
+        head: nn.Module = _HEADS[kind](0, spec["in_features"], **options)
+        head.set_extra_state(_extra_state(config)["_extra_state"])  # are its vertices those of the saved one?
+        return head
+
+
+def _extra_state(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The head's part of a state_dict that is no tensor."""
+    spec = config["head"]
+    if spec["kind"] == LEARNABLE:
+        return {}
+    codes = {"codes_crc32": spec["codes_crc32"]} if spec["kind"] == "cube" else {}
+    return {"_extra_state": {**config["slots"], "polytope": spec["kind"], **codes}}
+
+
+def _identity(config: Mapping[str, Any]) -> ModelIdentity:
+    head, slots = config["head"], config["slots"]
+    return ModelIdentity(
+        fingerprint=config["fingerprint"],
+        version=config["version"]["number"],
+        name=config["version"]["name"],
+        head=head["kind"],
+        embedding_dim=head["embedding_dim"],
+        num_slots=None if slots is None else slots["num_slots"],
+        slots=() if slots is None else tuple(tuple(run) for run in slots["runs"]),
+        codes_crc32=head.get("codes_crc32"),
+    )
+
+
+def _checksum(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _fingerprint(checksums: Mapping[str, str]) -> str:
+    """Of all but the version: the same model under another name gives the same embeddings."""
+    return _checksum({part: checksum for part, checksum in checksums.items() if part != "version"})
+
+
+def _add_checksums(config: dict[str, Any], weights: str) -> None:
+    config["weights"] = f"model-{weights[:16]}.safetensors"
+    config["sha256"] = {**{part: _checksum(config[part]) for part in _PARTS}, "weights": weights}
+    config["fingerprint"] = _fingerprint(config["sha256"])
+
+
+def _is_ours(file: Path) -> bool:
+    try:
+        config = json.loads(file.read_bytes())
+    except ValueError:
+        return False
+    return isinstance(config, dict) and config.get("format") == _FORMAT
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """As it was written: every part gives its checksum."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is no folder; models are read from local folders, nothing is downloaded")
+    file = folder / "config.json"
+    if not file.exists():
+        raise ModelFolderError(f"{folder} holds no model: it has no config.json")
+    try:
+        config = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ModelFolderError(f"{file} cannot be read, it may be damaged: {error}") from None
+    if not isinstance(config, dict) or config.get("format") != _FORMAT:
+        raise ModelFolderError(f"{file} is of no model that save_pretrained has written")
+    if config.get("format_number") != _NUMBER:
+        raise ModelFolderError(
+            f"{file} is of format {config.get('format_number')!r}, this version of simplexfix reads {_NUMBER}"
+        )
+    if set(config) != _KEYS:
+        keys = ", ".join(sorted(set(config) ^ _KEYS))
+        raise ModelFolderError(f"{file} was changed after it was written: keys missing or unknown: {keys}")
+    sums = config["sha256"]
+    if not isinstance(sums, dict) or set(sums) != {*_PARTS, "weights"} or not isinstance(sums["weights"], str):
+        raise ModelFolderError(f"{file} was changed after it was written: sha256 differs")
+    changed = [part for part in _PARTS if _checksum(config[part]) != sums[part]]
+    if config["weights"] != f"model-{sums['weights'][:16]}.safetensors":
+        changed.append("weights")
+    if not changed and _fingerprint(sums) != config["fingerprint"]:
+        changed.append("fingerprint")
+    if changed:
+        raise ModelFolderError(
+            f"{file} was changed after it was written: {', '.join(changed)} without its checksum; "
+            "change the model and save it again"
+        )
+    return config
+
+
+def _plain(value: Any) -> Any:
+    """For JSON; a dataclass becomes its class's name and its fields."""
+    if is_dataclass(value):
+        return {
+            "kind": type(value).__name__,
+            **{field.name: _plain(getattr(value, field.name)) for field in fields(value)},
+        }
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    return value
+
+
+def _restored(spec: Any) -> Any:
+    """The preprocessing that `_plain` has described."""
+    if isinstance(spec, list):
+        return tuple(_restored(entry) for entry in spec)
+    if not isinstance(spec, dict):
+        return spec
+    if spec["kind"] not in _PREPROCESSING:
+        raise ValueError(f"preprocessing of kind {spec['kind']!r} is unknown; known: {', '.join(_PREPROCESSING)}")
+    return _PREPROCESSING[spec["kind"]](**{key: _restored(entry) for key, entry in spec.items() if key != "kind"})
+
+
+def _below(prefix: str, state: Mapping[str, Any]) -> dict[str, Any]:
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+def _check_fit(what: str, module: nn.Module, saved: Mapping[str, Any], *, dtypes: bool) -> None:
+    """Names every tensor that one has and the other lacks, or has in another shape, or if asked, dtype."""
+    own = module.state_dict()
+    problems = {
+        "missing": [key for key in own if key not in saved],
+        "unexpected": [key for key in saved if key not in own],
+    }
+    other: list[str] = []
+    for key, value in saved.items():
+        here = own.get(key)
+        if isinstance(value, Tensor) and isinstance(here, Tensor):
+            if value.shape != here.shape:
+                other.append(f"{key} {list(value.shape)}, here {list(here.shape)}")
+            elif dtypes and value.dtype != here.dtype:
+                other.append(f"{key} {value.dtype}, here {here.dtype}")
+    problems = {
+        "missing": [key for key in own if key not in saved],
+        "unexpected": [key for key in saved if key not in own],
+        "of another shape or dtype": other,
+    }
+    found = [
+        f"{kind}: {', '.join(names[:_NAMED])}{f' and {len(names) - _NAMED} more' if len(names) > _NAMED else ''}"
+        for kind, names in problems.items()
+        if names
+    ]
+    if found:
+        raise ModelFolderError(f"the saved tensors do not fit {what}, a {type(module).__name__}; {'; '.join(found)}")
+
+
+def _cast(module: nn.Module, saved: Mapping[str, Any]) -> None:
+    """Every tensor to the dtype it was saved in, in the layout that its constructor chose."""
+    for key, tensor in module.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor):
+            tensor.data = tensor.data.to(saved[key].dtype)

@@ -1,0 +1,146 @@
+"""What a gallery must know of the model that wrote it, to refuse the queries of a stranger."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from .._checks import check_integer
+from ..slots import SlotRegistry
+
+__all__ = ["ModelIdentity"]
+
+LEARNABLE = "linear"  # the kind of a head whose vectors are its own
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """Of one version of a model, in plain values: a gallery keeps `to_dict()` beside its vectors.
+
+    Args:
+        fingerprint: SHA-256 of weights, backbone, head, slots and preprocessing, in hexadecimal: equal ones give equal
+            embeddings.
+        version: its number.
+        name: free text.
+        head: "simplex", "orthoplex", "cube", or "linear" for a learnable classifier.
+        embedding_dim: width of its embeddings.
+        num_slots: K of the polytope; None for a learnable classifier.
+        slots: which class has which slot: (namespace, first class id, first slot, count, step) of each run of class
+            ids, as `SlotRegistry.to_dict` gives them.
+        codes_crc32: of a cube, which vertices its slots are.
+    """
+
+    fingerprint: str
+    version: int
+    name: str
+    head: str
+    embedding_dim: int
+    num_slots: int | None = None
+    slots: tuple[tuple[str, int, int, int, int], ...] = ()
+    codes_crc32: int | None = None
+
+    def __post_init__(self) -> None:
+        if check_integer("version", self.version) < 0:
+            raise ValueError(f"version must be 0 or more, got {self.version}")
+        if not isinstance(self.name, str):
+            raise TypeError(f"name must be a string, got {type(self.name).__name__}")
+
+    def why_not_search(self, gallery: ModelIdentity) -> list[str]:
+        """What speaks against queries of this model in a gallery that was written by that one; nothing where it may.
+
+        The same model may.  Another one may where both were made around the same vertices of the same polytope:
+
+            head, num_slots, embedding_dim (and a cube's codes) are equal,
+            every class that both know has the same slot, no slot has two classes,
+            and there is a class that both know.
+
+        That is what can be told without looking at an embedding, and it is needed, not sufficient: how well the queries
+        find is for `simplexfix.compatibility` to say.  With a learnable classifier nothing of the kind can be told.
+
+        Returns:
+            One sentence for each reason.
+        """
+        if self.fingerprint == gallery.fingerprint:
+            return []
+        reasons = []
+        if self.embedding_dim != gallery.embedding_dim:
+            reasons.append(
+                f"the gallery's embeddings are {gallery.embedding_dim} wide, this model's {self.embedding_dim}"
+            )
+        if self.head != gallery.head:
+            reasons.append(f"the gallery's model has a head of kind {gallery.head!r}, this one {self.head!r}")
+        elif self.head == LEARNABLE:
+            reasons.append(
+                "both have learnable classifiers, and are not the same model: no fixed vertices say that they share a "
+                "space"
+            )
+        elif self.num_slots != gallery.num_slots:
+            reasons.append(f"the gallery's polytope has {gallery.num_slots} slots, this model's {self.num_slots}")
+        elif self.codes_crc32 != gallery.codes_crc32:
+            reasons.append(
+                f"the gallery's cube has codes of crc32 {gallery.codes_crc32}, this model's {self.codes_crc32}: other "
+                "vertices"
+            )
+        else:
+            reasons += _differing_slots(self._registry(), gallery._registry())
+        return reasons
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; `from_dict` is its inverse."""
+        return {**asdict(self), "slots": [list(run) for run in self.slots]}
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any]) -> ModelIdentity:
+        """The identity that `to_dict` described.
+
+        Raises:
+            TypeError: a key is missing, or unknown.
+            ValueError: two classes share a slot.
+        """
+        identity = cls(**{**saved, "slots": tuple(tuple(run) for run in saved.get("slots", ()))})
+        identity._registry()
+        return identity
+
+    def _registry(self) -> SlotRegistry:
+        if self.num_slots is None:
+            return SlotRegistry(2)
+        return SlotRegistry.from_dict({**SlotRegistry(self.num_slots).to_dict(), "runs": self.slots})
+
+
+def _differing_slots(mine: SlotRegistry, theirs: SlotRegistry) -> list[str]:
+    """Of two registries of as many slots."""
+    reasons, agreed = [], [torch.empty(0, dtype=torch.int64)]
+    for namespace in mine.namespaces:
+        classes = mine.classes(namespace)
+        classes = classes[torch.isin(classes, theirs.classes(namespace))]
+        if not len(classes):
+            continue
+        here, there = mine.lookup(namespace, classes), theirs.lookup(namespace, classes)
+        moved = (here != there).nonzero()[:, 0].tolist()
+        if moved:
+            others = f", and {len(moved) - 1} more of this namespace" if len(moved) > 1 else ""
+            reasons.append(
+                f"class {int(classes[moved[0]])} of namespace {namespace!r} has slot {int(there[moved[0]])} in the "
+                f"gallery's model, {int(here[moved[0]])} in this one{others}"
+            )
+        agreed.append(here[here == there])
+    if reasons:
+        return reasons
+    shared = mine.used()
+    shared = shared[torch.isin(shared, theirs.used())]
+    known = torch.cat(agreed)
+    foreign = shared[~torch.isin(shared, known)].tolist()
+    if foreign:
+        old, new = (registry.owner(foreign[0]) for registry in (theirs, mine))
+        assert old is not None
+        assert new is not None
+        others = f", and {len(foreign) - 1} more slots differ" if len(foreign) > 1 else ""
+        reasons.append(
+            f"slot {foreign[0]} is class {old[1]} of namespace {old[0]!r} in the gallery's model, "
+            f"class {new[1]} of {new[0]!r} in this one{others}"
+        )
+    elif not len(known):
+        reasons.append("the two models have no class in common")
+    return reasons

@@ -1,0 +1,503 @@
+"""A model comes back from its folder to the bit, or is refused with what is wrong; no crash leaves half of one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from simplexfix import CubeHead, OrthoplexHead, SimplexHead, SlotRegistry
+from simplexfix.data import Drawings, Normalize, Photographs, RandomWarp, Vectors
+from simplexfix.models import (
+    EmbeddingModel,
+    FeatureMLP,
+    LinearHead,
+    ModelFolderError,
+    ModelIdentity,
+    ResNet18,
+    SmallConvNet,
+    read_identity,
+)
+from simplexfix.models.folder import BACKBONES
+
+# of every network that is made again from its folder alone: how it is made here, and what it takes
+EXAMPLES = {
+    "FeatureMLP": (lambda: FeatureMLP(12, (20, 16)), (12,), Vectors(12)),
+    "ResNet18": (lambda: ResNet18("cifar", width=2), (3, 8, 8), Photographs(8, Normalize((0.5,) * 3, (0.2,) * 3))),
+    "SmallConvNet": (lambda: SmallConvNet(5, 16), (1, 28, 28), Drawings(28)),
+}
+
+
+def registry() -> SlotRegistry:
+    slots = SlotRegistry(34)
+    slots.add("pretraining", [7, 3, 4], end="high")
+    slots.add("default", range(9))
+    return slots
+
+
+def linear() -> LinearHead:
+    head = LinearHead(16, scale=9.0)
+    head.grow(7)
+    return head
+
+
+HEADS = {
+    "simplex": lambda: SimplexHead(0, 16, slots=registry(), normalize=True, scale=12.5, margin=("angular", 0.25)),
+    "orthoplex": lambda: OrthoplexHead(0, 16, slots=registry()),
+    "cube": lambda: CubeHead(0, 16, slots=registry(), embedding_dim=70, scale=0.5),
+    "linear": linear,
+    "linear without classes": lambda: LinearHead(16),
+}
+
+
+def trained(backbone: nn.Module, shape: tuple[int, ...], head: nn.Module, **options) -> EmbeddingModel:
+    """With statistics of batches, and weights that no constructor makes."""
+    torch.manual_seed(5)
+    model = EmbeddingModel(backbone, head, **options)
+    model(torch.randn(16, *shape))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.01 * torch.randn_like(p))
+    return model.eval()
+
+
+def small(scale: float = 1.0, **options) -> EmbeddingModel:
+    return trained(FeatureMLP(12, (16,)), (12,), SimplexHead(4, 16, num_slots=10, scale=scale), **options)
+
+
+def of_ones_own(width: int = 16, *, bias: bool = True, extra: bool = False) -> nn.Module:
+    layers = nn.Sequential(nn.Linear(12, width, bias=bias), nn.BatchNorm1d(width), nn.Linear(width, 16))
+    if extra:
+        layers.append(nn.PReLU())
+    return layers
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("name", sorted(BACKBONES))
+def test_embeddings_are_the_same_to_the_bit(tmp_path: Path, name: str, head: str) -> None:
+    make, shape, preprocessing = EXAMPLES[name]
+    model = trained(make(), shape, HEADS[head](), preprocessing=preprocessing)
+    identity = model.save_pretrained(tmp_path / "model", version=3, name="three")
+    random = torch.get_rng_state()
+    again = EmbeddingModel.from_pretrained(tmp_path / "model")
+    assert torch.equal(torch.get_rng_state(), random)
+    assert not any(module.training for module in again.modules())
+    inputs = torch.randn(40, *shape)
+    assert torch.equal(again.extract(inputs), model.extract(inputs))
+    assert torch.equal(again.head(again.backbone(inputs)), model.head(model.backbone(inputs)))
+    assert again.preprocessing == preprocessing
+    assert type(again.head) is type(model.head)
+    if isinstance(model.head, LinearHead):
+        assert (again.head.num_classes, again.head.scale) == (model.head.num_classes, model.head.scale)
+    else:
+        assert again.head.slots.to_dict() == model.head.slots.to_dict()
+        assert again.head.extra_repr() == model.head.extra_repr()
+    # and it is the same model to a gallery, wherever that looks
+    assert again.identity(version=3, name="three") == identity == read_identity(tmp_path / "model")
+    assert identity.embedding_dim == again.extract(inputs[:1]).shape[1]
+    assert sorted(path.name for path in (tmp_path / "model").iterdir())[0] == "config.json"
+    assert len(list((tmp_path / "model").iterdir())) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_dtype_comes_back(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = small().to(dtype)
+    model.save_pretrained(tmp_path)
+    again = EmbeddingModel.from_pretrained(tmp_path)
+    rows = torch.randn(9, 12).to(dtype)
+    assert again.extract(rows).dtype == dtype
+    assert torch.equal(again.extract(rows), model.extract(rows))
+    assert again.backbone.layers[1].num_batches_tracked.dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    "preprocessing",
+    [None, Normalize((0.5, 0.4, 0.3), (0.1, 0.2, 0.3)), Photographs(32, Normalize((0.1,), (0.7,))), Drawings(28)],
+)
+def test_preprocessing_comes_back(tmp_path: Path, preprocessing) -> None:
+    small(preprocessing=preprocessing).save_pretrained(tmp_path)
+    assert EmbeddingModel.from_pretrained(tmp_path).preprocessing == preprocessing
+
+
+def test_preprocessing_checks_what_it_takes() -> None:
+    images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    normalize = Normalize((0.5, 0.4, 0.3), (0.1, 0.2, 0.3))
+    assert torch.equal(Photographs(32, normalize)(images), normalize(images))
+    with pytest.raises(ValueError, match=r"images must be uint8 \[B, C, 28, 28\], got uint8 \[2, 3, 32, 32\]"):
+        Photographs(28, normalize)(images)
+    ink = images[:, 0] > 99
+    assert torch.equal(Drawings(32)(ink), ink.unsqueeze(1).float())
+    with pytest.raises(ValueError, match=r"images must be \[B, 28, 28\], got uint8 \[2, 3, 32, 32\]"):
+        Drawings(28)(images)
+    assert Vectors(3)(torch.ones(2, 3, dtype=torch.float64)).dtype == torch.float32
+    for rows in (torch.ones(2, 4), torch.ones(2, 3, dtype=torch.int64), torch.ones(3)):
+        with pytest.raises(ValueError, match=r"rows must be floating \[B, 3\], got "):
+            Vectors(3)(rows)
+
+
+def test_a_backbone_of_ones_own_is_handed_in_and_loaded_strictly(tmp_path: Path) -> None:
+    model = trained(of_ones_own(), (12,), HEADS["simplex"]())
+    model.save_pretrained(tmp_path)
+    again = EmbeddingModel.from_pretrained(tmp_path, backbone=of_ones_own())
+    rows = torch.randn(9, 12)
+    assert torch.equal(again.extract(rows), model.extract(rows))
+    for backbone, message in (
+        (of_ones_own(bias=False), "do not fit the backbone, a Sequential; unexpected: 0.bias$"),
+        (of_ones_own(extra=True), "missing: 3.weight$"),
+        (
+            of_ones_own(10),
+            r"of another shape or dtype: 0.weight \[16, 12\], here \[10, 12\], 0.bias \[16\], here \[10\]",
+        ),
+        (of_ones_own().double(), "0.weight torch.float32, here torch.float64, "),
+        (nn.Linear(12, 16), r"missing: weight, bias; unexpected: 0.weight, .* and 1 more$"),
+    ):
+        before = {key: value.clone() for key, value in backbone.state_dict().items()}
+        with pytest.raises(ModelFolderError, match=message):
+            EmbeddingModel.from_pretrained(tmp_path, backbone=backbone)
+        assert all(torch.equal(value, before[key]) for key, value in backbone.state_dict().items())
+    with pytest.raises(ModelFolderError, match=r"a torch\.nn\.\S+\.Sequential, which only you can make: "):
+        EmbeddingModel.from_pretrained(tmp_path)
+
+
+def test_the_fingerprint_can_be_computed_from_the_files_alone(tmp_path: Path) -> None:
+    """As docs/formats.md says, with nothing but JSON and SHA-256; and it is what it was when the format was made."""
+    model = EmbeddingModel(FeatureMLP(3, (2,)), SimplexHead(2, 2, num_slots=3), preprocessing=Vectors(3))
+    with torch.no_grad():
+        for i, p in enumerate(model.parameters()):
+            p.copy_(torch.arange(p.numel()).view(p.shape) + i)
+    identity = model.save_pretrained(tmp_path, version=1, name="ü")
+
+    def checksum(value) -> str:
+        return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    weights = (tmp_path / config["weights"]).read_bytes()
+    (size,) = struct.unpack("<Q", weights[:8])
+    header = json.loads(weights[8 : 8 + size])
+    version, _, rest = header.pop("__metadata__")["simplexfix"].partition(" ")
+    digest = hashlib.sha256(rest.partition(" ")[2].encode())
+    dtypes = {"F32": "torch.float32", "I64": "torch.int64"}
+    for name, entry in sorted(header.items()):
+        start, stop = (8 + size + at for at in entry["data_offsets"])
+        digest.update(f"\n{name} {dtypes[entry['dtype']]} {entry['shape']}\n".encode() + weights[start:stop])
+    assert version == "1"
+    parts = ("backbone", "head", "preprocessing", "slots", "version")
+    assert config["sha256"] == {**{part: checksum(config[part]) for part in parts}, "weights": digest.hexdigest()}
+    sums = {part: value for part, value in config["sha256"].items() if part != "version"}
+    assert checksum(sums) == config["fingerprint"] == identity.fingerprint
+    assert identity.fingerprint == "4433a867cd280c04533e89b19068b261c650d6d21f5a901a8455e1a6fdd725e0"
+
+
+def test_the_fingerprint_is_of_all_that_embeddings_and_slots_depend_on(tmp_path: Path) -> None:
+    first = small()
+    seen = {first.identity().fingerprint}
+    assert first.identity(version=4, name="four").fingerprint in seen  # which these are not
+
+    def is_new(model: EmbeddingModel) -> bool:
+        before = len(seen)
+        seen.add(model.identity().fingerprint)
+        return len(seen) > before
+
+    with torch.no_grad():
+        first.backbone.layers[0].weight[0, 0] = first.backbone.layers[0].weight[0, 0].nextafter(torch.tensor(9.0))
+    assert is_new(first)
+    first.backbone.layers[1].running_mean[0] += 1
+    assert is_new(first)
+    first.head.grow(5)
+    assert is_new(first)
+    first.preprocessing = Vectors(12)
+    assert is_new(first)
+    assert is_new(small(scale=2.0))
+
+
+def damaged(path: Path, change) -> None:
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["head"].update(scale=2.0), "was changed after it was written: head without its checksum"),
+        (lambda c: c["slots"]["runs"][0].__setitem__(1, 1), "slots without its checksum"),
+        (
+            lambda c: (c["version"].update(name="x"), c["preprocessing"].update(width=3)),
+            "preprocessing, version without its checksum",
+        ),
+        (lambda c: c["backbone"]["arguments"].update(hidden=[15]), "backbone without its checksum"),
+        (lambda c: c.update(weights="../model-0123456789abcdef.safetensors"), "weights without its checksum"),
+        (lambda c: c.update(fingerprint="0" * 64), "fingerprint without its checksum"),
+        (lambda c: c["sha256"].update(weights="0" * 64), "weights without its checksum"),
+        (lambda c: c["sha256"].pop("head"), "was changed after it was written: sha256 differs"),
+        (lambda c: c.pop("slots"), "keys missing or unknown: slots"),
+        (lambda c: c.update(head_=1), "keys missing or unknown: head_"),
+        (lambda c: c.update(format_number=2), r"config.json is of format 2, this version of simplexfix reads 1"),
+        (lambda c: c.update(format="transformers"), "is of no model that save_pretrained has written"),
+    ],
+)
+def test_a_config_edited_by_hand_is_refused_by_name(tmp_path: Path, change, message: str) -> None:
+    small(preprocessing=Vectors(12)).save_pretrained(tmp_path)
+    damaged(tmp_path / "config.json", change)
+    for read in (read_identity, EmbeddingModel.from_pretrained):
+        with pytest.raises(ModelFolderError, match=message):
+            read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda c: c["backbone"].update(kind="VisionTransformer"),
+            "backbone of kind 'VisionTransformer' is unknown; known",
+        ),
+        (lambda c: c["head"].update(kind="sphere"), "head of kind 'sphere' is unknown; known: cube, linear"),
+        (lambda c: c["preprocessing"].update(kind="Crop"), "preprocessing of kind 'Crop' is unknown; known: Drawings"),
+        (lambda c: c["slots"]["runs"].append(["b", 0, 2, 1, 1]), "slot 2 of 'b' collides with"),
+        (
+            lambda c: c["head"].update(in_features=17),
+            r"do not fit the head.*weight \[9, 16\], here \[9, 17\]",
+        ),
+        (lambda c: c["preprocessing"].pop("width"), "width"),
+    ],
+)
+def test_what_another_version_may_have_written_is_refused_by_name(tmp_path, change, message: str, monkeypatch) -> None:
+    """Right in its checksums, and not what this version knows."""
+    from simplexfix.models import folder
+
+    small(preprocessing=Vectors(12)).save_pretrained(tmp_path)
+
+    def changed(config) -> None:
+        change(config)
+        folder._add_checksums(config, config["sha256"]["weights"])
+
+    damaged(tmp_path / "config.json", changed)
+    with pytest.raises(ModelFolderError, match=message):
+        EmbeddingModel.from_pretrained(tmp_path)
+
+
+def test_damaged_and_exchanged_weights_are_refused(tmp_path: Path) -> None:
+    small().save_pretrained(tmp_path / "a")
+    small(scale=2.0).save_pretrained(tmp_path / "b")
+    other = small()
+    other.backbone.layers[1].running_mean.zero_()
+    other.save_pretrained(tmp_path / "c")
+    (file,) = (tmp_path / "a").glob("*.safetensors")
+    content = file.read_bytes()
+    for bad in (content[:-1], content[:50], b"", content[:-9] + bytes([content[-9] ^ 1]) + content[-8:]):
+        file.write_bytes(bad)
+        with pytest.raises(ModelFolderError, match="damaged") as caught:
+            EmbeddingModel.from_pretrained(tmp_path / "a")
+        assert str(file) in str(caught.value)
+    (weights_of_c,) = (tmp_path / "c").glob("*.safetensors")
+    shutil.copyfile(weights_of_c, file)  # whole, but of another model
+    with pytest.raises(ModelFolderError, match=r"holds other weights than those that config\.json was written for"):
+        EmbeddingModel.from_pretrained(tmp_path / "a")
+    file.unlink()
+    with pytest.raises(ModelFolderError, match=r"which config\.json names, is not there"):
+        EmbeddingModel.from_pretrained(tmp_path / "a")
+    (tmp_path / "a" / "config.json").write_bytes(b'{"format": "simplexf')
+    with pytest.raises(ModelFolderError, match=r"config\.json cannot be read, it may be damaged"):
+        EmbeddingModel.from_pretrained(tmp_path / "a")
+
+
+def test_killed_at_any_moment_the_folder_holds_one_whole_model(tmp_path: Path, monkeypatch) -> None:
+    """The folder is copied before and after every call that changes it: that is what a killed process leaves."""
+    old, new = small(), small(scale=2.0)
+    new.backbone.layers[1].running_mean.zero_()
+    folder = tmp_path / "model"
+    known = {old.save_pretrained(folder).fingerprint: "old", new.identity().fingerprint: "new"}
+    left: list[Path] = []
+
+    def copied(act):
+        def instead(*arguments, **options):
+            for moment in ("before", "after"):
+                left.append(tmp_path / f"{len(left)}-{moment}")
+                shutil.copytree(folder, left[-1])
+                if moment == "before":
+                    result = act(*arguments, **options)
+            return result
+
+        return instead
+
+    with monkeypatch.context() as patch:
+        for name in ("fsync", "replace", "unlink"):
+            patch.setattr(os, name, copied(getattr(os, name)))
+        new.save_pretrained(folder)
+    found = []
+    for place in left:
+        model = EmbeddingModel.from_pretrained(place)
+        found.append(known[model.identity().fingerprint])
+        new.save_pretrained(place)  # which clears away what was left
+        assert sorted(path.name for path in place.iterdir()) == sorted(path.name for path in folder.iterdir())
+    assert len(list(folder.iterdir())) == 2
+    assert found == sorted(found, reverse=True)
+    assert {"old", "new"} == set(found)
+    assert len(found) >= 12  # of four syncs, two renames and a removal
+
+
+def test_an_error_while_saving_leaves_the_model_that_was_there(tmp_path: Path, monkeypatch) -> None:
+    before = small().save_pretrained(tmp_path)
+    replace, count = os.replace, iter(range(99))
+
+    def failing(*arguments):
+        if next(count) == 1:
+            raise OSError(28, "No space left on device")
+        return replace(*arguments)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(OSError, match=r"No space left on device.*config\.json"):
+        trained(FeatureMLP(12, (16,)), (12,), SimplexHead(2, 16)).save_pretrained(tmp_path)
+    assert read_identity(tmp_path) == before
+    assert EmbeddingModel.from_pretrained(tmp_path).identity() == before
+
+
+def test_what_is_somebody_elses_is_never_lost(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("mine")
+    (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"mine")
+    small().save_pretrained(tmp_path)
+    small(scale=2.0).save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").exists()
+    assert (tmp_path / "model-00001-of-00002.safetensors").exists()
+    for content in ('{"architectures": ["BertModel"]}', "[]", "{"):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(ModelFolderError, match="is of something else and would be lost; take another folder"):
+            small().save_pretrained(tmp_path)
+        assert (tmp_path / "config.json").read_text() == content
+
+
+class _Subclass(FeatureMLP):
+    pass
+
+
+def altered() -> EmbeddingModel:
+    model = small()
+    model.backbone.layers[0] = nn.Linear(12, 16)  # with a bias
+    return model
+
+
+def with_more() -> EmbeddingModel:
+    model = small()
+    model.temperature = nn.Parameter(torch.ones(1))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("act", "error", "message"),
+    [
+        (
+            lambda p: EmbeddingModel(FeatureMLP(3), nn.Identity()).save_pretrained(p),
+            TypeError,
+            "head must be one of CubeHead, LinearHead, OrthoplexHead, SimplexHead for the model .*, got Identity",
+        ),
+        (
+            lambda p: small(preprocessing=RandomWarp()).save_pretrained(p),
+            TypeError,
+            "preprocessing must be None or one of Drawings, Normalize, Photographs, Vectors .*, got RandomWarp",
+        ),
+        (
+            lambda p: altered().save_pretrained(p),
+            ValueError,
+            r"fit what its arguments make.*unexpected: layers.0.bias",
+        ),
+        (lambda p: with_more().save_pretrained(p), TypeError, "this one has temperature as well"),
+        (lambda p: small().save_pretrained(p, version=-1), ValueError, "version must be 0 or more, got -1"),
+        (lambda p: small().save_pretrained(p, version=1.5), TypeError, "version must be an integer, got float"),
+        (lambda p: small().save_pretrained(p, name=3), TypeError, "name must be a string, got int"),
+        (
+            lambda p: EmbeddingModel.from_pretrained("google/vit"),
+            FileNotFoundError,
+            "google/vit is no folder; models are read from local folders, nothing is downloaded",
+        ),
+        (lambda p: EmbeddingModel.from_pretrained(p), ModelFolderError, "holds no model: it has no config.json"),
+    ],
+)
+def test_bad_input(act, error: type[Exception], message: str, tmp_path: Path) -> None:
+    with pytest.raises(error, match=message):
+        act(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_subclass_is_not_taken_for_what_it_derives_from(tmp_path: Path) -> None:
+    trained(_Subclass(12, (16,)), (12,), linear()).save_pretrained(tmp_path)
+    with pytest.raises(ModelFolderError, match=r"_Subclass, which only you can make: pass backbone="):
+        EmbeddingModel.from_pretrained(tmp_path)
+    assert EmbeddingModel.from_pretrained(tmp_path, backbone=_Subclass(12, (16,))).backbone.hidden == (16,)
+
+
+# what a gallery must know to refuse a stranger
+
+
+def model_on(slots: SlotRegistry, kind=SimplexHead, in_features: int = 16, **options) -> ModelIdentity:
+    return EmbeddingModel(FeatureMLP(in_features), kind(0, in_features, slots=slots, **options)).identity()
+
+
+def grown(num_slots: int = 34, **namespaces) -> SlotRegistry:
+    slots = SlotRegistry(num_slots)
+    for name, classes in namespaces.items():
+        slots.add(name, classes)
+    return slots
+
+
+def test_versions_on_one_registry_may_search_each_other() -> None:
+    first = model_on(grown(default=range(4)))
+    later = model_on(grown(default=range(4), pretraining=[90, 80]), in_features=24)  # another network, wider features
+    assert first.fingerprint != later.fingerprint
+    assert later.why_not_search(first) == []
+    assert first.why_not_search(later) == []
+    saved = json.loads(json.dumps(later.to_dict()))
+    assert ModelIdentity.from_dict(saved) == later
+    saved["slots"].append(["other", 0, 0, 1, 1])
+    with pytest.raises(ValueError, match="slot 0 of 'other' collides with"):
+        ModelIdentity.from_dict(saved)
+
+
+@pytest.mark.parametrize(
+    ("gallery", "reasons"),
+    [
+        (
+            model_on(grown(default=range(4)), OrthoplexHead),
+            ["are 17 wide, this model's 33", "kind 'orthoplex', this"],
+        ),
+        (model_on(grown(36, default=range(4))), ["are 35 wide, this model's 33", "has 36 slots, this model's 34"]),
+        (
+            model_on(grown(default=[1, 0, 2])),
+            ["class 0 of namespace 'default' has slot 1 in the gallery's model, 0 in this one, and 1 more of"],
+        ),
+        (
+            model_on(grown(default=range(3), other=[5])),
+            ["slot 3 is class 5 of namespace 'other' in the gallery's model, class 3 of 'default' in this one$"],
+        ),
+        (model_on(grown(other=[5, 6])), ["slot 0 is class 5 of namespace 'other' .*, and 1 more slots differ"]),
+        (model_on(SlotRegistry(34)), ["the two models have no class in common"]),
+        (
+            EmbeddingModel(FeatureMLP(33), LinearHead(33)).identity(),
+            ["a head of kind 'linear', this one 'simplex'"],
+        ),
+    ],
+)
+def test_a_stranger_is_refused_with_reasons(gallery: ModelIdentity, reasons: list[str]) -> None:
+    queries = model_on(grown(default=range(4)))
+    found = queries.why_not_search(gallery)
+    assert len(found) == len(reasons), found
+    for text, expected in zip(found, reasons, strict=True):
+        assert re.search(expected, text), text
+    assert len(gallery.why_not_search(queries)) == len(reasons)
+
+
+def test_cubes_and_learnable_classifiers() -> None:
+    cube = model_on(grown(default=range(4)), CubeHead, embedding_dim=40)
+    other = ModelIdentity.from_dict({**cube.to_dict(), "codes_crc32": 1, "fingerprint": "0"})
+    assert cube.why_not_search(model_on(grown(default=range(4)), CubeHead, 24, embedding_dim=40)) == []
+    assert "codes of crc32 1, this model's " in cube.why_not_search(other)[0]
+    first, second = (EmbeddingModel(FeatureMLP(8), LinearHead(8)) for _ in range(2))
+    assert "no fixed vertices say that they share a space" in second.identity().why_not_search(first.identity())[0]
+    assert first.identity().why_not_search(first.identity(version=2)) == []

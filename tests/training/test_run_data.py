@@ -1,0 +1,164 @@
+"""What a configuration's data becomes: tasks, pre-training, search and validation."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from simplexfix.models import EmbeddingModel
+from simplexfix.training import (
+    PRESETS,
+    DataConfig,
+    MethodConfig,
+    ModelConfig,
+    ReplacementConfig,
+    RunConfig,
+    Schedule,
+    TasksConfig,
+    TrainerConfig,
+    train_run,
+)
+from simplexfix.training.run_data import load_run_data
+
+PER_CLASS = 6
+
+
+@pytest.fixture(scope="module")
+def cifar(tmp_path_factory) -> Path:
+    """Both data sets in their published layout, of a few images: each class a colour, with noise."""
+    root = tmp_path_factory.mktemp("cifar")
+    draw = np.random.default_rng(0)
+
+    def images(labels: np.ndarray, classes: int) -> np.ndarray:
+        colours = np.random.default_rng(1).integers(0, 256, (classes, 3, 1))
+        return (colours[labels] + draw.integers(-20, 20, (len(labels), 3, 1024))).clip(0, 255).reshape(len(labels), -1)
+
+    fine = np.tile(np.arange(100), PER_CLASS)
+    hundred, ten = root / "cifar-100-binary", root / "cifar-10-batches-bin"
+    hundred.mkdir()
+    ten.mkdir()
+    records = np.column_stack([fine // 5, fine, images(fine, 100)]).astype(np.uint8)
+    (hundred / "train.bin").write_bytes(records.tobytes())
+    (hundred / "fine_label_names.txt").write_text("\n".join(f"fine{i}" for i in range(100)))
+    for name in ("data_batch_1.bin", "test_batch.bin"):
+        labels = np.arange(30) % 10
+        (ten / name).write_bytes(np.column_stack([labels, images(labels, 10)]).astype(np.uint8).tobytes())
+    (ten / "batches.meta.txt").write_text("\n".join(f"class{i}" for i in range(10)))
+    return root
+
+
+def small(cifar: Path) -> RunConfig:
+    """The preset, of fewer images."""
+    preset = PRESETS["cpu-small"]
+    return replace(preset, data=replace(preset.data, path=str(cifar), per_class=PER_CLASS - 1))
+
+
+def test_the_preset_splits_as_it_says(cifar) -> None:
+    """Tasks have the classes below 50, in the seed's order, pre-training the others; no item is in two places."""
+    config = small(cifar)
+    data = load_run_data(config)
+    assert [task.classes.stop for task in data.tasks] == [8, 15, 22, 29, 36, 43, 50]
+    assert [len(torch.unique(task.items.labels)) for task in data.tasks] == [8, 7, 7, 7, 7, 7, 7]
+    assert all(torch.bincount(task.items.labels)[task.items.labels].eq(PER_CLASS - 1).all() for task in data.tasks)
+    assert torch.unique(data.pretraining.labels).tolist() == list(range(50))
+    images = [task.items.inputs for task in data.tasks] + [data.pretraining.inputs]
+    rows = {image.numpy().tobytes() for part in images for image in part}
+    assert len(rows) == 100 * (PER_CLASS - 1)
+    other = load_run_data(replace(config, seed=1))
+    assert not torch.equal(other.tasks[0].items.inputs, data.tasks[0].items.inputs)
+    assert {image.numpy().tobytes() for image in other.pretraining.inputs} == {
+        image.numpy().tobytes() for image in data.pretraining.inputs
+    }
+    query, gallery = data.searched["search"]
+    assert len(query.labels) == len(gallery.labels) == 30
+    assert list(data.searched) == ["search"]
+
+
+def test_validation_is_held_out_of_every_class(cifar) -> None:
+    config = small(cifar)
+    whole = load_run_data(config)
+    held = load_run_data(replace(config, data=replace(config.data, validation=0.2)))
+    query, gallery = held.searched["validation"]
+    assert torch.bincount(query.labels)[:50].tolist() == [1] * 50
+    assert len(query.labels) + len(gallery.labels) == sum(len(task.items.labels) for task in whole.tasks)
+    trained = {image.numpy().tobytes() for task in held.tasks for image in task.items.inputs}
+    assert trained == {image.numpy().tobytes() for image in gallery.inputs}
+    assert not trained & {image.numpy().tobytes() for image in query.inputs}
+    assert len(held.pretraining.labels) == len(whole.pretraining.labels)
+
+
+def test_methods_share_their_pre_training_and_the_model_folder_embeds_alike(cifar, tmp_path) -> None:
+    """IAM-CL2R of images from end to end: `hoc` and `simplex` read the same networks, `er` would not."""
+    config = RunConfig(
+        data=DataConfig(kind="cifar", path=str(cifar), query_batches=(1,), validation=0.2),
+        model=ModelConfig(kind="resnet18", width=4),
+        method=MethodConfig(slots=128),
+        tasks=TasksConfig(
+            counts=(10, 10),
+            pretraining_from=50,
+            epochs=1,
+            memory_per_class=2,
+            replacements={1: ReplacementConfig(ModelConfig(kind="resnet18", width=8), 20, Schedule(1, 0.1), epochs=1)},
+            pretraining_folder=str(tmp_path / "pretrained"),
+            hoc_reference="replacement",
+        ),
+        schedule=Schedule(1, 0.01, batch=16),
+        trainer=TrainerConfig(device="cpu"),
+        protocols=("nearest_class_mean",),
+    )
+    stages: list[str] = []
+    report = train_run(config, tmp_path / "hoc", on_step=stages.append)
+    assert "pre-training for task 1" in stages
+    assert set(report) == {"versions", "search", "validation"}
+    assert len(report["validation"]["nearest_class_mean"]["matrix"]) == 2
+    again: list[str] = []
+    simplex = replace(config, method=replace(config.method, name="simplex"))
+    train_run(simplex, tmp_path / "simplex", on_step=again.append)
+    assert "pre-training for task 1" not in again
+    narrow = replace(config.tasks, replacements={1: replace(config.tasks.replacements[1], model=config.model)})
+    er = replace(config, tasks=narrow, method=replace(config.method, name="er"))
+    with pytest.raises(ValueError, match=r"was started otherwise[\s\S]*method\.type: was .*Simplex.*ER"):
+        train_run(er, tmp_path / "er")
+
+    version = EmbeddingModel.from_pretrained(tmp_path / "hoc" / "task-01" / "model")
+    data = load_run_data(config)
+    images = data.searched["search"][0].inputs
+    assert version.backbone.width == 8
+    rows = version.extract(version.preprocessing(images))
+    assert torch.equal(rows, version.extract(data.prepare(images)))
+    identity = json.loads((tmp_path / "hoc" / "task-01" / "model" / "config.json").read_text())["fingerprint"]
+    assert report["versions"][1]["fingerprint"] == identity
+
+
+def test_image_folders_are_known_by_the_names_of_their_classes(tmp_path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    colours = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
+    for part, names in (
+        ("train", ("blue", "green")),
+        ("query", ("red",)),
+        ("gallery", ("green", "red")),
+        ("more", ("blue", "red")),
+    ):
+        for name in names:
+            (tmp_path / part / name).mkdir(parents=True)
+            for i in range(3):
+                image.new("RGB", (20, 10), colours[name]).save(tmp_path / part / name / f"{i}.png")
+    config = RunConfig(
+        data=DataConfig(kind="images", path=str(tmp_path), size=8, pretraining=str(tmp_path / "more")),
+        tasks=TasksConfig(counts=(1, 1)),
+        schedule=Schedule(1, 0.1),
+    )
+    data = load_run_data(config)
+    query, gallery = data.searched["search"]
+    assert query.inputs.shape == (3, 3, 8, 8)
+    assert query.labels.tolist() == [1] * 3
+    assert gallery.labels.tolist() == [0] * 3 + [1] * 3
+    assert len(data.pretraining.labels) == 6
+    both = replace(config, tasks=replace(config.tasks, pretraining_from=1))
+    with pytest.raises(ValueError, match="pre-trained on one of them"):
+        load_run_data(both)
