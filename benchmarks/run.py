@@ -1,6 +1,6 @@
 """Prints one table of ratios to named peers and to the machine's limit, with errors; writes it as JSON.
 
-python benchmarks/run.py [--only loss logits contrast search index] [--out FILE] [--seconds S] [--threads N]
+python benchmarks/run.py [--only loss logits contrast search index training] [--out FILE] [--seconds S] [--threads N]
                          [--no-compile]
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import contrast, logits, loss, search
+from cases import contrast, logits, loss, search, training
 from measure import captured, interleave, machine_card, peak_memory
 
 PARTS = {
@@ -21,6 +21,7 @@ PARTS = {
     "contrast": contrast.CASES,
     "search": search.CASES,
     "index": search.INDEX_CASES,
+    "training": training.CASES,
 }
 
 
@@ -55,7 +56,7 @@ def measure(case: Any, seconds: float, compiled: bool, with_memory: bool = True)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--only", nargs="+", default=list(PARTS), choices=PARTS, help="default: all; index takes minutes"
+        "--only", nargs="+", default=list(PARTS), choices=PARTS, help="default: all; index and training take minutes"
     )
     parser.add_argument("--out", type=Path, help="write the results as JSON too")
     parser.add_argument("--seconds", type=float, default=2.0, help="per case (default: 2)")

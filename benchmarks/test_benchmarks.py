@@ -6,9 +6,9 @@ from __future__ import annotations
 from functools import cache
 
 import pytest
-from cases import contrast, logits, loss, search
+from cases import contrast, logits, loss, search, training
 
-CASES = {case.name: case for case in (*loss.CASES, *logits.CASES, *contrast.CASES, *search.CASES)}
+CASES = {case.name: case for case in (*loss.CASES, *logits.CASES, *contrast.CASES, *search.CASES, *training.CASES[:1])}
 
 
 @cache

@@ -1,0 +1,92 @@
+"""One step of training: ResNet-18 in ImageNet form on 32-pixel images, junction, loss, gradients, SGD."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from simplexfix import SimplexHead
+from simplexfix.models import EmbeddingModel, ResNet18
+from simplexfix.polytopes import simplex_prototypes
+
+
+@dataclass
+class TrainingStepCase:
+    """A batch, K slots; ours against the same step with the simplex as a matrix: z W^T, then cross-entropy."""
+
+    rows: int
+    num_classes: int
+    device: str = "cpu"
+    error_name = "loss error"
+
+    def __post_init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.images = torch.randn(self.rows, 3, 32, 32, generator=generator).to(self.device)
+        self.target = torch.randint(self.num_classes, (self.rows,), generator=generator).to(self.device)
+
+    @property
+    def name(self) -> str:
+        return f"training step ResNet-18 B={self.rows} K={self.num_classes}"
+
+    def model(self) -> EmbeddingModel:
+        torch.manual_seed(0)
+        backbone = ResNet18()
+        return EmbeddingModel(backbone, SimplexHead(self.num_classes, backbone.out_features)).to(self.device)
+
+    def losses(self) -> dict[str, Callable[[EmbeddingModel], Tensor]]:
+        w: list[Tensor] = []  # made by the first call: whoever measures ours alone has no matrix in memory
+
+        def dense(model: EmbeddingModel) -> Tensor:
+            if not w:
+                w.append(simplex_prototypes(self.num_classes).to(self.device))
+            return F.cross_entropy(model(self.images) @ w[0].T, self.target)
+
+        return {
+            "simplexfix": lambda model: model.head.loss(model.backbone(self.images), self.target),
+            "dense matrix": dense,
+        }
+
+    def candidates(self, compiled: bool = True) -> dict[str, Callable[[], Any]]:
+        def step(loss: Callable[[EmbeddingModel], Tensor]) -> Callable[[], Any]:
+            model = self.model()
+            optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4, fused=True)
+
+            def call() -> None:
+                optimizer.zero_grad()
+                loss(model).backward()
+                optimizer.step()
+
+            return call
+
+        return {name: step(loss) for name, loss in self.losses().items()}
+
+    def limits(self) -> dict[str, Callable[[], Any]]:
+        """The step without a classifier: what no loss can take away."""
+        model = self.model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4, fused=True)
+
+        def call() -> None:
+            optimizer.zero_grad()
+            model(self.images).sum().backward()
+            optimizer.step()
+
+        return {"the step without a loss": call}
+
+    def errors(self) -> dict[str, float]:
+        """Of the first step's loss, relative to that in float64 of the same network."""
+        model = self.model().double()
+        truth = F.cross_entropy(
+            model(self.images.double()) @ simplex_prototypes(self.num_classes, dtype=torch.float64).to(self.device).T,
+            self.target,
+        )
+        return {
+            name: abs(float(loss(self.model()).detach() / truth.detach()) - 1) for name, loss in self.losses().items()
+        }
+
+
+CASES = [TrainingStepCase(128, k) for k in (1024, 8192, 32768)]

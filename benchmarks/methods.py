@@ -1,0 +1,134 @@
+"""All methods on `simplexfix train cpu-small`, over seeds, and what limits HOC: one change at a time.
+
+python benchmarks/methods.py DATA [--seeds 0 1 2] [--methods er fd bct simplex hoc] [--ablation]
+                             [--runs DIR] [--jobs N] [--out FILE] [KEY.SUB=VALUE ...]
+
+DATA holds CIFAR-10 and CIFAR-100 in their binary version.  Runs are kept in DIR and taken up again where they were
+stopped; those that are done are read.  --jobs of them go on at a time, each with one thread.  --ablation trains HOC
+once more for each of VARIANTS, by the first seed.  Methods with a learnable classifier share one pre-training, those
+with the fixed one another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from measure import machine_card
+
+from simplexfix.training import PRESETS
+from simplexfix.training.run_config import LEARNABLE
+
+METHODS = ("er", "fd", "bct", "simplex", "hoc")
+VARIANTS = {
+    "the deployed version is the old model of a replacement": ("tasks.hoc_reference=deployed",),
+    "lambda 0.02": ("method.lambda_=0.02",),
+    "lambda 0.5": ("method.lambda_=0.5",),
+    "mu 5": ("method.mu=5.0",),
+    "mu 20": ("method.mu=20.0",),
+    "negatives removed": ("method.negatives=remove",),
+    "infonce": ("method.negatives=infonce",),
+    "batch 256, learning rate 0.02": ("schedule.batch=256", "schedule.learning_rate=0.02"),
+    "learning rate 0.003": ("schedule.learning_rate=0.003",),
+    "learning rate 0.03": ("schedule.learning_rate=0.03",),
+    "twice the epochs": ("tasks.epochs=16",),
+    "normalised, scale 16": ("method.normalize=true", "method.scale=16.0"),
+}
+FIRST = "nearest_class_mean"
+
+
+def trained(runs: Path, seed: int, method: str, changes: tuple[str, ...], folder: str) -> dict[str, Any]:
+    """The run's report; its seconds, where it was not stopped on the way, are those of its process."""
+    place = runs / f"seed-{seed}"
+    kind = "linear" if method in LEARNABLE else "simplex"
+    file = place / folder / "report.json"
+    if not file.exists():
+        command = [sys.executable, "-m", "simplexfix", "train", "cpu-small", f"seed={seed}", f"method.name={method}"]
+        shared = place / (f"pretraining-{kind}" if "method.normalize=true" not in changes else "pretraining-normalised")
+        began = time.perf_counter()
+        done = subprocess.run(
+            [*command, f"tasks.pretraining_folder={shared}", *changes, "--out", str(place / folder)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            raise SystemExit(f"seed {seed}, {folder}: {done.stderr}")
+        print(f"seed {seed}, {folder}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+    report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return {protocol: {"matrix": entry["matrix"], **entry["criteria"]} for protocol, entry in report["search"].items()}
+
+
+def line(name: str, reports: list[dict[str, Any]]) -> str:
+    """Means over seeds, and the standard deviation where there are several."""
+    cells = []
+    for protocol in reports[0]:
+        for key, factor in (("AC", 1), ("AA", 100), ("BC", 100)):
+            values = [factor * report[protocol][key] for report in reports]
+            spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):6.2f}{spread}")
+    return f"| {name} | " + " | ".join(cells) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("changes", nargs="*", metavar="KEY.SUB=VALUE", help="of all runs")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--ablation", action="store_true")
+    parser.add_argument("--runs", type=Path, default=Path("runs") / "cpu-small")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="write all matrices and criteria as JSON")
+    a = parser.parse_args()
+    changes = (f"data.path={a.data}", *a.changes)
+    jobs = {(seed, method): (seed, method, changes, method) for seed in a.seeds for method in a.methods}
+    ablation = {
+        name: (a.seeds[0], "hoc", (*changes, f'protocols=["{FIRST}"]', *extra), "hoc " + " ".join(extra))
+        for name, extra in (VARIANTS.items() if a.ablation else ())
+    }
+    # of those that share a pre-training one first, for the others to find it
+    first = {method in LEARNABLE: method for method in reversed(a.methods)}
+    leaders = {key for key in jobs if key[1] in first.values()}
+    with ThreadPoolExecutor(a.jobs) as pool:
+        run = partial(trained, a.runs)
+        found = {key: pool.submit(run, *job) for key, job in jobs.items() if key in leaders}
+        for future in found.values():
+            future.result()
+        found |= {key: pool.submit(run, *job) for key, job in jobs.items() if key not in leaders}
+        changed = {name: pool.submit(run, *job) for name, job in ablation.items()}
+        reports = {key: future.result() for key, future in found.items()}
+        variants = {name: future.result() for name, future in changed.items()}
+    protocols = list(next(iter(reports.values())))
+    print("| | " + " | ".join(f"{p.replace('_', ' ')} {key}" for p in protocols for key in ("AC", "AA", "BC")) + " |")
+    print("| --- |" + " ---: |" * 3 * len(protocols))
+    for method in a.methods:
+        print(line(method, [reports[seed, method] for seed in a.seeds]))
+    if a.ablation:
+        print("| HOC, one seed | nearest class mean AC | AA | BC |\n| --- | ---: | ---: | ---: |")
+        for name, report in (("as above", reports[a.seeds[0], "hoc"]), *variants.items()):
+            print(line(name, [{FIRST: report[FIRST]}]))
+    if a.out:
+        content = {
+            "machine": machine_card(),
+            "configuration": asdict(PRESETS["cpu-small"]),
+            "changes": a.changes,
+            "seeds": a.seeds,
+            "methods": {method: {seed: reports[seed, method] for seed in a.seeds} for method in a.methods},
+            "ablation": {name: {"changes": VARIANTS[name], **report} for name, report in variants.items()},
+        }
+        a.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
