@@ -15,6 +15,14 @@ from simplexfix.models import EmbeddingModel, ResNet18
 from simplexfix.polytopes import simplex_prototypes
 
 
+def matrix(num_classes: int, device: str) -> Tensor:
+    """The simplex, a part at a time: the prototypes are made in float64, which would count as memory of the step."""
+    w = torch.empty(num_classes, num_classes - 1, device=device)
+    for slots in torch.arange(num_classes, device=device).split(256):
+        w[slots] = simplex_prototypes(num_classes, slots)
+    return w
+
+
 @dataclass
 class TrainingStepCase:
     """A batch, K slots; ours against the same step with the simplex as a matrix: z W^T, then cross-entropy."""
@@ -43,7 +51,7 @@ class TrainingStepCase:
 
         def dense(model: EmbeddingModel) -> Tensor:
             if not w:
-                w.append(simplex_prototypes(self.num_classes).to(self.device))
+                w.append(matrix(self.num_classes, self.device))
             return F.cross_entropy(model(self.images) @ w[0].T, self.target)
 
         return {
