@@ -28,6 +28,7 @@ from ..slots import SlotRegistry
 from . import processes
 from .facts import check_no_drift
 from .items import Items, mixed_seed, seeded
+from .loggers import LOGGERS, Progress, RunLog, check_loggers
 from .omniglot import Recipe, split_omniglot
 from .rehearsal import SELECTIONS, herding_rows, random_rows
 from .scenario import Task, class_incremental, instance_incremental, train_versions
@@ -197,7 +198,11 @@ class TasksConfig:
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """Of `Trainer`; device None is the GPU of this process where there is one."""
+    """Of `Trainer`; device None is the GPU of this process where there is one.
+
+    Args:
+        loggers: who has a copy of the logs while they grow: "tensorboard", "wandb", or both.
+    """
 
     device: str | None = None
     precision: str = "float32"
@@ -206,6 +211,11 @@ class TrainerConfig:
     save_every: int = 500
     keep: int = 3
     log_every: int = 50
+    loggers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in self.loggers:
+            check_name("loggers", name, LOGGERS)
 
 
 @dataclass(frozen=True)
@@ -244,7 +254,7 @@ def train_run(
     config: RunConfig,
     folder: str | os.PathLike[str],
     *,
-    on_step: Callable[[str], None] = lambda stage: None,
+    on_step: Callable[[Progress], None] = lambda progress: None,
 ) -> dict[str, Any]:
     """Trains all versions and judges them; called again with the same folder it goes on where it was stopped.
 
@@ -255,11 +265,13 @@ def train_run(
     Args:
         config: read by `simplexfix.training.config.read_config`, or made.
         folder: of this run alone.
-        on_step: called after every step with the name of its stage.
+        on_step: called after every step.
 
     Raises:
         ValueError: the folder is of another configuration or other data; names what differs.
+        ModuleNotFoundError: a package that a logger needs is missing.
     """
+    check_loggers(config.trainer.loggers)
     folder = Path(folder)
     data = _load(config)
     facts = {
@@ -274,6 +286,15 @@ def train_run(
         f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     )
     options = {**asdict(config.trainer), "device": device}
+    del options["loggers"]
+    schedules = [_schedule(config, task, t) for t, task in enumerate(tasks)]
+    log: RunLog | None = None
+
+    def after_step(stage: str, place: str, schedule: Schedule, step: int) -> None:
+        last = step == schedule.steps
+        logged = log is not None and (last or step % config.trainer.log_every == 0)
+        line = log.follow(place, last=last) if log is not None and logged else None
+        on_step(Progress(stage, step, schedule.steps, schedule.batch, line))
 
     def trainer(namespace: str) -> Trainer:
         return Trainer(config.method.method(slots, namespace), augment=data.augment, **options)
@@ -294,7 +315,7 @@ def train_run(
             classes=range(plan.classes),
             seed=mixed_seed(config.seed, t, 11),
             folder=folder / f"pretraining-{t:02d}",
-            on_step=partial(on_step, f"pre-training for task {t}"),
+            on_step=partial(after_step, f"pre-training for task {t}", f"pretraining-{t:02d}", plan.schedule),
         )
         return model.backbone if config.method.name in LEARNABLE else model  # whose classifier knows other classes
 
@@ -311,27 +332,35 @@ def train_run(
         trainer("default"),
         tasks,
         partial(backbone, config.model),
-        [_schedule(config, task, t) for t, task in enumerate(tasks)],
+        schedules,
         seed=config.seed,
         rehearsal=remembered if config.tasks.memory_per_class else None,
         replacements={t: partial(pretrained, t, plan) for t, plan in config.tasks.replacements.items()},
         hoc_reference=config.tasks.hoc_reference,
         folder=folder,
-        on_step=lambda t: on_step(f"task {t}"),
+        on_step=lambda t, step: after_step(f"task {t}", f"task-{t:02d}", schedules[t], step),
     )
     queries: list[Tensor] = []
     galleries: list[Tensor] = []
     written: list[dict[str, str]] = []
-    for t, version in enumerate(stages):
-        place, name = f"task-{t:02d}/model", f"{config.method.name}, task {t}"
-        version.preprocessing = data.prepare
+    try:
         if processes.rank() == 0:
-            identity = version.save_pretrained(folder / place, version=t, name=name)
-        else:
-            identity = version.identity(version=t, name=name)
-        written.append({"folder": place, "fingerprint": identity.fingerprint})
-        queries.append(features(version, data.query))
-        galleries.append(features(version, data.gallery))
+            log = RunLog(folder, [LOGGERS[name][0](folder, facts) for name in config.trainer.loggers])
+        for t, version in enumerate(stages):
+            place, name = f"task-{t:02d}/model", f"{config.method.name}, task {t}"
+            version.preprocessing = data.prepare
+            if processes.rank() == 0:
+                identity = version.save_pretrained(folder / place, version=t, name=name)
+            else:
+                identity = version.identity(version=t, name=name)
+            written.append({"folder": place, "fingerprint": identity.fingerprint})
+            queries.append(features(version, data.query))
+            galleries.append(features(version, data.gallery))
+        if log is not None:
+            log.catch_up()
+    finally:
+        if log is not None:
+            log.close()
     report: dict[str, Any] = {"versions": written, "protocols": {}}
     for name, protocol in PROTOCOLS.items():
         matrix = compatibility_matrix(queries, galleries, data.query.labels, data.gallery.labels, protocol)
@@ -350,7 +379,9 @@ def _agree_on(folder: Path, facts: dict[str, Any]) -> None:
     file = folder / "run.json"
     if processes.agreed(file.exists()):
         then = json.loads(file.read_text(encoding="utf-8"))
-        free = {key: facts["config"]["trainer"][key] for key in ("device", "keep", "log_every", "save_every")}
+        free = {
+            key: facts["config"]["trainer"][key] for key in ("device", "keep", "log_every", "loggers", "save_every")
+        }
         then["config"]["trainer"].update(free)
         check_no_drift(then, facts, str(file))
     elif processes.rank() == 0:
