@@ -18,6 +18,9 @@ _EXTRAS = {
     "rich": "cli",
     "safetensors": "safetensors",
     "sklearn": "calibration",
+    "tensorboard": "tensorboard",
+    "tqdm": "train",
+    "wandb": "wandb",
     "yaml": "train",
 }  # which extra brings a package
 

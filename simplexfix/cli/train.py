@@ -20,6 +20,7 @@ from ..training.config import overridden, read_config, read_mapping
 from ..training.presets import PRESETS
 from ..training.run import train_run
 from ..training.run_config import RunConfig
+from ._progress import progress_on
 
 BAD_INPUT = 2
 
@@ -40,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
             return 0
         folder = arguments.out or Path("runs") / Path(arguments.config).stem
         with _group():
-            report = train_run(config, folder, on_step=_Progress())
+            report = train_run(config, folder, on_step=progress_on(sys.stderr))
             first = processes.rank() == 0
     except (ValueError, TypeError, FloatingPointError) as error:
         print(f"simplexfix train: {error}", file=sys.stderr)
@@ -65,18 +66,6 @@ def _config(arguments: argparse.Namespace) -> RunConfig:
     else:
         content = read_mapping(Path(arguments.config))
     return read_config(RunConfig, overridden(content, arguments.changes))
-
-
-class _Progress:
-    """A line on standard error as each stage begins, by the first process."""
-
-    def __init__(self) -> None:
-        self.stage = ""
-
-    def __call__(self, stage: str) -> None:
-        if stage != self.stage and processes.rank() == 0:
-            print(stage, file=sys.stderr)
-        self.stage = stage
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from .checkpoint import CheckpointError, Checkpoints, CheckpointWarning, read_state, write_state
 from .config import ConfigError, overridden, read_config, read_mapping
 from .items import Items, RowBatches
+from .loggers import Progress
 from .presets import PRESETS
 from .rehearsal import Rehearsal, herding_rows, random_rows
 from .run import train_run
@@ -31,6 +32,7 @@ __all__ = [
     "Items",
     "MethodConfig",
     "ModelConfig",
+    "Progress",
     "Rehearsal",
     "ReplacementConfig",
     "RowBatches",

@@ -131,7 +131,7 @@ def train_versions(
 
     stop = threading.Event()
 
-    def step(stage: str) -> None:
+    def step(stage: str, _: int) -> None:
         if stop.is_set():
             raise RuntimeError("the other training failed or was interrupted")
         on_step(stage)
@@ -154,7 +154,7 @@ def train_versions(
 
 
 def _train_starts(
-    data: OmniglotData, recipe: Recipe, seed: int, method: Method, name: str, on_step: Callable[[str], None]
+    data: OmniglotData, recipe: Recipe, seed: int, method: Method, name: str, on_step: Callable[[str, int], None]
 ) -> tuple[EmbeddingModel, EmbeddingModel]:
     """v0, and the replacement as it comes from elsewhere."""
     plans = (
@@ -187,7 +187,7 @@ def _train_upgrades(
     method: Method,
     v0: EmbeddingModel,
     replacement: EmbeddingModel,
-    on_step: Callable[[str], None],
+    on_step: Callable[[str, int], None],
 ) -> list[EmbeddingModel]:
     """v0 and what follows; each version's old model is the one deployed before it."""
     remembered = torch.from_numpy(np.random.default_rng(1000 + seed).permutation(TRAIN_DRAWINGS))

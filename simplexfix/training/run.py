@@ -22,6 +22,7 @@ from ..slots import SlotRegistry
 from . import processes
 from .facts import check_no_drift
 from .items import Items, mixed_seed, seeded
+from .loggers import LOGGERS, Progress, RunLog, check_loggers
 from .rehearsal import herding_rows, random_rows
 from .run_config import LEARNABLE, ModelConfig, ReplacementConfig, RunConfig
 from .run_data import load_run_data
@@ -38,7 +39,7 @@ def train_run(
     config: RunConfig,
     folder: str | os.PathLike[str],
     *,
-    on_step: Callable[[str], None] = lambda stage: None,
+    on_step: Callable[[Progress], None] = lambda progress: None,
 ) -> dict[str, Any]:
     """Trains all versions and judges them; called again with the same folder it goes on where it was stopped.
 
@@ -51,13 +52,15 @@ def train_run(
     Args:
         config: read by `simplexfix.training.config.read_config`, or made.
         folder: of this run alone.
-        on_step: called after every step with the name of its stage.
+        on_step: called after every step.
 
     Raises:
         ValueError: the folder is of another configuration or other data; names what differs.  Networks of different
             widths by a method without a junction.
         FileNotFoundError: data that is not there.
+        ModuleNotFoundError: a package that a logger needs is missing.
     """
+    check_loggers(config.trainer.loggers)
     folder = Path(folder)
     data = load_run_data(config)
     facts = {
@@ -73,23 +76,43 @@ def train_run(
         f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     )
     options = {**asdict(config.trainer), "device": device}
+    del options["loggers"]
+    remembers = config.tasks.memory_per_class > 0
+    schedules = [
+        _schedule(
+            config.schedule,
+            config.tasks.epochs,
+            len(task.items.labels),
+            config.schedule.batch // 2 if remembers and t > 0 else config.schedule.batch,
+        )
+        for t, task in enumerate(data.tasks)
+    ]
+    log: RunLog | None = None
+
+    def after_step(stage: str, place: str, schedule: Schedule, step: int) -> None:
+        last = step == schedule.steps
+        logged = log is not None and (last or step % config.trainer.log_every == 0) and (folder / place).exists()
+        line = log.follow(place, last=last) if log is not None and logged else None
+        on_step(Progress(stage, step, schedule.steps, schedule.batch, line))
 
     def pretrained(t: int, plan: ReplacementConfig) -> nn.Module:
         if plan.schedule is None:
             return _backbone(plan.model, inputs)
         method = config.method.pretraining().method(slots, "pretraining")
         items = data.pretraining.take((data.pretraining.labels < plan.classes).nonzero()[:, 0])
+        schedule = _schedule(plan.schedule, plan.epochs, len(items.labels), plan.schedule.batch)
+        place = f"pretraining-{t:02d}"
         with seeded(mixed_seed(config.seed, t, 10)):
             made = _backbone(plan.model, inputs)
             fresh = EmbeddingModel(made, method.head(made.out_features))  # type: ignore[arg-type]
         model = Trainer(method, augment=data.augment, **options).fit(
             fresh,
             items,
-            _schedule(plan.schedule, plan.epochs, len(items.labels), plan.schedule.batch),
+            schedule,
             classes=range(plan.classes),
             seed=mixed_seed(config.seed, t, 11),
-            folder=Path(config.tasks.pretraining_folder or folder) / f"pretraining-{t:02d}",
-            on_step=partial(on_step, f"pre-training for task {t}"),
+            folder=Path(config.tasks.pretraining_folder or folder) / place,
+            on_step=partial(after_step, f"pre-training for task {t}", place, schedule),
         )
         return model.backbone if config.method.name in LEARNABLE else model  # whose classifier knows other classes
 
@@ -102,40 +125,39 @@ def train_run(
             return herding_rows(features(version, items), items.labels, config.tasks.memory_per_class)
         return random_rows(items.labels, config.tasks.memory_per_class, generator)
 
-    remembers = config.tasks.memory_per_class > 0
     stages = train_versions(
         Trainer(config.method.method(slots, "default"), augment=data.augment, **options),
         data.tasks,
         partial(_backbone, config.model, inputs),
-        [
-            _schedule(
-                config.schedule,
-                config.tasks.epochs,
-                len(task.items.labels),
-                config.schedule.batch // 2 if remembers and t > 0 else config.schedule.batch,
-            )
-            for t, task in enumerate(data.tasks)
-        ],
+        schedules,
         seed=config.seed,
         rehearsal=remembered if remembers else None,
         replacements={t: partial(pretrained, t, plan) for t, plan in config.tasks.replacements.items()},
         hoc_reference=config.tasks.hoc_reference if config.method.name == "hoc" else "deployed",
         folder=folder,
-        on_step=lambda t: on_step(f"task {t}"),
+        on_step=lambda t, step: after_step(f"task {t}", f"task-{t:02d}", schedules[t], step),
     )
     extracted: dict[str, tuple[list[Tensor], list[Tensor]]] = {name: ([], []) for name in data.searched}
     written: list[dict[str, str]] = []
-    for t, version in enumerate(stages):
-        place, title = f"task-{t:02d}/model", f"{config.method.name}, task {t}"
-        version.preprocessing = data.prepare
+    try:
         if processes.rank() == 0:
-            identity = version.save_pretrained(folder / place, version=t, name=title)
-        else:
-            identity = version.identity(version=t, name=title)
-        written.append({"folder": place, "fingerprint": identity.fingerprint})
-        for name, pair in data.searched.items():
-            for rows, items in zip(extracted[name], pair, strict=True):
-                rows.append(features(version, items))
+            log = RunLog(folder, [LOGGERS[name][0](folder, facts) for name in config.trainer.loggers])
+        for t, version in enumerate(stages):
+            place, title = f"task-{t:02d}/model", f"{config.method.name}, task {t}"
+            version.preprocessing = data.prepare
+            if processes.rank() == 0:
+                identity = version.save_pretrained(folder / place, version=t, name=title)
+            else:
+                identity = version.identity(version=t, name=title)
+            written.append({"folder": place, "fingerprint": identity.fingerprint})
+            for name, pair in data.searched.items():
+                for rows, items in zip(extracted[name], pair, strict=True):
+                    rows.append(features(version, items))
+        if log is not None:
+            log.catch_up()
+    finally:
+        if log is not None:
+            log.close()
     report: dict[str, Any] = {"versions": written}
     report |= {
         name: {
@@ -184,7 +206,9 @@ def _agree_on(folder: Path, facts: dict[str, Any]) -> None:
     file = folder / "run.json"
     if processes.agreed(file.exists()):
         then = json.loads(file.read_text(encoding="utf-8"))
-        free = {key: facts["config"]["trainer"][key] for key in ("device", "keep", "log_every", "save_every")}
+        free = {
+            key: facts["config"]["trainer"][key] for key in ("device", "keep", "log_every", "loggers", "save_every")
+        }
         then["config"]["trainer"].update(free)
         check_no_drift(then, facts, str(file))
     elif processes.rank() == 0:

@@ -12,6 +12,7 @@ from ..methods import BCT, ER, FD, HOC, Method, Simplex
 from ..models.external import LIBRARIES
 from ..slots import SlotRegistry
 from . import processes
+from .loggers import LOGGERS
 from .rehearsal import SELECTIONS
 from .schedule import Schedule
 
@@ -205,7 +206,8 @@ class TasksConfig:
         memory_per_class: items that rehearsal keeps; 0 for no memory.
         rehearsal: which: "random", or "herding", those whose mean feature is nearest to that of the class.
         replacements: task number -> what takes over there.
-        pretraining_folder: where pre-trained networks are kept, for runs of other methods to use; None for the run's.
+        pretraining_folder: where pre-trained networks and their logs are kept, for runs of other methods to use; None
+            for the run's.
         hoc_reference: of `train_versions`, for HOC; other methods hold on to the deployed version.
     """
 
@@ -233,7 +235,11 @@ class TasksConfig:
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """Of `Trainer`; device None is the GPU of this process where there is one."""
+    """Of `Trainer`; device None is the GPU of this process where there is one.
+
+    Args:
+        loggers: who has a copy of the logs while they grow: "tensorboard", "wandb", or both.
+    """
 
     device: str | None = None
     precision: str = "float32"
@@ -242,6 +248,11 @@ class TrainerConfig:
     save_every: int = 500
     keep: int = 3
     log_every: int = 50
+    loggers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in self.loggers:
+            check_name("loggers", name, LOGGERS)
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,7 @@ def train_versions(
     replacements: Mapping[int, Callable[[], nn.Module]] | None = None,
     hoc_reference: str = "deployed",
     folder: str | os.PathLike[str] | None = None,
-    on_step: Callable[[int], None] = lambda task: None,
+    on_step: Callable[[int, int], None] = lambda task, step: None,
 ) -> Iterator[EmbeddingModel]:
     """A version per task, each as it is done: CL2R, or IAM-CL2R with replacements.
 
@@ -148,7 +148,7 @@ def train_versions(
         hoc_reference: the old model where a replacement comes in: the "deployed" version before it, whose gallery is
             there, or the "replacement" as it came, as in the authors' code.
         folder: of the run.
-        on_step: called with the task's number after every step.
+        on_step: called after every step with the task's number and its own (`Trainer.fit`).
 
     Raises:
         ValueError: a number of schedules that is not that of tasks, a replacement for no task, an unknown reference,
@@ -175,7 +175,7 @@ def _versions(
     replacements: Mapping[int, Callable[[], nn.Module]],
     hoc_reference: str,
     folder: str | os.PathLike[str] | None,
-    on_step: Callable[[int], None],
+    on_step: Callable[[int, int], None],
 ) -> Iterator[EmbeddingModel]:
     version: EmbeddingModel | None = None
     memory: Items | None = None

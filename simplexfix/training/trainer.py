@@ -97,7 +97,7 @@ class Trainer:
         memory: Items | None = None,
         old: EmbeddingModel | None = None,
         folder: str | os.PathLike[str] | None = None,
-        on_step: Callable[[], None] = lambda: None,
+        on_step: Callable[[int], None] = lambda step: None,
     ) -> EmbeddingModel:
         """A new version, trained from a copy of `parent`, which stays as it is.
 
@@ -117,7 +117,8 @@ class Trainer:
             memory: remembered items of earlier classes, half of every batch.
             old: the deployed version whose gallery is to stay searchable; it is not trained.
             folder: of this one version; None to keep nothing.
-            on_step: called after every step.
+            on_step: called after every step with its number, the last being `schedule.steps`; what the step logged is
+                in the file by then.
 
         Returns:
             The version, in evaluation mode.
@@ -198,7 +199,7 @@ class Trainer:
                 state = {"facts": facts, "run": run.state(), "log_bytes": log.synced()}
                 if processes.rank() == 0:
                     checkpoints.save(run.step, state)
-            on_step()
+            on_step(run.step)
         model = run.finished()
         if finished is not None and checkpoints is not None:
             if processes.rank() == 0:

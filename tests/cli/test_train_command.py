@@ -69,7 +69,7 @@ def test_a_run_stops_goes_on_and_is_listed(tmp_path, features, monkeypatch, caps
         fits.append(1)
         if len(fits) == 3:
             count = iter(range(1000))
-            options["on_step"] = lambda: 1 / (7 - next(count))
+            options["on_step"] = lambda step: 1 / (7 - next(count))
         return fit(self, *arguments, **options)
 
     with monkeypatch.context() as patch:

@@ -46,7 +46,7 @@ def trained(
     dropout: float = 0.2,
     trainer: dict | None = None,
     schedule: dict | None = None,
-    on_step=lambda: None,
+    on_step=lambda step: None,
     group: bool = False,
 ) -> EmbeddingModel:
     """A second version, with an old model, rehearsal, augmentation and dropout."""
@@ -78,7 +78,7 @@ def killed(folder: Path, moment: str, seed: int, options: dict) -> None:
     """Dies by SIGKILL: between two steps, or inside a save, after so many of either."""
     count = [random.Random(seed).randrange(1, STEPS if moment == "step" else 4)]
 
-    def die() -> None:
+    def die(step: int = 0) -> None:
         count[0] -= 1
         if count[0] == 0:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -133,7 +133,7 @@ def in_group(rank: int, world: int, folder: Path, name: str, die_at: int | None,
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world)
     steps = 0
 
-    def on_step() -> None:
+    def on_step(step: int) -> None:
         nonlocal steps
         steps += 1
         if steps == die_at:

@@ -165,7 +165,7 @@ def test_a_stopped_sequence_goes_on_to_the_same_bits(tmp_path: Path, after: int)
     torch.manual_seed(after)
     steps: list[int] = []
 
-    def on_step(task: int) -> None:
+    def on_step(task: int, step: int) -> None:
         steps.append(task)
         if len(steps) == after:
             raise InterruptedError
@@ -173,7 +173,7 @@ def test_a_stopped_sequence_goes_on_to_the_same_bits(tmp_path: Path, after: int)
     with pytest.raises(InterruptedError):
         versions(folder=tmp_path, on_step=on_step)
     steps.clear()
-    again = versions(folder=tmp_path, on_step=lambda task: steps.append(task))
+    again = versions(folder=tmp_path, on_step=lambda task, step: steps.append(task))
     assert len(steps) == 15 - (after - after % 5) - after % 5 // 2 * 2
     for a, b in zip(whole, again, strict=True):
         for x, y in zip(a.parameters(), b.parameters(), strict=True):
@@ -193,7 +193,7 @@ def test_versions_with_a_classifier_and_herding_go_on_to_the_same_bits(tmp_path:
     assert [version.head.num_classes for version in whole] == [4, 6, 8]
     steps: list[int] = []
 
-    def on_step(task: int) -> None:
+    def on_step(task: int, step: int) -> None:
         steps.append(task)
         if len(steps) == after:
             raise InterruptedError

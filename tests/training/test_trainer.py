@@ -158,7 +158,7 @@ class StopError(Exception):
 def stopped(folder: Path, after: int, **options) -> None:
     steps = []
 
-    def on_step() -> None:
+    def on_step(step: int) -> None:
         steps.append(1)
         if len(steps) == after:
             raise StopError
@@ -184,7 +184,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path) -> None:
 def test_a_finished_version_is_read_and_not_trained_again(tmp_path) -> None:
     first = jobs.trained(tmp_path / "run")
 
-    def no_step() -> None:
+    def no_step(step: int) -> None:
         raise AssertionError
 
     second = jobs.trained(tmp_path / "run", on_step=no_step)

@@ -1,0 +1,216 @@
+"""Copies of the logs say what `log.jsonl` says, every step once, however often a run was stopped."""
+
+from __future__ import annotations
+
+import builtins
+import io
+import json
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from simplexfix.cli import main
+from simplexfix.cli._progress import progress_on
+from simplexfix.training import Progress, RunConfig, read_config, train_run
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("features")
+    draw = np.random.default_rng(0)
+    for name, rows in (("train", 200), ("query", 30), ("gallery", 30)):
+        labels = np.arange(rows) % 10
+        np.save(folder / f"{name}.npy", (np.eye(10)[labels] + 0.3 * draw.normal(size=(rows, 10))).astype(np.float32))
+        np.save(folder / f"{name}_labels.npy", labels)
+    return folder
+
+
+def configuration(features: Path, *loggers: str) -> RunConfig:
+    schedule = {"steps": 13, "learning_rate": 0.01, "batch": 16}
+    replacement = {"model": {"kind": "mlp", "hidden": [9]}, "classes": 3, "schedule": schedule}
+    content = {
+        "data": {"kind": "features", "path": str(features)},
+        "model": {"kind": "mlp", "hidden": [8]},
+        "method": {"slots": 16},
+        "tasks": {"counts": [4, 2], "memory_per_class": 3, "replacements": {"1": replacement}},
+        "schedule": schedule,
+        "trainer": {"save_every": 5, "log_every": 3, "loggers": list(loggers)},
+    }
+    return read_config(RunConfig, content)
+
+
+STAGES = ["task-00", "pretraining-01", "task-01"]
+
+
+class StopError(Exception):
+    pass
+
+
+def stopped(config: RunConfig, folder: Path, after: int) -> None:
+    count = iter(range(1, 99))
+
+    def on_step(progress: Progress) -> None:
+        if next(count) == after:
+            raise StopError
+
+    with pytest.raises(StopError):
+        train_run(config, folder, on_step=on_step)
+
+
+def logged(folder: Path, stage: str) -> list[dict]:
+    return [json.loads(line) for line in (folder / stage / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("after", [(), (4,), (13, 1), (8, 14, 5)])
+def test_tensorboard_shows_each_line_of_the_log_once(tmp_path, features, after: tuple[int, ...]) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    config = configuration(features, "tensorboard")
+    for steps in after:
+        stopped(config, tmp_path, steps)
+    train_run(config, tmp_path)
+    train_run(config, tmp_path)  # finished: nothing to add
+    for stage in STAGES:
+        lines = logged(tmp_path, stage)
+        assert [line["step"] for line in lines] == [3, 6, 9, 12, 13]
+        events = accumulator.EventAccumulator(str(tmp_path / "tensorboard" / stage)).Reload()
+        assert sorted(events.Tags()["scalars"]) == ["learning_rate", "loss", "steps_per_second"]
+        for key in events.Tags()["scalars"]:
+            found = [(event.step, event.value) for event in events.Scalars(key)]
+            assert found == [(line["step"], np.float32(line[key])) for line in lines]
+
+
+def test_a_logger_that_comes_later_gets_what_there_was(tmp_path, features) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    stopped(configuration(features), tmp_path, 17)
+    train_run(configuration(features, "tensorboard"), tmp_path)
+    for stage in STAGES:
+        events = accumulator.EventAccumulator(str(tmp_path / "tensorboard" / stage)).Reload()
+        assert [event.step for event in events.Scalars("loss")] == [3, 6, 9, 12, 13]
+
+
+class FakeService:
+    """What wandb's server does: a run goes on where it was, by its id, and takes no step that it has."""
+
+    def __init__(self) -> None:
+        self.runs: dict[str, dict[int, dict]] = {}
+        self.refused = 0
+        self.open = 0
+
+    def init(self, **options):
+        rows = self.runs.setdefault(options["id"], {})
+        self.open += 1
+        assert options["resume"] == "allow"
+        assert options["config"]["config"]["method"]["slots"] == 16
+
+        def log(values: dict, *, step: int) -> None:
+            self.refused += step in rows
+            rows.setdefault(step, values)
+
+        def finish() -> None:
+            self.open -= 1
+
+        return types.SimpleNamespace(step=len(rows), log=log, finish=finish, define_metric=lambda *a, **k: None)
+
+
+@pytest.mark.parametrize("after", [(), (4,), (13, 1), (8, 14, 5)])
+def test_wandb_is_sent_each_line_of_the_log_once(tmp_path, features, after: tuple[int, ...], monkeypatch) -> None:
+    """With a stand-in for the service."""
+    service = FakeService()
+    monkeypatch.setitem(sys.modules, "wandb", service)
+    config = configuration(features, "wandb")
+    for steps in after:
+        stopped(config, tmp_path, steps)
+        assert service.open == 0
+    train_run(config, tmp_path)
+    assert (service.open, service.refused) == (0, 0)
+    (rows,) = service.runs.values()
+    assert sorted(rows) == list(range(15))
+    expected = [(stage, line) for stage in STAGES for line in logged(tmp_path, stage)]
+    for i, (stage, line) in enumerate(expected):
+        assert rows[i].keys() == {f"{stage}/{key}" for key in line}
+        # the speed is that of the first time
+        assert all(rows[i][f"{stage}/{key}"] == line[key] for key in ("step", "loss", "learning_rate"))
+
+
+def test_wandb_itself_writes_a_run(tmp_path, features, monkeypatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    config = configuration(features, "wandb")
+    stopped(config, tmp_path, 8)
+    train_run(config, tmp_path)
+    name = (tmp_path / "wandb-id").read_text()
+    files = list((tmp_path / "wandb").glob(f"offline-run-*/run-{name}.wandb"))
+    assert len(files) == 2
+    assert any(b"task-01/loss" in file.read_bytes() for file in files)
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_a_missing_package_is_named_before_anything_is_done(tmp_path, features, name, monkeypatch, capsys) -> None:
+    real = builtins.__import__
+
+    def without(module, *arguments, **options):
+        if module.split(".")[0] == name or module == "torch.utils.tensorboard":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return real(module, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    with pytest.raises(ModuleNotFoundError, match=rf"pip install 'simplexfix\[{name}\]'"):
+        train_run(configuration(features, name), tmp_path / "run")
+    assert main(["train", "omniglot", f'trainer.loggers=["{name}"]', "--out", str(tmp_path / "run")]) == 2
+    assert f"simplexfix train needs {name}: pip install 'simplexfix[{name}]'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_logger_is_refused(features) -> None:
+    with pytest.raises(ValueError, match="loggers must be one of 'tensorboard', 'wandb', got 'neptune'"):
+        configuration(features, "neptune")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_sees_a_bar_that_goes_on_where_it_was(tmp_path, features) -> None:
+    pytest.importorskip("tqdm")
+    config, terminal = configuration(features), Terminal()
+    stopped(config, tmp_path, 13 + 8)  # of pre-training; a checkpoint is at 5
+    seen: list[Progress] = []
+    bar = progress_on(terminal)
+
+    def on_step(progress: Progress) -> None:
+        seen.append(progress)
+        bar(progress)
+
+    train_run(config, tmp_path, on_step=on_step)
+    assert [p.step for p in seen] == [*range(6, 14), *range(1, 14)]
+    assert {(p.steps, p.batch) for p in seen} == {(13, 16)}
+    assert [p.step for p in seen if p.line is not None] == [6, 9, 12, 13, 3, 6, 9, 12, 13]
+    ends = [text for text in terminal.getvalue().split("\r") if "13/13" in text]
+    assert ends[0].startswith("pre-training for task 1: 100%|")
+    assert ends[-1].startswith("task 1: 100%|")
+    loss = logged(tmp_path, "task-01")[-1]["loss"]
+    assert f"loss {loss:.4g}, " in ends[-1]
+    assert "items/s]" in ends[-1]
+
+
+def test_a_file_gets_lines(monkeypatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("simplexfix.cli._progress.time.monotonic", lambda: clock[0])
+    stream = io.StringIO()
+    show = progress_on(stream)
+    for step in range(2, 101):
+        clock[0] += 1.0
+        line = {"loss": 2.0 / step, "steps_per_second": 4.0} if step % 10 == 0 else None
+        show(Progress("task 0", step, 100, 16, line))
+    assert stream.getvalue().splitlines() == [
+        "task 0: 100 steps of 16 items from step 2",
+        "task 0: 40/100, loss 0.05, 64 items/s, 0:00:15 left",
+        "task 0: 70/100, loss 0.02857, 64 items/s, 0:00:08 left",
+        "task 0: 100/100, loss 0.02, 64 items/s",
+    ]
