@@ -36,15 +36,15 @@ _PAPER = RunConfig(
 
 
 def _replaced(
-    at: tuple[int, ...], classes: tuple[int, ...], model: ModelConfig, epochs: int
+    at: tuple[int, ...], classes: tuple[int, ...], model: ModelConfig, epochs: tuple[int, ...]
 ) -> dict[int, ReplacementConfig]:
     schedule = Schedule(1, 0.1, weight_decay=5e-4, optimizer="sgd")
-    return {t: ReplacementConfig(model, n, schedule, epochs) for t, n in zip(at, classes, strict=True)}
+    return {t: ReplacementConfig(model, n, schedule, e) for t, n, e in zip(at, classes, epochs, strict=True)}
 
 
 def _iamcl2r(counts: tuple[int, ...], at: tuple[int, ...]) -> RunConfig:
     data = replace(_PAPER.data, pretraining="data/imagenet32")
-    replacements = _replaced(at, (100, 300, 600), _PAPER.model, epochs=90)
+    replacements = _replaced(at, (100, 300, 600), _PAPER.model, (90,) * 3)
     return replace(_PAPER, data=data, tasks=replace(_PAPER.tasks, counts=counts, replacements=replacements))
 
 
@@ -72,7 +72,7 @@ PRESETS = {
             counts=(8, *[7] * 6),
             pretraining_from=50,
             epochs=8,
-            replacements=_replaced((0, 2, 4), (20, 35, 50), _NARROW, epochs=12),
+            replacements=_replaced((0, 2, 4), (20, 35, 50), _NARROW, (30, 20, 15)),
             hoc_reference="replacement",
         ),
         schedule=Schedule(1, 1e-2, weight_decay=5e-4, optimizer="sgd"),

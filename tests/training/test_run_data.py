@@ -112,13 +112,13 @@ def test_methods_share_their_pre_training_and_the_model_folder_embeds_alike(cifa
         protocols=("nearest_class_mean",),
     )
     stages: list[str] = []
-    report = train_run(config, tmp_path / "hoc", on_step=stages.append)
+    report = train_run(config, tmp_path / "hoc", on_step=lambda progress: stages.append(progress.stage))
     assert "pre-training for task 1" in stages
     assert set(report) == {"versions", "search", "validation"}
     assert len(report["validation"]["nearest_class_mean"]["matrix"]) == 2
     again: list[str] = []
     simplex = replace(config, method=replace(config.method, name="simplex"))
-    train_run(simplex, tmp_path / "simplex", on_step=again.append)
+    train_run(simplex, tmp_path / "simplex", on_step=lambda progress: again.append(progress.stage))
     assert "pre-training for task 1" not in again
     narrow = replace(config.tasks, replacements={1: replace(config.tasks.replacements[1], model=config.model)})
     er = replace(config, tasks=narrow, method=replace(config.method, name="er"))
