@@ -215,8 +215,8 @@ def choose(
 ) -> tuple[Recipe, list[dict[str, Any]]]:
     """One option after the other, the one with the best AA on seen classes that are held out in turn.
 
-    Search data and unseen classes play no part: gallery items of the seen classes are both gallery (even rows) and
-    queries (odd rows).
+    Search data and unseen classes play no part: of the gallery's items of each seen class half are gallery, half
+    queries.
     """
     tried: list[dict[str, Any]] = []
     for name, values in options.items():
@@ -227,9 +227,11 @@ def choose(
             for seed in seeds:
                 seen, _ = split(labels, unseen, seed)
                 held_in, held_out = split(seen, len(seen) // 3, seed)
-                known = torch.isin(labels, seen)
-                halves = [Encoded(e.gallery[known][::2], e.gallery[known][1::2]) for e in encoders]
-                gallery_labels, query_labels = labels[known][::2], labels[known][1::2]
+                rows = torch.isin(labels, seen).nonzero()[:, 0]
+                rows = rows[labels[rows].argsort(stable=True)]
+                searched, asked = rows[::2], rows[1::2]  # of every class half
+                halves = [Encoded(e.gallery[searched], e.gallery[asked]) for e in encoders]
+                gallery_labels, query_labels = labels[searched], labels[asked]
                 versions = train_junctions(halves, gallery_labels, held_in, way, candidate, seed)
                 found = judge(versions, gallery_labels, query_labels, held_out)
                 total += found["nearest class mean"]["AA"] / len(seeds)
