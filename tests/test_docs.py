@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import ROOT
 
 from simplexfix.cli import main
-from simplexfix.training import class_order
+from simplexfix.training import RunConfig, class_order, read_config
 
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 
@@ -105,3 +106,10 @@ def test_the_table_of_gpu_floors_is_what_its_script_prints() -> None:
     table = subprocess.run(script, capture_output=True, text=True, check=True).stdout
     assert table.count("not measured") >= 30
     assert table in (ROOT / "docs" / "performance.md").read_text()
+
+
+def test_the_configuration_of_the_training_page_is_one() -> None:
+    (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "training.md").read_text(encoding="utf-8"), re.S)
+    config = read_config(RunConfig, yaml.safe_load(text))
+    assert config.data.kind == "features"
+    assert config.method.normalize
