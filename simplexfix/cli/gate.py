@@ -21,6 +21,7 @@ import numpy as np
 from .._files import write_whole
 from ..compatibility import DEFAULT_RULES, GateResult, Outcome, Rule, VersionFeatures, upgrade_gate
 from ..data.features import check_alike, load_features
+from .evaluate import printable
 
 PASSED, FAILED, BAD_INPUT = 0, 1, 2
 CRASHED = 70  # EX_SOFTWARE of sysexits.h: a bug here must not read as a rule that failed
@@ -61,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         result = _judge(arguments)
     except (ValueError, TypeError) as error:
-        print(f"simplexfix gate: {error}", file=sys.stderr)
+        print(f"simplexfix gate: {printable(str(error))}", file=sys.stderr)
         return BAD_INPUT
     except (OSError, ModuleNotFoundError):
         raise  # main has words for these
@@ -71,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     report = json.dumps(result.as_dict(), indent=1)
     if arguments.out is not None:
         write_whole(arguments.out, f"{report}\n".encode())
-    print(report if arguments.json else _text(result))
+    _print(report if arguments.json else _text(result))
     summary = os.environ.get("GITHUB_STEP_SUMMARY")
     if summary:
         try:
@@ -80,6 +81,16 @@ def run(arguments: argparse.Namespace) -> int:
         except OSError as error:  # the verdict stands
             print(f"simplexfix gate: no summary was written: {error}", file=sys.stderr)
     return PASSED if result.passed else FAILED
+
+
+def _print(text: str) -> None:
+    """The verdict is the exit code, whether or not anybody reads."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # as of `| head`; at its exit Python would complain again
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def _judge(arguments: argparse.Namespace) -> GateResult:
@@ -190,7 +201,7 @@ def _text(result: GateResult) -> str:
     lines = [_facts(result), _scores(result)]
     for outcome in result.outcomes:
         lines.append(
-            f"{'pass' if outcome.passed else 'FAIL'}  {outcome.measured}: {100 * outcome.value:.2f} % "
+            f"{'pass' if outcome.passed else 'FAIL'}  {printable(outcome.measured)}: {100 * outcome.value:.2f} % "
             f"{_interval(outcome)}, must be {outcome.demand}" + ("" if outcome.passed else f"; {outcome.verdict}")
         )
     failed = sum(not outcome.passed for outcome in result.outcomes)
@@ -221,5 +232,5 @@ def _markdown(result: GateResult) -> str:
 
 def _cell(text: str) -> str:
     """Names of groups are data: a bar, a line end or a tag in one must not break the table."""
-    escaped = text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
+    escaped = printable(text).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
     return " ".join(escaped.split())

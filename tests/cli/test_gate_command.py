@@ -290,3 +290,29 @@ def test_the_rules_of_the_page(files) -> None:
     page = (ROOT / "docs" / "gate.md").read_text()
     (files / "rules.json").write_text(page.split("```json\n")[1].split("```")[0])
     assert run(files, "better.npz", "--rules", str(files / "rules.json"), "--json") in (0, 1)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes of POSIX")
+@pytest.mark.parametrize(("new", "code"), [("better.npz", 0), ("apart.npz", 1)])
+def test_a_reader_that_leaves_changes_no_exit_code(files, new: str, code: int) -> None:
+    """As of `| head -0`: nobody reads what is printed."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "simplexfix", "gate", "--old", "old.npz", "--new", new]
+    try:
+        done = subprocess.run(command, cwd=files, env=_environment(), stdout=writer, stderr=subprocess.PIPE, text=True)
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (code, "")
+
+
+def test_names_of_groups_do_not_steer_the_terminal(files, capsys, monkeypatch) -> None:
+    names = np.where(np.arange(300) % 2 == 0, "a\x1b[2J\nthe upgrade passes", "b\x9b31m")
+    np.savez(files / "named.npz", **features(1.5), query_groups=names)
+    (files / "named.json").write_text('{"rules": [{"kind": "max_nfr", "limit": 0.0, "group": "*"}]}')
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(files / "named.md"))
+    assert run(files, "named.npz", "--rules", str(files / "named.json")) == 1
+    text = capsys.readouterr().out
+    assert "group a\\x1b[2J\\nthe upgrade passes:" in text
+    for shown in (text, (files / "named.md").read_text()):
+        assert not set(shown) & {"\x1b", "\x9b"}
