@@ -1,12 +1,12 @@
 """All methods on `simplexfix train cpu-small`, over seeds, and what limits HOC: one change at a time.
 
-python benchmarks/methods.py DATA [--seeds 0 1 2] [--methods er fd bct simplex hoc] [--ablation]
+python benchmarks/methods.py DATA [--seeds 0 1 2] [--methods er fd bct simplex hoc] [--ablation VARIANT ...]
                              [--runs DIR] [--jobs N] [--out FILE] [KEY.SUB=VALUE ...]
 
 DATA holds CIFAR-10 and CIFAR-100 in their binary version.  Runs are kept in DIR and taken up again where they were
 stopped; those that are done are read.  --jobs of them go on at a time, each with one thread.  --ablation trains HOC
-once more for each of VARIANTS, by the first seed.  Methods with a learnable classifier share one pre-training, those
-with the fixed one another.
+once more for each of these VARIANTS, by the first seed.  Methods with a learnable classifier share one pre-training,
+those with the fixed one another.
 """
 
 from __future__ import annotations
@@ -30,19 +30,21 @@ from simplexfix.training import PRESETS
 from simplexfix.training.run_config import LEARNABLE
 
 METHODS = ("er", "fd", "bct", "simplex", "hoc")
+SHORT = tuple(f"tasks.replacements.{t}.epochs=12" for t in (0, 2, 4))
 VARIANTS = {
-    "the deployed version is the old model of a replacement": ("tasks.hoc_reference=deployed",),
-    "lambda 0.02": ("method.lambda_=0.02",),
-    "lambda 0.5": ("method.lambda_=0.5",),
-    "mu 5": ("method.mu=5.0",),
-    "mu 20": ("method.mu=20.0",),
-    "negatives removed": ("method.negatives=remove",),
+    "deployed": ("tasks.hoc_reference=deployed",),
+    "short": SHORT,
+    "short-lambda-0.5": (*SHORT, "method.lambda_=0.5"),
+    "short-rate-0.003": (*SHORT, "schedule.learning_rate=0.003"),
+    "lambda-0.5": ("method.lambda_=0.5",),
+    "mu-5": ("method.mu=5.0",),
+    "mu-20": ("method.mu=20.0",),
     "infonce": ("method.negatives=infonce",),
-    "batch 256, learning rate 0.02": ("schedule.batch=256", "schedule.learning_rate=0.02"),
-    "learning rate 0.003": ("schedule.learning_rate=0.003",),
-    "learning rate 0.03": ("schedule.learning_rate=0.03",),
-    "twice the epochs": ("tasks.epochs=16",),
-    "normalised, scale 16": ("method.normalize=true", "method.scale=16.0"),
+    "batch-256": ("schedule.batch=256", "schedule.learning_rate=0.02"),
+    "rate-0.003": ("schedule.learning_rate=0.003",),
+    "rate-0.03": ("schedule.learning_rate=0.03",),
+    "epochs-16": ("tasks.epochs=16",),
+    "normalised": ("method.normalize=true", "method.scale=16.0"),
 }
 FIRST = "nearest_class_mean"
 
@@ -50,11 +52,12 @@ FIRST = "nearest_class_mean"
 def trained(runs: Path, seed: int, method: str, changes: tuple[str, ...], folder: str) -> dict[str, Any]:
     """The run's report; its seconds, where it was not stopped on the way, are those of its process."""
     place = runs / f"seed-{seed}"
-    kind = "linear" if method in LEARNABLE else "simplex"
+    # whatever pre-training depends on is in the name of where it is kept
+    apart = [c for c in changes if c.startswith(("tasks.replacements", "method.normalize", "method.scale"))]
+    shared = place / "-".join(["pretraining", "linear" if method in LEARNABLE else "simplex", *apart])
     file = place / folder / "report.json"
     if not file.exists():
         command = [sys.executable, "-m", "simplexfix", "train", "cpu-small", f"seed={seed}", f"method.name={method}"]
-        shared = place / (f"pretraining-{kind}" if "method.normalize=true" not in changes else "pretraining-normalised")
         began = time.perf_counter()
         done = subprocess.run(
             [*command, f"tasks.pretraining_folder={shared}", *changes, "--out", str(place / folder)],
@@ -86,7 +89,7 @@ def main() -> None:
     parser.add_argument("changes", nargs="*", metavar="KEY.SUB=VALUE", help="of all runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--ablation", action="store_true")
+    parser.add_argument("--ablation", nargs="+", choices=VARIANTS, default=[])
     parser.add_argument("--runs", type=Path, default=Path("runs") / "cpu-small")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--out", type=Path, help="write all matrices and criteria as JSON")
@@ -94,8 +97,7 @@ def main() -> None:
     changes = (f"data.path={a.data}", *a.changes)
     jobs = {(seed, method): (seed, method, changes, method) for seed in a.seeds for method in a.methods}
     ablation = {
-        name: (a.seeds[0], "hoc", (*changes, f'protocols=["{FIRST}"]', *extra), "hoc " + " ".join(extra))
-        for name, extra in (VARIANTS.items() if a.ablation else ())
+        name: (a.seeds[0], "hoc", (*changes, f'protocols=["{FIRST}"]', *VARIANTS[name]), name) for name in a.ablation
     }
     # of those that share a pre-training one first, for the others to find it
     first = {method in LEARNABLE: method for method in reversed(a.methods)}
