@@ -36,7 +36,7 @@ from frozen_encoders import (  # noqa: E402
     with_one,
 )
 
-QUICK = Recipe(slots=24, batch=64, steps=120, gallery_sample=40)
+QUICK = Recipe(slots=24, batch=64, steps=120, scale=16.0, lambda_=0.5, gallery_sample=40)
 
 
 @pytest.fixture(scope="module")
