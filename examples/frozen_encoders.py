@@ -13,6 +13,8 @@ will be asked for next.
     ridge          no training by classes: the old version's features by ridge regression from the new encoder's, on the
                    same items as hoc; after the fact, on frozen models
     ridge+gallery  the same with the gallery's sample
+    procrustes     no training by classes and no simplex: galleries of the encoders' own features, and for each pair of
+                   encoders the orthogonal map that takes the one's features of the same items nearest to the other's
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from simplexfix.compatibility import average_accuracy, average_compatibility, co
 from simplexfix.retrieval import instance_accuracy, nearest_class_mean_accuracy
 
 PROTOCOLS = {"nearest class mean": nearest_class_mean_accuracy, "instance": instance_accuracy}
-WAYS = ("independent", "ce", "hoc", "hoc+gallery", "ridge", "ridge+gallery")
+WAYS = ("independent", "ce", "hoc", "hoc+gallery", "ridge", "ridge+gallery", "procrustes")
 
 OPTIONS = {  # what `choose` tries, one after the other
     "negatives": ("zero_mask", "remove", "infonce"),
@@ -96,9 +98,7 @@ def train_junctions(
         if old is not None and way.startswith("ridge"):
             at = torch.cat([known.nonzero()[:, 0], sample])
             w = ridge(rows[at], old[at], recipe.ridge)
-            versions.append(
-                Encoded(*(F.normalize(with_one(F.normalize(x)) @ w) for x in (encoder.gallery, encoder.query)))
-            )
+            versions.append(Encoded(*(F.normalize(F.normalize(x) @ w) for x in (encoder.gallery, encoder.query))))
             continue
         head = SimplexHead(0, rows.shape[1], num_slots=recipe.slots, normalize=True, scale=recipe.scale)
         classifier = torch.nn.Linear(recipe.slots - 1, len(seen), bias=False) if way == "independent" else None
@@ -135,15 +135,45 @@ def train_junctions(
     return versions
 
 
-def with_one(rows: Tensor) -> Tensor:
-    return F.pad(rows, (0, 1), value=1.0)
-
-
 def ridge(x: Tensor, y: Tensor, penalty: float) -> Tensor:
-    """argmin_W |[x 1] W - y|^2 + penalty |W|^2, in float64."""
-    a = with_one(x).double()
+    """argmin_W |x W - y|^2 + penalty |W|^2, in float64."""
+    a = x.double()
     w: Tensor = torch.linalg.solve(a.T @ a + penalty * torch.eye(a.shape[1], dtype=a.dtype), a.T @ y.double())
     return w.float()
+
+
+def procrustes(x: Tensor, y: Tensor) -> Tensor:
+    """[f, g], argmin |x Q - y|^2 over maps with orthonormal columns, or rows where g > f."""
+    u, _, v = torch.linalg.svd(x.double().T @ y.double(), full_matrices=False)
+    return (u @ v).float()  # type: ignore[no-any-return]
+
+
+def judge_pairs(
+    encoders: Sequence[Encoded], gallery_labels: Tensor, query_labels: Tensor, seen: Tensor, classes: Tensor
+) -> dict[str, dict[str, Any]]:
+    """`judge` of procrustes, whose queries are other ones for each gallery."""
+    known, rows, asked = (
+        torch.isin(labels, wanted)
+        for labels, wanted in ((gallery_labels, seen), (gallery_labels, classes), (query_labels, classes))
+    )
+    unit = [Encoded(F.normalize(e.gallery), F.normalize(e.query)) for e in encoders]
+    result: dict[str, dict[str, Any]] = {}
+    for name, protocol in PROTOCOLS.items():
+        matrix = np.full((len(unit), len(unit)), np.nan)
+        for i, new in enumerate(unit):
+            for j, old in enumerate(unit[: i + 1]):
+                query = new.query if i == j else new.query @ procrustes(new.gallery[known], old.gallery[known])
+                matrix[i, j] = protocol(query[asked], query_labels[asked], old.gallery[rows], gallery_labels[rows])
+        result[name] = criteria(matrix)
+    return result
+
+
+def criteria(matrix: NDArray[np.float64]) -> dict[str, Any]:
+    return {
+        "matrix": [row[: i + 1] for i, row in enumerate(matrix.tolist())],
+        "AC": average_compatibility(matrix),
+        "AA": average_accuracy(matrix),
+    }
 
 
 def judge(
@@ -160,11 +190,7 @@ def judge(
             gallery_labels[rows],
             protocol,
         )
-        result[name] = {
-            "matrix": [row[: i + 1] for i, row in enumerate(matrix.tolist())],
-            "AC": average_compatibility(matrix),
-            "AA": average_accuracy(matrix),
-        }
+        result[name] = criteria(matrix)
     return result
 
 
@@ -193,9 +219,15 @@ def compare(
     for seed in seeds:
         seen, others = split(gallery_labels, unseen, seed)
         for way in ways:
-            versions = train_junctions(encoders, gallery_labels, seen, way, recipe, seed)
+            if way != "procrustes":
+                versions = train_junctions(encoders, gallery_labels, seen, way, recipe, seed)
             for name, classes in (("seen", seen), ("unseen", others)):
-                results[way][name].append(judge(versions, gallery_labels, query_labels, classes))
+                found = (
+                    judge_pairs(encoders, gallery_labels, query_labels, seen, classes)
+                    if way == "procrustes"
+                    else judge(versions, gallery_labels, query_labels, classes)
+                )
+                results[way][name].append(found)
         alone = [Encoded(F.normalize(e.gallery), F.normalize(e.query)) for e in encoders]
         for name, classes in (("seen", seen), ("unseen", others)):
             own = [judge([e], gallery_labels, query_labels, classes) for e in alone]

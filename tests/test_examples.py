@@ -28,12 +28,12 @@ from frozen_encoders import (  # noqa: E402
     cached,
     choose,
     compare,
+    procrustes,
     report,
     ridge,
     split,
     table,
     train_junctions,
-    with_one,
 )
 
 QUICK = Recipe(slots=24, batch=64, steps=120, scale=16.0, lambda_=0.5, gallery_sample=40)
@@ -57,7 +57,7 @@ def made_up() -> tuple[list[Encoded], torch.Tensor, torch.Tensor]:
 
 
 def test_versions_on_one_simplex_search_each_other_and_independent_ones_do_not(made_up) -> None:
-    ways = ("independent", "ce", "hoc", "hoc+gallery", "ridge")
+    ways = ("independent", "ce", "hoc", "hoc+gallery", "ridge", "procrustes")
     found = compare(*made_up, unseen=6, seeds=[0], recipe=QUICK, ways=ways)
     across = {
         way: np.array(
@@ -90,8 +90,16 @@ def test_labels_of_unseen_classes_are_not_looked_at(made_up) -> None:
 def test_ridge_is_the_minimum() -> None:
     x, y = torch.randn(40, 5), torch.randn(40, 3)
     w = ridge(x, y, 2.0).double().requires_grad_()
-    loss = (with_one(x).double() @ w - y).square().sum() + 2.0 * w.square().sum()
+    loss = (x.double() @ w - y).square().sum() + 2.0 * w.square().sum()
     assert torch.autograd.grad(loss, w)[0].abs().max() < 1e-4
+
+
+def test_procrustes_finds_a_rotation_back() -> None:
+    turn = torch.linalg.qr(torch.randn(6, 6)).Q
+    x = torch.randn(40, 6)
+    torch.testing.assert_close(procrustes(x @ turn, x), turn.T, rtol=0, atol=1e-5)
+    wide = procrustes(x, x[:, :4])
+    torch.testing.assert_close(wide.T @ wide, torch.eye(4), rtol=0, atol=1e-5)
 
 
 def test_the_recipe_is_chosen_without_unseen_classes_and_queries(made_up) -> None:
