@@ -23,6 +23,7 @@ import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ def train_junctions(
         parameters = [*head.parameters(), *(classifier.parameters() if classifier else ())]
         optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.steps)
-        inputs = rows[known]
+        inputs, reference = rows[known], None if old is None else old[known]
         for _ in range(recipe.steps):
             batch = torch.randint(len(inputs), (recipe.batch,))
             z = head.embed(inputs[batch])
@@ -114,12 +115,12 @@ def train_junctions(
                 loss = F.cross_entropy(recipe.scale * F.normalize(z) @ w.T, slots[batch])
             else:
                 loss = SF.simplex_cross_entropy(z, slots[batch], normalize=True, scale=recipe.scale)
-            if old is not None and way.startswith("hoc"):
+            if old is not None and reference is not None and way.startswith("hoc"):
                 # a sampled item has a label of its own: it is like itself alone
                 again = sample[torch.randint(len(sample), (recipe.batch,))] if len(sample) else sample
                 contrast = SF.old_new_contrast(
                     torch.cat([z, head.embed(rows[again])]),
-                    torch.cat([old[known][batch], old[again]]),
+                    torch.cat([reference[batch], old[again]]),
                     torch.cat([slots[batch], len(seen) + again]),
                     mu=recipe.mu,
                     negatives=recipe.negatives,
@@ -151,21 +152,20 @@ def procrustes(x: Tensor, y: Tensor) -> Tensor:
 def judge_pairs(
     encoders: Sequence[Encoded], gallery_labels: Tensor, query_labels: Tensor, seen: Tensor, classes: Tensor
 ) -> dict[str, dict[str, Any]]:
-    """`judge` of procrustes, whose queries are other ones for each gallery."""
+    """`judge` of procrustes, whose queries are other ones for each gallery; of normalised features."""
     known, rows, asked = (
         torch.isin(labels, wanted)
         for labels, wanted in ((gallery_labels, seen), (gallery_labels, classes), (query_labels, classes))
     )
-    unit = [Encoded(F.normalize(e.gallery), F.normalize(e.query)) for e in encoders]
-    result: dict[str, dict[str, Any]] = {}
-    for name, protocol in PROTOCOLS.items():
-        matrix = np.full((len(unit), len(unit)), np.nan)
-        for i, new in enumerate(unit):
-            for j, old in enumerate(unit[: i + 1]):
-                query = new.query if i == j else new.query @ procrustes(new.gallery[known], old.gallery[known])
-                matrix[i, j] = protocol(query[asked], query_labels[asked], old.gallery[rows], gallery_labels[rows])
-        result[name] = criteria(matrix)
-    return result
+    matrices = {name: np.full((len(encoders), len(encoders)), np.nan) for name in PROTOCOLS}
+    for i, new in enumerate(encoders):
+        for j, old in enumerate(encoders[: i + 1]):
+            query = new.query if i == j else new.query @ procrustes(new.gallery[known], old.gallery[known])
+            for name, protocol in PROTOCOLS.items():
+                matrices[name][i, j] = protocol(
+                    query[asked], query_labels[asked], old.gallery[rows], gallery_labels[rows]
+                )
+    return {name: criteria(matrix) for name, matrix in matrices.items()}
 
 
 def criteria(matrix: NDArray[np.float64]) -> dict[str, Any]:
@@ -216,19 +216,17 @@ def compare(
         "encoders alone": {"seen": [], "unseen": []},
         **{w: {"seen": [], "unseen": []} for w in ways},
     }
+    alone = [Encoded(F.normalize(e.gallery), F.normalize(e.query)) for e in encoders]
     for seed in seeds:
         seen, others = split(gallery_labels, unseen, seed)
         for way in ways:
-            if way != "procrustes":
+            if way == "procrustes":
+                judged = partial(judge_pairs, alone, gallery_labels, query_labels, seen)
+            else:
                 versions = train_junctions(encoders, gallery_labels, seen, way, recipe, seed)
+                judged = partial(judge, versions, gallery_labels, query_labels)
             for name, classes in (("seen", seen), ("unseen", others)):
-                found = (
-                    judge_pairs(encoders, gallery_labels, query_labels, seen, classes)
-                    if way == "procrustes"
-                    else judge(versions, gallery_labels, query_labels, classes)
-                )
-                results[way][name].append(found)
-        alone = [Encoded(F.normalize(e.gallery), F.normalize(e.query)) for e in encoders]
+                results[way][name].append(judged(classes))
         for name, classes in (("seen", seen), ("unseen", others)):
             own = [judge([e], gallery_labels, query_labels, classes) for e in alone]
             results["encoders alone"][name].append({p: [o[p]["AA"] for o in own] for p in PROTOCOLS})

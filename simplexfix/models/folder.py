@@ -335,10 +335,6 @@ def _below(prefix: str, state: Mapping[str, Any]) -> dict[str, Any]:
 def _check_fit(what: str, module: nn.Module, saved: Mapping[str, Any], *, dtypes: bool) -> None:
     """Names every tensor that one has and the other lacks, or has in another shape, or if asked, dtype."""
     own = module.state_dict()
-    problems = {
-        "missing": [key for key in own if key not in saved],
-        "unexpected": [key for key in saved if key not in own],
-    }
     other: list[str] = []
     for key, value in saved.items():
         here = own.get(key)

@@ -158,8 +158,7 @@ def train_run(
     finally:
         if log is not None:
             log.close()
-    report: dict[str, Any] = {"versions": written}
-    report |= {
+    judged = {
         name: {
             protocol: evaluate_versions(
                 *extracted[name], query.labels.numpy(), gallery.labels.numpy(), protocol=protocol
@@ -168,6 +167,7 @@ def train_run(
         }
         for name, (query, gallery) in data.searched.items()
     }
+    report = {"versions": written, **judged}
     if processes.rank() == 0:
         write_whole(folder / "report.json", f"{json.dumps(report, indent=1)}\n".encode())
     return report

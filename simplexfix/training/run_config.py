@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch.distributed as dist
 
 from .._checks import check_name
+from ..compatibility.report import PROTOCOLS
 from ..data import CIFAR100_MEAN, CIFAR100_STD
 from ..methods import BCT, ER, FD, HOC, Method, Simplex
 from ..models.external import LIBRARIES
@@ -29,7 +30,6 @@ __all__ = [
 
 LEARNABLE = ("bct", "er", "fd")  # methods with a classifier for each network, and features for embeddings
 DATA = ("cifar", "features", "images", "omniglot")
-PROTOCOLS = ("nearest_class_mean", "instance")
 NETWORKS = ("convnet", "mlp", "resnet18")
 
 
@@ -269,7 +269,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    protocols: tuple[str, ...] = PROTOCOLS
+    protocols: tuple[str, ...] = tuple(PROTOCOLS)
     seed: int = 0
 
     def __post_init__(self) -> None:
