@@ -199,7 +199,9 @@ class TasksConfig:
     """What versions learn one after the other.
 
     Args:
-        kind: "class_incremental" with `counts`, or "instance_incremental" with `parts`.
+        kind: "class_incremental" with `counts`, "instance_incremental" with `parts`, or "dataset_sequence" with `sets`.
+        sets: names, a task each, of what is read in place of "train": a folder of images for every class, or features
+            as NAME.npy and NAME_labels.npy.  All classes of a set are new, whatever they are called.
         pretraining_from: None, or the class id from which on classes are for pre-training; None for what the counts
             leave over in the seed's order.
         epochs: None, or passes over a task's new items, in place of the schedule's steps.
@@ -214,6 +216,7 @@ class TasksConfig:
     kind: str = "class_incremental"
     counts: tuple[int, ...] = ()
     parts: int = 1
+    sets: tuple[str, ...] = ()
     pretraining_from: int | None = None
     epochs: int | None = None
     memory_per_class: int = 20
@@ -223,9 +226,13 @@ class TasksConfig:
     hoc_reference: str = "deployed"
 
     def __post_init__(self) -> None:
-        check_name("kind", self.kind, ("class_incremental", "instance_incremental"))
+        check_name("kind", self.kind, ("class_incremental", "dataset_sequence", "instance_incremental"))
         if (self.kind == "class_incremental") != bool(self.counts):
             raise ValueError('counts are the new classes of each task of kind="class_incremental", and of no other')
+        if (self.kind == "dataset_sequence") != bool(self.sets):
+            raise ValueError('sets are the data of each task of kind="dataset_sequence", and of no other')
+        if self.sets and self.pretraining_from is not None:
+            raise ValueError("pretraining_from is a class id, and sets have ids of their own: use data.pretraining")
         if self.epochs is not None and self.epochs < 1:
             raise ValueError(f"epochs must be at least 1, got {self.epochs}")
         check_name("rehearsal", self.rehearsal, SELECTIONS)
@@ -275,3 +282,5 @@ class RunConfig:
     def __post_init__(self) -> None:
         for protocol in self.protocols:
             check_name("protocols", protocol, PROTOCOLS)
+        if self.tasks.sets and self.data.kind not in ("features", "images"):
+            raise ValueError(f'tasks.sets are of data.kind="features" and "images", got {self.data.kind!r}')

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +28,7 @@ from ..data import (
 from .items import Items
 from .omniglot import Recipe, split_omniglot
 from .run_config import DataConfig, RunConfig
-from .scenario import Task, class_incremental, class_order, instance_incremental
+from .scenario import Task, class_incremental, class_order, dataset_sequence, instance_incremental
 
 __all__ = ["RunData", "load_run_data"]
 
@@ -69,10 +71,12 @@ def load_run_data(config: RunConfig) -> RunData:
     Raises:
         FileNotFoundError, ValueError: data that is missing or damaged, or classes that are not there.
     """
-    train, query, gallery = _read(config.data, config.seed)
+    plan = config.tasks
+    sets, query, gallery = _read(config.data, plan.sets or ("train",), config.seed)
+    sequence = dataset_sequence(sets, seed=config.seed) if plan.sets else []
+    train = reduce(Items.joined, [task.items for task in sequence] or sets)
     if config.data.per_class is not None:
         train = train.take(_first_of_each_class(train.labels, config.data.per_class))
-    plan = config.tasks
     rest = None if config.data.pretraining is None else _images(Path(config.data.pretraining), config.data.size)
     if plan.pretraining_from is not None:
         if rest is not None:
@@ -85,7 +89,13 @@ def load_run_data(config: RunConfig) -> RunData:
         held = _held_out(train.labels, config.data.validation, config.seed)
         validation = train.take(held.nonzero()[:, 0])
         train = train.take((~held).nonzero()[:, 0])
-    if plan.kind == "instance_incremental":
+    if sequence:
+        stops = [0, *(task.classes.stop for task in sequence)]
+        tasks = [
+            Task(train.take(((train.labels >= start) & (train.labels < stop)).nonzero()[:, 0]), range(stop))
+            for start, stop in pairwise(stops)
+        ]
+    elif plan.kind == "instance_incremental":
         tasks = instance_incremental(train, plan.parts, seed=config.seed)
     else:
         left = len(torch.unique(train.labels)) - sum(plan.counts) if rest is None else 0
@@ -113,21 +123,26 @@ def load_run_data(config: RunConfig) -> RunData:
     return RunData(tasks, rest, searched, *_prepared(config.data, train.inputs))
 
 
-def _read(config: DataConfig, seed: int) -> tuple[Items, Items, Items]:
-    """Training, query, gallery."""
+def _read(config: DataConfig, names: Sequence[str], seed: int) -> tuple[list[Items], Items, Items]:
+    """Training data of those names, query, gallery."""
     if config.path is None:
         omniglot = split_omniglot(Recipe(), seed)
         labels = torch.arange(len(omniglot.train)).repeat_interleave(omniglot.train.shape[1])
         train = Items(omniglot.train.flatten(0, 1), labels)
-        return train, omniglot.query["unseen"], omniglot.gallery["unseen"]
+        return [train], omniglot.query["unseen"], omniglot.gallery["unseen"]
     path = Path(config.path)
     if config.kind == "cifar":
         sets = (load_cifar100(path), load_cifar10(path, batches=config.query_batches), load_cifar10(path, "test"))
         train, query, gallery = (Items(torch.from_numpy(s.images), torch.from_numpy(s.labels)) for s in sets)
-        return train, query, gallery
+        return [train], query, gallery
     if config.kind == "images":
-        return _images(path / "train", config.size), *_searched_images(path, config.size)
-    return _features(path)
+        return [_images(path / name, config.size) for name in names], *_searched_images(path, config.size)
+    search = load_features(path)
+    return (
+        [_features(path, name) for name in names],
+        Items(search.query, search.query_labels),
+        Items(search.gallery, search.gallery_labels),
+    )
 
 
 def _images(path: Path, size: int) -> Items:
@@ -149,19 +164,14 @@ def _searched_images(path: Path, size: int) -> tuple[Items, Items]:
     return items[0], items[1]
 
 
-def _features(path: Path) -> tuple[Items, Items, Items]:
-    search = load_features(path)
-    train, labels = (np.load(path / f"{name}.npy", mmap_mode="c") for name in ("train", "train_labels"))
-    if train.ndim != 2 or train.dtype.kind != "f" or labels.shape != train.shape[:1] or labels.dtype.kind not in "iu":
+def _features(path: Path, name: str) -> Items:
+    rows, labels = (np.load(path / f"{part}.npy", mmap_mode="c") for part in (name, f"{name}_labels"))
+    if rows.ndim != 2 or rows.dtype.kind != "f" or labels.shape != rows.shape[:1] or labels.dtype.kind not in "iu":
         raise ValueError(
-            f"{path}: train must be floating [N, d] and train_labels integers [N], got {train.dtype} "
-            f"{list(train.shape)} and {labels.dtype} {list(labels.shape)}"
+            f"{path}: {name} must be floating [N, d] and {name}_labels integers [N], got {rows.dtype} "
+            f"{list(rows.shape)} and {labels.dtype} {list(labels.shape)}"
         )
-    return (
-        Items(torch.from_numpy(train).float(), torch.from_numpy(labels.astype(np.int64))),
-        Items(search.query, search.query_labels),
-        Items(search.gallery, search.gallery_labels),
-    )
+    return Items(torch.from_numpy(rows).float(), torch.from_numpy(labels.astype(np.int64)))
 
 
 def _prepared(

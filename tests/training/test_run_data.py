@@ -162,3 +162,68 @@ def test_image_folders_are_known_by_the_names_of_their_classes(tmp_path) -> None
     both = replace(config, tasks=replace(config.tasks, pretraining_from=1))
     with pytest.raises(ValueError, match="pre-trained on one of them"):
         load_run_data(both)
+
+
+def sequence(path: Path, **data: object) -> RunConfig:
+    return RunConfig(
+        data=DataConfig(kind="features", path=str(path), **data),
+        model=ModelConfig(kind="mlp"),
+        tasks=TasksConfig(kind="dataset_sequence", sets=("cars", "birds")),
+        schedule=Schedule(2, 0.1, batch=4),
+        trainer=TrainerConfig(device="cpu"),
+        protocols=("instance",),
+    )
+
+
+@pytest.fixture
+def two_sets(tmp_path) -> Path:
+    """Features of cars, classes 3 and 7, of birds, classes 3, 5 and 7, and of what is searched: class x set in each."""
+    draw = np.random.default_rng(0)
+    for name, classes in (("cars", (7, 3)), ("birds", (5, 3, 7)), ("query", (0, 1)), ("gallery", (0, 1))):
+        labels = np.repeat(classes, 6)
+        np.save(tmp_path / f"{name}.npy", draw.normal(size=(len(labels), 8)).astype(np.float32))
+        np.save(tmp_path / f"{name}_labels.npy", labels)
+    return tmp_path
+
+
+def test_a_data_set_for_each_task(two_sets) -> None:
+    """Each task has the rows of its set, an id for each of its classes, and no class of the other's."""
+    tasks = load_run_data(sequence(two_sets)).tasks
+    assert [task.classes for task in tasks] == [range(2), range(5)]
+    for task, name in zip(tasks, ("cars", "birds"), strict=True):
+        assert np.array_equal(task.items.inputs.numpy(), np.load(two_sets / f"{name}.npy"))
+        known = np.load(two_sets / f"{name}_labels.npy")
+        pairs = set(zip(task.items.labels.tolist(), known.tolist(), strict=True))
+        assert len(pairs) == len(set(known)) == len(set(task.items.labels.tolist()))
+    assert sorted(set(tasks[1].items.labels.tolist())) == [2, 3, 4]
+
+
+def test_a_sequence_is_trained_and_judged_by_what_is_held_out_of_all_sets(two_sets) -> None:
+    config = sequence(two_sets, per_class=5, validation=0.2)
+    data = load_run_data(config)
+    assert [len(task.items.labels) for task in data.tasks] == [8, 12]
+    query, gallery = data.searched["validation"]
+    assert torch.bincount(query.labels).tolist() == [1] * 5
+    assert torch.bincount(gallery.labels).tolist() == [4] * 5
+    report = train_run(config, two_sets / "run")
+    assert [len(report[name]["instance"]["matrix"]) for name in ("search", "validation")] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("tasks", "data", "says"),
+    [
+        ({"sets": ("cars",), "counts": (1,), "kind": "class_incremental"}, {}, "sets are the data of each task"),
+        ({"kind": "dataset_sequence"}, {}, "sets are the data of each task"),
+        ({"kind": "dataset_sequence", "sets": ("cars",), "pretraining_from": 2}, {}, "use data.pretraining"),
+        ({"kind": "dataset_sequence", "sets": ("a",)}, {"kind": "cifar", "path": "a"}, "got 'cifar'"),
+    ],
+)
+def test_a_sequence_that_cannot_be_is_refused(tasks, data, says) -> None:
+    with pytest.raises(ValueError, match=says):
+        RunConfig(tasks=TasksConfig(**tasks), schedule=Schedule(1, 0.1), data=DataConfig(**data))
+
+
+def test_sets_of_different_widths_are_refused(two_sets) -> None:
+    np.save(two_sets / "birds.npy", np.zeros((18, 9), np.float32))
+    with pytest.raises(ValueError, match=r"one shape and dtype, got \[8\] torch.float32, \[9\] torch.float32"):
+        load_run_data(sequence(two_sets))
