@@ -62,12 +62,15 @@ class ResNet18(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        # In channels last, oneDNN writes past its memory in the gradient of a 1 x 1 convolution of stride 2 that takes
+        # fewer channels than one of its blocks has, 8 or 16: github.com/uxlfoundation/oneDNN/issues/6035
+        self._layout = torch.channels_last if width >= 16 else torch.contiguous_format
+        self.to(memory_format=self._layout)  # type: ignore[call-overload]
 
     def forward(self, images: Tensor) -> Tensor:
         if images.ndim != 4 or images.shape[1] != self.in_channels:
             raise ValueError(f"images must have shape [B, {self.in_channels}, H, W], got {list(images.shape)}")
-        x = images.contiguous(memory_format=torch.channels_last)
+        x = images.contiguous(memory_format=self._layout)
         x = self.maxpool(F.relu(self.bn1(self.conv1(x)), inplace=True))
         maps: Tensor = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return maps.mean((2, 3))
