@@ -15,13 +15,14 @@ class LinearHead(nn.Module):
     Args:
         in_features: width of the features.
         scale: None for plain logits `W h + b`; else logits are `scale` times the cosines of features and rows
-            of W.
+            of W, and b stays as it is.
     """
 
     def __init__(self, in_features: int, *, scale: float | None = None) -> None:
         super().__init__()
         self.scale = scale
         self.classifier = nn.Linear(in_features, 1)
+        self.classifier.bias.requires_grad_(scale is None)
         self.num_classes = 0
 
     def embed(self, features: Tensor) -> Tensor:
@@ -46,4 +47,5 @@ class LinearHead(nn.Module):
             self.classifier = nn.Linear(old.in_features, classes).to(old.weight)
             self.classifier.weight[:kept] = old.weight[:kept]
             self.classifier.bias[:kept] = old.bias[:kept]
+            self.classifier.bias.requires_grad_(self.scale is None)
             self.num_classes = classes

@@ -88,7 +88,7 @@ def mixed_seed(seed: int, *counters: int) -> int:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """torch's global generator, which makes new weights, at a seed; as it was afterwards, one thread at a time."""
+    """torch's generator of the CPU, which makes new weights, at a seed; as it was afterwards, one thread at a time."""
     with _GLOBAL_GENERATOR, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would leave those of the GPUs at it
         yield

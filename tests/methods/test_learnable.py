@@ -77,9 +77,11 @@ def test_influence_is_its_equation_over_the_classes_of_the_old_classifier(scale:
 def test_gradients_are_right_and_reach_the_new_model_alone(method) -> None:
     model, old = model_of(method, 5), model_of(method, 3, seed=1)
     rows, target = batch(0, 4, 2, 1)
+    trained = [p.requires_grad for p in old.parameters()]
     method.loss(model, rows, target, old).backward()
     assert all(p.grad is None for p in old.parameters())
-    assert all(p.requires_grad for p in old.parameters())  # nothing was switched off behind the caller's back
+    assert [p.requires_grad for p in old.parameters()] == trained  # nothing was switched off behind the caller's back
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)  # else DistributedDataParallel waits
     for p in model.parameters():
         direction = torch.randn_like(p)
         step, slopes = 1e-6, []
