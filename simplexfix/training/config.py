@@ -59,15 +59,21 @@ def overridden(content: Mapping[str, Any], assignments: Sequence[str]) -> dict[s
             value = json.loads(text)
         except ValueError:
             value = text
-        level = result
-        for key in above:
+        level: dict[Any, Any] = result
+        for name in above:
+            key = _as_written(name, level)
             below = level.get(key)
             if not isinstance(below, (Mapping, type(None))):
                 raise ConfigError(f"{assignment!r}: {key} holds {below!r}, which nothing is below")
             level[key] = dict(below or {})
             level = level[key]
-        level[last] = value
+        level[_as_written(last, level)] = value
     return result
+
+
+def _as_written(name: str, level: Mapping[Any, Any]) -> Any:
+    """The key of that name: YAML reads those of digits as numbers."""
+    return next((key for key in level if str(key) == name), name)
 
 
 def read_config(kind: type[_T], content: Mapping[str, Any], place: str = "") -> _T:
@@ -121,10 +127,11 @@ def _typed(value: Any, hint: Any, place: str) -> Any:
             return tuple(_typed(entry, arguments[0], f"{place}[{i}]") for i, entry in enumerate(value))
     elif origin is dict:
         if isinstance(value, Mapping):
-            return {
-                _typed(_number(key), arguments[0], place): _typed(entry, arguments[1], f"{place}.{key}")
-                for key, entry in value.items()
-            }
+            keys = [_typed(_number(key), arguments[0], place) for key in value]
+            if len(set(keys)) != len(keys):
+                raise ConfigError(f"{place} has a key twice: {', '.join(map(repr, value))}")
+            entries = (_typed(entry, arguments[1], f"{place}.{key}") for key, entry in value.items())
+            return dict(zip(keys, entries, strict=True))
     elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         if math.isfinite(value):
             return float(value)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from functools import partial
 from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
 
 __all__ = ["check_no_drift", "described", "differences"]
 
@@ -14,13 +20,25 @@ _ABSENT = object()
 def described(value: Any) -> Any:
     """Plain values that tell one configuration of an object from another, the same in every process.
 
-    Of a dataclass its fields, of an object with `to_dict` what that says, of another its class and its attributes
-    that do not begin with "_"; of a function its name.
+    Of a dataclass its fields, of an object with `to_dict` what that says, of a tensor or an array its shape, its dtype
+    and a checksum, of another object its class and its attributes that do not begin with "_"; of a function its name
+    alone, of a `functools.partial` of it what that binds too.
     """
     if value is None or isinstance(value, (str, int, float, bool)):
         return value
     if isinstance(value, (list, tuple)):
         return [described(entry) for entry in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted((described(entry) for entry in value), key=repr)
+    if isinstance(value, Tensor):  # as bytes, for NumPy has no bfloat16
+        content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        return _checksum(value.shape, str(value.dtype).removeprefix("torch."), content.tobytes())
+    if isinstance(value, np.ndarray):
+        return (
+            described(value.tolist())
+            if value.dtype.hasobject
+            else _checksum(value.shape, str(value.dtype), value.tobytes())
+        )
     if isinstance(value, Mapping):
         return {str(key): described(entry) for key, entry in value.items()}
     if hasattr(value, "to_dict"):
@@ -28,11 +46,18 @@ def described(value: Any) -> Any:
     if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):
         return f"{value.__module__}.{value.__qualname__}"
     name = {"type": f"{type(value).__module__}.{type(value).__qualname__}"}
+    if isinstance(value, partial):
+        bound = {"function": value.func, "arguments": value.args, "keywords": value.keywords}
+        return {**name, **{key: described(entry) for key, entry in bound.items()}}
     if is_dataclass(value):
         return {**name, **{field.name: described(getattr(value, field.name)) for field in fields(value)}}
     public = {key: entry for key, entry in sorted(getattr(value, "__dict__", {}).items()) if not key.startswith("_")}
     # processes of a group are not configuration: a training may go on with others
     return {**name, **{key: described(entry) for key, entry in public.items() if key != "group"}}
+
+
+def _checksum(shape: Sequence[int], dtype: str, content: bytes) -> dict[str, Any]:
+    return {"shape": list(shape), "dtype": dtype, "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def differences(then: Any, now: Any, place: str = "") -> list[str]:

@@ -17,7 +17,7 @@ from .._checks import check_name
 from ..models import EmbeddingModel
 from . import processes
 from .checkpoint import read_state, write_state
-from .facts import check_no_drift
+from .facts import check_no_drift, described
 from .items import Items, mixed_seed, seeded
 from .schedule import Schedule
 from .trainer import Trainer
@@ -133,7 +133,8 @@ def train_versions(
             memory += rehearsal(model, task.items)
 
     With a folder each task has one of its own in it, and what was stopped is called again in the same way: finished
-    versions are read, the one in training goes on from its newest checkpoint (`Trainer.fit`).
+    versions are read, the one in training goes on from its newest checkpoint (`Trainer.fit`).  In the same way is with
+    a new method, too: a slot registry that already has the classes is not what the folder began with.
 
     Args:
         trainer: with the method.
@@ -249,9 +250,10 @@ def _remembered(
     It is written down: what a network finds worth remembering may differ from machine to machine.
     """
     file = None if folder is None else folder / "memory.safetensors"
+    facts = {"seed": seed, "rehearsal": described(rehearsal)}
     if file is not None and processes.agreed(file.exists()):
         saved = read_state(file)
-        check_no_drift(saved["facts"], {"seed": seed}, str(file))
+        check_no_drift(saved["facts"], facts, str(file))
         return Items(saved["inputs"], saved["labels"])
     pool, kept = task.items, None
     if memory is not None:
@@ -262,7 +264,7 @@ def _remembered(
     chosen = pool.take(torch.tensor(rows, dtype=torch.int64))
     result = chosen if kept is None else kept.joined(chosen)
     if file is not None and processes.rank() == 0:
-        write_state(file, {"facts": {"seed": seed}, "inputs": result.inputs, "labels": result.labels})
+        write_state(file, {"facts": facts, "inputs": result.inputs, "labels": result.labels})
     return result
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from simplexfix.training.config import ConfigError, overridden, read_config, read_mapping
 from simplexfix.training.facts import check_no_drift, described, differences
@@ -34,6 +39,18 @@ def test_a_file_is_read_and_overridden(tmp_path: Path) -> None:
         assert read_config(Whole, changed) == Whole(Schedule(7, 1.0), "y", (4, 5), limits={2: 0.5}, deep=True, ema=0.9)
         assert read_config(Whole, overridden(changed, ["ema=null"])).ema is None
         assert content["schedule"]["steps"] == 5
+
+
+def test_a_key_of_digits_is_overridden_in_place(tmp_path: Path) -> None:
+    """YAML reads it as a number: what else is below it stays."""
+    (tmp_path / "a.yaml").write_text("schedule: {steps: 5, learning_rate: 1}\nlimits: {2: 0.5, 3: 1.0}\n")
+    content = read_mapping(tmp_path / "a.yaml")
+    assert read_config(Whole, overridden(content, ["limits.2=0.25"])).limits == {2: 0.25, 3: 1.0}
+    nested = {"1": {"a": 1, "b": 2}, 2: {"a": 3, "b": 4}}
+    changed = overridden({"x": nested}, ["x.1.a=5", "x.2.a=6"])
+    assert changed == {"x": {"1": {"a": 5, "b": 2}, 2: {"a": 6, "b": 4}}}
+    with pytest.raises(ConfigError, match=r"limits has a key twice: 2, '2'"):
+        read_config(Whole, {**GOOD, "limits": {2: 0.5, "2": 1.0}})
 
 
 GOOD = {"schedule": {"steps": 5, "learning_rate": 1.0}}
@@ -111,3 +128,22 @@ def test_descriptions_do_not_depend_on_the_process() -> None:
     assert set(described(Thing())) == {"type", "size"}
     assert described(test_drift_is_named).endswith("test_drift_is_named")
     assert described(Schedule(1, 1.0))["steps"] == 1
+    assert described({"b", "a"}) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("then", "now"),
+    [
+        (torch.zeros(3), torch.tensor([0.0, 0.0, 1.0])),
+        (torch.zeros(3), torch.zeros(3, dtype=torch.bfloat16)),
+        (np.zeros((2, 3)), np.zeros((3, 2))),
+        (np.array(["a", None], dtype=object), np.array(["b", None], dtype=object)),
+        (partial(sorted, reverse=True), partial(sorted, reverse=False)),
+        (partial(max, 1), partial(max, 2)),
+        ({1, 2}, {1, 3}),
+    ],
+)
+def test_what_a_description_must_tell_apart(then: object, now: object) -> None:
+    assert described(then) == described(copy.deepcopy(then))
+    assert differences(described({"x": then}), described({"x": now}))
+    json.dumps(described(then))  # it goes into checkpoints
