@@ -17,6 +17,7 @@ from ._native import is_readable
 MARGINS = {"cosine": 1, "angular": 2}
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 NEGATIVES = {"zero_mask": 0, "remove": 1, "infonce": 2}
+ANCHORS = ("old", "new", "symmetric")
 
 _FLOAT32 = torch.finfo(torch.float32)
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -146,9 +147,7 @@ def check_loss_options(
     check_scale(scale)
     check_name("reduction", reduction, REDUCTIONS)
     check_integer("ignore_index", ignore_index)
-    check_number("label_smoothing", label_smoothing)
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
+    check_share("label_smoothing", label_smoothing)
     check_margin(margin, normalize)
     if weight is not None:
         check_tensor("weight", weight)
@@ -158,6 +157,18 @@ def check_loss_options(
             raise ValueError(f"weight must have shape [{slots}], one factor per slot, got {shape(weight)}")
         if weight.device != z.device:
             raise ValueError(f"weight must be on {z.device} like the features, got {weight.device}")
+
+
+def check_contrast_options(mu: float, negatives: str, anchor: str) -> None:
+    check_positive("mu", mu)
+    check_name("negatives", negatives, NEGATIVES)
+    check_name("anchor", anchor, ANCHORS)
+
+
+def check_share(name: str, value: float) -> None:
+    check_number(name, value)
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must lie in [0, 1], got {value}")
 
 
 def check_codes(codes: Tensor, d: int, z: Tensor | None = None) -> None:

@@ -12,19 +12,18 @@ from torch import Tensor
 
 from . import _gather, _native, _ops, _reference
 from ._checks import (
-    NEGATIVES,
     REDUCTIONS,
     check_codes,
+    check_contrast_options,
     check_features,
     check_integer,
     check_loss_options,
     check_name,
     check_new_and_old,
-    check_number,
     check_pair,
-    check_positive,
     check_rows,
     check_scale,
+    check_share,
     check_target,
 )
 
@@ -353,9 +352,7 @@ def old_new_contrast(
     """
     check_new_and_old("new", new, old)
     check_target(target, new)
-    check_positive("mu", mu)
-    check_name("negatives", negatives, NEGATIVES)
-    check_name("anchor", anchor, ("old", "new", "symmetric"))
+    check_contrast_options(mu, negatives, anchor)
     check_name("reduction", reduction, REDUCTIONS)
     old, all_new, all_old, classes, first = old.detach(), new, old.detach(), target, 0
     if group is not None:
@@ -423,9 +420,7 @@ def hoc_loss(
         arXiv 2405.02581.
     """
     check_new_and_old("z", z, old)
-    check_number("lambda_", lambda_)
-    if not 0 <= lambda_ <= 1:
-        raise ValueError(f"lambda_ must lie in [0, 1], got {lambda_}")
+    check_share("lambda_", lambda_)
     classify = simplex_cross_entropy(
         z,
         target,

@@ -26,7 +26,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["FeatureFileError", "Features", "check_alike", "check_same_items", "find_versions", "load_features"]
+__all__ = [
+    "FeatureFileError",
+    "Features",
+    "check_alike",
+    "check_same_items",
+    "find_versions",
+    "load_features",
+    "load_labelled",
+]
 
 REQUIRED = ("query", "gallery", "query_labels", "gallery_labels")
 OPTIONAL = ("query_groups",)
@@ -107,6 +115,23 @@ def load_features(path: str | os.PathLike[str]) -> Features:
         query_groups=_groups(path, arrays["query_groups"], len(query)) if "query_groups" in arrays else None,
         zero_rows=(zero_queries, zero_items),
     )
+
+
+def load_labelled(folder: Path, name: str) -> tuple[Tensor, Tensor]:
+    """Features `NAME.npy`, mapped, and `NAME_labels.npy` of a folder, checked as those of a version.
+
+    Raises:
+        OSError, FeatureFileError: as `load_features`.
+    """
+    files = [folder / f"{part}.npy" for part in (name, f"{name}_labels")]
+    try:
+        arrays = [np.load(file, mmap_mode="c") for file in files]
+    except _DAMAGED as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise FeatureFileError(f"{folder}: {name} cannot be read, it may be truncated or damaged: {error}") from error
+    rows, _ = _rows(folder, name, arrays[0])
+    return rows, _labels(folder, f"{name}_labels", arrays[1], name, len(rows))
 
 
 def find_versions(folder: str | os.PathLike[str]) -> list[Path]:

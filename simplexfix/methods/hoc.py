@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import functional as SF
+from .._checks import check_contrast_options, check_share
 from ..models import EmbeddingModel
 from ..slots import SlotRegistry
 from .simplex import Simplex
@@ -20,6 +21,9 @@ class HOC(Simplex):
     Args:
         slots, namespace, normalize, scale, margin: of `Simplex`.
         lambda_, mu, negatives, anchor, group: of `hoc_loss`; with a group, negatives come from all its processes.
+
+    Raises:
+        TypeError, ValueError: an option is out of range.
 
     Reference:
         arXiv 2405.02581.
@@ -40,6 +44,8 @@ class HOC(Simplex):
         group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__(slots, namespace, normalize=normalize, scale=scale, margin=margin)
+        check_share("lambda_", lambda_)
+        check_contrast_options(mu, negatives, anchor)
         self.lambda_ = lambda_
         self.mu = mu
         self.negatives = negatives

@@ -64,12 +64,12 @@ class RunLog:
     """Reads the logs of a run's stages while they grow.
 
     Args:
-        folder: of the run, with a folder for each stage, `NAME-NUMBER`, in the order of numbers and then names.
+        places: the folder of each stage, in the order in which they come.
         loggers: who wants a copy.
     """
 
-    def __init__(self, folder: Path, loggers: Sequence[Logger] = ()) -> None:
-        self.folder = folder
+    def __init__(self, places: Mapping[str, Path], loggers: Sequence[Logger] = ()) -> None:
+        self.places = places
         self.loggers = loggers
         self.stage = ""
         self.read = 0  # bytes of its log
@@ -90,8 +90,10 @@ class RunLog:
 
     def catch_up(self, *, before: str | None = None) -> None:
         """Passes on the logs of stages that earlier processes finished; of all, or of those before one."""
-        for stage in sorted((path.parent.name for path in self.folder.glob("*/log.jsonl")), key=_order):
-            if stage not in self.done and (before is None or _order(stage) < _order(before)):
+        for stage, place in self.places.items():
+            if stage == before:
+                return
+            if stage not in self.done and (place / "log.jsonl").exists():
                 self._begin(stage, finished=True)
                 self._new_lines()
                 self._end()
@@ -106,7 +108,7 @@ class RunLog:
             logger.begin(stage, finished)
 
     def _new_lines(self) -> list[Line]:
-        with open(self.folder / self.stage / "log.jsonl", "rb") as file:
+        with open(self.places[self.stage] / "log.jsonl", "rb") as file:
             file.seek(self.read)
             content = file.read()
         content = content[: content.rfind(b"\n") + 1]
@@ -121,10 +123,6 @@ class RunLog:
         self.done.add(self.stage)
         for logger in self.loggers:
             logger.end()
-
-
-def _order(stage: str) -> tuple[str, str]:
-    return stage.rpartition("-")[2], stage
 
 
 class _TensorBoard:

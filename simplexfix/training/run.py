@@ -24,8 +24,9 @@ from .facts import check_no_drift
 from .items import Items, mixed_seed, seeded
 from .loggers import LOGGERS, Progress, RunLog, check_loggers
 from .rehearsal import herding_rows, random_rows
-from .run_config import LEARNABLE, ModelConfig, ReplacementConfig, RunConfig
+from .run_config import LEARNABLE, NETWORKS, ModelConfig, ReplacementConfig, RunConfig
 from .run_data import load_run_data
+from .samplers import batch_sizes
 from .scenario import train_versions
 from .schedule import Schedule
 from .trainer import Trainer
@@ -69,9 +70,10 @@ def train_run(
         "data": data.fingerprint(),
     }
     inputs = data.tasks[0].items.inputs
-    _check_widths(config, inputs)
-    _agree_on(folder, facts)
+    _check_batches(config)
+    _check_networks(config, inputs)
     slots = SlotRegistry(config.method.slots)
+    _check_slots(config, data.tasks[-1].classes.stop)
     device = config.trainer.device or (
         f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     )
@@ -87,13 +89,21 @@ def train_run(
         )
         for t, task in enumerate(data.tasks)
     ]
+    kept = folder
+    if config.tasks.pretraining_folder is not None:
+        kept = Path(config.tasks.pretraining_folder, "linear" if config.method.name in LEARNABLE else "simplex")
+    places: dict[str, Path] = {}  # of the stages, in their order
+    for t in range(len(data.tasks)):
+        if t in config.tasks.replacements:
+            places[f"pretraining-{t:02d}"] = kept / f"pretraining-{t:02d}"
+        places[f"task-{t:02d}"] = folder / f"task-{t:02d}"
     log: RunLog | None = None
 
-    def after_step(stage: str, place: str, schedule: Schedule, step: int) -> None:
+    def after_step(title: str, stage: str, schedule: Schedule, step: int) -> None:
         last = step == schedule.steps
-        logged = log is not None and (last or step % config.trainer.log_every == 0) and (folder / place).exists()
-        line = log.follow(place, last=last) if log is not None and logged else None
-        on_step(Progress(stage, step, schedule.steps, schedule.batch, line))
+        logged = last or step % config.trainer.log_every == 0
+        line = log.follow(stage, last=last) if log is not None and logged else None
+        on_step(Progress(title, step, schedule.steps, schedule.batch, line))
 
     def pretrained(t: int, plan: ReplacementConfig) -> nn.Module:
         if plan.schedule is None:
@@ -101,7 +111,7 @@ def train_run(
         method = config.method.pretraining().method(slots, "pretraining")
         items = data.pretraining.take((data.pretraining.labels < plan.classes).nonzero()[:, 0])
         schedule = _schedule(plan.schedule, plan.epochs, len(items.labels), plan.schedule.batch)
-        place = f"pretraining-{t:02d}"
+        stage = f"pretraining-{t:02d}"
         with seeded(mixed_seed(config.seed, t, 10)):
             made = _backbone(plan.model, inputs)
             fresh = EmbeddingModel(made, method.head(made.out_features))  # type: ignore[arg-type]
@@ -111,8 +121,8 @@ def train_run(
             schedule,
             classes=range(plan.classes),
             seed=mixed_seed(config.seed, t, 11),
-            folder=Path(config.tasks.pretraining_folder or folder) / place,
-            on_step=partial(after_step, f"pre-training for task {t}", place, schedule),
+            folder=places[stage],
+            on_step=partial(after_step, f"pre-training for task {t}", stage, schedule),
         )
         return model.backbone if config.method.name in LEARNABLE else model  # whose classifier knows other classes
 
@@ -137,11 +147,12 @@ def train_run(
         folder=folder,
         on_step=lambda t, step: after_step(f"task {t}", f"task-{t:02d}", schedules[t], step),
     )
+    _agree_on(folder, facts)  # now that nothing is left that would refuse the configuration
     extracted: dict[str, tuple[list[Tensor], list[Tensor]]] = {name: ([], []) for name in data.searched}
     written: list[dict[str, str]] = []
     try:
         if processes.rank() == 0:
-            log = RunLog(folder, [LOGGERS[name][0](folder, facts) for name in config.trainer.loggers])
+            log = RunLog(places, [LOGGERS[name][0](folder, facts) for name in config.trainer.loggers])
         for t, version in enumerate(stages):
             place, title = f"task-{t:02d}/model", f"{config.method.name}, task {t}"
             version.preprocessing = data.prepare
@@ -183,21 +194,42 @@ def _backbone(model: ModelConfig, inputs: Tensor) -> nn.Module:
     return external_backbone(model.kind, pretrained=model.pretrained, in_channels=inputs.shape[1])
 
 
-def _check_widths(config: RunConfig, inputs: Tensor) -> None:
-    """Before anything is trained.  A head with a junction makes embeddings of one width of any features."""
-    if config.method.name not in LEARNABLE:
-        return
+def _check_batches(config: RunConfig) -> None:
+    """Before anything is trained: those of all stages can be shared out."""
+    plans = config.tasks.replacements.values()
+    stages = [(config.schedule, config.tasks.memory_per_class > 0), (config.schedule, False)]
+    for schedule, remembers in stages + [(plan.schedule, False) for plan in plans if plan.schedule is not None]:
+        batch_sizes(schedule.batch, remembers, processes.world(), schedule.accumulate)
+
+
+def _check_networks(config: RunConfig, inputs: Tensor) -> None:
+    """Before anything is trained: all can be made, and give embeddings of one width."""
     models = {f"replacements.{t}.model": plan.model for t, plan in config.tasks.replacements.items()}
     if 0 not in config.tasks.replacements:
         models = {"model": config.model, **models}
-    with torch.device("meta"):
-        widths = {
-            name: _backbone(replace(model, pretrained=False), inputs).out_features for name, model in models.items()
-        }
-    if len(set(widths.values())) > 1:
+    method = config.method.method(SlotRegistry(config.method.slots), "default")
+    widths: dict[str, int] = {}
+    for name, model in models.items():
+        # other libraries look at numbers while they make a network, which meta tensors do not have
+        with seeded(config.seed), torch.device("meta" if model.kind in NETWORKS else "cpu"):
+            widths[name] = _backbone(replace(model, pretrained=False), inputs).out_features  # type: ignore[assignment]
+        with torch.device("meta"):
+            method.head(widths[name])
+    # a head with a junction makes embeddings of one width of any features
+    if config.method.name in LEARNABLE and len(set(widths.values())) > 1:
         raise ValueError(
             f"{config.method.name.upper()} has no junction, all its networks must give features of one width: "
             + ", ".join(f"{name} gives {width}" for name, width in widths.items())
+        )
+
+
+def _check_slots(config: RunConfig, classes: int) -> None:
+    """Before anything is trained: the simplex has room for the tasks' classes and those of pre-training."""
+    others = max((plan.classes for plan in config.tasks.replacements.values()), default=0)
+    if config.method.name not in LEARNABLE and classes + others > config.method.slots:
+        raise ValueError(
+            f"method.slots must be at least {classes + others}, for {classes} classes of the tasks and {others} of "
+            f"pre-training, got {config.method.slots}"
         )
 
 

@@ -19,6 +19,7 @@ from .schedule import Schedule
 
 __all__ = [
     "LEARNABLE",
+    "NETWORKS",
     "DataConfig",
     "MethodConfig",
     "ModelConfig",
@@ -208,8 +209,8 @@ class TasksConfig:
         memory_per_class: items that rehearsal keeps; 0 for no memory.
         rehearsal: which: "random", or "herding", those whose mean feature is nearest to that of the class.
         replacements: task number -> what takes over there.
-        pretraining_folder: where pre-trained networks and their logs are kept, for runs of other methods to use; None
-            for the run's.
+        pretraining_folder: where pre-trained networks and their logs are kept, for runs of other methods to use: in
+            `simplex` those of hoc and simplex, in `linear` those of er, fd and bct; None for the run's folder.
         hoc_reference: of `train_versions`, for HOC; other methods hold on to the deployed version.
     """
 
@@ -282,5 +283,12 @@ class RunConfig:
     def __post_init__(self) -> None:
         for protocol in self.protocols:
             check_name("protocols", protocol, PROTOCOLS)
+        if self.method.name == "hoc" and self.tasks.hoc_reference == "replacement":
+            fresh = [t for t, plan in self.tasks.replacements.items() if plan.schedule is None]
+            if fresh:
+                raise ValueError(
+                    f'tasks.hoc_reference="replacement" needs replacements with a pre-training, those of tasks {fresh} '
+                    'have none; give them classes and a schedule, or take "deployed"'
+                )
         if self.tasks.sets and self.data.kind not in ("features", "images"):
             raise ValueError(f'tasks.sets are of data.kind="features" and "images", got {self.data.kind!r}')

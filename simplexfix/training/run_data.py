@@ -25,6 +25,7 @@ from ..data import (
     load_features,
     load_image_folder,
 )
+from ..data.features import load_labelled
 from .items import Items
 from .omniglot import Recipe, split_omniglot
 from .run_config import DataConfig, RunConfig
@@ -84,6 +85,12 @@ def load_run_data(config: RunConfig) -> RunData:
         apart = train.labels >= plan.pretraining_from
         train, rest = train.take((~apart).nonzero()[:, 0]), train.take(apart.nonzero()[:, 0])
     searched = {"search": (query, gallery)}
+    for name, items in (("query", query), ("gallery", gallery)):
+        if items.inputs.shape[1:] != train.inputs.shape[1:]:
+            raise ValueError(
+                f"{name} has inputs of shape {list(items.inputs.shape[1:])}, what is trained on "
+                f"{list(train.inputs.shape[1:])}"
+            )
     held: Tensor | None = None
     if config.data.validation:
         held = _held_out(train.labels, config.data.validation, config.seed)
@@ -139,7 +146,7 @@ def _read(config: DataConfig, names: Sequence[str], seed: int) -> tuple[list[Ite
         return [_images(path / name, config.size) for name in names], *_searched_images(path, config.size)
     search = load_features(path)
     return (
-        [_features(path, name) for name in names],
+        [Items(rows.float(), labels) for rows, labels in (load_labelled(path, name) for name in names)],
         Items(search.query, search.query_labels),
         Items(search.gallery, search.gallery_labels),
     )
@@ -162,16 +169,6 @@ def _searched_images(path: Path, size: int) -> tuple[Items, Items]:
         for folder in (query, gallery)
     ]
     return items[0], items[1]
-
-
-def _features(path: Path, name: str) -> Items:
-    rows, labels = (np.load(path / f"{part}.npy", mmap_mode="c") for part in (name, f"{name}_labels"))
-    if rows.ndim != 2 or rows.dtype.kind != "f" or labels.shape != rows.shape[:1] or labels.dtype.kind not in "iu":
-        raise ValueError(
-            f"{path}: {name} must be floating [N, d] and {name}_labels integers [N], got {rows.dtype} "
-            f"{list(rows.shape)} and {labels.dtype} {list(labels.shape)}"
-        )
-    return Items(torch.from_numpy(rows).float(), torch.from_numpy(labels.astype(np.int64)))
 
 
 def _prepared(

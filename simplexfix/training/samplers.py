@@ -9,7 +9,25 @@ from torch import Tensor
 
 from .items import RowBatches, mixed_seed
 
-__all__ = ["BalancedSampler"]
+__all__ = ["BalancedSampler", "batch_sizes"]
+
+
+def batch_sizes(batch: int, remembers: bool, world: int, accumulate: int = 1) -> tuple[int, int]:
+    """New and remembered rows of a batch, which processes and parts share evenly.
+
+    Raises:
+        ValueError: they cannot: the mean of their gradients would not be that of the batch.
+    """
+    sizes = (batch // 2, batch - batch // 2) if remembers else (batch, 0)
+    if sizes[0] < 1:
+        raise ValueError(f"batch must hold a row, and two where some are remembered, got {batch}")
+    if any(size % (world * accumulate) for size in sizes):
+        parts = f" with {accumulate} parts each" if accumulate > 1 else ""
+        raise ValueError(
+            f"{sizes[0]} new and {sizes[1]} remembered rows of a batch cannot be shared out evenly over {world} "
+            f"processes{parts}"
+        )
+    return sizes
 
 
 class BalancedSampler:
@@ -42,14 +60,7 @@ class BalancedSampler:
             raise ValueError(f"new must be at least 1 and remembered at least 0, got {new} and {remembered}")
         if not 0 <= rank < world:
             raise ValueError(f"rank must lie in [0, {world}), the processes, got {rank}")
-        self.sizes = (batch // 2, batch - batch // 2) if remembered else (batch, 0)
-        if self.sizes[0] < 1:
-            raise ValueError(f"batch must hold a row, and two where some are remembered, got {batch}")
-        if any(size % world for size in self.sizes):
-            raise ValueError(
-                f"{self.sizes[0]} new and {self.sizes[1]} remembered rows of a batch cannot be shared out evenly over "
-                f"{world} processes"
-            )
+        self.sizes = batch_sizes(batch, remembered > 0, world)
         self.rows = (new, remembered)
         self.rank = rank
         self.world = world

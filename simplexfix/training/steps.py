@@ -19,7 +19,7 @@ from ..models import EmbeddingModel
 from . import processes
 from .checkpoint import CheckpointWarning
 from .items import Items, mixed_seed
-from .samplers import BalancedSampler
+from .samplers import BalancedSampler, batch_sizes
 from .schedule import Schedule
 
 __all__ = ["DTYPES", "Augment", "Steps"]
@@ -76,15 +76,10 @@ class Steps:
         self.items = items
         self.memory = memory
         remembered = 0 if memory is None else len(memory.labels)
+        batch_sizes(schedule.batch, remembered > 0, self.world, schedule.accumulate)
         self.sampler = BalancedSampler(
             len(items.labels), remembered, schedule.batch, seed=seed, rank=self.rank, world=self.world
         )
-        sizes = self.sampler.sizes
-        if any(size % (schedule.accumulate * self.world) for size in sizes):
-            raise ValueError(
-                f"{sizes[0]} new and {sizes[1]} remembered rows of a batch cannot be shared out evenly over "
-                f"{self.world} processes with {schedule.accumulate} parts each"
-            )
         self.model = model.train()
         if compile:
             model.backbone.compile()
@@ -156,6 +151,17 @@ class Steps:
                 "warm-up or clip may help"
             )
         return loss
+
+    def check(self) -> None:
+        """
+        Raises:
+            FloatingPointError: loss or weights are nan or infinite; waits for the device.
+        """
+        self.mean_loss()
+        if not torch.stack([p.detach().isfinite().all() for p in self.model.parameters()]).all():
+            raise FloatingPointError(
+                f"a weight is nan or infinite after step {self.step - 1}, whose loss was finite: a gradient was not"
+            )
 
     def report(self) -> dict[str, Any]:
         """A line of the log."""

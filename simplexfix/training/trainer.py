@@ -127,7 +127,7 @@ class Trainer:
             ValueError: `old` is in training mode, a batch cannot be shared out evenly, or the folder is of a training
                 that differs (configuration, data, parent or old model); names what differs.
             CheckpointError: the finished version's file is damaged.
-            FloatingPointError: the loss is nan or infinite.
+            FloatingPointError: the loss, or a weight, is nan or infinite.
 
         Warns:
             CheckpointWarning: a damaged checkpoint is passed over, or training goes on with another number of
@@ -194,8 +194,10 @@ class Trainer:
                 line = run.report()
                 if log is not None:
                     log.write(line)
-            if checkpoints is not None and log is not None and (last or run.step % self.save_every == 0):
-                run.mean_loss()  # no state of nan takes the place of a good one
+            saving = checkpoints is not None and run.step % self.save_every == 0
+            if last or saving:
+                run.check()  # no state of nan takes the place of a good one
+            if checkpoints is not None and log is not None and (last or saving):
                 state = {"facts": facts, "run": run.state(), "log_bytes": log.synced()}
                 if processes.rank() == 0:
                     checkpoints.save(run.step, state)

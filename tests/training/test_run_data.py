@@ -122,8 +122,13 @@ def test_methods_share_their_pre_training_and_the_model_folder_embeds_alike(cifa
     assert "pre-training for task 1" not in again
     narrow = replace(config.tasks, replacements={1: replace(config.tasks.replacements[1], model=config.model)})
     er = replace(config, tasks=narrow, method=replace(config.method, name="er"))
-    with pytest.raises(ValueError, match=r"was started otherwise[\s\S]*method\.type: was .*Simplex.*ER"):
-        train_run(er, tmp_path / "er")
+    lines: dict[str, list[object]] = {}
+    train_run(er, tmp_path / "er", on_step=lambda p: lines.setdefault(p.stage, []).append(p.line))
+    assert sorted(path.name for path in (tmp_path / "pretrained").iterdir()) == ["linear", "simplex"]
+    assert lines["pre-training for task 1"][-1]["step"] == len(lines["pre-training for task 1"])
+    other = replace(config, method=replace(config.method, normalize=True))
+    with pytest.raises(ValueError, match=r"was started otherwise[\s\S]*method\.normalize: was False, is True"):
+        train_run(other, tmp_path / "other")
 
     version = EmbeddingModel.from_pretrained(tmp_path / "hoc" / "task-01" / "model")
     data = load_run_data(config)
@@ -221,6 +226,48 @@ def test_a_sequence_is_trained_and_judged_by_what_is_held_out_of_all_sets(two_se
 def test_a_sequence_that_cannot_be_is_refused(tasks, data, says) -> None:
     with pytest.raises(ValueError, match=says):
         RunConfig(tasks=TasksConfig(**tasks), schedule=Schedule(1, 0.1), data=DataConfig(**data))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"method": MethodConfig(slots=4)}, "method.slots must be at least 5, for 5 classes of the tasks and 0 of"),
+        ({"method": MethodConfig(lambda_=1.5)}, r"lambda_ must lie in \[0, 1\], got 1.5"),
+        ({"method": MethodConfig(mu=0.0)}, "mu must be positive and finite, got 0.0"),
+        ({"method": MethodConfig(negatives="infonse")}, "negatives must be one of .*'infonce', got 'infonse'"),
+        ({"method": MethodConfig(anchor="mine")}, "anchor must be one of .*got 'mine'"),
+        ({"method": MethodConfig(scale=-1.0)}, "scale must be positive and finite, got -1.0"),
+        ({"schedule": Schedule(2, 0.1, batch=6, accumulate=2)}, "3 new and 3 remembered rows .* with 2 parts each"),
+        ({"trainer": TrainerConfig(device="cpu", precision="bf16")}, "precision must be one of .*got 'bf16'"),
+        ({"model": ModelConfig(kind="resnet18", stem="cifr")}, "stem must be one of .*got 'cifr'"),
+    ],
+)
+def test_what_would_fail_later_is_refused_before_anything_is_there(two_sets, change, says) -> None:
+    """And the folder is free for the configuration that was meant."""
+    with pytest.raises(ValueError, match=says):
+        train_run(replace(sequence(two_sets), **change), two_sets / "run")
+    assert not (two_sets / "run").exists()
+
+
+def test_what_is_searched_has_the_shape_of_what_is_trained_on(two_sets) -> None:
+    np.save(two_sets / "gallery.npy", np.ones((12, 9), np.float32))
+    np.save(two_sets / "query.npy", np.ones((12, 9), np.float32))
+    with pytest.raises(ValueError, match=r"query has inputs of shape \[9\], what is trained on \[8\]"):
+        load_run_data(sequence(two_sets))
+
+
+def test_nan_among_the_training_data_is_named(two_sets) -> None:
+    rows = np.load(two_sets / "birds.npy")
+    rows[3] = np.nan
+    np.save(two_sets / "birds.npy", rows)
+    with pytest.raises(ValueError, match="birds row 3 holds nan"):
+        load_run_data(sequence(two_sets))
+
+
+def test_a_replacement_that_is_its_own_reference_must_be_trained() -> None:
+    tasks = TasksConfig(counts=(1, 1), replacements={1: ReplacementConfig(ModelConfig())}, hoc_reference="replacement")
+    with pytest.raises(ValueError, match=r"those of tasks \[1\] have none; give them classes and a schedule"):
+        RunConfig(tasks=tasks, schedule=Schedule(1, 0.1))
 
 
 def test_sets_of_different_widths_are_refused(two_sets) -> None:

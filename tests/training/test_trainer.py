@@ -13,7 +13,10 @@ import jobs
 import pytest
 import torch
 
-from simplexfix.training import CheckpointWarning, Schedule, read_state, write_state
+from simplexfix.methods import ER
+from simplexfix.models import EmbeddingModel
+from simplexfix.training import CheckpointWarning, Schedule, Trainer, read_state, write_state
+from simplexfix.training.items import seeded
 
 # a server that has loaded torch forks a process for each job, in milliseconds; it never ran a backward pass itself,
 # after which torch forbids that
@@ -230,6 +233,37 @@ def test_a_loss_of_nan_ends_the_training_and_no_good_checkpoint(tmp_path) -> Non
     with pytest.raises(FloatingPointError, match="the loss of steps 8 to 11 is nan"):
         jobs.trained(tmp_path / "run", trainer={"augment": poison, "save_every": 3})
     assert sorted(p.name for p in (tmp_path / "run").glob("step*"))[-1] == "step-000000009.safetensors"
+
+
+def test_weights_of_nan_are_no_version(tmp_path) -> None:
+    """A finite loss whose gradient is not: the root of nothing."""
+
+    class Rooted(ER):
+        def loss(self, model, input, target, old):
+            nothing = (model.backbone(input) * 0).square().sum(1).sqrt().mean()
+            return super().loss(model, input, target, old) + nothing
+
+    method = Rooted()
+    parent = EmbeddingModel(jobs.network(), method.head(10))
+    for folder in (None, tmp_path / "run"):
+        with pytest.raises(FloatingPointError, match="a weight is nan or infinite after step 0, whose loss was finite"):
+            Trainer(method).fit(
+                parent, jobs.features(20, 4, 1), Schedule(1, 0.1, batch=4), classes=range(4), seed=0, folder=folder
+            )
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["log.jsonl"]
+
+
+def test_new_weights_leave_the_generators_of_gpus_alone(monkeypatch) -> None:
+    """They are each process's own, for its dropout."""
+    asked: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", asked.append)
+    torch.manual_seed(1)
+    assert asked == [1]
+    before = torch.get_rng_state()
+    with seeded(5):
+        assert torch.initial_seed() == 5
+    assert asked == [1]
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_the_mean_of_weights_is_the_version() -> None:
