@@ -54,7 +54,7 @@ def trained(runs: Path, seed: int, method: str, changes: tuple[str, ...], folder
     place = runs / f"seed-{seed}"
     # whatever pre-training depends on is in the name of where it is kept
     apart = [c for c in changes if c.startswith(("tasks.replacements", "method.normalize", "method.scale"))]
-    shared = place / "-".join(["pretraining", "linear" if method in LEARNABLE else "simplex", *apart])
+    shared = place / "-".join(["pretraining", *apart])
     file = place / folder / "report.json"
     if not file.exists():
         command = [sys.executable, "-m", "simplexfix", "train", "cpu-small", f"seed={seed}", f"method.name={method}"]

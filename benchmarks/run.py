@@ -72,9 +72,9 @@ def main() -> None:
     for case in (case for part in arguments.only for case in PARTS[part]):
         results["cases"].append(measure(case, arguments.seconds, not arguments.no_compile))
         show(results["cases"][-1], case.error_name)
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+        if arguments.out:  # after each, for whoever stops the rest
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
+            arguments.out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def show(result: dict[str, Any], kind: str) -> None:

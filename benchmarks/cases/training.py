@@ -15,11 +15,15 @@ from simplexfix.models import EmbeddingModel, ResNet18
 from simplexfix.polytopes import simplex_prototypes
 
 
+def blocks(num_classes: int) -> tuple[Tensor, ...]:
+    """Slots, a part at a time: prototypes are made in float64, all at once of more memory than what is measured."""
+    return torch.arange(num_classes).split(256)
+
+
 def matrix(num_classes: int, device: str) -> Tensor:
-    """The simplex, a part at a time: the prototypes are made in float64, which would count as memory of the step."""
     w = torch.empty(num_classes, num_classes - 1, device=device)
-    for slots in torch.arange(num_classes, device=device).split(256):
-        w[slots] = simplex_prototypes(num_classes, slots)
+    for slots in blocks(num_classes):
+        w[slots] = simplex_prototypes(num_classes, slots).to(device)
     return w
 
 
@@ -78,16 +82,13 @@ class TrainingStepCase:
 
         return call
 
+    @torch.no_grad()
     def errors(self) -> dict[str, float]:
         """Of the first step's loss, relative to that in float64 of the same network."""
-        model = self.model().double()
-        truth = F.cross_entropy(
-            model(self.images.double()) @ simplex_prototypes(self.num_classes, dtype=torch.float64).to(self.device).T,
-            self.target,
-        )
-        return {
-            name: abs(float(loss(self.model()).detach() / truth.detach()) - 1) for name, loss in self.losses().items()
-        }
+        z = self.model().double()(self.images.double())
+        parts = (simplex_prototypes(self.num_classes, slots, dtype=z.dtype) for slots in blocks(self.num_classes))
+        truth = F.cross_entropy(torch.cat([z @ w.to(self.device).T for w in parts], 1), self.target)
+        return {name: abs(float(loss(self.model()) / truth) - 1) for name, loss in self.losses().items()}
 
 
 CASES = [TrainingStepCase(128, k) for k in (1024, 8192, 32768)]
