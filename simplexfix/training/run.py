@@ -70,7 +70,7 @@ def train_run(
         "data": data.fingerprint(),
     }
     inputs = data.tasks[0].items.inputs
-    _check_batches(config)
+    _check_batches(config, len(data.tasks))
     _check_networks(config, inputs)
     slots = SlotRegistry(config.method.slots)
     _check_slots(config, data.tasks[-1].classes.stop)
@@ -194,10 +194,10 @@ def _backbone(model: ModelConfig, inputs: Tensor) -> nn.Module:
     return external_backbone(model.kind, pretrained=model.pretrained, in_channels=inputs.shape[1])
 
 
-def _check_batches(config: RunConfig) -> None:
+def _check_batches(config: RunConfig, tasks: int) -> None:
     """Before anything is trained: those of all stages can be shared out."""
     plans = config.tasks.replacements.values()
-    stages = [(config.schedule, config.tasks.memory_per_class > 0), (config.schedule, False)]
+    stages = [(config.schedule, False), (config.schedule, tasks > 1 and config.tasks.memory_per_class > 0)]
     for schedule, remembers in stages + [(plan.schedule, False) for plan in plans if plan.schedule is not None]:
         batch_sizes(schedule.batch, remembers, processes.world(), schedule.accumulate)
 

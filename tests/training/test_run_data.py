@@ -249,6 +249,14 @@ def test_what_would_fail_later_is_refused_before_anything_is_there(two_sets, cha
     assert not (two_sets / "run").exists()
 
 
+def test_one_task_shares_its_batches_with_no_memory(two_sets) -> None:
+    config = sequence(two_sets)
+    config = replace(
+        config, tasks=replace(config.tasks, sets=("cars",)), schedule=Schedule(1, 0.1, batch=5, accumulate=5)
+    )
+    assert len(train_run(config, two_sets / "run")["versions"]) == 1
+
+
 def test_what_is_searched_has_the_shape_of_what_is_trained_on(two_sets) -> None:
     np.save(two_sets / "gallery.npy", np.ones((12, 9), np.float32))
     np.save(two_sets / "query.npy", np.ones((12, 9), np.float32))
