@@ -130,7 +130,10 @@ class Ranks:
             dist.all_gather_object(everyone, (refusal, mine and mine[1]), group=self.group)
         for rank, (refused, _) in enumerate(everyone):
             if refused:
-                raise (TypeError if refused[0] else ValueError)(f"rank {rank}: {refused[1]}") from cause
+                try:
+                    raise (TypeError if refused[0] else ValueError)(f"rank {rank}: {refused[1]}") from cause
+                finally:  # its traceback holds this frame: a circle, in which gloo's threads outlive the group
+                    cause = None
         facts: list[Facts] = [fact for _, fact in everyone]
         for name, expected in facts[0].same.items():
             for rank, fact in enumerate(facts):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
@@ -357,6 +359,26 @@ def test_one_process_is_a_group_too(monkeypatch: pytest.MonkeyPatch) -> None:
             pass
         assert group.size() == 1
     assert not dist.is_initialized()
+
+
+def test_an_error_that_all_raise_leaves_no_group_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kept in a circle until the interpreter ends, its threads brought some of the processes down with SIGABRT."""
+    for name, value in environment(0, 1, free_port()).items():
+        monkeypatch.setenv(name, value)
+    groups: list[weakref.ref[dist.ProcessGroup]] = []
+
+    def search() -> None:
+        with process_group() as group:
+            groups.append(weakref.ref(group))
+            sharded_cosine_topk(torch.eye(3), torch.eye(3), 0)
+
+    gc.disable()
+    try:
+        with pytest.raises(ValueError, match="rank 0: k must lie between 1"):
+            search()
+        assert groups[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_shard_rows() -> None:
