@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import atexit
+import gc
 import json
 import os
 import sys
@@ -78,6 +80,7 @@ def _group() -> Iterator[None]:
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if cuda else "gloo")
+    atexit.register(gc.collect)  # as in retrieval.process_group: the group's threads end before the interpreter
     try:
         yield
     finally:

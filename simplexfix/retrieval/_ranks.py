@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -71,6 +73,9 @@ def process_group(*, timeout: timedelta = timedelta(minutes=30)) -> Iterator[dis
         dist.init_process_group("gloo", timeout=timeout)
     except RuntimeError as error:  # ValueError says what the environment lacks
         raise RankDiedError(f"the processes did not come together: {error}") from error
+    # gloo's threads end with the group, and one that asks for the GIL of an interpreter that ends aborts the process:
+    # what a circle still holds (a caller's exception, by its traceback) goes while they may have it.
+    atexit.register(gc.collect)
     try:
         ranks = Ranks(None)
         yield ranks.group
