@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Collection
 from numbers import Real
 from typing import SupportsIndex, cast
 
@@ -19,7 +19,7 @@ REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 NEGATIVES = {"zero_mask": 0, "remove": 1, "infonce": 2}
 ANCHORS = ("old", "new", "symmetric")
 
-_FLOAT32 = torch.finfo(torch.float32)
+_TINY, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -47,7 +47,7 @@ def check_integer(name: str, value: SupportsIndex) -> int:
 
 
 def check_number(name: str, value: float) -> None:
-    if not isinstance(value, Real):
+    if not isinstance(value, (float, int, Real)):  # the first two at once, Real by a search
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
 
 
@@ -101,20 +101,17 @@ def check_positive(name: str, value: float) -> None:
     check_number(name, value)
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {value}")
-    if not _FLOAT32.tiny <= value <= _FLOAT32.max:
-        raise ValueError(
-            f"{name} must lie between {_FLOAT32.tiny:.1e} and {_FLOAT32.max:.1e}, the range of float32, got {value}"
-        )
+    if not _TINY <= value <= _LARGEST:
+        raise ValueError(f"{name} must lie between {_TINY:.1e} and {_LARGEST:.1e}, the range of float32, got {value}")
 
 
 def check_scale(scale: float) -> None:
     check_positive("scale", scale)
 
 
-def check_name(name: str, value: str, expected: Iterable[str]) -> None:
-    names = list(expected)
-    if value not in names:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, names))}, got {value!r}")
+def check_name(name: str, value: str, expected: Collection[str]) -> None:
+    if not isinstance(value, str) or value not in expected:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, expected))}, got {value!r}")
 
 
 def check_margin(margin: tuple[str, float] | None, normalize: bool) -> None:

@@ -107,11 +107,10 @@ def has_kernels(tensor: Tensor) -> bool:
 
     Under `torch.func` (grad, vmap, jvp, ...) and forward-mode differentiation the twin takes over.
     """
-    kind = tensor.device.type
-    if kind == "cuda":
+    if tensor.is_cuda:
         if not _serves(tensor.device.index):
             return False
-    elif library is None or kind not in ("cpu", "meta"):
+    elif library is None or not (tensor.is_cpu or tensor.is_meta):
         return False
     return torch.compiler.is_compiling() or not is_transformed()
 

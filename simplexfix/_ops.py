@@ -135,7 +135,7 @@ def _is_one(upstream: Tensor) -> bool:
         not torch.compiler.is_compiling()
         and type(upstream) is Tensor
         and upstream.ndim == 0
-        and upstream.device.type == "cpu"
+        and upstream.is_cpu
         and upstream.item() == 1
     )
 

@@ -534,6 +534,8 @@ def _as_rows(z: Tensor) -> Tensor:
 
 def _as_loss(loss: Tensor, features: Tensor) -> Tensor:
     """The dtype that torch's own losses have: that of the features, float32 under autocast."""
+    if loss.dtype == features.dtype:
+        return loss
     device = features.device.type
     autocast = device != "meta" and torch.is_autocast_enabled(device)
     return loss if autocast else loss.to(features.dtype)

@@ -50,7 +50,7 @@ def gpu_of_7_5(monkeypatch: pytest.MonkeyPatch) -> None:
 class OnGpu:
     """As much of a CUDA tensor as dispatch looks at."""
 
-    device = torch.device("cuda", 0)
+    device, is_cuda = torch.device("cuda", 0), True
 
 
 @pytest.mark.usefixtures("gpu_of_7_5")
