@@ -13,7 +13,7 @@ from torch import nn
 
 from simplexfix import SlotRegistry
 from simplexfix import _files as files
-from simplexfix.methods import HOC
+from simplexfix.methods import ER, HOC
 from simplexfix.models import EmbeddingModel, SmallConvNet
 from simplexfix.training import Items, Schedule, Task, Trainer, processes
 from simplexfix.training.checkpoint import fingerprint
@@ -48,9 +48,12 @@ def trained(
     schedule: dict | None = None,
     on_step=lambda step: None,
     group: bool = False,
+    learnable: bool = False,
 ) -> EmbeddingModel:
-    """A second version, with an old model, rehearsal, augmentation and dropout."""
-    method = HOC(SlotRegistry(20), lambda_=0.5, group=dist.group.WORLD if group else None)
+    """A second version, with an old model, rehearsal, augmentation and dropout; or by a learnable head."""
+    method = (
+        ER(scale=8.0) if learnable else HOC(SlotRegistry(20), lambda_=0.5, group=dist.group.WORLD if group else None)
+    )
     torch.manual_seed(3)
     backbone = SmallConvNet(4, 10) if convolutions else network(dropout)
     parent = EmbeddingModel(backbone, method.head(10))

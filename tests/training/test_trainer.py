@@ -144,6 +144,14 @@ def test_two_processes_see_what_one_sees(tmp_path) -> None:
     assert other.abs().max() > 1e-3
 
 
+def test_two_processes_train_a_scaled_learnable_head(tmp_path) -> None:
+    """Its bias is not part of the loss: a group would wait for its gradient, were it not frozen."""
+    options = {"dropout": 0.0, "learnable": True}
+    assert group(tmp_path, "parts", options) == [0, 0]
+    jobs.trained(tmp_path / "accumulated", **options, schedule={"accumulate": 2})
+    close(weights(tmp_path / "parts"), weights(tmp_path / "accumulated"))
+
+
 def test_a_group_that_was_killed_goes_on(tmp_path) -> None:
     options = {"convolutions": True, "schedule": {"accumulate": 2}}  # statistics of batches differ by process
     assert group(tmp_path, "whole", options) == [0, 0]
