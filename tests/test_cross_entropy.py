@@ -163,6 +163,24 @@ def test_rows_of_several_tiles(polytope: str, d: int, options: dict[str, Any]) -
             )
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("d", [1, 2, 129, 4999])  # the last in three tiles
+def test_logits_of_any_size(d: int, dtype: torch.dtype) -> None:
+    """The CPU kernel takes exponentials as they come, but for tiles whose sum tells that these may not do: logits about
+    those bounds, on both sides of them in one row, and so large that no rounding to a power of two is meant."""
+    z = features("normal", 1, d, dtype=torch.float64)
+    shifts = torch.tensor([-120.0, -90.0, -20.0, -8.0, -6.0, 30.0, 43.0, 46.0, 86.0, 90.0, 130.0])
+    spread = torch.tensor([1e-6, 20.0, 44.0, 90.0, 1e3, 3e4])
+    rows = torch.cat([z + shifts[:, None], z * spread[:, None]])
+    rows = torch.cat([rows, rows.where(torch.arange(d) < d // 2, z)])
+    target = labels(len(rows), d + 1)
+    naive = twin_in_the_dtype_of_z("simplex")
+    check(rows.to(dtype), target, truth=TWINS["simplex"], naive=naive, reduction="none")
+    if dtype != torch.float16:
+        large = (rows * 1e24 / rows.abs().amax(1, keepdim=True)).to(dtype)
+        check(large, target, truth=TWINS["simplex"], naive=naive, reduction="none")
+
+
 @pytest.mark.parametrize("polytope", POLYTOPES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)

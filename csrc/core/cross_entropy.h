@@ -87,8 +87,9 @@ SIMPLEXFIX_HD LabelOutcome<A> label_outcome(const CrossEntropyOptions<A>& option
   LabelOutcome<A> out;
   const A at_label = std::exp(label.value - largest);
   out.total = others + at_label;
-  const A gap = largest == label.value ? std::log1p(others) + (at_label - A(1))  // logsumexp - l_y; nan for inf
-                                       : std::log(out.total) + (largest - label.value);
+  // logsumexp - l_y, small where the label's logit is by far the largest; nan for inf
+  const A gap = largest == label.value && others < A(1) ? std::log1p(others) + (at_label - A(1))
+                                                        : std::log(out.total) + (largest - label.value);
   out.share = options.smoothing / slots;
   out.loss = (A(1) - options.smoothing) * weight_label * gap;
   if (options.smoothing > A(0))

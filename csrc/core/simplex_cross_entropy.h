@@ -22,7 +22,7 @@ template <typename A>
 struct RowSums {
   A sum;       // sum_j z_j
   A squares;   // sum_j z_j^2, with normalize
-  A largest;   // max of z_i over i < d other than the label; -inf where there is none
+  A largest;   // max of z_i over i < d other than the label, or a number near enough for exp; -inf where there is none
   A weighted;  // sum_j w_j z_j over j < d, with class weights and smoothing
 };
 
@@ -31,7 +31,7 @@ struct RowLogits {
   A factor, shift;  // l_i = factor * z_i - shift for i < d
   A last;           // l_d
   LabelLogit<A> label;
-  A largest;       // of all logits, the label's with its margin
+  A largest;       // of all logits, the label's with its margin; at least that of RowSums::largest
   A inverse_norm;  // 1 / |z|, 0 for a zero row; 1 without normalize
 };
 
