@@ -1,6 +1,7 @@
 // The front that the cross-entropies of all polytopes share: checks, allocation, the CPU's run over the rows.
 #pragma once
 #include <limits>
+#include <memory>
 
 #include "../core/cross_entropy.h"
 #include "../cpu/kernels.h"
@@ -60,7 +61,7 @@ inline CrossEntropyCall check_cross_entropy(const Tensor& z, const Tensor& targe
     SIMPLEXFIX_CHECK(weight->device() == z.device(), "weight and z are on different devices");
   }
   CrossEntropyCall call{with_dense_rows(z),
-                        torch::stable::contiguous(target),
+                        as_contiguous(target),
                         {},
                         {},
                         {},
@@ -75,7 +76,7 @@ inline CrossEntropyCall check_cross_entropy(const Tensor& z, const Tensor& targe
                         ignore_index,
                         static_cast<Margin>(margin_kind),
                         static_cast<Reduction>(reduction)};
-  if (weight) call.weight = torch::stable::contiguous(*weight);
+  if (weight) call.weight = as_contiguous(*weight);
   const std::vector<int64_t> gradient_shape = wants_gradient ? std::vector<int64_t>{rows, d} : std::vector<int64_t>{0};
   const std::vector<int64_t> loss_shape =
       call.reduction == Reduction::kNone ? std::vector<int64_t>{rows} : std::vector<int64_t>{};
@@ -113,14 +114,13 @@ void cross_entropy_cpu(const CrossEntropyCall& call, F&& kernel) {
       for (int64_t c = 0; c < call.slots; ++c) weight_sum += double(weights[c]);
     }
     const bool whole = call.reduction == Reduction::kNone;
-    const Tensor row_loss =
-        whole ? call.loss : torch::stable::new_empty(call.z, {call.rows}, accumulate_type(call.z.scalar_type()));
+    const std::unique_ptr<A[]> row_loss(whole ? nullptr : new A[size_t(call.rows)]);
     const double mean = call.reduction == Reduction::kMean ? 1.0 / counted : 1.0;
     const cpu::CrossEntropyArgs<T> args{data<T>(call.z),
                                         call.rows > 1 ? call.z.stride(0) : call.d,
                                         targets,
                                         weights,
-                                        mutable_data<A>(row_loss),
+                                        whole ? mutable_data<A>(call.loss) : row_loss.get(),
                                         call.wants_gradient ? mutable_data<T>(call.gradient) : nullptr,
                                         call.d,
                                         call.ignore_index,

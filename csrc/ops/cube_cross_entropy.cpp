@@ -16,7 +16,7 @@ CrossEntropyCall check(const Tensor& z, const Tensor& target, std::optional<Tens
     SIMPLEXFIX_CHECK((*codes)->scalar_type() == ScalarType::Long, "codes must be int64, got ",
                      torch::headeronly::toString((*codes)->scalar_type()));
     SIMPLEXFIX_CHECK((*codes)->device() == z.device(), "codes and z are on different devices");
-    *codes = torch::stable::contiguous(**codes);
+    *codes = as_contiguous(**codes);
   } else {
     SIMPLEXFIX_CHECK(d <= 62, "without codes z must have at most 62 columns, got ", d);
   }

@@ -133,8 +133,8 @@ ContrastCall check_contrast(const Tensor& anchors, const Tensor& candidates, con
                      "upstream must have shape [", n, "] in the accumulating dtype");
   ContrastCall call{with_dense_rows(anchors),
                     with_dense_rows(candidates),
-                    torch::stable::contiguous(anchor_class),
-                    torch::stable::contiguous(candidate_class),
+                    as_contiguous(anchor_class),
+                    as_contiguous(candidate_class),
                     torch::stable::new_empty(anchors, {n}, accumulate_type(type)),
                     {},
                     n,
@@ -146,7 +146,7 @@ ContrastCall check_contrast(const Tensor& anchors, const Tensor& candidates, con
                     to_anchors,
                     type,
                     accumulate_type(type)};
-  if (upstream) call.upstream = torch::stable::contiguous(*upstream);
+  if (upstream) call.upstream = as_contiguous(*upstream);
   return call;
 }
 

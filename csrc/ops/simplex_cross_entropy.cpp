@@ -40,8 +40,8 @@ ScaleCall check_scale(const Tensor& gradient, const Tensor& upstream) {
                    torch::headeronly::toString(accumulate_type(gradient.scalar_type())), ", got ",
                    torch::headeronly::toString(upstream.scalar_type()));
   SIMPLEXFIX_CHECK(upstream.device() == gradient.device(), "upstream and gradient are on different devices");
-  return {torch::stable::contiguous(gradient),
-          torch::stable::contiguous(upstream),
+  return {as_contiguous(gradient),
+          as_contiguous(upstream),
           torch::stable::new_empty(gradient, {gradient.size(0), gradient.size(1)}),
           gradient.size(0),
           gradient.size(1),

@@ -29,7 +29,7 @@ LogitsCall check(const Tensor& z, const Tensor* gradient, double scale) {
                      "gradient must have shape [", rows, ", ", d + 1, "]");
     SIMPLEXFIX_CHECK(gradient->scalar_type() == z.scalar_type(), "gradient and z differ in dtype");
     SIMPLEXFIX_CHECK(gradient->device() == z.device(), "gradient and z are on different devices");
-    call.gradient = torch::stable::contiguous(*gradient);
+    call.gradient = as_contiguous(*gradient);
   }
   call.out = torch::stable::new_empty(z, {rows, gradient ? d : d + 1});
   return call;
