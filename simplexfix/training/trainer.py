@@ -127,7 +127,8 @@ class Trainer:
             ValueError: `old` is in training mode, a batch cannot be shared out evenly, or the folder is of a training
                 that differs (configuration, data, parent or old model); names what differs.
             CheckpointError: the finished version's file is damaged.
-            FloatingPointError: the loss, or a weight, is nan or infinite.
+            FloatingPointError: the loss, a weight or a statistic of batches is nan or infinite, or float16 overflows
+                without end.  Checkpoints stay as they are.
 
         Warns:
             CheckpointWarning: a damaged checkpoint is passed over, or training goes on with another number of
@@ -225,7 +226,7 @@ class _Log:
     def write(self, line: Mapping[str, Any]) -> None:
         if processes.rank() == 0:
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(json.dumps(line, allow_nan=False) + "\n")
 
     def synced(self) -> int:
         """Its size, once that has reached the disk."""
