@@ -220,8 +220,9 @@ class _Log:
 
     def cut(self, size: int) -> None:
         if processes.rank() == 0:
-            with open(self.path, "ab") as file:
-                file.truncate(size)
+            with open(self.path, "a+b") as file:  # where it lost bytes itself, to its last whole line
+                file.seek(0)
+                file.truncate(file.read(size).rfind(b"\n") + 1)
 
     def write(self, line: Mapping[str, Any]) -> None:
         if processes.rank() == 0:
