@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .._devices import sent
 from ..methods import Method
 from ..models import EmbeddingModel
 from . import processes
@@ -136,9 +137,7 @@ class Steps:
         if self.memory is not None:
             batch = batch.joined(self.memory.take(remembered))
         input, target = batch.inputs, batch.labels
-        if self.device.type == "cuda" and not input.is_cuda:  # from pinned memory, so that nobody waits for the copy
-            input, target = input.pin_memory(), target.pin_memory()
-        input, target = (tensor.to(self.device, non_blocking=True) for tensor in (input, target))
+        input, target = sent(input, self.device), sent(target, self.device)
         if self.augment is not None:
             part = i * self.world + self.rank  # of the whole batch: the same augmentation whoever computes it
             input = self.augment(input, torch.Generator().manual_seed(mixed_seed(self.seed, 2, self.step, part)))

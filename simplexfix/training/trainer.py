@@ -35,7 +35,7 @@ class Trainer:
     Where `torch.distributed` has been initialised (under torchrun), every process calls the same: a step sees the
     same rows, augmented alike, as in one process with `accumulate` times as many parts, and gradients are averaged.
     Processes share the folder.  The trainer waits for the device every `log_every` steps and to save; in a step only a
-    method may, where it checks what it is given, as `SlotRegistry.lookup` and gathered negatives do.
+    method may, as gathered negatives do, where all processes agree on their batches.
 
     Args:
         method: of `simplexfix.methods`.
@@ -124,7 +124,7 @@ class Trainer:
             The version, in evaluation mode.
 
         Raises:
-            ValueError: `old` is in training mode, a batch cannot be shared out evenly, or the folder is of a training
+            ValueError: `old` is in training mode, labels are of no class, a batch cannot be shared out evenly, or the folder is of a training
                 that differs (configuration, data, parent or old model); names what differs.
             CheckpointError: the finished version's file is damaged.
             FloatingPointError: the loss, a weight or a statistic of batches is nan or infinite, or float16 overflows
@@ -136,6 +136,15 @@ class Trainer:
         """
         if old is not None and old.training:
             raise ValueError("old is in training mode: its batch statistics would change; call old.eval()")
+        for name, part in (("items", items), ("memory", memory)):
+            if part is None or not len(part.labels):
+                continue
+            least, most = int(part.labels.min()), int(part.labels.max())
+            if least < classes.start or most >= classes.stop:  # a GPU would not be asked
+                raise ValueError(
+                    f"labels of {name} must lie in [{classes.start}, {classes.stop}), the classes so far, "
+                    f"got {least} to {most}"
+                )
         facts = {
             "schedule": asdict(schedule),
             "seed": seed,
