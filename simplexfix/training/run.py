@@ -24,7 +24,7 @@ from .facts import check_no_drift
 from .items import Items, mixed_seed, seeded
 from .loggers import LOGGERS, Progress, RunLog, check_loggers
 from .rehearsal import herding_rows, random_rows
-from .run_config import LEARNABLE, NETWORKS, ModelConfig, ReplacementConfig, RunConfig
+from .run_config import LEARNABLE, ModelConfig, ReplacementConfig, RunConfig
 from .run_data import load_run_data
 from .samplers import batch_sizes
 from .scenario import train_versions
@@ -71,7 +71,7 @@ def train_run(
     }
     inputs = data.tasks[0].items.inputs
     _check_batches(config, len(data.tasks))
-    _check_networks(config, inputs)
+    _check_networks(config, inputs, data.prepare(inputs[:2]))
     slots = SlotRegistry(config.method.slots)
     _check_slots(config, data.tasks[-1].classes.stop)
     device = config.trainer.device or (
@@ -202,17 +202,28 @@ def _check_batches(config: RunConfig, tasks: int) -> None:
         batch_sizes(schedule.batch, remembers, processes.world(), schedule.accumulate)
 
 
-def _check_networks(config: RunConfig, inputs: Tensor) -> None:
-    """Before anything is trained: all can be made, and give embeddings of one width."""
-    models = {f"replacements.{t}.model": plan.model for t, plan in config.tasks.replacements.items()}
+def _check_networks(config: RunConfig, inputs: Tensor, prepared: Tensor) -> None:
+    """Before anything is trained: all make rows of a few inputs, and give embeddings of one width."""
+    models = {f"tasks.replacements.{t}.model": plan.model for t, plan in config.tasks.replacements.items()}
     if 0 not in config.tasks.replacements:
         models = {"model": config.model, **models}
     method = config.method.method(SlotRegistry(config.method.slots), "default")
     widths: dict[str, int] = {}
     for name, model in models.items():
-        # other libraries look at numbers while they make a network, which meta tensors do not have
-        with seeded(config.seed), torch.device("meta" if model.kind in NETWORKS else "cpu"):
-            widths[name] = _backbone(replace(model, pretrained=False), inputs).out_features  # type: ignore[assignment]
+        with seeded(config.seed), torch.no_grad():
+            made = _backbone(replace(model, pretrained=False), inputs).eval()
+            widths[name] = made.out_features  # type: ignore[assignment]
+            try:
+                found = list(made(prepared).shape)
+            except Exception as error:  # of whatever library
+                raise ValueError(
+                    f"{name}.kind={model.kind} does not take the data's inputs {list(prepared.shape)}: {error}"
+                ) from error
+        if found != [len(prepared), widths[name]]:
+            raise ValueError(
+                f"{name}.kind={model.kind} must make {[len(prepared), widths[name]]} of inputs "
+                f"{list(prepared.shape)}, got {found}"
+            )
         with torch.device("meta"):
             method.head(widths[name])
     # a head with a junction makes embeddings of one width of any features

@@ -175,7 +175,7 @@ class Steps:
             FloatingPointError: loss, weights or statistics of batches are nan or infinite; waits for the device.
         """
         self.mean_loss()
-        values = dict(self.model.named_parameters())
+        values: dict[str, Tensor] = dict(self.model.named_parameters())
         values.update((name, b) for name, b in self.model.named_buffers() if name in self.statistics)
         finite = torch.stack([value.detach().isfinite().all() for value in values.values()]).int()
         if self.world > 1:  # statistics of batches are each process's own

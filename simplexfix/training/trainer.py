@@ -124,8 +124,8 @@ class Trainer:
             The version, in evaluation mode.
 
         Raises:
-            ValueError: `old` is in training mode, labels are of no class, a batch cannot be shared out evenly, or the folder is of a training
-                that differs (configuration, data, parent or old model); names what differs.
+            ValueError: `old` is in training mode, labels are of no class, a batch cannot be shared out evenly, or the
+                folder is of a training that differs (configuration, data, parent or old model); names what differs.
             CheckpointError: the finished version's file is damaged.
             FloatingPointError: the loss, a weight or a statistic of batches is nan or infinite, or float16 overflows
                 without end.  Checkpoints stay as they are.
