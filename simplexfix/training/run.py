@@ -245,7 +245,7 @@ def _check_slots(config: RunConfig, classes: int) -> None:
 
 
 def _agree_on(folder: Path, facts: dict[str, Any]) -> None:
-    """Writes down what this run is of, or compares it with what was written; how often it saves is free to change."""
+    """Writes down what this run is of, or compares it with what was written, but for how it runs and is judged."""
     file = folder / "run.json"
     if processes.agreed(file.exists()):
         then = json.loads(file.read_text(encoding="utf-8"))
@@ -253,6 +253,7 @@ def _agree_on(folder: Path, facts: dict[str, Any]) -> None:
             key: facts["config"]["trainer"][key] for key in ("device", "keep", "log_every", "loggers", "save_every")
         }
         then["config"]["trainer"].update(free)
+        then["config"]["protocols"] = facts["config"]["protocols"]
         check_no_drift(then, facts, str(file))
     elif processes.rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +21,7 @@ from .._checks import check_name
 from ..methods import Method
 from ..models import EmbeddingModel
 from . import processes
-from .checkpoint import Checkpoints, fingerprint, read_state, write_state
+from .checkpoint import Checkpoints, CheckpointWarning, fingerprint, read_state, write_state
 from .facts import check_no_drift, described
 from .items import Items, seeded
 from .schedule import Schedule
@@ -131,8 +132,8 @@ class Trainer:
                 without end.  Checkpoints stay as they are.
 
         Warns:
-            CheckpointWarning: a damaged checkpoint is passed over, or training goes on with another number of
-                processes, which the random numbers within the network depend on.
+            CheckpointWarning: a damaged checkpoint is passed over, or training goes on with another kind of device or
+                number of processes, which the random numbers within the network depend on.
         """
         if old is not None and old.training:
             raise ValueError("old is in training mode: its batch statistics would change; call old.eval()")
@@ -170,7 +171,7 @@ class Trainer:
         finished = None if folder is None else Path(folder) / "version.safetensors"
         if finished is not None and processes.agreed(finished.exists()):
             saved = read_state(finished)
-            check_no_drift(saved["facts"], facts, str(finished))
+            check_no_drift(_on(self.device, saved["facts"]), facts, str(finished))
             if processes.rank() == 0:  # it may have been killed between writing and clearing
                 Checkpoints(finished.parent).clear()
             model.load_state_dict(saved["model"])
@@ -194,7 +195,14 @@ class Trainer:
         if checkpoints is not None and log is not None:
             newest = _newest(checkpoints)
             if newest is not None:
-                check_no_drift(newest["facts"], facts, str(checkpoints.folder))
+                check_no_drift(_on(self.device, newest["facts"]), facts, str(checkpoints.folder))
+                if newest["facts"]["device"] != self.device.type:
+                    warnings.warn(
+                        f"a training begun on {newest['facts']['device']} goes on on {self.device.type}: its last bits "
+                        "will differ",
+                        CheckpointWarning,
+                        stacklevel=2,
+                    )
                 run.load(newest["run"])
             log.cut(0 if newest is None else newest["log_bytes"])
         while run.step < schedule.steps:
@@ -245,6 +253,11 @@ class _Log:
         with open(self.path, "ab") as file:
             os.fsync(file.fileno())
             return file.tell()
+
+
+def _on(device: torch.device, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What a training was started with, as if on this device: it is free to change."""
+    return {**facts, "device": device.type}
 
 
 def _newest(checkpoints: Checkpoints) -> dict[str, Any] | None:

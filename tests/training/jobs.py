@@ -7,6 +7,7 @@ import random
 import signal
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -15,7 +16,7 @@ from simplexfix import SlotRegistry
 from simplexfix import _files as files
 from simplexfix.methods import ER, HOC
 from simplexfix.models import EmbeddingModel, SmallConvNet
-from simplexfix.training import Items, Schedule, Task, Trainer, processes
+from simplexfix.training import Items, RunConfig, Schedule, Task, Trainer, processes, read_config
 from simplexfix.training.checkpoint import fingerprint
 from simplexfix.training.scenario import _remembered
 
@@ -75,6 +76,32 @@ def trained(
         folder=folder,
         on_step=on_step,
     )
+
+
+def write_features(folder: Path) -> Path:
+    """Ten classes, for `small_run`."""
+    draw = np.random.default_rng(0)
+    for name, rows in (("train", 200), ("query", 30), ("gallery", 30)):
+        labels = np.arange(rows) % 10
+        np.save(folder / f"{name}.npy", (np.eye(10)[labels] + 0.3 * draw.normal(size=(rows, 10))).astype(np.float32))
+        np.save(folder / f"{name}_labels.npy", labels)
+    return folder
+
+
+def small_run(data: Path, **changes: object) -> RunConfig:
+    """Two tasks, of which a network that was pre-trained on other classes takes the second."""
+    schedule = {"steps": 13, "learning_rate": 0.01, "batch": 16}
+    replacement = {"model": {"kind": "mlp", "hidden": [9]}, "classes": 3, "schedule": schedule}
+    content = {
+        "data": {"kind": "features", "path": str(data)},
+        "model": {"kind": "mlp", "hidden": [8]},
+        "method": {"slots": 16},
+        "tasks": {"counts": [4, 2], "memory_per_class": 3, "replacements": {"1": replacement}},
+        "schedule": schedule,
+        "trainer": {"device": "cpu", "save_every": 2, "log_every": 3},
+        "protocols": ["nearest_class_mean"],
+    }
+    return read_config(RunConfig, {**content, **changes})
 
 
 def killed(folder: Path, moment: str, seed: int, options: dict) -> None:

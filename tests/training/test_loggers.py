@@ -9,38 +9,23 @@ import sys
 import types
 from pathlib import Path
 
+import jobs
 import numpy as np
 import pytest
 
 from simplexfix.cli import main
 from simplexfix.cli._progress import progress_on
-from simplexfix.training import Progress, RunConfig, read_config, train_run
+from simplexfix.training import Progress, RunConfig, train_run
 from simplexfix.training.loggers import RunLog
 
 
 @pytest.fixture(scope="module")
 def features(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("features")
-    draw = np.random.default_rng(0)
-    for name, rows in (("train", 200), ("query", 30), ("gallery", 30)):
-        labels = np.arange(rows) % 10
-        np.save(folder / f"{name}.npy", (np.eye(10)[labels] + 0.3 * draw.normal(size=(rows, 10))).astype(np.float32))
-        np.save(folder / f"{name}_labels.npy", labels)
-    return folder
+    return jobs.write_features(tmp_path_factory.mktemp("features"))
 
 
 def configuration(features: Path, *loggers: str) -> RunConfig:
-    schedule = {"steps": 13, "learning_rate": 0.01, "batch": 16}
-    replacement = {"model": {"kind": "mlp", "hidden": [9]}, "classes": 3, "schedule": schedule}
-    content = {
-        "data": {"kind": "features", "path": str(features)},
-        "model": {"kind": "mlp", "hidden": [8]},
-        "method": {"slots": 16},
-        "tasks": {"counts": [4, 2], "memory_per_class": 3, "replacements": {"1": replacement}},
-        "schedule": schedule,
-        "trainer": {"save_every": 5, "log_every": 3, "loggers": list(loggers)},
-    }
-    return read_config(RunConfig, content)
+    return jobs.small_run(features, trainer={"save_every": 5, "log_every": 3, "loggers": list(loggers)})
 
 
 STAGES = ["task-00", "pretraining-01", "task-01"]

@@ -1,0 +1,61 @@
+"""A whole run: killed, finished elsewhere, judged anew."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import jobs
+import pytest
+
+from simplexfix.training import CheckpointWarning, Progress, read_state, train_run, write_state
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return jobs.write_features(tmp_path_factory.mktemp("features"))
+
+
+class StopError(Exception):
+    pass
+
+
+def stopped(data: Path, folder: Path, stage: str, step: int) -> None:
+    def on_step(progress: Progress) -> None:
+        if (progress.stage, progress.step) == (stage, step):
+            raise StopError
+
+    with pytest.raises(StopError):
+        train_run(jobs.small_run(data), folder, on_step=on_step)
+
+
+def begun_on(device: str, *files: Path) -> None:
+    """As if a training on another device had written them."""
+    for file in files:
+        state = read_state(file)
+        state["facts"]["device"] = device
+        if "run" in state:
+            state["run"]["processes"][0]["random"][device] = state["run"]["processes"][0]["random"]["cpu"]
+        write_state(file, state)
+
+
+def test_a_run_may_be_finished_on_another_device(data, tmp_path) -> None:
+    stopped(data, tmp_path, "task 1", 5)
+    begun_on("cuda", tmp_path / "task-00" / "version.safetensors", *(tmp_path / "task-01").glob("step-*"))
+    with pytest.warns(CheckpointWarning, match="begun on cuda goes on on cpu: its last bits will differ"):
+        train_run(jobs.small_run(data), tmp_path)
+
+
+def test_a_finished_run_may_be_judged_by_another_protocol(data, tmp_path) -> None:
+    config = jobs.small_run(data)
+    first = train_run(config, tmp_path)
+    assert set(first["search"]) == {"nearest_class_mean"}
+
+    def no_step(progress: Progress) -> None:
+        raise AssertionError
+
+    second = train_run(replace(config, protocols=("nearest_class_mean", "instance")), tmp_path, on_step=no_step)
+    assert second["search"]["nearest_class_mean"] == first["search"]["nearest_class_mean"]
+    assert json.loads((tmp_path / "report.json").read_text()) == second
+    assert set(second["search"]) == {"nearest_class_mean", "instance"}
