@@ -29,6 +29,7 @@ DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _SCALE = 2.0**16  # of the loss in float16, at first
 _LEAST_SCALE = 1e-4  # after 30 overflows in a row, and a gradient is not that large
+_OTHERWISE = "in a folder of its own: in this one the same steps come again, to the same end"
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 
@@ -158,14 +159,15 @@ class Steps:
             if not math.isfinite(loss):
                 raise FloatingPointError(
                     f"the loss of steps {self.reported} to {self.step - 1} is {loss}: a lower learning rate, a longer "
-                    "warm-up or clip may help"
+                    f"warm-up or clip may help, {_OTHERWISE}"
                 )
             return loss
         scale = self.scaler.get_scale()
         if scale < _LEAST_SCALE or (self.step == self.schedule.steps and scale == _SCALE * 0.5**self.step):
             raise FloatingPointError(
                 f"no step was taken up to step {self.step - 1}, for gradients overflow float16 or are nan, and the "
-                f"loss scale fell to {scale:.2g}: a lower learning rate, clip or precision bfloat16 may help"
+                f"loss scale fell to {scale:.2g}: a lower learning rate, clip or precision bfloat16 may help, "
+                f"{_OTHERWISE}"
             )
         return loss if math.isfinite(loss) else None
 
@@ -189,7 +191,7 @@ class Steps:
             )
         raise FloatingPointError(
             f"{name} is nan or infinite after step {self.step - 1}: activations of a batch were; where they overflow "
-            "float16, precision bfloat16 may help"
+            f"float16, precision bfloat16 may help, {_OTHERWISE}"
         )
 
     def report(self) -> dict[str, Any]:
@@ -267,5 +269,5 @@ def _random_state(device: torch.device) -> dict[str, Tensor]:
 
 def _set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
     torch.set_rng_state(state["cpu"])
-    if "cuda" in state:
+    if "cuda" in state and device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], device)
