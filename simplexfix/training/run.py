@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
@@ -22,6 +24,7 @@ from ..slots import SlotRegistry
 from . import processes
 from .facts import check_no_drift
 from .items import Items, mixed_seed, seeded
+from .locks import FolderInUseError
 from .loggers import LOGGERS, Progress, RunLog, check_loggers
 from .rehearsal import herding_rows, random_rows
 from .run_config import LEARNABLE, ModelConfig, ReplacementConfig, RunConfig
@@ -34,6 +37,7 @@ from .trainer import Trainer
 __all__ = ["train_run"]
 
 _ROWS = 1024  # of one extraction
+_WAIT = 10.0  # seconds
 
 
 def train_run(
@@ -115,7 +119,8 @@ def train_run(
         with seeded(mixed_seed(config.seed, t, 10)):
             made = _backbone(plan.model, inputs)
             fresh = EmbeddingModel(made, method.head(made.out_features))  # type: ignore[arg-type]
-        model = Trainer(method, augment=data.augment, **options).fit(
+        fit = partial(
+            Trainer(method, augment=data.augment, **options).fit,
             fresh,
             items,
             schedule,
@@ -124,6 +129,7 @@ def train_run(
             folder=places[stage],
             on_step=partial(after_step, f"pre-training for task {t}", stage, schedule),
         )
+        model = fit() if kept == folder else _waited_for(fit)
         return model.backbone if config.method.name in LEARNABLE else model  # whose classifier knows other classes
 
     def features(version: EmbeddingModel, items: Items) -> Tensor:
@@ -182,6 +188,19 @@ def train_run(
     if processes.rank() == 0:
         write_whole(folder / "report.json", f"{json.dumps(report, indent=1)}\n".encode())
     return report
+
+
+def _waited_for(fit: Callable[[], EmbeddingModel]) -> EmbeddingModel:
+    """In a folder that other runs train in, too: what one of them has finished all read."""
+    told = False
+    while True:
+        try:
+            return fit()
+        except FolderInUseError as error:
+            if not told:
+                warnings.warn(f"{error}; this run waits for it", stacklevel=2)
+            told = True
+            time.sleep(_WAIT)
 
 
 def _backbone(model: ModelConfig, inputs: Tensor) -> nn.Module:

@@ -11,6 +11,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from . import processes
 from .checkpoint import Checkpoints, CheckpointWarning, fingerprint, read_state, write_state
 from .facts import check_no_drift, described
 from .items import Items, seeded
+from .locks import alone_in
 from .schedule import Schedule
 from .steps import DTYPES, Augment, Steps
 
@@ -127,6 +129,7 @@ class Trainer:
         Raises:
             ValueError: `old` is in training mode, labels are of no class, a batch cannot be shared out evenly, or the
                 folder is of a training that differs (configuration, data, parent or old model); names what differs.
+            FolderInUseError: another process trains in the folder.
             CheckpointError: the finished version's file is damaged.
             FloatingPointError: the loss, a weight or a statistic of batches is nan or infinite, or float16 overflows
                 without end.  Checkpoints stay as they are.
@@ -164,34 +167,44 @@ class Trainer:
             facts["old"] = None if old is None else fingerprint(old.state_dict())
         if old is not None and next(old.parameters()).device != self.device:
             old = copy.deepcopy(old).to(self.device)
-        with seeded(seed):
-            model = copy.deepcopy(parent)
-            self.method.add_classes(model, classes)
-        model.to(self.device)
         finished = None if folder is None else Path(folder) / "version.safetensors"
-        if finished is not None and processes.agreed(finished.exists()):
-            saved = read_state(finished)
-            check_no_drift(_on(self.device, saved["facts"]), facts, str(finished))
-            if processes.rank() == 0:  # it may have been killed between writing and clearing
-                Checkpoints(finished.parent).clear()
-            model.load_state_dict(saved["model"])
-            return model.eval()
-        run = Steps(
-            model,
-            self.method,
-            old,
-            items,
-            memory,
-            schedule,
-            seed=seed,
-            augment=self.augment,
-            device=self.device,
-            precision=self.precision,
-            ema=self.ema,
-            compile=self.compile,
-        )
-        checkpoints = None if folder is None else Checkpoints(folder, keep=self.keep)
-        log = None if folder is None else _Log(Path(folder) / "log.jsonl")
+        alone: AbstractContextManager[None] = nullcontext()
+        if finished is not None and not processes.agreed(finished.exists()):
+            alone = alone_in(finished.parent)
+        with alone:
+            with seeded(seed):
+                model = copy.deepcopy(parent)
+                self.method.add_classes(model, classes)
+            model.to(self.device)
+            if finished is not None and processes.agreed(finished.exists()):  # now at least
+                saved = read_state(finished)
+                check_no_drift(_on(self.device, saved["facts"]), facts, str(finished))
+                if processes.rank() == 0:  # it may have been killed between writing and clearing
+                    Checkpoints(finished.parent).clear()
+                model.load_state_dict(saved["model"])
+                return model.eval()
+            steps = Steps(
+                model,
+                self.method,
+                old,
+                items,
+                memory,
+                schedule,
+                seed=seed,
+                augment=self.augment,
+                device=self.device,
+                precision=self.precision,
+                ema=self.ema,
+                compile=self.compile,
+            )
+            return self._done(steps, facts, finished, on_step)
+
+    def _done(
+        self, run: Steps, facts: dict[str, Any], finished: Path | None, on_step: Callable[[int], None]
+    ) -> EmbeddingModel:
+        """All steps that are left."""
+        checkpoints = None if finished is None else Checkpoints(finished.parent, keep=self.keep)
+        log = None if finished is None else _Log(finished.parent / "log.jsonl")
         if checkpoints is not None and log is not None:
             newest = _newest(checkpoints)
             if newest is not None:
@@ -201,13 +214,13 @@ class Trainer:
                         f"a training begun on {newest['facts']['device']} goes on on {self.device.type}: its last bits "
                         "will differ",
                         CheckpointWarning,
-                        stacklevel=2,
+                        stacklevel=3,
                     )
                 run.load(newest["run"])
             log.cut(0 if newest is None else newest["log_bytes"])
-        while run.step < schedule.steps:
+        while run.step < run.schedule.steps:
             run.advance()
-            last = run.step == schedule.steps
+            last = run.step == run.schedule.steps
             if last or run.step % self.log_every == 0:
                 line = run.report()
                 if log is not None:
