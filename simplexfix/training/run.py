@@ -156,38 +156,38 @@ def train_run(
     _agree_on(folder, facts)  # now that nothing is left that would refuse the configuration
     extracted: dict[str, tuple[list[Tensor], list[Tensor]]] = {name: ([], []) for name in data.searched}
     written: list[dict[str, str]] = []
+
+    def keep(t: int, version: EmbeddingModel) -> None:
+        place = f"task-{t:02d}/model"
+        version.preprocessing = data.prepare
+        identity = version.save_pretrained(folder / place, version=t, name=f"{config.method.name}, task {t}")
+        written.append({"folder": place, "fingerprint": identity.fingerprint})
+        for name, pair in data.searched.items():
+            for rows, items in zip(extracted[name], pair, strict=True):
+                rows.append(features(version, items))
+
+    def judged() -> dict[str, Any]:
+        report: dict[str, Any] = {"versions": written}
+        for name, (query, gallery) in data.searched.items():
+            labels = query.labels.numpy(), gallery.labels.numpy()
+            report[name] = {
+                protocol: evaluate_versions(*extracted[name], *labels, protocol=protocol).as_dict()
+                for protocol in config.protocols
+            }
+        write_whole(folder / "report.json", f"{json.dumps(report, indent=1)}\n".encode())
+        return report
+
     try:
         if processes.rank() == 0:
             log = RunLog(places, [LOGGERS[name][0](folder, facts) for name in config.trainer.loggers])
         for t, version in enumerate(stages):
-            place, title = f"task-{t:02d}/model", f"{config.method.name}, task {t}"
-            version.preprocessing = data.prepare
-            if processes.rank() == 0:
-                identity = version.save_pretrained(folder / place, version=t, name=title)
-            else:
-                identity = version.identity(version=t, name=title)
-            written.append({"folder": place, "fingerprint": identity.fingerprint})
-            for name, pair in data.searched.items():
-                for rows, items in zip(extracted[name], pair, strict=True):
-                    rows.append(features(version, items))
+            processes.by_first(partial(keep, t, version))
         if log is not None:
             log.catch_up()
     finally:
         if log is not None:
             log.close()
-    judged = {
-        name: {
-            protocol: evaluate_versions(
-                *extracted[name], query.labels.numpy(), gallery.labels.numpy(), protocol=protocol
-            ).as_dict()
-            for protocol in config.protocols
-        }
-        for name, (query, gallery) in data.searched.items()
-    }
-    report = {"versions": written, **judged}
-    if processes.rank() == 0:
-        write_whole(folder / "report.json", f"{json.dumps(report, indent=1)}\n".encode())
-    return report
+    return processes.by_first(judged)
 
 
 def _waited_for(fit: Callable[[], EmbeddingModel]) -> EmbeddingModel:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jobs
 import pytest
+from test_trainer import together
 
 from simplexfix.training import CheckpointWarning, Progress, read_state, train_run, write_state
 
@@ -59,3 +60,15 @@ def test_a_finished_run_may_be_judged_by_another_protocol(data, tmp_path) -> Non
     assert second["search"]["nearest_class_mean"] == first["search"]["nearest_class_mean"]
     assert json.loads((tmp_path / "report.json").read_text()) == second
     assert set(second["search"]) == {"nearest_class_mean", "instance"}
+
+
+def test_the_first_process_alone_extracts_and_judges(data, tmp_path) -> None:
+    """And all have what it found."""
+    assert together(jobs.run_in_group, tmp_path, data) == [0, 0]
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert [entry["extracted"] for entry in found] == [4, 0]
+    assert found[0]["report"] == found[1]["report"] == json.loads((tmp_path / "run" / "report.json").read_text())
+
+
+def test_others_wait_for_the_first_past_their_timeout(tmp_path) -> None:
+    assert together(jobs.patient, tmp_path) == [0, 0]
