@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import random
+import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import jobs
 import pytest
-from test_trainer import together
+from test_trainer import PROCESSES, done, lines, together
 
 from simplexfix.training import CheckpointWarning, Progress, read_state, train_run, write_state
 
@@ -60,6 +63,31 @@ def test_a_finished_run_may_be_judged_by_another_protocol(data, tmp_path) -> Non
     assert second["search"]["nearest_class_mean"] == first["search"]["nearest_class_mean"]
     assert json.loads((tmp_path / "report.json").read_text()) == second
     assert set(second["search"]) == {"nearest_class_mean", "instance"}
+
+
+def test_a_run_killed_at_any_moment_ends_with_the_same_report(data, tmp_path) -> None:
+    """While it reads, pre-trains, trains, saves, extracts or judges."""
+    config, draw = jobs.small_run(data), random.Random(0)
+    assert done(int) == 0  # the server is there
+    began = time.monotonic()
+    assert done(train_run, config, tmp_path / "whole") == 0
+    whole, kills = time.monotonic() - began, 0
+    for run in (tmp_path / name for name in "abcd"):
+        for _ in range(3):
+            process = PROCESSES.Process(target=train_run, args=(config, run))
+            process.start()
+            process.join(draw.uniform(0, whole))
+            process.kill()
+            process.join()
+            if process.exitcode == 0:
+                break
+            assert process.exitcode == -signal.SIGKILL
+            kills += 1
+        assert done(train_run, config, run) == 0
+        assert (run / "report.json").read_bytes() == (tmp_path / "whole" / "report.json").read_bytes()
+        for stage in ("task-00", "pretraining-01", "task-01"):
+            assert lines(run / stage) == lines(tmp_path / "whole" / stage)
+    assert kills
 
 
 def test_the_first_process_alone_extracts_and_judges(data, tmp_path) -> None:
