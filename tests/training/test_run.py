@@ -55,6 +55,7 @@ def test_a_finished_run_may_be_judged_by_another_protocol(data, tmp_path) -> Non
     config = jobs.small_run(data)
     first = train_run(config, tmp_path)
     assert set(first["search"]) == {"nearest_class_mean"}
+    assert first["search"]["nearest_class_mean"]["violations"]["other_pairs"] == 30 * 30 - 90
 
     def no_step(progress: Progress) -> None:
         raise AssertionError
