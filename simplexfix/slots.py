@@ -41,7 +41,8 @@ class SlotRegistry:
         # of a run count up by one; slots count up from the low end and down from the high end.
         self._runs: list[tuple[str, int, int, int, int]] = []
         self._next = {"low": 0, "high": num_slots - 1}
-        self._tables: dict[str, tuple[Tensor, Tensor]] = {}  # of lookup: class ids ascending, their slots
+        # of lookup, on each device: class ids ascending, their slots
+        self._tables: dict[tuple[str, torch.device], tuple[Tensor, Tensor]] = {}
 
     def __len__(self) -> int:
         return sum(count for _, _, _, count, _ in self._runs)
@@ -97,15 +98,16 @@ class SlotRegistry:
         for i, class_id in enumerate(ids):
             self._append(namespace, class_id, first + i * step, 1, step)
         self._next[end] = first + len(ids) * step
-        self._tables.pop(namespace, None)
+        self._tables.clear()
         return torch.arange(first, first + len(ids) * step, step, dtype=torch.int64, device="cpu")
 
-    def lookup(self, namespace: str, classes: Tensor) -> Tensor:
+    def lookup(self, namespace: str, classes: Tensor, *, missing: int | None = None) -> Tensor:
         """Slots of class ids.
 
         Args:
             namespace: one that was added.
             classes: int64 ids, any shape, any device.
+            missing: what stands for a class without a slot, in place of the error, for which the host waits for a GPU.
 
         Returns:
             int64 slots, same shape and device.
@@ -116,14 +118,16 @@ class SlotRegistry:
         """
         if classes.dtype != torch.int64:
             raise TypeError(f"classes must be int64, got {classes.dtype}")
-        ids, slots = self._table(namespace)
+        ids, slots = self._table(namespace, classes.device)
         if not len(ids):
             raise ValueError(f"namespace {namespace!r} has no slots; known: {self.namespaces}")
-        at = torch.searchsorted(ids.to(classes.device), classes.contiguous()).clamp_max(len(ids) - 1)
-        unknown = ids.to(classes.device)[at] != classes
+        at = torch.searchsorted(ids, classes.contiguous()).clamp_max(len(ids) - 1)
+        unknown = ids[at] != classes
+        if missing is not None:
+            return slots[at].masked_fill(unknown, missing)
         if unknown.any():
             raise ValueError(f"class {int(classes[unknown][0])} has no slot in namespace {namespace!r}; add it first")
-        return slots.to(classes.device)[at]
+        return slots[at]
 
     def classes(self, namespace: str) -> Tensor:
         """[n] int64 class ids of a namespace, in the order they came; empty for an unknown name."""
@@ -195,16 +199,17 @@ class SlotRegistry:
                 return
         self._runs.append((namespace, class_id, slot, count, step))
 
-    def _table(self, namespace: str) -> tuple[Tensor, Tensor]:
-        if namespace not in self._tables:
+    def _table(self, namespace: str, device: torch.device) -> tuple[Tensor, Tensor]:
+        key = namespace, device
+        if key not in self._tables:
             slots = [
                 torch.arange(first, first + step * count, step, device="cpu")
                 for name, _, first, count, step in self._runs
                 if name == namespace
             ]
             ids, order = self.classes(namespace).sort()
-            self._tables[namespace] = ids, torch.cat(slots)[order] if slots else ids
-        return self._tables[namespace]
+            self._tables[key] = ids.to(device), (torch.cat(slots)[order] if slots else ids).to(device)
+        return self._tables[key]
 
 
 def _integers(classes: Iterable[int]) -> list[int]:

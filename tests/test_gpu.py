@@ -28,8 +28,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 import simplexfix.functional as SF
-from simplexfix import _native
+from simplexfix import SlotRegistry, _native
 from simplexfix.cli.doctor import diagnose
+from simplexfix.data import Normalize, RandomCropFlip
+from simplexfix.methods import BCT, HOC, Method
+from simplexfix.models import EmbeddingModel, ResNet18
+from simplexfix.training import Items, Schedule
+from simplexfix.training.steps import Steps
 
 if _native.library is None:
     pytest.skip(f"no kernels: {_native.missing}", allow_module_level=True)
@@ -310,6 +315,36 @@ def test_nothing_is_waited_for(device: str, name: str, call, d: int) -> None:
     with nothing_waited_for(device):
         found = call(*arguments)
     assert_same(found, expected, name)
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+@pytest.mark.parametrize("method", [HOC(SlotRegistry(32), lambda_=0.5), BCT()], ids=["hoc", "bct"])
+def test_a_step_waits_for_nothing(device: str, method: Method, precision: str) -> None:
+    """From rows of items on the host to the optimizer."""
+    backbone = ResNet18("cifar", width=4, in_channels=3)
+    model = EmbeddingModel(backbone, method.head(backbone.out_features))
+    method.add_classes(model, range(8))
+    model.to(device)
+    images = torch.randint(256, (64, 3, 32, 32), dtype=torch.uint8)
+    steps = Steps(
+        model,
+        method,
+        copy.deepcopy(model).eval(),
+        Items(images, torch.arange(64) % 8),
+        Items(images[:16], torch.arange(16) % 4),
+        Schedule(9, 1e-3, batch=16, optimizer="sgd", clip=1.0, accumulate=2),
+        seed=0,
+        augment=RandomCropFlip(Normalize((0.5,) * 3, (0.2,) * 3)),
+        device=torch.device(device),
+        precision=precision,
+        ema=0.9,
+        compile=False,
+    )
+    steps.advance()  # sends the means of channels and the slots of classes, and makes the optimizer's state
+    with nothing_waited_for(device):
+        steps.advance()
+        steps.advance()
+    steps.check()
 
 
 @CALLS

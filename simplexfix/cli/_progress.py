@@ -81,4 +81,5 @@ class _Lines:
 
 def _figures(progress: Progress, speed: float) -> str:
     assert progress.line is not None
-    return f"loss {progress.line['loss']:.4g}, {speed * progress.batch:.0f} items/s"
+    loss = progress.line.get("loss")  # missing where it overflowed in float16
+    return f"loss {'-' if loss is None else format(loss, '.4g')}, {speed * progress.batch:.0f} items/s"

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from ..retrieval._inputs import Rows
 from ._rows import as_ids, as_labels, as_rows, blocks, unit_rows
+from .regressions import Integers, take_rows
 
 __all__ = ["Violations", "inequality_violations"]
 
 # A tile of 256 x 4096 float32 differences is 4 MB, and stays in the last level of cache between its passes.
 TILE_ROWS, TILE_COLUMNS = 256, 4096
+SAMPLE = 5_000, 20_000  # queries and gallery items that a report looks at: seconds, for shares that err by 0.01 or so
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,11 @@ class Violations:
     def other(self) -> float:
         """The share of other-class pairs that break (2); nan where there is none."""
         return self.other_violations / self.other_pairs if self.other_pairs else math.nan
+
+    def as_dict(self) -> dict[str, Any]:
+        """None for nan."""
+        shares = {"same": self.same, "other": self.other}
+        return {**asdict(self), **{name: None if math.isnan(share) else share for name, share in shares.items()}}
 
 
 def inequality_violations(
@@ -120,6 +128,24 @@ def inequality_violations(
         other_pairs -= int((~alike).sum())
         counts -= _violations_of_pairs(new, old, gallery, self_pairs, alike)
     return Violations(same_pairs, int(counts[0]), other_pairs, int(counts[1]))
+
+
+def sampled_violations(
+    new_query: Rows, old_query: Rows, old_gallery: Rows, query_labels: Integers, gallery_labels: Integers
+) -> Violations:
+    """`inequality_violations` of all pairs of `SAMPLE` queries and items, the same ones in every call."""
+    generator = np.random.default_rng(0)
+    asked, found = (
+        np.sort(generator.choice(len(labels), most, replace=False)) if len(labels) > most else np.arange(len(labels))
+        for labels, most in zip((query_labels, gallery_labels), SAMPLE, strict=True)
+    )
+    return inequality_violations(
+        take_rows(new_query, asked),
+        take_rows(old_query, asked),
+        take_rows(old_gallery, found),
+        query_labels[asked],
+        gallery_labels[found],
+    )
 
 
 def _tie(d: int) -> float:

@@ -23,6 +23,7 @@ from .criteria import (
     flips,
     forward_compatibility,
 )
+from .inequalities import Violations, sampled_violations
 from .matrix import Protocol, compatibility_hits
 from .orders import ORDERS
 from .pairs import PairReport, compare_pairs
@@ -136,6 +137,8 @@ class EvaluationReport:
             5,000 drawn queries where there are more; none for T = 1, and of galleries past 4 GiB.
         pairs: verification by the queries of T - 2 and of T - 1 against the gallery of T - 2; of one version where T =
             1; None where all pairs are of one kind.
+        violations: of the two inequalities by the last upgrade, by 5,000 drawn queries and 20,000 drawn gallery items
+            where there are more, the same ones in every call; None for T = 1 and for versions of different width.
     """
 
     names: tuple[str, ...]
@@ -150,6 +153,7 @@ class EvaluationReport:
     regressions: tuple[Regression, ...]
     backfill: tuple[BackfillCurve, ...]
     pairs: PairReport | None
+    violations: Violations | None
 
     @property
     def last_upgrade(self) -> Upgrade | None:
@@ -214,6 +218,9 @@ class EvaluationReport:
             if last is None or not self.backfill
             else {"old": last.old, "new": last.new, "curves": [curve.as_dict() for curve in self.backfill]},
             "pairs": None if self.pairs is None else self.pairs.as_dict(),
+            "violations": None
+            if last is None or self.violations is None
+            else {"old": last.old, "new": last.new, **self.violations.as_dict()},
         }
 
 
@@ -281,9 +288,10 @@ def evaluate_versions(
         for new in range(len(hits))
         for old in range(new)
     )
+    dimensions = tuple(Features("query", rows).width for rows in queries)
     return EvaluationReport(
         names=tuple(names),
-        dimensions=tuple(Features("query", rows).width for rows in queries),
+        dimensions=dimensions,
         protocol=protocol,
         widths=widths,
         confidence=confidence,
@@ -302,6 +310,9 @@ def evaluate_versions(
             confidence=confidence,
             generator=generator,
         ),
+        violations=sampled_violations(queries[-1], queries[-2], galleries[-2], labels, item_labels)
+        if len(hits) > 1 and len({*dimensions[-2:], Features("gallery", galleries[-2]).width}) == 1
+        else None,
     )
 
 

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._devices import sent
+
 __all__ = ["Normalize", "RandomCropFlip", "RandomWarp"]
 
 _BUMPS = 4  # a grid of 4 x 4 control points
@@ -52,7 +54,7 @@ class RandomWarp:
         bends = torch.randn(b, 2, _BUMPS * _BUMPS, generator=generator) * self.elastic
         weights = torch.cat([torch.stack([x, y], 1), bends], 2)  # [B, 2, 3 + 16]
         grid = (weights @ _basis(height, width)).view(b, 2, height, width).permute(0, 2, 3, 1)
-        return F.grid_sample(images.float().unsqueeze(1), grid.to(images.device), align_corners=False)
+        return F.grid_sample(images.float().unsqueeze(1), sent(grid, images.device), align_corners=False)
 
 
 @dataclass(frozen=True)
@@ -78,10 +80,7 @@ class Normalize:
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 [B, C, H, W] -> float32 [B, C, H, W]."""
         _check_pixels(images, len(self.mean))
-        mean, std = (
-            torch.tensor(numbers, device=images.device).view(1, -1, 1, 1) * 255 for numbers in (self.mean, self.std)
-        )
-        return (images - mean) / std
+        return (images - _by_channel(self.mean, images.device)) / _by_channel(self.std, images.device)
 
 
 @dataclass(frozen=True)
@@ -115,8 +114,8 @@ class RandomCropFlip:
         down, right = torch.randint(2 * self.padding + 1, (2, b, 1), generator=generator)
         mirrored = torch.rand(b, 1, generator=generator) < self.flip
         x = torch.arange(width).expand(b, -1)
-        rows = (torch.arange(height) + down).to(images.device)  # [B, H] of the padded image
-        columns = (x.where(~mirrored, width - 1 - x) + right).to(images.device)  # [B, W]
+        rows = sent(torch.arange(height) + down, images.device)  # [B, H] of the padded image
+        columns = sent(x.where(~mirrored, width - 1 - x) + right, images.device)  # [B, W]
         padded = F.pad(images, (self.padding,) * 4)
         image = torch.arange(b, device=images.device).view(-1, 1, 1)
         # advanced indices on both sides of a slice: channels come last, and are put back
@@ -130,6 +129,12 @@ def _check_pixels(images: Tensor, channels: int) -> None:
             f"images must be uint8 [B, {channels}, H, W], got {str(images.dtype).removeprefix('torch.')} "
             f"{list(images.shape)}"
         )
+
+
+@functools.cache
+def _by_channel(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    """[1, C, 1, 1], for pixels up to 255."""
+    return torch.tensor(numbers, device="cpu").view(1, -1, 1, 1).mul(255).to(device)
 
 
 @functools.cache

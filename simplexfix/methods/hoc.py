@@ -60,7 +60,7 @@ class HOC(Simplex):
         return SF.hoc_loss(
             model(input),
             reference,
-            self.slots.lookup(self.namespace, target),
+            self._slots(target),
             lambda_=self.lambda_,
             mu=self.mu,
             negatives=self.negatives,

@@ -52,5 +52,8 @@ class Simplex:
         model.head.slots = copy.deepcopy(self.slots)  # type: ignore[assignment]
 
     def loss(self, model: EmbeddingModel, input: Tensor, target: Tensor, old: EmbeddingModel | None) -> Tensor:
-        slots = self.slots.lookup(self.namespace, target)
-        return model.head.loss(model.backbone(input), slots)  # type: ignore[no-any-return, operator]
+        return model.head.loss(model.backbone(input), self._slots(target))  # type: ignore[no-any-return, operator]
+
+    def _slots(self, target: Tensor) -> Tensor:
+        """Of class ids; on a device that would have to be waited for, -1 for strangers, whose loss there is nan."""
+        return self.slots.lookup(self.namespace, target, missing=None if target.is_cpu else -1)

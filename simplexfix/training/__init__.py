@@ -3,6 +3,7 @@
 from .checkpoint import CheckpointError, Checkpoints, CheckpointWarning, read_state, write_state
 from .config import ConfigError, overridden, read_config, read_mapping
 from .items import Items, RowBatches
+from .locks import FolderInUseError
 from .loggers import Progress
 from .presets import PRESETS
 from .rehearsal import Rehearsal, herding_rows, random_rows
@@ -29,6 +30,7 @@ __all__ = [
     "Checkpoints",
     "ConfigError",
     "DataConfig",
+    "FolderInUseError",
     "Items",
     "MethodConfig",
     "ModelConfig",

@@ -65,7 +65,7 @@ class Checkpoints:
     def clear(self) -> None:
         """Removes them all, and what killed processes left in the middle of writing: the training is done."""
         for path in [path for _, path in self._steps()] + list(self.folder.glob("*.safetensors.*.tmp")):
-            path.unlink()
+            path.unlink(missing_ok=True)  # another process may do the same
 
     def _steps(self) -> list[tuple[int, Path]]:
         """Newest first."""

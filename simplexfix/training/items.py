@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._devices import sent
+
 __all__ = ["Items", "RowBatches", "mixed_seed", "seeded"]
 
 _GLOBAL_GENERATOR = threading.RLock()  # what makes a network may train one
@@ -27,7 +29,7 @@ class Items:
     labels: Tensor
 
     def take(self, rows: Tensor) -> Items:
-        return Items(self.inputs[rows], self.labels[rows])
+        return Items(self.inputs[sent(rows, self.inputs.device)], self.labels[sent(rows, self.labels.device)])
 
     def joined(self, other: Items) -> Items:
         return Items(torch.cat([self.inputs, other.inputs]), torch.cat([self.labels, other.labels]))

@@ -108,12 +108,16 @@ class RunLog:
             logger.begin(stage, finished)
 
     def _new_lines(self) -> list[Line]:
-        with open(self.places[self.stage] / "log.jsonl", "rb") as file:
+        path = self.places[self.stage] / "log.jsonl"
+        with open(path, "rb") as file:
             file.seek(self.read)
             content = file.read()
         content = content[: content.rfind(b"\n") + 1]
         self.read += len(content)
-        lines = [json.loads(line) for line in content.splitlines()]
+        try:
+            lines = [json.loads(line) for line in content.splitlines()]
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: {error}; remove it, training goes on without its lines") from error
         for line in lines:
             for logger in self.loggers:
                 logger.log(line)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-__all__ = ["agreed", "gathered", "meet", "rank", "world"]
+__all__ = ["agreed", "by_first", "gathered", "meet", "rank", "world"]
+
+_T = TypeVar("_T")
 
 
 def world() -> int:
@@ -29,6 +33,19 @@ def agreed(value: Any) -> Any:
     values = [value]
     dist.broadcast_object_list(values)
     return values[0]
+
+
+def by_first(act: Callable[[], _T]) -> _T:
+    """What the first process finds, on all of them: the others wait as long as it takes, past their group's timeout."""
+    if not dist.is_initialized():
+        return act()
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=365))
+    try:
+        values: list[Any] = [act() if rank() == 0 else None]
+        dist.broadcast_object_list(values, group=group)
+    finally:
+        dist.destroy_process_group(group)
+    return values[0]  # type: ignore[no-any-return]
 
 
 def gathered(value: Any) -> list[Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
@@ -22,9 +24,10 @@ from ..slots import SlotRegistry
 from . import processes
 from .facts import check_no_drift
 from .items import Items, mixed_seed, seeded
+from .locks import FolderInUseError
 from .loggers import LOGGERS, Progress, RunLog, check_loggers
 from .rehearsal import herding_rows, random_rows
-from .run_config import LEARNABLE, NETWORKS, ModelConfig, ReplacementConfig, RunConfig
+from .run_config import LEARNABLE, ModelConfig, ReplacementConfig, RunConfig
 from .run_data import load_run_data
 from .samplers import batch_sizes
 from .scenario import train_versions
@@ -34,6 +37,7 @@ from .trainer import Trainer
 __all__ = ["train_run"]
 
 _ROWS = 1024  # of one extraction
+_WAIT = 10.0  # seconds
 
 
 def train_run(
@@ -71,7 +75,7 @@ def train_run(
     }
     inputs = data.tasks[0].items.inputs
     _check_batches(config, len(data.tasks))
-    _check_networks(config, inputs)
+    _check_networks(config, inputs, data.prepare(inputs[:2]))
     slots = SlotRegistry(config.method.slots)
     _check_slots(config, data.tasks[-1].classes.stop)
     device = config.trainer.device or (
@@ -115,7 +119,8 @@ def train_run(
         with seeded(mixed_seed(config.seed, t, 10)):
             made = _backbone(plan.model, inputs)
             fresh = EmbeddingModel(made, method.head(made.out_features))  # type: ignore[arg-type]
-        model = Trainer(method, augment=data.augment, **options).fit(
+        fit = partial(
+            Trainer(method, augment=data.augment, **options).fit,
             fresh,
             items,
             schedule,
@@ -124,6 +129,7 @@ def train_run(
             folder=places[stage],
             on_step=partial(after_step, f"pre-training for task {t}", stage, schedule),
         )
+        model = fit() if kept == folder else _waited_for(fit)
         return model.backbone if config.method.name in LEARNABLE else model  # whose classifier knows other classes
 
     def features(version: EmbeddingModel, items: Items) -> Tensor:
@@ -150,38 +156,51 @@ def train_run(
     _agree_on(folder, facts)  # now that nothing is left that would refuse the configuration
     extracted: dict[str, tuple[list[Tensor], list[Tensor]]] = {name: ([], []) for name in data.searched}
     written: list[dict[str, str]] = []
+
+    def keep(t: int, version: EmbeddingModel) -> None:
+        place = f"task-{t:02d}/model"
+        version.preprocessing = data.prepare
+        identity = version.save_pretrained(folder / place, version=t, name=f"{config.method.name}, task {t}")
+        written.append({"folder": place, "fingerprint": identity.fingerprint})
+        for name, pair in data.searched.items():
+            for rows, items in zip(extracted[name], pair, strict=True):
+                rows.append(features(version, items))
+
+    def judged() -> dict[str, Any]:
+        report: dict[str, Any] = {"versions": written}
+        for name, (query, gallery) in data.searched.items():
+            labels = query.labels.numpy(), gallery.labels.numpy()
+            report[name] = {
+                protocol: evaluate_versions(*extracted[name], *labels, protocol=protocol).as_dict()
+                for protocol in config.protocols
+            }
+        write_whole(folder / "report.json", f"{json.dumps(report, indent=1)}\n".encode())
+        return report
+
     try:
         if processes.rank() == 0:
             log = RunLog(places, [LOGGERS[name][0](folder, facts) for name in config.trainer.loggers])
         for t, version in enumerate(stages):
-            place, title = f"task-{t:02d}/model", f"{config.method.name}, task {t}"
-            version.preprocessing = data.prepare
-            if processes.rank() == 0:
-                identity = version.save_pretrained(folder / place, version=t, name=title)
-            else:
-                identity = version.identity(version=t, name=title)
-            written.append({"folder": place, "fingerprint": identity.fingerprint})
-            for name, pair in data.searched.items():
-                for rows, items in zip(extracted[name], pair, strict=True):
-                    rows.append(features(version, items))
+            processes.by_first(partial(keep, t, version))
         if log is not None:
             log.catch_up()
     finally:
         if log is not None:
             log.close()
-    judged = {
-        name: {
-            protocol: evaluate_versions(
-                *extracted[name], query.labels.numpy(), gallery.labels.numpy(), protocol=protocol
-            ).as_dict()
-            for protocol in config.protocols
-        }
-        for name, (query, gallery) in data.searched.items()
-    }
-    report = {"versions": written, **judged}
-    if processes.rank() == 0:
-        write_whole(folder / "report.json", f"{json.dumps(report, indent=1)}\n".encode())
-    return report
+    return processes.by_first(judged)
+
+
+def _waited_for(fit: Callable[[], EmbeddingModel]) -> EmbeddingModel:
+    """In a folder that other runs train in, too: what one of them has finished all read."""
+    told = False
+    while True:
+        try:
+            return fit()
+        except FolderInUseError as error:
+            if not told:
+                warnings.warn(f"{error}; this run waits for it", stacklevel=2)
+            told = True
+            time.sleep(_WAIT)
 
 
 def _backbone(model: ModelConfig, inputs: Tensor) -> nn.Module:
@@ -202,17 +221,28 @@ def _check_batches(config: RunConfig, tasks: int) -> None:
         batch_sizes(schedule.batch, remembers, processes.world(), schedule.accumulate)
 
 
-def _check_networks(config: RunConfig, inputs: Tensor) -> None:
-    """Before anything is trained: all can be made, and give embeddings of one width."""
-    models = {f"replacements.{t}.model": plan.model for t, plan in config.tasks.replacements.items()}
+def _check_networks(config: RunConfig, inputs: Tensor, prepared: Tensor) -> None:
+    """Before anything is trained: all make rows of a few inputs, and give embeddings of one width."""
+    models = {f"tasks.replacements.{t}.model": plan.model for t, plan in config.tasks.replacements.items()}
     if 0 not in config.tasks.replacements:
         models = {"model": config.model, **models}
     method = config.method.method(SlotRegistry(config.method.slots), "default")
     widths: dict[str, int] = {}
     for name, model in models.items():
-        # other libraries look at numbers while they make a network, which meta tensors do not have
-        with seeded(config.seed), torch.device("meta" if model.kind in NETWORKS else "cpu"):
-            widths[name] = _backbone(replace(model, pretrained=False), inputs).out_features  # type: ignore[assignment]
+        with seeded(config.seed), torch.no_grad():
+            made = _backbone(replace(model, pretrained=False), inputs).eval()
+            widths[name] = made.out_features  # type: ignore[assignment]
+            try:
+                found = list(made(prepared).shape)
+            except Exception as error:  # of whatever library
+                raise ValueError(
+                    f"{name}.kind={model.kind} does not take the data's inputs {list(prepared.shape)}: {error}"
+                ) from error
+        if found != [len(prepared), widths[name]]:
+            raise ValueError(
+                f"{name}.kind={model.kind} must make {[len(prepared), widths[name]]} of inputs "
+                f"{list(prepared.shape)}, got {found}"
+            )
         with torch.device("meta"):
             method.head(widths[name])
     # a head with a junction makes embeddings of one width of any features
@@ -234,7 +264,7 @@ def _check_slots(config: RunConfig, classes: int) -> None:
 
 
 def _agree_on(folder: Path, facts: dict[str, Any]) -> None:
-    """Writes down what this run is of, or compares it with what was written; how often it saves is free to change."""
+    """Writes down what this run is of, or compares it with what was written, but for how it runs and is judged."""
     file = folder / "run.json"
     if processes.agreed(file.exists()):
         then = json.loads(file.read_text(encoding="utf-8"))
@@ -242,6 +272,7 @@ def _agree_on(folder: Path, facts: dict[str, Any]) -> None:
             key: facts["config"]["trainer"][key] for key in ("device", "keep", "log_every", "loggers", "save_every")
         }
         then["config"]["trainer"].update(free)
+        then["config"]["protocols"] = facts["config"]["protocols"]
         check_no_drift(then, facts, str(file))
     elif processes.rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .._devices import sent
 from ..methods import Method
 from ..models import EmbeddingModel
 from . import processes
@@ -25,6 +26,10 @@ from .schedule import Schedule
 __all__ = ["DTYPES", "Augment", "Steps"]
 
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_SCALE = 2.0**16  # of the loss in float16, at first
+_LEAST_SCALE = 1e-4  # after 30 overflows in a row, and a gradient is not that large
+_OTHERWISE = "in a folder of its own: in this one the same steps come again, to the same end"
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 
@@ -84,7 +89,7 @@ class Steps:
         if compile:
             model.backbone.compile()
         self.optimizer = schedule.optimizer_of(model)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "float16")
+        self.scaler = torch.amp.GradScaler(self.device.type, _SCALE, enabled=precision == "float16")
         self.loss: nn.Module = _Loss(method, model, old)
         if self.world > 1:
             self.loss = DistributedDataParallel(
@@ -92,6 +97,8 @@ class Steps:
             )
         self.ema = ema
         self.mean = [] if ema is None else [p.detach().clone() for p in model.parameters()]
+        # statistics of batches; a mask of infinities is none
+        self.statistics = {n for n, b in model.named_buffers() if b.is_floating_point() and b.isfinite().all()}
         self.step = 0
         self.total = torch.zeros((), dtype=torch.float64, device=self.device)  # of losses since the last report
         self.reported = 0
@@ -131,37 +138,61 @@ class Steps:
         if self.memory is not None:
             batch = batch.joined(self.memory.take(remembered))
         input, target = batch.inputs, batch.labels
-        if self.device.type == "cuda" and not input.is_cuda:  # from pinned memory, so that nobody waits for the copy
-            input, target = input.pin_memory(), target.pin_memory()
-        input, target = (tensor.to(self.device, non_blocking=True) for tensor in (input, target))
+        input, target = sent(input, self.device), sent(target, self.device)
         if self.augment is not None:
             part = i * self.world + self.rank  # of the whole batch: the same augmentation whoever computes it
             input = self.augment(input, torch.Generator().manual_seed(mixed_seed(self.seed, 2, self.step, part)))
         return input, target
 
-    def mean_loss(self) -> float:
-        """Since the last report, over all processes; waits for the device."""
+    def mean_loss(self) -> float | None:
+        """Since the last report, over all processes; None where it overflowed in float16.  Waits for the device.
+
+        Raises:
+            FloatingPointError: it is nan or infinite; of float16, whose loss scale leaves such steps out, where there
+                were no others for long, or at all.
+        """
         total = self.total.clone()
         if self.world > 1:
             dist.all_reduce(total)
         loss = total.item() / self.world / max(1, self.step - self.reported)
-        if not math.isfinite(loss) and self.dtype != torch.float16:  # whose overflows the loss scale takes care of
+        if self.dtype != torch.float16:
+            if not math.isfinite(loss):
+                raise FloatingPointError(
+                    f"the loss of steps {self.reported} to {self.step - 1} is {loss}: a lower learning rate, a longer "
+                    f"warm-up or clip may help, {_OTHERWISE}"
+                )
+            return loss
+        scale = self.scaler.get_scale()
+        if scale < _LEAST_SCALE or (self.step == self.schedule.steps and scale == _SCALE * 0.5**self.step):
             raise FloatingPointError(
-                f"the loss of steps {self.reported} to {self.step - 1} is {loss}: a lower learning rate, a longer "
-                "warm-up or clip may help"
+                f"no step was taken up to step {self.step - 1}, for gradients overflow float16 or are nan, and the "
+                f"loss scale fell to {scale:.2g}: a lower learning rate, clip or precision bfloat16 may help, "
+                f"{_OTHERWISE}"
             )
-        return loss
+        return loss if math.isfinite(loss) else None
 
     def check(self) -> None:
         """
         Raises:
-            FloatingPointError: loss or weights are nan or infinite; waits for the device.
+            FloatingPointError: loss, weights or statistics of batches are nan or infinite; waits for the device.
         """
         self.mean_loss()
-        if not torch.stack([p.detach().isfinite().all() for p in self.model.parameters()]).all():
+        values: dict[str, Tensor] = dict(self.model.named_parameters())
+        values.update((name, b) for name, b in self.model.named_buffers() if name in self.statistics)
+        finite = torch.stack([value.detach().isfinite().all() for value in values.values()]).int()
+        if self.world > 1:  # statistics of batches are each process's own
+            dist.all_reduce(finite, dist.ReduceOp.MIN)
+        if finite.all():
+            return
+        name = list(values)[int(finite.argmin())]
+        if name not in self.statistics:
             raise FloatingPointError(
                 f"a weight is nan or infinite after step {self.step - 1}, whose loss was finite: a gradient was not"
             )
+        raise FloatingPointError(
+            f"{name} is nan or infinite after step {self.step - 1}: activations of a batch were; where they overflow "
+            f"float16, precision bfloat16 may help, {_OTHERWISE}"
+        )
 
     def report(self) -> dict[str, Any]:
         """A line of the log."""
@@ -172,7 +203,7 @@ class Steps:
         (then, before), self.clock = self.clock, (now, self.step)
         return {
             "step": self.step,
-            "loss": loss,
+            **({} if loss is None else {"loss": loss}),  # JSON has no nan
             "learning_rate": self.schedule.at(self.step - 1),
             "steps_per_second": round((self.step - before) / max(now - then, 1e-9), 3),
         }
@@ -238,5 +269,5 @@ def _random_state(device: torch.device) -> dict[str, Tensor]:
 
 def _set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
     torch.set_rng_state(state["cpu"])
-    if "cuda" in state:
+    if "cuda" in state and device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], device)

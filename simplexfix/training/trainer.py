@@ -9,7 +9,9 @@ from __future__ import annotations
 import copy
 import json
 import os
+import warnings
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,10 @@ from .._checks import check_name
 from ..methods import Method
 from ..models import EmbeddingModel
 from . import processes
-from .checkpoint import Checkpoints, fingerprint, read_state, write_state
+from .checkpoint import Checkpoints, CheckpointWarning, fingerprint, read_state, write_state
 from .facts import check_no_drift, described
 from .items import Items, seeded
+from .locks import alone_in
 from .schedule import Schedule
 from .steps import DTYPES, Augment, Steps
 
@@ -35,7 +38,7 @@ class Trainer:
     Where `torch.distributed` has been initialised (under torchrun), every process calls the same: a step sees the
     same rows, augmented alike, as in one process with `accumulate` times as many parts, and gradients are averaged.
     Processes share the folder.  The trainer waits for the device every `log_every` steps and to save; in a step only a
-    method may, where it checks what it is given, as `SlotRegistry.lookup` and gathered negatives do.
+    method may, as gathered negatives do, where all processes agree on their batches.
 
     Args:
         method: of `simplexfix.methods`.
@@ -124,17 +127,28 @@ class Trainer:
             The version, in evaluation mode.
 
         Raises:
-            ValueError: `old` is in training mode, a batch cannot be shared out evenly, or the folder is of a training
-                that differs (configuration, data, parent or old model); names what differs.
+            ValueError: `old` is in training mode, labels are of no class, a batch cannot be shared out evenly, or the
+                folder is of a training that differs (configuration, data, parent or old model); names what differs.
+            FolderInUseError: another process trains in the folder.
             CheckpointError: the finished version's file is damaged.
-            FloatingPointError: the loss, or a weight, is nan or infinite.
+            FloatingPointError: the loss, a weight or a statistic of batches is nan or infinite, or float16 overflows
+                without end.  Checkpoints stay as they are.
 
         Warns:
-            CheckpointWarning: a damaged checkpoint is passed over, or training goes on with another number of
-                processes, which the random numbers within the network depend on.
+            CheckpointWarning: a damaged checkpoint is passed over, or training goes on with another kind of device or
+                number of processes, which the random numbers within the network depend on.
         """
         if old is not None and old.training:
             raise ValueError("old is in training mode: its batch statistics would change; call old.eval()")
+        for name, part in (("items", items), ("memory", memory)):
+            if part is None or not len(part.labels):
+                continue
+            least, most = int(part.labels.min()), int(part.labels.max())
+            if least < classes.start or most >= classes.stop:  # a GPU would not be asked
+                raise ValueError(
+                    f"labels of {name} must lie in [{classes.start}, {classes.stop}), the classes so far, "
+                    f"got {least} to {most}"
+                )
         facts = {
             "schedule": asdict(schedule),
             "seed": seed,
@@ -153,43 +167,60 @@ class Trainer:
             facts["old"] = None if old is None else fingerprint(old.state_dict())
         if old is not None and next(old.parameters()).device != self.device:
             old = copy.deepcopy(old).to(self.device)
-        with seeded(seed):
-            model = copy.deepcopy(parent)
-            self.method.add_classes(model, classes)
-        model.to(self.device)
         finished = None if folder is None else Path(folder) / "version.safetensors"
-        if finished is not None and processes.agreed(finished.exists()):
-            saved = read_state(finished)
-            check_no_drift(saved["facts"], facts, str(finished))
-            if processes.rank() == 0:  # it may have been killed between writing and clearing
-                Checkpoints(finished.parent).clear()
-            model.load_state_dict(saved["model"])
-            return model.eval()
-        run = Steps(
-            model,
-            self.method,
-            old,
-            items,
-            memory,
-            schedule,
-            seed=seed,
-            augment=self.augment,
-            device=self.device,
-            precision=self.precision,
-            ema=self.ema,
-            compile=self.compile,
-        )
-        checkpoints = None if folder is None else Checkpoints(folder, keep=self.keep)
-        log = None if folder is None else _Log(Path(folder) / "log.jsonl")
+        alone: AbstractContextManager[None] = nullcontext()
+        if finished is not None and not processes.agreed(finished.exists()):
+            alone = alone_in(finished.parent)
+        with alone:
+            with seeded(seed):
+                model = copy.deepcopy(parent)
+                self.method.add_classes(model, classes)
+            model.to(self.device)
+            if finished is not None and processes.agreed(finished.exists()):  # now at least
+                saved = read_state(finished)
+                check_no_drift(_on(self.device, saved["facts"]), facts, str(finished))
+                if processes.rank() == 0:  # it may have been killed between writing and clearing
+                    Checkpoints(finished.parent).clear()
+                model.load_state_dict(saved["model"])
+                return model.eval()
+            steps = Steps(
+                model,
+                self.method,
+                old,
+                items,
+                memory,
+                schedule,
+                seed=seed,
+                augment=self.augment,
+                device=self.device,
+                precision=self.precision,
+                ema=self.ema,
+                compile=self.compile,
+            )
+            return self._done(steps, facts, finished, on_step)
+
+    def _done(
+        self, run: Steps, facts: dict[str, Any], finished: Path | None, on_step: Callable[[int], None]
+    ) -> EmbeddingModel:
+        """All steps that are left."""
+        checkpoints = None if finished is None else Checkpoints(finished.parent, keep=self.keep)
+        log = None if finished is None else _Log(finished.parent / "log.jsonl")
         if checkpoints is not None and log is not None:
             newest = _newest(checkpoints)
             if newest is not None:
-                check_no_drift(newest["facts"], facts, str(checkpoints.folder))
+                check_no_drift(_on(self.device, newest["facts"]), facts, str(checkpoints.folder))
+                if newest["facts"]["device"] != self.device.type:
+                    warnings.warn(
+                        f"a training begun on {newest['facts']['device']} goes on on {self.device.type}: its last bits "
+                        "will differ",
+                        CheckpointWarning,
+                        stacklevel=3,
+                    )
                 run.load(newest["run"])
             log.cut(0 if newest is None else newest["log_bytes"])
-        while run.step < schedule.steps:
+        while run.step < run.schedule.steps:
             run.advance()
-            last = run.step == schedule.steps
+            last = run.step == run.schedule.steps
             if last or run.step % self.log_every == 0:
                 line = run.report()
                 if log is not None:
@@ -219,13 +250,14 @@ class _Log:
 
     def cut(self, size: int) -> None:
         if processes.rank() == 0:
-            with open(self.path, "ab") as file:
-                file.truncate(size)
+            with open(self.path, "a+b") as file:  # where it lost bytes itself, to its last whole line
+                file.seek(0)
+                file.truncate(file.read(size).rfind(b"\n") + 1)
 
     def write(self, line: Mapping[str, Any]) -> None:
         if processes.rank() == 0:
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(json.dumps(line, allow_nan=False) + "\n")
 
     def synced(self) -> int:
         """Its size, once that has reached the disk."""
@@ -234,6 +266,11 @@ class _Log:
         with open(self.path, "ab") as file:
             os.fsync(file.fileno())
             return file.tell()
+
+
+def _on(device: torch.device, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What a training was started with, as if on this device: it is free to change."""
+    return {**facts, "device": device.type}
 
 
 def _newest(checkpoints: Checkpoints) -> dict[str, Any] | None:

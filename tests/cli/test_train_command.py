@@ -199,7 +199,7 @@ def test_the_preset_that_needs_no_data_runs(tmp_path) -> None:
         (["tasks.replacements.1.classes=7"], "replacements.1.classes must lie in [0, 6]"),
         (["tasks.replacements.1.classes=0"], "classes and schedule are of pre-training: give both, or neither"),
         (["tasks.replacements.1.epochs=0"], "epochs must be at least 1, of a schedule, got 0"),
-        (["method.name=er"], "model gives 16, replacements.1.model gives 20"),
+        (["method.name=er"], "model gives 16, tasks.replacements.1.model gives 20"),
         (["tasks.counts=[]"], "counts are the new classes of each task"),
         (["data.kind=omniglot"], "path is where the data is, of every kind but"),
         (["data.kind=mnist"], "kind must be one of 'cifar', 'features', 'images', 'omniglot', got 'mnist'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -21,6 +22,8 @@ from simplexfix.compatibility import (
     compatibility_table,
     evaluate_versions,
     forward_compatibility,
+    inequalities,
+    inequality_violations,
     mcnemar_tests,
     negative_flip_rate,
     positive_flip_rate,
@@ -197,7 +200,28 @@ def test_one_version_has_no_upgrade(protocol: str) -> None:
     }  # fmt: skip
     assert content["regressions"] is None
     assert content["backfill"] is None
+    assert content["violations"] is None
     assert content["compatible"] == content["margins"] == content["p_values"] == [[None]]
+
+
+def test_violations_are_of_the_last_upgrade_by_drawn_pairs_where_there_are_many(monkeypatch) -> None:
+    queries, galleries, labels = versions()
+    of = labels[:QUERIES], labels[QUERIES:]
+    found = evaluate_versions(queries, galleries, *of).violations
+    assert found == inequality_violations(queries[2], queries[1], galleries[1], *of)
+    content = evaluate_versions(queries, galleries, *of, protocol="instance").as_dict()["violations"]
+    assert content == {"old": 1, "new": 2, **asdict(found), "same": found.same, "other": found.other}
+
+    monkeypatch.setattr(inequalities, "SAMPLE", (120, 90))
+    sample = evaluate_versions(queries, galleries, *of).violations
+    assert sample.same_pairs + sample.other_pairs == 120 * 90
+    assert abs(sample.same - found.same) < 0.1
+    assert abs(sample.other - found.other) < 0.1
+    assert evaluate_versions(queries, galleries, *of, protocol="instance").violations == sample
+    others = evaluate_versions(*versions(2, (16, 20))[:2], *of, widths="leading")
+    assert others.violations is None
+    apart = evaluate_versions(queries, galleries, of[0] + 100, of[1]).as_dict()["violations"]
+    assert (apart["same_pairs"], apart["same"]) == (0, None)
 
 
 def test_thirty_one_versions_with_stable_keys() -> None:
@@ -206,7 +230,7 @@ def test_thirty_one_versions_with_stable_keys() -> None:
     content = json.loads(json.dumps(report.as_dict(), allow_nan=False))
     assert list(content) == [
         "versions", "protocol", "widths", "confidence", "counts", "matrix", "intervals", "criteria", "compatible",
-        "margins", "p_values", "upgrades", "regressions", "backfill", "pairs",
+        "margins", "p_values", "upgrades", "regressions", "backfill", "pairs", "violations",
     ]  # fmt: skip
     assert len(content["upgrades"]) == 31 * 30 // 2
     assert [sum(x is not None for x in row) for row in content["matrix"]] == list(range(1, 32))

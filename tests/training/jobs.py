@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
+import time
+from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -15,7 +19,7 @@ from simplexfix import SlotRegistry
 from simplexfix import _files as files
 from simplexfix.methods import ER, HOC
 from simplexfix.models import EmbeddingModel, SmallConvNet
-from simplexfix.training import Items, Schedule, Task, Trainer, processes
+from simplexfix.training import Items, RunConfig, Schedule, Task, Trainer, processes, read_config, train_run
 from simplexfix.training.checkpoint import fingerprint
 from simplexfix.training.scenario import _remembered
 
@@ -75,6 +79,32 @@ def trained(
         folder=folder,
         on_step=on_step,
     )
+
+
+def write_features(folder: Path) -> Path:
+    """Ten classes, for `small_run`."""
+    draw = np.random.default_rng(0)
+    for name, rows in (("train", 200), ("query", 30), ("gallery", 30)):
+        labels = np.arange(rows) % 10
+        np.save(folder / f"{name}.npy", (np.eye(10)[labels] + 0.3 * draw.normal(size=(rows, 10))).astype(np.float32))
+        np.save(folder / f"{name}_labels.npy", labels)
+    return folder
+
+
+def small_run(data: Path, **changes: object) -> RunConfig:
+    """Two tasks, of which a network that was pre-trained on other classes takes the second."""
+    schedule = {"steps": 13, "learning_rate": 0.01, "batch": 16}
+    replacement = {"model": {"kind": "mlp", "hidden": [9]}, "classes": 3, "schedule": schedule}
+    content = {
+        "data": {"kind": "features", "path": str(data)},
+        "model": {"kind": "mlp", "hidden": [8]},
+        "method": {"slots": 16},
+        "tasks": {"counts": [4, 2], "memory_per_class": 3, "replacements": {"1": replacement}},
+        "schedule": schedule,
+        "trainer": {"device": "cpu", "save_every": 2, "log_every": 3},
+        "protocols": ["nearest_class_mean"],
+    }
+    return read_config(RunConfig, {**content, **changes})
 
 
 def killed(folder: Path, moment: str, seed: int, options: dict) -> None:
@@ -145,6 +175,37 @@ def in_group(rank: int, world: int, folder: Path, name: str, die_at: int | None,
     version = trained(folder / name, on_step=on_step, **options)
     assert len(set(processes.gathered(fingerprint(version.state_dict())))) == 1  # statistics of batches, too
     dist.destroy_process_group()
+
+
+def run_in_group(rank: int, world: int, folder: Path, data: Path) -> None:
+    """One process of a run, which notes how often it extracted."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    extract, count = EmbeddingModel.extract, [0]
+
+    def counted(model: EmbeddingModel, input: torch.Tensor) -> torch.Tensor:
+        count[0] += 1
+        return extract(model, input)
+
+    EmbeddingModel.extract = counted
+    report = train_run(small_run(data), folder / "run")
+    (folder / f"{rank}.json").write_text(json.dumps({"extracted": count[0], "report": report}))
+    dist.destroy_process_group()
+
+
+def patient(rank: int, world: int, folder: Path) -> None:
+    """The first takes longer than the group waits."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/patient", rank=rank, world_size=world)
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1))
+    assert processes.by_first(lambda: time.sleep(2) or rank) == 0
+    if rank == 0:
+        time.sleep(2)
+    else:
+        try:
+            processes.agreed(None)
+        except RuntimeError:  # otherwise this test could not fail
+            os._exit(0)
+    os._exit(rank)
 
 
 def remembering(rank: int, world: int, folder: Path) -> None:

@@ -9,37 +9,23 @@ import sys
 import types
 from pathlib import Path
 
+import jobs
 import numpy as np
 import pytest
 
 from simplexfix.cli import main
 from simplexfix.cli._progress import progress_on
-from simplexfix.training import Progress, RunConfig, read_config, train_run
+from simplexfix.training import Progress, RunConfig, train_run
+from simplexfix.training.loggers import RunLog
 
 
 @pytest.fixture(scope="module")
 def features(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("features")
-    draw = np.random.default_rng(0)
-    for name, rows in (("train", 200), ("query", 30), ("gallery", 30)):
-        labels = np.arange(rows) % 10
-        np.save(folder / f"{name}.npy", (np.eye(10)[labels] + 0.3 * draw.normal(size=(rows, 10))).astype(np.float32))
-        np.save(folder / f"{name}_labels.npy", labels)
-    return folder
+    return jobs.write_features(tmp_path_factory.mktemp("features"))
 
 
 def configuration(features: Path, *loggers: str) -> RunConfig:
-    schedule = {"steps": 13, "learning_rate": 0.01, "batch": 16}
-    replacement = {"model": {"kind": "mlp", "hidden": [9]}, "classes": 3, "schedule": schedule}
-    content = {
-        "data": {"kind": "features", "path": str(features)},
-        "model": {"kind": "mlp", "hidden": [8]},
-        "method": {"slots": 16},
-        "tasks": {"counts": [4, 2], "memory_per_class": 3, "replacements": {"1": replacement}},
-        "schedule": schedule,
-        "trainer": {"save_every": 5, "log_every": 3, "loggers": list(loggers)},
-    }
-    return read_config(RunConfig, content)
+    return jobs.small_run(features, trainer={"save_every": 5, "log_every": 3, "loggers": list(loggers)})
 
 
 STAGES = ["task-00", "pretraining-01", "task-01"]
@@ -62,6 +48,26 @@ def stopped(config: RunConfig, folder: Path, after: int) -> None:
 
 def logged(folder: Path, stage: str) -> list[dict]:
     return [json.loads(line) for line in (folder / stage / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("left", "steps"), [(None, [6, 9, 12, 13]), (-9, [3, 6, 9, 12, 13]), (40, [6, 9, 12, 13])])
+def test_a_log_that_lost_lines_goes_on_with_whole_ones(tmp_path, features, left: int | None, steps: list[int]) -> None:
+    config = configuration(features)
+    stopped(config, tmp_path, 7)  # its checkpoint is of step 5, after a line
+    log = tmp_path / "task-00" / "log.jsonl"
+    content = log.read_bytes()
+    log.unlink()
+    if left is not None:
+        log.write_bytes(content[:left])
+    train_run(config, tmp_path)
+    assert [line["step"] for line in logged(tmp_path, "task-00")] == steps
+
+
+def test_a_line_that_is_none_is_named(tmp_path, features) -> None:
+    log = RunLog({"task-00": tmp_path})
+    (tmp_path / "log.jsonl").write_bytes(b'{"step": 3}\n\0\0{"step": 6}\n')
+    with pytest.raises(ValueError, match=r"log\.jsonl is damaged: .*remove it"):
+        log.catch_up()
 
 
 @pytest.mark.parametrize("after", [(), (4,), (13, 1), (8, 14, 5)])

@@ -240,6 +240,8 @@ def test_a_sequence_that_cannot_be_is_refused(tasks, data, says) -> None:
         ({"schedule": Schedule(2, 0.1, batch=6, accumulate=2)}, "3 new and 3 remembered rows .* with 2 parts each"),
         ({"trainer": TrainerConfig(device="cpu", precision="bf16")}, "precision must be one of .*got 'bf16'"),
         ({"model": ModelConfig(kind="resnet18", stem="cifr")}, "stem must be one of .*got 'cifr'"),
+        ({"model": ModelConfig(kind="convnet")}, r"^model\.kind=convnet does not take .* \[2, 8\]: images must have"),
+        ({"model": ModelConfig(kind="resnet18")}, r"^model\.kind=resnet18 does not take .* \[2, 8\]: "),
     ],
 )
 def test_what_would_fail_later_is_refused_before_anything_is_there(two_sets, change, says) -> None:
@@ -247,6 +249,25 @@ def test_what_would_fail_later_is_refused_before_anything_is_there(two_sets, cha
     with pytest.raises(ValueError, match=says):
         train_run(replace(sequence(two_sets), **change), two_sets / "run")
     assert not (two_sets / "run").exists()
+
+
+@pytest.mark.parametrize("kind", ["convnet", "resnet18"])
+def test_a_replacement_that_cannot_take_the_data_is_refused_at_once(two_sets, kind: str) -> None:
+    config = sequence(two_sets)
+    config = replace(config, tasks=replace(config.tasks, replacements={1: ReplacementConfig(ModelConfig(kind=kind))}))
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match=rf"^tasks\.replacements\.1\.model\.kind={kind} does not take"):
+        train_run(config, two_sets / "run")
+    assert not (two_sets / "run").exists()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_network_that_makes_no_rows_is_refused_at_once(tmp_path) -> None:
+    config = RunConfig(tasks=TasksConfig(counts=(2,)), schedule=Schedule(1, 0.1), model=ModelConfig(kind="mlp"))
+    says = r"^model\.kind=mlp must make \[2, 28\] of inputs \[2, 1, 28, 28\], got \[2, 1, 28, 28\]"
+    with pytest.raises(ValueError, match=says):
+        train_run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_one_task_shares_its_batches_with_no_memory(two_sets) -> None:

@@ -238,7 +238,7 @@ def test_a_loss_of_nan_ends_the_training_and_no_good_checkpoint(tmp_path) -> Non
         return inputs * float("nan") if steps[0] > 11 else inputs
 
     steps = [0]
-    with pytest.raises(FloatingPointError, match="the loss of steps 8 to 11 is nan"):
+    with pytest.raises(FloatingPointError, match=r"the loss of steps 8 to 11 is nan: .*in a folder of its own"):
         jobs.trained(tmp_path / "run", trainer={"augment": poison, "save_every": 3})
     assert sorted(p.name for p in (tmp_path / "run").glob("step*"))[-1] == "step-000000009.safetensors"
 
@@ -259,6 +259,17 @@ def test_weights_of_nan_are_no_version(tmp_path) -> None:
                 parent, jobs.features(20, 4, 1), Schedule(1, 0.1, batch=4), classes=range(4), seed=0, folder=folder
             )
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["log.jsonl"]
+
+
+@pytest.mark.parametrize("part", ["items", "memory"])
+def test_labels_of_no_class_are_named(part: str) -> None:
+    """On a GPU nobody looks at them again: their loss is nan."""
+    method = ER()
+    parent = EmbeddingModel(jobs.network(), method.head(10))
+    items = {"items": jobs.features(20, 4, 1), "memory": jobs.features(20, 4, 1)}
+    items[part] = jobs.features(20, 5, 1)
+    with pytest.raises(ValueError, match=rf"labels of {part} must lie in \[0, 4\), the classes so far, got 0 to 4"):
+        Trainer(method).fit(parent, schedule=Schedule(1, 0.1, batch=4), classes=range(4), seed=0, **items)
 
 
 def test_new_weights_leave_the_generators_of_gpus_alone(monkeypatch) -> None:

@@ -1,0 +1,51 @@
+"""One training in a folder at a time: two would write one log, and remove each other's checkpoints."""
+
+from __future__ import annotations
+
+import fcntl
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import BinaryIO
+
+from . import processes
+from .checkpoint import CheckpointWarning
+
+__all__ = ["FolderInUseError", "alone_in"]
+
+
+class FolderInUseError(ValueError):
+    """Another process trains in the folder."""
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Holds a folder by its log, by the first process for all, until left or until that dies, of whatever.
+
+    Raises:
+        FolderInUseError: another process, or another group of them, holds it; on every process.
+
+    Warns:
+        CheckpointWarning: the file system has no locks.
+    """
+    first = processes.rank() == 0
+    if first:
+        folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "log.jsonl", "ab") if first else nullcontext() as file:
+        said = None if file is None else _refusal(file, folder)
+        if (said := processes.agreed(said)) is not None:
+            raise FolderInUseError(said)
+        yield
+
+
+def _refusal(file: BinaryIO, folder: Path) -> str | None:
+    """What there is to say against holding it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return f"another process trains in {folder}; once it has ended, or was ended, the same call goes on from there"
+    except OSError as error:
+        says = f"{folder} cannot be locked, let no two processes train there: {error}"
+        warnings.warn(says, CheckpointWarning, stacklevel=4)
+    return None

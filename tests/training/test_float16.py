@@ -1,0 +1,60 @@
+"""What overflows in float16 costs a step, and neither a version nor the log."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import jobs
+import pytest
+import torch
+
+from simplexfix.cli import _progress
+from simplexfix.methods import ER
+from simplexfix.models import EmbeddingModel, FeatureMLP
+from simplexfix.training import Progress, Schedule, Trainer
+
+
+def trained(folder: Path, overflows: Callable[[int], bool], *, steps: int = 40, normalized: bool = False) -> None:
+    """A learnable head; what the network makes of chosen batches is more than float16 holds."""
+    count = iter(range(1, 1000))
+
+    def augment(inputs: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        return inputs * 1e6 if overflows(next(count)) else inputs
+
+    method = ER()
+    backbone = FeatureMLP(12, (16,)) if normalized else jobs.network()
+    parent = EmbeddingModel(backbone, method.head(backbone.out_features))
+    Trainer(method, augment=augment, precision="float16", save_every=4, log_every=2).fit(
+        parent, jobs.features(64, 4, 0), Schedule(steps, 1e-2, batch=16), classes=range(4), seed=0, folder=folder
+    )
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_statistics_of_an_overflown_batch_are_no_version(tmp_path) -> None:
+    """The loss scale skips the step, after batch normalisation has seen the batch."""
+    with pytest.raises(FloatingPointError, match=r"running_mean is nan or infinite after step 7.*bfloat16"):
+        trained(tmp_path, lambda n: n == 7, normalized=True)
+    assert names(tmp_path) == ["log.jsonl", "step-000000004.safetensors"]
+
+
+def test_a_line_without_a_loss_is_json(tmp_path, capsys) -> None:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    trained(tmp_path, lambda n: n == 7)
+    lines = [json.loads(line, parse_constant=refuse) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" not in line] == [8]
+    assert _progress._figures(Progress("task 0", 8, 40, 16, lines[3]), 1.0) == "loss -, 16 items/s"
+
+
+@pytest.mark.parametrize(("first", "steps", "scale", "kept"), [(5, 40, "6.1e-05", 32), (1, 10, "64", 8)])
+def test_a_training_that_takes_no_step_ends(tmp_path, first: int, steps: int, scale: str, kept: int) -> None:
+    """After 30 overflows in a row; and where there was nothing else, for then the version is what was there before."""
+    with pytest.raises(FloatingPointError, match=f"no step was taken .*loss scale fell to {scale}:"):
+        trained(tmp_path, lambda n: n >= first, steps=steps)
+    assert names(tmp_path)[-1] == f"step-{kept:09d}.safetensors"

@@ -1,0 +1,103 @@
+"""A whole run: killed, finished elsewhere, judged anew."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import jobs
+import pytest
+from test_trainer import PROCESSES, done, lines, together
+
+from simplexfix.training import CheckpointWarning, Progress, read_state, train_run, write_state
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return jobs.write_features(tmp_path_factory.mktemp("features"))
+
+
+class StopError(Exception):
+    pass
+
+
+def stopped(data: Path, folder: Path, stage: str, step: int) -> None:
+    def on_step(progress: Progress) -> None:
+        if (progress.stage, progress.step) == (stage, step):
+            raise StopError
+
+    with pytest.raises(StopError):
+        train_run(jobs.small_run(data), folder, on_step=on_step)
+
+
+def begun_on(device: str, *files: Path) -> None:
+    """As if a training on another device had written them."""
+    for file in files:
+        state = read_state(file)
+        state["facts"]["device"] = device
+        if "run" in state:
+            state["run"]["processes"][0]["random"][device] = state["run"]["processes"][0]["random"]["cpu"]
+        write_state(file, state)
+
+
+def test_a_run_may_be_finished_on_another_device(data, tmp_path) -> None:
+    stopped(data, tmp_path, "task 1", 5)
+    begun_on("cuda", tmp_path / "task-00" / "version.safetensors", *(tmp_path / "task-01").glob("step-*"))
+    with pytest.warns(CheckpointWarning, match="begun on cuda goes on on cpu: its last bits will differ"):
+        train_run(jobs.small_run(data), tmp_path)
+
+
+def test_a_finished_run_may_be_judged_by_another_protocol(data, tmp_path) -> None:
+    config = jobs.small_run(data)
+    first = train_run(config, tmp_path)
+    assert set(first["search"]) == {"nearest_class_mean"}
+    assert first["search"]["nearest_class_mean"]["violations"]["other_pairs"] == 30 * 30 - 90
+
+    def no_step(progress: Progress) -> None:
+        raise AssertionError
+
+    second = train_run(replace(config, protocols=("nearest_class_mean", "instance")), tmp_path, on_step=no_step)
+    assert second["search"]["nearest_class_mean"] == first["search"]["nearest_class_mean"]
+    assert json.loads((tmp_path / "report.json").read_text()) == second
+    assert set(second["search"]) == {"nearest_class_mean", "instance"}
+
+
+def test_a_run_killed_at_any_moment_ends_with_the_same_report(data, tmp_path) -> None:
+    """While it reads, pre-trains, trains, saves, extracts or judges."""
+    config, draw = jobs.small_run(data), random.Random(0)
+    assert done(int) == 0  # the server is there
+    began = time.monotonic()
+    assert done(train_run, config, tmp_path / "whole") == 0
+    whole, kills = time.monotonic() - began, 0
+    for run in (tmp_path / name for name in "abcd"):
+        for _ in range(3):
+            process = PROCESSES.Process(target=train_run, args=(config, run))
+            process.start()
+            process.join(draw.uniform(0, whole))
+            process.kill()
+            process.join()
+            if process.exitcode == 0:
+                break
+            assert process.exitcode == -signal.SIGKILL
+            kills += 1
+        assert done(train_run, config, run) == 0
+        assert (run / "report.json").read_bytes() == (tmp_path / "whole" / "report.json").read_bytes()
+        for stage in ("task-00", "pretraining-01", "task-01"):
+            assert lines(run / stage) == lines(tmp_path / "whole" / stage)
+    assert kills
+
+
+def test_the_first_process_alone_extracts_and_judges(data, tmp_path) -> None:
+    """And all have what it found."""
+    assert together(jobs.run_in_group, tmp_path, data) == [0, 0]
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert [entry["extracted"] for entry in found] == [4, 0]
+    assert found[0]["report"] == found[1]["report"] == json.loads((tmp_path / "run" / "report.json").read_text())
+
+
+def test_others_wait_for_the_first_past_their_timeout(tmp_path) -> None:
+    assert together(jobs.patient, tmp_path) == [0, 0]

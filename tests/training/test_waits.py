@@ -1,0 +1,75 @@
+"""Nothing in a step asks the device for a value, or makes it wait for a copy: meta tensors, which have none, stand in.
+
+On a GPU: `test_a_step_waits_for_nothing` of tests/test_gpu.py.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import jobs
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from simplexfix import SlotRegistry
+from simplexfix.data import Normalize, RandomCropFlip, RandomWarp
+from simplexfix.methods import BCT, ER, FD, HOC, Simplex
+from simplexfix.models import EmbeddingModel
+
+DOWN = ("cpu", "meta")
+
+
+class Copies(TorchDispatchMode):
+    """Counts what goes from the host to the device: without waiting, and waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.free = self.waited = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None) -> Any:
+        options = options or {}
+        if function is torch.ops.aten._to_copy.default:
+            here = arguments[0].device
+            if (here.type, options.get("device", here).type) == DOWN:
+                self.free += options.get("non_blocking", False)
+                self.waited += not options.get("non_blocking", False)
+        return function(*arguments, **options)
+
+
+@pytest.mark.parametrize("make", [lambda: Simplex(SlotRegistry(32)), lambda: HOC(SlotRegistry(32)), ER, FD, BCT])
+def test_losses_ask_for_no_value(make: Callable[[], Any]) -> None:
+    method = make()
+    model = EmbeddingModel(jobs.network(), method.head(10))
+    method.add_classes(model, range(5))
+    model.to("meta")
+    old = copy.deepcopy(model).eval()
+    input, target = torch.zeros(8, 12, device="meta"), torch.zeros(8, dtype=torch.int64, device="meta")
+    with pytest.raises(RuntimeError, match="meta"):  # that is what asking comes to
+        target.any().item()
+    with Copies() as first:
+        method.loss(model, input, target, old).backward()
+    with Copies() as copies:
+        method.loss(model, input, target, old).backward()
+    assert first.waited == 2 * isinstance(method, Simplex)  # the slots of all classes, once
+    assert (copies.waited, copies.free) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("augment", "images", "sent"),
+    [
+        (RandomWarp(), torch.zeros(4, 28, 28), 1),
+        (RandomCropFlip(Normalize((0.5,) * 3, (0.2,) * 3)), torch.zeros(4, 3, 32, 32, dtype=torch.uint8), 2),
+    ],
+)
+def test_augmentation_sends_what_it_drew_and_waits_for_nothing(
+    augment, images: torch.Tensor, sent: int, monkeypatch
+) -> None:
+    generator = torch.Generator()
+    augment(images.to("meta"), generator)
+    monkeypatch.setattr(torch, "tensor", None)  # which waits: means of channels were sent, once
+    with Copies() as copies:
+        augment(images.to("meta"), generator)
+    assert (copies.waited, copies.free) == (1, sent)  # that one is the images' own
