@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +22,8 @@ from ..compatibility import evaluate_versions
 from ..models import EmbeddingModel, FeatureMLP, ResNet18, SmallConvNet, external_backbone
 from ..slots import SlotRegistry
 from . import processes
-from .facts import check_no_drift
+from .config import ConfigError, read_config
+from .facts import check_no_drift, read_facts
 from .items import Items, mixed_seed, seeded
 from .loggers import LOGGERS, Progress, RunLog, check_loggers
 from .rehearsal import herding_rows, random_rows
@@ -66,7 +69,7 @@ def train_run(
     data = load_run_data(config)
     facts = {
         "simplexfix": __version__,
-        "config": json.loads(json.dumps(asdict(config))),
+        "config": _plain(config),
         "data": data.fingerprint(),
     }
     inputs = data.tasks[0].items.inputs
@@ -237,16 +240,32 @@ def _agree_on(folder: Path, facts: dict[str, Any]) -> None:
     """Writes down what this run is of, or compares it with what was written; how often it saves is free to change."""
     file = folder / "run.json"
     if processes.agreed(file.exists()):
-        then = json.loads(file.read_text(encoding="utf-8"))
+        then = read_facts(file)
+        # a later release may know more options: the run began with what are their defaults now; one that cannot be
+        # read any more differs from any that can, and the comparison says where
+        with suppress(ConfigError):
+            then["config"] = _plain(read_config(RunConfig, then["config"]))
+        if then.get("simplexfix") != __version__ and processes.rank() == 0:
+            warnings.warn(
+                f"{file} was begun by simplexfix {then.get('simplexfix')}, this is {__version__}: it goes on, but what "
+                "comes out need not have the same bits",
+                stacklevel=3,
+            )
         free = {
             key: facts["config"]["trainer"][key] for key in ("device", "keep", "log_every", "loggers", "save_every")
         }
-        then["config"]["trainer"].update(free)
-        check_no_drift(then, facts, str(file))
+        then["config"]["trainer"] = {**then["config"].get("trainer", {}), **free}
+        check_no_drift({**then, "simplexfix": __version__}, facts, str(file))
     elif processes.rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(file, f"{json.dumps(facts, indent=1)}\n".encode())
     processes.meet()
+
+
+def _plain(config: RunConfig) -> dict[str, Any]:
+    """As JSON gives it back."""
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(config)))
+    return plain
 
 
 def _schedule(schedule: Schedule, epochs: int | None, items: int, rows: int) -> Schedule:

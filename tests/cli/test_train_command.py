@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from small_run import configuration, written_features
+
 from simplexfix.cli import main
 from simplexfix.compatibility import compatibility_matrix
 from simplexfix.methods import ER
@@ -24,38 +26,7 @@ from simplexfix.training.run_data import load_run_data
 
 @pytest.fixture(scope="module")
 def features(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("features")
-    draw = np.random.default_rng(0)
-    centres = draw.normal(size=(14, 12))
-    for name, rows in (("train", 280), ("query", 56), ("gallery", 84)):
-        labels = np.arange(rows) % 14 + 100
-        np.save(folder / f"{name}.npy", (centres[labels - 100] + 0.3 * draw.normal(size=(rows, 12))).astype(np.float32))
-        np.save(folder / f"{name}_labels.npy", labels)
-    return folder
-
-
-def configuration(folder: Path, features: Path, **method) -> Path:
-    content = {
-        "data": {"kind": "features", "path": str(features)},
-        "model": {"kind": "mlp", "hidden": [16]},
-        "method": {"slots": 32, "normalize": True, "scale": 8.0, "lambda_": 0.5, **method},
-        "tasks": {
-            "counts": [4, 2, 2],
-            "memory_per_class": 5,
-            "replacements": {
-                "1": {
-                    "model": {"kind": "mlp", "hidden": [24, 20]},
-                    "classes": 6,
-                    "schedule": {"steps": 30, "learning_rate": 0.01, "batch": 32},
-                }
-            },
-        },
-        "schedule": {"steps": 20, "learning_rate": 0.01, "batch": 32},
-        "trainer": {"save_every": 4, "log_every": 5},
-    }
-    path = folder / "small.json"
-    path.write_text(json.dumps(content))
-    return path
+    return written_features(tmp_path_factory.mktemp("features"))
 
 
 def test_a_run_stops_goes_on_and_is_listed(tmp_path, features, monkeypatch, capsys) -> None:

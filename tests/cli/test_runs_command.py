@@ -1,0 +1,43 @@
+"""`simplexfix runs`, and a run's folder in another state than a run leaves it in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from small_run import short, written_features
+
+from simplexfix.cli import main
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory) -> Path:
+    return written_features(tmp_path_factory.mktemp("features"))
+
+
+def test_a_run_of_another_release_goes_on(tmp_path, features) -> None:
+    """Of another version, and of before there was a key, which now has its default."""
+    train = ["train", str(short(tmp_path, features)), "--out", str(tmp_path / "run")]
+    assert main(train) == 0
+    file = tmp_path / "run" / "run.json"
+    then = json.loads(file.read_text())
+    then["simplexfix"] = "0.0.1"
+    del then["config"]["method"]["gather"], then["config"]["tasks"]["hoc_reference"], then["config"]["protocols"]
+    file.write_text(json.dumps(then))
+    with pytest.warns(UserWarning, match=r"run\.json was begun by simplexfix 0\.0\.1, this is"):
+        assert main(train) == 0
+
+
+def test_a_run_of_another_release_and_configuration_is_refused(tmp_path, features, capsys) -> None:
+    train = ["train", str(short(tmp_path, features)), "--out", str(tmp_path / "run")]
+    assert main(train) == 0
+    file = tmp_path / "run" / "run.json"
+    then = json.loads(file.read_text())
+    then["config"]["method"]["mu"] = 3.0
+    then["config"]["tasks"]["forgotten"] = 1
+    file.write_text(json.dumps(then))
+    assert main(train) == 2
+    error = capsys.readouterr().err
+    assert "config.method.mu: was 3.0, is 10.0" in error
+    assert "config.tasks.forgotten: was 1, is absent" in error
