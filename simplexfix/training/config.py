@@ -12,7 +12,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-__all__ = ["ConfigError", "overridden", "read_config", "read_mapping"]
+__all__ = ["ConfigError", "check_fits", "overridden", "read_config", "read_mapping"]
 
 _T = TypeVar("_T")
 
@@ -105,6 +105,22 @@ def read_config(kind: type[_T], content: Mapping[str, Any], place: str = "") -> 
         raise
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{place.rstrip('.') or 'configuration'}: {error}") from None
+
+
+def check_fits(options: Any, choice: str, belongs: Mapping[str, Sequence[str]]) -> None:
+    """Of a dataclass: an option that belongs to other values of `choice` must be at its default, for nobody reads it.
+
+    Raises:
+        ValueError: one is not; names it, and what it belongs to.
+    """
+    chosen = getattr(options, choice).partition(":")[0]
+    for option in fields(options):
+        value = getattr(options, option.name)
+        if chosen not in belongs.get(option.name, (chosen,)) and value != option.default:
+            raise ValueError(
+                f"{option.name} is of {choice}={' or '.join(map(repr, belongs[option.name]))}, got {value!r} with "
+                f"{choice}={chosen!r}; leave it out"
+            )
 
 
 def _unknown(name: str, key: str, known: list[str]) -> str:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-
-import torch.distributed as dist
+from dataclasses import dataclass, field
 
 from .._checks import check_name
 from ..compatibility.report import PROTOCOLS
 from ..data import CIFAR100_MEAN, CIFAR100_STD
-from ..methods import BCT, ER, FD, HOC, Method, Simplex
 from ..models.external import LIBRARIES
-from ..slots import SlotRegistry
-from . import processes
+from .config import check_fits
 from .loggers import LOGGERS
+from .method_config import LEARNABLE, MethodConfig
 from .rehearsal import SELECTIONS
+from .scenario import REFERENCES
 from .schedule import Schedule
 
 __all__ = [
@@ -29,9 +27,22 @@ __all__ = [
     "TrainerConfig",
 ]
 
-LEARNABLE = ("bct", "er", "fd")  # methods with a classifier for each network, and features for embeddings
 DATA = ("cifar", "features", "images", "omniglot")
 NETWORKS = ("convnet", "mlp", "resnet18")
+
+# Which options are of which choices alone; of the others everybody reads something.
+_OF_DATA = {
+    "query_batches": ("cifar",),
+    "size": ("images",),
+    **dict.fromkeys(("mean", "std", "pretraining"), ("cifar", "images")),
+}
+_OF_MODEL = {
+    "width": ("convnet", "resnet18"),
+    "features": ("convnet",),
+    "hidden": ("mlp",),
+    "stem": ("resnet18",),
+    "pretrained": LIBRARIES,
+}
 
 
 @dataclass(frozen=True)
@@ -76,8 +87,7 @@ class DataConfig:
             raise ValueError(f"per_class must be at least 1, got {self.per_class}")
         if not 0 <= self.validation < 1:
             raise ValueError(f"validation is a share, in [0, 1), got {self.validation}")
-        if self.pretraining is not None and self.kind not in ("cifar", "images"):
-            raise ValueError('pretraining is a folder of images, of kind="cifar" and kind="images"')
+        check_fits(self, "kind", _OF_DATA)
 
 
 @dataclass(frozen=True)
@@ -107,68 +117,9 @@ class ModelConfig:
     pretrained: bool = False
 
     def __post_init__(self) -> None:
-        external = self.kind.partition(":")[0] in LIBRARIES
-        if not external:
+        if self.kind.partition(":")[0] not in LIBRARIES:
             check_name("kind", self.kind, (*NETWORKS, *(f"{library}:NAME" for library in LIBRARIES)))
-        if self.pretrained and not external:
-            raise ValueError(f"pretrained is of networks of {' and '.join(LIBRARIES)}, got kind={self.kind!r}")
-
-
-@dataclass(frozen=True)
-class MethodConfig:
-    """A way to train, of `simplexfix.methods`.
-
-    Args:
-        name: "er", "fd" or "bct", with a learnable classifier; "simplex" or "hoc", with the fixed one.
-        slots: K of the simplex.
-        normalize: of the simplex; a learnable classifier with a scale is always normalised.
-        scale: of the logits; None for plain ones.
-        weight: of FD's distance and of BCT's influence loss.
-        distance: of FD.
-        lambda_, mu, negatives, anchor: of `hoc_loss`.
-        gather: negatives of HOC from all processes.
-    """
-
-    name: str = "hoc"
-    slots: int = 1024
-    normalize: bool = False
-    scale: float | None = None
-    weight: float = 1.0
-    distance: str = "cosine"
-    lambda_: float = 0.1
-    mu: float = 10.0
-    negatives: str = "zero_mask"
-    anchor: str = "old"
-    gather: bool = True
-
-    def __post_init__(self) -> None:
-        check_name("name", self.name, (*LEARNABLE, "hoc", "simplex"))
-
-    def method(self, slots: SlotRegistry, namespace: str) -> Method:
-        if self.name == "er":
-            return ER(scale=self.scale)
-        if self.name == "fd":
-            return FD(weight=self.weight, distance=self.distance, scale=self.scale)
-        if self.name == "bct":
-            return BCT(weight=self.weight, scale=self.scale)
-        scale = 1.0 if self.scale is None else self.scale
-        if self.name == "simplex":
-            return Simplex(slots, namespace, normalize=self.normalize, scale=scale)
-        return HOC(
-            slots,
-            namespace,
-            normalize=self.normalize,
-            scale=scale,
-            lambda_=self.lambda_,
-            mu=self.mu,
-            negatives=self.negatives,
-            anchor=self.anchor,
-            group=dist.group.WORLD if self.gather and processes.world() > 1 else None,
-        )
-
-    def pretraining(self) -> MethodConfig:
-        """What this one is where there is no old model: pre-training that methods may share."""
-        return replace(self, name="er" if self.name in LEARNABLE else "simplex")
+        check_fits(self, "kind", _OF_MODEL)
 
 
 @dataclass(frozen=True)
@@ -232,11 +183,13 @@ class TasksConfig:
             raise ValueError('counts are the new classes of each task of kind="class_incremental", and of no other')
         if (self.kind == "dataset_sequence") != bool(self.sets):
             raise ValueError('sets are the data of each task of kind="dataset_sequence", and of no other')
+        check_fits(self, "kind", {"parts": ("instance_incremental",)})
         if self.sets and self.pretraining_from is not None:
             raise ValueError("pretraining_from is a class id, and sets have ids of their own: use data.pretraining")
         if self.epochs is not None and self.epochs < 1:
             raise ValueError(f"epochs must be at least 1, got {self.epochs}")
         check_name("rehearsal", self.rehearsal, SELECTIONS)
+        check_name("hoc_reference", self.hoc_reference, REFERENCES)
         if self.memory_per_class < 0:
             raise ValueError(f"memory_per_class must be 0 or more, got {self.memory_per_class}")
 
@@ -281,6 +234,8 @@ class RunConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not self.protocols:
+            raise ValueError(f"protocols must name at least one of {', '.join(PROTOCOLS)}")
         for protocol in self.protocols:
             check_name("protocols", protocol, PROTOCOLS)
         if self.method.name == "hoc" and self.tasks.hoc_reference == "replacement":
