@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..training.facts import differences
+from ..training.facts import differences, read_facts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,34 +22,51 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"simplexfix runs: {arguments.folder} holds no runs", file=sys.stderr)
         return 2
     runs = [_described(file.parent) for file in files]
-    first = runs[0]["config"]
     if arguments.json:
         print(json.dumps(runs, indent=1))
         return 0
     width = max(len(run["name"]) for run in runs)
     for run in runs:
-        print(f"{run['name']:<{width}}  {run['state']:<28} {_scores(run['scores'])}")
-    for run in runs[1:]:
-        for line in differences(first, run["config"]):
+        print(f"{run['name']:<{width}}  {run['state']:<28} {_scores(run['scores'])}".rstrip())
+    known = [run for run in runs if run["config"] is not None]
+    for run in known[1:]:
+        for line in differences(known[0]["config"], run["config"]):
             place, _, change = line.partition(": ")
             was, _, now = change.removeprefix("was ").rpartition(", is ")
-            print(f"{run['name']}: {place} = {now} ({runs[0]['name']}: {was})")
+            print(f"{run['name']}: {place} = {now} ({known[0]['name']}: {was})")
     return 0
 
 
 def _described(folder: Path) -> dict[str, Any]:
-    facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    report = folder / "report.json"
-    scores = json.loads(report.read_text(encoding="utf-8"))["search"] if report.exists() else None
-    return {
+    """Of a damaged run its name, and on stderr what is damaged: the others are listed all the same."""
+    described = {
         "name": folder.resolve().name,
-        "state": "done" if scores else _progress(folder),
-        "scores": {
-            name: {key: entry["criteria"][key] for key in ("AC", "AA")} for name, entry in (scores or {}).items()
-        },
-        "config": facts["config"],
-        "data": facts["data"],
+        "state": "damaged: run.json",
+        "scores": {},
+        "config": None,
+        "data": None,
     }
+    try:
+        facts = read_facts(folder / "run.json")
+        described |= {"state": _progress(folder), "config": facts["config"], "data": facts["data"]}
+        report = folder / "report.json"
+        if report.exists():
+            described["state"] = "damaged: report.json"
+            described |= {"scores": _read_scores(report), "state": "done"}
+    except (ValueError, OSError) as error:
+        print(f"simplexfix runs: {error}", file=sys.stderr)
+    return described
+
+
+def _read_scores(report: Path) -> dict[str, Any]:
+    try:
+        return {
+            name: {key: entry["criteria"][key] for key in ("AC", "AA")}
+            for name, entry in json.loads(report.read_bytes())["search"].items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        what = error if isinstance(error, ValueError) else "it holds no criteria"
+        raise ValueError(f"{report} is damaged: {what}; the command that trained the run writes it again") from None
 
 
 def _progress(folder: Path) -> str:

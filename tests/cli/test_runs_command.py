@@ -41,3 +41,29 @@ def test_a_run_of_another_release_and_configuration_is_refused(tmp_path, feature
     error = capsys.readouterr().err
     assert "config.method.mu: was 3.0, is 10.0" in error
     assert "config.tasks.forgotten: was 1, is absent" in error
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b'{"config": 3, "data": {}, "simplexfix": "0"}', b"[1]", b"\xff\xfe"])
+def test_a_damaged_file_is_named_and_the_others_are_listed(tmp_path, features, capsys, content: bytes) -> None:
+    config = str(short(tmp_path, features))
+    for name in ("a", "b", "c", "d"):
+        assert main(["train", config, "--out", str(tmp_path / "runs" / name)]) == 0
+    (tmp_path / "runs" / "a" / "run.json").write_bytes(content)
+    (tmp_path / "runs" / "c" / "report.json").write_bytes(content)
+    capsys.readouterr()
+    assert main(["runs", str(tmp_path / "runs")]) == 0
+    output = capsys.readouterr()
+    states = [line.split("  ")[1] for line in output.out.splitlines()]
+    assert states == ["damaged: run.json", "done", "damaged: report.json", "done"]
+    assert str(tmp_path / "runs" / "a" / "run.json") in output.err
+    assert str(tmp_path / "runs" / "c" / "report.json") in output.err
+    assert main(["runs", "--json", str(tmp_path / "runs")]) == 0
+    assert len(json.loads(capsys.readouterr().out)) == 4
+
+    assert main(["train", config, "--out", str(tmp_path / "runs" / "a")]) == 2
+    assert f"{tmp_path / 'runs' / 'a' / 'run.json'} is damaged" in capsys.readouterr().err
+    (tmp_path / "runs" / "a" / "run.json").unlink()  # which the message advises
+    assert main(["train", config, "--out", str(tmp_path / "runs" / "a")]) == 0
+    assert main(["train", config, "--out", str(tmp_path / "runs" / "c")]) == 0
+    reports = [(tmp_path / "runs" / name / "report.json").read_bytes() for name in ("a", "b", "c")]
+    assert len(set(reports)) == 1
