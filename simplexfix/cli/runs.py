@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +40,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _described(folder: Path) -> dict[str, Any]:
     """Of a damaged run its name, and on stderr what is damaged: the others are listed all the same."""
-    described = {
-        "name": folder.resolve().name,
-        "state": "damaged: run.json",
-        "scores": {},
-        "config": None,
-        "data": None,
-    }
+    described: dict[str, Any] = {"name": folder.resolve().name, "state": "damaged: run.json", "scores": {}}
+    described |= {"config": None, "data": None}
     try:
         facts = read_facts(folder / "run.json")
         described |= {"state": _progress(folder), "config": facts["config"], "data": facts["data"]}
@@ -59,10 +55,16 @@ def _described(folder: Path) -> dict[str, Any]:
 
 
 def _read_scores(report: Path) -> dict[str, Any]:
+    """What was judged, protocol, criterion: validation first, where there is one."""
     try:
+        content = json.loads(report.read_bytes())
         return {
-            name: {key: entry["criteria"][key] for key in ("AC", "AA")}
-            for name, entry in json.loads(report.read_bytes())["search"].items()
+            judged: {
+                protocol: {key: entry["criteria"][key] for key in ("AC", "AA")}
+                for protocol, entry in content[judged].items()
+            }
+            for judged in ("validation", "search")
+            if judged == "search" or judged in content
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         what = error if isinstance(error, ValueError) else "it holds no criteria"
@@ -82,8 +84,13 @@ def _progress(folder: Path) -> str:
 
 
 def _scores(scores: dict[str, Any]) -> str:
-    return "; ".join(
-        f"{name.replace('_', ' ')} AC {'-' if entry['AC'] is None else format(entry['AC'], '.2f')} "
-        f"AA {100 * entry['AA']:.1f}"
-        for name, entry in scores.items()
-    )
+    """Of validation, where there is one: to choose by search is to learn from it."""
+    for judged, protocols in scores.items():
+        entries = [f"{name.replace('_', ' ')} {shown(entry)}" for name, entry in protocols.items()]
+        return f"{judged}: {'; '.join(entries)}"
+    return ""
+
+
+def shown(criteria: Mapping[str, Any]) -> str:
+    ac = "-" if criteria["AC"] is None else f"{criteria['AC']:.2f}"
+    return f"AC {ac} AA {100 * criteria['AA']:.1f}"

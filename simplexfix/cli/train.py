@@ -23,6 +23,7 @@ from ..training.presets import PRESETS
 from ..training.run import train_run
 from ..training.run_config import RunConfig
 from ._progress import progress_on
+from .runs import shown
 
 BAD_INPUT = 2
 
@@ -54,10 +55,9 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"simplexfix train: {error}", file=sys.stderr)
         return BAD_INPUT
     if first:
-        for name, entry in report["search"].items():
-            scores = entry["criteria"]
-            ac = "-" if scores["AC"] is None else f"{scores['AC']:.2f}"
-            print(f"{name.replace('_', ' ')}: AC {ac}, AA {100 * scores['AA']:.1f}")
+        for judged in ("validation", "search"):
+            for name, entry in report.get(judged, {}).items():
+                print(f"{judged}, {name.replace('_', ' ')}: {shown(entry['criteria'])}")
         print(f"{folder} holds versions, logs and report.json")
     return 0
 

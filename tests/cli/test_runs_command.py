@@ -67,3 +67,25 @@ def test_a_damaged_file_is_named_and_the_others_are_listed(tmp_path, features, c
     assert main(["train", config, "--out", str(tmp_path / "runs" / "c")]) == 0
     reports = [(tmp_path / "runs" / name / "report.json").read_bytes() for name in ("a", "b", "c")]
     assert len(set(reports)) == 1
+
+
+def test_validation_is_shown_where_there_is_one(tmp_path, features, capsys) -> None:
+    config = str(short(tmp_path, features))
+    assert main(["train", config, "--out", str(tmp_path / "runs" / "a")]) == 0
+    assert "search, nearest class mean: AC" in capsys.readouterr().out
+    assert main(["train", config, "data.validation=0.2", "--out", str(tmp_path / "runs" / "b")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    report = json.loads((tmp_path / "runs" / "b" / "report.json").read_text())
+    assert lines[0].startswith("validation, nearest class mean: AC")
+    assert f"AA {100 * report['validation']['nearest_class_mean']['criteria']['AA']:.1f}" in lines[0]
+    assert any(line.startswith("search, nearest class mean: AC") for line in lines)
+    assert main(["runs", str(tmp_path / "runs")]) == 0
+    a, b, *_ = capsys.readouterr().out.splitlines()
+    assert "search: nearest class mean AC" in a
+    assert "validation: nearest class mean AC" in b
+    assert "search" not in b
+    assert main(["runs", "--json", str(tmp_path / "runs")]) == 0
+    assert [list(run["scores"]) for run in json.loads(capsys.readouterr().out)] == [
+        ["search"],
+        ["validation", "search"],
+    ]
