@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..training.facts import differences, read_facts
+from ..training.run_config import pretraining_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +45,7 @@ def _described(folder: Path) -> dict[str, Any]:
     described |= {"config": None, "data": None}
     try:
         facts = read_facts(folder / "run.json")
-        described |= {"state": _progress(folder), "config": facts["config"], "data": facts["data"]}
+        described |= {"state": _progress(folder, facts["config"]), "config": facts["config"], "data": facts["data"]}
         report = folder / "report.json"
         if report.exists():
             described["state"] = "damaged: report.json"
@@ -71,16 +72,23 @@ def _read_scores(report: Path) -> dict[str, Any]:
         raise ValueError(f"{report} is damaged: {what}; the command that trained the run writes it again") from None
 
 
-def _progress(folder: Path) -> str:
-    """The stage that was written to last, and its last line."""
-    logs = sorted(folder.glob("*/log.jsonl"), key=lambda path: path.stat().st_mtime)
-    if not logs:
+def _progress(folder: Path, config: Mapping[str, Any]) -> str:
+    """The stage that it is at, and the last line of that."""
+    done = len(list(folder.glob("task-*/version.safetensors")))
+    shared, method = config.get("tasks", {}).get("pretraining_folder"), config.get("method", {}).get("name")
+    stages = [
+        folder / f"task-{done:02d}",
+        pretraining_folder(folder, shared, method) / f"pretraining-{done:02d}",
+        folder / f"task-{done - 1:02d}",
+    ]
+    stage = next((stage for stage in stages if (stage / "log.jsonl").exists()), None)
+    if stage is None:
         return "just begun"
-    lines = logs[-1].read_text(encoding="utf-8").splitlines()
+    lines = (stage / "log.jsonl").read_text(encoding="utf-8").splitlines()
     try:
-        return f"{logs[-1].parent.name}, step {json.loads(lines[-1])['step']}"
+        return f"{stage.name}, step {json.loads(lines[-1])['step']}"
     except (IndexError, ValueError):  # none yet, or half of one
-        return logs[-1].parent.name
+        return stage.name
 
 
 def _scores(scores: dict[str, Any]) -> str:

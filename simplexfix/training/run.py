@@ -27,7 +27,7 @@ from .facts import check_no_drift, read_facts
 from .items import Items, mixed_seed, seeded
 from .loggers import LOGGERS, Progress, RunLog, check_loggers
 from .rehearsal import herding_rows, random_rows
-from .run_config import LEARNABLE, NETWORKS, ModelConfig, ReplacementConfig, RunConfig
+from .run_config import LEARNABLE, NETWORKS, ModelConfig, ReplacementConfig, RunConfig, pretraining_folder
 from .run_data import load_run_data
 from .samplers import batch_sizes
 from .scenario import train_versions
@@ -92,9 +92,7 @@ def train_run(
         )
         for t, task in enumerate(data.tasks)
     ]
-    kept = folder
-    if config.tasks.pretraining_folder is not None:
-        kept = Path(config.tasks.pretraining_folder, "linear" if config.method.name in LEARNABLE else "simplex")
+    kept = pretraining_folder(folder, config.tasks.pretraining_folder, config.method.name)
     places: dict[str, Path] = {}  # of the stages, in their order
     for t in range(len(data.tasks)):
         if t in config.tasks.replacements:

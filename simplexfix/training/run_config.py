@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from .._checks import check_name
 from ..compatibility.report import PROTOCOLS
@@ -25,6 +26,7 @@ __all__ = [
     "RunConfig",
     "TasksConfig",
     "TrainerConfig",
+    "pretraining_folder",
 ]
 
 DATA = ("cifar", "features", "images", "omniglot")
@@ -247,3 +249,8 @@ class RunConfig:
                 )
         if self.tasks.sets and self.data.kind not in ("features", "images"):
             raise ValueError(f'tasks.sets are of data.kind="features" and "images", got {self.data.kind!r}')
+
+
+def pretraining_folder(run: Path, shared: str | None, method: str) -> Path:
+    """Where the run in that folder keeps what it pre-trains: its own, or one for all methods with such a head."""
+    return run if shared is None else Path(shared, "linear" if method in LEARNABLE else "simplex")

@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from small_run import short, written_features
+from small_run import configuration, short, written_features
 
 from simplexfix.cli import main
+from simplexfix.training import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,9 @@ def test_a_run_of_another_release_and_configuration_is_refused(tmp_path, feature
     assert "config.tasks.forgotten: was 1, is absent" in error
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b'{"config": 3, "data": {}, "simplexfix": "0"}', b"[1]", b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "content", [b"", b"{}", b'{"config": {}}', b'{"config": 3, "data": {}, "simplexfix": "0"}', b"[1]", b"\xff\xfe"]
+)
 def test_a_damaged_file_is_named_and_the_others_are_listed(tmp_path, features, capsys, content: bytes) -> None:
     config = str(short(tmp_path, features))
     for name in ("a", "b", "c", "d"):
@@ -85,7 +88,31 @@ def test_validation_is_shown_where_there_is_one(tmp_path, features, capsys) -> N
     assert "validation: nearest class mean AC" in b
     assert "search" not in b
     assert main(["runs", "--json", str(tmp_path / "runs")]) == 0
-    assert [list(run["scores"]) for run in json.loads(capsys.readouterr().out)] == [
-        ["search"],
-        ["validation", "search"],
-    ]
+    runs = json.loads(capsys.readouterr().out)
+    assert [list(run["scores"]) for run in runs] == [["search"], ["validation", "search"]]
+
+
+def test_pre_training_in_a_shared_folder_is_progress(tmp_path, features, monkeypatch, capsys) -> None:
+    """Of this run, however lately others have written there."""
+    config = str(configuration(tmp_path, features))
+    shared = f"tasks.pretraining_folder={tmp_path / 'shared'}"
+    fit = Trainer.fit
+    for stopped_at, (name, state) in enumerate((("first", "task-00, step 5"), ("second", "pretraining-01, step 5"))):
+        fits: list[int] = []
+
+        def fails(self, *arguments, stopped_at=stopped_at, fits=fits, **options):
+            fits.append(1)
+            if len(fits) == stopped_at + 1:
+                count = iter(range(1000))
+                options["on_step"] = lambda step: 1 / (7 - next(count))
+            return fit(self, *arguments, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "fit", fails)
+            with pytest.raises(ZeroDivisionError):
+                main(["train", config, shared, "--out", str(tmp_path / "runs" / name)])
+        capsys.readouterr()
+        assert main(["runs", str(tmp_path / "runs" / name)]) == 0
+        assert state in capsys.readouterr().out
+    assert main(["runs", str(tmp_path / "runs" / "first")]) == 0
+    assert "task-00, step 5" in capsys.readouterr().out
