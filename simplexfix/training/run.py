@@ -60,11 +60,12 @@ def train_run(
 
     Raises:
         ValueError: the folder is of another configuration or other data; names what differs.  Networks of different
-            widths by a method without a junction.
+            widths by a method without a junction.  A device that is not there.
         FileNotFoundError: data that is not there.
         ModuleNotFoundError: a package that a logger needs is missing.
     """
     check_loggers(config.trainer.loggers)
+    device = _device(config.trainer.device)
     folder = Path(folder)
     data = load_run_data(config)
     facts = {
@@ -77,9 +78,6 @@ def train_run(
     _check_networks(config, inputs)
     slots = SlotRegistry(config.method.slots)
     _check_slots(config, data.tasks[-1].classes.stop)
-    device = config.trainer.device or (
-        f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    )
     options = {**asdict(config.trainer), "device": device}
     del options["loggers"]
     remembers = config.tasks.memory_per_class > 0
@@ -193,6 +191,17 @@ def _backbone(model: ModelConfig, inputs: Tensor) -> nn.Module:
     if model.kind == "resnet18":
         return ResNet18(model.stem, width=model.width or 64, in_channels=inputs.shape[1])
     return external_backbone(model.kind, pretrained=model.pretrained, in_channels=inputs.shape[1])
+
+
+def _device(name: str | None) -> str:
+    """That one, if it can be used here, or the GPU of this process where there is one."""
+    gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name or gpu).item()
+    except (RuntimeError, AssertionError) as error:  # the latter of a torch without CUDA
+        reason = str(error).split("\n", 1)[0]
+        raise ValueError(f"trainer.device={name or gpu!r} cannot be used here: {reason}") from None
+    return name or gpu
 
 
 def _check_batches(config: RunConfig, tasks: int) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from .._checks import check_name
 from ..compatibility.report import PROTOCOLS
 from ..data import CIFAR100_MEAN, CIFAR100_STD
@@ -214,6 +216,10 @@ class TrainerConfig:
     loggers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        try:
+            torch.device(self.device or "cpu")
+        except RuntimeError:
+            raise ValueError(f"device must be one that torch knows, got {self.device!r}") from None
         for name in self.loggers:
             check_name("loggers", name, LOGGERS)
 
@@ -236,6 +242,8 @@ class RunConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"seed must be 0 or more, got {self.seed}")
         if not self.protocols:
             raise ValueError(f"protocols must name at least one of {', '.join(PROTOCOLS)}")
         for protocol in self.protocols:
