@@ -108,8 +108,9 @@ def test_the_table_of_gpu_floors_is_what_its_script_prints() -> None:
     assert table in (ROOT / "docs" / "performance.md").read_text()
 
 
-def test_the_configuration_of_the_training_page_is_one() -> None:
-    (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "training.md").read_text(encoding="utf-8"), re.S)
-    config = read_config(RunConfig, yaml.safe_load(text))
+def test_the_configurations_of_the_training_page_are_some() -> None:
+    whole, images = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "training.md").read_text(encoding="utf-8"), re.S)
+    config = read_config(RunConfig, yaml.safe_load(whole))
     assert config.data.kind == "features"
     assert config.method.normalize
+    assert read_config(RunConfig, {**yaml.safe_load(whole), **yaml.safe_load(images)}).model.pretrained

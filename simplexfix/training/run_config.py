@@ -68,7 +68,8 @@ class DataConfig:
             versions by it, too, so that nothing has to be chosen by the search data.
         query_batches: of cifar: which of the five files of training images are searched with.
         size: side that images are scaled to, in pixels.
-        mean, std: of the channels of cifar and images, for pixels in [0, 1].
+        mean, std: of the channels of cifar and images, for pixels in [0, 1]; a network with pretrained weights wants
+            those that it was trained with.
         pretraining: None, or a folder of images for every class, of cifar and images: what replacements are
             pre-trained on, in place of classes that no task brings.
     """
@@ -255,6 +256,15 @@ class RunConfig:
                     f'tasks.hoc_reference="replacement" needs replacements with a pre-training, those of tasks {fresh} '
                     'have none; give them classes and a schedule, or take "deployed"'
                 )
+        networks = [self.model, *(plan.model for plan in self.tasks.replacements.values())]
+        pretrained = [network.kind for network in networks if network.pretrained]
+        ours = self.data.mean == CIFAR100_MEAN or self.data.std == CIFAR100_STD
+        if pretrained and ours and self.data.kind in _OF_DATA["mean"]:
+            raise ValueError(
+                f"data.mean and data.std are CIFAR-100's, and {pretrained[0]} with pretrained weights has its own: "
+                "timm's are in pretrained_cfg, torchvision's in the weights' transforms(); of most they are "
+                "[0.485, 0.456, 0.406] and [0.229, 0.224, 0.225]"
+            )
         if self.tasks.sets and self.data.kind not in ("features", "images"):
             raise ValueError(f'tasks.sets are of data.kind="features" and "images", got {self.data.kind!r}')
 

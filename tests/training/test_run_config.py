@@ -77,3 +77,17 @@ def test_pre_training_has_the_options_that_it_knows() -> None:
     hoc = MethodConfig(slots=8, normalize=True, scale=4.0, mu=3.0)
     assert hoc.pretraining() == MethodConfig("simplex", slots=8, normalize=True, scale=4.0)
     assert MethodConfig("fd", weight=3.0, distance="l2", scale=4.0).pretraining() == MethodConfig("er", scale=4.0)
+
+
+@pytest.mark.parametrize("place", ["model", "tasks.replacements.0.model"])
+def test_a_pretrained_network_has_its_own_mean_and_std(place: str) -> None:
+    changes = [
+        'data={"kind": "images", "path": "photographs"}',
+        'model={"kind": "resnet18"}',
+        'tasks.replacements={"0": {"model": {"kind": "resnet18"}}}',
+        f'{place}={{"kind": "timm:resnet50", "pretrained": true}}',
+    ]
+    with pytest.raises(ConfigError, match=r"data\.mean and data\.std are CIFAR-100's, and timm:resnet50 .*0\.485"):
+        read_config(RunConfig, overridden(FEATURES, changes))
+    own = ["data.mean=[0.485, 0.456, 0.406]", "data.std=[0.229, 0.224, 0.225]"]
+    read_config(RunConfig, overridden(FEATURES, [*changes, *own]))
