@@ -38,20 +38,16 @@ VARIANTS = {
     "short-lambda-0.5": (*SHORT, "method.lambda_=0.5"),
     "short-rate-0.003": (*SHORT, "schedule.learning_rate=0.003"),
     "lambda-0.5": ("method.lambda_=0.5",),
-    "mu-5": ("method.mu=5.0",),
     "mu-20": ("method.mu=20.0",),
     "infonce": ("method.negatives=infonce",),
     "batch-256": ("schedule.batch=256", "schedule.learning_rate=0.02"),
     "rate-0.003": ("schedule.learning_rate=0.003",),
-    "rate-0.03": ("schedule.learning_rate=0.03",),
-    "epochs-16": ("tasks.epochs=16",),
-    "normalised": ("method.normalize=true", "method.scale=16.0"),
 }
 FIRST = "nearest_class_mean"
 
 
 def trained(runs: Path, seed: int, method: str, changes: tuple[str, ...], folder: str) -> dict[str, Any]:
-    """The run's report; its seconds, where it was not stopped on the way, are those of its process."""
+    """Matrices and criteria of the search, from the run's report."""
     place = runs / f"seed-{seed}"
     # whatever pre-training depends on is in the name of where it is kept
     apart = [c for c in changes if c.startswith(("tasks.replacements", "method.normalize", "method.scale"))]

@@ -108,8 +108,22 @@ def test_the_table_of_gpu_floors_is_what_its_script_prints() -> None:
     assert table in (ROOT / "docs" / "performance.md").read_text()
 
 
-def test_the_configuration_of_the_training_page_is_one() -> None:
-    (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "training.md").read_text(encoding="utf-8"), re.S)
-    config = read_config(RunConfig, yaml.safe_load(text))
+def test_the_configurations_of_the_training_page_are_some() -> None:
+    whole, images = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "training.md").read_text(encoding="utf-8"), re.S)
+    config = read_config(RunConfig, yaml.safe_load(whole))
     assert config.data.kind == "features"
     assert config.method.normalize
+    assert read_config(RunConfig, {**yaml.safe_load(whole), **yaml.safe_load(images)}).model.pretrained
+
+
+def test_the_program_of_the_training_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one step in place of five thousand."""
+    monkeypatch.chdir(tmp_path)
+    block, *_ = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "training.md").read_text(), re.M | re.S)
+    assert "Schedule(5000," in block
+    draw = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (120, 3, 32, 32), generator=draw, dtype=torch.uint8)
+    names: dict[str, Any] = {"images": images, "labels": torch.arange(120) % 40}
+    exec(compile(block.replace("Schedule(5000,", "Schedule(1,"), "docs/training.md", "exec"), names)
+    assert names["embeddings"].shape == (100, 1023)
+    assert {path.name for path in (tmp_path / "runs" / "mine").iterdir()} == {"task-00", "task-01", "task-02"}

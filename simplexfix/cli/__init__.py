@@ -36,7 +36,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         summary = (module.__doc__ or "").split("\n", 1)[0]
         verb = verbs.add_parser(name, help=summary, description=summary)
         module.add_arguments(verb)
-    arguments = parser.parse_args(argv)
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse ends a list of positional arguments at the first option: what comes after one is of that list, too
+    if hasattr(arguments, "changes") and not any(text.startswith("-") for text in rest):
+        arguments.changes += rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return int(_VERBS[arguments.verb].run(arguments))
     except OSError as error:

@@ -23,7 +23,7 @@ from ..compatibility import average_accuracy, average_compatibility, compatibili
 from ..models import EmbeddingModel
 from ..retrieval import instance_accuracy, nearest_class_mean_accuracy
 from ..training.items import Items
-from ..training.omniglot import METHODS, UNSEEN_ALPHABETS, OmniglotData, Recipe, split_omniglot, train_versions
+from ..training.omniglot import METHODS, UNSEEN_ALPHABETS, OmniglotData, Recipe, split_omniglot, train_methods
 
 TITLES = {"hoc": "d-simplex with HOC", "simplex": "d-simplex, CE only", "er": "ER: learnable head"}
 PROTOCOLS = {"nearest_class_mean": nearest_class_mean_accuracy, "instance": instance_accuracy}
@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     with Progress(*columns, console=Console(stderr=True)) as progress:
         bar = progress.add_task("", total=recipe.steps(METHODS))
         with _threads(THREADS):
-            versions = train_versions(
+            versions = train_methods(
                 data,
                 recipe,
                 arguments.seed,

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..training.facts import differences
+from ..training.facts import differences, read_facts
+from ..training.run_config import pretraining_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,51 +24,81 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"simplexfix runs: {arguments.folder} holds no runs", file=sys.stderr)
         return 2
     runs = [_described(file.parent) for file in files]
-    first = runs[0]["config"]
     if arguments.json:
         print(json.dumps(runs, indent=1))
         return 0
     width = max(len(run["name"]) for run in runs)
     for run in runs:
-        print(f"{run['name']:<{width}}  {run['state']:<28} {_scores(run['scores'])}")
-    for run in runs[1:]:
-        for line in differences(first, run["config"]):
+        print(f"{run['name']:<{width}}  {run['state']:<28} {_scores(run['scores'])}".rstrip())
+    known = [run for run in runs if run["config"] is not None]
+    for run in known[1:]:
+        for line in differences(known[0]["config"], run["config"]):
             place, _, change = line.partition(": ")
             was, _, now = change.removeprefix("was ").rpartition(", is ")
-            print(f"{run['name']}: {place} = {now} ({runs[0]['name']}: {was})")
+            print(f"{run['name']}: {place} = {now} ({known[0]['name']}: {was})")
     return 0
 
 
 def _described(folder: Path) -> dict[str, Any]:
-    facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    report = folder / "report.json"
-    scores = json.loads(report.read_text(encoding="utf-8"))["search"] if report.exists() else None
-    return {
-        "name": folder.resolve().name,
-        "state": "done" if scores else _progress(folder),
-        "scores": {
-            name: {key: entry["criteria"][key] for key in ("AC", "AA")} for name, entry in (scores or {}).items()
-        },
-        "config": facts["config"],
-        "data": facts["data"],
-    }
-
-
-def _progress(folder: Path) -> str:
-    """The stage that was written to last, and its last line."""
-    logs = sorted(folder.glob("*/log.jsonl"), key=lambda path: path.stat().st_mtime)
-    if not logs:
-        return "just begun"
-    lines = logs[-1].read_text(encoding="utf-8").splitlines()
+    """Of a damaged run its name, and on stderr what is damaged: the others are listed all the same."""
+    described: dict[str, Any] = {"name": folder.resolve().name, "state": "damaged: run.json", "scores": {}}
+    described |= {"config": None, "data": None}
     try:
-        return f"{logs[-1].parent.name}, step {json.loads(lines[-1])['step']}"
+        facts = read_facts(folder / "run.json")
+        described |= {"state": _progress(folder, facts["config"]), "config": facts["config"], "data": facts["data"]}
+        report = folder / "report.json"
+        if report.exists():
+            described["state"] = "damaged: report.json"
+            described |= {"scores": _read_scores(report), "state": "done"}
+    except (ValueError, OSError) as error:
+        print(f"simplexfix runs: {error}", file=sys.stderr)
+    return described
+
+
+def _read_scores(report: Path) -> dict[str, Any]:
+    """What was judged, protocol, criterion: validation first, where there is one."""
+    try:
+        content = json.loads(report.read_bytes())
+        return {
+            judged: {
+                protocol: {key: entry["criteria"][key] for key in ("AC", "AA")}
+                for protocol, entry in content[judged].items()
+            }
+            for judged in ("validation", "search")
+            if judged == "search" or judged in content
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        what = error if isinstance(error, ValueError) else "it holds no criteria"
+        raise ValueError(f"{report} is damaged: {what}; the command that trained the run writes it again") from None
+
+
+def _progress(folder: Path, config: Mapping[str, Any]) -> str:
+    """The stage that it is at, and the last line of that."""
+    done = len(list(folder.glob("task-*/version.safetensors")))
+    shared, method = config.get("tasks", {}).get("pretraining_folder"), config.get("method", {}).get("name")
+    stages = [
+        folder / f"task-{done:02d}",
+        pretraining_folder(folder, shared, method) / f"pretraining-{done:02d}",
+        folder / f"task-{done - 1:02d}",
+    ]
+    stage = next((stage for stage in stages if (stage / "log.jsonl").exists()), None)
+    if stage is None:
+        return "just begun"
+    lines = (stage / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    try:
+        return f"{stage.name}, step {json.loads(lines[-1])['step']}"
     except (IndexError, ValueError):  # none yet, or half of one
-        return logs[-1].parent.name
+        return stage.name
 
 
 def _scores(scores: dict[str, Any]) -> str:
-    return "; ".join(
-        f"{name.replace('_', ' ')} AC {'-' if entry['AC'] is None else format(entry['AC'], '.2f')} "
-        f"AA {100 * entry['AA']:.1f}"
-        for name, entry in scores.items()
-    )
+    """Of validation, where there is one: to choose by search is to learn from it."""
+    for judged, protocols in scores.items():
+        entries = [f"{name.replace('_', ' ')} {shown(entry)}" for name, entry in protocols.items()]
+        return f"{judged}: {'; '.join(entries)}"
+    return ""
+
+
+def shown(criteria: Mapping[str, Any]) -> str:
+    ac = "-" if criteria["AC"] is None else f"{criteria['AC']:.2f}"
+    return f"AC {ac} AA {100 * criteria['AA']:.1f}"

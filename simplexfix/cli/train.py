@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import difflib
 import gc
 import json
 import os
@@ -17,12 +18,13 @@ import torch
 import torch.distributed as dist
 
 from ..models.external import LIBRARIES
-from ..training import processes
+from ..training import CheckpointError, processes
 from ..training.config import overridden, read_config, read_mapping
 from ..training.presets import PRESETS
 from ..training.run import train_run
 from ..training.run_config import RunConfig
 from ._progress import progress_on
+from .runs import shown
 
 BAD_INPUT = 2
 
@@ -45,6 +47,10 @@ def run(arguments: argparse.Namespace) -> int:
         with _group():
             report = train_run(config, folder, on_step=progress_on(sys.stderr))
             first = processes.rank() == 0
+    except CheckpointError as error:  # of what is finished: a damaged one of what is in training is passed over
+        remedy = "delete it and call again: what it held is made again, the same on the same machine"
+        print(f"simplexfix train: {error}; {remedy}", file=sys.stderr)
+        return BAD_INPUT
     except (ValueError, TypeError, FloatingPointError) as error:
         print(f"simplexfix train: {error}", file=sys.stderr)
         return BAD_INPUT
@@ -54,10 +60,9 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"simplexfix train: {error}", file=sys.stderr)
         return BAD_INPUT
     if first:
-        for name, entry in report["search"].items():
-            scores = entry["criteria"]
-            ac = "-" if scores["AC"] is None else f"{scores['AC']:.2f}"
-            print(f"{name.replace('_', ' ')}: AC {ac}, AA {100 * scores['AA']:.1f}")
+        for judged in ("validation", "search"):
+            for name, entry in report.get(judged, {}).items():
+                print(f"{judged}, {name.replace('_', ' ')}: {shown(entry['criteria'])}")
         print(f"{folder} holds versions, logs and report.json")
     return 0
 
@@ -65,6 +70,12 @@ def run(arguments: argparse.Namespace) -> int:
 def _config(arguments: argparse.Namespace) -> RunConfig:
     if arguments.config in PRESETS:
         content = json.loads(json.dumps(asdict(PRESETS[arguments.config])))
+    elif not Path(arguments.config).exists():
+        near = difflib.get_close_matches(arguments.config, PRESETS, n=1, cutoff=0.5)
+        guess = f"did you mean {near[0]}? " if near else ""
+        raise FileNotFoundError(
+            f"{arguments.config} is neither a file nor a preset; {guess}presets: {', '.join(PRESETS)}"
+        )
     else:
         content = read_mapping(Path(arguments.config))
     return read_config(RunConfig, overridden(content, arguments.changes))

@@ -61,6 +61,8 @@ def load_image_folder(path: str | os.PathLike[str], *, size: int) -> ImageFolder
     if check_integer("size", size) < 1:
         raise ValueError(f"size must be at least 1 pixel, got {size}")
     root = Path(path)
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root} is no folder; expected one with a folder of images for each class")
     classes = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not classes:
         raise FileNotFoundError(f"{root} has no folders; expected one for each class, with its images")

@@ -61,8 +61,8 @@ def save_model(model: EmbeddingModel, folder: str | os.PathLike[str], *, version
     _add_checksums(config, checksum)
     identity = _identity(config)
     file = folder / "config.json"
-    if file.exists() and not _is_ours(file):
-        raise ModelFolderError(f"{file} is of something else and would be lost; take another folder")
+    if file.exists():
+        _check_ours(file)
     folder.mkdir(parents=True, exist_ok=True)
     _clear(folder, _LEFT_BEHIND)
     write_whole(folder / config["weights"], content)
@@ -259,12 +259,16 @@ def _add_checksums(config: dict[str, Any], weights: str) -> None:
     config["fingerprint"] = _fingerprint(config["sha256"])
 
 
-def _is_ours(file: Path) -> bool:
+def _check_ours(file: Path) -> None:
     try:
         config = json.loads(file.read_bytes())
-    except ValueError:
-        return False
-    return isinstance(config, dict) and config.get("format") == _FORMAT
+    except ValueError as error:
+        raise ModelFolderError(
+            f"{file} cannot be read, it may be damaged: {error}; delete it for the model to be written again, "
+            "or take another folder if it is of something else"
+        ) from None
+    if not isinstance(config, dict) or config.get("format") != _FORMAT:
+        raise ModelFolderError(f"{file} is of something else and would be lost; take another folder")
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

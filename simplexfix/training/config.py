@@ -7,12 +7,12 @@ import json
 import math
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-__all__ = ["ConfigError", "overridden", "read_config", "read_mapping"]
+__all__ = ["ConfigError", "check_fits", "overridden", "read_config", "read_mapping"]
 
 _T = TypeVar("_T")
 
@@ -46,6 +46,8 @@ def read_mapping(path: Path) -> dict[str, Any]:
 def overridden(content: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
     """The content with `key.sub=value` put in, one after the other; a value is JSON, and else a string.
 
+    A number keeps its text, for `read_config` where a string is wanted: a folder may be called 2024.
+
     Raises:
         ConfigError: an assignment without "=", or below a key that holds a value.
     """
@@ -56,7 +58,7 @@ def overridden(content: Mapping[str, Any], assignments: Sequence[str]) -> dict[s
         if not equals or not all((*above, last)):
             raise ConfigError(f"{assignment!r} must be key=value or key.sub=value")
         try:
-            value = json.loads(text)
+            value = json.loads(text, parse_int=_written(_Integer), parse_float=_written(_Float))
         except ValueError:
             value = text
         level: dict[Any, Any] = result
@@ -69,6 +71,23 @@ def overridden(content: Mapping[str, Any], assignments: Sequence[str]) -> dict[s
             level = level[key]
         level[_as_written(last, level)] = value
     return result
+
+
+class _Integer(int):
+    text: str
+
+
+class _Float(float):
+    text: str
+
+
+def _written(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        value = kind(text)
+        value.text = text
+        return value
+
+    return read
 
 
 def _as_written(name: str, level: Mapping[Any, Any]) -> Any:
@@ -107,6 +126,22 @@ def read_config(kind: type[_T], content: Mapping[str, Any], place: str = "") -> 
         raise ConfigError(f"{place.rstrip('.') or 'configuration'}: {error}") from None
 
 
+def check_fits(options: Any, choice: str, belongs: Mapping[str, Sequence[str]]) -> None:
+    """Of a dataclass: an option that belongs to other values of `choice` must be at its default, for nobody reads it.
+
+    Raises:
+        ValueError: one is not; names it, and what it belongs to.
+    """
+    chosen = getattr(options, choice).partition(":")[0]
+    for option in fields(options):
+        value = getattr(options, option.name)
+        if chosen not in belongs.get(option.name, (chosen,)) and value != option.default:
+            raise ValueError(
+                f"{option.name} is of {choice}={' or '.join(map(repr, belongs[option.name]))}, got {value!r} with "
+                f"{choice}={chosen!r}; leave it out"
+            )
+
+
 def _unknown(name: str, key: str, known: list[str]) -> str:
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     return f"{name} is unknown; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}")
@@ -135,8 +170,10 @@ def _typed(value: Any, hint: Any, place: str) -> Any:
     elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         if math.isfinite(value):
             return float(value)
+    elif hint is str and isinstance(value, (_Integer, _Float)):
+        return value.text
     elif isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
-        return value
+        return int(value) if hint is int else value
     raise ConfigError(f"{place} must be {_name(hint)}, got {value!r}{_hint_of_yaml(value, hint)}")
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["check_no_drift", "described", "differences"]
+__all__ = ["check_no_drift", "described", "differences", "read_facts"]
 
 _ABSENT = object()
 
@@ -92,3 +94,23 @@ def check_no_drift(then: Mapping[str, Any], now: Mapping[str, Any], what: str) -
 
 def _shown(value: Any) -> str:
     return "absent" if value is _ABSENT else repr(value)
+
+
+def read_facts(file: Path) -> dict[str, Any]:
+    """The `run.json` of a run: under "config" and "data" what it is of.
+
+    Raises:
+        ValueError: it is damaged; names it, and what helps.
+        OSError: it cannot be read.
+    """
+    try:
+        facts = json.loads(file.read_bytes())
+        if not isinstance(facts, dict) or not all(isinstance(facts.get(part), dict) for part in ("config", "data")):
+            raise ValueError('it holds no "config" and "data"')
+    except ValueError as error:
+        raise ValueError(
+            f"{file} is damaged: {error}; delete it and train with the same configuration, "
+            "which the files of each task are compared with too"
+        ) from None
+    result: dict[str, Any] = facts
+    return result

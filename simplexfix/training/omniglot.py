@@ -25,7 +25,7 @@ from .items import Items, seeded
 from .schedule import Schedule
 from .trainer import Trainer
 
-__all__ = ["METHODS", "UNSEEN_ALPHABETS", "OmniglotData", "Recipe", "split_omniglot", "train_versions"]
+__all__ = ["METHODS", "UNSEEN_ALPHABETS", "OmniglotData", "Recipe", "split_omniglot", "train_methods"]
 
 METHODS = ("hoc", "simplex", "er")
 UNSEEN_ALPHABETS = ("Korean", "Tagalog")
@@ -108,7 +108,7 @@ def split_omniglot(recipe: Recipe, seed: int) -> OmniglotData:
     )
 
 
-def train_versions(
+def train_methods(
     data: OmniglotData,
     recipe: Recipe,
     seed: int,
@@ -189,7 +189,10 @@ def _train_upgrades(
     replacement: EmbeddingModel,
     on_step: Callable[[str, int], None],
 ) -> list[EmbeddingModel]:
-    """v0 and what follows; each version's old model is the one deployed before it."""
+    """v0 and what follows; each version's old model is the one deployed before it.
+
+    A loop of its own beside `scenario.train_versions`, which trains the first version itself: here methods share it.
+    """
     remembered = torch.from_numpy(np.random.default_rng(1000 + seed).permutation(TRAIN_DRAWINGS))
     remembered = remembered[: recipe.memory_per_class]
     versions = [v0]

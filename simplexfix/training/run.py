@@ -7,6 +7,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -22,12 +23,13 @@ from ..compatibility import evaluate_versions
 from ..models import EmbeddingModel, FeatureMLP, ResNet18, SmallConvNet, external_backbone
 from ..slots import SlotRegistry
 from . import processes
-from .facts import check_no_drift
+from .config import ConfigError, read_config
+from .facts import check_no_drift, read_facts
 from .items import Items, mixed_seed, seeded
 from .locks import FolderInUseError
 from .loggers import LOGGERS, Progress, RunLog, check_loggers
 from .rehearsal import herding_rows, random_rows
-from .run_config import LEARNABLE, ModelConfig, ReplacementConfig, RunConfig
+from .run_config import LEARNABLE, ModelConfig, ReplacementConfig, RunConfig, pretraining_folder
 from .run_data import load_run_data
 from .samplers import batch_sizes
 from .scenario import train_versions
@@ -61,16 +63,17 @@ def train_run(
 
     Raises:
         ValueError: the folder is of another configuration or other data; names what differs.  Networks of different
-            widths by a method without a junction.
+            widths by a method without a junction.  A device that is not there.
         FileNotFoundError: data that is not there.
         ModuleNotFoundError: a package that a logger needs is missing.
     """
     check_loggers(config.trainer.loggers)
+    device = _device(config.trainer.device)
     folder = Path(folder)
     data = load_run_data(config)
     facts = {
         "simplexfix": __version__,
-        "config": json.loads(json.dumps(asdict(config))),
+        "config": _plain(config),
         "data": data.fingerprint(),
     }
     inputs = data.tasks[0].items.inputs
@@ -78,9 +81,6 @@ def train_run(
     _check_networks(config, inputs, data.prepare(inputs[:2]))
     slots = SlotRegistry(config.method.slots)
     _check_slots(config, data.tasks[-1].classes.stop)
-    device = config.trainer.device or (
-        f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    )
     options = {**asdict(config.trainer), "device": device}
     del options["loggers"]
     remembers = config.tasks.memory_per_class > 0
@@ -93,9 +93,7 @@ def train_run(
         )
         for t, task in enumerate(data.tasks)
     ]
-    kept = folder
-    if config.tasks.pretraining_folder is not None:
-        kept = Path(config.tasks.pretraining_folder, "linear" if config.method.name in LEARNABLE else "simplex")
+    kept = pretraining_folder(folder, config.tasks.pretraining_folder, config.method.name)
     places: dict[str, Path] = {}  # of the stages, in their order
     for t in range(len(data.tasks)):
         if t in config.tasks.replacements:
@@ -213,6 +211,17 @@ def _backbone(model: ModelConfig, inputs: Tensor) -> nn.Module:
     return external_backbone(model.kind, pretrained=model.pretrained, in_channels=inputs.shape[1])
 
 
+def _device(name: str | None) -> str:
+    """That one, if it can be used here, or the GPU of this process where there is one."""
+    gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name or gpu).item()
+    except (RuntimeError, AssertionError) as error:  # the latter of a torch without CUDA
+        reason = str(error).split("\n", 1)[0]
+        raise ValueError(f"trainer.device={name or gpu!r} cannot be used here: {reason}") from None
+    return name or gpu
+
+
 def _check_batches(config: RunConfig, tasks: int) -> None:
     """Before anything is trained: those of all stages can be shared out."""
     plans = config.tasks.replacements.values()
@@ -267,17 +276,33 @@ def _agree_on(folder: Path, facts: dict[str, Any]) -> None:
     """Writes down what this run is of, or compares it with what was written, but for how it runs and is judged."""
     file = folder / "run.json"
     if processes.agreed(file.exists()):
-        then = json.loads(file.read_text(encoding="utf-8"))
+        then = read_facts(file)
+        # a later release may know more options: the run began with what are their defaults now; one that cannot be
+        # read any more differs from any that can, and the comparison says where
+        with suppress(ConfigError):
+            then["config"] = _plain(read_config(RunConfig, then["config"]))
+        if then.get("simplexfix") != __version__ and processes.rank() == 0:
+            warnings.warn(
+                f"{file} was begun by simplexfix {then.get('simplexfix')}, this is {__version__}: it goes on, but what "
+                "comes out need not have the same bits",
+                stacklevel=3,
+            )
         free = {
             key: facts["config"]["trainer"][key] for key in ("device", "keep", "log_every", "loggers", "save_every")
         }
-        then["config"]["trainer"].update(free)
+        then["config"]["trainer"] = {**then["config"].get("trainer", {}), **free}
         then["config"]["protocols"] = facts["config"]["protocols"]
-        check_no_drift(then, facts, str(file))
+        check_no_drift({**then, "simplexfix": __version__}, facts, str(file))
     elif processes.rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(file, f"{json.dumps(facts, indent=1)}\n".encode())
     processes.meet()
+
+
+def _plain(config: RunConfig) -> dict[str, Any]:
+    """As JSON gives it back."""
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(config)))
+    return plain
 
 
 def _schedule(schedule: Schedule, epochs: int | None, items: int, rows: int) -> Schedule:

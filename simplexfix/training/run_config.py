@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from pathlib import Path
 
-import torch.distributed as dist
+import torch
 
 from .._checks import check_name
 from ..compatibility.report import PROTOCOLS
 from ..data import CIFAR100_MEAN, CIFAR100_STD
-from ..methods import BCT, ER, FD, HOC, Method, Simplex
 from ..models.external import LIBRARIES
-from ..slots import SlotRegistry
-from . import processes
+from .config import check_fits
 from .loggers import LOGGERS
+from .method_config import LEARNABLE, MethodConfig
 from .rehearsal import SELECTIONS
+from .scenario import REFERENCES
 from .schedule import Schedule
 
 __all__ = [
@@ -27,11 +28,25 @@ __all__ = [
     "RunConfig",
     "TasksConfig",
     "TrainerConfig",
+    "pretraining_folder",
 ]
 
-LEARNABLE = ("bct", "er", "fd")  # methods with a classifier for each network, and features for embeddings
 DATA = ("cifar", "features", "images", "omniglot")
 NETWORKS = ("convnet", "mlp", "resnet18")
+
+# Which options are of which choices alone; of the others everybody reads something.
+_OF_DATA = {
+    "query_batches": ("cifar",),
+    "size": ("images",),
+    **dict.fromkeys(("mean", "std", "pretraining"), ("cifar", "images")),
+}
+_OF_MODEL = {
+    "width": ("convnet", "resnet18"),
+    "features": ("convnet",),
+    "hidden": ("mlp",),
+    "stem": ("resnet18",),
+    "pretrained": LIBRARIES,
+}
 
 
 @dataclass(frozen=True)
@@ -53,7 +68,8 @@ class DataConfig:
             versions by it, too, so that nothing has to be chosen by the search data.
         query_batches: of cifar: which of the five files of training images are searched with.
         size: side that images are scaled to, in pixels.
-        mean, std: of the channels of cifar and images, for pixels in [0, 1].
+        mean, std: of the channels of cifar and images, for pixels in [0, 1]; a network with pretrained weights wants
+            those that it was trained with.
         pretraining: None, or a folder of images for every class, of cifar and images: what replacements are
             pre-trained on, in place of classes that no task brings.
     """
@@ -76,8 +92,7 @@ class DataConfig:
             raise ValueError(f"per_class must be at least 1, got {self.per_class}")
         if not 0 <= self.validation < 1:
             raise ValueError(f"validation is a share, in [0, 1), got {self.validation}")
-        if self.pretraining is not None and self.kind not in ("cifar", "images"):
-            raise ValueError('pretraining is a folder of images, of kind="cifar" and kind="images"')
+        check_fits(self, "kind", _OF_DATA)
 
 
 @dataclass(frozen=True)
@@ -107,68 +122,9 @@ class ModelConfig:
     pretrained: bool = False
 
     def __post_init__(self) -> None:
-        external = self.kind.partition(":")[0] in LIBRARIES
-        if not external:
+        if self.kind.partition(":")[0] not in LIBRARIES:
             check_name("kind", self.kind, (*NETWORKS, *(f"{library}:NAME" for library in LIBRARIES)))
-        if self.pretrained and not external:
-            raise ValueError(f"pretrained is of networks of {' and '.join(LIBRARIES)}, got kind={self.kind!r}")
-
-
-@dataclass(frozen=True)
-class MethodConfig:
-    """A way to train, of `simplexfix.methods`.
-
-    Args:
-        name: "er", "fd" or "bct", with a learnable classifier; "simplex" or "hoc", with the fixed one.
-        slots: K of the simplex.
-        normalize: of the simplex; a learnable classifier with a scale is always normalised.
-        scale: of the logits; None for plain ones.
-        weight: of FD's distance and of BCT's influence loss.
-        distance: of FD.
-        lambda_, mu, negatives, anchor: of `hoc_loss`.
-        gather: negatives of HOC from all processes.
-    """
-
-    name: str = "hoc"
-    slots: int = 1024
-    normalize: bool = False
-    scale: float | None = None
-    weight: float = 1.0
-    distance: str = "cosine"
-    lambda_: float = 0.1
-    mu: float = 10.0
-    negatives: str = "zero_mask"
-    anchor: str = "old"
-    gather: bool = True
-
-    def __post_init__(self) -> None:
-        check_name("name", self.name, (*LEARNABLE, "hoc", "simplex"))
-
-    def method(self, slots: SlotRegistry, namespace: str) -> Method:
-        if self.name == "er":
-            return ER(scale=self.scale)
-        if self.name == "fd":
-            return FD(weight=self.weight, distance=self.distance, scale=self.scale)
-        if self.name == "bct":
-            return BCT(weight=self.weight, scale=self.scale)
-        scale = 1.0 if self.scale is None else self.scale
-        if self.name == "simplex":
-            return Simplex(slots, namespace, normalize=self.normalize, scale=scale)
-        return HOC(
-            slots,
-            namespace,
-            normalize=self.normalize,
-            scale=scale,
-            lambda_=self.lambda_,
-            mu=self.mu,
-            negatives=self.negatives,
-            anchor=self.anchor,
-            group=dist.group.WORLD if self.gather and processes.world() > 1 else None,
-        )
-
-    def pretraining(self) -> MethodConfig:
-        """What this one is where there is no old model: pre-training that methods may share."""
-        return replace(self, name="er" if self.name in LEARNABLE else "simplex")
+        check_fits(self, "kind", _OF_MODEL)
 
 
 @dataclass(frozen=True)
@@ -232,11 +188,13 @@ class TasksConfig:
             raise ValueError('counts are the new classes of each task of kind="class_incremental", and of no other')
         if (self.kind == "dataset_sequence") != bool(self.sets):
             raise ValueError('sets are the data of each task of kind="dataset_sequence", and of no other')
+        check_fits(self, "kind", {"parts": ("instance_incremental",)})
         if self.sets and self.pretraining_from is not None:
             raise ValueError("pretraining_from is a class id, and sets have ids of their own: use data.pretraining")
         if self.epochs is not None and self.epochs < 1:
             raise ValueError(f"epochs must be at least 1, got {self.epochs}")
         check_name("rehearsal", self.rehearsal, SELECTIONS)
+        check_name("hoc_reference", self.hoc_reference, REFERENCES)
         if self.memory_per_class < 0:
             raise ValueError(f"memory_per_class must be 0 or more, got {self.memory_per_class}")
 
@@ -259,6 +217,10 @@ class TrainerConfig:
     loggers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        try:
+            torch.device(self.device or "cpu")
+        except RuntimeError:
+            raise ValueError(f"device must be one that torch knows, got {self.device!r}") from None
         for name in self.loggers:
             check_name("loggers", name, LOGGERS)
 
@@ -281,6 +243,10 @@ class RunConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"seed must be 0 or more, got {self.seed}")
+        if not self.protocols:
+            raise ValueError(f"protocols must name at least one of {', '.join(PROTOCOLS)}")
         for protocol in self.protocols:
             check_name("protocols", protocol, PROTOCOLS)
         if self.method.name == "hoc" and self.tasks.hoc_reference == "replacement":
@@ -290,5 +256,19 @@ class RunConfig:
                     f'tasks.hoc_reference="replacement" needs replacements with a pre-training, those of tasks {fresh} '
                     'have none; give them classes and a schedule, or take "deployed"'
                 )
+        networks = [self.model, *(plan.model for plan in self.tasks.replacements.values())]
+        pretrained = [network.kind for network in networks if network.pretrained]
+        ours = self.data.mean == CIFAR100_MEAN or self.data.std == CIFAR100_STD
+        if pretrained and ours and self.data.kind in _OF_DATA["mean"]:
+            raise ValueError(
+                f"data.mean and data.std are CIFAR-100's, and {pretrained[0]} with pretrained weights has its own: "
+                "timm's are in pretrained_cfg, torchvision's in the weights' transforms(); of most they are "
+                "[0.485, 0.456, 0.406] and [0.229, 0.224, 0.225]"
+            )
         if self.tasks.sets and self.data.kind not in ("features", "images"):
             raise ValueError(f'tasks.sets are of data.kind="features" and "images", got {self.data.kind!r}')
+
+
+def pretraining_folder(run: Path, shared: str | None, method: str) -> Path:
+    """Where the run in that folder keeps what it pre-trains: its own, or one for all methods with such a head."""
+    return run if shared is None else Path(shared, "linear" if method in LEARNABLE else "simplex")

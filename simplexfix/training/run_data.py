@@ -143,13 +143,22 @@ def _read(config: DataConfig, names: Sequence[str], seed: int) -> tuple[list[Ite
         train, query, gallery = (Items(torch.from_numpy(s.images), torch.from_numpy(s.labels)) for s in sets)
         return [train], query, gallery
     if config.kind == "images":
+        _check_there(path, (*names, "query", "gallery"), "folders, each with a folder of images for every class")
         return [_images(path / name, config.size) for name in names], *_searched_images(path, config.size)
+    files = [f"{name}{part}.npy" for name in (*names, "query", "gallery") for part in ("", "_labels")]
+    _check_there(path, files, "features [N, d] and labels [N] of what is trained on and of what is searched")
     search = load_features(path)
     return (
         [Items(rows.float(), labels) for rows, labels in (load_labelled(path, name) for name in names)],
         Items(search.query, search.query_labels),
         Items(search.gallery, search.gallery_labels),
     )
+
+
+def _check_there(path: Path, names: Sequence[str], expected: str) -> None:
+    missing = [name for name in names if not (path / name).exists()]
+    if missing:
+        raise FileNotFoundError(f"{path} has no {', '.join(missing)}; expected {expected}")
 
 
 def _images(path: Path, size: int) -> Items:

@@ -33,7 +33,7 @@ __all__ = [
 
 _Selection = Callable[[EmbeddingModel, Items, np.random.Generator], Tensor]
 
-_REFERENCES = ("deployed", "replacement")
+REFERENCES = ("deployed", "replacement")
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,7 +155,7 @@ def train_versions(
         ValueError: a number of schedules that is not that of tasks, a replacement for no task, an unknown reference,
             "replacement" where that has no head, or a head whose embeddings are of another width.
     """
-    check_name("hoc_reference", hoc_reference, _REFERENCES)
+    check_name("hoc_reference", hoc_reference, REFERENCES)
     replacements = replacements or {}
     schedules = [schedule] * len(tasks) if isinstance(schedule, Schedule) else list(schedule)
     if len(schedules) != len(tasks):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .._checks import check_name, check_positive
+from .config import check_fits
 
 __all__ = ["Schedule"]
 
@@ -70,6 +71,7 @@ class Schedule:
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must lie in [0, 1), got {self.momentum}")
         check_name("optimizer", self.optimizer, _OPTIMIZERS)
+        check_fits(self, "optimizer", {"momentum": ("sgd",)})
         if self.clip is not None:
             check_positive("clip", self.clip)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from small_run import configuration, written_features
 
 from simplexfix.cli import main
 from simplexfix.compatibility import compatibility_matrix
@@ -24,38 +25,7 @@ from simplexfix.training.run_data import load_run_data
 
 @pytest.fixture(scope="module")
 def features(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("features")
-    draw = np.random.default_rng(0)
-    centres = draw.normal(size=(14, 12))
-    for name, rows in (("train", 280), ("query", 56), ("gallery", 84)):
-        labels = np.arange(rows) % 14 + 100
-        np.save(folder / f"{name}.npy", (centres[labels - 100] + 0.3 * draw.normal(size=(rows, 12))).astype(np.float32))
-        np.save(folder / f"{name}_labels.npy", labels)
-    return folder
-
-
-def configuration(folder: Path, features: Path, **method) -> Path:
-    content = {
-        "data": {"kind": "features", "path": str(features)},
-        "model": {"kind": "mlp", "hidden": [16]},
-        "method": {"slots": 32, "normalize": True, "scale": 8.0, "lambda_": 0.5, **method},
-        "tasks": {
-            "counts": [4, 2, 2],
-            "memory_per_class": 5,
-            "replacements": {
-                "1": {
-                    "model": {"kind": "mlp", "hidden": [24, 20]},
-                    "classes": 6,
-                    "schedule": {"steps": 30, "learning_rate": 0.01, "batch": 32},
-                }
-            },
-        },
-        "schedule": {"steps": 20, "learning_rate": 0.01, "batch": 32},
-        "trainer": {"save_every": 4, "log_every": 5},
-    }
-    path = folder / "small.json"
-    path.write_text(json.dumps(content))
-    return path
+    return written_features(tmp_path_factory.mktemp("features"))
 
 
 def test_a_run_stops_goes_on_and_is_listed(tmp_path, features, monkeypatch, capsys) -> None:
@@ -88,7 +58,10 @@ def test_a_run_stops_goes_on_and_is_listed(tmp_path, features, monkeypatch, caps
 
     assert main(["train", config, "method.mu=5.0", "--out", str(tmp_path / "runs" / "whole")]) == 2
     assert "config.method.mu: was 10.0, is 5.0" in capsys.readouterr().err
-    assert main(["train", config, "method.name=er", "model.hidden=[20]", "--out", str(tmp_path / "runs" / "er")]) == 0
+    assert (
+        main(["train", config, 'method={"name": "er"}', "model.hidden=[20]", "--out", str(tmp_path / "runs" / "er")])
+        == 0
+    )
     capsys.readouterr()
     assert main(["runs", str(tmp_path / "runs")]) == 0
     out = capsys.readouterr().out
@@ -101,8 +74,8 @@ def test_a_run_stops_goes_on_and_is_listed(tmp_path, features, monkeypatch, caps
 @pytest.mark.parametrize("method", ["er", "hoc"])
 def test_the_folders_of_a_runs_versions_give_its_matrix(tmp_path, features, method: str) -> None:
     """With a new network on the way, from the folders alone: every embedding has the bits that the run saw."""
-    changes = [f"method.name={method}", "model.hidden=[20]"]
-    assert main(["train", str(configuration(tmp_path, features)), *changes, "--out", str(tmp_path / "run")]) == 0
+    config = configuration(tmp_path, features, **({"name": "er", "scale": 8.0} if method == "er" else {}))
+    assert main(["train", str(config), "model.hidden=[20]", "--out", str(tmp_path / "run")]) == 0
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert [entry["folder"] for entry in report["versions"]] == [f"task-{t:02d}/model" for t in range(3)]
     rows = {name: torch.from_numpy(np.load(features / f"{name}.npy")) for name in ("query", "gallery")}
@@ -131,8 +104,8 @@ def test_the_folders_of_a_runs_versions_give_its_matrix(tmp_path, features, meth
 
 @pytest.mark.parametrize("name", ["bct", "fd"])
 def test_methods_with_a_classifier_remember_by_herding(tmp_path, features, name: str) -> None:
-    changes = [f"method.name={name}", "method.scale=null", "model.hidden=[20]", "tasks.rehearsal=herding"]
-    config = configuration(tmp_path, features)
+    changes = ["model.hidden=[20]", "tasks.rehearsal=herding"]
+    config = configuration(tmp_path, features, name=name)
     assert main(["train", str(config), *changes, "--out", str(tmp_path / "run")]) == 0
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["search"]["nearest_class_mean"]["matrix"][2][2] > 0.5
@@ -199,21 +172,24 @@ def test_the_preset_that_needs_no_data_runs(tmp_path) -> None:
         (["tasks.replacements.1.classes=7"], "replacements.1.classes must lie in [0, 6]"),
         (["tasks.replacements.1.classes=0"], "classes and schedule are of pre-training: give both, or neither"),
         (["tasks.replacements.1.epochs=0"], "epochs must be at least 1, of a schedule, got 0"),
-        (["method.name=er"], "model gives 16, tasks.replacements.1.model gives 20"),
+        (['method={"name": "er"}'], "model gives 16, tasks.replacements.1.model gives 20"),
         (["tasks.counts=[]"], "counts are the new classes of each task"),
         (["data.kind=omniglot"], "path is where the data is, of every kind but"),
         (["data.kind=mnist"], "kind must be one of 'cifar', 'features', 'images', 'omniglot', got 'mnist'"),
         (["data.kind=cifar"], "has no train.bin, fine_label_names.txt"),
         (["data.validation=1.0"], "validation is a share, in [0, 1), got 1.0"),
         (["data.per_class=0"], "per_class must be at least 1, got 0"),
-        (["data.pretraining=here"], "pretraining is a folder of images"),
+        (["data.pretraining=here"], "pretraining is of kind='cifar' or 'images', got 'here' with kind='features'"),
         (["model.kind=resnet50"], "kind must be one of 'convnet', 'mlp', 'resnet18', 'timm:NAME', 'torchvision:NAME'"),
-        (["model.pretrained=true"], "pretrained is of networks of timm and torchvision, got kind='mlp'"),
+        (["model.pretrained=true"], "pretrained is of kind='timm' or 'torchvision', got True with kind='mlp'"),
         (['protocols=["mean"]'], "protocols must be one of 'nearest_class_mean', 'instance', got 'mean'"),
         (["tasks.epochs=0"], "epochs must be at least 1, got 0"),
         (["tasks.memory_per_class=-1"], "memory_per_class must be 0 or more, got -1"),
         (["tasks.rehearsal=nearest"], "rehearsal must be one of 'random', 'herding', got 'nearest'"),
-        (["method.name=bct"], "BCT has no junction, all its networks must give features of one width: model gives 16"),
+        (
+            ['method={"name": "bct"}'],
+            "BCT has no junction, all its networks must give features of one width: model gives",
+        ),
         (["tasks.hoc_reference=self"], "hoc_reference must be one of 'deployed', 'replacement', got 'self'"),
     ],
 )

@@ -53,6 +53,15 @@ def test_a_key_of_digits_is_overridden_in_place(tmp_path: Path) -> None:
         read_config(Whole, {**GOOD, "limits": {2: 0.5, "2": 1.0}})
 
 
+@pytest.mark.parametrize("text", ["2024", "1.50", "1e3", "-0"])
+def test_a_string_is_the_text_of_a_number(text: str) -> None:
+    """On the command line alone: a file says a string as one."""
+    assert read_config(Whole, overridden(GOOD, [f"name={text}"])).name == text
+    assert type(read_config(Whole, overridden(GOOD, ["schedule.steps=7"])).schedule.steps) is int
+    with pytest.raises(ConfigError, match="name must be a string, got 2024"):
+        read_config(Whole, {**GOOD, "name": 2024})
+
+
 GOOD = {"schedule": {"steps": 5, "learning_rate": 1.0}}
 
 
@@ -71,7 +80,7 @@ GOOD = {"schedule": {"steps": 5, "learning_rate": 1.0}}
         (["counts=[1, null]"], r"counts\[1\] must be an integer, got None"),
         (["limits.x=1"], "limits must be an integer, got 'x'"),
         (["deep=1"], "deep must be true or false, got 1"),
-        (["name=1"], "name must be a string, got 1"),
+        (["name=true"], "name must be a string, got True"),
         (["name"], "'name' must be key=value"),
         (["=3"], "'=3' must be key=value"),
         (["name=x", "name.sub=1"], r"'name\.sub=1': name holds 'x', which nothing is below"),

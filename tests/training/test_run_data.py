@@ -121,7 +121,7 @@ def test_methods_share_their_pre_training_and_the_model_folder_embeds_alike(cifa
     train_run(simplex, tmp_path / "simplex", on_step=lambda progress: again.append(progress.stage))
     assert "pre-training for task 1" not in again
     narrow = replace(config.tasks, replacements={1: replace(config.tasks.replacements[1], model=config.model)})
-    er = replace(config, tasks=narrow, method=replace(config.method, name="er"))
+    er = replace(config, tasks=narrow, method=MethodConfig("er"))
     lines: dict[str, list[object]] = {}
     train_run(er, tmp_path / "er", on_step=lambda p: lines.setdefault(p.stage, []).append(p.line))
     assert sorted(path.name for path in (tmp_path / "pretrained").iterdir()) == ["linear", "simplex"]

@@ -14,7 +14,7 @@ from simplexfix.data import RandomWarp
 from simplexfix.methods import ER, HOC, Simplex
 from simplexfix.models import EmbeddingModel, SmallConvNet
 from simplexfix.training import Items, RowBatches, Schedule, Trainer
-from simplexfix.training.omniglot import METHODS, Recipe, split_omniglot, train_versions
+from simplexfix.training.omniglot import METHODS, Recipe, split_omniglot, train_methods
 
 TINY = Recipe(v0=Schedule(3, 1e-2), pretrain=Schedule(2, 1e-2), finetune=Schedule(2, 1e-3), replacement_width=8)
 
@@ -160,8 +160,8 @@ def test_a_seed_gives_the_same_bits() -> None:
     threads = torch.get_num_threads()
     data = split_omniglot(TINY, seed=5)
     stages: list[str] = []
-    first = train_versions(data, TINY, 5, on_step=stages.append)
-    second = train_versions(data, TINY, 5)
+    first = train_methods(data, TINY, 5, on_step=stages.append)
+    second = train_methods(data, TINY, 5)
     assert len(stages) == TINY.steps(METHODS)
     for method in METHODS:
         for a, b in zip(first[method], second[method], strict=True):
@@ -183,7 +183,7 @@ def test_an_error_in_one_family_ends_both() -> None:
             raise KeyError("planted")
 
     with pytest.raises((KeyError, RuntimeError)):
-        train_versions(data, TINY, 0, on_step=fail)
+        train_methods(data, TINY, 0, on_step=fail)
     assert len(seen) < TINY.steps(METHODS)
 
 

@@ -1,0 +1,55 @@
+"""Features of a few classes, and configurations that train on them in a moment."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+
+def written_features(folder: Path) -> Path:
+    draw = np.random.default_rng(0)
+    centres = draw.normal(size=(14, 12))
+    for name, rows in (("train", 280), ("query", 56), ("gallery", 84)):
+        labels = np.arange(rows) % 14 + 100
+        np.save(folder / f"{name}.npy", (centres[labels - 100] + 0.3 * draw.normal(size=(rows, 12))).astype(np.float32))
+        np.save(folder / f"{name}_labels.npy", labels)
+    return folder
+
+
+def configuration(folder: Path, features: Path, **method) -> Path:
+    """Three tasks, a pre-trained replacement at the second; HOC, or the method that is given."""
+    hoc = {"slots": 32, "normalize": True, "scale": 8.0, "lambda_": 0.5}
+    content = {
+        "data": {"kind": "features", "path": str(features)},
+        "model": {"kind": "mlp", "hidden": [16]},
+        "method": method or hoc,
+        "tasks": {
+            "counts": [4, 2, 2],
+            "memory_per_class": 5,
+            "replacements": {
+                "1": {
+                    "model": {"kind": "mlp", "hidden": [24, 20]},
+                    "classes": 6,
+                    "schedule": {"steps": 30, "learning_rate": 0.01, "batch": 32},
+                }
+            },
+        },
+        "schedule": {"steps": 20, "learning_rate": 0.01, "batch": 32},
+        "trainer": {"save_every": 4, "log_every": 5},
+    }
+    path = folder / "small.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def short(folder: Path, features: Path) -> Path:
+    """Two tasks of two steps."""
+    path = configuration(folder, features)
+    content = json.loads(path.read_text())
+    content["tasks"] = {"counts": [4, 4], "memory_per_class": 5}
+    content["schedule"]["steps"] = 2
+    content["trainer"]["log_every"] = 1
+    path.write_text(json.dumps(content))
+    return path
