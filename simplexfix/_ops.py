@@ -28,8 +28,9 @@ def cross_entropy(
     ignore_index: int,
     label_smoothing: float,
     reduction: str,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """The loss in the accumulating dtype; `polytope` is "simplex", "orthoplex" or "cube", which alone has codes."""
+    """The loss in `dtype`; `polytope` is "simplex", "orthoplex" or "cube", which alone has codes."""
     kind, size = (0, 0.0) if margin is None else (MARGINS[margin[0]], margin[1])
     if weight is not None:
         weight = weight.detach().to(accumulate_dtype(z.dtype))
@@ -40,10 +41,11 @@ def cross_entropy(
         if z.dtype == torch.float16 and reduction == "mean":
             # The saved gradient must not carry 1 / B: a float16 would round it to nothing before the scale of a
             # GradScaler comes from above.
-            total = _Loss.apply(z, polytope, (*first, *options, REDUCTIONS["sum"]))  # type: ignore[no-untyped-call]
-            return total / _counted(target, weight, ignore_index)  # type: ignore[no-any-return]
-        return _Loss.apply(z, polytope, arguments)  # type: ignore[no-any-return, no-untyped-call]
-    return _loss_operator(polytope)(z, *arguments, False)[0]  # type: ignore[no-any-return]
+            summing = (*first, *options, REDUCTIONS["sum"])
+            total = _Loss.apply(z, polytope, summing, torch.float32)  # type: ignore[no-untyped-call]
+            return (total / _counted(target, weight, ignore_index)).to(dtype)  # type: ignore[no-any-return]
+        return _Loss.apply(z, polytope, arguments, dtype)  # type: ignore[no-any-return, no-untyped-call]
+    return _loss_operator(polytope)(z, *arguments, False, dtype)[0]  # type: ignore[no-any-return]
 
 
 def _loss_operator(polytope: str) -> Callable[..., Any]:
@@ -113,20 +115,21 @@ class _Loss(torch.autograd.Function):
     """The forward pass writes the gradient too; the backward pass scales it by what comes from above."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, polytope: str, arguments: tuple[Any, ...]) -> Tensor:
-        loss, gradient = _loss_operator(polytope)(z, *arguments, True)
+    def forward(ctx: Any, z: Tensor, polytope: str, arguments: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
+        loss, gradient = _loss_operator(polytope)(z, *arguments, True, dtype)
         ctx.save_for_backward(gradient)
         return loss  # type: ignore[no-any-return]
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
         # Mostly upstream is the 1 of `loss.backward()`.  On the CPU, where that can be seen, the saved tensor itself is
         # returned.  While it is saved, autograd holds it twice and so copies it into a leaf's .grad.
         _refuse_second_derivative()
         (gradient,) = ctx.saved_tensors
         if not _is_one(upstream):
+            upstream = upstream.to(accumulate_dtype(gradient.dtype))
             gradient = torch.ops.simplexfix.scale_rows.default(gradient, upstream)
-        return gradient, None, None
+        return gradient, None, None, None
 
 
 def _is_one(upstream: Tensor) -> bool:
@@ -247,8 +250,9 @@ def _register_fakes() -> None:
         label_smoothing: float,
         reduction: int,
         wants_gradient: bool,
+        loss_dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
-        loss = z.new_empty([z.shape[0]] if reduction == REDUCTIONS["none"] else [], dtype=accumulate_dtype(z.dtype))
+        loss = z.new_empty([z.shape[0]] if reduction == REDUCTIONS["none"] else [], dtype=loss_dtype)
         return loss, z.new_empty(z.shape if wants_gradient else [0])
 
     def without_codes(z: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor]:

@@ -361,7 +361,8 @@ def old_new_contrast(
     directions = {"old": (old, all_new), "new": (new, all_old)}
     chosen = [directions[name] for name in ("old", "new") if anchor in (name, "symmetric")]
     losses = [_contrast(*pair, target, classes, first, mu, negatives, reduction) for pair in chosen]
-    return _as_loss(sum(losses[1:], losses[0]) / len(losses), new)
+    loss = losses[0] if len(losses) == 1 else (losses[0] + losses[1]) / 2
+    return loss.to(_loss_dtype(new))
 
 
 def _contrast(
@@ -507,6 +508,7 @@ def _cross_entropy(
             ignore_index,
             label_smoothing,
             reduction,
+            _loss_dtype(z),
         )
     else:
         twin = getattr(_reference, f"{polytope}_cross_entropy")
@@ -521,10 +523,8 @@ def _cross_entropy(
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
             reduction=reduction,
-        )
-    if reduction == "none" and target.ndim != 1:
-        loss = loss.reshape(target.shape)
-    return _as_loss(loss, z)
+        ).to(_loss_dtype(z))
+    return loss.reshape(target.shape) if reduction == "none" and target.ndim != 1 else loss
 
 
 def _as_rows(z: Tensor) -> Tensor:
@@ -532,10 +532,9 @@ def _as_rows(z: Tensor) -> Tensor:
     return z if z.ndim == 2 else z.reshape(-1, z.shape[-1])
 
 
-def _as_loss(loss: Tensor, features: Tensor) -> Tensor:
-    """The dtype that torch's own losses have: that of the features, float32 under autocast."""
-    if loss.dtype == features.dtype:
-        return loss
+def _loss_dtype(features: Tensor) -> torch.dtype:
+    """What torch's own losses have: the dtype of the features, float32 under autocast."""
+    if features.dtype in (torch.float32, torch.float64):
+        return features.dtype
     device = features.device.type
-    autocast = device != "meta" and torch.is_autocast_enabled(device)
-    return loss if autocast else loss.to(features.dtype)
+    return torch.float32 if device != "meta" and torch.is_autocast_enabled(device) else features.dtype

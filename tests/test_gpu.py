@@ -539,7 +539,7 @@ def test_arguments_of_two_devices_are_refused_before_anything_is_done(gpu: str) 
     loss = torch.ops.simplexfix.simplex_cross_entropy
     for where, message in (((z, target.to(gpu)), "z is not on a GPU"), ((z.to(gpu), target), "different devices")):
         with pytest.raises(ValueError, match=message):
-            loss(*where, False, 1.0, 0, 0.0, None, -100, 0.0, 1, True)
+            loss(*where, False, 1.0, 0, 0.0, None, -100, 0.0, 1, True, torch.float32)
 
 
 def test_memory_that_is_not_there(gpu: str) -> None:

@@ -23,7 +23,8 @@ def loss_samples():
                 accumulate = torch.float64 if dtype == torch.float64 else torch.float32
                 weight = torch.rand(12, dtype=accumulate) if weighted else None
                 target = torch.tensor([0, 11, 5, -100, 3])
-                yield z, target, kind > 0, 4.0, kind, 0.3, weight, -100, 0.1, reduction, True
+                loss_dtype = dtype if kind == 1 else accumulate
+                yield z, target, kind > 0, 4.0, kind, 0.3, weight, -100, 0.1, reduction, True, loss_dtype
 
 
 def op_samples():
@@ -41,12 +42,26 @@ def op_samples():
         yield pytest.param(ops.cube_cross_entropy.default, cube, id=f"cube-{name}")
     yield pytest.param(
         ops.cube_cross_entropy.default,
-        (torch.randn(3, 4), torch.tensor([0, 15, 2]), None, False, 1.0, 0, 0.0, None, -100, 0.0, 1, True),
+        (
+            torch.randn(3, 4),
+            torch.tensor([0, 15, 2]),
+            None,
+            False,
+            1.0,
+            0,
+            0.0,
+            None,
+            -100,
+            0.0,
+            1,
+            True,
+            torch.float32,
+        ),
         id="cube-without-codes",
     )
     yield pytest.param(
         ops.simplex_cross_entropy.default,
-        (torch.randn(3, 4), torch.tensor([0, 1, 2]), False, 1.0, 0, 0.0, None, -100, 0.0, 1, False),
+        (torch.randn(3, 4), torch.tensor([0, 1, 2]), False, 1.0, 0, 0.0, None, -100, 0.0, 1, False, torch.float32),
         id="loss-without-gradient",
     )
     for normalize in (False, True):

@@ -38,7 +38,7 @@ struct CrossEntropyCall {
 inline CrossEntropyCall check_cross_entropy(const Tensor& z, const Tensor& target, int64_t slots, bool normalize,
                                             double scale, int64_t margin_kind, double margin_size,
                                             const std::optional<Tensor>& weight, int64_t ignore_index, double smoothing,
-                                            int64_t reduction, bool wants_gradient) {
+                                            int64_t reduction, bool wants_gradient, ScalarType loss_dtype) {
   check_rows(z, "z");
   const int64_t rows = z.size(0), d = z.size(1);
   const ScalarType type = z.scalar_type(), accumulate = accumulate_type(type);
@@ -53,6 +53,9 @@ inline CrossEntropyCall check_cross_entropy(const Tensor& z, const Tensor& targe
   SIMPLEXFIX_CHECK(margin_kind == 0 || normalize, "a margin needs normalize");
   SIMPLEXFIX_CHECK(smoothing >= 0 && smoothing <= 1, "label_smoothing must lie in [0, 1], got ", smoothing);
   SIMPLEXFIX_CHECK(reduction >= 0 && reduction <= 2, "reduction must be 0, 1 or 2, got ", reduction);
+  SIMPLEXFIX_CHECK(loss_dtype == type || loss_dtype == accumulate, "loss_dtype must be ",
+                   torch::headeronly::toString(type), " or ", torch::headeronly::toString(accumulate), ", got ",
+                   torch::headeronly::toString(loss_dtype));
   if (weight) {
     SIMPLEXFIX_CHECK(weight->dim() == 1 && weight->size(0) == slots, "weight must have shape [", slots, "], got ",
                      weight->dim(), " dimensions, ", weight->numel(), " elements");
@@ -82,7 +85,7 @@ inline CrossEntropyCall check_cross_entropy(const Tensor& z, const Tensor& targe
       call.reduction == Reduction::kNone ? std::vector<int64_t>{rows} : std::vector<int64_t>{};
   call.gradient = wants_gradient && z.is_cpu() ? reusable_empty(gradient_shape, type)
                                                : torch::stable::new_empty(call.z, gradient_shape);
-  call.loss = torch::stable::new_empty(call.z, loss_shape, accumulate);
+  call.loss = torch::stable::new_empty(call.z, loss_shape, loss_dtype);
   return call;
 }
 
@@ -99,6 +102,16 @@ double weigh_targets(const int64_t* target, int64_t rows, const A* weight, int64
   return sum;
 }
 
+// Rounded to what the loss is to be: a cast by torch afterwards would take as long as all of a small batch.
+template <typename A>
+void set_loss(const Tensor& loss, const A* values, int64_t n) {
+  switch (loss.scalar_type()) {
+    case ScalarType::BFloat16: std::copy_n(values, n, mutable_data<torch::headeronly::BFloat16>(loss)); break;
+    case ScalarType::Half: std::copy_n(values, n, mutable_data<torch::headeronly::Half>(loss)); break;
+    default: std::copy_n(values, n, mutable_data<A>(loss));
+  }
+}
+
 // kernel(args, begin, end) does rows of a cpu::CrossEntropyArgs<T>.
 template <typename F>
 void cross_entropy_cpu(const CrossEntropyCall& call, F&& kernel) {
@@ -113,14 +126,13 @@ void cross_entropy_cpu(const CrossEntropyCall& call, F&& kernel) {
       weight_sum = 0;
       for (int64_t c = 0; c < call.slots; ++c) weight_sum += double(weights[c]);
     }
-    const bool whole = call.reduction == Reduction::kNone;
-    const std::unique_ptr<A[]> row_loss(whole ? nullptr : new A[size_t(call.rows)]);
+    const std::unique_ptr<A[]> row_loss(new A[size_t(call.rows)]);
     const double mean = call.reduction == Reduction::kMean ? 1.0 / counted : 1.0;
     const cpu::CrossEntropyArgs<T> args{data<T>(call.z),
                                         call.rows > 1 ? call.z.stride(0) : call.d,
                                         targets,
                                         weights,
-                                        whole ? mutable_data<A>(call.loss) : row_loss.get(),
+                                        row_loss.get(),
                                         call.wants_gradient ? mutable_data<T>(call.gradient) : nullptr,
                                         call.d,
                                         call.ignore_index,
@@ -129,11 +141,12 @@ void cross_entropy_cpu(const CrossEntropyCall& call, F&& kernel) {
                                         call.options<A>(A(weight_sum))};
     torch::stable::parallel_for(0, call.rows, rows_per_task(call.d),
                                 [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
-    if (whole) return;
+    if (call.reduction == Reduction::kNone) return set_loss(call.loss, args.loss, call.rows);
     double sum = 0;  // in row order, whatever thread did which rows
     for (int64_t b = 0; b < call.rows; ++b) sum += double(args.loss[b]);
     // a mean over nothing is nan, as in torch
-    *mutable_data<A>(call.loss) = A(call.reduction == Reduction::kMean ? sum / counted : sum);
+    const A loss = A(call.reduction == Reduction::kMean ? sum / counted : sum);
+    set_loss(call.loss, &loss, 1);
   });
 }
 
@@ -142,22 +155,25 @@ void cross_entropy_cpu(const CrossEntropyCall& call, F&& kernel) {
 // alone.
 template <typename F>
 void cross_entropy_cuda(const CrossEntropyCall& call, const char* name, F&& launchers) {
-  const ScalarType type = call.z.scalar_type();
+  const ScalarType type = call.z.scalar_type(), accumulate = accumulate_type(type);
   const cuda::DType dtype = cuda_dtype(type);
-  const Tensor row_loss = call.reduction == Reduction::kNone
-                              ? call.loss
-                              : torch::stable::new_empty(call.z, {call.rows}, accumulate_type(type));
+  const bool whole = call.reduction == Reduction::kNone;
+  const std::vector<int64_t> loss_shape = whole ? std::vector<int64_t>{call.rows} : std::vector<int64_t>{};
+  const bool wide = call.loss.scalar_type() == accumulate;
+  const Tensor loss = wide ? call.loss : torch::stable::new_empty(call.z, loss_shape, accumulate);
+  const Tensor row_loss = whole ? loss : torch::stable::new_empty(call.z, {call.rows}, accumulate);
   const Tensor workspace =
       torch::stable::new_empty(call.z, {cuda::cross_entropy_workspace(call.rows, call.d, dtype)}, ScalarType::Double);
   const int32_t device = call.z.get_device_index();
   launch(device, name, [&](void* stream) {
     return launchers(cuda::CrossEntropyArgs{
         call.z.const_data_ptr(), call.rows > 1 ? call.z.stride(0) : call.d, data<int64_t>(call.target),
-        call.weight ? call.weight->const_data_ptr() : nullptr, row_loss.mutable_data_ptr(),
-        call.loss.mutable_data_ptr(), call.wants_gradient ? call.gradient.mutable_data_ptr() : nullptr,
-        mutable_data<double>(workspace), call.rows, call.d, call.slots, call.ignore_index,
-        call.options<double>(double(call.slots)), call.reduction, dtype, stream});
+        call.weight ? call.weight->const_data_ptr() : nullptr, row_loss.mutable_data_ptr(), loss.mutable_data_ptr(),
+        call.wants_gradient ? call.gradient.mutable_data_ptr() : nullptr, mutable_data<double>(workspace), call.rows,
+        call.d, call.slots, call.ignore_index, call.options<double>(double(call.slots)), call.reduction, dtype,
+        stream});
   });
+  if (!wide) torch::stable::copy_(const_cast<Tensor&>(call.loss), loss);
 }
 #endif
 

@@ -7,7 +7,8 @@ namespace {
 // codes: made contiguous where they are not.
 CrossEntropyCall check(const Tensor& z, const Tensor& target, std::optional<Tensor>* codes, bool normalize,
                        double scale, int64_t margin_kind, double margin_size, const std::optional<Tensor>& weight,
-                       int64_t ignore_index, double smoothing, int64_t reduction, bool wants_gradient) {
+                       int64_t ignore_index, double smoothing, int64_t reduction, bool wants_gradient,
+                       ScalarType loss_dtype) {
   check_rows(z, "z");
   const int64_t d = z.size(1), words = (d + 63) / 64;
   if (*codes) {
@@ -22,15 +23,15 @@ CrossEntropyCall check(const Tensor& z, const Tensor& target, std::optional<Tens
   }
   SIMPLEXFIX_CHECK(!weight || smoothing == 0, "weight and label_smoothing exclude each other");
   return check_cross_entropy(z, target, *codes ? (*codes)->size(0) : int64_t(1) << d, normalize, scale, margin_kind,
-                             margin_size, weight, ignore_index, smoothing, reduction, wants_gradient);
+                             margin_size, weight, ignore_index, smoothing, reduction, wants_gradient, loss_dtype);
 }
 
 std::tuple<Tensor, Tensor> cube_cross_entropy_cpu(Tensor z, Tensor target, std::optional<Tensor> codes, bool normalize,
                                                   double scale, int64_t margin_kind, double margin_size,
                                                   std::optional<Tensor> weight, int64_t ignore_index, double smoothing,
-                                                  int64_t reduction, bool wants_gradient) {
+                                                  int64_t reduction, bool wants_gradient, ScalarType loss_dtype) {
   const CrossEntropyCall call = check(z, target, &codes, normalize, scale, margin_kind, margin_size, weight,
-                                      ignore_index, smoothing, reduction, wants_gradient);
+                                      ignore_index, smoothing, reduction, wants_gradient, loss_dtype);
   const int64_t d = call.d, words = (d + 63) / 64, slots = call.slots;
   if (codes && d % 64 != 0) {  // of the rows that are wanted: to look at all of them would cost more than the loss
     const int64_t *labels = data<int64_t>(call.target), *table = data<int64_t>(*codes);
@@ -53,10 +54,10 @@ std::tuple<Tensor, Tensor> cube_cross_entropy_cpu(Tensor z, Tensor target, std::
 std::tuple<Tensor, Tensor> cube_cross_entropy_cuda(Tensor z, Tensor target, std::optional<Tensor> codes, bool normalize,
                                                    double scale, int64_t margin_kind, double margin_size,
                                                    std::optional<Tensor> weight, int64_t ignore_index, double smoothing,
-                                                   int64_t reduction, bool wants_gradient) {
+                                                   int64_t reduction, bool wants_gradient, ScalarType loss_dtype) {
   const torch::stable::accelerator::DeviceGuard guard(cuda_device(z, "z"));
   const CrossEntropyCall call = check(z, target, &codes, normalize, scale, margin_kind, margin_size, weight,
-                                      ignore_index, smoothing, reduction, wants_gradient);
+                                      ignore_index, smoothing, reduction, wants_gradient, loss_dtype);
   cross_entropy_cuda(call, "cube_cross_entropy", [&](const cuda::CrossEntropyArgs& args) {
     return cuda::cube_cross_entropy(args, codes ? data<int64_t>(*codes) : nullptr);
   });
@@ -71,7 +72,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(simplexfix, m) {
   m.def(
       "cube_cross_entropy(Tensor z, Tensor target, Tensor? codes, bool normalize, float scale, int margin_kind, "
       "float margin_size, Tensor? weight, int ignore_index, float label_smoothing, int reduction, "
-      "bool wants_gradient) -> (Tensor loss, Tensor gradient)");
+      "bool wants_gradient, ScalarType loss_dtype) -> (Tensor loss, Tensor gradient)");
 }
 STABLE_TORCH_LIBRARY_IMPL(simplexfix, CPU, m) {
   m.impl("cube_cross_entropy", SIMPLEXFIX_OPERATOR(cube_cross_entropy_cpu));
