@@ -323,8 +323,8 @@ def old_new_contrast(
         remove:     -s_ii + log(sum_j exp(s_ij) over differs)      (a row without negatives: -s_ii alone)
         infonce:    -s_ii + log(exp(s_ii) + sum_j exp(s_ij) over differs)
 
-    The B x B similarities exist in blocks only, in float32 of 10 MiB on a CPU and 16 MiB on a GPU (128 and
-    512 bytes x B where that is more).  On a GPU the products are as exact as `torch.set_float32_matmul_precision` says.
+    The B x B similarities exist in blocks only, in float32 of 16 MiB (128 bytes x B on a CPU and 512 on a GPU where
+    that is more).  On a GPU the products are as exact as `torch.set_float32_matmul_precision` says.
 
     Args:
         new: [B, d] features by the model in training, any scale.

@@ -18,7 +18,7 @@
 
 namespace simplexfix {
 namespace {
-constexpr int64_t kBlockNumbers = int64_t(5) << 19;
+constexpr int64_t kBlockNumbers = int64_t(1) << 22;
 constexpr int64_t kMinBlock = 32, kMaxBlock = 512;  // rows: below, the products are slow; above, no faster
 constexpr int64_t kChunk = 1024;                    // candidates whose gradients are computed together
 
