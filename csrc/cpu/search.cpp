@@ -179,10 +179,11 @@ void Search::sweep_part(Task& task, Part part) {
 }
 
 // The rank in a sample, so large a share of all rows, that the k-th best of all reaches but for bad luck: of the k best
-// it holds a binomial number, four standard deviations and four more than expected less than once in 10^5 times.
+// it holds a binomial number, three standard deviations and three more than expected less than once in 10^3 times: more
+// room would let more rows through for every query, which costs more than searching one of a thousand again.
 int64_t Search::rank_in(double share) const {
   const double expected = double(k_) * std::min(1.0, share);
-  return std::min(k_, int64_t(expected + 4 * std::sqrt(expected)) + 4);
+  return std::min(k_, int64_t(expected + 3 * std::sqrt(expected)) + 3);
 }
 
 Search::Scratch Search::take_scratch() {

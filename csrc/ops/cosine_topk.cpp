@@ -20,9 +20,8 @@ constexpr int64_t kQueriesWorthCodes = 24;  // to encode a gallery costs about a
 Tensor normalized(const Tensor& rows, const char* name) {
   const int64_t n = rows.size(0), d = rows.size(1), stride = n > 1 ? rows.stride(0) : d;
   const float* in = data<float>(rows);
-  const int64_t grain = rows_per_task(d);
   std::atomic<int64_t> bad{n};
-  torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
+  for_rows(n, d, [&](int64_t begin, int64_t end) {
     const int64_t row = cpu::first_non_finite_row(in, stride, d, begin, end);
     if (row < 0) return;
     int64_t seen = bad.load();
@@ -32,7 +31,7 @@ Tensor normalized(const Tensor& rows, const char* name) {
   SIMPLEXFIX_CHECK(bad == n, name, " row ", bad.load(), " holds nan or inf");
   const Tensor out = torch::stable::new_empty(rows, {n, d});
   float* to = mutable_data<float>(out);
-  torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
+  for_rows(n, d, [&](int64_t begin, int64_t end) {
     const cpu::IeeeArithmetic ieee;
     cpu::search_kernels().normalize_rows(in, stride, to, d, begin, end);
   });
@@ -65,7 +64,7 @@ std::tuple<Tensor, Tensor> cosine_topk_cpu(Tensor query, Tensor gallery, int64_t
     codes.emplace(rows.d, cpu::central_row(rows));
     codes->resize(rows.n);
     const int64_t panels = (rows.n + cpu::kPanelRows - 1) / cpu::kPanelRows;
-    torch::stable::parallel_for(0, panels, rows_per_task(rows.d * cpu::kPanelRows), [&](int64_t begin, int64_t end) {
+    for_rows(panels, rows.d * cpu::kPanelRows, [&](int64_t begin, int64_t end) {
       codes->encode(rows, begin * cpu::kPanelRows, std::min(rows.n, end * cpu::kPanelRows));
     });
   }
@@ -75,8 +74,7 @@ std::tuple<Tensor, Tensor> cosine_topk_cpu(Tensor query, Tensor gallery, int64_t
   });
   float* const to_scores = mutable_data<float>(scores);
   int64_t* const to_ids = mutable_data<int64_t>(ids);
-  torch::stable::parallel_for(0, queries, rows_per_task(k * 16),
-                              [&](int64_t begin, int64_t end) { search.write(begin, end, to_scores, to_ids); });
+  for_rows(queries, k * 16, [&](int64_t begin, int64_t end) { search.write(begin, end, to_scores, to_ids); });
   return {scores, ids};
 }
 

@@ -139,8 +139,7 @@ void cross_entropy_cpu(const CrossEntropyCall& call, F&& kernel) {
                                         call.rows * call.d * int64_t(sizeof(T)) >= kStreamBytes,
                                         A(mean),
                                         call.options<A>(A(weight_sum))};
-    torch::stable::parallel_for(0, call.rows, rows_per_task(call.d),
-                                [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+    for_rows(call.rows, call.d, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
     if (call.reduction == Reduction::kNone) return set_loss(call.loss, args.loss, call.rows);
     double sum = 0;  // in row order, whatever thread did which rows
     for (int64_t b = 0; b < call.rows; ++b) sum += double(args.loss[b]);

@@ -37,7 +37,7 @@ template <typename T, typename A>
 std::vector<A> norms_of(const Tensor& rows) {
   const int64_t n = rows.size(0), d = rows.size(1), stride = n > 1 ? rows.stride(0) : d;
   std::vector<A> out(static_cast<size_t>(n));
-  torch::stable::parallel_for(0, n, rows_per_task(d), [&](int64_t begin, int64_t end) {
+  for_rows(n, d, [&](int64_t begin, int64_t end) {
     cpu::kernels<T>().inverse_norms(data<T>(rows), stride, d, out.data(), begin, end);
   });
   return out;
@@ -75,7 +75,7 @@ class CandidateGradient {
       const Tensor product = narrow_rows(product_, 0, chunk);
       TORCH_ERROR_CODE_CHECK(
           aoti_torch_cpu_mm_out(product.get(), narrow_rows(columns, first, chunk).get(), padded.get()));
-      torch::stable::parallel_for(0, chunk, rows_per_task(d_), [&](int64_t begin, int64_t end) {
+      for_rows(chunk, d_, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
           const A* from = data<A>(product) + i * padded_;
           A* to = mutable_data<A>(gradient_) + (first + i) * d_;
@@ -192,9 +192,7 @@ std::tuple<Tensor, Tensor> old_new_contrast_cpu(Tensor anchors, Tensor candidate
                                       first_positive + first,
                                       mutable_data<A>(call.loss) + first,
                                       upstream ? data<A>(*call.upstream) + first : nullptr};
-      torch::stable::parallel_for(0, rows, rows_per_task(count), [&](int64_t begin, int64_t end) {
-        cpu::kernels<T>().contrast_rows(args, begin, end);
-      });
+      for_rows(rows, count, [&](int64_t begin, int64_t end) { cpu::kernels<T>().contrast_rows(args, begin, end); });
       if (!upstream) continue;
       if (to_anchors) {
         TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(narrow_rows(flow, first, rows).get(), s_rows.get(), c.get()));
@@ -204,7 +202,7 @@ std::tuple<Tensor, Tensor> old_new_contrast_cpu(Tensor anchors, Tensor candidate
     }
     if (!upstream) return;
     const auto& scale = to_anchors ? anchor_scale : candidate_scale;
-    torch::stable::parallel_for(0, side.size(0), rows_per_task(d), [&](int64_t begin, int64_t end) {
+    for_rows(side.size(0), d, [&](int64_t begin, int64_t end) {
       cpu::kernels<T>().project_rows(data<T>(side), call.side_stride(), data<A>(flow), scale.data(), d,
                                      mutable_data<T>(gradient), begin, end);
     });

@@ -57,9 +57,8 @@ Tensor scale_rows_cpu(Tensor gradient, Tensor upstream) {
     const auto* factor = data<accumulate_t<T>>(call.factor);
     T* out = mutable_data<T>(call.out);
     const auto rows = cpu::kernels<T>().scale_rows;
-    torch::stable::parallel_for(0, call.rows, rows_per_task(call.cols), [&](int64_t begin, int64_t end) {
-      rows(in, factor, call.factor_stride, out, call.cols, begin, end);
-    });
+    for_rows(call.rows, call.cols,
+             [&](int64_t begin, int64_t end) { rows(in, factor, call.factor_stride, out, call.cols, begin, end); });
   });
   return call.out;
 }

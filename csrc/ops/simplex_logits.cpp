@@ -47,8 +47,7 @@ void run_cpu(const LogitsCall& call, bool backward, bool normalize, double scale
                                   accumulate_t<T>(scale),
                                   Simplex::of_dimension(call.d)};
     const auto rows = backward ? cpu::kernels<T>().simplex_logits_backward : cpu::kernels<T>().simplex_logits;
-    torch::stable::parallel_for(0, call.rows, rows_per_task(call.d),
-                                [&](int64_t begin, int64_t end) { rows(args, begin, end); });
+    for_rows(call.rows, call.d, [&](int64_t begin, int64_t end) { rows(args, begin, end); });
   });
 }
 
