@@ -82,7 +82,12 @@ def moved(values: Any, device: str) -> Any:
 
 
 def wide(values: Any) -> Any:
-    return tree_map_only(Tensor, lambda x: x.double() if x.is_floating_point() else x, values)
+    def widened(x: Tensor | torch.dtype) -> Tensor | torch.dtype:
+        if isinstance(x, torch.dtype):
+            return torch.float64
+        return x.double() if x.is_floating_point() else x
+
+    return tree_map_only((Tensor, torch.dtype), widened, values)
 
 
 def on_cpu(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:

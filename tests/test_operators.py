@@ -140,6 +140,17 @@ def test_double_backward_is_refused_not_wrong() -> None:
             torch.autograd.grad(loss, z, create_graph=True)
 
 
+@needs_library
+def test_a_loss_has_the_dtype_of_the_features_or_the_accumulating_one() -> None:
+    z, target = torch.randn(2, 3, dtype=torch.bfloat16), torch.tensor([3, 0])
+    loss = torch.ops.simplexfix.simplex_cross_entropy
+    options = (z, target, False, 1.0, 0, 0.0, None, -100, 0.0, 0, False)
+    wide, narrow = (loss(*options, dtype)[0] for dtype in (torch.float32, torch.bfloat16))
+    assert torch.equal(wide.bfloat16(), narrow)
+    with pytest.raises(ValueError, match="loss_dtype must be BFloat16 or Float, got Half"):
+        loss(*options, torch.float16)
+
+
 def functions():
     target = torch.tensor([0, 9, 4, 2])
     old = torch.randn(4, 9)
