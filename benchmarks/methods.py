@@ -34,6 +34,8 @@ SHORT = tuple(f"tasks.replacements.{t}.epochs=12" for t in (0, 2, 4))
 VARIANTS = {
     "deployed": ("tasks.hoc_reference=deployed",),
     "deployed-mu-20": ("tasks.hoc_reference=deployed", "method.mu=20.0"),
+    "deployed-or-replacement": ("tasks.hoc_reference=deployed_or_replacement",),
+    "deployed-or-replacement-mu-20": ("tasks.hoc_reference=deployed_or_replacement", "method.mu=20.0"),
     "short": SHORT,
     "short-lambda-0.5": (*SHORT, "method.lambda_=0.5"),
     "short-rate-0.003": (*SHORT, "schedule.learning_rate=0.003"),

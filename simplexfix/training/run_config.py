@@ -249,11 +249,13 @@ class RunConfig:
             raise ValueError(f"protocols must name at least one of {', '.join(PROTOCOLS)}")
         for protocol in self.protocols:
             check_name("protocols", protocol, PROTOCOLS)
-        if self.method.name == "hoc" and self.tasks.hoc_reference == "replacement":
-            fresh = [t for t, plan in self.tasks.replacements.items() if plan.schedule is None]
+        reference = self.tasks.hoc_reference
+        if self.method.name == "hoc" and reference != "deployed":
+            own = [t for t in self.tasks.replacements if t == 0 or reference == "replacement"]
+            fresh = [t for t in own if self.tasks.replacements[t].schedule is None]
             if fresh:
                 raise ValueError(
-                    f'tasks.hoc_reference="replacement" needs replacements with a pre-training, those of tasks {fresh} '
+                    f'tasks.hoc_reference="{reference}" needs replacements with a pre-training, those of tasks {fresh} '
                     'have none; give them classes and a schedule, or take "deployed"'
                 )
         networks = [self.model, *(plan.model for plan in self.tasks.replacements.values())]

@@ -33,7 +33,7 @@ __all__ = [
 
 _Selection = Callable[[EmbeddingModel, Items, np.random.Generator], Tensor]
 
-REFERENCES = ("deployed", "replacement")
+REFERENCES = ("deployed", "deployed_or_replacement", "replacement")
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,13 +147,14 @@ def train_versions(
             architecture.  An `EmbeddingModel` keeps the head that it was pre-trained with; a backbone with
             `out_features` gets a new one: a junction of its own width, the same slots.
         hoc_reference: the old model where a replacement comes in: the "deployed" version before it, whose gallery is
-            there, or the "replacement" as it came, as in the authors' code.
+            there, of which the first replacement of all has none; the "replacement" as it came, as in the authors'
+            code; or "deployed_or_replacement": the former where there is one, else the latter.
         folder: of the run.
         on_step: called after every step with the task's number and its own (`Trainer.fit`).
 
     Raises:
         ValueError: a number of schedules that is not that of tasks, a replacement for no task, an unknown reference,
-            "replacement" where that has no head, or a head whose embeddings are of another width.
+            "replacement" where that has no trained head, or a head whose embeddings are of another width.
     """
     check_name("hoc_reference", hoc_reference, REFERENCES)
     replacements = replacements or {}
@@ -188,11 +189,12 @@ def _versions(
                 made = make()
             with seeded(mixed_seed(seed, t, 4)):  # apart: what was pre-trained and is only read now drew less
                 parent = _with_head(made, trainer, version)
-            if t in replacements and hoc_reference == "replacement":
+            own = hoc_reference == "replacement" or (hoc_reference == "deployed_or_replacement" and version is None)
+            if t in replacements and own:
                 if not isinstance(made, EmbeddingModel):
                     raise ValueError(
-                        f'hoc_reference="replacement" needs a trained head, the replacement of task {t} is a backbone '
-                        'with a new one; return an EmbeddingModel, or take "deployed"'
+                        f'hoc_reference="{hoc_reference}" needs a trained head, the replacement of task {t} is a '
+                        'backbone with a new one; return an EmbeddingModel, or take "deployed"'
                     )
                 old = copy.deepcopy(made).to(trainer.device).eval()
         place = None if folder is None else Path(folder) / f"task-{t:02d}"

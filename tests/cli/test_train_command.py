@@ -190,7 +190,10 @@ def test_the_preset_that_needs_no_data_runs(tmp_path) -> None:
             ['method={"name": "bct"}'],
             "BCT has no junction, all its networks must give features of one width: model gives",
         ),
-        (["tasks.hoc_reference=self"], "hoc_reference must be one of 'deployed', 'replacement', got 'self'"),
+        (
+            ["tasks.hoc_reference=self"],
+            "hoc_reference must be one of 'deployed', 'deployed_or_replacement', 'replacement', got 'self'",
+        ),
     ],
 )
 def test_bad_input(changes: list[str], message: str, tmp_path, features, capsys) -> None:

@@ -39,7 +39,7 @@ FEATURES = {
         (["protocols=[]"], "protocols must name at least one"),
         (
             ["method.name=er", "tasks.hoc_reference=self"],
-            "tasks: hoc_reference must be one of 'deployed', 'replacement'",
+            "tasks: hoc_reference must be one of 'deployed', 'deployed_or_replacement', 'replacement'",
         ),
     ],
 )

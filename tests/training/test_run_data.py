@@ -297,6 +297,13 @@ def test_a_replacement_that_is_its_own_reference_must_be_trained() -> None:
     tasks = TasksConfig(counts=(1, 1), replacements={1: ReplacementConfig(ModelConfig())}, hoc_reference="replacement")
     with pytest.raises(ValueError, match=r"those of tasks \[1\] have none; give them classes and a schedule"):
         RunConfig(tasks=tasks, schedule=Schedule(1, 0.1))
+    mixed = replace(tasks, hoc_reference="deployed_or_replacement")
+    RunConfig(tasks=mixed, schedule=Schedule(1, 0.1))  # the deployed version is there by then
+    first = replace(mixed, replacements={0: ReplacementConfig(ModelConfig())})
+    with pytest.raises(
+        ValueError, match=r'hoc_reference="deployed_or_replacement" needs .* those of tasks \[0\] have none'
+    ):
+        RunConfig(tasks=first, schedule=Schedule(1, 0.1))
 
 
 def test_sets_of_different_widths_are_refused(two_sets) -> None:

@@ -140,6 +140,22 @@ def test_the_reference_of_a_replacement_may_be_itself() -> None:
     assert not torch.equal(result[0].backbone[0].weight, made.backbone[0].weight)
 
 
+def test_the_first_replacement_may_be_its_own_reference_and_others_have_the_deployed_one() -> None:
+    method = Recorder()
+
+    def pretrained() -> EmbeddingModel:
+        torch.manual_seed(8)
+        return EmbeddingModel(wider(), method.head(24))
+
+    replacements = {0: pretrained, 1: wider}  # the second needs no trained head
+    result = versions(method, replacements=replacements, hoc_reference="deployed_or_replacement")
+    made = pretrained()
+    assert all(torch.equal(old.backbone[0].weight, made.backbone[0].weight) for old in method._old[:5])
+    assert method._old[5:] == [result[0]] * 5 + [result[1]] * 5
+    with pytest.raises(ValueError, match='hoc_reference="deployed_or_replacement" needs a trained head'):
+        versions(Recorder(), replacements={0: wider}, hoc_reference="deployed_or_replacement")
+
+
 def test_memory_is_half_of_each_batch_and_of_earlier_classes() -> None:
     seen: list[list[int]] = []
 
@@ -221,7 +237,10 @@ def test_versions_with_a_classifier_and_herding_go_on_to_the_same_bits(tmp_path:
             r"one shape and dtype, got \[1\] torch.float32, \[12\] torch.float32",
         ),
         (lambda: versions(replacements={3: wider}), r"replacements must be for tasks 0 to 2, got \[3\]"),
-        (lambda: versions(hoc_reference="old"), "hoc_reference must be one of 'deployed', 'replacement', got 'old'"),
+        (
+            lambda: versions(hoc_reference="old"),
+            "hoc_reference must be one of 'deployed', 'deployed_or_replacement', 'replacement', got 'old'",
+        ),
         (lambda: versions(hoc_reference="replacement"), "the replacement of task 1 is a backbone with a new one"),
         (lambda: versions(replacements={1: nn.ReLU}), "a ReLU must be an EmbeddingModel, or have out_features"),
         (
