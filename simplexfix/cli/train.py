@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from ..models.external import LIBRARIES
 from ..training import CheckpointError, processes
-from ..training.config import overridden, read_config, read_mapping
+from ..training.config import overridden, plain, read_config, read_mapping
 from ..training.presets import PRESETS
 from ..training.run import train_run
 from ..training.run_config import RunConfig
@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _config(arguments: argparse.Namespace) -> RunConfig:
     if arguments.config in PRESETS:
-        content = json.loads(json.dumps(asdict(PRESETS[arguments.config])))
+        content = plain(PRESETS[arguments.config])
     elif not Path(arguments.config).exists():
         near = difflib.get_close_matches(arguments.config, PRESETS, n=1, cutoff=0.5)
         guess = f"did you mean {near[0]}? " if near else ""

@@ -8,11 +8,11 @@ import math
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-__all__ = ["ConfigError", "check_fits", "overridden", "read_config", "read_mapping"]
+__all__ = ["ConfigError", "check_fits", "overridden", "plain", "read_config", "read_mapping"]
 
 _T = TypeVar("_T")
 
@@ -124,6 +124,12 @@ def read_config(kind: type[_T], content: Mapping[str, Any], place: str = "") -> 
         raise
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{place.rstrip('.') or 'configuration'}: {error}") from None
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A dataclass as JSON gives it back."""
+    content: dict[str, Any] = json.loads(json.dumps(asdict(config)))
+    return content
 
 
 def check_fits(options: Any, choice: str, belongs: Mapping[str, Sequence[str]]) -> None:

@@ -23,7 +23,7 @@ from ..compatibility import evaluate_versions
 from ..models import EmbeddingModel, FeatureMLP, ResNet18, SmallConvNet, external_backbone
 from ..slots import SlotRegistry
 from . import processes
-from .config import ConfigError, read_config
+from .config import ConfigError, plain, read_config
 from .facts import check_no_drift, read_facts
 from .items import Items, mixed_seed, seeded
 from .locks import FolderInUseError
@@ -73,7 +73,7 @@ def train_run(
     data = load_run_data(config)
     facts = {
         "simplexfix": __version__,
-        "config": _plain(config),
+        "config": plain(config),
         "data": data.fingerprint(),
     }
     inputs = data.tasks[0].items.inputs
@@ -280,7 +280,7 @@ def _agree_on(folder: Path, facts: dict[str, Any]) -> None:
         # a later release may know more options: the run began with what are their defaults now; one that cannot be
         # read any more differs from any that can, and the comparison says where
         with suppress(ConfigError):
-            then["config"] = _plain(read_config(RunConfig, then["config"]))
+            then["config"] = plain(read_config(RunConfig, then["config"]))
         if then.get("simplexfix") != __version__ and processes.rank() == 0:
             warnings.warn(
                 f"{file} was begun by simplexfix {then.get('simplexfix')}, this is {__version__}: it goes on, but what "
@@ -297,12 +297,6 @@ def _agree_on(folder: Path, facts: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(file, f"{json.dumps(facts, indent=1)}\n".encode())
     processes.meet()
-
-
-def _plain(config: RunConfig) -> dict[str, Any]:
-    """As JSON gives it back."""
-    plain: dict[str, Any] = json.loads(json.dumps(asdict(config)))
-    return plain
 
 
 def _schedule(schedule: Schedule, epochs: int | None, items: int, rows: int) -> Schedule:

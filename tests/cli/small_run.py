@@ -6,6 +6,10 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
+
+from simplexfix.cli import main
+from simplexfix.training import Trainer
 
 
 def written_features(folder: Path) -> Path:
@@ -53,3 +57,20 @@ def short(folder: Path, features: Path) -> Path:
     content["trainer"]["log_every"] = 1
     path.write_text(json.dumps(content))
     return path
+
+
+def train_until(nth: int, *arguments: str) -> None:
+    """`simplexfix train`, whose nth training, pre-trainings counted, is stopped after its seventh step."""
+    fit, fits = Trainer.fit, []
+
+    def fails(self, *arguments, **options):
+        fits.append(1)
+        if len(fits) == nth:
+            count = iter(range(1000))
+            options["on_step"] = lambda step: 1 / (7 - next(count))
+        return fit(self, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "fit", fails)
+        with pytest.raises(ZeroDivisionError):
+            main(["train", *arguments])

@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from small_run import configuration, short, written_features
+from small_run import configuration, short, train_until, written_features
 
 from simplexfix.cli import main
-from simplexfix.training import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -92,25 +91,12 @@ def test_validation_is_shown_where_there_is_one(tmp_path, features, capsys) -> N
     assert [list(run["scores"]) for run in runs] == [["search"], ["validation", "search"]]
 
 
-def test_pre_training_in_a_shared_folder_is_progress(tmp_path, features, monkeypatch, capsys) -> None:
+def test_pre_training_in_a_shared_folder_is_progress(tmp_path, features, capsys) -> None:
     """Of this run, however lately others have written there."""
     config = str(configuration(tmp_path, features))
     shared = f"tasks.pretraining_folder={tmp_path / 'shared'}"
-    fit = Trainer.fit
-    for stopped_at, (name, state) in enumerate((("first", "task-00, step 5"), ("second", "pretraining-01, step 5"))):
-        fits: list[int] = []
-
-        def fails(self, *arguments, stopped_at=stopped_at, fits=fits, **options):
-            fits.append(1)
-            if len(fits) == stopped_at + 1:
-                count = iter(range(1000))
-                options["on_step"] = lambda step: 1 / (7 - next(count))
-            return fit(self, *arguments, **options)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Trainer, "fit", fails)
-            with pytest.raises(ZeroDivisionError):
-                main(["train", config, shared, "--out", str(tmp_path / "runs" / name)])
+    for nth, (name, state) in enumerate((("first", "task-00, step 5"), ("second", "pretraining-01, step 5")), start=1):
+        train_until(nth, config, shared, "--out", str(tmp_path / "runs" / name))
         capsys.readouterr()
         assert main(["runs", str(tmp_path / "runs" / name)]) == 0
         assert state in capsys.readouterr().out
