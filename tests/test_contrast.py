@@ -192,22 +192,22 @@ print((status("VmHWM") - before) / 1024)
 
 
 @needs_library
-def test_the_loss_is_the_same_on_any_number_of_threads() -> None:
-    """Exactly, where torch's matrix product is: the kernel takes a row from end to end."""
-    new, old = (features("normal", 600, 40, dtype=torch.float32, seed=seed) for seed in (0, 1))
-    target = torch.randint(50, (600,))
-    threads, found, products = torch.get_num_threads(), [], []
+@pytest.mark.parametrize("anchor", ["old", "new"])
+def test_loss_and_gradient_are_the_same_on_any_number_of_threads(anchor: str) -> None:
+    """Several blocks of anchors, and candidates beyond a chunk of the products."""
+    new, old = (features("normal", 1100, 40, dtype=torch.float32, seed=seed) for seed in (0, 1))
+    target = torch.randint(50, (1100,), generator=torch.Generator().manual_seed(0))
+    threads, found = torch.get_num_threads(), []
     try:
-        for count in (1, 2, threads):
+        for count in (1, 2, 3):
             torch.set_num_threads(count)
-            found.append(SF.old_new_contrast(new, old, target, reduction="none"))
-            products.append(old @ new.T)
+            options = {"anchor": anchor, "reduction": "none"}
+            found.append(loss_and_gradient(SF.old_new_contrast, new, old, target, torch.ones(()), **options))
     finally:
         torch.set_num_threads(threads)
-    for product, rows in zip(products[1:], found[1:], strict=True):
-        if torch.equal(product, products[0]):
-            assert torch.equal(rows, found[0])
-        torch.testing.assert_close(rows, found[0], rtol=1e-5, atol=1e-5)
+    for loss, gradient in found[1:]:
+        assert torch.equal(loss, found[0][0])
+        assert torch.equal(gradient, found[0][1])
 
 
 def contrast_of_a_rank(rank: int, size: int, port: int, unequal: bool) -> None:

@@ -83,6 +83,13 @@ struct Kernels {
   // out = gradient - z (z . gradient) / |z|^2, where gradient already carries the 1 / |z|; may be in place
   void (*project_rows)(const T* z, int64_t z_stride, const accumulate_t<T>* gradient,
                        const accumulate_t<T>* inverse_norm, int64_t d, T* out, int64_t begin, int64_t end);
+  // Of matrix products (matrix_product.h): panel[l][w] = x[w * line + l * along], zero for w from lines on
+  void (*lay_left)(const T* x, int64_t line, int64_t along, int64_t lines, int64_t length, accumulate_t<T>* panel);
+  void (*lay_right)(const T* x, int64_t line, int64_t along, int64_t lines, int64_t length, accumulate_t<T>* panel);
+  // out = or += the sum over l of left[l][row] right[l][column]
+  void (*multiply_tile)(const accumulate_t<T>* left, const accumulate_t<T>* right, int64_t length, accumulate_t<T>* out,
+                        int64_t stride, int64_t rows, int64_t columns, bool add);
+  int tile_rows, tile_columns;  // of a tile, which are a left and a right panel's lines
 };
 
 // A vector in codes: x = scale * codes + a residual.

@@ -1,14 +1,13 @@
-// simplexfix::old_new_contrast: block after block of anchors, two matrix products by torch and the
-// kernel of cpu/contrast.inc or cuda/contrast.cuh between them.
+// simplexfix::old_new_contrast: block after block of anchors, two matrix products (cpu/matrix_product.h, on a GPU
+// torch's) and the kernel of cpu/contrast.inc or cuda/contrast.cuh between them.
 //
-// Features are not normalised beforehand: norms enter as factors of rows and columns, so that beside
-// the results the only memory is one block of similarities, kBlockNumbers, and for 16-bit features
-// their copies in float.
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
-
+// Features are not normalised beforehand: norms enter as factors of rows and columns, so that beside the results the
+// only memory is one block of similarities, kBlockNumbers, with the products' chunks or, on a GPU, 16-bit features'
+// copies in float.
 #include <algorithm>
 
 #include "../cpu/kernels.h"
+#include "../cpu/matrix_product.h"
 #include "buffer_pool.h"
 #include "common.h"
 #ifdef SIMPLEXFIX_WITH_CUDA
@@ -20,7 +19,6 @@ namespace simplexfix {
 namespace {
 constexpr int64_t kBlockNumbers = int64_t(1) << 22;
 constexpr int64_t kMinBlock = 32, kMaxBlock = 512;  // rows: below, the products are slow; above, no faster
-constexpr int64_t kChunk = 1024;                    // candidates whose gradients are computed together
 
 template <typename I>
 std::vector<I> numbers_of(const int64_t* ids, int64_t n, const std::vector<int64_t>& sorted) {
@@ -43,54 +41,6 @@ std::vector<A> norms_of(const Tensor& rows) {
   return out;
 }
 
-Tensor narrow_rows(Tensor rows, int64_t first, int64_t count) { return torch::stable::narrow(rows, 0, first, count); }
-
-Tensor accumulating(const Tensor& rows) {
-  const ScalarType type = accumulate_type(rows.scalar_type());
-  return rows.scalar_type() == type ? rows : torch::stable::to(rows, type);
-}
-
-// gradient [candidates, d] += similarity^T anchors, in chunks of candidates.  The product goes to rows that begin
-// at multiples of 64 bytes: for widths such as 1023, torch's is half as fast again as into the gradient itself.
-template <typename A>
-class CandidateGradient {
- public:
-  CandidateGradient(const Tensor& gradient, int64_t block)
-      : gradient_(gradient),
-        d_(gradient.size(1)),
-        padded_((d_ + 15) / 16 * 16),
-        anchors_(torch::stable::new_zeros(gradient, {block, padded_})),
-        product_(torch::stable::new_empty(gradient, {std::min(kChunk, gradient.size(0)), padded_})) {
-    std::fill_n(mutable_data<A>(gradient), gradient.numel(), A(0));
-  }
-
-  void add(const Tensor& similarity, const Tensor& anchors) {
-    const int64_t rows = anchors.size(0), stride = rows > 1 ? anchors.stride(0) : d_, count = gradient_.size(0);
-    for (int64_t i = 0; i < rows; ++i)
-      std::copy_n(data<A>(anchors) + i * stride, d_, mutable_data<A>(anchors_) + i * padded_);
-    const Tensor padded = narrow_rows(anchors_, 0, rows);
-    const Tensor columns = torch::stable::transpose(similarity, 0, 1);
-    for (int64_t first = 0; first < count; first += kChunk) {
-      const int64_t chunk = std::min(kChunk, count - first);
-      const Tensor product = narrow_rows(product_, 0, chunk);
-      TORCH_ERROR_CODE_CHECK(
-          aoti_torch_cpu_mm_out(product.get(), narrow_rows(columns, first, chunk).get(), padded.get()));
-      for_rows(chunk, d_, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          const A* from = data<A>(product) + i * padded_;
-          A* to = mutable_data<A>(gradient_) + (first + i) * d_;
-          for (int64_t j = 0; j < d_; ++j) to[j] += from[j];
-        }
-      });
-    }
-  }
-
- private:
-  const Tensor& gradient_;
-  int64_t d_, padded_;
-  Tensor anchors_, product_;
-};
-
 // anchors [A, d], candidates [C, d]; anchor i's own candidate is first_positive + i.  upstream [A] in the
 // accumulating dtype: what each row's gradient is multiplied by; without it there is none.  The gradient is
 // that of the candidates, or of the anchors.
@@ -104,7 +54,9 @@ struct ContrastCall {
   ScalarType type, accumulate;
 
   const Tensor& side() const { return to_anchors ? anchors : candidates; }  // whose gradient it is
-  int64_t side_stride() const { return side().size(0) > 1 ? side().stride(0) : d; }
+  int64_t anchor_stride() const { return rows > 1 ? anchors.stride(0) : d; }
+  int64_t candidate_stride() const { return count > 1 ? candidates.stride(0) : d; }
+  int64_t side_stride() const { return to_anchors ? anchor_stride() : candidate_stride(); }
 };
 
 ContrastCall check_contrast(const Tensor& anchors, const Tensor& candidates, const Tensor& anchor_class,
@@ -167,21 +119,24 @@ std::tuple<Tensor, Tensor> old_new_contrast_cpu(Tensor anchors, Tensor candidate
     const auto anchor_numbers = numbers_of<cpu::ClassIndex<A>>(data<int64_t>(call.anchor_class), n, sorted);
     const auto candidate_numbers = numbers_of<cpu::ClassIndex<A>>(data<int64_t>(call.candidate_class), count, sorted);
     const auto anchor_scale = norms_of<T, A>(call.anchors), candidate_scale = norms_of<T, A>(call.candidates);
-    const Tensor a = accumulating(call.anchors), c = accumulating(call.candidates);
-    const Tensor c_columns = torch::stable::transpose(c, 0, 1);
+    const T *a = data<T>(call.anchors), *c = data<T>(call.candidates);
+    const int64_t a_stride = call.anchor_stride(), c_stride = call.candidate_stride();
     // what flows into the normalised features, before the projection; in place where the types agree
     const Tensor flow =
         !upstream || call.accumulate == call.type ? gradient : reusable_empty({side.size(0), d}, call.accumulate);
+    if (upstream && n == 0) std::fill_n(mutable_data<A>(flow), flow.numel(), A(0));  // candidates without anchors
 
     const int64_t block = std::clamp(kBlockNumbers / std::max<int64_t>(1, count), kMinBlock, kMaxBlock);
-    const Tensor similarity = torch::stable::new_empty(a, {std::min(block, n), count});
-    std::optional<CandidateGradient<A>> candidate_gradient;
-    if (upstream && !to_anchors) candidate_gradient.emplace(flow, std::min(block, n));
+    const Tensor similarity = torch::stable::new_empty(call.loss, {std::min(block, n), count});
+    A* s = mutable_data<A>(similarity);
+    cpu::MatrixProduct<A> product;
+    const auto split = [](int64_t rows, int64_t cols, const auto& work) { for_rows(rows, cols, work); };
     for (int64_t first = 0; first < n; first += block) {
       const int64_t rows = std::min(block, n - first);
-      const Tensor a_rows = narrow_rows(a, first, rows), s_rows = narrow_rows(similarity, 0, rows);
-      TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(s_rows.get(), a_rows.get(), c_columns.get()));
-      const cpu::ContrastArgs<A> args{mutable_data<A>(s_rows),
+      const T* a_rows = a + first * a_stride;
+      product(rows, count, d, cpu::Lines<T>{a_rows, a_stride, 1}, cpu::Lines<T>{c, c_stride, 1}, s, count, false,
+              split);
+      const cpu::ContrastArgs<A> args{s,
                                       count,
                                       anchor_numbers.data() + first,
                                       candidate_numbers.data(),
@@ -194,11 +149,12 @@ std::tuple<Tensor, Tensor> old_new_contrast_cpu(Tensor anchors, Tensor candidate
                                       upstream ? data<A>(*call.upstream) + first : nullptr};
       for_rows(rows, count, [&](int64_t begin, int64_t end) { cpu::kernels<T>().contrast_rows(args, begin, end); });
       if (!upstream) continue;
-      if (to_anchors) {
-        TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(narrow_rows(flow, first, rows).get(), s_rows.get(), c.get()));
-      } else {
-        candidate_gradient->add(s_rows, a_rows);
-      }
+      A* g = mutable_data<A>(flow);
+      if (to_anchors)
+        product(rows, d, count, cpu::Lines<A>{s, count, 1}, cpu::Lines<T>{c, 1, c_stride}, g + first * d, d, false,
+                split);
+      else
+        product(count, d, rows, cpu::Lines<A>{s, 1, count}, cpu::Lines<T>{a_rows, 1, a_stride}, g, d, first > 0, split);
     }
     if (!upstream) return;
     const auto& scale = to_anchors ? anchor_scale : candidate_scale;
@@ -211,6 +167,13 @@ std::tuple<Tensor, Tensor> old_new_contrast_cpu(Tensor anchors, Tensor candidate
 }
 
 #ifdef SIMPLEXFIX_WITH_CUDA
+Tensor narrow_rows(Tensor rows, int64_t first, int64_t count) { return torch::stable::narrow(rows, 0, first, count); }
+
+Tensor accumulating(const Tensor& rows) {
+  const ScalarType type = accumulate_type(rows.scalar_type());
+  return rows.scalar_type() == type ? rows : torch::stable::to(rows, type);
+}
+
 constexpr int64_t kCudaBlockNumbers = int64_t(1) << 22;  // 16 MiB of float: stays in L2 (A100 40, H100 50 MiB)
 constexpr int64_t kCudaMinBlock = 128;                   // rows
 

@@ -1,10 +1,12 @@
 // The losses' kernels against the definitions in double: every number format, tails, tiles, stores past the
 // caches, and the same bits from several threads.  Buffers end exactly where the kernels must stop.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <memory>
 
+#include "../../../csrc/cpu/matrix_product.h"
 #include "../../../csrc/cpu/parallel.h"
 #include "core.h"
 
@@ -218,6 +220,58 @@ void check_contrast(int64_t rows, int64_t n, Negatives negatives, Random& random
   }
 }
 
+// A product of features with features, rows with rows, and one of sums with features, columns with columns; written or
+// added, some of its numbers against sums in double, and the same bits from several threads.
+template <typename T>
+void check_product(int64_t m, int64_t n, int64_t k, Random& random) {
+  using A = accumulate_t<T>;
+  std::normal_distribution<float> normal;
+  const int64_t wide = k + 3, stride = n + 2;
+  const auto fill = [&](auto* at, int64_t numbers) {
+    for (int64_t i = 0; i < numbers; ++i) at[i] = to<std::decay_t<decltype(*at)>>(normal(random));
+  };
+  const auto last = [](int64_t lines, int64_t apart, int64_t length) { return (lines - 1) * apart + length; };
+  const std::unique_ptr<T[]> rows(new T[size_t(last(m, wide, k))]), other_rows(new T[size_t(last(n, wide, k))]),
+      columns(new T[size_t(last(k, stride, n))]);
+  const std::unique_ptr<A[]> sums(new A[size_t(last(k, m, m))]);
+  fill(rows.get(), last(m, wide, k)), fill(other_rows.get(), last(n, wide, k));
+  fill(columns.get(), last(k, stride, n)), fill(sums.get(), last(k, m, m));
+
+  const auto compare = [&](auto left, auto right, const char* name) {
+    std::vector<A> out[2];
+    for (int64_t threads : {1, 3}) {
+      std::vector<A>& c = out[threads > 1];
+      c.assign(size_t(last(m, stride, n)), A(-7));
+      MatrixProduct<A> product;
+      for (const bool add : {false, true})
+        product(m, n, k, left, right, c.data(), stride, add, [&](int64_t count, int64_t, const auto& work) {
+          parallel(count, threads, [&](int64_t item) { work(item, item + 1); });
+        });
+    }
+    check(out[0] == out[1], "%s product %lld x %lld x %lld: threads change the bits", name, (long long)m, (long long)n,
+          (long long)k);
+    const int64_t some = std::max<int64_t>(1, m * n / 3000);
+    for (int64_t at = 0; at < m * n; at += 1 + int64_t(random() % uint64_t(some * 2 - 1))) {
+      const int64_t i = at / n, j = at % n;
+      double truth = 0, size = 0;
+      for (int64_t l = 0; l < k; ++l) {
+        const double x = 2 * double(value_of(left.at[i * left.line + l * left.along])) *
+                         double(value_of(right.at[j * right.line + l * right.along]));
+        truth += x, size += std::fabs(x);
+      }
+      const double got = double(out[0][size_t(i * stride + j)]);
+      check(std::fabs(got - truth) <= kUnit<A> * std::sqrt(double(k) + 8) * size,
+            "%s product %lld x %lld x %lld, %zu bytes: [%lld, %lld] = %.9g, expected %.9g", name, (long long)m,
+            (long long)n, (long long)k, sizeof(T), (long long)i, (long long)j, got, truth);
+    }
+    for (int64_t i = 0; i + 1 < m; ++i)
+      for (int64_t j = n; j < stride; ++j)
+        check(out[0][size_t(i * stride + j)] == A(-7), "%s product: written between its rows", name);
+  };
+  compare(Lines<T>{rows.get(), wide, 1}, Lines<T>{other_rows.get(), wide, 1}, "rows' ");
+  compare(Lines<A>{sums.get(), 1, m}, Lines<T>{columns.get(), 1, stride}, "columns'");
+}
+
 template <typename T>
 void check_format(const Options& options, Random& random) {
   for (int64_t d : {1, 2, 7, 8, 15, 16, 17, 63, 64, 65, 130, 2047, 2048, 2049, 4100}) {
@@ -226,6 +280,8 @@ void check_format(const Options& options, Random& random) {
       for (int turn = 0; turn < 4; ++turn)
         check_cross_entropy<T>(polytope, 5, d, turn % 2, turn == 2 ? 0.1 : 0.0, turn > 1, random);
   }
+  for (const auto [m, n, k] : {std::array<int64_t, 3>{1, 1, 1}, {5, 3, 7}, {12, 32, 16}, {37, 65, 33}, {100, 40, 1100}})
+    check_product<T>(m, n, k, random);
 }
 }  // namespace
 
@@ -240,4 +296,5 @@ void test_losses(const Options& options) {
       check_contrast<float>(std::min<int64_t>(n, 9), n, negatives, random);
       check_contrast<double>(std::min<int64_t>(n, 9), n, negatives, random);
     }
+  if (!options.small) check_product<float>(700, 660, 1030, random);  // several chunks of lines on both sides
 }
