@@ -1,6 +1,6 @@
-// Memory for gradients on the CPU that is used again.  torch's CPU allocator returns large blocks to the
-// system, which hands them out again page by page, zeroed: touching a fresh 64 MiB costs several times as
-// long as computing the gradient that it is for.  A training step wants the same size every time.
+// Memory for results on the CPU, above all gradients, that is used again.  torch's CPU allocator returns large blocks
+// to the system, which hands them out again page by page, zeroed: touching a fresh 64 MiB costs several times as long
+// as computing the gradient that it is for.  A training step wants the same size every time.
 #pragma once
 #include "common.h"
 
