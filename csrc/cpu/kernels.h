@@ -137,8 +137,7 @@ struct SearchKernels {
   DotKernels dot[2];  // by RowType
   // codes of row - center in [-range, range]
   CodeSummary (*encode)(const float* row, const float* center, int64_t d, int range, int8_t* codes);
-  // Bit r of passed[q]: the upper bound of query q and row r reaches the query's cutoff.
-  // upper [n, kPanelRows] is written for those queries only of which a row passes.
+  // upper [n, kPanelRows]: the upper bounds.  Bit r of passed[q]: that of query q and row r reaches the query's cutoff.
   void (*scan_panel)(const CodePanel& panel, const CodeQueries& queries, int64_t groups, uint64_t* passed,
                      float* upper);
   int query_range;  // of the codes of a query: what this instruction set can add without overflow
