@@ -536,5 +536,7 @@ def _loss_dtype(features: Tensor) -> torch.dtype:
     """What torch's own losses have: the dtype of the features, float32 under autocast."""
     if features.dtype in (torch.float32, torch.float64):
         return features.dtype
-    device = features.device.type
-    return torch.float32 if device != "meta" and torch.is_autocast_enabled(device) else features.dtype
+    if features.is_meta:
+        return features.dtype
+    device = "cpu" if features.is_cpu else features.device.type  # the latter takes longer than all other checks
+    return torch.float32 if torch.is_autocast_enabled(device) else features.dtype

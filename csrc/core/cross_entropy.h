@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "exponential.h"
 #include "types.h"
 
 namespace simplexfix {
@@ -69,12 +70,20 @@ SIMPLEXFIX_HD LabelLogit<A> label_logit(const CrossEntropyOptions<A>& options, A
   return label;
 }
 
+// A row's loss as mass * log(total) + offset, so that a CPU kernel can take the logarithms of many rows at once.
+template <typename A>
+struct RowLoss {
+  A mass;   // what the softmax is multiplied by in the gradient
+  A total;  // sum of exp(l_c - largest), the label's with its margin
+  A offset;
+
+  SIMPLEXFIX_HD A value() const { return mass * std::log(total) + offset; }
+};
+
 // The row's loss, and from dL/dl_c = mass * p_c - share * w_c  (c != label) what the label's own gradient is.
 template <typename A>
 struct LabelOutcome {
-  A loss;
-  A total;     // sum of exp(l_c - largest), the label's with its margin
-  A mass;      // what the softmax is multiplied by in the gradient
+  RowLoss<A> loss;
   A share;     // label_smoothing / K
   A gradient;  // dL/d(label's logit with margin)
 };
@@ -85,20 +94,19 @@ template <typename A>
 SIMPLEXFIX_HD LabelOutcome<A> label_outcome(const CrossEntropyOptions<A>& options, A slots, A largest,
                                             const LabelLogit<A>& label, A others, A logit_sum, A weight_label) {
   LabelOutcome<A> out;
-  const A at_label = std::exp(label.value - largest);
-  out.total = others + at_label;
-  // logsumexp - l_y, small where the label's logit is by far the largest; nan for inf
-  const A gap = largest == label.value && others < A(1) ? std::log1p(others) + (at_label - A(1))
-                                                        : std::log(out.total) + (largest - label.value);
+  const A at_label = scalar_exp(label.value - largest), total = others + at_label;
   out.share = options.smoothing / slots;
-  out.loss = (A(1) - options.smoothing) * weight_label * gap;
+  const A mass = (A(1) - options.smoothing) * weight_label + out.share * options.weight_sum;
+  // logsumexp - l_y, less log(total): small where the label's logit is by far the largest, and then what the sum's
+  // rounding lost is what counts
+  const A lost = at_label > others ? others - (total - at_label) : at_label - (total - others);
+  A offset = mass * (lost / total + (largest - label.value));
   if (options.smoothing > A(0))
-    out.loss += out.share * (options.weight_sum * (gap + label.value) - (logit_sum - weight_label * label.margin));
-  out.mass = (A(1) - options.smoothing) * weight_label + out.share * options.weight_sum;
+    offset += out.share * (options.weight_sum * label.value - (logit_sum - weight_label * label.margin));
+  out.loss = {mass, total, offset};
   // mass * p_y - target_y in the form that does not cancel: by p_y, or by 1 - p_y
-  out.gradient = at_label < others
-                     ? out.mass * (at_label / out.total) - (A(1) - options.smoothing + out.share) * weight_label
-                     : out.share * (options.weight_sum - weight_label) - out.mass * (others / out.total);
+  out.gradient = at_label < others ? mass * (at_label / total) - (A(1) - options.smoothing + out.share) * weight_label
+                                   : out.share * (options.weight_sum - weight_label) - mass * (others / total);
   return out;
 }
 

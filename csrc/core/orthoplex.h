@@ -42,7 +42,7 @@ SIMPLEXFIX_HD OrthoplexRow<A> orthoplex_row(const CrossEntropyOptions<A>& option
 
 template <typename A>
 struct OrthoplexOutcome {
-  A loss;
+  RowLoss<A> loss;
   A exponential, weight, label;  // of the gradient, times upstream
 };
 
@@ -52,14 +52,14 @@ template <typename A>
 SIMPLEXFIX_HD OrthoplexOutcome<A> orthoplex_outcome(const CrossEntropyOptions<A>& options, const OrthoplexRow<A>& row,
                                                     int64_t d, A sign, A rest, A weighted, A weight_label,
                                                     A weight_opposite, A upstream) {
-  const A opposite = std::exp(row.opposite - row.largest);
+  const A opposite = scalar_exp(row.opposite - row.largest);
   const auto at =
       label_outcome(options, A(2 * d), row.largest, row.label, rest + opposite, row.factor * weighted, weight_label);
-  const A g_opposite = at.mass * (opposite / at.total) - at.share * weight_opposite;
+  const A g_opposite = at.loss.mass * (opposite / at.loss.total) - at.share * weight_opposite;
   const A factor = upstream * row.factor;
   OrthoplexOutcome<A> out;
   out.loss = at.loss;
-  out.exponential = factor * at.mass / at.total;
+  out.exponential = factor * at.loss.mass / at.loss.total;
   out.weight = factor * at.share;
   out.label = factor * sign * (at.gradient * row.label.slope - g_opposite);
   return out;

@@ -62,7 +62,7 @@ SIMPLEXFIX_HD RowLogits<A> row_logits(const std::common_type_t<RoundedSimplex<A>
 
 template <typename A>
 struct RowOutcome {
-  A loss;
+  RowLoss<A> loss;
   A exponential, constant, weight, label;  // of the gradient, times upstream
 };
 
@@ -73,7 +73,7 @@ SIMPLEXFIX_HD RowOutcome<A> row_outcome(const std::common_type_t<RoundedSimplex<
                                         const CrossEntropyOptions<A>& options, const RowSums<A>& sums,
                                         const RowLogits<A>& row, int64_t d, int64_t label, A rest, bool weighted,
                                         A weight_label, A weight_last, A upstream) {
-  const A last = std::exp(row.last - row.largest);
+  const A last = scalar_exp(row.last - row.largest);
   const A others = label < d ? rest + last : rest;
   // sum_c w_c l_c; without weights the logits sum to zero, since the vertices do
   const A logit_sum =
@@ -82,12 +82,12 @@ SIMPLEXFIX_HD RowOutcome<A> row_outcome(const std::common_type_t<RoundedSimplex<
   const auto at = label_outcome(options, A(d + 1), row.largest, row.label, others, logit_sum, weight_label);
   const A g_label = at.gradient * row.label.slope;
   const A excess = at.gradient * (row.label.slope - A(1));  // sum of all g: zero without an angular margin
-  const A g_last = label < d ? at.mass * (last / at.total) - at.share * weight_last : g_label;
+  const A g_last = label < d ? at.loss.mass * (last / at.loss.total) - at.share * weight_last : g_label;
   const A common = simplex.a * g_last - simplex.m * excess;
   const A factor = upstream * row.factor;
   RowOutcome<A> out;
   out.loss = at.loss;
-  out.exponential = factor * at.mass / at.total;
+  out.exponential = factor * at.loss.mass / at.loss.total;
   out.constant = factor * (weighted ? common : common - at.share);
   out.weight = factor * at.share;
   out.label = factor * (g_label + common);

@@ -6,7 +6,7 @@
 #ifdef __CUDACC__
 #define SIMPLEXFIX_HD __host__ __device__ __forceinline__
 #else
-#define SIMPLEXFIX_HD inline
+#define SIMPLEXFIX_HD inline __attribute__((always_inline))
 #endif
 
 namespace simplexfix {

@@ -87,7 +87,7 @@ class OrthoplexLoss {
       along += outcome_.label * z_label_;
       projection_ = along * (at_.inverse_norm * at_.inverse_norm);
     }
-    return outcome_.loss;
+    return outcome_.loss.value();
   }
 
   __device__ A gradient(int j, A x) const {

@@ -81,7 +81,7 @@ class SimplexLoss {
       along += outcome_.label * z_label_;
       projection_ = along * (logits_.inverse_norm * logits_.inverse_norm);
     }
-    return outcome_.loss;
+    return outcome_.loss.value();
   }
 
   __device__ A gradient(int j, A x) const {

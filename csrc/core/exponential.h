@@ -1,0 +1,60 @@
+// Exponentials of the few numbers that a row has one of.  On the CPU without calls, for which a kernel would have to
+// spill its vectors; the same whatever the C library.
+#pragma once
+#include <array>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+
+#include "types.h"
+
+namespace simplexfix {
+
+#ifdef __CUDACC__
+template <typename A>
+SIMPLEXFIX_HD A scalar_exp(A x) {
+  return std::exp(x);
+}
+#else
+template <typename A>
+struct Format;
+template <>
+struct Format<float> {
+  using Bits = uint32_t;
+  static constexpr int kMantissa = 23, kExponentBias = 127;
+  static constexpr float kRound = 0x1.8p23f;                               // a sum with it is a whole number
+  static constexpr float kLn2 = 0x1.62e4p-1f, kLn2Rest = 0x1.7f7d1cp-20f;  // n kLn2 is exact
+  static constexpr int kTerms = 8;
+};
+template <>
+struct Format<double> {
+  using Bits = uint64_t;
+  static constexpr int kMantissa = 52, kExponentBias = 1023;
+  static constexpr double kRound = 0x1.8p52;
+  static constexpr double kLn2 = 0x1.62e42feep-1, kLn2Rest = 0x1.a39ef35793c76p-33;
+  static constexpr int kTerms = 14;
+};
+
+// exp(x) for x <= 0, or nan: a relative error below 2 ulp; 0 below the smallest normal number.
+//   x = n ln 2 + r;  exp(r) = 1 + r + r^2 / 2! + ...
+template <typename A>
+SIMPLEXFIX_HD A scalar_exp(A x) {
+  using F = Format<A>;
+  constexpr auto inverse_factorials = [] {
+    std::array<A, F::kTerms> table{};
+    double factorial = 1;
+    for (int k = 0; k < F::kTerms; factorial *= ++k) table[size_t(k)] = A(1 / factorial);
+    return table;
+  }();
+  const A shifted = x * A(1.4426950408889634) + F::kRound, n = shifted - F::kRound;
+  const A r = (x - n * F::kLn2) - n * F::kLn2Rest;
+  A series = inverse_factorials.back();
+#pragma GCC unroll 16
+  for (int k = F::kTerms - 2; k >= 0; --k) series = series * r + inverse_factorials[size_t(k)];
+  using Bits = typename F::Bits;  // n stands in the last ones of shifted
+  const A power = std::bit_cast<A>((std::bit_cast<Bits>(shifted) + F::kExponentBias) << F::kMantissa);
+  return n < A(1 - F::kExponentBias) ? A(0) : series * power;
+}
+#endif
+
+}  // namespace simplexfix
