@@ -21,8 +21,6 @@ constexpr int64_t kQueriesPerTask = 8;                      // when results are 
 // by one the first would do badly for all, and encoding a row 4/3 times on average costs little.
 constexpr int64_t kEnoughToCentre = int64_t(1) << 16;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 void refuse_non_finite(const char* what, const float* rows, int64_t n, int64_t d) {
   const int64_t row = first_non_finite_row(rows, d, d, 0, n);
   if (row >= 0) throw std::invalid_argument(std::string(what) + " row " + std::to_string(row) + " holds nan or inf");

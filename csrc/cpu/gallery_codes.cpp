@@ -4,7 +4,6 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <new>
 
 #include "float_mode.h"
 
@@ -12,7 +11,6 @@ namespace simplexfix::cpu {
 namespace {
 constexpr size_t kChunkBytes = size_t(1) << 18;
 constexpr int kRange = 127;  // of a gallery's codes; stored plus 128, as the products want them unsigned
-constexpr std::align_val_t kAlign{64};
 
 // What the first pass rounds: its upper bound is a float sum of dot * scale_r * scale_q, offset and
 // error * norm_q in at most eight operations, so its error is below 2^-21 of the sum of their sizes.
@@ -25,8 +23,6 @@ float round_up(double x) {
   if (x == 0) return 0.f;
   return std::nextafter(float(x + 0x1p-20 * std::abs(x)), std::numeric_limits<float>::infinity());
 }
-
-void GalleryCodes::Free::operator()(void* p) const { ::operator delete(p, kAlign); }
 
 GalleryCodes::GalleryCodes(int64_t d, std::vector<float> center)
     : d_(d),
@@ -51,12 +47,11 @@ CodePanel GalleryCodes::panel(int64_t index) const {
 }
 
 void GalleryCodes::resize(int64_t n) {
-  const int64_t panels = (n + kPanelRows - 1) / kPanelRows, before = (size_ + kPanelRows - 1) / kPanelRows;
-  const auto chunks = size_t((panels + chunk_panels_ - 1) / chunk_panels_), chunks_before = chunks_.size();
+  const int64_t panels = ceil_div(n, kPanelRows), before = ceil_div(size_, kPanelRows);
+  const auto chunks = size_t(ceil_div(panels, chunk_panels_)), chunks_before = chunks_.size();
   try {
     chunks_.reserve(chunks);
-    while (chunks_.size() < chunks)
-      chunks_.emplace_back(static_cast<std::byte*>(::operator new(size_t(chunk_panels_) * panel_bytes_, kAlign)));
+    while (chunks_.size() < chunks) chunks_.push_back(aligned_array<std::byte>(size_t(chunk_panels_) * panel_bytes_));
     panel_norm_.resize(size_t(panels), 0.f);
   } catch (...) {
     chunks_.resize(chunks_before);

@@ -10,9 +10,9 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
-#include <memory>
 #include <vector>
 
+#include "aligned.h"
 #include "gallery_rows.h"
 #include "kernels.h"
 
@@ -41,15 +41,12 @@ class GalleryCodes {
   float panel_norm(int64_t index) const { return panel_norm_[size_t(index)]; }  // at least the largest |coded x|
 
  private:
-  struct Free {
-    void operator()(void* p) const;
-  };
   std::byte* panel_data(int64_t index) const;
 
   int64_t d_, groups_, size_ = 0;
   size_t panel_bytes_;
   int64_t chunk_panels_;  // panels that are allocated together
-  std::vector<std::unique_ptr<std::byte, Free>> chunks_;
+  std::vector<AlignedArray<std::byte>> chunks_;
   std::vector<float> panel_norm_, center_;
 };
 

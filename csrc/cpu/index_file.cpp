@@ -229,7 +229,7 @@ std::unique_ptr<CosineIndex> CosineIndex::load(const std::string& path, int64_t 
   }
   if (header.payload_checksum != checksum.value()) refuse("the checksum of its content does not match");
   const GalleryRows rows = index->view(n);
-  parallel((n + kPanelRows - 1) / kPanelRows, index->threads_for(n * header.dim),
+  parallel(ceil_div(n, kPanelRows), index->threads_for(n * header.dim),
            [&](int64_t panel) { check_rows(rows, panel * kPanelRows, std::min(n, (panel + 1) * kPanelRows)); });
   index->codes_ = index->recentred(n);
   index->centred_at_ = n;

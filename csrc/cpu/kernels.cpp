@@ -3,6 +3,8 @@
 // another file may share is ever compiled for a newer CPU (per-file -m flags do not give that).
 #include "kernels.h"
 
+#include "aligned.h"
+
 #include "../core/contrast.h"
 #include "../core/cosine_score.h"
 #include "../core/cube.h"

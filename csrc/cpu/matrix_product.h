@@ -6,9 +6,8 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
-#include <memory>
-#include <new>
 
+#include "aligned.h"
 #include "kernels.h"
 
 namespace simplexfix::cpu {
@@ -51,20 +50,17 @@ class MatrixProduct {
   static constexpr int64_t kMostLength = 1024;   // of a panel: its tile's panels stay in L2
   static constexpr int64_t kPanelsTogether = 8;  // left panels that meet a right one while it is in L2
 
-  struct Free {
-    void operator()(A* p) const { ::operator delete[](p, std::align_val_t(64)); }
-  };
   struct Chunk {
-    std::unique_ptr<A[], Free> numbers;
+    AlignedArray<A> numbers;
     int64_t size = 0;
   };
   Chunk left_, right_;
 
   // Room for as many of the lines, in panels of so many, as a chunk holds: their number.
   static int64_t reserve(Chunk& chunk, int64_t lines, int64_t panel, int64_t length) {
-    const int64_t most = std::min((lines + panel - 1) / panel, std::max<int64_t>(1, kMost / (panel * length))) * panel;
+    const int64_t most = std::min(ceil_div(lines, panel), std::max<int64_t>(1, kMost / (panel * length))) * panel;
     if (chunk.size < most * length) {
-      chunk.numbers.reset(static_cast<A*>(::operator new[](size_t(most * length) * sizeof(A), std::align_val_t(64))));
+      chunk.numbers = aligned_array<A>(size_t(most * length));
       chunk.size = most * length;
     }
     return most;
@@ -73,7 +69,7 @@ class MatrixProduct {
   template <typename T, typename Lay, typename Split>
   static void lay(const Lines<T>& from, int64_t first, int64_t l, int64_t count, int64_t length, int64_t panel, Lay lay,
                   const Chunk& to, const Split& split) {
-    split((count + panel - 1) / panel, panel * length, [&](int64_t begin, int64_t end) {
+    split(ceil_div(count, panel), panel * length, [&](int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; ++p)
         lay(from.at + (first + p * panel) * from.line + l * from.along, from.line, from.along,
             std::min(panel, count - p * panel), length, to.numbers.get() + p * panel * length);
@@ -83,8 +79,8 @@ class MatrixProduct {
   template <typename Split>
   void multiply(int64_t m, int64_t n, int64_t length, A* out, int64_t stride, bool add, const Split& split) const {
     const int64_t rows = kernels<A>().tile_rows, columns = kernels<A>().tile_columns;
-    const int64_t left_panels = (m + rows - 1) / rows, right_panels = (n + columns - 1) / columns;
-    const int64_t groups = (left_panels + kPanelsTogether - 1) / kPanelsTogether;
+    const int64_t left_panels = ceil_div(m, rows), right_panels = ceil_div(n, columns);
+    const int64_t groups = ceil_div(left_panels, kPanelsTogether);
     split(groups * right_panels, kPanelsTogether * rows * length, [&](int64_t begin, int64_t end) {
       for (int64_t item = begin; item < end; ++item) {
         const int64_t first = item / right_panels * kPanelsTogether, q = item % right_panels;

@@ -1,11 +1,10 @@
 #include "row_blocks.h"
 
-#include <new>
+#include "aligned.h"
 
 namespace simplexfix::cpu {
 namespace {
 constexpr int64_t kBlockBytes = int64_t(1) << 20;
-constexpr std::align_val_t kAlign{64};
 }  // namespace
 
 RowBlocks::RowBlocks(int64_t d, RowType type) : d_(d), type_(type) {
@@ -15,17 +14,17 @@ RowBlocks::RowBlocks(int64_t d, RowType type) : d_(d), type_(type) {
 RowBlocks::~RowBlocks() { free_from(0); }
 
 void RowBlocks::free_from(size_t block) {
-  for (size_t i = block; i < blocks_.size(); ++i) ::operator delete(blocks_[i], kAlign);
+  for (size_t i = block; i < blocks_.size(); ++i) FreeAligned()(blocks_[i]);
   blocks_.resize(block);
 }
 
 void RowBlocks::resize(int64_t n) {
-  const auto wanted = size_t((n + rows_per_block() - 1) >> shift_), before = blocks_.size();
+  const auto wanted = size_t(ceil_div(n, rows_per_block())), before = blocks_.size();
   if (wanted <= before) return free_from(wanted);
   try {
     while (blocks_.size() < wanted) {
       blocks_.push_back(nullptr);
-      blocks_.back() = static_cast<std::byte*>(::operator new(block_bytes(), kAlign));
+      blocks_.back() = aligned_array<std::byte>(block_bytes()).release();
     }
   } catch (...) {
     free_from(before);

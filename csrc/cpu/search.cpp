@@ -20,8 +20,6 @@ constexpr int64_t kStep = 16 * kPanelRows;  // rows between two looks at the oth
 constexpr int64_t kSparseSteps = 16;        // of which one has its first panel in the sparse sample
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 void raise(std::atomic<float>& highest, float score) {
   float seen = highest.load(std::memory_order_relaxed);
   while (seen < score && !highest.compare_exchange_weak(seen, score, std::memory_order_relaxed)) {

@@ -11,8 +11,6 @@
 namespace simplexfix::cuda {
 namespace {
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 int64_t power_of_two(int64_t least) {
   int64_t power = 1;
   while (power < least) power *= 2;

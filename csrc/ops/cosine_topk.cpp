@@ -63,7 +63,7 @@ std::tuple<Tensor, Tensor> cosine_topk_cpu(Tensor query, Tensor gallery, int64_t
   if (queries >= kQueriesWorthCodes && cpu::Search::can_use_codes(rows.n, rows.d, k)) {
     codes.emplace(rows.d, cpu::central_row(rows));
     codes->resize(rows.n);
-    const int64_t panels = (rows.n + cpu::kPanelRows - 1) / cpu::kPanelRows;
+    const int64_t panels = ceil_div(rows.n, cpu::kPanelRows);
     for_rows(panels, rows.d * cpu::kPanelRows, [&](int64_t begin, int64_t end) {
       codes->encode(rows, begin * cpu::kPanelRows, std::min(rows.n, end * cpu::kPanelRows));
     });
