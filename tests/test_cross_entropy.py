@@ -181,6 +181,42 @@ def test_logits_of_any_size(d: int, dtype: torch.dtype) -> None:
         check(large, target, truth=TWINS["simplex"], naive=naive, reduction="none")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [200.0, 3e3, 1e6, 1e12, 1e30])
+def test_logits_that_are_all_alike_or_all_far_below(scale: float, dtype: torch.dtype) -> None:
+    """Where logits are huge, so is what their rounding leaves; and a margin may put all far below the reference."""
+    same = torch.full((1, 8), 3.3, dtype=dtype)
+    loss = OPERATORS["orthoplex"](same, torch.tensor([3]), normalize=True, scale=scale)
+    assert float(loss) == pytest.approx(math.log(8), rel=1e-5)
+    last = -torch.ones(1, 4, dtype=dtype)
+    options = {"normalize": True, "scale": scale, "margin": ("cosine", 2.0)}
+    loss = OPERATORS["simplex"](last, torch.tensor([4]), **options)
+    truth = TWINS["simplex"](last.double(), torch.tensor([4]), **options)
+    assert float(loss) == pytest.approx(float(truth), rel=1e-5)
+
+
+@pytest.mark.parametrize("own", [30.0, 60.0, 87.0, 95.0])
+@pytest.mark.parametrize("other", [0.0, 20.0, 40.0])
+def test_a_small_loss_beside_large_logits(own: float, other: float) -> None:
+    z = torch.zeros(1, 8)
+    z[0, 0], z[0, 1] = own, other
+    loss, gradient = both(OPERATORS["simplex"], z, torch.tensor([0]))
+    w = simplex_prototypes(9, dtype=torch.float64)
+    p = (z.double() @ w.T)[0].sub((z.double() @ w.T)[0, 0]).exp()  # relative to the label's: float64 has room for all
+    others = p[1:].sum()
+    p[0] = -others
+    assert float(loss) == pytest.approx(float(others.log1p()), rel=2e-5, abs=1e-30)
+    assert float(gradient[0, 1]) == pytest.approx(float((p / (1 + others)) @ w[:, 1]), rel=2e-5, abs=1e-30)
+
+
+def test_smoothing_of_logits_near_the_end_of_the_format() -> None:
+    z = torch.zeros(1, 65535)
+    z[0, 0] = -1e34
+    loss = OPERATORS["simplex"](z, torch.tensor([0]), label_smoothing=0.1)
+    truth = TWINS["simplex"](z.double(), torch.tensor([0]), label_smoothing=0.1)
+    assert float(loss) == pytest.approx(float(truth), rel=1e-5)
+
+
 @pytest.mark.parametrize("polytope", POLYTOPES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -365,10 +401,16 @@ def test_zero_rows_and_nan_rows(polytope: str) -> None:
 @pytest.mark.parametrize(("rows", "d"), [(300, 513), (130, 16400)])  # the second is written past the caches
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
 def test_a_row_is_the_same_alone_and_in_a_batch_and_on_any_number_of_threads(
-    polytope: str, rows: int, d: int, dtype: torch.dtype, normalize: bool
+    polytope: str, rows: int, d: int, dtype: torch.dtype, normalize: bool, weighted: bool
 ) -> None:
-    f = partial(OPERATORS[polytope], normalize=normalize, **options_of(polytope, d))
+    options = options_of(polytope, d)
+    if weighted:
+        count = len(options["codes"]) if polytope == "cube" else slots_of(polytope, d)
+        options["weight"] = torch.rand(count, generator=torch.Generator().manual_seed(5))
+        options["label_smoothing"] = 0.0 if polytope == "cube" else 0.1
+    f = partial(OPERATORS[polytope], normalize=normalize, **options)
     z, target = features("normal", rows, d, dtype=dtype), labels(rows, slots_of(polytope, d))
     threads = torch.get_num_threads()
     whole = both(f, z, target, reduction="none")
@@ -380,7 +422,7 @@ def test_a_row_is_the_same_alone_and_in_a_batch_and_on_any_number_of_threads(
         assert torch.equal(mean[0], both(f, z, target)[0])
     finally:
         torch.set_num_threads(threads)
-    for row in (0, 17, rows - 1):
+    for row in range(0, rows, 1 if d < 1000 else 17):
         alone = both(f, z[row : row + 1], target[row : row + 1], reduction="none")
         assert torch.equal(alone[0][0], whole[0][row])
         assert torch.equal(alone[1][0], whole[1][row])

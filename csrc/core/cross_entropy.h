@@ -36,7 +36,7 @@ SIMPLEXFIX_HD void apply_margin(const CrossEntropyOptions<A>& options, A cosine,
     if (c > -cos_m) {
       const A floor = A(1e-12), square = (A(1) - c) * (A(1) + c);
       const A sine = std::sqrt(square > floor ? square : floor);
-      *moved = c * cos_m - sine * sin_m;
+      *moved = c * cos_m - rounded(sine * sin_m);
       *slope = cos_m + (square > floor ? c * sin_m / sine : A(0));
     } else {
       *moved = c - options.margin_size * sin_m;
@@ -65,7 +65,7 @@ SIMPLEXFIX_HD LabelLogit<A> label_logit(const CrossEntropyOptions<A>& options, A
   LabelLogit<A> label;
   A moved;
   apply_margin(options, plain / options.scale, &moved, &label.slope);
-  label.value = options.margin == Margin::kNone ? plain : moved * options.scale;
+  label.value = options.margin == Margin::kNone ? plain : rounded(moved * options.scale);
   label.margin = plain - label.value;
   return label;
 }
@@ -96,17 +96,19 @@ SIMPLEXFIX_HD LabelOutcome<A> label_outcome(const CrossEntropyOptions<A>& option
   LabelOutcome<A> out;
   const A at_label = scalar_exp(label.value - largest), total = others + at_label;
   out.share = options.smoothing / slots;
-  const A mass = (A(1) - options.smoothing) * weight_label + out.share * options.weight_sum;
+  const A mass = (A(1) - options.smoothing) * weight_label + rounded(out.share * options.weight_sum);
   // logsumexp - l_y, less log(total): small where the label's logit is by far the largest, and then what the sum's
   // rounding lost is what counts
   const A lost = at_label > others ? others - (total - at_label) : at_label - (total - others);
-  A offset = mass * (lost / total + (largest - label.value));
+  A offset = rounded(mass * (lost / total + (largest - label.value)));
   if (options.smoothing > A(0))
-    offset += out.share * (options.weight_sum * label.value - (logit_sum - weight_label * label.margin));
+    offset +=
+        out.share * options.weight_sum * label.value - rounded(out.share * (logit_sum - weight_label * label.margin));
   out.loss = {mass, total, offset};
   // mass * p_y - target_y in the form that does not cancel: by p_y, or by 1 - p_y
-  out.gradient = at_label < others ? mass * (at_label / total) - (A(1) - options.smoothing + out.share) * weight_label
-                                   : out.share * (options.weight_sum - weight_label) - mass * (others / total);
+  out.gradient = at_label < others
+                     ? mass * (at_label / total) - rounded((A(1) - options.smoothing + out.share) * weight_label)
+                     : rounded(out.share * (options.weight_sum - weight_label)) - mass * (others / total);
   return out;
 }
 

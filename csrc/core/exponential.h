@@ -1,5 +1,5 @@
 // Exponentials of the few numbers that a row has one of.  On the CPU without calls, for which a kernel would have to
-// spill its vectors; the same whatever the C library.
+// spill its vectors; the same whatever the C library.  (The emulator of the CUDA kernels takes these too.)
 #pragma once
 #include <array>
 #include <bit>
@@ -17,9 +17,9 @@ SIMPLEXFIX_HD A scalar_exp(A x) {
 }
 #else
 template <typename A>
-struct Format;
+struct FloatFormat;
 template <>
-struct Format<float> {
+struct FloatFormat<float> {
   using Bits = uint32_t;
   static constexpr int kMantissa = 23, kExponentBias = 127;
   static constexpr float kRound = 0x1.8p23f;                               // a sum with it is a whole number
@@ -27,7 +27,7 @@ struct Format<float> {
   static constexpr int kTerms = 8;
 };
 template <>
-struct Format<double> {
+struct FloatFormat<double> {
   using Bits = uint64_t;
   static constexpr int kMantissa = 52, kExponentBias = 1023;
   static constexpr double kRound = 0x1.8p52;
@@ -35,11 +35,11 @@ struct Format<double> {
   static constexpr int kTerms = 14;
 };
 
-// exp(x) for x <= 0, or nan: a relative error below 2 ulp; 0 below the smallest normal number.
+// exp(x) for x <= 0, or nan: a relative error below 2 ulp; 0, or a denormal, below the smallest normal number.
 //   x = n ln 2 + r;  exp(r) = 1 + r + r^2 / 2! + ...
 template <typename A>
 SIMPLEXFIX_HD A scalar_exp(A x) {
-  using F = Format<A>;
+  using F = FloatFormat<A>;
   constexpr auto inverse_factorials = [] {
     std::array<A, F::kTerms> table{};
     double factorial = 1;

@@ -32,9 +32,10 @@ template <typename A>
 SIMPLEXFIX_HD OrthoplexRow<A> orthoplex_row(const CrossEntropyOptions<A>& options, A squares, A largest, A z_label) {
   OrthoplexRow<A> row;
   row.factor = row_factor(options, squares, &row.inverse_norm);
-  row.label = label_logit(options, row.factor * z_label);
-  row.opposite = -(row.factor * z_label);
-  row.largest = row.factor > A(0) ? row.factor * largest : A(0);  // a zero row: never 0 * inf
+  const A plain = rounded(row.factor * z_label);
+  row.label = label_logit(options, plain);
+  row.opposite = -plain;
+  row.largest = row.factor > A(0) ? rounded(row.factor * largest) : A(0);  // a zero row: never 0 * inf
   if (!(row.largest >= row.opposite)) row.largest = row.opposite;
   if (!(row.largest >= row.label.value)) row.largest = row.label.value;
   return row;
@@ -55,7 +56,7 @@ SIMPLEXFIX_HD OrthoplexOutcome<A> orthoplex_outcome(const CrossEntropyOptions<A>
   const A opposite = scalar_exp(row.opposite - row.largest);
   const auto at =
       label_outcome(options, A(2 * d), row.largest, row.label, rest + opposite, row.factor * weighted, weight_label);
-  const A g_opposite = at.loss.mass * (opposite / at.loss.total) - at.share * weight_opposite;
+  const A g_opposite = at.loss.mass * (opposite / at.loss.total) - rounded(at.share * weight_opposite);
   const A factor = upstream * row.factor;
   OrthoplexOutcome<A> out;
   out.loss = at.loss;

@@ -8,7 +8,7 @@
 //   dL/dz_y = label
 //
 // The label stays out of both sweeps: a margin moves it, and a confident row keeps its small loss
-// (log1p) and its small gradient (no 1 - p) to full relative precision.
+// and its small gradient (no 1 - p) to full relative precision.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -50,8 +50,8 @@ SIMPLEXFIX_HD RowLogits<A> row_logits(const std::common_type_t<RoundedSimplex<A>
                                       int64_t label, A z_label) {
   RowLogits<A> row;
   row.factor = logit_factor(simplex, options, sums.squares, &row.inverse_norm);
-  row.shift = row.factor * simplex.m * sums.sum;
-  row.last = row.factor * simplex.last * sums.sum;
+  row.shift = rounded(row.factor * simplex.m * sums.sum);
+  row.last = rounded(row.factor * simplex.last * sums.sum);
   row.label = label_logit(options, label < d ? row.factor * z_label - row.shift : row.last);
   row.largest = row.factor * sums.largest - row.shift;    // -inf where K = 2 leaves no other row below d
   if (!(row.factor > A(0)) && d > 1) row.largest = A(0);  // a zero row under normalize, never 0 * inf
@@ -76,14 +76,14 @@ SIMPLEXFIX_HD RowOutcome<A> row_outcome(const std::common_type_t<RoundedSimplex<
   const A last = scalar_exp(row.last - row.largest);
   const A others = label < d ? rest + last : rest;
   // sum_c w_c l_c; without weights the logits sum to zero, since the vertices do
-  const A logit_sum =
-      weighted ? row.factor * sums.weighted - row.shift * (options.weight_sum - weight_last) + row.last * weight_last
-               : A(0);
+  const A logit_sum = weighted ? row.factor * sums.weighted - rounded(row.shift * (options.weight_sum - weight_last)) +
+                                     rounded(row.last * weight_last)
+                               : A(0);
   const auto at = label_outcome(options, A(d + 1), row.largest, row.label, others, logit_sum, weight_label);
-  const A g_label = at.gradient * row.label.slope;
+  const A g_label = rounded(at.gradient * row.label.slope);
   const A excess = at.gradient * (row.label.slope - A(1));  // sum of all g: zero without an angular margin
-  const A g_last = label < d ? at.loss.mass * (last / at.loss.total) - at.share * weight_last : g_label;
-  const A common = simplex.a * g_last - simplex.m * excess;
+  const A g_last = label < d ? at.loss.mass * (last / at.loss.total) - rounded(at.share * weight_last) : g_label;
+  const A common = simplex.a * g_last - rounded(simplex.m * excess);
   const A factor = upstream * row.factor;
   RowOutcome<A> out;
   out.loss = at.loss;

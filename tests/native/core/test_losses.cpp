@@ -6,6 +6,7 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <string>
 
 #include "../../../csrc/core/exponential.h"
 #include "../../../csrc/cpu/matrix_product.h"
@@ -162,8 +163,9 @@ void check_cross_entropy(Polytope polytope, int64_t rows, int64_t d, bool normal
     const double expected = by_definition(polytope, row, target[size_t(b)], codes.get() + target[size_t(b)] * words,
                                           normalize, scale, smoothing, &truth);
     const double unit = std::max(kUnit<A>, kUnit<float> * (sizeof(A) == 4));
-    const double exponentials =
-        polytope == Polytope::kSimplex && std::is_same_v<T, BFloat16> ? 8e-5 : 0;  // their error
+    const bool coarse =
+        polytope == Polytope::kSimplex && std::is_same_v<T, BFloat16> && std::string(isa()).starts_with("avx512");
+    const double exponentials = coarse ? 8e-5 : 0;  // their error
     check(std::fabs(double(loss[size_t(b)]) - expected) <= 64 * unit * (1 + std::fabs(expected)) + exponentials,
           "%s d=%lld %zu bytes normalize=%d smoothing=%g: loss %.9g, expected %.9g", kNames[int(polytope)],
           (long long)d, sizeof(T), normalize, smoothing, double(loss[size_t(b)]), expected);
@@ -282,11 +284,11 @@ void check_product(int64_t m, int64_t n, int64_t k, Random& random) {
 template <typename A>
 void check_exponential() {
   const double least = std::log(double(std::numeric_limits<A>::min()));
-  for (int i = 0; i <= 20000; ++i) {
+  for (int i = 0; i < 20000; ++i) {
     const A x = A(least * i / 20000);
     const long double truth = std::exp(static_cast<long double>(x));
-    check(std::fabs(scalar_exp(x) / truth - 1) <= 2 * kUnit<A> || i == 20000, "exp(%.9g) = %.9g, expected %.9g",
-          double(x), double(scalar_exp(x)), double(truth));
+    check(std::fabs(scalar_exp(x) / truth - 1) <= 2 * kUnit<A>, "exp(%.9g) = %.9g, expected %.9g", double(x),
+          double(scalar_exp(x)), double(truth));
   }
   for (const A x : {A(least - 1), A(-1e30), -std::numeric_limits<A>::infinity()})
     check(scalar_exp(x) == A(0), "exp(%g) is not 0", double(x));
