@@ -538,5 +538,5 @@ def _loss_dtype(features: Tensor) -> torch.dtype:
         return features.dtype
     if features.is_meta:
         return features.dtype
-    device = "cpu" if features.is_cpu else features.device.type  # the latter takes longer than all other checks
+    device = "cpu" if features.is_cpu else features.device.type  # the latter makes a string each time
     return torch.float32 if torch.is_autocast_enabled(device) else features.dtype

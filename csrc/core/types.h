@@ -1,4 +1,4 @@
-// Number formats of the kernels, free of torch and of CUDA headers; and a division that all need.
+// Number formats of the kernels, free of torch and of CUDA headers; and what arithmetic all need.
 #pragma once
 #include <cstdint>
 #include <type_traits>
