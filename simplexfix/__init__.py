@@ -1,17 +1,24 @@
 """simplexfix: stationary, and therefore compatible, representations.
 
 Swap the embedding model, keep the index.
+
+Public names are imported at first use, so `import simplexfix` alone imports neither torch nor the compiled library.
 """
 
-from importlib.metadata import version
+from __future__ import annotations
 
-from . import functional, polytopes
-from .functional import cosine_topk
-from .heads import CubeHead, OrthoplexHead, SimplexHead
-from .retrieval import CosineIndex
-from .slots import SlotRegistry
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__version__ = version("simplexfix")
+if TYPE_CHECKING:
+    from . import functional, polytopes
+    from .functional import cosine_topk
+    from .heads import CubeHead, OrthoplexHead, SimplexHead
+    from .retrieval import CosineIndex
+    from .slots import SlotRegistry
+
+    __version__: str
+
 __all__ = [
     "CosineIndex",
     "CubeHead",
@@ -23,3 +30,32 @@ __all__ = [
     "functional",
     "polytopes",
 ]
+
+_MODULES = ("compatibility", "data", "functional", "methods", "models", "polytopes", "retrieval", "training")
+_HOMES = {
+    "CosineIndex": "retrieval",
+    "CubeHead": "heads",
+    "OrthoplexHead": "heads",
+    "SimplexHead": "heads",
+    "SlotRegistry": "slots",
+    "cosine_topk": "functional",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")  # which also sets the attribute
+    if name in _HOMES:
+        value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    elif name == "__version__":
+        from importlib.metadata import version
+
+        value = version(__name__)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_MODULES})

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import shutil
+import stat
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,12 +15,58 @@ __all__ = ["write_folder", "write_whole"]
 
 
 def write_whole(path: str | bytes | os.PathLike[str], content: bytes) -> None:
-    """Written beside, synced, renamed: after an error or a crash the file is as it was before.  It keeps its mode.
+    """Writes a file that appears whole or not at all; after an error or a crash the file is as it was before.
+
+    The content is written to a temporary file in the same folder, synchronized, and renamed.  A file that was there
+    keeps its mode, and a symbolic link stays and its target is replaced.  A device, a pipe and a descriptor of this
+    process (/dev/stdout, /dev/fd/3) stay what they are: the content is written into them.
 
     Raises:
         OSError: it cannot be written; names the path.
     """
     path = os.fsencode(path)
+    try:
+        if not _written_into(path, content):
+            target = os.path.realpath(path)
+            if os.path.islink(target):  # links in a circle
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+            _replace(target, content)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, os.fsdecode(path)) from None
+
+
+def _written_into(path: bytes, content: bytes) -> bool:
+    """Writes the content where the path names something that a rename would destroy; whether it does."""
+    descriptor = _own_descriptor(path)
+    mode = os.stat(path).st_mode if descriptor is None and os.path.exists(path) else 0
+    if descriptor is not None:
+        opened = os.dup(descriptor)  # opened again, a regular file would be written from its start
+    elif stat.S_ISCHR(mode) or stat.S_ISFIFO(mode):
+        opened = os.open(path, os.O_WRONLY)
+    elif mode and not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "not a regular file, character device or pipe")
+    else:
+        return False
+    with open(opened, "wb") as file:
+        file.write(content)
+    return True
+
+
+def _own_descriptor(path: bytes) -> int | None:
+    """n, if the path leads to /proc/self/fd/n: the kernel's links there name files that a rename cannot replace."""
+    for _ in range(40):  # links that the kernel follows
+        folder, name = os.path.split(path)
+        folder = os.path.realpath(folder or b".")
+        if re.fullmatch(rb"/proc/%d(/task/\d+)?/fd" % os.getpid(), folder) and name.isdigit():
+            return int(name)
+        path = os.path.join(folder, name)
+        if not os.path.islink(path):
+            return None
+        path = os.path.join(folder, os.readlink(path))
+    return None
+
+
+def _replace(path: bytes, content: bytes) -> None:
     temporary = path + b".%d-%d.tmp" % (os.getpid(), threading.get_ident())
     try:
         # the mode first: what others may not read is never there for them
@@ -30,11 +79,9 @@ def write_whole(path: str | bytes | os.PathLike[str], content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException as error:
+    except BaseException:
         if os.path.exists(temporary):
             os.unlink(temporary)
-        if isinstance(error, OSError):
-            raise OSError(error.errno, error.strerror, os.fsdecode(path)) from None
         raise
     _sync(os.path.dirname(path) or b".")
 

@@ -6,6 +6,8 @@ import importlib
 import importlib.util
 import os
 import warnings
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -20,6 +22,13 @@ def _load() -> tuple[ModuleType | None, str | None]:
     if os.environ.get("SIMPLEXFIX_NATIVE", "1") == "0":
         return None, "SIMPLEXFIX_NATIVE=0 is set"
     if importlib.util.find_spec("simplexfix._C") is None:
+        if others := _libraries_of_other_pythons():
+            reason = (
+                f"its compiled library was built for another Python: {', '.join(others)}, this Python loads "
+                f"_C{EXTENSION_SUFFIXES[0]}; reinstall simplexfix with this Python"
+            )
+            warnings.warn(f"simplexfix runs without its kernels: {reason}", RuntimeWarning, stacklevel=3)
+            return None, reason
         return None, (
             "simplexfix was installed, or is imported from a source folder, without its compiled library; "
             "`pip install .` in the repository builds it"
@@ -34,6 +43,11 @@ def _load() -> tuple[ModuleType | None, str | None]:
     if wanted and wanted not in levels:
         warnings.warn(f"SIMPLEXFIX_ISA={wanted} is none of {', '.join(levels)}: ignored", RuntimeWarning, stacklevel=3)
     return module, None
+
+
+def _libraries_of_other_pythons() -> list[str]:
+    """Names of compiled libraries beside this file."""
+    return sorted(path.name for path in Path(__file__).parent.glob("_C.*") if path.suffix in (".so", ".pyd"))
 
 
 library, missing = _load()
@@ -89,7 +103,6 @@ def runs_on(capability: tuple[int, int], archs: str, *, translates: bool = True)
 _serves_gpu: dict[int | None, bool] = {}
 
 
-@torch.compiler.assume_constant_result
 def _serves(device: int | None) -> bool:
     """Whether the kernels serve a GPU; says once for each where not."""
     if device not in _serves_gpu:  # asked in every call: what follows is for the first alone
@@ -100,6 +113,10 @@ def _serves(device: int | None) -> bool:
         if reason is not None and os.environ.get("SIMPLEXFIX_NATIVE", "1") != "0":
             warnings.warn(f"CUDA tensors run in plain PyTorch: {reason}", RuntimeWarning, stacklevel=4)
     return _serves_gpu[device]
+
+
+# torch.compiler.assume_constant_result sets this attribute, but imports torch._dynamo first, which takes a second.
+_serves._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def has_kernels(tensor: Tensor) -> bool:

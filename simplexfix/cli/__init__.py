@@ -1,17 +1,23 @@
-"""The command line: one file per verb, each with `add_arguments(parser)` and `run(arguments) -> exit code`."""
+"""The command line: `_arguments.py` has its grammar, and one file per verb has `run(arguments) -> exit code`."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 
-from .. import __version__
-from . import demo, doctor, evaluate, gate, runs, train
+from ._arguments import parse
+from ._terminal import standard_streams, write_error
 
 __all__ = ["main"]
 
-_VERBS = {"demo": demo, "doctor": doctor, "evaluate": evaluate, "gate": gate, "runs": runs, "train": train}
+BAD_INPUT = 2
+CRASHED = 70  # EX_SOFTWARE of sysexits.h: exit code 1 of `gate` means that a rule failed
+INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
+
 _EXTRAS = {
     "PIL": "cli",
     "matplotlib": "cli",
@@ -23,34 +29,57 @@ _EXTRAS = {
     "wandb": "wandb",
     "yaml": "train",
 }  # which extra brings a package
+_AFTER_CTRL_C = {
+    "demo": "nothing is kept; the same command starts again",
+    "evaluate": "no report was written; the same command starts again",
+    "gate": "there is no verdict; the same command starts again",
+    "train": "the same command resumes from the last checkpoint",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a verb; 2 where the arguments are wrong or a package is missing."""
-    parser = argparse.ArgumentParser(
-        prog="simplexfix", description="Compatible representations: swap your embedding model, keep your index."
-    )
-    parser.add_argument("--version", action="version", version=f"simplexfix {__version__}")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    for name, module in _VERBS.items():
-        summary = (module.__doc__ or "").split("\n", 1)[0]
-        verb = verbs.add_parser(name, help=summary, description=summary)
-        module.add_arguments(verb)
-    arguments, rest = parser.parse_known_args(argv)
-    # argparse ends a list of positional arguments at the first option: what comes after one is of that list, too
-    if hasattr(arguments, "changes") and not any(text.startswith("-") for text in rest):
-        arguments.changes += rest
-    elif rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    """Runs a verb.
+
+    Returns:
+        The verb's exit code.  2 if an argument is wrong, a package is missing, or a file or standard output cannot be
+        written; 70 after an error of this package; 130 after Ctrl-C.  A reader of standard output that leaves, as
+        `head` does, changes no exit code.
+    """
+    with standard_streams():
+        arguments = parse(argv)
+        code = _run(arguments)
+        error = write_error(sys.stdout)
+        if error is not None:
+            _complain(arguments, f"standard output cannot be written: {error.strerror}")
+            return BAD_INPUT
+        return code
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    os.environ.pop("MPLBACKEND", None)  # a notebook's may name a package that is not installed here; figures are files
     try:
-        return int(_VERBS[arguments.verb].run(arguments))
+        verb = importlib.import_module(f".{arguments.verb}", __name__)
+        return int(verb.run(arguments))
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            _complain(arguments, f"interrupted; {_AFTER_CTRL_C.get(arguments.verb, 'the same command starts again')}")
+        return INTERRUPTED
     except OSError as error:
-        print(f"simplexfix {arguments.verb}: {error}", file=sys.stderr)
-        return 2
+        _complain(arguments, str(error))
+        return BAD_INPUT
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]
-        if package not in _EXTRAS:
-            raise
-        remedy = f"pip install 'simplexfix[{_EXTRAS[package]}]'"
-        print(f"simplexfix {arguments.verb} needs {package}: {remedy}", file=sys.stderr)
-        return 2
+        if package in _EXTRAS:
+            print(
+                f"simplexfix {arguments.verb} needs {package}: pip install 'simplexfix[{_EXTRAS[package]}]'",
+                file=sys.stderr,
+            )
+            return BAD_INPUT
+        traceback.print_exc()
+    except Exception:
+        traceback.print_exc()
+    return CRASHED
+
+
+def _complain(arguments: argparse.Namespace, text: str) -> None:
+    print(f"simplexfix {arguments.verb}: {text}", file=sys.stderr)

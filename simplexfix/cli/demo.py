@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,27 +25,18 @@ from ..models import EmbeddingModel
 from ..retrieval import instance_accuracy, nearest_class_mean_accuracy
 from ..training.items import Items
 from ..training.omniglot import METHODS, UNSEEN_ALPHABETS, OmniglotData, Recipe, split_omniglot, train_methods
+from ._terminal import console
 
 TITLES = {"hoc": "d-simplex with HOC", "simplex": "d-simplex, CE only", "er": "ER: learnable head"}
 PROTOCOLS = {"nearest_class_mean": nearest_class_mean_accuracy, "instance": instance_accuracy}
 THREADS = 1  # in each of the two trainings that run side by side: a seed gives the same numbers whatever the cores
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for report and pictures (default: demo)")
-    parser.add_argument("--seed", type=int, default=0, help="of data order, weights and batches (default: 0)")
-    parser.add_argument("--json", action="store_true", help="print the report as JSON and nothing else")
-    parser.add_argument("--quick", action="store_true", help="a small part of the training, under 30 s")
-
-
 def run(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     from . import _pictures
 
-    if not 0 <= arguments.seed < 2**31:
-        raise SystemExit(f"simplexfix demo: --seed must lie in [0, 2^31), got {arguments.seed}")
     arguments.out.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     recipe = Recipe().quick() if arguments.quick else Recipe()
@@ -56,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
         TextColumn("{task.percentage:>3.0f} %"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(*columns, console=console(sys.stderr)) as progress:
         bar = progress.add_task("", total=recipe.steps(METHODS))
         with _threads(THREADS):
             versions = train_methods(
@@ -150,18 +142,17 @@ def _describe(recipe: Recipe) -> list[str]:
 
 
 def _print(report: dict[str, Any], out: Path, seconds: float) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    terminal = console(sys.stdout)
     for line in report["versions"]:
-        console.print(f"  {line}", highlight=False)
+        terminal.print(f"  {line}", highlight=False)
     searches = {
         "seen": "held-out drawings of the characters that v0 learned",
         "unseen": f"alphabets that no version saw ({', '.join(UNSEEN_ALPHABETS)})",
     }
     for split, meaning in searches.items():
-        console.print(f"\n[bold]{split}[/bold]: {meaning}; accuracy in percent, rows search columns", highlight=False)
+        terminal.print(f"\n[bold]{split}[/bold]: {meaning}; accuracy in percent, rows search columns", highlight=False)
         for method, title in TITLES.items():
             table = Table(title=title, title_justify="left", box=None, pad_edge=False)
             table.add_column("")
@@ -172,8 +163,8 @@ def _print(report: dict[str, Any], out: Path, seconds: float) -> None:
             for i in range(4):
                 cells = [_cell(scores[name]["matrix"], i, j) for name in PROTOCOLS for j in range(4)]
                 table.add_row(f"v{i} queries", *cells)
-            console.print(table)
-            console.print(
+            terminal.print(table)
+            terminal.print(
                 "  "
                 + "; ".join(
                     f"{name.replace('_', ' ')}: AC {scores[name]['AC']:.2f}, AA {100 * scores[name]['AA']:.1f}"
@@ -181,10 +172,10 @@ def _print(report: dict[str, Any], out: Path, seconds: float) -> None:
                 ),
                 highlight=False,
             )
-    console.print()
+    terminal.print()
     for method, title in TITLES.items():
-        console.print(f"[bold]{title}.[/bold] {_in_words(report['methods'][method])}", highlight=False)
-    console.print(f"\n{seconds:.0f} s; report.json, matrices.png and neighbours.png are in {out}", highlight=False)
+        terminal.print(f"[bold]{title}.[/bold] {_in_words(report['methods'][method])}", highlight=False)
+    terminal.print(f"\n{seconds:.0f} s; report.json, matrices.png and neighbours.png are in {out}", highlight=False)
 
 
 def _cell(matrix: list[list[float | None]], i: int, j: int) -> str:

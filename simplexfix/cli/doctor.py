@@ -15,10 +15,6 @@ from .. import _native
 _OPTIONAL = ("matplotlib", "rich", "faiss-cpu", "faiss-gpu", "pytest", "pytest-benchmark")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-
-
 def run(arguments: argparse.Namespace) -> int:
     facts = diagnose()
     if arguments.json:

@@ -33,32 +33,10 @@ from ..retrieval import (
 )
 from ..retrieval._ranks import Facts, Ranks
 from ._colours import LIGHT, readable, shade
+from ._terminal import console, printable
 
 MADE_BY = "simplexfix evaluate"
 NOT_EVALUATED = 2  # bad input, or a process of several that is gone
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "versions",
-        type=Path,
-        nargs="+",
-        metavar="VERSION",
-        help=".npz file, .safetensors file or folder of .npy files, oldest first; or one folder that holds them, "
-        "sorted by name, v2 before v10",
-    )
-    parser.add_argument("--out", type=Path, default=Path("report"), help="folder of the report (default: report)")
-    parser.add_argument("--protocol", choices=("nearest_class_mean", "instance"), default="nearest_class_mean")
-    parser.add_argument(
-        "--widths", choices=("equal", "leading"), default="equal", help="leading: compare on the narrower width"
-    )
-    parser.add_argument("--confidence", type=float, default=0.95, metavar="C", help="of intervals (default: 0.95)")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
-    parser.add_argument(
-        "--images", type=Path, metavar="FILE", help="text, a line per query: its image, to show the worst regressions"
-    )
-    parser.add_argument("--gallery-images", type=Path, metavar="FILE", help="the same of the gallery")
-    parser.add_argument("--json", action="store_true", help="print one JSON object, that of report.json")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -117,8 +95,6 @@ def _read(arguments: argparse.Namespace, *, first: bool = True) -> _Input:
     """All that is given, checked; `first`: on the process that writes."""
     from . import _figures
 
-    if not 0 <= arguments.seed < 2**31:
-        raise ValueError(f"--seed must lie in [0, 2^31), got {arguments.seed}")
     check_confidence(arguments.confidence)
     if arguments.gallery_images is not None and arguments.images is None:
         raise ValueError("--gallery-images needs --images: it is shown beside the queries")
@@ -221,12 +197,6 @@ def short_names(paths: Sequence[Path]) -> list[str]:
     return names
 
 
-def printable(name: str | Path) -> str:
-    """For terminals and pages: what is no text in UTF-8, or moves a cursor, is spelt out."""
-    text = os.fsencode(name).decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 def check_replaceable(out: Path) -> None:
     """Nothing is there yet, or an empty folder, or a report with nothing else in it: what is deleted is our own.
 
@@ -259,56 +229,55 @@ def check_replaceable(out: Path) -> None:
 
 
 def _print(report: EvaluationReport, out: Path) -> None:
-    from rich.console import Console
     from rich.markup import escape
 
     from ._page import verdict
 
-    console = Console(highlight=False, soft_wrap=True)
+    terminal = console(sys.stdout)
     counts = report.counts
-    console.print(
+    terminal.print(
         f"{counts.queries} queries, {counts.gallery} gallery items of {counts.classes} classes, "
         f"{report.protocol.replace('_', ' ')}"
     )
     if counts.queries_of_classes_not_in_gallery:
-        console.print(
+        terminal.print(
             f"[yellow]{counts.queries_of_classes_not_in_gallery} queries are of {counts.classes_not_in_gallery} "
             "classes that the gallery lacks; they count as wrong[/yellow]"
         )
-    console.print("\nScore in percent, rows search columns; below the diagonal old galleries, as they were\n")
-    console.print(_heat_map(report, console))
-    marks = _marks(console)
+    terminal.print("\nScore in percent, rows search columns; below the diagonal old galleries, as they were\n")
+    terminal.print(_heat_map(report, terminal))
+    marks = _marks(terminal)
     if report.upgrades:
-        console.print(f"{marks[True]} finds more than the version that made the gallery, {marks[False]} does not\n")
+        terminal.print(f"{marks[True]} finds more than the version that made the gallery, {marks[False]} does not\n")
     c = report.criteria
     change = {name: "-" if value != value else f"{100 * value:+.2f}" for name, value in (("BC", c.bc), ("FC", c.fc))}
     shown = {"AC": "-" if c.ac != c.ac else f"{c.ac:.3f}", "AA": f"{100 * c.aa:.2f} %", **change}
-    console.print("   ".join(f"[bold]{name}[/bold] {value}" for name, value in shown.items()))
+    terminal.print("   ".join(f"[bold]{name}[/bold] {value}" for name, value in shown.items()))
     upgrade = report.last_upgrade
     if upgrade is not None:
-        console.print(
+        terminal.print(
             f"{escape(report.names[upgrade.old])} -> {escape(report.names[upgrade.new])} on the old gallery: "
             f"{100 * upgrade.before:.2f} % -> {100 * upgrade.after:.2f} %, gain {100 * upgrade.gain:+.2f} "
             f"[{100 * upgrade.low:+.2f}, {100 * upgrade.high:+.2f}], {upgrade.losses} queries break, "
             f"{upgrade.gains} mend, p = {upgrade.p_value:.3g}"
         )
-    console.print(f"\n[bold]{escape(verdict(report).words)}[/bold]")
-    console.print(f"{escape(str(out / 'report.html'))}, report.json and figures are written")
+    terminal.print(f"\n[bold]{escape(verdict(report).words)}[/bold]")
+    terminal.print(f"{escape(str(out / 'report.html'))}, report.json and figures are written")
 
 
-def _marks(console: Any) -> dict[bool, str]:
-    return {True: "+", False: "-"} if console.options.ascii_only else {True: "✓", False: "✗"}
+def _marks(terminal: Any) -> dict[bool, str]:
+    return {True: "+", False: "-"} if terminal.options.ascii_only else {True: "✓", False: "✗"}
 
 
-def _heat_map(report: EvaluationReport, console: Any) -> Any:
+def _heat_map(report: EvaluationReport, terminal: Any) -> Any:
     """As wide as the terminal allows: percent with a decimal, whole percent, or colours alone."""
     from rich.text import Text
 
     size, names = len(report.matrix), [name[-20:] for name in report.names]
     left = max(map(len, names)) + 1
-    room = (console.width - left) // size
+    room = (terminal.width - left) // size
     width = 8 if room >= 8 else 4 if room >= 4 else 2
-    compatible, marks = report.table.compatible, _marks(console)
+    compatible, marks = report.table.compatible, _marks(terminal)
     lowest, highest = np.nanmin(report.matrix), np.nanmax(report.matrix)
     text = Text()
     if width > 2:

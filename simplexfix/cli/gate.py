@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import sys
-import traceback
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -21,41 +20,9 @@ import numpy as np
 from .._files import write_whole
 from ..compatibility import DEFAULT_RULES, GateResult, Outcome, Rule, VersionFeatures, upgrade_gate
 from ..data.features import check_alike, load_features
-from .evaluate import printable
+from ._terminal import printable
 
 PASSED, FAILED, BAD_INPUT = 0, 1, 2
-CRASHED = 70  # EX_SOFTWARE of sysexits.h: a bug here must not read as a rule that failed
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--old", type=Path, required=True, help="features by the model in service")
-    parser.add_argument("--new", type=Path, required=True, help="features by the model that is to replace it")
-    parser.add_argument(
-        "--unconstrained", type=Path, help="features by a model trained without compatibility: for the tax"
-    )
-    parser.add_argument(
-        "--rules",
-        type=Path,
-        help='.json or .toml: {"rules": [{"kind": "ecc" | "max_nfr" | "max_tax" | "min_recall", "limit": ..., '
-        '"confidence": ..., "gallery": "old" | "new", "group": ...}, ...]}',
-    )
-    parser.add_argument("--ecc", action="store_true", help="the default rule, beside those of other flags")
-    parser.add_argument("--max-nfr", type=float, metavar="SHARE", help="most queries that may break")
-    parser.add_argument("--max-tax", type=float, metavar="SHARE", help="most that compatibility may cost")
-    parser.add_argument("--min-recall", type=float, metavar="SHARE", help="least share right on the old gallery")
-    parser.add_argument(
-        "--confidence",
-        type=float,
-        metavar="C",
-        help="of rules from flags; else 0.95 for ECC, none for others",
-    )
-    parser.add_argument("--protocol", choices=("nearest_class_mean", "instance"), default="nearest_class_mean")
-    parser.add_argument(
-        "--widths", choices=("equal", "leading"), default="equal", help="leading: compare on the narrower width"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--out", type=Path, help="write the JSON object to this file, too")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -64,15 +31,10 @@ def run(arguments: argparse.Namespace) -> int:
     except (ValueError, TypeError) as error:
         print(f"simplexfix gate: {printable(str(error))}", file=sys.stderr)
         return BAD_INPUT
-    except (OSError, ModuleNotFoundError):
-        raise  # main has words for these
-    except Exception:
-        traceback.print_exc()
-        return CRASHED
     report = json.dumps(result.as_dict(), indent=1)
     if arguments.out is not None:
         write_whole(arguments.out, f"{report}\n".encode())
-    _print(report if arguments.json else _text(result))
+    print(report if arguments.json else _text(result))
     summary = os.environ.get("GITHUB_STEP_SUMMARY")
     if summary:
         try:
@@ -83,24 +45,12 @@ def run(arguments: argparse.Namespace) -> int:
     return PASSED if result.passed else FAILED
 
 
-def _print(text: str) -> None:
-    """The verdict is the exit code, whether or not anybody reads."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:  # as of `| head`; at its exit Python would complain again
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
-
-
 def _judge(arguments: argparse.Namespace) -> GateResult:
     rules = _rules(arguments)
     if arguments.unconstrained is None and any(rule.kind == "max_tax" for rule in rules):
         raise ValueError(
             "a rule of kind max_tax needs features of a model trained without compatibility: --unconstrained"
         )
-    if not 0 <= arguments.seed < 2**31:
-        raise ValueError(f"--seed must lie in [0, 2^31), got {arguments.seed}")
     old = load_features(arguments.old)
     others = {
         name: load_features(path)

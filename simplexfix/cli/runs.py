@@ -11,11 +11,7 @@ from typing import Any
 
 from ..training.facts import differences, read_facts
 from ..training.run_config import pretraining_folder
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, help="of runs of `simplexfix train`")
-    parser.add_argument("--json", action="store_true", help="print a JSON list")
+from ._terminal import criteria_text
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -94,11 +90,6 @@ def _progress(folder: Path, config: Mapping[str, Any]) -> str:
 def _scores(scores: dict[str, Any]) -> str:
     """Of validation, where there is one: to choose by search is to learn from it."""
     for judged, protocols in scores.items():
-        entries = [f"{name.replace('_', ' ')} {shown(entry)}" for name, entry in protocols.items()]
+        entries = [f"{name.replace('_', ' ')} {criteria_text(entry)}" for name, entry in protocols.items()]
         return f"{judged}: {'; '.join(entries)}"
     return ""
-
-
-def shown(criteria: Mapping[str, Any]) -> str:
-    ac = "-" if criteria["AC"] is None else f"{criteria['AC']:.2f}"
-    return f"AC {ac} AA {100 * criteria['AA']:.1f}"

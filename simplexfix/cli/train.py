@@ -24,16 +24,9 @@ from ..training.presets import PRESETS
 from ..training.run import train_run
 from ..training.run_config import RunConfig
 from ._progress import progress_on
-from .runs import shown
+from ._terminal import criteria_text
 
 BAD_INPUT = 2
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", help=f"a .yaml or .json file, or one of: {', '.join(PRESETS)}")
-    parser.add_argument("changes", nargs="*", metavar="KEY.SUB=VALUE", help="in place of what the configuration says")
-    parser.add_argument("--out", type=Path, help="folder of the run (default: runs/NAME)")
-    parser.add_argument("--show", action="store_true", help="print the resolved configuration as JSON, train nothing")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -62,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     if first:
         for judged in ("validation", "search"):
             for name, entry in report.get(judged, {}).items():
-                print(f"{judged}, {name.replace('_', ' ')}: {shown(entry['criteria'])}")
+                print(f"{judged}, {name.replace('_', ' ')}: {criteria_text(entry['criteria'])}")
         print(f"{folder} holds versions, logs and report.json")
     return 0
 

@@ -144,8 +144,8 @@ def train_methods(
         return {name: _train_upgrades(data, recipe, seed, name, makers[name], *starts, step) for name in names}
 
     with ThreadPoolExecutor(2) as pool:
-        families = [pool.submit(train, learnable) for learnable in (False, True)]
         try:
+            families = [pool.submit(train, learnable) for learnable in (False, True)]
             wait(families, return_when=FIRST_EXCEPTION)
         finally:  # Ctrl-C and an error in one family end the other at its next step
             stop.set()

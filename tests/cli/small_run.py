@@ -72,5 +72,4 @@ def train_until(nth: int, *arguments: str) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "fit", fails)
-        with pytest.raises(ZeroDivisionError):
-            main(["train", *arguments])
+        assert main(["train", *arguments]) == 70

@@ -1,0 +1,141 @@
+"""The grammar of the command line.  It imports neither torch nor NumPy: help and bad arguments are answered at once."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+__all__ = ["PRESET_NAMES", "VERBS", "parse"]
+
+PRESET_NAMES = ("omniglot", "cl2r", "iamcl2r-7", "iamcl2r-31", "cpu-small")  # keys of training.PRESETS
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments of one verb, whose name is `verb`.
+
+    Raises:
+        SystemExit: 0 after --help and --version, 2 where the arguments are wrong.
+    """
+    parser = argparse.ArgumentParser(
+        prog="simplexfix", description="Compatible representations: swap your embedding model, keep your index."
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="show program's version number and exit")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name, (summary, add_arguments) in VERBS.items():
+        add_arguments(verbs.add_parser(name, help=summary, description=summary))
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse ends a list of positional arguments at the first option; those that follow belong to the list as well
+    if hasattr(arguments, "changes") and not any(text.startswith("-") for text in rest):
+        arguments.changes += rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return arguments
+
+
+class _Version(argparse.Action):
+    """Reads the version only where it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from .. import __version__
+
+        print(f"simplexfix {__version__}")
+        parser.exit()
+
+
+def _demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for report and pictures (default: demo)")
+    parser.add_argument("--seed", type=_seed, default=0, help="of data order, weights and batches (default: 0)")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON and nothing else")
+    parser.add_argument("--quick", action="store_true", help="a small part of the training, under 30 s")
+
+
+def _doctor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "versions",
+        type=Path,
+        nargs="+",
+        metavar="VERSION",
+        help=".npz file, .safetensors file or folder of .npy files, oldest first; or one folder that holds them, "
+        "sorted by name, v2 before v10",
+    )
+    parser.add_argument("--out", type=Path, default=Path("report"), help="folder of the report (default: report)")
+    _add_comparison(parser)
+    parser.add_argument("--confidence", type=float, default=0.95, metavar="C", help="of intervals (default: 0.95)")
+    parser.add_argument("--seed", type=_seed, default=0, help="of the bootstrap (default: 0)")
+    parser.add_argument(
+        "--images", type=Path, metavar="FILE", help="text, a line per query: its image, to show the worst regressions"
+    )
+    parser.add_argument("--gallery-images", type=Path, metavar="FILE", help="the same of the gallery")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, that of report.json")
+
+
+def _gate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--old", type=Path, required=True, help="features by the model in service")
+    parser.add_argument("--new", type=Path, required=True, help="features by the model that is to replace it")
+    parser.add_argument(
+        "--unconstrained", type=Path, help="features by a model trained without compatibility: for the tax"
+    )
+    parser.add_argument(
+        "--rules",
+        type=Path,
+        help='.json or .toml: {"rules": [{"kind": "ecc" | "max_nfr" | "max_tax" | "min_recall", "limit": ..., '
+        '"confidence": ..., "gallery": "old" | "new", "group": ...}, ...]}',
+    )
+    parser.add_argument("--ecc", action="store_true", help="the default rule, beside those of other flags")
+    parser.add_argument("--max-nfr", type=float, metavar="FRACTION", help="largest fraction of queries that may break")
+    parser.add_argument("--max-tax", type=float, metavar="FRACTION", help="most that compatibility may cost")
+    parser.add_argument("--min-recall", type=float, metavar="FRACTION", help="least fraction right on the old gallery")
+    parser.add_argument(
+        "--confidence",
+        type=float,
+        metavar="C",
+        help="of rules from flags; else 0.95 for ECC, none for others",
+    )
+    _add_comparison(parser)
+    parser.add_argument("--seed", type=_seed, default=0, help="of the bootstrap (default: 0)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--out", type=Path, help="write the JSON object to this file, too")
+
+
+def _runs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, help="of runs of `simplexfix train`")
+    parser.add_argument("--json", action="store_true", help="print a JSON list")
+
+
+def _train(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help=f"a .yaml or .json file, or one of: {', '.join(PRESET_NAMES)}")
+    parser.add_argument("changes", nargs="*", metavar="KEY.SUB=VALUE", help="in place of what the configuration says")
+    parser.add_argument("--out", type=Path, help="folder of the run (default: runs/NAME)")
+    parser.add_argument("--show", action="store_true", help="print the resolved configuration as JSON, train nothing")
+
+
+def _add_comparison(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--protocol", choices=("nearest_class_mean", "instance"), default="nearest_class_mean")
+    parser.add_argument(
+        "--widths", choices=("equal", "leading"), default="equal", help="leading: compare on the narrower width"
+    )
+
+
+def _seed(text: str) -> int:
+    try:
+        if 0 <= int(text) < 2**31:
+            return int(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"must be an integer in [0, 2^31), got {text}")
+
+
+# name: summary, adds its arguments to a parser; simplexfix/cli/NAME.py has run(arguments) -> exit code
+VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
+    "demo": ("Trains four versions on handwriting, replaces the model and searches the old galleries.", _demo),
+    "doctor": ("Says what is installed, which kernels run on this machine, and why others do not.", _doctor),
+    "evaluate": ("Judges model versions by their features and labels alone, and writes a report.", _evaluate),
+    "gate": ("Judges an upgrade by rules: exit code 0 if it passes, 1 if a rule fails, 2 on bad input.", _gate),
+    "runs": ("Lists the runs in a folder: how far each is, its scores, and how configurations differ.", _runs),
+    "train": ("Trains the versions of a configuration, or resumes them, and judges them.", _train),
+}

@@ -1,0 +1,238 @@
+"""Exit codes and output under any encoding, reader, disk, terminal width and environment, and after Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_run import configuration, short, written_features
+
+import simplexfix
+from simplexfix.cli import _arguments, main
+from simplexfix.training import PRESETS
+
+ROOT = Path(simplexfix.__file__).parents[1]
+full_disk = pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Two versions with names and groups in another script, a short training, and that training's finished run."""
+    folder = tmp_path_factory.mktemp("files")
+    draw, labels = np.random.default_rng(0), np.arange(200) % 10
+    for name, noise in (("é日本0", 1.0), ("é日本1", 0.8)):
+        rows = (np.eye(16)[labels] * 3 + noise * draw.normal(size=(200, 16))).astype(np.float32)
+        parts = {"query": rows[:80], "gallery": rows[80:], "query_labels": labels[:80], "gallery_labels": labels[80:]}
+        np.savez(folder / f"{name}.npz", **parts, query_groups=np.array(["café", "日本"])[np.arange(80) % 2])
+    (folder / "rules.json").write_text('{"rules": [{"kind": "max_nfr", "limit": 0.9, "group": "*"}]}')
+    (folder / "features").mkdir()
+    short(folder, written_features(folder / "features")).rename(folder / "訓練.json")
+    assert main(["train", str(folder / "訓練.json"), "--out", str(folder / "runs" / "走")]) == 0
+    return folder
+
+
+def verb(name: str, out: Path) -> list[str]:
+    """A command of this verb that ends with exit code 0."""
+    return {
+        "demo": ["demo", "--quick", "--out", str(out)],
+        "doctor": ["doctor"],
+        "evaluate": ["evaluate", "é日本0.npz", "é日本1.npz", "--out", str(out)],
+        "gate": ["gate", "--old", "é日本0.npz", "--new", "é日本1.npz", "--rules", "rules.json"],
+        "runs": ["runs", "runs"],
+        "train": ["train", "訓練.json", "--out", str(out / "走")],
+        "--help": ["--help"],
+    }[name]
+
+
+VERBS = ["doctor", "evaluate", "gate", "runs", "train", "--help"]
+
+
+def run(folder: Path, arguments: list[str], tail: str = "", **environment: str) -> subprocess.CompletedProcess[bytes]:
+    """The command in a shell, whose exit code is the command's."""
+    command = f'set -o pipefail; "$0" -m simplexfix "$@" {tail}; exit ${{PIPESTATUS[0]}}'
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.run(
+        ["bash", "-c", command, sys.executable, *arguments],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **environment},
+        capture_output=True,
+        check=False,
+    )
+
+
+ASCII = {"PYTHONIOENCODING": "ascii:strict"}
+C_LOCALE = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+
+
+@pytest.mark.parametrize(
+    ("name", "environment"),
+    [
+        *[(name, environment) for name in ("evaluate", "gate", "runs", "train") for environment in (ASCII, C_LOCALE)],
+        ("gate", {"PYTHONIOENCODING": "latin-1"}),
+        ("evaluate", {"PYTHONIOENCODING": "cp1252"}),
+    ],
+)
+def test_no_encoding_changes_an_exit_code(folder, tmp_path, name: str, environment: dict[str, str]) -> None:
+    done = run(folder, verb(name, tmp_path / "out"), **environment)
+    assert done.returncode == 0, done.stderr.decode("utf8", "replace")
+    assert b"Traceback" not in done.stderr
+    if name in ("gate", "evaluate"):
+        assert b"\\u65e5\\u672c" in done.stdout
+
+
+@pytest.mark.parametrize(("name", "unbuffered"), [*[(name, "1") for name in VERBS], ("evaluate", "")])
+def test_a_reader_that_leaves_changes_nothing(folder, tmp_path, name: str, unbuffered: str) -> None:
+    done = run(folder, verb(name, tmp_path / "out"), "| true", PYTHONUNBUFFERED=unbuffered)
+    assert (done.returncode, done.stderr.count(b"Error")) == (0, 0), done.stderr.decode()
+    if name == "evaluate":
+        assert (tmp_path / "out" / "report.html").exists()
+
+
+def test_a_reader_of_messages_that_leaves_changes_nothing(folder, tmp_path) -> None:
+    done = run(folder, verb("train", tmp_path / "out"), "2> >(true) > said; sleep 0.1", PYTHONUNBUFFERED="1")
+    assert done.returncode == 0
+    assert (folder / "said").read_text().endswith("holds versions, logs and report.json\n")
+
+
+@full_disk
+@pytest.mark.parametrize(
+    ("name", "unbuffered"), [*[(name, "") for name in VERBS if name != "--help"], ("evaluate", "1")]
+)
+def test_a_full_disk_under_standard_output_is_bad_input(folder, tmp_path, name: str, unbuffered: str) -> None:
+    done = run(folder, verb(name, tmp_path / "out"), "> /dev/full", PYTHONUNBUFFERED=unbuffered)
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.decode().splitlines() if "standard output" in line]
+    assert line == f"simplexfix {name}: standard output cannot be written: No space left on device"
+    assert b"Traceback" not in done.stderr
+
+
+@full_disk
+@pytest.mark.parametrize(
+    ("name", "tail"), [("train", "2> /dev/full"), ("train", "2>&- >&-"), ("evaluate", "2>&-"), ("gate", ">&-")]
+)
+def test_streams_that_are_full_or_closed_change_nothing(folder, tmp_path, name: str, tail: str) -> None:
+    assert run(folder, verb(name, tmp_path / "out"), tail).returncode == 0
+
+
+def test_a_backend_of_a_notebook_is_passed_over(folder, tmp_path) -> None:
+    backend = "module://backend_that_is_not_installed"
+    done = run(folder, verb("evaluate", tmp_path / "out"), MPLBACKEND=backend)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+def test_any_width_prints_everything(folder, tmp_path) -> None:
+    printed = {
+        columns: run(folder, verb("evaluate", tmp_path / "out"), COLUMNS=columns).stdout for columns in ("80", "0", "1")
+    }
+    assert printed["0"] == printed["80"]  # the width is unknown there
+    assert b"AC" in printed["80"]
+    assert b"AC" in printed["1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "step", "remedy"),
+    [
+        ("evaluate", "_read", "no report was written; the same command starts again"),
+        ("gate", "_judge", "there is no verdict; the same command starts again"),
+    ],
+)
+def test_ctrl_c_while_features_are_judged(folder, tmp_path, monkeypatch, capsys, name: str, step: str, remedy: str):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(f"simplexfix.cli.{name}.{step}", lambda *_: signal.raise_signal(signal.SIGINT))
+    assert main(verb(name, tmp_path / "out")) == 130
+    assert capsys.readouterr().err == f"simplexfix {name}: interrupted; {remedy}\n"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("demo", "nothing is kept; the same command starts again"),
+        ("train", "the same command resumes from the last checkpoint"),
+    ],
+)
+def test_ctrl_c_says_in_one_line_how_to_go_on(folder, tmp_path, name: str, remedy: str) -> None:
+    command = ["demo", "--out", str(tmp_path / "out")]
+    if name == "train":
+        command = ["train", str(configuration(tmp_path, folder / "features")), "--out", str(tmp_path / "out")]
+        command.append("schedule.steps=100000")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "simplexfix", *command],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    log = tmp_path / "out" / "task-00" / "log.jsonl"
+    while not (log.exists() and log.read_text().count("\n") > 2 if name == "train" else (tmp_path / "out").exists()):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert said.splitlines()[-1] == f"simplexfix {name}: interrupted; {remedy}"
+    assert "Traceback" not in said
+    if name == "train":
+        lines = log.read_text()
+        with pytest.raises(subprocess.TimeoutExpired):  # the same command trains from there
+            subprocess.run([sys.executable, "-m", "simplexfix", *command], timeout=8, check=False, capture_output=True)
+        assert log.read_text().startswith(lines.rpartition("\n")[0])
+
+
+def test_an_error_of_this_package_has_a_code_of_its_own(folder, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("simplexfix.cli.runs.run", lambda arguments: 1 / 0)
+    assert main(["runs", str(folder / "runs")]) == 70
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "expected"),
+    [
+        (["--help"], 0, "demo "),
+        (["train", "--help"], 0, ", ".join(PRESETS)),
+        (["--version"], 0, simplexfix.__version__),
+        (["gate", "--old", "a"], 2, "--new"),
+        (["evaluate", "a", "--seed", "-1"], 2, "must be an integer in [0, 2^31), got -1"),
+        (["gate", "--old", "a", "--new", "b", "--seed", "9999999999"], 2, "[0, 2^31), got 9999999999"),
+        (["demo", "--seed", "one"], 2, "must be an integer in [0, 2^31), got one"),
+        (["retrain"], 2, "invalid choice: 'retrain'"),
+    ],
+)
+def test_help_and_bad_arguments_need_no_torch(arguments: list[str], code: int, expected: str) -> None:
+    program = (
+        "import sys\nfrom simplexfix.cli import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit as stop:\n"
+        "    print('torch' in sys.modules, 'numpy' in sys.modules, stop.code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        env={**os.environ, "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-1] == f"False False {code}"
+    assert expected in done.stdout + done.stderr
+
+
+def test_the_grammar_knows_every_preset_and_verb() -> None:
+    assert tuple(PRESETS) == _arguments.PRESET_NAMES
+    files = {path.stem for path in (ROOT / "simplexfix" / "cli").glob("*.py") if not path.name.startswith("_")}
+    assert set(_arguments.VERBS) == files
+
+
+def test_json_is_the_same_in_any_encoding(folder, tmp_path) -> None:
+    texts = [
+        run(folder, [*verb("gate", tmp_path), "--json"], PYTHONIOENCODING=encoding).stdout
+        for encoding in ("utf-8", "ascii")
+    ]
+    assert texts[0] == texts[1]
+    assert {rule["group"] for rule in json.loads(texts[0])["rules"]} == {"café", "日本"}

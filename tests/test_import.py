@@ -1,0 +1,76 @@
+"""What `import simplexfix` loads, and what it says of a compiled library that it cannot load."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import pytest
+import torch
+import torch._dynamo
+
+import simplexfix
+from simplexfix import _native
+
+PACKAGE = Path(simplexfix.__file__).parent
+
+
+def run(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    paths = os.pathsep.join([str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command, variables = [sys.executable, "-c", program], {**os.environ, "PYTHONPATH": paths, **environment}
+    return subprocess.run(command, cwd=os.sep, env=variables, capture_output=True, text=True, check=True)
+
+
+def test_the_public_names_load_no_compiler() -> None:
+    """torch._dynamo takes as long as all of torch."""
+    program = "from simplexfix import *\nimport sys\nprint('torch._dynamo' in sys.modules, SimplexHead, CosineIndex)"
+    assert run(program).stdout.startswith("False <class 'simplexfix.heads.SimplexHead'>")
+
+
+def test_the_package_alone_loads_neither_torch_nor_numpy() -> None:
+    program = "import sys, simplexfix\nprint('torch' in sys.modules, 'numpy' in sys.modules, simplexfix.__version__)"
+    assert run(program).stdout == f"False False {simplexfix.__version__}\n"
+
+
+@pytest.mark.parametrize("name", simplexfix.__all__)
+def test_every_public_name_is_found_and_listed(name: str) -> None:
+    assert getattr(simplexfix, name) is getattr(simplexfix, name)
+    assert name in dir(simplexfix)
+
+
+def test_rooms_are_attributes() -> None:
+    program = "import simplexfix\nprint(simplexfix.retrieval.metrics.__name__, simplexfix.training.Trainer.__name__)"
+    assert run(program).stdout == "simplexfix.retrieval.metrics Trainer\n"
+    with pytest.raises(AttributeError, match="module 'simplexfix' has no attribute 'SimplexHaed'"):
+        simplexfix.SimplexHaed  # noqa: B018
+
+
+def test_the_mark_of_a_constant_is_that_of_torch() -> None:
+    """`_native` sets it by hand: torch's decorator would import torch._dynamo."""
+
+    def marked() -> None: ...
+
+    torch.compiler.assume_constant_result(marked)
+    assert vars(marked)
+    assert vars(_native._serves) == vars(marked)
+
+
+def test_a_library_of_another_python_is_named(tmp_path) -> None:
+    shutil.copytree(PACKAGE, tmp_path / "simplexfix", ignore=shutil.ignore_patterns("_C.*", "__pycache__"))
+    (tmp_path / "simplexfix" / "_C.cpython-399-x86_64-linux-gnu.so").touch()
+    program = (
+        "import sys\n"  # without an editable install's finder, which would find the library of the working tree
+        "sys.meta_path = [finder for finder in sys.meta_path if 'ditable' not in repr(finder)]\n"
+        "from simplexfix import _native\nprint(_native.missing)"
+    )
+    done = run(program, PYTHONPATH=str(tmp_path))
+    expected = (
+        "its compiled library was built for another Python: _C.cpython-399-x86_64-linux-gnu.so, this Python loads "
+        f"_C{EXTENSION_SUFFIXES[0]}; reinstall simplexfix with this Python"
+    )
+    assert done.stdout.strip() == expected
+    assert f"RuntimeWarning: simplexfix runs without its kernels: {expected}" in done.stderr
