@@ -1,0 +1,75 @@
+"""Files and folders that appear whole: names as long as the file system allows."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from simplexfix._files import write_folder, write_whole
+from simplexfix.models import EmbeddingModel, FeatureMLP, LinearHead
+from simplexfix.training import read_state, write_state
+
+# of 255 bytes at most, also of characters of several bytes, at every place where a cut may fall
+NAMES = ["x" * 250, "x" * 255, *("x" * i + "版" * 83 for i in range(3)), "é" * 127, "🙂" * 63 + ".js"]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=range(len(NAMES)))
+def test_a_long_name_is_written(tmp_path, name: str) -> None:
+    for content in (b"first", b"second"):
+        write_whole(tmp_path / name, content)
+        assert (tmp_path / name).read_bytes() == content
+        write_folder(tmp_path / "folders" / name, {"a": content, "b/c": content})
+        assert (tmp_path / "folders" / name / "b" / "c").read_bytes() == content
+    assert sorted(os.listdir(tmp_path)) == sorted([name, "folders"])
+    assert os.listdir(tmp_path / "folders") == [name]
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path) -> None:
+    (tmp_path / "folders").mkdir()
+
+
+def test_temporary_names_are_short(tmp_path, monkeypatch) -> None:
+    """There are file systems with names of 143 bytes at most."""
+    made: list[bytes] = []
+    monkeypatch.setattr(os, "replace", lambda source, target: made.append(source) or os.rename(source, target))
+    write_whole(tmp_path / ("x" * 143), b"")
+    assert len(os.path.basename(made[0])) < 143
+
+
+def test_a_name_that_is_too_long_is_named_and_nothing_is_left(tmp_path) -> None:
+    with pytest.raises(OSError, match="File name too long") as error:
+        write_whole(tmp_path / ("x" * 256), b"")
+    assert error.value.filename == str(tmp_path / ("x" * 256))
+    with pytest.raises(OSError, match="File name too long"):
+        write_folder(tmp_path / ("x" * 256), {"a": b""})
+    assert os.listdir(tmp_path) == ["folders"]
+
+
+def test_states_and_models_of_long_names(tmp_path) -> None:
+    name = "v" * 250
+    write_state(tmp_path / name, {"a": torch.ones(2)})
+    assert read_state(tmp_path / name)["a"].tolist() == [1, 1]
+    head = LinearHead(4)
+    head.grow(2)
+    model = EmbeddingModel(FeatureMLP(4, ()), head)
+    for _ in range(2):
+        model.save_pretrained(tmp_path / "folders" / name, name=name * 2)
+    assert len(os.listdir(tmp_path / "folders" / name)) == 2
+
+
+def test_what_a_killed_process_left_is_cleared(tmp_path, monkeypatch) -> None:
+    """The names of temporary files keep the beginning that those who clear them look for."""
+    head = LinearHead(4)
+    head.grow(2)
+    model = EmbeddingModel(FeatureMLP(4, ()), head)
+    model.save_pretrained(tmp_path / "folders")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda *_: None)  # as one that was killed before
+        for target in os.listdir(tmp_path / "folders"):
+            write_whole(tmp_path / "folders" / target, b"half")
+    assert len(os.listdir(tmp_path / "folders")) == 4
+    model.save_pretrained(tmp_path / "folders")
+    assert len(os.listdir(tmp_path / "folders")) == 2
