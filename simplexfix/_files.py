@@ -13,6 +13,8 @@ from pathlib import Path
 
 __all__ = ["write_folder", "write_whole"]
 
+_BEGIN = 64  # bytes of a target's name that the temporary one begins with
+
 
 def write_whole(path: str | bytes | os.PathLike[str], content: bytes) -> None:
     """Writes a file that appears whole or not at all; after an error or a crash the file is as it was before.
@@ -67,7 +69,7 @@ def _own_descriptor(path: bytes) -> int | None:
 
 
 def _replace(path: bytes, content: bytes) -> None:
-    temporary = path + b".%d-%d.tmp" % (os.getpid(), threading.get_ident())
+    temporary = _beside(path, b"tmp")
     try:
         # the mode first: what others may not read is never there for them
         mode = os.stat(path).st_mode & 0o777 if os.path.exists(path) else None
@@ -96,8 +98,8 @@ def write_folder(path: str | os.PathLike[str], files: Mapping[str, bytes]) -> No
         OSError: it cannot be written.
     """
     path = Path(os.path.realpath(path))  # what a link points to is replaced, not the link
-    suffix = f"{os.getpid()}-{threading.get_ident()}"
-    made, aside = path.with_name(f".{path.name}.{suffix}.tmp"), path.with_name(f".{path.name}.{suffix}.old")
+    hidden = os.fsencode(path.with_name(f".{path.name}"))
+    made, aside = (Path(os.fsdecode(_beside(hidden, ending))) for ending in (b"tmp", b"old"))
     try:
         made.mkdir()
         for name, content in files.items():
@@ -120,6 +122,16 @@ def write_folder(path: str | os.PathLike[str], files: Mapping[str, bytes]) -> No
         raise
     _sync(os.fsencode(path.parent))
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def _beside(path: bytes, ending: bytes) -> bytes:
+    """A path in the same folder for this thread alone: its name begins as the target's, and is short for every target.
+
+    A target's name may be as long as the file system allows: 255 bytes, or 143 where names are encrypted.
+    """
+    folder, name = os.path.split(path)
+    begin = name[:_BEGIN].decode("utf-8", "ignore").encode()  # no part of a character
+    return os.path.join(folder, b"%s.%d-%d.%s" % (begin, os.getpid(), threading.get_ident(), ending))
 
 
 def _sync(folder: bytes) -> None:

@@ -1,125 +1,75 @@
-"""`write_whole`: what a file, a link, a device, a pipe and a descriptor are after it."""
+"""Files and folders that appear whole: names as long as the file system allows."""
 
 from __future__ import annotations
 
 import os
-import socket
-import stat
-import subprocess
-import sys
-import threading
-from pathlib import Path
 
 import pytest
+import torch
 
-from simplexfix._files import write_whole
+from simplexfix._files import write_folder, write_whole
+from simplexfix.models import EmbeddingModel, FeatureMLP, LinearHead
+from simplexfix.training import read_state, write_state
 
-CONTENT = b"content\n" * 100
-root = pytest.mark.skipif(os.geteuid() != 0, reason="only root makes device nodes")
-
-
-def test_a_link_stays_and_its_target_is_replaced(tmp_path) -> None:
-    (tmp_path / "folder").mkdir()
-    target = tmp_path / "folder" / "target"
-    target.write_bytes(b"old")
-    target.chmod(0o640)
-    before = target.stat().st_ino
-    (tmp_path / "second").symlink_to("folder/target")
-    (tmp_path / "first").symlink_to("second")
-    write_whole(tmp_path / "first", CONTENT)
-    assert (tmp_path / "first").is_symlink()
-    assert (tmp_path / "second").is_symlink()
-    assert target.read_bytes() == CONTENT
-    assert target.stat().st_mode & 0o777 == 0o640
-    assert target.stat().st_ino != before  # a new file by rename: whole, or the old one
-    assert sorted(os.listdir(tmp_path / "folder")) == ["target"]
+# of 255 bytes at most, also of characters of several bytes, at every place where a cut may fall
+NAMES = ["x" * 250, "x" * 255, *("x" * i + "版" * 83 for i in range(3)), "é" * 127, "🙂" * 63 + ".js"]
 
 
-def test_a_link_to_nothing_gets_its_target(tmp_path) -> None:
-    (tmp_path / "link").symlink_to("nothing")
-    write_whole(tmp_path / "link", CONTENT)
-    assert (tmp_path / "link").is_symlink()
-    assert (tmp_path / "nothing").read_bytes() == CONTENT
-    (tmp_path / "lost").symlink_to("no/folder")
-    with pytest.raises(FileNotFoundError, match="lost"):
-        write_whole(tmp_path / "lost", CONTENT)
+@pytest.mark.parametrize("name", NAMES, ids=range(len(NAMES)))
+def test_a_long_name_is_written(tmp_path, name: str) -> None:
+    for content in (b"first", b"second"):
+        write_whole(tmp_path / name, content)
+        assert (tmp_path / name).read_bytes() == content
+        write_folder(tmp_path / "folders" / name, {"a": content, "b/c": content})
+        assert (tmp_path / "folders" / name / "b" / "c").read_bytes() == content
+    assert sorted(os.listdir(tmp_path)) == sorted([name, "folders"])
+    assert os.listdir(tmp_path / "folders") == [name]
 
 
-def test_links_in_a_circle_are_an_error(tmp_path) -> None:
-    (tmp_path / "a").symlink_to("b")
-    (tmp_path / "b").symlink_to("a")
-    with pytest.raises(OSError, match="a'"):
-        write_whole(tmp_path / "a", CONTENT)
-    assert (tmp_path / "a").is_symlink()
-    assert (tmp_path / "b").is_symlink()
+@pytest.fixture(autouse=True)
+def folders(tmp_path) -> None:
+    (tmp_path / "folders").mkdir()
 
 
-@root
-def test_a_device_is_written_into(tmp_path) -> None:
-    os.mknod(tmp_path / "null", stat.S_IFCHR | 0o666, os.makedev(1, 3))
-    (tmp_path / "link").symlink_to("null")
-    for name in ("null", "link"):
-        write_whole(tmp_path / name, CONTENT)
-        assert stat.S_ISCHR(os.stat(tmp_path / name).st_mode)
-    os.mknod(tmp_path / "full", stat.S_IFCHR | 0o666, os.makedev(1, 7))
-    with pytest.raises(OSError, match=r"No space left on device.*full"):
-        write_whole(tmp_path / "full", CONTENT)
-    assert stat.S_ISCHR(os.stat(tmp_path / "full").st_mode)
+def test_temporary_names_are_short(tmp_path, monkeypatch) -> None:
+    """There are file systems with names of 143 bytes at most."""
+    made: list[bytes] = []
+    monkeypatch.setattr(os, "replace", lambda source, target: made.append(source) or os.rename(source, target))
+    write_whole(tmp_path / ("x" * 143), b"")
+    assert len(os.path.basename(made[0])) < 143
 
 
-@root
-def test_a_block_device_is_refused(tmp_path) -> None:
-    os.mknod(tmp_path / "disk", stat.S_IFBLK | 0o666, os.makedev(250, 250))  # of no driver
-    with pytest.raises(OSError, match=r"not a regular file, character device or pipe.*disk"):
-        write_whole(tmp_path / "disk", CONTENT)
-    assert stat.S_ISBLK(os.stat(tmp_path / "disk").st_mode)
+def test_a_name_that_is_too_long_is_named_and_nothing_is_left(tmp_path) -> None:
+    with pytest.raises(OSError, match="File name too long") as error:
+        write_whole(tmp_path / ("x" * 256), b"")
+    assert error.value.filename == str(tmp_path / ("x" * 256))
+    with pytest.raises(OSError, match="File name too long"):
+        write_folder(tmp_path / ("x" * 256), {"a": b""})
+    assert os.listdir(tmp_path) == ["folders"]
 
 
-def test_a_named_pipe_is_written_into(tmp_path) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    read: list[bytes] = []
-    reader = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_bytes()), daemon=True)
-    reader.start()
-    write_whole(tmp_path / "pipe", CONTENT)
-    reader.join(10)
-    assert read == [CONTENT]
-    assert stat.S_ISFIFO(os.stat(tmp_path / "pipe").st_mode)
+def test_states_and_models_of_long_names(tmp_path) -> None:
+    name = "v" * 250
+    write_state(tmp_path / name, {"a": torch.ones(2)})
+    assert read_state(tmp_path / name)["a"].tolist() == [1, 1]
+    head = LinearHead(4)
+    head.grow(2)
+    model = EmbeddingModel(FeatureMLP(4, ()), head)
+    for _ in range(2):
+        model.save_pretrained(tmp_path / "folders" / name, name=name * 2)
+    assert len(os.listdir(tmp_path / "folders" / name)) == 2
 
 
-def test_a_folder_and_a_socket_are_refused(tmp_path) -> None:
-    (tmp_path / "folder").mkdir()
-    with socket.socket(socket.AF_UNIX) as bound:
-        bound.bind(str(tmp_path / "socket"))
-        for name in ("folder", "socket"):
-            with pytest.raises(OSError, match=f"not a regular file, character device or pipe.*{name}"):
-                write_whole(tmp_path / name, CONTENT)
-        assert stat.S_ISSOCK(os.stat(tmp_path / "socket").st_mode)
-    assert sorted(os.listdir(tmp_path)) == ["folder", "socket"]
-
-
-@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="there is no /proc")
-@pytest.mark.parametrize("kind", ["file", "pipe"])
-@pytest.mark.parametrize("target", ["/dev/fd/{}", "/proc/self/fd/{}", "link", "chain"])
-def test_a_descriptor_is_written_into_where_it_stands(tmp_path, target: str, kind: str) -> None:
-    """In a child, whose descriptor is a file that has a line already, or a pipe."""
-    program = (
-        "import os, sys\nfrom simplexfix._files import write_whole\n"
-        "descriptor = int(sys.argv[2])\n"
-        "os.write(descriptor, b'before\\n')\n"
-        "write_whole(sys.argv[1], b'content\\n')\n"
-        "os.write(descriptor, b'after\\n')\n"
-    )
-    read, write = os.pipe() if kind == "pipe" else (-1, os.open(tmp_path / "file", os.O_WRONLY | os.O_CREAT))
-    (tmp_path / "link").symlink_to(f"/proc/self/fd/{write}")
-    (tmp_path / "chain").symlink_to("link")
-    path = target.format(write) if "{}" in target else str(tmp_path / target)
-    subprocess.run([sys.executable, "-c", program, path, str(write)], pass_fds=[write], check=True)
-    os.close(write)
-    if kind == "pipe":
-        with open(read, "rb") as file:
-            written = file.read()
-    else:
-        written = (tmp_path / "file").read_bytes()
-        assert (tmp_path / "file").is_file()
-    assert written == b"before\ncontent\nafter\n"
-    assert (tmp_path / "link").is_symlink()
+def test_what_a_killed_process_left_is_cleared(tmp_path, monkeypatch) -> None:
+    """The names of temporary files keep the beginning that those who clear them look for."""
+    head = LinearHead(4)
+    head.grow(2)
+    model = EmbeddingModel(FeatureMLP(4, ()), head)
+    model.save_pretrained(tmp_path / "folders")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda *_: None)  # as one that was killed before
+        for target in os.listdir(tmp_path / "folders"):
+            write_whole(tmp_path / "folders" / target, b"half")
+    assert len(os.listdir(tmp_path / "folders")) == 4
+    model.save_pretrained(tmp_path / "folders")
+    assert len(os.listdir(tmp_path / "folders")) == 2

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import io
-from collections.abc import Callable, Mapping, Sequence
+import logging
+import unicodedata
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.text import Text
 from PIL import Image, ImageOps
 
 from ..compatibility import EvaluationReport, Regression, VersionPairs
@@ -26,6 +32,7 @@ __all__ = ["Drawn", "Shown", "draw", "load_sheet", "read_paths"]
 
 SHOWN = 24  # regressions as images
 PIXELS = 160  # of an image's longer side
+_FAMILY = "DejaVu Sans"  # comes with matplotlib
 
 
 @dataclass(frozen=True)
@@ -120,7 +127,7 @@ def _encode(make: Callable[[Theme], Figure], theme: Theme, kind: str) -> bytes:
     options: dict[Any, Any] = {
         "svg.hashsalt": "simplexfix",
         "svg.fonttype": "path",
-        "font.family": "DejaVu Sans",
+        "font.family": _FAMILY,
         "font.size": 8.5,
         "text.parse_math": False,  # names of versions are text, dollars and all
         "text.color": theme.ink,
@@ -131,8 +138,9 @@ def _encode(make: Callable[[Theme], Figure], theme: Theme, kind: str) -> bytes:
         "axes.spines.top": False,
         "axes.spines.right": False,
     }
-    with matplotlib.rc_context(options):
+    with matplotlib.rc_context(options), _no_font_log():
         figure = make(theme)
+        _choose_fonts(figure)
         figure.set_facecolor(theme.ground)
         for axes in figure.axes:
             axes.set_facecolor(theme.ground)
@@ -338,4 +346,61 @@ def _sheet(sheet: Sequence[Shown], theme: Theme) -> Figure:
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= 14 else f"…{name[-13:]}"
+    """At most 14 characters, from the end; what no installed font has is escaped: "\\u65b0" for U+65B0."""
+    drawn = [c if _family_of(c) else c.encode("unicode_escape").decode() for c in name]
+    if sum(map(len, drawn)) <= 14:
+        return "".join(drawn)
+    while drawn and sum(map(len, drawn)) > 13:
+        del drawn[0]
+    return f"…{''.join(drawn)}"
+
+
+def _choose_fonts(figure: Figure) -> None:
+    """Gives each text that needs it a list of families, of which matplotlib takes the first that has a glyph."""
+    ticks = [label for axes in figure.axes for label in (*axes.get_xticklabels(), *axes.get_yticklabels())]
+    for text in {*figure.findobj(Text), *ticks}:
+        others = {_family_of(c) for c in text.get_text()} - {_FAMILY, None}
+        if others:
+            text.set_fontfamily([_FAMILY, *sorted(filter(None, others))])
+
+
+@functools.cache
+def _family_of(character: str) -> str | None:
+    """The usual family, or the first installed one by name that has the character; of control characters none has."""
+    if unicodedata.category(character) in ("Cc", "Cn", "Cs"):
+        return None
+    found = (family for family, file in _installed().items() if ord(character) in _characters(file))
+    return next(found, None)
+
+
+@functools.cache
+def _installed() -> dict[str, str]:
+    """Family -> its upright file nearest to regular weight; the usual family first, the others by name."""
+    # matplotlib's last resort has a box for every code point
+    entries = [
+        entry
+        for entry in font_manager.fontManager.ttflist
+        if (entry.style, entry.stretch) == ("normal", "normal") and not entry.name.startswith("Last Resort")
+    ]
+    entries.sort(key=lambda e: (e.name != _FAMILY, e.name, abs(int(e.weight) - 400), str(e.fname)))
+    files: dict[str, str] = {}
+    for entry in entries:
+        files.setdefault(entry.name, str(entry.fname))
+    return files
+
+
+@functools.cache
+def _characters(file: str) -> Collection[int]:
+    return font_manager.get_font(file).get_charmap().keys()
+
+
+@contextmanager
+def _no_font_log() -> Iterator[None]:
+    """matplotlib logs of a family that has no file of regular weight, though it draws with the one there is."""
+    log = logging.getLogger("matplotlib.font_manager")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)

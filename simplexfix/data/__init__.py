@@ -3,7 +3,7 @@
 from .augment import Normalize, RandomCropFlip, RandomWarp
 from .cifar import CIFAR100_MEAN, CIFAR100_STD, Cifar, CifarFileError, load_cifar10, load_cifar100
 from .features import FeatureFileError, Features, load_features
-from .folders import ImageFileError, ImageFolder, load_image_folder
+from .folders import ImageFileError, ImageFolder, ImageFolderDataset, load_image_folder
 from .inputs import Drawings, Photographs, Preprocessing, Vectors
 from .omniglot import Omniglot, load_omniglot
 
@@ -17,6 +17,7 @@ __all__ = [
     "Features",
     "ImageFileError",
     "ImageFolder",
+    "ImageFolderDataset",
     "Normalize",
     "Omniglot",
     "Photographs",

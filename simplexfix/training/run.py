@@ -6,7 +6,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
@@ -31,7 +31,7 @@ from .loggers import LOGGERS, Progress, RunLog, check_loggers
 from .rehearsal import herding_rows, random_rows
 from .run_config import LEARNABLE, ModelConfig, ReplacementConfig, RunConfig, pretraining_folder
 from .run_data import load_run_data
-from .samplers import batch_sizes
+from .samplers import batch_sizes, check_lone_row
 from .scenario import train_versions
 from .schedule import Schedule
 from .trainer import Trainer
@@ -40,6 +40,9 @@ __all__ = ["train_run"]
 
 _ROWS = 1024  # of one extraction
 _WAIT = 10.0  # seconds
+# options that a run that goes on may change: how it runs, and where data is whose fingerprint is the same
+_FREE = ("protocols", *(f"trainer.{key}" for key in ("device", "keep", "log_every", "loggers", "save_every")))
+_PLACES = ("data.path", "data.pretraining", "tasks.pretraining_folder")
 
 
 def train_run(
@@ -232,9 +235,11 @@ def _check_batches(config: RunConfig, tasks: int) -> None:
 
 def _check_networks(config: RunConfig, inputs: Tensor, prepared: Tensor) -> None:
     """Before anything is trained: all make rows of a few inputs, and give embeddings of one width."""
-    models = {f"tasks.replacements.{t}.model": plan.model for t, plan in config.tasks.replacements.items()}
+    plans = {f"tasks.replacements.{t}.model": plan for t, plan in config.tasks.replacements.items()}
+    models = {name: plan.model for name, plan in plans.items()}
+    schedules = {name: [plan.schedule, config.schedule] for name, plan in plans.items()}
     if 0 not in config.tasks.replacements:
-        models = {"model": config.model, **models}
+        models, schedules = {"model": config.model, **models}, {"model": [config.schedule], **schedules}
     method = config.method.method(SlotRegistry(config.method.slots), "default")
     widths: dict[str, int] = {}
     for name, model in models.items():
@@ -252,6 +257,9 @@ def _check_networks(config: RunConfig, inputs: Tensor, prepared: Tensor) -> None
                 f"{name}.kind={model.kind} must make {[len(prepared), widths[name]]} of inputs "
                 f"{list(prepared.shape)}, got {found}"
             )
+        for schedule in filter(None, schedules[name]):
+            shares = {"batch": schedule.batch, "world": processes.world(), "accumulate": schedule.accumulate}
+            check_lone_row(f"{name}.kind={model.kind}", made, prepared[:1], **shares)
         with torch.device("meta"):
             method.head(widths[name])
     # a head with a junction makes embeddings of one width of any features
@@ -273,7 +281,8 @@ def _check_slots(config: RunConfig, classes: int) -> None:
 
 
 def _agree_on(folder: Path, facts: dict[str, Any]) -> None:
-    """Writes down what this run is of, or compares it with what was written, but for how it runs and is judged."""
+    """Writes down what this run is of, or compares it with what was written: but for how it runs and is judged, and
+    for where data is that has the same fingerprint."""
     file = folder / "run.json"
     if processes.agreed(file.exists()):
         then = read_facts(file)
@@ -287,16 +296,24 @@ def _agree_on(folder: Path, facts: dict[str, Any]) -> None:
                 "comes out need not have the same bits",
                 stacklevel=3,
             )
-        free = {
-            key: facts["config"]["trainer"][key] for key in ("device", "keep", "log_every", "loggers", "save_every")
-        }
-        then["config"]["trainer"] = {**then["config"].get("trainer", {}), **free}
-        then["config"]["protocols"] = facts["config"]["protocols"]
+        _set_free(then["config"], facts["config"], _FREE)
+        if then["data"] == facts["data"]:
+            _set_free(then["config"], facts["config"], _PLACES)
         check_no_drift({**then, "simplexfix": __version__}, facts, str(file))
     elif processes.rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(file, f"{json.dumps(facts, indent=1)}\n".encode())
     processes.meet()
+
+
+def _set_free(then: dict[str, Any], now: dict[str, Any], keys: Sequence[str]) -> None:
+    """Gives options that may change their values of now."""
+    for key in keys:
+        part, _, name = key.rpartition(".")
+        if part:
+            then.setdefault(part, {})[name] = now[part][name]
+        else:
+            then[name] = now[name]
 
 
 def _schedule(schedule: Schedule, epochs: int | None, items: int, rows: int) -> Schedule:

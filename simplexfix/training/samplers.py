@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .items import RowBatches, mixed_seed
+from .items import RowBatches, mixed_seed, seeded
 
-__all__ = ["BalancedSampler", "batch_sizes"]
+__all__ = ["BalancedSampler", "batch_sizes", "check_lone_row"]
 
 
 def batch_sizes(batch: int, remembers: bool, world: int, accumulate: int = 1) -> tuple[int, int]:
@@ -28,6 +29,38 @@ def batch_sizes(batch: int, remembers: bool, world: int, accumulate: int = 1) ->
             f"processes{parts}"
         )
     return sizes
+
+
+def check_lone_row(
+    name: str, network: nn.Module, input: Tensor, *, batch: int, world: int, accumulate: int = 1
+) -> None:
+    """Every part of a batch has the same number of rows; batch normalisation cannot train on parts of one.
+
+    Args:
+        name: of the network, for the message.
+        network: left as it is.
+        input: [1, ...], as the network takes it, on its device.
+        batch, world, accumulate: rows of a batch, of so many processes, with so many parts each.
+
+    Raises:
+        ValueError: parts have one row, and the network does not take that in training.
+    """
+    parts = world * accumulate
+    # statistics over all processes have more rows
+    kinds = [type(module) for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    if batch // parts > 1 or not set(kinds) - {nn.SyncBatchNorm}:
+        return
+    with seeded(0), torch.no_grad():
+        try:
+            copy.deepcopy(network).train()(input)
+        except ValueError as error:  # by torch where a channel has one value; an image has more
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise ValueError(
+                f"batch must be at least {2 * parts}: {name} has batch normalisation, which needs two rows in each "
+                f"part of a batch, and {batch} rows over {world} processes with {accumulate} parts each leave one; "
+                "raise batch, lower accumulate, or train with fewer processes"
+            ) from None
 
 
 class BalancedSampler:

@@ -20,7 +20,7 @@ from ..models import EmbeddingModel
 from . import processes
 from .checkpoint import CheckpointWarning
 from .items import Items, mixed_seed
-from .samplers import BalancedSampler, batch_sizes
+from .samplers import BalancedSampler
 from .schedule import Schedule
 
 __all__ = ["DTYPES", "Augment", "Steps"]
@@ -81,7 +81,6 @@ class Steps:
         self.items = items
         self.memory = memory
         remembered = 0 if memory is None else len(memory.labels)
-        batch_sizes(schedule.batch, remembered > 0, self.world, schedule.accumulate)
         self.sampler = BalancedSampler(
             len(items.labels), remembered, schedule.batch, seed=seed, rank=self.rank, world=self.world
         )

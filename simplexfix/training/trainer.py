@@ -26,6 +26,7 @@ from .checkpoint import Checkpoints, CheckpointWarning, fingerprint, read_state,
 from .facts import check_no_drift, described
 from .items import Items, seeded
 from .locks import alone_in
+from .samplers import batch_sizes, check_lone_row
 from .schedule import Schedule
 from .steps import DTYPES, Augment, Steps
 
@@ -127,8 +128,9 @@ class Trainer:
             The version, in evaluation mode.
 
         Raises:
-            ValueError: `old` is in training mode, labels are of no class, a batch cannot be shared out evenly, or the
-                folder is of a training that differs (configuration, data, parent or old model); names what differs.
+            ValueError: `old` is in training mode, labels are of no class, a batch cannot be shared out evenly or
+                leaves batch normalisation a single row, or the folder is of a training that differs (configuration,
+                data, parent or old model); names what differs.
             FolderInUseError: another process trains in the folder.
             CheckpointError: the finished version's file is damaged.
             FloatingPointError: the loss, a weight or a statistic of batches is nan or infinite, or float16 overflows
@@ -149,6 +151,9 @@ class Trainer:
                     f"labels of {name} must lie in [{classes.start}, {classes.stop}), the classes so far, "
                     f"got {least} to {most}"
                 )
+        remembers = memory is not None and len(memory.labels) > 0
+        batch_sizes(schedule.batch, remembers, processes.world(), schedule.accumulate)
+        self._check_lone_row(parent, items, schedule)
         facts = {
             "schedule": asdict(schedule),
             "seed": seed,
@@ -198,6 +203,16 @@ class Trainer:
                 compile=self.compile,
             )
             return self._done(steps, facts, finished, on_step)
+
+    def _check_lone_row(self, parent: EmbeddingModel, items: Items, schedule: Schedule) -> None:
+        if schedule.batch > processes.world() * schedule.accumulate or not len(items.labels):
+            return
+        device = next(parent.parameters()).device
+        input = items.take(torch.tensor([0])).inputs.to(device)
+        if self.augment is not None:
+            input = self.augment(input, torch.Generator().manual_seed(0))
+        shares = {"batch": schedule.batch, "world": processes.world(), "accumulate": schedule.accumulate}
+        check_lone_row(f"the {type(parent.backbone).__name__}", parent.backbone, input, **shares)
 
     def _done(
         self, run: Steps, facts: dict[str, Any], finished: Path | None, on_step: Callable[[int], None]

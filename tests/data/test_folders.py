@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from simplexfix.data import ImageFileError, load_image_folder
+from simplexfix.data import ImageFileError, ImageFolderDataset, load_image_folder
 
 Image = pytest.importorskip("PIL.Image", reason="folders of images are read with Pillow")
 
@@ -120,3 +121,127 @@ def test_pillow_is_asked_for_when_it_is_needed(tmp_path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
     assert done.stdout == "folders of images need Pillow: pip install 'simplexfix[images]'\n"
+
+
+def test_links_are_followed(tmp_path) -> None:
+    """To folders, to files, of classes, twice to one place; a hidden one is passed over."""
+    for i in range(3):
+        save(tmp_path / "store" / "deep" / f"{i}.png", (i, 0, 0))
+    root = tmp_path / "root"
+    save(root / "a" / "x" / "0.png", (9, 0, 0))
+    (root / "a" / "x" / "shoot").symlink_to(tmp_path / "store")
+    (root / "a" / "y").symlink_to(tmp_path / "store" / "deep")
+    (root / "a" / ".hidden").symlink_to(tmp_path / "store")
+    (root / "b").symlink_to(tmp_path / "store", target_is_directory=True)
+    (root / "b.txt").symlink_to(tmp_path / "store" / "deep" / "0.png")  # a file beside the classes
+    save(tmp_path / "c.png", (8, 0, 0))
+    (root / "c").mkdir()
+    (root / "c" / "1.png").symlink_to(tmp_path / "c.png")
+    found = load_image_folder(root, size=4)
+    assert found.class_names == ("a", "b", "c")
+    assert found.labels.tolist() == [0] * 7 + [1] * 3 + [2]
+    assert found.images[:, 0, 0, 0].tolist() == [9, 0, 1, 2, 0, 1, 2, 0, 1, 2, 8]
+    assert str(found.files[1]) == str(root / "a" / "x" / "shoot" / "deep" / "0.png")
+
+
+@pytest.mark.parametrize("place", ["a/up", "a/x/up", "a/x/self", "whole"])
+def test_a_link_to_a_folder_that_it_lies_in_is_named(tmp_path, place: str) -> None:
+    save(tmp_path / "a" / "x" / "0.png", (1, 2, 3))
+    target = {"a/up": tmp_path, "a/x/up": tmp_path / "a", "a/x/self": tmp_path / "a" / "x", "whole": tmp_path}[place]
+    (tmp_path / place).symlink_to(target)
+    with pytest.raises(ImageFileError, match=rf"{place} links to {target}, a folder that it lies in") as error:
+        load_image_folder(tmp_path, size=4)
+    assert "remove the link" in str(error.value)
+
+
+@pytest.mark.parametrize("place", ["b", "a/b", "a/b.png", "a/x/b"])
+def test_a_link_to_nothing_is_named(tmp_path, place: str) -> None:
+    """Also where it would have been a class."""
+    save(tmp_path / "a" / "x" / "0.png", (1, 2, 3))
+    (tmp_path / place).symlink_to(tmp_path / "gone")
+    with pytest.raises(ImageFileError, match=rf"{place} links to {tmp_path}/gone, which cannot be followed: No such"):
+        load_image_folder(tmp_path, size=4)
+    (tmp_path / place).unlink()
+    (tmp_path / place).symlink_to(tmp_path / place)
+    with pytest.raises(ImageFileError, match=r"which cannot be followed: Too many levels"):
+        load_image_folder(tmp_path, size=4)
+
+
+def test_names_that_look_alike_are_one_class(tmp_path) -> None:
+    """Unicode forms and blanks around; case tells classes apart, as of letters."""
+    for i, name in enumerate(("caf\u00e9", "cafe\u0301", "A", "a", "a ", " A")):
+        save(tmp_path / name / f"{i}.png", (i, 0, 0))
+    found = load_image_folder(tmp_path, size=4)
+    assert found.class_names == ("A", "a", "caf\u00e9")
+    reds = found.images[:, 0, 0, 0].tolist()
+    assert {(name, red) for name, red in zip(map(found.class_names.__getitem__, found.labels), reds, strict=True)} == {
+        ("A", 2),
+        ("A", 5),
+        ("a", 3),
+        ("a", 4),
+        ("caf\u00e9", 0),
+        ("caf\u00e9", 1),
+    }
+    assert found.labels.tolist() == sorted(found.labels.tolist())
+    save(tmp_path / " " / "0.png", (1, 2, 3))
+    with pytest.raises(ImageFileError, match="has a name of blanks alone; rename it"):
+        load_image_folder(tmp_path, size=4)
+
+
+def test_names_that_are_not_utf8_are_read_and_can_be_written(tmp_path) -> None:
+    folder = os.fsencode(tmp_path) + b"/caf\xe9"
+    os.mkdir(folder)
+    content = save(tmp_path / "x.png", (7, 0, 0)).read_bytes()
+    with open(folder + b"/\xff.png", "wb") as file:
+        file.write(content)
+    found = load_image_folder(tmp_path, size=4)
+    assert found.class_names == (r"caf\xe9",)
+    assert found.images[0, 0, 0, 0] == 7
+    found.class_names[0].encode()
+
+
+def test_files_that_cannot_be_read_are_named_before_any_is_decoded(tmp_path, monkeypatch) -> None:
+    save(tmp_path / "a" / "0.png", (1, 2, 3))
+    strange = tmp_path / "a" / "1.png"
+    os.mkfifo(strange)  # to open it would wait for ever
+    with pytest.raises(ImageFileError, match=r"1\.png is a device, a pipe or a socket; expected a file"):
+        ImageFolderDataset(tmp_path, size=4)
+    strange.unlink()
+    strange.touch()
+    with pytest.raises(ImageFileError, match=r"1\.png cannot be read, it may be truncated or damaged: it is empty"):
+        ImageFolderDataset(tmp_path, size=4)
+    strange.unlink()
+    # as if not root
+    monkeypatch.setattr(os, "access", lambda path, mode: not path.endswith("0.png"))
+    with pytest.raises(ImageFileError, match=r"0\.png cannot be read: this user has no permission"):
+        ImageFolderDataset(tmp_path, size=4)
+    monkeypatch.undo()
+    (tmp_path / "a" / "locked").mkdir()
+    scan = os.scandir
+
+    def refused(folder):
+        if folder.endswith("locked"):
+            raise PermissionError(13, "Permission denied")
+        return scan(folder)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(ImageFileError, match=r"locked cannot be read: Permission denied"):
+        ImageFolderDataset(tmp_path, size=4)
+
+
+def test_a_dataset_reads_what_the_whole_folder_holds(tmp_path) -> None:
+    for i, name in enumerate("abcab"):
+        save(tmp_path / name / f"{i}.png", (i, 2 * i, 3 * i), size=(9, 7))
+    whole, items = load_image_folder(tmp_path, size=4), ImageFolderDataset(tmp_path, size=4)
+    assert len(items) == 5
+    assert items.class_names == whole.class_names
+    assert items.targets.tolist() == whole.labels.tolist()
+    for i, (image, label) in enumerate(items[k] for k in range(5)):
+        assert np.array_equal(image.numpy(), whole.images[i])
+        assert (image.shape, label) == ((3, 4, 4), whole.labels[i])
+        assert items.content(i) == whole.files[i].read_bytes()
+    whole.files[0].unlink()
+    with pytest.raises(ImageFileError, match=r"0\.png cannot be read"):
+        items[0]
+    with pytest.raises(ImageFileError, match=r"0\.png cannot be read: No such file"):
+        items.content(0)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import jobs
+import numpy as np
 import pytest
 from test_trainer import PROCESSES, done, lines, together
 
@@ -64,6 +66,36 @@ def test_a_finished_run_may_be_judged_by_another_protocol(data, tmp_path) -> Non
     assert second["search"]["nearest_class_mean"] == first["search"]["nearest_class_mean"]
     assert json.loads((tmp_path / "report.json").read_text()) == second
     assert set(second["search"]) == {"nearest_class_mean", "instance"}
+
+
+def test_the_same_data_may_be_somewhere_else(data, tmp_path) -> None:
+    """Its fingerprint decides; of other data the path is named, too."""
+    config = jobs.small_run(data)
+    stopped(data, tmp_path / "run", "task 1", 5)
+    moved = tmp_path / "moved"
+    shutil.copytree(data, moved)
+    elsewhere = replace(config, data=replace(config.data, path=str(moved)))
+    train_run(elsewhere, tmp_path / "run")
+    train_run(config, tmp_path / "whole")
+    assert (tmp_path / "run" / "report.json").read_bytes() == (tmp_path / "whole" / "report.json").read_bytes()
+    train_run(config, tmp_path / "run")
+    rows = np.load(moved / "train.npy")
+    np.save(moved / "train.npy", rows + 1)
+    with pytest.raises(ValueError, match=r"config\.data\.path: was .*[\s\S]*data\.task 0\.sha256: was "):
+        train_run(elsewhere, tmp_path / "run")
+
+
+def test_a_moved_folder_of_pre_trained_networks_is_found(data, tmp_path) -> None:
+    config = jobs.small_run(data)
+    shared = replace(config, tasks=replace(config.tasks, pretraining_folder=str(tmp_path / "shared")))
+    train_run(shared, tmp_path / "run")
+    (tmp_path / "shared").rename(tmp_path / "moved")
+
+    def no_step(progress: Progress) -> None:
+        raise AssertionError
+
+    moved = replace(config, tasks=replace(config.tasks, pretraining_folder=str(tmp_path / "moved")))
+    train_run(moved, tmp_path / "run", on_step=no_step)
 
 
 def test_a_run_killed_at_any_moment_ends_with_the_same_report(data, tmp_path) -> None:

@@ -251,6 +251,43 @@ def test_what_would_fail_later_is_refused_before_anything_is_there(two_sets, cha
     assert not (two_sets / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("batch", "accumulate", "replaced", "says"),
+    [
+        (
+            1,
+            1,
+            {},
+            r"batch must be at least 2: model\.kind=resnet18 has batch normalisation, .* 1 rows over 1 processes",
+        ),
+        (2, 2, {}, r"batch must be at least 4: model\.kind=resnet18 .* with 2 parts each leave one; raise batch"),
+        (8, 1, {"batch": 1}, r"batch must be at least 2: tasks\.replacements\.1\.model\.kind=resnet18 has"),
+        (
+            8,
+            1,
+            {"batch": 4, "accumulate": 4},
+            r"batch must be at least 8: tasks\.replacements\.1\.model\.kind=resnet18 has",
+        ),
+    ],
+)
+def test_batches_of_one_with_batch_normalisation_are_refused_before_anything_is_there(
+    cifar, tmp_path, batch, accumulate, replaced, says
+) -> None:
+    """32 pixels become one at the end of the network, whose statistics need two rows."""
+    plan = ReplacementConfig(ModelConfig(kind="resnet18", width=8), 20, Schedule(1, 0.1, **{"batch": 4, **replaced}))
+    config = RunConfig(
+        data=DataConfig(kind="cifar", path=str(cifar), query_batches=(1,)),
+        model=ModelConfig(kind="resnet18", width=4),
+        method=MethodConfig(slots=128),
+        tasks=TasksConfig(counts=(10, 10), pretraining_from=50, memory_per_class=0, replacements={1: plan}),
+        schedule=Schedule(1, 0.01, batch=batch, accumulate=accumulate),
+        trainer=TrainerConfig(device="cpu"),
+    )
+    with pytest.raises(ValueError, match=says):
+        train_run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("kind", ["convnet", "resnet18"])
 def test_a_replacement_that_cannot_take_the_data_is_refused_at_once(two_sets, kind: str) -> None:
     config = sequence(two_sets)

@@ -7,6 +7,8 @@ import multiprocessing
 import random
 import signal
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jobs
@@ -15,7 +17,7 @@ import torch
 
 from simplexfix.methods import ER
 from simplexfix.models import EmbeddingModel
-from simplexfix.training import CheckpointWarning, Schedule, Trainer, read_state, write_state
+from simplexfix.training import CheckpointWarning, Items, Schedule, Trainer, read_state, write_state
 from simplexfix.training.items import seeded
 
 # a server that has loaded torch forks a process for each job, in milliseconds; it never ran a backward pass itself,
@@ -259,6 +261,37 @@ def test_weights_of_nan_are_no_version(tmp_path) -> None:
                 parent, jobs.features(20, 4, 1), Schedule(1, 0.1, batch=4), classes=range(4), seed=0, folder=folder
             )
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["log.jsonl"]
+
+
+def test_a_batch_of_one_with_batch_normalisation_is_refused_before_anything_is_there(tmp_path) -> None:
+    """Of vectors; an image has many values in a channel, and other normalisation has no statistics."""
+    method = ER()
+    normalised = torch.nn.Sequential(torch.nn.Linear(12, 10), torch.nn.BatchNorm1d(10))
+    for backbone in (normalised, jobs.network(0.0)):
+        parent = EmbeddingModel(backbone, method.head(10))
+        state, run = torch.get_rng_state(), Schedule(2, 0.1, batch=2, accumulate=2)
+        fit = partial(
+            Trainer(method, augment=jobs.add_noise).fit, parent, jobs.features(20, 4, 1), classes=range(4), seed=0
+        )
+        if backbone is normalised:
+            with pytest.raises(ValueError, match="batch must be at least 4: the Sequential has batch normalisation"):
+                fit(run, folder=tmp_path / "run")
+            assert not (tmp_path / "run").exists()
+            assert normalised[1].num_batches_tracked == 0
+            fit(replace(run, batch=4))
+        else:
+            fit(run)
+        assert torch.equal(torch.get_rng_state(), state)
+    images = Items(torch.rand(8, 1, 28, 28), torch.arange(8) % 4)
+    layers = [torch.nn.Conv2d(1, 10, 3), torch.nn.BatchNorm2d(10), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()]
+    parent = EmbeddingModel(torch.nn.Sequential(*layers), method.head(10))
+    Trainer(method).fit(parent, images, Schedule(1, 0.1, batch=1), classes=range(4), seed=0)
+
+
+def test_halves_that_cannot_be_shared_out_leave_no_folder(tmp_path) -> None:
+    with pytest.raises(ValueError, match="cannot be shared out evenly"):
+        jobs.trained(tmp_path / "run", schedule={"accumulate": 3})
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("part", ["items", "memory"])

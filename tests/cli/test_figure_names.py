@@ -1,0 +1,101 @@
+"""Names in any script in the figures: by a font that has them, or escaped; never with a warning."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from simplexfix.compatibility import evaluate_versions
+
+pytest.importorskip("matplotlib", reason="pip install 'simplexfix[cli]'")
+from matplotlib import font_manager
+
+from simplexfix.cli import _figures
+
+NAMES = ["模型一", "模型二", "mod\u00e8le\t3 \U0001f642", "\udce9v4"]
+
+
+@pytest.fixture
+def report():
+    draw, labels = np.random.default_rng(0), np.arange(60) % 6
+    versions = [(np.eye(6)[labels] + 0.3 * draw.normal(size=(60, 6))).astype(np.float32) for _ in NAMES]
+    return evaluate_versions(versions, versions, labels, labels, names=NAMES)
+
+
+@pytest.fixture
+def fonts(monkeypatch):
+    """DejaVu Sans alone, whatever is installed here; returns what puts another font beside it."""
+    usual = [entry for entry in font_manager.fontManager.ttflist if entry.name == "DejaVu Sans"]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", usual)
+
+    def clear() -> None:
+        _figures._family_of.cache_clear()
+        _figures._installed.cache_clear()
+
+    def add(file: Path) -> None:
+        font_manager.fontManager.addfont(file)
+        clear()
+
+    clear()
+    yield add
+    clear()
+
+
+def made_font(file: Path, characters: str, weight: int) -> Path:
+    """Squares for these characters."""
+    builder_module = pytest.importorskip("fontTools.fontBuilder")
+    pen_module = pytest.importorskip("fontTools.pens.ttGlyphPen")
+    names = [".notdef", *(f"uni{ord(c):04X}" for c in characters)]
+    pen = pen_module.TTGlyphPen(None)
+    for i, corner in enumerate([(0, 0), (0, 700), (700, 700), (700, 0)]):
+        (pen.lineTo if i else pen.moveTo)(corner)
+    pen.closePath()
+    square = pen.glyph()
+    builder = builder_module.FontBuilder(1000, isTTF=True)
+    builder.setupGlyphOrder(names)
+    builder.setupCharacterMap({ord(c): name for c, name in zip(characters, names[1:], strict=True)})
+    builder.setupGlyf(dict.fromkeys(names, square))
+    builder.setupHorizontalMetrics(dict.fromkeys(names, (800, 0)))
+    builder.setupHorizontalHeader(ascent=800, descent=-200)
+    builder.setupNameTable({"familyName": "Squares", "styleName": "Regular", "psName": "Squares"})
+    builder.setupOS2(usWeightClass=weight)
+    builder.setupPost()
+    builder.save(file)
+    return file
+
+
+def drawn(report) -> dict[str, bytes]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figures = _figures.draw(report, [])
+    return {name: figure.light + figure.dark for name, figure in figures.items()}
+
+
+def test_names_that_no_font_has_are_escaped_without_a_warning(report, fonts) -> None:
+    first = drawn(report)
+    assert first == drawn(report)
+    assert _figures._short("v新") == r"v\u65b0"
+    assert _figures._short("\t\udce9") == r"\t\udce9"
+    assert _figures._short("模型一") == r"…\u578b\u4e00"  # no half of a character
+    assert _figures._short("model number 12") == "…del number 12"
+
+
+@pytest.mark.parametrize("weight", [400, 500])
+def test_names_are_drawn_by_a_font_that_has_them(report, fonts, tmp_path, caplog, weight: int) -> None:
+    fonts(made_font(tmp_path / "squares.ttf", "模型一二", weight))
+    figures = drawn(report)
+    assert figures == drawn(report)
+    assert b"Squares-" in figures["matrix.svg"]  # outlines are named by their font
+    assert _figures._short("模型一") == "模型一"
+    assert _figures._family_of("v") == "DejaVu Sans"
+    assert not caplog.records
+
+
+def test_of_control_characters_no_font_has_a_glyph(report) -> None:
+    """By the fonts that are installed here: fonts of mathematics have glyphs at such places."""
+    assert {_figures._family_of(c) for c in "\t\n\x00\x7f\udce9\uffff"} == {None}
+    assert _figures._family_of("\N{GREEK SMALL LETTER ALPHA}") == "DejaVu Sans"
+    drawn(report)
