@@ -69,6 +69,15 @@ struct ContrastArgs {
   const A* upstream;       // [rows], or nullptr where no derivatives are wanted
 };
 
+// Rows of a matrix A [m, k], or columns of a matrix B [k, n], as the packing of a product reads them.
+template <typename T>
+struct PanelView {
+  const T* first;
+  int64_t stride, k_stride;  // elements from one row of A (column of B) to the next, and along k; one of them is 1
+
+  PanelView from(int64_t i, int64_t k) const { return {first + i * stride + k * k_stride, stride, k_stride}; }
+};
+
 template <typename T>
 struct Kernels {
   void (*simplex_cross_entropy)(const CrossEntropyArgs<T>&, int64_t begin, int64_t end);
@@ -83,13 +92,13 @@ struct Kernels {
   // out = gradient - z (z . gradient) / |z|^2, where gradient already carries the 1 / |z|; may be in place
   void (*project_rows)(const T* z, int64_t z_stride, const accumulate_t<T>* gradient,
                        const accumulate_t<T>* inverse_norm, int64_t d, T* out, int64_t begin, int64_t end);
-  // Of matrix products (matrix_product.h): panel[l][w] = x[w * line + l * along], zero for w from lines on
-  void (*lay_left)(const T* x, int64_t line, int64_t along, int64_t lines, int64_t length, accumulate_t<T>* panel);
-  void (*lay_right)(const T* x, int64_t line, int64_t along, int64_t lines, int64_t length, accumulate_t<T>* panel);
-  // out = or += the sum over l of left[l][row] right[l][column]
-  void (*multiply_tile)(const accumulate_t<T>* left, const accumulate_t<T>* right, int64_t length, accumulate_t<T>* out,
-                        int64_t stride, int64_t rows, int64_t columns, bool add);
-  int tile_rows, tile_columns;  // of a tile, which are a left and a right panel's lines
+  // Matrix products (matrix_product.h): panel[k][i] = view.at(i, k), zero for i >= count.
+  void (*pack_a)(PanelView<T> view, int64_t count, int64_t depth, accumulate_t<T>* panel);
+  void (*pack_b)(PanelView<T> view, int64_t count, int64_t depth, accumulate_t<T>* panel);
+  // out[row][column] = or += sum over k of a[k][row] b[k][column]
+  void (*multiply_tile)(const accumulate_t<T>* a, const accumulate_t<T>* b, int64_t depth, accumulate_t<T>* out,
+                        int64_t out_stride, int64_t rows, int64_t columns, bool add);
+  int tile_rows, tile_columns;  // of a panel of a, and of b
 };
 
 // A vector in codes: x = scale * codes + a residual.

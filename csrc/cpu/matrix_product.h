@@ -1,8 +1,8 @@
-// Dense matrix products for the old/new contrast, of features in any format and of sums: the same bits on any number of
-// threads.  (torch's stable ABI reaches only one of its matrix products, which takes a fifth longer here.)
+// Dense matrix products for the old/new contrast: inputs of any format, sums in the accumulating type, the same bits on
+// any number of threads.  (The one product that torch's stable ABI exposes takes a fifth longer.)
 //
-// Both matrices are cut into chunks that are laid in panels of lines, each read by its tile from end to end
-// (matrix_product.inc).  Memory: two chunks of kMost numbers.
+// Blocking: A and B are cut into chunks of at most kChunkNumbers numbers; a chunk is packed into panels, which a tile
+// reads from end to end (matrix_product.inc).  Memory: one chunk of A and one of B.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -12,83 +12,77 @@
 
 namespace simplexfix::cpu {
 
-// The rows of a left matrix, or the columns of a right one.
 template <typename T>
-struct Lines {
-  const T* at;
-  int64_t line, along;  // elements from one line to the next, and along a line; one of them is 1
-};
-
-template <typename A>
 class MatrixProduct {
  public:
-  // out [m, n] = or += the products of m lines of the left with n of the right, each k long; out's rows lie stride
-  // apart.  split(count, numbers, work) calls work(begin, end) for parts of [0, count), on threads if it likes; each is
-  // worth so many numbers.
-  template <typename Left, typename Right, typename Split>
-  void operator()(int64_t m, int64_t n, int64_t k, Lines<Left> left, Lines<Right> right, A* out, int64_t stride,
+  // out [m, n] = or += A [m, k] B [k, n]; rows of out are out_stride elements apart.  split(count, numbers, work) calls
+  // work(begin, end) on parts of [0, count), on any threads; an item costs about that many operations.
+  template <typename TA, typename TB, typename Split>
+  void operator()(int64_t m, int64_t n, int64_t k, PanelView<TA> a, PanelView<TB> b, T* out, int64_t out_stride,
                   bool add, const Split& split) {
-    const int64_t rows = kernels<A>().tile_rows, columns = kernels<A>().tile_columns;
-    const int64_t most_k = std::min(k, kMostLength);
-    const int64_t most_m = reserve(left_, m, rows, most_k), most_n = reserve(right_, n, columns, most_k);
-    int64_t laid_i = -1, laid_l = -1;
-    for (int64_t j = 0; j < n; j += most_n)
-      for (int64_t l = 0; l < k; l += most_k) {
-        const int64_t length = std::min(most_k, k - l), width = std::min(most_n, n - j);
-        lay(right, j, l, width, length, columns, kernels<Right>().lay_right, right_, split);
-        for (int64_t i = 0; i < m; i += most_m) {
-          const int64_t height = std::min(most_m, m - i);
-          if (laid_i != i || laid_l != l) lay(left, i, l, height, length, rows, kernels<Left>().lay_left, left_, split);
-          laid_i = i, laid_l = l;
-          multiply(height, width, length, out + i * stride + j, stride, add || l > 0, split);
+    const int64_t tile_rows = kernels<T>().tile_rows, tile_columns = kernels<T>().tile_columns;
+    const int64_t max_k = std::min(k, kMaxDepth);
+    const int64_t max_m = reserve(a_, m, tile_rows, max_k), max_n = reserve(b_, n, tile_columns, max_k);
+    int64_t packed_i = -1, packed_l = -1;  // the chunk in a_
+    for (int64_t j = 0; j < n; j += max_n)
+      for (int64_t l = 0; l < k; l += max_k) {
+        const int64_t depth = std::min(max_k, k - l), width = std::min(max_n, n - j);
+        pack(b.from(j, l), width, depth, tile_columns, kernels<TB>().pack_b, b_, split);
+        for (int64_t i = 0; i < m; i += max_m) {
+          const int64_t height = std::min(max_m, m - i);
+          if (packed_i != i || packed_l != l)
+            pack(a.from(i, l), height, depth, tile_rows, kernels<TA>().pack_a, a_, split);
+          packed_i = i, packed_l = l;
+          multiply(height, width, depth, out + i * out_stride + j, out_stride, add || l > 0, split);
         }
       }
   }
 
  private:
-  static constexpr int64_t kMost = 640 * 1024;   // numbers of a chunk
-  static constexpr int64_t kMostLength = 1024;   // of a panel: its tile's panels stay in L2
-  static constexpr int64_t kPanelsTogether = 8;  // left panels that meet a right one while it is in L2
+  static constexpr int64_t kChunkNumbers = 640 * 1024;
+  static constexpr int64_t kMaxDepth = 1024;     // of a panel: a panel of A and one of B stay in L2
+  static constexpr int64_t kPanelsTogether = 8;  // panels of A that meet a panel of B while it is in L2
 
   struct Chunk {
-    AlignedArray<A> numbers;
+    AlignedArray<T> numbers;
     int64_t size = 0;
   };
-  Chunk left_, right_;
+  Chunk a_, b_;
 
-  // Room for as many of the lines, in panels of so many, as a chunk holds: their number.
-  static int64_t reserve(Chunk& chunk, int64_t lines, int64_t panel, int64_t length) {
-    const int64_t most = std::min(ceil_div(lines, panel), std::max<int64_t>(1, kMost / (panel * length))) * panel;
-    if (chunk.size < most * length) {
-      chunk.numbers = aligned_array<A>(size_t(most * length));
-      chunk.size = most * length;
+  // Allocates a chunk for rows of A or columns of B, in panels of `panel`; returns how many of them it holds.
+  static int64_t reserve(Chunk& chunk, int64_t count, int64_t panel, int64_t depth) {
+    const int64_t most =
+        std::min(ceil_div(count, panel), std::max<int64_t>(1, kChunkNumbers / (panel * depth))) * panel;
+    if (chunk.size < most * depth) {
+      chunk.numbers = aligned_array<T>(size_t(most * depth));
+      chunk.size = most * depth;
     }
     return most;
   }
 
-  template <typename T, typename Lay, typename Split>
-  static void lay(const Lines<T>& from, int64_t first, int64_t l, int64_t count, int64_t length, int64_t panel, Lay lay,
-                  const Chunk& to, const Split& split) {
-    split(ceil_div(count, panel), panel * length, [&](int64_t begin, int64_t end) {
+  template <typename TV, typename Pack, typename Split>
+  static void pack(const PanelView<TV>& view, int64_t count, int64_t depth, int64_t panel, Pack pack_panel,
+                   const Chunk& to, const Split& split) {
+    split(ceil_div(count, panel), panel * depth, [&](int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; ++p)
-        lay(from.at + (first + p * panel) * from.line + l * from.along, from.line, from.along,
-            std::min(panel, count - p * panel), length, to.numbers.get() + p * panel * length);
+        pack_panel(view.from(p * panel, 0), std::min(panel, count - p * panel), depth,
+                   to.numbers.get() + p * panel * depth);
     });
   }
 
   template <typename Split>
-  void multiply(int64_t m, int64_t n, int64_t length, A* out, int64_t stride, bool add, const Split& split) const {
-    const int64_t rows = kernels<A>().tile_rows, columns = kernels<A>().tile_columns;
-    const int64_t left_panels = ceil_div(m, rows), right_panels = ceil_div(n, columns);
-    const int64_t groups = ceil_div(left_panels, kPanelsTogether);
-    split(groups * right_panels, kPanelsTogether * rows * length, [&](int64_t begin, int64_t end) {
+  void multiply(int64_t m, int64_t n, int64_t depth, T* out, int64_t out_stride, bool add, const Split& split) const {
+    const int64_t tile_rows = kernels<T>().tile_rows, tile_columns = kernels<T>().tile_columns;
+    const int64_t a_panels = ceil_div(m, tile_rows), b_panels = ceil_div(n, tile_columns);
+    const int64_t groups = ceil_div(a_panels, kPanelsTogether);
+    split(groups * b_panels, kPanelsTogether * tile_rows * depth, [&](int64_t begin, int64_t end) {
       for (int64_t item = begin; item < end; ++item) {
-        const int64_t first = item / right_panels * kPanelsTogether, q = item % right_panels;
-        for (int64_t p = first; p < std::min(left_panels, first + kPanelsTogether); ++p)
-          kernels<A>().multiply_tile(left_.numbers.get() + p * rows * length,
-                                     right_.numbers.get() + q * columns * length, length,
-                                     out + p * rows * stride + q * columns, stride, std::min(rows, m - p * rows),
-                                     std::min(columns, n - q * columns), add);
+        const int64_t first = item / b_panels * kPanelsTogether, q = item % b_panels;
+        for (int64_t p = first; p < std::min(a_panels, first + kPanelsTogether); ++p)
+          kernels<T>().multiply_tile(
+              a_.numbers.get() + p * tile_rows * depth, b_.numbers.get() + q * tile_columns * depth, depth,
+              out + p * tile_rows * out_stride + q * tile_columns, out_stride, std::min(tile_rows, m - p * tile_rows),
+              std::min(tile_columns, n - q * tile_columns), add);
       }
     });
   }

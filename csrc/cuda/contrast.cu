@@ -53,7 +53,7 @@ const char* project_rows(const ProjectArgs& args) {
     using T = decltype(tag);
     using A = accumulate_t<T>;
     const ProjectParams<T> params{static_cast<const T*>(args.z),
-                                  static_cast<const A*>(args.flow),
+                                  static_cast<const A*>(args.grad_unit),
                                   static_cast<const A*>(args.inverse_norm),
                                   static_cast<T*>(args.out),
                                   args.z_stride,

@@ -5,7 +5,8 @@
 //          else a block of 256.
 // Memory:  contrast_rows reads and writes the block of similarities three times (twice without derivatives), from L2
 //          where it fits: csrc/ops/old_new_contrast.cpp makes it 16 MiB.  Beside it 12 bytes a candidate and row, from
-//          L2 too.  project_rows reads z and the flow twice, the second time from L1 or L2, and writes the result once.
+//          L2 too.  project_rows reads z and grad_unit twice, the second time from L1 or L2, and writes the result
+//          once.
 // Numerics: float (double for double); one rounding at the end.
 // Determinism: bitwise the same for a row wherever it lies and whatever the grid (team.cuh).
 // Budget:  64 registers.  No local memory.
@@ -110,13 +111,13 @@ template <typename T>
 struct ProjectParams {
   using A = accumulate_t<T>;
   const T* z;
-  const A* flow;          // [rows, d], already times 1 / |z|
+  const A* grad_unit;     // [rows, d], already times 1 / |z|
   const A* inverse_norm;  // [rows]
-  T* out;                 // [rows, d]; may be flow
+  T* out;                 // [rows, d]; may be grad_unit
   int64_t z_stride, rows, d;
 };
 
-// out = flow - z (z . flow) / |z|^2
+// out = grad_unit - z (z . grad_unit) / |z|^2
 template <typename T, int kThreads>
 __global__ void __launch_bounds__(Team<kThreads>::kBlock) project_rows(const ProjectParams<T> p) {
   using A = accumulate_t<T>;
@@ -124,11 +125,11 @@ __global__ void __launch_bounds__(Team<kThreads>::kBlock) project_rows(const Pro
   SIMPLEXFIX_SHARED(s_parts, A[Rows::kWarps]);
   for (int64_t row = Rows::first_row(); row < p.rows; row += Rows::row_step()) {
     const T* z = p.z + row * p.z_stride;
-    const A* flow = p.flow + row * p.d;
+    const A* grad_unit = p.grad_unit + row * p.d;
     A along = A(0);
-    for (int64_t j = Rows::lane(); j < p.d; j += kThreads) along += A(z[j]) * flow[j];
+    for (int64_t j = Rows::lane(); j < p.d; j += kThreads) along += A(z[j]) * grad_unit[j];
     along = reduce_team<kThreads>(along, s_parts) * p.inverse_norm[row] * p.inverse_norm[row];
-    for (int64_t j = Rows::lane(); j < p.d; j += kThreads) p.out[row * p.d + j] = T(flow[j] - A(z[j]) * along);
+    for (int64_t j = Rows::lane(); j < p.d; j += kThreads) p.out[row * p.d + j] = T(grad_unit[j] - A(z[j]) * along);
     sync_team<kThreads>();  // the next row's parts overwrite s_parts
   }
 }

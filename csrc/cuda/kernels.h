@@ -90,13 +90,13 @@ struct NormArgs {
 };
 const char* inverse_norms(const NormArgs&);
 
-// out = flow - z (z . flow) / |z|^2, where flow already carries the 1 / |z|
+// out = grad_unit - z (z . grad_unit) / |z|^2, where grad_unit already carries the 1 / |z|
 struct ProjectArgs {
   const void* z;  // [rows, d] of dtype, rows z_stride elements apart
   int64_t z_stride;
-  const void* flow;          // [rows, d] of A
+  const void* grad_unit;     // [rows, d] of A
   const void* inverse_norm;  // [rows] of A
-  void* out;                 // [rows, d] of dtype; may be flow
+  void* out;                 // [rows, d] of dtype; may be grad_unit
   int64_t rows, d;
   DType dtype;
   void* stream;

@@ -130,6 +130,6 @@ struct Operator<F> {
     }
   }
 };
-#define SIMPLEXFIX_OPERATOR(function) TORCH_BOX(&simplexfix::Operator<&simplexfix::function>::call)
+#define SIMPLEXFIX_OPERATOR(...) TORCH_BOX((&simplexfix::Operator<&simplexfix::__VA_ARGS__>::call))
 
 }  // namespace simplexfix

@@ -1,7 +1,8 @@
-// The front that the cross-entropies of all polytopes share: checks, allocation, the CPU's run over the rows.
+// The cross-entropy operators of all polytopes: schema, checks, allocation, the run on a device.
 #pragma once
 #include <limits>
 #include <memory>
+#include <string>
 
 #include "../core/cross_entropy.h"
 #include "../cpu/kernels.h"
@@ -17,7 +18,22 @@ namespace simplexfix {
 // A gradient of this size or more would drive everything else out of the caches before it is read again.
 constexpr int64_t kStreamBytes = int64_t(8) << 20;
 
-// The operator's arguments, checked; and its results, allocated.
+// The arguments that the operators of all polytopes have in common, as torch passes them.
+struct CrossEntropyArguments {
+  const Tensor &z, &target;
+  bool normalize;
+  double scale;
+  int64_t margin_kind;
+  double margin_size;
+  const std::optional<Tensor>& weight;
+  int64_t ignore_index;
+  double smoothing;
+  int64_t reduction;
+  bool wants_gradient;
+  ScalarType loss_dtype;
+};
+
+// The arguments, checked; and the results, allocated.
 struct CrossEntropyCall {
   Tensor z, target, loss, gradient;
   std::optional<Tensor> weight;  // in the accumulating dtype
@@ -28,18 +44,23 @@ struct CrossEntropyCall {
   Margin margin;
   Reduction reduction;
 
+  int64_t z_stride() const { return rows > 1 ? z.stride(0) : d; }
+
   template <typename A>
   CrossEntropyOptions<A> options(A weight_sum) const {
-    return {normalize, A(scale), margin, A(margin_size), A(smoothing), weight_sum};
+    return {.normalize = normalize,
+            .scale = A(scale),
+            .margin = margin,
+            .margin_size = A(margin_size),
+            .smoothing = A(smoothing),
+            .weight_sum = weight_sum};
   }
 };
 
-// z has slots classes: what target and weight are checked against.
-inline CrossEntropyCall check_cross_entropy(const Tensor& z, const Tensor& target, int64_t slots, bool normalize,
-                                            double scale, int64_t margin_kind, double margin_size,
-                                            const std::optional<Tensor>& weight, int64_t ignore_index, double smoothing,
-                                            int64_t reduction, bool wants_gradient, ScalarType loss_dtype) {
-  check_rows(z, "z");
+// z has passed check_rows; target and weight are checked against the number of slots.
+inline CrossEntropyCall check_cross_entropy(const CrossEntropyArguments& given, int64_t slots) {
+  const auto& [z, target, normalize, scale, margin_kind, margin_size, weight, ignore_index, smoothing, reduction,
+               wants_gradient, loss_dtype] = given;
   const int64_t rows = z.size(0), d = z.size(1);
   const ScalarType type = z.scalar_type(), accumulate = accumulate_type(type);
   SIMPLEXFIX_CHECK(target.dim() == 1 && target.size(0) == rows, "target must have shape [", rows, "], got ",
@@ -63,27 +84,27 @@ inline CrossEntropyCall check_cross_entropy(const Tensor& z, const Tensor& targe
                      ", got ", torch::headeronly::toString(weight->scalar_type()));
     SIMPLEXFIX_CHECK(weight->device() == z.device(), "weight and z are on different devices");
   }
-  CrossEntropyCall call{with_dense_rows(z),
-                        as_contiguous(target),
-                        {},
-                        {},
-                        {},
-                        rows,
-                        d,
-                        slots,
-                        normalize,
-                        wants_gradient,
-                        scale,
-                        margin_size,
-                        smoothing,
-                        ignore_index,
-                        static_cast<Margin>(margin_kind),
-                        static_cast<Reduction>(reduction)};
+  CrossEntropyCall call{.z = with_dense_rows(z),
+                        .target = as_contiguous(target),
+                        .loss = {},
+                        .gradient = {},
+                        .weight = {},
+                        .rows = rows,
+                        .d = d,
+                        .slots = slots,
+                        .normalize = normalize,
+                        .wants_gradient = wants_gradient,
+                        .scale = scale,
+                        .margin_size = margin_size,
+                        .smoothing = smoothing,
+                        .ignore_index = ignore_index,
+                        .margin = static_cast<Margin>(margin_kind),
+                        .reduction = static_cast<Reduction>(reduction)};
   if (weight) call.weight = as_contiguous(*weight);
   const std::vector<int64_t> gradient_shape = wants_gradient ? std::vector<int64_t>{rows, d} : std::vector<int64_t>{0};
   const std::vector<int64_t> loss_shape =
       call.reduction == Reduction::kNone ? std::vector<int64_t>{rows} : std::vector<int64_t>{};
-  // of the CPU's own: torch's allocation, asked for by name, takes as long as 16 rows of 1,023 numbers
+  // Allocate from the buffer pool on the CPU: dispatching new_empty takes as long as 16 rows of 1,023 numbers.
   call.gradient = z.is_cpu() ? reusable_empty(gradient_shape, type) : torch::stable::new_empty(call.z, gradient_shape);
   call.loss =
       z.is_cpu() ? reusable_empty(loss_shape, loss_dtype) : torch::stable::new_empty(call.z, loss_shape, loss_dtype);
@@ -113,68 +134,126 @@ void set_loss(const Tensor& loss, const A* values, int64_t n) {
   }
 }
 
-// kernel(args, begin, end) does rows of a cpu::CrossEntropyArgs<T>.
-template <typename F>
-void cross_entropy_cpu(const CrossEntropyCall& call, F&& kernel) {
-  dispatch_floating(call.z.scalar_type(), [&](auto tag) {
-    using T = decltype(tag);
-    using A = accumulate_t<T>;
-    const int64_t* targets = data<int64_t>(call.target);
-    const A* weights = call.weight ? data<A>(*call.weight) : nullptr;
-    const double counted = weigh_targets(targets, call.rows, weights, call.slots, call.ignore_index);
-    double weight_sum = double(call.slots);
-    if (weights && call.smoothing > 0) {
-      weight_sum = 0;
-      for (int64_t c = 0; c < call.slots; ++c) weight_sum += double(weights[c]);
-    }
-    const std::unique_ptr<A[]> row_loss(new A[size_t(call.rows)]);
-    const double mean = call.reduction == Reduction::kMean ? 1.0 / counted : 1.0;
-    const cpu::CrossEntropyArgs<T> args{data<T>(call.z),
-                                        call.rows > 1 ? call.z.stride(0) : call.d,
-                                        targets,
-                                        weights,
-                                        row_loss.get(),
-                                        call.wants_gradient ? mutable_data<T>(call.gradient) : nullptr,
-                                        call.d,
-                                        call.ignore_index,
-                                        call.rows * call.d * int64_t(sizeof(T)) >= kStreamBytes,
-                                        A(mean),
-                                        call.options<A>(A(weight_sum))};
-    for_rows(call.rows, call.d, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
-    if (call.reduction == Reduction::kNone) return set_loss(call.loss, args.loss, call.rows);
-    double sum = 0;  // in row order, whatever thread did which rows
-    for (int64_t b = 0; b < call.rows; ++b) sum += double(args.loss[b]);
-    // a mean over nothing is nan, as in torch
-    const A loss = A(call.reduction == Reduction::kMean ? sum / counted : sum);
-    set_loss(call.loss, &loss, 1);
-  });
-}
+struct OnCpu {
+  struct Guard {
+    explicit Guard(const Tensor&) {}
+  };
+
+  template <typename Polytope>
+  static void run(const CrossEntropyCall& call, const Polytope& polytope) {
+    dispatch_floating(call.z.scalar_type(), [&](auto tag) {
+      using T = decltype(tag);
+      using A = accumulate_t<T>;
+      const int64_t* targets = data<int64_t>(call.target);
+      const A* weights = call.weight ? data<A>(*call.weight) : nullptr;
+      const double counted = weigh_targets(targets, call.rows, weights, call.slots, call.ignore_index);
+      double weight_sum = double(call.slots);
+      if (weights && call.smoothing > 0) {
+        weight_sum = 0;
+        for (int64_t c = 0; c < call.slots; ++c) weight_sum += double(weights[c]);
+      }
+      const std::unique_ptr<A[]> row_loss(new A[size_t(call.rows)]);
+      const cpu::CrossEntropyArgs<T> args{.z = data<T>(call.z),
+                                          .z_stride = call.z_stride(),
+                                          .target = targets,
+                                          .weight = weights,
+                                          .loss = row_loss.get(),
+                                          .gradient = call.wants_gradient ? mutable_data<T>(call.gradient) : nullptr,
+                                          .d = call.d,
+                                          .ignore_index = call.ignore_index,
+                                          .streams = call.rows * call.d * int64_t(sizeof(T)) >= kStreamBytes,
+                                          .upstream = A(call.reduction == Reduction::kMean ? 1.0 / counted : 1.0),
+                                          .options = call.options<A>(A(weight_sum))};
+      for_rows(call.rows, call.d, [&](int64_t begin, int64_t end) { polytope.rows(args, begin, end); });
+      if (call.reduction == Reduction::kNone) return set_loss(call.loss, args.loss, call.rows);
+      double sum = 0;  // in row order, whatever thread computed which rows
+      for (int64_t b = 0; b < call.rows; ++b) sum += double(args.loss[b]);
+      // a mean over nothing is nan, as in torch
+      const A loss = A(call.reduction == Reduction::kMean ? sum / counted : sum);
+      set_loss(call.loss, &loss, 1);
+    });
+  }
+};
 
 #ifdef SIMPLEXFIX_WITH_CUDA
-// launchers(cuda::CrossEntropyArgs) starts a polytope's kernels.  Targets and weights are looked at on the device
-// alone.
-template <typename F>
-void cross_entropy_cuda(const CrossEntropyCall& call, const char* name, F&& launchers) {
-  const ScalarType type = call.z.scalar_type(), accumulate = accumulate_type(type);
-  const cuda::DType dtype = cuda_dtype(type);
-  const bool whole = call.reduction == Reduction::kNone;
-  const std::vector<int64_t> loss_shape = whole ? std::vector<int64_t>{call.rows} : std::vector<int64_t>{};
-  const bool wide = call.loss.scalar_type() == accumulate;
-  const Tensor loss = wide ? call.loss : torch::stable::new_empty(call.z, loss_shape, accumulate);
-  const Tensor row_loss = whole ? loss : torch::stable::new_empty(call.z, {call.rows}, accumulate);
-  const Tensor workspace =
-      torch::stable::new_empty(call.z, {cuda::cross_entropy_workspace(call.rows, call.d, dtype)}, ScalarType::Double);
-  const int32_t device = call.z.get_device_index();
-  launch(device, name, [&](void* stream) {
-    return launchers(cuda::CrossEntropyArgs{
-        call.z.const_data_ptr(), call.rows > 1 ? call.z.stride(0) : call.d, data<int64_t>(call.target),
-        call.weight ? call.weight->const_data_ptr() : nullptr, row_loss.mutable_data_ptr(), loss.mutable_data_ptr(),
-        call.wants_gradient ? call.gradient.mutable_data_ptr() : nullptr, mutable_data<double>(workspace), call.rows,
-        call.d, call.slots, call.ignore_index, call.options<double>(double(call.slots)), call.reduction, dtype,
-        stream});
-  });
-  if (!wide) torch::stable::copy_(const_cast<Tensor&>(call.loss), loss);
-}
+struct OnCuda {
+  struct Guard {
+    torch::stable::accelerator::DeviceGuard guard;
+    explicit Guard(const Tensor& z) : guard(cuda_device(z, "z")) {}
+  };
+
+  // Only the device reads targets and weights.
+  template <typename Polytope>
+  static void run(const CrossEntropyCall& call, const Polytope& polytope) {
+    const ScalarType type = call.z.scalar_type(), accumulate = accumulate_type(type);
+    const cuda::DType dtype = cuda_dtype(type);
+    const bool by_row = call.reduction == Reduction::kNone;
+    const bool wide = call.loss.scalar_type() == accumulate;
+    const std::vector<int64_t> loss_shape = by_row ? std::vector<int64_t>{call.rows} : std::vector<int64_t>{};
+    const Tensor loss = wide ? call.loss : torch::stable::new_empty(call.z, loss_shape, accumulate);
+    const Tensor row_loss = by_row ? loss : torch::stable::new_empty(call.z, {call.rows}, accumulate);
+    const Tensor workspace =
+        torch::stable::new_empty(call.z, {cuda::cross_entropy_workspace(call.rows, call.d, dtype)}, ScalarType::Double);
+    launch(call.z.get_device_index(), Polytope::kOperator, [&](void* stream) {
+      return polytope.launch({.z = call.z.const_data_ptr(),
+                              .z_stride = call.z_stride(),
+                              .target = data<int64_t>(call.target),
+                              .weight = call.weight ? call.weight->const_data_ptr() : nullptr,
+                              .row_loss = row_loss.mutable_data_ptr(),
+                              .loss = loss.mutable_data_ptr(),
+                              .gradient = call.wants_gradient ? call.gradient.mutable_data_ptr() : nullptr,
+                              .workspace = mutable_data<double>(workspace),
+                              .rows = call.rows,
+                              .d = call.d,
+                              .slots = call.slots,
+                              .ignore_index = call.ignore_index,
+                              .options = call.options<double>(double(call.slots)),
+                              .reduction = call.reduction,
+                              .dtype = dtype,
+                              .stream = stream});
+    });
+    if (!wide) torch::stable::copy_(const_cast<Tensor&>(call.loss), loss);
+  }
+};
 #endif
+
+// A polytope's operator on a device.  Own are the arguments that it alone has, between target and the common ones.
+//
+// A Polytope has: kOperator, the operator's name; a constructor from z and Own, which checks them; slots; check(call),
+// for what it refuses of the common arguments; rows(args, begin, end), which computes rows of a
+// cpu::CrossEntropyArgs<T>; with CUDA launch(args), which starts the kernels of a cuda::CrossEntropyArgs.
+template <typename Device, typename Polytope, typename... Own>
+std::tuple<Tensor, Tensor> cross_entropy(Tensor z, Tensor target, Own... own, bool normalize, double scale,
+                                         int64_t margin_kind, double margin_size, std::optional<Tensor> weight,
+                                         int64_t ignore_index, double smoothing, int64_t reduction, bool wants_gradient,
+                                         ScalarType loss_dtype) {
+  const typename Device::Guard guard(z);
+  check_rows(z, "z");
+  const Polytope polytope(z, own...);
+  const CrossEntropyCall call = check_cross_entropy({.z = z,
+                                                     .target = target,
+                                                     .normalize = normalize,
+                                                     .scale = scale,
+                                                     .margin_kind = margin_kind,
+                                                     .margin_size = margin_size,
+                                                     .weight = weight,
+                                                     .ignore_index = ignore_index,
+                                                     .smoothing = smoothing,
+                                                     .reduction = reduction,
+                                                     .wants_gradient = wants_gradient,
+                                                     .loss_dtype = loss_dtype},
+                                                    polytope.slots);
+  polytope.check(call);
+  Device::run(call, polytope);
+  return {call.loss, call.gradient};
+}
+
+// own: the schema of Own, as "Tensor? codes, "
+inline std::string cross_entropy_schema(const std::string& name, const std::string& own = "") {
+  return name + "(Tensor z, Tensor target, " + own +
+         "bool normalize, float scale, int margin_kind, float margin_size, Tensor? weight, int ignore_index, "
+         "float label_smoothing, int reduction, bool wants_gradient, ScalarType loss_dtype) -> "
+         "(Tensor loss, Tensor gradient)";
+}
 
 }  // namespace simplexfix

@@ -1,13 +1,8 @@
-// simplexfix::old_new_contrast: block after block of anchors, two matrix products (cpu/matrix_product.h, on a GPU
-// torch's) and the kernel of cpu/contrast.inc or cuda/contrast.cuh between them.
-//
-// Features are not normalised beforehand: norms enter as factors of rows and columns, so that beside the results the
-// only memory is one block of similarities, kBlockNumbers, with the products' chunks or, on a GPU, 16-bit features'
-// copies in float.
+// simplexfix::old_new_contrast: checks, allocation, dispatch.  On the CPU cpu/contrast.h runs it; on a GPU the block
+// loop is here, since its matrix products are torch's.
 #include <algorithm>
 
-#include "../cpu/kernels.h"
-#include "../cpu/matrix_product.h"
+#include "../cpu/contrast.h"
 #include "buffer_pool.h"
 #include "common.h"
 #ifdef SIMPLEXFIX_WITH_CUDA
@@ -17,30 +12,6 @@
 
 namespace simplexfix {
 namespace {
-constexpr int64_t kBlockNumbers = int64_t(1) << 22;
-constexpr int64_t kMinBlock = 32, kMaxBlock = 512;  // rows: below, the products are slow; above, no faster
-
-template <typename I>
-std::vector<I> numbers_of(const int64_t* ids, int64_t n, const std::vector<int64_t>& sorted) {
-  std::vector<I> numbers(static_cast<size_t>(n));
-  for (int64_t i = 0; i < n; ++i) {
-    const auto found = std::lower_bound(sorted.begin(), sorted.end(), ids[i]);
-    // an anchor's class that no candidate has gets a number of its own: all differ
-    numbers[size_t(i)] = found != sorted.end() && *found == ids[i] ? I(found - sorted.begin()) : I(-1);
-  }
-  return numbers;
-}
-
-template <typename T, typename A>
-std::vector<A> norms_of(const Tensor& rows) {
-  const int64_t n = rows.size(0), d = rows.size(1), stride = n > 1 ? rows.stride(0) : d;
-  std::vector<A> out(static_cast<size_t>(n));
-  for_rows(n, d, [&](int64_t begin, int64_t end) {
-    cpu::kernels<T>().inverse_norms(data<T>(rows), stride, d, out.data(), begin, end);
-  });
-  return out;
-}
-
 // anchors [A, d], candidates [C, d]; anchor i's own candidate is first_positive + i.  upstream [A] in the
 // accumulating dtype: what each row's gradient is multiplied by; without it there is none.  The gradient is
 // that of the candidates, or of the anchors.
@@ -83,21 +54,21 @@ ContrastCall check_contrast(const Tensor& anchors, const Tensor& candidates, con
   if (upstream)
     SIMPLEXFIX_CHECK(upstream->dim() == 1 && upstream->size(0) == n && upstream->scalar_type() == accumulate_type(type),
                      "upstream must have shape [", n, "] in the accumulating dtype");
-  ContrastCall call{with_dense_rows(anchors),
-                    with_dense_rows(candidates),
-                    as_contiguous(anchor_class),
-                    as_contiguous(candidate_class),
-                    torch::stable::new_empty(anchors, {n}, accumulate_type(type)),
-                    {},
-                    n,
-                    count,
-                    anchors.size(1),
-                    first_positive,
-                    mu,
-                    static_cast<Negatives>(negatives),
-                    to_anchors,
-                    type,
-                    accumulate_type(type)};
+  ContrastCall call{.anchors = with_dense_rows(anchors),
+                    .candidates = with_dense_rows(candidates),
+                    .anchor_class = as_contiguous(anchor_class),
+                    .candidate_class = as_contiguous(candidate_class),
+                    .loss = torch::stable::new_empty(anchors, {n}, accumulate_type(type)),
+                    .upstream = {},
+                    .rows = n,
+                    .count = count,
+                    .d = anchors.size(1),
+                    .first_positive = first_positive,
+                    .mu = mu,
+                    .negatives = static_cast<Negatives>(negatives),
+                    .to_anchors = to_anchors,
+                    .type = type,
+                    .accumulate = accumulate_type(type)};
   if (upstream) call.upstream = as_contiguous(*upstream);
   return call;
 }
@@ -107,61 +78,32 @@ std::tuple<Tensor, Tensor> old_new_contrast_cpu(Tensor anchors, Tensor candidate
                                                 int64_t negatives, std::optional<Tensor> upstream, bool to_anchors) {
   const ContrastCall call = check_contrast(anchors, candidates, anchor_class, candidate_class, first_positive, mu,
                                            negatives, upstream, to_anchors);
-  const int64_t n = call.rows, count = call.count, d = call.d;
-  const Tensor& side = call.side();
-  const Tensor gradient = upstream ? reusable_empty({side.size(0), d}, call.type) : torch::stable::new_empty(side, {0});
+  const std::vector<int64_t> shape =
+      upstream ? std::vector<int64_t>{call.side().size(0), call.d} : std::vector<int64_t>{0};
+  const Tensor gradient = reusable_empty(shape, call.type);
+  const Tensor grad_unit = call.accumulate == call.type ? gradient : reusable_empty(shape, call.accumulate);
   dispatch_floating(call.type, [&](auto tag) {
     using T = decltype(tag);
     using A = accumulate_t<T>;
-    std::vector<int64_t> sorted(data<int64_t>(call.candidate_class), data<int64_t>(call.candidate_class) + count);
-    std::sort(sorted.begin(), sorted.end());
-    sorted.erase(std::unique(sorted.begin(), sorted.end()), sorted.end());
-    const auto anchor_numbers = numbers_of<cpu::ClassIndex<A>>(data<int64_t>(call.anchor_class), n, sorted);
-    const auto candidate_numbers = numbers_of<cpu::ClassIndex<A>>(data<int64_t>(call.candidate_class), count, sorted);
-    const auto anchor_scale = norms_of<T, A>(call.anchors), candidate_scale = norms_of<T, A>(call.candidates);
-    const T *a = data<T>(call.anchors), *c = data<T>(call.candidates);
-    const int64_t a_stride = call.anchor_stride(), c_stride = call.candidate_stride();
-    // what flows into the normalised features, before the projection; in place where the types agree
-    const Tensor flow =
-        !upstream || call.accumulate == call.type ? gradient : reusable_empty({side.size(0), d}, call.accumulate);
-    if (upstream && n == 0) std::fill_n(mutable_data<A>(flow), flow.numel(), A(0));  // candidates without anchors
-
-    const int64_t block = std::clamp(kBlockNumbers / std::max<int64_t>(1, count), kMinBlock, kMaxBlock);
-    const Tensor similarity = torch::stable::new_empty(call.loss, {std::min(block, n), count});
-    A* s = mutable_data<A>(similarity);
-    cpu::MatrixProduct<A> product;
-    const auto split = [](int64_t rows, int64_t cols, const auto& work) { for_rows(rows, cols, work); };
-    for (int64_t first = 0; first < n; first += block) {
-      const int64_t rows = std::min(block, n - first);
-      const T* a_rows = a + first * a_stride;
-      product(rows, count, d, cpu::Lines<T>{a_rows, a_stride, 1}, cpu::Lines<T>{c, c_stride, 1}, s, count, false,
-              split);
-      const cpu::ContrastArgs<A> args{s,
-                                      count,
-                                      anchor_numbers.data() + first,
-                                      candidate_numbers.data(),
-                                      anchor_scale.data() + first,
-                                      candidate_scale.data(),
-                                      A(mu),
-                                      call.negatives,
-                                      first_positive + first,
-                                      mutable_data<A>(call.loss) + first,
-                                      upstream ? data<A>(*call.upstream) + first : nullptr};
-      for_rows(rows, count, [&](int64_t begin, int64_t end) { cpu::kernels<T>().contrast_rows(args, begin, end); });
-      if (!upstream) continue;
-      A* g = mutable_data<A>(flow);
-      if (to_anchors)
-        product(rows, d, count, cpu::Lines<A>{s, count, 1}, cpu::Lines<T>{c, 1, c_stride}, g + first * d, d, false,
-                split);
-      else
-        product(count, d, rows, cpu::Lines<A>{s, 1, count}, cpu::Lines<T>{a_rows, 1, a_stride}, g, d, first > 0, split);
-    }
-    if (!upstream) return;
-    const auto& scale = to_anchors ? anchor_scale : candidate_scale;
-    for_rows(side.size(0), d, [&](int64_t begin, int64_t end) {
-      cpu::kernels<T>().project_rows(data<T>(side), call.side_stride(), data<A>(flow), scale.data(), d,
-                                     mutable_data<T>(gradient), begin, end);
-    });
+    const auto split = [](int64_t count, int64_t numbers, const auto& work) { for_rows(count, numbers, work); };
+    cpu::old_new_contrast(cpu::OldNewContrast<T>{.anchors = data<T>(call.anchors),
+                                                 .candidates = data<T>(call.candidates),
+                                                 .anchor_stride = call.anchor_stride(),
+                                                 .candidate_stride = call.candidate_stride(),
+                                                 .anchor_class = data<int64_t>(call.anchor_class),
+                                                 .candidate_class = data<int64_t>(call.candidate_class),
+                                                 .rows = call.rows,
+                                                 .count = call.count,
+                                                 .d = call.d,
+                                                 .first_positive = call.first_positive,
+                                                 .mu = A(call.mu),
+                                                 .negatives = call.negatives,
+                                                 .loss = mutable_data<A>(call.loss),
+                                                 .upstream = call.upstream ? data<A>(*call.upstream) : nullptr,
+                                                 .to_anchors = call.to_anchors,
+                                                 .grad_unit = mutable_data<A>(grad_unit),
+                                                 .gradient = mutable_data<T>(gradient)},
+                          split);
   });
   return {call.loss, gradient};
 }
@@ -200,10 +142,10 @@ std::tuple<Tensor, Tensor> old_new_contrast_cuda(Tensor anchors, Tensor candidat
   const Tensor c_columns = torch::stable::transpose(c, 0, 1);
   const Tensor gradient =
       upstream ? torch::stable::new_empty(side, {side.size(0), d}) : torch::stable::new_empty(side, {0});
-  const Tensor flow = !upstream || call.accumulate == call.type
-                          ? gradient
-                          : torch::stable::new_empty(side, {side.size(0), d}, call.accumulate);
-  if (upstream && n == 0) torch::stable::zero_(const_cast<Tensor&>(flow));  // candidates without anchors
+  const Tensor grad_unit = !upstream || call.accumulate == call.type
+                               ? gradient
+                               : torch::stable::new_empty(side, {side.size(0), d}, call.accumulate);
+  if (upstream && n == 0) torch::stable::zero_(const_cast<Tensor&>(grad_unit));  // candidates without anchors
 
   const int64_t block = std::max(kCudaBlockNumbers / std::max<int64_t>(1, count), kCudaMinBlock);
   const Tensor similarity = torch::stable::new_empty(a, {std::min(block, n), count});
@@ -221,13 +163,13 @@ std::tuple<Tensor, Tensor> old_new_contrast_cuda(Tensor anchors, Tensor candidat
     });
     if (!upstream) continue;
     if (to_anchors)
-      cuda_matrix_product(narrow_rows(flow, first, rows), s_rows, c, false);
+      cuda_matrix_product(narrow_rows(grad_unit, first, rows), s_rows, c, false);
     else
-      cuda_matrix_product(flow, torch::stable::transpose(s_rows, 0, 1), a_rows, first > 0);
+      cuda_matrix_product(grad_unit, torch::stable::transpose(s_rows, 0, 1), a_rows, first > 0);
   }
   if (!upstream) return {call.loss, gradient};
   launch(device, "old_new_contrast", [&](void* stream) {
-    return cuda::project_rows({side.const_data_ptr(), call.side_stride(), flow.const_data_ptr(),
+    return cuda::project_rows({side.const_data_ptr(), call.side_stride(), grad_unit.const_data_ptr(),
                                (to_anchors ? anchor_scale : candidate_scale).const_data_ptr(),
                                gradient.mutable_data_ptr(), side.size(0), d, dtype, stream});
   });

@@ -1,59 +1,36 @@
-// simplexfix::orthoplex_cross_entropy: dispatch; everything else is cross_entropy.h's.
+// simplexfix::orthoplex_cross_entropy: K = 2 d slots.
 #include "cross_entropy.h"
 
 namespace simplexfix {
 namespace {
 
-CrossEntropyCall check(const Tensor& z, const Tensor& target, bool normalize, double scale, int64_t margin_kind,
-                       double margin_size, const std::optional<Tensor>& weight, int64_t ignore_index, double smoothing,
-                       int64_t reduction, bool wants_gradient, ScalarType loss_dtype) {
-  check_rows(z, "z");
-  return check_cross_entropy(z, target, 2 * z.size(1), normalize, scale, margin_kind, margin_size, weight, ignore_index,
-                             smoothing, reduction, wants_gradient, loss_dtype);
-}
+struct OrthoplexLoss {
+  static constexpr const char* kOperator = "orthoplex_cross_entropy";
+  const int64_t slots;
 
-std::tuple<Tensor, Tensor> orthoplex_cross_entropy_cpu(Tensor z, Tensor target, bool normalize, double scale,
-                                                       int64_t margin_kind, double margin_size,
-                                                       std::optional<Tensor> weight, int64_t ignore_index,
-                                                       double smoothing, int64_t reduction, bool wants_gradient,
-                                                       ScalarType loss_dtype) {
-  const CrossEntropyCall call = check(z, target, normalize, scale, margin_kind, margin_size, weight, ignore_index,
-                                      smoothing, reduction, wants_gradient, loss_dtype);
-  cross_entropy_cpu(call, [](const auto& args, int64_t begin, int64_t end) {
-    using T = typename std::decay_t<decltype(args)>::Number;
+  explicit OrthoplexLoss(const Tensor& z) : slots(2 * z.size(1)) {}
+
+  void check(const CrossEntropyCall&) const {}
+  template <typename T>
+  void rows(const cpu::CrossEntropyArgs<T>& args, int64_t begin, int64_t end) const {
     cpu::kernels<T>().orthoplex_cross_entropy(args, begin, end);
-  });
-  return {call.loss, call.gradient};
-}
-
+  }
 #ifdef SIMPLEXFIX_WITH_CUDA
-std::tuple<Tensor, Tensor> orthoplex_cross_entropy_cuda(Tensor z, Tensor target, bool normalize, double scale,
-                                                        int64_t margin_kind, double margin_size,
-                                                        std::optional<Tensor> weight, int64_t ignore_index,
-                                                        double smoothing, int64_t reduction, bool wants_gradient,
-                                                        ScalarType loss_dtype) {
-  const torch::stable::accelerator::DeviceGuard guard(cuda_device(z, "z"));
-  const CrossEntropyCall call = check(z, target, normalize, scale, margin_kind, margin_size, weight, ignore_index,
-                                      smoothing, reduction, wants_gradient, loss_dtype);
-  cross_entropy_cuda(call, "orthoplex_cross_entropy", cuda::orthoplex_cross_entropy);
-  return {call.loss, call.gradient};
-}
+  const char* launch(const cuda::CrossEntropyArgs& args) const { return cuda::orthoplex_cross_entropy(args); }
 #endif
+};
 
 }  // namespace
 }  // namespace simplexfix
 
 STABLE_TORCH_LIBRARY_FRAGMENT(simplexfix, m) {
-  m.def(
-      "orthoplex_cross_entropy(Tensor z, Tensor target, bool normalize, float scale, int margin_kind, "
-      "float margin_size, Tensor? weight, int ignore_index, float label_smoothing, int reduction, "
-      "bool wants_gradient, ScalarType loss_dtype) -> (Tensor loss, Tensor gradient)");
+  m.def(simplexfix::cross_entropy_schema(simplexfix::OrthoplexLoss::kOperator).c_str());
 }
 STABLE_TORCH_LIBRARY_IMPL(simplexfix, CPU, m) {
-  m.impl("orthoplex_cross_entropy", SIMPLEXFIX_OPERATOR(orthoplex_cross_entropy_cpu));
+  m.impl("orthoplex_cross_entropy", SIMPLEXFIX_OPERATOR(cross_entropy<simplexfix::OnCpu, simplexfix::OrthoplexLoss>));
 }
 #ifdef SIMPLEXFIX_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(simplexfix, CUDA, m) {
-  m.impl("orthoplex_cross_entropy", SIMPLEXFIX_OPERATOR(orthoplex_cross_entropy_cuda));
+  m.impl("orthoplex_cross_entropy", SIMPLEXFIX_OPERATOR(cross_entropy<simplexfix::OnCuda, simplexfix::OrthoplexLoss>));
 }
 #endif

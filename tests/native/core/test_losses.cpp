@@ -263,8 +263,7 @@ void check_product(int64_t m, int64_t n, int64_t k, Random& random) {
       const int64_t i = at / n, j = at % n;
       double truth = 0, size = 0;
       for (int64_t l = 0; l < k; ++l) {
-        const double x = 2 * double(value_of(left.at[i * left.line + l * left.along])) *
-                         double(value_of(right.at[j * right.line + l * right.along]));
+        const double x = 2 * double(value_of(*left.from(i, l).first)) * double(value_of(*right.from(j, l).first));
         truth += x, size += std::fabs(x);
       }
       const double got = double(out[0][size_t(i * stride + j)]);
@@ -276,8 +275,8 @@ void check_product(int64_t m, int64_t n, int64_t k, Random& random) {
       for (int64_t j = n; j < stride; ++j)
         check(out[0][size_t(i * stride + j)] == A(-7), "%s product: written between its rows", name);
   };
-  compare(Lines<T>{rows.get(), wide, 1}, Lines<T>{other_rows.get(), wide, 1}, "rows' ");
-  compare(Lines<A>{sums.get(), 1, m}, Lines<T>{columns.get(), 1, stride}, "columns'");
+  compare(PanelView<T>{rows.get(), wide, 1}, PanelView<T>{other_rows.get(), wide, 1}, "rows' ");
+  compare(PanelView<A>{sums.get(), 1, m}, PanelView<T>{columns.get(), 1, stride}, "columns'");
 }
 
 // Exponentials of what a row has one of: two units in the last place, 0 from where numbers would be denormal.

@@ -1,0 +1,69 @@
+// simplexfix::scale_rows: a stored gradient times the gradient that arrives from above.
+#include "common.h"
+
+#include "../cpu/kernels.h"
+#ifdef SIMPLEXFIX_WITH_CUDA
+#include "../cuda/kernels.h"
+#include "cuda_stream.h"
+#endif
+
+namespace simplexfix {
+namespace {
+
+struct ScaleCall {
+  Tensor gradient, factor, out;  // [rows, cols]; one factor, or one per row
+  int64_t rows, cols, factor_stride;
+};
+
+ScaleCall check(const Tensor& gradient, const Tensor& upstream) {
+  check_rows(gradient, "gradient");
+  const bool one = upstream.dim() == 0;
+  SIMPLEXFIX_CHECK(one || (upstream.dim() == 1 && upstream.size(0) == gradient.size(0)),
+                   "upstream must be a scalar or have shape [", gradient.size(0), "]");
+  SIMPLEXFIX_CHECK(upstream.scalar_type() == accumulate_type(gradient.scalar_type()), "upstream must be ",
+                   torch::headeronly::toString(accumulate_type(gradient.scalar_type())), ", got ",
+                   torch::headeronly::toString(upstream.scalar_type()));
+  SIMPLEXFIX_CHECK(upstream.device() == gradient.device(), "upstream and gradient are on different devices");
+  return {.gradient = as_contiguous(gradient),
+          .factor = as_contiguous(upstream),
+          .out = torch::stable::new_empty(gradient, {gradient.size(0), gradient.size(1)}),
+          .rows = gradient.size(0),
+          .cols = gradient.size(1),
+          .factor_stride = one ? 0 : 1};
+}
+
+Tensor scale_rows_cpu(Tensor gradient, Tensor upstream) {
+  const ScaleCall call = check(gradient, upstream);
+  dispatch_floating(gradient.scalar_type(), [&](auto tag) {
+    using T = decltype(tag);
+    const T* in = data<T>(call.gradient);
+    const auto* factor = data<accumulate_t<T>>(call.factor);
+    T* out = mutable_data<T>(call.out);
+    const auto rows = cpu::kernels<T>().scale_rows;
+    for_rows(call.rows, call.cols,
+             [&](int64_t begin, int64_t end) { rows(in, factor, call.factor_stride, out, call.cols, begin, end); });
+  });
+  return call.out;
+}
+
+#ifdef SIMPLEXFIX_WITH_CUDA
+Tensor scale_rows_cuda(Tensor gradient, Tensor upstream) {
+  const torch::stable::accelerator::DeviceGuard guard(cuda_device(gradient, "gradient"));
+  const ScaleCall call = check(gradient, upstream);
+  launch(gradient.get_device_index(), "scale_rows", [&](void* stream) {
+    return cuda::scale_rows({call.gradient.const_data_ptr(), call.factor.const_data_ptr(), call.factor_stride,
+                             call.out.mutable_data_ptr(), call.rows, call.cols, cuda_dtype(gradient.scalar_type()),
+                             stream});
+  });
+  return call.out;
+}
+#endif
+
+}  // namespace
+}  // namespace simplexfix
+
+STABLE_TORCH_LIBRARY_FRAGMENT(simplexfix, m) { m.def("scale_rows(Tensor gradient, Tensor upstream) -> Tensor"); }
+STABLE_TORCH_LIBRARY_IMPL(simplexfix, CPU, m) { m.impl("scale_rows", SIMPLEXFIX_OPERATOR(scale_rows_cpu)); }
+#ifdef SIMPLEXFIX_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(simplexfix, CUDA, m) { m.impl("scale_rows", SIMPLEXFIX_OPERATOR(scale_rows_cuda)); }
+#endif
