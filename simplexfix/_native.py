@@ -11,6 +11,7 @@ from typing import Any
 
 import torch  # before the library: it loads the libtorch that the library is resolved against
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 __all__ = ["build_info", "has_kernels", "is_readable", "is_transformed", "library", "missing", "why_not_cuda"]
@@ -122,4 +123,9 @@ def is_transformed() -> bool:
 
 def is_readable(tensor: Tensor) -> bool:
     """Whether its values can be looked at: there are some, and without waiting for a GPU to have made them."""
-    return tensor.is_cpu and not torch.compiler.is_compiling() and not is_transformed()
+    return (
+        tensor.is_cpu
+        and not torch.compiler.is_compiling()
+        and not is_transformed()
+        and not isinstance(tensor, FakeTensor)
+    )

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import json
 import zlib
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from . import functional as SF
-from ._checks import check_integer, check_margin, check_scale
+from ._checks import check_integer, check_margin, check_scale, check_target
+from ._native import is_readable
 from .polytopes import cube_codes, cube_prototypes, orthoplex_prototypes, simplex_prototypes
 from .slots import SlotRegistry
 
@@ -52,13 +54,13 @@ class _PolytopeHead(nn.Module):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
-        self.slots = slots
         self.normalize = normalize
         self.scale = scale
         self.margin = margin
         check_scale(scale)
         check_margin(margin, normalize)
         self.junction = nn.Linear(int(in_features), embedding_dim, bias=False, device=device, dtype=dtype)
+        self.slots = slots.to(self.junction.weight.device)
 
     def _logits(self, z: Tensor) -> Tensor:
         """[..., d] -> [..., K]."""
@@ -127,11 +129,19 @@ class _PolytopeHead(nn.Module):
 
         Args:
             features: [B, in_features].
-            target: [B] int64 slots (`head.slots.lookup` maps class ids of a namespace to slots).
+            target: [B] int64 slots that a class has (`head.slots.lookup` maps class ids of a namespace to slots), or
+                `ignore_index`.
             weight, ignore_index, label_smoothing, reduction: as in `simplexfix.functional`.
+
+        Raises:
+            TypeError, ValueError: as in `simplexfix.functional`.
+            ValueError: a label's slot has no class.  Only targets on the CPU are checked, and not under `torch.compile`
+                or `torch.func`: elsewhere a label cannot be read, or not without waiting for a GPU.
         """
+        z = self.embed(features)
+        self._check_registered(z, target, ignore_index)
         return self._loss(
-            self.embed(features),
+            z,
             target,
             normalize=self.normalize,
             scale=self.scale,
@@ -140,6 +150,36 @@ class _PolytopeHead(nn.Module):
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
             reduction=reduction,
+        )
+
+    def _check_registered(self, z: Tensor, target: Tensor, ignore_index: int) -> None:
+        """Refuses labels of free slots: they would train a vertex that a later class is given."""
+        if isinstance(target, Tensor) and target.dtype == torch.int64 and target.layout == torch.strided:
+            if not is_readable(target) or not target.numel():
+                return
+            highest = target.max().item()
+            if highest < self._modules["slots"]._given_below:  # type: ignore[union-attr, operator]
+                return  # the quick answer, 2 us; labels below 0 are for the loss to refuse
+            if highest < self.num_slots and target.min().item() >= self.slots.free_slots.stop:
+                return
+        check_target(target, z)
+        free = self.slots.free_slots
+        no_class = (target >= self.num_slots) | ((target >= free.start) & (target < free.stop))
+        no_class &= target != ignore_index
+        if no_class.any():
+            self._refuse_label(target.reshape(-1), int(no_class.reshape(-1).nonzero()[0]), ignore_index)
+
+    def _refuse_label(self, target: Tensor, row: int, ignore_index: int) -> NoReturn:
+        free, used = self.slots.free_slots, self.num_classes
+        taken = [range(free.start), range(free.stop, self.num_slots)] if free else [range(self.num_slots)]
+        ends = [f"{slots[0]} to {slots[-1]}" for slots in taken if slots]
+        have = f"the head has {used} classes, in slots {' and '.join(ends)}" if ends else "the head has no classes yet"
+        labels = target[target != ignore_index]
+        one_based = used > 0 and int(labels.min()) >= 1 and int(labels.max()) == used
+        raise ValueError(
+            f"target row {row} has label {int(target[row])}, a slot without a class: {have}; register the class first "
+            "(head.grow, or head.slots.add for a namespace), or map class ids to slots (head.slots.lookup)"
+            + (f"; all labels lie in 1 to {used}: if they count from 1, pass target - 1" if one_based else "")
         )
 
     @torch.no_grad()
@@ -186,15 +226,19 @@ class _PolytopeHead(nn.Module):
         """[n, d] unit vertices of the given slots, of all slots in use if None."""
         return self._vertices(self.slots.used() if slots is None else slots)
 
-    def get_extra_state(self) -> dict[str, Any]:
+    def get_extra_state(self) -> Tensor:
+        """[n] uint8 on the CPU: the registry and the polytope as text, which `decode_state` reads."""
+        return encode_state(self._described())
+
+    def set_extra_state(self, state: Tensor | dict[str, Any]) -> None:
+        """Takes the registry of a saved head; a dict is what a state_dict held before it held tensors alone."""
+        saved = self._saved_slots(decode_state(state))
+        self.slots = saved.to(self.junction.weight.device)
+
+    def _described(self) -> dict[str, Any]:
         return {**self.slots.to_dict(), "polytope": self._polytope}
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        self.slots = self._saved_slots(state)
-
     def _saved_slots(self, state: dict[str, Any]) -> SlotRegistry:
-        if not isinstance(state, dict):
-            raise TypeError(f"the saved head's _extra_state must be a dict, got {type(state).__name__}")
         saved = state.get("polytope", "simplex")
         if saved != self._polytope:
             raise ValueError(f"the saved head is of a {saved}, this one of a {self._polytope}: other vertices")
@@ -206,6 +250,36 @@ class _PolytopeHead(nn.Module):
     def extra_repr(self) -> str:
         options = f"normalize={self.normalize}, scale={self.scale}, margin={self.margin}"
         return f"num_classes={self.num_classes}, num_slots={self.num_slots}, {options}"
+
+
+def encode_state(state: Mapping[str, Any]) -> Tensor:
+    """[n] uint8: the CRC-32 of the state's JSON as 8 hexadecimal digits, a space, and the JSON, in ASCII."""
+    text = json.dumps(state, separators=(",", ":")).encode("ascii")
+    return torch.tensor(list(f"{zlib.crc32(text):08x} ".encode() + text), dtype=torch.uint8, device="cpu")
+
+
+def decode_state(state: Tensor | dict[str, Any]) -> dict[str, Any]:
+    """The state that `encode_state` was given, as it is where it is a dict.
+
+    The bytes may have been cast to a floating dtype, or averaged with equal ones.
+
+    Raises:
+        TypeError: neither a tensor nor a dict.
+        ValueError: the bytes do not give their checksum.
+    """
+    if isinstance(state, dict):
+        return state
+    if not isinstance(state, Tensor):
+        raise TypeError(f"the saved head's _extra_state must be a tensor or a dict, got {type(state).__name__}")
+    content = bytes(state.detach().cpu().double().round().to(torch.uint8).flatten().tolist())
+    checksum, _, text = content.partition(b" ")
+    if checksum != f"{zlib.crc32(text):08x}".encode():
+        raise ValueError(
+            "the saved head's _extra_state is damaged: its bytes do not give their checksum; a mean of state_dicts is "
+            "possible of heads with the same classes alone"
+        )
+    decoded: dict[str, Any] = json.loads(text)
+    return decoded
 
 
 def _top_columns(scores: Tensor, k: int) -> Tensor:
@@ -407,8 +481,8 @@ class CubeHead(_PolytopeHead):
     def _rows_at_a_time(self) -> int:
         return max(1, _LOGITS_AT_A_TIME // min(self.num_slots, _VERTICES_AT_A_TIME))
 
-    def get_extra_state(self) -> dict[str, Any]:
-        return {**super().get_extra_state(), "codes_crc32": self._fingerprint}
+    def _described(self) -> dict[str, Any]:
+        return {**super()._described(), "codes_crc32": self._fingerprint}
 
     def _saved_slots(self, state: dict[str, Any]) -> SlotRegistry:
         slots = super()._saved_slots(state)

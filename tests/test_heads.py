@@ -13,9 +13,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_same_bits, needs_library
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from simplexfix import CubeHead, OrthoplexHead, SimplexHead, SlotRegistry
 from simplexfix import functional as SF
+from simplexfix.heads import decode_state, encode_state
 from simplexfix.polytopes import cube_codes, simplex_prototypes
 
 KINDS = ("simplex", "orthoplex", "cube")
@@ -51,7 +53,7 @@ def test_forward_is_the_matrix_product(kind: str, options: dict) -> None:
 
 @pytest.mark.parametrize("kind", ["simplex", "orthoplex"])
 def test_loss_is_the_cross_entropy_of_forward(kind: str) -> None:
-    model, x, target = head_of(kind, scale=3.0), torch.randn(5, 6), torch.tensor([0, 15, 3, 2, 1])
+    model, x, target = head_of(kind, 16, scale=3.0), torch.randn(5, 6), torch.tensor([0, 15, 3, 2, 1])
     weight = torch.rand(16)
     for options in ({}, {"weight": weight, "label_smoothing": 0.1, "reduction": "sum"}, {"ignore_index": 3}):
         ours, expected = model.loss(x, target, **options), F.cross_entropy(model(x), target, **options)
@@ -63,7 +65,7 @@ def test_loss_is_the_cross_entropy_of_forward(kind: str) -> None:
 
 
 def test_the_loss_of_the_cube_is_over_all_vertices() -> None:
-    model, x, target = head_of("cube", scale=3.0), torch.randn(5, 6), torch.tensor([0, 15, 3, 2, 1])
+    model, x, target = head_of("cube", 16, scale=3.0), torch.randn(5, 6), torch.tensor([0, 15, 3, 2, 1])
     assert torch.equal(model.codes, cube_codes(16, 9))
     for options in ({}, {"label_smoothing": 0.1, "reduction": "sum"}, {"ignore_index": 3}, {"weight": torch.rand(16)}):
         ours = model.loss(x, target, **options)
@@ -153,7 +155,6 @@ def test_the_state_dict_holds_the_junction_and_the_registry_only(tmp_path) -> No
     state = model.state_dict()
     assert sorted(state) == ["_extra_state", "junction.weight"]
     assert state["junction.weight"].shape == (1023, 6)
-    assert not list(model.buffers())
     torch.save(state, tmp_path / "head.pt")
     again = SimplexHead(0, 6, num_slots=1024)
     again.load_state_dict(torch.load(tmp_path / "head.pt", weights_only=True))
@@ -179,7 +180,7 @@ def test_state_dicts_of_the_other_polytopes(kind: str) -> None:
 def test_a_cube_refuses_the_state_of_other_codes() -> None:
     model, other = head_of("cube"), head_of("cube", 0)
     state = model.state_dict()
-    state["_extra_state"] = {**state["_extra_state"], "codes_crc32": 1}
+    state["_extra_state"] = encode_state({**decode_state(state["_extra_state"]), "codes_crc32": 1})
     with pytest.raises(ValueError, match="the saved head has codes of crc32 1, this one"):
         other.load_state_dict(state)
     assert not len(other.slots)
@@ -287,6 +288,73 @@ def test_a_head_made_on_meta_is_as_any_other_once_it_has_memory(kind: str) -> No
         assert torch.equal(made.prototypes(), model.prototypes())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_labels_without_a_class_are_refused(kind: str) -> None:
+    """They would train a vertex that a later class is given."""
+    model, x = head_of(kind), torch.randn(4, 6)
+    model.slots.add("fine", range(3), end="high")  # slots 15, 14, 13
+    for label in (10, 12, 16, 2**40):
+        target = torch.tensor([0, 14, label, 9])
+        message = (
+            rf"target row 2 has label {label}, a slot without a class: the head has 13 classes, in slots 0 to 9 and "
+        )
+        with pytest.raises(ValueError, match=message + "13 to 15; register the class first .head.grow"):
+            model.loss(x, target)
+        with pytest.raises(ValueError, match=rf"target row 2 has label {label}"):
+            model.loss(x.view(2, 2, 6), target.view(2, 2))
+        assert model.loss(x, target, ignore_index=label).isfinite()
+    with pytest.raises(ValueError, match="target out of range: row 1 has slot -1"):
+        model.loss(x, torch.tensor([0, -1, 2, 3]))
+    for target in ([0, 9, 13, 15], [13, 14, 15, 13], [-100, 15, 0, -100], [-100, 0, 1, 2]):
+        assert model.loss(x, torch.tensor(target)).isfinite()
+    assert model.loss(x[:0], torch.empty(0, dtype=torch.int64), reduction="sum") == 0
+    model.grow(13)  # now all slots have a class
+    assert model.loss(x, torch.tensor([10, 11, 12, 15])).isfinite()
+    with pytest.raises(ValueError, match=r"row 3 has label 16, .* has 16 classes, in slots 0 to 15"):
+        model.loss(x, torch.tensor([10, 11, 12, 16]))
+
+
+def test_a_later_namespace_gets_slots_that_nobody_has_trained() -> None:
+    """Label 12 of 10 classes: the class that is added third would get a vertex that features are drawn to."""
+    model = head(normalize=True, scale=9.0)
+    x = torch.randn(8, 6)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    for _ in range(30):
+        optimizer.zero_grad()
+        with pytest.raises(ValueError, match="row 0 has label 12"):
+            model.loss(x, torch.full((8,), 12)).backward()
+        optimizer.step()
+    model.slots.add("later", range(5))
+    assert model.slots.owner(12) == ("later", 2)
+    assert (model(x).argmax(1) != 12).any()
+
+
+@pytest.mark.parametrize(("labels", "hint"), [([1, 10, 5], True), ([1, 11, 5], False), ([0, 10, 5], False)])
+def test_labels_that_count_from_one_are_named(labels: list[int], hint: bool) -> None:
+    with pytest.raises(ValueError, match="a slot without a class") as error:
+        head().loss(torch.randn(3, 6), torch.tensor(labels))
+    assert ("all labels lie in 1 to 10: if they count from 1, pass target - 1" in str(error.value)) == hint
+    full = SimplexHead(10, 6)
+    with pytest.raises(ValueError, match="if they count from 1, pass target - 1"):
+        full.loss(torch.randn(3, 6), torch.tensor([1, 10, -100]))
+
+
+def test_a_head_without_classes_refuses_every_label() -> None:
+    with pytest.raises(ValueError, match="row 0 has label 0, a slot without a class: the head has no classes yet"):
+        SimplexHead(0, 6, num_slots=16).loss(torch.randn(2, 6), torch.tensor([0, 1]))
+
+
+def test_where_labels_cannot_be_read_they_are_not_checked() -> None:
+    """As the loss's docstring says: under torch.compile, torch.func, on fake and meta tensors."""
+    model, x, target = head(), torch.randn(3, 6), torch.tensor([0, 12, 1])
+    expected = SF.simplex_cross_entropy(model.embed(x), target)
+    torch.testing.assert_close(torch.compile(model.loss, fullgraph=True)(x, target), expected)
+    torch.testing.assert_close(torch.func.vmap(model.loss, (None, 0))(x, target[None]), expected[None])
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert model.loss(mode.from_tensor(x), mode.from_tensor(target)).shape == ()
+    assert copy.deepcopy(model).to("meta").loss(x.to("meta"), target.to("meta")).shape == ()
+
+
 def test_repr_says_the_options() -> None:
     assert "num_classes=10, num_slots=16, normalize=False, scale=1.0, margin=None" in repr(head())
 
@@ -311,8 +379,12 @@ def test_repr_says_the_options() -> None:
             r"the head has no classes yet; head.grow or head.slots.add makes some",
         ),
         (lambda: head().prototypes([0, 1]), TypeError, "slots must be a torch.Tensor, got list"),
-        (lambda: head().set_extra_state(None), TypeError, "the saved head's _extra_state must be a dict, got NoneType"),
-        (lambda: head_of("cube").set_extra_state(None), TypeError, "_extra_state must be a dict, got NoneType"),
+        (lambda: head().set_extra_state(None), TypeError, "_extra_state must be a tensor or a dict, got NoneType"),
+        (
+            lambda: head_of("cube").set_extra_state(None),
+            TypeError,
+            "_extra_state must be a tensor or a dict, got NoneType",
+        ),
         (lambda: SimplexHead(-1, 4, num_slots=4), ValueError, "num_classes must be >= 0"),
         (lambda: SimplexHead(9, 4, num_slots=8), ValueError, "namespace 'default' needs 9 slots, 8 of 8 are free"),
         (lambda: SimplexHead(4, 0), ValueError, "in_features >= 1, got 4 and 0"),

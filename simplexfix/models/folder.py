@@ -23,7 +23,7 @@ from .._files import write_whole
 from .._states import CheckpointError, encoded, fingerprint, read_state
 from ..data.augment import Normalize
 from ..data.inputs import Drawings, Photographs, Preprocessing, Vectors
-from ..heads import CubeHead, OrthoplexHead, SimplexHead
+from ..heads import CubeHead, OrthoplexHead, SimplexHead, decode_state, encode_state
 from ..slots import SlotRegistry
 from .convnet import SmallConvNet
 from .identity import LEARNABLE, ModelIdentity
@@ -194,7 +194,7 @@ def _head_spec(head: Any) -> dict[str, Any]:
         "margin": None if head.margin is None else list(head.margin),
     }
     if isinstance(head, CubeHead):
-        spec["codes_crc32"] = head.get_extra_state()["codes_crc32"]
+        spec["codes_crc32"] = decode_state(head.get_extra_state())["codes_crc32"]
     return spec
 
 
@@ -221,12 +221,12 @@ def _head(config: Mapping[str, Any]) -> nn.Module:
 
 
 def _extra_state(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The head's part of a state_dict that is no tensor."""
+    """The head's part of a state_dict that `config.json` holds."""
     spec = config["head"]
     if spec["kind"] == LEARNABLE:
         return {}
     codes = {"codes_crc32": spec["codes_crc32"]} if spec["kind"] == "cube" else {}
-    return {"_extra_state": {**config["slots"], "polytope": spec["kind"], **codes}}
+    return {"_extra_state": encode_state({**config["slots"], "polytope": spec["kind"], **codes})}
 
 
 def _identity(config: Mapping[str, Any]) -> ModelIdentity:

@@ -1,0 +1,170 @@
+"""A head's state is tensors: what others save, cast, average and load."""
+
+from __future__ import annotations
+
+import copy
+import json
+import zlib
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from simplexfix import CubeHead, OrthoplexHead, SimplexHead, SlotRegistry
+
+KINDS = ("simplex", "orthoplex", "cube")
+
+
+def head_of(kind: str, num_classes: int = 5, num_slots: int = 12, **options) -> nn.Module:
+    if kind == "cube":
+        return CubeHead(num_classes, 8, embedding_dim=6, num_slots=num_slots, **options)
+    return {"simplex": SimplexHead, "orthoplex": OrthoplexHead}[kind](num_classes, 8, num_slots=num_slots, **options)
+
+
+def model_of(kind: str, num_classes: int = 5) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), head_of(kind, num_classes))
+    model(torch.randn(16, 4))  # statistics of a batch
+    return model.eval()
+
+
+X = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
+
+
+def assert_same(ours: nn.Module, theirs: nn.Module) -> None:
+    assert ours[-1].slots.to_dict() == theirs[-1].slots.to_dict()
+    assert torch.equal(ours(X), theirs(X))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_state_dict_holds_tensors_alone(kind: str) -> None:
+    model = model_of(kind)
+    model[-1].slots.add("Größe", [7, 8, 2**50], end="high")
+    state = model.state_dict()
+    assert all(type(value) is torch.Tensor for value in state.values())
+    extra = state["2._extra_state"]
+    assert (extra.dtype, extra.ndim, extra.device.type) == (torch.uint8, 1, "cpu")
+    checksum, _, text = bytes(extra.tolist()).partition(b" ")  # as docs/formats.md says
+    assert int(checksum, 16) == zlib.crc32(text)
+    saved = json.loads(text)
+    assert saved["polytope"] == kind
+    assert SlotRegistry.from_dict(saved).to_dict() == model[-1].slots.to_dict()
+    again = model_of(kind, 0)
+    again.load_state_dict(state)
+    assert_same(again, model)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_dicts_from_before_they_held_tensors_load(kind: str) -> None:
+    model = model_of(kind)
+    state = model.state_dict()
+    old = {"format": 1, "num_slots": 12, "runs": [["default", 0, 0, 5, 1]], "polytope": kind}
+    if kind == "cube":
+        old["codes_crc32"] = zlib.crc32(model[-1].codes.numpy().tobytes())
+    again = model_of(kind, 0)
+    again.load_state_dict({**state, "2._extra_state": old})
+    assert_same(again, model)
+    if kind == "simplex":  # the first ones had no polytope
+        del old["polytope"]
+        again.load_state_dict({**state, "2._extra_state": old})
+        assert_same(again, model)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_cast_and_averaged_state_dicts_load(kind: str, dtype: torch.dtype) -> None:
+    model = model_of(kind)
+    state = model.state_dict()
+    again = model_of(kind, 0)
+    for cast in (
+        {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()},
+        {key: value.to(dtype) for key, value in state.items()},
+    ):
+        again.load_state_dict(cast)
+        assert again[-1].num_classes == 5
+    other = {key: value + 1 if value.is_floating_point() else value for key, value in state.items()}
+    mean = {key: ((state[key].float() + other[key].float()) / 2).to(state[key].dtype) for key in state}
+    again.load_state_dict(mean)
+    assert again[-1].num_classes == 5
+    drawn = {key: 0.999 * state[key].float() + 0.001 * other[key].float() for key in state}  # not quite integers
+    again.load_state_dict(drawn)
+    assert again[-1].num_classes == 5
+
+
+def test_the_mean_of_heads_with_other_classes_is_refused() -> None:
+    """Bytes of 5 and of 7 classes have those of 6 as their mean."""
+    model, other = model_of("simplex", 5), model_of("simplex", 7)
+    state, grown = model.state_dict(), other.state_dict()
+    mean = {key: ((state[key].double() + grown[key].double()) / 2).to(state[key].dtype) for key in state}
+    with pytest.raises(ValueError, match="_extra_state is damaged: its bytes do not give their checksum; a mean"):
+        model.load_state_dict(mean)
+    assert model[-1].num_classes == 5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("use_buffers", [True, False])
+@pytest.mark.parametrize("average", [None, get_ema_multi_avg_fn(0.9999)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_averaged_model_grows_with_its_original(kind: str, use_buffers: bool, average, dtype: torch.dtype) -> None:
+    model = model_of(kind).to(dtype)
+    averaged = AveragedModel(model, use_buffers=use_buffers, multi_avg_fn=average)
+    averaged.update_parameters(model)
+    for classes in (7, 9):
+        model[-1].grow(classes)
+        averaged.update_parameters(model)
+        assert averaged.module[-1].num_classes == classes
+    model[-1].slots.add("später", [3, 4, 77], end="high")
+    assert averaged.module[-1].num_classes == 9
+    averaged.update_parameters(model)
+    averaged.update_parameters(model)
+    assert averaged.module[-1].slots.to_dict() == model[-1].slots.to_dict()
+    assert averaged.module[-1].slots.lookup("später", torch.tensor([77])).tolist() == [9]
+    other = copy.deepcopy(averaged)
+    averaged.module[-1].slots.lookup("default", torch.tensor([8]))
+    assert other.module[-1].num_classes == 12
+    assert averaged.module[-1].loss(torch.randn(2, 8, dtype=dtype), torch.tensor([8, 9])).isfinite()
+
+
+def test_copies_of_a_registry_go_their_own_ways() -> None:
+    """What is not written into its journal by others changes a copy no more than ever."""
+    slots = SlotRegistry(16)
+    slots.add("a", range(3))
+    copied = copy.deepcopy(slots)
+    slots.add("a", range(3, 5))
+    copied.add("b", [9])
+    assert (len(slots), len(copied), slots.namespaces, copied.namespaces) == (5, 4, ["a"], ["a", "b"])
+    for other in (slots.half(), slots.to(torch.float64), slots.to("meta"), slots.to_empty(device="cpu")):
+        assert other.to_dict()["runs"] == [["a", 0, 0, 5, 1]]
+
+
+def test_a_journal_that_is_none_changes_nothing() -> None:
+    """Memory of other registries, of nothing, and the mean of two that do not continue each other."""
+    slots, longer, stranger = SlotRegistry(16), SlotRegistry(16), SlotRegistry(17)
+    for registry in (slots, longer, stranger):
+        registry.add("a", range(3))
+    longer.add("b", [4])
+    stranger.add("a", range(3, 9))
+    slots.add("c", [4])
+    before = slots.to_dict()
+    for content in (stranger._journal, longer._journal, torch.zeros(8192), torch.full((8192,), torch.nan)):
+        slots._journal.copy_(content)
+        assert slots.to_dict() == before
+    slots._journal.lerp_(longer._journal, 0.5)
+    assert slots.to_dict() == before
+    clone = copy.deepcopy(slots)
+    clone.add("d", [1])
+    slots._journal.copy_(clone._journal)  # and after all these a journal is read again
+    assert slots.to_dict() == clone.to_dict()
+
+
+def test_a_long_journal() -> None:
+    """Thousands of runs, whose journal is beyond its first size."""
+    slots = SlotRegistry(4000)
+    slots.add("scattered", range(0, 3000, 3))
+    copied = copy.deepcopy(slots)
+    copied.add("more", range(0, 1000, 2), end="high")
+    assert len(copied._journal) > len(slots._journal)
+    slots._journal = torch.zeros_like(copied._journal).copy_(copied._journal)
+    assert slots.to_dict() == copied.to_dict()
+    assert SlotRegistry.from_dict(json.loads(json.dumps(slots.to_dict()))).to_dict() == slots.to_dict()
