@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import sys
 import warnings
 from types import ModuleType
 from typing import Any
@@ -106,14 +107,24 @@ def _serves(device: int | None) -> bool:
 def has_kernels(tensor: Tensor) -> bool:
     """Whether the library serves this tensor: its device, and no transform that only plain PyTorch knows.
 
-    Under `torch.func` (grad, vmap, jvp, ...) and forward-mode differentiation the twin takes over.
+    Under `torch.func` (grad, vmap, jvp, ...), forward-mode differentiation and export to ONNX the reference
+    implementation takes over.
     """
+    if _exports_to_onnx():
+        return False
     if tensor.is_cuda:
         if not _serves(tensor.device.index):
             return False
     elif library is None or not (tensor.is_cpu or tensor.is_meta):
         return False
     return torch.compiler.is_compiling() or not is_transformed()
+
+
+def _exports_to_onnx() -> bool:
+    """Whether ONNX, which has none of the library's operators, is being written."""
+    if torch.compiler.is_dynamo_compiling() or "torch.onnx" not in sys.modules:  # an import that takes a while
+        return False
+    return torch.onnx.is_in_onnx_export()
 
 
 def is_transformed() -> bool:

@@ -6,9 +6,10 @@ import copy
 import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import functional as SF
@@ -23,16 +24,15 @@ _LOGITS_AT_A_TIME = 1 << 21  # that predict holds
 _VERTICES_AT_A_TIME = 4096  # of a cube, whose signs predict holds
 
 
-def _registry(num_classes: int, in_features: int, num_slots: int | None, slots: SlotRegistry | None) -> SlotRegistry:
-    """A registry of its own for a new head, with classes 0 .. num_classes - 1 in namespace "default"."""
-    num_classes, in_features = check_integer("num_classes", num_classes), check_integer("in_features", in_features)
-    if num_classes < 0 or in_features < 1:
-        raise ValueError(f"num_classes must be >= 0 and in_features >= 1, got {num_classes} and {in_features}")
-    if slots is not None and num_slots not in (None, slots.num_slots):
-        raise ValueError(f"slots has {slots.num_slots} slots, num_slots says {num_slots}; leave num_slots out")
-    if slots is None:
-        slots = SlotRegistry(num_classes if num_slots is None else num_slots)
-    slots = copy.deepcopy(slots)
+_Head = TypeVar("_Head", bound="_PolytopeHead")
+
+
+def _registry(in_features: int, num_classes: int, num_slots: int | None) -> SlotRegistry:
+    """The registry of a new head, with classes 0 .. num_classes - 1 in namespace "default"."""
+    in_features, num_classes = check_integer("in_features", in_features), check_integer("num_classes", num_classes)
+    if in_features < 1 or num_classes < 0:
+        raise ValueError(f"in_features must be >= 1 and num_classes >= 0, got {in_features} and {num_classes}")
+    slots = SlotRegistry(num_classes if num_slots is None else num_slots)
     slots.add("default", range(num_classes))
     return slots
 
@@ -50,17 +50,59 @@ class _PolytopeHead(nn.Module):
         normalize: bool,
         scale: float,
         margin: tuple[str, float] | None,
+        bias: bool,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
         self.normalize = normalize
         self.scale = scale
-        self.margin = margin
+        self.margin = tuple(margin) if isinstance(margin, list) else margin  # JSON has no tuples
         check_scale(scale)
-        check_margin(margin, normalize)
-        self.junction = nn.Linear(int(in_features), embedding_dim, bias=False, device=device, dtype=dtype)
+        check_margin(self.margin, normalize)
+        self.junction = nn.Linear(int(in_features), embedding_dim, bias=bias, device=device, dtype=dtype)
         self.slots = slots.to(self.junction.weight.device)
+
+    @classmethod
+    def from_slots(
+        cls: type[_Head],
+        slots: SlotRegistry,
+        in_features: int,
+        *,
+        normalize: bool = False,
+        scale: float = 1.0,
+        margin: tuple[str, float] | None = None,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> _Head:
+        """A head with a copy of another one's registry: the same class, the same slot, for features of any width.
+
+        Models that go on to grow apart must take new classes from one registry.
+
+        Args:
+            slots: `head.slots` of the model that is replaced, or the registry that all versions share.
+            in_features: width of the new backbone's features.
+            normalize, scale, margin, bias, device, dtype: as in the constructor.
+
+        Raises:
+            TypeError: `slots` is no registry.
+            ValueError: an odd number of slots, for an orthoplex; or an option out of range.
+        """
+        options = {"normalize": normalize, "scale": scale, "margin": margin, "bias": bias}
+        return cls._around(slots, in_features, **options, device=device, dtype=dtype)
+
+    @classmethod
+    def _around(cls: type[_Head], slots: SlotRegistry, in_features: int, **options: Any) -> _Head:
+        if not isinstance(slots, SlotRegistry):
+            raise TypeError(f"slots must be a SlotRegistry, such as head.slots, got {type(slots).__name__}")
+        head = cls(in_features, 0, num_slots=slots.num_slots, **options)  # type: ignore[call-arg, arg-type]
+        if head.num_slots != slots.num_slots:
+            raise ValueError(
+                f"slots must have an even number of slots, got {slots.num_slots}: each vertex comes with its opposite"
+            )
+        head.slots = copy.deepcopy(slots).to(head.junction.weight.device)
+        return head
 
     def _logits(self, z: Tensor) -> Tensor:
         """[..., d] -> [..., K]."""
@@ -111,8 +153,39 @@ class _PolytopeHead(nn.Module):
         """[B, in_features] -> [B, d]: what a gallery stores and a query is searched by (cosine)."""
         return self.junction(features)  # type: ignore[no-any-return]
 
-    def forward(self, features: Tensor) -> Tensor:
-        """[B, in_features] -> [B, K] logits, one per slot."""
+    def forward(
+        self,
+        features: Tensor,
+        target: Tensor | None = None,
+        *,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
+    ) -> Tensor:
+        """[B, in_features] -> [B, K] logits, one per slot; with a target `loss`, and no logits are made.
+
+        DistributedDataParallel averages gradients of what its module's `forward` computes, so call the wrapped head
+        with the target: `DistributedDataParallel(head)(features, target)`, not `.module.loss`.
+
+        Args:
+            features: [B, in_features], or [..., in_features].
+            target, weight, ignore_index, label_smoothing, reduction: of `loss`.
+
+        Raises:
+            TypeError, ValueError: as `loss`; an option of the loss without a target.
+        """
+        if target is not None:
+            return self.loss(
+                features,
+                target,
+                weight=weight,
+                ignore_index=ignore_index,
+                label_smoothing=label_smoothing,
+                reduction=reduction,
+            )
+        if weight is not None or ignore_index != -100 or label_smoothing or reduction != "mean":
+            raise ValueError("weight, ignore_index, label_smoothing and reduction are options of the loss; pass target")
         return self._logits(self.embed(features))
 
     def loss(
@@ -125,7 +198,7 @@ class _PolytopeHead(nn.Module):
         label_smoothing: float = 0.0,
         reduction: str = "mean",
     ) -> Tensor:
-        """The polytope's cross-entropy of `simplexfix.functional`, fused, with the head's margin.
+        """The polytope's cross-entropy of `simplexfix.functional`, fused, with the head's own options.
 
         Args:
             features: [B, in_features].
@@ -140,6 +213,65 @@ class _PolytopeHead(nn.Module):
         """
         z = self.embed(features)
         self._check_registered(z, target, ignore_index)
+        return self._cross_entropy(z, target, weight, ignore_index, label_smoothing, reduction)
+
+    def hoc_loss(
+        self,
+        features: Tensor,
+        old_embedding: Tensor,
+        target: Tensor,
+        *,
+        lambda_: float = 0.1,
+        mu: float = 10.0,
+        negatives: str = "zero_mask",
+        anchor: str = "old",
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
+        group: dist.ProcessGroup | None = None,
+    ) -> Tensor:
+        """`simplexfix.functional.hoc_loss` with the head's own polytope, `normalize`, `scale` and `margin`.
+
+            z = head.embed(features)
+            lambda_ * head.loss(features, target) + (1 - lambda_) * old_new_contrast(z, old_embedding, target)
+
+        Under DistributedDataParallel call it in the `forward` of the module that is wrapped.
+
+        Args:
+            features: [B, in_features] of the model in training.
+            old_embedding: [B, d] embeddings of the same items by the deployed model; no gradient flows here.
+            target: [B] int64 slots that a class has, or `ignore_index`.
+            lambda_, mu, negatives, anchor, weight, ignore_index, label_smoothing, reduction, group: of
+                `simplexfix.functional.hoc_loss`.
+
+        Raises:
+            TypeError, ValueError: as `loss` and `simplexfix.functional.hoc_loss`.
+        """
+        z = self.embed(features)
+        self._check_registered(z, target, ignore_index)
+        return SF.mix_with_contrast(
+            lambda: self._cross_entropy(z, target, weight, ignore_index, label_smoothing, reduction),
+            z,
+            old_embedding,
+            target,
+            lambda_=lambda_,
+            mu=mu,
+            negatives=negatives,
+            anchor=anchor,
+            reduction=reduction,
+            group=group,
+        )
+
+    def _cross_entropy(
+        self,
+        z: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        ignore_index: int,
+        label_smoothing: float,
+        reduction: str,
+    ) -> Tensor:
         return self._loss(
             z,
             target,
@@ -296,20 +428,19 @@ def _top_columns(scores: Tensor, k: int) -> Tensor:
 class SimplexHead(_PolytopeHead):
     """Junction and fixed d-simplex classifier: the head that makes a model's features stationary.
 
-        z = junction(features)                          # bias-free nn.Linear, in_features -> K - 1
+        z = junction(features)                          # nn.Linear, in_features -> K - 1
         logits = scale * z @ simplex_prototypes(K).T    # fixed; z normalised first with normalize=True
 
     K is allocated in advance and never changes: slots without a class are the room for those to come.
     `head.slots` says which class has which slot; classes 0 .. num_classes - 1 start in slots of the same
-    number, in namespace "default".  The state_dict holds the junction's weight and the registry.
+    number, in namespace "default".  The state_dict holds the junction and the registry.
 
     Args:
-        num_classes: classes there are from the start; 0 where `head.slots.add` will name them all.
         in_features: width of the backbone's features.
+        num_classes: classes there are from the start; 0 where `head.slots.add` will name them all.
         num_slots: K; `num_classes` if None.
-        slots: a registry to start from instead, copied: the same class, the same slot as in the model it is
-            from.  Models that go on to grow apart must take new classes from one registry.
         normalize, scale, margin: of `simplexfix.functional.simplex_cross_entropy`.
+        bias: give the junction a bias, which moves the features of all classes alike.
         device, dtype: of the junction.
 
     Raises:
@@ -324,19 +455,19 @@ class SimplexHead(_PolytopeHead):
 
     def __init__(
         self,
-        num_classes: int,
         in_features: int,
+        num_classes: int,
         *,
         num_slots: int | None = None,
-        slots: SlotRegistry | None = None,
         normalize: bool = False,
         scale: float = 1.0,
         margin: tuple[str, float] | None = None,
+        bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        slots = _registry(num_classes, in_features, num_slots, slots)
-        super().__init__(slots, in_features, slots.num_slots - 1, normalize, scale, margin, device, dtype)
+        slots = _registry(in_features, num_classes, num_slots)
+        super().__init__(slots, in_features, slots.num_slots - 1, normalize, scale, margin, bias, device, dtype)
 
     def _logits(self, z: Tensor) -> Tensor:
         return SF.simplex_logits(z, normalize=self.normalize, scale=self.scale)
@@ -352,23 +483,22 @@ class SimplexHead(_PolytopeHead):
 class OrthoplexHead(_PolytopeHead):
     """Junction and fixed orthoplex classifier: K classes in K / 2 dimensions.
 
-        z = junction(features)                          # bias-free nn.Linear, in_features -> K / 2
+        z = junction(features)                          # nn.Linear, in_features -> K / 2
         logits = scale * [z, -z]                        # z normalised first with normalize=True
 
     As `SimplexHead`, with half the width.  Slot c and slot K / 2 + c are opposite vertices, all others are
     orthogonal.
 
     Args:
-        num_classes: classes there are from the start; 0 where `head.slots.add` will name them all.
         in_features: width of the backbone's features.
+        num_classes: classes there are from the start; 0 where `head.slots.add` will name them all.
         num_slots: K, made even by one more where it is odd; `num_classes` if None.
-        slots: a registry to start from instead, copied, with an even number of slots.
         normalize, scale, margin: of `simplexfix.functional.orthoplex_cross_entropy`.
+        bias: give the junction a bias, which moves the features of all classes alike.
         device, dtype: of the junction.
 
     Raises:
-        ValueError: fewer than 2 slots, more classes than slots, a registry of an odd number of slots, or an option
-            out of range.
+        ValueError: fewer than 2 slots, more classes than slots, or an option out of range.
 
     Reference:
         Pernici et al., "Regular Polytope Networks", arXiv 2103.15632.
@@ -378,27 +508,22 @@ class OrthoplexHead(_PolytopeHead):
 
     def __init__(
         self,
-        num_classes: int,
         in_features: int,
+        num_classes: int,
         *,
         num_slots: int | None = None,
-        slots: SlotRegistry | None = None,
         normalize: bool = False,
         scale: float = 1.0,
         margin: tuple[str, float] | None = None,
+        bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if slots is None:
-            num_classes = check_integer("num_classes", num_classes)
-            num_slots = num_classes if num_slots is None else check_integer("num_slots", num_slots)
-            num_slots += num_slots % 2
-        elif slots.num_slots % 2:
-            raise ValueError(
-                f"slots must have an even number of slots, got {slots.num_slots}: each vertex comes with its opposite"
-            )
-        slots = _registry(num_classes, in_features, num_slots, slots)
-        super().__init__(slots, in_features, slots.num_slots // 2, normalize, scale, margin, device, dtype)
+        num_classes = check_integer("num_classes", num_classes)
+        num_slots = num_classes if num_slots is None else check_integer("num_slots", num_slots)
+        num_slots += num_slots % 2
+        slots = _registry(in_features, num_classes, num_slots)
+        super().__init__(slots, in_features, slots.num_slots // 2, normalize, scale, margin, bias, device, dtype)
 
     def _logits(self, z: Tensor) -> Tensor:
         return SF.orthoplex_logits(z, normalize=self.normalize, scale=self.scale)
@@ -414,7 +539,7 @@ class OrthoplexHead(_PolytopeHead):
 class CubeHead(_PolytopeHead):
     """Junction and fixed d-cube classifier: many classes in few dimensions, at the cost of O(d) per row.
 
-        z = junction(features)                          # bias-free nn.Linear, in_features -> d
+        z = junction(features)                          # nn.Linear, in_features -> d
         codes = cube_codes(K, d)                        # K of the 2^d vertices, far from each other
         logits = scale * z @ cube_prototypes(codes, d).T    # z normalised first with normalize=True
 
@@ -423,12 +548,12 @@ class CubeHead(_PolytopeHead):
     saved; a state_dict of other codes is refused.  A head made on the meta device makes them once it has memory.
 
     Args:
-        num_classes: classes there are from the start; 0 where `head.slots.add` will name them all.
         in_features: width of the backbone's features.
+        num_classes: classes there are from the start; 0 where `head.slots.add` will name them all.
         embedding_dim: d.
         num_slots: K, at most 2^24; `num_classes` if None.
-        slots: a registry to start from instead, copied.
         normalize, scale, margin: of `simplexfix.functional.cube_cross_entropy`.
+        bias: give the junction a bias, which moves the features of all classes alike.
         device, dtype: of the junction; the codes are int64.
 
     Raises:
@@ -444,25 +569,43 @@ class CubeHead(_PolytopeHead):
 
     def __init__(
         self,
-        num_classes: int,
         in_features: int,
+        num_classes: int,
         *,
         embedding_dim: int,
         num_slots: int | None = None,
-        slots: SlotRegistry | None = None,
         normalize: bool = False,
         scale: float = 1.0,
         margin: tuple[str, float] | None = None,
+        bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        slots = _registry(num_classes, in_features, num_slots, slots)
+        slots = _registry(in_features, num_classes, num_slots)
         embedding_dim = check_integer("embedding_dim", embedding_dim)
         codes = cube_codes(slots.num_slots, embedding_dim, device="cpu")
-        super().__init__(slots, in_features, embedding_dim, normalize, scale, margin, device, dtype)
+        super().__init__(slots, in_features, embedding_dim, normalize, scale, margin, bias, device, dtype)
         self.register_buffer("codes", codes.to(self.junction.weight.device), persistent=False)
         self._fingerprint = _crc32(codes)
         self.register_load_state_dict_post_hook(_fill_codes)  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def from_slots(  # type: ignore[override]
+        cls,
+        slots: SlotRegistry,
+        in_features: int,
+        *,
+        embedding_dim: int,
+        normalize: bool = False,
+        scale: float = 1.0,
+        margin: tuple[str, float] | None = None,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> CubeHead:
+        """As `SimplexHead.from_slots`, with the `embedding_dim` of the model that is replaced."""
+        options = {"normalize": normalize, "scale": scale, "margin": margin, "bias": bias}
+        return cls._around(slots, in_features, embedding_dim=embedding_dim, **options, device=device, dtype=dtype)
 
     def _logits(self, z: Tensor) -> Tensor:
         return SF.cube_logits(z, self.codes, normalize=self.normalize, scale=self.scale)

@@ -18,8 +18,8 @@ KINDS = ("simplex", "orthoplex", "cube")
 
 def head_of(kind: str, num_classes: int = 5, num_slots: int = 12, **options) -> nn.Module:
     if kind == "cube":
-        return CubeHead(num_classes, 8, embedding_dim=6, num_slots=num_slots, **options)
-    return {"simplex": SimplexHead, "orthoplex": OrthoplexHead}[kind](num_classes, 8, num_slots=num_slots, **options)
+        return CubeHead(8, num_classes, embedding_dim=6, num_slots=num_slots, **options)
+    return {"simplex": SimplexHead, "orthoplex": OrthoplexHead}[kind](8, num_classes, num_slots=num_slots, **options)
 
 
 def model_of(kind: str, num_classes: int = 5) -> nn.Module:

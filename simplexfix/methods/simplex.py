@@ -41,8 +41,8 @@ class Simplex:
         self.margin = margin
 
     def head(self, in_features: int) -> SimplexHead:
-        return SimplexHead(
-            0, in_features, slots=self.slots, normalize=self.normalize, scale=self.scale, margin=self.margin
+        return SimplexHead.from_slots(
+            self.slots, in_features, normalize=self.normalize, scale=self.scale, margin=self.margin
         )
 
     def add_classes(self, model: EmbeddingModel, classes: range) -> None:

@@ -193,6 +193,8 @@ def _head_spec(head: Any) -> dict[str, Any]:
         "scale": head.scale,
         "margin": None if head.margin is None else list(head.margin),
     }
+    if head.junction.bias is not None:  # left out otherwise: the fingerprint of a model without one stays what it was
+        spec["bias"] = True
     if isinstance(head, CubeHead):
         spec["codes_crc32"] = decode_state(head.get_extra_state())["codes_crc32"]
     return spec
@@ -208,14 +210,15 @@ def _head(config: Mapping[str, Any]) -> nn.Module:
             learnable.grow(spec["num_classes"])
             return learnable
         options = {
-            "slots": SlotRegistry.from_dict(config["slots"]),
             "normalize": spec["normalize"],
             "scale": spec["scale"],
             "margin": None if spec["margin"] is None else tuple(spec["margin"]),
+            "bias": spec.get("bias", False),
         }
         if kind == "cube":
             options["embedding_dim"] = spec["embedding_dim"]
-        head: nn.Module = _HEADS[kind](0, spec["in_features"], **options)
+        slots = SlotRegistry.from_dict(config["slots"])
+        head: nn.Module = _HEADS[kind].from_slots(slots, spec["in_features"], **options)  # type: ignore[attr-defined]
         head.set_extra_state(_extra_state(config)["_extra_state"])  # are its vertices those of the saved one?
         return head
 

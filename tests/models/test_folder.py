@@ -50,9 +50,9 @@ def linear() -> LinearHead:
 
 
 HEADS = {
-    "simplex": lambda: SimplexHead(0, 16, slots=registry(), normalize=True, scale=12.5, margin=("angular", 0.25)),
-    "orthoplex": lambda: OrthoplexHead(0, 16, slots=registry()),
-    "cube": lambda: CubeHead(0, 16, slots=registry(), embedding_dim=70, scale=0.5),
+    "simplex": lambda: SimplexHead.from_slots(registry(), 16, normalize=True, scale=12.5, margin=("angular", 0.25)),
+    "orthoplex": lambda: OrthoplexHead.from_slots(registry(), 16),
+    "cube": lambda: CubeHead.from_slots(registry(), 16, embedding_dim=70, scale=0.5),
     "linear": linear,
     "linear without classes": lambda: LinearHead(16),
 }
@@ -70,7 +70,7 @@ def trained(backbone: nn.Module, shape: tuple[int, ...], head: nn.Module, **opti
 
 
 def small(scale: float = 1.0, **options) -> EmbeddingModel:
-    return trained(FeatureMLP(12, (16,)), (12,), SimplexHead(4, 16, num_slots=10, scale=scale), **options)
+    return trained(FeatureMLP(12, (16,)), (12,), SimplexHead(16, 4, num_slots=10, scale=scale), **options)
 
 
 def of_ones_own(width: int = 16, *, bias: bool = True, extra: bool = False) -> nn.Module:
@@ -355,7 +355,7 @@ def test_an_error_while_saving_leaves_the_model_that_was_there(tmp_path: Path, m
 
     monkeypatch.setattr(os, "replace", failing)
     with pytest.raises(OSError, match=r"No space left on device.*config\.json"):
-        trained(FeatureMLP(12, (16,)), (12,), SimplexHead(2, 16)).save_pretrained(tmp_path)
+        trained(FeatureMLP(12, (16,)), (12,), SimplexHead(16, 2)).save_pretrained(tmp_path)
     assert read_identity(tmp_path) == before
     assert EmbeddingModel.from_pretrained(tmp_path).identity() == before
 
@@ -439,7 +439,7 @@ def test_a_subclass_is_not_taken_for_what_it_derives_from(tmp_path: Path) -> Non
 
 
 def model_on(slots: SlotRegistry, kind=SimplexHead, in_features: int = 16, **options) -> ModelIdentity:
-    return EmbeddingModel(FeatureMLP(in_features), kind(0, in_features, slots=slots, **options)).identity()
+    return EmbeddingModel(FeatureMLP(in_features), kind.from_slots(slots, in_features, **options)).identity()
 
 
 def grown(num_slots: int = 34, **namespaces) -> SlotRegistry:

@@ -255,7 +255,7 @@ def test_checkpoints_from_before_states_held_tensors_alone_go_on(tmp_path) -> No
 
 def test_the_fingerprint_of_a_model_is_what_it_always_was() -> None:
     """As the first version wrote it into its checkpoints: another one would refuse them as of another training."""
-    model = EmbeddingModel(torch.nn.Identity(), SimplexHead(3, 2, num_slots=4))
+    model = EmbeddingModel(torch.nn.Identity(), SimplexHead(2, 3, num_slots=4))
     model.head.junction.weight.data = torch.arange(6.0).view(3, 2)
     assert fingerprint_of(model) == "1ea221381687c3742371092b3a5acc24a9d110ed0ad95a2c08465c56b33ba9fa"
 
