@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import zlib
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from simplexfix import CubeHead, OrthoplexHead, SimplexHead, SlotRegistry
+from simplexfix.models import EmbeddingModel
 
 KINDS = ("simplex", "orthoplex", "cube")
 
@@ -168,3 +171,121 @@ def test_a_long_journal() -> None:
     slots._journal = torch.zeros_like(copied._journal).copy_(copied._journal)
     assert slots.to_dict() == copied.to_dict()
     assert SlotRegistry.from_dict(json.loads(json.dumps(slots.to_dict()))).to_dict() == slots.to_dict()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_safetensors_saves_and_loads_a_model(kind: str, tmp_path: Path) -> None:
+    library = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+    model = model_of(kind)
+    model[-1].grow(7)
+    library.save_model(model, str(tmp_path / "model.safetensors"))
+    again = model_of(kind, 0)
+    library.load_model(again, str(tmp_path / "model.safetensors"))
+    assert_same(again, model)
+
+
+def trained_a_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    model[-1].loss(model[:-1](X), torch.tensor([0, 6, 2])).backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_accelerate_saves_and_loads_a_state(kind: str, tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    models = []
+    for classes in (5, 0):
+        model = model_of(kind, classes)
+        accelerator = accelerate.Accelerator(cpu=True)
+        model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
+        if classes:
+            model[-1].grow(7)
+            trained_a_step(model, optimizer)
+            accelerator.save_state(str(tmp_path))
+        else:
+            accelerator.load_state(str(tmp_path))
+        trained_a_step(model, optimizer)  # with the momentum that was saved
+        models.append(model)
+        accelerator.free_memory()
+    assert_same(*models)
+
+
+class Tiny(nn.Module):
+    """What transformers' Trainer calls: keyword arguments in, a mapping with the loss out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Linear(4, 8)
+        self.head = SimplexHead(8, 5, num_slots=12)
+
+    def forward(self, inputs: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": self.head(self.backbone(inputs), labels)}
+
+
+def test_the_trainer_of_transformers_resumes(tmp_path: Path) -> None:
+    """From its checkpoint after two of four steps, to the weights of a training that was not stopped."""
+    library = pytest.importorskip("transformers", reason="transformers is not installed")
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    rows = [{"inputs": row, "labels": i % 7} for i, row in enumerate(torch.randn(16, 4))]
+
+    def trainer(folder: str, classes: int) -> Any:
+        torch.manual_seed(0)
+        model = Tiny()
+        model.head.grow(classes)
+        options = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 4, "use_cpu": True, "seed": 0}
+        arguments = library.TrainingArguments(
+            output_dir=str(tmp_path / folder), report_to=[], disable_tqdm=True, learning_rate=0.1, **options
+        )
+        return library.Trainer(model=model, args=arguments, train_dataset=rows)
+
+    whole = trainer("whole", 7)
+    whole.train()
+    again = trainer("again", 5)  # the classes come from the checkpoint too
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert again.model.head.slots.to_dict() == whole.model.head.slots.to_dict()
+    assert torch.equal(again.model.head.junction.weight, whole.model.head.junction.weight)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_mixin_of_the_hub_saves_and_loads(kind: str, tmp_path: Path) -> None:
+    """Its configuration is the constructor's arguments as JSON, in which a margin is a list."""
+    hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
+    pytest.importorskip("safetensors", reason="safetensors is not installed")
+    parent = {"simplex": SimplexHead, "orthoplex": OrthoplexHead, "cube": CubeHead}[kind]
+    published = type("Published", (parent, hub.PyTorchModelHubMixin), {})
+    width = {"embedding_dim": 6} if kind == "cube" else {}
+    head = published(8, 5, num_slots=12, normalize=True, scale=4.0, margin=("cosine", 0.2), bias=True, **width)
+    head.grow(7)
+    head.save_pretrained(str(tmp_path))
+    again = published.from_pretrained(str(tmp_path))
+    assert again.slots.to_dict() == head.slots.to_dict()
+    assert (again.normalize, again.scale, again.margin) == (True, 4.0, ("cosine", 0.2))
+    features = torch.randn(3, 8)
+    assert torch.equal(again(features), head(features))
+    assert torch.equal(again.loss(features, torch.arange(3)), head.loss(features, torch.arange(3)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dynamo", [True, False])
+def test_logits_and_embeddings_are_written_as_onnx(kind: str, dynamo: bool, tmp_path: Path) -> None:
+    """By both exporters; the file is run by onnx's own reference implementation."""
+    onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+    if dynamo:
+        pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    from onnx.reference import ReferenceEvaluator
+
+    torch.manual_seed(0)
+    options = {"num_slots": 12, "normalize": True, "scale": 3.0}
+    head = CubeHead(8, 5, embedding_dim=70, **options) if kind == "cube" else head_of(kind, **options)
+    backbone = nn.Sequential(nn.Linear(4, 8), nn.ReLU())
+    for number, model in enumerate((nn.Sequential(backbone, head), EmbeddingModel(backbone, head))):
+        path = tmp_path / f"{number}.onnx"
+        shapes = {"dynamic_shapes": ({0: torch.export.Dim("rows")},)} if dynamo else {"dynamic_axes": {"x": [0]}}
+        torch.onnx.export(
+            model.eval(), (X,), str(path), input_names=["x"], dynamo=dynamo, opset_version=18, verbose=False, **shapes
+        )
+        onnx.checker.check_model(str(path))
+        rows = torch.randn(7, 4)  # another number of rows than it was traced with
+        (found,) = ReferenceEvaluator(str(path)).run(None, {"x": rows.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), model(rows).detach(), rtol=1e-5, atol=1e-5)
+    assert not torch.onnx.is_in_onnx_export()

@@ -30,6 +30,7 @@ from .identity import LEARNABLE, ModelIdentity
 from .linear import LinearHead
 from .mlp import FeatureMLP
 from .resnet import ResNet18
+from .wrapped import plain_names, unwrapped
 
 if TYPE_CHECKING:
     from .embedding import EmbeddingModel
@@ -102,6 +103,8 @@ def load_model(
     except (KeyError, TypeError, ValueError) as error:
         raise ModelFolderError(f"{folder / 'config.json'}: {error}") from error
     for_backbone, for_head = _below("backbone.", state), {**_below("head.", state), **_extra_state(config)}
+    own_names = {plain: key for key, plain in plain_names(backbone).items()}
+    for_backbone = {own_names.get(key, key): value for key, value in for_backbone.items()}
     _check_fit("the backbone", backbone, for_backbone, dtypes=given)
     _check_fit("the head", head, for_head, dtypes=False)
     if not given:
@@ -131,7 +134,7 @@ def identity_of(model: EmbeddingModel, *, version: int, name: str) -> ModelIdent
 
 def _parts(model: EmbeddingModel, version: int, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """What `config.json` says, but for the checksums, and the tensors."""
-    backbone, head, preprocessing = model.backbone, model.head, model.preprocessing
+    backbone, head, preprocessing = unwrapped(model.backbone), unwrapped(model.head), model.preprocessing
     kind = next((kind for kind, made in _HEADS.items() if type(head) is made), None)
     if kind is None:
         names = ", ".join(made.__name__ for made in _HEADS.values())
@@ -141,7 +144,9 @@ def _parts(model: EmbeddingModel, version: int, name: str) -> tuple[dict[str, An
             f"preprocessing must be None or one of {', '.join(_PREPROCESSING)} for the model to be saved, "
             f"got {type(preprocessing).__name__}"
         )
-    state = {key: value for key, value in model.state_dict().items() if key != "head._extra_state"}
+    plain = plain_names(model)
+    state = {plain[key]: value for key, value in model.state_dict().items()}
+    state.pop("head._extra_state", None)
     strangers = [key for key in state if not key.startswith(("backbone.", "head."))]
     if strangers:
         raise TypeError(f"a model that is saved has a backbone and a head, this one has {', '.join(strangers)} as well")
