@@ -118,7 +118,7 @@ class SlotRegistry(nn.Module):
         if isinstance(classes, Sized) and len(classes) > self.free:
             self._refuse(namespace, len(classes))  # before anything of that size is made
         ids = _integers(classes)
-        known = set(self.classes(namespace).tolist())
+        known = {i for name, start, _, count, _ in self._runs if name == namespace for i in range(start, start + count)}
         for i, class_id in enumerate(ids):
             if class_id in known:
                 raise ValueError(

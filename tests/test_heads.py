@@ -394,6 +394,8 @@ def test_labels_without_a_class_are_refused(kind: str) -> None:
         with pytest.raises(ValueError, match=rf"target row 2 has label {label}"):
             model.loss(x.view(2, 2, 6), target.view(2, 2))
         assert model.loss(x, target, ignore_index=label).isfinite()
+    with pytest.raises(ValueError, match="target row 1 has label 12"):  # among others at the high end alone
+        model.loss(x, torch.tensor([14, 12, 15, 13]))
     with pytest.raises(ValueError, match="target out of range: row 1 has slot -1"):
         model.loss(x, torch.tensor([0, -1, 2, 3]))
     for target in ([0, 9, 13, 15], [13, 14, 15, 13], [-100, 15, 0, -100], [-100, 0, 1, 2]):

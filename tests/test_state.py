@@ -157,6 +157,8 @@ def test_a_journal_that_is_none_changes_nothing() -> None:
     assert slots.to_dict() == before
     clone = copy.deepcopy(slots)
     clone.add("d", [1])
+    slots._apply(lambda _: clone._journal.clone())  # as to_empty may leave it, where a journal lay before
+    assert slots.to_dict() == before
     slots._journal.copy_(clone._journal)  # and after all these a journal is read again
     assert slots.to_dict() == clone.to_dict()
 
