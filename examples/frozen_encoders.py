@@ -101,7 +101,7 @@ def train_junctions(
             w = ridge(rows[at], old[at], recipe.ridge)
             versions.append(Encoded(*(F.normalize(F.normalize(x) @ w) for x in (encoder.gallery, encoder.query))))
             continue
-        head = SimplexHead(0, rows.shape[1], num_slots=recipe.slots, normalize=True, scale=recipe.scale)
+        head = SimplexHead(rows.shape[1], 0, num_slots=recipe.slots, normalize=True, scale=recipe.scale)
         classifier = torch.nn.Linear(recipe.slots - 1, len(seen), bias=False) if way == "independent" else None
         parameters = [*head.parameters(), *(classifier.parameters() if classifier else ())]
         optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import sys
 import warnings
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch  # before the library: it loads the libtorch that the library is resolved against
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 __all__ = ["build_info", "has_kernels", "is_readable", "is_transformed", "library", "missing", "why_not_cuda"]
@@ -122,14 +124,24 @@ _serves._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def has_kernels(tensor: Tensor) -> bool:
     """Whether the library serves this tensor: its device, and no transform that only plain PyTorch knows.
 
-    Under `torch.func` (grad, vmap, jvp, ...) and forward-mode differentiation the twin takes over.
+    Under `torch.func` (grad, vmap, jvp, ...), forward-mode differentiation and export to ONNX the reference
+    implementation takes over.
     """
+    if _exports_to_onnx():
+        return False
     if tensor.is_cuda:
         if not _serves(tensor.device.index):
             return False
     elif library is None or not (tensor.is_cpu or tensor.is_meta):
         return False
     return torch.compiler.is_compiling() or not is_transformed()
+
+
+def _exports_to_onnx() -> bool:
+    """Whether ONNX, which has none of the library's operators, is being written."""
+    if torch.compiler.is_dynamo_compiling() or "torch.onnx" not in sys.modules:  # an import that takes a while
+        return False
+    return torch.onnx.is_in_onnx_export()
 
 
 def is_transformed() -> bool:
@@ -139,4 +151,9 @@ def is_transformed() -> bool:
 
 def is_readable(tensor: Tensor) -> bool:
     """Whether its values can be looked at: there are some, and without waiting for a GPU to have made them."""
-    return tensor.is_cpu and not torch.compiler.is_compiling() and not is_transformed()
+    return (
+        tensor.is_cpu
+        and not torch.compiler.is_compiling()
+        and not is_transformed()
+        and not isinstance(tensor, FakeTensor)
+    )

@@ -6,6 +6,8 @@ Where the library was not built, or has no kernels for a tensor's device, the pl
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -38,8 +40,6 @@ __all__ = [
     "simplex_cross_entropy",
     "simplex_logits",
 ]
-
-_NOTHING = -(2**63)  # an ignore_index that no target has: the contrast has no rows to leave out
 
 
 def simplex_logits(z: Tensor, *, normalize: bool = False, scale: float = 1.0) -> Tensor:
@@ -328,7 +328,8 @@ def old_new_contrast(
 
     Args:
         new: [B, d] features by the model in training, any scale.
-        old: [B, d] features of the same images by the deployed model; no gradient flows here.
+        old: [B, d] features of the same images by the deployed model; no gradient flows here.  Under autocast, where
+            the dtype of `new` is autocast's choice, it may be of another floating dtype and is cast to that of `new`.
         target: [B] int64 class ids, any values.
         mu: positive inverse temperature, in the range of float32.
         negatives: "zero_mask" (as the authors' code computes it), "remove" or "infonce".
@@ -350,6 +351,7 @@ def old_new_contrast(
     Reference:
         arXiv 2405.02581.  The forms: docs/math.md.
     """
+    old = _as_dtype_of(new, old)
     check_new_and_old("new", new, old)
     check_target(target, new)
     check_contrast_options(mu, negatives, anchor)
@@ -394,6 +396,8 @@ def hoc_loss(
     normalize: bool = False,
     scale: float = 1.0,
     margin: tuple[str, float] | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
     group: dist.ProcessGroup | None = None,
@@ -402,14 +406,19 @@ def hoc_loss(
 
         lambda_ * simplex_cross_entropy(z, target) + (1 - lambda_) * old_new_contrast(z, old, target)
 
+    The contrast is over every image of the batch.  `weight` and `ignore_index` are of the cross-entropy alone: an image
+    with the target `ignore_index` has the contrast as its whole loss, where it counts as one of a class of its own
+    that all such images share.
+
     Args:
         z: [B, d] features by the model in training, d = K - 1.
-        old: [B, d] features of the same images by the deployed model.
-        target: [B] int64 slots in [0, K).
+        old: [B, d] features of the same images by the deployed model; under autocast of any floating dtype.
+        target: [B] int64 slots in [0, K), or `ignore_index`.
         lambda_: share of the cross-entropy, in [0, 1].
         mu, negatives, anchor, group: of `old_new_contrast`.
-        normalize, scale, margin, label_smoothing: of `simplex_cross_entropy`.
-        reduction: "none", "mean" or "sum".
+        normalize, scale, margin, weight, ignore_index, label_smoothing: of `simplex_cross_entropy`.
+        reduction: "none", "mean" (each part by its own mean: the cross-entropy's is weighted, over the rows that count,
+            and nan if there are none) or "sum".
 
     Returns:
         [B] with "none", else a scalar; dtype of `z`, float32 under autocast.
@@ -420,22 +429,52 @@ def hoc_loss(
     Reference:
         arXiv 2405.02581.
     """
+    return mix_with_contrast(
+        lambda: simplex_cross_entropy(
+            z,
+            target,
+            normalize=normalize,
+            scale=scale,
+            margin=margin,
+            weight=weight,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            reduction=reduction,
+        ),
+        z,
+        old,
+        target,
+        lambda_=lambda_,
+        mu=mu,
+        negatives=negatives,
+        anchor=anchor,
+        reduction=reduction,
+        group=group,
+    )
+
+
+def mix_with_contrast(
+    classify: Callable[[], Tensor],
+    z: Tensor,
+    old: Tensor,
+    target: Tensor,
+    *,
+    lambda_: float,
+    mu: float,
+    negatives: str,
+    anchor: str,
+    reduction: str,
+    group: dist.ProcessGroup | None,
+) -> Tensor:
+    """`hoc_loss` with any cross-entropy of `z`, which is computed once the other arguments are checked."""
+    old = _as_dtype_of(z, old)
     check_new_and_old("z", z, old)
     check_share("lambda_", lambda_)
-    classify = simplex_cross_entropy(
-        z,
-        target,
-        normalize=normalize,
-        scale=scale,
-        margin=margin,
-        label_smoothing=label_smoothing,
-        reduction=reduction,
-        ignore_index=_NOTHING,
-    )
+    cross_entropy = classify()
     contrast = old_new_contrast(
         z, old, target, mu=mu, negatives=negatives, anchor=anchor, reduction=reduction, group=group
     )
-    return lambda_ * classify + (1 - lambda_) * contrast
+    return lambda_ * cross_entropy + (1 - lambda_) * contrast
 
 
 def cosine_topk(query: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -536,7 +575,18 @@ def _loss_dtype(features: Tensor) -> torch.dtype:
     """What torch's own losses have: the dtype of the features, float32 under autocast."""
     if features.dtype in (torch.float32, torch.float64):
         return features.dtype
-    if features.is_meta:
-        return features.dtype
-    device = "cpu" if features.is_cpu else features.device.type  # the latter makes a string each time
-    return torch.float32 if torch.is_autocast_enabled(device) else features.dtype
+    return torch.float32 if _under_autocast(features) else features.dtype
+
+
+def _as_dtype_of(new: Tensor, old: Tensor) -> Tensor:
+    """The old features in the dtype of the new ones, where autocast has chosen that."""
+    both = isinstance(new, Tensor) and isinstance(old, Tensor)
+    if both and new.dtype != old.dtype and old.is_floating_point() and _under_autocast(new):
+        return old.detach().to(new.dtype)
+    return old
+
+
+def _under_autocast(tensor: Tensor) -> bool:
+    if tensor.is_meta:  # which has no autocast
+        return False
+    return torch.is_autocast_enabled("cpu" if tensor.is_cpu else tensor.device.type)  # the latter makes a string

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import json
 import zlib
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NoReturn, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import functional as SF
-from ._checks import check_integer, check_margin, check_scale
+from ._checks import check_integer, check_margin, check_scale, check_target
+from ._native import is_readable
 from .polytopes import cube_codes, cube_prototypes, orthoplex_prototypes, simplex_prototypes
 from .slots import SlotRegistry
 
@@ -21,16 +24,15 @@ _LOGITS_AT_A_TIME = 1 << 21  # that predict holds
 _VERTICES_AT_A_TIME = 4096  # of a cube, whose signs predict holds
 
 
-def _registry(num_classes: int, in_features: int, num_slots: int | None, slots: SlotRegistry | None) -> SlotRegistry:
-    """A registry of its own for a new head, with classes 0 .. num_classes - 1 in namespace "default"."""
-    num_classes, in_features = check_integer("num_classes", num_classes), check_integer("in_features", in_features)
-    if num_classes < 0 or in_features < 1:
-        raise ValueError(f"num_classes must be >= 0 and in_features >= 1, got {num_classes} and {in_features}")
-    if slots is not None and num_slots not in (None, slots.num_slots):
-        raise ValueError(f"slots has {slots.num_slots} slots, num_slots says {num_slots}; leave num_slots out")
-    if slots is None:
-        slots = SlotRegistry(num_classes if num_slots is None else num_slots)
-    slots = copy.deepcopy(slots)
+_Head = TypeVar("_Head", bound="_PolytopeHead")
+
+
+def _registry(in_features: int, num_classes: int, num_slots: int | None) -> SlotRegistry:
+    """The registry of a new head, with classes 0 .. num_classes - 1 in namespace "default"."""
+    in_features, num_classes = check_integer("in_features", in_features), check_integer("num_classes", num_classes)
+    if in_features < 1 or num_classes < 0:
+        raise ValueError(f"in_features must be >= 1 and num_classes >= 0, got {in_features} and {num_classes}")
+    slots = SlotRegistry(num_classes if num_slots is None else num_slots)
     slots.add("default", range(num_classes))
     return slots
 
@@ -48,17 +50,59 @@ class _PolytopeHead(nn.Module):
         normalize: bool,
         scale: float,
         margin: tuple[str, float] | None,
+        bias: bool,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
-        self.slots = slots
         self.normalize = normalize
         self.scale = scale
-        self.margin = margin
+        self.margin = tuple(margin) if isinstance(margin, list) else margin  # JSON has no tuples
         check_scale(scale)
-        check_margin(margin, normalize)
-        self.junction = nn.Linear(int(in_features), embedding_dim, bias=False, device=device, dtype=dtype)
+        check_margin(self.margin, normalize)
+        self.junction = nn.Linear(int(in_features), embedding_dim, bias=bias, device=device, dtype=dtype)
+        self.slots = slots.to(self.junction.weight.device)
+
+    @classmethod
+    def from_slots(
+        cls: type[_Head],
+        slots: SlotRegistry,
+        in_features: int,
+        *,
+        normalize: bool = False,
+        scale: float = 1.0,
+        margin: tuple[str, float] | None = None,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> _Head:
+        """A head with a copy of another one's registry: the same class, the same slot, for features of any width.
+
+        Models that go on to grow apart must take new classes from one registry.
+
+        Args:
+            slots: `head.slots` of the model that is replaced, or the registry that all versions share.
+            in_features: width of the new backbone's features.
+            normalize, scale, margin, bias, device, dtype: as in the constructor.
+
+        Raises:
+            TypeError: `slots` is no registry.
+            ValueError: an odd number of slots, for an orthoplex; or an option out of range.
+        """
+        options = {"normalize": normalize, "scale": scale, "margin": margin, "bias": bias}
+        return cls._around(slots, in_features, **options, device=device, dtype=dtype)
+
+    @classmethod
+    def _around(cls: type[_Head], slots: SlotRegistry, in_features: int, **options: Any) -> _Head:
+        if not isinstance(slots, SlotRegistry):
+            raise TypeError(f"slots must be a SlotRegistry, such as head.slots, got {type(slots).__name__}")
+        head = cls(in_features, 0, num_slots=slots.num_slots, **options)  # type: ignore[call-arg, arg-type]
+        if head.num_slots != slots.num_slots:
+            raise ValueError(
+                f"slots must have an even number of slots, got {slots.num_slots}: each vertex comes with its opposite"
+            )
+        head.slots = copy.deepcopy(slots).to(head.junction.weight.device)
+        return head
 
     def _logits(self, z: Tensor) -> Tensor:
         """[..., d] -> [..., K]."""
@@ -109,8 +153,39 @@ class _PolytopeHead(nn.Module):
         """[B, in_features] -> [B, d]: what a gallery stores and a query is searched by (cosine)."""
         return self.junction(features)  # type: ignore[no-any-return]
 
-    def forward(self, features: Tensor) -> Tensor:
-        """[B, in_features] -> [B, K] logits, one per slot."""
+    def forward(
+        self,
+        features: Tensor,
+        target: Tensor | None = None,
+        *,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
+    ) -> Tensor:
+        """[B, in_features] -> [B, K] logits, one per slot; with a target `loss`, and no logits are made.
+
+        DistributedDataParallel averages gradients of what its module's `forward` computes, so call the wrapped head
+        with the target: `DistributedDataParallel(head)(features, target)`, not `.module.loss`.
+
+        Args:
+            features: [B, in_features], or [..., in_features].
+            target, weight, ignore_index, label_smoothing, reduction: of `loss`.
+
+        Raises:
+            TypeError, ValueError: as `loss`; an option of the loss without a target.
+        """
+        if target is not None:
+            return self.loss(
+                features,
+                target,
+                weight=weight,
+                ignore_index=ignore_index,
+                label_smoothing=label_smoothing,
+                reduction=reduction,
+            )
+        if weight is not None or ignore_index != -100 or label_smoothing or reduction != "mean":
+            raise ValueError("weight, ignore_index, label_smoothing and reduction are options of the loss; pass target")
         return self._logits(self.embed(features))
 
     def loss(
@@ -123,15 +198,82 @@ class _PolytopeHead(nn.Module):
         label_smoothing: float = 0.0,
         reduction: str = "mean",
     ) -> Tensor:
-        """The polytope's cross-entropy of `simplexfix.functional`, fused, with the head's margin.
+        """The polytope's cross-entropy of `simplexfix.functional`, fused, with the head's own options.
 
         Args:
             features: [B, in_features].
-            target: [B] int64 slots (`head.slots.lookup` maps class ids of a namespace to slots).
+            target: [B] int64 slots that a class has (`head.slots.lookup` maps class ids of a namespace to slots), or
+                `ignore_index`.
             weight, ignore_index, label_smoothing, reduction: as in `simplexfix.functional`.
+
+        Raises:
+            TypeError, ValueError: as in `simplexfix.functional`.
+            ValueError: a label's slot has no class.  Only targets on the CPU are checked, and not under `torch.compile`
+                or `torch.func`: elsewhere a label cannot be read, or not without waiting for a GPU.
         """
+        z = self.embed(features)
+        self._check_registered(z, target, ignore_index)
+        return self._cross_entropy(z, target, weight, ignore_index, label_smoothing, reduction)
+
+    def hoc_loss(
+        self,
+        features: Tensor,
+        old_embedding: Tensor,
+        target: Tensor,
+        *,
+        lambda_: float = 0.1,
+        mu: float = 10.0,
+        negatives: str = "zero_mask",
+        anchor: str = "old",
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
+        group: dist.ProcessGroup | None = None,
+    ) -> Tensor:
+        """`simplexfix.functional.hoc_loss` with the head's own polytope, `normalize`, `scale` and `margin`.
+
+            z = head.embed(features)
+            lambda_ * head.loss(features, target) + (1 - lambda_) * old_new_contrast(z, old_embedding, target)
+
+        Under DistributedDataParallel call it in the `forward` of the module that is wrapped.
+
+        Args:
+            features: [B, in_features] of the model in training.
+            old_embedding: [B, d] embeddings of the same items by the deployed model; no gradient flows here.
+            target: [B] int64 slots that a class has, or `ignore_index`.
+            lambda_, mu, negatives, anchor, weight, ignore_index, label_smoothing, reduction, group: of
+                `simplexfix.functional.hoc_loss`.
+
+        Raises:
+            TypeError, ValueError: as `loss` and `simplexfix.functional.hoc_loss`.
+        """
+        z = self.embed(features)
+        self._check_registered(z, target, ignore_index)
+        return SF.mix_with_contrast(
+            lambda: self._cross_entropy(z, target, weight, ignore_index, label_smoothing, reduction),
+            z,
+            old_embedding,
+            target,
+            lambda_=lambda_,
+            mu=mu,
+            negatives=negatives,
+            anchor=anchor,
+            reduction=reduction,
+            group=group,
+        )
+
+    def _cross_entropy(
+        self,
+        z: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        ignore_index: int,
+        label_smoothing: float,
+        reduction: str,
+    ) -> Tensor:
         return self._loss(
-            self.embed(features),
+            z,
             target,
             normalize=self.normalize,
             scale=self.scale,
@@ -140,6 +282,36 @@ class _PolytopeHead(nn.Module):
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
             reduction=reduction,
+        )
+
+    def _check_registered(self, z: Tensor, target: Tensor, ignore_index: int) -> None:
+        """Refuses labels of free slots: they would train a vertex that a later class is given."""
+        if isinstance(target, Tensor) and target.dtype == torch.int64 and target.layout == torch.strided:
+            if not is_readable(target) or not target.numel():
+                return
+            highest = target.max().item()
+            if highest < self._modules["slots"]._given_below:  # type: ignore[union-attr, operator]
+                return  # the quick answer, 2 us; labels below 0 are for the loss to refuse
+            if highest < self.num_slots and target.min().item() >= self.slots.free_slots.stop:
+                return
+        check_target(target, z)
+        free = self.slots.free_slots
+        no_class = (target >= self.num_slots) | ((target >= free.start) & (target < free.stop))
+        no_class &= target != ignore_index
+        if no_class.any():
+            self._refuse_label(target.reshape(-1), int(no_class.reshape(-1).nonzero()[0]), ignore_index)
+
+    def _refuse_label(self, target: Tensor, row: int, ignore_index: int) -> NoReturn:
+        free, used = self.slots.free_slots, self.num_classes
+        taken = [range(free.start), range(free.stop, self.num_slots)] if free else [range(self.num_slots)]
+        ends = [f"{slots[0]} to {slots[-1]}" for slots in taken if slots]
+        have = f"the head has {used} classes, in slots {' and '.join(ends)}" if ends else "the head has no classes yet"
+        labels = target[target != ignore_index]
+        one_based = used > 0 and int(labels.min()) >= 1 and int(labels.max()) == used
+        raise ValueError(
+            f"target row {row} has label {int(target[row])}, a slot without a class: {have}; register the class first "
+            "(head.grow, or head.slots.add for a namespace), or map class ids to slots (head.slots.lookup)"
+            + (f"; all labels lie in 1 to {used}: if they count from 1, pass target - 1" if one_based else "")
         )
 
     @torch.no_grad()
@@ -186,15 +358,19 @@ class _PolytopeHead(nn.Module):
         """[n, d] unit vertices of the given slots, of all slots in use if None."""
         return self._vertices(self.slots.used() if slots is None else slots)
 
-    def get_extra_state(self) -> dict[str, Any]:
+    def get_extra_state(self) -> Tensor:
+        """[n] uint8 on the CPU: the registry and the polytope as text, which `decode_state` reads."""
+        return encode_state(self._described())
+
+    def set_extra_state(self, state: Tensor | dict[str, Any]) -> None:
+        """Takes the registry of a saved head; a dict is what a state_dict held before it held tensors alone."""
+        saved = self._saved_slots(decode_state(state))
+        self.slots = saved.to(self.junction.weight.device)
+
+    def _described(self) -> dict[str, Any]:
         return {**self.slots.to_dict(), "polytope": self._polytope}
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        self.slots = self._saved_slots(state)
-
     def _saved_slots(self, state: dict[str, Any]) -> SlotRegistry:
-        if not isinstance(state, dict):
-            raise TypeError(f"the saved head's _extra_state must be a dict, got {type(state).__name__}")
         saved = state.get("polytope", "simplex")
         if saved != self._polytope:
             raise ValueError(f"the saved head is of a {saved}, this one of a {self._polytope}: other vertices")
@@ -206,6 +382,36 @@ class _PolytopeHead(nn.Module):
     def extra_repr(self) -> str:
         options = f"normalize={self.normalize}, scale={self.scale}, margin={self.margin}"
         return f"num_classes={self.num_classes}, num_slots={self.num_slots}, {options}"
+
+
+def encode_state(state: Mapping[str, Any]) -> Tensor:
+    """[n] uint8: the CRC-32 of the state's JSON as 8 hexadecimal digits, a space, and the JSON, in ASCII."""
+    text = json.dumps(state, separators=(",", ":")).encode("ascii")
+    return torch.tensor(list(f"{zlib.crc32(text):08x} ".encode() + text), dtype=torch.uint8, device="cpu")
+
+
+def decode_state(state: Tensor | dict[str, Any]) -> dict[str, Any]:
+    """The state that `encode_state` was given, as it is where it is a dict.
+
+    The bytes may have been cast to a floating dtype, or averaged with equal ones.
+
+    Raises:
+        TypeError: neither a tensor nor a dict.
+        ValueError: the bytes do not give their checksum.
+    """
+    if isinstance(state, dict):
+        return state
+    if not isinstance(state, Tensor):
+        raise TypeError(f"the saved head's _extra_state must be a tensor or a dict, got {type(state).__name__}")
+    content = bytes(state.detach().cpu().double().round().to(torch.uint8).flatten().tolist())
+    checksum, _, text = content.partition(b" ")
+    if checksum != f"{zlib.crc32(text):08x}".encode():
+        raise ValueError(
+            "the saved head's _extra_state is damaged: its bytes do not give their checksum; a mean of state_dicts is "
+            "possible of heads with the same classes alone"
+        )
+    decoded: dict[str, Any] = json.loads(text)
+    return decoded
 
 
 def _top_columns(scores: Tensor, k: int) -> Tensor:
@@ -222,20 +428,19 @@ def _top_columns(scores: Tensor, k: int) -> Tensor:
 class SimplexHead(_PolytopeHead):
     """Junction and fixed d-simplex classifier: the head that makes a model's features stationary.
 
-        z = junction(features)                          # bias-free nn.Linear, in_features -> K - 1
+        z = junction(features)                          # nn.Linear, in_features -> K - 1
         logits = scale * z @ simplex_prototypes(K).T    # fixed; z normalised first with normalize=True
 
     K is allocated in advance and never changes: slots without a class are the room for those to come.
     `head.slots` says which class has which slot; classes 0 .. num_classes - 1 start in slots of the same
-    number, in namespace "default".  The state_dict holds the junction's weight and the registry.
+    number, in namespace "default".  The state_dict holds the junction and the registry.
 
     Args:
-        num_classes: classes there are from the start; 0 where `head.slots.add` will name them all.
         in_features: width of the backbone's features.
+        num_classes: classes there are from the start; 0 where `head.slots.add` will name them all.
         num_slots: K; `num_classes` if None.
-        slots: a registry to start from instead, copied: the same class, the same slot as in the model it is
-            from.  Models that go on to grow apart must take new classes from one registry.
         normalize, scale, margin: of `simplexfix.functional.simplex_cross_entropy`.
+        bias: give the junction a bias, which moves the features of all classes alike.
         device, dtype: of the junction.
 
     Raises:
@@ -250,19 +455,19 @@ class SimplexHead(_PolytopeHead):
 
     def __init__(
         self,
-        num_classes: int,
         in_features: int,
+        num_classes: int,
         *,
         num_slots: int | None = None,
-        slots: SlotRegistry | None = None,
         normalize: bool = False,
         scale: float = 1.0,
         margin: tuple[str, float] | None = None,
+        bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        slots = _registry(num_classes, in_features, num_slots, slots)
-        super().__init__(slots, in_features, slots.num_slots - 1, normalize, scale, margin, device, dtype)
+        slots = _registry(in_features, num_classes, num_slots)
+        super().__init__(slots, in_features, slots.num_slots - 1, normalize, scale, margin, bias, device, dtype)
 
     def _logits(self, z: Tensor) -> Tensor:
         return SF.simplex_logits(z, normalize=self.normalize, scale=self.scale)
@@ -278,23 +483,22 @@ class SimplexHead(_PolytopeHead):
 class OrthoplexHead(_PolytopeHead):
     """Junction and fixed orthoplex classifier: K classes in K / 2 dimensions.
 
-        z = junction(features)                          # bias-free nn.Linear, in_features -> K / 2
+        z = junction(features)                          # nn.Linear, in_features -> K / 2
         logits = scale * [z, -z]                        # z normalised first with normalize=True
 
     As `SimplexHead`, with half the width.  Slot c and slot K / 2 + c are opposite vertices, all others are
     orthogonal.
 
     Args:
-        num_classes: classes there are from the start; 0 where `head.slots.add` will name them all.
         in_features: width of the backbone's features.
+        num_classes: classes there are from the start; 0 where `head.slots.add` will name them all.
         num_slots: K, made even by one more where it is odd; `num_classes` if None.
-        slots: a registry to start from instead, copied, with an even number of slots.
         normalize, scale, margin: of `simplexfix.functional.orthoplex_cross_entropy`.
+        bias: give the junction a bias, which moves the features of all classes alike.
         device, dtype: of the junction.
 
     Raises:
-        ValueError: fewer than 2 slots, more classes than slots, a registry of an odd number of slots, or an option
-            out of range.
+        ValueError: fewer than 2 slots, more classes than slots, or an option out of range.
 
     Reference:
         Pernici et al., "Regular Polytope Networks", arXiv 2103.15632.
@@ -304,27 +508,22 @@ class OrthoplexHead(_PolytopeHead):
 
     def __init__(
         self,
-        num_classes: int,
         in_features: int,
+        num_classes: int,
         *,
         num_slots: int | None = None,
-        slots: SlotRegistry | None = None,
         normalize: bool = False,
         scale: float = 1.0,
         margin: tuple[str, float] | None = None,
+        bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if slots is None:
-            num_classes = check_integer("num_classes", num_classes)
-            num_slots = num_classes if num_slots is None else check_integer("num_slots", num_slots)
-            num_slots += num_slots % 2
-        elif slots.num_slots % 2:
-            raise ValueError(
-                f"slots must have an even number of slots, got {slots.num_slots}: each vertex comes with its opposite"
-            )
-        slots = _registry(num_classes, in_features, num_slots, slots)
-        super().__init__(slots, in_features, slots.num_slots // 2, normalize, scale, margin, device, dtype)
+        num_classes = check_integer("num_classes", num_classes)
+        num_slots = num_classes if num_slots is None else check_integer("num_slots", num_slots)
+        num_slots += num_slots % 2
+        slots = _registry(in_features, num_classes, num_slots)
+        super().__init__(slots, in_features, slots.num_slots // 2, normalize, scale, margin, bias, device, dtype)
 
     def _logits(self, z: Tensor) -> Tensor:
         return SF.orthoplex_logits(z, normalize=self.normalize, scale=self.scale)
@@ -340,7 +539,7 @@ class OrthoplexHead(_PolytopeHead):
 class CubeHead(_PolytopeHead):
     """Junction and fixed d-cube classifier: many classes in few dimensions, at the cost of O(d) per row.
 
-        z = junction(features)                          # bias-free nn.Linear, in_features -> d
+        z = junction(features)                          # nn.Linear, in_features -> d
         codes = cube_codes(K, d)                        # K of the 2^d vertices, far from each other
         logits = scale * z @ cube_prototypes(codes, d).T    # z normalised first with normalize=True
 
@@ -349,12 +548,12 @@ class CubeHead(_PolytopeHead):
     saved; a state_dict of other codes is refused.  A head made on the meta device makes them once it has memory.
 
     Args:
-        num_classes: classes there are from the start; 0 where `head.slots.add` will name them all.
         in_features: width of the backbone's features.
+        num_classes: classes there are from the start; 0 where `head.slots.add` will name them all.
         embedding_dim: d.
         num_slots: K, at most 2^24; `num_classes` if None.
-        slots: a registry to start from instead, copied.
         normalize, scale, margin: of `simplexfix.functional.cube_cross_entropy`.
+        bias: give the junction a bias, which moves the features of all classes alike.
         device, dtype: of the junction; the codes are int64.
 
     Raises:
@@ -370,25 +569,43 @@ class CubeHead(_PolytopeHead):
 
     def __init__(
         self,
-        num_classes: int,
         in_features: int,
+        num_classes: int,
         *,
         embedding_dim: int,
         num_slots: int | None = None,
-        slots: SlotRegistry | None = None,
         normalize: bool = False,
         scale: float = 1.0,
         margin: tuple[str, float] | None = None,
+        bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        slots = _registry(num_classes, in_features, num_slots, slots)
+        slots = _registry(in_features, num_classes, num_slots)
         embedding_dim = check_integer("embedding_dim", embedding_dim)
         codes = cube_codes(slots.num_slots, embedding_dim, device="cpu")
-        super().__init__(slots, in_features, embedding_dim, normalize, scale, margin, device, dtype)
+        super().__init__(slots, in_features, embedding_dim, normalize, scale, margin, bias, device, dtype)
         self.register_buffer("codes", codes.to(self.junction.weight.device), persistent=False)
         self._fingerprint = _crc32(codes)
         self.register_load_state_dict_post_hook(_fill_codes)  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def from_slots(  # type: ignore[override]
+        cls,
+        slots: SlotRegistry,
+        in_features: int,
+        *,
+        embedding_dim: int,
+        normalize: bool = False,
+        scale: float = 1.0,
+        margin: tuple[str, float] | None = None,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> CubeHead:
+        """As `SimplexHead.from_slots`, with the `embedding_dim` of the model that is replaced."""
+        options = {"normalize": normalize, "scale": scale, "margin": margin, "bias": bias}
+        return cls._around(slots, in_features, embedding_dim=embedding_dim, **options, device=device, dtype=dtype)
 
     def _logits(self, z: Tensor) -> Tensor:
         return SF.cube_logits(z, self.codes, normalize=self.normalize, scale=self.scale)
@@ -407,8 +624,8 @@ class CubeHead(_PolytopeHead):
     def _rows_at_a_time(self) -> int:
         return max(1, _LOGITS_AT_A_TIME // min(self.num_slots, _VERTICES_AT_A_TIME))
 
-    def get_extra_state(self) -> dict[str, Any]:
-        return {**super().get_extra_state(), "codes_crc32": self._fingerprint}
+    def _described(self) -> dict[str, Any]:
+        return {**super()._described(), "codes_crc32": self._fingerprint}
 
     def _saved_slots(self, state: dict[str, Any]) -> SlotRegistry:
         slots = super()._saved_slots(state)

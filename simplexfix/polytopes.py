@@ -184,7 +184,8 @@ def cube_codes(num_classes: int, d: int, *, device: torch.device | str | None = 
 def cube_signs(codes: Tensor, d: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """[..., ceil(d / 64)] int64 bits of `cube_codes` -> [..., d], 1 where a coordinate is positive and -1 elsewhere."""
     j = torch.arange(d, device=codes.device)
-    return ((codes[..., j // 64] >> (j % 64)) & 1).to(dtype) * 2 - 1
+    bit = torch.ones_like(j).bitwise_left_shift(j % 64)
+    return (codes[..., j // 64].bitwise_and(bit) != 0).to(dtype) * 2 - 1
 
 
 def cube_prototypes(

@@ -99,6 +99,41 @@ def test_hoc_is_the_mixture(reduction: str) -> None:
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_weight_and_ignore_index_of_hoc_are_of_its_cross_entropy(reduction: str) -> None:
+    """The contrast is over every image of the batch: those without a label are of one class of their own there."""
+    z, old = (features("normal", 7, 5, dtype=torch.float64, seed=seed) for seed in (0, 1))
+    target, weight = torch.tensor([0, 0, 9, 1, 9, 5, 2]), torch.rand(6, generator=torch.Generator().manual_seed(2))
+    loss = SF.hoc_loss(z, old, target, lambda_=0.3, weight=weight, ignore_index=9, reduction=reduction)
+    rows = SF.simplex_cross_entropy(z, target, weight=weight, ignore_index=9, reduction="none")
+    assert rows[[2, 4]].tolist() == [0, 0]
+    contrast = by_loop(z, old, target)
+    counted = weight.double()[target[target != 9]].sum()
+    expected = {
+        "none": 0.3 * rows + 0.7 * contrast,
+        "mean": 0.3 * rows.sum() / counted + 0.7 * contrast.mean(),
+        "sum": 0.3 * rows.sum() + 0.7 * contrast.sum(),
+    }
+    torch.testing.assert_close(loss, expected[reduction], rtol=1e-12, atol=1e-12)
+    assert SF.hoc_loss(z, old, torch.full((7,), -100)).isnan()  # as torch: a mean over no row
+    assert SF.hoc_loss(z, old, torch.full((7,), -100), reduction="sum").isfinite()
+
+
+@pytest.mark.parametrize(("new_dtype", "old_dtype"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_under_autocast_the_old_features_may_be_of_another_dtype(new_dtype: str, old_dtype: str) -> None:
+    """They were extracted before, or outside of autocast, whose choice the dtype of the new ones is."""
+    z = features("normal", 7, 5, dtype=getattr(torch, new_dtype)).requires_grad_()
+    old, target = features("normal", 7, 5, dtype=getattr(torch, old_dtype), seed=1), torch.tensor([0, 0, 5, 1, 0, 5, 2])
+    for loss in (SF.hoc_loss, SF.old_new_contrast):
+        with torch.autocast("cpu", torch.bfloat16):
+            found = loss(z, old, target)
+            assert found.dtype == torch.float32
+            assert torch.equal(found, loss(z, old.to(z.dtype), target))
+        assert torch.autograd.grad(found, z)[0].dtype == z.dtype
+        with pytest.raises(TypeError, match="and old must have the same dtype"):
+            loss(z, old, target)
+
+
 def by_twin(new, old, target, *, mu=10.0, negatives="zero_mask", anchor="old", reduction="mean"):
     pairs = {"old": [(old, new)], "new": [(new, old)], "symmetric": [(old, new), (new, old)]}[anchor]
     rows = [_reference.contrast_rows(*pair, target, target, 0, mu=mu, negatives=negatives) for pair in pairs]

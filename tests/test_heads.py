@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import assert_same_bits, needs_library
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.parallel import DistributedDataParallel
 
 from simplexfix import CubeHead, OrthoplexHead, SimplexHead, SlotRegistry
 from simplexfix import functional as SF
+from simplexfix.heads import decode_state, encode_state
 from simplexfix.polytopes import cube_codes, simplex_prototypes
 
 KINDS = ("simplex", "orthoplex", "cube")
@@ -23,15 +29,15 @@ KINDS = ("simplex", "orthoplex", "cube")
 
 def head(**options) -> SimplexHead:
     torch.manual_seed(0)
-    return SimplexHead(10, 6, num_slots=16, **options)
+    return SimplexHead(6, 10, num_slots=16, **options)
 
 
 def head_of(kind: str, num_classes: int = 10, num_slots: int = 16, in_features: int = 6, **options):
     torch.manual_seed(0)
     if kind == "cube":
-        return CubeHead(num_classes, in_features, embedding_dim=9, num_slots=num_slots, **options)
+        return CubeHead(in_features, num_classes, embedding_dim=9, num_slots=num_slots, **options)
     return {"simplex": SimplexHead, "orthoplex": OrthoplexHead}[kind](
-        num_classes, in_features, num_slots=num_slots, **options
+        in_features, num_classes, num_slots=num_slots, **options
     )
 
 
@@ -51,7 +57,7 @@ def test_forward_is_the_matrix_product(kind: str, options: dict) -> None:
 
 @pytest.mark.parametrize("kind", ["simplex", "orthoplex"])
 def test_loss_is_the_cross_entropy_of_forward(kind: str) -> None:
-    model, x, target = head_of(kind, scale=3.0), torch.randn(5, 6), torch.tensor([0, 15, 3, 2, 1])
+    model, x, target = head_of(kind, 16, scale=3.0), torch.randn(5, 6), torch.tensor([0, 15, 3, 2, 1])
     weight = torch.rand(16)
     for options in ({}, {"weight": weight, "label_smoothing": 0.1, "reduction": "sum"}, {"ignore_index": 3}):
         ours, expected = model.loss(x, target, **options), F.cross_entropy(model(x), target, **options)
@@ -62,8 +68,84 @@ def test_loss_is_the_cross_entropy_of_forward(kind: str) -> None:
         torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_forward_with_a_target_is_the_loss(kind: str) -> None:
+    model, x, target = head_of(kind, scale=3.0), torch.randn(5, 6), torch.tensor([0, 9, 3, 2, 1])
+    for options in ({}, {"label_smoothing": 0.1, "reduction": "sum"}, {"weight": torch.rand(16), "ignore_index": 3}):
+        assert torch.equal(model(x, target, **options), model.loss(x, target, **options))
+    for option in ({"weight": torch.rand(16)}, {"ignore_index": 1}, {"label_smoothing": 0.1}, {"reduction": "sum"}):
+        with pytest.raises(ValueError, match="are options of the loss; pass target"):
+            model(x, **option)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_hoc_loss_has_the_options_of_the_head(kind: str, reduction: str) -> None:
+    """And nothing else: `normalize`, `scale` and `margin` need not be said again."""
+    model = head_of(kind, normalize=True, scale=9.0, margin=("cosine", 0.2))
+    x, target = torch.randn(6, 6), torch.tensor([0, 9, 3, 3, -100, 1])
+    old, weight = torch.randn(6, model.embedding_dim), torch.rand(16)
+    classify = model.loss(x, target, weight=weight, reduction=reduction)
+    contrast = SF.old_new_contrast(model.embed(x), old, target, mu=5.0, negatives="infonce", reduction=reduction)
+    options = {"lambda_": 0.3, "mu": 5.0, "negatives": "infonce", "weight": weight, "reduction": reduction}
+    loss = model.hoc_loss(x, old, target, **options)
+    torch.testing.assert_close(loss, 0.3 * classify + 0.7 * contrast)
+    if kind == "simplex":
+        own = {"normalize": True, "scale": 9.0, "margin": ("cosine", 0.2)}
+        torch.testing.assert_close(loss, SF.hoc_loss(model.embed(x), old, target, **own, **options))
+    with pytest.raises(ValueError, match="target row 1 has label 11, a slot without a class"):
+        model.hoc_loss(x, old, torch.tensor([0, 11, 3, 3, 4, 1]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_junction_may_have_a_bias(kind: str) -> None:
+    model, x = head_of(kind, bias=True), torch.randn(5, 6)
+    assert torch.equal(model.embed(x), F.linear(x, model.junction.weight, model.junction.bias))
+    assert sorted(model.state_dict()) == ["_extra_state", "junction.bias", "junction.weight"]
+    assert head_of(kind).junction.bias is None
+    model(x, torch.arange(5)).backward()
+    assert model.junction.bias.grad.any()
+
+
+def test_a_margin_may_come_from_json() -> None:
+    assert head(normalize=True, margin=["cosine", 0.3]).margin == ("cosine", 0.3)
+
+
+def loss_of_a_rank(rank: int, size: int, port: int) -> None:
+    """Half of a batch in each of two processes, and the gradient of one with the whole."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=size)
+    torch.set_num_threads(1)
+    try:
+        for kind in KINDS:
+            torch.manual_seed(0)
+            x, target = torch.randn(12, 6), torch.arange(12) % 10
+            model, whole = head_of(kind, scale=2.0), head_of(kind, scale=2.0)
+            if rank:
+                torch.nn.init.zeros_(model.junction.weight)  # DistributedDataParallel sends the first one's
+            together = DistributedDataParallel(model)
+            mine = slice(rank * 12 // size, (rank + 1) * 12 // size)
+            for _ in range(2):
+                together.zero_grad()
+                together(x[mine], target[mine]).backward()
+            whole.loss(x, target).backward()
+            torch.testing.assert_close(model.junction.weight.grad, whole.junction.weight.grad)
+            assert model.slots.to_dict() == whole.slots.to_dict()
+            torch.testing.assert_close(together(x), whole(x))
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
+def test_gradients_of_two_processes_are_those_of_one() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(loss_of_a_rank, (2, port), nprocs=2)
+
+
 def test_the_loss_of_the_cube_is_over_all_vertices() -> None:
-    model, x, target = head_of("cube", scale=3.0), torch.randn(5, 6), torch.tensor([0, 15, 3, 2, 1])
+    model, x, target = head_of("cube", 16, scale=3.0), torch.randn(5, 6), torch.tensor([0, 15, 3, 2, 1])
     assert torch.equal(model.codes, cube_codes(16, 9))
     for options in ({}, {"label_smoothing": 0.1, "reduction": "sum"}, {"ignore_index": 3}, {"weight": torch.rand(16)}):
         ours = model.loss(x, target, **options)
@@ -125,7 +207,7 @@ def test_predict_names_slots_in_use_only() -> None:
     assert torch.equal(scores, logits[:, :10].sort(1, descending=True).values)
     assert torch.equal(logits.gather(1, classes), scores)
     assert not scores.requires_grad
-    high = SimplexHead(0, 6, num_slots=16)
+    high = SimplexHead(6, 0, num_slots=16)
     high.slots.add("fine", range(3), end="high")
     assert set(high.predict(x, k=3)[1].flatten().tolist()) == {13, 14, 15}
 
@@ -148,19 +230,18 @@ def test_growth_changes_nothing(kind: str) -> None:
 
 
 def test_the_state_dict_holds_the_junction_and_the_registry_only(tmp_path) -> None:
-    model = SimplexHead(0, 6, num_slots=1024)
+    model = SimplexHead(6, 0, num_slots=1024)
     model.slots.add("imagenet", range(600))
     state = model.state_dict()
     assert sorted(state) == ["_extra_state", "junction.weight"]
     assert state["junction.weight"].shape == (1023, 6)
-    assert not list(model.buffers())
     torch.save(state, tmp_path / "head.pt")
-    again = SimplexHead(0, 6, num_slots=1024)
+    again = SimplexHead(6, 0, num_slots=1024)
     again.load_state_dict(torch.load(tmp_path / "head.pt", weights_only=True))
     assert again.slots.to_dict() == model.slots.to_dict()
     assert torch.equal(again.junction.weight, model.junction.weight)
     with pytest.raises(ValueError, match="the saved head has 1024 slots, this one 3"):
-        SimplexHead(3, 6).load_state_dict(state)
+        SimplexHead(6, 3).load_state_dict(state)
 
 
 @pytest.mark.parametrize("kind", ["orthoplex", "cube"])
@@ -179,7 +260,7 @@ def test_state_dicts_of_the_other_polytopes(kind: str) -> None:
 def test_a_cube_refuses_the_state_of_other_codes() -> None:
     model, other = head_of("cube"), head_of("cube", 0)
     state = model.state_dict()
-    state["_extra_state"] = {**state["_extra_state"], "codes_crc32": 1}
+    state["_extra_state"] = encode_state({**decode_state(state["_extra_state"]), "codes_crc32": 1})
     with pytest.raises(ValueError, match="the saved head has codes of crc32 1, this one"):
         other.load_state_dict(state)
     assert not len(other.slots)
@@ -188,7 +269,7 @@ def test_a_cube_refuses_the_state_of_other_codes() -> None:
 
 
 def test_an_odd_orthoplex_gets_the_opposite_of_its_last_vertex() -> None:
-    model = OrthoplexHead(5, 6)
+    model = OrthoplexHead(6, 5)
     assert (model.num_slots, model.embedding_dim, model.num_classes) == (6, 3, 5)
     assert model(torch.randn(2, 6)).shape == (2, 6)
     assert model.predict(torch.randn(50, 6), 5)[1].max() == 4
@@ -198,7 +279,7 @@ _MILLION = """
 import torch
 from simplexfix import SimplexHead
 status = lambda key: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key + ":"))
-head = SimplexHead(1 << 20, 2)
+head = SimplexHead(2, 1 << 20)
 head.loss(torch.randn(2, 2), torch.zeros(2, dtype=torch.int64)).backward()
 head.zero_grad()
 x, target = torch.randn(16, 2), torch.arange(16) * 65536 + 65535
@@ -222,16 +303,27 @@ def test_a_million_slots_fit_in_memory() -> None:
     assert 64 < float(done.stdout) < 300
 
 
-def test_a_registry_is_copied_into_a_head_and_never_shared() -> None:
-    old = head()
-    new = SimplexHead(0, 8, slots=old.slots)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_registry_is_copied_into_a_head_and_never_shared(kind: str) -> None:
+    old = head_of(kind)
+    old.slots.add("fine", [7, 3], end="high")
+    width = {"embedding_dim": 9} if kind == "cube" else {}
+    options = {"normalize": True, "scale": 7.0, "margin": ("cosine", 0.2), "bias": True, "dtype": torch.float64}
+    new = type(old).from_slots(old.slots, 8, **width, **options)
+    assert type(new) is type(old)
+    assert new.slots.to_dict() == old.slots.to_dict()
+    torch.testing.assert_close(new.prototypes().float(), old.prototypes())
+    assert new.junction.weight.shape == (old.embedding_dim, 8)
+    assert new.junction.bias.dtype == torch.float64
+    assert (new.normalize, new.scale, new.margin) == (True, 7.0, ("cosine", 0.2))
     new.grow(14)
-    assert (old.num_classes, new.num_classes) == (10, 14)
+    assert (old.num_classes, new.num_classes) == (12, 16)
     assert new.slots.lookup("default", torch.arange(10)).tolist() == list(range(10))
+    assert type(old).from_slots(old.slots, 8, **width, device="meta").slots.to_dict() == old.slots.to_dict()
     with pytest.raises(ValueError, match="scale"):
-        SimplexHead(3, 8, slots=SlotRegistry(8), scale=-1.0)
-    with pytest.raises(ValueError, match="slots has 16 slots, num_slots says 8; leave num_slots out"):
-        SimplexHead(0, 8, slots=old.slots, num_slots=8)
+        type(old).from_slots(SlotRegistry(8), 8, **width, scale=-1.0)
+    with pytest.raises(TypeError, match=r"slots must be a SlotRegistry, such as head.slots, got dict"):
+        type(old).from_slots(old.slots.to_dict(), 8, **width)
 
 
 def test_prototypes_of_the_slots_in_use() -> None:
@@ -287,6 +379,75 @@ def test_a_head_made_on_meta_is_as_any_other_once_it_has_memory(kind: str) -> No
         assert torch.equal(made.prototypes(), model.prototypes())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_labels_without_a_class_are_refused(kind: str) -> None:
+    """They would train a vertex that a later class is given."""
+    model, x = head_of(kind), torch.randn(4, 6)
+    model.slots.add("fine", range(3), end="high")  # slots 15, 14, 13
+    for label in (10, 12, 16, 2**40):
+        target = torch.tensor([0, 14, label, 9])
+        message = (
+            rf"target row 2 has label {label}, a slot without a class: the head has 13 classes, in slots 0 to 9 and "
+        )
+        with pytest.raises(ValueError, match=message + "13 to 15; register the class first .head.grow"):
+            model.loss(x, target)
+        with pytest.raises(ValueError, match=rf"target row 2 has label {label}"):
+            model.loss(x.view(2, 2, 6), target.view(2, 2))
+        assert model.loss(x, target, ignore_index=label).isfinite()
+    with pytest.raises(ValueError, match="target row 1 has label 12"):  # among others at the high end alone
+        model.loss(x, torch.tensor([14, 12, 15, 13]))
+    with pytest.raises(ValueError, match="target out of range: row 1 has slot -1"):
+        model.loss(x, torch.tensor([0, -1, 2, 3]))
+    for target in ([0, 9, 13, 15], [13, 14, 15, 13], [-100, 15, 0, -100], [-100, 0, 1, 2]):
+        assert model.loss(x, torch.tensor(target)).isfinite()
+    assert model.loss(x[:0], torch.empty(0, dtype=torch.int64), reduction="sum") == 0
+    model.grow(13)  # now all slots have a class
+    assert model.loss(x, torch.tensor([10, 11, 12, 15])).isfinite()
+    with pytest.raises(ValueError, match=r"row 3 has label 16, .* has 16 classes, in slots 0 to 15"):
+        model.loss(x, torch.tensor([10, 11, 12, 16]))
+
+
+def test_a_later_namespace_gets_slots_that_nobody_has_trained() -> None:
+    """Label 12 of 10 classes: the class that is added third would get a vertex that features are drawn to."""
+    model = head(normalize=True, scale=9.0)
+    x = torch.randn(8, 6)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    for _ in range(30):
+        optimizer.zero_grad()
+        with pytest.raises(ValueError, match="row 0 has label 12"):
+            model.loss(x, torch.full((8,), 12)).backward()
+        optimizer.step()
+    model.slots.add("later", range(5))
+    assert model.slots.owner(12) == ("later", 2)
+    assert (model(x).argmax(1) != 12).any()
+
+
+@pytest.mark.parametrize(("labels", "hint"), [([1, 10, 5], True), ([1, 11, 5], False), ([0, 10, 5], False)])
+def test_labels_that_count_from_one_are_named(labels: list[int], hint: bool) -> None:
+    with pytest.raises(ValueError, match="a slot without a class") as error:
+        head().loss(torch.randn(3, 6), torch.tensor(labels))
+    assert ("all labels lie in 1 to 10: if they count from 1, pass target - 1" in str(error.value)) == hint
+    full = SimplexHead(6, 10)
+    with pytest.raises(ValueError, match="if they count from 1, pass target - 1"):
+        full.loss(torch.randn(3, 6), torch.tensor([1, 10, -100]))
+
+
+def test_a_head_without_classes_refuses_every_label() -> None:
+    with pytest.raises(ValueError, match="row 0 has label 0, a slot without a class: the head has no classes yet"):
+        SimplexHead(6, 0, num_slots=16).loss(torch.randn(2, 6), torch.tensor([0, 1]))
+
+
+def test_where_labels_cannot_be_read_they_are_not_checked() -> None:
+    """As the loss's docstring says: under torch.compile, torch.func, on fake and meta tensors."""
+    model, x, target = head(), torch.randn(3, 6), torch.tensor([0, 12, 1])
+    expected = SF.simplex_cross_entropy(model.embed(x), target)
+    torch.testing.assert_close(torch.compile(model.loss, fullgraph=True)(x, target), expected)
+    torch.testing.assert_close(torch.func.vmap(model.loss, (None, 0))(x, target[None]), expected[None])
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert model.loss(mode.from_tensor(x), mode.from_tensor(target)).shape == ()
+    assert copy.deepcopy(model).to("meta").loss(x.to("meta"), target.to("meta")).shape == ()
+
+
 def test_repr_says_the_options() -> None:
     assert "num_classes=10, num_slots=16, normalize=False, scale=1.0, margin=None" in repr(head())
 
@@ -294,33 +455,41 @@ def test_repr_says_the_options() -> None:
 @pytest.mark.parametrize(
     ("act", "error", "message"),
     [
-        (lambda: SimplexHead(1, 4), ValueError, "num_slots must be at least 2, got 1"),
-        (lambda: SimplexHead("3", 4), TypeError, "num_classes must be an integer, got str"),
-        (lambda: SimplexHead(3.0, 4), TypeError, "num_classes must be an integer, got float"),
-        (lambda: SimplexHead(3, 4.0), TypeError, "in_features must be an integer, got float"),
-        (lambda: SimplexHead(3, 4, num_slots=8.0), TypeError, "num_slots must be an integer, got float"),
-        (lambda: OrthoplexHead(3.0, 4), TypeError, "num_classes must be an integer, got float"),
-        (lambda: OrthoplexHead(3, 4, num_slots=8.0), TypeError, "num_slots must be an integer, got float"),
-        (lambda: CubeHead(3.0, 4, embedding_dim=4), TypeError, "num_classes must be an integer, got float"),
-        (lambda: CubeHead(3, 4, embedding_dim=4.0), TypeError, "embedding_dim must be an integer, got float"),
+        (lambda: SimplexHead(4, 1), ValueError, "num_slots must be at least 2, got 1"),
+        (lambda: SimplexHead(4, "3"), TypeError, "num_classes must be an integer, got str"),
+        (lambda: SimplexHead(4, 3.0), TypeError, "num_classes must be an integer, got float"),
+        (lambda: SimplexHead(4.0, 3), TypeError, "in_features must be an integer, got float"),
+        (lambda: SimplexHead(4, 3, num_slots=8.0), TypeError, "num_slots must be an integer, got float"),
+        (lambda: OrthoplexHead(4, 3.0), TypeError, "num_classes must be an integer, got float"),
+        (lambda: OrthoplexHead(4, 3, num_slots=8.0), TypeError, "num_slots must be an integer, got float"),
+        (lambda: CubeHead(4, 3.0, embedding_dim=4), TypeError, "num_classes must be an integer, got float"),
+        (lambda: CubeHead(4, 3, embedding_dim=4.0), TypeError, "embedding_dim must be an integer, got float"),
         (lambda: head().grow(12.0), TypeError, "num_classes must be an integer, got float"),
         (lambda: head().predict(torch.randn(2, 6), k=2.0), TypeError, "k must be an integer, got float"),
         (
-            lambda: SimplexHead(0, 6, num_slots=9).predict(torch.randn(2, 6)),
+            lambda: SimplexHead(6, 0, num_slots=9).predict(torch.randn(2, 6)),
             ValueError,
             r"the head has no classes yet; head.grow or head.slots.add makes some",
         ),
         (lambda: head().prototypes([0, 1]), TypeError, "slots must be a torch.Tensor, got list"),
-        (lambda: head().set_extra_state(None), TypeError, "the saved head's _extra_state must be a dict, got NoneType"),
-        (lambda: head_of("cube").set_extra_state(None), TypeError, "_extra_state must be a dict, got NoneType"),
-        (lambda: SimplexHead(-1, 4, num_slots=4), ValueError, "num_classes must be >= 0"),
-        (lambda: SimplexHead(9, 4, num_slots=8), ValueError, "namespace 'default' needs 9 slots, 8 of 8 are free"),
-        (lambda: SimplexHead(4, 0), ValueError, "in_features >= 1, got 4 and 0"),
-        (lambda: OrthoplexHead(-1, 4), ValueError, "num_classes must be >= 0"),
-        (lambda: OrthoplexHead(1, 4, slots=SlotRegistry(5)), ValueError, "an even number of slots, got 5"),
-        (lambda: CubeHead(9, 4, embedding_dim=3), ValueError, "d must be at least 4 for 9 classes, got 3"),
-        (lambda: CubeHead(9, 0, embedding_dim=8), ValueError, "in_features >= 1, got 9 and 0"),
-        (lambda: CubeHead(1, 4, embedding_dim=8), ValueError, "num_slots must be at least 2, got 1"),
+        (lambda: head().set_extra_state(None), TypeError, "_extra_state must be a tensor or a dict, got NoneType"),
+        (
+            lambda: head_of("cube").set_extra_state(None),
+            TypeError,
+            "_extra_state must be a tensor or a dict, got NoneType",
+        ),
+        (lambda: SimplexHead(4, -1, num_slots=4), ValueError, "num_classes >= 0, got 4 and -1"),
+        (lambda: SimplexHead(4, 9, num_slots=8), ValueError, "namespace 'default' needs 9 slots, 8 of 8 are free"),
+        (lambda: SimplexHead(0, 4), ValueError, "in_features must be >= 1 and num_classes >= 0, got 0 and 4"),
+        (lambda: OrthoplexHead(4, -1), ValueError, "num_classes >= 0, got 4 and -1"),
+        (lambda: OrthoplexHead.from_slots(SlotRegistry(5), 4), ValueError, "an even number of slots, got 5"),
+        (lambda: CubeHead(4, 9, embedding_dim=3), ValueError, "d must be at least 4 for 9 classes, got 3"),
+        (
+            lambda: CubeHead(0, 9, embedding_dim=8),
+            ValueError,
+            "in_features must be >= 1 and num_classes >= 0, got 0 and 9",
+        ),
+        (lambda: CubeHead(4, 1, embedding_dim=8), ValueError, "num_slots must be at least 2, got 1"),
         (lambda: head(scale=0.0), ValueError, "scale must be positive and finite, got 0.0"),
         (lambda: head(margin=("cosine", 0.3)), ValueError, "margin needs normalize=True"),
         (
@@ -338,12 +507,12 @@ def test_bad_input(act, error: type[Exception], message: str) -> None:
 
 
 def test_a_head_of_another_polytope_is_refused_and_meta_codes_are_made_anew() -> None:
-    cube = CubeHead(10, 16, embedding_dim=5)
-    for other in (OrthoplexHead(10, 16), SimplexHead(10, 16)):
+    cube = CubeHead(16, 10, embedding_dim=5)
+    for other in (OrthoplexHead(16, 10), SimplexHead(16, 10)):
         state = {**cube.state_dict(), "junction.weight": other.junction.weight.detach()}
         with pytest.raises((ValueError, RuntimeError), match="is of a cube"):
             other.load_state_dict(state)
-    empty = CubeHead(10, 16, embedding_dim=5, device="meta").to_empty(device="cpu")
+    empty = CubeHead(16, 10, embedding_dim=5, device="meta").to_empty(device="cpu")
     empty.codes.fill_(-1)
     empty.load_state_dict(cube.state_dict())
     x = torch.randn(3, 16)

@@ -48,7 +48,7 @@ class TrainingStepCase:
     def model(self) -> EmbeddingModel:
         torch.manual_seed(0)
         backbone = ResNet18()
-        return EmbeddingModel(backbone, SimplexHead(self.num_classes, backbone.out_features)).to(self.device)
+        return EmbeddingModel(backbone, SimplexHead(backbone.out_features, self.num_classes)).to(self.device)
 
     def losses(self) -> dict[str, Callable[[EmbeddingModel], Tensor]]:
         w: list[Tensor] = []  # made by the first call: whoever measures ours alone has no matrix in memory

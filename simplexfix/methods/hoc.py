@@ -6,7 +6,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import functional as SF
 from .._checks import check_contrast_options, check_share
 from ..models import EmbeddingModel
 from ..slots import SlotRegistry
@@ -57,16 +56,13 @@ class HOC(Simplex):
             return super().loss(model, input, target, old)
         with torch.no_grad():
             reference = old(input)
-        return SF.hoc_loss(
-            model(input),
+        return model.head.hoc_loss(  # type: ignore[no-any-return, operator]
+            model.backbone(input),
             reference,
             self._slots(target),
             lambda_=self.lambda_,
             mu=self.mu,
             negatives=self.negatives,
             anchor=self.anchor,
-            normalize=self.normalize,
-            scale=self.scale,
-            margin=self.margin,
             group=self.group,
         )

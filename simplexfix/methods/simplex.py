@@ -41,15 +41,16 @@ class Simplex:
         self.margin = margin
 
     def head(self, in_features: int) -> SimplexHead:
-        return SimplexHead(
-            0, in_features, slots=self.slots, normalize=self.normalize, scale=self.scale, margin=self.margin
+        return SimplexHead.from_slots(
+            self.slots, in_features, normalize=self.normalize, scale=self.scale, margin=self.margin
         )
 
     def add_classes(self, model: EmbeddingModel, classes: range) -> None:
         known = set(self.slots.classes(self.namespace).tolist())
         self.slots.add(self.namespace, [class_id for class_id in classes if class_id not in known])
         # a version keeps what was known when it was made
-        model.head.slots = copy.deepcopy(self.slots)  # type: ignore[assignment]
+        device = model.head.junction.weight.device  # type: ignore[union-attr]
+        model.head.slots = copy.deepcopy(self.slots).to(device)  # type: ignore[arg-type]
 
     def loss(self, model: EmbeddingModel, input: Tensor, target: Tensor, old: EmbeddingModel | None) -> Tensor:
         return model.head.loss(model.backbone(input), self._slots(target))  # type: ignore[no-any-return, operator]

@@ -49,6 +49,8 @@ class EmbeddingModel(nn.Module):
     def save_pretrained(self, folder: str | os.PathLike[str], *, version: int = 0, name: str = "") -> ModelIdentity:
         """Writes weights, head, slots, preprocessing and version into a folder, as docs/formats.md says.
 
+        Parts that are compiled, or wrapped by DataParallel or DistributedDataParallel, are saved as the plain ones.
+
         A model that was there is replaced; other files stay.  After an error or a crash the folder holds the model
         that was there, whole, or the new one.
 

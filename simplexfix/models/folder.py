@@ -23,13 +23,14 @@ from .._files import write_whole
 from .._states import CheckpointError, encoded, fingerprint, read_state
 from ..data.augment import Normalize
 from ..data.inputs import Drawings, Photographs, Preprocessing, Vectors
-from ..heads import CubeHead, OrthoplexHead, SimplexHead
+from ..heads import CubeHead, OrthoplexHead, SimplexHead, decode_state, encode_state
 from ..slots import SlotRegistry
 from .convnet import SmallConvNet
 from .identity import LEARNABLE, ModelIdentity
 from .linear import LinearHead
 from .mlp import FeatureMLP
 from .resnet import ResNet18
+from .wrapped import plain_names, unwrapped
 
 if TYPE_CHECKING:
     from .embedding import EmbeddingModel
@@ -102,6 +103,8 @@ def load_model(
     except (KeyError, TypeError, ValueError) as error:
         raise ModelFolderError(f"{folder / 'config.json'}: {error}") from error
     for_backbone, for_head = _below("backbone.", state), {**_below("head.", state), **_extra_state(config)}
+    own_names = {plain: key for key, plain in plain_names(backbone).items()}
+    for_backbone = {own_names.get(key, key): value for key, value in for_backbone.items()}
     _check_fit("the backbone", backbone, for_backbone, dtypes=given)
     _check_fit("the head", head, for_head, dtypes=False)
     if not given:
@@ -131,7 +134,7 @@ def identity_of(model: EmbeddingModel, *, version: int, name: str) -> ModelIdent
 
 def _parts(model: EmbeddingModel, version: int, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """What `config.json` says, but for the checksums, and the tensors."""
-    backbone, head, preprocessing = model.backbone, model.head, model.preprocessing
+    backbone, head, preprocessing = unwrapped(model.backbone), unwrapped(model.head), model.preprocessing
     kind = next((kind for kind, made in _HEADS.items() if type(head) is made), None)
     if kind is None:
         names = ", ".join(made.__name__ for made in _HEADS.values())
@@ -141,7 +144,9 @@ def _parts(model: EmbeddingModel, version: int, name: str) -> tuple[dict[str, An
             f"preprocessing must be None or one of {', '.join(_PREPROCESSING)} for the model to be saved, "
             f"got {type(preprocessing).__name__}"
         )
-    state = {key: value for key, value in model.state_dict().items() if key != "head._extra_state"}
+    plain = plain_names(model)
+    state = {plain[key]: value for key, value in model.state_dict().items()}
+    state.pop("head._extra_state", None)
     strangers = [key for key in state if not key.startswith(("backbone.", "head."))]
     if strangers:
         raise TypeError(f"a model that is saved has a backbone and a head, this one has {', '.join(strangers)} as well")
@@ -193,8 +198,10 @@ def _head_spec(head: Any) -> dict[str, Any]:
         "scale": head.scale,
         "margin": None if head.margin is None else list(head.margin),
     }
+    if head.junction.bias is not None:  # left out otherwise: the fingerprint of a model without one stays what it was
+        spec["bias"] = True
     if isinstance(head, CubeHead):
-        spec["codes_crc32"] = head.get_extra_state()["codes_crc32"]
+        spec["codes_crc32"] = decode_state(head.get_extra_state())["codes_crc32"]
     return spec
 
 
@@ -208,25 +215,26 @@ def _head(config: Mapping[str, Any]) -> nn.Module:
             learnable.grow(spec["num_classes"])
             return learnable
         options = {
-            "slots": SlotRegistry.from_dict(config["slots"]),
             "normalize": spec["normalize"],
             "scale": spec["scale"],
             "margin": None if spec["margin"] is None else tuple(spec["margin"]),
+            "bias": spec.get("bias", False),
         }
         if kind == "cube":
             options["embedding_dim"] = spec["embedding_dim"]
-        head: nn.Module = _HEADS[kind](0, spec["in_features"], **options)
+        slots = SlotRegistry.from_dict(config["slots"])
+        head: nn.Module = _HEADS[kind].from_slots(slots, spec["in_features"], **options)  # type: ignore[attr-defined]
         head.set_extra_state(_extra_state(config)["_extra_state"])  # are its vertices those of the saved one?
         return head
 
 
 def _extra_state(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The head's part of a state_dict that is no tensor."""
+    """The head's part of a state_dict that `config.json` holds."""
     spec = config["head"]
     if spec["kind"] == LEARNABLE:
         return {}
     codes = {"codes_crc32": spec["codes_crc32"]} if spec["kind"] == "cube" else {}
-    return {"_extra_state": {**config["slots"], "polytope": spec["kind"], **codes}}
+    return {"_extra_state": encode_state({**config["slots"], "polytope": spec["kind"], **codes})}
 
 
 def _identity(config: Mapping[str, Any]) -> ModelIdentity:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from .._checks import check_name
+from ..heads import CubeHead, OrthoplexHead, SimplexHead, decode_state
 from ..methods import Method
 from ..models import EmbeddingModel
 from . import processes
@@ -168,8 +169,8 @@ class Trainer:
         if folder is not None:  # the data as well; it takes a moment
             facts["items"] = items.fingerprint()
             facts["memory"] = None if memory is None else memory.fingerprint()
-            facts["parent"] = fingerprint(parent.state_dict())
-            facts["old"] = None if old is None else fingerprint(old.state_dict())
+            facts["parent"] = _fingerprint(parent)
+            facts["old"] = None if old is None else _fingerprint(old)
         if old is not None and next(old.parameters()).device != self.device:
             old = copy.deepcopy(old).to(self.device)
         finished = None if folder is None else Path(folder) / "version.safetensors"
@@ -281,6 +282,14 @@ class _Log:
         with open(self.path, "ab") as file:
             os.fsync(file.fileno())
             return file.tell()
+
+
+def _fingerprint(model: EmbeddingModel) -> str:
+    """Of a model's state, with the head's classes as a dict: as the first checkpoints had them."""
+    state = model.state_dict()
+    if isinstance(model.head, (CubeHead, OrthoplexHead, SimplexHead)):
+        state["head._extra_state"] = decode_state(state["head._extra_state"])
+    return fingerprint(state)
 
 
 def _on(device: torch.device, facts: Mapping[str, Any]) -> dict[str, Any]:

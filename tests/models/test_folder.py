@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -12,7 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from simplexfix import CubeHead, OrthoplexHead, SimplexHead, SlotRegistry
 from simplexfix.data import Drawings, Normalize, Photographs, RandomWarp, Vectors
@@ -50,9 +53,9 @@ def linear() -> LinearHead:
 
 
 HEADS = {
-    "simplex": lambda: SimplexHead(0, 16, slots=registry(), normalize=True, scale=12.5, margin=("angular", 0.25)),
-    "orthoplex": lambda: OrthoplexHead(0, 16, slots=registry()),
-    "cube": lambda: CubeHead(0, 16, slots=registry(), embedding_dim=70, scale=0.5),
+    "simplex": lambda: SimplexHead.from_slots(registry(), 16, normalize=True, scale=12.5, margin=("angular", 0.25)),
+    "orthoplex": lambda: OrthoplexHead.from_slots(registry(), 16),
+    "cube": lambda: CubeHead.from_slots(registry(), 16, embedding_dim=70, scale=0.5),
     "linear": linear,
     "linear without classes": lambda: LinearHead(16),
 }
@@ -70,7 +73,7 @@ def trained(backbone: nn.Module, shape: tuple[int, ...], head: nn.Module, **opti
 
 
 def small(scale: float = 1.0, **options) -> EmbeddingModel:
-    return trained(FeatureMLP(12, (16,)), (12,), SimplexHead(4, 16, num_slots=10, scale=scale), **options)
+    return trained(FeatureMLP(12, (16,)), (12,), SimplexHead(16, 4, num_slots=10, scale=scale), **options)
 
 
 def of_ones_own(width: int = 16, *, bias: bool = True, extra: bool = False) -> nn.Module:
@@ -105,6 +108,60 @@ def test_embeddings_are_the_same_to_the_bit(tmp_path: Path, name: str, head: str
     assert identity.embedding_dim == again.extract(inputs[:1]).shape[1]
     assert sorted(path.name for path in (tmp_path / "model").iterdir())[0] == "config.json"
     assert len(list((tmp_path / "model").iterdir())) == 2
+
+
+def compiled(module: nn.Module) -> nn.Module:
+    return torch.compile(module, backend="eager")
+
+
+def of_processes(module: nn.Module) -> nn.Module:
+    """A DistributedDataParallel, whose group is this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        return DistributedDataParallel(module)
+    finally:
+        dist.destroy_process_group()
+
+
+WRAPPERS = {
+    "compiled": compiled,
+    "DataParallel": nn.DataParallel,
+    "DistributedDataParallel": of_processes,
+    "compiled DataParallel": lambda module: compiled(nn.DataParallel(module)),
+    "DataParallel of a compiled one": lambda module: nn.DataParallel(compiled(module)),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_a_wrapped_backbone_is_saved_as_the_plain_one(tmp_path: Path, wrapper: str) -> None:
+    wrap, rows = WRAPPERS[wrapper], torch.randn(9, 12)
+    for name, make in (("ours", lambda: FeatureMLP(12, (16,))), ("ones own", of_ones_own)):
+        plain = trained(make(), (12,), SimplexHead(16, 4, num_slots=10))
+        expected = plain.save_pretrained(tmp_path / name / "plain")
+        content = {path.name: path.read_bytes() for path in (tmp_path / name / "plain").iterdir()}
+        model = EmbeddingModel(wrap(plain.backbone), plain.head).eval()
+        assert any(".module." in key or "._orig_mod." in key for key in model.state_dict())
+        assert model.identity() == expected
+        assert model.save_pretrained(tmp_path / name / "wrapped") == expected
+        assert {path.name: path.read_bytes() for path in (tmp_path / name / "wrapped").iterdir()} == content
+        given = None if name == "ours" else of_ones_own()
+        again = EmbeddingModel.from_pretrained(tmp_path / name / "wrapped", backbone=given)
+        assert torch.equal(again.extract(rows), plain.extract(rows))
+        into = wrap(make())  # a wrapped one is read into as well
+        again = EmbeddingModel.from_pretrained(tmp_path / name / "plain", backbone=into)
+        assert again.backbone is into
+        assert all(map(torch.equal, again.state_dict().values(), plain.state_dict().values()))
+
+
+def test_wrapped_parts_of_a_backbone_are_saved_as_plain_ones(tmp_path: Path) -> None:
+    plain = trained(of_ones_own(), (12,), SimplexHead(16, 4, num_slots=10))
+    expected = plain.save_pretrained(tmp_path / "plain")
+    backbone = copy.deepcopy(plain.backbone)
+    backbone[0], backbone[2] = compiled(backbone[0]), nn.DataParallel(compiled(backbone[2]))
+    whole = compiled(EmbeddingModel(nn.DataParallel(backbone), compiled(plain.head)))
+    assert whole.save_pretrained(tmp_path / "wrapped") == expected
+    again = EmbeddingModel.from_pretrained(tmp_path / "wrapped", backbone=of_ones_own())
+    assert torch.equal(again.extract(torch.ones(2, 12)), plain.extract(torch.ones(2, 12)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -355,7 +412,7 @@ def test_an_error_while_saving_leaves_the_model_that_was_there(tmp_path: Path, m
 
     monkeypatch.setattr(os, "replace", failing)
     with pytest.raises(OSError, match=r"No space left on device.*config\.json"):
-        trained(FeatureMLP(12, (16,)), (12,), SimplexHead(2, 16)).save_pretrained(tmp_path)
+        trained(FeatureMLP(12, (16,)), (12,), SimplexHead(16, 2)).save_pretrained(tmp_path)
     assert read_identity(tmp_path) == before
     assert EmbeddingModel.from_pretrained(tmp_path).identity() == before
 
@@ -439,7 +496,7 @@ def test_a_subclass_is_not_taken_for_what_it_derives_from(tmp_path: Path) -> Non
 
 
 def model_on(slots: SlotRegistry, kind=SimplexHead, in_features: int = 16, **options) -> ModelIdentity:
-    return EmbeddingModel(FeatureMLP(in_features), kind(0, in_features, slots=slots, **options)).identity()
+    return EmbeddingModel(FeatureMLP(in_features), kind.from_slots(slots, in_features, **options)).identity()
 
 
 def grown(num_slots: int = 34, **namespaces) -> SlotRegistry:

@@ -15,10 +15,13 @@ import jobs
 import pytest
 import torch
 
+from simplexfix import SimplexHead
+from simplexfix.heads import decode_state
 from simplexfix.methods import ER
 from simplexfix.models import EmbeddingModel
 from simplexfix.training import CheckpointWarning, Items, Schedule, Trainer, read_state, write_state
 from simplexfix.training.items import seeded
+from simplexfix.training.trainer import _fingerprint as fingerprint_of
 
 # a server that has loaded torch forks a process for each job, in milliseconds; it never ran a backward pass itself,
 # after which torch forbids that
@@ -223,6 +226,40 @@ def test_drift_is_named(tmp_path, options: dict, message: str, done: bool) -> No
         stopped(tmp_path / "run", 6)
     with pytest.raises(ValueError, match=message):
         jobs.trained(tmp_path / "run", **options)
+
+
+def test_checkpoints_from_before_states_held_tensors_alone_go_on(tmp_path) -> None:
+    """The head's classes were a dict in them, and so in the fingerprints of the parent and the old model."""
+
+    def as_before(path: Path, *places: str) -> None:
+        state = read_state(path)
+        model = state
+        for place in places:
+            model = model[place]
+        model["head._extra_state"] = decode_state(model["head._extra_state"])
+        write_state(path, state)
+
+    class StoppedError(Exception):
+        pass
+
+    def stop(step: int) -> None:
+        if step == 12:
+            raise StoppedError
+
+    whole = jobs.trained(tmp_path / "whole")
+    with pytest.raises(StoppedError):
+        jobs.trained(tmp_path / "stopped", on_step=stop)
+    as_before(tmp_path / "stopped" / "step-000000010.safetensors", "run", "model")
+    assert same(jobs.trained(tmp_path / "stopped").state_dict(), whole.state_dict())
+    as_before(tmp_path / "whole" / "version.safetensors", "model")
+    assert same(jobs.trained(tmp_path / "whole").state_dict(), whole.state_dict())
+
+
+def test_the_fingerprint_of_a_model_is_what_it_always_was() -> None:
+    """As the first version wrote it into its checkpoints: another one would refuse them as of another training."""
+    model = EmbeddingModel(torch.nn.Identity(), SimplexHead(2, 3, num_slots=4))
+    model.head.junction.weight.data = torch.arange(6.0).view(3, 2)
+    assert fingerprint_of(model) == "1ea221381687c3742371092b3a5acc24a9d110ed0ad95a2c08465c56b33ba9fa"
 
 
 def test_another_number_of_processes_is_told_of(tmp_path) -> None:
