@@ -107,8 +107,11 @@ class Replacement {
   explicit Replacement(const std::string& path) : path_(path) {
     struct stat replaced;
     if (::stat(path.c_str(), &replaced) == 0) mode_ = replaced.st_mode & 0777;
-    while (!file) {  // a name may be left over from a process of the same number that was killed
-      temporary_ = path + "." + std::to_string(::getpid()) + "-" + std::to_string(++g_counter) + ".tmp";
+    const size_t slash = path.rfind('/');
+    if (slash != std::string::npos) folder_ = path.substr(0, slash + 1);
+    while (!file) {  // a killed process with the same id may have left a file of this name
+      // of its own length: a suffix to the file's name could pass the 255 bytes that a name may have
+      temporary_ = folder_ + ".simplexfix-" + std::to_string(::getpid()) + "-" + std::to_string(++g_counter) + ".tmp";
       try {
         file.emplace(temporary_, O_WRONLY | O_CREAT | O_EXCL, mode_.value_or(0666));
       } catch (const std::system_error& error) {
@@ -125,17 +128,15 @@ class Replacement {
     file->close();
     if (::rename(temporary_.c_str(), path_.c_str()) < 0) fail("rename");
     file.reset();
-    const size_t slash = path_.rfind('/');
-    File folder(slash == std::string::npos ? "." : path_.substr(0, slash + 1), O_RDONLY | O_DIRECTORY);
-    folder.sync();
+    File(folder_.empty() ? "." : folder_, O_RDONLY | O_DIRECTORY).sync();
   }
 
   std::optional<File> file;
 
  private:
   static inline std::atomic<int64_t> g_counter{0};
-  std::string path_, temporary_;
-  std::optional<mode_t> mode_;  // of the file that is replaced
+  std::string path_, folder_, temporary_;  // folder_: "" or with a slash at its end
+  std::optional<mode_t> mode_;             // of the file that is replaced
 };
 
 Header read_header(File& file) {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from typing import Any, NoReturn, SupportsIndex
 
 import numpy as np
@@ -107,10 +109,10 @@ class CosineIndex:
         A file that was there is replaced by one of the same mode; a symbolic link stays, and its target is replaced.
 
         Raises:
-            OSError: the file cannot be written; one that was there is as before.
+            OSError: the file cannot be written, or the path is a directory, device, pipe or socket; what was there is
+                as before.
         """
-        file = _file(path)
-        self._index.save(os.path.realpath(file) if os.path.islink(file) else file)
+        self._index.save(_replaceable(path))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, threads: int | None = None) -> CosineIndex:
@@ -208,6 +210,32 @@ def _check_int(name: str, value: int, most: int) -> int:
     if not 1 <= value <= most:
         raise ValueError(f"{name} must lie between 1 and {most}, got {value}")
     return value
+
+
+_SPECIAL = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a character device",
+    stat.S_IFBLK: "a block device",
+}
+
+
+def _replaceable(path: str | os.PathLike[str]) -> bytes:
+    """The file to put in place: a link's target.  A rename onto anything but a regular file would destroy that."""
+    file = _file(path)
+    target = os.path.realpath(file) if os.path.islink(file) else file
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:  # a new file, or the target of a dangling link
+        return target
+    if not stat.S_ISREG(found.st_mode):
+        kind = _SPECIAL.get(stat.S_IFMT(found.st_mode), "no regular file")
+        number = errno.EISDIR if stat.S_ISDIR(found.st_mode) else errno.EINVAL
+        raise OSError(number, f"an index is saved as a regular file, and this is {kind}", os.fspath(path))
+    if not os.path.exists(target):  # /proc/self/fd/N of a file that was deleted
+        raise OSError(errno.ENOENT, "the link leads to a file that has no name any more", os.fspath(path))
+    return target
 
 
 def _file(path: str | os.PathLike[str]) -> bytes:
