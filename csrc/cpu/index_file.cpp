@@ -173,7 +173,8 @@ void check_rows(const GalleryRows& rows, int64_t begin, int64_t end) {
 }  // namespace
 
 void CosineIndex::save(const std::string& path) const {
-  const auto lock = reading();
+  Interrupt interrupt;
+  const auto lock = reading(interrupt);
   Replacement replacement(path);
   File& file = *replacement.file;
   Header header{{}, kVersion, uint32_t(type_), d_, ids_.size(), ids_.next(), 0, {}, 0};
@@ -181,6 +182,7 @@ void CosineIndex::save(const std::string& path) const {
   file.write(&header, sizeof header);
   Crc32 checksum;
   const auto write = [&](const void* data, size_t size) {
+    interrupt.check();
     checksum.add(data, size);
     file.write(data, size);
   };
@@ -200,6 +202,7 @@ void CosineIndex::save(const std::string& path) const {
 }
 
 std::unique_ptr<CosineIndex> CosineIndex::load(const std::string& path, int64_t threads) {
+  Interrupt interrupt;
   File file(path, O_RDONLY | O_NONBLOCK);  // a pipe must not be waited for
   const Header header = read_header(file);
   const int64_t n = header.rows;
@@ -207,6 +210,7 @@ std::unique_ptr<CosineIndex> CosineIndex::load(const std::string& path, int64_t 
   auto index = std::make_unique<CosineIndex>(header.dim, type, threads);
   Crc32 checksum;
   const auto read = [&](void* data, size_t size) {
+    interrupt.check();
     file.read(data, size);
     checksum.add(data, size);
   };
@@ -215,7 +219,7 @@ std::unique_ptr<CosineIndex> CosineIndex::load(const std::string& path, int64_t 
     some.resize(size_t(std::min(n - i, kIdsAtATime)));
     read(some.data(), some.size() * sizeof(int64_t));
     try {
-      index->ids_.append(some.data(), int64_t(some.size()));
+      index->ids_.append(some.data(), int64_t(some.size()), interrupt);
     } catch (const std::invalid_argument& error) {
       refuse(error.what());
     }
@@ -230,9 +234,11 @@ std::unique_ptr<CosineIndex> CosineIndex::load(const std::string& path, int64_t 
   }
   if (header.payload_checksum != checksum.value()) refuse("the checksum of its content does not match");
   const GalleryRows rows = index->view(n);
-  parallel(ceil_div(n, kPanelRows), index->threads_for(n * header.dim),
-           [&](int64_t panel) { check_rows(rows, panel * kPanelRows, std::min(n, (panel + 1) * kPanelRows)); });
-  index->codes_ = index->recentred(n);
+  const auto check = [&](int64_t panel) {
+    check_rows(rows, panel * kPanelRows, std::min(n, (panel + 1) * kPanelRows));
+  };
+  parallel(ceil_div(n, kPanelRows), index->threads_for(n * header.dim), check, &interrupt);
+  index->codes_ = index->recentred(n, interrupt);
   index->centred_at_ = n;
   return index;
 }

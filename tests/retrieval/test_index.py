@@ -20,37 +20,13 @@ import pytest
 import torch
 from conftest import needs_library
 from exact_search import GALLERIES, definition, hard_gallery, queries_for
+from index_helpers import assert_same, index_of, rows
 
 import simplexfix
 from simplexfix import CosineIndex, _native
-from simplexfix.retrieval import index as index_module
 from simplexfix.retrieval._plain_index import PlainIndex
 
-KINDS = [pytest.param("library", marks=needs_library), "plain"]
 DTYPES = ["float32", "bfloat16"]
-
-
-@pytest.fixture(params=KINDS)
-def kind(request, monkeypatch) -> str:
-    """Every test with it holds for the library's index and for its plain twin."""
-    if request.param == "plain":
-        monkeypatch.setattr(index_module, "_kind", lambda: PlainIndex)
-    return request.param
-
-
-def rows(n: int, d: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal((n, d)).astype(np.float32)
-
-
-def index_of(vectors, ids=None, **options) -> CosineIndex:
-    index = CosineIndex(np.shape(vectors)[1], **options)
-    index.add(vectors, ids)
-    return index
-
-
-def assert_same(got, expected) -> None:
-    for ours, truth in zip(got, expected, strict=True):
-        np.testing.assert_array_equal(ours, truth)
 
 
 @needs_library
