@@ -1,16 +1,22 @@
-// The Python module: facts about the build, and the index class.  Importing it registers the operators.  No torch here.
+// The Python module: facts about the build, the index class, and Ctrl-C.  Importing it registers the operators.  No
+// torch here.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <atomic>
+#include <exception>
 #include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <system_error>
 #include <utility>
+#include <vector>
 
 #include "cpu/cosine_index.h"
+#include "cpu/fork.h"
+#include "cpu/interrupt.h"
 #include "cpu/kernels.h"
 
 namespace py = pybind11;
@@ -26,7 +32,9 @@ std::pair<int, int> cuda_versions();
 
 namespace {
 using simplexfix::cpu::CosineIndex;
+using simplexfix::cpu::Interrupted;
 using simplexfix::cpu::RowType;
+using simplexfix::cpu::Selection;
 // simplexfix/retrieval/index.py has checked and converted what comes in; a call lets other Python threads run.
 using Floats = py::array_t<float, py::array::c_style>;
 using Ids = py::array_t<int64_t, py::array::c_style>;
@@ -37,6 +45,59 @@ using Ids = py::array_t<int64_t, py::array::c_style>;
                                                     path.data(), py::ssize_t(path.size()))))
                                      .ptr());
   throw py::error_already_set();
+}
+
+// What a signal's handler raised while a call ran: KeyboardInterrupt, mostly.  Under Python's lock.  Never destroyed:
+// at exit there is no Python any more.
+std::optional<py::error_already_set>& g_raised = *new std::optional<py::error_already_set>;
+
+// Python's main thread, which alone runs handlers of signals; in a forked child it is the one that forked.
+std::atomic<unsigned long> g_main_thread{0};
+const simplexfix::cpu::ForkHook g_main_thread_hook{[](void*) noexcept { g_main_thread = PyThread_get_thread_ident(); },
+                                                   nullptr};
+
+// Runs the handlers of signals that have come.
+bool handler_raised() {
+  if (PyThread_get_thread_ident() != g_main_thread) return false;  // before Python's lock, which may take long to get
+  const py::gil_scoped_acquire acquire;
+  g_raised.reset();
+  if (PyErr_CheckSignals() == 0) return false;
+  g_raised.emplace();
+  return true;
+}
+
+void raise_interrupt() {
+  if (!g_raised) return;
+  std::optional<py::error_already_set> raised;
+  raised.swap(g_raised);
+  raised->restore();
+  throw py::error_already_set();
+}
+
+void bind_interrupts(py::module_& m) {
+  g_main_thread = py::module_::import("threading").attr("main_thread")().attr("ident").cast<unsigned long>();
+  simplexfix::cpu::set_interrupt_check(handler_raised);
+  py::register_local_exception_translator([](std::exception_ptr pointer) {
+    try {
+      if (pointer) std::rethrow_exception(pointer);
+    } catch (const Interrupted& error) {
+      if (!g_raised) return PyErr_SetString(PyExc_RuntimeError, error.what());
+      g_raised->restore();
+      g_raised.reset();
+    }
+  });
+  m.def("raise_interrupt", raise_interrupt,
+        "Raises what a signal's handler raised during the last operator that it ended; nothing if there is no such.");
+}
+
+py::array_t<float> array_of(std::vector<float>&& numbers, int64_t columns) {
+  auto* const owned = new std::vector<float>(std::move(numbers));
+  const py::capsule owner(owned, [](void* p) { delete static_cast<std::vector<float>*>(p); });
+  return py::array_t<float>({int64_t(owned->size()) / columns, columns}, owned->data(), owner);
+}
+
+py::array_t<int64_t> array_of(const std::vector<int64_t>& numbers) {
+  return py::array_t<int64_t>(py::ssize_t(numbers.size()), numbers.data());
 }
 
 void bind_cosine_index(py::module_& m) {
@@ -57,7 +118,38 @@ void bind_cosine_index(py::module_& m) {
       .def("add",
            [](CosineIndex& self, const Floats& vectors, const std::optional<Ids>& ids) {
              const py::gil_scoped_release release;
-             self.add(vectors.data(), vectors.shape(0), ids ? ids->data() : nullptr);
+             return self.add(vectors.data(), vectors.shape(0), ids ? ids->data() : nullptr);
+           })
+      .def("__contains__", &CosineIndex::contains, py::call_guard<py::gil_scoped_release>())
+      .def_property_readonly("ids",
+                             [](const CosineIndex& self) {
+                               std::vector<int64_t> ids;
+                               {
+                                 const py::gil_scoped_release release;
+                                 ids = self.ids();
+                               }
+                               return array_of(ids);
+                             })
+      .def("rows",
+           [](const CosineIndex& self) {
+             simplexfix::cpu::IndexRows rows;
+             {
+               const py::gil_scoped_release release;
+               rows = self.rows();
+             }
+             return py::make_tuple(array_of(rows.ids), array_of(std::move(rows.vectors), self.dim()));
+           })
+      .def("vectors",
+           [](const CosineIndex& self, const Ids& ids) {
+             py::array_t<float> out({ids.shape(0), py::ssize_t(self.dim())});
+             float* const to = out.mutable_data();
+             try {
+               const py::gil_scoped_release release;
+               self.vectors(ids.data(), ids.shape(0), to);
+             } catch (const std::out_of_range& error) {
+               throw py::key_error(error.what());
+             }
+             return out;
            })
       .def("remove",
            [](CosineIndex& self, const Ids& ids) {
@@ -68,19 +160,24 @@ void bind_cosine_index(py::module_& m) {
                throw py::key_error(error.what());
              }
            })
-      .def("search",
-           [](const CosineIndex& self, const Floats& query, int64_t k) {
-             const py::ssize_t shape[] = {query.shape(0), k};
-             py::array_t<float> scores(shape);
-             py::array_t<int64_t> ids(shape);
-             {
-               float* const to_scores = scores.mutable_data();
-               int64_t* const to_ids = ids.mutable_data();
-               const py::gil_scoped_release release;
-               self.search(query.data(), query.shape(0), k, to_scores, to_ids);
-             }
-             return py::make_tuple(scores, ids);
-           })
+      .def(
+          "search",
+          [](const CosineIndex& self, const Floats& query, int64_t k, const std::optional<Ids>& ids, bool exclude) {
+            const py::ssize_t shape[] = {query.shape(0), k};
+            py::array_t<float> scores(shape);
+            py::array_t<int64_t> found(shape);
+            const Selection selection{ids ? ids->data() : nullptr, ids ? ids->shape(0) : 0, exclude};
+            float* const to_scores = scores.mutable_data();
+            int64_t* const to_found = found.mutable_data();
+            try {
+              const py::gil_scoped_release release;
+              self.search(query.data(), query.shape(0), k, to_scores, to_found, ids ? &selection : nullptr);
+            } catch (const std::out_of_range& error) {
+              throw py::key_error(error.what());
+            }
+            return py::make_tuple(scores, found);
+          },
+          "query"_a, "k"_a, "ids"_a = py::none(), "exclude"_a = false)
       .def("save",
            [](const CosineIndex& self, const std::string& path) {
              try {
@@ -96,6 +193,8 @@ void bind_cosine_index(py::module_& m) {
           return CosineIndex::load(path, threads);
         } catch (const std::system_error& error) {
           raise_os_error(error, path);
+        } catch (const Interrupted&) {
+          throw;
         } catch (const std::runtime_error& error) {
           throw py::value_error(error.what());
         }
@@ -104,6 +203,7 @@ void bind_cosine_index(py::module_& m) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+  bind_interrupts(m);
   bind_cosine_index(m);
   m.def(
       "build_info",

@@ -17,7 +17,16 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
-__all__ = ["build_info", "has_kernels", "is_readable", "is_transformed", "library", "missing", "why_not_cuda"]
+__all__ = [
+    "build_info",
+    "has_kernels",
+    "is_readable",
+    "is_transformed",
+    "library",
+    "missing",
+    "raise_interrupt",
+    "why_not_cuda",
+]
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
@@ -58,6 +67,12 @@ library, missing = _load()
 def build_info() -> dict[str, Any]:
     """What was compiled and what of it runs here; empty without the library."""
     return library.build_info() if library is not None else {}
+
+
+def raise_interrupt(error: RuntimeError) -> None:
+    """Raises KeyboardInterrupt, or what else a signal's handler raised, where that is why an operator ended."""
+    if library is not None and "interrupted by a signal" in str(error):
+        library.raise_interrupt()
 
 
 def why_not_cuda(device: int | None = None) -> str | None:

@@ -484,7 +484,8 @@ def cosine_topk(query: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]
         scores, ids = (q.double() @ g.double().T).float().topk(k)
 
     A score is the float64 dot product of the normalised float32 rows, rounded to float32; order is by
-    score, then by lower id.  Batch, threads and instruction set change nothing.
+    score, then by lower id.  Batch, threads and instruction set change nothing.  Ctrl-C ends a call on the CPU within a
+    second.
 
     Args:
         query: [Q, d] floating, finite.  float64 is rounded to float32.
@@ -509,9 +510,15 @@ def cosine_topk(query: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]
     k = check_integer("k", k)
     if not 1 <= k < 2**31:
         raise ValueError(f"k must lie between 1 and 2^31 - 1, got {k}")
-    if _native.has_kernels(query):
+    if not _native.has_kernels(query):
+        return _reference.cosine_topk(query.float(), gallery.float(), k)
+    if torch.compiler.is_compiling():
         return _ops.cosine_topk(query.float(), gallery.float(), k)
-    return _reference.cosine_topk(query.float(), gallery.float(), k)
+    try:
+        return _ops.cosine_topk(query.float(), gallery.float(), k)
+    except RuntimeError as error:  # torch lets no other exception through
+        _native.raise_interrupt(error)
+        raise
 
 
 def _cross_entropy(

@@ -11,6 +11,8 @@ import torch
 
 import simplexfix
 from simplexfix import _native
+from simplexfix.retrieval import index as index_module
+from simplexfix.retrieval._plain_index import PlainIndex
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -54,6 +56,14 @@ def data_folder() -> Path:
 
 
 needs_library = pytest.mark.skipif(_native.library is None, reason="the compiled library is not in use")
+
+
+@pytest.fixture(params=[pytest.param("library", marks=needs_library), "plain"])
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every test with it holds for the library's index and for its plain twin."""
+    if request.param == "plain":
+        monkeypatch.setattr(index_module, "_kind", lambda: PlainIndex)
+    return str(request.param)
 
 
 def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor) -> None:

@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <bit>
 #include <cstring>
+#include <memory>
 #include <new>
 #include <stdexcept>
 #include <vector>
@@ -13,17 +15,19 @@
 
 namespace simplexfix::cpu {
 namespace {
-constexpr int64_t kPiece = 16 * kPanelRows;                 // rows to a task when rows are written
-constexpr int64_t kNumbersPerThread = int64_t(1) << 22;     // of a search: about 50 us, what a thread costs to start
-constexpr int64_t kRowNumbersPerThread = int64_t(1) << 17;  // of an addition
-constexpr int64_t kQueriesPerTask = 8;                      // when results are sorted
+constexpr int64_t kPiece = 16 * kPanelRows;  // rows to a task when rows are written
+constexpr int64_t kQueriesPerTask = 8;       // when results are sorted
 // The center is chosen anew each time the rows have become four times as many, up to here: of rows that come one
 // by one the first would do badly for all, and encoding a row 4/3 times on average costs little.
 constexpr int64_t kEnoughToCentre = int64_t(1) << 16;
 
-void refuse_non_finite(const char* what, const float* rows, int64_t n, int64_t d) {
-  const int64_t row = first_non_finite_row(rows, d, d, 0, n);
-  if (row >= 0) throw std::invalid_argument(std::string(what) + " row " + std::to_string(row) + " holds nan or inf");
+void refuse_non_finite(const char* what, const float* rows, int64_t n, int64_t d, Interrupt& interrupt) {
+  const int64_t step = std::max<int64_t>(1, (int64_t(1) << 20) / d);
+  for (int64_t begin = 0; begin < n; begin += step) {
+    interrupt.check();
+    const int64_t row = first_non_finite_row(rows, d, d, begin, std::min(n, begin + step));
+    if (row >= 0) throw std::invalid_argument(std::string(what) + " row " + std::to_string(row) + " holds nan or inf");
+  }
 }
 
 // To nearest, ties to even; the numbers are finite.
@@ -41,48 +45,85 @@ CosineIndex::CosineIndex(int64_t d, RowType type, int64_t threads)
     : d_(d), type_(type), threads_(threads), rows_(d, type) {}
 
 int64_t CosineIndex::size() const {
-  const auto lock = reading();
+  Interrupt interrupt;
+  const auto lock = reading(interrupt);
   return ids_.size();
 }
 
 size_t CosineIndex::bytes() const {
-  const auto lock = reading();
+  Interrupt interrupt;
+  const auto lock = reading(interrupt);
   return rows_.bytes() + ids_.bytes() + (codes_ ? codes_->bytes() : 0);
 }
 
-std::shared_lock<std::shared_mutex> CosineIndex::reading() const {
-  const std::lock_guard turn(gate_);
-  return std::shared_lock(mutex_);
+bool CosineIndex::contains(int64_t id) const {
+  Interrupt interrupt;
+  const auto lock = reading(interrupt);
+  return ids_.find(id) >= 0;
 }
 
-std::unique_lock<std::shared_mutex> CosineIndex::writing() const {
-  const std::lock_guard turn(gate_);
-  return std::unique_lock(mutex_);
+std::vector<int64_t> CosineIndex::ids() const {
+  Interrupt interrupt;
+  const auto lock = reading(interrupt);
+  std::vector<int64_t> ids(static_cast<size_t>(ids_.size()));
+  for (int64_t i = 0; i < ids_.size(); ++i) ids[size_t(i)] = ids_[i];
+  return ids;
+}
+
+IndexRows CosineIndex::rows() const {
+  Interrupt interrupt;
+  const auto lock = reading(interrupt);
+  const auto n = ids_.size();
+  IndexRows rows{std::vector<int64_t>(size_t(n)), std::vector<float>(size_t(n * d_))};
+  for (int64_t i = 0; i < n; ++i) {
+    if (i % kPiece == 0) interrupt.check();
+    rows.ids[size_t(i)] = ids_[i];
+    copy_row(i, rows.vectors.data() + i * d_);
+  }
+  return rows;
+}
+
+void CosineIndex::vectors(const int64_t* ids, int64_t n, float* out) const {
+  Interrupt interrupt;
+  const auto lock = reading(interrupt);
+  for (int64_t i = 0; i < n; ++i) {
+    if (i % kPiece == 0) interrupt.check();
+    const int64_t row = ids_.find(ids[i]);
+    if (row < 0) throw std::out_of_range("id " + std::to_string(ids[i]) + " is not in the index");
+    copy_row(row, out + i * d_);
+  }
+}
+
+void CosineIndex::copy_row(int64_t row, float* out) const {
+  const float* from = view(ids_.size()).read(row, out);
+  if (from != out) std::memcpy(out, from, size_t(d_) * sizeof(float));
 }
 
 int64_t CosineIndex::threads_for(int64_t numbers) const {
-  return std::clamp<int64_t>(numbers / kRowNumbersPerThread, 1, threads_);
+  return cpu::threads_for(double(numbers), double(kNumbersPerThread), threads_);
 }
 
-void CosineIndex::add(const float* vectors, int64_t n, const int64_t* ids) {
-  refuse_non_finite("vectors", vectors, n, d_);
-  const auto lock = writing();
-  const int64_t before = ids_.size(), after = before + n;
+int64_t CosineIndex::add(const float* vectors, int64_t n, const int64_t* ids) {
+  Interrupt interrupt;
+  refuse_non_finite("vectors", vectors, n, d_, interrupt);
+  const auto lock = writing(interrupt);
+  const int64_t before = ids_.size(), after = before + n, next = ids_.next();
   try {
     rows_.resize(after);
-    write_rows(vectors, before, n);
+    write_rows(vectors, before, n, interrupt);
     if (d_ > GalleryCodes::kMaxDim || n == 0) {
-      ids_.append(ids, n);
+      ids_.append(ids, n, interrupt);
     } else if (!codes_ || (centred_at_ < kEnoughToCentre && after >= 4 * centred_at_)) {
-      std::optional<GalleryCodes> codes = recentred(after);
-      ids_.append(ids, n);
+      std::optional<GalleryCodes> codes = recentred(after, interrupt);
+      ids_.append(ids, n, interrupt);
       codes_ = std::move(codes);
       centred_at_ = after;
     } else {
       codes_->resize(after);
-      encode(*codes_, before, after);
-      ids_.append(ids, n);
+      encode(*codes_, before, after, &interrupt);
+      ids_.append(ids, n, interrupt);
     }
+    return next;
   } catch (...) {
     rows_.resize(before);
     if (codes_) codes_->resize(before);
@@ -90,8 +131,8 @@ void CosineIndex::add(const float* vectors, int64_t n, const int64_t* ids) {
   }
 }
 
-void CosineIndex::write_rows(const float* vectors, int64_t first, int64_t n) {
-  parallel(ceil_div(n, kPiece), threads_for(n * d_), [&](int64_t piece) {
+void CosineIndex::write_rows(const float* vectors, int64_t first, int64_t n, Interrupt& interrupt) {
+  const auto write = [&](int64_t piece) {
     const IeeeArithmetic ieee;
     std::vector<float> unit(type_ == RowType::kFloat ? 0 : size_t(d_));
     for (int64_t i = piece * kPiece, end = std::min(n, i + kPiece); i < end; ++i) {
@@ -100,32 +141,35 @@ void CosineIndex::write_rows(const float* vectors, int64_t first, int64_t n) {
       search_kernels().normalize_rows(vectors + i * d_, d_, out, d_, 0, 1);
       if (type_ == RowType::kBFloat16) round_to_bfloat16(out, to, d_);
     }
-  });
+  };
+  parallel(ceil_div(n, kPiece), threads_for(n * d_), write, &interrupt);
 }
 
-std::optional<GalleryCodes> CosineIndex::recentred(int64_t n) const {
+std::optional<GalleryCodes> CosineIndex::recentred(int64_t n, Interrupt& interrupt) const {
   std::optional<GalleryCodes> codes;
   if (n == 0 || d_ > GalleryCodes::kMaxDim) return codes;
   codes.emplace(d_, central_row(view(n)));
   codes->resize(n);
-  encode(*codes, 0, n);
+  encode(*codes, 0, n, &interrupt);
   return codes;
 }
 
-void CosineIndex::encode(GalleryCodes& codes, int64_t begin, int64_t end) const {
+void CosineIndex::encode(GalleryCodes& codes, int64_t begin, int64_t end, Interrupt* interrupt) const {
   const int64_t first = begin / kPiece;  // pieces begin at whole panels, but for the first
-  parallel(ceil_div(end, kPiece) - first, threads_for((end - begin) * d_), [&](int64_t piece) {
+  const auto encode = [&](int64_t piece) {
     const int64_t at = (first + piece) * kPiece;
     codes.encode(view(end), std::max(begin, at), std::min(end, at + kPiece));
-  });
+  };
+  parallel(ceil_div(end, kPiece) - first, threads_for((end - begin) * d_), encode, interrupt);
 }
 
 void CosineIndex::remove(const int64_t* ids, int64_t n) {
-  const auto lock = writing();
-  const std::vector<int64_t> gone = ids_.rows_of(ids, n);
+  Interrupt interrupt;
+  const auto lock = writing(interrupt);
+  const std::vector<int64_t> gone = ids_.rows_of(ids, n, interrupt);
   if (gone.empty()) return;
   ids_.prepare_to_remove();
-  // from here on nothing fails but the encoding, without which searches are slower and the same
+  // from here on nothing fails or is interrupted but the encoding, without which searches are slower and the same
   const auto bytes = size_t(row_bytes(type_, d_));
   int64_t to = gone.front();
   size_t passed = 0;
@@ -139,7 +183,7 @@ void CosineIndex::remove(const int64_t* ids, int64_t n) {
   rows_.resize(to);
   if (!codes_) return;
   try {
-    encode(*codes_, gone.front() / kPanelRows * kPanelRows, to);
+    encode(*codes_, gone.front() / kPanelRows * kPanelRows, to, nullptr);
     codes_->resize(to);
   } catch (const std::bad_alloc&) {
     codes_.reset();
@@ -147,24 +191,59 @@ void CosineIndex::remove(const int64_t* ids, int64_t n) {
   if (to == 0) codes_.reset();
 }
 
-void CosineIndex::search(const float* query, int64_t queries, int64_t k, float* scores, int64_t* found) const {
-  refuse_non_finite("query", query, queries, d_);
+std::vector<uint64_t> CosineIndex::mask_of(const Selection& selection, Interrupt& interrupt) const {
+  const int64_t n = ids_.size();
+  std::vector<uint64_t> mask(size_t(ceil_div(n, kPanelRows)), selection.exclude ? ~uint64_t(0) : 0);
+  if (selection.exclude && n % kPanelRows != 0) mask.back() = (uint64_t(1) << (n % kPanelRows)) - 1;
+  for (int64_t i = 0; i < selection.n; ++i) {
+    if (i % kPiece == 0) interrupt.check();
+    const int64_t row = ids_.find(selection.ids[i]);
+    if (row < 0) {
+      if (selection.exclude) continue;
+      throw std::out_of_range("id " + std::to_string(selection.ids[i]) + " is not in the index");
+    }
+    const uint64_t bit = uint64_t(1) << (row % kPanelRows);
+    uint64_t& word = mask[size_t(row / kPanelRows)];
+    word = selection.exclude ? word & ~bit : word | bit;
+  }
+  return mask;
+}
+
+void CosineIndex::search(const float* query, int64_t queries, int64_t k, float* scores, int64_t* found,
+                         const Selection* selection) const {
+  Interrupt interrupt;
+  refuse_non_finite("query", query, queries, d_, interrupt);
   std::vector<float> unit(size_t(queries * d_));
   {
     const IeeeArithmetic ieee;
     search_kernels().normalize_rows(query, d_, unit.data(), d_, 0, queries);
   }
-  const auto lock = reading();
+  const auto lock = reading(interrupt);
   GalleryRows rows = view(ids_.size());
   rows.ids = ids_.data();
-  const double numbers = double(queries) * double(rows.n) * double(d_);
-  const auto threads = int64_t(std::clamp(numbers / double(kNumbersPerThread), 1.0, double(threads_)));
-  Search search(unit.data(), queries, rows, codes_ ? &*codes_ : nullptr, k, threads);
-  parallel(search.tasks(), threads, [&](int64_t task) { search.run(task); });
-  parallel(ceil_div(queries, kQueriesPerTask), threads, [&](int64_t task) {
+  std::vector<uint64_t> mask;
+  if (selection) {
+    mask = mask_of(*selection, interrupt);
+    rows.mask = mask.data();
+    rows.searched = 0;
+    for (const uint64_t word : mask) rows.searched += std::popcount(word);
+  }
+  const int64_t threads = Search::threads_for(queries, rows, threads_);
+  Search search(unit.data(), queries, rows, codes_ ? &*codes_ : nullptr, k, threads, &interrupt);
+  parallel(search.tasks(), threads, [&](int64_t task) { search.run(task); }, &interrupt);
+  const auto write = [&](int64_t task) {
     const int64_t begin = task * kQueriesPerTask;
     search.write(begin, std::min(queries, begin + kQueriesPerTask), scores, found);
-  });
+  };
+  parallel(ceil_div(queries, kQueriesPerTask), threads, write, &interrupt);
+}
+
+// In a forked child.  The memory is left to leak: its containers may be inconsistent, and must never be destroyed.
+void CosineIndex::forget_if_half_changed() noexcept {
+  if (!lock_.renew()) return;
+  std::construct_at(&rows_, d_, type_);
+  std::construct_at(&ids_);
+  std::construct_at(&codes_);
 }
 
 }  // namespace simplexfix::cpu

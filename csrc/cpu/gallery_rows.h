@@ -13,7 +13,9 @@ struct GalleryRows {
   int block_shift;
   int64_t n, d;
   RowType type = RowType::kFloat;
-  const int64_t* ids = nullptr;  // nullptr: a row's id is its place
+  const int64_t* ids = nullptr;    // nullptr: a row's id is its place
+  const uint64_t* mask = nullptr;  // a word for 64 rows, the first in the lowest bit: which are searched; nullptr: all
+  int64_t searched = n;            // how many they are
 
   static constexpr int kOneBlock = 62;
 
@@ -23,6 +25,8 @@ struct GalleryRows {
   // Rows from i on that lie side by side.
   int64_t run_length(int64_t i) const { return (int64_t(1) << block_shift) - (i & ((int64_t(1) << block_shift) - 1)); }
   int64_t id(int64_t i) const { return ids ? ids[i] : i; }
+  uint64_t mask_word(int64_t word) const { return mask ? mask[word] : ~uint64_t(0); }
+  bool is_searched(int64_t i) const { return mask_word(i / 64) >> (i % 64) & 1; }
   // Row i in fp32: its own place, or scratch [d].
   const float* read(int64_t i, float* scratch) const {
     const std::byte* from = row(i);

@@ -107,8 +107,11 @@ class Replacement {
   explicit Replacement(const std::string& path) : path_(path) {
     struct stat replaced;
     if (::stat(path.c_str(), &replaced) == 0) mode_ = replaced.st_mode & 0777;
-    while (!file) {  // a name may be left over from a process of the same number that was killed
-      temporary_ = path + "." + std::to_string(::getpid()) + "-" + std::to_string(++g_counter) + ".tmp";
+    const size_t slash = path.rfind('/');
+    if (slash != std::string::npos) folder_ = path.substr(0, slash + 1);
+    while (!file) {  // a killed process with the same id may have left a file of this name
+      // of its own length: a suffix to the file's name could pass the 255 bytes that a name may have
+      temporary_ = folder_ + ".simplexfix-" + std::to_string(::getpid()) + "-" + std::to_string(++g_counter) + ".tmp";
       try {
         file.emplace(temporary_, O_WRONLY | O_CREAT | O_EXCL, mode_.value_or(0666));
       } catch (const std::system_error& error) {
@@ -125,17 +128,15 @@ class Replacement {
     file->close();
     if (::rename(temporary_.c_str(), path_.c_str()) < 0) fail("rename");
     file.reset();
-    const size_t slash = path_.rfind('/');
-    File folder(slash == std::string::npos ? "." : path_.substr(0, slash + 1), O_RDONLY | O_DIRECTORY);
-    folder.sync();
+    File(folder_.empty() ? "." : folder_, O_RDONLY | O_DIRECTORY).sync();
   }
 
   std::optional<File> file;
 
  private:
   static inline std::atomic<int64_t> g_counter{0};
-  std::string path_, temporary_;
-  std::optional<mode_t> mode_;  // of the file that is replaced
+  std::string path_, folder_, temporary_;  // folder_: "" or with a slash at its end
+  std::optional<mode_t> mode_;             // of the file that is replaced
 };
 
 Header read_header(File& file) {
@@ -172,7 +173,8 @@ void check_rows(const GalleryRows& rows, int64_t begin, int64_t end) {
 }  // namespace
 
 void CosineIndex::save(const std::string& path) const {
-  const auto lock = reading();
+  Interrupt interrupt;
+  const auto lock = reading(interrupt);
   Replacement replacement(path);
   File& file = *replacement.file;
   Header header{{}, kVersion, uint32_t(type_), d_, ids_.size(), ids_.next(), 0, {}, 0};
@@ -180,6 +182,7 @@ void CosineIndex::save(const std::string& path) const {
   file.write(&header, sizeof header);
   Crc32 checksum;
   const auto write = [&](const void* data, size_t size) {
+    interrupt.check();
     checksum.add(data, size);
     file.write(data, size);
   };
@@ -199,6 +202,7 @@ void CosineIndex::save(const std::string& path) const {
 }
 
 std::unique_ptr<CosineIndex> CosineIndex::load(const std::string& path, int64_t threads) {
+  Interrupt interrupt;
   File file(path, O_RDONLY | O_NONBLOCK);  // a pipe must not be waited for
   const Header header = read_header(file);
   const int64_t n = header.rows;
@@ -206,6 +210,7 @@ std::unique_ptr<CosineIndex> CosineIndex::load(const std::string& path, int64_t 
   auto index = std::make_unique<CosineIndex>(header.dim, type, threads);
   Crc32 checksum;
   const auto read = [&](void* data, size_t size) {
+    interrupt.check();
     file.read(data, size);
     checksum.add(data, size);
   };
@@ -214,7 +219,7 @@ std::unique_ptr<CosineIndex> CosineIndex::load(const std::string& path, int64_t 
     some.resize(size_t(std::min(n - i, kIdsAtATime)));
     read(some.data(), some.size() * sizeof(int64_t));
     try {
-      index->ids_.append(some.data(), int64_t(some.size()));
+      index->ids_.append(some.data(), int64_t(some.size()), interrupt);
     } catch (const std::invalid_argument& error) {
       refuse(error.what());
     }
@@ -229,9 +234,11 @@ std::unique_ptr<CosineIndex> CosineIndex::load(const std::string& path, int64_t 
   }
   if (header.payload_checksum != checksum.value()) refuse("the checksum of its content does not match");
   const GalleryRows rows = index->view(n);
-  parallel(ceil_div(n, kPanelRows), index->threads_for(n * header.dim),
-           [&](int64_t panel) { check_rows(rows, panel * kPanelRows, std::min(n, (panel + 1) * kPanelRows)); });
-  index->codes_ = index->recentred(n);
+  const auto check = [&](int64_t panel) {
+    check_rows(rows, panel * kPanelRows, std::min(n, (panel + 1) * kPanelRows));
+  };
+  parallel(ceil_div(n, kPanelRows), index->threads_for(n * header.dim), check, &interrupt);
+  index->codes_ = index->recentred(n, interrupt);
   index->centred_at_ = n;
   return index;
 }

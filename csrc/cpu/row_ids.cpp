@@ -10,6 +10,7 @@
 namespace simplexfix::cpu {
 namespace {
 constexpr int64_t kLargest = std::numeric_limits<int64_t>::max();
+constexpr int64_t kCheckEvery = 4096;  // ids between two looks at the interrupt
 
 // An element that stands twice in a sorted range, or nullptr.
 const int64_t* repeated(const std::vector<int64_t>& sorted) {
@@ -33,8 +34,9 @@ int64_t RowIds::find(int64_t id) const {
   return at == row_of_.end() ? -1 : at->second;
 }
 
-void RowIds::check_new(const int64_t* ids, int64_t n) const {
+void RowIds::check_new(const int64_t* ids, int64_t n, Interrupt& interrupt) const {
   for (int64_t i = 0; i < n; ++i) {
+    if (i % kCheckEvery == 0) interrupt.check();
     if (ids[i] < 0 || ids[i] == kLargest)
       throw std::invalid_argument("ids must lie between 0 and 2^63 - 2, got " + std::to_string(ids[i]));
     if (ids[i] < next_ && find(ids[i]) >= 0)
@@ -57,10 +59,10 @@ void RowIds::store(int64_t room) {
   counted_ = false;
 }
 
-void RowIds::append(const int64_t* ids, int64_t n) {
+void RowIds::append(const int64_t* ids, int64_t n, Interrupt& interrupt) {
   if (n == 0) return;
   if (!ids && next_ > kLargest - n) throw std::invalid_argument("no ids are left above " + std::to_string(next_ - 1));
-  if (ids) check_new(ids, n);
+  if (ids) check_new(ids, n, interrupt);
   const auto id = [&](int64_t i) { return ids ? ids[i] : next_ + i; };
   bool count_on = counted_;
   for (int64_t i = 0; count_on && i < n; ++i) count_on = id(i) == size_ + i;
@@ -73,8 +75,14 @@ void RowIds::append(const int64_t* ids, int64_t n) {
       rows.reserve(size_t(size_ + n));
       int64_t inserted = 0;
       try {
-        for (int64_t i = 0; ascend_ && i < size_; ++i) rows.emplace(ids_[size_t(i)], i);
-        for (; inserted < n; ++inserted) rows.emplace(id(inserted), size_ + inserted);
+        for (int64_t i = 0; ascend_ && i < size_; ++i) {
+          if (i % kCheckEvery == 0) interrupt.check();
+          rows.emplace(ids_[size_t(i)], i);
+        }
+        for (; inserted < n; ++inserted) {
+          if (inserted % kCheckEvery == 0) interrupt.check();
+          rows.emplace(id(inserted), size_ + inserted);
+        }
       } catch (...) {
         for (int64_t i = 0; i < inserted; ++i) rows.erase(id(i));
         throw;
@@ -88,10 +96,11 @@ void RowIds::append(const int64_t* ids, int64_t n) {
   size_ += n;
 }
 
-std::vector<int64_t> RowIds::rows_of(const int64_t* ids, int64_t n) const {
+std::vector<int64_t> RowIds::rows_of(const int64_t* ids, int64_t n, Interrupt& interrupt) const {
   std::vector<int64_t> rows;
   rows.reserve(size_t(n));
   for (int64_t i = 0; i < n; ++i) {
+    if (i % kCheckEvery == 0) interrupt.check();
     const int64_t row = find(ids[i]);
     if (row < 0) throw std::out_of_range("id " + std::to_string(ids[i]) + " is not in the index");
     rows.push_back(row);

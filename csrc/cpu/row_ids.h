@@ -8,6 +8,8 @@
 #include <unordered_map>
 #include <vector>
 
+#include "interrupt.h"
+
 namespace simplexfix::cpu {
 
 class RowIds {
@@ -21,18 +23,18 @@ class RowIds {
 
   // Appends n ids, or from next() on where ids is nullptr.  All or nothing: std::invalid_argument names an id
   // that is negative, there already, or given twice.
-  void append(const int64_t* ids, int64_t n);
+  void append(const int64_t* ids, int64_t n, Interrupt& interrupt);
   // The row of an id, or -1.
   int64_t find(int64_t id) const;
   // Rows of these ids, ascending: std::out_of_range names one that is not there, std::invalid_argument one that
   // is given twice.
-  std::vector<int64_t> rows_of(const int64_t* ids, int64_t n) const;
+  std::vector<int64_t> rows_of(const int64_t* ids, int64_t n, Interrupt& interrupt) const;
   // Makes room for what remove() does; remove() itself cannot fail.
   void prepare_to_remove();
   void remove(const std::vector<int64_t>& rows);
 
  private:
-  void check_new(const int64_t* ids, int64_t n) const;
+  void check_new(const int64_t* ids, int64_t n, Interrupt& interrupt) const;
   void store(int64_t room);
 
   int64_t size_ = 0, next_ = 0;  // next: one above the highest id ever given

@@ -1,12 +1,14 @@
 #include "search.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <functional>
 #include <limits>
 
 #include "float_mode.h"
+#include "parallel.h"
 #include "select.h"
 
 namespace simplexfix::cpu {
@@ -18,6 +20,9 @@ constexpr int64_t kTasksPerThread = 2;      // for an even load; each task reads
 constexpr int64_t kMinSplit = 4096;         // gallery rows that are worth a task of their own
 constexpr int64_t kStep = 16 * kPanelRows;  // rows between two looks at the other tasks' cutoffs
 constexpr int64_t kSparseSteps = 16;        // of which one has its first panel in the sparse sample
+// Where a mask leaves fewer than one row of these, each is scored whole: a panel in codes costs as much as 8 such rows.
+constexpr int64_t kMaskedRows = 8;
+static_assert(kPanelRows == 64, "a word of a mask is a panel");
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 void raise(std::atomic<float>& highest, float score) {
@@ -66,6 +71,7 @@ struct Search::Scratch {
   std::vector<float> selection, scores, dense_queries;
   std::vector<const void*> pointers;
   std::vector<int64_t> dense;
+  std::vector<Waiting> searched;
 };
 
 struct Search::Task : Scratch {
@@ -81,12 +87,13 @@ struct Search::Task : Scratch {
 };
 
 Search::Search(const float* query, int64_t queries, const GalleryRows& rows, const GalleryCodes* codes, int64_t k,
-               int64_t threads)
+               int64_t threads, Interrupt* interrupt)
     : query_(query),
       queries_(queries),
       rows_(rows),
       dot_(search_kernels().dot[int(rows.type)]),
-      codes_(can_use_codes(rows.n, rows.d, k) ? codes : nullptr),
+      codes_(codes_for(rows, codes, k)),
+      interrupt_(interrupt),
       k_(k) {
   const int64_t wanted = threads > 1 ? kTasksPerThread * threads : 1;
   const int64_t most = std::clamp<int64_t>(kMaxBlockResults / k / 6 * 6, 6, kMaxQueryBlock);
@@ -103,6 +110,20 @@ Search::~Search() = default;
 
 bool Search::can_use_codes(int64_t n, int64_t d, int64_t k) {
   return d <= GalleryCodes::kMaxDim && k <= n / 4;  // where a quarter is wanted, nearly all would pass
+}
+
+const GalleryCodes* Search::codes_for(const GalleryRows& rows, const GalleryCodes* codes, int64_t k) {
+  return can_use_codes(rows.searched, rows.d, k) && rows.searched * kMaskedRows >= rows.n ? codes : nullptr;
+}
+
+int64_t Search::threads_for(int64_t queries, const GalleryRows& rows, int64_t most) {
+  constexpr double kProductsPerThread = 1 << 22;  // about 50 us, what a thread costs to start
+  return cpu::threads_for(double(queries) * double(rows.searched) * double(rows.d), kProductsPerThread, most);
+}
+
+bool Search::any_searched(int64_t begin, int64_t end) const {
+  if (!rows_.mask) return true;
+  return std::any_of(rows_.mask + begin / 64, rows_.mask + ceil_div(end, 64), [](uint64_t word) { return word != 0; });
 }
 
 void Search::run(int64_t index) {
@@ -170,6 +191,8 @@ void Search::sweep_part(Task& task, Part part) {
     const int64_t first = task.g0 + step * kStep;
     const int64_t begin = std::min(part == Part::kRest ? first + kPanelRows : first, task.g1);
     const int64_t end = std::min(first + (samples ? kPanelRows : kStep), task.g1);
+    check_interrupt();
+    if (!any_searched(begin, end)) continue;
     for (int64_t q = 0; codes_ && q < task.queries; ++q) refresh(task, q);
     score_all(task, begin, end);
     if (codes_) scan(task, begin, end);
@@ -220,6 +243,7 @@ void Search::score_all(Task& task, int64_t begin, int64_t end) {
     if (codes_) task.cutoff[size_t(q)] = state.dense ? kInfinity : state.cutoff;
   }
   if (dense.empty()) return;
+  if (2 * rows_.searched < rows_.n) return score_searched(task, begin, end);
   const auto n = int64_t(dense.size());
   const float* query = task.query;
   if (n < task.queries) {
@@ -232,17 +256,31 @@ void Search::score_all(Task& task, int64_t begin, int64_t end) {
   task.scores.resize(std::max(task.scores.size(), size_t(n * panel)));
   for (int64_t g = begin; g < end;) {
     const int64_t rows = std::min({panel, end - g, rows_.run_length(g)});
+    check_interrupt();
     dot_.tile(query, n, rows_.row(g), rows, d, task.scores.data(), panel);
     for (int64_t i = 0; i < n; ++i) {
       TopK& best = task.best[size_t(dense[size_t(i)])];
       const float* scores = task.scores.data() + i * panel;
-      if (!rows_.ids) {
+      if (!rows_.ids && !rows_.mask) {
         best.offer(scores, rows, g);
       } else {
-        for (int64_t r = 0; r < rows; ++r) best.offer({scores[r], rows_.id(g + r)});
+        for (int64_t r = 0; r < rows; ++r)
+          if (rows_.is_searched(g + r)) best.offer({scores[r], rows_.id(g + r)});
       }
     }
     g += rows;
+  }
+}
+
+// The same where a mask leaves most rows out: only the others are scored.
+void Search::score_searched(Task& task, int64_t begin, int64_t end) {
+  std::vector<Waiting>& rows = task.searched;
+  rows.clear();
+  for (int64_t g = begin; g < end; ++g)
+    if (rows_.is_searched(g)) rows.push_back({0.f, uint32_t(g - task.g0)});
+  for (const int64_t q : task.dense) {
+    check_interrupt();
+    score(task, q, rows.data(), rows.data() + rows.size());
   }
 }
 
@@ -252,13 +290,13 @@ void Search::scan(Task& task, int64_t begin, int64_t end) {
   const CodeQueries queries = task.codes->view(task.panel_cutoff.data());
   for (int64_t g = begin; g < end; g += kPanelRows) {
     const int64_t rows = std::min(kPanelRows, end - g);
-    task.seen += rows;
-    if (all_dense) continue;
+    const uint64_t present = ~uint64_t(0) >> (kPanelRows - rows) & rows_.mask_word(g / kPanelRows);
+    task.seen += rows_.mask ? std::popcount(present) : rows;
+    if (all_dense || present == 0) continue;
     const CodePanel panel = codes_->panel(g / kPanelRows);
     const float panel_norm = codes_->panel_norm(g / kPanelRows);
     task.codes->panel_cutoffs(task.cutoff.data(), panel_norm, task.panel_cutoff.data());
     search_kernels().scan_panel(panel, queries, codes_->groups(), task.passed.data(), task.upper.data());
-    const uint64_t present = ~uint64_t(0) >> (kPanelRows - rows);
     for (int64_t q = 0; q < task.queries; ++q) {
       uint64_t mask = task.passed[size_t(q)] & present;
       if (!mask) continue;
@@ -386,6 +424,7 @@ void Search::score_in_windows(Task& task, std::vector<Waiting> QueryState::* lis
   // sixteen rows to a query and window, so that the kernel has some to do at once
   const int64_t window = std::max<int64_t>(16, 16 * task.queries * (task.g1 - task.g0) / int64_t(pairs));
   for (int64_t g = 0; g < task.g1 - task.g0; g += window) {
+    check_interrupt();
     for (int64_t q = 0; q < task.queries; ++q) {
       QueryState& state = task.state[size_t(q)];
       const std::vector<Waiting>& rows = state.*list;
@@ -399,6 +438,7 @@ void Search::score_in_windows(Task& task, std::vector<Waiting> QueryState::* lis
 
 void Search::write(int64_t begin, int64_t end, float* scores, int64_t* ids) {
   for (int64_t q = begin; q < end; ++q) {
+    check_interrupt();
     const int64_t block = q / query_block_, at = q % query_block_;
     TopK& best = found_[size_t(block * splits_)][size_t(at)];
     for (int64_t split = 1; split < splits_; ++split) best.merge(found_[size_t(block * splits_ + split)][size_t(at)]);

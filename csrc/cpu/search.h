@@ -12,6 +12,7 @@
 // so that few rows pass from there on.  Where fewer than k reach it after all (rows in an order that
 // the sample fits into), the query is searched again without.
 // Bytes: per task the codes of its stretch once (1 byte per number), a row's own for each row scored.
+// With a mask only some rows are searched, as if the gallery had no others.
 // Determinism: the cutoffs are shared between the tasks of a query, so the work depends on timing;
 // the results never do, because in the end a row is left out only if k others certainly rank before it.
 #pragma once
@@ -24,6 +25,7 @@
 
 #include "gallery_codes.h"
 #include "gallery_rows.h"
+#include "interrupt.h"
 #include "query_codes.h"
 #include "topk.h"
 
@@ -32,13 +34,17 @@ namespace simplexfix::cpu {
 class Search {
  public:
   // Normalised queries [queries, d]; codes of the same gallery, or nullptr.  All must outlive the search.
-  // threads says how many tasks are worth having; the results are the same with any.
+  // threads says how many tasks are worth having; the results are the same with any.  interrupt: of the thread that
+  // waits for the tasks, or nullptr.
   Search(const float* query, int64_t queries, const GalleryRows& rows, const GalleryCodes* codes, int64_t k,
-         int64_t threads);
+         int64_t threads, Interrupt* interrupt = nullptr);
   ~Search();
 
-  // Whether the bounds can leave anything out.
+  // Whether the bounds can leave anything out of n rows.
   static bool can_use_codes(int64_t n, int64_t d, int64_t k);
+
+  // As many threads as the search is worth.
+  static int64_t threads_for(int64_t queries, const GalleryRows& rows, int64_t most);
 
   // Tasks may run in any order on any threads.
   int64_t tasks() const { return query_blocks_ * splits_; }
@@ -57,6 +63,11 @@ class Search {
   struct Scratch;
   struct Task;
 
+  static const GalleryCodes* codes_for(const GalleryRows& rows, const GalleryCodes* codes, int64_t k);
+  bool any_searched(int64_t begin, int64_t end) const;
+  void check_interrupt() const {
+    if (interrupt_) interrupt_->check();
+  }
   Scratch take_scratch();
   void give_back(Scratch&& scratch);
   int64_t rank_in(double share) const;
@@ -65,6 +76,7 @@ class Search {
   void sweep_part(Task& task, Part part);
   void refresh(Task& task, int64_t q);
   void score_all(Task& task, int64_t begin, int64_t end);
+  void score_searched(Task& task, int64_t begin, int64_t end);
   void scan(Task& task, int64_t begin, int64_t end);
   void drain(Task& task, int64_t q);
   void prune(Task& task, int64_t q);
@@ -79,6 +91,7 @@ class Search {
   GalleryRows rows_;
   const DotKernels& dot_;
   const GalleryCodes* codes_;
+  Interrupt* const interrupt_;
   int64_t k_, query_block_, query_blocks_, splits_;
   std::unique_ptr<std::atomic<float>[]> highest_;  // of each query: the highest k-th best score of any task
   std::mutex scratch_mutex_;

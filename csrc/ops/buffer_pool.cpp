@@ -2,6 +2,8 @@
 
 #include <cstdlib>
 #include <mutex>
+
+#include "../cpu/fork.h"
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -16,6 +18,7 @@ constexpr size_t kHugePage = size_t(2) << 20;
 constexpr size_t kMostBlocks = 16;
 constexpr size_t kWorthKeeping = size_t(1) << 17;  // smaller blocks malloc keeps by itself
 
+// Under fork_mutex(), so that a forked child finds it whole and free.
 class BufferPool {
  public:
   BufferPool() { free_.reserve(kMostBlocks); }
@@ -24,7 +27,7 @@ class BufferPool {
   void* take(size_t size) {
     const size_t wanted = size + kHeader;
     {
-      const std::lock_guard<std::mutex> lock(mutex_);
+      const std::lock_guard lock(cpu::fork_mutex());
       for (auto block = free_.rbegin(); block != free_.rend(); ++block)  // the last one left is the warmest
         if (block->size >= wanted && block->size / 2 < wanted) {
           void* found = block->memory;
@@ -48,7 +51,7 @@ class BufferPool {
     void* memory = static_cast<char*>(numbers) - kHeader;
     const size_t size = *static_cast<size_t*>(memory);
     if (size < kWorthKeeping || size > kKeptBytes) return std::free(memory);
-    const std::lock_guard<std::mutex> lock(mutex_);
+    const std::lock_guard lock(cpu::fork_mutex());
     while (kept_ + size > kKeptBytes || free_.size() == kMostBlocks) {
       kept_ -= free_.front().size;
       std::free(free_.front().memory);
@@ -63,16 +66,13 @@ class BufferPool {
     void* memory;
     size_t size;
   };
-  std::mutex mutex_;
   std::vector<Block> free_;  // the oldest first; never grows, so that giving back can't fail
   size_t kept_ = 0;
 };
 
-// Never destroyed: tensors may outlive every static object.
-BufferPool& pool() {
-  static auto* const instance = new BufferPool;
-  return *instance;
-}
+// Never destroyed: tensors may outlive every static object.  Made when the library is loaded: a child that was forked
+// while another thread makes a function's static object would wait for it for ever.
+BufferPool& g_pool = *new BufferPool;
 }  // namespace
 
 Tensor reusable_empty(const std::vector<int64_t>& shape, ScalarType type) {
@@ -83,9 +83,9 @@ Tensor reusable_empty(const std::vector<int64_t>& shape, ScalarType type) {
     numbers *= shape[i];
   }
   const size_t bytes = size_t(numbers) * size_t((type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2));
-  return torch::stable::from_blob(pool().take(bytes), shape, strides,
+  return torch::stable::from_blob(g_pool.take(bytes), shape, strides,
                                   torch::stable::Device(torch::headeronly::DeviceType::CPU), type,
-                                  [](void* memory) { pool().give_back(memory); });
+                                  [](void* memory) { g_pool.give_back(memory); });
 }
 
 }  // namespace simplexfix

@@ -22,6 +22,8 @@
 #include <vector>
 
 #include "../core/types.h"
+#include "../cpu/fork.h"
+#include "../cpu/parallel.h"
 
 // Python sees a ValueError with this message alone: STD_TORCH_CHECK would make it a RuntimeError, and name the folder
 // of the build.
@@ -89,13 +91,16 @@ inline void check_rows(const Tensor& z, const char* name) {
                    " must have between 1 and 2^31 - 2 columns, got ", z.size(1));
 }
 
-// work(begin, end) over all rows of cols numbers each, by torch's threads.  Every thread begins with a share of its
+// work(begin, end) over all rows of cols numbers each, by torch's threads, or in a forked child by threads of our own,
+// as many.  Every thread begins with a share of its
 // own, the same in every call, whose rows are in its caches then; whoever is done takes from what others have left, for
 // threads of a shared machine are seldom equally fast.
 template <typename F>
 void for_rows(int64_t rows, int64_t cols, const F& work) {
   constexpr int64_t kWorth = 16384, kParts = 8;  // numbers that are worth a hand-over; parts of a share
-  const int64_t least = std::max<int64_t>(1, kWorth / std::max<int64_t>(1, cols));
+  const bool forked = cpu::is_forked();
+  const int64_t worth = forked ? cpu::kNumbersPerThread : kWorth;
+  const int64_t least = std::max<int64_t>(1, worth / std::max<int64_t>(1, cols));
   const int64_t shares = std::clamp<int64_t>(rows / least, 1, torch::stable::get_num_threads());
   if (shares == 1) {
     if (rows > 0) work(0, rows);
@@ -105,12 +110,16 @@ void for_rows(int64_t rows, int64_t cols, const F& work) {
   const auto start_of = [&](int64_t share) { return share * rows / shares; };
   const std::unique_ptr<std::atomic<int64_t>[]> next(new std::atomic<int64_t>[size_t(shares)]);
   for (int64_t share = 0; share < shares; ++share) next[size_t(share)] = start_of(share);
-  torch::stable::parallel_for(0, shares, 1, [&](int64_t own, int64_t) {
+  const auto run = [&](int64_t own) {
     for (int64_t s = own; s < own + shares; ++s) {
       const int64_t share = s % shares, end = start_of(share + 1);
       for (int64_t at; (at = next[size_t(share)].fetch_add(part)) < end;) work(at, std::min(end, at + part));
     }
-  });
+  };
+  if (forked)
+    cpu::parallel(shares, shares, run);
+  else
+    torch::stable::parallel_for(0, shares, 1, [&](int64_t own, int64_t) { run(own); });
 }
 
 // An operator as it is registered.  Where torch fails within it, most often for want of memory, Python sees torch's own

@@ -5,6 +5,8 @@
 #include <string>
 
 #include "../cpu/float_mode.h"
+#include "../cpu/interrupt.h"
+#include "../cpu/parallel.h"
 #include "../cpu/search.h"
 #include "common.h"
 #ifdef SIMPLEXFIX_WITH_CUDA
@@ -16,12 +18,23 @@ namespace simplexfix {
 namespace {
 constexpr int64_t kQueriesWorthCodes = 24;  // to encode a gallery costs about as much as to score it for half of them
 
+// work(begin, end) for parts of n rows of d numbers each.  By threads of our own, not by torch's: a search is long
+// enough for them, and they can be interrupted.
+template <typename Work>
+void in_parts(int64_t n, int64_t d, cpu::Interrupt& interrupt, const Work& work) {
+  const int64_t part = std::max<int64_t>(1, cpu::kNumbersPerThread / std::max<int64_t>(1, d));
+  const int64_t threads =
+      cpu::threads_for(double(n) * double(d), double(cpu::kNumbersPerThread), torch::stable::get_num_threads());
+  cpu::parallel(
+      ceil_div(n, part), threads, [&](int64_t i) { work(i * part, std::min(n, (i + 1) * part)); }, &interrupt);
+}
+
 // A dense, normalised copy of the rows.
-Tensor normalized(const Tensor& rows, const char* name) {
+Tensor normalized(const Tensor& rows, const char* name, cpu::Interrupt& interrupt) {
   const int64_t n = rows.size(0), d = rows.size(1), stride = n > 1 ? rows.stride(0) : d;
   const float* in = data<float>(rows);
   std::atomic<int64_t> bad{n};
-  for_rows(n, d, [&](int64_t begin, int64_t end) {
+  in_parts(n, d, interrupt, [&](int64_t begin, int64_t end) {
     const int64_t row = cpu::first_non_finite_row(in, stride, d, begin, end);
     if (row < 0) return;
     int64_t seen = bad.load();
@@ -31,7 +44,7 @@ Tensor normalized(const Tensor& rows, const char* name) {
   SIMPLEXFIX_CHECK(bad == n, name, " row ", bad.load(), " holds nan or inf");
   const Tensor out = torch::stable::new_empty(rows, {n, d});
   float* to = mutable_data<float>(out);
-  for_rows(n, d, [&](int64_t begin, int64_t end) {
+  in_parts(n, d, interrupt, [&](int64_t begin, int64_t end) {
     const cpu::IeeeArithmetic ieee;
     cpu::search_kernels().normalize_rows(in, stride, to, d, begin, end);
   });
@@ -52,8 +65,9 @@ void check(const Tensor& query, const Tensor& gallery, int64_t k) {
 
 std::tuple<Tensor, Tensor> cosine_topk_cpu(Tensor query, Tensor gallery, int64_t k) {
   check(query, gallery, k);
-  const Tensor q = normalized(with_dense_rows(query), "query");
-  const Tensor g = normalized(with_dense_rows(gallery), "gallery");
+  cpu::Interrupt interrupt;
+  const Tensor q = normalized(with_dense_rows(query), "query", interrupt);
+  const Tensor g = normalized(with_dense_rows(gallery), "gallery", interrupt);
   const int64_t queries = q.size(0);
   const Tensor scores = torch::stable::new_empty(q, {queries, k});
   const Tensor ids = torch::stable::new_empty(q, {queries, k}, ScalarType::Long);
@@ -64,17 +78,17 @@ std::tuple<Tensor, Tensor> cosine_topk_cpu(Tensor query, Tensor gallery, int64_t
     codes.emplace(rows.d, cpu::central_row(rows));
     codes->resize(rows.n);
     const int64_t panels = ceil_div(rows.n, cpu::kPanelRows);
-    for_rows(panels, rows.d * cpu::kPanelRows, [&](int64_t begin, int64_t end) {
+    in_parts(panels, rows.d * cpu::kPanelRows, interrupt, [&](int64_t begin, int64_t end) {
       codes->encode(rows, begin * cpu::kPanelRows, std::min(rows.n, end * cpu::kPanelRows));
     });
   }
-  cpu::Search search(data<float>(q), queries, rows, codes ? &*codes : nullptr, k, torch::stable::get_num_threads());
-  torch::stable::parallel_for(0, search.tasks(), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) search.run(task);
-  });
+  const int64_t threads = cpu::Search::threads_for(queries, rows, torch::stable::get_num_threads());
+  cpu::Search search(data<float>(q), queries, rows, codes ? &*codes : nullptr, k, threads, &interrupt);
+  cpu::parallel(search.tasks(), threads, [&](int64_t task) { search.run(task); }, &interrupt);
   float* const to_scores = mutable_data<float>(scores);
   int64_t* const to_ids = mutable_data<int64_t>(ids);
-  for_rows(queries, k * 16, [&](int64_t begin, int64_t end) { search.write(begin, end, to_scores, to_ids); });
+  in_parts(queries, k * 16, interrupt,
+           [&](int64_t begin, int64_t end) { search.write(begin, end, to_scores, to_ids); });
   return {scores, ids};
 }
 

@@ -9,6 +9,7 @@ import os
 import stat
 import struct
 import threading
+import weakref
 import zlib
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ _HEADER = struct.Struct("<8sIIqqqI16s")  # and a checksum of these
 _MAGIC, _VERSION = b"SFXINDEX", 1
 _DTYPES = ("float32", "bfloat16")
 _LARGEST_ID = 2**63 - 2
+_QUERIES = 256  # at a time, so that Ctrl-C does not have to wait for all
 
 
 class _Rows(NamedTuple):
@@ -38,15 +40,33 @@ class PlainIndex:
         self.dim, self.dtype, self.threads = dim, dtype, threads
         self._rows = _Rows(np.empty((0, dim), np.float32), np.empty(0, np.int64), 0)
         self._changing = threading.Lock()
+        _all.add(self)
 
     def __len__(self) -> int:
         return len(self._rows.ids)
+
+    def __contains__(self, id_: int) -> bool:
+        return bool(np.isin(id_, self._rows.ids))
+
+    @property
+    def ids(self) -> NDArray[np.int64]:
+        return self._rows.ids.copy()
+
+    def rows(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        rows = self._rows
+        return rows.ids.copy(), rows.vectors.copy()
+
+    def vectors(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        rows = self._rows
+        _check_held(ids, rows.ids)
+        order = np.argsort(rows.ids)
+        return rows.vectors[order[np.searchsorted(rows.ids, ids, sorter=order)]]
 
     @property
     def nbytes(self) -> int:
         return self._rows.vectors.nbytes + self._rows.ids.nbytes
 
-    def add(self, vectors: NDArray[np.float32], ids: NDArray[np.int64] | None) -> None:
+    def add(self, vectors: NDArray[np.float32], ids: NDArray[np.int64] | None) -> int:
         _refuse_non_finite("vectors", vectors)
         unit = unit_float32(torch.from_numpy(vectors))
         if self.dtype == "bfloat16":
@@ -60,26 +80,32 @@ class PlainIndex:
             _check_new(ids, old.ids)
             next_id = max(old.next_id, int(ids.max()) + 1) if len(ids) else old.next_id
             self._rows = _Rows(np.concatenate([old.vectors, unit.numpy()]), np.concatenate([old.ids, ids]), next_id)
+            return old.next_id
 
     def remove(self, ids: NDArray[np.int64]) -> None:
         with self._changing:
             old = self._rows
-            missing = ids[~np.isin(ids, old.ids)]
-            if len(missing):
-                raise KeyError(f"id {missing[0]} is not in the index")
+            _check_held(ids, old.ids)
             if (twice := _repeated(ids)) is not None:
                 raise ValueError(f"id {twice} is given twice")
             kept = ~np.isin(old.ids, ids)
             self._rows = _Rows(old.vectors[kept], old.ids[kept], old.next_id)
 
-    def search(self, query: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def search(
+        self, query: NDArray[np.float32], k: int, ids: NDArray[np.int64] | None = None, exclude: bool = False
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         _refuse_non_finite("query", query)
         rows = self._rows
         order = np.argsort(rows.ids)
+        if ids is not None:
+            if not exclude:
+                _check_held(ids, rows.ids)
+            order = order[np.isin(rows.ids[order], ids, invert=exclude)]
         blocks = torch.split(torch.from_numpy(rows.vectors[order]), 8192)
-        scores, found = unit_topk(unit_float32(torch.from_numpy(query)), blocks, k)
-        ids = np.append(rows.ids[order], -1)  # the -1 of a place that nothing fills finds the last
-        return scores.numpy(), ids[found.numpy()]
+        parts = torch.split(unit_float32(torch.from_numpy(query)), _QUERIES)
+        found = [unit_topk(part, blocks, k) for part in parts]
+        names = np.append(rows.ids[order], -1)  # the -1 of a place that nothing fills finds the last
+        return torch.cat([part[0] for part in found]).numpy(), names[torch.cat([part[1] for part in found]).numpy()]
 
     def save(self, path: bytes) -> None:
         rows = self._rows
@@ -154,7 +180,25 @@ def _check_new(ids: NDArray[np.int64], present: NDArray[np.int64]) -> None:
         raise ValueError(f"id {twice} is given twice")
 
 
+def _check_held(ids: NDArray[np.int64], held: NDArray[np.int64]) -> None:
+    missing = ids[~np.isin(ids, held)]
+    if len(missing):
+        raise KeyError(f"id {missing[0]} is not in the index")
+
+
 def _repeated(ids: NDArray[np.int64]) -> int | None:
     """The lowest id that stands twice."""
     found, counts = np.unique(ids, return_counts=True)
     return int(found[counts.argmax()]) if len(found) and counts.max() > 1 else None
+
+
+_all: weakref.WeakSet[PlainIndex] = weakref.WeakSet()
+
+
+def _free_locks() -> None:
+    """In a forked child: the thread that held a lock does not exist there.  Rows are put in place as a whole."""
+    for index in _all:
+        index._changing = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_free_locks)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from typing import Any, NoReturn, SupportsIndex
 
 import numpy as np
@@ -11,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .. import _native
 from .._checks import check_integer, check_name, check_tensor
+from . import _faiss
 from ._plain_index import PlainIndex
 
 __all__ = ["CosineIndex"]
@@ -32,8 +35,12 @@ class CosineIndex:
     Beside each vector lies a copy in codes of eight bits, from which a first pass tells which rows cannot be among
     the best.  Memory per row, in bytes: 5 d + 12 with float32, 3 d + 12 with bfloat16; 8 more unless the ids are 0, 1,
     2, ...; about 40 more once ids are not ascending.  Any thread may call anything at any time: searches run beside
-    each other, changes alone; other Python threads run meanwhile.  An index is not copied or pickled: a second one
-    is loaded from a file.
+    each other, changes alone; other Python threads run meanwhile.  Ctrl-C ends a call within a second, and nothing is
+    changed then.  An index is not copied or pickled: a second one is loaded from a file.
+
+    A process may fork at any time.  The child has an index of its own with the same rows, whoever was searching or
+    saving in the parent.  Where another thread was adding or removing, the rows are lost in the child: every call
+    raises RuntimeError there.
 
     Args:
         dim: d, 1 to 2^31 - 2.
@@ -50,7 +57,7 @@ class CosineIndex:
         check_name("dtype", dtype, ("float32", "bfloat16"))
         self._index: Any = _kind()(dim, dtype, _threads(threads))
 
-    def add(self, vectors: ArrayLike | torch.Tensor, ids: ArrayLike | torch.Tensor | None = None) -> None:
+    def add(self, vectors: ArrayLike | torch.Tensor, ids: ArrayLike | torch.Tensor | None = None) -> NDArray[np.int64]:
         """Adds rows: all of them or, after an error, none.
 
         Args:
@@ -59,30 +66,78 @@ class CosineIndex:
             ids: [n] integers in [0, 2^63 - 2], none of them twice nor in the index.  None: counted on from the highest
                 id that the index ever held, from 0 at first.
 
+        Returns:
+            The ids [n] int64.
+
         Raises:
             TypeError: not numbers of these kinds.
             ValueError: wrong shape; a row that holds nan or inf, or an id that may not be, by name.
         """
         rows = self._rows("vectors", vectors)
-        self._index.add(rows, None if ids is None else _ids(ids, len(rows)))
+        names = None if ids is None else _ids("ids", ids, len(rows))
+        first = self._index.add(rows, names)
+        return np.arange(first, first + len(rows)) if names is None else names.copy()
 
-    def search(self, query: ArrayLike | torch.Tensor, k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """The k best for each query.
+    def search(
+        self,
+        query: ArrayLike | torch.Tensor,
+        k: int,
+        *,
+        include: ArrayLike | torch.Tensor | None = None,
+        exclude: ArrayLike | torch.Tensor | None = None,
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """The k best for each query, of all rows or of some, as if the index held no others.
 
         Args:
             query: [Q, dim], as the vectors of `add`.
             k: 1 to 2^31 - 1.
+            include: [n] integers, the ids that are searched; each in the index.
+            exclude: [n] integers, ids that are not searched; those that are not in the index are ignored.
 
         Returns:
-            scores [Q, k] float32 descending and ids [Q, k] int64; where the index holds fewer than k rows, score -inf
+            scores [Q, k] float32 descending and ids [Q, k] int64; where fewer than k rows are searched, score -inf
             with id -1 follows.
 
         Raises:
-            TypeError, ValueError: as `add`.
+            TypeError, ValueError: as `add`; or both include and exclude.
+            KeyError: an id to include is not in the index, by name.
         """
         k = _check_int("k", k, 2**31 - 1)
-        scores, ids = self._index.search(self._rows("query", query), k)
+        if include is not None and exclude is not None:
+            raise ValueError("give include or exclude, not both; to search some of the ids, include these alone")
+        rows = self._rows("query", query)
+        names = None
+        if include is not None:
+            names = _ids("include", include, None)
+        elif exclude is not None:
+            names = _ids("exclude", exclude, None)
+        scores, ids = self._index.search(rows, k, names, exclude is not None)
         return scores, ids
+
+    @property
+    def ids(self) -> NDArray[np.int64]:
+        """The ids [n] int64 of the rows, in the order in which they were added; a copy."""
+        ids: NDArray[np.int64] = self._index.ids
+        return ids
+
+    def __contains__(self, id: SupportsIndex) -> bool:
+        id = check_integer("id", id)
+        return 0 <= id < 2**63 and id in self._index
+
+    def vectors(self, ids: ArrayLike | torch.Tensor) -> NDArray[np.float32]:
+        """What is stored: the normalised rows, rounded to the index's dtype.
+
+        Args:
+            ids: [n] integers, each in the index.
+
+        Returns:
+            [n, dim] float32, in the order of the ids.
+
+        Raises:
+            KeyError: an id is not in the index, by name.
+        """
+        vectors: NDArray[np.float32] = self._index.vectors(_ids("ids", ids, None))
+        return vectors
 
     def remove(self, ids: ArrayLike | torch.Tensor) -> int:
         """Removes rows: all of these or, after an error, none.  Takes one pass over the rows behind the first of them.
@@ -97,7 +152,7 @@ class CosineIndex:
             KeyError: an id is not in the index, by name.
             ValueError: an id is given twice, by name.
         """
-        gone = _ids(ids, None)
+        gone = _ids("ids", ids, None)
         self._index.remove(gone)
         return len(gone)
 
@@ -107,10 +162,10 @@ class CosineIndex:
         A file that was there is replaced by one of the same mode; a symbolic link stays, and its target is replaced.
 
         Raises:
-            OSError: the file cannot be written; one that was there is as before.
+            OSError: the file cannot be written, or the path is a directory, device, pipe or socket; what was there is
+                as before.
         """
-        file = _file(path)
-        self._index.save(os.path.realpath(file) if os.path.islink(file) else file)
+        self._index.save(_replaceable(path))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, threads: int | None = None) -> CosineIndex:
@@ -126,6 +181,38 @@ class CosineIndex:
         except ValueError as error:
             raise ValueError(f"{os.fspath(path)} is no index, or damaged: {error}") from None
         return index
+
+    def to_faiss(self) -> Any:
+        """A faiss index of the same rows and ids: an IndexIDMap2 of an IndexFlatIP.
+
+        Its scores are cosines where the query is normalised, as by `faiss.normalize_L2`.
+
+        Raises:
+            ModuleNotFoundError: faiss is not installed (`pip install 'simplexfix[faiss]'`).
+        """
+        ids, vectors = self._index.rows()
+        return _faiss.to_flat(ids, vectors)
+
+    @classmethod
+    def from_faiss(cls, index: Any, *, dtype: str = "float32", threads: int | None = None) -> CosineIndex:
+        """An index of the rows and ids of a flat faiss index, whose rows are of length 1.
+
+        With such rows cosine ranks as faiss does, by inner product or by L2.
+
+        Args:
+            index: a faiss IndexFlat, IndexFlatIP or IndexFlatL2, or an IndexIDMap or IndexIDMap2 of one.
+            dtype, threads: as of `CosineIndex`.
+
+        Raises:
+            ModuleNotFoundError: faiss is not installed (`pip install 'simplexfix[faiss]'`).
+            TypeError: it is not such an index.
+            ValueError: its metric is another; a row, by number, is not of length 1 up to 10^-3, or 0; an id that may
+                not be, by name.
+        """
+        ids, vectors = _faiss.from_flat(index)
+        made = cls(vectors.shape[1], dtype=dtype, threads=threads)
+        made.add(vectors, ids)
+        return made
 
     def __reduce_ex__(self, _: SupportsIndex) -> NoReturn:
         raise TypeError(
@@ -183,17 +270,17 @@ def _to_numpy(name: str, values: ArrayLike | torch.Tensor) -> NDArray[Any]:
     return np.asarray(values)
 
 
-def _ids(ids: ArrayLike | torch.Tensor, count: int | None) -> NDArray[np.int64]:
-    array = _to_numpy("ids", ids)
+def _ids(name: str, ids: ArrayLike | torch.Tensor, count: int | None) -> NDArray[np.int64]:
+    array = _to_numpy(name, ids)
     if array.size == 0:
         array = array.astype(np.int64)  # an empty list has no dtype of its own
     if array.dtype.kind not in "iu":
-        raise TypeError(f"ids must be integers, got {array.dtype}")
+        raise TypeError(f"{name} must be integers, got {array.dtype}")
     if array.ndim != 1 or (count is not None and len(array) != count):
         expected = "n" if count is None else count
-        raise ValueError(f"ids must have shape [{expected}], got {list(array.shape)}")
+        raise ValueError(f"{name} must have shape [{expected}], got {list(array.shape)}")
     if array.dtype == np.uint64 and array.size and array.max() > np.iinfo(np.int64).max:
-        raise ValueError(f"ids must lie between 0 and 2^63 - 2, got {array.max()}")
+        raise ValueError(f"{name} must lie between 0 and 2^63 - 2, got {array.max()}")
     return np.ascontiguousarray(array, dtype=np.int64)
 
 
@@ -208,6 +295,32 @@ def _check_int(name: str, value: int, most: int) -> int:
     if not 1 <= value <= most:
         raise ValueError(f"{name} must lie between 1 and {most}, got {value}")
     return value
+
+
+_SPECIAL = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a character device",
+    stat.S_IFBLK: "a block device",
+}
+
+
+def _replaceable(path: str | os.PathLike[str]) -> bytes:
+    """The file to put in place: a link's target.  A rename onto anything but a regular file would destroy that."""
+    file = _file(path)
+    target = os.path.realpath(file) if os.path.islink(file) else file
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:  # a new file, or the target of a dangling link
+        return target
+    if not stat.S_ISREG(found.st_mode):
+        kind = _SPECIAL.get(stat.S_IFMT(found.st_mode), "no regular file")
+        number = errno.EISDIR if stat.S_ISDIR(found.st_mode) else errno.EINVAL
+        raise OSError(number, f"an index is saved as a regular file, and this is {kind}", os.fspath(path))
+    if not os.path.exists(target):  # /proc/self/fd/N of a file that was deleted
+        raise OSError(errno.ENOENT, "the link leads to a file that has no name any more", os.fspath(path))
+    return target
 
 
 def _file(path: str | os.PathLike[str]) -> bytes:

@@ -217,6 +217,7 @@ def build_ops(jobs: int = 1) -> Path:
     folder = Path(torch.__file__).parent
     headers = HERE / "emulator" / "emulated_ops.h"
     fronts = [f for f in sorted((ROOT / "csrc" / "ops").glob("*.cpp")) if f.stem != "cuda_stream"]
+    fronts.append(ROOT / "csrc" / "cpu" / "fork.cpp")  # for the memory of results
     flags = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
     flags += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-isystem", folder / "include", "-include", headers]
 

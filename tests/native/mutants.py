@@ -261,7 +261,9 @@ MUTANTS = [
     Mutant("sample believed", SEARCH, "if (codes_) search_again(task);", ""),
     Mutant("too few of the promising scored", SEARCH, "score_in_windows(task, &QueryState::waiting);", ""),
     # ... the index
-    Mutant("codes of moved rows kept", INDEX, "encode(*codes_, gone.front() / kPanelRows * kPanelRows, to);", ""),
+    Mutant(
+        "codes of moved rows kept", INDEX, "encode(*codes_, gone.front() / kPanelRows * kPanelRows, to, nullptr);", ""
+    ),
     Mutant(
         "a refused row stays",
         INDEX,
@@ -270,9 +272,9 @@ MUTANTS = [
     ),
     Mutant(
         "changes do not wait for searches",
-        INDEX,
-        "return std::unique_lock(mutex_);",
-        "return std::unique_lock(mutex_, std::defer_lock);",
+        "cpu/index_lock.cpp",
+        "(access == Access::kRead || lock.readers_ == 0)",
+        "true",
     ),
     Mutant(
         "length of a file's rows taken on trust",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import socket
 import stat
 import struct
 import subprocess
@@ -19,37 +20,13 @@ import pytest
 import torch
 from conftest import needs_library
 from exact_search import GALLERIES, definition, hard_gallery, queries_for
+from index_helpers import assert_same, index_of, rows
 
 import simplexfix
 from simplexfix import CosineIndex, _native
-from simplexfix.retrieval import index as index_module
 from simplexfix.retrieval._plain_index import PlainIndex
 
-KINDS = [pytest.param("library", marks=needs_library), "plain"]
 DTYPES = ["float32", "bfloat16"]
-
-
-@pytest.fixture(params=KINDS)
-def kind(request, monkeypatch) -> str:
-    """Every test with it holds for the library's index and for its plain twin."""
-    if request.param == "plain":
-        monkeypatch.setattr(index_module, "_kind", lambda: PlainIndex)
-    return request.param
-
-
-def rows(n: int, d: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal((n, d)).astype(np.float32)
-
-
-def index_of(vectors, ids=None, **options) -> CosineIndex:
-    index = CosineIndex(np.shape(vectors)[1], **options)
-    index.add(vectors, ids)
-    return index
-
-
-def assert_same(got, expected) -> None:
-    for ours, truth in zip(got, expected, strict=True):
-        np.testing.assert_array_equal(ours, truth)
 
 
 @needs_library
@@ -427,6 +404,71 @@ def test_saving_keeps_the_mode_and_the_links_of_the_file_it_replaces(kind: str, 
     assert sorted(os.listdir(links)) == ["first", "second", "to be"]
     assert all(link.is_symlink() for link in links.iterdir())
     assert sorted(os.listdir(tmp_path)) == ["index", "later", "links", "new"]
+
+
+def special(kind_of_file: str, path: Path) -> None:
+    """Makes one; a device has the numbers of /dev/null."""
+    if kind_of_file == "directory":
+        path.mkdir()
+    elif kind_of_file == "pipe":
+        os.mkfifo(path)
+    elif kind_of_file == "socket":
+        with socket.socket(socket.AF_UNIX) as bound:
+            bound.bind(str(path))
+    else:
+        character = kind_of_file == "character device"
+        try:
+            if character:
+                os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(1, 3))
+            else:
+                os.mknod(path, stat.S_IFBLK | 0o666, os.makedev(7, 250))
+        except PermissionError:
+            pytest.skip("only root makes devices")
+
+
+@pytest.mark.parametrize("linked", [False, True], ids=["itself", "behind a link"])
+@pytest.mark.parametrize("kind_of_file", ["directory", "pipe", "socket", "character device", "block device"])
+def test_saving_onto_what_is_no_regular_file(kind: str, kind_of_file: str, linked: bool, tmp_path: Path) -> None:
+    special(kind_of_file, tmp_path / "special")
+    before = os.lstat(tmp_path / "special")
+    path = tmp_path / ("link" if linked else "special")
+    if linked:
+        path.symlink_to("special")
+    error = IsADirectoryError if kind_of_file == "directory" else OSError
+    with pytest.raises(error, match=f"saved as a regular file, and this is a {kind_of_file}: '{path}'"):
+        index_of(rows(3, 4)).save(path)
+    assert os.path.samestat(os.lstat(tmp_path / "special"), before)
+    assert sorted(os.listdir(tmp_path)) == (["link", "special"] if linked else ["special"])
+    assert path.is_symlink() == linked
+
+
+def test_saving_onto_a_descriptor(kind: str, tmp_path: Path) -> None:
+    """What /dev/stdout and >(...) are: links in /proc, whose names lead nowhere."""
+    read, write = os.pipe()
+    with open(tmp_path / "deleted", "wb") as file, os.fdopen(read), os.fdopen(write, "w"):
+        os.unlink(tmp_path / "deleted")
+        for descriptor, message in ((write, "this is a pipe"), (file.fileno(), "a file that has no name any more")):
+            with pytest.raises(OSError, match=message):
+                index_of(rows(3, 4)).save(f"/proc/self/fd/{descriptor}")
+    assert not os.listdir(tmp_path)
+    with open(tmp_path / "there", "wb") as file:
+        index_of(rows(3, 4)).save(f"/proc/self/fd/{file.fileno()}")
+    assert len(CosineIndex.load(tmp_path / "there")) == 3
+
+
+def test_names_as_long_as_names_may_be(kind: str, tmp_path: Path) -> None:
+    for name in ("n" * 255, "ü" * 127, "名" * 85):
+        index_of(rows(3, 4)).save(tmp_path / name)
+        assert len(CosineIndex.load(tmp_path / name)) == 3
+        assert os.listdir(tmp_path) == [name]
+        (tmp_path / "link").symlink_to(name)
+        index_of(rows(5, 4)).save(tmp_path / "link")
+        assert len(CosineIndex.load(tmp_path / name)) == 5
+        (tmp_path / "link").unlink()
+        (tmp_path / name).unlink()
+    with pytest.raises(OSError, match=r"File name too long: '.*nnn'"):
+        index_of(rows(3, 4)).save(tmp_path / ("n" * 256))
+    assert not os.listdir(tmp_path)
 
 
 # ---- threads
