@@ -15,10 +15,10 @@ import jobs
 import pytest
 import torch
 
+from simplexfix._seeds import seeded
 from simplexfix.methods import ER
 from simplexfix.models import EmbeddingModel
 from simplexfix.training import CheckpointWarning, Items, Schedule, Trainer, read_state, write_state
-from simplexfix.training.items import seeded
 
 # a server that has loaded torch forks a process for each job, in milliseconds; it never ran a backward pass itself,
 # after which torch forbids that
