@@ -163,7 +163,7 @@ def train_run(
     def keep(t: int, version: EmbeddingModel) -> None:
         place = f"task-{t:02d}/model"
         version.preprocessing = data.prepare
-        version.class_names = data.tasks[t].items.class_names
+        version.class_names = data.names_of(t)
         identity = version.save_pretrained(folder / place, version=t, name=f"{config.method.name}, task {t}")
         written.append({"folder": place, "fingerprint": identity.fingerprint})
         for name, pair in data.searched.items():

@@ -65,13 +65,15 @@ class RunData:
         return {name: items.fingerprint() for name, items in parts.items()}
 
     def class_names(self) -> dict[str, list[str]]:
-        """What the ids of tasks, pre-training and each search are called, where the data says it."""
-        parts = {
-            "tasks": self.tasks[-1].items,
-            "pretraining": self.pretraining,
-            **{name: pair[1] for name, pair in self.searched.items()},
-        }
-        return {name: list(items.class_names) for name, items in parts.items() if items.class_names}
+        """What the ids of tasks, of pre-training and of each search are called, where the data says it."""
+        parts = {"pretraining": self.pretraining, **{name: pair[1] for name, pair in self.searched.items()}}
+        named = {name: list(items.class_names) for name, items in parts.items() if items.class_names}
+        return {"tasks": list(names), **named} if (names := self.names_of(len(self.tasks) - 1)) else named
+
+    def names_of(self, task: int) -> tuple[str, ...] | None:
+        """What the classes so far are called."""
+        names: tuple[str, ...] | None = self.tasks[task].items.class_names
+        return names and names[: self.tasks[task].classes.stop]
 
 
 _PARTS = ((0, "query"), (1, "gallery"))
