@@ -2,6 +2,7 @@
 
 from .augment import Normalize, RandomCropFlip, RandomWarp
 from .cifar import CIFAR100_MEAN, CIFAR100_STD, Cifar, CifarFileError, load_cifar10, load_cifar100
+from .dataset_rows import DatasetRows
 from .features import FeatureFileError, Features, load_features
 from .folders import ImageFileError, ImageFolder, ImageFolderDataset, load_image_folder
 from .inputs import Drawings, Photographs, Preprocessing, Vectors
@@ -12,6 +13,7 @@ __all__ = [
     "CIFAR100_STD",
     "Cifar",
     "CifarFileError",
+    "DatasetRows",
     "Drawings",
     "FeatureFileError",
     "Features",

@@ -100,6 +100,14 @@ class ImageFolderDataset(Dataset[tuple[Tensor, int]]):
         except OSError as error:
             raise ImageFileError(f"{self.files[index]} cannot be read: {error.strerror}") from None
 
+    def in_memory(self) -> ImageFolder:
+        """All images, decoded by as many threads as there are processors."""
+        images = np.empty((len(self), 3, self.size, self.size), dtype=np.uint8)
+        with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
+            for i, (image, _) in enumerate(pool.map(self.__getitem__, range(len(self)))):
+                images[i] = image
+        return ImageFolder(images, self.targets.numpy(), self.class_names, tuple(map(Path, self.files)))
+
 
 def load_image_folder(path: str | os.PathLike[str], *, size: int) -> ImageFolder:
     """Decodes all images of a folder at once, as `ImageFolderDataset` reads them one by one.
@@ -112,12 +120,7 @@ def load_image_folder(path: str | os.PathLike[str], *, size: int) -> ImageFolder
         FileNotFoundError, ImageFileError, ValueError, ModuleNotFoundError: as `ImageFolderDataset`; ImageFileError
             also for an image that is damaged, or whose pixels are not of 8 bits.
     """
-    found = ImageFolderDataset(path, size=size)
-    images = np.empty((len(found), 3, size, size), dtype=np.uint8)
-    with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
-        for i, (image, _) in enumerate(pool.map(found.__getitem__, range(len(found)))):
-            images[i] = image
-    return ImageFolder(images, found.targets.numpy(), found.class_names, tuple(map(Path, found.files)))
+    return ImageFolderDataset(path, size=size).in_memory()
 
 
 def _find_classes(root: str) -> dict[str, list[str]]:

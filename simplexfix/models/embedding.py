@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
+from ..data.batches import batches_of
 from ..data.inputs import Preprocessing
 from .folder import identity_of, load_model, save_model
 from .identity import ModelIdentity
@@ -22,32 +26,72 @@ class EmbeddingModel(nn.Module):
         head: `SimplexHead`, or a module with the same `embed(features)` and `loss(features, target)`.
         preprocessing: of `simplexfix.data`, what makes inputs of what there is: kept with the model in its folder;
             whoever calls the model applies it.
+        class_names: None, or what class 0, 1, ... is called: kept with the model, too.
     """
 
-    def __init__(self, backbone: nn.Module, head: nn.Module, *, preprocessing: Preprocessing | None = None) -> None:
+    class_names: tuple[str, ...] | None
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        head: nn.Module,
+        *,
+        preprocessing: Preprocessing | None = None,
+        class_names: Sequence[str] | None = None,
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
         self.preprocessing = preprocessing
+        self.class_names = None if class_names is None else tuple(class_names)
 
     def forward(self, input: Tensor) -> Tensor:
         """[B, ...] -> [B, d] embeddings, as training sees them."""
         return self.head.embed(self.backbone(input))  # type: ignore[no-any-return, operator]
 
     @torch.no_grad()
-    def extract(self, input: Tensor) -> Tensor:
-        """[N, ...] -> [N, d] L2-normalised embeddings, as a gallery stores them; in evaluation mode."""
+    def extract(
+        self,
+        input: Tensor | Dataset[Any] | DataLoader[Any],
+        *,
+        prepare: Callable[[Tensor], Tensor] | None = None,
+        workers: int = 0,
+    ) -> Tensor:
+        """L2-normalised embeddings, as a gallery stores them; in evaluation mode.
+
+        Args:
+            input: [N, ...]; or a map-style dataset whose items are tensors, or tuples that begin with one, of one
+                shape; or a `DataLoader`, of whose batches the same holds.  The model goes over 1024 rows at once, 128
+                of a dataset, and a loader's own batches.
+            prepare: makes inputs of what there is, batch by batch, as `preprocessing` does; None for inputs as they
+                are.
+            workers: processes that read a dataset's items ahead; 0 for none.
+
+        Returns:
+            [N, d], on the device of a tensor; of datasets and loaders on the CPU.
+
+        Raises:
+            TypeError: another kind of input, as a dict or a list; names the remedy.
+            ValueError: no rows; a loader that shuffles, or leaves rows out; items of unlike shapes.
+        """
+        device = next(self.parameters(), torch.empty(0)).device
+        kept = input.device if isinstance(input, Tensor) else torch.device("cpu")
         training = [module for module in self.modules() if module.training]
         self.eval()
+        rows = []
         try:
-            rows = [nn.functional.normalize(self(batch), dim=1) for batch in torch.split(input, 1024)]
+            for batch in batches_of(input, workers=workers):
+                prepared = batch if prepare is None else prepare(batch)
+                rows.append(nn.functional.normalize(self(prepared.to(device)), dim=1).to(kept))
         finally:
             for module in training:  # one by one: a part that was frozen stays so
                 module.training = True
+        if not rows:
+            raise ValueError(f"input must have a row, this {type(input).__name__} has none")
         return torch.cat(rows)
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, version: int = 0, name: str = "") -> ModelIdentity:
-        """Writes weights, head, slots, preprocessing and version into a folder, as docs/formats.md says.
+        """Writes weights, head, slots, preprocessing, class names and version into a folder, as docs/formats.md says.
 
         Parts that are compiled, or wrapped by DataParallel or DistributedDataParallel, are saved as the plain ones.
 
@@ -85,7 +129,7 @@ class EmbeddingModel(nn.Module):
                 tensors do not fit the backbone: names what is missing, unexpected, or of another shape or dtype.
         """
         parts = load_model(folder, backbone)
-        return cls(parts[0], parts[1], preprocessing=parts[2]).eval()
+        return cls(parts[0], parts[1], preprocessing=parts[2], class_names=parts[3]).eval()
 
     def identity(self, *, version: int = 0, name: str = "") -> ModelIdentity:
         """What `save_pretrained` would return, of the weights as they are now; errors of the model as there."""

@@ -11,7 +11,7 @@ import inspect
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,7 @@ __all__ = ["BACKBONES", "ModelFolderError", "identity_of", "load_model", "read_i
 
 _FORMAT, _NUMBER = "simplexfix model", 1
 _PARTS = ("backbone", "head", "preprocessing", "slots", "version")
+_NAMES = "class_names"  # a part that may be missing
 _KEYS = {"fingerprint", "format", "format_number", "sha256", "weights", *_PARTS}
 _WEIGHTS = re.compile(r"model-[0-9a-f]{16}\.safetensors")
 _LEFT_BEHIND = re.compile(rf"({_WEIGHTS.pattern}|config\.json)\.\d+-\d+\.tmp")  # by `write_whole`
@@ -81,8 +82,8 @@ def _clear(folder: Path, names: re.Pattern[str], *, but: str = "") -> None:
 
 def load_model(
     folder: str | os.PathLike[str], backbone: nn.Module | None
-) -> tuple[nn.Module, nn.Module, Preprocessing | None]:
-    """Backbone, head and preprocessing, for `EmbeddingModel.from_pretrained`."""
+) -> tuple[nn.Module, nn.Module, Preprocessing | None, Sequence[str] | None]:
+    """Backbone, head, preprocessing and class names, for `EmbeddingModel.from_pretrained`."""
     folder = Path(folder)
     config = _read_config(folder)
     weights = folder / config["weights"]
@@ -112,7 +113,7 @@ def load_model(
     _cast(head, for_head)
     backbone.load_state_dict(for_backbone)
     head.load_state_dict(for_head)
-    return backbone, head, preprocessing
+    return backbone, head, preprocessing, config.get(_NAMES)
 
 
 def read_identity(folder: str | os.PathLike[str]) -> ModelIdentity:
@@ -158,6 +159,7 @@ def _parts(model: EmbeddingModel, version: int, name: str) -> tuple[dict[str, An
         "head": {"kind": kind, **_head_spec(head)},
         "slots": None if isinstance(head, LinearHead) else head.slots.to_dict(),  # type: ignore[union-attr, operator]
         "preprocessing": _plain(preprocessing),
+        **({} if model.class_names is None else {_NAMES: list(model.class_names)}),
     }
     if config["backbone"]["kind"] in BACKBONES:  # what could not be read back is refused now
         with torch.device("meta"):
@@ -257,13 +259,18 @@ def _checksum(value: Any) -> str:
 
 
 def _fingerprint(checksums: Mapping[str, str]) -> str:
-    """Of all but the version: the same model under another name gives the same embeddings."""
-    return _checksum({part: checksum for part, checksum in checksums.items() if part != "version"})
+    """Of all but the version and class names: the same model under other names gives the same embeddings."""
+    return _checksum({part: checksum for part, checksum in checksums.items() if part not in ("version", _NAMES)})
+
+
+def _parts_of(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Those with a checksum."""
+    return (*_PARTS, _NAMES) if _NAMES in config else _PARTS
 
 
 def _add_checksums(config: dict[str, Any], weights: str) -> None:
     config["weights"] = f"model-{weights[:16]}.safetensors"
-    config["sha256"] = {**{part: _checksum(config[part]) for part in _PARTS}, "weights": weights}
+    config["sha256"] = {**{part: _checksum(config[part]) for part in _parts_of(config)}, "weights": weights}
     config["fingerprint"] = _fingerprint(config["sha256"])
 
 
@@ -296,13 +303,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ModelFolderError(
             f"{file} is of format {config.get('format_number')!r}, this version of simplexfix reads {_NUMBER}"
         )
-    if set(config) != _KEYS:
-        keys = ", ".join(sorted(set(config) ^ _KEYS))
+    if strangers := (set(config) ^ _KEYS) - {_NAMES}:
+        keys = ", ".join(sorted(strangers))
         raise ModelFolderError(f"{file} was changed after it was written: keys missing or unknown: {keys}")
     sums = config["sha256"]
-    if not isinstance(sums, dict) or set(sums) != {*_PARTS, "weights"} or not isinstance(sums["weights"], str):
+    parts = _parts_of(config)
+    if not isinstance(sums, dict) or set(sums) != {*parts, "weights"} or not isinstance(sums["weights"], str):
         raise ModelFolderError(f"{file} was changed after it was written: sha256 differs")
-    changed = [part for part in _PARTS if _checksum(config[part]) != sums[part]]
+    changed = [part for part in parts if _checksum(config[part]) != sums[part]]
     if config["weights"] != f"model-{sums['weights'][:16]}.safetensors":
         changed.append("weights")
     if not changed and _fingerprint(sums) != config["fingerprint"]:

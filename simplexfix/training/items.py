@@ -1,47 +1,132 @@
-"""Labelled items in memory, and the order in which training sees them."""
+"""Labelled items, in memory or read when they are needed, and the order in which training sees them."""
 
 from __future__ import annotations
 
 import hashlib
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
 from .._devices import sent
+from ..data.dataset_rows import DatasetRows, bytes_of
 
-__all__ = ["Items", "RowBatches", "mixed_seed", "seeded"]
+__all__ = ["Items", "RowBatches"]
 
-_GLOBAL_GENERATOR = threading.RLock()  # what makes a network may train one
 _FINGERPRINT_ROWS = 4096
 
 
 @dataclass(frozen=True, eq=False)
 class Items:
-    """Inputs [N, ...] of any dtype and their class ids [N] int64."""
+    """Inputs [N, ...] of any dtype, in memory or rows of datasets, and their class ids [N] int64.
 
-    inputs: Tensor
+    Args:
+        inputs: a tensor [N, ...], or `simplexfix.data.DatasetRows`, which has its `shape` and `dtype`.
+        labels: [N].
+        class_names: None, or the names of class 0, 1, ...
+    """
+
+    inputs: Any
     labels: Tensor
+    class_names: tuple[str, ...] | None = None
+
+    @classmethod
+    def from_dataset(cls, dataset: Dataset[Any], labels: Tensor | Sequence[int] | None = None) -> Items:
+        """Items of a map-style dataset, read when they are needed.
+
+        Args:
+            dataset: an item is a tensor, or a tuple that begins with one, all of one shape and dtype.
+            labels: [N] class ids; None for `dataset.targets`, which torchvision's data sets have, also below
+                `torch.utils.data.Subset` and `ConcatDataset`.  Names are those of `dataset.class_names` or `classes`.
+
+        Raises:
+            TypeError: the dataset is not map-style, or labels are not integers.
+            ValueError: it is empty, its labels are not known, or not one for each item.
+        """
+        inputs = DatasetRows.of(dataset)
+        found = _targets(dataset) if labels is None else _integers(labels)
+        if found is None:
+            raise ValueError(
+                f"labels must be given: the {type(dataset).__name__} has no targets, and reading every item for them "
+                "may take long; use Items.from_dataset(dataset, labels)"
+            )
+        if found.shape != (len(inputs),):
+            raise ValueError(f"labels must be [{len(inputs)}], one for each item, got {list(found.shape)}")
+        names = tuple(getattr(dataset, "class_names", None) or getattr(dataset, "classes", None) or ())
+        return cls(inputs, found, names if names and all(isinstance(name, str) for name in names) else None)
+
+    @classmethod
+    def of(cls, given: Items | Dataset[Any]) -> Items:
+        """As they are, or `from_dataset`."""
+        return given if isinstance(given, Items) else cls.from_dataset(given)
 
     def take(self, rows: Tensor) -> Items:
-        return Items(self.inputs[sent(rows, self.inputs.device)], self.labels[sent(rows, self.labels.device)])
+        """These rows; of datasets nothing is read."""
+        return Items(
+            self.inputs[sent(rows, self.inputs.device)], self.labels[sent(rows, self.labels.device)], self.class_names
+        )
 
     def joined(self, other: Items) -> Items:
-        return Items(torch.cat([self.inputs, other.inputs]), torch.cat([self.labels, other.labels]))
+        """Both; names are those of whom has more, where they agree."""
+        labels = torch.cat([self.labels, other.labels])
+        mine, theirs = sorted((self.class_names or (), other.class_names or ()), key=len)
+        names = theirs if theirs and theirs[: len(mine)] == mine else None
+        if isinstance(self.inputs, Tensor) and isinstance(other.inputs, Tensor):
+            return Items(torch.cat([self.inputs, other.inputs]), labels, names)
+        first, second = (
+            DatasetRows.in_memory(part.inputs) if isinstance(part.inputs, Tensor) else part.inputs
+            for part in (self, other)
+        )
+        return Items(first.joined(second), labels, names)
+
+    def read(self, seeds: Sequence[int] | None = None) -> Tensor:
+        """The inputs in memory; seeds as `DatasetRows.read`."""
+        return self.inputs if isinstance(self.inputs, Tensor) else self.inputs.read(seeds)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Shape, dtype and a checksum of all labels and of 4096 rows of inputs, evenly spread (all, if not more)."""
+        """Shape, dtype and a checksum of all labels and of 4096 rows of inputs, evenly spread (all, if not more).
+
+        Of a dataset's row the bytes of the input count, or `dataset.content(row)` where it has that.
+        """
         step = max(1, -(-len(self.labels) // _FINGERPRINT_ROWS))
-        digest = hashlib.sha256()
-        for tensor in (self.labels, self.inputs[::step]):
-            digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest = hashlib.sha256(bytes_of(self.labels))
+        rows = self.inputs[::step]
+        for content in [bytes_of(rows)] if isinstance(rows, Tensor) else rows.contents():
+            digest.update(content)
         dtype = str(self.inputs.dtype).removeprefix("torch.")
         return {"shape": list(self.inputs.shape), "dtype": dtype, "sha256": digest.hexdigest()}
+
+
+def _targets(dataset: Any) -> Tensor | None:
+    """[N], where a dataset has them."""
+    if isinstance(dataset, Subset):
+        inner = _targets(dataset.dataset)
+        return None if inner is None else inner[torch.as_tensor(dataset.indices)]
+    if isinstance(dataset, ConcatDataset):
+        parts = [_targets(part) for part in dataset.datasets]
+        return None if any(part is None for part in parts) else torch.cat(parts)  # type: ignore[arg-type]
+    if isinstance(dataset, TensorDataset) and len(dataset.tensors) > 1:
+        return _integers(dataset.tensors[1])
+    found = getattr(dataset, "targets", None)
+    return None if found is None else _integers(found)
+
+
+def _integers(labels: Any) -> Tensor:
+    try:
+        found = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError):  # by torch, of strings and lists of unlike lengths
+        found = torch.empty(0)
+    if found.dtype.is_floating_point or found.dtype.is_complex or found.dtype == torch.bool:
+        kind = (
+            type(labels[0]).__name__ if isinstance(labels, (list, tuple)) and labels else getattr(labels, "dtype", "?")
+        )
+        raise TypeError(
+            f"labels must be integers, got {kind}; of names np.unique(names, return_inverse=True)[1] makes them"
+        )
+    return found.to("cpu", torch.int64)
 
 
 class RowBatches:
@@ -81,16 +166,3 @@ class RowBatches:
         """Goes on from there."""
         self._generator.set_state(state["generator"])
         self._left = state["left"]
-
-
-def mixed_seed(seed: int, *counters: int) -> int:
-    """A seed of its own for every tuple of counters."""
-    return int(np.random.SeedSequence([seed, *counters]).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """torch's generator of the CPU, which makes new weights, at a seed; as it was afterwards, one thread at a time."""
-    with _GLOBAL_GENERATOR, torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would leave those of the GPUs at it
-        yield

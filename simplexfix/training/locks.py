@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fcntl
+import functools
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -13,6 +15,8 @@ from . import processes
 from .checkpoint import CheckpointWarning
 
 __all__ = ["FolderInUseError", "alone_in"]
+
+_held: list[BinaryIO] = []
 
 
 class FolderInUseError(ValueError):
@@ -36,7 +40,20 @@ def alone_in(folder: Path) -> Iterator[None]:
         said = None if file is None else _refusal(file, folder)
         if (said := processes.agreed(said)) is not None:
             raise FolderInUseError(said)
-        yield
+        if file is not None:
+            _close_in_forked_processes()
+            _held.append(file)
+        try:
+            yield
+        finally:
+            if file is not None:
+                _held.remove(file)
+
+
+@functools.cache
+def _close_in_forked_processes() -> None:
+    """A lock lasts until the last process that has its file open has closed it: those that read data would keep it."""
+    os.register_at_fork(after_in_child=lambda: [file.close() for file in _held])
 
 
 def _refusal(file: BinaryIO, folder: Path) -> str | None:

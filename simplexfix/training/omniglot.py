@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._seeds import seeded
 from ..data import RandomWarp, load_omniglot
 from ..methods import ER, HOC, Method, Simplex
 from ..models import EmbeddingModel, SmallConvNet
 from ..slots import SlotRegistry
-from .items import Items, seeded
+from .items import Items
 from .schedule import Schedule
 from .trainer import Trainer
 

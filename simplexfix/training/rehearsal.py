@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_integer, check_name
+from ..data.dataset_rows import DatasetRows
 from ..retrieval._inputs import Features, Ids, Rows, read_labels
 from .items import Items
 
@@ -135,7 +136,7 @@ class Rehearsal:
             raise ValueError("nothing is remembered yet; add_class comes first")
         return self._items
 
-    def add_class(self, class_id: int, inputs: Tensor, features: Rows | None = None) -> None:
+    def add_class(self, class_id: int, inputs: Tensor | DatasetRows, features: Rows | None = None) -> None:
         """Remembers a class by the best of its items.
 
         Of a class that comes back with new items, pass the old ones along:
@@ -143,7 +144,8 @@ class Rehearsal:
 
         Args:
             class_id: not remembered yet.
-            inputs: [N, ...], N >= 1, all of this class, of the shape and dtype of those of other classes.
+            inputs: [N, ...], N >= 1, all of this class, of the shape and dtype of those of other classes; of
+                `DatasetRows` the chosen rows are remembered, and read when they are needed.
             features: [N, d] of these inputs by the model of now; for herding, and for that only.
 
         Raises:
@@ -177,7 +179,7 @@ class Rehearsal:
         chosen = Items(inputs[rows.to(inputs.device)], labels[rows])
         self._hold(chosen if self._items is None else self._items.joined(chosen))
 
-    def pop_class(self, class_id: int) -> Tensor:
+    def pop_class(self, class_id: int) -> Tensor | DatasetRows:
         """Forgets a class and returns its inputs, in the order in which they were chosen.
 
         Raises:
@@ -188,7 +190,8 @@ class Rehearsal:
         of_class = self._items.labels == class_id
         popped, kept = (self._items.take(mask.nonzero()[:, 0]) for mask in (of_class, ~of_class))
         self._hold(kept if len(kept.labels) else None)
-        return popped.inputs
+        inputs: Tensor | DatasetRows = popped.inputs
+        return inputs
 
     def sample(self, count: int) -> Items:
         """The next `count` items: every one once, in random order, before any comes again.
@@ -207,11 +210,11 @@ class Rehearsal:
         return items.take(rows)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, in tensors and plain values; `write_state` takes it."""
+        """Everything, in tensors and plain values; `write_state` takes it.  Of datasets the inputs are read for it."""
         return {
             "per_class": self.per_class,
             "selection": self.selection,
-            "inputs": None if self._items is None else self._items.inputs,
+            "inputs": None if self._items is None else self._items.read(),
             "labels": None if self._items is None else self._items.labels,
             "left": self._left,
             "generator": self._generator.bit_generator.state,

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 
 from .. import __version__
 from .._files import write_whole
+from .._seeds import mixed_seed, seeded
 from ..compatibility import evaluate_versions
 from ..models import EmbeddingModel, FeatureMLP, ResNet18, SmallConvNet, external_backbone
 from ..slots import SlotRegistry
 from . import processes
 from .config import ConfigError, plain, read_config
 from .facts import check_no_drift, read_facts
-from .items import Items, mixed_seed, seeded
+from .items import Items
 from .locks import FolderInUseError
 from .loggers import LOGGERS, Progress, RunLog, check_loggers
 from .rehearsal import herding_rows, random_rows
@@ -38,7 +39,6 @@ from .trainer import Trainer
 
 __all__ = ["train_run"]
 
-_ROWS = 1024  # of one extraction
 _WAIT = 10.0  # seconds
 # options that a run that goes on may change: how it runs, and where data is whose fingerprint is the same
 _FREE = ("protocols", *(f"trainer.{key}" for key in ("device", "keep", "log_every", "loggers", "save_every")))
@@ -79,12 +79,15 @@ def train_run(
         "config": plain(config),
         "data": data.fingerprint(),
     }
+    if names := data.class_names():
+        facts["class_names"] = names
+    workers = config.data.workers or 0
     inputs = data.tasks[0].items.inputs
     _check_batches(config, len(data.tasks))
-    _check_networks(config, inputs, data.prepare(inputs[:2]))
+    _check_networks(config, inputs, data.prepare(data.tasks[0].items.take(torch.arange(min(2, len(inputs)))).read()))
     slots = SlotRegistry(config.method.slots)
     _check_slots(config, data.tasks[-1].classes.stop)
-    options = {**asdict(config.trainer), "device": device}
+    options = {**asdict(config.trainer), "device": device, "workers": workers}
     del options["loggers"]
     remembers = config.tasks.memory_per_class > 0
     schedules = [
@@ -134,8 +137,7 @@ def train_run(
         return model.backbone if config.method.name in LEARNABLE else model  # whose classifier knows other classes
 
     def features(version: EmbeddingModel, items: Items) -> Tensor:
-        batches = torch.split(items.inputs, _ROWS)
-        return torch.cat([version.extract(data.prepare(batch).to(device)).cpu() for batch in batches])
+        return version.extract(items.inputs, prepare=data.prepare, workers=workers).cpu()
 
     def remembered(version: EmbeddingModel, items: Items, generator: np.random.Generator) -> Tensor:
         if config.tasks.rehearsal == "herding":
@@ -161,6 +163,7 @@ def train_run(
     def keep(t: int, version: EmbeddingModel) -> None:
         place = f"task-{t:02d}/model"
         version.preprocessing = data.prepare
+        version.class_names = data.names_of(t)
         identity = version.save_pretrained(folder / place, version=t, name=f"{config.method.name}, task {t}")
         written.append({"folder": place, "fingerprint": identity.fingerprint})
         for name, pair in data.searched.items():
@@ -169,6 +172,8 @@ def train_run(
 
     def judged() -> dict[str, Any]:
         report: dict[str, Any] = {"versions": written}
+        if judged_names := {name: names[name] for name in data.searched if name in names}:
+            report["class_names"] = judged_names
         for name, (query, gallery) in data.searched.items():
             labels = query.labels.numpy(), gallery.labels.numpy()
             report[name] = {
@@ -299,7 +304,11 @@ def _agree_on(folder: Path, facts: dict[str, Any]) -> None:
         _set_free(then["config"], facts["config"], _FREE)
         if then["data"] == facts["data"]:
             _set_free(then["config"], facts["config"], _PLACES)
-        check_no_drift({**then, "simplexfix": __version__}, facts, str(file))
+            if facts["config"]["data"]["workers"] is not None and then["config"]["data"].get("workers") is not None:
+                _set_free(then["config"], facts["config"], ["data.workers"])
+        now = {key: value for key, value in facts.items() if key != "class_names"}  # which its ids are called by
+        then = {key: value for key, value in then.items() if key != "class_names"}
+        check_no_drift({**then, "simplexfix": __version__}, now, str(file))
     elif processes.rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(file, f"{json.dumps(facts, indent=1)}\n".encode())

@@ -37,7 +37,7 @@ NETWORKS = ("convnet", "mlp", "resnet18")
 # Which options are of which choices alone; of the others everybody reads something.
 _OF_DATA = {
     "query_batches": ("cifar",),
-    "size": ("images",),
+    **dict.fromkeys(("size", "workers"), ("images",)),
     **dict.fromkeys(("mean", "std", "pretraining"), ("cifar", "images")),
 }
 _OF_MODEL = {
@@ -70,6 +70,8 @@ class DataConfig:
         size: side that images are scaled to, in pixels.
         mean, std: of the channels of cifar and images, for pixels in [0, 1]; a network with pretrained weights wants
             those that it was trained with.
+        workers: of images: None to decode all of them first and hold them in memory, 3 * size^2 bytes each; or how many
+            processes decode them while the run needs them, 0 for the one that trains.
         pretraining: None, or a folder of images for every class, of cifar and images: what replacements are
             pre-trained on, in place of classes that no task brings.
     """
@@ -82,6 +84,7 @@ class DataConfig:
     size: int = 32
     mean: tuple[float, ...] = CIFAR100_MEAN
     std: tuple[float, ...] = CIFAR100_STD
+    workers: int | None = None
     pretraining: str | None = None
 
     def __post_init__(self) -> None:
@@ -92,6 +95,8 @@ class DataConfig:
             raise ValueError(f"per_class must be at least 1, got {self.per_class}")
         if not 0 <= self.validation < 1:
             raise ValueError(f"validation is a share, in [0, 1), got {self.validation}")
+        if self.workers is not None and self.workers < 0:
+            raise ValueError(f"workers must be 0 or more processes, or null to hold all in memory, got {self.workers}")
         check_fits(self, "kind", _OF_DATA)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from ..data import (
     Drawings,
+    ImageFolderDataset,
     Normalize,
     Photographs,
     Preprocessing,
@@ -23,7 +26,6 @@ from ..data import (
     load_cifar10,
     load_cifar100,
     load_features,
-    load_image_folder,
 )
 from ..data.features import load_labelled
 from .items import Items
@@ -62,6 +64,17 @@ class RunData:
         }
         return {name: items.fingerprint() for name, items in parts.items()}
 
+    def class_names(self) -> dict[str, list[str]]:
+        """What the ids of tasks, of pre-training and of each search are called, where the data says it."""
+        parts = {"pretraining": self.pretraining, **{name: pair[1] for name, pair in self.searched.items()}}
+        named = {name: list(items.class_names) for name, items in parts.items() if items.class_names}
+        return {"tasks": list(names), **named} if (names := self.names_of(len(self.tasks) - 1)) else named
+
+    def names_of(self, task: int) -> tuple[str, ...] | None:
+        """What the classes so far are called."""
+        names: tuple[str, ...] | None = self.tasks[task].items.class_names
+        return names and names[: self.tasks[task].classes.stop]
+
 
 _PARTS = ((0, "query"), (1, "gallery"))
 
@@ -78,7 +91,7 @@ def load_run_data(config: RunConfig) -> RunData:
     train = reduce(Items.joined, [task.items for task in sequence] or sets)
     if config.data.per_class is not None:
         train = train.take(_first_of_each_class(train.labels, config.data.per_class))
-    rest = None if config.data.pretraining is None else _images(Path(config.data.pretraining), config.data.size)
+    rest = None if config.data.pretraining is None else _images(Path(config.data.pretraining), config.data)
     if plan.pretraining_from is not None:
         if rest is not None:
             raise ValueError("tasks.pretraining_from and data.pretraining: replacements are pre-trained on one of them")
@@ -93,7 +106,7 @@ def load_run_data(config: RunConfig) -> RunData:
             )
     held: Tensor | None = None
     if config.data.validation:
-        held = _held_out(train.labels, config.data.validation, config.seed)
+        held = _held_out(train.labels, config.data.validation, config.seed, train.class_names)
         validation = train.take(held.nonzero()[:, 0])
         train = train.take((~held).nonzero()[:, 0])
     if sequence:
@@ -109,7 +122,8 @@ def load_run_data(config: RunConfig) -> RunData:
         tasks = class_incremental(train, plan.counts + ((left,) if left > 0 else ()), seed=config.seed)
         if left > 0:
             last = tasks.pop()
-            rest = Items(last.items.inputs, last.items.labels - sum(plan.counts))
+            names = last.items.class_names
+            rest = Items(last.items.inputs, last.items.labels - sum(plan.counts), names and names[sum(plan.counts) :])
     if held is not None:
         learned = class_order(train.labels, seed=config.seed)[: tasks[-1].classes.stop]
         searched["validation"] = tuple(
@@ -140,11 +154,19 @@ def _read(config: DataConfig, names: Sequence[str], seed: int) -> tuple[list[Ite
     path = Path(config.path)
     if config.kind == "cifar":
         sets = (load_cifar100(path), load_cifar10(path, batches=config.query_batches), load_cifar10(path, "test"))
-        train, query, gallery = (Items(torch.from_numpy(s.images), torch.from_numpy(s.labels)) for s in sets)
+        train, query, gallery = (
+            Items(torch.from_numpy(s.images), torch.from_numpy(s.labels), s.class_names) for s in sets
+        )
         return [train], query, gallery
     if config.kind == "images":
         _check_there(path, (*names, "query", "gallery"), "folders, each with a folder of images for every class")
-        return [_images(path / name, config.size) for name in names], *_searched_images(path, config.size)
+        trained = [_images(path / name, config) for name in names]
+        if len(trained) > 1:  # their classes may have the same names
+            trained = [
+                replace(items, class_names=tuple(f"{name}/{c}" for c in items.class_names or ()))
+                for name, items in zip(names, trained, strict=True)
+            ]
+        return trained, *_searched_images(path, config)
     files = [f"{name}{part}.npy" for name in (*names, "query", "gallery") for part in ("", "_labels")]
     _check_there(path, files, "features [N, d] and labels [N] of what is trained on and of what is searched")
     search = load_features(path)
@@ -161,27 +183,35 @@ def _check_there(path: Path, names: Sequence[str], expected: str) -> None:
         raise FileNotFoundError(f"{path} has no {', '.join(missing)}; expected {expected}")
 
 
-def _images(path: Path, size: int) -> Items:
-    folder = load_image_folder(path, size=size)
-    return Items(torch.from_numpy(folder.images), torch.from_numpy(folder.labels))
-
-
-def _searched_images(path: Path, size: int) -> tuple[Items, Items]:
-    """Classes are known by the names of their folders, of which query may have fewer than gallery, or others."""
-    query, gallery = (load_image_folder(path / name, size=size) for name in ("query", "gallery"))
-    ids = {name: i for i, name in enumerate(sorted({*query.class_names, *gallery.class_names}))}
-    items = [
-        Items(
-            torch.from_numpy(folder.images),
-            torch.tensor([ids[name] for name in folder.class_names])[torch.from_numpy(folder.labels)],
+def _images(path: Path, config: DataConfig) -> Items:
+    dataset = ImageFolderDataset(path, size=config.size)
+    if config.workers is not None:
+        return Items.from_dataset(dataset)
+    needed, there = 3 * config.size**2 * len(dataset), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise ValueError(
+            f"{path} has {len(dataset)} images, which need {needed / 2**30:.1f} GiB of memory at data.size="
+            f"{config.size}, and this machine has {there / 2**30:.1f}; data.workers=4, or another number, decodes "
+            "images when they are needed"
         )
-        for folder in (query, gallery)
+    folder = dataset.in_memory()
+    return Items(torch.from_numpy(folder.images), torch.from_numpy(folder.labels), folder.class_names)
+
+
+def _searched_images(path: Path, config: DataConfig) -> tuple[Items, Items]:
+    """Classes are known by the names of their folders, of which query may have fewer than gallery, or others."""
+    query, gallery = (_images(path / name, config) for name in ("query", "gallery"))
+    names = tuple(sorted({*(query.class_names or ()), *(gallery.class_names or ())}))
+    ids = {name: i for i, name in enumerate(names)}
+    found = [
+        Items(items.inputs, torch.tensor([ids[name] for name in items.class_names or ()])[items.labels], names)
+        for items in (query, gallery)
     ]
-    return items[0], items[1]
+    return found[0], found[1]
 
 
 def _prepared(
-    config: DataConfig, inputs: Tensor
+    config: DataConfig, inputs: Any
 ) -> tuple[Callable[[Tensor, torch.Generator], Tensor] | None, Preprocessing]:
     side = inputs.shape[-1]
     if config.kind == "features":
@@ -197,13 +227,14 @@ def _first_of_each_class(labels: Tensor, count: int) -> Tensor:
     return torch.cat(rows).sort().values
 
 
-def _held_out(labels: Tensor, share: float, seed: int) -> Tensor:
+def _held_out(labels: Tensor, share: float, seed: int, names: tuple[str, ...] | None) -> Tensor:
     """[N] bool: that share of every class, rounded, at least one item, and never all of them."""
     drawn = torch.from_numpy(np.random.default_rng([seed, 2]).permutation(len(labels)))
     held = torch.zeros(len(labels), dtype=torch.bool)
     for c in torch.unique(labels).tolist():
         rows = drawn[labels[drawn] == c]
         if len(rows) < 2:
-            raise ValueError(f"validation needs two items of each class, class {c} has one")
+            name = f" ({names[c]})" if names else ""
+            raise ValueError(f"validation needs two items of each class, class {c}{name} has one")
         held[rows[: min(len(rows) - 1, max(1, round(share * len(rows))))]] = True
     return held

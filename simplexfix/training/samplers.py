@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .items import RowBatches, mixed_seed, seeded
+from .._seeds import mixed_seed, seeded
+from .items import RowBatches
 
 __all__ = ["BalancedSampler", "batch_sizes", "check_lone_row"]
 

@@ -8,17 +8,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from .._checks import check_name
+from .._seeds import mixed_seed, seeded
 from ..models import EmbeddingModel
 from . import processes
 from .checkpoint import read_state, write_state
 from .facts import check_no_drift, described
-from .items import Items, mixed_seed, seeded
+from .items import Items
 from .schedule import Schedule
 from .trainer import Trainer
 
@@ -56,29 +59,31 @@ def class_order(labels: Tensor, *, seed: int) -> Tensor:
     return order
 
 
-def class_incremental(items: Items, counts: Sequence[int], *, seed: int) -> list[Task]:
+def class_incremental(items: Items | Dataset[Any], counts: Sequence[int], *, seed: int) -> list[Task]:
     """Every task brings `counts[t]` new classes with all their items, in the order of `class_order`.
 
     Raises:
         ValueError: a count is below 1, or they need more classes than there are.
     """
+    items = Items.of(items)
     order = class_order(items.labels, seed=seed)
     if not counts or min(counts) < 1 or sum(counts) > len(order):
         raise ValueError(f"counts must be positive and sum to at most {len(order)} classes, got {list(counts)}")
     ids = _positions(items.labels, order)
     stops = np.cumsum(counts).tolist()
     return [
-        Task(_renamed(items, ids, (ids >= stop - count) & (ids < stop)), range(stop))
+        Task(_renamed(items, ids, order, (ids >= stop - count) & (ids < stop)), range(stop))
         for count, stop in zip(counts, stops, strict=True)
     ]
 
 
-def instance_incremental(items: Items, parts: int, *, seed: int) -> list[Task]:
+def instance_incremental(items: Items | Dataset[Any], parts: int, *, seed: int) -> list[Task]:
     """Every task brings new items of all classes: of each class an equal share, drawn by the seed.
 
     Raises:
         ValueError: `parts` is below 1, or a class has fewer items.
     """
+    items = Items.of(items)
     order = class_order(items.labels, seed=seed)
     ids = _positions(items.labels, order)
     least = int(torch.bincount(ids).min())
@@ -89,25 +94,30 @@ def instance_incremental(items: Items, parts: int, *, seed: int) -> list[Task]:
     for c in range(len(order)):
         rows = drawn[ids[drawn] == c]
         part[rows] = torch.arange(len(rows)) * parts // len(rows)
-    return [Task(_renamed(items, ids, part == t), range(len(order))) for t in range(parts)]
+    return [Task(_renamed(items, ids, order, part == t), range(len(order))) for t in range(parts)]
 
 
-def dataset_sequence(sets: Sequence[Items], *, seed: int) -> list[Task]:
+def dataset_sequence(sets: Sequence[Items | Dataset[Any]], *, seed: int) -> list[Task]:
     """Every task is a data set with classes of its own, whatever their ids are there; inputs have one shape.
 
     Raises:
         ValueError: there is none, or shapes or dtypes differ.
     """
-    kinds = {(tuple(items.inputs.shape[1:]), items.inputs.dtype) for items in sets}
+    parts = [Items.of(items) for items in sets]
+    kinds = {(tuple(items.inputs.shape[1:]), items.inputs.dtype) for items in parts}
     if len(kinds) != 1:
         found = ", ".join(f"{list(shape)} {dtype}" for shape, dtype in sorted(kinds, key=str)) or "none"
         raise ValueError(f"sets must hold at least one, with inputs of one shape and dtype, got {found}")
     tasks: list[Task] = []
     known = 0
-    for items in sets:
+    names: tuple[str, ...] | None = ()
+    for items in parts:
         order = class_order(items.labels, seed=seed)
-        tasks.append(Task(Items(items.inputs, _positions(items.labels, order) + known), range(known + len(order))))
+        new = _names(items, order)
+        names = None if names is None or new is None else names + new
+        ids = _positions(items.labels, order) + known
         known += len(order)
+        tasks.append(Task(Items(items.inputs, ids, names), range(known)))
     return tasks
 
 
@@ -249,24 +259,32 @@ def _remembered(
 ) -> Items:
     """The memory after a task: of its classes what rehearsal takes of old and new items, of others what there was.
 
-    It is written down: what a network finds worth remembering may differ from machine to machine.
+    It is written down: what a network finds worth remembering may differ from machine to machine.  Of datasets the rows
+    are, of those that there were to choose from.
     """
     file = None if folder is None else folder / "memory.safetensors"
     facts = {"seed": seed, "rehearsal": described(rehearsal)}
+    saved: dict[str, Any] | None = None
     if file is not None and processes.agreed(file.exists()):
         saved = read_state(file)
         check_no_drift(saved["facts"], facts, str(file))
-        return Items(saved["inputs"], saved["labels"])
+        if "inputs" in saved:
+            return Items(saved["inputs"], saved["labels"])
     pool, kept = task.items, None
     if memory is not None:
         again = torch.isin(memory.labels, task.items.labels)
         pool, kept = memory.take(again.nonzero()[:, 0]).joined(pool), memory.take((~again).nonzero()[:, 0])
-    # what the first process chose: others, on another device, may find another feature nearer
-    rows = processes.agreed(rehearsal(version, pool, np.random.default_rng(seed)).tolist())
-    chosen = pool.take(torch.tensor(rows, dtype=torch.int64))
+    if saved is None:
+        # what the first process chose: others, on another device, may find another feature nearer
+        rows = torch.tensor(processes.agreed(rehearsal(version, pool, np.random.default_rng(seed)).tolist()))
+    else:
+        rows = saved["rows"]
+    chosen = pool.take(rows.long())
     result = chosen if kept is None else kept.joined(chosen)
-    if file is not None and processes.rank() == 0:
-        write_state(file, {"facts": facts, "inputs": result.inputs, "labels": result.labels})
+    if file is not None and saved is None and processes.rank() == 0:
+        in_memory = isinstance(result.inputs, Tensor)
+        what = {"inputs": result.inputs, "labels": result.labels} if in_memory else {"rows": rows}
+        write_state(file, {"facts": facts, **what})
     return result
 
 
@@ -276,6 +294,10 @@ def _positions(labels: Tensor, order: Tensor) -> Tensor:
     return places[torch.searchsorted(ascending, labels)]
 
 
-def _renamed(items: Items, ids: Tensor, chosen: Tensor) -> Items:
+def _names(items: Items, order: Tensor) -> tuple[str, ...] | None:
+    return None if items.class_names is None else tuple(items.class_names[c] for c in order.tolist())
+
+
+def _renamed(items: Items, ids: Tensor, order: Tensor, chosen: Tensor) -> Items:
     rows = chosen.nonzero()[:, 0]
-    return Items(items.inputs[rows], ids[rows])
+    return Items(items.inputs[rows], ids[rows], _names(items, order))

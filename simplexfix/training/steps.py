@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,11 +17,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .._devices import sent
+from .._seeds import mixed_seed
+from ..data.dataset_rows import DatasetRows
+from ..data.reading import read_ahead
 from ..methods import Method
 from ..models import EmbeddingModel
 from . import processes
 from .checkpoint import CheckpointWarning
-from .items import Items, mixed_seed
+from .items import Items
 from .samplers import BalancedSampler
 from .schedule import Schedule
 
@@ -32,6 +37,7 @@ _LEAST_SCALE = 1e-4  # after 30 overflows in a row, and a gradient is not that l
 _OTHERWISE = "in a folder of its own: in this one the same steps come again, to the same end"
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
+_Request = tuple[Any, ...]  # step, part, and its rows of new and of remembered items
 
 
 class _Loss(nn.Module):
@@ -47,13 +53,40 @@ class _Loss(nn.Module):
         return method.loss(self.model, input, target, old)
 
 
+@dataclass(frozen=True)
+class _PartReader:
+    """Reads the inputs and labels of one part of a batch, in this process or another one."""
+
+    items: Items
+    memory: Items | None
+    seed: int
+    rank: int
+    world: int
+    accumulate: int
+
+    def __call__(self, request: _Request) -> tuple[Tensor, Tensor]:
+        step, i, *rows = request
+        found = []
+        for half, items in enumerate(filter(None, (self.items, self.memory))):
+            chosen = items.take(torch.from_numpy(rows[half]))
+            seeds = None
+            if isinstance(chosen.inputs, DatasetRows):  # by the place in the batch of all processes
+                places = (self.rank + self.world * (i + self.accumulate * j) for j in range(len(rows[half])))
+                seeds = [mixed_seed(self.seed, 5, step, half, place) for place in places]
+            found.append((chosen.read(seeds), chosen.labels))
+        if len(found) == 1:
+            return found[0]
+        inputs, labels = zip(*found, strict=True)
+        return torch.cat(inputs), torch.cat(labels)
+
+
 class Steps:
     """One training of one model: `advance` does a step, `state` and `load` are for checkpoints.
 
     Args:
         model: trained in place, on the device.
         method, old, items, memory, schedule, seed: of `Trainer.fit`.
-        augment, device, precision, ema, compile: of `Trainer`.
+        augment, device, precision, ema, compile, workers: of `Trainer`.
     """
 
     def __init__(
@@ -71,6 +104,7 @@ class Steps:
         precision: str,
         ema: float | None,
         compile: bool,
+        workers: int,
     ) -> None:
         self.schedule = schedule
         self.seed = seed
@@ -78,8 +112,10 @@ class Steps:
         self.device = device
         self.dtype = DTYPES[precision]
         self.rank, self.world = processes.rank(), processes.world()
-        self.items = items
-        self.memory = memory
+        self.reader = _PartReader(items, memory, seed, self.rank, self.world, schedule.accumulate)
+        lazy = any(isinstance(part.inputs, DatasetRows) for part in (items, memory) if part is not None)
+        self.workers = workers if lazy else 0
+        self.parts: Generator[tuple[Tensor, Tensor], None, None] | None = None
         remembered = 0 if memory is None else len(memory.labels)
         self.sampler = BalancedSampler(
             len(items.labels), remembered, schedule.batch, seed=seed, rank=self.rank, world=self.world
@@ -107,10 +143,10 @@ class Steps:
         """One step of the optimizer."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.at(self.step)
-        rows = next(self.sampler)
+        next(self.sampler)
         for i in range(self.schedule.accumulate):
             with self._gradients_sent(i + 1 == self.schedule.accumulate):
-                input, target = self._part(rows, i)
+                input, target = self._part(i)
                 with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
                     loss = self.loss(input, target) / self.schedule.accumulate
                 self.scaler.scale(loss).backward()
@@ -130,18 +166,28 @@ class Steps:
             return nullcontext()
         return self.loss.no_sync()
 
-    def _part(self, rows: tuple[Tensor, Tensor], i: int) -> tuple[Tensor, Tensor]:
+    def _requests(self) -> Iterator[_Request]:
+        """All parts of the steps that are left, from a copy of the sampler: processes read ahead of the step."""
+        ahead = copy.deepcopy(self.sampler)
+        for step, rows in zip(range(self.step, self.schedule.steps), ahead, strict=False):
+            for i in range(self.schedule.accumulate):
+                yield step, i, *(r[i :: self.schedule.accumulate].numpy() for r in rows)
+
+    def _part(self, i: int) -> tuple[Tensor, Tensor]:
         """Every `accumulate`-th of this rank's rows from the i-th on: of the whole batch, one in all ranks' parts."""
-        new, remembered = (r[i :: self.schedule.accumulate] for r in rows)
-        batch = self.items.take(new)
-        if self.memory is not None:
-            batch = batch.joined(self.memory.take(remembered))
-        input, target = batch.inputs, batch.labels
+        if self.parts is None:
+            self.parts = read_ahead(self.reader, self._requests(), workers=self.workers)
+        input, target = next(self.parts)
         input, target = sent(input, self.device), sent(target, self.device)
         if self.augment is not None:
             part = i * self.world + self.rank  # of the whole batch: the same augmentation whoever computes it
             input = self.augment(input, torch.Generator().manual_seed(mixed_seed(self.seed, 2, self.step, part)))
         return input, target
+
+    def close(self) -> None:
+        """Ends the processes that read."""
+        if self.parts is not None:
+            self.parts.close()
 
     def mean_loss(self) -> float | None:
         """Since the last report, over all processes; None where it overflowed in float16.  Waits for the device.

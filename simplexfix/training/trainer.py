@@ -11,21 +11,23 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import Dataset
 
-from .._checks import check_name
+from .._checks import check_integer, check_name
+from .._seeds import seeded
 from ..heads import CubeHead, OrthoplexHead, SimplexHead, decode_state
 from ..methods import Method
 from ..models import EmbeddingModel
 from . import processes
 from .checkpoint import Checkpoints, CheckpointWarning, fingerprint, read_state, write_state
 from .facts import check_no_drift, described
-from .items import Items, seeded
+from .items import Items
 from .locks import alone_in
 from .samplers import batch_sizes, check_lone_row
 from .schedule import Schedule
@@ -54,6 +56,8 @@ class Trainer:
         save_every: steps from checkpoint to checkpoint.
         keep: checkpoints that stay.
         log_every: steps from line to line of the log.
+        workers: processes that read the items of datasets ahead, of each process; 0 for none.  Batches do not depend
+            on it.
 
     Raises:
         ValueError: a name that is none of these, or a number out of its range.
@@ -71,6 +75,7 @@ class Trainer:
         save_every: int = 500,
         keep: int = 3,
         log_every: int = 50,
+        workers: int = 0,
     ) -> None:
         check_name("precision", precision, DTYPES)
         if ema is not None and not 0 < ema < 1:
@@ -79,6 +84,8 @@ class Trainer:
             raise ValueError(
                 f"save_every, keep and log_every must be at least 1, got {save_every}, {keep} and {log_every}"
             )
+        if check_integer("workers", workers) < 0:
+            raise ValueError(f"workers must be 0 or more processes, got {workers}")
         self.method = method
         self.augment = augment
         self.device = torch.device(device)
@@ -90,11 +97,12 @@ class Trainer:
         self.save_every = save_every
         self.keep = keep
         self.log_every = log_every
+        self.workers = workers
 
     def fit(
         self,
         parent: EmbeddingModel,
-        items: Items,
+        items: Items | Dataset[Any],
         schedule: Schedule,
         *,
         classes: range,
@@ -115,7 +123,7 @@ class Trainer:
 
         Args:
             parent: the version before, a replacement, or a fresh network.
-            items: new inputs and class ids.
+            items: new inputs and class ids, or a map-style dataset that `Items.from_dataset` takes.
             schedule: budget and learning rate.
             classes: all class ids so far, 0 up to the last.
             seed: of batches, augmentation and new weights.
@@ -141,6 +149,7 @@ class Trainer:
             CheckpointWarning: a damaged checkpoint is passed over, or training goes on with another kind of device or
                 number of processes, which the random numbers within the network depend on.
         """
+        items = Items.of(items)
         if old is not None and old.training:
             raise ValueError("old is in training mode: its batch statistics would change; call old.eval()")
         for name, part in (("items", items), ("memory", memory)):
@@ -189,7 +198,7 @@ class Trainer:
                     Checkpoints(finished.parent).clear()
                 model.load_state_dict(saved["model"])
                 return model.eval()
-            steps = Steps(
+            run = Steps(
                 model,
                 self.method,
                 old,
@@ -202,14 +211,16 @@ class Trainer:
                 precision=self.precision,
                 ema=self.ema,
                 compile=self.compile,
+                workers=self.workers,
             )
-            return self._done(steps, facts, finished, on_step)
+            with closing(run):
+                return self._done(run, facts, finished, on_step)
 
     def _check_lone_row(self, parent: EmbeddingModel, items: Items, schedule: Schedule) -> None:
         if schedule.batch > processes.world() * schedule.accumulate or not len(items.labels):
             return
         device = next(parent.parameters()).device
-        input = items.take(torch.tensor([0])).inputs.to(device)
+        input = items.take(torch.tensor([0])).read().to(device)
         if self.augment is not None:
             input = self.augment(input, torch.Generator().manual_seed(0))
         shares = {"batch": schedule.batch, "world": processes.world(), "accumulate": schedule.accumulate}

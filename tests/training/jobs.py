@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.data import Dataset
 
 from simplexfix import SlotRegistry
 from simplexfix import _files as files
@@ -37,6 +38,21 @@ def add_noise(inputs: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return inputs + 0.1 * torch.randn(inputs.shape, generator=generator).to(inputs)
 
 
+class Noisy(Dataset):
+    """Draws from every generator that data sets draw from."""
+
+    def __init__(self, items: Items, noise: float) -> None:
+        self.items, self.noise, self.targets = items, noise, items.labels.tolist()
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, row: int) -> tuple[torch.Tensor, int]:
+        input = self.items.inputs[row]
+        drawn = torch.randn(input.shape) + random.random() + torch.from_numpy(np.random.standard_normal(input.shape))
+        return input + self.noise * drawn.float(), self.targets[row]
+
+
 def network(dropout: float = 0.2) -> nn.Module:
     layers = nn.Sequential(nn.Linear(12, 16), nn.LayerNorm(16), nn.ReLU(), nn.Dropout(dropout), nn.Linear(16, 10))
     layers.out_features = 10
@@ -53,8 +69,12 @@ def trained(
     on_step=lambda step: None,
     group: bool = False,
     learnable: bool = False,
+    noise: float | None = None,
 ) -> EmbeddingModel:
-    """A second version, with an old model, rehearsal, augmentation and dropout; or by a learnable head."""
+    """A second version, with an old model, rehearsal, augmentation and dropout; or by a learnable head.
+
+    Its items are in memory, or with `noise` those of datasets that add so much.
+    """
     method = (
         ER(scale=8.0) if learnable else HOC(SlotRegistry(20), lambda_=0.5, group=dist.group.WORLD if group else None)
     )
@@ -68,6 +88,8 @@ def trained(
             Items(torch.rand(len(i.labels), 1, 28, 28, generator=torch.Generator().manual_seed(n)), i.labels)
             for n, i in enumerate((items, memory))
         )
+    if noise is not None:
+        items, memory = (Items.from_dataset(Noisy(i, noise)) for i in (items, memory))
     return Trainer(method, **{"augment": add_noise, "save_every": 5, "log_every": 4, **(trainer or {})}).fit(
         parent,
         items,
@@ -183,9 +205,9 @@ def run_in_group(rank: int, world: int, folder: Path, data: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     extract, count = EmbeddingModel.extract, [0]
 
-    def counted(model: EmbeddingModel, input: torch.Tensor) -> torch.Tensor:
+    def counted(model: EmbeddingModel, *arguments: object, **options: object) -> torch.Tensor:
         count[0] += 1
-        return extract(model, input)
+        return extract(model, *arguments, **options)
 
     EmbeddingModel.extract = counted
     report = train_run(small_run(data), folder / "run")

@@ -114,7 +114,7 @@ def test_methods_share_their_pre_training_and_the_model_folder_embeds_alike(cifa
     stages: list[str] = []
     report = train_run(config, tmp_path / "hoc", on_step=lambda progress: stages.append(progress.stage))
     assert "pre-training for task 1" in stages
-    assert set(report) == {"versions", "search", "validation"}
+    assert set(report) == {"versions", "search", "validation", "class_names"}
     assert len(report["validation"]["nearest_class_mean"]["matrix"]) == 2
     again: list[str] = []
     simplex = replace(config, method=replace(config.method, name="simplex"))

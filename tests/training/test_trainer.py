@@ -16,11 +16,11 @@ import pytest
 import torch
 
 from simplexfix import SimplexHead
+from simplexfix._seeds import seeded
 from simplexfix.heads import decode_state
 from simplexfix.methods import ER
 from simplexfix.models import EmbeddingModel
 from simplexfix.training import CheckpointWarning, Items, Schedule, Trainer, read_state, write_state
-from simplexfix.training.items import seeded
 from simplexfix.training.trainer import _fingerprint as fingerprint_of
 
 # a server that has loaded torch forks a process for each job, in milliseconds; it never ran a backward pass itself,

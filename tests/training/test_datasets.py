@@ -1,0 +1,314 @@
+"""Items that are read when they are needed: the same batches, bits and memory with any number of processes."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jobs
+import numpy as np
+import pytest
+import torch
+from test_trainer import close, done, group, lines, same, stopped, weights
+from torch import nn
+from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset, TensorDataset
+
+from simplexfix import SlotRegistry
+from simplexfix.data import DatasetRows, ImageFileError
+from simplexfix.data.reading import read_ahead
+from simplexfix.methods import ER, HOC
+from simplexfix.models import EmbeddingModel
+from simplexfix.training import (
+    Items,
+    Rehearsal,
+    Schedule,
+    Trainer,
+    class_incremental,
+    dataset_sequence,
+    instance_incremental,
+    random_rows,
+    read_state,
+    train_versions,
+    write_state,
+)
+from simplexfix.training.locks import alone_in
+
+WORKERS = {"trainer": {"workers": 2}}
+
+
+def test_a_dataset_gives_the_bits_of_what_is_in_memory(tmp_path) -> None:
+    jobs.trained(tmp_path / "memory")
+    jobs.trained(tmp_path / "dataset", noise=0.0)
+    jobs.trained(tmp_path / "workers", noise=0.0, **WORKERS)
+    whole = weights(tmp_path / "memory")
+    for name in ("dataset", "workers"):
+        assert same(weights(tmp_path / name), whole)
+        assert lines(tmp_path / name) == lines(tmp_path / "memory")
+    # what does not draw has one fingerprint, wherever it is
+    facts = [read_state(tmp_path / name / "version.safetensors")["facts"] for name in ("memory", "workers")]
+    assert facts[0] == facts[1]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_what_items_draw_does_not_depend_on_the_processes_that_read(tmp_path, accumulate: int) -> None:
+    """Nor on what was drawn before, and the generators are as they were."""
+    versions = []
+    for workers in (0, 1, 2):
+        random.seed(workers)
+        np.random.seed(workers)
+        states = random.getstate(), np.random.get_state()[1].tolist()
+        schedule = {"accumulate": accumulate, "steps": 6}
+        versions.append(
+            dict(jobs.trained(None, noise=0.1, schedule=schedule, trainer={"workers": workers}).state_dict())
+        )
+        assert (random.getstate(), np.random.get_state()[1].tolist()) == states
+    assert all(same(versions[0], other) for other in versions[1:])
+    assert not same(versions[0], dict(jobs.trained(None, noise=0.0, schedule=schedule).state_dict()))
+
+
+def test_every_place_of_every_batch_draws_anew() -> None:
+    """A row that comes again, in another batch or in the same one, is another input."""
+    seen = []
+
+    class Seen(ER):
+        def loss(self, model, input, target, old):
+            seen.append(input)
+            return super().loss(model, input, target, old)
+
+    items = Items(torch.zeros(4, 12), torch.arange(4))
+    method = Seen()
+    parent = EmbeddingModel(jobs.network(), method.head(10))
+    for seed in (0, 1):
+        Trainer(method, workers=2).fit(
+            parent, jobs.Noisy(items, 1.0), Schedule(3, 0.1, batch=8, accumulate=2), classes=range(4), seed=seed
+        )
+    rows = torch.cat(seen)
+    assert len(rows) == 48
+    assert len(torch.unique(rows, dim=0)) == 48
+
+
+def test_killed_with_processes_that_read_ends_with_the_same_bits(tmp_path) -> None:
+    options = {"noise": 0.1, "trainer": {"workers": 2}}
+    assert done(jobs.resumed, tmp_path / "whole", options) == 0
+    for attempt, workers in enumerate((2, 2, 0, 1)):
+        code = done(jobs.killed, tmp_path / "run", "step", 7 + attempt, {**options, "trainer": {"workers": workers}})
+        if code != -signal.SIGKILL:
+            break
+    assert attempt
+    assert done(jobs.resumed, tmp_path / "run", options) == 0
+    name = "version.safetensors"
+    assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert lines(tmp_path / "run") == lines(tmp_path / "whole")
+
+
+def test_a_stopped_training_goes_on_here_with_other_processes(tmp_path) -> None:
+    jobs.trained(tmp_path / "whole", noise=0.1)
+    stopped(tmp_path / "run", 12, noise=0.1, **WORKERS)
+    jobs.trained(tmp_path / "run", noise=0.1, trainer={"workers": 1})
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+
+
+def test_processes_that_read_do_not_keep_the_folder(tmp_path) -> None:
+    """They live for seconds after their parent was killed, and where they were forked they have its files open."""
+    script = (
+        "import multiprocessing, pathlib, sys, jobs; multiprocessing.set_start_method('fork'); "
+        "jobs.killed(pathlib.Path(sys.argv[1]), 'step', 0, {'noise': 0.1, 'trainer': {'workers': 2}})"
+    )
+    ended = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=Path(__file__).parent, check=False)
+    assert ended.returncode == -signal.SIGKILL
+    with alone_in(tmp_path):
+        pass
+
+
+def test_processes_that_read_end_with_the_training(tmp_path) -> None:
+    def children() -> set[str]:
+        return set(Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split())
+
+    before = children()
+    during = []
+    jobs.trained(None, noise=0.1, on_step=lambda step: during.append(children() - before), **WORKERS)
+    stopped(tmp_path, 5, noise=0.1, **WORKERS)
+    assert {len(found) for found in during} == {2}
+    assert children() == before
+
+
+def test_two_processes_see_what_one_sees(tmp_path) -> None:
+    options = {"dropout": 0.0, "noise": 0.1}
+    assert group(tmp_path, "parts", {**options, "trainer": {"workers": 1}}) == [0, 0]
+    jobs.trained(tmp_path / "accumulated", **options, schedule={"accumulate": 2})
+    close(weights(tmp_path / "parts"), weights(tmp_path / "accumulated"))
+
+
+class Counted(Dataset):
+    """Images of one number; counts how often each is read."""
+
+    def __init__(self, labels: list[int], base: int = 0) -> None:
+        self.targets, self.base, self.read = labels, base, [0] * len(labels)
+        self.classes = [f"class {c}" for c in range(max(labels) + 1)]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, row: int) -> tuple[np.ndarray, int]:
+        self.read[row] += 1
+        return np.full((12,), self.base + row, np.float32), self.targets[row]
+
+
+LABELS = [i % 6 for i in range(30)]
+
+
+def test_scenarios_and_memory_read_nothing() -> None:
+    dataset, other = Counted(LABELS), Counted([0, 1, 2, 0], base=100)
+    tasks = class_incremental(dataset, [2, 4], seed=0)
+    parts = instance_incremental(dataset, 2, seed=0)
+    sets = dataset_sequence([dataset, other], seed=0)
+    memory = tasks[0].items.take(torch.tensor([3, 1])).joined(sets[1].items.take(torch.tensor([2])))
+    assert sum(dataset.read[1:]) == sum(other.read[1:]) == 0  # the first item is read for its shape
+    assert memory.inputs.shape == (3, 12)
+    rows = [int(row) for row in memory.read()[:, 0]]
+    assert rows[2] == 102
+    names = tasks[-1].items.class_names
+    for task in tasks + parts + sets[:1]:
+        for row, label in zip(task.items.read()[:, 0].long().tolist(), task.items.labels.tolist(), strict=True):
+            assert task.items.class_names[label] == f"class {LABELS[row]}"
+    assert sorted(names) == [f"class {c}" for c in range(6)]
+    assert sets[1].items.class_names[:6] == sets[0].items.class_names
+    assert sorted(sets[1].items.class_names[6:]) == ["class 0", "class 1", "class 2"]
+
+
+def versions_of(folder: Path | None, on_step=lambda task, step: None, workers: int = 0) -> list[dict]:
+    def start() -> nn.Module:
+        return jobs.network()
+
+    trained = train_versions(
+        Trainer(HOC(SlotRegistry(12)), save_every=2, log_every=1, workers=workers),
+        class_incremental(jobs.Noisy(jobs.features(60, 6, 1), 0.1), [2, 2, 2], seed=0),
+        start,
+        Schedule(5, 0.01, batch=8),
+        seed=0,
+        rehearsal=chosen,
+        folder=folder,
+        on_step=on_step,
+    )
+    return [dict(version.state_dict()) for version in trained]
+
+
+def chosen(version, items, generator) -> torch.Tensor:
+    assert version.extract(items.inputs).shape == (len(items.labels), 11)
+    return random_rows(items.labels, 3, generator)
+
+
+class StopError(Exception):
+    pass
+
+
+def test_a_sequence_with_a_memory_of_rows_goes_on_to_the_same_bits(tmp_path) -> None:
+    whole = versions_of(None)
+    for at in ((1, 3), (2, 1)):
+
+        def stop(task: int, step: int, at=at) -> None:
+            if (task, step) == at:
+                raise StopError
+
+        with pytest.raises(StopError):
+            versions_of(tmp_path / "run", stop, workers=1)
+    ended = versions_of(tmp_path / "run", workers=2)
+    assert all(same(a, b) for a, b in zip(whole, ended, strict=True))
+    saved = read_state(tmp_path / "run" / "task-01" / "memory.safetensors")
+    assert set(saved) == {"facts", "rows"}
+
+
+def test_a_memory_for_loops_of_ones_own_holds_rows(tmp_path) -> None:
+    dataset = Counted(LABELS)
+    items = Items.from_dataset(dataset)
+    memories = [Rehearsal(2, generator=np.random.default_rng(0)) for _ in range(2)]
+    for c in range(3):
+        for memory, inputs in zip(memories, (items.inputs, items.read()), strict=True):
+            memory.add_class(c, inputs[items.labels == c])
+    assert isinstance(memories[0].items().inputs, DatasetRows)
+    assert torch.equal(memories[0].items().read(), memories[1].items().inputs)
+    write_state(tmp_path / "memory", memories[0].state_dict())
+    read = Rehearsal(2, generator=np.random.default_rng(5))
+    read.load_state_dict(read_state(tmp_path / "memory"))
+    for memory in (read, *memories):
+        batch = items.take(torch.tensor([4, 2])).joined(memory.sample(3))
+        assert batch.read()[:2, 0].tolist() == [4, 2]
+        assert all(LABELS[int(row)] == label for row, label in zip(batch.read()[:, 0], batch.labels, strict=True))
+        assert len(memory.pop_class(1)) == 2
+
+
+def test_labels_are_found_where_data_sets_keep_them() -> None:
+    dataset = Counted(LABELS)
+    parts = ConcatDataset([Subset(dataset, [3, 5, 1]), TensorDataset(torch.zeros(2, 12), torch.tensor([7, 8]))])
+    assert Items.from_dataset(parts).labels.tolist() == [3, 5, 1, 7, 8]
+    assert Items.from_dataset(parts, np.arange(5)).labels.tolist() == [0, 1, 2, 3, 4]
+    assert Items.from_dataset(dataset).class_names == tuple(f"class {c}" for c in range(6))
+    assert Items.from_dataset(Subset(dataset, [0])).class_names is None
+
+
+class Plain(Dataset):
+    def __init__(self, items: list) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, row: int):
+        return self.items[row]
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        yield torch.zeros(2)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "labels", "error", "message"),
+    [
+        (Stream(), [0], TypeError, "dataset must be map-style, with __len__ and __getitem__, got Stream"),
+        ([], [], ValueError, "dataset must have an item, this list has none"),
+        (Plain([torch.zeros(2)]), None, ValueError, "labels must be given: the Plain has no targets"),
+        (Plain([torch.zeros(2)]), [0, 1], ValueError, r"labels must be \[1\], one for each item, got \[2\]"),
+        (Plain([torch.zeros(2)]), [0.5], TypeError, "labels must be integers, got float"),
+        (Plain([torch.zeros(2)]), ["cat"], TypeError, r"labels must be integers, got str; of names np\.unique"),
+        (Plain([torch.zeros(2)]), torch.tensor([True]), TypeError, r"labels must be integers, got torch\.bool"),
+        (Plain([{"image": 1, "label": 2}]), [0], TypeError, "item 0 of the Plain is dict of image, label"),
+        (Plain([("a.png", 2)]), [0], TypeError, "item 0 of the Plain is tuple of str; give it a transform"),
+    ],
+)
+def test_data_sets_that_cannot_be_used_are_refused(dataset, labels, error, message: str) -> None:
+    with pytest.raises(error, match=message):
+        Items.from_dataset(dataset, labels)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_items_of_unlike_shapes_are_named(workers: int) -> None:
+    method = ER()
+    parent = EmbeddingModel(jobs.network(), method.head(10))
+    dataset = Plain([torch.zeros(12)] * 7 + [torch.zeros(13)])
+    dataset.targets = [0] * 8
+    with pytest.raises(ValueError, match=r"here \[12\] torch\.float32; item 7 of the Plain is \[13\]"):
+        Trainer(method, workers=workers).fit(parent, dataset, Schedule(1, 0.1, batch=8), classes=range(1), seed=0)
+    with pytest.raises(ValueError, match="inputs must have one shape and dtype"):
+        Items.from_dataset(dataset).joined(Items(torch.zeros(1, 13), torch.zeros(1).long()))
+
+
+def fail(request: int) -> int:
+    raise ImageFileError(f"{request}.png cannot be read")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_that_cannot_be_read_says_so_and_no_more(workers: int) -> None:
+    with pytest.raises(ImageFileError, match=r"^5\.png cannot be read$"):
+        list(read_ahead(fail, [5, 6], workers=workers))
+
+
+def test_bad_numbers_of_processes() -> None:
+    with pytest.raises(ValueError, match="workers must be 0 or more processes, got -1"):
+        Trainer(ER(), workers=-1)
+    with pytest.raises(TypeError, match="workers must be an integer, got float"):
+        Trainer(ER(), workers=1.0)
