@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from .._files import write_whole
+from .._files import read_text, write_whole
 from ..compatibility import DEFAULT_RULES, GateResult, Outcome, Rule, VersionFeatures, upgrade_gate
 from ..data.features import check_alike, load_features
 from .evaluate import printable
@@ -164,7 +164,7 @@ def _rules_of_file(path: Path) -> list[Rule]:
 
 def _parse(path: Path) -> Any:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
         if path.suffix != ".toml":
             return json.loads(text, object_pairs_hook=_without_repeats)
         try:
