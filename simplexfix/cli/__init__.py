@@ -15,6 +15,7 @@ _VERBS = {"demo": demo, "doctor": doctor, "evaluate": evaluate, "gate": gate, "r
 _EXTRAS = {
     "PIL": "cli",
     "matplotlib": "cli",
+    "pyarrow": "parquet",
     "rich": "cli",
     "safetensors": "safetensors",
     "sklearn": "calibration",

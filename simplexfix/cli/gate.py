@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from .._files import read_text, write_whole
-from ..compatibility import DEFAULT_RULES, GateResult, Outcome, Rule, VersionFeatures, upgrade_gate
-from ..data.features import check_alike, load_features
-from .evaluate import printable
+from ..compatibility import DEFAULT_RULES, GateResult, Outcome, Rule, upgrade_gate
+from ..labelled import VersionFeatures
+from .evaluate import in_flags, printable
 
 PASSED, FAILED, BAD_INPUT = 0, 1, 2
 CRASHED = 70  # EX_SOFTWARE of sysexits.h: a bug here must not read as a rule that failed
@@ -53,6 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--widths", choices=("equal", "leading"), default="equal", help="leading: compare on the narrower width"
     )
+    parser.add_argument(
+        "--ignored-labels", nargs="+", default=(), metavar="LABEL", help="of junk: its items and queries are left out"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--out", type=Path, help="write the JSON object to this file, too")
@@ -62,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         result = _judge(arguments)
     except (ValueError, TypeError) as error:
-        print(f"simplexfix gate: {printable(str(error))}", file=sys.stderr)
+        print(f"simplexfix gate: {printable(in_flags(error))}", file=sys.stderr)
         return BAD_INPUT
     except (OSError, ModuleNotFoundError):
         raise  # main has words for these
@@ -101,26 +104,19 @@ def _judge(arguments: argparse.Namespace) -> GateResult:
         )
     if not 0 <= arguments.seed < 2**31:
         raise ValueError(f"--seed must lie in [0, 2^31), got {arguments.seed}")
-    old = load_features(arguments.old)
-    others = {
-        name: load_features(path)
-        for name, path in (("new", arguments.new), ("unconstrained", arguments.unconstrained))
-        if path is not None
-    }
-    for other in others.values():
-        check_alike(old, other, arguments.widths)
-    groups = [file.query_groups for file in (old, *others.values()) if file.query_groups is not None]
-    versions = {name: VersionFeatures(file.query, file.gallery) for name, file in others.items()}
+    old, new, unconstrained = (
+        None if path is None else VersionFeatures.load(path, ignored_labels=arguments.ignored_labels)
+        for path in (arguments.old, arguments.new, arguments.unconstrained)
+    )
+    assert old is not None
+    assert new is not None
     return upgrade_gate(
-        VersionFeatures(old.query, old.gallery),
-        versions["new"],
-        old.query_labels,
-        old.gallery_labels,
-        rules=rules,
+        old,
+        new,
+        rules,
         protocol=arguments.protocol,
         widths=arguments.widths,
-        query_groups=groups[0] if groups else None,
-        unconstrained=versions.get("unconstrained"),
+        unconstrained=unconstrained,
         generator=np.random.default_rng(arguments.seed),
     )
 
@@ -194,7 +190,14 @@ def _scores(result: GateResult) -> str:
 
 def _facts(result: GateResult) -> str:
     absent = f"; {result.absent} queries are of classes that the gallery lacks" if result.absent else ""
-    return f"{result.queries} queries, {result.gallery} gallery items, {result.protocol.replace('_', ' ')}{absent}"
+    itself = f"; {result.excluded} queries are left out of their own search by id" if result.excluded else ""
+    if any(result.bit_equal):
+        itself += (
+            f"; {max(result.bit_equal)} queries have a gallery row of the same bits and find themselves, unless "
+            "query_ids and gallery_ids say which items are the same"
+        )
+    facts = f"{result.queries} queries, {result.gallery} gallery items, {result.protocol.replace('_', ' ')}"
+    return facts + absent + itself
 
 
 def _text(result: GateResult) -> str:
