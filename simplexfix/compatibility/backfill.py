@@ -189,7 +189,7 @@ def mixed_topk(
     by = new if queries == "new" else old
     for searched in (old, new):
         searched.pair(by, widths)
-    is_new = read_hits("replaced", replaced)
+    is_new = read_hits("replaced", replaced, "whether each row is by the new model")
     if len(is_new) != len(old.gallery):
         raise ValueError(f"replaced must have shape [{len(old.gallery)}], one per row, got {list(is_new.shape)}")
     mixture = Mixture.read(by.query, old.gallery, new.gallery)

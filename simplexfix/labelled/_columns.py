@@ -87,7 +87,7 @@ def check_unique(name: str, ids: NDArray[np.int64]) -> None:
         raise ValueError(f"{name} must hold each id once, got {ids[first]} in rows {first} and {second}")
 
 
-def read_hits(name: str, hits: Any) -> NDArray[np.bool_]:
+def read_hits(name: str, hits: Any, meaning: str = "right or wrong for each query") -> NDArray[np.bool_]:
     """[Q] bool, Q >= 1.
 
     Raises:
@@ -97,7 +97,7 @@ def read_hits(name: str, hits: Any) -> NDArray[np.bool_]:
     if array.ndim != 1 or not len(array):
         raise ValueError(f"{name} must have shape [Q] with Q >= 1, got {list(array.shape)}")
     if array.dtype != np.bool_:
-        raise TypeError(f"{name} must be bool, one value for each row, got {array.dtype}")
+        raise TypeError(f"{name} must be bool, {meaning}, got {array.dtype}")
     return array
 
 

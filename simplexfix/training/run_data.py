@@ -148,7 +148,7 @@ def _read(config: DataConfig, names: Sequence[str], seed: int) -> tuple[list[Ite
     _check_there(path, files, "features [N, d] and labels [N] of what is trained on and of what is searched")
     search = VersionFeatures.load(path)
     return (
-        [Items(rows.whole(), torch.from_numpy(labels)) for rows, labels in (load_rows(path, name) for name in names)],
+        [Items(rows.whole(), torch.tensor(labels)) for rows, labels in (load_rows(path, name) for name in names)],
         Items(search.query.tensor(), torch.tensor(search.items.query_labels)),
         Items(search.gallery.tensor(), torch.tensor(search.items.gallery_labels)),
     )

@@ -278,7 +278,7 @@ BAD_CURVE = [
 ]
 BAD_SEARCH = [
     ({"replaced": [True, False]}, ValueError, r"replaced must have shape \[3\], one per row, got \[2\]"),
-    ({"replaced": [0, 1, 2]}, TypeError, "replaced must be bool, one value for each row, got int64"),
+    ({"replaced": [0, 1, 2]}, TypeError, "replaced must be bool, whether each row is by the new model, got int64"),
     ({"k": 0}, ValueError, "k must lie between 1 and"),
     ({"k": 1.5}, TypeError, "k must be an integer, got float"),
     ({"queries": "both"}, ValueError, "queries must be one of 'new', 'old', got 'both'"),
