@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator
+from copy import copy
 from typing import Any, TypeVar
 
 import numpy as np
@@ -32,10 +33,10 @@ class FeatureRows:
         TypeError, ValueError: as `read_features`.
     """
 
-    def __init__(self, name: str, rows: Rows, at: NDArray[np.int64] | None = None) -> None:
+    def __init__(self, name: str, rows: Rows) -> None:
         self.name = name
         self.rows: Tensor | NDArray[Any] = read_features(name, rows)
-        self.at = at
+        self.at: NDArray[np.int64] | None = None
         self._hashes: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
@@ -59,17 +60,22 @@ class FeatureRows:
         return not isinstance(self.rows, Tensor) or self.rows.device.type == "cpu"
 
     def renamed(self, name: str) -> FeatureRows:
-        out = FeatureRows(name, self.rows, self.at)
-        out._hashes = self._hashes
+        out = copy(self)
+        out.name = name
         return out
 
-    def columns(self, width: int) -> FeatureRows:
-        """The leading ones; itself where it has no more."""
-        return self if width >= self.width else FeatureRows(self.name, self.rows[:, :width], self.at)
+    def columns(self, stop: int, start: int = 0) -> FeatureRows:
+        """Columns [start, stop), the leading ones as a rule; itself where these are all."""
+        if not start and stop >= self.width:
+            return self
+        out = copy(self)
+        out.rows, out._hashes = self.rows[:, start:stop], None
+        return out
 
     def take(self, at: NDArray[np.int64]) -> FeatureRows:
         """These rows, which are read when they are asked for."""
-        out = FeatureRows(self.name, self.rows, at if self.at is None else self.at[at])
+        out = copy(self)
+        out.at = at if self.at is None else self.at[at]
         out._hashes = None if self._hashes is None else self._hashes[at]
         return out
 
@@ -191,7 +197,7 @@ class FeatureRows:
         if self.at is None:
             return self.rows[begin:end]
         at = self.at[begin:end]
-        return self.rows[torch.from_numpy(at).to(self.rows.device)] if isinstance(self.rows, Tensor) else self.rows[at]
+        return self.rows[torch.tensor(at, device=self.rows.device)] if isinstance(self.rows, Tensor) else self.rows[at]
 
     def _not_finite(self, begin: int, row: int, source: Any) -> ValueError:
         finite = bool(source.isfinite().all()) if isinstance(source, Tensor) else bool(np.isfinite(source).all())

@@ -274,8 +274,7 @@ def _class_sums(ranks: Ranks, rows: FeatureRows, index: Tensor, classes: int, dt
     for first in range(0, rows.width, _SUM_COLUMNS):
         last = min(rows.width, first + _SUM_COLUMNS)
         sums = ranks.take_from_previous(torch.zeros(classes, last - first, dtype=torch.float64))
-        columns = FeatureRows(rows.name, rows.rows[:, first:last], rows.at)
-        for begin, block in columns.blocks(max(1, _SUM_NUMBERS // rows.width)):
+        for begin, block in rows.columns(last, first).blocks(max(1, _SUM_NUMBERS // rows.width)):
             sums.index_add_(0, index[begin : begin + len(block)], torch.from_numpy(block.astype(np.float64)))
         ranks.pass_to_next(sums)
         if ranks.is_last:
