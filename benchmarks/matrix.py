@@ -28,7 +28,7 @@ import torch
 from measure import machine_card
 
 from simplexfix.compatibility import compatibility_matrix
-from simplexfix.retrieval import nearest_class_mean_accuracy
+from simplexfix.labelled import LabelledItems
 
 try:
     import faiss
@@ -58,8 +58,8 @@ def opened(folder: Path, kind: str, versions: int, distinct: int) -> list[np.nda
 
 def ours(folder: Path, versions: int, distinct: int) -> np.ndarray:
     queries, galleries = (opened(folder, kind, versions, distinct) for kind in ("query", "gallery"))
-    labels = (np.load(folder / f"{kind}_labels.npy") for kind in ("query", "gallery"))
-    return compatibility_matrix(queries, galleries, *labels, nearest_class_mean_accuracy)
+    items = LabelledItems(*(np.load(folder / f"{kind}_labels.npy") for kind in ("query", "gallery")))
+    return compatibility_matrix([items.version(*rows) for rows in zip(queries, galleries, strict=True)])
 
 
 def numpy_normalized(rows: np.ndarray) -> np.ndarray:

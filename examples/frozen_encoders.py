@@ -37,9 +37,10 @@ import simplexfix.functional as SF
 from simplexfix import SimplexHead
 from simplexfix.cli.doctor import diagnose
 from simplexfix.compatibility import average_accuracy, average_compatibility, compatibility_matrix
-from simplexfix.retrieval import instance_accuracy, nearest_class_mean_accuracy
+from simplexfix.labelled import LabelledItems
+from simplexfix.retrieval import instance, nearest_class_mean
 
-PROTOCOLS = {"nearest class mean": nearest_class_mean_accuracy, "instance": instance_accuracy}
+PROTOCOLS = {"nearest class mean": nearest_class_mean, "instance": instance}
 WAYS = ("independent", "ce", "hoc", "hoc+gallery", "ridge", "ridge+gallery", "procrustes")
 
 OPTIONS = {  # what `choose` tries, one after the other
@@ -157,14 +158,13 @@ def judge_pairs(
         torch.isin(labels, wanted)
         for labels, wanted in ((gallery_labels, seen), (gallery_labels, classes), (query_labels, classes))
     )
+    items = LabelledItems(query_labels[asked], gallery_labels[rows])
     matrices = {name: np.full((len(encoders), len(encoders)), np.nan) for name in PROTOCOLS}
     for i, new in enumerate(encoders):
         for j, old in enumerate(encoders[: i + 1]):
             query = new.query if i == j else new.query @ procrustes(new.gallery[known], old.gallery[known])
             for name, protocol in PROTOCOLS.items():
-                matrices[name][i, j] = protocol(
-                    query[asked], query_labels[asked], old.gallery[rows], gallery_labels[rows]
-                )
+                matrices[name][i, j] = protocol.score(items.version(query[asked], old.gallery[rows]))
     return {name: criteria(matrix) for name, matrix in matrices.items()}
 
 
@@ -181,17 +181,9 @@ def judge(
 ) -> dict[str, dict[str, Any]]:
     """The matrices and their criteria, among these classes alone."""
     rows, asked = torch.isin(gallery_labels, classes), torch.isin(query_labels, classes)
-    result: dict[str, dict[str, Any]] = {}
-    for name, protocol in PROTOCOLS.items():
-        matrix = compatibility_matrix(
-            [v.query[asked] for v in versions],
-            [v.gallery[rows] for v in versions],
-            query_labels[asked],
-            gallery_labels[rows],
-            protocol,
-        )
-        result[name] = criteria(matrix)
-    return result
+    items = LabelledItems(query_labels[asked], gallery_labels[rows])
+    judged = [items.version(v.query[asked], v.gallery[rows]) for v in versions]
+    return {name: criteria(compatibility_matrix(judged, protocol)) for name, protocol in PROTOCOLS.items()}
 
 
 def split(labels: Tensor, unseen: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
-"""Files, and folders of them, that appear whole or not at all."""
+"""Files, and folders of them, that appear whole or not at all; and text files as people save them."""
 
 from __future__ import annotations
 
+import codecs
 import errno
 import os
 import re
@@ -11,7 +12,36 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
-__all__ = ["write_folder", "write_whole"]
+__all__ = ["read_text", "write_folder", "write_whole"]
+
+# UTF-32 first: its mark begins with that of UTF-16
+_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """The text of a file in UTF-8, or in an encoding that a byte-order mark at its start names; without the mark.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not such text.
+    """
+    content = Path(path).read_bytes()
+    encoding = next((name for mark, name in _MARKS.items() if content.startswith(mark)), "utf-8")
+    remedy = "save it as UTF-8"
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not text in {encoding.upper().removesuffix('-SIG')}: {error}; {remedy}") from None
+    if "\0" in text:  # of UTF-16 without a mark every second byte is 0
+        raise ValueError(f"it holds zero bytes, as UTF-16 without a byte-order mark does; {remedy}")
+    return text
+
 
 _BEGIN = 64  # bytes of a target's name that the temporary one begins with
 

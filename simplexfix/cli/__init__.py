@@ -21,6 +21,7 @@ INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 _EXTRAS = {
     "PIL": "cli",
     "matplotlib": "cli",
+    "pyarrow": "parquet",
     "rich": "cli",
     "safetensors": "safetensors",
     "sklearn": "calibration",

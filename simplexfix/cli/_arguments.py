@@ -119,6 +119,9 @@ def _add_comparison(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--widths", choices=("equal", "leading"), default="equal", help="leading: compare on the narrower width"
     )
+    parser.add_argument(
+        "--ignored-labels", nargs="+", default=(), metavar="LABEL", help="of junk: its items and queries are left out"
+    )
 
 
 def _seed(text: str) -> int:

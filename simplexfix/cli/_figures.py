@@ -23,6 +23,7 @@ from matplotlib.patches import Patch
 from matplotlib.text import Text
 from PIL import Image, ImageOps
 
+from .._files import read_text
 from ..compatibility import EvaluationReport, Regression, VersionPairs
 from ..compatibility.pairs import HISTOGRAM_BINS
 from ..retrieval.verification import score_histogram
@@ -84,8 +85,8 @@ def read_paths(file: Path, part: str, count: int) -> list[Path]:
         ValueError: not text, or not one line per item.
     """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
+        lines = read_text(file).splitlines()
+    except ValueError as error:
         raise ValueError(f"{file} must be text in UTF-8, a path per line: {error}") from None
     if len(lines) != count:
         raise ValueError(f"{file} has {len(lines)} lines, {part} has {count} rows: one image path per line")

@@ -150,6 +150,7 @@ def _head(report: EvaluationReport) -> str:
             f"{counts.classes_not_in_gallery:,} classes that the gallery lacks. No version can find them; they count "
             "as wrong for every version."
         )
+    notes += [escape(remark) for remark in report.remarks]
     if counts.classes_without_queries:
         notes.append(f"{counts.classes_without_queries:,} classes of the gallery have no query: nothing tests them.")
     return (

@@ -21,14 +21,14 @@ from typing import Any
 import torch
 
 from ..compatibility import average_accuracy, average_compatibility, compatibility_matrix
+from ..labelled import LabelledItems
 from ..models import EmbeddingModel
-from ..retrieval import instance_accuracy, nearest_class_mean_accuracy
+from ..retrieval import PROTOCOLS
 from ..training.items import Items
 from ..training.omniglot import METHODS, UNSEEN_ALPHABETS, OmniglotData, Recipe, split_omniglot, train_methods
 from ._terminal import console
 
 TITLES = {"hoc": "d-simplex with HOC", "simplex": "d-simplex, CE only", "er": "ER: learnable head"}
-PROTOCOLS = {"nearest_class_mean": nearest_class_mean_accuracy, "instance": instance_accuracy}
 THREADS = 1  # in each of the two trainings that run side by side: a seed gives the same numbers whatever the cores
 
 
@@ -112,14 +112,11 @@ def _judge(embeddings: Embeddings, data: OmniglotData) -> dict[str, Any]:
     judged: dict[str, Any] = {}
     for split in data.query:
         judged[split] = {}
+        items = LabelledItems(data.query[split].labels, data.gallery[split].labels)
+        parts = zip(embeddings["query"][split], embeddings["gallery"][split], strict=True)
+        versions = [items.version(query, gallery) for query, gallery in parts]
         for name, protocol in PROTOCOLS.items():
-            matrix = compatibility_matrix(
-                embeddings["query"][split],
-                embeddings["gallery"][split],
-                data.query[split].labels,
-                data.gallery[split].labels,
-                protocol,
-            )
+            matrix = compatibility_matrix(versions, protocol)
             rows = [[None if value != value else float(value) for value in row] for row in matrix]
             judged[split][name] = {
                 "matrix": rows,

@@ -21,16 +21,10 @@ from numpy.typing import NDArray
 
 from .. import __version__
 from .._files import write_folder
-from ..compatibility import EvaluationReport, evaluate_versions
+from ..compatibility import EvaluationReport, evaluate
 from ..compatibility.statistics import check_confidence
-from ..data.features import REQUIRED, Features, check_alike, find_versions, load_features
-from ..retrieval import (
-    RankDiedError,
-    process_group,
-    shard_rows,
-    sharded_instance_hits,
-    sharded_nearest_class_mean_hits,
-)
+from ..labelled import VersionFeatures, check_versions, find_versions, is_version
+from ..retrieval import PROTOCOLS, RankDiedError, process_group, shard_rows
 from ..retrieval._ranks import Facts, Ranks
 from ._colours import LIGHT, readable, shade
 from ._terminal import console, printable
@@ -51,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
                 _evaluate_together(arguments, Ranks(group))
     except (ValueError, TypeError) as error:
         if rank == 0:  # it is the same on all
-            print(f"simplexfix evaluate: {error}", file=sys.stderr)
+            print(f"simplexfix evaluate: {in_flags(error)}", file=sys.stderr)
         return NOT_EVALUATED
     except RankDiedError as error:
         print(f"simplexfix evaluate: rank {rank}: {error}", file=sys.stderr)
@@ -87,7 +81,7 @@ def _evaluate_together(arguments: argparse.Namespace, ranks: Ranks) -> None:
 
 class _Input(NamedTuple):
     paths: list[Path]
-    versions: list[Features]
+    versions: list[VersionFeatures]
     images: dict[str, list[Path]]
 
 
@@ -104,52 +98,44 @@ def _read(arguments: argparse.Namespace, *, first: bool = True) -> _Input:
     if first and paths != arguments.versions:
         names = ", ".join(printable(path.name) for path in paths)
         print(f"simplexfix evaluate: by name, oldest first: {names}", file=sys.stderr)
-    versions = [load_features(path) for path in paths]
-    for other in versions[1:]:
-        check_alike(versions[0], other, arguments.widths)
+    versions = check_versions(
+        [
+            VersionFeatures.load(path, name=name, ignored_labels=arguments.ignored_labels)
+            for path, name in zip(paths, short_names(paths), strict=True)
+        ]
+    )
+    for version in versions[1:]:
+        versions[0].pair(version, arguments.widths)
     for version in versions if first else ():
         for part, zeros in zip(("query", "gallery"), version.zero_rows, strict=True):
             if zeros:
                 print(
-                    f"simplexfix evaluate: {printable(version.path)}: {zeros} rows of {part} are zero, without a "
+                    f"simplexfix evaluate: {printable(version.label)}: {zeros} rows of {part} are zero, without a "
                     "direction: they find the class or the row that comes first",
                     file=sys.stderr,
                 )
     images = {
-        part: _figures.read_paths(path, part, len(getattr(versions[0], part)))
+        part: _figures.read_paths(path, part, versions[0].items.given[part == "gallery"])
         for part, path in (("query", arguments.images), ("gallery", arguments.gallery_images))
         if path is not None and first
     }
     return _Input(paths, versions, images)
 
 
-def _hits_of_ranks(versions: Sequence[Features], protocol: str, ranks: Ranks) -> list[list[NDArray[np.bool_]]]:
+def _hits_of_ranks(versions: Sequence[VersionFeatures], protocol: str, ranks: Ranks) -> list[list[NDArray[np.bool_]]]:
     """What `compatibility_hits` finds, each rank in its rows of the galleries, in float32 as there."""
-    find = {"nearest_class_mean": sharded_nearest_class_mean_hits, "instance": sharded_instance_hits}[protocol]
-    labels, item_labels = versions[0].query_labels, versions[0].gallery_labels
-    mine = shard_rows(len(item_labels), ranks.rank, ranks.size)
-    hits: list[list[NDArray[np.bool_]]] = []
-    for new in versions:
-        query = new.query.float()
-        hits.append([])
-        for old in versions[: len(hits)]:
-            width = min(query.shape[1], old.gallery.shape[1])
-            shard = old.gallery[mine, :width].float()
-            found = find(query[:, :width], labels, shard, item_labels[mine], group=ranks.group)
-            hits[-1].append(found.numpy())
-    return hits
+    find = PROTOCOLS[protocol].sharded_hits
+    assert find is not None
+    mine = np.arange(len(versions[0].gallery))[shard_rows(len(versions[0].gallery), ranks.rank, ranks.size)]
+    shards = [version.take(gallery=mine) for version in versions]
+    return [[find(old.pair(new, "leading"), ranks.group) for old in shards[: i + 1]] for i, new in enumerate(shards)]
 
 
 def _write(arguments: argparse.Namespace, given: _Input, hits: list[list[NDArray[np.bool_]]] | None) -> None:
     from . import _figures, _page
 
-    versions = given.versions
-    report = evaluate_versions(
-        [version.rows("query") for version in versions],
-        [version.rows("gallery") for version in versions],
-        versions[0].query_labels,
-        versions[0].gallery_labels,
-        names=short_names(given.paths),
+    report = evaluate(
+        given.versions,
         protocol=arguments.protocol,
         widths=arguments.widths,
         confidence=arguments.confidence,
@@ -161,7 +147,7 @@ def _write(arguments: argparse.Namespace, given: _Input, hits: list[list[NDArray
         "simplexfix": __version__,
         "inputs": [printable(path) for path in given.paths],
         "seed": arguments.seed,
-        "zero_rows": [dict(zip(("query", "gallery"), version.zero_rows, strict=True)) for version in versions],
+        "zero_rows": [dict(zip(("query", "gallery"), version.zero_rows, strict=True)) for version in given.versions],
         **report.as_dict(),
     }
     text = json.dumps(content, indent=1, allow_nan=False)
@@ -179,7 +165,7 @@ def _write(arguments: argparse.Namespace, given: _Input, hits: list[list[NDArray
 
 def version_paths(given: Sequence[Path]) -> list[Path]:
     """The versions' files, oldest first: as given, or those in the one folder given, if that is no version itself."""
-    if len(given) > 1 or not given[0].is_dir() or any((given[0] / f"{name}.npy").exists() for name in REQUIRED):
+    if len(given) > 1 or not given[0].is_dir() or is_version(given[0]):
         return list(given)
     return find_versions(given[0])
 
@@ -195,6 +181,11 @@ def short_names(paths: Sequence[Path]) -> list[str]:
     if again is not None:
         raise ValueError(f"{again} is given twice: each version once, oldest first")
     return names
+
+
+def in_flags(error: Exception) -> str:
+    """An error of the library, with options as they are on the command line."""
+    return str(error).replace('widths="leading"', "--widths leading")
 
 
 def check_replaceable(out: Path) -> None:
@@ -244,6 +235,8 @@ def _print(report: EvaluationReport, out: Path) -> None:
             f"[yellow]{counts.queries_of_classes_not_in_gallery} queries are of {counts.classes_not_in_gallery} "
             "classes that the gallery lacks; they count as wrong[/yellow]"
         )
+    for remark in report.remarks:
+        terminal.print(f"[yellow]{escape(remark)}[/yellow]")
     terminal.print("\nScore in percent, rows search columns; below the diagonal old galleries, as they were\n")
     terminal.print(_heat_map(report, terminal))
     marks = _marks(terminal)

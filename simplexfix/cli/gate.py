@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from .._files import write_whole
-from ..compatibility import DEFAULT_RULES, GateResult, Outcome, Rule, VersionFeatures, upgrade_gate
-from ..data.features import check_alike, load_features
+from .._files import read_text, write_whole
+from ..compatibility import DEFAULT_RULES, GateResult, Outcome, Rule, upgrade_gate
+from ..labelled import VersionFeatures
 from ._terminal import printable
+from .evaluate import in_flags
 
 PASSED, FAILED, BAD_INPUT = 0, 1, 2
 
@@ -29,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         result = _judge(arguments)
     except (ValueError, TypeError) as error:
-        print(f"simplexfix gate: {printable(str(error))}", file=sys.stderr)
+        print(f"simplexfix gate: {printable(in_flags(error))}", file=sys.stderr)
         return BAD_INPUT
     report = json.dumps(result.as_dict(), indent=1)
     if arguments.out is not None:
@@ -51,26 +52,19 @@ def _judge(arguments: argparse.Namespace) -> GateResult:
         raise ValueError(
             "a rule of kind max_tax needs features of a model trained without compatibility: --unconstrained"
         )
-    old = load_features(arguments.old)
-    others = {
-        name: load_features(path)
-        for name, path in (("new", arguments.new), ("unconstrained", arguments.unconstrained))
-        if path is not None
-    }
-    for other in others.values():
-        check_alike(old, other, arguments.widths)
-    groups = [file.query_groups for file in (old, *others.values()) if file.query_groups is not None]
-    versions = {name: VersionFeatures(file.query, file.gallery) for name, file in others.items()}
+    old, new, unconstrained = (
+        None if path is None else VersionFeatures.load(path, ignored_labels=arguments.ignored_labels)
+        for path in (arguments.old, arguments.new, arguments.unconstrained)
+    )
+    assert old is not None
+    assert new is not None
     return upgrade_gate(
-        VersionFeatures(old.query, old.gallery),
-        versions["new"],
-        old.query_labels,
-        old.gallery_labels,
-        rules=rules,
+        old,
+        new,
+        rules,
         protocol=arguments.protocol,
         widths=arguments.widths,
-        query_groups=groups[0] if groups else None,
-        unconstrained=versions.get("unconstrained"),
+        unconstrained=unconstrained,
         generator=np.random.default_rng(arguments.seed),
     )
 
@@ -114,7 +108,7 @@ def _rules_of_file(path: Path) -> list[Rule]:
 
 def _parse(path: Path) -> Any:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
         if path.suffix != ".toml":
             return json.loads(text, object_pairs_hook=_without_repeats)
         try:
@@ -144,7 +138,14 @@ def _scores(result: GateResult) -> str:
 
 def _facts(result: GateResult) -> str:
     absent = f"; {result.absent} queries are of classes that the gallery lacks" if result.absent else ""
-    return f"{result.queries} queries, {result.gallery} gallery items, {result.protocol.replace('_', ' ')}{absent}"
+    itself = f"; {result.excluded} queries are left out of their own search by id" if result.excluded else ""
+    if any(result.bit_equal):
+        itself += (
+            f"; {max(result.bit_equal)} queries have a gallery row of the same bits and find themselves, unless "
+            "query_ids and gallery_ids say which items are the same"
+        )
+    facts = f"{result.queries} queries, {result.gallery} gallery items, {result.protocol.replace('_', ' ')}"
+    return facts + absent + itself
 
 
 def _text(result: GateResult) -> str:

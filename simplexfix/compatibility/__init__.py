@@ -12,13 +12,13 @@ from .criteria import (
     negative_flip_rate,
     positive_flip_rate,
 )
-from .gate import DEFAULT_RULES, GateResult, Outcome, Rule, VersionFeatures, upgrade_gate
+from .gate import DEFAULT_RULES, GateResult, Outcome, Rule, upgrade_gate
 from .inequalities import Violations, inequality_violations
 from .matrix import compatibility_hits, compatibility_matrix
 from .orders import farthest_from_class_mean, lowest_margin
 from .pairs import PairReport, VersionPairs, compare_pairs
 from .regressions import Regression, worst_regressions
-from .report import Counts, Criteria, EvaluationReport, Upgrade, evaluate_versions
+from .report import Counts, Criteria, EvaluationReport, Ignored, QueriesInGallery, Upgrade, evaluate
 from .statistics import (
     Interval,
     McNemar,
@@ -40,15 +40,16 @@ __all__ = [
     "Criteria",
     "EvaluationReport",
     "GateResult",
+    "Ignored",
     "Interval",
     "McNemar",
     "Outcome",
     "PairReport",
+    "QueriesInGallery",
     "Regression",
     "Rule",
     "ThresholdMove",
     "Upgrade",
-    "VersionFeatures",
     "VersionPairs",
     "Violations",
     "average_accuracy",
@@ -64,7 +65,7 @@ __all__ = [
     "compatibility_matrix",
     "compatibility_table",
     "compatibility_tax",
-    "evaluate_versions",
+    "evaluate",
     "exact_interval",
     "farthest_from_class_mean",
     "forward_compatibility",

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
 from .._checks import check_name, check_number
+from ..labelled import read_hits
 
 __all__ = [
     "CompatibilityTable",
@@ -130,7 +131,7 @@ def negative_flip_rate(before: ArrayLike | torch.Tensor, after: ArrayLike | torc
         NFR = mean( before & ~after )
 
     Args:
-        before: [Q] bool, which queries were right, as `simplexfix.retrieval.nearest_class_mean_hits` says; Q >= 1.
+        before: [Q] bool, which queries were right, as `simplexfix.retrieval.nearest_class_mean.hits` gives; Q >= 1.
         after: [Q] bool, the same queries after the upgrade.
 
     Raises:
@@ -176,24 +177,10 @@ def flips(before: ArrayLike | torch.Tensor, after: ArrayLike | torch.Tensor) -> 
     Raises:
         TypeError, ValueError: as `negative_flip_rate`.
     """
-    old, new = as_hits("before", before), as_hits("after", after)
+    old, new = read_hits("before", before), read_hits("after", after)
     if old.shape != new.shape:
         raise ValueError(f"before and after must be of the same queries, got {len(old)} and {len(new)}")
     return int((~old & new).sum()), int((old & ~new).sum()), len(old)
-
-
-def as_hits(name: str, hits: ArrayLike | torch.Tensor) -> NDArray[np.bool_]:
-    """[Q] bool, Q >= 1.
-
-    Raises:
-        TypeError, ValueError: it is not that, by name.
-    """
-    array: NDArray[Any] = np.asarray(hits.detach().cpu() if isinstance(hits, torch.Tensor) else hits)
-    if array.ndim != 1 or not len(array):
-        raise ValueError(f"{name} must have shape [Q] with Q >= 1, got {list(array.shape)}")
-    if array.dtype != np.bool_:
-        raise TypeError(f"{name} must be bool, right or wrong for each query, got {array.dtype}")
-    return array
 
 
 def lower_triangle(matrix: ArrayLike | Sequence[Sequence[float]]) -> NDArray[np.float64]:

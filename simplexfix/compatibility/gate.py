@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import ArrayLike, NDArray
-from torch import Tensor
+from numpy.typing import NDArray
 
-from .._checks import check_name, check_number, check_rows, check_tensor, shape
-from ..retrieval.protocols import instance_hits, nearest_class_mean_hits
+from .._checks import check_name, check_number
+from ..labelled import LabelledItems, VersionFeatures, check_versions
+from ..retrieval.protocols import Protocol, read_protocol
 from .criteria import flips
 from .statistics import Interval, bootstrap_gain, check_confidence, check_generator, exact_interval, mcnemar_test
 
-__all__ = ["DEFAULT_RULES", "GateResult", "Outcome", "Rule", "VersionFeatures", "upgrade_gate"]
+__all__ = ["DEFAULT_RULES", "GateResult", "Outcome", "Rule", "upgrade_gate"]
 
-PROTOCOLS: Mapping[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
-    "nearest_class_mean": nearest_class_mean_hits,
-    "instance": instance_hits,
-}
 # kind -> what is measured, whether more of it is better, and the galleries that it may be asked of
 KINDS: Mapping[str, tuple[str, bool, tuple[str, ...]]] = {
     "ecc": ("gain of the new queries on the old gallery", True, ("old",)),
@@ -31,13 +26,6 @@ KINDS: Mapping[str, tuple[str, bool, tuple[str, ...]]] = {
 }
 SHOWN_CONFIDENCE = 0.95  # of the interval beside a rule that is judged by its value alone
 EACH_GROUP = "*"
-
-
-class VersionFeatures(NamedTuple):
-    """Features of one model: `query` [Q, d] and `gallery` [N, d], floating."""
-
-    query: Tensor
-    gallery: Tensor
 
 
 @dataclass(frozen=True)
@@ -163,7 +151,10 @@ class GateResult:
         scores: M by (queries, gallery): "old_on_old", "new_on_old" and, where a rule needed it, "new_on_new" and
             "unconstrained".
         queries, gallery: numbers of items.
-        absent: queries whose class the gallery lacks; they count as wrong for every model.
+        absent: queries with no item of their class in the gallery but themselves; they count as wrong for every model.
+        bit_equal: of the old version and the new one, queries that have a gallery row of the same bits and no id that
+            says so: most likely they find themselves.
+        excluded: gallery items that are a query themselves, by their ids, and were left out of its search.
     """
 
     outcomes: tuple[Outcome, ...]
@@ -172,6 +163,8 @@ class GateResult:
     queries: int
     gallery: int
     absent: int
+    bit_equal: tuple[int, int]
+    excluded: int
 
     @property
     def passed(self) -> bool:
@@ -186,6 +179,7 @@ class GateResult:
             "queries": self.queries,
             "gallery": self.gallery,
             "queries_of_classes_not_in_gallery": self.absent,
+            "queries_in_gallery": {"left_out_by_id": self.excluded, "bit_equal": list(self.bit_equal)},
             "scores": dict(self.scores),
             "rules": [outcome.as_dict() for outcome in self.outcomes],
         }
@@ -194,13 +188,10 @@ class GateResult:
 def upgrade_gate(
     old: VersionFeatures,
     new: VersionFeatures,
-    query_labels: Tensor,
-    gallery_labels: Tensor,
-    *,
     rules: Sequence[Rule] = DEFAULT_RULES,
-    protocol: str = "nearest_class_mean",
+    *,
+    protocol: str | Protocol = "nearest_class_mean",
     widths: str = "equal",
-    query_groups: ArrayLike | None = None,
     unconstrained: VersionFeatures | None = None,
     generator: np.random.Generator | None = None,
 ) -> GateResult:
@@ -208,31 +199,34 @@ def upgrade_gate(
 
     Args:
         old: by the model in service.
-        new: by the one that is to replace it, of the same items.
-        query_labels: [Q] int64.
-        gallery_labels: [N] int64.
+        new: by the one that is to replace it, of the same items.  Groups of rules are the items' `query_groups`; where
+            there are none, the classes are the groups.
         rules: none given: `ecc` at 95 % confidence.
-        protocol: "nearest_class_mean" or "instance", as of `simplexfix.retrieval`.
+        protocol: "nearest_class_mean", "instance" or such an object, with hits.
         widths: "equal": features that are searched in each other must be of one width; "leading": the wider are cut to
             the leading dimensions of the narrower, as models made for it allow.
-        query_groups: [Q] names or numbers, for rules with a group; None: the classes are the groups.
         unconstrained: by a model trained without compatibility, of the same items: what `max_tax` compares with.
         generator: of the bootstrap; None: `np.random.default_rng(0)`.
 
     Raises:
-        TypeError, ValueError: features or labels that the protocol refuses or that do not fit each other, by name; no
-            rules; a rule that asks for what is not there.
+        TypeError, ValueError: versions that do not fit each other, by name; no rules; a rule that asks for what is not
+            there.
 
     Reference:
         docs/math.md; the criterion is that of Shen et al., "Towards Backward-Compatible Representation Learning", 2020.
     """
-    check_name("protocol", protocol, PROTOCOLS)
+    protocol = read_protocol(protocol, needs="hits")
+    find = protocol.hits
+    assert find is not None
     check_name("widths", widths, ("equal", "leading"))
     if not rules:
         raise ValueError("rules must hold at least one rule")
-    versions = {"old": old, "new": new, "unconstrained": unconstrained}
-    _check_versions(versions, query_labels, gallery_labels)
-    groups = _groups(query_labels, query_groups)
+    given = {"old": old, "new": new, "unconstrained": unconstrained}
+    roles = [role for role, version in given.items() if role != "unconstrained" or version is not None]
+    checked = check_versions([given[role] for role in roles], roles)  # type: ignore[misc]
+    versions = dict(zip(roles, checked, strict=True))
+    items = versions["old"].items
+    groups = _groups(items)
     # of one seed for each outcome: it must not depend on what other rules there are
     seed = int(check_generator(generator).integers(2**63))
 
@@ -241,11 +235,9 @@ def upgrade_gate(
     def hits(searcher: str, searched: str) -> NDArray[np.bool_]:
         name = searcher if searcher == "unconstrained" else f"{searcher}_on_{searched}"
         if name not in found:
-            by, of = versions[searcher], versions[searched]
-            if by is None or of is None:
+            if searcher not in versions:
                 raise ValueError("a rule of kind 'max_tax' needs features of an unconstrained model")
-            query, gallery = match_widths(f"{searcher}.query", by.query, f"{searched}.gallery", of.gallery, widths)
-            found[name] = PROTOCOLS[protocol](query, query_labels, gallery, gallery_labels).cpu().numpy()
+            found[name] = find(versions[searched].pair(versions[searcher], widths))
         return found[name]
 
     before = hits("old", "old")
@@ -258,37 +250,16 @@ def upgrade_gate(
             pair = before, hits("new", rule.gallery or "old")
         for group, members in _members(rule, groups):
             outcomes.append(_judge(rule, group, pair[0][members], pair[1][members], np.random.default_rng(seed)))
-    absent = int(np.isin(query_labels.cpu().numpy(), gallery_labels.cpu().numpy(), invert=True).sum())
     return GateResult(
         outcomes=tuple(outcomes),
         scores={name: float(right.mean()) for name, right in found.items()},
-        protocol=protocol,
-        queries=len(query_labels),
-        gallery=len(gallery_labels),
-        absent=absent,
+        protocol=protocol.name,
+        queries=len(items.query_labels),
+        gallery=len(items.gallery_labels),
+        absent=int((items.num_relevant == 0).sum()),
+        bit_equal=(versions["old"].bit_equal, versions["new"].bit_equal),
+        excluded=int((items.excluded >= 0).sum()),
     )
-
-
-def match_widths(
-    query_name: str, query: Tensor, gallery_name: str, gallery: Tensor, widths: str
-) -> tuple[Tensor, Tensor]:
-    """Both as they are where they fit each other, cut to the narrower if `widths` is "leading".
-
-    Raises:
-        TypeError: of another dtype.
-        ValueError: of another width, with `widths` "equal".
-    """
-    if query.dtype != gallery.dtype:
-        raise TypeError(f"{query_name} is {query.dtype} and {gallery_name} is {gallery.dtype}: cast one of them")
-    if query.shape[1] == gallery.shape[1]:
-        return query, gallery
-    if widths == "equal":
-        raise ValueError(
-            f"{query_name} has {query.shape[1]} columns, {gallery_name} has {gallery.shape[1]}: features of different "
-            'width cannot be compared; with widths="leading" their leading dimensions are'
-        )
-    width = min(query.shape[1], gallery.shape[1])
-    return query[:, :width], gallery[:, :width]
 
 
 def _compared(rule: Rule, value: float, low: float, high: float) -> float:
@@ -322,30 +293,12 @@ def _judge(
     return Outcome(rule, group, count, value, interval.low, interval.high, p_value, margin, passed)
 
 
-def _check_versions(
-    versions: Mapping[str, VersionFeatures | None], query_labels: Tensor, gallery_labels: Tensor
-) -> None:
-    labels = {"query": query_labels, "gallery": gallery_labels}
-    for part, of in labels.items():
-        check_tensor(f"{part}_labels", of)
-        if of.dtype != torch.int64 or of.ndim != 1:
-            raise TypeError(f"{part}_labels must be int64 of shape [rows], got {of.dtype} of shape {shape(of)}")
-    for name, version in versions.items():
-        if version is None:
-            continue
-        for part, rows in zip(labels, version, strict=True):
-            check_rows(f"{name}.{part}", rows)
-            if len(rows) != len(labels[part]):
-                raise ValueError(f"{name}.{part} has {len(rows)} rows, {part}_labels has {len(labels[part])}")
-
-
-def _groups(query_labels: Tensor, query_groups: ArrayLike | None) -> NDArray[np.str_]:
-    groups = query_labels.cpu().numpy() if query_groups is None else np.asarray(query_groups)
-    if groups.dtype.kind not in "iuU":
-        raise TypeError(f"query_groups must be integers or strings, got {groups.dtype}")
-    if groups.shape != (len(query_labels),):
-        raise ValueError(f"query_groups must have shape [{len(query_labels)}], one per query, got {list(groups.shape)}")
-    return groups.astype(str)
+def _groups(items: LabelledItems) -> NDArray[np.str_]:
+    if items.query_groups is not None:
+        return items.query_groups.astype(str)
+    if items.label_names is not None:
+        return np.array(items.label_names)[items.query_labels]
+    return items.query_labels.astype(str)
 
 
 def _members(rule: Rule, groups: NDArray[np.str_]) -> list[tuple[str | None, NDArray[np.bool_] | slice]]:

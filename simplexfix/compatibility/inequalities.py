@@ -7,12 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-from ..retrieval._inputs import Rows
-from ._rows import as_ids, as_labels, as_rows, blocks, unit_rows
-from .regressions import Integers, take_rows
+from ..labelled import FeatureRows, VersionFeatures, check_versions, row_slices
 
 __all__ = ["Violations", "inequality_violations"]
 
@@ -46,19 +43,10 @@ class Violations:
         return {**asdict(self), **{name: None if math.isnan(share) else share for name, share in shares.items()}}
 
 
-def inequality_violations(
-    new_query: ArrayLike | torch.Tensor,
-    old_query: ArrayLike | torch.Tensor,
-    old_gallery: ArrayLike | torch.Tensor,
-    query_labels: ArrayLike | torch.Tensor,
-    gallery_labels: ArrayLike | torch.Tensor,
-    *,
-    query_ids: ArrayLike | torch.Tensor | None = None,
-    gallery_ids: ArrayLike | torch.Tensor | None = None,
-) -> Violations:
+def inequality_violations(old: VersionFeatures, new: VersionFeatures) -> Violations:
     """Counts the pairs of query i and gallery item j that the upgrade moves the wrong way.
 
-        s_new = new_query @ old_gallery.T,  s_old = old_query @ old_gallery.T       rows L2-normalised, in float64
+        s_new = new.query @ old.gallery.T,  s_old = old.query @ old.gallery.T       rows L2-normalised, in float64
         (1)  y_i  = y_j  is broken where  s_new[i, j] < s_old[i, j]
         (2)  y_i != y_j  is broken where  s_new[i, j] > s_old[i, j]
 
@@ -70,82 +58,56 @@ def inequality_violations(
     length.
 
     Args:
-        new_query: [Q, d] floating, finite, on the CPU; may be a mapped file.
-        old_query: [Q, d], the same queries by the old model.
-        old_gallery: [N, d], by the old model.
-        query_labels: [Q] integers.
-        gallery_labels: [N] integers.
-        query_ids: [Q] integers; a pair of the same id is one item with itself, and left out.
-        gallery_ids: [N] integers; both or neither.
+        old: by the model in service, whose gallery stays.
+        new: by the one that replaces it, of the same items and of the same width.  A pair of an item with itself, by
+            their ids, is left out.
 
     Raises:
-        TypeError: features are not floating, or labels or ids not integers.
-        ValueError: shapes that do not fit, features of different width, a row with nan or inf, by name.
+        TypeError: not versions.
+        ValueError: versions of other items or of different width, a row with nan or inf, by name.
 
     Reference:
         Shen et al., "Towards Backward-Compatible Representation Learning", 2020, equations 1 and 2.
     """
-    features = {
-        "new_query": as_rows("new_query", new_query),
-        "old_query": as_rows("old_query", old_query),
-        "old_gallery": as_rows("old_gallery", old_gallery),
-    }
-    new, old, gallery = features.values()
-    for name, rows in features.items():
-        if rows.shape[1] != old.shape[1]:
-            raise ValueError(
-                f"{name} has {rows.shape[1]} columns, old_query has {old.shape[1]}: "
-                "features of different width cannot be compared"
-            )
-    if len(new) != len(old):
-        raise ValueError(f"new_query and old_query must be of the same queries, got {len(new)} and {len(old)} rows")
-    labels = as_labels("query", old, query_labels), as_labels("gallery", gallery, gallery_labels)
-    if (query_ids is None) != (gallery_ids is None):
-        raise ValueError("query_ids and gallery_ids must both be given, or neither")
-    self_pairs = np.empty((2, 0), dtype=np.int64)
-    if query_ids is not None and gallery_ids is not None:
-        self_pairs = _equal_pairs(
-            as_ids("query_ids", query_ids, "new_query", len(new)),
-            as_ids("gallery_ids", gallery_ids, "old_gallery", len(gallery)),
-        )
+    old, new = check_versions((old, new), ("old", "new"))
+    old.pair(new, "equal")
+    old.pair(old, "equal")
+    items, gallery = old.items, old.gallery
+    labels = items.query_labels, items.gallery_labels
 
     # Sorted by class, the same-class pairs of a tile are a rectangle per class.
     query_order, gallery_order = (np.argsort(y, kind="stable") for y in labels)
     query_classes, gallery_classes = labels[0][query_order], labels[1][gallery_order]
     counts = np.zeros(2, dtype=np.int64)
-    for rows_at in blocks(new):
+    for rows_at in row_slices(len(labels[0]), gallery.width):
         at = query_order[rows_at]
-        moves = unit_rows("new_query", new, at) - unit_rows("old_query", old, at)
-        for columns_at in blocks(gallery):
-            targets = unit_rows("old_gallery", gallery, gallery_order[columns_at])
+        moves = new.query.unit(at) - old.query.unit(at)
+        for columns_at in row_slices(len(labels[1]), gallery.width):
+            targets = gallery.unit(gallery_order[columns_at])
             counts += _violations(moves, targets, query_classes[rows_at], gallery_classes[columns_at])
 
     same_pairs = _same_class_pairs(*labels)
-    other_pairs = len(new) * len(gallery) - same_pairs
-    if self_pairs.size:
+    other_pairs = len(labels[0]) * len(labels[1]) - same_pairs
+    itself = np.flatnonzero(items.excluded >= 0)
+    if len(itself):
+        self_pairs = np.stack([itself, items.excluded[itself]])
         alike = labels[0][self_pairs[0]] == labels[1][self_pairs[1]]
         same_pairs -= int(alike.sum())
         other_pairs -= int((~alike).sum())
-        counts -= _violations_of_pairs(new, old, gallery, self_pairs, alike)
+        counts -= _violations_of_pairs(new.query, old.query, gallery, self_pairs, alike)
+    for rows in (new.query, old.query, gallery):
+        rows.release()
     return Violations(same_pairs, int(counts[0]), other_pairs, int(counts[1]))
 
 
-def sampled_violations(
-    new_query: Rows, old_query: Rows, old_gallery: Rows, query_labels: Integers, gallery_labels: Integers
-) -> Violations:
+def sampled_violations(old: VersionFeatures, new: VersionFeatures) -> Violations:
     """`inequality_violations` of all pairs of `SAMPLE` queries and items, the same ones in every call."""
     generator = np.random.default_rng(0)
-    asked, found = (
-        np.sort(generator.choice(len(labels), most, replace=False)) if len(labels) > most else np.arange(len(labels))
-        for labels, most in zip((query_labels, gallery_labels), SAMPLE, strict=True)
-    )
-    return inequality_violations(
-        take_rows(new_query, asked),
-        take_rows(old_query, asked),
-        take_rows(old_gallery, found),
-        query_labels[asked],
-        gallery_labels[found],
-    )
+    drawn = [
+        np.sort(generator.choice(count, most, replace=False)) if count > most else None
+        for count, most in zip((len(old.query), len(old.gallery)), SAMPLE, strict=True)
+    ]
+    return inequality_violations(old.take(*drawn), new.take(*drawn))
 
 
 def _tie(d: int) -> float:
@@ -222,29 +184,15 @@ def _same_class_pairs(query_labels: NDArray[np.int64], gallery_labels: NDArray[n
     return int(queries @ items)
 
 
-def _equal_pairs(query_ids: NDArray[np.int64], gallery_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-    """[2, pairs]: places of the queries and gallery items of the same id.
-
-    Raises:
-        ValueError: an id stands twice in one of them.
-    """
-    for name, ids in (("query_ids", query_ids), ("gallery_ids", gallery_ids)):
-        values, times = np.unique(ids, return_counts=True)
-        if (times > 1).any():
-            raise ValueError(f"{name} holds {values[times.argmax()]} more than once")
-    _, i, j = np.intersect1d(query_ids, gallery_ids, assume_unique=True, return_indices=True)
-    return np.stack([i, j]).astype(np.int64)
-
-
 def _violations_of_pairs(
-    new: NDArray[Any], old: NDArray[Any], gallery: NDArray[Any], pairs: NDArray[np.int64], alike: NDArray[np.bool_]
+    new: FeatureRows, old: FeatureRows, gallery: FeatureRows, pairs: NDArray[np.int64], alike: NDArray[np.bool_]
 ) -> NDArray[np.int64]:
     """[2] as `_violations`, of pairs alone."""
-    tie = _tie(new.shape[1])
+    tie = _tie(new.width)
     counts = np.zeros(2, dtype=np.int64)
-    for part in blocks(np.broadcast_to(np.empty(1), (pairs.shape[1], new.shape[1]))):
+    for part in row_slices(pairs.shape[1], new.width):
         i, j = pairs[:, part]
-        moves = unit_rows("new_query", new, i) - unit_rows("old_query", old, i)
-        exact = np.einsum("ij,ij->i", moves, unit_rows("old_gallery", gallery, j))
+        moves = new.unit(i) - old.unit(i)
+        exact = np.einsum("ij,ij->i", moves, gallery.unit(j))
         counts += [np.count_nonzero(alike[part] & (exact < -tie)), np.count_nonzero(~alike[part] & (exact > tie))]
     return counts

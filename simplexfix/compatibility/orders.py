@@ -13,8 +13,8 @@ from torch import Tensor
 from .. import _reference
 from .._checks import check_name
 from ..functional import cosine_topk
-from ..retrieval._inputs import Features, Ids, Rows, read_ids, read_labels
-from ..retrieval.protocols import class_sums
+from ..labelled import Ids, VersionFeatures, check_versions, read_ids
+from ..retrieval.class_means import ClassSums
 from .statistics import check_generator
 
 __all__ = ["farthest_from_class_mean", "lowest_margin"]
@@ -23,17 +23,16 @@ ORDERS = ("random", "farthest_from_class_mean", "lowest_margin")
 _BLOCK_NUMBERS = 2**23  # 64 MB of float64 for each of the rows and their templates
 
 
-def farthest_from_class_mean(old_gallery: Rows, gallery_labels: Ids) -> NDArray[np.int64]:
+def farthest_from_class_mean(old: VersionFeatures) -> NDArray[np.int64]:
     """The order that replaces outliers first: by distance from the template of the row's own class.
 
-        template[c] = F.normalize(old_gallery[gallery_labels == c].mean(0))
-        distance = 1 - F.normalize(old_gallery) . template[gallery_labels]          # farthest first
+        template[c] = F.normalize(old.gallery[gallery_labels == c].mean(0))
+        distance = 1 - F.normalize(old.gallery) . template[gallery_labels]          # farthest first
 
     Rows of equal distance, to float32, come by lower row.
 
     Args:
-        old_gallery: [N, d], as of `backfill_curve`.
-        gallery_labels: [N] integers.
+        old: the version whose gallery is replaced; its queries are not read.
 
     Returns:
         [N] int64 row numbers, a permutation.
@@ -41,10 +40,10 @@ def farthest_from_class_mean(old_gallery: Rows, gallery_labels: Ids) -> NDArray[
     Raises:
         TypeError, ValueError: as `backfill_curve`.
     """
-    return _ascending(_own_scores(*_with_templates(old_gallery, gallery_labels)))
+    return _ascending(_own_scores(*_with_templates(old)))
 
 
-def lowest_margin(old_gallery: Rows, gallery_labels: Ids) -> NDArray[np.int64]:
+def lowest_margin(old: VersionFeatures) -> NDArray[np.int64]:
     """The order that replaces first what the old model puts nearest to, or into, another class.
 
         margin = row . template[own class]  -  max over other classes c of  row . template[c]       # lowest first
@@ -52,40 +51,41 @@ def lowest_margin(old_gallery: Rows, gallery_labels: Ids) -> NDArray[np.int64]:
     Rows and templates are normalised, the templates as in `farthest_from_class_mean`; rows of equal margin come by
     lower row, and so do all where there is one class.  Arguments, result and errors as there.
     """
-    rows, index, sums = _with_templates(old_gallery, gallery_labels)
+    rows, index, sums = _with_templates(old)
     scores, nearest = cosine_topk(rows, sums, 2)
     other = torch.where(nearest[:, 0] == index, scores[:, 1], scores[:, 0])  # -inf where there is one class
     return _ascending(_own_scores(rows, index, sums).double() - other.double())
 
 
 def read_order(
-    order: str | Ids, old: Tensor, labels: NDArray[np.int64], generator: np.random.Generator | None
+    order: str | Ids, old: VersionFeatures, generator: np.random.Generator | None
 ) -> tuple[str, NDArray[np.int64]]:
     """An order's name, "given" for a permutation, and its [N] rows.
 
     Raises:
         TypeError, ValueError: neither a name nor a permutation, or no generator.
     """
+    count = len(old.gallery)
     if not isinstance(order, str):
-        rows = read_ids("order", order, "old_gallery", len(old), unique=True).copy()
-        bad = np.flatnonzero((rows < 0) | (rows >= len(old)))
+        rows = read_ids("order", order, old.gallery.name, count, unique=True).copy()
+        bad = np.flatnonzero((rows < 0) | (rows >= count))
         if len(bad):
-            raise ValueError(f"order must hold the rows 0 to {len(old) - 1}, each once, got {rows[bad[0]]}")
+            raise ValueError(f"order must hold the rows 0 to {count - 1}, each once, got {rows[bad[0]]}")
         return "given", rows
     check_name("order", order, ORDERS)
     generator = check_generator(generator)
     if order == "random":
-        return order, generator.permutation(len(old)).astype(np.int64)
+        return order, generator.permutation(count).astype(np.int64)
     by_features = {"farthest_from_class_mean": farthest_from_class_mean, "lowest_margin": lowest_margin}
-    return order, by_features[order](old, labels)
+    return order, by_features[order](old)
 
 
-def _with_templates(old_gallery: Rows, gallery_labels: Ids) -> tuple[Tensor, Tensor, Tensor]:
+def _with_templates(old: VersionFeatures) -> tuple[Tensor, Tensor, Tensor]:
     """[N, d] rows, [N] the place of each row's class, [C, d] sums of classes."""
-    features = Features("old_gallery", old_gallery)
-    labels = read_labels("gallery_labels", gallery_labels, "old_gallery", len(features))
-    rows = features.block_tensor(0, len(features))
-    return rows, *class_sums(rows, torch.tensor(labels, device=rows.device))[1:]
+    (old,) = check_versions([old], ["old"])
+    rows = old.gallery.whole()
+    sums = ClassSums.of(old.gallery, old.items.gallery_labels)
+    return rows, torch.from_numpy(sums.places).to(rows.device), sums.sums.float()
 
 
 def _own_scores(rows: Tensor, index: Tensor, sums: Tensor) -> Tensor:

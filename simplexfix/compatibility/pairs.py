@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..retrieval._inputs import Ids, Rows, read_labels
+from ..labelled import VersionFeatures, check_versions
 from ..retrieval.verification import (
     OperatingPoint,
     VerificationResults,
@@ -17,7 +17,6 @@ from ..retrieval.verification import (
     score_histogram,
     tar_at_far,
 )
-from .regressions import take_rows
 from .thresholds import ThresholdMove, upgrade_threshold
 
 __all__ = ["PairReport", "VersionPairs", "compare_pairs"]
@@ -99,11 +98,8 @@ class PairReport:
 
 
 def compare_pairs(
-    old_query: Rows,
-    new_query: Rows | None,
-    query_labels: Ids,
-    gallery: Rows,
-    gallery_labels: Ids,
+    old: VersionFeatures,
+    new: VersionFeatures | None = None,
     *,
     confidence: float = 0.95,
     generator: np.random.Generator | None = None,
@@ -113,12 +109,9 @@ def compare_pairs(
     Of more than 2,000 queries and 10,000 items so many are drawn, without replacement.
 
     Args:
-        old_query: [Q, d], as of `upgrade_threshold`.
-        new_query: [Q, d'] of the same queries; None: one version alone.  Where widths differ, the leading dimensions
-            that queries and gallery have are compared.
-        query_labels: [Q] integers.
-        gallery: [N, d] by the old version.
-        gallery_labels: [N] integers.
+        old: whose gallery is searched.
+        new: of the same items; None: one version alone.  Where widths differ, the leading dimensions that queries and
+            gallery have are compared.
         confidence: of the threshold's interval.
         generator: of what is drawn and of the bootstrap; None: `np.random.default_rng(0)`.
 
@@ -129,38 +122,23 @@ def compare_pairs(
         TypeError, ValueError: as `upgrade_threshold`.
     """
     generator = np.random.default_rng(0) if generator is None else generator
-    labels = read_labels("query_labels", query_labels, "old_query", len(old_query))
-    item_labels = read_labels("gallery_labels", gallery_labels, "gallery", len(gallery))
-    at, items = (_draw(len(of), most, generator) for of, most in ((labels, QUERIES), (item_labels, ITEMS)))
-    labels, item_labels, rows = labels[at], item_labels[items], take_rows(gallery, items)
-    queries = [take_rows(query, at) for query in (old_query, new_query) if query is not None]
-    widths = [min(query.shape[1], rows.shape[1]) for query in queries]
-    queries = [query[:, :width] for query, width in zip(queries, widths, strict=True)]
-    galleries = [rows[:, :width] for width in widths]
-    results = [
-        VerificationResults.compare(query, labels, searched, item_labels)
-        for query, searched in zip(queries, galleries, strict=True)
+    versions = check_versions([v for v in (old, new) if v is not None], ("old", "new")[: 1 + (new is not None)])
+    items = versions[0].items
+    drawn = [
+        _draw(len(of), most, generator) for of, most in ((items.query_labels, QUERIES), (items.gallery_labels, ITEMS))
     ]
+    versions = [version.take(*drawn) for version in versions]
+    results = [VerificationResults.compare(versions[0].pair(version, "leading")) for version in versions]
     if not results[0].num_genuine or not results[0].num_impostor:
         return None
     found = [_summarise(counts) for counts in results]
     move = None
     kept = dict(zip(found[0].fars, found[0].points, strict=True)).get(KEPT_FAR)
     if len(found) > 1 and kept is not None and kept.far > 0:
-        move = upgrade_threshold(
-            queries[0],
-            queries[1],
-            labels,
-            galleries[0],
-            item_labels,
-            far=KEPT_FAR,
-            new_gallery=galleries[1],
-            confidence=confidence,
-            generator=generator,
-        )
+        move = upgrade_threshold(*versions, far=KEPT_FAR, widths="leading", confidence=confidence, generator=generator)
     return PairReport(
-        queries=len(at),
-        gallery=len(items),
+        queries=len(versions[0].query),
+        gallery=len(versions[0].gallery),
         before=found[0],
         after=found[1] if len(found) > 1 else None,
         threshold=move,
@@ -183,5 +161,5 @@ def _summarise(results: VerificationResults) -> VersionPairs:
     )
 
 
-def _draw(count: int, most: int, generator: np.random.Generator) -> NDArray[np.int64]:
-    return np.arange(count) if count <= most else np.sort(generator.choice(count, most, replace=False))
+def _draw(count: int, most: int, generator: np.random.Generator) -> NDArray[np.int64] | None:
+    return None if count <= most else np.sort(generator.choice(count, most, replace=False))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,10 +11,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from .._checks import check_integer, check_name
 from ..functional import cosine_topk
-from ..retrieval._inputs import Features, Ids, Rows, read_labels
-from ._passes import class_sums
-from ._rows import BLOCK_BYTES, unit_rows
-from .criteria import as_hits, flips
+from ..labelled import FeatureRows, VersionFeatures, check_versions, read_hits, row_slices, unit_rows
+from ..retrieval.class_means import ClassSums
+from ..retrieval.protocols import PROTOCOLS, Protocol, read_protocol
+from .criteria import flips
 
 __all__ = ["Regression", "worst_regressions"]
 
@@ -28,12 +27,13 @@ class Regression:
     """One query that was right before the upgrade and is wrong after it, on the same gallery.
 
     Attributes:
-        query: its row.
+        query: its row among the queries that were given.
         label: its class.
         found_label: the class that the new model finds.
         score: cosine of the new query and what is found: a class's template, or the item.
         own_score: cosine of the new query and its own class's template, or nearest item.
-        found_item: the gallery row that is found, or that is nearest to the query among those of the class found.
+        found_item: the gallery row, of those given, that is found, or that is nearest to the query among those of the
+            class found.
         own_item: the gallery row nearest to the query among those of its own class.
     """
 
@@ -55,14 +55,12 @@ class Regression:
 
 
 def worst_regressions(
-    query: Rows,
-    gallery: Rows,
-    query_labels: Ids,
-    gallery_labels: Ids,
+    old: VersionFeatures,
+    new: VersionFeatures,
     before: ArrayLike | torch.Tensor,
     after: ArrayLike | torch.Tensor,
     *,
-    protocol: str = "nearest_class_mean",
+    protocol: str | Protocol = "nearest_class_mean",
     limit: int = 100,
 ) -> tuple[Regression, ...]:
     """The queries with `before & ~after`, by falling margin, then by row.
@@ -70,132 +68,138 @@ def worst_regressions(
         nearest_class_mean  margin[q] = max_{c != y_q} q . template[c] - q . template[y_q]
         instance            margin[q] = max_n q . gallery[n] - max_{n: label[n] = y_q} q . gallery[n]
 
-    All rows normalised; scores in float64 from features in float32, templates as of `nearest_class_mean_accuracy`.
+    All rows normalised; scores in float64 from features in float32, templates as of the protocol.  A gallery item that
+    is the query itself, by its id, is left out of both.
 
     Args:
-        query: [Q, d] by the new model; wider than the gallery or narrower: the leading dimensions that both have.
-        gallery: [N, d] by the old one, as the upgrade leaves it.
-        query_labels: [Q] integers.
-        gallery_labels: [N] integers.
-        before: [Q] bool, which queries were right; each of these must have its class in the gallery.
-        after: [Q] bool, which are right after the upgrade, by the same protocol and of this `query` and `gallery`.
+        old: whose gallery is searched, as the upgrade leaves it.
+        new: whose queries search; wider than the gallery or narrower: the leading dimensions that both have.
+        before: [Q] bool, which queries were right; each of these must have an item of its class in the gallery.
+        after: [Q] bool, which are right after the upgrade, by the same protocol.
         protocol: "nearest_class_mean" or "instance".
         limit: of how many at most; at least 0.
 
     Raises:
-        TypeError, ValueError: features, labels or hits that do not fit each other, by name; a query that was right
-            and whose class the gallery lacks.
+        TypeError, ValueError: versions or hits that do not fit each other, by name; a query that was right and whose
+            class the gallery lacks.
     """
-    check_name("protocol", protocol, ("nearest_class_mean", "instance"))
+    name = read_protocol(protocol).name
+    check_name("protocol", name, PROTOCOLS)
     if check_integer("limit", limit) < 0:
         raise ValueError(f"limit must be at least 0, got {limit}")
-    queries, items = Features("query", query), Features("gallery", gallery)
-    labels = read_labels("query_labels", query_labels, "query", len(queries))
-    item_labels = read_labels("gallery_labels", gallery_labels, "gallery", len(items))
-    if flips(before, after)[2] != len(queries):
-        raise ValueError(f"before and after must be of the {len(queries)} queries, got {flips(before, after)[2]}")
-    lost = np.flatnonzero(as_hits("before", before) & ~as_hits("after", after))
-    lacking = lost[np.isin(labels[lost], item_labels, invert=True)]
+    old, new = check_versions((old, new), ("old", "new"))
+    items = old.items
+    count, labels, item_labels = len(items.query_labels), items.query_labels, items.gallery_labels
+    if flips(before, after)[2] != count:
+        raise ValueError(f"before and after must be of the {count} queries, got {flips(before, after)[2]}")
+    lost = np.flatnonzero(read_hits("before", before) & ~read_hits("after", after))
+    lacking = lost[items.num_relevant[lost] == 0]
     if len(lacking):
         raise ValueError(f"before says that query {lacking[0]} was right, whose class the gallery lacks")
     if not len(lost) or not limit:
         return ()
-    search = _Search(queries, items, item_labels)
-    if protocol == "instance":
-        found, score, own_score = search.items(lost, labels[lost])
+    search = _Search(old.pair(new, "leading"))
+    if name == "instance":
+        found, score, own_score = search.items(lost)
         found_label = item_labels[found]
     else:
-        found_label, score, own_score = search.templates(lost, labels[lost])
+        found_label, score, own_score = search.templates(lost)
     order = np.lexsort((lost, own_score - score))[:limit]
     worst = []
     for at in order:
-        row = search.unit_queries(lost[at : at + 1])
-        _, of_found = search.nearest_of_class(row, found_label[at])
-        _, of_own = search.nearest_of_class(row, labels[lost[at]])
+        query = lost[at : at + 1]
+        _, of_found = search.nearest_of_class(query, found_label[at])
+        _, of_own = search.nearest_of_class(query, labels[lost[at]])
         worst.append(
             Regression(
-                query=int(lost[at]),
+                query=int(items.query_rows[lost[at]]),
                 label=int(labels[lost[at]]),
                 found_label=int(found_label[at]),
                 score=float(score[at]),
                 own_score=float(own_score[at]),
-                found_item=int(found[at] if protocol == "instance" else of_found[0]),
-                own_item=int(of_own[0]),
+                found_item=int(items.gallery_rows[found[at] if name == "instance" else of_found[0]]),
+                own_item=int(items.gallery_rows[of_own[0]]),
             )
         )
     return tuple(worst)
 
 
-def take_rows(rows: Rows, at: Integers) -> Rows:
-    """A copy of these rows, of a tensor or of a mapped file."""
-    return rows[torch.from_numpy(at)] if isinstance(rows, torch.Tensor) else rows[at]
-
-
 class _Search:
     """Scores of chosen queries, in blocks: the gallery may be a mapped file and one class may be most of it."""
 
-    def __init__(self, queries: Features, gallery: Features, gallery_labels: Integers) -> None:
-        self.queries, self.gallery = queries, gallery
-        self.width = min(queries.width, gallery.width)
-        self.classes, self.index = np.unique(gallery_labels, return_inverse=True)
-        order = np.argsort(self.index, kind="stable")
-        self.members = np.split(order, np.cumsum(np.bincount(self.index))[:-1])
+    def __init__(self, version: VersionFeatures) -> None:
+        self.queries, self.gallery = version.query, version.gallery
+        self.width = version.query.width
+        self.labels, self.excluded = version.items.query_labels, version.items.excluded
+        self.sums = ClassSums.of(version.gallery, version.items.gallery_labels)
+        order = np.argsort(self.sums.places, kind="stable")
+        self.members = np.split(order, np.cumsum(self.sums.sizes)[:-1])
 
-    def unit_queries(self, at: Integers) -> Floats:
-        return self._unit(self.queries, at)
-
-    def templates(self, lost: Integers, labels: Integers) -> tuple[Integers, Floats, Floats]:
+    def templates(self, lost: Integers) -> tuple[Integers, Floats, Floats]:
         """Each query's best other class, its score, and the own class's."""
-        sums = class_sums(self.gallery, self.index, len(self.classes))[:, : self.width]
-        unit = unit_rows("gallery", sums, np.arange(len(sums)))
-        own = np.searchsorted(self.classes, labels)
+        unit = unit_rows(self.sums.sums.float().cpu().numpy())
+        own = self.sums.find(self.labels[lost])
         found, score, own_score = np.empty_like(own), np.empty(len(lost)), np.empty(len(lost))
-        for rows in self._blocks(len(lost), len(self.classes)):
-            scores = self.unit_queries(lost[rows]) @ unit.T
+        for rows in row_slices(len(lost), len(unit)):
+            queries = self._unit(self.queries, lost[rows])
+            scores = queries @ unit.T
+            self._leave_out(scores, queries, lost[rows])
             at = np.arange(len(scores))
             own_score[rows] = scores[at, own[rows]]
             scores[at, own[rows]] = -np.inf
             found[rows] = scores.argmax(axis=1)
             score[rows] = scores[at, found[rows]]
-        return self.classes[found], score, own_score
+        return self.sums.classes[found], score, own_score
 
-    def items(self, lost: Integers, labels: Integers) -> tuple[Integers, Floats, Floats]:
+    def _leave_out(self, scores: Floats, queries: Floats, at: Integers) -> None:
+        """Scores of the classes that a query is an item of, without it."""
+        itself = self.excluded[at]
+        some = np.flatnonzero(itself >= 0)
+        if not len(some):
+            return
+        of = self.sums.places[itself[some]]
+        rows = self.gallery.take(itself[some]).block(0, len(some)).astype(np.float64)
+        rest = unit_rows((self.sums.sums[torch.from_numpy(of)].cpu().numpy() - rows).astype(np.float32))
+        alone = self.sums.sizes[of] == 1
+        scores[some, of] = np.where(alone, -np.inf, np.einsum("ij,ij->i", queries[some], rest))
+
+    def items(self, lost: Integers) -> tuple[Integers, Floats, Floats]:
         """Each query's nearest item, its score, and that of the own class's nearest."""
         found, score, own_score = np.zeros_like(lost), np.full(len(lost), -np.inf), np.empty(len(lost))
-        for block in self._blocks(len(self.gallery), self.gallery.width):
-            items = self.gallery.block_tensor(block.start, block.stop)[:, : self.width].cpu()
-            for rows in self._blocks(len(lost), self.width):
-                near, at = cosine_topk(torch.from_numpy(self.unit_queries(lost[rows])).float(), items, 1)
-                better = near[:, 0].numpy() > score[rows]
-                score[rows] = np.where(better, near[:, 0].numpy(), score[rows])
-                found[rows] = np.where(better, block.start + at[:, 0].numpy(), found[rows])
-        for rows in self._blocks(len(lost), self.width):  # what float32 chose, as float64 sees it
-            unit = self.unit_queries(lost[rows])
+        k = 2 if (self.excluded[lost] >= 0).any() else 1
+        for block in row_slices(len(self.gallery), self.width):
+            items = self.gallery.block_tensor(block.start, block.stop).cpu()
+            for rows in row_slices(len(lost), self.width):
+                queries = torch.from_numpy(self._unit(self.queries, lost[rows])).float()
+                scores, places = (x.numpy() for x in cosine_topk(queries, items, k))
+                itself = places[:, 0] + block.start == self.excluded[lost[rows]]
+                near, at = (np.where(itself, x[:, -1], x[:, 0]) for x in (scores, places))
+                better = (near > score[rows]) & (at >= 0)
+                score[rows] = np.where(better, near, score[rows])
+                found[rows] = np.where(better, block.start + at, found[rows])
+        for rows in row_slices(len(lost), self.width):  # what float32 chose, as float64 sees it
+            unit = self._unit(self.queries, lost[rows])
             score[rows] = np.einsum("ij,ij->i", unit, self._unit(self.gallery, found[rows]))
+        labels = self.labels[lost]
         for label in np.unique(labels):
             of = np.flatnonzero(labels == label)
-            for rows in self._blocks(len(of), self.width):
-                own_score[of[rows]], _ = self.nearest_of_class(self.unit_queries(lost[of[rows]]), label)
+            for rows in row_slices(len(of), self.width):
+                own_score[of[rows]], _ = self.nearest_of_class(lost[of[rows]], label)
         return found, score, own_score
 
-    def nearest_of_class(self, unit: Floats, label: np.integer[Any]) -> tuple[Floats, Integers]:
+    def nearest_of_class(self, at: Integers, label: np.integer[Any]) -> tuple[Floats, Integers]:
         """Score and gallery row of each query's nearest item among those of a class, of the first where some tie."""
-        members = self.members[int(np.searchsorted(self.classes, label))]
+        unit = self._unit(self.queries, at)
+        members = self.members[int(np.searchsorted(self.sums.classes, label))]
         best, nearest = np.full(len(unit), -np.inf), np.zeros(len(unit), dtype=np.int64)
-        for rows in self._blocks(len(members), max(self.width, len(unit))):
+        for rows in row_slices(len(members), max(self.width, len(unit))):
             scores = unit @ self._unit(self.gallery, members[rows]).T
-            at = scores.argmax(axis=1)
-            score = scores[np.arange(len(unit)), at]
-            nearest = np.where(score > best, members[rows][at], nearest)
+            scores[self.excluded[at][:, None] == members[rows]] = -np.inf
+            place = scores.argmax(axis=1)
+            score = scores[np.arange(len(unit)), place]
+            nearest = np.where(score > best, members[rows][place], nearest)
             best = np.maximum(best, score)
         return best, nearest
 
-    def _unit(self, features: Features, at: Integers) -> Floats:
-        dense = Features(features.name, take_rows(features.rows, at)).block(0, len(at))[:, : self.width]
-        return unit_rows(features.name, dense, np.arange(len(at)))
-
-    @staticmethod
-    def _blocks(count: int, width: int) -> Iterator[slice]:
-        step = max(1, BLOCK_BYTES // (8 * width))
-        for begin in range(0, count, step):
-            yield slice(begin, min(count, begin + step))
+    def _unit(self, features: FeatureRows, at: Integers) -> Floats:
+        return unit_rows(features.take(at).block(0, len(at)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._checks import check_name
-from ..retrieval import instance_accuracy, nearest_class_mean_accuracy
-from ..retrieval._inputs import Features, Ids, Rows, read_labels
+from ..labelled import LabelledItems, VersionFeatures, check_versions, ignoring
+from ..retrieval.protocols import PROTOCOLS, Protocol, read_protocol
 from .backfill import BackfillCurve, backfill_curve
 from .criteria import (
     CompatibilityTable,
@@ -24,18 +23,14 @@ from .criteria import (
     forward_compatibility,
 )
 from .inequalities import Violations, sampled_violations
-from .matrix import Protocol, compatibility_hits
+from .matrix import compatibility_hits
 from .orders import ORDERS
 from .pairs import PairReport, compare_pairs
-from .regressions import Regression, take_rows, worst_regressions
+from .regressions import Regression, worst_regressions
 from .statistics import bootstrap_cells, bootstrap_gain, check_confidence, mcnemar_test
 
-__all__ = ["Counts", "Criteria", "EvaluationReport", "Upgrade", "evaluate_versions"]
+__all__ = ["Counts", "Criteria", "EvaluationReport", "Upgrade", "evaluate"]
 
-PROTOCOLS: Mapping[str, Protocol] = {
-    "nearest_class_mean": nearest_class_mean_accuracy,
-    "instance": instance_accuracy,
-}
 BACKFILL_QUERIES = 5_000  # each of some 30 searches of whole galleries is by so many at most
 BACKFILL_BYTES = 4 * 2**30  # of float32, of the galleries that it holds whole
 
@@ -48,7 +43,8 @@ class Counts:
         queries, gallery: items.
         classes: in the gallery.
         classes_not_in_gallery: of queries only.
-        queries_of_classes_not_in_gallery: these queries; no version can find them, and they count as wrong for all.
+        queries_of_classes_not_in_gallery: these queries, and those whose class has no item in the gallery but
+            themselves; no version can find them, and they count as wrong for all.
         classes_without_queries: of the gallery only; nothing is known of them.
     """
 
@@ -58,6 +54,35 @@ class Counts:
     classes_not_in_gallery: int
     queries_of_classes_not_in_gallery: int
     classes_without_queries: int
+
+
+@dataclass(frozen=True)
+class QueriesInGallery:
+    """Queries that are gallery items themselves.
+
+    Attributes:
+        left_out_by_id: those that ids name: the item is left out of the query's search and of the mean of its class.
+        bit_equal: of each version, the other queries that have a gallery row of the same bits: most likely they find
+            themselves, which no model can do wrong.  Zero rows, which are counted apart, are not among them.
+    """
+
+    left_out_by_id: int
+    bit_equal: tuple[int, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"left_out_by_id": self.left_out_by_id, "bit_equal": list(self.bit_equal)}
+
+
+@dataclass(frozen=True)
+class Ignored:
+    """Attributes: labels: that were ignored; queries, gallery: how many items of these labels were left out."""
+
+    labels: tuple[int | str, ...]
+    queries: int
+    gallery: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"labels": list(self.labels), "queries": self.queries, "gallery": self.gallery}
 
 
 @dataclass(frozen=True)
@@ -123,12 +148,15 @@ class Upgrade:
 
 @dataclass(frozen=True, eq=False)
 class EvaluationReport:
-    """What `evaluate_versions` found; versions count from 0, oldest first.
+    """What `evaluate` found; versions count from 0, oldest first.
 
     Attributes:
         names, dimensions: of the versions.
         protocol, widths, confidence: as asked for.
         counts: of items and classes.
+        label_names: of classes by their numbers, where labels were names; else None.
+        queries_in_gallery: queries that may find themselves.
+        ignored: what `ignored_labels` left out.
         matrix: [T, T] float64, C[i, j] = score of queries by version i on the gallery by version j, nan for j > i.
         intervals: [T, T, 2] of each cell, nan for j > i.
         upgrades: all T (T - 1) / 2, by `new`, then by `old`.
@@ -147,6 +175,9 @@ class EvaluationReport:
     widths: str
     confidence: float
     counts: Counts
+    label_names: tuple[str, ...] | None
+    queries_in_gallery: QueriesInGallery
+    ignored: Ignored
     matrix: NDArray[np.float64]
     intervals: NDArray[np.float64]
     upgrades: tuple[Upgrade, ...]
@@ -164,6 +195,28 @@ class EvaluationReport:
     def successive_upgrades(self) -> tuple[Upgrade, ...]:
         """Those to the next version."""
         return tuple(upgrade for upgrade in self.upgrades if upgrade.new == upgrade.old + 1)
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What a reader must know before the scores: queries that find themselves, items that were left out."""
+        found = []
+        for name, count in zip(self.names, self.queries_in_gallery.bit_equal, strict=True):
+            if count:
+                found.append(
+                    f"{name}: {count} of {self.counts.queries} queries have a gallery row of the same bits. They find "
+                    "themselves, whatever the model, unless query_ids and gallery_ids say which items are the same."
+                )
+        if self.queries_in_gallery.left_out_by_id:
+            found.append(
+                f"{self.queries_in_gallery.left_out_by_id} queries are gallery items themselves, by their ids: each is "
+                "left out of its own search and of the mean of its class."
+            )
+        if self.ignored.labels:
+            found.append(
+                f"{self.ignored.queries} queries and {self.ignored.gallery} gallery items of ignored labels "
+                f"({', '.join(map(str, self.ignored.labels))}) are left out."
+            )
+        return tuple(found)
 
     @property
     def table(self) -> CompatibilityTable:
@@ -199,6 +252,9 @@ class EvaluationReport:
             "widths": self.widths,
             "confidence": self.confidence,
             "counts": asdict(self.counts),
+            "label_names": None if self.label_names is None else list(self.label_names),
+            "queries_in_gallery": self.queries_in_gallery.as_dict(),
+            "ignored": self.ignored.as_dict(),
             "matrix": lower({(i, j): float(self.matrix[i, j]) for i, j in pairs if j <= i}),
             "intervals": lower({(i, j): self.intervals[i, j].tolist() for i, j in pairs if j <= i}),
             "criteria": self.criteria.as_dict(),
@@ -224,33 +280,28 @@ class EvaluationReport:
         }
 
 
-def evaluate_versions(
-    queries: Sequence[Rows],
-    galleries: Sequence[Rows],
-    query_labels: Ids,
-    gallery_labels: Ids,
+def evaluate(
+    versions: Sequence[VersionFeatures],
     *,
-    names: Sequence[str] | None = None,
-    protocol: str = "nearest_class_mean",
+    protocol: str | Protocol = "nearest_class_mean",
     widths: str = "equal",
     confidence: float = 0.95,
+    ignored_labels: Sequence[int | str] = (),
     hits: Sequence[Sequence[NDArray[np.bool_]]] | None = None,
     generator: np.random.Generator | None = None,
 ) -> EvaluationReport:
     """Judges T versions by the same queries and gallery, from features and labels alone.
 
-    Features are read as `compatibility_hits` reads them, T + T passes; they may be mapped files.
+    Features are read as `compatibility_hits` reads them, T + T passes, and once more for rows that are in both; they
+    may be mapped files.
 
     Args:
-        queries: T of [Q, d], oldest version first.
-        galleries: T of [N, d], each as its version extracted it.
-        query_labels: [Q] integers, any values.
-        gallery_labels: [N] integers.
-        names: T different names; None: v0, v1, ...
-        protocol: "nearest_class_mean" or "instance".
+        versions: T of the same items, oldest first, of different names; one without a name is called v0, v1, ...
+        protocol: "nearest_class_mean", "instance" or such an object.
         widths: "equal" or "leading", as of `compatibility_matrix`.
         confidence: of intervals, in (0, 1).
-        hits: of these features by this protocol, as of `compatibility_hits`, where processes found them together;
+        ignored_labels: as of `LabelledItems`, beside those that the items ignore already.
+        hits: of these versions by this protocol, as of `compatibility_hits`, where processes found them together;
             None: found here.
         generator: of the bootstrap; None: `np.random.default_rng(0)`.
 
@@ -258,93 +309,69 @@ def evaluate_versions(
         TypeError, ValueError: as `compatibility_matrix`; names that are not T different ones; hits of
             something else; an option out of range.
     """
-    check_name("protocol", protocol, PROTOCOLS)
+    protocol = read_protocol(protocol, needs="hits")
+    check_name("protocol", protocol.name, PROTOCOLS)
     check_confidence(confidence)
-    names = [f"v{i}" for i in range(len(queries))] if names is None else list(names)
-    if len(names) != len(queries) or len(set(names)) != len(names):
-        raise ValueError(f"names must be {len(queries)} different ones, one per version, got {names}")
+    versions = check_versions(versions)
+    names = [str(version.name) for version in versions]
+    if len(set(names)) != len(names):
+        raise ValueError(f"names must be {len(versions)} different ones, one per version, got {names}")
+    if len(ignored_labels):
+        versions = ignoring(versions, ignored_labels)
+    items, count = versions[0].items, len(versions[0].items.query_labels)
     generator = np.random.default_rng(0) if generator is None else generator
     if hits is None:
-        hits = compatibility_hits(queries, galleries, query_labels, gallery_labels, PROTOCOLS[protocol], widths=widths)
+        hits = compatibility_hits(versions, protocol, widths=widths)
     intervals = bootstrap_cells(hits, confidence=confidence, generator=generator)
-    if len(hits) != len(queries) or len(hits[0][0]) != len(queries[0]):
+    if len(hits) != len(versions) or len(hits[0][0]) != count:
         raise ValueError(
-            f"hits must be of {len(queries)} versions and {len(queries[0])} queries, got {len(hits)} and "
-            f"{len(hits[0][0])}"
+            f"hits must be of {len(versions)} versions and {count} queries, got {len(hits)} and {len(hits[0][0])}"
         )
-    labels = read_labels("query_labels", query_labels, "queries[0]", len(queries[0]))
-    item_labels = read_labels("gallery_labels", gallery_labels, "galleries[0]", len(galleries[0]))
     matrix = np.full((len(hits), len(hits)), np.nan)
     for i, row in enumerate(hits):
         matrix[i, : i + 1] = [right.mean() for right in row]
+    old, new = (versions[-2], versions[-1]) if len(versions) > 1 else (versions[-1], None)
     regressions: tuple[Regression, ...] = ()
-    if len(hits) > 1:
-        before, after = hits[-2][-1], hits[-1][-2]
-        regressions = worst_regressions(
-            queries[-1], galleries[-2], labels, item_labels, before, after, protocol=protocol
-        )
+    if new is not None:
+        regressions = worst_regressions(old, new, hits[-2][-1], hits[-1][-2], protocol=protocol)
     upgrades = tuple(
-        _upgrade(old, new, hits[old][old], hits[new][old], confidence, generator)
-        for new in range(len(hits))
-        for old in range(new)
+        _upgrade(j, i, hits[j][j], hits[i][j], confidence, generator) for i in range(len(hits)) for j in range(i)
     )
-    dimensions = tuple(Features("query", rows).width for rows in queries)
+    one_width = len({rows.width for rows in (versions[-1].query, old.query, old.gallery)}) == 1
     return EvaluationReport(
         names=tuple(names),
-        dimensions=dimensions,
-        protocol=protocol,
+        dimensions=tuple(version.query.width for version in versions),
+        protocol=protocol.name,
         widths=widths,
         confidence=confidence,
-        counts=_count(labels, item_labels),
+        counts=_count(items),
+        label_names=items.label_names,
+        queries_in_gallery=QueriesInGallery(
+            int((items.excluded >= 0).sum()), tuple(version.bit_equal for version in versions)
+        ),
+        ignored=_ignored(items),
         matrix=matrix,
         intervals=intervals,
         upgrades=upgrades,
         regressions=regressions,
-        backfill=_backfill(queries, galleries, labels, item_labels, protocol, widths, generator),
-        pairs=compare_pairs(
-            queries[max(0, len(hits) - 2)],
-            queries[-1] if len(hits) > 1 else None,
-            labels,
-            galleries[max(0, len(hits) - 2)],
-            item_labels,
-            confidence=confidence,
-            generator=generator,
-        ),
-        violations=sampled_violations(queries[-1], queries[-2], galleries[-2], labels, item_labels)
-        if len(hits) > 1 and len({*dimensions[-2:], Features("gallery", galleries[-2]).width}) == 1
-        else None,
+        backfill=() if new is None else _backfill(old, new, protocol, widths, generator),
+        pairs=compare_pairs(old, new, confidence=confidence, generator=generator),
+        violations=sampled_violations(old, new) if new is not None and one_width else None,
     )
 
 
 def _backfill(
-    queries: Sequence[Rows],
-    galleries: Sequence[Rows],
-    labels: NDArray[np.int64],
-    item_labels: NDArray[np.int64],
-    protocol: str,
-    widths: str,
-    generator: np.random.Generator,
+    old: VersionFeatures, new: VersionFeatures, protocol: Protocol, widths: str, generator: np.random.Generator
 ) -> tuple[BackfillCurve, ...]:
-    """Of the last upgrade."""
-    if len(galleries) < 2 or sum(4 * math.prod(gallery.shape) for gallery in galleries[-2:]) > BACKFILL_BYTES:
+    if sum(4 * len(rows) * rows.width for rows in (old.gallery, new.gallery)) > BACKFILL_BYTES:
         return ()
-    query = queries[-1]
-    if len(labels) > BACKFILL_QUERIES:
-        drawn = np.sort(generator.choice(len(labels), BACKFILL_QUERIES, replace=False))
-        query, labels = take_rows(query, drawn), labels[drawn]
+    queries = len(new.query)
+    drawn = None
+    if queries > BACKFILL_QUERIES:
+        drawn = np.sort(generator.choice(queries, BACKFILL_QUERIES, replace=False))
+    old, new = (version.take(drawn) for version in (old, new))
     return tuple(
-        backfill_curve(
-            query,
-            labels,
-            galleries[-2],
-            galleries[-1],
-            item_labels,
-            order=order,
-            protocol=protocol,
-            widths=widths,
-            generator=generator,
-        )
-        for order in ORDERS
+        backfill_curve(old, new, order=order, protocol=protocol, widths=widths, generator=generator) for order in ORDERS
     )
 
 
@@ -374,13 +401,18 @@ def _upgrade(
     )
 
 
-def _count(labels: NDArray[np.int64], item_labels: NDArray[np.int64]) -> Counts:
-    classes, asked = np.unique(item_labels), np.unique(labels)
+def _count(items: LabelledItems) -> Counts:
+    classes, asked = np.unique(items.gallery_labels), np.unique(items.query_labels)
     return Counts(
-        queries=len(labels),
-        gallery=len(item_labels),
+        queries=len(items.query_labels),
+        gallery=len(items.gallery_labels),
         classes=len(classes),
         classes_not_in_gallery=int(np.isin(asked, classes, invert=True).sum()),
-        queries_of_classes_not_in_gallery=int(np.isin(labels, classes, invert=True).sum()),
+        queries_of_classes_not_in_gallery=int((items.num_relevant == 0).sum()),
         classes_without_queries=int(np.isin(classes, asked, invert=True).sum()),
     )
+
+
+def _ignored(items: LabelledItems) -> Ignored:
+    queries, gallery = items.given
+    return Ignored(items.ignored_labels, queries - len(items.query_labels), gallery - len(items.gallery_labels))

@@ -21,7 +21,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from .._checks import check_integer, check_number
-from .criteria import as_hits, flips
+from ..labelled import read_hits
+from .criteria import flips
 
 __all__ = [
     "Interval",
@@ -77,7 +78,7 @@ def bootstrap_interval(
     Reference:
         Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13.
     """
-    right = as_hits("hits", hits)
+    right = read_hits("hits", hits)
     drawn = check_options(confidence, resamples, generator).binomial(len(right), right.mean(), size=resamples)
     return percentiles(drawn / len(right), confidence)
 
@@ -254,7 +255,7 @@ def _triangle(hits: Sequence[Sequence[Hits]]) -> list[list[NDArray[np.bool_]]]:
     lengths = [len(row) for row in hits]
     if not lengths or lengths != list(range(1, len(lengths) + 1)):
         raise ValueError(f"hits must be T rows of lengths 1 to T, got lengths {lengths[:8]}")
-    rows = [[as_hits(f"hits[{i}][{j}]", cell) for j, cell in enumerate(row)] for i, row in enumerate(hits)]
+    rows = [[read_hits(f"hits[{i}][{j}]", cell) for j, cell in enumerate(row)] for i, row in enumerate(hits)]
     for i, row in enumerate(rows):
         for j, cell in enumerate(row):
             if cell.shape != rows[0][0].shape:

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .._checks import check_number
-from ..retrieval._inputs import Ids, Rows, SearchInput, read_ids
+from .._checks import check_name, check_number
+from ..labelled import Ids, VersionFeatures, check_versions, read_ids
 from ..retrieval.verification import (
     BINS,
     STEPS,
@@ -60,26 +60,22 @@ class ThresholdMove:
 
 
 def upgrade_threshold(
-    old_query: Rows,
-    new_query: Rows,
-    query_labels: Ids,
-    gallery: Rows,
-    gallery_labels: Ids,
+    old: VersionFeatures,
+    new: VersionFeatures,
     *,
     threshold: float | None = None,
     far: float | None = None,
-    new_gallery: Rows | None = None,
-    query_ids: Ids | None = None,
-    gallery_ids: Ids | None = None,
+    gallery: str = "old",
     query_groups: Ids | None = None,
+    widths: str = "equal",
     confidence: float = 0.95,
     resamples: int = 2000,
     generator: np.random.Generator | None = None,
 ) -> ThresholdMove:
     """The threshold that keeps the old false-accept rate when the new model's queries come.
 
-        before = rates of (old_query, gallery) at `threshold`, or at the lowest threshold with FAR <= far
-        after  = rates of (new_query, gallery) at the lowest threshold with FAR <= before.far
+        before = rates of (old.query, old.gallery) at `threshold`, or at the lowest threshold with FAR <= far
+        after  = rates of (new.query, gallery) at the lowest threshold with FAR <= before.far
 
     The intervals are a percentile bootstrap over queries, each with all its pairs, old and new of the same draw: pairs
     of one query depend on each other, and to resample pairs would promise far too much.  So do queries of one identity:
@@ -89,31 +85,28 @@ def upgrade_threshold(
     taken as it is.
 
     Args:
-        old_query, new_query: [Q, d], the same queries by each model; as of `RetrievalResults.search`.
-        query_labels: [Q] integers.
-        gallery: [N, d] by the old model.
-        gallery_labels: [N] integers.
+        old: by the model in service.
+        new: by the one that replaces it, of the same items.  A pair of an item with itself, by their ids, is left out.
         threshold: the service's, rounded up to a multiple of 2^-16; or
         far: the false-accept rate at which it was put.  One of the two.
-        new_gallery: [N, d], for an upgrade that re-extracts: what the new queries search; None: `gallery`.
-        query_ids, gallery_ids: pairs of an item with itself are left out, as of `RetrievalResults.search`.
+        gallery: which the new queries search, "old", or "new" for an upgrade that re-extracts.
         query_groups: [Q] integers, which queries are drawn together, such as `query_labels` where classes are people;
-            at least 2.  None: each by itself.
+            at least 2.  None: each by itself.  The items' groups, which may be few and large, are not taken for them.
+        widths: "equal" or "leading", as of `compatibility_matrix`.
         confidence, resamples, generator: as of `bootstrap_interval`.
 
     Raises:
-        TypeError, ValueError: features, labels or ids that do not fit, as there; both or neither of threshold and far;
+        TypeError, ValueError: versions that do not fit each other; both or neither of threshold and far;
             no impostor pair that the old threshold accepts, whose rate no one could keep; an option out of range.
     """
     if (threshold is None) == (far is None):
         raise ValueError("give one of threshold and far: the service's threshold, or its false-accept rate")
     rng = check_options(confidence, resamples, generator)
-    old = SearchInput.read(old_query, query_labels, gallery, gallery_labels, query_ids, gallery_ids)
-    new = SearchInput.read(
-        new_query, query_labels, gallery if new_gallery is None else new_gallery, gallery_labels, query_ids, gallery_ids
-    )
+    check_name("gallery", gallery, ("old", "new"))
+    old, new = check_versions((old, new), ("old", "new"))
     groups = _groups(query_groups, len(old.query))
-    old_results, new_results = VerificationResults.of(old), VerificationResults.of(new)
+    old, new = old.pair(old, widths), (old if gallery == "old" else new).pair(new, widths)
+    old_results, new_results = VerificationResults.compare(old), VerificationResults.compare(new)
     before = tar_at_far(old_results, far) if threshold is None else old_results.at(threshold)  # type: ignore[arg-type]
     if before.far == 0:
         raise ValueError(
@@ -230,15 +223,13 @@ def _groups(query_groups: Ids | None, queries: int) -> NDArray[np.int64]:
     """[Q] the number of each query's group, from 0."""
     if query_groups is None:
         return np.arange(queries)
-    found, groups = np.unique(
-        read_ids("query_groups", query_groups, "old_query", queries, unique=False), return_inverse=True
-    )
+    found, groups = np.unique(read_ids("query_groups", query_groups, "old.query", queries), return_inverse=True)
     if len(found) < 2:
         raise ValueError("query_groups must be at least 2: one says nothing of how they differ")
     return groups
 
 
-def _accepted(given: SearchInput, edges: NDArray[np.int64], groups: NDArray[np.int64]) -> NDArray[np.float64]:
+def _accepted(given: VersionFeatures, edges: NDArray[np.int64], groups: NDArray[np.int64]) -> NDArray[np.float64]:
     """[2, G, E + 1] impostor and genuine pairs of each group: accepted at each edge, a bin, and above; and in all."""
     order = np.argsort(edges, kind="stable")
     count = len(edges)

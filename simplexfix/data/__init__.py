@@ -1,9 +1,8 @@
-"""Data sets, augmentation, and features from files.  Nothing here downloads anything."""
+"""Data sets and augmentation.  Nothing here downloads anything."""
 
 from .augment import Normalize, RandomCropFlip, RandomWarp
 from .cifar import CIFAR100_MEAN, CIFAR100_STD, Cifar, CifarFileError, load_cifar10, load_cifar100
 from .dataset_rows import DatasetRows
-from .features import FeatureFileError, Features, load_features
 from .folders import ImageFileError, ImageFolder, ImageFolderDataset, load_image_folder
 from .inputs import Drawings, Photographs, Preprocessing, Vectors
 from .omniglot import Omniglot, load_omniglot
@@ -15,8 +14,6 @@ __all__ = [
     "CifarFileError",
     "DatasetRows",
     "Drawings",
-    "FeatureFileError",
-    "Features",
     "ImageFileError",
     "ImageFolder",
     "ImageFolderDataset",
@@ -29,7 +26,6 @@ __all__ = [
     "Vectors",
     "load_cifar10",
     "load_cifar100",
-    "load_features",
     "load_image_folder",
     "load_omniglot",
 ]

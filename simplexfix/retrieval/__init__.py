@@ -4,34 +4,24 @@ from ..functional import cosine_topk
 from . import metrics, verification
 from ._ranks import RankDiedError, process_group, shard_rows
 from .index import CosineIndex
-from .protocols import instance_accuracy, instance_hits, nearest_class_mean_accuracy, nearest_class_mean_hits
+from .protocols import PROTOCOLS, Protocol, instance, nearest_class_mean
 from .results import RetrievalResults
-from .sharded import (
-    sharded_cosine_topk,
-    sharded_instance_accuracy,
-    sharded_instance_hits,
-    sharded_nearest_class_mean_accuracy,
-    sharded_nearest_class_mean_hits,
-)
+from .sharded import sharded_cosine_topk
 from .verification import VerificationResults
 
 __all__ = [
+    "PROTOCOLS",
     "CosineIndex",
+    "Protocol",
     "RankDiedError",
     "RetrievalResults",
     "VerificationResults",
     "cosine_topk",
-    "instance_accuracy",
-    "instance_hits",
+    "instance",
     "metrics",
-    "nearest_class_mean_accuracy",
-    "nearest_class_mean_hits",
+    "nearest_class_mean",
     "process_group",
     "shard_rows",
     "sharded_cosine_topk",
-    "sharded_instance_accuracy",
-    "sharded_instance_hits",
-    "sharded_nearest_class_mean_accuracy",
-    "sharded_nearest_class_mean_hits",
     "verification",
 ]

@@ -90,6 +90,7 @@ class Facts(NamedTuple):
     same: dict[str, object]  # what all must have alike, by the name that an error gives it
     rows: int  # of its shard
     classes: NDArray[np.int64] | None = None  # that its shard holds
+    leaves_out: bool = False  # whether its shard holds a query itself
 
 
 class Ranks:

@@ -1,114 +1,104 @@
-"""How a search is scored: queries with labels against a gallery with labels, by cosine."""
+"""The table of protocols: how a search of labelled queries in a labelled gallery is scored, by cosine."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
 
-from .._checks import check_features
-from ..functional import cosine_topk
+import numpy as np
+import torch.distributed as dist
+from numpy.typing import NDArray
 
-__all__ = ["instance_accuracy", "instance_hits", "nearest_class_mean_accuracy", "nearest_class_mean_hits"]
+from .._checks import check_name
+from ..labelled import VersionFeatures
+from . import class_means, nearest_items, sharded
+from .class_means import CellHits
+
+__all__ = ["PROTOCOLS", "Protocol", "instance", "nearest_class_mean", "read_protocol"]
+
+Hits = NDArray[np.bool_]
 
 
-def nearest_class_mean_accuracy(query: Tensor, query_labels: Tensor, gallery: Tensor, gallery_labels: Tensor) -> float:
-    """The share of queries whose nearest class template is that of their own class.
+@dataclass(frozen=True)
+class Protocol:
+    """How one version's queries are scored against a gallery: a row of `PROTOCOLS`, or one of your own by its score.
 
-        template[c] = F.normalize(gallery[gallery_labels == c].mean(0))
-        accuracy = mean( argmax_c (query . template[c]) == query_labels )
+        mean_ap = Protocol("mean_ap", score=lambda v: mean_average_precision(RetrievalResults.search(v)))
 
     Args:
-        query: [Q, d] floating features, Q >= 1.
-        query_labels: [Q] int64 class ids, any values.
-        gallery: [N, d] features, N >= 1.
-        gallery_labels: [N] int64.
-
-    Returns:
-        In [0, 1].  A query whose class the gallery lacks counts as wrong.
-
-    Raises:
-        TypeError: labels are not int64, or features not floating tensors.
-        ValueError: lengths do not match, features are not [rows, d], or there are no rows.
-
-    Reference:
-        The protocol of arXiv 2405.02581; docs/math.md.
-    """
-    return share(nearest_class_mean_hits(query, query_labels, gallery, gallery_labels))
-
-
-def nearest_class_mean_hits(query: Tensor, query_labels: Tensor, gallery: Tensor, gallery_labels: Tensor) -> Tensor:
-    """Which queries are nearest to the template of their own class; their share is `nearest_class_mean_accuracy`.
-
-    Arguments and errors as there.
-
-    Returns:
-        [Q] bool.
-    """
-    _check_labels(query, query_labels, gallery, gallery_labels)
-    classes, _, sums = class_sums(gallery, gallery_labels)
-    _, nearest = cosine_topk(query.float(), sums, 1)
-    hits: Tensor = classes[nearest[:, 0]] == query_labels
-    return hits
-
-
-def instance_accuracy(query: Tensor, query_labels: Tensor, gallery: Tensor, gallery_labels: Tensor) -> float:
-    """The share of queries whose nearest gallery item, by cosine, has their label (CMC@1).
-
-    Arguments, result and errors as of `nearest_class_mean_accuracy`.
-    """
-    return share(instance_hits(query, query_labels, gallery, gallery_labels))
-
-
-def instance_hits(query: Tensor, query_labels: Tensor, gallery: Tensor, gallery_labels: Tensor) -> Tensor:
-    """Which queries' nearest gallery item has their label; their share is `instance_accuracy`.
-
-    Arguments and errors as there.
-
-    Returns:
-        [Q] bool.
-    """
-    _check_labels(query, query_labels, gallery, gallery_labels)
-    _, nearest = cosine_topk(query, gallery, 1)
-    return gallery_labels[nearest[:, 0]] == query_labels
-
-
-def class_sums(gallery: Tensor, gallery_labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[C] class ids, ascending; [N] each row's place among them; [C, d] float32 sums, that point where the means do."""
-    classes, index = torch.unique(gallery_labels, return_inverse=True)
-    sums = torch.zeros(len(classes), gallery.shape[1], dtype=torch.float64, device=gallery.device)
-    sums.index_add_(0, index, gallery.double())
-    if not sums.isfinite().all():
-        bad = (~gallery.isfinite()).any(1).nonzero()
-        if len(bad):
-            raise ValueError(f"gallery row {int(bad[0])} holds nan or inf")
-    return classes, index, check_sums("gallery", sums.float())
-
-
-def check_sums(name: str, sums: Tensor) -> Tensor:
-    """[classes, d] sums of finite rows.
+        name: for reports.
+        score: a number, more is better, of queries and gallery in one `VersionFeatures`; None: the mean of `hits`.
+        hits: [Q] bool, which queries are right, of the same.
+        matrix_hits: the hits of all cells of versions of the same items, in blocks, by one pass over each.
+        sharded_hits: `hits` where each process of a group has some of the gallery.
+        mixed_hits: old and new version -> ([N] which rows are new -> [Q] hits of the new queries).
 
     Raises:
-        ValueError: one is more than float32 holds.
+        TypeError: neither score nor hits.
     """
-    if not sums.isfinite().all():
-        raise ValueError(f"{name} has a class whose rows add up to more than float32 holds: scale its features down")
-    return sums
+
+    name: str
+    score: Callable[[VersionFeatures], float] = None  # type: ignore[assignment]  # filled in below
+    hits: Callable[[VersionFeatures], Hits] | None = None
+    matrix_hits: Callable[[Sequence[VersionFeatures]], CellHits] | None = field(default=None, repr=False)
+    sharded_hits: Callable[[VersionFeatures, dist.ProcessGroup | None], Hits] | None = field(default=None, repr=False)
+    mixed_hits: Callable[[VersionFeatures, VersionFeatures], Callable[[Hits], Hits]] | None = field(
+        default=None, repr=False
+    )
+
+    def __post_init__(self) -> None:
+        if self.score is None:
+            if self.hits is None:
+                raise TypeError(f"a Protocol needs score or hits, got neither for {self.name!r}")
+            hits = self.hits
+            object.__setattr__(self, "score", lambda version: float(hits(version).mean()))
 
 
-def share(hits: Tensor) -> float:
-    """Of those that are true."""
-    return int(hits.sum()) / len(hits)
+nearest_class_mean = Protocol(
+    "nearest_class_mean",
+    hits=class_means.hits,
+    matrix_hits=class_means.matrix_hits,
+    sharded_hits=sharded.nearest_class_mean_hits,
+    mixed_hits=class_means.mixed_hits,
+)
+"""The share of queries whose nearest class template is that of their own class.
+
+    template[c] = F.normalize(gallery[gallery_labels == c].mean(0))
+    hits = argmax_c (query . template[c]) == query_labels
+
+A query whose class the gallery lacks counts as wrong.  Reference: arXiv 2405.02581; docs/math.md.
+"""
+
+instance = Protocol(
+    "instance",
+    hits=nearest_items.hits,
+    matrix_hits=nearest_items.matrix_hits,
+    sharded_hits=sharded.instance_hits,
+    mixed_hits=nearest_items.mixed_hits,
+)
+"""The share of queries whose nearest gallery item, by cosine, has their label (CMC@1)."""
+
+PROTOCOLS: Mapping[str, Protocol] = MappingProxyType({p.name: p for p in (nearest_class_mean, instance)})
 
 
-def _check_labels(query: Tensor, query_labels: Tensor, gallery: Tensor, gallery_labels: Tensor) -> None:
-    for name, rows, labels in (("query", query, query_labels), ("gallery", gallery, gallery_labels)):
-        check_features(name, rows)
-        if rows.ndim != 2:
-            raise ValueError(f"{name} must have 2 dimensions, got {list(rows.shape)}")
-        if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
-            found = getattr(labels, "dtype", type(labels).__name__)
-            raise TypeError(f"{name}_labels must be int64 and a torch.Tensor, got {found}")
-        if labels.shape != rows.shape[:1]:
-            raise ValueError(f"{name} has {len(rows)} rows, {name}_labels has shape {list(labels.shape)}")
-        if not len(rows):
-            raise ValueError(f"{name} has no rows")
+def read_protocol(protocol: str | Protocol, *, needs: str = "score") -> Protocol:
+    """The protocol of a name, or itself, if it has what a function needs: the name of a column of the table.
+
+    Raises:
+        TypeError: neither a name nor a Protocol.
+        ValueError: an unknown name; a protocol that lacks what is needed.
+    """
+    if isinstance(protocol, str):
+        check_name("protocol", protocol, PROTOCOLS)
+        protocol = PROTOCOLS[protocol]
+    if not isinstance(protocol, Protocol):
+        raise TypeError(
+            f"protocol must be a name, {' or '.join(map(repr, PROTOCOLS))}, or a simplexfix.retrieval.Protocol, got "
+            f"{type(protocol).__name__}; Protocol(name, score=function) makes one of a function"
+        )
+    if getattr(protocol, needs) is None:
+        raise ValueError(
+            f"protocol {protocol.name!r} has no {needs}, which this needs; {' and '.join(map(repr, PROTOCOLS))} have"
+        )
+    return protocol

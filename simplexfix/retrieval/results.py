@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from .._checks import check_integer
 from ..functional import cosine_topk
-from ._inputs import Ids, Rows, SearchInput
+from ..labelled import LabelledItems, VersionFeatures, check_versions
 
 __all__ = ["RetrievalResults"]
 
@@ -25,13 +25,13 @@ class RetrievalResults:
     An item is relevant to a query of its class.  All arrays are read-only.  Memory is 13 bytes per query and place.
 
     Attributes:
-        positions: [Q, k] int64 gallery rows, best first; -1 where the gallery has no more.
+        positions: [Q, k] int64 gallery rows as they were given, best first; -1 where the gallery has no more.
         scores: [Q, k] float32 cosines, descending; -inf where positions is -1.
         relevant: [Q, k] bool.
         num_relevant: [Q] int64, relevant items in the whole gallery, without what was excluded.
         num_candidates: [Q] int64, gallery items in all, without what was excluded.
         excluded: [Q] int64, the gallery row that is the query itself, by id, and was left out; -1 if none was.
-        gallery_ids: [N] int64 as given, or None.
+        gallery_ids: [N] int64 as given (numbers of names; -1 for ignored items), or None.
     """
 
     positions: NDArray[np.int64]
@@ -43,68 +43,56 @@ class RetrievalResults:
     gallery_ids: NDArray[np.int64] | None = None
 
     @classmethod
-    def search(
-        cls,
-        query: Rows,
-        query_labels: Ids,
-        gallery: Rows,
-        gallery_labels: Ids,
-        *,
-        k: int | None = None,
-        query_ids: Ids | None = None,
-        gallery_ids: Ids | None = None,
-    ) -> RetrievalResults:
+    def search(cls, version: VersionFeatures, *, k: int | None = None) -> RetrievalResults:
         """Searches every query in the gallery, exactly.
 
             scores, positions = cosine_topk(query, gallery, k)      # without the row whose id is the query's
             relevant = gallery_labels[positions] == query_labels[:, None]
 
         Args:
-            query: [Q, d] tensor or array (a memory-mapped file too) of float32, float64, float16, a tensor also
-                bfloat16; finite; float64 is rounded to float32.
-            query_labels: [Q] integer class ids, any values.
-            gallery: [N, d], as the query.
-            gallery_labels: [N] integers.
+            version: queries and gallery; `old.searched_by(new)` for the new queries in the old gallery.  Where its
+                items have ids, the gallery item with the id of the query is left out of its ranking and of every count.
             k: places to keep.  None: the full ranking, N places (N - 1 if every query excludes an item), which mAP
                 and the like need; metrics say which of them a cut ranking still allows.
-            query_ids, gallery_ids: [Q], [N] integers, both or neither: the gallery item with the id of the query is
-                left out of its ranking and of every count.  Each gallery id comes once.
 
         Raises:
-            TypeError: features are not floating, labels or ids not integers.
-            ValueError: lengths or widths that do not match, no rows, k below 1, nan or inf (by row), an id that
-                comes twice, or one of the ids without the other.
+            TypeError: not a version.
+            ValueError: query and gallery of different width, no gallery, k below 1, nan or inf (by row).
         """
-        given = SearchInput.read(query, query_labels, gallery, gallery_labels, query_ids, gallery_ids)
-        queries, items, excluded = given.query, given.gallery, given.excluded
+        (version,) = check_versions([version], [""])
+        pair = version.pair(version, "equal")
+        queries, gallery, items = pair.query, pair.gallery, pair.items
         if k is not None:
             k = check_integer("k", k)
             if k < 1:
                 raise ValueError(f"k must be at least 1, or None for the full ranking, got {k}")
+        excluded = items.excluded
         out = excluded >= 0
-        candidates = len(items) - out.astype(np.int64)
+        candidates = len(gallery) - out.astype(np.int64)
         # A gallery of nothing but the query itself leaves one place, which stays empty.
-        k = max(1, min(int(candidates.max()), k or len(items)))
+        k = max(1, min(int(candidates.max()), k or len(gallery)))
 
         positions = np.empty((len(queries), k), dtype=np.int64)
         scores = np.empty((len(queries), k), dtype=np.float32)
-        everything = items.block_tensor(0, len(items))
+        everything = gallery.whole()
         depth = k + int(out.any())
         rows = max(1, min(_BLOCK_PLACES // depth, _BLOCK_NUMBERS // queries.width))
         for begin in range(0, len(queries), rows):
             end = min(len(queries), begin + rows)
             found, ids = (x.cpu().numpy() for x in cosine_topk(queries.block_tensor(begin, end), everything, depth))
             scores[begin:end], positions[begin:end] = _leave_out(found, ids, excluded[begin:end], k)
-
-        classes, index = np.unique(given.gallery_labels, return_inverse=True)
-        place = np.searchsorted(classes, given.query_labels).clip(max=len(classes) - 1)
-        matched = classes[place] == given.query_labels
-        total = np.where(matched, np.bincount(index, minlength=len(classes))[place], 0)
-        total -= out & (given.gallery_labels[excluded] == given.query_labels)
-        relevant = given.gallery_labels[positions] == given.query_labels[:, None]
+        relevant = items.gallery_labels[positions] == items.query_labels[:, None]
         relevant &= positions >= 0
-        results = cls(positions, scores, relevant, total, candidates, excluded, given.gallery_ids)
-        for array in (positions, scores, relevant, total, candidates, excluded, given.gallery_ids):
+        results = cls(
+            positions=_given(positions, items.gallery_rows),
+            scores=scores,
+            relevant=relevant,
+            num_relevant=items.num_relevant,
+            num_candidates=candidates,
+            excluded=_given(excluded, items.gallery_rows),
+            gallery_ids=_ids_of_given(items),
+        )
+        for array in (*vars(results).values(),):
             if array is not None:
                 array.flags.writeable = False
         return results
@@ -139,6 +127,19 @@ class RetrievalResults:
         return f"RetrievalResults of {len(self)} queries, k={self.k}{' (full)' if self.is_full else ''}" + (
             f", {without} without a match" if without else ""
         )
+
+
+def _given(places: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The rows that were given, of places among those that count; -1 stays."""
+    return np.where(places >= 0, rows[places], -1)
+
+
+def _ids_of_given(items: LabelledItems) -> NDArray[np.int64] | None:
+    if items.gallery_ids is None:
+        return None
+    ids = np.full(items.given[1], -1, dtype=np.int64)
+    ids[items.gallery_rows] = items.gallery_ids
+    return ids
 
 
 def _leave_out(

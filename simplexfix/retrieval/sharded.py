@@ -22,17 +22,12 @@ from torch import Tensor
 
 from .._checks import check_integer
 from ..functional import cosine_topk
-from ._inputs import Features, Ids, Rows, read_labels
+from ..labelled import FeatureRows, LabelledItems, Rows, VersionFeatures, check_versions
 from ._ranks import Facts, Ranks, shard_rows
-from .protocols import share
+from .class_means import ClassSums, hits_without
+from .nearest_items import nearest_other
 
-__all__ = [
-    "sharded_cosine_topk",
-    "sharded_instance_accuracy",
-    "sharded_instance_hits",
-    "sharded_nearest_class_mean_accuracy",
-    "sharded_nearest_class_mean_hits",
-]
+__all__ = ["instance_hits", "nearest_class_mean_hits", "sharded_cosine_topk"]
 
 # Of one search: 200 MB of all ranks' places and 256 MB of queries, against the shard's being normalised anew for each.
 _BLOCK_PLACES = 2**24
@@ -70,7 +65,7 @@ def sharded_cosine_topk(
     ranks = Ranks(group)
 
     def read() -> tuple[tuple[Tensor, Tensor, int], Facts]:
-        queries, rows = Features("query", query, may_be_empty=True), Features("shard", shard, may_be_empty=True)
+        queries, rows = FeatureRows("query", query), FeatureRows("shard", shard)
         same = _common("sharded_cosine_topk", queries, rows)
         depth = check_integer("k", k)
         if not 1 <= depth < 2**31:
@@ -83,120 +78,146 @@ def sharded_cosine_topk(
     return scores.to(queries.device), ids.to(queries.device)
 
 
-def sharded_instance_accuracy(
-    query: Rows, query_labels: Ids, shard: Rows, shard_labels: Ids, *, group: dist.ProcessGroup | None = None
-) -> float:
-    """`instance_accuracy` of all ranks' shards: a protocol for `compatibility_matrix`, whose galleries are shards.
-
-    Arguments and errors as of `sharded_instance_hits`.
-    """
-    return share(sharded_instance_hits(query, query_labels, shard, shard_labels, group=group))
-
-
-def sharded_instance_hits(
-    query: Rows, query_labels: Ids, shard: Rows, shard_labels: Ids, *, group: dist.ProcessGroup | None = None
-) -> Tensor:
+def instance_hits(version: VersionFeatures, group: dist.ProcessGroup | None = None) -> NDArray[np.bool_]:
     """Which queries' nearest item, by cosine, of all ranks' shards has their label.
 
-        hits = instance_hits(query, query_labels, torch.cat(shards), torch.cat(all shard_labels))
-
     Args:
-        query: [Q, d] tensor or array of floating numbers, finite, the same on every rank, Q >= 1.
-        query_labels: [Q] integer class ids, any values, the same on every rank.
-        shard: [n, d], dtype and device of the query, finite; n may be 0, but not on all ranks.
-        shard_labels: [n] integers.
+        version: the same queries on every rank, and this rank's shard as the gallery, which may be empty but not on
+            all ranks.  Ids, where given, are those of the shard's items.
         group: as in `sharded_cosine_topk`.
 
     Returns:
         [Q] bool on the host, on every rank.
 
     Raises:
-        TypeError, ValueError: on every rank: labels of another length or not integers, no rows, and as
-            `sharded_cosine_topk`.
+        TypeError, ValueError: on every rank: no rows, and as `sharded_cosine_topk`.
         RankDiedError: a rank is gone.
     """
     ranks = Ranks(group)
 
-    def read() -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Facts]:
-        queries, rows = Features("query", query), Features("shard", shard, may_be_empty=True)
-        same = _common("sharded_instance_hits", queries, rows)
-        wanted = read_labels("query_labels", query_labels, "query", len(queries))
-        labels = read_labels("shard_labels", shard_labels, "shard", len(rows))
-        searched, items = _alike(queries, rows)
-        same |= {"queries and labels": _checksum(searched, wanted)}
-        return (searched, torch.from_numpy(wanted), items, torch.from_numpy(labels)), Facts(same, len(rows))
+    def read() -> tuple[tuple[LabelledItems, Tensor, Tensor], Facts]:
+        queries, rows, items, same = _read_shard("sharded_hits of instance", version)
+        searched, shard = queries.whole(), rows.whole()
+        same |= {"queries and labels": _checksum(searched, items.query_labels)}
+        return (items, searched, shard), Facts(same, len(rows), leaves_out=_leaves_out(items))
 
-    (queries, wanted, rows, labels), facts = ranks.agree(read)
+    (items, queries, rows), facts = ranks.agree(read)
     counts = _counts(facts)
-    _, ids = _search(ranks, queries, rows, 1, counts)
-    nearest = ids[:, 0] - sum(counts[: ranks.rank])
+    begin, labels = sum(counts[: ranks.rank]), items.gallery_labels
+    itself = np.where(items.excluded >= 0, items.excluded + begin, -1)
+    if any(fact.leaves_out for fact in facts):
+        _, ids = _search(ranks, queries, rows, 2, counts)
+        itself = ranks.maximum(torch.from_numpy(itself)).numpy()
+    else:
+        _, ids = _search(ranks, queries, rows, 1, counts)
+    nearest = nearest_other(ids.numpy(), itself) - begin
     here = (nearest >= 0) & (nearest < len(labels))
-    hits = torch.zeros(len(wanted), dtype=torch.uint8)
-    hits[here] = (labels[nearest[here]] == wanted[here]).to(torch.uint8)
-    return ranks.maximum(hits).bool()
+    hits = torch.zeros(len(here), dtype=torch.uint8)
+    hits[torch.from_numpy(here)] = torch.from_numpy(labels[nearest[here]] == items.query_labels[here]).to(torch.uint8)
+    return ranks.maximum(hits).bool().numpy()
 
 
-def sharded_nearest_class_mean_accuracy(
-    query: Rows, query_labels: Ids, shard: Rows, shard_labels: Ids, *, group: dist.ProcessGroup | None = None
-) -> float:
-    """`nearest_class_mean_accuracy` of all ranks' shards: a protocol for `compatibility_matrix`, as above.
-
-    Arguments and errors as of `sharded_nearest_class_mean_hits`.
-    """
-    return share(sharded_nearest_class_mean_hits(query, query_labels, shard, shard_labels, group=group))
-
-
-def sharded_nearest_class_mean_hits(
-    query: Rows, query_labels: Ids, shard: Rows, shard_labels: Ids, *, group: dist.ProcessGroup | None = None
-) -> Tensor:
+def nearest_class_mean_hits(version: VersionFeatures, group: dist.ProcessGroup | None = None) -> NDArray[np.bool_]:
     """Which queries are nearest to the template of their own class, over all ranks' shards.
 
-        hits = nearest_class_mean_hits(query, query_labels, torch.cat(shards), torch.cat(all shard_labels))
-
     The sums of the classes pass along the ranks, each of which adds its rows one by one: the order of one process.
-    They are added on the host.  Then each rank searches its part of the queries.
+    They are added on the host.  Then each rank searches its part of the queries.  Rows that are left out of their
+    class travel to all ranks, a block of queries at a time.
 
     Args:
-        query, query_labels, shard, shard_labels, group: as in `sharded_instance_hits`; dtype and device of query and
-            shard may differ, and float64 rows are added unrounded.
+        version, group: as of `instance_hits`; device of query and shard may differ.
 
     Returns:
         [Q] bool on the host, on every rank.
 
     Raises:
-        TypeError, ValueError, RankDiedError: as `sharded_instance_hits`; a class whose sum float32 cannot hold.
+        TypeError, ValueError, RankDiedError: as there; a class whose sum float32 does not hold.
     """
     ranks = Ranks(group)
 
-    def read() -> tuple[tuple[Tensor, Tensor, Features, NDArray[np.int64]], Facts]:
-        queries, rows = Features("query", query), Features("shard", shard, may_be_empty=True)
-        same = _common("sharded_nearest_class_mean_hits", queries, rows)
-        wanted = read_labels("query_labels", query_labels, "query", len(queries))
-        labels = read_labels("shard_labels", shard_labels, "shard", len(rows))
-        for begin, end in _sum_blocks(rows):
-            bad = (~_doubles(rows, begin, end, 0, rows.width).isfinite()).any(1).nonzero()
-            if len(bad):
-                raise ValueError(f"shard row {begin + int(bad[0])} holds nan or inf")
-        searched = queries.block_tensor(0, len(queries))
-        same |= {"queries and labels": _checksum(searched, wanted)}
-        return (searched, torch.from_numpy(wanted), rows, labels), Facts(same, len(rows), np.unique(labels))
+    def read() -> tuple[tuple[LabelledItems, Tensor, FeatureRows], Facts]:
+        queries, rows, items, same = _read_shard("sharded_hits of nearest_class_mean", version)
+        for _ in rows.blocks():  # nan and inf
+            pass
+        searched = queries.whole()
+        same |= {"queries and labels": _checksum(searched, items.query_labels)}
+        facts = Facts(same, len(rows), np.unique(items.gallery_labels), _leaves_out(items))
+        return (items, searched, rows), facts
 
-    (queries, wanted, rows, labels), facts = ranks.agree(read)
+    (items, queries, rows), facts = ranks.agree(read)
     _counts(facts)
     classes = np.unique(np.concatenate([fact.classes for fact in facts if fact.classes is not None]))
-    templates = _class_sums(ranks, rows, torch.from_numpy(np.searchsorted(classes, labels)), len(classes))
-    bad = (~templates.isfinite()).any(1).nonzero()
+    index = np.searchsorted(classes, items.gallery_labels)
+    leaves_out = any(fact.leaves_out for fact in facts)
+    sums = _class_sums(
+        ranks, rows, torch.from_numpy(index), len(classes), torch.float64 if leaves_out else torch.float32
+    )
+    bad = (~sums.float().isfinite()).any(1).nonzero()
     if len(bad):
         raise ValueError(f"the rows of class {classes[int(bad[0])]} add up to more than float32 holds")
+    counts = np.zeros(len(classes), dtype=np.int64)
+    if leaves_out:
+        mine_of = torch.from_numpy(np.bincount(index, minlength=len(classes)))
+        counts = torch.stack(ranks.gather(mine_of)).sum(0).numpy()
+    gallery = ClassSums(classes, index, counts, sums.double() if leaves_out else sums)
     parts = [shard_rows(len(queries), rank, ranks.size) for rank in range(ranks.size)]
-    _, ids = cosine_topk(queries[parts[ranks.rank]], templates.to(queries.device), 1)
-    nearest = torch.zeros(-(-len(queries) // ranks.size), dtype=torch.int64)  # gloo gathers tensors of one length
-    nearest[: len(ids)] = ids[:, 0]
-    found = [ids[: part.stop - part.start] for ids, part in zip(ranks.gather(nearest), parts, strict=True)]
-    return torch.from_numpy(classes)[torch.cat(found)] == wanted
+    mine = parts[ranks.rank]
+    templates = sums.float().to(queries.device)
+    _, ids = cosine_topk(queries[mine], templates, 1)
+    own = gallery.find(items.query_labels[mine])
+    right = (ids[:, 0].cpu().numpy() == own) & (own >= 0)
+    if leaves_out:
+        _leave_out(ranks, queries, rows, items, gallery, templates, mine, right)
+    found = torch.zeros(-(-len(queries) // ranks.size), dtype=torch.uint8)  # gloo gathers tensors of one length
+    found[: len(right)] = torch.from_numpy(right)
+    whole = [hits[: part.stop - part.start] for hits, part in zip(ranks.gather(found), parts, strict=True)]
+    return torch.cat(whole).bool().numpy()
 
 
-def _common(call: str, queries: Features, rows: Features) -> dict[str, object]:
+def _leave_out(
+    ranks: Ranks,
+    queries: Tensor,
+    rows: FeatureRows,
+    items: LabelledItems,
+    gallery: ClassSums,
+    templates: Tensor,
+    mine: slice,
+    right: NDArray[np.bool_],
+) -> None:
+    """Judges anew the queries of this rank's part whose item, on any rank, is left out of its class."""
+    size = max(1, _BLOCK_NUMBERS // queries.shape[1])
+    for begin in range(0, len(queries), size):
+        excluded = items.excluded[begin : begin + size]
+        here = np.flatnonzero(excluded >= 0)
+        of = torch.full((len(excluded),), -1)
+        of[here] = torch.from_numpy(gallery.places[excluded[here]])
+        taken = torch.full((len(excluded), rows.width), -math.inf)
+        taken[here] = rows.take(excluded[here]).block_tensor(0, len(here)).cpu()
+        ranks.maximum(of)
+        ranks.maximum(taken)
+        at = np.flatnonzero(of.numpy() >= 0)
+        at = at[(begin + at >= mine.start) & (begin + at < mine.stop)]
+        if len(at):
+            asked = queries[torch.from_numpy(begin + at).to(queries.device)]
+            others = cosine_topk(asked, templates, 2)
+            right[begin + at - mine.start] = hits_without(
+                asked.cpu(), taken[at], gallery, of.numpy()[at], items.query_labels[begin + at], others
+            )
+
+
+def _leaves_out(items: LabelledItems) -> bool:
+    return bool((items.excluded >= 0).any())
+
+
+def _read_shard(
+    call: str, version: VersionFeatures
+) -> tuple[FeatureRows, FeatureRows, LabelledItems, dict[str, object]]:
+    (checked,) = check_versions([version], [""], shards=True)
+    queries, rows = version.query, version.gallery
+    return queries, rows, checked.items, _common(call, queries, rows)
+
+
+def _common(call: str, queries: FeatureRows, rows: FeatureRows) -> dict[str, object]:
     """What must be alike on all ranks, of features of one width."""
     if queries.width != rows.width:
         raise ValueError(f"query and shard must have the same number of columns, got {queries.width} and {rows.width}")
@@ -204,11 +225,11 @@ def _common(call: str, queries: Features, rows: Features) -> dict[str, object]:
     return {"call": call, "shape of the query": shape, "query dtype": queries.dtype, "shard dtype": rows.dtype}
 
 
-def _alike(queries: Features, rows: Features) -> tuple[Tensor, Tensor]:
+def _alike(queries: FeatureRows, rows: FeatureRows) -> tuple[Tensor, Tensor]:
     """Both in float32, all finite, of one dtype and on one device as `cosine_topk` wants them."""
     if queries.dtype != rows.dtype:
         raise TypeError(f"query and shard must have the same dtype, got {queries.dtype} and {rows.dtype}")
-    first, second = (features.block_tensor(0, len(features)) for features in (queries, rows))
+    first, second = (features.whole() for features in (queries, rows))
     if first.device != second.device:
         raise ValueError(f"query and shard must be on the same device, got {first.device} and {second.device}")
     return first, second
@@ -247,28 +268,15 @@ def _search(ranks: Ranks, queries: Tensor, rows: Tensor, k: int, counts: list[in
     return scores, ids
 
 
-def _class_sums(ranks: Ranks, rows: Features, index: Tensor, classes: int) -> Tensor:
-    """[classes, d]: the sums of all shards' rows by class, in float64 row after row, rounded to float32."""
-    out = torch.empty(classes, rows.width)
+def _class_sums(ranks: Ranks, rows: FeatureRows, index: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
+    """[classes, d]: the sums of all shards' rows by class, in float64 row after row, rounded to this dtype."""
+    out = torch.empty(classes, rows.width, dtype=dtype)
     for first in range(0, rows.width, _SUM_COLUMNS):
         last = min(rows.width, first + _SUM_COLUMNS)
         sums = ranks.take_from_previous(torch.zeros(classes, last - first, dtype=torch.float64))
-        for begin, end in _sum_blocks(rows):
-            sums.index_add_(0, index[begin:end], _doubles(rows, begin, end, first, last))
+        for begin, block in rows.columns(last, first).blocks(max(1, _SUM_NUMBERS // rows.width)):
+            sums.index_add_(0, index[begin : begin + len(block)], torch.from_numpy(block.astype(np.float64)))
         ranks.pass_to_next(sums)
         if ranks.is_last:
             out[:, first:last] = sums
     return ranks.take_from_last(out)
-
-
-def _sum_blocks(rows: Features) -> list[tuple[int, int]]:
-    size = max(1, _SUM_NUMBERS // rows.width)
-    return [(begin, min(len(rows), begin + size)) for begin in range(0, len(rows), size)]
-
-
-def _doubles(rows: Features, begin: int, end: int, first: int, last: int) -> Tensor:
-    """Columns [first, last) of rows [begin, end) in float64, on the host."""
-    block = rows.rows[begin:end, first:last]
-    if isinstance(block, Tensor):
-        return block.detach().cpu().double()
-    return torch.from_numpy(block.astype(np.float64))

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .._checks import check_integer, check_number
 from .._reference import unit_float32
-from ._inputs import Features, Ids, Rows, SearchInput, read_ids
+from ..labelled import FeatureRows, Ids, Rows, VersionFeatures, check_versions, read_ids
 
 __all__ = [
     "CrossValidation",
@@ -62,16 +62,7 @@ class VerificationResults:
     excluded: int
 
     @classmethod
-    def compare(
-        cls,
-        query: Rows,
-        query_labels: Ids,
-        gallery: Rows,
-        gallery_labels: Ids,
-        *,
-        query_ids: Ids | None = None,
-        gallery_ids: Ids | None = None,
-    ) -> VerificationResults:
+    def compare(cls, version: VersionFeatures) -> VerificationResults:
         """Scores every query with every gallery item, in blocks.
 
             scores = F.normalize(query) @ F.normalize(gallery).T
@@ -79,19 +70,16 @@ class VerificationResults:
             # with equal = query_labels[:, None] == gallery_labels
 
         Args:
-            query, gallery, labels and ids: as of `RetrievalResults.search`.
+            version: as of `RetrievalResults.search`; an item is no pair with itself.
 
         Raises:
             TypeError, ValueError: as there.
         """
-        return cls.of(SearchInput.read(query, query_labels, gallery, gallery_labels, query_ids, gallery_ids))
-
-    @classmethod
-    def of(cls, given: SearchInput) -> VerificationResults:
         counts = np.zeros(2 * BINS + 1, dtype=np.int64)
-        for _, bins, same in bin_pairs(given):
+        for _, bins, same in bin_pairs(version):
             counts += np.bincount((bins + BINS * same).ravel(), minlength=len(counts))
-        results = cls(counts[BINS : 2 * BINS].copy(), counts[:BINS].copy(), int((given.excluded >= 0).sum()))
+        excluded = int((version.items.excluded >= 0).sum())
+        results = cls(counts[BINS : 2 * BINS].copy(), counts[:BINS].copy(), excluded)
         for array in (results.genuine, results.impostor):
             array.flags.writeable = False
         return results
@@ -268,7 +256,7 @@ def pair_scores(first: Rows, second: Rows) -> NDArray[np.float32]:
     Raises:
         TypeError, ValueError: as there, or unlike shapes.
     """
-    a, b = Features("first", first), Features("second", second)
+    a, b = FeatureRows("first", first), FeatureRows("second", second)
     if (len(a), a.width) != (len(b), b.width):
         raise ValueError(f"first and second must have the same shape, got {[len(a), a.width]} and {[len(b), b.width]}")
     scores = np.empty(len(a), dtype=np.float32)
@@ -329,7 +317,7 @@ def _fold_of_each_pair(folds: int | Ids, count: int) -> NDArray[np.int64]:
         if not 2 <= number <= count:
             raise ValueError(f"folds must lie between 2 and the number of pairs, {count}, got {number}")
         return np.arange(count) * number // count
-    of = read_ids("folds", folds, "scores", count, unique=False)  # type: ignore[arg-type]
+    of = read_ids("folds", folds, "scores", count)
     if len(np.unique(of)) < 2:
         raise ValueError("folds must be at least 2: a threshold is chosen on the other ones")
     return of
@@ -343,28 +331,31 @@ def _best_threshold(scores: NDArray[np.float64], same: NDArray[np.bool_]) -> flo
     return float(np.append(candidates, np.inf)[gain.argmax()])
 
 
-def bin_pairs(given: SearchInput) -> Iterator[tuple[slice, NDArray[np.int64], NDArray[np.bool_]]]:
-    """(which queries, [rows, items] bins, [rows, items] whether of one class).
+def bin_pairs(version: VersionFeatures) -> Iterator[tuple[slice, NDArray[np.int64], NDArray[np.bool_]]]:
+    """(which queries, [rows, columns] bins, [rows, columns] whether of one class).
 
     The bin of a pair that is left out is 2 BINS, and it is of two classes.
     """
-    for begin in range(0, len(given.query), _QUERY_ROWS):
-        rows = slice(begin, min(len(given.query), begin + _QUERY_ROWS))
-        q = unit_float32(given.query.block_tensor(rows.start, rows.stop)).double()
-        for first in range(0, len(given.gallery), _GALLERY_ROWS):
-            items = slice(first, min(len(given.gallery), first + _GALLERY_ROWS))
-            g = unit_float32(given.gallery.block_tensor(items.start, items.stop)).double()
+    (version,) = check_versions([version], [""])
+    pair = version.pair(version, "equal")
+    query, gallery, items = pair.query, pair.gallery, pair.items
+    for begin in range(0, len(query), _QUERY_ROWS):
+        rows = slice(begin, min(len(query), begin + _QUERY_ROWS))
+        q = unit_float32(query.block_tensor(rows.start, rows.stop)).double()
+        for first in range(0, len(gallery), _GALLERY_ROWS):
+            columns = slice(first, min(len(gallery), first + _GALLERY_ROWS))
+            g = unit_float32(gallery.block_tensor(columns.start, columns.stop)).double()
             # a product rounds differently in each shape; where its sum belongs on a threshold, it may fall below
             steps = (q @ g.T).add_(_error(q.shape[1])).float().mul_(STEPS).floor_().clamp_(-STEPS, STEPS)
             bins = steps.to(torch.int64).add_(STEPS).cpu().numpy()
-            same = given.query_labels[rows, None] == given.gallery_labels[items]
-            out = given.excluded[rows] - first
+            same = items.query_labels[rows, None] == items.gallery_labels[columns]
+            out = items.excluded[rows] - first
             left_out = np.flatnonzero((out >= 0) & (out < bins.shape[1]))
             bins[left_out, out[left_out]] = 2 * BINS
             same[left_out, out[left_out]] = False
             yield rows, bins, same
-    given.query.release()
-    given.gallery.release()
+    query.release()
+    gallery.release()
 
 
 def _error(d: int) -> float:

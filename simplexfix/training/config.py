@@ -12,6 +12,8 @@ from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from .._files import read_text
+
 __all__ = ["ConfigError", "check_fits", "overridden", "plain", "read_config", "read_mapping"]
 
 _T = TypeVar("_T")
@@ -28,8 +30,8 @@ def read_mapping(path: Path) -> dict[str, Any]:
         ConfigError: it cannot be read, names a key twice, or holds no mapping.
         OSError: it is not there.
     """
-    text = path.read_text(encoding="utf-8")
     try:
+        text = read_text(path)
         if path.suffix == ".json":
             content = json.loads(text, object_pairs_hook=_no_key_twice)
         elif path.suffix in (".yaml", ".yml"):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._checks import check_integer, check_name
 from ..data.dataset_rows import DatasetRows
-from ..retrieval._inputs import Features, Ids, Rows, read_labels
+from ..labelled import FeatureRows, Ids, Rows, read_ids
 from .items import Items
 
 __all__ = ["SELECTIONS", "Rehearsal", "herding_rows", "random_rows"]
@@ -34,7 +34,7 @@ def random_rows(labels: Ids, per_class: int, generator: np.random.Generator) -> 
         TypeError, ValueError: labels are not [N] integers, or `per_class` is below 1.
     """
     check_budget(per_class)
-    ids = read_labels("labels", labels, "labels", len(labels))
+    ids = read_ids("labels", labels, "labels", len(labels))
     drawn = generator.permutation(len(ids))
     rows = [drawn[ids[drawn] == c][:per_class] for c in np.unique(ids)]
     return torch.from_numpy(np.concatenate([np.empty(0, np.int64), *rows]))
@@ -66,10 +66,11 @@ def herding_rows(features: Rows, labels: Ids, per_class: int) -> Tensor:
         algorithm 4.
     """
     check_budget(per_class)
-    held = Features("features", features)
-    held.check_finite()
+    held = FeatureRows("features", features)
+    for _ in held.blocks():  # nan and inf
+        pass
     rows = held.tensor().detach().cpu()
-    ids = read_labels("labels", labels, "features", len(held))
+    ids = read_ids("labels", labels, "features", len(held))
     chosen = []
     for c in np.unique(ids):
         of_class = np.flatnonzero(ids == c)

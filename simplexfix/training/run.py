@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from .. import __version__
 from .._files import write_whole
 from .._seeds import mixed_seed, seeded
-from ..compatibility import evaluate_versions
+from ..compatibility import evaluate
+from ..labelled import LabelledItems
 from ..models import EmbeddingModel, FeatureMLP, ResNet18, SmallConvNet, external_backbone
 from ..slots import SlotRegistry
 from . import processes
@@ -57,7 +58,7 @@ def train_run(
     each task (`Trainer.fit`), in a task's the folder `model`, which `EmbeddingModel.from_pretrained` reads, and at the
     end `report.json`, which is returned: under "versions" where each model is, and its fingerprint; under "search", and
     under "validation" where items were held out, for each protocol what
-    `simplexfix.compatibility.evaluate_versions` says.
+    `simplexfix.compatibility.evaluate` says.
 
     Args:
         config: read by `simplexfix.training.config.read_config`, or made.
@@ -175,11 +176,9 @@ def train_run(
         if judged_names := {name: names[name] for name in data.searched if name in names}:
             report["class_names"] = judged_names
         for name, (query, gallery) in data.searched.items():
-            labels = query.labels.numpy(), gallery.labels.numpy()
-            report[name] = {
-                protocol: evaluate_versions(*extracted[name], *labels, protocol=protocol).as_dict()
-                for protocol in config.protocols
-            }
+            items = LabelledItems(query.labels, gallery.labels)
+            versions = [items.version(*rows) for rows in zip(*extracted[name], strict=True)]
+            report[name] = {protocol: evaluate(versions, protocol=protocol).as_dict() for protocol in config.protocols}
         write_whole(folder / "report.json", f"{json.dumps(report, indent=1)}\n".encode())
         return report
 

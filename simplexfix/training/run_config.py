@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from .._checks import check_name
-from ..compatibility.report import PROTOCOLS
 from ..data import CIFAR100_MEAN, CIFAR100_STD
 from ..models.external import LIBRARIES
+from ..retrieval import PROTOCOLS
 from .config import check_fits
 from .loggers import LOGGERS
 from .method_config import LEARNABLE, MethodConfig
@@ -235,7 +235,7 @@ class RunConfig:
     """Everything that a run depends on, but for the data itself.
 
     Args:
-        protocols: by which versions are judged at the end, of `simplexfix.compatibility.evaluate_versions`.
+        protocols: by which versions are judged at the end, of `simplexfix.compatibility.evaluate`.
     """
 
     tasks: TasksConfig

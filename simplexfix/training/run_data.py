@@ -25,9 +25,8 @@ from ..data import (
     Vectors,
     load_cifar10,
     load_cifar100,
-    load_features,
 )
-from ..data.features import load_labelled
+from ..labelled import VersionFeatures, load_rows
 from .items import Items
 from .omniglot import Recipe, split_omniglot
 from .run_config import DataConfig, RunConfig
@@ -169,11 +168,11 @@ def _read(config: DataConfig, names: Sequence[str], seed: int) -> tuple[list[Ite
         return trained, *_searched_images(path, config)
     files = [f"{name}{part}.npy" for name in (*names, "query", "gallery") for part in ("", "_labels")]
     _check_there(path, files, "features [N, d] and labels [N] of what is trained on and of what is searched")
-    search = load_features(path)
+    search = VersionFeatures.load(path)
     return (
-        [Items(rows.float(), labels) for rows, labels in (load_labelled(path, name) for name in names)],
-        Items(search.query, search.query_labels),
-        Items(search.gallery, search.gallery_labels),
+        [Items(rows.whole(), torch.tensor(labels)) for rows, labels in (load_rows(path, name) for name in names)],
+        Items(search.query.tensor(), torch.tensor(search.items.query_labels)),
+        Items(search.gallery.tensor(), torch.tensor(search.items.gallery_labels)),
     )
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from simplexfix.compatibility import evaluate_versions
+from simplexfix.compatibility import evaluate
+from simplexfix.labelled import LabelledItems
 
 pytest.importorskip("matplotlib", reason="pip install 'simplexfix[cli]'")
 from matplotlib import font_manager
@@ -22,7 +23,8 @@ NAMES = ["模型一", "模型二", "mod\u00e8le\t3 \U0001f642", "\udce9v4"]
 def report():
     draw, labels = np.random.default_rng(0), np.arange(60) % 6
     versions = [(np.eye(6)[labels] + 0.3 * draw.normal(size=(60, 6))).astype(np.float32) for _ in NAMES]
-    return evaluate_versions(versions, versions, labels, labels, names=NAMES)
+    items = LabelledItems(labels, labels)
+    return evaluate([items.version(rows, rows, name=name) for rows, name in zip(versions, NAMES, strict=True)])
 
 
 @pytest.fixture

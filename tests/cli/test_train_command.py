@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 from small_run import configuration, train_until, written_features
+from versions import versions
 
 from simplexfix.cli import main
 from simplexfix.compatibility import compatibility_matrix
 from simplexfix.methods import ER
 from simplexfix.models import EmbeddingModel, FeatureMLP, read_identity
-from simplexfix.retrieval import nearest_class_mean_accuracy
 from simplexfix.training import PRESETS, RunConfig, Schedule, herding_rows, overridden, read_config, read_state
 from simplexfix.training.run import _schedule
 from simplexfix.training.run_data import load_run_data
@@ -79,7 +79,7 @@ def test_the_folders_of_a_runs_versions_give_its_matrix(tmp_path, features, meth
         assert all(torch.equal(value, saved[key]) for key, value in model.state_dict().items() if "extra" not in key)
         for name in rows:
             embeddings[name].append(model.extract(model.preprocessing(rows[name])))
-    matrix = compatibility_matrix(*embeddings.values(), *labels, nearest_class_mean_accuracy)
+    matrix = compatibility_matrix(versions(*embeddings.values(), *labels), "nearest_class_mean")
     expected = [
         [np.nan if value is None else value for value in row]
         for row in report["search"]["nearest_class_mean"]["matrix"]

@@ -10,19 +10,26 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from versions import pair
 
-from simplexfix.compatibility import backfill_curve, mixed_topk
-from simplexfix.retrieval import (
-    RetrievalResults,
-    cosine_topk,
-    instance_accuracy,
-    instance_hits,
-    metrics,
-    nearest_class_mean_accuracy,
-    nearest_class_mean_hits,
-)
+from simplexfix import compatibility
+from simplexfix.compatibility import BackfillCurve
+from simplexfix.labelled import LabelledItems
+from simplexfix.retrieval import PROTOCOLS, Protocol, RetrievalResults, cosine_topk, metrics
 
-PROTOCOLS = {"nearest_class_mean": nearest_class_mean_hits, "instance": instance_hits}
+
+def backfill_curve(query, query_labels, old_gallery, new_gallery, gallery_labels, **options) -> BackfillCurve:
+    """Of loose arrays; queries by the old model play no part."""
+    items = LabelledItems(query_labels, gallery_labels)
+    old_query = np.ones((len(query), old_gallery.shape[1]), dtype=np.float32)
+    old, new = items.version(old_query, old_gallery), items.version(query, new_gallery)
+    return compatibility.backfill_curve(old, new, **options)
+
+
+def mixed_topk(query, old_gallery, new_gallery, replaced, k, **options) -> tuple[Tensor, Tensor]:
+    items = LabelledItems([0] * len(query), [0] * len(old_gallery))
+    old, new = items.version(query, old_gallery), items.version(query, new_gallery)
+    return compatibility.mixed_topk(old, new, replaced, k, **options)
 
 
 def items(old_width: int = 12, new_width: int = 12) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -76,27 +83,28 @@ def test_every_step_is_the_protocol_on_the_mixed_gallery(protocol: str, order: s
         gallery = old.clone()
         at = torch.tensor(curve.order[: round(share * len(old))].copy())
         gallery[at] = new[at]
-        expected = PROTOCOLS[protocol](query, query_labels, gallery, gallery_labels)
+        expected = PROTOCOLS[protocol].hits(pair(query, query_labels, gallery, gallery_labels))
         assert hits.tolist() == expected.tolist()
         assert score == int(expected.sum()) / len(expected)
-    accuracy = {"nearest_class_mean": nearest_class_mean_accuracy, "instance": instance_accuracy}[protocol]
-    assert curve.scores[0] == accuracy(query, query_labels, old, gallery_labels)
-    assert curve.scores[-1] == accuracy(query, query_labels, new, gallery_labels)
+    score = PROTOCOLS[protocol].score
+    assert curve.scores[0] == score(pair(query, query_labels, old, gallery_labels))
+    assert curve.scores[-1] == score(pair(query, query_labels, new, gallery_labels))
     assert curve.scores[-1] > curve.scores[0] + 0.05  # so that a curve that stays where it is shows
     slices = zip(curve.scores, curve.scores[1:], curve.shares, curve.shares[1:], strict=False)
     assert curve.area == pytest.approx(sum((a + b) / 2 * (right - left) for a, b, left, right in slices), abs=1e-12)
 
 
-def test_a_protocol_may_be_a_function() -> None:
+def test_a_protocol_of_ones_own() -> None:
     query, query_labels, old, new, gallery_labels = items()
 
-    def mean_ap(*arguments: Tensor) -> float:
-        return float(metrics.mean_average_precision(RetrievalResults.search(*arguments)))
+    def mean_ap(version) -> float:
+        return float(metrics.mean_average_precision(RetrievalResults.search(version)))
 
-    curve = backfill_curve(query, query_labels, old, new, gallery_labels, protocol=mean_ap, steps=2)
+    own = Protocol("mean_ap", score=mean_ap)
+    curve = backfill_curve(query, query_labels, old, new, gallery_labels, protocol=own, steps=2)
     gallery = old.clone()
     gallery[curve.order[:55].copy()] = new[curve.order[:55].copy()]
-    assert curve.scores.tolist() == [mean_ap(query, query_labels, x, gallery_labels) for x in (old, gallery, new)]
+    assert curve.scores.tolist() == [mean_ap(pair(query, query_labels, x, gallery_labels)) for x in (old, gallery, new)]
     assert (curve.hits, curve.protocol) == (None, "mean_ap")
 
 
@@ -104,14 +112,16 @@ def test_a_protocol_may_be_a_function() -> None:
 def test_the_ends_in_two_widths_are_those_of_the_pure_galleries(old_width: int, new_width: int) -> None:
     query, query_labels, old, new, gallery_labels = items(old_width, new_width)
     width = min(old_width, new_width)
-    for protocol, hits_of in PROTOCOLS.items():
+    for protocol, row in PROTOCOLS.items():
         curve = backfill_curve(
             query, query_labels, old, new, gallery_labels, protocol=protocol, steps=3, widths="leading"
         )
         assert curve.hits is not None
-        before = hits_of(query[:, :width].contiguous(), query_labels, old[:, :width].contiguous(), gallery_labels)
+        before = row.hits(
+            pair(query[:, :width].contiguous(), query_labels, old[:, :width].contiguous(), gallery_labels)
+        )
         assert curve.hits[0].tolist() == before.tolist()
-        assert curve.hits[-1].tolist() == hits_of(query, query_labels, new, gallery_labels).tolist()
+        assert curve.hits[-1].tolist() == row.hits(pair(query, query_labels, new, gallery_labels)).tolist()
         assert 0.2 < curve.scores[0] < curve.scores[-1]
 
 
@@ -231,34 +241,36 @@ def test_arguments_stay_as_they_are() -> None:
 NAN, INF = torch.eye(3), torch.eye(3)
 NAN[1, 1], INF[2, 0] = math.nan, math.inf
 BAD = [
-    ({"new_gallery": torch.eye(4)[:, :3]}, ValueError, "old_gallery and new_gallery must be of the same items, got 3"),
-    ({"new_gallery": torch.ones(3, 4)}, ValueError, 'query has 3 columns, new_gallery has 4: .*widths="leading"'),
-    ({"old_gallery": torch.ones(3, 4)}, ValueError, 'query has 3 columns, old_gallery has 4: .*widths="leading"'),
-    ({"new_gallery": NAN}, ValueError, "new_gallery row 1 holds nan or inf"),
-    ({"old_gallery": INF}, ValueError, "old_gallery row 2 holds nan or inf"),
-    ({"query": NAN}, ValueError, "query row 1 holds nan or inf"),
-    ({"query": torch.ones(0, 3)}, ValueError, "query has no rows"),
-    ({"old_gallery": [[1.0]]}, TypeError, "old_gallery must be a torch.Tensor or a NumPy array, got list"),
+    ({"new_gallery": torch.eye(4)[:, :3]}, ValueError, r"gallery has 4 rows, gallery_labels has shape \[3\]"),
+    ({"old_gallery": torch.ones(3, 4)}, ValueError, 'new.query has 3 columns, old.gallery has 4: .*widths="leading"'),
+    ({"new_gallery": NAN}, ValueError, "new.gallery row 1 holds nan or inf"),
+    ({"old_gallery": INF}, ValueError, "old.gallery row 2 holds nan or inf"),
+    ({"query": NAN}, ValueError, "new.query row 1 holds nan or inf"),
     ({"widths": "trailing"}, ValueError, "widths must be one of 'equal', 'leading', got 'trailing'"),
 ]
 BAD_CURVE = [
-    ({"query": torch.ones(3, 4), "widths": "leading"}, ValueError, "query has 4 columns, new_gallery has 3; both must"),
+    ({"new_gallery": torch.ones(3, 4)}, ValueError, 'new.query has 3 columns, new.gallery has 4: .*widths="leading"'),
+    ({"query": torch.ones(3, 4), "widths": "leading"}, ValueError, "query has 4 columns, new.gallery has 3"),
     ({"query_labels": [1, 2]}, ValueError, r"query has 3 rows, query_labels has shape \[2\]"),
-    ({"gallery_labels": [1, 2]}, ValueError, r"old_gallery has 3 rows, gallery_labels has shape \[2\]"),
+    ({"gallery_labels": [1, 2]}, ValueError, r"gallery has 3 rows, gallery_labels has shape \[2\]"),
     ({"gallery_labels": [1.0, 2.0, 3.0]}, TypeError, "gallery_labels must be integers, got float64"),
     ({"order": "hardest"}, ValueError, "'random', 'farthest_from_class_mean', 'lowest_margin', got 'hardest'"),
-    ({"order": [0, 1]}, ValueError, r"old_gallery has 3 rows, order has shape \[2\]"),
+    ({"order": [0, 1]}, ValueError, r"old.gallery has 3 rows, order has shape \[2\]"),
     ({"order": [0, 1, 1]}, ValueError, "order must hold each id once, got 1 in rows 1 and 2"),
     ({"order": [1, 2, 3]}, ValueError, "order must hold the rows 0 to 2, each once, got 3"),
     ({"order": [-1, 0, 1]}, ValueError, "order must hold the rows 0 to 2, each once, got -1"),
     ({"order": [0.0, 1.0, 2.0]}, TypeError, "order must be integers, got float64"),
     ({"protocol": "nearest"}, ValueError, "protocol must be one of 'nearest_class_mean', 'instance', got 'nearest'"),
-    ({"protocol": instance_hits}, TypeError, "the score by instance_hits must be a number, got Tensor"),
-    ({"protocol": None}, TypeError, "protocol must be a name or a function, got NoneType"),
     (
-        {"protocol": instance_accuracy, "old_gallery": torch.ones(3, 4), "widths": "leading"},
+        {"protocol": Protocol("own", score=lambda version: torch.ones(3))},
+        TypeError,
+        "the score by own must be a number, got Tensor",
+    ),
+    ({"protocol": None}, TypeError, "protocol must be a name, .*, or a simplexfix.retrieval.Protocol, got NoneType"),
+    (
+        {"protocol": Protocol("own", score=lambda version: 0.0), "old_gallery": torch.ones(3, 4), "widths": "leading"},
         ValueError,
-        "old_gallery has 4 columns, new_gallery has 3: a protocol that is a function needs one width; 'nearest_class",
+        "old.gallery has 4 columns, new.gallery has 3: protocol 'own', which has no mixed_hits, needs one width",
     ),
     ({"steps": 0}, ValueError, "steps must be at least 1, got 0"),
     ({"steps": 2.0}, TypeError, "steps must be an integer, got float"),
@@ -269,6 +281,7 @@ BAD_SEARCH = [
     ({"replaced": [0, 1, 2]}, TypeError, "replaced must be bool, whether each row is by the new model, got int64"),
     ({"k": 0}, ValueError, "k must lie between 1 and"),
     ({"k": 1.5}, TypeError, "k must be an integer, got float"),
+    ({"queries": "both"}, ValueError, "queries must be one of 'new', 'old', got 'both'"),
 ]
 
 

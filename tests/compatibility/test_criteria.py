@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from versions import pair, versions
 
 from simplexfix.compatibility import (
     average_accuracy,
@@ -21,7 +22,7 @@ from simplexfix.compatibility import (
     negative_flip_rate,
     positive_flip_rate,
 )
-from simplexfix.retrieval import instance_accuracy, nearest_class_mean_accuracy
+from simplexfix.retrieval import instance, nearest_class_mean
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
@@ -153,27 +154,25 @@ def test_bad_options() -> None:
             average_accuracy([[1.0], [1.0, 1.0]], upto=upto)
 
 
-@pytest.mark.parametrize("protocol", [nearest_class_mean_accuracy, instance_accuracy])
+@pytest.mark.parametrize("protocol", [nearest_class_mean, instance])
 def test_matrix_of_versions(protocol) -> None:
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(60) % 6
     clear = (0.5, 1.0, 3.0)  # every version tells the classes apart better than the one before
-    versions = [torch.randn(60, 8, generator=generator) + c * torch.eye(8)[labels] for c in clear]
-    queries, galleries = [v[:30] for v in versions], [v[30:] for v in versions]
-    matrix = compatibility_matrix(queries, galleries, labels[:30], labels[30:], protocol)
+    rows = [torch.randn(60, 8, generator=generator) + c * torch.eye(8)[labels] for c in clear]
+    queries, galleries = [v[:30] for v in rows], [v[30:] for v in rows]
+    matrix = compatibility_matrix(versions(queries, galleries, labels[:30], labels[30:]), protocol)
     assert matrix.dtype == np.float64
     assert np.isnan(matrix[np.triu_indices(3, 1)]).all()
     for i in range(3):
         for j in range(i + 1):
-            assert matrix[i, j] == protocol(queries[i], labels[:30], galleries[j], labels[30:])
+            assert matrix[i, j] == protocol.score(pair(queries[i], labels[:30], galleries[j], labels[30:]))
     assert len(np.unique(matrix[np.tril_indices(3)])) >= 4  # so that a cell in the wrong place shows
 
 
 def test_versions_of_another_width_are_refused_by_name() -> None:
     labels = torch.tensor([0, 1])
-    with pytest.raises(ValueError, match=r"queries\[1\] has 5 columns, version 0 has 4"):
+    with pytest.raises(ValueError, match=r"v1.query has 5 columns, v0.query has 4"):
         compatibility_matrix(
-            [torch.randn(2, 4), torch.randn(2, 5)], [torch.randn(2, 4)] * 2, labels, labels, instance_accuracy
+            versions([torch.randn(2, 4), torch.randn(2, 5)], [torch.randn(2, 4)] * 2, labels, labels), instance
         )
-    with pytest.raises(ValueError, match="must be of the same versions, got 2 and 1"):
-        compatibility_matrix([torch.randn(2, 4)] * 2, [torch.randn(2, 4)], labels, labels, instance_accuracy)

@@ -9,18 +9,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from simplexfix.compatibility import Rule, VersionFeatures, exact_interval, upgrade_gate
-from simplexfix.retrieval import instance_accuracy, nearest_class_mean_accuracy
+from simplexfix.compatibility import Rule, exact_interval, upgrade_gate
+from simplexfix.labelled import LabelledItems, VersionFeatures
+from simplexfix.retrieval import PROTOCOLS
 
 CLASSES = 4
 
 
-def version(right: list[bool], labels: torch.Tensor, width: int = CLASSES, seed: int = 0) -> VersionFeatures:
+def version(
+    right: list[bool], labels: torch.Tensor, width: int = CLASSES, seed: int = 0, items: LabelledItems | None = None
+) -> VersionFeatures:
     """Queries that point to their own class where `right`, else to the next; a gallery of two items a class."""
     generator = torch.Generator().manual_seed(seed)
     shown = torch.where(torch.tensor(right), labels, (labels + 1) % CLASSES)
     noise = 0.05 * torch.randn(len(labels), width, generator=generator)
-    return VersionFeatures(F.one_hot(shown, width).float() + noise, F.one_hot(torch.arange(8) % CLASSES, width).float())
+    items = items or LabelledItems(labels, GALLERY_LABELS)
+    return items.version(F.one_hot(shown, width).float() + noise, F.one_hot(GALLERY_LABELS, width).float())
 
 
 def hits(pattern: str, times: int = 1) -> list[bool]:
@@ -33,15 +37,14 @@ GALLERY_LABELS = torch.arange(8) % CLASSES
 OLD, NEW = hits("1" * 10 + "0" * 4 + "1" + "0" * 5, 5), hits("1" * 10 + "1" * 4 + "0" + "0" * 5, 5)
 
 
-def gate(*rules: Rule, old=OLD, new=NEW, **options):
+def gate(*rules: Rule, old=OLD, new=NEW, query_groups=None, **options):
     labels = LABELS[: len(old)]
-    return upgrade_gate(
-        version(old, labels), version(new, labels, seed=1), labels, GALLERY_LABELS, rules=rules, **options
-    )
+    items = LabelledItems(labels, GALLERY_LABELS, query_groups=query_groups)
+    return upgrade_gate(version(old, labels, items=items), version(new, labels, seed=1), rules, **options)
 
 
 def test_default_rule() -> None:
-    result = upgrade_gate(version(OLD, LABELS), version(NEW, LABELS), LABELS, GALLERY_LABELS)
+    result = upgrade_gate(version(OLD, LABELS), version(NEW, LABELS))
     (outcome,) = result.outcomes
     assert outcome.rule == Rule("ecc", limit=0.0, confidence=0.95, gallery="old")
     assert result.scores == {"old_on_old": 0.55, "new_on_old": 0.7}
@@ -112,11 +115,11 @@ def test_tax_against_an_unconstrained_model() -> None:
 def test_the_new_gallery() -> None:
     """A new model that is right, but in a rotated space: all is lost on the old gallery, nothing on its own."""
     old, right = version(OLD, LABELS), version(hits("1" * 20, 5), LABELS)
-    rotated = VersionFeatures(right.query.roll(1, 1), right.gallery.roll(1, 1))
+    rotated = old.items.version(right.query.rows.roll(1, 1), right.gallery.rows.roll(1, 1))
     rules = [
         Rule(kind, limit, gallery=g) for kind, limit in (("min_recall", 0.9), ("max_nfr", 0.1)) for g in ("old", "new")
     ]
-    result = upgrade_gate(old, rotated, LABELS, GALLERY_LABELS, rules=rules)
+    result = upgrade_gate(old, rotated, rules)
     assert [outcome.value for outcome in result.outcomes] == [0.0, 1.0, 0.55, 0.0]
     assert [outcome.passed for outcome in result.outcomes] == [False, True, False, True]
 
@@ -149,23 +152,25 @@ def test_protocols_and_widths() -> None:
     clear = 1.2 * F.one_hot(torch.arange(280) % 10, 16)
     rows = [torch.randn(280, 16, generator=generator) + clear for _ in range(2)]
     wide = torch.cat([rows[1], torch.randn(280, 4, generator=generator)], 1)
-    old, new = VersionFeatures(rows[0][:200], rows[0][200:]), VersionFeatures(wide[:200], wide[200:])
-    for name, accuracy in (("nearest_class_mean", nearest_class_mean_accuracy), ("instance", instance_accuracy)):
+    items = LabelledItems(labels, gallery_labels)
+    old, new = (items.version(x[:200], x[200:]) for x in (rows[0], wide))
+    for name, protocol in PROTOCOLS.items():
         rules = [Rule("ecc"), Rule("min_recall", 0.0, gallery="new")]
-        result = upgrade_gate(old, new, labels, gallery_labels, rules=rules, protocol=name, widths="leading")
+        result = upgrade_gate(old, new, rules, protocol=name, widths="leading")
         assert result.scores == {
-            "old_on_old": accuracy(old.query, labels, old.gallery, gallery_labels),
-            "new_on_old": accuracy(new.query[:, :16], labels, old.gallery, gallery_labels),
-            "new_on_new": accuracy(new.query, labels, new.gallery, gallery_labels),
+            "old_on_old": protocol.score(old),
+            "new_on_old": protocol.score(items.version(wide[:200, :16], rows[0][200:])),
+            "new_on_new": protocol.score(new),
         }
     with pytest.raises(ValueError, match=r"new.query has 20 columns, old.gallery has 16: features of different width"):
-        upgrade_gate(old, new, labels, gallery_labels)
+        upgrade_gate(old, new)
 
 
 def test_result_as_json_and_absent_classes() -> None:
     labels = LABELS.clone()
     labels[:7] = 2**40
-    result = upgrade_gate(version(OLD, LABELS), version(NEW, LABELS), labels, GALLERY_LABELS)
+    items = LabelledItems(labels, GALLERY_LABELS)
+    result = upgrade_gate(version(OLD, LABELS, items=items), version(NEW, LABELS, items=items))
     plain = json.loads(json.dumps(result.as_dict()))
     assert plain["queries_of_classes_not_in_gallery"] == 7
     assert (plain["queries"], plain["gallery"], plain["protocol"]) == (100, 8, "nearest_class_mean")
@@ -195,21 +200,24 @@ def test_bad_rules(arguments, error, message: str) -> None:
 
 def test_bad_input() -> None:
     old, new = version(OLD, LABELS), version(NEW, LABELS)
-    arguments = {"old": old, "new": new, "query_labels": LABELS, "gallery_labels": GALLERY_LABELS}
+    other = version(NEW, (LABELS + 1) % CLASSES)
     for change, error, message in (
-        ({"query_labels": LABELS[:99]}, ValueError, "old.query has 100 rows, query_labels has 99"),
-        ({"new": new._replace(gallery=new.gallery[1:])}, ValueError, "new.gallery has 7 rows, gallery_labels has 8"),
-        ({"new": new._replace(query=new.query.double())}, TypeError, "new.query is torch.float64 and old.gallery"),
-        ({"new": new._replace(query=new.query.long())}, TypeError, "new.query must be float32"),
-        ({"query_labels": LABELS.float()}, TypeError, "query_labels must be int64 of shape .rows., got torch.float32"),
+        (
+            {"new": other},
+            ValueError,
+            "old and new must be of the same items in the same order: query_labels at 0",
+        ),
+        ({"new": None}, TypeError, "new must be a VersionFeatures, got NoneType"),
         ({"rules": []}, ValueError, "rules must hold at least one rule"),
         ({"protocol": "x"}, ValueError, "protocol must be one of"),
         ({"widths": "x"}, ValueError, "widths must be one of"),
-        ({"query_groups": [1.5] * 100}, TypeError, "query_groups must be integers or strings, got float64"),
-        ({"query_groups": [1]}, ValueError, r"query_groups must have shape \[100\], one per query"),
     ):
         with pytest.raises(error, match=message):
-            upgrade_gate(**{**arguments, **change})
+            upgrade_gate(**{"old": old, "new": new, **change})
+    with pytest.raises(TypeError, match="query_groups must be integers, got float64; groups are integers or strings"):
+        LabelledItems(LABELS, GALLERY_LABELS, query_groups=[1.5] * 100)
+    with pytest.raises(ValueError, match=r"query has 100 rows, query_groups has shape \[1\]"):
+        LabelledItems(LABELS, GALLERY_LABELS, query_groups=[1])
 
 
 def test_an_outcome_does_not_depend_on_other_rules() -> None:

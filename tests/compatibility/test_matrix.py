@@ -3,27 +3,40 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from versions import pair, versions
 
+from simplexfix import compatibility
 from simplexfix._reference import unit_float32
-from simplexfix.compatibility import _passes, compatibility_hits, compatibility_matrix
+from simplexfix.labelled import FeatureRows
 from simplexfix.retrieval import (
+    PROTOCOLS,
+    Protocol,
     RetrievalResults,
-    instance_accuracy,
-    instance_hits,
+    class_means,
+    instance,
     metrics,
-    nearest_class_mean_accuracy,
-    nearest_class_mean_hits,
+    nearest_class_mean,
+    nearest_items,
 )
-from simplexfix.retrieval._inputs import Features
 
-PROTOCOLS = {nearest_class_mean_accuracy: nearest_class_mean_hits, instance_accuracy: instance_hits}
-both = pytest.mark.parametrize("protocol", PROTOCOLS, ids=lambda protocol: protocol.__name__)
+both = pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=lambda protocol: protocol.name)
+
+
+def compatibility_matrix(queries, galleries, query_labels, gallery_labels, protocol, **options) -> np.ndarray:
+    of = versions(queries, galleries, query_labels, gallery_labels)
+    return compatibility.compatibility_matrix(of, protocol, **options)
+
+
+def compatibility_hits(queries, galleries, query_labels, gallery_labels, protocol, **options) -> list[list[np.ndarray]]:
+    of = versions(queries, galleries, query_labels, gallery_labels)
+    return compatibility.compatibility_hits(of, protocol, **options)
+
 
 KINDS = ("clear", "noise", "near ties", "one-hot", "zeros", "collapsed", "sizes", "denormals", "signs")
 
@@ -70,7 +83,7 @@ def by_cells(queries, galleries, query_labels, gallery_labels, function) -> list
         out.append([])
         for j in range(i + 1):
             d = min(q[i].shape[1], g[j].shape[1])
-            out[i].append(np.asarray(function(q[i][:, :d], labels[0], g[j][:, :d], labels[1])))
+            out[i].append(np.asarray(function(pair(q[i][:, :d], labels[0], g[j][:, :d], labels[1]))))
     return out
 
 
@@ -85,12 +98,12 @@ def check(found: list[list[np.ndarray]], expected: list[list[np.ndarray]]) -> No
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_cell_is_the_protocols(protocol, kind: str) -> None:
     arguments = versions_of(kind, 4)
-    expected = by_cells(*arguments, PROTOCOLS[protocol])
+    expected = by_cells(*arguments, protocol.hits)
     hits = compatibility_hits(*arguments, protocol)
     check(hits, expected)
     matrix = compatibility_matrix(*arguments, protocol)
     check([list(row[: i + 1]) for i, row in enumerate(matrix)], [[cell.mean() for cell in row] for row in expected])
-    check([list(row[: i + 1]) for i, row in enumerate(matrix)], by_cells(*arguments, protocol))
+    check([list(row[: i + 1]) for i, row in enumerate(matrix)], by_cells(*arguments, protocol.score))
     assert np.isnan(matrix[np.triu_indices(4, 1)]).all()
     assert matrix.dtype == np.float64
 
@@ -100,11 +113,12 @@ def test_each_cell_is_the_protocols(protocol, kind: str) -> None:
 def test_blocks_and_groups_change_nothing(protocol, classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = versions_of("clear", 5, classes=classes)
     expected = compatibility_matrix(*arguments, protocol)
-    monkeypatch.setattr(_passes, "_QUERY_ROWS", 7)
-    monkeypatch.setattr("simplexfix.retrieval._inputs._BLOCK_BYTES", 4 * 24 * 11)
+    for module in (class_means, nearest_items):
+        monkeypatch.setattr(module, "_QUERY_ROWS", 7)
+    monkeypatch.setattr("simplexfix.labelled._rows._BLOCK_BYTES", 4 * 24 * 11)
     for columns, taken in ((1, 1), (2 * classes, 3 * 60 * (5 * 24 + 12) - 1)):  # one at a time; two
-        monkeypatch.setattr(_passes, "_PRODUCT_COLUMNS", columns)
-        monkeypatch.setattr(_passes, "_INDEX_BYTES", taken)
+        monkeypatch.setattr(class_means, "_PRODUCT_COLUMNS", columns)
+        monkeypatch.setattr(nearest_items, "_INDEX_BYTES", taken)
         np.testing.assert_array_equal(compatibility_matrix(*arguments, protocol), expected)
     assert len(np.unique(expected[np.tril_indices(5)])) >= (1 if classes == 1 else 4)
 
@@ -113,7 +127,7 @@ def test_blocks_and_groups_change_nothing(protocol, classes: int, monkeypatch: p
 def test_few_queries_are_left_to_the_search(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = versions_of(kind, 3, d=512, queries=4000, items=300)
     left = {"_decide": 0, "cosine_topk": 0}
-    functions = {name: getattr(_passes, name) for name in left}
+    functions = {name: getattr(class_means, name) for name in left}
 
     def counting(name: str):
         def call(rows, *others):
@@ -123,8 +137,8 @@ def test_few_queries_are_left_to_the_search(kind: str, monkeypatch: pytest.Monke
         return call
 
     for name in left:
-        monkeypatch.setattr(_passes, name, counting(name))
-    compatibility_matrix(*arguments, nearest_class_mean_accuracy)
+        monkeypatch.setattr(class_means, name, counting(name))
+    compatibility_matrix(*arguments, nearest_class_mean)
     cells = 4000 * 6
     assert (kind == "noise") <= left["_decide"] < 0.01 * cells
     assert left["cosine_topk"] < 0.0001 * cells
@@ -142,7 +156,7 @@ def test_what_a_product_calls_sure_is_what_the_definition_says(kind: str, d: int
     exact = unit_float32(sums)
     off = exact * (1 + 2**-23 * torch.from_numpy(rng.integers(-1, 2, size=exact.shape)).float())
     templates = off.numpy()[:, None].astype(dtype)
-    gaps, sure = (x[0] for x in _passes._gaps(block.astype(dtype), templates, own))
+    gaps, sure = (x[0] for x in class_means._gaps(block.astype(dtype), templates, own))
     scores = (unit_float32(torch.from_numpy(block)).double() @ exact.double().T).float().numpy()
     right = scores[np.arange(300), own]
     scores[np.arange(300), own] = -np.inf
@@ -154,36 +168,19 @@ def test_what_a_product_calls_sure_is_what_the_definition_says(kind: str, d: int
         assert sure.all()
 
 
-class Extracting(Sequence):
-    """Versions that are made when asked for, and count how often."""
-
-    def __init__(self, rows: list[np.ndarray]) -> None:
-        self.rows, self.asked = rows, [0] * len(rows)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, i: int) -> np.ndarray:
-        row = self.rows[i]
-        self.asked[i] += 1
-        return row
-
-
-@pytest.mark.parametrize("protocol", [*PROTOCOLS, lambda q, ql, g, gl: float((ql[0] - gl[0]).item())])
-def test_t_and_t_extractions_and_reads(protocol, monkeypatch: pytest.MonkeyPatch) -> None:
+@both
+def test_each_row_is_read_once(protocol, monkeypatch: pytest.MonkeyPatch) -> None:
     queries, galleries, *labels = versions_of("noise", 6)
     read: dict[str, int] = {}
-    block = Features.block
+    block = FeatureRows.block
 
-    def counting(self: Features, begin: int, end: int) -> np.ndarray:
+    def counting(self: FeatureRows, begin: int, end: int) -> np.ndarray:
         read[self.name] = read.get(self.name, 0) + end - begin
         return block(self, begin, end)
 
-    monkeypatch.setattr(Features, "block", counting)
-    asked = Extracting(queries), Extracting(galleries)
-    compatibility_matrix(*asked, *labels, protocol)
-    assert asked[0].asked == asked[1].asked == [1] * 6
-    assert read == {f"{name}[{i}]": n for name, n in (("queries", 90), ("galleries", 60)) for i in range(6)}
+    monkeypatch.setattr(FeatureRows, "block", counting)
+    compatibility_matrix(queries, galleries, *labels, protocol)
+    assert read == {f"v{i}.{name}": n for name, n in (("query", 90), ("gallery", 60)) for i in range(6)}
 
 
 @both
@@ -222,11 +219,11 @@ def test_mapped_pages_are_given_back_and_private_changes_are_not(tmp_path: Path)
     rows = np.load(path, mmap_mode="r")
     rows.sum()
     assert resident(path) > 900
-    compatibility_matrix([rows], [rows], labels, labels, nearest_class_mean_accuracy)
+    compatibility_matrix([rows], [rows], labels, labels, nearest_class_mean)
     assert resident(path) < 100
     changed = np.load(path, mmap_mode="c")
     changed[:] = -1
-    compatibility_matrix([changed], [changed], labels, labels, nearest_class_mean_accuracy)
+    compatibility_matrix([changed], [changed], labels, labels, nearest_class_mean)
     assert (changed == -1).all()
 
 
@@ -254,12 +251,12 @@ def test_versions_of_different_width(protocol) -> None:
     widths = (24, 10, 17, 17, 3)
     queries = [x[:, :d] for x, d in zip(queries, widths, strict=True)]
     galleries = [x[:, :d] for x, d in zip(galleries, widths, strict=True)]
-    with pytest.raises(ValueError, match=r'queries\[1\] has 10 columns, version 0 has 24.*widths="leading"'):
+    with pytest.raises(ValueError, match=r'v1.query has 10 columns, v0.query has 24.*widths="leading"'):
         compatibility_matrix(queries, galleries, *labels, protocol)
     hits = compatibility_hits(queries, galleries, *labels, protocol, widths="leading")
-    check(hits, by_cells(queries, galleries, *labels, PROTOCOLS[protocol]))
+    check(hits, by_cells(queries, galleries, *labels, protocol.hits))
     matrix = compatibility_matrix(queries, galleries, *labels, protocol, widths="leading")
-    asked = compatibility_matrix(queries, galleries, *labels, lambda *a: protocol(*a), widths="leading")
+    asked = compatibility_matrix(queries, galleries, *labels, Protocol("own", score=protocol.score), widths="leading")
     np.testing.assert_array_equal(matrix, asked)
 
 
@@ -270,20 +267,28 @@ def test_one_version_and_one_row() -> None:
         assert compatibility_matrix([one], [one], [3], [2**40], protocol).tolist() == [[0.0]]
 
 
-def test_any_function_is_a_protocol() -> None:
+def test_a_protocol_of_ones_own() -> None:
     queries, galleries, *labels = versions_of("clear", 3)
 
-    def mean_average_precision(query, query_labels, gallery, gallery_labels) -> float:
-        found = RetrievalResults.search(query, query_labels, gallery, gallery_labels)
-        return metrics.mean_average_precision(found)
+    def mean_average_precision(version) -> float:
+        return float(metrics.mean_average_precision(RetrievalResults.search(version)))
 
-    matrix = compatibility_matrix(queries, galleries, *labels, mean_average_precision)
+    own = Protocol("mean_ap", score=mean_average_precision)
+    matrix = compatibility_matrix(queries, galleries, *labels, own)
     for i in range(3):
         for j in range(i + 1):
-            assert matrix[i, j] == mean_average_precision(queries[i], labels[0], galleries[j], labels[1])
+            assert matrix[i, j] == mean_average_precision(pair(queries[i], labels[0], galleries[j], labels[1]))
     assert matrix[0, 0] != matrix[1, 0] != matrix[1, 1]
-    with pytest.raises(ValueError, match="protocol must be nearest_class_mean_accuracy or instance_accuracy, which"):
-        compatibility_hits(queries, galleries, *labels, mean_average_precision)
+    with pytest.raises(ValueError, match="protocol 'mean_ap' has no hits, which this needs; 'nearest_class_mean' and"):
+        compatibility_hits(queries, galleries, *labels, own)
+    hits = Protocol("own hits", hits=instance.hits)
+    check(compatibility_hits(queries, galleries, *labels, hits), by_cells(queries, galleries, *labels, instance.hits))
+    with pytest.raises(TypeError, match=r"protocol must be a name, 'nearest_class_mean' or 'instance', or"):
+        compatibility_matrix(queries, galleries, *labels, mean_average_precision)
+    with pytest.raises(ValueError, match="protocol must be one of 'nearest_class_mean', 'instance', got 'nearest'"):
+        compatibility_matrix(queries, galleries, *labels, "nearest")
+    with pytest.raises(TypeError, match="a Protocol needs score or hits"):
+        Protocol("none")
 
 
 def bad_cases() -> Iterator[tuple[dict, type[Exception], str]]:
@@ -293,24 +298,23 @@ def bad_cases() -> Iterator[tuple[dict, type[Exception], str]]:
     inf = torch.eye(4)
     inf[3, 3] = -np.inf
     yield {"widths": "common"}, ValueError, "widths must be .*equal.*leading.* got 'common'"
-    yield {"queries": [], "galleries": []}, ValueError, "must be of the same versions, got 0 and 0"
-    yield {"queries": [x]}, ValueError, "must be of the same versions, got 1 and 2"
-    yield {"queries": [x, nan]}, ValueError, r"queries\[1\] row 2 holds nan or inf"
-    yield {"galleries": [x, nan]}, ValueError, r"galleries\[1\] row 2 holds nan or inf"
-    yield {"galleries": [inf, x]}, ValueError, r"galleries\[0\] row 3 holds nan or inf"
-    yield {"queries": [x, x[:3]]}, ValueError, r"queries\[1\] has 3 rows, queries\[0\] has 4: all versions"
-    yield {"galleries": [x, x[:3]]}, ValueError, r"galleries\[1\] has 3 rows, galleries\[0\] has 4"
-    yield {"galleries": [x, x[:, :3]]}, ValueError, r"galleries\[1\] has 3 columns, version 0 has 4"
-    yield {"queries": [x, x.astype(int)]}, TypeError, r"queries\[1\] must be float32, float64 or float16, got int64"
-    yield {"queries": [x, x.tolist()]}, TypeError, r"queries\[1\] must be a torch.Tensor or a NumPy array, got list"
-    yield {"queries": [x[0], x]}, ValueError, r"queries\[0\] must have 2 dimensions"
-    yield {"galleries": [x[:0], x[:0]], "gallery_labels": []}, ValueError, r"galleries\[0\] has no rows"
-    yield {"query_labels": [0, 1, 2]}, ValueError, r"queries\[0\] has 4 rows, query_labels has shape \[3\]"
-    yield {"gallery_labels": np.arange(5)}, ValueError, r"galleries\[0\] has 4 rows, gallery_labels has shape \[5\]"
+    yield {"queries": [], "galleries": []}, ValueError, "versions must hold at least one version"
+    yield {"queries": [x, nan]}, ValueError, r"v1.query row 2 holds nan or inf"
+    yield {"galleries": [x, nan]}, ValueError, r"v1.gallery row 2 holds nan or inf"
+    yield {"galleries": [inf, x]}, ValueError, r"v0.gallery row 3 holds nan or inf"
+    yield {"queries": [x, x[:3]]}, ValueError, r"query has 3 rows, query_labels has shape \[4\]"
+    yield {"galleries": [x, x[:3]]}, ValueError, r"gallery has 3 rows, gallery_labels has shape \[4\]"
+    yield {"galleries": [x, x[:, :3]]}, ValueError, r"v1.gallery has 3 columns, v0.query has 4"
+    yield {"queries": [x, x.astype(int)]}, TypeError, r"query must be float32, float64 or float16, got int64"
+    yield {"queries": [x, x.tolist()]}, TypeError, r"query must be a torch.Tensor or a NumPy array, got list"
+    yield {"queries": [x[0], x]}, ValueError, r"query must have 2 dimensions"
+    yield {"galleries": [x[:0], x[:0]], "gallery_labels": []}, ValueError, r"v0.gallery has no rows"
+    yield {"query_labels": [0, 1, 2]}, ValueError, r"query has 4 rows, query_labels has shape \[3\]"
+    yield {"gallery_labels": np.arange(5)}, ValueError, r"gallery has 4 rows, gallery_labels has shape \[5\]"
     yield {"query_labels": np.arange(4.0)}, TypeError, "query_labels must be integers, got float64; class ids are"
 
 
-@pytest.mark.parametrize("protocol", [*PROTOCOLS, lambda *a: instance_accuracy(*a)])
+@pytest.mark.parametrize("protocol", [*PROTOCOLS, Protocol("own", score=instance.score)])
 @pytest.mark.parametrize(("changes", "error", "message"), list(bad_cases()))
 def test_bad_input(protocol, changes, error: type[Exception], message: str) -> None:
     x = np.eye(4, dtype=np.float32)
@@ -319,7 +323,24 @@ def test_bad_input(protocol, changes, error: type[Exception], message: str) -> N
         compatibility_matrix(**{**good, **changes}, protocol=protocol)
 
 
-def test_mixed_dtypes_of_another_protocol_are_refused_by_name() -> None:
-    x = torch.eye(4)
-    with pytest.raises(TypeError, match=r"queries\[1\] is float16, galleries\[0\] is float32: this protocol is called"):
-        compatibility_matrix([x, x.half()], [x, x.half()], range(4), range(4), lambda *a: instance_accuracy(*a))
+def test_versions_must_be_of_the_same_items() -> None:
+    x, labels = np.eye(4, dtype=np.float32), [0, 1, 2, 3]
+    one = pair(x, labels, x, labels)
+    for other, message in (
+        (
+            pair(x, [0, 1, 2, 4], x, labels),
+            "v0 and v1 must be of the same items in the same order: query_labels at 3",
+        ),
+        (pair(x, labels, x[:3], labels[:3]), "v0 and v1 must be of the same items: gallery_labels has 4 and 3 entries"),
+        (
+            pair(x, list("abcd"), x, list("abcd")),
+            r"query_labels are 0, \.\.\. and a, \.\.\., integers in one and",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compatibility.compatibility_matrix([one, other])
+    with pytest.raises(TypeError, match="v1 must be a VersionFeatures, got ndarray"):
+        compatibility.compatibility_matrix([one, x])
+    names = pair(x, list("abcd"), x, list("abcd"))
+    with pytest.raises(ValueError, match="query_labels at 3 is d and e"):
+        compatibility.compatibility_matrix([names, pair(x, list("abce"), x, list("abce"))])

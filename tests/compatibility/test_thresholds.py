@@ -9,13 +9,38 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import versions as loose
 from sklearn.isotonic import IsotonicRegression
 
-from simplexfix.compatibility import calibrate_scores, upgrade_threshold
+from simplexfix import compatibility
+from simplexfix.compatibility import calibrate_scores
 from simplexfix.compatibility.thresholds import _accepted
 from simplexfix.retrieval import VerificationResults
-from simplexfix.retrieval._inputs import SearchInput
 from simplexfix.retrieval.verification import BINS, STEPS, tar_at_far
+
+
+def upgrade_threshold(
+    old_query,
+    new_query,
+    query_labels,
+    gallery,
+    gallery_labels,
+    *,
+    query_ids=None,
+    gallery_ids=None,
+    new_gallery=None,
+    **options,
+):
+    """Of loose arrays."""
+    ids = {} if query_ids is None else {"query_ids": query_ids, "gallery_ids": gallery_ids}
+    old, new = loose.upgrade(
+        old_query, new_query, query_labels, gallery, gallery_labels, new_gallery=new_gallery, **ids
+    )
+    return compatibility.upgrade_threshold(old, new, gallery="old" if new_gallery is None else "new", **options)
+
+
+def compare(*arguments, **ids) -> VerificationResults:
+    return VerificationResults.compare(loose.pair(*arguments, **ids))
 
 
 def upgrade(queries: int = 120, items: int = 80, d: int = 12, seed: int = 0, noise: float = 0.7):
@@ -47,9 +72,7 @@ def test_rates_before_and_after_against_all_pairs() -> None:
     assert move.unmoved.far != move.before.far
     assert t != 0.75
     by_rate = upgrade_threshold(old, new, query_labels, gallery, gallery_labels, far=move.before.far, resamples=10)
-    assert by_rate.before == tar_at_far(
-        VerificationResults.compare(old, query_labels, gallery, gallery_labels), move.before.far
-    )
+    assert by_rate.before == tar_at_far(compare(old, query_labels, gallery, gallery_labels), move.before.far)
     assert by_rate.after == move.after
     assert json.loads(json.dumps(move.as_dict()))["after"] == dict(
         zip(("threshold", "tar", "far"), move.after, strict=True)
@@ -72,9 +95,9 @@ def test_a_gallery_extracted_anew_and_items_left_out() -> None:
     ids = np.arange(len(labels)) + 2**40
     given = {"query_ids": ids, "gallery_ids": ids}
     move = upgrade_threshold(old, new, labels, old, labels, far=0.02, new_gallery=new, resamples=10, **given)
-    results = VerificationResults.compare(new, labels, new, labels, **given)
+    results = compare(new, labels, new, labels, **given)
     assert move.after == tar_at_far(results, move.before.far)
-    assert move.after != tar_at_far(VerificationResults.compare(new, labels, new, labels), move.before.far)
+    assert move.after != tar_at_far(compare(new, labels, new, labels), move.before.far)
 
 
 @pytest.mark.parametrize("groups", [np.arange(120), np.arange(120) % 7])
@@ -85,7 +108,7 @@ def test_accepted_pairs_of_each_group(groups) -> None:
     edges = np.array([STEPS + 30000, STEPS - 1, reached, STEPS + 30000, BINS, 0])
     ids = {"query_ids": np.arange(120), "gallery_ids": np.arange(80) * 2}
     kept = ids["query_ids"][:, None] != ids["gallery_ids"]
-    given = SearchInput.read(old, query_labels, gallery, gallery_labels, *ids.values())
+    given = loose.pair(old, query_labels, gallery, gallery_labels, **ids)
     accepted = _accepted(given, edges, groups)
     for kind, of in enumerate((~same & kept, same & kept)):
         for group in np.unique(groups):
@@ -126,8 +149,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
     """The truth: of 20,000 queries against the gallery.  Were pairs resampled, a third of these would miss."""
     old, new, query_labels, gallery, gallery_labels = upgrade(20_000, 100, d=6)
     everything = {
-        kind: VerificationResults.compare(rows, query_labels, gallery, gallery_labels)
-        for kind, rows in (("old", old), ("new", new))
+        kind: compare(rows, query_labels, gallery, gallery_labels) for kind, rows in (("old", old), ("new", new))
     }
     true = tar_at_far(everything["new"], everything["old"].at(0.8).far).threshold
     covered = 0
@@ -170,7 +192,7 @@ def test_the_same_numbers_at_every_call_and_others_of_another_generator() -> Non
 
 def test_calibration_against_scikit_learn() -> None:
     old, _, query_labels, gallery, gallery_labels = upgrade()
-    results = VerificationResults.compare(old, query_labels, gallery, gallery_labels)
+    results = compare(old, query_labels, gallery, gallery_labels)
     scores, same = (x.ravel() for x in pairs_of(old, query_labels, gallery, gallery_labels))
     fit = IsotonicRegression(out_of_bounds="clip").fit(scores, same)
     at = np.linspace(-1, 1, 301)
@@ -187,7 +209,7 @@ def test_calibration_against_scikit_learn() -> None:
 def test_calibration_for_another_share_of_genuine_pairs() -> None:
     """Bayes: odds times the ratio of the priors' odds, where both kinds of pairs are."""
     old, _, query_labels, gallery, gallery_labels = upgrade()
-    results = VerificationResults.compare(old, query_labels, gallery, gallery_labels)
+    results = compare(old, query_labels, gallery, gallery_labels)
     as_found, half = calibrate_scores(results), calibrate_scores(results, prior=0.5)
     at = np.linspace(0.2, 0.8, 50)
     p, share = as_found(at), as_found.prior
@@ -198,7 +220,7 @@ def test_calibration_for_another_share_of_genuine_pairs() -> None:
 
 def test_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.isotonic", None)
-    results = VerificationResults.compare(np.eye(3), [0, 1, 2], np.eye(3), [0, 1, 2])
+    results = compare(np.eye(3), [0, 1, 2], np.eye(3), [0, 1, 2])
     with pytest.raises(ModuleNotFoundError, match="sklearn"):
         calibrate_scores(results)
 
@@ -223,9 +245,9 @@ GOOD = {
         ({"threshold": None, "far": 0.0}, ValueError, "no impostor pair is accepted"),
         ({"threshold": None, "far": 2.0}, ValueError, "far is a share of impostor pairs"),
         ({"new_query": NEW[:5]}, ValueError, "query has 5 rows, query_labels has shape"),
-        ({"new_query": NEW[:, :5]}, ValueError, "query has 5 columns, gallery has 12"),
+        ({"new_query": NEW[:, :5]}, ValueError, "new.query has 5 columns, old.gallery has 12"),
         ({"query_labels": LABELS + 0.5}, TypeError, "query_labels must be integers"),
-        ({"query_groups": [1, 2]}, ValueError, r"old_query has 20 rows, query_groups has shape \[2\]"),
+        ({"query_groups": [1, 2]}, ValueError, r"old.query has 20 rows, query_groups has shape \[2\]"),
         ({"query_groups": LABELS + 0.5}, TypeError, "query_groups must be integers"),
         ({"query_groups": LABELS * 0}, ValueError, "query_groups must be at least 2"),
         ({"confidence": 1.0}, ValueError, "confidence must lie between 0 and 1"),
@@ -240,7 +262,7 @@ def test_bad_input(changes: dict, error: type[Exception], message: str) -> None:
 
 
 def test_bad_calibrations() -> None:
-    results = VerificationResults.compare(np.eye(3), [0, 1, 2], np.eye(3), [0, 1, 2])
+    results = compare(np.eye(3), [0, 1, 2], np.eye(3), [0, 1, 2])
     for prior in (0, 1, -0.1, np.nan):
         with pytest.raises(ValueError, match=r"prior is a share of genuine pairs and must lie in \(0, 1\)"):
             calibrate_scores(results, prior=prior)
@@ -248,4 +270,4 @@ def test_bad_calibrations() -> None:
         with pytest.raises(ValueError, match="scores hold nan or inf"):
             calibrate_scores(results)([0.5, bad])
     with pytest.raises(ValueError, match="no pair of items of one class"):
-        calibrate_scores(VerificationResults.compare(np.eye(3), [0, 1, 2], np.eye(3), [7, 7, 7]))
+        calibrate_scores(compare(np.eye(3), [0, 1, 2], np.eye(3), [7, 7, 7]))

@@ -7,6 +7,7 @@ from math import log2
 
 import numpy as np
 import pytest
+from versions import pair
 
 from simplexfix.retrieval import RetrievalResults, metrics
 
@@ -66,7 +67,7 @@ def searched(queries: int = 60, rows: int = 300, noise: float = 1.0, **options) 
     x = RNG.standard_normal((queries + rows, 12)) * noise + RNG.standard_normal((625, 12))[labels]
     x[queries : queries + 40] = x[queries + 40 : queries + 80]  # ties
     labels[0] = 10**6  # nothing to find
-    return RetrievalResults.search(x[:queries], labels[:queries], x[queries:], labels[queries:], **options)
+    return RetrievalResults.search(pair(x[:queries], labels[:queries], x[queries:], labels[queries:]), **options)
 
 
 def loop(found: RetrievalResults, i: int, k: int) -> dict[str, float]:

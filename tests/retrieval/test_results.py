@@ -5,9 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from versions import pair
 
 from simplexfix import cosine_topk
 from simplexfix.retrieval import RetrievalResults
+
+
+def search(query, query_labels, gallery, gallery_labels, *, k: int | None = None, **ids) -> RetrievalResults:
+    return RetrievalResults.search(pair(query, query_labels, gallery, gallery_labels, **ids), k=k)
+
 
 RNG = np.random.default_rng(0)
 
@@ -21,7 +27,7 @@ def some(queries: int = 40, rows: int = 90, d: int = 8, classes: int = 7):
 def test_by_hand() -> None:
     gallery = np.array([[1.0, 0], [0, 2], [0, 1], [-3, 0]], dtype=np.float32)
     query = np.array([[2.0, 1], [-1, 0]], dtype=np.float32)
-    found = RetrievalResults.search(query, [5, 2**60], gallery, [5, 2**60, 5, 2**60])
+    found = search(query, [5, 2**60], gallery, [5, 2**60, 5, 2**60])
     assert found.positions.tolist() == [[0, 1, 2, 3], [3, 1, 2, 0]]  # the tie of rows 1 and 2 by lower row
     assert found.relevant.tolist() == [[True, False, True, False], [True, True, False, False]]
     assert found.num_relevant.tolist() == [2, 2]
@@ -35,7 +41,7 @@ def test_by_hand() -> None:
 def test_it_is_cosine_topk_with_labels() -> None:
     query, query_labels, gallery, gallery_labels = some()
     for k in (1, 5, 90, 500, None):
-        found = RetrievalResults.search(query, query_labels, gallery, gallery_labels, k=k)
+        found = search(query, query_labels, gallery, gallery_labels, k=k)
         width = min(k or 90, 90)
         scores, ids = cosine_topk(torch.from_numpy(query), torch.from_numpy(gallery), width)
         np.testing.assert_array_equal(found.scores, scores)
@@ -47,10 +53,10 @@ def test_it_is_cosine_topk_with_labels() -> None:
 
 def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = some()
-    whole = RetrievalResults.search(*arguments, query_ids=np.arange(40), gallery_ids=np.arange(90))
+    whole = search(*arguments, query_ids=np.arange(40), gallery_ids=np.arange(90))
     for name in ("_BLOCK_PLACES", "_BLOCK_NUMBERS"):
         monkeypatch.setattr(f"simplexfix.retrieval.results.{name}", 700)
-        part = RetrievalResults.search(*arguments, query_ids=np.arange(40), gallery_ids=np.arange(90))
+        part = search(*arguments, query_ids=np.arange(40), gallery_ids=np.arange(90))
         np.testing.assert_array_equal(part.positions, whole.positions)
         np.testing.assert_array_equal(part.scores, whole.scores)
 
@@ -63,9 +69,7 @@ def test_the_query_itself_is_left_out(k: int | None) -> None:
     query, query_labels = gallery[row].copy(), gallery_labels[row].copy()
     query_ids = gallery_ids[row]
     query_ids[:7] = 1, 2, 2**40 + 1, 2**62, -5, 2**40 - 1, 2**41  # in no gallery row: among, before, after its ids
-    found = RetrievalResults.search(
-        query, query_labels, gallery, gallery_labels, k=k, query_ids=query_ids, gallery_ids=gallery_ids
-    )
+    found = search(query, query_labels, gallery, gallery_labels, k=k, query_ids=query_ids, gallery_ids=gallery_ids)
     assert found.excluded.tolist() == [-1] * 7 + row[7:].tolist()
     assert found.num_candidates.tolist() == [90] * 7 + [89] * 33
     _, everything = cosine_topk(torch.from_numpy(query), torch.from_numpy(gallery), 90)
@@ -81,7 +85,7 @@ def test_the_query_itself_is_left_out(k: int | None) -> None:
 
 
 def test_a_gallery_of_the_query_alone_leaves_nothing() -> None:
-    found = RetrievalResults.search(np.eye(1, 3), [4], np.eye(1, 3), [4], query_ids=[9], gallery_ids=[9])
+    found = search(np.eye(1, 3), [4], np.eye(1, 3), [4], query_ids=[9], gallery_ids=[9])
     assert found.positions.tolist() == [[-1]]
     assert found.num_relevant.tolist() == [0]
     assert found.relevant.tolist() == [[False]]
@@ -90,7 +94,7 @@ def test_a_gallery_of_the_query_alone_leaves_nothing() -> None:
 
 def test_queries_without_a_match_are_counted() -> None:
     rows = np.eye(4, dtype=np.float32)
-    found = RetrievalResults.search(rows, [7, 99, 8, -1], rows, [7, 7, 8, 9])
+    found = search(rows, [7, 99, 8, -1], rows, [7, 7, 8, 9])
     assert found.queries_without_match.tolist() == [1, 3]
     assert found.num_relevant.tolist() == [2, 0, 1, 0]
     assert repr(found) == "RetrievalResults of 4 queries, k=4 (full), 2 without a match"
@@ -98,7 +102,7 @@ def test_queries_without_a_match_are_counted() -> None:
 
 def test_kinds_of_input_give_one_result(tmp_path) -> None:
     query, query_labels, gallery, gallery_labels = some()
-    expected = RetrievalResults.search(query, query_labels, gallery, gallery_labels)
+    expected = search(query, query_labels, gallery, gallery_labels)
     np.save(tmp_path / "gallery.npy", gallery)
     mapped = np.load(tmp_path / "gallery.npy", mmap_mode="r")
     read_only = query.copy()
@@ -109,18 +113,18 @@ def test_kinds_of_input_give_one_result(tmp_path) -> None:
         (query.astype(np.float64), query_labels, np.asfortranarray(gallery), gallery_labels),
         (query.astype(">f4"), query_labels, torch.from_numpy(gallery).requires_grad_(), gallery_labels),
     ):
-        found = RetrievalResults.search(*arguments)
+        found = search(*arguments)
         np.testing.assert_array_equal(found.positions, expected.positions)
         np.testing.assert_array_equal(found.relevant, expected.relevant)
-    half = RetrievalResults.search(query.astype(np.float16), query_labels, gallery.astype(np.float16), gallery_labels)
+    half = search(query.astype(np.float16), query_labels, gallery.astype(np.float16), gallery_labels)
     brain = [torch.from_numpy(x).half().bfloat16() for x in (query, gallery)]
-    other = RetrievalResults.search(brain[0], query_labels, brain[1].float(), gallery_labels)
+    other = search(brain[0], query_labels, brain[1].float(), gallery_labels)
     assert (half.positions == other.positions).mean() > 0.5
 
 
 def test_results_cannot_be_changed() -> None:
     query_labels, ids = np.array([0, 1, 2]), np.array([7, 8, 9])
-    found = RetrievalResults.search(np.eye(3), query_labels, np.eye(3), [0, 1, 2], query_ids=ids, gallery_ids=ids)
+    found = search(np.eye(3), query_labels, np.eye(3), [0, 1, 2], query_ids=ids, gallery_ids=ids)
     with pytest.raises(AttributeError):
         found.positions = found.positions.copy()
     for name in ("positions", "scores", "relevant", "num_relevant", "num_candidates", "excluded", "gallery_ids"):
@@ -144,14 +148,18 @@ BAD = [
     ({"gallery": np.ma.masked_array(ROWS, ROWS > 0)}, TypeError, "gallery must have no masked numbers"),
     ({"query": ROWS[0]}, ValueError, r"query must have 2 dimensions, \[rows, d\] with d >= 1, got \[3\]"),
     ({"query": ROWS[:, :0]}, ValueError, r"with d >= 1, got \[3, 0\]"),
-    ({"query": ROWS[:0], "query_labels": []}, ValueError, "query has no rows"),
+    ({"query": ROWS[:0], "query_labels": []}, ValueError, "query_labels is empty"),
     ({"gallery": ROWS[:0], "gallery_labels": []}, ValueError, "gallery has no rows"),
     ({"gallery": ROWS[:, :2]}, ValueError, "query has 3 columns, gallery has 2"),
     ({"query": NAN}, ValueError, "query row 1 holds nan or inf"),
     ({"gallery": torch.from_numpy(NAN)}, ValueError, "gallery row 1 holds nan or inf"),
-    ({"gallery": HUGE}, ValueError, "gallery row 2 holds nan or inf"),  # beyond float32
+    ({"gallery": HUGE}, ValueError, "gallery row 2 holds a number past float32's range"),
     ({"query_labels": [0, 1]}, ValueError, r"query has 3 rows, query_labels has shape \[2\]"),
-    ({"gallery_labels": [[0], [1], [2]]}, ValueError, r"gallery has 3 rows, gallery_labels has shape \[3, 1\]"),
+    (
+        {"gallery_labels": [[0], [1], [2]]},
+        ValueError,
+        r"one value for each row, got shape \[3, 1\]; pass gallery_",
+    ),
     ({"query_labels": [0.0, 1, 2]}, TypeError, "query_labels must be integers, got float64; class ids are integers"),
     ({"query_labels": torch.rand(3)}, TypeError, "query_labels must be integers, got float32"),
     ({"query_labels": [True, False, True]}, TypeError, "query_labels must be integers, got bool"),
@@ -166,7 +174,11 @@ BAD = [
         ValueError,
         "gallery_ids must hold each id once, got 4 in rows 0 and 2",
     ),
-    ({"query_ids": ["a", "b", "c"], "gallery_ids": [1, 2, 3]}, TypeError, "query_ids must be integers, got <U1"),
+    (
+        {"query_ids": ["a", "b", "c"], "gallery_ids": [1, 2, 3]},
+        TypeError,
+        "query_ids are names and gallery_ids are integers: both must be names, or both integers",
+    ),
 ]
 
 
@@ -174,8 +186,8 @@ BAD = [
 def test_bad_input(changes, error: type[Exception], message: str) -> None:
     arguments = {"query": ROWS, "query_labels": LABELS, "gallery": ROWS, "gallery_labels": LABELS, **changes}
     with pytest.raises(error, match=message):
-        RetrievalResults.search(**arguments)
+        search(**arguments)
 
 
 def test_large_finite_rows_are_no_bad_input() -> None:
-    assert RetrievalResults.search(LARGE, LABELS, ROWS, LABELS).scores[0] == pytest.approx([3**-0.5] * 3)
+    assert search(LARGE, LABELS, ROWS, LABELS).scores[0] == pytest.approx([3**-0.5] * 3)

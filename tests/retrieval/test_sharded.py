@@ -23,30 +23,37 @@ import torch.distributed as dist
 from conftest import needs_library
 from exact_search import hard_gallery, queries_for
 from torch import Tensor
+from versions import pair, versions
 
 import simplexfix
 from simplexfix.compatibility import compatibility_matrix
 from simplexfix.retrieval import (
+    PROTOCOLS,
+    Protocol,
     RankDiedError,
     cosine_topk,
-    instance_accuracy,
-    instance_hits,
-    nearest_class_mean_accuracy,
-    nearest_class_mean_hits,
     process_group,
     shard_rows,
     sharded,
     sharded_cosine_topk,
-    sharded_instance_accuracy,
-    sharded_instance_hits,
-    sharded_nearest_class_mean_accuracy,
-    sharded_nearest_class_mean_hits,
 )
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="torch without gloo processes"
 )
 N = 203
+
+
+def sharded_hits(name: str, *arguments: Any, group: dist.ProcessGroup | None = None, **ids: Any) -> np.ndarray:
+    """Of loose arrays: queries and labels, and this rank's rows and their labels."""
+    return PROTOCOLS[name].sharded_hits(pair(*arguments, **ids), group)
+
+
+def whole_hits(name: str, *arguments: Any, **ids: Any) -> np.ndarray:
+    return PROTOCOLS[name].hits(pair(*arguments, **ids))
+
+
+means, items = (partial(sharded_hits, name) for name in ("nearest_class_mean", "instance"))
 
 
 def free_port() -> int:
@@ -109,7 +116,6 @@ def check_kinds_of_rows(rank: int, size: int) -> None:
 
 
 def check_protocols(rank: int, size: int, kinds: Sequence[str]) -> None:
-    pairs = ((sharded_instance_hits, instance_hits), (sharded_nearest_class_mean_hits, nearest_class_mean_hits))
     for seed, kind in enumerate(kinds):
         gallery, query = gallery_and_queries(kind, N, 19, seed)
         generator = torch.Generator().manual_seed(seed)
@@ -117,11 +123,22 @@ def check_protocols(rank: int, size: int, kinds: Sequence[str]) -> None:
         labels = torch.randint(-3, 8, (N,), generator=generator) * 2**40
         wanted = torch.randint(-3, 9, (len(query),), generator=generator) * 2**40
         for cut in shards(N, size):
-            for ours, whole in pairs:
+            for name in PROTOCOLS:
                 for dtype in (torch.float32, torch.float64):
                     args = query.to(dtype), wanted, (gallery.to(dtype) * (1 + 1e-9)), labels
-                    found = ours(args[0], wanted, args[2][cut[rank]], labels[cut[rank]])
-                    assert torch.equal(found, whole(*args)), (kind, cut, ours.__name__, dtype)
+                    found = sharded_hits(name, args[0], wanted, args[2][cut[rank]], labels[cut[rank]])
+                    assert np.array_equal(found, whole_hits(name, *args)), (kind, cut, name, dtype)
+                # every other query is a row of the gallery, known by its id
+                itself = torch.arange(len(query)) * 7 % N
+                ids = torch.where(torch.arange(len(query)) % 2 == 0, itself, N + itself) * 2**33
+                asked = torch.where((torch.arange(len(query)) % 2 == 0)[:, None], gallery[itself], query)
+                row_ids = torch.arange(N) * 2**33
+                found = sharded_hits(
+                    name, asked, wanted, gallery[cut[rank]], labels[cut[rank]],
+                    query_ids=ids, gallery_ids=row_ids[cut[rank]],
+                )  # fmt: skip
+                expected = whole_hits(name, asked, wanted, gallery, labels, query_ids=ids, gallery_ids=row_ids)
+                assert np.array_equal(found, expected), (kind, cut, name)
 
 
 def check_sums(rank: int, size: int) -> None:
@@ -132,8 +149,8 @@ def check_sums(rank: int, size: int) -> None:
         ([[1e16, 0.1], [1, 0.1], [1, 0.1], [1, 0.1], [1, 0.1], [-1e16, 0.1]], torch.float32, 8),
         # what passes between ranks is float64
         ([[1, 0], [tiny, tiny / 4], [0, 0], [0, 0], [0, 0], [-1, 0]], torch.float32, 7),
-        # and so is what is added
-        ([[1 + tiny, tiny / 4], [0, 0], [0, 0], [0, 0], [0, 0], [-1, 0]], torch.float64, 7),
+        # rows of float64 are rounded to float32, as everywhere
+        ([[1 + tiny, tiny / 4], [0, 0], [0, 0], [0, 0], [0, 0], [-1, 0]], torch.float64, 8),
     ]
     query, labels = torch.tensor([[1.0, 0.0]]), torch.tensor([7, 7, 7, 7, 7, 7, 8])
     cut = {2: [slice(0, 2), slice(2, 7)], 4: [slice(0, 1), slice(1, 3), slice(3, 3), slice(3, 7)]}[size]
@@ -141,9 +158,9 @@ def check_sums(rank: int, size: int) -> None:
         gallery = torch.tensor([*rows, [1, 1]], dtype=dtype)
         for mine in (gallery[cut[rank]], gallery.numpy()[cut[rank]]):
             for label in (7, 8):
-                found = sharded_nearest_class_mean_hits(query, [label], mine, labels[cut[rank]])
+                found = means(query, [label], mine, labels[cut[rank]])
                 assert found.tolist() == [label == nearest], (rows, dtype)
-        assert nearest_class_mean_hits(query, torch.tensor([nearest]), gallery, labels).tolist() == [True]
+        assert whole_hits("nearest_class_mean", query, [nearest], gallery, labels).tolist() == [True]
 
 
 def check_matrix(rank: int, size: int, group: dist.ProcessGroup) -> None:
@@ -152,13 +169,11 @@ def check_matrix(rank: int, size: int, group: dist.ProcessGroup) -> None:
     queries = [rows[::4] + 0.4 * torch.randn(15, 9, generator=generator) for rows in galleries]
     labels = torch.arange(60) % 11
     mine = shard_rows(60, rank, size)
-    for ours, whole in (
-        (sharded_instance_accuracy, instance_accuracy),
-        (sharded_nearest_class_mean_accuracy, nearest_class_mean_accuracy),
-    ):
+    for protocol in PROTOCOLS.values():
+        ours = Protocol("sharded", score=lambda v, of=protocol: float(of.sharded_hits(v, group).mean()))
         shares = [rows[mine] for rows in galleries]
-        found = compatibility_matrix(queries, shares, labels[::4], labels[mine], partial(ours, group=group))
-        expected = compatibility_matrix(queries, galleries, labels[::4], labels, whole)
+        found = compatibility_matrix(versions(queries, shares, labels[::4], labels[mine]), ours)
+        expected = compatibility_matrix(versions(queries, galleries, labels[::4], labels), protocol)
         assert 0 < expected[2, 0] < 1
         np.testing.assert_array_equal(found, expected)
 
@@ -178,7 +193,7 @@ def check_refusals(rank: int, size: int) -> None:
     rows, labels, wrong = torch.eye(6), torch.arange(6), size - 1
     holed = rows.clone()
     holed[4, 2] = torch.nan
-    topk, means, items = sharded_cosine_topk, sharded_nearest_class_mean_hits, sharded_instance_hits
+    topk = sharded_cosine_topk
     cases: list[tuple[Callable[..., Any], tuple[Any, ...], tuple[Any, ...], type[Exception], str]] = [
         # what all others call with, what the last rank does
         (
@@ -201,32 +216,10 @@ def check_refusals(rank: int, size: int) -> None:
         (topk, (rows, rows, 2), (rows, rows.tolist(), 2), TypeError, f"rank {wrong}: shard must be a torch.Tensor or"),
         (topk, (rows, rows, 2), (rows, rows[0], 2), ValueError, f"rank {wrong}: shard must have 2 dimensions"),
         (topk, (rows, rows.long(), 2), (rows, rows, 2), TypeError, "rank 0: shard must be float32"),
-        (means, (rows, labels, rows, labels), (rows, labels, holed, labels), ValueError, "shard row 4 holds nan"),
-        (
-            means,
-            (rows, labels, rows, labels),
-            (rows, labels, rows, labels[1:]),
-            ValueError,
-            "shard has 6 rows, shard_l",
-        ),
-        (
-            means,
-            (rows, labels, rows, labels),
-            (rows, labels, rows, rows[0]),
-            TypeError,
-            "shard_labels must be integers",
-        ),
+        (means, (rows, labels, rows, labels), (rows, labels, holed, labels), ValueError, "gallery row 4 holds nan"),
         (means, (rows, labels, rows, labels), (rows, labels + 1, rows, labels), ValueError, "same queries and labels"),
         (means, (rows, labels, rows[:0], labels[:0]), (rows, labels, rows[:0], labels[:0]), ValueError, "no rows: the"),
         (items, (rows, labels, rows[:0], labels[:0]), (rows, labels, rows[:0], labels[:0]), ValueError, "no rows: the"),
-        (items, (rows, labels, rows, labels), (rows[:0], labels[:0], rows, labels), ValueError, "query has no rows"),
-        (
-            items,
-            (rows, labels, rows, labels),
-            (rows, labels[1:], rows, labels),
-            ValueError,
-            "query has 6 rows, query_l",
-        ),
         (means, (rows, labels, 2e38 * rows, labels), (rows, labels, 2e38 * rows, labels), ValueError, "class 0 add up"),
     ]
     for call, others, mine, error, message in cases:
@@ -236,7 +229,7 @@ def check_refusals(rank: int, size: int) -> None:
         said: list[Any] = [None] * size
         dist.all_gather_object(said, refused)
         assert said == [refused] * size
-    with pytest.raises(ValueError, match="same call, got sharded_"):
+    with pytest.raises(ValueError, match="same call, got sharded_hits of"):
         (means if last else items)(rows, labels, rows, labels)
     assert sharded_cosine_topk(rows, rows, 1)[1].tolist() == [[row] for row in range(6)]
 
@@ -252,8 +245,8 @@ def check_part_of_the_world(rank: int, size: int) -> None:
         return
     mine = shard_rows(N, rank - 1, size - 1)
     assert same_bits(sharded_cosine_topk(query, gallery[mine], 5, group=group), cosine_topk(query, gallery, 5))
-    found = sharded_nearest_class_mean_hits(query, wanted, gallery[mine], labels[mine], group=group)
-    assert torch.equal(found, nearest_class_mean_hits(query, wanted, gallery, labels))
+    found = means(query, wanted, gallery[mine], labels[mine], group=group)
+    assert np.array_equal(found, whole_hits("nearest_class_mean", query, wanted, gallery, labels))
 
 
 def work_of_a_rank(rank: int, size: int, port: int) -> None:
@@ -292,22 +285,24 @@ DIES = """
 import os, sys, time
 from datetime import timedelta
 import torch, torch.distributed as dist
-from simplexfix.retrieval import process_group, sharded_nearest_class_mean_hits
+from simplexfix.labelled import LabelledItems
+from simplexfix.retrieval import nearest_class_mean, process_group
 rank, how = int(os.environ["RANK"]), sys.argv[1]
 rows, labels = torch.eye(8), torch.arange(8)
+version = LabelledItems(labels, labels).version(rows, rows)
 with process_group() as group:
     hurried = dist.new_group(timeout=timedelta(seconds=2))
-    sharded_nearest_class_mean_hits(rows, labels, rows, labels)
+    nearest_class_mean.sharded_hits(version, None)
     print("ready", flush=True)
     if how == "is killed":
         while True:
-            sharded_nearest_class_mean_hits(rows, labels, rows, labels)
+            nearest_class_mean.sharded_hits(version, None)
     if rank == 1:
         if how == "raises":
             raise MemoryError("no room for the shard")
         time.sleep(600)
     if how == "hangs":
-        sharded_nearest_class_mean_hits(rows, labels, rows, labels, group=hurried)
+        nearest_class_mean.sharded_hits(version, hurried)
 """
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 from sklearn.metrics import roc_curve as sklearn_roc_curve
+from versions import pair
 
 from simplexfix.retrieval import VerificationResults, verification
 from simplexfix.retrieval.verification import (
@@ -22,6 +23,10 @@ from simplexfix.retrieval.verification import (
     score_histogram,
     tar_at_far,
 )
+
+
+def compare(*arguments, **ids) -> VerificationResults:
+    return VerificationResults.compare(pair(*arguments, **ids))
 
 
 def features(queries: int = 150, items: int = 90, d: int = 16, classes: int = 7, seed: int = 0):
@@ -49,7 +54,7 @@ def on_grid(scores: np.ndarray) -> np.ndarray:
 def test_counts_are_those_of_all_pairs() -> None:
     case = features()
     scores, same = dense(*case)
-    results = VerificationResults.compare(*case)
+    results = compare(*case)
     bins = (on_grid(scores) * STEPS + STEPS).astype(np.int64)
     np.testing.assert_array_equal(results.genuine, np.bincount(bins[same], minlength=BINS))
     np.testing.assert_array_equal(results.impostor, np.bincount(bins[~same], minlength=BINS))
@@ -67,7 +72,7 @@ def test_ends_of_the_scale() -> None:
     rng = np.random.default_rng(0)
     rows = rng.standard_normal((40, 3)).astype(np.float32)
     rows[0] = 0
-    results = VerificationResults.compare(rows, np.arange(40), np.concatenate([rows, -rows]), np.arange(80) % 40)
+    results = compare(rows, np.arange(40), np.concatenate([rows, -rows]), np.arange(80) % 40)
     assert results.at(1 - 2 / STEPS).tar == pytest.approx(39 / 80)
     assert results.at(-1 + 2 / STEPS).tar == pytest.approx(41 / 80)
     assert results.genuine[STEPS] == 2  # zero with zero
@@ -76,7 +81,7 @@ def test_ends_of_the_scale() -> None:
 def test_roc_against_scikit_learn() -> None:
     case = features()
     scores, same = dense(*case)
-    ours = roc_curve(VerificationResults.compare(*case))
+    ours = roc_curve(compare(*case))
     far, tar, thresholds = sklearn_roc_curve(same, on_grid(scores), drop_intermediate=False)
     np.testing.assert_array_equal(ours.thresholds, thresholds)
     np.testing.assert_allclose(ours.far, far, rtol=1e-12, atol=0)
@@ -88,7 +93,7 @@ def test_roc_against_scikit_learn() -> None:
 def test_tar_at_far_takes_the_lowest_threshold() -> None:
     case = features()
     scores, same = dense(*case)
-    results = VerificationResults.compare(*case)
+    results = compare(*case)
     impostors = on_grid(scores[~same])
     for far in (0.0, 1 / len(impostors), 1e-3, 0.01, 0.1, 0.5, 1.0):
         point = tar_at_far(results, far)
@@ -101,7 +106,7 @@ def test_tar_at_far_takes_the_lowest_threshold() -> None:
 def test_equal_error_rate() -> None:
     case = features()
     scores, same = dense(*case)
-    point = equal_error_rate(VerificationResults.compare(*case))
+    point = equal_error_rate(compare(*case))
     grid = np.arange(-STEPS, STEPS + 1) / STEPS
     gap = [abs((scores[~same] >= t).mean() - (scores[same] < t).mean()) for t in grid[::16]]
     assert abs(point.far - (1 - point.tar)) <= min(gap)
@@ -111,7 +116,7 @@ def test_equal_error_rate() -> None:
 def test_by_hand() -> None:
     """Cosines 1, 0.6, 0, -0.8 of one query: the two of its class in the middle."""
     gallery = torch.tensor([[1.0, 0], [3, 4], [0, 1], [-4, 3]])
-    results = VerificationResults.compare(torch.tensor([[2.0, 0]]), [5], gallery, [1, 5, 5, 1])
+    results = compare(torch.tensor([[2.0, 0]]), [5], gallery, [1, 5, 5, 1])
     curve = roc_curve(results)
     np.testing.assert_allclose(curve.thresholds[1:], [1, 0.6, 0, -0.8], atol=2**-16)
     assert curve.thresholds[0] == np.inf
@@ -132,9 +137,7 @@ def test_an_item_is_not_compared_with_itself() -> None:
     query, labels, *_ = features()
     ids = np.random.default_rng(1).permutation(len(labels)) * 3
     shuffled = np.random.default_rng(2).permutation(len(labels))[:100]
-    results = VerificationResults.compare(
-        query, labels, query[shuffled], labels[shuffled], query_ids=ids, gallery_ids=ids[shuffled]
-    )
+    results = compare(query, labels, query[shuffled], labels[shuffled], query_ids=ids, gallery_ids=ids[shuffled])
     scores, same = all_scores(query, query[shuffled]), labels[:, None] == labels[shuffled]
     other = ids[:, None] != ids[shuffled]
     assert results.excluded == 100
@@ -146,11 +149,11 @@ def test_an_item_is_not_compared_with_itself() -> None:
 def test_blocks_change_nothing_and_pairs_are_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
     case = features(2500, 2000, d=4)
     ids = {"query_ids": np.arange(2500), "gallery_ids": np.arange(2100, 4100)}
-    expected = VerificationResults.compare(*case, **ids)
+    expected = compare(*case, **ids)
     monkeypatch.setattr(verification, "_QUERY_ROWS", 500)
     monkeypatch.setattr(verification, "_GALLERY_ROWS", 333)
     tracemalloc.start()
-    found = VerificationResults.compare(*case, **ids)
+    found = compare(*case, **ids)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     np.testing.assert_array_equal(found.genuine, expected.genuine)
@@ -168,7 +171,7 @@ def test_products_that_cancel_are_accepted_at_their_sum(monkeypatch: pytest.Monk
     for rows, items in ((1024, 4096), (64, 64), (1, 90), (70, 1)):
         monkeypatch.setattr(verification, "_QUERY_ROWS", rows)
         monkeypatch.setattr(verification, "_GALLERY_ROWS", items)
-        results = VerificationResults.compare(query, np.arange(70) % 7, gallery, np.arange(90) % 7)
+        results = compare(query, np.arange(70) % 7, gallery, np.arange(90) % 7)
         assert results.at(0.0)[1:] == (1, 1)
         assert results.at(2**-16)[1:] == (0, 0)
 
@@ -176,10 +179,8 @@ def test_products_that_cancel_are_accepted_at_their_sum(monkeypatch: pytest.Monk
 def test_dtypes_and_kinds_of_arrays() -> None:
     query, query_labels, gallery, gallery_labels = features()
     half = [x.astype(np.float16) for x in (query, gallery)]
-    expected = VerificationResults.compare(
-        half[0].astype(np.float32), query_labels, half[1].astype(np.float32), gallery_labels
-    )
-    found = VerificationResults.compare(
+    expected = compare(half[0].astype(np.float32), query_labels, half[1].astype(np.float32), gallery_labels)
+    found = compare(
         torch.from_numpy(half[0]), query_labels.tolist(), half[1].astype(np.float64), torch.from_numpy(gallery_labels)
     )
     np.testing.assert_array_equal(found.genuine, expected.genuine)
@@ -225,22 +226,22 @@ def test_cross_validation_by_hand() -> None:
 X, L = np.eye(3, dtype=np.float32), [0, 1, 2]
 NAN = X.copy()
 NAN[1, 1] = np.nan
-GOOD = VerificationResults.compare(X, L, X, L)
+GOOD = compare(X, L, X, L)
 SAME = np.array([True, False, True])
 
 
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: VerificationResults.compare(NAN, L, X, L), ValueError, "query row 1 holds nan"),
-        (lambda: VerificationResults.compare(X, L, NAN, L), ValueError, "gallery row 1 holds nan"),
-        (lambda: VerificationResults.compare(X, L[:2], X, L), ValueError, "query has 3 rows, query_labels has shape"),
-        (lambda: VerificationResults.compare(X, L, X[:, :2], L), ValueError, "query has 3 columns, gallery has 2"),
-        (lambda: VerificationResults.compare(X, [0.5, 1, 2], X, L), TypeError, "query_labels must be integers"),
-        (lambda: VerificationResults.compare(X, L, X, L, query_ids=L), ValueError, "query_ids without gallery_ids"),
-        (lambda: VerificationResults.compare(X, [5] * 3, X, L).at(0), ValueError, "no pair of items of one class"),
-        (lambda: roc_curve(VerificationResults.compare(X, [5] * 3, X, L)), ValueError, "no pair of items of one class"),
-        (lambda: tar_at_far(VerificationResults.compare(X, [5] * 3, X, [5] * 3), 0), ValueError, "of two classes"),
+        (lambda: compare(NAN, L, X, L), ValueError, "query row 1 holds nan"),
+        (lambda: compare(X, L, NAN, L), ValueError, "gallery row 1 holds nan"),
+        (lambda: compare(X, L[:2], X, L), ValueError, "query has 3 rows, query_labels has shape"),
+        (lambda: compare(X, L, X[:, :2], L), ValueError, "query has 3 columns, gallery has 2"),
+        (lambda: compare(X, [0.5, 1, 2], X, L), TypeError, "query_labels must be integers"),
+        (lambda: compare(X, L, X, L, query_ids=L), ValueError, "query_ids without gallery_ids"),
+        (lambda: compare(X, [5] * 3, X, L).at(0), ValueError, "no pair of items of one class"),
+        (lambda: roc_curve(compare(X, [5] * 3, X, L)), ValueError, "no pair of items of one class"),
+        (lambda: tar_at_far(compare(X, [5] * 3, X, [5] * 3), 0), ValueError, "of two classes"),
         (lambda: GOOD.at(np.nan), ValueError, "threshold must be a number, got nan"),
         (lambda: GOOD.at("0.5"), TypeError, "threshold must be a number, got str"),
         (lambda: tar_at_far(GOOD, 1.5), ValueError, r"far is a share of impostor pairs, in \[0, 1\], got 1.5"),

@@ -1,0 +1,343 @@
+"""Columns as callers hold them, as tensors or arrays: NumPy, ml_dtypes, pandas, pyarrow, Hugging Face datasets."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .._checks import check_features
+
+__all__ = ["Ids", "Rows", "code_names", "read_column", "read_features", "read_hits", "read_ids", "read_integers"]
+
+# What a caller may give; a column of pandas, pyarrow or datasets too, which are imported by whoever has one.
+Rows: TypeAlias = Any
+Ids: TypeAlias = "Tensor | NDArray[Any] | Sequence[int] | Sequence[str] | Any"
+
+
+def read_features(name: str, values: Rows) -> Tensor | NDArray[Any]:
+    """[rows, d] floating numbers; nothing is copied that is a tensor or an array of numbers.
+
+    Args:
+        values: a tensor or array (a memory-mapped file too) of float16, bfloat16, float32 or float64; a pandas
+            DataFrame of numbers; a column of pandas, pyarrow or Hugging Face datasets whose values are lists or arrays
+            of one length.
+
+    Raises:
+        TypeError: not floating numbers.
+        ValueError: not [rows, d], vectors of unlike lengths, a value that is missing; by row.
+    """
+    if isinstance(values, Tensor):
+        check_features(name, values)
+        array: Tensor | NDArray[Any] = values
+    else:
+        array = _as_array(name, values, "a torch.Tensor or a NumPy array")
+        if np.ma.isMaskedArray(array):
+            raise TypeError(f"{name} must have no masked numbers; pass those rows that count")
+        if isinstance(array, np.ndarray) and array.dtype.kind == "O":
+            array = _stacked(name, array)
+        if isinstance(array, np.ndarray):
+            _check_floating(name, array)
+    if array.ndim != 2 or not array.shape[1]:
+        raise ValueError(f"{name} must have 2 dimensions, [rows, d] with d >= 1, got {list(array.shape)}")
+    return array
+
+
+def read_integers(name: str, values: Ids, why: str = "ids are integers from end to end") -> NDArray[np.int64]:
+    """[rows] int64.
+
+    Raises:
+        TypeError: not integers.
+        ValueError: not one value a row, a value that is missing, or a number that int64 lacks.
+    """
+    column = read_column(name, values, why)
+    if column.dtype.kind == "U":
+        raise TypeError(
+            f"{name} must be integers, got text; {why}; np.unique(..., return_inverse=True)[1] numbers the names of "
+            "all files together"
+        )
+    return column
+
+
+def read_ids(name: str, values: Ids, rows_name: str, count: int, *, unique: bool = False) -> NDArray[np.int64]:
+    """[count] int64 for the rows that the caller calls `rows_name`, each once where `unique`.
+
+    Raises:
+        TypeError, ValueError: as `read_integers`; another length; an id that comes twice, by name.
+    """
+    array = read_integers(name, values)
+    if len(array) != count:
+        raise ValueError(f"{rows_name} has {count} rows, {name} has shape {list(array.shape)}")
+    if unique:
+        check_unique(name, array)
+    return array
+
+
+def check_unique(name: str, ids: NDArray[np.int64]) -> None:
+    """Raises ValueError where an id comes twice, by name and rows."""
+    order = np.argsort(ids, kind="stable")
+    again = np.flatnonzero(ids[order[1:]] == ids[order[:-1]])
+    if len(again):
+        first, second = (int(order[again[0] + i]) for i in (0, 1))
+        raise ValueError(f"{name} must hold each id once, got {ids[first]} in rows {first} and {second}")
+
+
+def read_hits(name: str, hits: Any, meaning: str = "right or wrong for each query") -> NDArray[np.bool_]:
+    """[Q] bool, Q >= 1.
+
+    Raises:
+        TypeError, ValueError: it is not that, by name.
+    """
+    array: NDArray[Any] = np.asarray(hits.detach().cpu() if isinstance(hits, Tensor) else hits)
+    if array.ndim != 1 or not len(array):
+        raise ValueError(f"{name} must have shape [Q] with Q >= 1, got {list(array.shape)}")
+    if array.dtype != np.bool_:
+        raise TypeError(f"{name} must be bool, {meaning}, got {array.dtype}")
+    return array
+
+
+def read_column(name: str, values: Ids, why: str) -> NDArray[Any]:
+    """[rows] int64, or strings.
+
+    Raises:
+        TypeError, ValueError: as `read_integers`.
+    """
+    expected = "integers"
+    if isinstance(values, Tensor):
+        if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+            dtype = str(values.dtype).removeprefix("torch.")
+            raise TypeError(f"{name} must be {expected}, got {dtype}; {why}; {name}.long() where they are whole")
+        array: NDArray[Any] = values.detach().cpu().numpy()
+    else:
+        given = _as_array(name, values, None)
+        array = given.detach().cpu().numpy() if isinstance(given, Tensor) else given
+    if np.ma.is_masked(array):
+        raise TypeError(f"{name} must have no masked numbers; pass those rows that count")
+    array = np.asarray(array)
+    if not array.size and array.dtype.kind in "fO":
+        array = array.astype(np.int64)  # an empty list has no dtype of its own
+    if array.dtype.kind in "OT":  # T: NumPy's strings of any length
+        array = _plain(name, array.astype(object))
+    if array.dtype.kind == "f" and np.isnan(array).any():  # as pandas keeps integers with a gap
+        row = int(np.isnan(array.ravel()).argmax())
+        raise ValueError(f"{name} row {row} is missing (nan): drop such rows, or give them a label of their own")
+    if array.dtype.kind == "S":
+        array = np.char.decode(array, "utf-8")
+    if array.dtype.kind not in "iuU":
+        raise TypeError(f"{name} must be {expected}, got {_described(array)}; {why}; {_label_remedy(name, array)}")
+    if array.ndim != 1:
+        remedy = f"; pass {name}.ravel()" if array.size == max(array.shape, default=0) and array.ndim else ""
+        raise ValueError(
+            f"{name} must have one dimension, one value for each row, got shape {list(array.shape)}{remedy}"
+        )
+    if array.dtype.kind == "U":
+        return array
+    if array.dtype == np.uint64 and array.size and array.max() > np.iinfo(np.int64).max:
+        raise ValueError(f"{name} must fit into int64, at most 2^63 - 1, got {array.max()}")
+    return np.ascontiguousarray(array, dtype=np.int64)
+
+
+def code_names(
+    first_name: str, first: NDArray[Any], second_name: str, second: NDArray[Any]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], tuple[str, ...] | None]:
+    """Both columns as int64, and the names that these number; None where both were integers.
+
+    Names are numbered in the order of their code points, after Unicode's composed form (NFC) was taken of each: two
+    files with the same names get the same numbers.
+
+    Raises:
+        TypeError: one holds names and the other integers.
+    """
+    columns = first, second
+    strings = [column.dtype.kind == "U" and len(column) > 0 for column in columns]  # an empty one has no kind
+    if not any(strings):
+        return np.asarray(first, dtype=np.int64), np.asarray(second, dtype=np.int64), None
+    if not all(is_name or not len(column) for is_name, column in zip(strings, columns, strict=True)):
+        kinds = ["names" if is_name else "integers" for is_name in strings]
+        raise TypeError(
+            f"{first_name} are {kinds[0]} and {second_name} are {kinds[1]}: "
+            "both must be names, or both integers, to say which items belong together"
+        )
+    found, places = np.unique(np.concatenate([first.astype(str), second.astype(str)]), return_inverse=True)
+    composed = [unicodedata.normalize("NFC", str(name)) for name in found]
+    names = tuple(sorted(set(composed)))
+    number = {name: at for at, name in enumerate(names)}
+    numbers = np.array([number[name] for name in composed], dtype=np.int64)[places]
+    return numbers[: len(first)], numbers[len(first) :], names
+
+
+def _as_array(name: str, values: Any, expected: str | None) -> Tensor | NDArray[Any]:
+    """Of a column of another library; of a sequence too, unless an array is `expected`."""
+    if isinstance(values, np.ndarray):
+        return values
+    library = type(values).__module__.partition(".")[0]
+    if library == "pyarrow":
+        return _of_arrow(name, values)
+    if library == "datasets":
+        return _of_datasets(name, values)
+    if hasattr(values, "to_numpy"):  # pandas, polars
+        found: NDArray[Any] = np.asarray(values.to_numpy())
+        return found
+    if expected is not None:
+        kind = type(values).__name__
+        raise TypeError(f"{name} must be {expected}, got {kind}; np.asarray({name}, dtype=np.float32) makes one")
+    if isinstance(values, (str, bytes, dict, set)):
+        raise TypeError(f"{name} must be integers, one for each row, got {type(values).__name__}")
+    try:
+        return np.asarray(values)
+    except ValueError as error:
+        raise ValueError(f"{name} must hold one value for each row: {error}") from None
+
+
+def _of_datasets(name: str, column: Any) -> Tensor | NDArray[Any]:
+    """A column of a data set as its Arrow table holds it; of what is formatted by a function, as that gives it."""
+    source: Any = getattr(column, "source", None)
+    if hasattr(source, "select_columns") and source.format["type"] != "custom":
+        table = source.select_columns([column.column_name]).with_format("arrow")[:]
+        return _of_arrow(name, table[column.column_name])
+    values = column[:]
+    if isinstance(values, (Tensor, np.ndarray)):
+        return values
+    objects = np.empty(len(values), dtype=object)
+    objects[:] = values
+    return objects
+
+
+def _of_arrow(name: str, column: Any) -> NDArray[Any]:
+    """[rows] values or, of a column of lists of one length, [rows, d]."""
+    import pyarrow
+
+    chunks = column.chunks if isinstance(column, pyarrow.ChunkedArray) else [column]
+    if not all(isinstance(chunk, pyarrow.Array) for chunk in chunks):
+        raise TypeError(f"{name} must be one column, got {type(column).__name__}; name the column, as table['vector']")
+    arrays, begin = [], 0
+    for chunk in chunks:
+        arrays.append(_of_arrow_chunk(name, chunk, begin))
+        begin += len(chunk)
+    if not arrays:
+        return np.empty(0, dtype=np.int64)
+    widths = {array.shape[1:] for array in arrays}
+    if len(widths) > 1:
+        raise ValueError(f"{name} holds vectors of unlike lengths, {_listed(sorted(w[0] for w in widths if w))}")
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+def _of_arrow_chunk(name: str, chunk: Any, begin: int) -> NDArray[Any]:
+    import pyarrow
+    import pyarrow.types as types
+
+    if isinstance(chunk, pyarrow.ExtensionArray):
+        chunk = chunk.storage
+    if types.is_dictionary(chunk.type):
+        chunk = chunk.dictionary_decode()
+    if chunk.null_count:
+        row = int(np.flatnonzero(np.asarray(chunk.is_null()))[0])
+        raise ValueError(f"{name} row {begin + row} is missing: drop such rows")
+    kind = chunk.type
+    if types.is_fixed_size_list(kind) or types.is_list(kind) or types.is_large_list(kind):
+        lengths = np.asarray(chunk.value_lengths()) if len(chunk) else np.zeros(0, dtype=np.int64)
+        unlike = np.flatnonzero(lengths != lengths[:1])
+        if len(unlike):
+            row = int(unlike[0])
+            raise _unlike(name, begin + row, int(lengths[row]), begin, int(lengths[0]))
+        flat = chunk.flatten()
+        if flat.null_count:
+            at = int(np.flatnonzero(np.asarray(flat.is_null()))[0])
+            raise ValueError(f"{name} row {begin + at // int(lengths[0])} has a missing number: drop such rows")
+        if not types.is_primitive(flat.type):
+            raise TypeError(f"{name} must hold vectors of numbers, got {kind}")
+        numbers: NDArray[Any] = flat.to_numpy(zero_copy_only=False)
+        return numbers.reshape(len(chunk), -1 if len(numbers) else 0)
+    values: NDArray[Any] = chunk.to_numpy(zero_copy_only=False)
+    return values
+
+
+def _stacked(name: str, array: NDArray[Any]) -> NDArray[Any]:
+    """Vectors that an array of objects, or a column of lists, holds one a row."""
+    if array.ndim != 1:
+        kinds = {type(cell).__name__ for cell in array.ravel() if not isinstance(cell, (int, float))}
+        raise TypeError(
+            f"{name} must be floating numbers, got Python objects, {_listed(sorted(kinds))}; "
+            f"pass the columns of numbers, {name}.astype(np.float32)"
+        )
+    rows: list[NDArray[Any]] = []
+    for i, value in enumerate(array):
+        if value is None or (isinstance(value, float) and value != value):
+            raise ValueError(f"{name} row {i} is missing: drop such rows")
+        row = np.asarray(value)
+        if row.ndim != 1 or row.dtype.kind not in "fiuV":
+            raise TypeError(f"{name} must hold a vector of numbers in each row, got {type(value).__name__} in row {i}")
+        if rows and row.shape != rows[0].shape:
+            raise _unlike(name, i, len(row), 0, len(rows[0]))
+        rows.append(row)
+    return np.stack(rows) if rows else np.empty((0, 0), dtype=np.float32)
+
+
+def _unlike(name: str, row: int, length: int, first: int, first_length: int) -> ValueError:
+    return ValueError(
+        f"{name} holds vectors of unlike lengths, {first_length} numbers in row {first} and {length} in row {row}: "
+        "np.stack needs one length"
+    )
+
+
+def _check_floating(name: str, array: NDArray[Any]) -> None:
+    if (array.dtype.kind == "f" and array.dtype.itemsize <= 8) or array.dtype.name == "bfloat16":
+        return
+    kind = array.dtype.kind
+    if kind == "V" and array.dtype.names is None and array.dtype.name.startswith("void"):
+        remedy = (
+            "raw bytes, which NumPy's files hold of bfloat16 and float8 arrays of ml_dtypes: "
+            "save them with .astype(np.float32), or in a .safetensors file"
+        )
+        raise TypeError(f"{name} must be float32, float64 or float16, got {array.dtype.str}, {remedy}")
+    remedy = f"; pass {name}.astype(np.float32)" if kind in "iubfV" else ""
+    if array.dtype.names:
+        remedy = f"; pass one field, such as {name}[{array.dtype.names[0]!r}]"
+    raise TypeError(f"{name} must be float32, float64 or float16, got {_described(array)}{remedy}")
+
+
+def _plain(name: str, array: NDArray[Any]) -> NDArray[Any]:
+    """Strings or integers out of an array of objects, as pandas keeps them."""
+    flat = array.ravel()
+    kinds = {type(value) for value in flat}
+    if kinds <= {str, np.str_}:
+        return array.astype(str)
+    if all(issubclass(kind, (int, np.integer)) and kind is not bool for kind in kinds):
+        if max(map(int, flat)) > np.iinfo(np.int64).max or min(map(int, flat)) < np.iinfo(np.int64).min:
+            raise ValueError(f"{name} must fit into int64, at most 2^63 - 1, got {max(map(int, flat))}")
+        return array.astype(np.int64)
+    for i, value in enumerate(flat):
+        if value is None or (isinstance(value, float) and value != value) or type(value).__name__ == "NAType":
+            raise ValueError(f"{name} row {i} is missing: drop such rows, or give them a label of their own")
+    odd = next(
+        i for i, value in enumerate(flat) if type(value) is not type(flat[0]) or not isinstance(value, (int, str))
+    )
+    raise TypeError(
+        f"{name} must be integers or names, got Python objects, in row {odd} {type(flat[odd]).__name__}; "
+        f"np.unique({name}.astype(str), return_inverse=True)[1] numbers them"
+    )
+
+
+def _described(array: NDArray[Any]) -> str:
+    if array.dtype.names:
+        return f"a structured array with fields {_listed(array.dtype.names)}"
+    return "text" if array.dtype.kind in "US" else str(array.dtype)
+
+
+def _label_remedy(name: str, array: NDArray[Any]) -> str:
+    if array.dtype.names:
+        return f"pass one field, such as {name}[{array.dtype.names[0]!r}]"
+    if array.dtype.kind == "b":
+        return f"{name}.astype(np.int64) makes 0 and 1 of them"
+    if array.dtype.kind in "fV" and not array.dtype.name.startswith("void"):
+        return f"{name}.astype(np.int64) where they are whole"
+    return f"np.unique({name}, return_inverse=True)[1] numbers what is there"
+
+
+def _listed(values: Sequence[Any]) -> str:
+    return ", ".join(map(str, values[:8])) + (", ..." if len(values) > 8 else "")

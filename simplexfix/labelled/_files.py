@@ -1,0 +1,283 @@
+"""Features, labels, ids and groups of a version in files: docs/formats.md has the page of each format."""
+
+from __future__ import annotations
+
+import itertools
+import lzma
+import os
+import re
+import zipfile
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ._columns import read_ids
+from ._rows import FeatureRows
+
+__all__ = ["FeatureFileError", "find_versions", "is_version", "load_rows", "read_arrays"]
+
+REQUIRED = ("query", "gallery", "query_labels", "gallery_labels")
+KEYS = (*REQUIRED, "query_ids", "gallery_ids", "query_groups")
+PARTS = ("query", "gallery")
+# columns of .parquet, and the end of the key that each stands for
+_COLUMNS = {"label": "labels", "item_id": "ids", "group": "groups"}
+_SPLIT, _VECTOR = "split", "embedding"
+# RuntimeError: an encrypted member; OSError: damage that bz2 finds
+_DAMAGED = (
+    ValueError, OverflowError, EOFError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, NotImplementedError,
+    RuntimeError, OSError,
+)  # fmt: skip
+
+
+class FeatureFileError(ValueError):
+    """A feature file is damaged, or what it holds is not features and labels; the message names file and array."""
+
+
+def read_arrays(path: Path) -> Mapping[str, Any]:
+    """The arrays of a version's file by their keys, unchecked; those of `.npy` are read-only maps.
+
+    Raises:
+        OSError, FeatureFileError, ModuleNotFoundError: as `VersionFeatures.load`.
+    """
+    try:
+        if path.is_dir() and not any((path / f"{part}.parquet").is_file() for part in PARTS):
+            arrays: Mapping[str, Any] = _read_folder(path)
+        elif path.is_dir() or path.suffix == ".parquet":
+            arrays = _read_parquet(path)
+        elif path.suffix == ".npz":
+            arrays = _read_npz(path)
+        elif path.suffix == ".safetensors":
+            arrays = _read_safetensors(path)
+        else:
+            path.stat()  # a file that is not there is said to be so, whatever its name
+            raise FeatureFileError(
+                f"{path} must be an .npz, .safetensors or .parquet file or a folder of .npy or .parquet files"
+            )
+    except FeatureFileError:
+        raise
+    except _DAMAGED as error:
+        if isinstance(error, OSError) and error.errno is not None:  # not of the bytes, as bz2's is
+            raise
+        raise FeatureFileError(f"{path} cannot be read, it may be truncated or damaged: {error}") from error
+    return arrays
+
+
+def load_rows(folder: Path, name: str) -> tuple[FeatureRows, NDArray[np.int64]]:
+    """Features `NAME.npy`, mapped, and `NAME_labels.npy` of a folder, checked as those of a version.
+
+    Raises:
+        OSError, FeatureFileError: as `VersionFeatures.load`; labels that are names, which differ from file to file.
+    """
+    names = name, f"{name}_labels"
+    try:
+        arrays = [_map_array(folder, name) for name in names]
+    except FeatureFileError:
+        raise
+    except _DAMAGED as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise FeatureFileError(f"{folder}: {name} cannot be read, it may be truncated or damaged: {error}") from error
+    try:
+        rows = FeatureRows(name, arrays[0])
+        if not len(rows):
+            raise ValueError(f"{name} has no rows")
+        rows.hashes()
+        return rows, read_ids(names[1], arrays[1], name, len(rows))
+    except (TypeError, ValueError) as error:
+        raise FeatureFileError(f"{folder}: {error}") from None
+
+
+def find_versions(folder: str | os.PathLike[str]) -> list[Path]:
+    """The feature files in a folder, a version each, sorted naturally: v2 before v10.
+
+    Subfolders with .npy or .parquet files, .npz, .safetensors and .parquet files; other files are left out.
+
+    Raises:
+        OSError: it cannot be listed.
+        FeatureFileError: there is none; two are of one name but for case or leading zeros, so that no order is natural.
+    """
+    folder = Path(folder)
+    entries = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    found = [
+        path
+        for path in entries
+        if (
+            any(path.glob("*.npy")) or any(path.glob("*.parquet"))
+            if path.is_dir()
+            else path.suffix in (".npz", ".safetensors", ".parquet")
+        )
+    ]
+    if not found:
+        raise FeatureFileError(
+            f"{folder} holds no versions: neither .npz, .safetensors or .parquet files, nor folders of .npy or "
+            f".parquet files; it holds {_listed(path.name for path in entries)}"
+        )
+    found.sort(key=_natural)
+    for first, second in itertools.pairwise(found):
+        if _natural(first) == _natural(second):
+            raise FeatureFileError(f"{first} and {second}: which is older? Name the versions one by one, oldest first")
+    return found
+
+
+def is_version(path: Path) -> bool:
+    """Whether a folder is a version itself, not one that holds versions."""
+    return any((path / f"{name}.npy").exists() for name in REQUIRED) or any(
+        (path / f"{part}.parquet").exists() for part in PARTS
+    )
+
+
+def _natural(path: Path) -> list[tuple[bool, int, str]]:
+    name = path.name if path.is_dir() else path.stem
+    pieces = re.split(r"([0-9]+)", name.casefold())
+    return [(piece.isdecimal(), int(piece) if piece.isdecimal() else 0, piece.lstrip("0123456789")) for piece in pieces]
+
+
+def _check_complete(path: Path, keys: Iterable[str], held: Iterable[str]) -> None:
+    found = set(keys)
+    missing = [key for key in REQUIRED if key not in found]
+    if missing:
+        raise FeatureFileError(
+            f"{path}: no {', '.join(missing)}; it holds {_listed(held)}; "
+            f"a version needs the arrays {', '.join(REQUIRED)}"
+        )
+
+
+def _listed(names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    return (", ".join(ordered[:12]) + (", ..." if len(ordered) > 12 else "")) or "nothing"
+
+
+def _read_folder(path: Path) -> dict[str, NDArray[Any]]:
+    held = {entry.name.removesuffix(".npy") for entry in path.iterdir()}
+    _check_complete(path, (key for key in KEYS if (path / f"{key}.npy").is_file()), held)
+    return {key: _map_array(path, key) for key in KEYS if (path / f"{key}.npy").is_file()}
+
+
+def _map_array(folder: Path, key: str) -> NDArray[Any]:
+    file = folder / f"{key}.npy"
+    with open(file, "rb") as opened:
+        _, _, dtype = _read_header(opened)
+    _refuse_objects(folder, key, dtype)
+    with np.errstate(over="ignore"):  # of a size that no file has, which is then refused
+        array: NDArray[Any] = np.load(file, mmap_mode="r")
+    return array
+
+
+def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
+    arrays = {}
+    with zipfile.ZipFile(path) as archive:
+        held = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+        _check_complete(path, held, held)
+        for key, info in held.items():
+            if key not in KEYS:
+                continue
+            with archive.open(info) as member:
+                shape, _, dtype = _read_header(member)
+                _refuse_objects(path, key, dtype)
+                # before memory is set aside for it, and in Python's integers: a header may say anything
+                size = member.tell() + int(np.prod(shape, dtype=object)) * dtype.itemsize
+            if size != info.file_size:
+                raise ValueError(f"{info.filename} has {info.file_size} bytes, its header speaks of shape {shape}")
+            with archive.open(info) as member:
+                arrays[key] = np.lib.format.read_array(member, allow_pickle=False)
+    return arrays
+
+
+def _refuse_objects(path: Path, key: str, dtype: np.dtype[Any]) -> None:
+    if dtype.hasobject:
+        remedy = (
+            "save np.stack of the vectors, which must be of one length"
+            if key in PARTS or not key.startswith(PARTS)
+            else f"save {key}.astype(str), or the numbers that np.unique({key}, return_inverse=True)[1] gives"
+        )
+        raise FeatureFileError(
+            f"{path}: {key} is an array of Python objects, which a file holds as a pickle, and pickles are not read; "
+            f"{remedy}"
+        )
+
+
+def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    version = np.lib.format.read_magic(file)
+    if version == (1, 0):
+        return np.lib.format.read_array_header_1_0(file)
+    if version == (2, 0):
+        return np.lib.format.read_array_header_2_0(file)
+    raise ValueError(f"an array of .npy version {version}, which plain arrays never have")
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError, safe_open
+
+    path.stat()
+    try:
+        with safe_open(path, framework="pt") as file:
+            held = list(file.keys())
+            _check_complete(path, held, held)
+            return {key: file.get_tensor(key) for key in held if key in KEYS}
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+
+
+def _read_parquet(path: Path) -> dict[str, Any]:
+    from pyarrow.parquet import ParquetFile  # an extra
+
+    if path.is_dir():
+        missing = [part for part in PARTS if not (path / f"{part}.parquet").is_file()]
+        if missing:
+            raise FeatureFileError(
+                f"{path}: no {missing[0]}.parquet; it holds {_listed(entry.name for entry in path.iterdir())}"
+            )
+        # a ParquetFile reads one file, and no names of folders above it
+        tables = {part: ParquetFile(path / f"{part}.parquet").read() for part in PARTS}
+    else:
+        path.stat()
+        tables = _by_split(path, ParquetFile(path).read())
+    arrays: dict[str, Any] = {}
+    for part, table in tables.items():
+        arrays[part] = table[_vector_column(path, part, table)]
+        for column, end in _COLUMNS.items():
+            if column in table.column_names:
+                arrays[f"{part}_{end}"] = table[column]
+        if f"{part}_labels" not in arrays:
+            raise FeatureFileError(f"{path}: {part} has no column label; it has {_listed(table.column_names)}")
+    arrays.pop("gallery_groups", None)
+    return arrays
+
+
+def _by_split(path: Path, table: Any) -> dict[str, Any]:
+    if _SPLIT not in table.column_names:
+        raise FeatureFileError(
+            f"{path}: no column {_SPLIT}, which says query or gallery of each row; it has "
+            f"{_listed(table.column_names)}; or save query.parquet and gallery.parquet in one folder"
+        )
+    values = np.asarray(table[_SPLIT].to_pylist(), dtype=object)
+    others = sorted({str(value) for value in values} - set(PARTS))
+    if others:
+        raise FeatureFileError(f"{path}: column {_SPLIT} must be query or gallery in each row, got {_listed(others)}")
+    return {part: table.take(np.flatnonzero(values == part)) for part in PARTS}
+
+
+def _vector_column(path: Path, part: str, table: Any) -> str:
+    """The one column of lists; the one that is called embedding where there are several."""
+    import pyarrow.types as types
+
+    lists = [
+        field.name
+        for field in table.schema
+        if any(test(field.type) for test in (types.is_list, types.is_large_list, types.is_fixed_size_list))
+    ]
+    if len(lists) == 1:
+        return str(lists[0])
+    if _VECTOR in lists:
+        return _VECTOR
+    if lists:
+        raise FeatureFileError(f"{path}: {part} has several columns of lists, {_listed(lists)}: call one {_VECTOR}")
+    raise FeatureFileError(
+        f"{path}: {part} has no column of lists of numbers, which would be its features; it has "
+        f"{_listed(table.column_names)}"
+    )

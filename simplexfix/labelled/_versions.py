@@ -1,0 +1,259 @@
+"""What one model extracted, with the items it was extracted of; and several versions of the same items."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .._checks import check_name
+from ._files import FeatureFileError, read_arrays
+from ._items import LabelledItems
+from ._rows import FeatureRows
+
+__all__ = ["VersionFeatures", "check_versions"]
+
+
+@dataclass(frozen=True, eq=False)
+class VersionFeatures:
+    """Features of labelled items by one model; of `LabelledItems.version` or `VersionFeatures.load`.
+
+    Attributes:
+        items: the queries and the gallery.
+        query: [Q, d], as this model sends them.
+        gallery: [N, d], as this model extracted it; N may be 0 where it is one process's shard.
+        name: of the version, or None.
+        path: the file it is from, or None.
+    """
+
+    items: LabelledItems
+    query: FeatureRows
+    gallery: FeatureRows
+    name: str | None = None
+    path: Path | None = None
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], *, name: str | None = None, ignored_labels: Sequence[int | str] = ()
+    ) -> VersionFeatures:
+        """Reads and checks the features, labels, ids and groups of one version: docs/formats.md.
+
+        `.npy` and `.safetensors` are mapped, not read; `.npz` and `.parquet` are read into memory.
+
+        Args:
+            path: an `.npz` file, a folder of `.npy` files, a `.safetensors` file, a `.parquet` file, or a folder of
+                `query.parquet` and `gallery.parquet`.
+            name: None: that of the file without its suffix.
+            ignored_labels: as of `LabelledItems`.
+
+        Raises:
+            FileNotFoundError, OSError: it cannot be opened.
+            FeatureFileError: an unreadable or truncated file; an array that is missing, or that is no features, labels,
+                ids or groups; rows that hold nan, inf or what float32 does not; by file, array and row.
+            ModuleNotFoundError: the package for `.safetensors`, or pyarrow for `.parquet`, is not installed.
+        """
+        path = Path(path)
+        arrays = read_arrays(path)
+        try:
+            items = LabelledItems(
+                arrays["query_labels"],
+                arrays["gallery_labels"],
+                query_ids=arrays.get("query_ids"),
+                gallery_ids=arrays.get("gallery_ids"),
+                query_groups=arrays.get("query_groups"),
+                ignored_labels=ignored_labels,
+            )
+            version = items.version(arrays["query"], arrays["gallery"], name=name)
+            for part in (version.query, version.gallery):
+                if not len(part.rows):
+                    raise ValueError(f"{part.name} has no rows")
+                part.hashes()
+            if version.query.dtype != version.gallery.dtype:
+                raise ValueError(
+                    f"query is {version.query.dtype} and gallery is {version.gallery.dtype}: save both alike"
+                )
+            _check_equal_width(version.query, version.gallery)
+        except (TypeError, ValueError) as error:
+            message = str(error) if name is None else str(error).replace(f"{name}.", "", 1)
+            raise FeatureFileError(f"{path}: {message}") from None
+        called = name or (path.name if path.is_dir() else path.stem)
+        return replace(
+            version,
+            query=version.query.renamed(f"{path}: query"),
+            gallery=version.gallery.renamed(f"{path}: gallery"),
+            name=called,
+            path=path,
+        )
+
+    @property
+    def label(self) -> str:
+        """Where it is from, or its name, for messages."""
+        return str(self.path or self.name)
+
+    @property
+    def zero_rows(self) -> tuple[int, int]:
+        """How many rows of query and gallery are all zero: they have no direction, and find what comes first."""
+        return self.query.zero_rows, self.gallery.zero_rows
+
+    @cached_property
+    def bit_equal(self) -> int:
+        """How many queries have a gallery row of the same bits, which is not known by its id to be the query itself.
+
+        Such a query most likely is the gallery's item: it finds itself, whatever the model.
+        """
+        asked = self.query.hashes()
+        unknown = (self.items.excluded < 0) & (asked != 0)
+        return int(np.isin(asked[unknown], self.gallery.hashes()).sum())
+
+    def searched_by(self, new: VersionFeatures, *, widths: str = "equal") -> VersionFeatures:
+        """The queries of another version of the same items, which search this one's gallery.
+
+        Args:
+            new: the other version.
+            widths: "equal": versions of different width are refused; "leading": they are compared on the leading
+                dimensions that both have.
+
+        Raises:
+            ValueError: versions of other items, or of another width; by name.
+        """
+        old, new = check_versions((self, new), ("old", "new"))
+        return old.pair(new, widths)
+
+    def pair(self, new: VersionFeatures, widths: str) -> VersionFeatures:
+        """`searched_by` of versions that `check_versions` has checked."""
+        check_name("widths", widths, ("equal", "leading"))
+        if widths == "equal":
+            _check_equal_width(new.query, self.gallery)
+        width = min(new.query.width, self.gallery.width)
+        return VersionFeatures(self.items, new.query.columns(width), self.gallery.columns(width), name=self.name)
+
+    def take(
+        self, queries: NDArray[np.int64] | None = None, gallery: NDArray[np.int64] | None = None
+    ) -> VersionFeatures:
+        """These queries and gallery items, by their places; None: all.  Rows are read when they are asked for."""
+        return self._of(self.items.take(queries, gallery), queries, gallery)
+
+    def ignoring(self, labels: Sequence[int | str]) -> VersionFeatures:
+        """Without the gallery items and queries of these classes: `LabelledItems.ignoring`."""
+        return ignoring([self], labels)[0] if len(labels) else self
+
+    def _of(
+        self, items: LabelledItems, queries: NDArray[np.int64] | None, gallery: NDArray[np.int64] | None
+    ) -> VersionFeatures:
+        return replace(
+            self,
+            items=items,
+            query=self.query if queries is None else self.query.take(queries),
+            gallery=self.gallery if gallery is None else self.gallery.take(gallery),
+        )
+
+    def _called(self, role: str) -> VersionFeatures:
+        """Itself where it has a name; else under this one."""
+        if self.name is not None or not role:
+            return self
+        query, gallery = self.query.renamed(f"{role}.query"), self.gallery.renamed(f"{role}.gallery")
+        return replace(self, query=query, gallery=gallery, name=role)
+
+
+def ignoring(versions: Sequence[VersionFeatures], labels: Sequence[int | str]) -> list[VersionFeatures]:
+    """Versions of the same items without those of some classes."""
+    old = versions[0].items
+    items = old.ignoring(labels)
+    kept = [
+        np.flatnonzero(np.isin(before, after))
+        for before, after in ((old.query_rows, items.query_rows), (old.gallery_rows, items.gallery_rows))
+    ]
+    return [version._of(items, *kept) for version in versions]
+
+
+def check_versions(
+    versions: Sequence[VersionFeatures], roles: Sequence[str] | None = None, *, shards: bool = False
+) -> list[VersionFeatures]:
+    """Versions of the same items, all with the same `items`, and under a name each.
+
+    Labels, and ids and groups where both have them, are all that says whether two versions are of the same items; what
+    only some have counts for all.
+
+    Args:
+        versions: at least one.
+        roles: names for those that have none, "" to leave it so; None: v0, v1, ...
+        shards: whether galleries may be empty, as one process's part of them.
+
+    Raises:
+        TypeError: something else than a version.
+        ValueError: no version, an empty gallery, or items that differ: both versions, the array and the first row.
+    """
+    if not len(versions):
+        raise ValueError("versions must hold at least one version")
+    roles = roles or [f"v{i}" for i in range(len(versions))]
+    for role, version in zip(roles, versions, strict=True):
+        if not isinstance(version, VersionFeatures):
+            raise TypeError(
+                f"{role or 'version'} must be a VersionFeatures, got {type(version).__name__}; "
+                "LabelledItems(query_labels, gallery_labels).version(query, gallery) makes one"
+            )
+    named = [version._called(role) for role, version in zip(roles, versions, strict=True)]
+    first = named[0]
+    items = first.items
+    for other in named[1:]:
+        if other.items is not items:
+            _check_same_items(first, other)
+            if items.query_ids is None and other.items.query_ids is not None:
+                items = other.items if items.query_groups is None else _joined(other.items, items)
+            elif items.query_groups is None and other.items.query_groups is not None:
+                items = _joined(items, other.items)
+    if not shards and not len(items.gallery_labels):
+        raise ValueError(f"{first.gallery.name} has no rows")
+    return [version if version.items is items else replace(version, items=items) for version in named]
+
+
+def _joined(items: LabelledItems, grouped: LabelledItems) -> LabelledItems:
+    """Items with the groups of the same items."""
+    out = items.take()
+    out.query_groups = grouped.query_groups
+    return out
+
+
+def _check_same_items(first: VersionFeatures, other: VersionFeatures) -> None:
+    a, b = first.items, other.items
+    both = f"{first.label} and {other.label}"
+    for kind in ("label", "id"):
+        for name in (f"query_{kind}s", f"gallery_{kind}s"):
+            x, y = getattr(a, name), getattr(b, name)
+            if x is None or y is None:
+                continue
+            if x.shape != y.shape:
+                raise ValueError(f"{both} must be of the same items: {name} has {len(x)} and {len(y)} entries")
+            names = getattr(a, f"{kind}_names"), getattr(b, f"{kind}_names")
+            if names[0] != names[1]:
+                x, y = (c if n is None else np.array(n)[c] for c, n in zip((x, y), names, strict=True))
+                if (names[0] is None) != (names[1] is None):
+                    raise ValueError(
+                        f"{both} must be of the same items: {name} are {x[0]}, ... and {y[0]}, ..., "
+                        "integers in one and names in the other"
+                    )
+            unlike = x != y
+            if unlike.any():
+                row = int(unlike.argmax())
+                raise ValueError(
+                    f"{both} must be of the same items in the same order: {name} at {row} is {x[row]} and {y[row]}"
+                )
+    for name in ("query_rows", "gallery_rows"):
+        if not np.array_equal(getattr(a, name), getattr(b, name)):
+            raise ValueError(f"{both} must ignore the same labels, got {a.ignored_labels} and {b.ignored_labels}")
+    groups = [items.query_groups.astype(str) for items in (a, b) if items.query_groups is not None]
+    if len(groups) == 2 and (groups[0] != groups[1]).any():
+        raise ValueError(f"{both} differ in query_groups")
+
+
+def _check_equal_width(query: FeatureRows, gallery: FeatureRows) -> None:
+    if query.width != gallery.width:
+        raise ValueError(
+            f"{query.name} has {query.width} columns, {gallery.name} has {gallery.width}: features of different width "
+            'cannot be compared; with widths="leading" their leading dimensions are'
+        )

@@ -1,0 +1,61 @@
+"""Galleries of which some rows are by an old model and some by a new one."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..functional import cosine_topk
+from ..labelled import FeatureRows
+
+__all__ = ["Mixture", "mixed_search"]
+
+
+class Mixture(NamedTuple):
+    """Queries and both models' rows of a gallery, in float32 and whole.
+
+    Attributes:
+        query: [Q, d].
+        old, new: [N, d_old], [N, d_new].
+    """
+
+    query: Tensor
+    old: Tensor
+    new: Tensor
+
+    @classmethod
+    def read(cls, query: FeatureRows, old: FeatureRows, new: FeatureRows) -> Mixture:
+        return cls(query.whole(), old.whole(), new.whole())
+
+    @property
+    def shared_width(self) -> int:
+        return min(self.old.shape[1], self.new.shape[1])
+
+    def gallery(self, replaced: NDArray[np.bool_]) -> Tensor:
+        """[N, d_new] one matrix, where an old row has zeros beyond its own dimensions."""
+        mixed = torch.zeros_like(self.new)
+        mixed[:, : self.shared_width] = self.old[:, : self.shared_width]
+        at = torch.from_numpy(np.array(replaced)).to(mixed.device)
+        mixed[at] = self.new[at]
+        return mixed
+
+
+def mixed_search(query: Tensor, old: Tensor, new: Tensor, replaced: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`cosine_topk` of rows of which those at `replaced` are the new ones, each compared on what it has with the query.
+
+    Two searches, one ranking: a row's score does not depend on what else is in its gallery.
+    """
+    scores, ids = [], []
+    for rows, counts in ((old, ~replaced), (new, replaced)):
+        at = counts.nonzero()[:, 0]
+        width = min(query.shape[1], rows.shape[1])
+        found, places = cosine_topk(query[:, :width], rows[at, :width], k)
+        scores.append(found)
+        ids.append(torch.cat([at, at.new_tensor([-1])])[places])  # place -1 is the last
+    all_ids, by_row = torch.cat(ids, 1).sort(dim=1)
+    all_scores, by_score = torch.cat(scores, 1).gather(1, by_row).sort(dim=1, descending=True, stable=True)
+    return all_scores[:, :k].contiguous(), all_ids.gather(1, by_score)[:, :k].contiguous()
