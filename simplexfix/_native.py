@@ -153,7 +153,7 @@ def has_kernels(tensor: Tensor) -> bool:
 
 
 def _exports_to_onnx() -> bool:
-    """Whether ONNX, which has none of the library's operators, is being written."""
+    """True during an export to ONNX, which has none of the library's operators."""
     if torch.compiler.is_dynamo_compiling() or "torch.onnx" not in sys.modules:  # an import that takes a while
         return False
     return torch.onnx.is_in_onnx_export()

@@ -466,7 +466,7 @@ def mix_with_contrast(
     reduction: str,
     group: dist.ProcessGroup | None,
 ) -> Tensor:
-    """`hoc_loss` with any cross-entropy of `z`, which is computed once the other arguments are checked."""
+    """Mixes any cross-entropy of `z` with the contrast, as `hoc_loss` does; `classify` runs after the checks."""
     old = _as_dtype_of(z, old)
     check_new_and_old("z", z, old)
     check_share("lambda_", lambda_)
@@ -586,7 +586,7 @@ def _loss_dtype(features: Tensor) -> torch.dtype:
 
 
 def _as_dtype_of(new: Tensor, old: Tensor) -> Tensor:
-    """The old features in the dtype of the new ones, where autocast has chosen that."""
+    """Casts the old features to the dtype that autocast gave the new ones."""
     both = isinstance(new, Tensor) and isinstance(old, Tensor)
     if both and new.dtype != old.dtype and old.is_floating_point() and _under_autocast(new):
         return old.detach().to(new.dtype)

@@ -53,7 +53,7 @@ class SlotRegistry(nn.Module):
         # of a run count up by one; slots count up from the low end and down from the high end.
         self._given: list[tuple[str, int, int, int, int]] = []
         self._ends = {"low": 0, "high": num_slots - 1}
-        self._given_below = 0  # slots from 0 up to here have a class, and may have been given more by the journal
+        self._given_below = 0  # all slots below have a class; a lower bound until the journal is read
         # of lookup, on each device: class ids ascending, their slots
         self._tables: dict[tuple[str, torch.device], tuple[Tensor, Tensor]] = {}
         # Text that only grows: num_slots, then a line for each run and each lengthening of the last run.  The buffer
@@ -257,20 +257,20 @@ class SlotRegistry(nn.Module):
         self._read = (journal, None if journal.is_inference() else journal._version)  # the latter have no version
 
     def _read_journal(self) -> None:
-        """Adds what others have written into the buffer since it was read last."""
+        """Adds the classes that others have written into the buffer since it was read last."""
         journal = self._buffers["_journal"]
         assert journal is not None
         seen, version = self._read
         if journal.is_meta or (journal is seen and (version is None or journal._version == version)):
             return
-        self._mark_read()  # now: what follows asks for the runs again
+        self._mark_read()  # first: the next lines read the runs, which would call this again
         bits = journal.detach().cpu().float().numpy()
         size = np.count_nonzero(bits)
         try:
             text = np.packbits(bits[:size] > 0).tobytes().decode("ascii")
             if text != self._text:
                 self._replay(text)
-        except (IndexError, TypeError, ValueError):  # no journal: memory that to_empty left, or a mean of unlike ones
+        except (IndexError, TypeError, ValueError):  # no journal, or the mean of two that differ
             self._renew_journal()
 
     def _renew_journal(self) -> None:
@@ -280,11 +280,11 @@ class SlotRegistry(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SlotRegistry:
         self._read_journal()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._renew_journal()  # what to_empty leaves may be the journal of a registry that is no more
+        self._renew_journal()  # to_empty may leave the journal of a freed registry
         return self
 
     def _replay(self, text: str) -> None:
-        """Adds what a longer journal has.
+        """Adds the classes of a longer journal.
 
         Raises:
             IndexError, TypeError, ValueError: the text is no journal of as many slots, or takes a slot back.

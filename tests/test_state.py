@@ -170,6 +170,10 @@ def test_a_long_journal() -> None:
     copied = copy.deepcopy(slots)
     copied.add("more", range(0, 1000, 2), end="high")
     assert len(copied._journal) > len(slots._journal)
+    averaged = AveragedModel(slots, use_buffers=True)
+    averaged.update_parameters(slots)
+    with pytest.raises(RuntimeError, match="size"):  # as docs/training.md says: of another capacity
+        averaged.update_parameters(copied)
     slots._journal = torch.zeros_like(copied._journal).copy_(copied._journal)
     assert slots.to_dict() == copied.to_dict()
     assert SlotRegistry.from_dict(json.loads(json.dumps(slots.to_dict()))).to_dict() == slots.to_dict()

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._native import is_readable
+
 __all__ = ["LinearHead"]
 
 
@@ -36,7 +38,21 @@ class LinearHead(nn.Module):
         return self.scale * F.linear(F.normalize(features), F.normalize(self.classifier.weight))
 
     def loss(self, features: Tensor, target: Tensor) -> Tensor:
-        """Cross-entropy over the classes there are."""
+        """Cross-entropy over the classes there are.
+
+        Args:
+            features: [B, in_features].
+            target: [B] int64 class ids, or -100 for rows that do not count.
+
+        Raises:
+            ValueError: a label has no class, on the CPU.
+        """
+        if is_readable(target) and target.numel() and target.max().item() >= self.num_classes:
+            row = int((target >= self.num_classes).nonzero()[0])
+            raise ValueError(
+                f"target row {row} has label {int(target[row])}, the head has {self.num_classes} classes, from 0 on; "
+                "head.grow adds classes"
+            )
         return F.cross_entropy(self(features), target)
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Modules inside torch's wrappers, under the names that they have without them."""
+"""Strips torch's wrappers from a module and from the names of its tensors."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ __all__ = ["plain_names", "unwrapped"]
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The module itself, out of `torch.compile`, `DataParallel` and `DistributedDataParallel` in any order."""
+    """Returns the module inside `torch.compile`, `DataParallel` and `DistributedDataParallel`, in any order."""
     while (inner := _inner(module)) is not None:
         module = module.get_submodule(inner)
     return module
 
 
 def plain_names(module: nn.Module) -> dict[str, str]:
-    """Names of a state_dict -> names of the same tensors where no module within is wrapped."""
+    """Maps each name of the state_dict to the name that its tensor has where no module is wrapped."""
     found = []
     for name, part in module.named_modules(remove_duplicate=False):
         outer, inner = f"{name}." if name else "", _inner(part)
@@ -36,5 +36,5 @@ def plain_names(module: nn.Module) -> dict[str, str]:
 def _inner(module: nn.Module) -> str | None:
     if isinstance(module, (DataParallel, DistributedDataParallel)):
         return "module"
-    # the class of a compiled module is in torch._dynamo, which takes long to import
+    # isinstance would import torch._dynamo, which takes seconds
     return "_orig_mod" if "_orig_mod" in module._modules else None

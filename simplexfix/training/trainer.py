@@ -296,7 +296,7 @@ class _Log:
 
 
 def _fingerprint(model: EmbeddingModel) -> str:
-    """Of a model's state, with the head's classes as a dict: as the first checkpoints had them."""
+    """Fingerprints a model's state with the head's classes as a dict, the form of the first checkpoints."""
     state = model.state_dict()
     if isinstance(model.head, (CubeHead, OrthoplexHead, SimplexHead)):
         state["head._extra_state"] = decode_state(state["head._extra_state"])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from simplexfix import SlotRegistry
 from simplexfix.methods import BCT, ER, FD, Simplex
-from simplexfix.models import EmbeddingModel, FeatureMLP
+from simplexfix.models import EmbeddingModel, FeatureMLP, LinearHead
 
 WIDTH = 6
 
@@ -205,3 +205,14 @@ def wider() -> EmbeddingModel:
     model = EmbeddingModel(nn.Linear(5, 8), method.head(8))
     method.add_classes(model, range(3))
     return model.double()
+
+
+@pytest.mark.parametrize("classes", [0, 3])
+def test_a_learnable_head_refuses_labels_without_a_class(classes: int) -> None:
+    """A head without classes too: it has one row, so label 0 would pass."""
+    head = LinearHead(5)
+    head.grow(classes)
+    with pytest.raises(ValueError, match=rf"target row 1 has label {classes}, the head has {classes} classes, from 0"):
+        head.loss(torch.randn(3, 5), torch.tensor([-100, classes, -100]))
+    if classes:
+        assert head.loss(torch.randn(3, 5), torch.tensor([-100, classes - 1, 0])).isfinite()

@@ -110,6 +110,25 @@ def test_embeddings_are_the_same_to_the_bit(tmp_path: Path, name: str, head: str
     assert len(list((tmp_path / "model").iterdir())) == 2
 
 
+@pytest.mark.parametrize("kind", [SimplexHead, OrthoplexHead, CubeHead])
+def test_a_junction_with_a_bias_comes_back(tmp_path: Path, kind: type) -> None:
+    width = {"embedding_dim": 7} if kind is CubeHead else {}
+    model = trained(FeatureMLP(12, (16,)), (12,), kind.from_slots(registry(), 16, bias=True, **width))
+    model.save_pretrained(tmp_path)
+    again = EmbeddingModel.from_pretrained(tmp_path)
+    rows = torch.randn(9, 12)
+    assert again.head.junction.bias.any()
+    assert torch.equal(again.extract(rows), model.extract(rows))
+    assert again.identity() == model.identity()
+
+
+def test_the_fingerprint_in_a_gallery_stays_what_it_was() -> None:
+    """As the first version gave it, before a junction could have a bias and states held tensors alone."""
+    model = EmbeddingModel(FeatureMLP(2), SimplexHead(2, 3, num_slots=4))
+    model.head.junction.weight.data = torch.arange(6.0).view(3, 2)
+    assert model.identity().fingerprint == "ef7f9b83e44c62f195274622fdae38db940e790c5fcc46e726e63409915e99c9"
+
+
 def compiled(module: nn.Module) -> nn.Module:
     return torch.compile(module, backend="eager")
 
