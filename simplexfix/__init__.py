@@ -31,7 +31,7 @@ __all__ = [
     "polytopes",
 ]
 
-_MODULES = ("compatibility", "data", "functional", "methods", "models", "polytopes", "retrieval", "training")
+_MODULES = ("compatibility", "data", "functional", "labelled", "methods", "models", "polytopes", "report", "retrieval", "training")
 _HOMES = {
     "CosineIndex": "retrieval",
     "CubeHead": "heads",

@@ -8,10 +8,9 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, TextIO
 
-__all__ = ["console", "criteria_text", "printable", "standard_streams", "write_error"]
+__all__ = ["console", "criteria_text", "standard_streams", "write_error"]
 
 
 class _Descriptor(io.FileIO):
@@ -75,12 +74,6 @@ def console(stream: TextIO) -> Any:
     from rich.console import Console
 
     return Console(file=stream, highlight=False, soft_wrap=True, width=shutil.get_terminal_size().columns)
-
-
-def printable(name: str | Path) -> str:
-    """The name for terminals and pages: bytes that are no UTF-8 and control characters are escaped."""
-    text = str(name).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def criteria_text(criteria: Mapping[str, Any]) -> str:

@@ -19,22 +19,22 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import __version__
-from .._files import write_folder
-from ..compatibility import EvaluationReport, evaluate
+from .._files import read_text
+from .._text import printable
 from ..compatibility.statistics import check_confidence
 from ..labelled import VersionFeatures, check_versions, find_versions, is_version
+from ..report import EvaluationReport, evaluate
+from ..report.colours import LIGHT, readable, shade
+from ..report.folder import check_replaceable, content_of
 from ..retrieval import PROTOCOLS, RankDiedError, process_group, shard_rows
 from ..retrieval._ranks import Facts, Ranks
-from ._colours import LIGHT, readable, shade
-from ._terminal import console, printable
+from ._terminal import console
 
-MADE_BY = "simplexfix evaluate"
 NOT_EVALUATED = 2  # bad input, or a process of several that is gone
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from . import _figures, _page  # noqa: F401  # before anything is computed: what is missing is said at once
+    from ..report import figures  # noqa: F401  # before anything is computed: a missing package is reported at once
 
     rank = int(os.environ.get("RANK", "0"))
     try:
@@ -87,8 +87,6 @@ class _Input(NamedTuple):
 
 def _read(arguments: argparse.Namespace, *, first: bool = True) -> _Input:
     """All that is given, checked; `first`: on the process that writes."""
-    from . import _figures
-
     check_confidence(arguments.confidence)
     if arguments.gallery_images is not None and arguments.images is None:
         raise ValueError("--gallery-images needs --images: it is shown beside the queries")
@@ -115,7 +113,7 @@ def _read(arguments: argparse.Namespace, *, first: bool = True) -> _Input:
                     file=sys.stderr,
                 )
     images = {
-        part: _figures.read_paths(path, part, versions[0].items.given[part == "gallery"])
+        part: _read_paths(path, part, versions[0].items.given[part == "gallery"])
         for part, path in (("query", arguments.images), ("gallery", arguments.gallery_images))
         if path is not None and first
     }
@@ -132,33 +130,17 @@ def _hits_of_ranks(versions: Sequence[VersionFeatures], protocol: str, ranks: Ra
 
 
 def _write(arguments: argparse.Namespace, given: _Input, hits: list[list[NDArray[np.bool_]]] | None) -> None:
-    from . import _figures, _page
-
     report = evaluate(
         given.versions,
         protocol=arguments.protocol,
         widths=arguments.widths,
         confidence=arguments.confidence,
         hits=hits,
-        generator=np.random.default_rng(arguments.seed),
+        seed=arguments.seed,
     )
-    content = {
-        "made_by": MADE_BY,
-        "simplexfix": __version__,
-        "inputs": [printable(path) for path in given.paths],
-        "seed": arguments.seed,
-        "zero_rows": [dict(zip(("query", "gallery"), version.zero_rows, strict=True)) for version in given.versions],
-        **report.as_dict(),
-    }
-    text = json.dumps(content, indent=1, allow_nan=False)
-    sheet = _figures.load_sheet(report.regressions, given.images) if given.images else []
-    figures = _figures.draw(report, sheet)
-    files = {"report.json": f"{text}\n".encode(), "report.html": _page.render(report, content, figures, sheet).encode()}
-    files |= {f"figures/{name}": figure.light for name, figure in figures.items()}
-    check_replaceable(arguments.out)  # it has been minutes
-    write_folder(arguments.out, files)
+    report.save(arguments.out, given.images)
     if arguments.json:
-        print(text)
+        print(json.dumps(content_of(report), indent=1, allow_nan=False))
     else:
         _print(report, arguments.out)
 
@@ -188,41 +170,23 @@ def in_flags(error: Exception) -> str:
     return str(error).replace('widths="leading"', "--widths leading")
 
 
-def check_replaceable(out: Path) -> None:
-    """Nothing is there yet, or an empty folder, or a report with nothing else in it: what is deleted is our own.
+def _read_paths(file: Path, part: str, count: int) -> list[Path]:
+    """One image path per line, relative to the file's folder.
 
     Raises:
-        ValueError: something else is there.
-        FileNotFoundError: nor is the folder that it is to be in.
+        ValueError: not text, or not one line per item.
     """
-    from . import _figures
-
-    if not out.exists():
-        out.resolve().parent.stat()
-        return
-    if not out.is_dir():
-        raise ValueError(f"{out} is a file: --out names a folder")
-    if out.resolve() in (Path.cwd(), *Path.cwd().parents):
-        raise ValueError(f"{out} is where you are, and would be replaced under your feet: --out names another folder")
-    found = sorted(path.relative_to(out).as_posix() for path in out.rglob("*"))
-    if not found:
-        return
     try:
-        report = json.loads((out / "report.json").read_bytes())
-    except (OSError, ValueError):
-        report = None
-    if not isinstance(report, dict) or report.get("made_by") != MADE_BY:
-        raise ValueError(f"{out} is a folder of something else than a report; it stays as it is: --out names another")
-    ours = {"report.json", "report.html", "figures", *(f"figures/{name}" for name in _figures.NAMES)}
-    others = [name for name in found if name not in ours]
-    if others:
-        raise ValueError(f"{out} holds more than a report, {others[0]}; it stays as it is: move that, or name another")
+        lines = read_text(file).splitlines()
+    except ValueError as error:
+        raise ValueError(f"{file} must be text in UTF-8, a path per line: {error}") from None
+    if len(lines) != count:
+        raise ValueError(f"{file} has {len(lines)} lines, {part} has {count} rows: one image path per line")
+    return [file.parent / line for line in lines]
 
 
 def _print(report: EvaluationReport, out: Path) -> None:
     from rich.markup import escape
-
-    from ._page import verdict
 
     terminal = console(sys.stdout)
     counts = report.counts
@@ -254,7 +218,7 @@ def _print(report: EvaluationReport, out: Path) -> None:
             f"[{100 * upgrade.low:+.2f}, {100 * upgrade.high:+.2f}], {upgrade.losses} queries break, "
             f"{upgrade.gains} mend, p = {upgrade.p_value:.3g}"
         )
-    terminal.print(f"\n[bold]{escape(verdict(report).words)}[/bold]")
+    terminal.print(f"\n[bold]{escape(report.verdict.words)}[/bold]")
     terminal.print(f"{escape(str(out / 'report.html'))}, report.json and figures are written")
 
 

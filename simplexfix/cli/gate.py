@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from .._files import read_text, write_whole
+from .._text import printable
 from ..compatibility import DEFAULT_RULES, GateResult, Outcome, Rule, upgrade_gate
 from ..labelled import VersionFeatures
-from ._terminal import printable
 from .evaluate import in_flags
 
 PASSED, FAILED, BAD_INPUT = 0, 1, 2

@@ -18,7 +18,6 @@ from .matrix import compatibility_hits, compatibility_matrix
 from .orders import farthest_from_class_mean, lowest_margin
 from .pairs import PairReport, VersionPairs, compare_pairs
 from .regressions import Regression, worst_regressions
-from .report import Counts, Criteria, EvaluationReport, Ignored, QueriesInGallery, Upgrade, evaluate
 from .statistics import (
     Interval,
     McNemar,
@@ -36,20 +35,14 @@ __all__ = [
     "BackfillCurve",
     "Calibration",
     "CompatibilityTable",
-    "Counts",
-    "Criteria",
-    "EvaluationReport",
     "GateResult",
-    "Ignored",
     "Interval",
     "McNemar",
     "Outcome",
     "PairReport",
-    "QueriesInGallery",
     "Regression",
     "Rule",
     "ThresholdMove",
-    "Upgrade",
     "VersionPairs",
     "Violations",
     "average_accuracy",
@@ -65,7 +58,6 @@ __all__ = [
     "compatibility_matrix",
     "compatibility_table",
     "compatibility_tax",
-    "evaluate",
     "exact_interval",
     "farthest_from_class_mean",
     "forward_compatibility",

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from .. import __version__
 from .._files import write_whole
 from .._seeds import mixed_seed, seeded
-from ..compatibility import evaluate
 from ..labelled import LabelledItems
 from ..models import EmbeddingModel, FeatureMLP, ResNet18, SmallConvNet, external_backbone
+from ..report import evaluate
 from ..slots import SlotRegistry
 from . import processes
 from .config import ConfigError, plain, read_config

@@ -1,19 +1,20 @@
-"""Everything that is said about model versions, computed once: what `simplexfix evaluate` prints, draws and writes."""
+"""The evaluation of model versions: every number is computed once and kept in an `EvaluationReport`."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .._checks import check_name
-from ..labelled import LabelledItems, VersionFeatures, check_versions, ignoring
-from ..retrieval.protocols import PROTOCOLS, Protocol, read_protocol
-from .backfill import BackfillCurve, backfill_curve
-from .criteria import (
+from .._checks import check_integer, check_name
+from .._text import printable
+from ..compatibility.backfill import BackfillCurve, backfill_curve
+from ..compatibility.criteria import (
     CompatibilityTable,
     average_accuracy,
     average_compatibility,
@@ -22,12 +23,15 @@ from .criteria import (
     flips,
     forward_compatibility,
 )
-from .inequalities import Violations, sampled_violations
-from .matrix import compatibility_hits
-from .orders import ORDERS
-from .pairs import PairReport, compare_pairs
-from .regressions import Regression, worst_regressions
-from .statistics import bootstrap_cells, bootstrap_gain, check_confidence, mcnemar_test
+from ..compatibility.inequalities import Violations, sampled_violations
+from ..compatibility.matrix import compatibility_hits
+from ..compatibility.orders import ORDERS
+from ..compatibility.pairs import PairReport, compare_pairs
+from ..compatibility.regressions import Regression, worst_regressions
+from ..compatibility.statistics import bootstrap_cells, bootstrap_gain, check_confidence, mcnemar_test
+from ..labelled import LabelledItems, VersionFeatures, check_versions, ignoring
+from ..retrieval.protocols import PROTOCOLS, Protocol, read_protocol
+from .verdict import Verdict, verdict
 
 __all__ = ["Counts", "Criteria", "EvaluationReport", "Upgrade", "evaluate"]
 
@@ -167,6 +171,9 @@ class EvaluationReport:
             1; None where all pairs are of one kind.
         violations: of the two inequalities by the last upgrade, by 5,000 drawn queries and 20,000 drawn gallery items
             where there are more, the same ones in every call; None for T = 1 and for versions of different width.
+        inputs: the files of the versions, or their names.
+        zero_rows: [T, 2] rows of query and of gallery that are zero; they have no direction.
+        seed: of the bootstrap and of what was drawn.
     """
 
     names: tuple[str, ...]
@@ -185,6 +192,14 @@ class EvaluationReport:
     backfill: tuple[BackfillCurve, ...]
     pairs: PairReport | None
     violations: Violations | None
+    inputs: tuple[str, ...]
+    zero_rows: tuple[tuple[int, int], ...]
+    seed: int
+
+    @property
+    def verdict(self) -> Verdict:
+        """What the last upgrade does to the gallery that is in service."""
+        return verdict(self)
 
     @property
     def last_upgrade(self) -> Upgrade | None:
@@ -279,6 +294,37 @@ class EvaluationReport:
             else {"old": last.old, "new": last.new, **self.violations.as_dict()},
         }
 
+    def to_html(self, images: Mapping[str, Sequence[Path]] | None = None) -> str:
+        """The page: figures, tables and their explanation in one file that loads nothing from elsewhere.
+
+        Args:
+            images: as of `save`.
+
+        Raises:
+            ModuleNotFoundError: matplotlib or Pillow is missing.
+            ValueError: as `save`.
+        """
+        from .folder import files_of
+
+        return files_of(self, images)["report.html"].decode()
+
+    def save(self, folder: str | os.PathLike[str], images: Mapping[str, Sequence[Path]] | None = None) -> None:
+        """Writes report.json, report.html and figures; an older report in the folder is replaced as a whole.
+
+        Args:
+            folder: a new or empty folder, or one that holds a report and nothing else.
+            images: paths of the images of "query" and, besides, of "gallery", one per item as it was given: the page
+                shows the worst regressions by them.
+
+        Raises:
+            ModuleNotFoundError: matplotlib or Pillow is missing.
+            OSError: the folder cannot be written; a report that was there is as before.
+            ValueError: the folder holds something else; images that are not one per item or cannot be read.
+        """
+        from .folder import save
+
+        save(self, Path(folder), images)
+
 
 def evaluate(
     versions: Sequence[VersionFeatures],
@@ -288,7 +334,7 @@ def evaluate(
     confidence: float = 0.95,
     ignored_labels: Sequence[int | str] = (),
     hits: Sequence[Sequence[NDArray[np.bool_]]] | None = None,
-    generator: np.random.Generator | None = None,
+    seed: int = 0,
 ) -> EvaluationReport:
     """Judges T versions by the same queries and gallery, from features and labels alone.
 
@@ -303,7 +349,7 @@ def evaluate(
         ignored_labels: as of `LabelledItems`, beside those that the items ignore already.
         hits: of these versions by this protocol, as of `compatibility_hits`, where processes found them together;
             None: found here.
-        generator: of the bootstrap; None: `np.random.default_rng(0)`.
+        seed: of the bootstrap, and of queries and items that are drawn where there are many; in [0, 2^31).
 
     Raises:
         TypeError, ValueError: as `compatibility_matrix`; names that are not T different ones; hits of
@@ -312,6 +358,8 @@ def evaluate(
     protocol = read_protocol(protocol, needs="hits")
     check_name("protocol", protocol.name, PROTOCOLS)
     check_confidence(confidence)
+    if not 0 <= check_integer("seed", seed) < 2**31:
+        raise ValueError(f"seed must lie in [0, 2^31), got {seed}")
     versions = check_versions(versions)
     names = [str(version.name) for version in versions]
     if len(set(names)) != len(names):
@@ -319,7 +367,7 @@ def evaluate(
     if len(ignored_labels):
         versions = ignoring(versions, ignored_labels)
     items, count = versions[0].items, len(versions[0].items.query_labels)
-    generator = np.random.default_rng(0) if generator is None else generator
+    generator = np.random.default_rng(seed)
     if hits is None:
         hits = compatibility_hits(versions, protocol, widths=widths)
     intervals = bootstrap_cells(hits, confidence=confidence, generator=generator)
@@ -357,6 +405,9 @@ def evaluate(
         backfill=() if new is None else _backfill(old, new, protocol, widths, generator),
         pairs=compare_pairs(old, new, confidence=confidence, generator=generator),
         violations=sampled_violations(old, new) if new is not None and one_width else None,
+        inputs=tuple(printable(version.name or "" if version.path is None else version.path) for version in versions),
+        zero_rows=tuple(version.zero_rows for version in versions),
+        seed=seed,
     )
 
 

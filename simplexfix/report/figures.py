@@ -23,13 +23,13 @@ from matplotlib.patches import Patch
 from matplotlib.text import Text
 from PIL import Image, ImageOps
 
-from .._files import read_text
-from ..compatibility import EvaluationReport, Regression, VersionPairs
+from ..compatibility import Regression, VersionPairs
 from ..compatibility.pairs import HISTOGRAM_BINS
 from ..retrieval.verification import score_histogram
-from ._colours import DARK, LIGHT, Theme, readable, shade
+from .colours import DARK, LIGHT, Theme, readable, shade
+from .evaluation import EvaluationReport
 
-__all__ = ["Drawn", "Shown", "draw", "load_sheet", "read_paths"]
+__all__ = ["Drawn", "Shown", "draw", "load_sheet"]
 
 SHOWN = 24  # regressions as images
 PIXELS = 160  # of an image's longer side
@@ -53,10 +53,6 @@ class Shown:
     images: dict[str, Image.Image]
 
 
-# all that a report may hold
-NAMES = ("matrix.svg", "flips.svg", "backfill.svg", "roc.svg", "scores.svg", "regressions.png")
-
-
 def draw(report: EvaluationReport, sheet: Sequence[Shown]) -> dict[str, Drawn]:
     """File name -> figure."""
     figures = {"matrix.svg": _both(lambda theme: _matrix(report, theme), _matrix_words(report))}
@@ -76,21 +72,6 @@ def draw(report: EvaluationReport, sheet: Sequence[Shown]) -> dict[str, Drawn]:
             lambda theme: _sheet(sheet, theme), "The worst regressions as images.", "png"
         )
     return figures
-
-
-def read_paths(file: Path, part: str, count: int) -> list[Path]:
-    """One image path per line, relative to the file's folder.
-
-    Raises:
-        ValueError: not text, or not one line per item.
-    """
-    try:
-        lines = read_text(file).splitlines()
-    except ValueError as error:
-        raise ValueError(f"{file} must be text in UTF-8, a path per line: {error}") from None
-    if len(lines) != count:
-        raise ValueError(f"{file} has {len(lines)} lines, {part} has {count} rows: one image path per line")
-    return [file.parent / line for line in lines]
 
 
 def load_sheet(regressions: Sequence[Regression], paths: Mapping[str, Sequence[Path]]) -> list[Shown]:

@@ -1,0 +1,61 @@
+"""What the last upgrade of a report means for a service, in words."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from .evaluation import EvaluationReport
+
+__all__ = ["Verdict", "verdict"]
+
+
+class Verdict(NamedTuple):
+    """The last upgrade in words.
+
+    Attributes:
+        tone: "good", "unsure" or "bad".
+        words: one sentence.
+        then: what that means for the service.
+    """
+
+    tone: str
+    words: str
+    then: str
+
+
+def verdict(report: EvaluationReport) -> Verdict:
+    """The verdict on the last upgrade: good or bad where interval and exact test agree at the report's confidence."""
+    upgrade = report.last_upgrade
+    if upgrade is None:
+        words = f"{report.names[0]} finds {100 * report.matrix[0, 0]:.1f} % of its queries."
+        return Verdict("unsure", words, "With one version there is no upgrade to judge.")
+    old, new = report.names[upgrade.old], report.names[upgrade.new]
+    sure = f"at {100 * report.confidence:g} % confidence"
+    if upgrade.low > 0 and upgrade.p_value <= 1 - report.confidence:
+        return Verdict(
+            "good",
+            f"{new} may search the gallery of {old} as it is.",
+            f"It finds more there than {old} itself, {sure}: the upgrade needs no re-extraction.",
+        )
+    if upgrade.high < 0 and upgrade.p_value <= 1 - report.confidence:
+        return Verdict(
+            "bad",
+            f"{new} is not compatible with {old}.",
+            f"It finds less in the gallery of {old} than {old} itself, {sure}: extract the gallery again before "
+            "switching, or train with compatibility.",
+        )
+    if not upgrade.gains and not upgrade.losses:
+        return Verdict(
+            "unsure",
+            f"{new} answers every query as {old} does.",
+            f"On the gallery of {old} none of {report.counts.queries} queries is mended and none breaks.",
+        )
+    how = "more" if upgrade.gain > 0 else "less" if upgrade.gain < 0 else "as much"
+    than = "than" if upgrade.gain else "as"
+    return Verdict(
+        "unsure",
+        f"Whether {new} is compatible with {old} is not sure.",
+        f"It finds {how} in the gallery of {old} {than} {old} itself, but {report.counts.queries} queries do not tell "
+        f"that from chance {sure}.",
+    )
