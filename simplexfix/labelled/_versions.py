@@ -68,7 +68,7 @@ class VersionFeatures:
                 query_groups=arrays.get("query_groups"),
                 ignored_labels=ignored_labels,
             )
-            version = items.version(arrays["query"], arrays["gallery"], name=name)
+            version = items.version(arrays["query"], arrays["gallery"])
             for part in (version.query, version.gallery):
                 if not len(part.rows):
                     raise ValueError(f"{part.name} has no rows")
@@ -79,14 +79,12 @@ class VersionFeatures:
                 )
             _check_equal_width(version.query, version.gallery)
         except (TypeError, ValueError) as error:
-            message = str(error) if name is None else str(error).replace(f"{name}.", "", 1)
-            raise FeatureFileError(f"{path}: {message}") from None
-        called = name or (path.name if path.is_dir() else path.stem)
+            raise FeatureFileError(f"{path}: {error}") from None
         return replace(
             version,
             query=version.query.renamed(f"{path}: query"),
             gallery=version.gallery.renamed(f"{path}: gallery"),
-            name=called,
+            name=name or (path.name if path.is_dir() else path.stem),
             path=path,
         )
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -258,3 +261,22 @@ def test_columns_as_a_version(tmp_path) -> None:
     version = items.version(pandas_column(ROWS), arrow_fixed(ROWS), name="v0")
     assert version.bit_equal == 5
     assert version.zero_rows == (0, 0)
+
+
+def test_the_program_of_the_evaluation_page_runs() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    rng = np.random.default_rng(0)
+    labels = np.arange(120) % 6
+    rows = [rng.standard_normal((120, 8)) + 2 * np.eye(8)[labels] for _ in range(2)]
+    of = {
+        "query_labels": labels[:60],
+        "gallery_labels": labels,
+        "query_ids": np.arange(60),
+        "gallery_ids": np.arange(120),
+    }
+    names = dict(of, old_query=rows[0][:60], old_gallery=rows[0], new_query=rows[1][:60], new_gallery=rows[1])
+    exec(program, names)
+    assert names["report"].names == ("v0", "v1")
+    assert names["report"].queries_in_gallery.left_out_by_id == 60
+    assert 0 < names["recall"] <= 1
