@@ -14,7 +14,7 @@ from .. import _reference
 from .._checks import check_name
 from ..functional import cosine_topk
 from ..labelled import Ids, VersionFeatures, check_versions, read_ids
-from ..retrieval.class_means import ClassSums
+from ..retrieval.class_means import class_sums
 from .statistics import check_generator
 
 __all__ = ["farthest_from_class_mean", "lowest_margin"]
@@ -84,8 +84,8 @@ def _with_templates(old: VersionFeatures) -> tuple[Tensor, Tensor, Tensor]:
     """[N, d] rows, [N] the place of each row's class, [C, d] sums of classes."""
     (old,) = check_versions([old], ["old"])
     rows = old.gallery.whole()
-    sums = ClassSums.of(old.gallery, old.items.gallery_labels)
-    return rows, torch.from_numpy(sums.places).to(rows.device), sums.sums.float()
+    classes = old.items.gallery_classes
+    return rows, torch.from_numpy(classes.places).to(rows.device), class_sums(old.gallery, classes).float()
 
 
 def _own_scores(rows: Tensor, index: Tensor, sums: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from ._files import FeatureFileError, read_arrays
 from ._items import LabelledItems
 from ._rows import FeatureRows
 
-__all__ = ["VersionFeatures", "check_versions"]
+__all__ = ["VersionFeatures", "check_versions", "ignoring"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,10 +135,6 @@ class VersionFeatures:
     ) -> VersionFeatures:
         """These queries and gallery items, by their places; None: all.  Rows are read when they are asked for."""
         return self._of(self.items.take(queries, gallery), queries, gallery)
-
-    def ignoring(self, labels: Sequence[int | str]) -> VersionFeatures:
-        """Without the gallery items and queries of these classes: `LabelledItems.ignoring`."""
-        return ignoring([self], labels)[0] if len(labels) else self
 
     def _of(
         self, items: LabelledItems, queries: NDArray[np.int64] | None, gallery: NDArray[np.int64] | None
