@@ -77,7 +77,11 @@ class VersionFeatures:
                 raise ValueError(
                     f"query is {version.query.dtype} and gallery is {version.gallery.dtype}: save both alike"
                 )
-            _check_equal_width(version.query, version.gallery)
+            if version.query.width != version.gallery.width:
+                raise ValueError(
+                    f"query has {version.query.width} columns, gallery has {version.gallery.width}: "
+                    "both must be by one model"
+                )
         except (TypeError, ValueError) as error:
             raise FeatureFileError(f"{path}: {error}") from None
         return replace(
