@@ -28,7 +28,7 @@ class BackfillCurve:
         shares: [S] float64, of the gallery's rows by the new model: 0, ..., 1.
         scores: [S] float64, M at each.
         hits: [S, Q] bool, which queries were right; None where the protocol has only a score.
-        order: [N] int64, the gallery rows in the order in which they are replaced.
+        order: [N] int64, the gallery rows, as they were given, in the order in which they are replaced.
         order_name: what was asked for; "given" for a permutation.
         protocol: its name.
         queries: Q.
@@ -173,13 +173,13 @@ def mixed_topk(
 
     Args:
         old, new: versions of the same items; rows that do not count are to be finite too (zeros will do).
-        replaced: [N] bool, which rows are by the new model.
+        replaced: [N] bool, which rows are by the new model, of all that were given.
         k: at least 1.  Where the gallery has fewer rows, id -1 with score -inf follows.
         queries: by which model, "new" or "old".
         widths: "equal" or "leading".
 
     Returns:
-        scores [Q, k] float32 descending, ids [Q, k] int64, gallery rows; order is by score, then by lower row.
+        scores [Q, k] float32 descending, ids [Q, k] int64, gallery rows as given; order is by score, then by lower row.
 
     Raises:
         TypeError, ValueError: as `backfill_curve`; `replaced` is not bool or not one per row, or k below 1.
@@ -190,10 +190,13 @@ def mixed_topk(
     for searched in (old, new):
         searched.pair(by, widths)
     is_new = read_hits("replaced", replaced, "whether each row is by the new model")
-    if len(is_new) != len(old.gallery):
-        raise ValueError(f"replaced must have shape [{len(old.gallery)}], one per row, got {list(is_new.shape)}")
+    rows, given = old.items.gallery_rows, old.items.given[1]
+    if len(is_new) != given:
+        raise ValueError(f"replaced must have shape [{given}], one per row, got {list(is_new.shape)}")
     mixture = Mixture.read(by.query, old.gallery, new.gallery)
-    return mixed_search(*mixture, torch.from_numpy(np.array(is_new)).to(mixture.old.device), k)
+    device = mixture.old.device
+    scores, places = mixed_search(*mixture, torch.from_numpy(is_new[rows]).to(device), k)
+    return scores, torch.tensor([*rows, -1], device=device)[places]  # place -1 is the last
 
 
 def _measure(

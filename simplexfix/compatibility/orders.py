@@ -14,7 +14,7 @@ from .. import _reference
 from .._checks import check_name
 from ..functional import cosine_topk
 from ..labelled import Ids, VersionFeatures, check_versions, read_ids
-from ..retrieval.class_means import ClassSums
+from ..retrieval.class_means import class_sums
 from .statistics import check_generator
 
 __all__ = ["farthest_from_class_mean", "lowest_margin"]
@@ -35,12 +35,12 @@ def farthest_from_class_mean(old: VersionFeatures) -> NDArray[np.int64]:
         old: the version whose gallery is replaced; its queries are not read.
 
     Returns:
-        [N] int64 row numbers, a permutation.
+        [N] int64 row numbers as they were given, a permutation of those that are not ignored.
 
     Raises:
         TypeError, ValueError: as `backfill_curve`.
     """
-    return _ascending(_own_scores(*_with_templates(old)))
+    return old.items.gallery_rows[_ascending(_own_scores(*_with_templates(old)))]
 
 
 def lowest_margin(old: VersionFeatures) -> NDArray[np.int64]:
@@ -54,38 +54,39 @@ def lowest_margin(old: VersionFeatures) -> NDArray[np.int64]:
     rows, index, sums = _with_templates(old)
     scores, nearest = cosine_topk(rows, sums, 2)
     other = torch.where(nearest[:, 0] == index, scores[:, 1], scores[:, 0])  # -inf where there is one class
-    return _ascending(_own_scores(rows, index, sums).double() - other.double())
+    return old.items.gallery_rows[_ascending(_own_scores(rows, index, sums).double() - other.double())]
 
 
 def read_order(
     order: str | Ids, old: VersionFeatures, generator: np.random.Generator | None
 ) -> tuple[str, NDArray[np.int64]]:
-    """An order's name, "given" for a permutation, and its [N] rows.
+    """An order's name, "given" for a permutation, and the [N] places of its rows among those that count.
 
     Raises:
         TypeError, ValueError: neither a name nor a permutation, or no generator.
     """
-    count = len(old.gallery)
+    count, given = len(old.gallery), old.items.gallery_rows
     if not isinstance(order, str):
-        rows = read_ids("order", order, old.gallery.name, count, unique=True).copy()
-        bad = np.flatnonzero((rows < 0) | (rows >= count))
+        rows = read_ids("order", order, old.gallery.name, count, unique=True)
+        bad = np.flatnonzero(~np.isin(rows, given))
         if len(bad):
-            raise ValueError(f"order must hold the rows 0 to {count - 1}, each once, got {rows[bad[0]]}")
-        return "given", rows
+            ignored = ", but for ignored ones" if old.items.ignored_labels else ""
+            raise ValueError(f"order must hold the rows 0 to {given[-1]}{ignored}, each once, got {rows[bad[0]]}")
+        return "given", np.searchsorted(given, rows)
     check_name("order", order, ORDERS)
     generator = check_generator(generator)
     if order == "random":
         return order, generator.permutation(count).astype(np.int64)
     by_features = {"farthest_from_class_mean": farthest_from_class_mean, "lowest_margin": lowest_margin}
-    return order, by_features[order](old)
+    return order, np.searchsorted(given, by_features[order](old))
 
 
 def _with_templates(old: VersionFeatures) -> tuple[Tensor, Tensor, Tensor]:
     """[N, d] rows, [N] the place of each row's class, [C, d] sums of classes."""
     (old,) = check_versions([old], ["old"])
     rows = old.gallery.whole()
-    sums = ClassSums.of(old.gallery, old.items.gallery_labels)
-    return rows, torch.from_numpy(sums.places).to(rows.device), sums.sums.float()
+    classes = old.items.gallery_classes
+    return rows, torch.from_numpy(classes.places).to(rows.device), class_sums(old.gallery, classes).float()
 
 
 def _own_scores(rows: Tensor, index: Tensor, sums: Tensor) -> Tensor:

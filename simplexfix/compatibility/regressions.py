@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from .._checks import check_integer, check_name
 from ..functional import cosine_topk
 from ..labelled import FeatureRows, VersionFeatures, check_versions, read_hits, row_slices, unit_rows
-from ..retrieval.class_means import ClassSums
+from ..retrieval.class_means import class_sums
 from ..retrieval.protocols import PROTOCOLS, Protocol, read_protocol
 from .criteria import flips
 
@@ -131,36 +131,37 @@ class _Search:
         self.queries, self.gallery = version.query, version.gallery
         self.width = version.query.width
         self.labels, self.excluded = version.items.query_labels, version.items.excluded
-        self.sums = ClassSums.of(version.gallery, version.items.gallery_labels)
-        order = np.argsort(self.sums.places, kind="stable")
-        self.members = np.split(order, np.cumsum(self.sums.sizes)[:-1])
+        self.classes = version.items.gallery_classes
+        order = np.argsort(self.classes.places, kind="stable")
+        self.members = np.split(order, np.cumsum(self.classes.sizes)[:-1])
 
     def templates(self, lost: Integers) -> tuple[Integers, Floats, Floats]:
         """Each query's best other class, its score, and the own class's."""
-        unit = unit_rows(self.sums.sums.float().cpu().numpy())
-        own = self.sums.find(self.labels[lost])
+        sums = class_sums(self.gallery, self.classes).cpu()
+        unit = unit_rows(sums.float().numpy())
+        own = self.classes.find(self.labels[lost])
         found, score, own_score = np.empty_like(own), np.empty(len(lost)), np.empty(len(lost))
         for rows in row_slices(len(lost), len(unit)):
             queries = self._unit(self.queries, lost[rows])
             scores = queries @ unit.T
-            self._leave_out(scores, queries, lost[rows])
+            self._leave_out(scores, queries, lost[rows], sums)
             at = np.arange(len(scores))
             own_score[rows] = scores[at, own[rows]]
             scores[at, own[rows]] = -np.inf
             found[rows] = scores.argmax(axis=1)
             score[rows] = scores[at, found[rows]]
-        return self.sums.classes[found], score, own_score
+        return self.classes.ids[found], score, own_score
 
-    def _leave_out(self, scores: Floats, queries: Floats, at: Integers) -> None:
+    def _leave_out(self, scores: Floats, queries: Floats, at: Integers, sums: torch.Tensor) -> None:
         """Scores of the classes that a query is an item of, without it."""
         itself = self.excluded[at]
         some = np.flatnonzero(itself >= 0)
         if not len(some):
             return
-        of = self.sums.places[itself[some]]
+        of = self.classes.places[itself[some]]
         rows = self.gallery.take(itself[some]).block(0, len(some)).astype(np.float64)
-        rest = unit_rows((self.sums.sums[torch.from_numpy(of)].cpu().numpy() - rows).astype(np.float32))
-        alone = self.sums.sizes[of] == 1
+        rest = unit_rows((sums.numpy()[of] - rows).astype(np.float32))
+        alone = self.classes.sizes[of] == 1
         scores[some, of] = np.where(alone, -np.inf, np.einsum("ij,ij->i", queries[some], rest))
 
     def items(self, lost: Integers) -> tuple[Integers, Floats, Floats]:
@@ -190,7 +191,7 @@ class _Search:
     def nearest_of_class(self, at: Integers, label: np.integer[Any]) -> tuple[Floats, Integers]:
         """Score and gallery row of each query's nearest item among those of a class, of the first where some tie."""
         unit = self._unit(self.queries, at)
-        members = self.members[int(np.searchsorted(self.sums.classes, label))]
+        members = self.members[int(np.searchsorted(self.classes.ids, label))]
         best, nearest = np.full(len(unit), -np.inf), np.zeros(len(unit), dtype=np.int64)
         for rows in row_slices(len(members), max(self.width, len(unit))):
             scores = unit @ self._unit(self.gallery, members[rows]).T

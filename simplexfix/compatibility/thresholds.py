@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .._checks import check_name, check_number
-from ..labelled import Ids, VersionFeatures, check_versions, read_ids
+from ..labelled import Ids, LabelledItems, VersionFeatures, check_versions, read_ids
 from ..retrieval.verification import (
     BINS,
     STEPS,
@@ -104,7 +104,7 @@ def upgrade_threshold(
     rng = check_options(confidence, resamples, generator)
     check_name("gallery", gallery, ("old", "new"))
     old, new = check_versions((old, new), ("old", "new"))
-    groups = _groups(query_groups, len(old.query))
+    groups = _groups(query_groups, old.items)
     old, new = old.pair(old, widths), (old if gallery == "old" else new).pair(new, widths)
     old_results, new_results = VerificationResults.compare(old), VerificationResults.compare(new)
     before = tar_at_far(old_results, far) if threshold is None else old_results.at(threshold)  # type: ignore[arg-type]
@@ -219,11 +219,12 @@ def calibrate_scores(results: VerificationResults, *, prior: float | None = None
     return Calibration(fit.X_thresholds_.astype(np.float64), fit.y_thresholds_.astype(np.float64), float(prior))
 
 
-def _groups(query_groups: Ids | None, queries: int) -> NDArray[np.int64]:
+def _groups(query_groups: Ids | None, items: LabelledItems) -> NDArray[np.int64]:
     """[Q] the number of each query's group, from 0."""
     if query_groups is None:
-        return np.arange(queries)
-    found, groups = np.unique(read_ids("query_groups", query_groups, "old.query", queries), return_inverse=True)
+        return np.arange(len(items.query_labels))
+    given = read_ids("query_groups", query_groups, "old.query", items.given[0])
+    found, groups = np.unique(given[items.query_rows], return_inverse=True)
     if len(found) < 2:
         raise ValueError("query_groups must be at least 2: one says nothing of how they differ")
     return groups

@@ -2,13 +2,14 @@
 
 from ._columns import Ids, Rows, read_hits, read_ids, read_integers
 from ._files import FeatureFileError, find_versions, is_version, load_rows
-from ._items import LabelledItems
+from ._items import GalleryClasses, LabelledItems
 from ._rows import FeatureRows, row_slices, row_squares, unit_rows
 from ._versions import VersionFeatures, check_versions, ignoring
 
 __all__ = [
     "FeatureFileError",
     "FeatureRows",
+    "GalleryClasses",
     "Ids",
     "LabelledItems",
     "Rows",

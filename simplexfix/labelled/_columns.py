@@ -286,7 +286,7 @@ def _unlike(name: str, row: int, length: int, first: int, first_length: int) -> 
 
 
 def _check_floating(name: str, array: NDArray[Any]) -> None:
-    if (array.dtype.kind == "f" and array.dtype.itemsize <= 8) or array.dtype.name == "bfloat16":
+    if (array.dtype.kind == "f" and 2 <= array.dtype.itemsize <= 8) or array.dtype.name == "bfloat16":
         return
     kind = array.dtype.kind
     if kind == "V" and array.dtype.names is None and array.dtype.name.startswith("void"):

@@ -47,6 +47,8 @@ def read_arrays(path: Path) -> Mapping[str, Any]:
     try:
         if path.is_dir() and not any((path / f"{part}.parquet").is_file() for part in PARTS):
             arrays: Mapping[str, Any] = _read_folder(path)
+        elif path.is_dir() and any((path / f"{key}.npy").is_file() for key in REQUIRED):
+            raise FeatureFileError(f"{path} holds .npy and .parquet files: keep one of the two forms in a folder")
         elif path.is_dir() or path.suffix == ".parquet":
             arrays = _read_parquet(path)
         elif path.suffix == ".npz":

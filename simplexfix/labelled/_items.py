@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from copy import copy
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,10 +16,23 @@ from ._rows import FeatureRows
 if TYPE_CHECKING:
     from ._versions import VersionFeatures
 
-__all__ = ["LabelledItems"]
+__all__ = ["GalleryClasses", "LabelledItems"]
 
 _WHY_LABELS = "class ids are integers from end to end, for a float32 holds none above 2^24 exactly"
 _WHY_IDS = "ids are integers from end to end"
+
+
+class GalleryClasses(NamedTuple):
+    """Attributes: ids: [C] int64, ascending; places: [N] each item's class among them; sizes: [C] items of each."""
+
+    ids: NDArray[np.int64]
+    places: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+
+    def find(self, labels: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The place of each label's class, -1 where there is none."""
+        place = np.searchsorted(self.ids, labels).clip(max=len(self.ids) - 1)
+        return np.where(self.ids[place] == labels, place, -1)
 
 
 class LabelledItems:
@@ -85,9 +100,9 @@ class LabelledItems:
         self.given = len(self.query_labels), len(self.gallery_labels)
         self.query_rows, self.gallery_rows = (np.arange(count) for count in self.given)
         self.ignored_labels: tuple[int | str, ...] = ()
-        self._finish()
+        self._keep(None, None)
         if len(ignored_labels):
-            self.__dict__.update(self.ignoring(ignored_labels).__dict__)
+            self._ignore(ignored_labels)
 
     def version(self, query: Rows, gallery: Rows, *, name: str | None = None) -> VersionFeatures:
         """What one model extracted of these items.
@@ -120,43 +135,31 @@ class LabelledItems:
         Raises:
             ValueError: a label that no item has, or no query is left.
         """
-        numbers = [self._number(label) for label in labels]
-        for label, number in zip(labels, numbers, strict=True):
-            if not (self.query_labels == number).any() and not (self.gallery_labels == number).any():
-                raise ValueError(f"ignored_labels holds {label!r}, which is the label of no query and no gallery item")
-        kept = [np.flatnonzero(np.isin(of, numbers, invert=True)) for of in (self.query_labels, self.gallery_labels)]
-        if not len(kept[0]):
-            raise ValueError(f"no query is left without the labels {', '.join(map(str, labels))}")
-        out = self.take(*kept)
-        out.ignored_labels = tuple(sorted({*self.ignored_labels, *labels}, key=str))
+        out = copy(self)
+        out._ignore(labels)
         return out
 
     def take(self, queries: NDArray[np.int64] | None = None, gallery: NDArray[np.int64] | None = None) -> LabelledItems:
         """These queries and these gallery items, by their places here; None: all."""
-        out = LabelledItems.__new__(LabelledItems)
-        out.__dict__.update(self.__dict__)
-        for at, names in (
-            (queries, ("query_labels", "query_ids", "query_groups", "query_rows")),
-            (gallery, ("gallery_labels", "gallery_ids", "gallery_rows")),
-        ):
-            if at is not None:
-                for name in names:
-                    whole = getattr(self, name)
-                    setattr(out, name, None if whole is None else whole[at])
-        out._finish()
+        out = copy(self)
+        out._keep(queries, gallery)
         return out
 
     def __repr__(self) -> str:
         return f"LabelledItems of {len(self.query_labels)} queries and {len(self.gallery_labels)} gallery items"
+
+    @cached_property
+    def gallery_classes(self) -> GalleryClasses:
+        """The classes of the gallery."""
+        return GalleryClasses(*np.unique(self.gallery_labels, return_inverse=True, return_counts=True))
 
     @property
     def num_relevant(self) -> NDArray[np.int64]:
         """[Q] gallery items of the query's class, without itself."""
         if not len(self.gallery_labels):
             return np.zeros(len(self.query_labels), dtype=np.int64)
-        classes, counts = np.unique(self.gallery_labels, return_counts=True)
-        place = np.searchsorted(classes, self.query_labels).clip(max=len(classes) - 1)
-        found: NDArray[np.int64] = np.where(classes[place] == self.query_labels, counts[place], 0)
+        place = self.gallery_classes.find(self.query_labels)
+        found: NDArray[np.int64] = np.where(place >= 0, self.gallery_classes.sizes[place], 0)
         itself = self.excluded >= 0
         found[itself] -= self.gallery_labels[self.excluded[itself]] == self.query_labels[itself]
         return found
@@ -169,8 +172,27 @@ class LabelledItems:
                 raise ValueError(f"ignored_labels holds {label!r}, and labels are integers") from None
         return self.label_names.index(str(label)) if str(label) in self.label_names else -1
 
-    def _finish(self) -> None:
-        """`excluded`, and all arrays read-only."""
+    def _ignore(self, labels: Sequence[int | str]) -> None:
+        numbers = [self._number(label) for label in labels]
+        for label, number in zip(labels, numbers, strict=True):
+            if not (self.query_labels == number).any() and not (self.gallery_labels == number).any():
+                raise ValueError(f"ignored_labels holds {label!r}, which is the label of no query and no gallery item")
+        kept = [np.flatnonzero(np.isin(of, numbers, invert=True)) for of in (self.query_labels, self.gallery_labels)]
+        if not len(kept[0]):
+            raise ValueError(f"no query is left without the labels {', '.join(map(str, labels))}")
+        self._keep(*kept)
+        self.ignored_labels = tuple(sorted({*self.ignored_labels, *labels}, key=str))
+
+    def _keep(self, queries: NDArray[np.int64] | None, gallery: NDArray[np.int64] | None) -> None:
+        """Nothing but these; all arrays become read-only."""
+        self.__dict__.pop("gallery_classes", None)
+        for at, names in (
+            (queries, ("query_labels", "query_ids", "query_groups", "query_rows")),
+            (gallery, ("gallery_labels", "gallery_ids", "gallery_rows")),
+        ):
+            for name in names if at is not None else ():
+                whole = getattr(self, name)
+                setattr(self, name, None if whole is None else whole[at])
         self.excluded = np.full(len(self.query_labels), -1, dtype=np.int64)
         if self.query_ids is not None and self.gallery_ids is not None and len(self.gallery_ids):
             order = np.argsort(self.gallery_ids)

@@ -197,6 +197,8 @@ class FeatureRows:
         if self.at is None:
             return self.rows[begin:end]
         at = self.at[begin:end]
+        if len(at) and np.array_equal(at, np.arange(at[0], at[0] + len(at))):  # nothing need be copied
+            return self.rows[at[0] : at[0] + len(at)]
         return self.rows[torch.tensor(at, device=self.rows.device)] if isinstance(self.rows, Tensor) else self.rows[at]
 
     def _not_finite(self, begin: int, row: int, source: Any) -> ValueError:

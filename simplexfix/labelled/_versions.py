@@ -16,7 +16,7 @@ from ._files import FeatureFileError, read_arrays
 from ._items import LabelledItems
 from ._rows import FeatureRows
 
-__all__ = ["VersionFeatures", "check_versions"]
+__all__ = ["VersionFeatures", "check_versions", "ignoring"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +68,7 @@ class VersionFeatures:
                 query_groups=arrays.get("query_groups"),
                 ignored_labels=ignored_labels,
             )
-            version = items.version(arrays["query"], arrays["gallery"], name=name)
+            version = items.version(arrays["query"], arrays["gallery"])
             for part in (version.query, version.gallery):
                 if not len(part.rows):
                     raise ValueError(f"{part.name} has no rows")
@@ -77,16 +77,18 @@ class VersionFeatures:
                 raise ValueError(
                     f"query is {version.query.dtype} and gallery is {version.gallery.dtype}: save both alike"
                 )
-            _check_equal_width(version.query, version.gallery)
+            if version.query.width != version.gallery.width:
+                raise ValueError(
+                    f"query has {version.query.width} columns, gallery has {version.gallery.width}: "
+                    "both must be by one model"
+                )
         except (TypeError, ValueError) as error:
-            message = str(error) if name is None else str(error).replace(f"{name}.", "", 1)
-            raise FeatureFileError(f"{path}: {message}") from None
-        called = name or (path.name if path.is_dir() else path.stem)
+            raise FeatureFileError(f"{path}: {error}") from None
         return replace(
             version,
             query=version.query.renamed(f"{path}: query"),
             gallery=version.gallery.renamed(f"{path}: gallery"),
-            name=called,
+            name=name or (path.name if path.is_dir() else path.stem),
             path=path,
         )
 
@@ -137,10 +139,6 @@ class VersionFeatures:
     ) -> VersionFeatures:
         """These queries and gallery items, by their places; None: all.  Rows are read when they are asked for."""
         return self._of(self.items.take(queries, gallery), queries, gallery)
-
-    def ignoring(self, labels: Sequence[int | str]) -> VersionFeatures:
-        """Without the gallery items and queries of these classes: `LabelledItems.ignoring`."""
-        return ignoring([self], labels)[0] if len(labels) else self
 
     def _of(
         self, items: LabelledItems, queries: NDArray[np.int64] | None, gallery: NDArray[np.int64] | None

@@ -10,7 +10,7 @@ id, the template of the item's class is made without it: the sum minus the row, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -19,10 +19,10 @@ from torch import Tensor
 
 from .._reference import unit_float32
 from ..functional import cosine_topk
-from ..labelled import FeatureRows, LabelledItems, VersionFeatures, row_squares
+from ..labelled import FeatureRows, GalleryClasses, LabelledItems, VersionFeatures, row_squares
 from .mixed import Mixture, mixed_search
 
-__all__ = ["CellHits", "ClassSums", "add_up", "hits", "hits_without", "matrix_hits", "mixed_hits", "row_scores"]
+__all__ = ["CellHits", "class_sums", "hits", "matrix_hits", "mixed_hits", "nearest_without", "row_scores"]
 
 CellHits: TypeAlias = Iterator[tuple[int, int, int, NDArray[np.bool_]]]
 Floats: TypeAlias = NDArray[np.float32]
@@ -33,41 +33,11 @@ _GALLERY_ROWS = 128  # as float64 they stay in caches on their way into the sums
 _PRODUCT_COLUMNS = 1024  # templates of so many versions meet a block in one product
 
 
-class ClassSums(NamedTuple):
-    """A gallery's rows added up by class.
-
-    Attributes:
-        classes: [C] int64, ascending.
-        places: [N] the place of each gallery row's class among them.
-        sizes: [C] rows of each class.
-        sums: [C, d] float64, on the device of the gallery; each points where the class's mean does.
-    """
-
-    classes: Ids
-    places: Ids
-    sizes: Ids
-    sums: Tensor
-
-    @classmethod
-    def of(cls, gallery: FeatureRows, labels: Ids) -> ClassSums:
-        """
-        Raises:
-            ValueError: a class whose sum float32 does not hold.
-        """
-        classes, index, counts = np.unique(labels, return_inverse=True, return_counts=True)
-        return cls(classes, index, counts, add_up(gallery, index, len(classes)))
-
-    def find(self, labels: Ids) -> Ids:
-        """The place of each label's class, -1 where there is none."""
-        place = np.searchsorted(self.classes, labels).clip(max=len(self.classes) - 1)
-        return np.where(self.classes[place] == labels, place, -1)
-
-
 def hits(version: VersionFeatures) -> NDArray[np.bool_]:
     """[Q] the hits of one pair of queries and gallery: the definition, on the device of the features."""
     items = version.items
-    gallery = ClassSums.of(version.gallery, items.gallery_labels)
-    own, templates = gallery.find(items.query_labels), gallery.sums.float()
+    sums = class_sums(version.gallery, items.gallery_classes)
+    own, templates = items.gallery_classes.find(items.query_labels), sums.float()
     out = np.empty(len(own), dtype=np.bool_)
     for begin in range(0, len(own), _QUERY_ROWS):
         rows = slice(begin, min(len(own), begin + _QUERY_ROWS))
@@ -77,7 +47,7 @@ def hits(version: VersionFeatures) -> NDArray[np.bool_]:
         left_out = np.flatnonzero(items.excluded[rows] >= 0)
         if len(left_out):
             asked = block[torch.from_numpy(left_out).to(block.device)]
-            out[begin + left_out] = _leave_one_out(asked, begin + left_out, gallery, version.gallery, items)
+            out[begin + left_out] = _leave_one_out(asked, begin + left_out, sums, version.gallery, items)
     version.query.release()
     return out
 
@@ -91,21 +61,22 @@ def matrix_hits(versions: Sequence[VersionFeatures]) -> CellHits:
     that of `hits`.  Memory: 8 bytes per gallery, class and dimension, beside blocks; 12 where items are left out.
     """
     items = versions[0].items
-    galleries = [ClassSums.of(version.gallery, items.gallery_labels) for version in versions]
-    own = galleries[0].find(items.query_labels)
-    lacking = own < 0
-    out = items.excluded >= 0
-    classes = len(galleries[0].classes)
-    sums = [gallery.sums.float().numpy() for gallery in galleries]
-    if not out.any():
-        galleries = [gallery._replace(sums=gallery.sums[:0]) for gallery in galleries]
-    group = max(1, _PRODUCT_COLUMNS // classes)
+    own = items.gallery_classes.find(items.query_labels)
+    lacking, out = own < 0, items.excluded >= 0
+    sums: list[Floats] = []
+    exact: list[Tensor] = []
+    for version in versions:
+        total = class_sums(version.gallery, items.gallery_classes)
+        sums.append(total.float().numpy())
+        if out.any():
+            exact.append(total)
+    group = max(1, _PRODUCT_COLUMNS // len(items.gallery_classes.ids))
     made: list[Floats] = []
     for i, version in enumerate(versions):
         query = version.query
         if made and made[0].shape[1] != query.width:
             made = []
-        made.extend(_templates(total, query.width) for total in sums[len(made) : i + 1])
+        made.extend(_templates(of, query.width) for of in sums[len(made) : i + 1])
         groups = [(j, _stack(made[j : min(j + group, i + 1)])) for j in range(0, i + 1, group)]
         for begin, block in query.blocks(_QUERY_ROWS):
             rows = slice(begin, begin + len(block))
@@ -120,9 +91,7 @@ def matrix_hits(versions: Sequence[VersionFeatures]) -> CellHits:
                     if len(some):
                         found[some] = _decide(block[some], made[j], sums[j], own[begin + some])
                     if len(left_out):
-                        found[left_out] = _leave_one_out(
-                            asked, begin + left_out, galleries[j], versions[j].gallery, items
-                        )
+                        found[left_out] = _leave_one_out(asked, begin + left_out, exact[j], versions[j].gallery, items)
                     yield i, j, begin, found
 
 
@@ -132,17 +101,16 @@ def mixed_hits(old: VersionFeatures, new: VersionFeatures) -> Callable[[NDArray[
     A template is as wide as its widest row: a class that has a row of the new model is compared on its dimensions.
     """
     items, mixture = old.items, Mixture.read(new.query, old.gallery, new.gallery)
-    classes, index, counts = np.unique(items.gallery_labels, return_inverse=True, return_counts=True)
+    classes = items.gallery_classes
+    own = classes.find(items.query_labels)
     left_out = np.flatnonzero(items.excluded >= 0)
     itself = items.excluded[left_out]
 
     def hits_of(replaced: NDArray[np.bool_]) -> NDArray[np.bool_]:
         gallery = mixture.gallery(replaced)
-        total = add_up(FeatureRows("gallery", gallery), index, len(classes))
-        sums = ClassSums(classes, index, counts, total)
-        own = sums.find(items.query_labels)
-        renewed = np.bincount(index, weights=replaced, minlength=len(classes))
-        templates = total.float()
+        sums = class_sums(FeatureRows("gallery", gallery), classes)
+        renewed = np.bincount(classes.places, weights=replaced, minlength=len(classes.ids))
+        templates = sums.float()
         shared = mixture.shared_width
         searched = templates[:, :shared], templates, torch.from_numpy(renewed > 0).to(templates.device)
         _, nearest = mixed_search(mixture.query, *searched, 1)
@@ -150,23 +118,26 @@ def mixed_hits(old: VersionFeatures, new: VersionFeatures) -> Callable[[NDArray[
         if len(left_out):
             asked, rows = mixture.query[left_out], gallery[torch.from_numpy(itself)]
             others = mixed_search(asked, *searched, 2)
-            narrow = renewed[index[itself]] - replaced[itself] == 0
-            labels = items.query_labels[left_out]
-            found[left_out] = hits_without(asked, rows, sums, index[itself], labels, others, (shared, narrow))
+            of = classes.places[itself]
+            narrow = renewed[of] - replaced[itself] == 0
+            nearest_other = nearest_without(asked, rows, sums, of, classes.sizes[of] == 1, others, (shared, narrow))
+            found[left_out] = (nearest_other == own[left_out]) & (own[left_out] >= 0)
         return found
 
     return hits_of
 
 
-def add_up(gallery: FeatureRows, index: Ids, classes: int) -> Tensor:
-    """[classes, d] float64: added row by row, in blocks as in one go.
+def class_sums(gallery: FeatureRows, classes: GalleryClasses) -> Tensor:
+    """[C, d] float64, on the device of the gallery: added row by row, in blocks as in one go.
+
+    Each points where the class's mean does.
 
     Raises:
         ValueError: a class whose sum float32 does not hold.
     """
     device = gallery.rows.device if isinstance(gallery.rows, Tensor) else torch.device("cpu")
-    sums = torch.zeros(classes, gallery.width, dtype=torch.float64, device=device)
-    to = torch.from_numpy(index).to(device)
+    sums = torch.zeros(len(classes.ids), gallery.width, dtype=torch.float64, device=device)
+    to = torch.from_numpy(classes.places).to(device)
     if gallery.on_cpu:
         for begin, block in gallery.blocks(_GALLERY_ROWS):
             sums.index_add_(0, to[begin : begin + len(block)], torch.from_numpy(block.astype(np.float64)))
@@ -187,39 +158,39 @@ def row_scores(query: Tensor, rows: Tensor) -> Floats:
     return found
 
 
-def _leave_one_out(
-    asked: Tensor, at: Ids, gallery: ClassSums, rows: FeatureRows, items: LabelledItems
-) -> NDArray[np.bool_]:
+def _leave_one_out(asked: Tensor, at: Ids, sums: Tensor, rows: FeatureRows, items: LabelledItems) -> NDArray[np.bool_]:
     """Hits of the queries with these numbers, whose item is left out of its class."""
-    itself = items.excluded[at]
+    itself, classes = items.excluded[at], items.gallery_classes
+    of, own = classes.places[itself], classes.find(items.query_labels[at])
     width = min(asked.shape[1], rows.width)
-    asked = asked[:, :width]
+    asked, sums = asked[:, :width], sums[:, :width]
     own_rows = rows.take(itself).block_tensor(0, len(itself))[:, :width]
-    others = cosine_topk(asked, gallery.sums[:, :width].float(), 2)
-    return hits_without(asked, own_rows, gallery, gallery.places[itself], items.query_labels[at], others)
+    others = cosine_topk(asked, sums.float(), 2)
+    hits: NDArray[np.bool_] = nearest_without(asked, own_rows, sums, of, classes.sizes[of] == 1, others) == own
+    return hits & (own >= 0)
 
 
-def hits_without(
+def nearest_without(
     asked: Tensor,
     rows: Tensor,
-    gallery: ClassSums,
+    sums: Tensor,
     of: Ids,
-    labels: Ids,
+    alone: NDArray[np.bool_],
     others: tuple[Tensor, Tensor],
     narrow: tuple[int, NDArray[np.bool_]] | None = None,
-) -> NDArray[np.bool_]:
-    """[B] whether each query finds its class where its own item is left out of the class of the item.
+) -> Ids:
+    """[B] the place of each query's nearest class, where its own item is left out of the item's class; -1 for none.
 
     Args:
         asked: [B, w] queries.
         rows: [B, w] the gallery rows that are the queries themselves.
+        sums: [C, w] float64 sums of classes, with all rows.
         of: [B] the place of each row's class.
-        labels: [B] the queries' labels.
+        alone: [B] whether that class has no other row.
         others: scores and places of each query's two nearest classes, with all rows.
         narrow: a smaller width, and [B] of which queries the class without the item is compared on it.
     """
-    place = torch.from_numpy(of).to(gallery.sums.device)
-    rest = (gallery.sums[place, : asked.shape[1]] - rows.double()).float()
+    rest = (sums[torch.from_numpy(of).to(sums.device)] - rows.double()).float()
     score = row_scores(asked, rest)
     if narrow is not None and narrow[1].any():
         width, at = narrow
@@ -229,10 +200,7 @@ def hits_without(
     first = places[:, 0] != of
     best, nearest = (np.where(first, x[:, 0], x[:, 1]) for x in (scores, places))
     wins = (score > best) | ((score == best) & (of < nearest)) | (nearest < 0)
-    found = np.where(wins & (gallery.sizes[of] > 1), of, nearest)
-    own = gallery.find(labels)
-    hits: NDArray[np.bool_] = (found == own) & (own >= 0)
-    return hits
+    return np.where(wins & ~alone, of, nearest)
 
 
 def _templates(sums: Floats, width: int) -> Floats:

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from .._checks import check_integer
 from ..functional import cosine_topk
-from ..labelled import FeatureRows, LabelledItems, Rows, VersionFeatures, check_versions
+from ..labelled import FeatureRows, GalleryClasses, LabelledItems, Rows, VersionFeatures, check_versions
 from ._ranks import Facts, Ranks, shard_rows
-from .class_means import ClassSums, hits_without
+from .class_means import nearest_without
 from .nearest_items import nearest_other
 
 __all__ = ["instance_hits", "nearest_class_mean_hits", "sharded_cosine_topk"]
@@ -159,7 +159,7 @@ def nearest_class_mean_hits(version: VersionFeatures, group: dist.ProcessGroup |
     if leaves_out:
         mine_of = torch.from_numpy(np.bincount(index, minlength=len(classes)))
         counts = torch.stack(ranks.gather(mine_of)).sum(0).numpy()
-    gallery = ClassSums(classes, index, counts, sums.double() if leaves_out else sums)
+    gallery = GalleryClasses(classes, index, counts)
     parts = [shard_rows(len(queries), rank, ranks.size) for rank in range(ranks.size)]
     mine = parts[ranks.rank]
     templates = sums.float().to(queries.device)
@@ -167,7 +167,7 @@ def nearest_class_mean_hits(version: VersionFeatures, group: dist.ProcessGroup |
     own = gallery.find(items.query_labels[mine])
     right = (ids[:, 0].cpu().numpy() == own) & (own >= 0)
     if leaves_out:
-        _leave_out(ranks, queries, rows, items, gallery, templates, mine, right)
+        _leave_out(ranks, queries, rows, items, gallery, sums, own, mine, right)
     found = torch.zeros(-(-len(queries) // ranks.size), dtype=torch.uint8)  # gloo gathers tensors of one length
     found[: len(right)] = torch.from_numpy(right)
     whole = [hits[: part.stop - part.start] for hits, part in zip(ranks.gather(found), parts, strict=True)]
@@ -179,8 +179,9 @@ def _leave_out(
     queries: Tensor,
     rows: FeatureRows,
     items: LabelledItems,
-    gallery: ClassSums,
-    templates: Tensor,
+    gallery: GalleryClasses,
+    sums: Tensor,
+    own: NDArray[np.int64],
     mine: slice,
     right: NDArray[np.bool_],
 ) -> None:
@@ -199,10 +200,11 @@ def _leave_out(
         at = at[(begin + at >= mine.start) & (begin + at < mine.stop)]
         if len(at):
             asked = queries[torch.from_numpy(begin + at).to(queries.device)]
-            others = cosine_topk(asked, templates, 2)
-            right[begin + at - mine.start] = hits_without(
-                asked.cpu(), taken[at], gallery, of.numpy()[at], items.query_labels[begin + at], others
-            )
+            others = cosine_topk(asked, sums.float().to(queries.device), 2)
+            alone = gallery.sizes[of.numpy()[at]] == 1
+            nearest = nearest_without(asked.cpu(), taken[at], sums, of.numpy()[at], alone, others)
+            wanted = own[begin + at - mine.start]
+            right[begin + at - mine.start] = (nearest == wanted) & (wanted >= 0)
 
 
 def _leaves_out(items: LabelledItems) -> bool:
@@ -213,8 +215,13 @@ def _read_shard(
     call: str, version: VersionFeatures
 ) -> tuple[FeatureRows, FeatureRows, LabelledItems, dict[str, object]]:
     (checked,) = check_versions([version], [""], shards=True)
-    queries, rows = version.query, version.gallery
-    return queries, rows, checked.items, _common(call, queries, rows)
+    queries, rows, items = version.query, version.gallery, checked.items
+    same = _common(call, queries, rows)
+    # names are numbered with those of the shard: the numbers must mean the same everywhere
+    for kind, names in (("labels", items.label_names), ("ids", items.id_names)):
+        same[f"names of {kind}"] = names and f"{len(names)} of CRC-32 {zlib.crc32(chr(0).join(names).encode()):08x}"
+    same["query_ids"] = None if items.query_ids is None else f"CRC-32 {zlib.crc32(items.query_ids.data):08x}"
+    return queries, rows, items, same
 
 
 def _common(call: str, queries: FeatureRows, rows: FeatureRows) -> dict[str, object]:

@@ -493,3 +493,48 @@ def test_matplotlib_missing_is_named_with_its_remedy(models, capsys, monkeypatch
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["evaluate", "models"]) == 2
     assert "evaluate needs matplotlib: pip install 'simplexfix[cli]'" in capsys.readouterr().err
+
+
+def test_a_query_set_that_is_the_gallery(models, capsys) -> None:
+    rng = np.random.default_rng(0)
+    rows, labels = rng.standard_normal((200, 32)).astype(np.float32), np.repeat(np.arange(50), 4)
+    noise = {"query": rows, "gallery": rows, "query_labels": labels, "gallery_labels": labels}
+    save(models, "noise.npz", noise)
+    save(models, "ids.npz", {**noise, "query_ids": np.arange(200), "gallery_ids": np.arange(200)})
+    for protocol in ("nearest_class_mean", "instance"):
+        assert main(["evaluate", str(models / "noise.npz"), "--protocol", protocol]) == 0
+        assert "noise: 200 of 200 queries have a gallery row of the same bits" in " ".join(
+            capsys.readouterr().out.split()
+        )
+        page = Path("report/report.html").read_text()
+        assert "noise: 200 of 200 queries have a gallery row of the same bits" in page
+        content = json.loads(Path("report/report.json").read_text())
+        assert content["queries_in_gallery"] == {"left_out_by_id": 0, "bit_equal": [200]}
+        assert content["matrix"][0][0] > 0.7
+        assert main(["evaluate", str(models / "ids.npz"), "--json", "--protocol", protocol]) == 0
+        content = json.loads(capsys.readouterr().out)
+        assert content["queries_in_gallery"] == {"left_out_by_id": 200, "bit_equal": [0]}
+        assert content["matrix"][0][0] < 0.06
+        assert "200 queries are gallery items themselves, by their ids" in Path("report/report.html").read_text()
+
+
+def test_names_as_labels_and_ignored_labels(models, capsys) -> None:
+    names = np.array(["junk", *(f"class {i:02}" for i in range(1, CLASSES))])
+    for name, clear in (("a.npz", 2.0), ("b.npz", 3.0)):
+        made = features(1, clear)
+        save(models, name, {**made, **{key: names[made[key]] for key in ("query_labels", "gallery_labels")}})
+        save(models, f"n{name}", made)
+    scores = []
+    for given, junk in ((("a.npz", "b.npz"), "junk"), (("na.npz", "nb.npz"), "0")):
+        paths = [str(models / name) for name in given]
+        assert main(["evaluate", *paths, "--json", "--ignored-labels", junk]) == 0
+        content = json.loads(capsys.readouterr().out)
+        assert content["label_names"] == (sorted(names) if junk == "junk" else None)
+        assert content["ignored"]["queries"] == int((features(1, 2.0)["query_labels"] == 0).sum()) > 0
+        assert content["counts"]["classes"] == CLASSES - 1
+        scores.append(content["matrix"])
+    assert scores[0] == scores[1]
+    assert main(["evaluate", str(models / "na.npz"), "--ignored-labels", "77"]) == 2
+    assert "ignored_labels holds '77', which is the label of no query and no gallery item" in capsys.readouterr().err
+    assert main(["evaluate", str(models / "na.npz"), "--ignored-labels", "junk"]) == 2
+    assert "ignored_labels holds 'junk', and labels are integers" in capsys.readouterr().err

@@ -315,3 +315,29 @@ def test_names_of_groups_do_not_steer_the_terminal(files, capsys, monkeypatch) -
     assert "group a\\x1b[2J\\nthe upgrade passes:" in text
     for shown in (text, (files / "named.md").read_text()):
         assert not set(shown) & {"\x1b", "\x9b"}
+
+
+def test_queries_that_are_gallery_items_and_ignored_labels(files, capsys) -> None:
+    old, new = features(2.5), features(3.5)
+    for made in (old, new):
+        made["query"] = made["query"].copy()
+        made["query"][:50] = made["gallery"][:50]
+        made["query_labels"] = np.concatenate([made["gallery_labels"][:50], made["query_labels"][50:]])
+    ids = {"query_ids": np.arange(300) * 2, "gallery_ids": np.arange(len(old["gallery"])) * 2}
+    ids["query_ids"][50:] += 10**6
+    np.savez(files / "old.npz", **old)
+    np.savez(files / "new.npz", **new)
+    assert run(files, "new.npz") in (0, 1)
+    assert "50 queries have a gallery row of the same bits and find themselves" in capsys.readouterr().out
+    assert run(files, "new.npz", "--json") in (0, 1)
+    found = json.loads(capsys.readouterr().out)
+    assert found["queries_in_gallery"] == {"left_out_by_id": 0, "bit_equal": [50, 50]}
+    np.savez(files / "old.npz", **old, **ids)
+    np.savez(files / "new.npz", **new, **ids)
+    assert run(files, "new.npz", "--json") in (0, 1)
+    without = json.loads(capsys.readouterr().out)
+    assert without["queries_in_gallery"] == {"left_out_by_id": 50, "bit_equal": [0, 0]}
+    assert without["scores"]["old_on_old"] < found["scores"]["old_on_old"]
+    assert run(files, "new.npz", "--ignored-labels", "0", "1", "--json") in (0, 1)
+    fewer = json.loads(capsys.readouterr().out)
+    assert fewer["queries"] == 300 - int(np.isin(old["query_labels"], (0, 1)).sum())

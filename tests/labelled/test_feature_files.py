@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from simplexfix.labelled import FeatureFileError, VersionFeatures, _rows
+from simplexfix.labelled import FeatureFileError, VersionFeatures, _rows, check_versions
 
 load_features = VersionFeatures.load
 
@@ -225,3 +225,96 @@ def test_what_is_not_a_feature_file(tmp_path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(FeatureFileError, match=r"no query, gallery, query_labels, gallery_labels; it holds nothing"):
         load_features(tmp_path / "empty")
+
+
+def test_names_as_labels_get_the_same_numbers_in_every_file(tmp_path) -> None:
+    names = np.array(["dog", "cat", "é"])
+    made = arrays(query_labels=names[[0, 1, 2, 0, 1, 2]], gallery_labels=names[[2, 0, 1, 1]])
+    for name in ("f.npz", "folder"):
+        items = load_features(save(tmp_path / name, made)).items
+        assert items.label_names == ("cat", "dog", "é")
+        assert items.query_labels.tolist() == [1, 0, 2, 1, 0, 2]
+        assert items.gallery_labels.tolist() == [2, 1, 0, 0]
+    numbers = load_features(save(tmp_path / "n.npz", arrays()))
+    with pytest.raises(
+        ValueError, match=r"f\.npz and .*n\.npz must be of the same items: query_labels are dog, .* and 0"
+    ):
+        check_versions([load_features(tmp_path / "f.npz"), numbers])
+    with pytest.raises(FeatureFileError, match=r"m\.npz: query_labels are names and gallery_labels are integers"):
+        load_features(save(tmp_path / "m.npz", arrays(query_labels=names[[0, 1, 2, 0, 1, 2]])))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_ids_of_queries_and_gallery(tmp_path, name: str) -> None:
+    made = arrays(query_ids=np.arange(6) * 2**33, gallery_ids=np.arange(4)[::-1] * 2**33)
+    items = load_features(save(tmp_path / name, made)).items
+    assert items.excluded.tolist() == [3, 2, 1, 0, -1, -1]
+    for change, message in (
+        ({"gallery_ids": None}, "query_ids without gallery_ids: both say which gallery item is the query"),
+        ({"gallery_ids": np.array([4, 8, 4, 9])}, "gallery_ids must hold each id once, got 4 in rows 0 and 2"),
+        ({"query_ids": np.arange(5)}, r"query has 6 rows, query_ids has shape \[5\]"),
+        ({"query_ids": np.arange(6.0)}, "query_ids must be integers, got float64; ids are integers from end to end"),
+    ):
+        bad = {key: value for key, value in {**made, **change}.items() if value is not None}
+        path = save(tmp_path / f"{len(list(tmp_path.iterdir()))}{name}", bad)
+        with pytest.raises(FeatureFileError, match=message):
+            load_features(path)
+
+
+def test_other_arrays_are_listed(tmp_path) -> None:
+    np.savez(tmp_path / "f.npz", embeddings=np.ones((2, 2)), **{f"x{i:02}": np.ones(1) for i in range(20)})
+    with pytest.raises(
+        FeatureFileError, match=r"it holds embeddings, x00, .*, x10, \.\.\.; a version needs the arrays"
+    ):
+        load_features(tmp_path / "f.npz")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "v0.npz").write_bytes((tmp_path / "f.npz").read_bytes())
+    with pytest.raises(FeatureFileError, match=r"it holds v0\.npz; a version needs"):
+        load_features(tmp_path / "folder")
+
+
+@pytest.mark.parametrize("name", ["f.npz", "folder"])
+def test_arrays_of_objects_are_named_with_the_remedy(tmp_path, name: str) -> None:
+    vectors = np.empty(6, dtype=object)
+    vectors[:] = list(arrays()["query"])
+    for key, value, remedy in (
+        ("query", vectors, "save np.stack of the vectors, which must be of one length"),
+        ("query_labels", np.array(["a"] * 6, object), "save query_labels.astype.str., or the numbers that np.unique"),
+    ):
+        made, path = arrays(), tmp_path / f"{key}{name}"
+        if name == "f.npz":
+            np.savez(path, **{**made, key: value})
+        else:
+            save(path := tmp_path / key, made)
+            np.save(path / f"{key}.npy", value)
+        with pytest.raises(
+            FeatureFileError, match=f"{key} is an array of Python objects, .* pickles are not read; {remedy}"
+        ):
+            load_features(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_tensors_that_are_no_labels_or_features(tmp_path, dtype) -> None:
+    torch_files = pytest.importorskip("safetensors.torch")
+    made = {key: torch.from_numpy(value) for key, value in arrays().items()}
+    torch_files.save_file({**made, "gallery_labels": torch.ones(4).to(dtype)}, tmp_path / "labels.safetensors")
+    kind = str(dtype).removeprefix("torch.")
+    with pytest.raises(
+        FeatureFileError, match=rf"labels\.safetensors: gallery_labels must be integers, got {kind}; class"
+    ):
+        load_features(tmp_path / "labels.safetensors")
+    if dtype != torch.bfloat16:
+        torch_files.save_file({**made, "gallery": made["gallery"].to(dtype)}, tmp_path / "rows.safetensors")
+        with pytest.raises(
+            FeatureFileError, match=rf"rows\.safetensors: gallery must be float32, .*got torch.{kind}; cast"
+        ):
+            load_features(tmp_path / "rows.safetensors")
+
+
+def test_bfloat16_that_numpy_saved_is_named(tmp_path) -> None:
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    np.savez(tmp_path / "f.npz", **arrays(query=arrays()["query"].astype(ml_dtypes.bfloat16)))
+    with pytest.raises(
+        FeatureFileError, match=r"f\.npz: query must be float32, .*got \|V2, raw bytes, which NumPy's files"
+    ):
+        load_features(tmp_path / "f.npz")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import chain
 
 import numpy as np
 import pytest
@@ -15,8 +14,12 @@ from simplexfix.compatibility import (
     compatibility_hits,
     compatibility_matrix,
     evaluate,
+    farthest_from_class_mean,
     inequality_violations,
+    lowest_margin,
+    mixed_topk,
     upgrade_gate,
+    upgrade_threshold,
     worst_regressions,
 )
 from simplexfix.labelled import LabelledItems, VersionFeatures
@@ -114,10 +117,11 @@ def test_by_hand(protocol: str) -> None:
     version = pair(rows, [0, 1, 1], rows, [0, 1, 1], **ids)
     assert PROTOCOLS[protocol].hits(version).tolist() == [False, True, True]
     assert compatibility_hits([version], protocol)[0][0].tolist() == [False, True, True]
-    # the only item of the gallery is the query itself, of another class: no class is left, and none is found
-    alone = pair(rows[:1], [7], rows[:1], [3], query_ids=[5], gallery_ids=[5])
-    assert PROTOCOLS[protocol].hits(alone).tolist() == [False]
-    assert compatibility_hits([alone], protocol)[0][0].tolist() == [False]
+    # the only item of the gallery is the query itself, of whatever class: nothing is left, and none is found
+    for label in (7, 3):
+        alone = pair(rows[:1], [label], rows[:1], [3], query_ids=[5], gallery_ids=[5])
+        assert PROTOCOLS[protocol].hits(alone).tolist() == [False]
+        assert compatibility_hits([alone], protocol)[0][0].tolist() == [False]
 
 
 @both
@@ -140,8 +144,8 @@ def test_every_cell_of_a_matrix(protocol: str, kind: str, monkeypatch: pytest.Mo
             assert cell.tolist() == by_hand(protocol, of[j].searched_by(of[i])), (i, j)
     for module in (class_means, nearest_items):
         monkeypatch.setattr(module, "_QUERY_ROWS", 7)
-    for cell, again in zip(chain(*hits), chain(*compatibility_hits(of, protocol)), strict=True):
-        assert cell.tolist() == again.tolist()
+    for row, again in zip(hits, compatibility_hits(of, protocol), strict=True):
+        np.testing.assert_array_equal(row, again)
 
 
 @both
@@ -316,3 +320,32 @@ def test_ignored_names_and_ids_and_a_torch_tensor() -> None:
     found = RetrievalResults.search(version)
     assert found.excluded.tolist() == [0, 2, 3]
     assert found.positions.tolist() == [[2, 3], [0, 3], [0, 2]]
+
+
+def test_row_numbers_are_those_that_were_given() -> None:
+    """Orders, mixed galleries and groups of queries where some items are ignored, against the items without them."""
+    rng = np.random.default_rng(4)
+    labels, asked = rng.integers(-1, 6, size=80), rng.integers(-1, 6, size=60)
+    rows = [(rows_of(rng, asked, 0.8), rows_of(rng, labels, 0.8)) for _ in range(2)]
+    q, g = np.flatnonzero(asked != -1), np.flatnonzero(labels != -1)
+    items = LabelledItems(asked, labels, ignored_labels=[-1])
+    old, new = (items.version(*x) for x in rows)
+    clean = LabelledItems(asked[q], labels[g])
+    plain_old, plain_new = (clean.version(x[0][q], x[1][g]) for x in rows)
+    for order in (farthest_from_class_mean, lowest_margin):
+        assert order(old).tolist() == g[order(plain_old)].tolist()
+        found, expected = (backfill_curve(*v, order=order.__name__) for v in ((old, new), (plain_old, plain_new)))
+        assert found.order.tolist() == g[expected.order].tolist()
+        assert found.scores.tolist() == expected.scores.tolist()
+        again = backfill_curve(old, new, order=found.order)
+        assert (again.order_name, again.scores.tolist()) == ("given", expected.scores.tolist())
+    with pytest.raises(ValueError, match=r"order must hold the rows 0 to .*, but for ignored ones, each once, got"):
+        backfill_curve(old, new, order=np.append(g[1:], np.flatnonzero(labels == -1)[0]))
+    replaced = rng.random(80) < 0.5
+    scores, ids = mixed_topk(old, new, replaced, 70)
+    plain_scores, plain_ids = mixed_topk(plain_old, plain_new, replaced[g], 70)
+    assert torch.equal(scores, plain_scores)
+    assert ids.tolist() == np.append(g, -1)[plain_ids].tolist()
+    groups = rng.integers(8, size=60)
+    moved = upgrade_threshold(old, new, far=0.1, query_groups=groups, resamples=50)
+    assert moved == upgrade_threshold(plain_old, plain_new, far=0.1, query_groups=groups[q], resamples=50)

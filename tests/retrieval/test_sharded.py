@@ -194,6 +194,10 @@ def check_refusals(rank: int, size: int) -> None:
     holed = rows.clone()
     holed[4, 2] = torch.nan
     topk = sharded_cosine_topk
+
+    def with_ids(query_ids: Tensor) -> np.ndarray:
+        return items(rows, labels, rows, labels, query_ids=query_ids, gallery_ids=labels)
+
     cases: list[tuple[Callable[..., Any], tuple[Any, ...], tuple[Any, ...], type[Exception], str]] = [
         # what all others call with, what the last rank does
         (
@@ -221,6 +225,14 @@ def check_refusals(rank: int, size: int) -> None:
         (means, (rows, labels, rows[:0], labels[:0]), (rows, labels, rows[:0], labels[:0]), ValueError, "no rows: the"),
         (items, (rows, labels, rows[:0], labels[:0]), (rows, labels, rows[:0], labels[:0]), ValueError, "no rows: the"),
         (means, (rows, labels, 2e38 * rows, labels), (rows, labels, 2e38 * rows, labels), ValueError, "class 0 add up"),
+        (
+            means,
+            (rows, list("abcdef"), rows, list("abcdef")),
+            (rows, list("abcdef"), rows, list("abcdeg")),
+            ValueError,
+            "same names of labels, got 6 of CRC-32",
+        ),
+        (with_ids, (labels,), (labels + 1,), ValueError, "same query_ids, got CRC-32"),
     ]
     for call, others, mine, error, message in cases:
         refused = refusal(call, mine if last else others)
