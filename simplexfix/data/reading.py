@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -11,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from .._seeds import renew_lock
 from .folders import ImageFileError
 
-__all__ = ["read_ahead"]
+__all__ = ["lost_readers_named", "read_ahead"]
 
 _R = TypeVar("_R")
 _T = TypeVar("_T")
@@ -44,6 +45,23 @@ def read_ahead(read: Callable[[_R], _T], requests: Iterable[_R], *, workers: int
         if isinstance(found, ImageFileError):
             raise found
         yield found
+
+
+@contextmanager
+def lost_readers_named() -> Iterator[None]:
+    """
+    Raises:
+        ChildProcessError: a process that read ahead was ended; torch raises from a signal handler, anywhere.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker (pid" not in str(error):
+            raise
+        raise ChildProcessError(
+            f"a process that reads data was ended: {error} Where memory was short, use fewer workers or a smaller "
+            "batch, and in a container more shared memory (--shm-size)"
+        ) from None
 
 
 class _Reader(Dataset[Any], Generic[_R, _T]):

@@ -342,6 +342,39 @@ def test_an_image_that_cannot_be_read_says_so_and_no_more(workers: int) -> None:
         list(read_ahead(fail, [5, 6], workers=workers))
 
 
+class Killed(Counted):
+    """Ends the process that reads a certain row, as want of memory does."""
+
+    def __getitem__(self, row: int):
+        if row == 13:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(row)
+
+
+def test_a_process_that_was_ended_is_named() -> None:
+    method = ER()
+    parent = EmbeddingModel(jobs.network(), method.head(10))
+    says = "a process that reads data was ended: DataLoader worker .* use fewer workers or a smaller"
+    with pytest.raises(ChildProcessError, match=says):
+        Trainer(method, workers=2).fit(parent, Killed(LABELS), Schedule(9, 0.1, batch=8), classes=range(6), seed=0)
+    with pytest.raises(ChildProcessError, match=says):
+        parent.extract(Killed(LABELS), workers=1)
+
+
+class Failing(Counted):
+    def __getitem__(self, row: int):
+        if row == 13:
+            raise RuntimeError("its own")
+        return super().__getitem__(row)
+
+
+def test_an_error_of_a_data_set_keeps_its_kind_and_its_lines() -> None:
+    method = ER()
+    parent = EmbeddingModel(jobs.network(), method.head(10))
+    with pytest.raises(RuntimeError, match=r'raise RuntimeError\("its own"\)'):
+        parent.extract(Failing(LABELS), workers=1)
+
+
 def test_bad_numbers_of_processes() -> None:
     with pytest.raises(ValueError, match="workers must be 0 or more processes, got -1"):
         Trainer(ER(), workers=-1)
