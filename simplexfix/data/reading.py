@@ -19,15 +19,16 @@ _T = TypeVar("_T")
 
 
 def read_ahead(read: Callable[[_R], _T], requests: Iterable[_R], *, workers: int) -> Generator[_T, None, None]:
-    """`map(read, requests)`, in order, by so many processes that work ahead; 0 for this one, which does not.
+    """`map(read, requests)` in order; `workers` processes call `read` ahead of the consumer.
 
     Args:
-        read: the same in every process; it draws from no generator.
-        requests: what each call takes; without tensors, which would be sent by files.
-        workers: at least 0.  They end when the iterator is closed, and within seconds of the death of this process.
+        read: gives the same result in every process.
+        requests: arguments of the calls; arrays rather than tensors, which torch would send through shared memory.
+        workers: 0 calls `read` in this process.  Workers exit when the iterator is closed, and within about 5 s after
+            this process was killed.
 
     Raises:
-        ImageFileError: by `read`; its other errors come with the worker's traceback as their message.
+        ImageFileError: `read` raised it.  Other errors keep their type; their message has the worker's traceback.
     """
     if not workers:
         yield from map(read, requests)
@@ -49,9 +50,10 @@ def read_ahead(read: Callable[[_R], _T], requests: Iterable[_R], *, workers: int
 
 @contextmanager
 def lost_readers_named() -> Iterator[None]:
-    """
+    """Turns torch's error about a killed worker, which a signal handler may raise anywhere, into a clear one.
+
     Raises:
-        ChildProcessError: a process that read ahead was ended; torch raises from a signal handler, anywhere.
+        ChildProcessError: a process that read ahead was killed.
     """
     try:
         yield

@@ -118,7 +118,7 @@ class _Watch:
 
 @dataclass(frozen=True, eq=False)
 class _Run:
-    """What all parts of a run share.
+    """Configuration, data and devices that all functions of a run share.
 
     Args:
         config, folder, data: of the run.
@@ -163,7 +163,7 @@ class _Run:
 
 
 def pretrain(run: _Run, t: int) -> nn.Module:
-    """What takes over at a task, pre-trained, or as it comes."""
+    """The network that takes over at task t: pre-trained, or as it comes."""
     config, plan = run.config, run.config.tasks.replacements[t]
     if plan.schedule is None:
         return plan.model.backbone(run.inputs)
