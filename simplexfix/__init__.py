@@ -31,7 +31,18 @@ __all__ = [
     "polytopes",
 ]
 
-_MODULES = ("compatibility", "data", "functional", "labelled", "methods", "models", "polytopes", "report", "retrieval", "training")
+_MODULES = (
+    "compatibility",
+    "data",
+    "functional",
+    "labelled",
+    "methods",
+    "models",
+    "polytopes",
+    "report",
+    "retrieval",
+    "training",
+)
 _HOMES = {
     "CosineIndex": "retrieval",
     "CubeHead": "heads",

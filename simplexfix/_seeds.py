@@ -49,6 +49,6 @@ def seed_generators(seed: int) -> None:
 
 
 def renew_lock() -> None:
-    """In a forked process: a thread that held the lock then is not there to release it."""
+    """Replaces the lock in a forked process: the thread that held it does not exist there."""
     global _GLOBAL_GENERATOR
     _GLOBAL_GENERATOR = threading.RLock()

@@ -344,6 +344,7 @@ def test_a_step_waits_for_nothing(device: str, method: Method, precision: str) -
         precision=precision,
         ema=0.9,
         compile=False,
+        workers=0,
     )
     steps.advance()  # sends the means of channels and the slots of classes, and makes the optimizer's state
     with nothing_waited_for(device):

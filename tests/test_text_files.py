@@ -40,7 +40,7 @@ def test_what_is_no_text(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
 def test_every_reader_takes_a_mark(tmp_path: Path, encoding: str) -> None:
-    from simplexfix.cli._figures import read_paths
+    from simplexfix.cli.evaluate import _read_paths
     from simplexfix.cli.gate import _rules_of_file
     from simplexfix.training.config import read_mapping
 
@@ -50,7 +50,7 @@ def test_every_reader_takes_a_mark(tmp_path: Path, encoding: str) -> None:
     (tmp_path / "rules.json").write_bytes(b'{"rules": [{"kind": "ecc"}]}'.decode().encode(encoding))
     assert [rule.kind for rule in _rules_of_file(tmp_path / "rules.json")] == ["ecc"]
     (tmp_path / "images.txt").write_bytes("a.png\nb.png\n".encode(encoding))
-    assert read_paths(tmp_path / "images.txt", "query", 2) == [tmp_path / "a.png", tmp_path / "b.png"]
+    assert _read_paths(tmp_path / "images.txt", "query", 2) == [tmp_path / "a.png", tmp_path / "b.png"]
 
 
 def test_what_is_no_text_is_named_with_its_file(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
-from .dataset_rows import DatasetRows, described, first_of
+from .dataset_rows import DatasetRows, first_of, type_name
 
 __all__ = ["batches_of"]
 
@@ -42,7 +42,7 @@ def batches_of(input: Tensor | Dataset[Any] | DataLoader[Any], *, workers: int =
         remedy = "pass the entry that is a tensor"
     elif isinstance(input, (list, tuple)):
         remedy = "torch.stack makes a tensor of inputs, torch.cat of batches"
-    raise TypeError(f"input must be a tensor [N, ...], a Dataset or a DataLoader, got {described(input)}; {remedy}")
+    raise TypeError(f"input must be a tensor [N, ...], a Dataset or a DataLoader, got {type_name(input)}; {remedy}")
 
 
 def _loaded(loader: DataLoader[Any]) -> Iterator[Tensor]:
@@ -50,7 +50,7 @@ def _loaded(loader: DataLoader[Any]) -> Iterator[Tensor]:
         input = first_of(batch)
         if not isinstance(input, Tensor):
             raise TypeError(
-                f"batches of the DataLoader must be tensors, or begin with one, got {described(batch)}; "
+                f"batches of the DataLoader must be tensors, or begin with one, got {type_name(batch)}; "
                 "give it a collate_fn that returns the tensor"
             )
         yield input

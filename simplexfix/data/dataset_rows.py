@@ -14,18 +14,18 @@ from torch.utils.data import Dataset, IterableDataset
 from .._seeds import kept_generators, seed_generators
 from .reading import read_ahead
 
-__all__ = ["DatasetRows", "bytes_of", "described", "first_of"]
+__all__ = ["DatasetRows", "bytes_of", "first_of", "type_name"]
 
 
 class DatasetRows(Dataset[Tensor]):
     """Inputs [N, ...] that are rows of map-style datasets, each read when it is needed.
 
-    What a dataset draws while it makes an item, from the generators of torch, NumPy and `random`, follows from a seed
-    for each item, in whichever process it is read; the generators are as they were afterwards.
+    Each item has its own seed for the global generators of torch, NumPy and `random`.  So an item does not depend on
+    the process that reads it.  Reading leaves these generators as they were.
 
     Args:
-        datasets: an item is a tensor or an array, or a tuple that begins with one.
-        rows: [N, 2] int64, of each row the number of its dataset, and its own number there.
+        datasets: each item is a tensor, an array, or a tuple that begins with one.
+        rows: [N, 2] int64: the number of the dataset, and the number of the item in it.
         kind: shape and dtype of every item.
     """
 
@@ -38,13 +38,13 @@ class DatasetRows(Dataset[Tensor]):
 
     @classmethod
     def in_memory(cls, inputs: Tensor) -> DatasetRows:
-        """Of a tensor [N, ...]."""
+        """Wraps a tensor [N, ...]."""
         rows = torch.stack([torch.zeros(len(inputs), dtype=torch.int64), torch.arange(len(inputs))], 1)
         return cls((_InMemory(inputs),), rows, (inputs.shape[1:], inputs.dtype))
 
     @classmethod
     def of(cls, dataset: Dataset[Any]) -> DatasetRows:
-        """All of a dataset, whose first item is read; such rows as they are.
+        """All rows of a dataset; reads its first item for shape and dtype.  DatasetRows are returned as they are.
 
         Raises:
             TypeError: it is not map-style, or its items are no tensors.
@@ -84,13 +84,14 @@ class DatasetRows(Dataset[Tensor]):
     def __getitem__(self, rows: Tensor | slice) -> DatasetRows: ...
 
     def __getitem__(self, rows: int | Tensor | slice) -> Tensor | DatasetRows:
-        """Of a number that input; of others these rows, for which nothing is read."""
+        """An integer reads that input; a tensor or a slice selects rows and reads nothing."""
         if isinstance(rows, int):
             return DatasetRows(self.datasets, self.rows[rows].unsqueeze(0), self.kind).read()[0]
         return DatasetRows(self.datasets, self.rows[rows], self.kind)
 
     def joined(self, other: DatasetRows) -> DatasetRows:
-        """
+        """The rows of both, one after the other.
+
         Raises:
             ValueError: items are of another shape or dtype.
         """
@@ -103,7 +104,10 @@ class DatasetRows(Dataset[Tensor]):
         return DatasetRows(datasets, torch.cat([self.rows, rows]), self.kind)
 
     def read(self, seeds: Sequence[int] | None = None) -> Tensor:
-        """[N, ...], drawn by these seeds; None for each row's own number.
+        """Reads all rows: [N, ...].
+
+        Args:
+            seeds: one for each row; None takes the number of the item in its dataset.
 
         Raises:
             TypeError, ValueError: an item is no tensor, or of another shape or dtype than the first one.
@@ -123,12 +127,12 @@ class DatasetRows(Dataset[Tensor]):
         return torch.stack(found) if found else torch.empty(self.shape, dtype=self.dtype)
 
     def batches(self, size: int, *, workers: int) -> Generator[Tensor, None, None]:
-        """All inputs in order, so many together, read ahead by so many processes."""
+        """All inputs in order, `size` rows at a time; `workers` processes read ahead."""
         starts = range(0, len(self), size)
         return read_ahead(partial(_read_slice, self, size), starts, workers=workers)
 
     def contents(self) -> Iterator[bytes]:
-        """What identifies each row: `dataset.content(row)` where a dataset has that, else the bytes of the input."""
+        """Bytes that identify each row: `dataset.content(row)` if the dataset has that method, else the input's."""
         for at, (number, row) in enumerate(self.rows.tolist()):
             content = getattr(self.datasets[number], "content", None)
             yield content(row) if content else bytes_of(self[at : at + 1].read())
@@ -157,7 +161,7 @@ def _input_of(dataset: Dataset[Any], row: int) -> Tensor:
     if not isinstance(input, Tensor):
         raise TypeError(
             f"items of a dataset must be tensors, or tuples that begin with one, item {row} of the "
-            f"{type(dataset).__name__} is {described(item)}; give it a transform that makes tensors of one shape"
+            f"{type(dataset).__name__} is {type_name(item)}; give it a transform that makes tensors of one shape"
         )
     return input
 
@@ -167,8 +171,8 @@ def first_of(item: Any) -> Any:
     return item[0] if isinstance(item, (tuple, list)) and item else item
 
 
-def described(item: Any) -> str:
-    """For messages: its type, and what is in it."""
+def type_name(item: Any) -> str:
+    """The type of an item and of what it holds, for messages."""
     if isinstance(item, Mapping):
         return f"{type(item).__name__} of {', '.join(map(str, item)) or 'nothing'}"
     if isinstance(item, (tuple, list)):
@@ -177,5 +181,5 @@ def described(item: Any) -> str:
 
 
 def bytes_of(tensor: Tensor) -> Any:
-    """A buffer of a tensor's bytes, for a checksum."""
+    """The bytes of a tensor as a buffer, for a checksum."""
     return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

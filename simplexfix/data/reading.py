@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -11,22 +12,23 @@ from torch.utils.data import DataLoader, Dataset
 from .._seeds import renew_lock
 from .folders import ImageFileError
 
-__all__ = ["read_ahead"]
+__all__ = ["lost_readers_named", "read_ahead"]
 
 _R = TypeVar("_R")
 _T = TypeVar("_T")
 
 
 def read_ahead(read: Callable[[_R], _T], requests: Iterable[_R], *, workers: int) -> Generator[_T, None, None]:
-    """`map(read, requests)`, in order, by so many processes that work ahead; 0 for this one, which does not.
+    """`map(read, requests)` in order; `workers` processes call `read` ahead of the consumer.
 
     Args:
-        read: the same in every process; it draws from no generator.
-        requests: what each call takes; without tensors, which would be sent by files.
-        workers: at least 0.  They end when the iterator is closed, and within seconds of the death of this process.
+        read: gives the same result in every process.
+        requests: arguments of the calls; arrays rather than tensors, which torch would send through shared memory.
+        workers: 0 calls `read` in this process.  Workers exit when the iterator is closed, and within about 5 s after
+            this process was killed.
 
     Raises:
-        ImageFileError: by `read`; its other errors come with the worker's traceback as their message.
+        ImageFileError: `read` raised it.  Other errors keep their type; their message has the worker's traceback.
     """
     if not workers:
         yield from map(read, requests)
@@ -44,6 +46,24 @@ def read_ahead(read: Callable[[_R], _T], requests: Iterable[_R], *, workers: int
         if isinstance(found, ImageFileError):
             raise found
         yield found
+
+
+@contextmanager
+def lost_readers_named() -> Iterator[None]:
+    """Turns torch's error about a killed worker, which a signal handler may raise anywhere, into a clear one.
+
+    Raises:
+        ChildProcessError: a process that read ahead was killed.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker (pid" not in str(error):
+            raise
+        raise ChildProcessError(
+            f"a process that reads data was ended: {error} Where memory was short, use fewer workers or a smaller "
+            "batch, and in a container more shared memory (--shm-size)"
+        ) from None
 
 
 class _Reader(Dataset[Any], Generic[_R, _T]):

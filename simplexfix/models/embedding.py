@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..data.batches import batches_of
 from ..data.inputs import Preprocessing
+from ..data.reading import lost_readers_named
 from .folder import identity_of, load_model, save_model
 from .identity import ModelIdentity
 
@@ -72,6 +73,7 @@ class EmbeddingModel(nn.Module):
 
         Raises:
             TypeError: another kind of input, as a dict or a list; names the remedy.
+            ChildProcessError: a process that reads items was ended, as for want of memory.
             ValueError: no rows; a loader that shuffles, or leaves rows out; items of unlike shapes.
         """
         device = next(self.parameters(), torch.empty(0)).device
@@ -80,9 +82,10 @@ class EmbeddingModel(nn.Module):
         self.eval()
         rows = []
         try:
-            for batch in batches_of(input, workers=workers):
-                prepared = batch if prepare is None else prepare(batch)
-                rows.append(nn.functional.normalize(self(prepared.to(device)), dim=1).to(kept))
+            with lost_readers_named():
+                for batch in batches_of(input, workers=workers):
+                    prepared = batch if prepare is None else prepare(batch)
+                    rows.append(nn.functional.normalize(self(prepared.to(device)), dim=1).to(kept))
         finally:
             for module in training:  # one by one: a part that was frozen stays so
                 module.training = True

@@ -52,7 +52,7 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 @functools.cache
 def _close_in_forked_processes() -> None:
-    """A lock lasts until the last process that has its file open has closed it: those that read data would keep it."""
+    """Closes lock files in forked children: a lock lasts until every process that inherited its file has closed it."""
     os.register_at_fork(after_in_child=lambda: [file.close() for file in _held])
 
 

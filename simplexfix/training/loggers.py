@@ -19,6 +19,7 @@ from .._files import write_whole
 __all__ = ["LOGGERS", "Logger", "Progress", "RunLog", "check_loggers"]
 
 Line = Mapping[str, Any]
+_WANDB_NAME = 128  # characters at most
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,11 @@ class _WandB:
         if not file.exists():
             write_whole(file, uuid.uuid4().hex[:16].encode())
         self.run = _wandb().init(
-            id=file.read_text(), name=folder.resolve().name, dir=str(folder), config=dict(config), resume="allow"
+            id=file.read_text(),
+            name=folder.resolve().name[:_WANDB_NAME],
+            dir=str(folder),
+            config=dict(config),
+            resume="allow",
         )
         self.known = self.run.step
         self.lines = 0

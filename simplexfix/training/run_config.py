@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from .._checks import check_name
 from ..data import CIFAR100_MEAN, CIFAR100_STD
+from ..models import FeatureMLP, ResNet18, SmallConvNet, external_backbone
 from ..models.external import LIBRARIES
 from ..retrieval import PROTOCOLS
 from .config import check_fits
@@ -130,6 +132,20 @@ class ModelConfig:
         if self.kind.partition(":")[0] not in LIBRARIES:
             check_name("kind", self.kind, (*NETWORKS, *(f"{library}:NAME" for library in LIBRARIES)))
         check_fits(self, "kind", _OF_MODEL)
+
+    def backbone(self, inputs: int) -> nn.Module:
+        """A new one, with `out_features`.
+
+        Args:
+            inputs: numbers in a row of features, or channels of an image.
+        """
+        if self.kind == "convnet":
+            return SmallConvNet(self.width or 16, self.features)
+        if self.kind == "mlp":
+            return FeatureMLP(inputs, self.hidden)
+        if self.kind == "resnet18":
+            return ResNet18(self.stem, width=self.width or 64, in_channels=inputs)
+        return external_backbone(self.kind, pretrained=self.pretrained, in_channels=inputs)
 
 
 @dataclass(frozen=True)

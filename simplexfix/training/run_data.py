@@ -63,6 +63,11 @@ class RunData:
         }
         return {name: items.fingerprint() for name, items in parts.items()}
 
+    def first_inputs(self, count: int) -> Tensor:
+        """The first so many that are trained on."""
+        items = self.tasks[0].items
+        return items.take(torch.arange(min(count, len(items.labels)))).read()
+
     def class_names(self) -> dict[str, list[str]]:
         """What the ids of tasks, of pre-training and of each search are called, where the data says it."""
         parts = {"pretraining": self.pretraining, **{name: pair[1] for name, pair in self.searched.items()}}

@@ -143,10 +143,12 @@ class Steps:
         """One step of the optimizer."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.at(self.step)
+        if self.parts is None:  # before the sampler goes on
+            self.parts = read_ahead(self.reader, self._requests(copy.deepcopy(self.sampler)), workers=self.workers)
         next(self.sampler)
         for i in range(self.schedule.accumulate):
             with self._gradients_sent(i + 1 == self.schedule.accumulate):
-                input, target = self._part(i)
+                input, target = self._part(self.parts, i)
                 with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
                     loss = self.loss(input, target) / self.schedule.accumulate
                 self.scaler.scale(loss).backward()
@@ -166,18 +168,15 @@ class Steps:
             return nullcontext()
         return self.loss.no_sync()
 
-    def _requests(self) -> Iterator[_Request]:
+    def _requests(self, ahead: BalancedSampler) -> Iterator[_Request]:
         """All parts of the steps that are left, from a copy of the sampler: processes read ahead of the step."""
-        ahead = copy.deepcopy(self.sampler)
         for step, rows in zip(range(self.step, self.schedule.steps), ahead, strict=False):
             for i in range(self.schedule.accumulate):
                 yield step, i, *(r[i :: self.schedule.accumulate].numpy() for r in rows)
 
-    def _part(self, i: int) -> tuple[Tensor, Tensor]:
+    def _part(self, parts: Iterator[tuple[Tensor, Tensor]], i: int) -> tuple[Tensor, Tensor]:
         """Every `accumulate`-th of this rank's rows from the i-th on: of the whole batch, one in all ranks' parts."""
-        if self.parts is None:
-            self.parts = read_ahead(self.reader, self._requests(), workers=self.workers)
-        input, target = next(self.parts)
+        input, target = next(parts)
         input, target = sent(input, self.device), sent(target, self.device)
         if self.augment is not None:
             part = i * self.world + self.rank  # of the whole batch: the same augmentation whoever computes it

@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 
 from .._checks import check_integer, check_name
 from .._seeds import seeded
+from ..data.reading import lost_readers_named
 from ..heads import CubeHead, OrthoplexHead, SimplexHead, decode_state
 from ..methods import Method
 from ..models import EmbeddingModel
@@ -142,6 +143,7 @@ class Trainer:
                 data, parent or old model); names what differs.
             FolderInUseError: another process trains in the folder.
             CheckpointError: the finished version's file is damaged.
+            ChildProcessError: a process that reads items was ended, as for want of memory.
             FloatingPointError: the loss, a weight or a statistic of batches is nan or infinite, or float16 overflows
                 without end.  Checkpoints stay as they are.
 
@@ -213,7 +215,7 @@ class Trainer:
                 compile=self.compile,
                 workers=self.workers,
             )
-            with closing(run):
+            with closing(run), lost_readers_named():
                 return self._done(run, facts, finished, on_step)
 
     def _check_lone_row(self, parent: EmbeddingModel, items: Items, schedule: Schedule) -> None:

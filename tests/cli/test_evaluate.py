@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from simplexfix.cli import main
-from simplexfix.compatibility import evaluate
 from simplexfix.labelled import LabelledItems
+from simplexfix.report import evaluate
 
 pytest.importorskip("matplotlib", reason="pip install 'simplexfix[cli]'")
 pytest.importorskip("rich", reason="pip install 'simplexfix[cli]'")
@@ -88,7 +88,7 @@ def test_a_folder_of_versions(models, capsys) -> None:
         "report.html",
         "report.json",
     ]
-    expected = in_memory(generator=np.random.default_rng(5))
+    expected = in_memory(seed=5)
     assert {key: content[key] for key in expected.as_dict()} == expected.as_dict()
     assert content["made_by"] == "simplexfix evaluate"
     assert content["seed"] == 5

@@ -23,6 +23,7 @@ from simplexfix.data.reading import read_ahead
 from simplexfix.methods import ER, HOC
 from simplexfix.models import EmbeddingModel
 from simplexfix.training import (
+    BalancedSampler,
     Items,
     Rehearsal,
     Schedule,
@@ -36,6 +37,11 @@ from simplexfix.training import (
     write_state,
 )
 from simplexfix.training.locks import alone_in
+
+
+class StopError(Exception):
+    pass
+
 
 WORKERS = {"trainer": {"workers": 2}}
 
@@ -143,6 +149,39 @@ def test_two_processes_see_what_one_sees(tmp_path) -> None:
     close(weights(tmp_path / "parts"), weights(tmp_path / "accumulated"))
 
 
+@pytest.mark.parametrize("workers", [None, 0, 2])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_batches_are_those_of_the_sampler_from_the_first_on(workers: int | None, accumulate: int, tmp_path) -> None:
+    """Also after a stop: a shift of all of them would go unnoticed otherwise."""
+    seen = []
+
+    class Seen(ER):
+        def loss(self, model, input, target, old):
+            seen.append(input[:, 0].long().tolist())
+            return super().loss(model, input, target, old)
+
+    def stop(step: int) -> None:
+        if step == 3:
+            raise StopError
+
+    method = Seen()
+    rows = Items(torch.arange(20.0)[:, None].expand(20, 12).contiguous(), torch.arange(20) % 4)
+    parent = EmbeddingModel(jobs.network(), method.head(10))
+    items, memory = (jobs.Noisy(rows, 0.0) if workers is not None else rows for _ in range(2))
+    trainer = Trainer(method, save_every=1, workers=workers or 0)
+    options = {"classes": range(4), "seed": 5, "memory": memory if workers is None else Items.from_dataset(memory)}
+    schedule = Schedule(7, 0.1, batch=8, accumulate=accumulate)
+    with pytest.raises(StopError):
+        trainer.fit(parent, items, schedule, folder=tmp_path, on_step=stop, **options)
+    trainer.fit(parent, items, schedule, folder=tmp_path, **options)
+    sampler = BalancedSampler(20, 20, 8, seed=5)
+    expected = []
+    for _ in range(7):
+        new, remembered = next(sampler)
+        expected += [[*new[i::accumulate].tolist(), *remembered[i::accumulate].tolist()] for i in range(accumulate)]
+    assert seen == expected
+
+
 class Counted(Dataset):
     """Images of one number; counts how often each is read."""
 
@@ -200,10 +239,6 @@ def versions_of(folder: Path | None, on_step=lambda task, step: None, workers: i
 def chosen(version, items, generator) -> torch.Tensor:
     assert version.extract(items.inputs).shape == (len(items.labels), 11)
     return random_rows(items.labels, 3, generator)
-
-
-class StopError(Exception):
-    pass
 
 
 def test_a_sequence_with_a_memory_of_rows_goes_on_to_the_same_bits(tmp_path) -> None:
@@ -305,6 +340,39 @@ def fail(request: int) -> int:
 def test_an_image_that_cannot_be_read_says_so_and_no_more(workers: int) -> None:
     with pytest.raises(ImageFileError, match=r"^5\.png cannot be read$"):
         list(read_ahead(fail, [5, 6], workers=workers))
+
+
+class Killed(Counted):
+    """Ends the process that reads a certain row, as want of memory does."""
+
+    def __getitem__(self, row: int):
+        if row == 13:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(row)
+
+
+def test_a_process_that_was_ended_is_named() -> None:
+    method = ER()
+    parent = EmbeddingModel(jobs.network(), method.head(10))
+    says = "a process that reads data was ended: DataLoader worker .* use fewer workers or a smaller"
+    with pytest.raises(ChildProcessError, match=says):
+        Trainer(method, workers=2).fit(parent, Killed(LABELS), Schedule(9, 0.1, batch=8), classes=range(6), seed=0)
+    with pytest.raises(ChildProcessError, match=says):
+        parent.extract(Killed(LABELS), workers=1)
+
+
+class Failing(Counted):
+    def __getitem__(self, row: int):
+        if row == 13:
+            raise RuntimeError("its own")
+        return super().__getitem__(row)
+
+
+def test_an_error_of_a_data_set_keeps_its_kind_and_its_lines() -> None:
+    method = ER()
+    parent = EmbeddingModel(jobs.network(), method.head(10))
+    with pytest.raises(RuntimeError, match=r'raise RuntimeError\("its own"\)'):
+        parent.extract(Failing(LABELS), workers=1)
 
 
 def test_bad_numbers_of_processes() -> None:

@@ -109,6 +109,7 @@ class FakeService:
         rows = self.runs.setdefault(options["id"], {})
         self.open += 1
         assert options["resume"] == "allow"
+        assert options["name"] == "r" * 128  # its limit
         assert options["config"]["config"]["method"]["slots"] == 16
 
         def log(values: dict, *, step: int) -> None:
@@ -124,17 +125,17 @@ class FakeService:
 @pytest.mark.parametrize("after", [(), (4,), (13, 1), (8, 14, 5)])
 def test_wandb_is_sent_each_line_of_the_log_once(tmp_path, features, after: tuple[int, ...], monkeypatch) -> None:
     """With a stand-in for the service."""
-    service = FakeService()
+    service, folder = FakeService(), tmp_path / ("r" * 200)
     monkeypatch.setitem(sys.modules, "wandb", service)
     config = configuration(features, "wandb")
     for steps in after:
-        stopped(config, tmp_path, steps)
+        stopped(config, folder, steps)
         assert service.open == 0
-    train_run(config, tmp_path)
+    train_run(config, folder)
     assert (service.open, service.refused) == (0, 0)
     (rows,) = service.runs.values()
     assert sorted(rows) == list(range(15))
-    expected = [(stage, line) for stage in STAGES for line in logged(tmp_path, stage)]
+    expected = [(stage, line) for stage in STAGES for line in logged(folder, stage)]
     for i, (stage, line) in enumerate(expected):
         assert rows[i].keys() == {f"{stage}/{key}" for key in line}
         # the speed is that of the first time

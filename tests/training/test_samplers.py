@@ -6,8 +6,10 @@ from itertools import islice
 
 import pytest
 import torch
+from torch import nn
 
 from simplexfix.training import BalancedSampler, read_state, write_state
+from simplexfix.training.samplers import check_lone_row
 
 SIZES = [(100, 30, 16), (64, 5, 16), (7, 200, 12), (3, 2, 16), (90, 0, 12)]  # (new, remembered, batch)
 
@@ -105,3 +107,27 @@ def test_the_order_is_the_seeds_and_nobody_elses() -> None:
 def test_bad_input(act, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         act()
+
+
+@pytest.mark.parametrize(
+    ("batch", "world", "accumulate", "least"),
+    [(1, 1, 1, 2), (2, 2, 1, 4), (4, 2, 2, 8), (4, 2, 1, None), (8, 2, 2, None), (2, 1, 1, None)],
+)
+def test_parts_of_one_row_are_refused_with_statistics_of_batches(
+    batch: int, world: int, accumulate: int, least: int | None
+) -> None:
+    """Over processes, too; not with statistics of all processes, of which torch on a CPU knows nothing."""
+    network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    shares = {"batch": batch, "world": world, "accumulate": accumulate}
+    if least is None:
+        check_lone_row("mine", network, torch.zeros(1, 3), **shares)
+    else:
+        says = (
+            rf"batch must be at least {least}: mine has .* {batch} rows over {world} processes with {accumulate} parts"
+        )
+        with pytest.raises(ValueError, match=says):
+            check_lone_row("mine", network, torch.zeros(1, 3), **shares)
+    check_lone_row("mine", nn.Sequential(nn.Linear(3, 4), nn.SyncBatchNorm(4)), torch.zeros(1, 3), **shares)
+    check_lone_row("mine", nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4)), torch.zeros(1, 3), **shares)
+    assert network[1].num_batches_tracked == 0
+    assert network.training

@@ -21,7 +21,6 @@ from simplexfix.compatibility import (
     compatibility_hits,
     compatibility_matrix,
     compatibility_table,
-    evaluate,
     forward_compatibility,
     inequalities,
     inequality_violations,
@@ -30,6 +29,7 @@ from simplexfix.compatibility import (
     positive_flip_rate,
     worst_regressions,
 )
+from simplexfix.report import evaluate
 from simplexfix.retrieval import PROTOCOLS
 
 both = pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -64,7 +64,7 @@ def evaluated(queries, galleries, query_labels, gallery_labels, *, names=None, *
 def test_numbers_are_those_of_the_public_functions(protocol: str) -> None:
     queries, galleries, labels = versions()
     of = labels[:QUERIES], labels[QUERIES:]
-    report = evaluated(queries, galleries, *of, protocol=protocol, confidence=0.9, generator=np.random.default_rng(7))
+    report = evaluated(queries, galleries, *of, protocol=protocol, confidence=0.9, seed=7)
     matrix = compatibility_matrix(loose.versions(queries, galleries, *of), PROTOCOLS[protocol])
     hits = compatibility_hits(loose.versions(queries, galleries, *of), protocol)
     np.testing.assert_array_equal(report.matrix, matrix)
@@ -153,7 +153,7 @@ def test_backfill_of_the_last_upgrade(protocol: str, monkeypatch) -> None:
             expected = backfill_curve(*last, order=curve.order_name, protocol=protocol)
             assert written == expected.as_dict()
 
-    from simplexfix.compatibility import report as module
+    from simplexfix.report import evaluation as module
 
     monkeypatch.setattr(module, "BACKFILL_QUERIES", 40)
     drawn = evaluated(queries, galleries, *of, protocol=protocol)
@@ -290,7 +290,7 @@ BAD = [
     ({"confidence": 1.0}, ValueError, "confidence must lie between 0 and 1"),
     ({"names": ("a", "a")}, ValueError, "names must be 2 different ones"),
     ({"widths": "any"}, ValueError, "widths must be one of"),
-    ({"generator": 3}, TypeError, "generator must be a numpy.random.Generator"),
+    ({"seed": 3.5}, TypeError, "seed must be an integer"),
 ]
 
 

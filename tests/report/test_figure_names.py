@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from simplexfix.compatibility import evaluate
 from simplexfix.labelled import LabelledItems
+from simplexfix.report import evaluate
 
 pytest.importorskip("matplotlib", reason="pip install 'simplexfix[cli]'")
 from matplotlib import font_manager
 
-from simplexfix.cli import _figures
+from simplexfix.report import figures as module
 
 NAMES = ["模型一", "模型二", "mod\u00e8le\t3 \U0001f642", "\udce9v4"]
 
@@ -34,8 +34,8 @@ def fonts(monkeypatch):
     monkeypatch.setattr(font_manager.fontManager, "ttflist", usual)
 
     def clear() -> None:
-        _figures._family_of.cache_clear()
-        _figures._installed.cache_clear()
+        module._family_of.cache_clear()
+        module._installed.cache_clear()
 
     def add(file: Path) -> None:
         font_manager.fontManager.addfont(file)
@@ -72,17 +72,17 @@ def made_font(file: Path, characters: str, weight: int) -> Path:
 def drawn(report) -> dict[str, bytes]:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        figures = _figures.draw(report, [])
+        figures = module.draw(report, [])
     return {name: figure.light + figure.dark for name, figure in figures.items()}
 
 
 def test_names_that_no_font_has_are_escaped_without_a_warning(report, fonts) -> None:
     first = drawn(report)
     assert first == drawn(report)
-    assert _figures._short("v新") == r"v\u65b0"
-    assert _figures._short("\t\udce9") == r"\t\udce9"
-    assert _figures._short("模型一") == r"…\u578b\u4e00"  # no half of a character
-    assert _figures._short("model number 12") == "…del number 12"
+    assert module._short("v新") == r"v\u65b0"
+    assert module._short("\t\udce9") == r"\t\udce9"
+    assert module._short("模型一") == r"…\u578b\u4e00"  # no half of a character
+    assert module._short("model number 12") == "…del number 12"
 
 
 @pytest.mark.parametrize("weight", [400, 500])
@@ -91,13 +91,13 @@ def test_names_are_drawn_by_a_font_that_has_them(report, fonts, tmp_path, caplog
     figures = drawn(report)
     assert figures == drawn(report)
     assert b"Squares-" in figures["matrix.svg"]  # outlines are named by their font
-    assert _figures._short("模型一") == "模型一"
-    assert _figures._family_of("v") == "DejaVu Sans"
+    assert module._short("模型一") == "模型一"
+    assert module._family_of("v") == "DejaVu Sans"
     assert not caplog.records
 
 
 def test_of_control_characters_no_font_has_a_glyph(report) -> None:
     """By the fonts that are installed here: fonts of mathematics have glyphs at such places."""
-    assert {_figures._family_of(c) for c in "\t\n\x00\x7f\udce9\uffff"} == {None}
-    assert _figures._family_of("\N{GREEK SMALL LETTER ALPHA}") == "DejaVu Sans"
+    assert {module._family_of(c) for c in "\t\n\x00\x7f\udce9\uffff"} == {None}
+    assert module._family_of("\N{GREEK SMALL LETTER ALPHA}") == "DejaVu Sans"
     drawn(report)
