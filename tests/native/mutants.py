@@ -260,6 +260,11 @@ MUTANTS = [
     ),
     Mutant("sample believed", SEARCH, "if (codes_) search_again(task);", ""),
     Mutant("too few of the promising scored", SEARCH, "score_in_windows(task, &QueryState::waiting);", ""),
+    # ... a part of the rows
+    Mutant("masked rows pass the bounds", SEARCH, " & rows_.mask_word(g / kPanelRows);", ";"),
+    Mutant("masked rows are offered", SEARCH, "if (rows_.is_searched(g + r)) best.offer", "best.offer"),
+    Mutant("masked rows are scored", SEARCH, "    if (rows_.is_searched(g)) rows.push_back", "    rows.push_back"),
+    Mutant("excluded ids are included", INDEX, "word = selection.exclude ? word & ~bit : word | bit;", "word |= bit;"),
     # ... the index
     Mutant(
         "codes of moved rows kept", INDEX, "encode(*codes_, gone.front() / kPanelRows * kPanelRows, to, nullptr);", ""
@@ -268,7 +273,7 @@ MUTANTS = [
         "a refused row stays",
         INDEX,
         "    rows_.resize(before);\n    if (codes_) codes_->resize(before);\n    throw;",
-        "    ids_.append(nullptr, n);\n    throw;",
+        "    ids_.append(nullptr, n, interrupt);\n    throw;",
     ),
     Mutant(
         "changes do not wait for searches",

@@ -7,16 +7,18 @@
 #include <thread>
 
 #include "../../../csrc/cpu/cosine_index.h"
+#include "../../../csrc/cpu/interrupt.h"
 #include "core.h"
 
 using namespace simplexfix::cpu;
 
 namespace {
 
-Result search(const CosineIndex& index, const std::vector<float>& query, int64_t k) {
+Result search(const CosineIndex& index, const std::vector<float>& query, int64_t k,
+              std::optional<Selection> selection = {}) {
   const int64_t queries = int64_t(query.size()) / index.dim();
   Result result(queries, k);
-  index.search(query.data(), queries, k, result.scores.data(), result.ids.data());
+  index.search(query.data(), queries, k, result.scores.data(), result.ids.data(), selection ? &*selection : nullptr);
   return result;
 }
 
@@ -67,6 +69,23 @@ void test_changes(RowType type, Random& random) {
     check(index.size() == int64_t(row_of.size()), "step %d: %ld rows, expected %zu", step, long(index.size()),
           row_of.size());
     check(search(index, query, 20) == search(rebuilt, query, 20), "step %d differs from a new index", step);
+    CosineIndex half(d, type, 1);
+    std::vector<int64_t> taken, others;
+    for (const auto& [id, row] : row_of) (random() % 2 ? taken : others).push_back(id);
+    for (const int64_t id : taken) half.add(pool.data() + row_of[id] * d, 1, &id);
+    const Result expected = search(half, query, 20);
+    others.push_back(100001);  // ignored
+    check(search(index, query, 20, Selection{taken.data(), int64_t(taken.size()), false}) == expected,
+          "step %d: a search of half of the ids", step);
+    check(search(index, query, 20, Selection{others.data(), int64_t(others.size()), true}) == expected,
+          "step %d: a search of all but half of the ids", step);
+    check(throws<std::out_of_range>([&] { search(index, query, 20, Selection{&others.back(), 1, false}); }),
+          "an unknown id is searched");
+    const IndexRows rows = index.rows();
+    std::vector<float> vectors(rows.vectors.size());
+    index.vectors(rows.ids.data(), int64_t(rows.ids.size()), vectors.data());
+    check(rows.ids == index.ids() && rows.vectors == vectors && row_of.size() == rows.ids.size(), "step %d: rows",
+          step);
   }
   index.save(temporary_path());
   check(search(*CosineIndex::load(temporary_path(), 2), query, 20) == search(index, query, 20), "loaded one differs");
@@ -112,6 +131,30 @@ void test_threads(Random& random) {
   ::unlink(path.c_str());
 }
 
+// A call that takes longer than the interval is interrupted, and nothing is changed.
+void test_interrupts(Random& random) {
+  const int64_t d = 24, n = 6000, many = 100'000, more = 2'000'000;
+  const std::vector<float> pool = clusters(n, d, 0.3, random), query = clusters(4, d, 0.3, random);
+  std::vector<float> queries, vectors(static_cast<size_t>(more), 1.f);
+  for (int64_t i = 0; i < many; ++i) queries.insert(queries.end(), query.begin(), query.begin() + d);
+  std::vector<int64_t> ids(static_cast<size_t>(more));
+  for (int64_t i = 0; i < more; ++i) ids[size_t(i)] = (more - i) * 2;
+  for (const int64_t threads : {1, 4}) {
+    CosineIndex index(d, RowType::kFloat, threads), numbers(1, RowType::kFloat, threads);
+    index.add(pool.data(), n, nullptr);
+    numbers.add(vectors.data(), 3, nullptr);
+    const Result before = search(index, query, 30);
+    set_interrupt_check([] { return true; });
+    check(throws<Interrupted>([&] { search(index, queries, 30); }), "a search goes on");
+    check(throws<Interrupted>([&] { numbers.add(vectors.data(), more, ids.data()); }), "an addition goes on");
+    set_interrupt_check([] { return false; });
+    check(search(index, query, 30) == before, "a search after an interrupt differs");
+    check(numbers.size() == 3 && numbers.add(vectors.data(), 1, nullptr) == 3,
+          "an interrupted addition left something");
+    set_interrupt_check(nullptr);
+  }
+}
+
 }  // namespace
 
 void test_index(const Options& options) {
@@ -119,4 +162,5 @@ void test_index(const Options& options) {
   if (!options.small)
     for (const RowType type : {RowType::kFloat, RowType::kBFloat16}) test_changes(type, random);
   test_threads(random);
+  test_interrupts(random);
 }

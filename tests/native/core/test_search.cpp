@@ -27,10 +27,11 @@ Result by_definition(const std::vector<float>& query, int64_t queries, const Gal
   for (int64_t q = 0; q < queries; ++q) {
     all.clear();
     for (int64_t i = 0; i < rows.n; ++i)
-      all.push_back({score(query.data() + q * rows.d, rows.read(i, scratch.data()), rows.d), rows.id(i)});
+      if (rows.is_searched(i))
+        all.push_back({score(query.data() + q * rows.d, rows.read(i, scratch.data()), rows.d), rows.id(i)});
     std::sort(all.begin(), all.end(), simplexfix::ranks_before);
     for (int64_t j = 0; j < k; ++j) {
-      const bool found = j < rows.n;
+      const bool found = j < int64_t(all.size());
       result.scores[size_t(q * k + j)] = found ? all[size_t(j)].score : -INFINITY;
       result.ids[size_t(q * k + j)] = found ? all[size_t(j)].id : -1;
     }
@@ -116,6 +117,23 @@ void test_search(const Options& options) {
                   "n=%ld d=%ld spread=%g %s ids %d k=%ld threads=%ld", long(n), long(d), spread,
                   type == RowType::kFloat ? "float" : "bfloat16", kind, long(k), long(threads));
           }
+        // each of the ways to search a part: rows one by one; through codes, but a dense stretch one by one; through
+        // codes and whole stretches; and rows that no sample has
+        for (const double fraction : {0.05, 0.3, 0.8, 2.0}) {
+          std::vector<uint64_t> mask(size_t(simplexfix::ceil_div(n, kPanelRows)), 0);
+          rows.searched = 0;
+          for (int64_t i = 0; i < n; ++i)
+            if (fraction > 1 ? i % (16 * kPanelRows) >= kPanelRows : double(random()) < fraction * 0x1p32) {
+              mask[size_t(i / kPanelRows)] |= uint64_t(1) << (i % kPanelRows);
+              ++rows.searched;
+            }
+          rows.mask = mask.data();
+          const Result part = by_definition(query, queries, rows, std::max<int64_t>(10, most + 3));
+          for (const int64_t k : {int64_t(1), int64_t(10), most + 3})
+            check(through(query, queries, rows, &codes, k, 4) == part.first(k),
+                  "n=%ld d=%ld spread=%g %s ids %d k=%ld of a part, %g", long(n), long(d), spread,
+                  type == RowType::kFloat ? "float" : "bfloat16", kind, long(k), fraction);
+        }
       }
     }
 }

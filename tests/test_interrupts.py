@@ -1,0 +1,92 @@
+"""Ctrl-C ends a long search, addition, loading or saving within a second and changes nothing: interrupts.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import needs_library
+
+SCRIPT = Path(__file__).with_name("interrupts.py")
+STOPPED = {"ended": "KeyboardInterrupt", "said": ""}
+
+
+def interrupted(case: str, folder: Path, native: bool = True, delay: float = 0.5) -> dict[str, Any]:
+    """How the case's call ended after a real signal, and "seconds" from the signal on."""
+    environment = {**os.environ, "SIMPLEXFIX_NATIVE": "1" if native else "0"}
+    command = [sys.executable, SCRIPT, case]
+    with subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            time.sleep(delay)
+            start = time.monotonic()
+            process.send_signal(signal.SIGINT)
+            result = json.loads(process.stdout.readline())
+            return {**result, "seconds": time.monotonic() - start}
+        finally:
+            process.kill()
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("case", "facts"),
+    [
+        ("search", {"rows": 50_000, "found": True}),
+        ("search_on_one_thread", {}),
+        ("search_without_codes", {}),
+        ("add", {"rows": 110, "same": True}),
+        ("load", {"early": True}),
+        ("save", {"same": True, "files": ["index"]}),
+        ("wait_for_another_thread", {"rows": 0}),
+        ("topk", {"again": [3, 2]}),
+        ("topk_with_gradient", {}),
+    ],
+)
+def test_a_long_call_ends(case: str, facts: dict[str, Any], tmp_path: Path) -> None:
+    result = interrupted(case, tmp_path, delay=0.2 if case in ("add", "load") else 0.5)
+    seconds = result.pop("seconds")
+    assert result == {**STOPPED, **facts}
+    assert seconds < 1.5  # a second, and what a busy machine adds
+
+
+def test_a_long_search_of_the_twin_ends(tmp_path: Path) -> None:
+    result = interrupted("search", tmp_path, native=False)
+    assert result.pop("seconds") < 3  # one block of queries and rows
+    assert result == {**STOPPED, "rows": 50_000, "found": True}
+
+
+@needs_library
+def test_a_handler_may_raise_what_it_likes(tmp_path: Path) -> None:
+    result = interrupted("another_exception", tmp_path)
+    assert result["ended"] == "TimeoutError"
+    assert result["said"] == "too long"
+    assert result["seconds"] < 1.5
+
+
+@needs_library
+def test_a_handler_that_returns_ends_nothing(tmp_path: Path) -> None:
+    result = interrupted("handler_that_returns", tmp_path)
+    assert {**result, "seconds": 0} == {"ended": "finished", "same": True, "came": 1, "meanwhile": True, "seconds": 0}
+
+
+@needs_library
+def test_a_handler_may_read_the_index_that_it_interrupts(tmp_path: Path) -> None:
+    result = interrupted("handler_that_uses_the_index", tmp_path)
+    refused = "a signal handler called the index within a call of it that the signal interrupted"
+    assert result["handler"] == ["50000", refused, refused]
+    assert (result["ended"], result["rows"], result["new"]) == ("KeyboardInterrupt", 50_000, [50_000])
+
+
+@needs_library
+def test_the_thread_that_forked_is_interrupted_in_the_child(tmp_path: Path) -> None:
+    result = interrupted("child", tmp_path)
+    assert result["ended"] == "KeyboardInterrupt"
+    assert result["after"] < 2
