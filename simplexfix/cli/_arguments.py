@@ -111,13 +111,20 @@ def _train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help=f"a .yaml or .json file, or one of: {', '.join(PRESET_NAMES)}")
     parser.add_argument("changes", nargs="*", metavar="KEY.SUB=VALUE", help="in place of what the configuration says")
     parser.add_argument("--out", type=Path, help="folder of the run (default: runs/NAME)")
-    parser.add_argument("--show", action="store_true", help="print the resolved configuration as JSON, train nothing")
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the resolved configuration as JSON, train nothing"
+    )
 
 
 def _add_comparison(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--protocol", choices=("nearest_class_mean", "instance"), default="nearest_class_mean")
     parser.add_argument(
-        "--widths", choices=("equal", "leading"), default="equal", help="leading: compare on the narrower width"
+        "--truncate",
+        dest="widths",
+        action="store_const",
+        const="leading",
+        default="equal",
+        help="compare versions of different width on the leading dimensions that all have",
     )
     parser.add_argument(
         "--ignored-labels", nargs="+", default=(), metavar="LABEL", help="of junk: its items and queries are left out"

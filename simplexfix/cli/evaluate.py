@@ -167,7 +167,7 @@ def short_names(paths: Sequence[Path]) -> list[str]:
 
 def in_flags(error: Exception) -> str:
     """An error of the library, with options as they are on the command line."""
-    return str(error).replace('widths="leading"', "--widths leading")
+    return str(error).replace('widths="leading"', "--truncate")
 
 
 def _read_paths(file: Path, part: str, count: int) -> list[Path]:

@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Under torchrun, one of its processes."""
     try:
         config = _config(arguments)
-        if arguments.show:
+        if arguments.print_config:
             print(json.dumps(asdict(config), indent=1))
             return 0
         folder = arguments.out or Path("runs") / Path(arguments.config).stem

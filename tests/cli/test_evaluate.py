@@ -148,9 +148,9 @@ def test_widths(models, capsys) -> None:
     assert main(["evaluate", *names]) == 2
     message = capsys.readouterr().err
     assert "wide.npz: query has 24 columns" in message
-    assert "--widths leading" in message
+    assert "--truncate" in message
     assert not Path("report").exists()
-    assert main(["evaluate", *names, "--widths", "leading", "--json"]) == 0
+    assert main(["evaluate", *names, "--truncate", "--json"]) == 0
     assert [version["dimensions"] for version in json.loads(capsys.readouterr().out)["versions"]] == [16, 24]
 
 

@@ -58,7 +58,7 @@ def ranks(folder: Path, size: int, *flags: str, inputs: dict[int, str] | None = 
             "PYTHONPATH": os.pathsep.join((str(folder), str(Path(__file__).resolve().parents[2]))),
         }
         given = (inputs or {}).get(rank, "models")
-        command = [sys.executable, "-m", "simplexfix", "evaluate", given, "--widths", "leading", *flags]
+        command = [sys.executable, "-m", "simplexfix", "evaluate", given, "--truncate", *flags]
         processes.append(
             subprocess.Popen(
                 command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -78,7 +78,7 @@ def ranks(folder: Path, size: int, *flags: str, inputs: dict[int, str] | None = 
 @pytest.mark.parametrize(("size", "protocol"), [(2, "nearest_class_mean"), (4, "instance")])
 def test_the_report_of_one_process(models, size: int, protocol: str) -> None:
     flags = ("--protocol", protocol)
-    assert main(["evaluate", "models", "--widths", "leading", "--out", "alone", *flags]) == 0
+    assert main(["evaluate", "models", "--truncate", "--out", "alone", *flags]) == 0
     done = ranks(models, size, "--out", "together", *flags)
     assert [code for code, *_ in done] == [0] * size, done
     assert "by name, oldest first: v0, v1, v2" in done[0][2]

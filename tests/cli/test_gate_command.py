@@ -164,7 +164,7 @@ def test_widths_and_protocol(files, capsys) -> None:
     np.savez(files / "wide.npz", **wide)
     assert run(files, "wide.npz") == 2
     assert "wide.npz: query has 21 columns" in capsys.readouterr().err
-    assert run(files, "wide.npz", "--widths", "leading", "--protocol", "instance", "--json") == 0
+    assert run(files, "wide.npz", "--truncate", "--protocol", "instance", "--json") == 0
     cut = json.loads(capsys.readouterr().out)
     assert run(files, "better.npz", "--protocol", "instance", "--json") == 0
     assert json.loads(capsys.readouterr().out) == cut

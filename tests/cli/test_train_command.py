@@ -143,7 +143,7 @@ def test_torchrun(tmp_path, features) -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_can_be_read_back(name: str, capsys) -> None:
-    assert main(["train", name, "--show"]) == 0
+    assert main(["train", name, "--print-config"]) == 0
     assert read_config(RunConfig, json.loads(capsys.readouterr().out)) == PRESETS[name]
 
 

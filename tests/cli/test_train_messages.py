@@ -41,7 +41,7 @@ def test_a_misspelt_preset_is_recognised(capsys) -> None:
 
 def test_changes_may_follow_options(tmp_path, features, capsys) -> None:
     config = str(short(tmp_path, features))
-    assert main(["train", config, "seed=3", "--show", "schedule.steps=4"]) == 0
+    assert main(["train", config, "seed=3", "--print-config", "schedule.steps=4"]) == 0
     shown = capsys.readouterr().out
     assert '"steps": 4' in shown
     assert '"seed": 3' in shown

@@ -1,0 +1,133 @@
+"""`EvaluationReport.save` and `to_html` from Python: what the folder holds, and what is never overwritten."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from simplexfix.labelled import LabelledItems, VersionFeatures
+from simplexfix.report import EvaluationReport, evaluate
+from simplexfix.report.folder import FIGURES
+
+pytest.importorskip("matplotlib", reason="pip install 'simplexfix[cli]'")
+image_module = pytest.importorskip("PIL.Image", reason="pip install 'simplexfix[cli]'")
+
+QUERIES, ITEMS = 40, 60
+
+
+def versions(count: int = 2, junk: int = 0) -> list[VersionFeatures]:
+    """Versions of 40 queries and 60 items of 5 classes; the first `junk` items are of class -1."""
+    draw, labels = np.random.default_rng(0), np.arange(QUERIES + ITEMS) % 5
+    gallery_labels = labels[QUERIES:].copy()
+    gallery_labels[:junk] = -1
+    items = LabelledItems(labels[:QUERIES], gallery_labels)
+    made = []
+    for t in range(count):
+        rows = (1.2 * np.eye(8)[labels] + draw.normal(size=(len(labels), 8))).astype(np.float32)
+        made.append(items.version(rows[:QUERIES], rows[QUERIES:], name=f"v{t}"))
+    return made
+
+
+def written_images(folder: Path, count: int) -> list[Path]:
+    folder.mkdir()
+    paths = [folder / f"{i}.png" for i in range(count)]
+    for i, path in enumerate(paths):
+        image_module.new("RGB", (8, 6), (i, 0, 0)).save(path)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def report() -> EvaluationReport:
+    return evaluate(versions(), seed=3)
+
+
+def test_the_folder_holds_the_report(report, tmp_path) -> None:
+    report.save(tmp_path / "new")
+    content = json.loads((tmp_path / "new" / "report.json").read_text())
+    assert content.items() >= report.as_dict().items()
+    assert (content["inputs"], content["seed"]) == (["v0", "v1"], 3)
+    assert content["zero_rows"] == [{"query": 0, "gallery": 0}] * 2
+    assert (tmp_path / "new" / "report.html").read_text() == report.to_html()
+    drawn = {f"figures/{name}" for name in FIGURES if name != "regressions.png"}
+    files = {path.relative_to(tmp_path / "new").as_posix() for path in (tmp_path / "new").rglob("*") if path.is_file()}
+    assert files == {"report.json", "report.html", *drawn}
+
+
+def test_a_report_replaces_a_report_and_nothing_else(report, tmp_path) -> None:
+    report.save(tmp_path / "report")
+    evaluate(versions(1)).save(str(tmp_path / "report"))  # with fewer figures
+    assert not (tmp_path / "report" / "figures" / "flips.svg").exists()
+    (tmp_path / "report" / "notes.txt").write_text("mine")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "report.json").write_text("{}")
+    (tmp_path / "file").write_text("mine")
+    for name, message in (
+        ("report", "holds notes.txt beside a report"),
+        ("other", "holds something else than a report"),
+        ("file", "is a file; a report needs a folder"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            report.save(tmp_path / name)
+    assert (tmp_path / "report" / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "file").read_text() == "mine"
+    with pytest.raises(FileNotFoundError):
+        report.save(tmp_path / "missing" / "report")
+
+
+def test_images_show_the_worst_regressions(report, tmp_path) -> None:
+    assert report.regressions
+    images = {
+        "query": written_images(tmp_path / "query", QUERIES),
+        "gallery": written_images(tmp_path / "gallery", ITEMS),
+    }
+    report.save(tmp_path / "report", images)
+    assert (tmp_path / "report" / "figures" / "regressions.png").exists()
+    page = report.to_html(images)
+    assert page == (tmp_path / "report" / "report.html").read_text()
+    assert page.count('<img src="data:image/png') == 3 * len(report.regressions)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ({"gallery": [Path("a.png")] * ITEMS}, "give images of 'query', too"),
+        ({"query": [Path("a.png")] * 39}, "images of 'query' must be 40 paths, one per item, got 39"),
+        ({"query": [Path("a.png")] * 40, "gallery": []}, "images of 'gallery' must be 60 paths, one per item, got 0"),
+        ({"query": [Path("a.png")] * 40, "galery": []}, "images must be of 'query' and 'gallery', got 'galery'"),
+        ({"query": [Path("a.png")] * 40}, "the image a.png cannot be read"),
+    ],
+)
+def test_images_that_cannot_be_shown_are_refused_and_nothing_is_written(report, tmp_path, images, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        report.save(tmp_path / "report", images)
+    assert not (tmp_path / "report").exists()
+
+
+def test_images_are_counted_as_given_where_labels_are_ignored(tmp_path) -> None:
+    found = evaluate(versions(junk=7), ignored_labels=[-1])
+    images = {
+        "query": written_images(tmp_path / "query", QUERIES),
+        "gallery": written_images(tmp_path / "gallery", ITEMS),
+    }
+    assert found.to_html(images).count("<figure>") == len(found.regressions) > 0
+
+
+@pytest.mark.parametrize("seed", [-1, 2**31])
+def test_a_seed_out_of_range_is_refused(seed: int) -> None:
+    with pytest.raises(ValueError, match=rf"seed must lie in \[0, 2\^31\), got {seed}"):
+        evaluate(versions(), seed=seed)
+
+
+def test_names_are_escaped() -> None:
+    rows = versions()
+    named = [
+        rows[0].items.version(np.eye(8)[np.arange(40) % 5], np.eye(8)[np.arange(60) % 5], name=name)
+        for name in ("<script>alert(1)</script>", 'a & b\'s "c"')
+    ]
+    page = evaluate(named).to_html()
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+    assert "a &amp; b&#39;s &#34;c&#34;" in page
