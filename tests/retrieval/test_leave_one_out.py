@@ -12,7 +12,6 @@ from simplexfix.compatibility import (
     compare_pairs,
     compatibility_hits,
     compatibility_matrix,
-    evaluate,
     farthest_from_class_mean,
     inequality_violations,
     lowest_margin,
@@ -22,6 +21,7 @@ from simplexfix.compatibility import (
     worst_regressions,
 )
 from simplexfix.labelled import LabelledItems, VersionFeatures
+from simplexfix.report import evaluate
 from simplexfix.retrieval import PROTOCOLS, RetrievalResults, VerificationResults, class_means, metrics, nearest_items
 
 both = pytest.mark.parametrize("protocol", PROTOCOLS)
