@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from simplexfix.compatibility import evaluate
 from simplexfix.labelled import FeatureFileError, LabelledItems, VersionFeatures
+from simplexfix.report import evaluate
 
 pa = pytest.importorskip("pyarrow", reason="pip install 'simplexfix[parquet]'")
 pq = pytest.importorskip("pyarrow.parquet")

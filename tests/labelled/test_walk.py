@@ -11,7 +11,7 @@ import pytest
 from versions import versions
 
 import simplexfix
-from simplexfix.compatibility import evaluate
+from simplexfix.report import evaluate
 
 ROOT = f"{Path(simplexfix.__file__).parent}/"
 
