@@ -66,6 +66,11 @@ def hugging_face_chosen(x):
     return data.select(range(2, 2 + len(x)))["e"]
 
 
+def hugging_face_tensors(x):
+    data = pytest.importorskip("datasets").Dataset.from_dict({"e": x.tolist()})
+    return data.with_transform(lambda batch: {"e": torch.tensor(batch["e"], dtype=torch.float32)})["e"]
+
+
 def objects(x):
     column = np.empty(len(x), dtype=object)
     column[:] = list(x)
@@ -74,7 +79,8 @@ def objects(x):
 
 FEATURES = [
     pandas_column, pandas_lists, pandas_frame, arrow_lists, arrow_fixed, arrow_chunks, arrow_slice, arrow_fixed_slice,
-    hugging_face, hugging_face_torch, hugging_face_function, hugging_face_chosen, objects,
+    hugging_face, hugging_face_torch, hugging_face_function, hugging_face_tensors,
+    hugging_face_chosen, objects,
 ]  # fmt: skip
 
 
