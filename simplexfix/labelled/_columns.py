@@ -124,7 +124,10 @@ def read_column(name: str, values: Ids, why: str) -> NDArray[Any]:
         row = int(np.isnan(array.ravel()).argmax())
         raise ValueError(f"{name} row {row} is missing (nan): drop such rows, or give them a label of their own")
     if array.dtype.kind == "S":
-        array = np.char.decode(array, "utf-8")
+        try:
+            array = np.char.decode(array, "utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{name} holds bytes that are not text in UTF-8: {error}; decode them first") from None
     if array.dtype.kind not in "iuU":
         raise TypeError(f"{name} must be integers, got {_described(array)}; {why}; {_label_remedy(name, array)}")
     if array.ndim != 1:
