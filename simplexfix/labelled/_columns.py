@@ -32,17 +32,15 @@ def read_features(name: str, values: Rows) -> Tensor | NDArray[Any]:
         TypeError: not floating numbers.
         ValueError: not [rows, d], vectors of unlike lengths, a value that is missing; by row.
     """
-    if isinstance(values, Tensor):
-        check_features(name, values)
-        array: Tensor | NDArray[Any] = values
+    array = values if isinstance(values, Tensor) else _as_array(name, values, "a torch.Tensor or a NumPy array")
+    if isinstance(array, Tensor):
+        check_features(name, array)
     else:
-        array = _as_array(name, values, "a torch.Tensor or a NumPy array")
         if np.ma.isMaskedArray(array):
             raise TypeError(f"{name} must have no masked numbers; pass those rows that count")
-        if isinstance(array, np.ndarray) and array.dtype.kind == "O":
+        if array.dtype.kind == "O":
             array = _stacked(name, array)
-        if isinstance(array, np.ndarray):
-            _check_floating(name, array)
+        _check_floating(name, array)
     if array.ndim != 2 or not array.shape[1]:
         raise ValueError(f"{name} must have 2 dimensions, [rows, d] with d >= 1, got {list(array.shape)}")
     return array
@@ -107,11 +105,10 @@ def read_column(name: str, values: Ids, why: str) -> NDArray[Any]:
     Raises:
         TypeError, ValueError: as `read_integers`.
     """
-    expected = "integers"
     if isinstance(values, Tensor):
         if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
             dtype = str(values.dtype).removeprefix("torch.")
-            raise TypeError(f"{name} must be {expected}, got {dtype}; {why}; {name}.long() where they are whole")
+            raise TypeError(f"{name} must be integers, got {dtype}; {why}; {name}.long() where they are whole")
         array: NDArray[Any] = values.detach().cpu().numpy()
     else:
         given = _as_array(name, values, None)
@@ -127,9 +124,12 @@ def read_column(name: str, values: Ids, why: str) -> NDArray[Any]:
         row = int(np.isnan(array.ravel()).argmax())
         raise ValueError(f"{name} row {row} is missing (nan): drop such rows, or give them a label of their own")
     if array.dtype.kind == "S":
-        array = np.char.decode(array, "utf-8")
+        try:
+            array = np.char.decode(array, "utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{name} holds bytes that are not text in UTF-8: {error}; decode them first") from None
     if array.dtype.kind not in "iuU":
-        raise TypeError(f"{name} must be {expected}, got {_described(array)}; {why}; {_label_remedy(name, array)}")
+        raise TypeError(f"{name} must be integers, got {_described(array)}; {why}; {_label_remedy(name, array)}")
     if array.ndim != 1:
         remedy = f"; pass {name}.ravel()" if array.size == max(array.shape, default=0) and array.ndim else ""
         raise ValueError(

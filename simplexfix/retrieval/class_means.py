@@ -49,6 +49,7 @@ def hits(version: VersionFeatures) -> NDArray[np.bool_]:
             asked = block[torch.from_numpy(left_out).to(block.device)]
             out[begin + left_out] = _leave_one_out(asked, begin + left_out, sums, version.gallery, items)
     version.query.release()
+    version.gallery.release()
     return out
 
 
@@ -58,7 +59,7 @@ def matrix_hits(versions: Sequence[VersionFeatures]) -> CellHits:
     Templates are made once per gallery; each query row is read once, against all galleries' templates.  A product in
     float32 decides where the own class's score is further from the best other's than it can err, then one in float64.
     The rest, ties above all, is searched by `cosine_topk`, and so are queries that leave an item out: the answer is
-    that of `hits`.  Memory: 8 bytes per gallery, class and dimension, beside blocks; 12 where items are left out.
+    that of `hits`.  Memory: 8 bytes per gallery, class and dimension, beside blocks; 16 where items are left out.
     """
     items = versions[0].items
     own = items.gallery_classes.find(items.query_labels)
@@ -93,6 +94,8 @@ def matrix_hits(versions: Sequence[VersionFeatures]) -> CellHits:
                     if len(left_out):
                         found[left_out] = _leave_one_out(asked, begin + left_out, exact[j], versions[j].gallery, items)
                     yield i, j, begin, found
+        for of in versions[: i + 1]:
+            of.gallery.release()  # whose rows were read by their numbers
 
 
 def mixed_hits(old: VersionFeatures, new: VersionFeatures) -> Callable[[NDArray[np.bool_]], NDArray[np.bool_]]:

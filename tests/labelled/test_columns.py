@@ -66,6 +66,16 @@ def hugging_face_chosen(x):
     return data.select(range(2, 2 + len(x)))["e"]
 
 
+def hugging_face_python(x):
+    data = pytest.importorskip("datasets").Dataset.from_dict({"e": x.tolist()})
+    return data.with_transform(lambda batch: {"e": batch["e"]})["e"]
+
+
+def hugging_face_tensors(x):
+    data = pytest.importorskip("datasets").Dataset.from_dict({"e": x.tolist()})
+    return data.with_transform(lambda batch: {"e": torch.tensor(batch["e"], dtype=torch.float32)})["e"]
+
+
 def objects(x):
     column = np.empty(len(x), dtype=object)
     column[:] = list(x)
@@ -74,7 +84,8 @@ def objects(x):
 
 FEATURES = [
     pandas_column, pandas_lists, pandas_frame, arrow_lists, arrow_fixed, arrow_chunks, arrow_slice, arrow_fixed_slice,
-    hugging_face, hugging_face_torch, hugging_face_function, hugging_face_chosen, objects,
+    hugging_face, hugging_face_torch, hugging_face_function, hugging_face_tensors,
+    hugging_face_python, hugging_face_chosen, objects,
 ]  # fmt: skip
 
 
@@ -227,6 +238,7 @@ def bad_labels():
     )
     yield lambda: np.zeros(3, "V2"), TypeError, r"must be integers, got \|V2"
     yield lambda: [[1], [2, 3], [4]], ValueError, "query_labels must hold one value for each row"
+    yield lambda: np.array([b"a", b"\xf6", b"c"]), ValueError, "query_labels holds bytes that are not text in UTF-8"
     yield lambda: "abc", TypeError, "must be integers, one for each row, got str"
     yield lambda: [0, 1, 2**70], ValueError, "must fit into int64"
     yield lambda: np.ma.masked_array([1, 2, 3], [0, 1, 0]), TypeError, "must have no masked numbers"
