@@ -438,7 +438,6 @@ void Search::score_in_windows(Task& task, std::vector<Waiting> QueryState::* lis
 
 void Search::write(int64_t begin, int64_t end, float* scores, int64_t* ids) {
   for (int64_t q = begin; q < end; ++q) {
-    check_interrupt();
     const int64_t block = q / query_block_, at = q % query_block_;
     TopK& best = found_[size_t(block * splits_)][size_t(at)];
     for (int64_t split = 1; split < splits_; ++split) best.merge(found_[size_t(block * splits_ + split)][size_t(at)]);
