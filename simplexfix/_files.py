@@ -18,8 +18,7 @@ def write_whole(path: str | bytes | os.PathLike[str], content: bytes) -> None:
         OSError: it cannot be written; names the path.
     """
     path = os.fsencode(path)
-    # of its own length: a suffix to the file's name could pass the 255 bytes that a name may have
-    temporary = os.path.join(os.path.dirname(path), b".simplexfix-%d-%d.tmp" % (os.getpid(), threading.get_ident()))
+    temporary = path + b".%d-%d.tmp" % (os.getpid(), threading.get_ident())
     try:
         # the mode first: what others may not read is never there for them
         mode = os.stat(path).st_mode & 0o777 if os.path.exists(path) else None
