@@ -15,8 +15,8 @@
 
 namespace simplexfix::cpu {
 namespace {
-constexpr int64_t kPiece = 16 * kPanelRows;  // rows to a task when rows are written
-constexpr int64_t kQueriesPerTask = 8;       // when results are sorted
+constexpr int64_t kPiece = 16 * kPanelRows;            // rows to a task when rows are written
+constexpr int64_t kResultsPerTask = int64_t(1) << 16;  // when they are sorted, of at most 8 queries
 // The center is chosen anew each time the rows have become four times as many, up to here: of rows that come one
 // by one the first would do badly for all, and encoding a row 4/3 times on average costs little.
 constexpr int64_t kEnoughToCentre = int64_t(1) << 16;
@@ -231,11 +231,12 @@ void CosineIndex::search(const float* query, int64_t queries, int64_t k, float* 
   const int64_t threads = Search::threads_for(queries, rows, threads_);
   Search search(unit.data(), queries, rows, codes_ ? &*codes_ : nullptr, k, threads, &interrupt);
   parallel(search.tasks(), threads, [&](int64_t task) { search.run(task); }, &interrupt);
+  const int64_t per_task = std::clamp<int64_t>(kResultsPerTask / k, 1, 8);
   const auto write = [&](int64_t task) {
-    const int64_t begin = task * kQueriesPerTask;
-    search.write(begin, std::min(queries, begin + kQueriesPerTask), scores, found);
+    const int64_t begin = task * per_task;
+    search.write(begin, std::min(queries, begin + per_task), scores, found);
   };
-  parallel(ceil_div(queries, kQueriesPerTask), threads, write, &interrupt);
+  parallel(ceil_div(queries, per_task), threads, write, &interrupt);
 }
 
 // In a forked child.  The memory is left to leak: its containers may be inconsistent, and must never be destroyed.

@@ -18,15 +18,19 @@ namespace simplexfix {
 namespace {
 constexpr int64_t kQueriesWorthCodes = 24;  // to encode a gallery costs about as much as to score it for half of them
 
-// work(begin, end) for parts of n rows of d numbers each.  By threads of our own, not by torch's: a search is long
-// enough for them, and they can be interrupted.
+// Products of a search that is not worth threads of our own, which cost about 50 us each to start, and too short to be
+// interrupted: below a tenth of a second.
+constexpr double kBriefProducts = double(int64_t(1) << 28);
+constexpr int64_t kNumbersAtATime = int64_t(1) << 26;  // to read and write between two looks at the interrupt
+
+// work(begin, end) over n rows of d numbers each, by for_rows, and with looks at the interrupt.
 template <typename Work>
 void in_parts(int64_t n, int64_t d, cpu::Interrupt& interrupt, const Work& work) {
-  const int64_t part = std::max<int64_t>(1, cpu::kNumbersPerThread / std::max<int64_t>(1, d));
-  const int64_t threads =
-      cpu::threads_for(double(n) * double(d), double(cpu::kNumbersPerThread), torch::stable::get_num_threads());
-  cpu::parallel(
-      ceil_div(n, part), threads, [&](int64_t i) { work(i * part, std::min(n, (i + 1) * part)); }, &interrupt);
+  const int64_t part = std::max<int64_t>(1, kNumbersAtATime / std::max<int64_t>(1, d));
+  for (int64_t first = 0; first < n; first += part) {
+    interrupt.check();
+    for_rows(std::min(part, n - first), d, [&](int64_t begin, int64_t end) { work(first + begin, first + end); });
+  }
 }
 
 // A dense, normalised copy of the rows.
@@ -82,9 +86,18 @@ std::tuple<Tensor, Tensor> cosine_topk_cpu(Tensor query, Tensor gallery, int64_t
       codes->encode(rows, begin * cpu::kPanelRows, std::min(rows.n, end * cpu::kPanelRows));
     });
   }
-  const int64_t threads = cpu::Search::threads_for(queries, rows, torch::stable::get_num_threads());
-  cpu::Search search(data<float>(q), queries, rows, codes ? &*codes : nullptr, k, threads, &interrupt);
-  cpu::parallel(search.tasks(), threads, [&](int64_t task) { search.run(task); }, &interrupt);
+  // torch's threads pass no exception on, so that an interrupt needs threads of our own
+  const bool brief = !cpu::is_forked() && double(queries) * double(rows.n) * double(rows.d) < kBriefProducts;
+  const int64_t most = torch::stable::get_num_threads();
+  const int64_t threads = brief ? most : cpu::Search::threads_for(queries, rows, most);
+  cpu::Search search(data<float>(q), queries, rows, codes ? &*codes : nullptr, k, threads,
+                     brief ? nullptr : &interrupt);
+  if (brief)
+    torch::stable::parallel_for(0, search.tasks(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) search.run(task);
+    });
+  else
+    cpu::parallel(search.tasks(), threads, [&](int64_t task) { search.run(task); }, &interrupt);
   float* const to_scores = mutable_data<float>(scores);
   int64_t* const to_ids = mutable_data<int64_t>(ids);
   in_parts(queries, k * 16, interrupt,

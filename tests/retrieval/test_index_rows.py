@@ -99,7 +99,7 @@ def selections(n: int) -> dict[str, np.ndarray]:
         "none": np.array([], np.int64),
         "one": np.array([n - 1]),
         "a few": rng.choice(n, 30, replace=False),
-        "a tenth": rng.choice(n, n // 10, replace=False),  # each is scored
+        "one in forty": rng.choice(n, n // 40, replace=False),  # each is scored
         "a sixth": rng.choice(n, n // 6, replace=False),  # codes with a mask; those that pass are scored alone
         "most": rng.choice(n, 3 * n // 4, replace=False),  # with a mask; scored with the others and left out then
         "side by side": np.arange(n // 3, n // 3 + n // 5),

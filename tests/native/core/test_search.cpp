@@ -119,7 +119,7 @@ void test_search(const Options& options) {
           }
         // each of the ways to search a part: rows one by one; through codes, but a dense stretch one by one; through
         // codes and whole stretches; and rows that no sample has
-        for (const double fraction : {0.05, 0.3, 0.8, 2.0}) {
+        for (const double fraction : {0.02, 0.3, 0.8, 2.0}) {
           std::vector<uint64_t> mask(size_t(simplexfix::ceil_div(n, kPanelRows)), 0);
           rows.searched = 0;
           for (int64_t i = 0; i < n; ++i)
