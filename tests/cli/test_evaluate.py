@@ -404,7 +404,7 @@ def test_a_folder_of_something_else_is_never_deleted(models, capsys) -> None:
         assert main(["evaluate", "models", "--out", "kept"]) == 0
         (kept / name).mkdir() if name.endswith("/") else (kept / name).write_text("mine")
         assert main(["evaluate", "models", "--out", "kept"]) == 2
-        assert f"kept holds more than a report, {name.rstrip('/')}" in capsys.readouterr().err
+        assert f"kept holds {name.rstrip('/')} beside a report" in capsys.readouterr().err
         shutil.rmtree(kept)
     Path("photos").mkdir()
     Path("photos/report.json").write_text("{}")
@@ -412,8 +412,8 @@ def test_a_folder_of_something_else_is_never_deleted(models, capsys) -> None:
     for out, message in (
         ("report", "notes.txt"),
         ("photos", "something else"),
-        ("file", "names a folder"),
-        (".", "where you are"),
+        ("file", "a report needs a folder"),
+        (".", "is the current folder or around it"),
     ):
         entries = everything_in(models.parent)
         capsys.readouterr()
@@ -474,7 +474,7 @@ def test_names_of_files_are_text_and_neither_html_nor_mathematics(models) -> Non
     assert "<!-- query by -->" in Path("report/figures/matrix.svg").read_text()
     page = Path("report/report.html").read_text()
     assert "<b>&" not in page
-    assert "&lt;b&gt;&amp;&quot;" in page
+    assert "&lt;b&gt;&amp;&#34;" in page
 
 
 def test_output_is_plain_where_the_terminal_is(models) -> None:

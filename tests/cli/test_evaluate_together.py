@@ -111,7 +111,7 @@ def test_what_only_the_writer_meets_ends_all(models) -> None:
     (models / "report" / "notes.txt").write_text("mine")
     done = ranks(models, 2)
     assert [code for code, *_ in done] == [2, 2], done
-    assert "report is a folder of something else" in done[0][2]
+    assert "report holds something else than a report" in done[0][2]
     assert sorted(path.name for path in (models / "report").iterdir()) == ["notes.txt"]
 
 
