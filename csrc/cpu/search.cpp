@@ -4,17 +4,16 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
-#include <functional>
 #include <limits>
 
+#include "candidates.h"
 #include "float_mode.h"
 #include "parallel.h"
-#include "select.h"
 
 namespace simplexfix::cpu {
 namespace {
 constexpr int64_t kMaxQueryBlock = 252;  // a multiple of 6, the queries that a kernel takes at once
-// Queries of a block times k: bounds what waits, at worst 32 k + 2048 rows of 8 bytes for each query.
+// Queries of a block times k: bounds the candidates, at worst 32 k + 2048 of 8 bytes for each query (see kListGrowth).
 constexpr int64_t kMaxBlockResults = int64_t(1) << 18;
 constexpr int64_t kTasksPerThread = 2;      // for an even load; each task reads the gallery and finds a cutoff anew
 constexpr int64_t kMinSplit = 4096;         // gallery rows that are worth a task of their own
@@ -24,6 +23,15 @@ constexpr int64_t kSparseSteps = 16;        // of which one has its first panel 
 // the codes at one row in 38.
 constexpr int64_t kMaskedRows = 32;
 static_assert(kPanelRows == 64, "a word of a mask is a panel");
+// A list is rescored at its limit: at first kListPerWanted candidates for each row that is wanted, and kListSlack more,
+// so that a selection costs little beside the rows that it lets drop.  The limit grows to kListGrowth times that while
+// rescoring leaves the list less than half full.
+constexpr int64_t kListPerWanted = 8, kListSlack = 512;
+constexpr size_t kListGrowth = 4;
+// Where more than one row in these stays a candidate, bounds cost more than they save: score the next rows whole.
+constexpr int64_t kMostPass = 4;
+// Standard deviations, and rows, by which the assumed rank of the k-th best in a sample exceeds the expected one.
+constexpr int64_t kSigmas = 3, kRankSlack = 3;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 void raise(std::atomic<float>& highest, float score) {
@@ -40,25 +48,24 @@ std::unique_ptr<std::atomic<float>[]> no_scores(int64_t n) {
 }  // namespace
 
 struct Search::QueryState {
-  float assumed;                            // a score that k rows are taken to reach, not yet for certain; or -inf
-  float known;                              // the score of which cutoff was made
-  float cutoff;                             // what the upper bound of a row must reach; -inf while nothing is known
-  bool dense;                               // the rows at hand are scored whole
-  int64_t dense_until;                      // rows seen before they no longer are
-  int64_t dense_rows;                       // how many the next time: twice as many each time
-  int64_t drained_at;                       // rows seen when the list was last scored whole
-  size_t limit;                             // of the list before it is drained
-  size_t next;                              // in the list that is being scored
-  std::vector<Waiting> waiting, promising;  // by ascending row; waiting: those of the sample, then the others
+  float speculative_cutoff;  // a score that k rows reach with p > 0.999, not yet for certain; or -inf
+  float cutoff_score;        // the score from which cutoff was computed
+  float cutoff;              // the least upper bound of a candidate; -inf before k scores are known
+  bool dense;                // the next rows are scored whole
+  int64_t dense_until;       // rows seen when that ends
+  int64_t dense_rows;        // its length the next time: twice as long each time
+  int64_t rescored_at;       // rows seen when all candidates were last scored
+  size_t limit;              // of the candidates before they are rescored
+  size_t next;               // in the list that is being scored
+  CandidateList candidates;
 
   void reset() {
-    assumed = known = cutoff = -kInfinity;
-    waiting.clear();
-    promising.clear();
+    speculative_cutoff = cutoff_score = cutoff = -kInfinity;
+    candidates.clear();
   }
 
   void start(size_t first_limit) {
-    dense_until = drained_at = 0;
+    dense_until = rescored_at = 0;
     dense_rows = kStep;
     limit = first_limit;
   }
@@ -72,7 +79,7 @@ struct Search::Scratch {
   std::vector<float> selection, scores, dense_queries;
   std::vector<const void*> pointers;
   std::vector<int64_t> dense;
-  std::vector<Waiting> searched;
+  std::vector<BoundedRow> searched;
 };
 
 struct Search::Task : Scratch {
@@ -102,7 +109,7 @@ Search::Search(const float* query, int64_t queries, const GalleryRows& rows, con
   query_blocks_ = ceil_div(queries, query_block_);
   splits_ = std::clamp<int64_t>(ceil_div(wanted, std::max<int64_t>(1, query_blocks_)), 1,
                                 std::max<int64_t>(1, rows.n / kMinSplit));
-  splits_ = std::max(splits_, ceil_div(rows.n, int64_t(1) << 31));  // Waiting::row is 32 bits
+  splits_ = std::max(splits_, ceil_div(rows.n, int64_t(1) << 31));  // BoundedRow::row is 32 bits
   found_.resize(size_t(tasks()));
   highest_ = no_scores(queries);
 }
@@ -141,12 +148,11 @@ void Search::run(int64_t index) {
   give_back(std::move(task));
 }
 
-// Queries whose k-th best score does not reach what was assumed may have lost rows: a task of their own assumes
-// nothing.
+// Queries whose k-th best score does not reach the speculative cutoff may have lost rows: search them again without.
 void Search::search_again(Task& task) {
   std::vector<int64_t> again;
   for (int64_t q = 0; q < task.queries; ++q)
-    if (task.state[size_t(q)].assumed > task.highest[size_t(q)]) again.push_back(q);
+    if (task.state[size_t(q)].speculative_cutoff > task.highest[size_t(q)]) again.push_back(q);
   if (again.empty()) return;
   const auto n = int64_t(again.size()), d = rows_.d;
   std::vector<float> query(size_t(n * d));
@@ -174,7 +180,7 @@ void Search::sweep(Task& task) {
     sweep_part(task, part);
     score_best(task);
   }
-  score_in_windows(task, &QueryState::waiting);
+  score_in_windows(task, &CandidateList::pending);
   for (int64_t q = 0; q < task.queries; ++q) refresh(task, q);
 }
 
@@ -183,8 +189,8 @@ void Search::sweep_part(Task& task, Part part) {
   const bool samples = part == Part::kSparse || part == Part::kSample;
   const int64_t sampled = part == Part::kSparse ? ceil_div(steps, kSparseSteps) : steps;
   task.wanted = samples && task.assumes ? rank_in(double(sampled * kPanelRows) / double(rows)) : k_;
-  const size_t limit = size_t(std::min(8 * task.wanted, rows_.n)) + 512;
-  task.max_limit = 4 * limit;
+  const size_t limit = size_t(std::min(kListPerWanted * task.wanted, rows_.n) + kListSlack);
+  task.max_limit = kListGrowth * limit;
   task.seen = 0;
   for (QueryState& state : task.state) state.start(limit);
   for (int64_t step = 0; step < steps; ++step) {
@@ -200,12 +206,12 @@ void Search::sweep_part(Task& task, Part part) {
   }
 }
 
-// The rank in a sample, so large a share of all rows, that the k-th best of all reaches but for bad luck: of the k best
-// it holds a binomial number, three standard deviations and three more than expected less than once in 10^3 times: more
-// room would let more rows through for every query, which costs more than searching one of a thousand again.
-int64_t Search::rank_in(double share) const {
-  const double expected = double(k_) * std::min(1.0, share);
-  return std::min(k_, int64_t(expected + 3 * std::sqrt(expected)) + 3);
+// Sample rank that the global k-th best reaches with p > 0.999.  A sample of this fraction of all rows holds a binomial
+// number of the k best: kSigmas standard deviations and kRankSlack more than expected less than once in 10^3 searches.
+// A larger slack would let more rows pass for every query, which costs more than searching one in 10^3 again.
+int64_t Search::rank_in(double fraction) const {
+  const double expected = double(k_) * std::min(1.0, fraction);
+  return std::min(k_, int64_t(expected + double(kSigmas) * std::sqrt(expected)) + kRankSlack);
 }
 
 Search::Scratch Search::take_scratch() {
@@ -226,9 +232,9 @@ void Search::refresh(Task& task, int64_t q) {
   QueryState& state = task.state[size_t(q)];
   TopK& best = task.best[size_t(q)];
   raise(task.highest[size_t(q)], best.kth_score());
-  const float any = std::max(state.assumed, task.highest[size_t(q)].load(std::memory_order_relaxed));
-  if (any == state.known) return;
-  state.known = any;
+  const float any = std::max(state.speculative_cutoff, task.highest[size_t(q)].load(std::memory_order_relaxed));
+  if (any == state.cutoff_score) return;
+  state.cutoff_score = any;
   state.cutoff = task.codes->cutoff(q, any);
 }
 
@@ -275,7 +281,7 @@ void Search::score_all(Task& task, int64_t begin, int64_t end) {
 
 // The same where a mask leaves most rows out: only the others are scored.
 void Search::score_searched(Task& task, int64_t begin, int64_t end) {
-  std::vector<Waiting>& rows = task.searched;
+  std::vector<BoundedRow>& rows = task.searched;
   rows.clear();
   for (int64_t g = begin; g < end; ++g)
     if (rows_.is_searched(g)) rows.push_back({0.f, uint32_t(g - task.g0)});
@@ -305,83 +311,55 @@ void Search::scan(Task& task, int64_t begin, int64_t end) {
       const float more = task.codes->panel_term(q, panel_norm);
       for (; mask; mask &= mask - 1) {
         const int bit = __builtin_ctzll(mask);
-        state.waiting.push_back({task.upper[size_t(q * kPanelRows + bit)] + more, uint32_t(g - task.g0 + bit)});
+        state.candidates.pending.push_back(
+            {task.upper[size_t(q * kPanelRows + bit)] + more, uint32_t(g - task.g0 + bit)});
       }
-      if (state.waiting.size() >= state.limit) drain(task, q);
+      if (state.candidates.pending.size() >= state.limit) rescore(task, q);
     }
   }
 }
 
-// Scores the most promising k; all, if that leaves too many.
-void Search::drain(Task& task, int64_t q) {
+// Scores the best k candidates; all, if that leaves too many.
+void Search::rescore(Task& task, int64_t q) {
   QueryState& state = task.state[size_t(q)];
+  CandidateList& list = state.candidates;
   prune(task, q);
-  if (state.waiting.size() < state.limit / 2) return;
-  take_best(task, q);
-  score_and_clear(task, q, state.promising);
+  if (list.pending.size() < state.limit / 2) return;
+  list.take_best(task.wanted, task.selection);
+  score_and_clear(task, q, list.best);
   prune(task, q);
-  if (state.waiting.size() < state.limit / 2) {
+  if (list.pending.size() < state.limit / 2) {
     state.limit = std::min(2 * state.limit, task.max_limit);
     return;
   }
-  // none passes for certain before k are scored, which the sample of take_best may miss
-  const bool most_passed =
-      state.cutoff > -kInfinity && int64_t(state.waiting.size()) > (task.seen - state.drained_at) / 4;
-  if (!most_passed && state.limit < task.max_limit) {
+  // Before k rows are scored every row passes, which says nothing about the bounds.
+  const bool most_pass =
+      state.cutoff > -kInfinity && int64_t(list.pending.size()) > (task.seen - state.rescored_at) / kMostPass;
+  if (!most_pass && state.limit < task.max_limit) {
     state.limit *= 2;
     return;
   }
-  score_and_clear(task, q, state.waiting);
-  state.drained_at = task.seen;
-  if (most_passed) {
-    state.drained_at = state.dense_until = task.seen + state.dense_rows;
+  score_and_clear(task, q, list.pending);
+  state.rescored_at = task.seen;
+  if (most_pass) {
+    state.rescored_at = state.dense_until = task.seen + state.dense_rows;
     state.dense_rows *= 2;
-    state.limit = task.max_limit / 4;
+    state.limit = task.max_limit / kListGrowth;
   }
   prune(task, q);
 }
 
-// Drops the waiting rows that can no longer be among the best.
+// Raises the cutoff to the scores so far and drops the candidates below it.
 void Search::prune(Task& task, int64_t q) {
   QueryState& state = task.state[size_t(q)];
-  if (task.wanted < k_) state.assumed = std::max(state.assumed, task.best[size_t(q)].nth_score(task.wanted));
+  if (task.wanted < k_)
+    state.speculative_cutoff = std::max(state.speculative_cutoff, task.best[size_t(q)].nth_score(task.wanted));
   refresh(task, q);
   task.cutoff[size_t(q)] = state.cutoff;
-  std::vector<Waiting>& waiting = state.waiting;
-  Waiting* const end = drop_if(waiting.data(), waiting.data() + waiting.size(),
-                               [&](const Waiting& w) { return w.upper < state.cutoff; });
-  waiting.resize(size_t(end - waiting.data()));
+  state.candidates.prune(state.cutoff);
 }
 
-// Moves about as many waiting rows as are wanted, those of the highest upper bounds to the promising ones, in the order
-// of the rows.
-void Search::take_best(Task& task, int64_t q) {
-  QueryState& state = task.state[size_t(q)];
-  std::vector<Waiting>& waiting = state.waiting;
-  const int64_t k = task.wanted;
-  if (int64_t(waiting.size()) <= k) {
-    state.promising.swap(waiting);
-    return;
-  }
-  // The k-th by a sample: any rows will do, the better the more they raise the cutoff.
-  const size_t stride = std::clamp<size_t>(size_t(k) / 64, 1, 4);
-  std::vector<float>& upper = task.selection;
-  upper.clear();
-  for (size_t i = 0; i < waiting.size(); i += stride) upper.push_back(waiting[i].upper);
-  const size_t margin = stride == 1 ? 0 : size_t(2 * std::sqrt(double(k) / double(stride)));
-  const size_t rank = std::min(upper.size() - 1, size_t(k - 1) / stride + margin);
-  select_nth(upper.data(), int64_t(rank), upper.data() + upper.size(), std::greater<>());
-  const float kth = upper[rank];
-  state.promising.resize(waiting.size());
-  Waiting* taken = state.promising.data();
-  Waiting* const most = taken + 2 * k;  // where many bounds are equal
-  Waiting* const end = extract_if(waiting.data(), waiting.data() + waiting.size(), taken,
-                                  [&](const Waiting& w) { return int(w.upper >= kth) & int(taken < most); });
-  waiting.resize(size_t(end - waiting.data()));
-  state.promising.resize(size_t(taken - state.promising.data()));
-}
-
-void Search::score(Task& task, int64_t q, const Waiting* first, const Waiting* last) {
+void Search::score(Task& task, int64_t q, const BoundedRow* first, const BoundedRow* last) {
   const size_t n = size_t(last - first);
   task.pointers.resize(n);
   task.scores.resize(std::max(task.scores.size(), n));
@@ -394,31 +372,29 @@ void Search::score(Task& task, int64_t q, const Waiting* first, const Waiting* l
   }
 }
 
-void Search::score_and_clear(Task& task, int64_t q, std::vector<Waiting>& list) {
+void Search::score_and_clear(Task& task, int64_t q, std::vector<BoundedRow>& list) {
   score(task, q, list.data(), list.data() + list.size());
   list.clear();
 }
 
-// Scores the most promising of each query and drops what can then be left out.
+// Scores the best candidates of each query and drops what they rule out.
 void Search::score_best(Task& task) {
   for (int64_t q = 0; q < task.queries; ++q) {
     prune(task, q);
-    std::vector<Waiting>& waiting = task.state[size_t(q)].waiting;
-    const auto by_row = [](const Waiting& a, const Waiting& b) { return a.row < b.row; };
-    const auto others = std::is_sorted_until(waiting.begin(), waiting.end(), by_row);
-    std::inplace_merge(waiting.begin(), others, waiting.end(), by_row);
-    take_best(task, q);
+    CandidateList& list = task.state[size_t(q)].candidates;
+    list.sort_by_row();
+    list.take_best(task.wanted, task.selection);
   }
-  score_in_windows(task, &QueryState::promising);
+  score_in_windows(task, &CandidateList::best);
   for (int64_t q = 0; q < task.queries; ++q) prune(task, q);
 }
 
 // Scores a list of each query, window by window of the gallery: a row that several queries want is read
 // from memory once, and all in one direction.
-void Search::score_in_windows(Task& task, std::vector<Waiting> QueryState::* list) {
+void Search::score_in_windows(Task& task, std::vector<BoundedRow> CandidateList::* list) {
   size_t pairs = 0;
   for (QueryState& state : task.state) {
-    pairs += (state.*list).size();
+    pairs += (state.candidates.*list).size();
     state.next = 0;
   }
   if (pairs == 0) return;
@@ -428,13 +404,13 @@ void Search::score_in_windows(Task& task, std::vector<Waiting> QueryState::* lis
     check_interrupt();
     for (int64_t q = 0; q < task.queries; ++q) {
       QueryState& state = task.state[size_t(q)];
-      const std::vector<Waiting>& rows = state.*list;
+      const std::vector<BoundedRow>& rows = state.candidates.*list;
       const size_t first = state.next;
       while (state.next < rows.size() && int64_t(rows[state.next].row) < g + window) ++state.next;
       if (first < state.next) score(task, q, rows.data() + first, rows.data() + state.next);
     }
   }
-  for (QueryState& state : task.state) (state.*list).clear();
+  for (QueryState& state : task.state) (state.candidates.*list).clear();
 }
 
 void Search::write(int64_t begin, int64_t end, float* scores, int64_t* ids) {

@@ -2,16 +2,14 @@
 // fp32; the order is core/ranking.h's.  With a gallery in codes (gallery_codes.h) only those rows are
 // scored whose upper bound says that they may be among the best.
 //
-// Mapping: a task is a block of queries against a stretch of the gallery.  It walks the stretch in
-// panels of 64 rows; what passes the bounds waits in a list per query.  When a list is full, its most
-// promising k rows are scored, which raises the cutoff and empties most of the list; the rest is
-// scored at the end.  Where the bounds let most rows of a stretch through, the next ones are scored
-// whole, as without codes.
-// The first panel of each 16 comes before the others (and of those one in 16 first of all): a sample.
-// A score so high in it that k rows of all are as good as sure to reach it is assumed as the k-th best,
-// so that few rows pass from there on.  Where fewer than k reach it after all (rows in an order that
-// the sample fits into), the query is searched again without.
-// Bytes: per task the codes of its stretch once (1 byte per number), a row's own for each row scored.
+// Mapping: a task is a block of queries against a split of the gallery.  It reads the split in panels of 64 rows; rows
+// whose bounds reach the cutoff become candidates of the query (candidates.h).  A full list is rescored: its best k are
+// scored, which raises the cutoff and drops most of the others; the last ones are scored at the end.  Where most rows
+// pass, the next ones are scored whole, as without codes.
+// The first panel of each 16 comes before the others (and of those one in 16 first of all): a sample.  From it follows
+// a speculative cutoff, a score that k rows reach with p > 0.999, so that few rows pass from there on.  A query for
+// which fewer than k reach it after all (rows in an order that correlates with the sample) is searched again without.
+// Bytes: per task the codes of its split once (1 byte per number), and the row of each candidate that is scored.
 // With a mask only some rows are searched, as if the gallery had no others.
 // Determinism: the cutoffs are shared between the tasks of a query, so the work depends on timing;
 // the results never do, because in the end a row is left out only if k others certainly rank before it.
@@ -23,6 +21,7 @@
 #include <optional>
 #include <vector>
 
+#include "candidates.h"
 #include "gallery_codes.h"
 #include "gallery_rows.h"
 #include "interrupt.h"
@@ -53,10 +52,6 @@ class Search {
   void write(int64_t begin, int64_t end, float* scores, int64_t* ids);
 
  private:
-  struct Waiting {
-    float upper;
-    uint32_t row;  // from the task's first
-  };
   // Of a task's rows: a panel in 256, the first of each other step, what is left; or all.
   enum class Part { kSparse, kSample, kRest, kAll };
   struct QueryState;
@@ -70,7 +65,7 @@ class Search {
   }
   Scratch take_scratch();
   void give_back(Scratch&& scratch);
-  int64_t rank_in(double share) const;
+  int64_t rank_in(double fraction) const;
   void search_again(Task& task);
   void sweep(Task& task);
   void sweep_part(Task& task, Part part);
@@ -78,13 +73,12 @@ class Search {
   void score_all(Task& task, int64_t begin, int64_t end);
   void score_searched(Task& task, int64_t begin, int64_t end);
   void scan(Task& task, int64_t begin, int64_t end);
-  void drain(Task& task, int64_t q);
+  void rescore(Task& task, int64_t q);
   void prune(Task& task, int64_t q);
-  void take_best(Task& task, int64_t q);
-  void score(Task& task, int64_t q, const Waiting* first, const Waiting* last);
-  void score_and_clear(Task& task, int64_t q, std::vector<Waiting>& list);
+  void score(Task& task, int64_t q, const BoundedRow* first, const BoundedRow* last);
+  void score_and_clear(Task& task, int64_t q, std::vector<BoundedRow>& list);
   void score_best(Task& task);
-  void score_in_windows(Task& task, std::vector<Waiting> QueryState::* list);
+  void score_in_windows(Task& task, std::vector<BoundedRow> CandidateList::* list);
 
   const float* query_;
   int64_t queries_;

@@ -259,7 +259,7 @@ MUTANTS = [
         "task.cutoff[size_t(q)] = task.seen < state.dense_until ? kInfinity : state.cutoff;",
     ),
     Mutant("sample believed", SEARCH, "if (codes_) search_again(task);", ""),
-    Mutant("too few of the promising scored", SEARCH, "score_in_windows(task, &QueryState::waiting);", ""),
+    Mutant("pending candidates never scored", SEARCH, "score_in_windows(task, &CandidateList::pending);", ""),
     # ... a part of the rows
     Mutant("masked rows pass the bounds", SEARCH, " & rows_.mask_word(g / kPanelRows);", ";"),
     Mutant("masked rows are offered", SEARCH, "if (rows_.is_searched(g + r)) best.offer", "best.offer"),

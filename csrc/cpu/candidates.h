@@ -1,0 +1,70 @@
+// The candidates of one query in a search: rows whose upper bound reached the cutoff and whose score is not known yet.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "select.h"
+
+namespace simplexfix::cpu {
+
+struct BoundedRow {
+  float upper;   // bound of the score
+  uint32_t row;  // from the task's first
+};
+
+class CandidateList {
+ public:
+  // Both by ascending row; pending: the rows of the sample, then the others.
+  std::vector<BoundedRow> pending, best;
+
+  void clear() {
+    pending.clear();
+    best.clear();
+  }
+
+  // Drops the pending rows that can no longer be among the best.
+  void prune(float cutoff) {
+    BoundedRow* const end =
+        drop_if(pending.data(), pending.data() + pending.size(), [&](const BoundedRow& c) { return c.upper < cutoff; });
+    pending.resize(size_t(end - pending.data()));
+  }
+
+  // Merges the rows of the sample with those that came after it.
+  void sort_by_row() {
+    const auto by_row = [](const BoundedRow& a, const BoundedRow& b) { return a.row < b.row; };
+    const auto others = std::is_sorted_until(pending.begin(), pending.end(), by_row);
+    std::inplace_merge(pending.begin(), others, pending.end(), by_row);
+  }
+
+  // Moves about k pending rows to best, those of the highest upper bounds, in the order of the rows.  Any rows are
+  // correct; the higher their scores, the more they raise the cutoff.  So the k-th bound is estimated from every
+  // kStride-th candidate, with two standard deviations to spare, and at most kMaxTaken k are taken where many bounds
+  // are equal.  selection: memory for the sample.
+  void take_best(int64_t k, std::vector<float>& selection) {
+    constexpr size_t kStride = 4, kSampleSize = 64;
+    constexpr int64_t kMaxTaken = 2;
+    if (int64_t(pending.size()) <= k) {
+      best.swap(pending);
+      return;
+    }
+    const size_t stride = std::clamp<size_t>(size_t(k) / kSampleSize, 1, kStride);
+    selection.clear();
+    for (size_t i = 0; i < pending.size(); i += stride) selection.push_back(pending[i].upper);
+    const size_t margin = stride == 1 ? 0 : size_t(2 * std::sqrt(double(k) / double(stride)));
+    const size_t rank = std::min(selection.size() - 1, size_t(k - 1) / stride + margin);
+    select_nth(selection.data(), int64_t(rank), selection.data() + selection.size(), std::greater<>());
+    const float kth = selection[rank];
+    best.resize(pending.size());
+    BoundedRow* taken = best.data();
+    BoundedRow* const most = taken + kMaxTaken * k;
+    BoundedRow* const end = extract_if(pending.data(), pending.data() + pending.size(), taken,
+                                       [&](const BoundedRow& c) { return int(c.upper >= kth) & int(taken < most); });
+    pending.resize(size_t(end - pending.data()));
+    best.resize(size_t(taken - best.data()));
+  }
+};
+
+}  // namespace simplexfix::cpu
