@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from ..report.figures import default_style
 from ..retrieval import cosine_topk
 from ..training.omniglot import OmniglotData
 
@@ -18,6 +19,7 @@ HIT, MISS = "#1a7f37", "#cf222e"
 NEIGHBOURS, QUERIES = 5, 6
 
 
+@default_style({})
 def save_matrices(path: Path, methods: dict[str, Any], titles: dict[str, str]) -> None:
     """Heat maps of the nearest-class-mean matrices, a column per method, a row per search."""
     splits = ("seen", "unseen")
@@ -56,6 +58,7 @@ def save_matrices(path: Path, methods: dict[str, Any], titles: dict[str, str]) -
     figure.savefig(path, dpi=110)
 
 
+@default_style({})
 def save_neighbours(
     path: Path, data: OmniglotData, embeddings: dict[str, Any], titles: dict[str, str], seed: int
 ) -> None:

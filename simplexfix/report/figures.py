@@ -120,7 +120,7 @@ def _encode(make: Callable[[Theme], Figure], theme: Theme, kind: str) -> bytes:
         "axes.spines.top": False,
         "axes.spines.right": False,
     }
-    with matplotlib.rc_context(options), _no_font_log():
+    with default_style(options), _no_font_log():
         figure = make(theme)
         _choose_fonts(figure)
         figure.set_facecolor(theme.ground)
@@ -130,6 +130,15 @@ def _encode(make: Callable[[Theme], Figure], theme: Theme, kind: str) -> bytes:
         file = io.BytesIO()
         figure.savefig(file, format=kind, dpi=130, metadata={"Date": None} if kind == "svg" else None)
     return file.getvalue()
+
+
+@contextmanager
+def default_style(options: Mapping[str, Any]) -> Iterator[None]:
+    """matplotlib's own defaults with these options; a user's matplotlibrc changes no figure."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(options)
+        yield
 
 
 def _matrix_words(report: EvaluationReport) -> str:

@@ -127,6 +127,13 @@ def test_a_backend_of_a_notebook_is_passed_over(folder, tmp_path) -> None:
     assert done.returncode == 0, done.stderr.decode()
 
 
+def test_settings_of_matplotlib_are_passed_over(folder, tmp_path) -> None:
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfigure.dpi: 7\n")
+    for name in ("evaluate", "demo"):
+        done = run(folder, verb(name, tmp_path / name), MATPLOTLIBRC=str(tmp_path))
+        assert done.returncode == 0, done.stderr
+
+
 def test_any_width_prints_everything(folder, tmp_path) -> None:
     printed = {
         columns: run(folder, verb("evaluate", tmp_path / "out"), COLUMNS=columns).stdout for columns in ("80", "0", "1")

@@ -56,6 +56,20 @@ def test_the_folder_holds_the_report(report, tmp_path) -> None:
     assert files == {"report.json", "report.html", *drawn}
 
 
+@pytest.mark.parametrize(
+    "setting", [{"text.usetex": True}, {"savefig.bbox": "tight"}, {"axes.grid": True}, {"path.sketch": (1, 2, 3)}]
+)
+def test_settings_of_matplotlib_change_no_figure(report, tmp_path, setting) -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    report.save(tmp_path / "plain")
+    with matplotlib.rc_context(setting):
+        report.save(tmp_path / "set")
+        assert matplotlib.rcParams[next(iter(setting))] != matplotlib.rcParamsDefault[next(iter(setting))]
+    for name in FIGURES[:-1]:
+        plain, drawn = ((tmp_path / folder / "figures" / name).read_bytes() for folder in ("plain", "set"))
+        assert plain == drawn, name
+
+
 def test_a_report_replaces_a_report_and_nothing_else(report, tmp_path) -> None:
     report.save(tmp_path / "report")
     evaluate(versions(1)).save(str(tmp_path / "report"))  # with fewer figures
