@@ -308,9 +308,11 @@ class _PolytopeHead(nn.Module):
         have = f"the head has {used} classes, in slots {' and '.join(ends)}" if ends else "the head has no classes yet"
         labels = target[target != ignore_index]
         one_based = used > 0 and int(labels.min()) >= 1 and int(labels.max()) == used
+        remedy = "map class ids to slots (head.slots.lookup)"
+        if 0 <= int(target[row]) < self.num_slots:
+            remedy = f"register the class first (head.grow, or head.slots.add for a namespace), or {remedy}"
         raise ValueError(
-            f"target row {row} has label {int(target[row])}, a slot without a class: {have}; register the class first "
-            "(head.grow, or head.slots.add for a namespace), or map class ids to slots (head.slots.lookup)"
+            f"target row {row} has label {int(target[row])}, a slot without a class: {have}; {remedy}"
             + (f"; all labels lie in 1 to {used}: if they count from 1, pass target - 1" if one_based else "")
         )
 

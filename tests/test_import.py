@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import shutil
 import subprocess
@@ -74,3 +75,30 @@ def test_a_library_of_another_python_is_named(tmp_path) -> None:
     )
     assert done.stdout.strip() == expected
     assert f"RuntimeWarning: simplexfix runs without its kernels: {expected}" in done.stderr
+
+
+ROOMS = {
+    "labelled": set(),
+    "retrieval": {"labelled"},
+    "compatibility": {"labelled", "retrieval"},
+    "report": {"labelled", "retrieval", "compatibility"},
+    "data": set(),
+    "models": {"data", "heads"},
+    "methods": {"models", "heads"},
+    "training": {"labelled", "retrieval", "compatibility", "report", "data", "models", "methods", "heads"},
+}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_point_one_way(room: str) -> None:
+    rooms = {path.name for path in PACKAGE.iterdir() if path.is_dir() and (path / "__init__.py").exists()}
+    assert rooms == {*ROOMS, "cli"}
+    for file in (PACKAGE / room).rglob("*.py"):
+        nodes = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)]
+        imported = {name for node in nodes if node.level == 2 for name in named(node)}
+        assert imported & {*rooms, "heads"} <= ROOMS[room], file
+
+
+def named(node: ast.ImportFrom) -> list[str]:
+    """The modules of the package that `from ..a.b import c` or `from .. import a` names."""
+    return [node.module.partition(".")[0]] if node.module else [alias.name for alias in node.names]

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Sequence
 
 from ._arguments import parse
+from ._interrupts import Interrupts
 from ._terminal import standard_streams, write_error
 
 __all__ = ["main"]
@@ -47,24 +48,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         `head` does, changes no exit code.
     """
     with standard_streams():
-        arguments = parse(argv)
-        code = _run(arguments)
-        error = write_error(sys.stdout)
-        if error is not None:
-            _complain(arguments, f"standard output cannot be written: {error.strerror}")
-            return BAD_INPUT
-        return code
+        try:
+            arguments = parse(argv)
+        except SystemExit:  # after help or a wrong argument
+            if _is_output_lost("simplexfix"):
+                raise SystemExit(BAD_INPUT) from None
+            raise
+        with Interrupts() as interrupts:
+            code = _run(arguments, interrupts)
+        return BAD_INPUT if _is_output_lost(f"simplexfix {arguments.verb}") else code
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _is_output_lost(program: str) -> bool:
+    """Whether standard output could not be written, which it says."""
+    error = write_error(sys.stdout)
+    if error is not None:
+        print(f"{program}: standard output cannot be written: {error.strerror}", file=sys.stderr)
+    return error is not None
+
+
+def _run(arguments: argparse.Namespace, interrupts: Interrupts) -> int:
     os.environ.pop("MPLBACKEND", None)  # a notebook's may name a package that is not installed here; figures are files
     try:
-        verb = importlib.import_module(f".{arguments.verb}", __name__)
+        with interrupts.held():
+            verb = importlib.import_module(f".{arguments.verb}", __name__)
         return int(verb.run(arguments))
     except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":
-            _complain(arguments, f"interrupted; {_AFTER_CTRL_C.get(arguments.verb, 'the same command starts again')}")
-        return INTERRUPTED
+        return _interrupted(arguments)
     except OSError as error:
         _complain(arguments, str(error))
         return BAD_INPUT
@@ -78,8 +88,16 @@ def _run(arguments: argparse.Namespace) -> int:
             return BAD_INPUT
         traceback.print_exc()
     except Exception:
+        if interrupts.count:  # C code of others makes another error of a KeyboardInterrupt
+            return _interrupted(arguments)
         traceback.print_exc()
     return CRASHED
+
+
+def _interrupted(arguments: argparse.Namespace) -> int:
+    if os.environ.get("RANK", "0") == "0":
+        _complain(arguments, f"interrupted; {_AFTER_CTRL_C.get(arguments.verb, 'the same command starts again')}")
+    return INTERRUPTED
 
 
 def _complain(arguments: argparse.Namespace, text: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 __all__ = ["PRESET_NAMES", "VERBS", "parse"]
 
+_FEATURES = ".npz, .safetensors or .parquet file, or folder of .npy or .parquet files"
 PRESET_NAMES = ("omniglot", "cl2r", "iamcl2r-7", "iamcl2r-31", "cpu-small")  # keys of training.PRESETS
 
 
@@ -60,8 +61,7 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="+",
         metavar="VERSION",
-        help=".npz file, .safetensors file or folder of .npy files, oldest first; or one folder that holds them, "
-        "sorted by name, v2 before v10",
+        help=f"{_FEATURES}, oldest first; or one folder that holds them, sorted by name, v2 before v10",
     )
     parser.add_argument("--out", type=Path, default=Path("report"), help="folder of the report (default: report)")
     _add_comparison(parser)
@@ -75,7 +75,7 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
 
 
 def _gate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--old", type=Path, required=True, help="features by the model in service")
+    parser.add_argument("--old", type=Path, required=True, help=f"features by the model in service: {_FEATURES}")
     parser.add_argument("--new", type=Path, required=True, help="features by the model that is to replace it")
     parser.add_argument(
         "--unconstrained", type=Path, help="features by a model trained without compatibility: for the tax"
@@ -127,7 +127,12 @@ def _add_comparison(parser: argparse.ArgumentParser) -> None:
         help="compare versions of different width on the leading dimensions that all have",
     )
     parser.add_argument(
-        "--ignored-labels", nargs="+", default=(), metavar="LABEL", help="of junk: its items and queries are left out"
+        "--ignored-label",
+        dest="ignored_labels",
+        action="append",
+        default=[],
+        metavar="LABEL",
+        help="label of junk, whose items and queries are left out; may be repeated",
     )
 
 

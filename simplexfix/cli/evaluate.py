@@ -1,9 +1,8 @@
 """Judges model versions from features and labels alone, and writes a report: numbers, figures, one page of HTML.
 
-Each version is an .npz file, a .safetensors file or a folder of .npy files with query, gallery, query_labels and
-gallery_labels, over the same items, oldest version first; or one folder holds them all, and their names give the order.
-Needs the extra `cli` for figures, and `safetensors` for such files.  Under `torchrun` each process searches its part of
-every gallery, and the first one writes the report, which is the same.
+Each version is a file or folder that `VersionFeatures.load` reads, over the same items, oldest version first; or one
+folder holds them all, and their names give the order.  Needs the extra `cli` for figures.  Under `torchrun` each
+process searches its part of every gallery, and the first one writes the report, which is the same.
 """
 
 from __future__ import annotations
@@ -36,9 +35,10 @@ NOT_EVALUATED = 2  # bad input, or a process of several that is gone
 def run(arguments: argparse.Namespace) -> int:
     from ..report import figures  # noqa: F401  # before anything is computed: a missing package is reported at once
 
-    rank = int(os.environ.get("RANK", "0"))
+    rank = 0
     try:
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        rank = _of_torchrun("RANK", "0")
+        if _of_torchrun("WORLD_SIZE", "1") == 1:
             _write(arguments, _read(arguments), None)
         else:
             with process_group() as group:
@@ -51,6 +51,15 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"simplexfix evaluate: rank {rank}: {error}", file=sys.stderr)
         return NOT_EVALUATED
     return 0
+
+
+def _of_torchrun(name: str, default: str) -> int:
+    text = os.environ.get(name, default)
+    if not text.isdecimal():
+        raise ValueError(
+            f"the environment variable {name}, which torchrun sets, must be an integer, got {text!r}; unset it"
+        )
+    return int(text)
 
 
 def _evaluate_together(arguments: argparse.Namespace, ranks: Ranks) -> None:
@@ -195,9 +204,11 @@ def _print(report: EvaluationReport, out: Path) -> None:
         f"{report.protocol.replace('_', ' ')}"
     )
     if counts.queries_of_classes_not_in_gallery:
+        absent = counts.classes_not_in_gallery
+        lacks = f"; classes that the gallery lacks: {absent}" if absent else ""
         terminal.print(
-            f"[yellow]{counts.queries_of_classes_not_in_gallery} queries are of {counts.classes_not_in_gallery} "
-            "classes that the gallery lacks; they count as wrong[/yellow]"
+            f"[yellow]{counts.queries_of_classes_not_in_gallery} queries have no other gallery item of their class and "
+            f"count as wrong{lacks}[/yellow]"
         )
     for remark in report.remarks:
         terminal.print(f"[yellow]{escape(remark)}[/yellow]")

@@ -1,8 +1,8 @@
 """Judges an upgrade by rules, for a pipeline: exit code 0 where it passes, 1 where a rule fails, 2 on bad input.
 
-Each of OLD and NEW is an .npz file, a .safetensors file or a folder of .npy files with query, gallery, query_labels
-and gallery_labels of one model, over the same items; query_groups where rules are per group.  Without rules: the new
-queries must find more in the old gallery than the old ones did (ECC), at 95 % confidence.
+Each of OLD and NEW is a file or folder that `VersionFeatures.load` reads, of one model, over the same items; with
+query_groups where rules are per group.  Without rules: the new queries must find more in the old gallery than the old
+ones did (ECC), at 95 % confidence.
 """
 
 from __future__ import annotations
@@ -137,7 +137,11 @@ def _scores(result: GateResult) -> str:
 
 
 def _facts(result: GateResult) -> str:
-    absent = f"; {result.absent} queries are of classes that the gallery lacks" if result.absent else ""
+    absent = (
+        f"; {result.absent} queries have no other gallery item of their class and count as wrong"
+        if result.absent
+        else ""
+    )
     itself = f"; {result.excluded} queries are left out of their own search by id" if result.excluded else ""
     if any(result.bit_equal):
         itself += (

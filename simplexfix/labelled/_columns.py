@@ -127,7 +127,8 @@ def read_column(name: str, values: Ids, why: str) -> NDArray[Any]:
         try:
             array = np.char.decode(array, "utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{name} holds bytes that are not text in UTF-8: {error}; decode them first") from None
+            remedy = f"np.char.decode({name}, encoding) makes text of another encoding"
+            raise ValueError(f"{name} must be names in UTF-8, got other bytes: {error}; {remedy}") from None
     if array.dtype.kind not in "iuU":
         raise TypeError(f"{name} must be integers, got {_described(array)}; {why}; {_label_remedy(name, array)}")
     if array.ndim != 1:
@@ -290,11 +291,8 @@ def _check_floating(name: str, array: NDArray[Any]) -> None:
         return
     kind = array.dtype.kind
     if kind == "V" and array.dtype.names is None and array.dtype.name.startswith("void"):
-        remedy = (
-            "raw bytes, which NumPy's files hold of bfloat16 and float8 arrays of ml_dtypes: "
-            "save them with .astype(np.float32), or in a .safetensors file"
-        )
-        raise TypeError(f"{name} must be float32, float64 or float16, got {array.dtype.str}, {remedy}")
+        remedy = "save them with .astype(np.float32), or in a .safetensors file"
+        raise TypeError(f"{name} must be float32, float64 or float16, got {_described(array)}: {remedy}")
     remedy = f"; pass {name}.astype(np.float32)" if kind in "iubfV" else ""
     if array.dtype.names:
         remedy = f"; pass one field, such as {name}[{array.dtype.names[0]!r}]"
@@ -326,6 +324,8 @@ def _plain(name: str, array: NDArray[Any]) -> NDArray[Any]:
 def _described(array: NDArray[Any]) -> str:
     if array.dtype.names:
         return f"a structured array with fields {_listed(array.dtype.names)}"
+    if array.dtype.name.startswith("void"):
+        return f"{array.dtype.str}, raw bytes, which NumPy's files hold of bfloat16 and float8 arrays of ml_dtypes"
     return "text" if array.dtype.kind in "US" else str(array.dtype)
 
 
@@ -334,7 +334,9 @@ def _label_remedy(name: str, array: NDArray[Any]) -> str:
         return f"pass one field, such as {name}[{array.dtype.names[0]!r}]"
     if array.dtype.kind == "b":
         return f"{name}.astype(np.int64) makes 0 and 1 of them"
-    if array.dtype.kind in "fV" and not array.dtype.name.startswith("void"):
+    if array.dtype.name.startswith("void"):
+        return f"save {name}.astype(np.int64)"
+    if array.dtype.kind in "fV":
         return f"{name}.astype(np.int64) where they are whole"
     return f"np.unique({name}, return_inverse=True)[1] numbers what is there"
 

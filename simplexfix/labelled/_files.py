@@ -63,10 +63,14 @@ def read_arrays(path: Path) -> Mapping[str, Any]:
     except FeatureFileError:
         raise
     except _DAMAGED as error:
-        if isinstance(error, OSError) and error.errno is not None:  # not of the bytes, as bz2's is
-            raise
-        raise FeatureFileError(f"{path} cannot be read, it may be truncated or damaged: {error}") from error
+        raise _damaged(path, error) from error
     return arrays
+
+
+def _damaged(path: Path, error: Exception) -> Exception:
+    if isinstance(error, OSError) and error.errno is not None:  # not of the bytes, as bz2's is
+        return error
+    return FeatureFileError(f"{path} cannot be read, it may be truncated or damaged: {error}")
 
 
 def load_rows(folder: Path, name: str) -> tuple[FeatureRows, NDArray[np.int64]]:
@@ -76,14 +80,7 @@ def load_rows(folder: Path, name: str) -> tuple[FeatureRows, NDArray[np.int64]]:
         OSError, FeatureFileError: as `VersionFeatures.load`; labels that are names, which differ from file to file.
     """
     names = name, f"{name}_labels"
-    try:
-        arrays = [_map_array(folder, name) for name in names]
-    except FeatureFileError:
-        raise
-    except _DAMAGED as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        raise FeatureFileError(f"{folder}: {name} cannot be read, it may be truncated or damaged: {error}") from error
+    arrays = [_map_array(folder, name) for name in names]
     try:
         rows = FeatureRows(name, arrays[0])
         if not len(rows):
@@ -162,12 +159,17 @@ def _read_folder(path: Path) -> dict[str, NDArray[Any]]:
 
 def _map_array(folder: Path, key: str) -> NDArray[Any]:
     file = folder / f"{key}.npy"
-    with open(file, "rb") as opened:
-        _, _, dtype = _read_header(opened)
-    _refuse_objects(folder, key, dtype)
-    with np.errstate(over="ignore"):  # of a size that no file has, which is then refused
-        array: NDArray[Any] = np.load(file, mmap_mode="r")
-    return array
+    try:
+        with open(file, "rb") as opened:
+            _, _, dtype = _read_header(opened)
+        _refuse_objects(folder, key, dtype)
+        with np.errstate(over="ignore"):  # of a size that no file has, which is then refused
+            array: NDArray[Any] = np.load(file, mmap_mode="r")
+        return array
+    except FeatureFileError:
+        raise
+    except _DAMAGED as error:
+        raise _damaged(file, error) from error
 
 
 def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
@@ -226,19 +228,16 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_parquet(path: Path) -> dict[str, Any]:
-    from pyarrow.parquet import ParquetFile  # an extra
-
     if path.is_dir():
         missing = [part for part in PARTS if not (path / f"{part}.parquet").is_file()]
         if missing:
             raise FeatureFileError(
                 f"{path}: no {missing[0]}.parquet; it holds {_listed(entry.name for entry in path.iterdir())}"
             )
-        # a ParquetFile reads one file, and no names of folders above it
-        tables = {part: ParquetFile(path / f"{part}.parquet").read() for part in PARTS}
+        tables = {part: _read_table(path / f"{part}.parquet") for part in PARTS}
     else:
         path.stat()
-        tables = _by_split(path, ParquetFile(path).read())
+        tables = _by_split(path, _read_table(path))
     arrays: dict[str, Any] = {}
     for part, table in tables.items():
         arrays[part] = table[_vector_column(path, part, table)]
@@ -249,6 +248,15 @@ def _read_parquet(path: Path) -> dict[str, Any]:
             raise FeatureFileError(f"{path}: {part} has no column label; it has {_listed(table.column_names)}")
     arrays.pop("gallery_groups", None)
     return arrays
+
+
+def _read_table(path: Path) -> Any:
+    from pyarrow.parquet import ParquetFile  # an extra; it reads one file, and no names of folders above it
+
+    try:
+        return ParquetFile(path).read()
+    except _DAMAGED as error:
+        raise _damaged(path, error) from error
 
 
 def _by_split(path: Path, table: Any) -> dict[str, Any]:

@@ -133,7 +133,7 @@ def _encode(make: Callable[[Theme], Figure], theme: Theme, kind: str) -> bytes:
 
 
 @contextmanager
-def default_style(options: Mapping[str, Any]) -> Iterator[None]:
+def default_style(options: dict[Any, Any]) -> Iterator[None]:
     """matplotlib's own defaults with these options; a user's matplotlibrc changes no figure."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()

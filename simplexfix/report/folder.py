@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,10 +62,13 @@ def check_replaceable(folder: Path) -> None:
 
     Raises:
         ValueError: something else is there.
-        FileNotFoundError: the folder around it is missing.
+        OSError: the folder around it is missing; links lead in a circle.
     """
     if not folder.exists():
-        folder.resolve().parent.stat()
+        target = Path(os.path.realpath(folder))  # Path.resolve raises RuntimeError for links in a circle
+        if target.is_symlink():
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(folder))
+        target.parent.stat()
         return
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file; a report needs a folder: name another")

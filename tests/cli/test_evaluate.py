@@ -186,8 +186,21 @@ def test_classes_that_the_gallery_lacks_are_counted_and_said(models, capsys) -> 
     content = json.loads(Path("report/report.json").read_text())
     assert content["counts"]["queries_of_classes_not_in_gallery"] == QUERIES // CLASSES
     assert content["counts"]["classes_not_in_gallery"] == 1
-    assert "25 queries are of 1 classes that the gallery lacks" in capsys.readouterr().out
+    expected = (
+        "25 queries have no other gallery item of their class and count as wrong; classes that the gallery lacks: 1"
+    )
+    assert expected in capsys.readouterr().out
     assert "25 of 300 queries" in Path("report/report.html").read_text()
+
+
+def test_items_alone_in_their_class_are_said_to_have_no_other(models, capsys) -> None:
+    made, alone = features(0, 3.0), np.arange(QUERIES)
+    rows = {"query": made["query"], "gallery": made["query"], "query_labels": alone, "gallery_labels": alone}
+    save(models.parent, "alone.npz", {**rows, "query_ids": alone, "gallery_ids": alone})
+    assert main(["evaluate", "alone.npz"]) == 0
+    printed, page = capsys.readouterr().out, Path("report/report.html").read_text()
+    assert f"{QUERIES} queries have no other gallery item of their class and count as wrong\n" in printed
+    assert f"{QUERIES} of {QUERIES} queries</strong> have no other gallery item of their class. No version" in page
 
 
 def change(array: str, value) -> dict:
@@ -527,14 +540,14 @@ def test_names_as_labels_and_ignored_labels(models, capsys) -> None:
     scores = []
     for given, junk in ((("a.npz", "b.npz"), "junk"), (("na.npz", "nb.npz"), "0")):
         paths = [str(models / name) for name in given]
-        assert main(["evaluate", *paths, "--json", "--ignored-labels", junk]) == 0
+        assert main(["evaluate", *paths, "--json", "--ignored-label", junk]) == 0
         content = json.loads(capsys.readouterr().out)
         assert content["label_names"] == (sorted(names) if junk == "junk" else None)
         assert content["ignored"]["queries"] == int((features(1, 2.0)["query_labels"] == 0).sum()) > 0
         assert content["counts"]["classes"] == CLASSES - 1
         scores.append(content["matrix"])
     assert scores[0] == scores[1]
-    assert main(["evaluate", str(models / "na.npz"), "--ignored-labels", "77"]) == 2
+    assert main(["evaluate", str(models / "na.npz"), "--ignored-label", "77"]) == 2
     assert "ignored_labels holds '77', which is the label of no query and no gallery item" in capsys.readouterr().err
-    assert main(["evaluate", str(models / "na.npz"), "--ignored-labels", "junk"]) == 2
+    assert main(["evaluate", str(models / "na.npz"), "--ignored-label", "junk"]) == 2
     assert "ignored_labels holds 'junk', and labels are integers" in capsys.readouterr().err

@@ -338,6 +338,6 @@ def test_queries_that_are_gallery_items_and_ignored_labels(files, capsys) -> Non
     without = json.loads(capsys.readouterr().out)
     assert without["queries_in_gallery"] == {"left_out_by_id": 50, "bit_equal": [0, 0]}
     assert without["scores"]["old_on_old"] < found["scores"]["old_on_old"]
-    assert run(files, "new.npz", "--ignored-labels", "0", "1", "--json") in (0, 1)
+    assert run(files, "new.npz", "--ignored-label", "0", "--ignored-label", "1", "--json") in (0, 1)
     fewer = json.loads(capsys.readouterr().out)
     assert fewer["queries"] == 300 - int(np.isin(old["query_labels"], (0, 1)).sum())

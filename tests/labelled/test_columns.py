@@ -238,7 +238,7 @@ def bad_labels():
     )
     yield lambda: np.zeros(3, "V2"), TypeError, r"must be integers, got \|V2"
     yield lambda: [[1], [2, 3], [4]], ValueError, "query_labels must hold one value for each row"
-    yield lambda: np.array([b"a", b"\xf6", b"c"]), ValueError, "query_labels holds bytes that are not text in UTF-8"
+    yield lambda: np.array([b"a", b"\xf6", b"c"]), ValueError, "query_labels must be names in UTF-8, got other bytes"
     yield lambda: "abc", TypeError, "must be integers, one for each row, got str"
     yield lambda: [0, 1, 2**70], ValueError, "must fit into int64"
     yield lambda: np.ma.masked_array([1, 2, 3], [0, 1, 0]), TypeError, "must have no masked numbers"
@@ -275,7 +275,7 @@ def test_columns_as_a_version(tmp_path) -> None:
     assert version.zero_rows == (0, 0)
 
 
-def test_the_program_of_the_evaluation_page_runs() -> None:
+def test_the_program_of_the_evaluation_page_runs(tmp_path, monkeypatch) -> None:
     page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
     (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     rng = np.random.default_rng(0)
@@ -288,7 +288,9 @@ def test_the_program_of_the_evaluation_page_runs() -> None:
         "gallery_ids": np.arange(120),
     }
     names = dict(of, old_query=rows[0][:60], old_gallery=rows[0], new_query=rows[1][:60], new_gallery=rows[1])
+    monkeypatch.chdir(tmp_path)  # the page saves a report
     exec(program, names)
+    assert (tmp_path / "report" / "report.html").is_file()
     assert names["report"].names == ("v0", "v1")
     assert names["report"].queries_in_gallery.left_out_by_id == 60
     assert 0 < names["recall"] <= 1

@@ -145,6 +145,21 @@ def test_bad_arrays_are_named_with_their_file(tmp_path, name: str, changes, mess
     assert str(error.value).startswith(f"{path}: ")
 
 
+@pytest.mark.parametrize("name", ["f.npz", "folder"])
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (np.zeros(6, "V2"), r"query_labels must be integers, got \|V2, raw bytes, .*; save query_labels"),
+        (np.array([b"caf\xe9"] * 6), r"query_labels must be names in UTF-8, .*np.char.decode\(query_labels, enc"),
+    ],
+)
+def test_bytes_that_are_no_labels_are_named_with_their_file(tmp_path, name: str, labels, message: str) -> None:
+    path = save(tmp_path / name, arrays(query_labels=labels))
+    with pytest.raises(FeatureFileError, match=message) as error:
+        load_features(path)
+    assert str(error.value).startswith(f"{path}: ")
+
+
 @pytest.mark.parametrize("name", ["f.npz", "f.safetensors", "folder/query.npy", "c.npz"])
 def test_truncated_anywhere(tmp_path, name: str) -> None:
     made = arrays()
@@ -156,8 +171,9 @@ def test_truncated_anywhere(tmp_path, name: str) -> None:
     whole = file.read_bytes()
     for length in range(0, len(whole), max(1, len(whole) // 60)):
         file.write_bytes(whole[:length])
-        with pytest.raises(FeatureFileError, match="cannot be read, it may be truncated or damaged"):
+        with pytest.raises(FeatureFileError, match="cannot be read, it may be truncated or damaged") as error:
             load_features(tmp_path / name.split("/")[0])
+        assert str(error.value).startswith(f"{file} cannot")
 
 
 def test_a_flipped_bit_in_an_archive(tmp_path) -> None:

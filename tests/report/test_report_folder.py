@@ -91,6 +91,13 @@ def test_a_report_replaces_a_report_and_nothing_else(report, tmp_path) -> None:
         report.save(tmp_path / "missing" / "report")
 
 
+def test_links_in_a_circle_are_an_error(report, tmp_path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(OSError, match=r"Too many levels of symbolic links: .*loop"):
+        report.save(tmp_path / "loop")
+    assert (tmp_path / "loop").is_symlink()
+
+
 def test_images_show_the_worst_regressions(report, tmp_path) -> None:
     assert report.regressions
     images = {
