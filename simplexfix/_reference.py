@@ -1,4 +1,4 @@
-"""The plain PyTorch twin of every operator: same signature, same results, no speed.
+"""The reference implementation of every operator in plain PyTorch: same signature, same results, no speed.
 
 It runs where the library was not built, it is the truth of the tests (in float64) and the baseline
 of the benchmarks.  Arguments were checked by `simplexfix.functional`.
@@ -28,7 +28,7 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _no_autocast(tensor: Tensor) -> AbstractContextManager[None]:
-    """Keeps the twin in the dtype it chose; meta tensors know no autocast."""
+    """Keeps the dtype that the reference implementation chose; autocast does not apply to meta tensors."""
     return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
 
 

@@ -1,6 +1,6 @@
 """One function per operator: the naive equation in its docstring, checks in front, kernels behind.
 
-Where the library was not built, or has no kernels for a tensor's device, the plain PyTorch twin of
+Where the library was not built, or has no kernels for a tensor's device, the reference implementation of
 `simplexfix/_reference.py` gives the same results.
 """
 
@@ -113,8 +113,8 @@ def simplex_cross_entropy(
     Raises:
         TypeError: a tensor has the wrong dtype.
         ValueError: wrong shape, an option out of range, or a target out of range.  Where targets cannot be looked at
-            (on a GPU, which is not waited for; under `torch.func`; in a compiled twin), that row's loss and gradient
-            are nan instead.
+            (on a GPU, without synchronizing; under `torch.func`; in a compiled reference implementation), that row's
+            loss and gradient are nan instead.
 
     Reference:
         arXiv 2405.02581; CosFace arXiv 1801.09414; ArcFace arXiv 1801.07698.
@@ -535,7 +535,7 @@ def _cross_entropy(
     label_smoothing: float,
     reduction: str,
 ) -> Tensor:
-    """Checks, then the operator of this polytope, or its twin."""
+    """Checks the arguments and calls the operator of this polytope, or its reference implementation."""
     check_features("z", z)
     d = z.shape[-1]
     slots = {"simplex": d + 1, "orthoplex": 2 * d}.get(polytope) or (2**d if codes is None else len(codes))
@@ -557,8 +557,8 @@ def _cross_entropy(
             _loss_dtype(z),
         )
     else:
-        twin = getattr(_reference, f"{polytope}_cross_entropy")
-        loss = twin(
+        reference = getattr(_reference, f"{polytope}_cross_entropy")
+        loss = reference(
             rows,
             labels,
             **({"codes": codes} if polytope == "cube" else {}),

@@ -67,7 +67,7 @@ class LossCase:
         words = torch.randint(-(2**63), 2**63 - 1, (100, k // 64), generator=generator)
         codes = {"codes": words.to(self.device)} if self.polytope == "cube" else {}
         self.ours: Loss = partial(getattr(SF, f"{self.polytope}_cross_entropy"), **codes)
-        self.twin: Loss = partial(getattr(_reference, f"{self.polytope}_cross_entropy"), **codes)
+        self.reference: Loss = partial(getattr(_reference, f"{self.polytope}_cross_entropy"), **codes)
 
     @property
     def name(self) -> str:
@@ -75,10 +75,10 @@ class LossCase:
         return f"{kind}loss+gradient B={self.rows} K={self.num_classes} {str(self.dtype).removeprefix('torch.')}"
 
     def losses(self, compiled: bool = True) -> dict[str, Loss]:
-        found = {"simplexfix": self.ours, "closed form, eager": self.twin}
+        found = {"simplexfix": self.ours, "closed form, eager": self.reference}
         if compiled:
             torch.compiler.reset()
-            found["closed form, torch.compile"] = torch.compile(self.twin, fullgraph=True)
+            found["closed form, torch.compile"] = torch.compile(self.reference, fullgraph=True)
         if self.polytope != "cube" and self.num_classes**2 <= DENSE_LIMIT:  # whose softmax is over 2^d vertices
             prototypes = simplex_prototypes if self.polytope == "simplex" else orthoplex_prototypes
             w = prototypes(self.num_classes, dtype=self.dtype).to(self.device)
@@ -107,7 +107,7 @@ class LossCase:
         return {"copy bandwidth": copy_in_place(self.z.numel(), self.dtype, self.device)}
 
     def errors(self) -> dict[str, float]:
-        truth = gradient_step(lambda z: self.twin(z, self.target), self.z.double())
+        truth = gradient_step(lambda z: self.reference(z, self.target), self.z.double())
         return gradient_errors(self.candidates(compiled=False), truth)
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._devices import sent
+from .._devices import to_device_async
 
 __all__ = ["Normalize", "RandomCropFlip", "RandomWarp"]
 
@@ -54,7 +54,7 @@ class RandomWarp:
         bends = torch.randn(b, 2, _BUMPS * _BUMPS, generator=generator) * self.elastic
         weights = torch.cat([torch.stack([x, y], 1), bends], 2)  # [B, 2, 3 + 16]
         grid = (weights @ _basis(height, width)).view(b, 2, height, width).permute(0, 2, 3, 1)
-        return F.grid_sample(images.float().unsqueeze(1), sent(grid, images.device), align_corners=False)
+        return F.grid_sample(images.float().unsqueeze(1), to_device_async(grid, images.device), align_corners=False)
 
 
 @dataclass(frozen=True)
@@ -114,8 +114,8 @@ class RandomCropFlip:
         down, right = torch.randint(2 * self.padding + 1, (2, b, 1), generator=generator)
         mirrored = torch.rand(b, 1, generator=generator) < self.flip
         x = torch.arange(width).expand(b, -1)
-        rows = sent(torch.arange(height) + down, images.device)  # [B, H] of the padded image
-        columns = sent(x.where(~mirrored, width - 1 - x) + right, images.device)  # [B, W]
+        rows = to_device_async(torch.arange(height) + down, images.device)  # [B, H] of the padded image
+        columns = to_device_async(x.where(~mirrored, width - 1 - x) + right, images.device)  # [B, W]
         padded = F.pad(images, (self.padding,) * 4)
         image = torch.arange(b, device=images.device).view(-1, 1, 1)
         # advanced indices on both sides of a slice: channels come last, and are put back

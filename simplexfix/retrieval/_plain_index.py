@@ -1,4 +1,4 @@
-"""The plain twin of the library's index: the same calls, results, errors and file, in NumPy and torch.
+"""The reference implementation of the library's index: the same calls, results, errors and file, in NumPy and torch.
 
 Scores agree with the definition up to the order of the float64 sums.
 """

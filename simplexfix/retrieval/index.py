@@ -254,7 +254,7 @@ class CosineIndex:
 
 
 def _kind() -> Any:
-    """The class that does the work: the library's, or its plain twin."""
+    """The class behind an index: the library's, or the reference implementation."""
     return PlainIndex if _native.library is None else _native.library.CosineIndex
 
 

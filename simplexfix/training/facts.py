@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["check_no_drift", "described", "differences", "read_facts"]
+__all__ = ["check_resumable", "describe", "differences", "read_facts"]
 
 _ABSENT = object()
 
 
-def described(value: Any) -> Any:
+def describe(value: Any) -> Any:
     """Plain values that tell one configuration of an object from another, the same in every process.
 
     Of a dataclass its fields, of an object with `to_dict` what that says, of a tensor or an array its shape, its dtype
@@ -29,33 +29,33 @@ def described(value: Any) -> Any:
     if value is None or isinstance(value, (str, int, float, bool)):
         return value
     if isinstance(value, (list, tuple)):
-        return [described(entry) for entry in value]
+        return [describe(entry) for entry in value]
     if isinstance(value, (set, frozenset)):
-        return sorted((described(entry) for entry in value), key=repr)
+        return sorted((describe(entry) for entry in value), key=repr)
     if isinstance(value, Tensor):  # as bytes, for NumPy has no bfloat16
         content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         return _checksum(value.shape, str(value.dtype).removeprefix("torch."), content.tobytes())
     if isinstance(value, np.ndarray):
         return (
-            described(value.tolist())
+            describe(value.tolist())
             if value.dtype.hasobject
             else _checksum(value.shape, str(value.dtype), value.tobytes())
         )
     if isinstance(value, Mapping):
-        return {str(key): described(entry) for key, entry in value.items()}
+        return {str(key): describe(entry) for key, entry in value.items()}
     if hasattr(value, "to_dict"):
-        return described(value.to_dict())
+        return describe(value.to_dict())
     if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):
         return f"{value.__module__}.{value.__qualname__}"
     name = {"type": f"{type(value).__module__}.{type(value).__qualname__}"}
     if isinstance(value, partial):
         bound = {"function": value.func, "arguments": value.args, "keywords": value.keywords}
-        return {**name, **{key: described(entry) for key, entry in bound.items()}}
+        return {**name, **{key: describe(entry) for key, entry in bound.items()}}
     if is_dataclass(value):
-        return {**name, **{field.name: described(getattr(value, field.name)) for field in fields(value)}}
+        return {**name, **{field.name: describe(getattr(value, field.name)) for field in fields(value)}}
     public = {key: entry for key, entry in sorted(getattr(value, "__dict__", {}).items()) if not key.startswith("_")}
     # processes of a group are not configuration: a training may go on with others
-    return {**name, **{key: described(entry) for key, entry in public.items() if key != "group"}}
+    return {**name, **{key: describe(entry) for key, entry in public.items() if key != "group"}}
 
 
 def _checksum(shape: Sequence[int], dtype: str, content: bytes) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def differences(then: Any, now: Any, place: str = "") -> list[str]:
     return [] if same else [f"{place}: was {_shown(then)}, is {_shown(now)}"]
 
 
-def check_no_drift(then: Mapping[str, Any], now: Mapping[str, Any], what: str) -> None:
+def check_resumable(then: Mapping[str, Any], now: Mapping[str, Any], what: str) -> None:
     """
     Raises:
         ValueError: the two differ; names every place.

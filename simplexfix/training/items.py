@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
-from .._devices import sent
+from .._devices import to_device_async
 from ..data.dataset_rows import DatasetRows, bytes_of
 
 __all__ = ["Items", "RowBatches"]
@@ -66,7 +66,9 @@ class Items:
     def take(self, rows: Tensor) -> Items:
         """These rows; of datasets nothing is read."""
         return Items(
-            self.inputs[sent(rows, self.inputs.device)], self.labels[sent(rows, self.labels.device)], self.class_names
+            self.inputs[to_device_async(rows, self.inputs.device)],
+            self.labels[to_device_async(rows, self.labels.device)],
+            self.class_names,
         )
 
     def joined(self, other: Items) -> Items:

@@ -14,7 +14,7 @@ from typing import BinaryIO
 from . import processes
 from .checkpoint import CheckpointWarning
 
-__all__ = ["FolderInUseError", "alone_in"]
+__all__ = ["FolderInUseError", "folder_lock"]
 
 _held: list[BinaryIO] = []
 
@@ -24,7 +24,7 @@ class FolderInUseError(ValueError):
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
+def folder_lock(folder: Path) -> Iterator[None]:
     """Holds a folder by its log, by the first process for all, until left or until that dies, of whatever.
 
     Raises:
@@ -38,7 +38,7 @@ def alone_in(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "log.jsonl", "ab") if first else nullcontext() as file:
         said = None if file is None else _refusal(file, folder)
-        if (said := processes.agreed(said)) is not None:
+        if (said := processes.broadcast(said)) is not None:
             raise FolderInUseError(said)
         if file is not None:
             _close_in_forked_processes()

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-__all__ = ["agreed", "by_first", "gathered", "meet", "rank", "world"]
+__all__ = ["barrier", "broadcast", "gathered", "rank", "run_on_rank0", "world"]
 
 _T = TypeVar("_T")
 
@@ -21,12 +21,12 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def meet() -> None:
+def barrier() -> None:
     if dist.is_initialized():
         dist.barrier()
 
 
-def agreed(value: Any) -> Any:
+def broadcast(value: Any) -> Any:
     """The first process's value, on all of them."""
     if not dist.is_initialized():
         return value
@@ -35,7 +35,7 @@ def agreed(value: Any) -> Any:
     return values[0]
 
 
-def by_first(act: Callable[[], _T]) -> _T:
+def run_on_rank0(act: Callable[[], _T]) -> _T:
     """What the first process finds, on all of them: the others wait as long as it takes, past their group's timeout."""
     if not dist.is_initialized():
         return act()

@@ -93,13 +93,13 @@ def train_run(
         if processes.rank() == 0:
             run.watch.log = RunLog(run.places(), [LOGGERS[name][0](folder, facts) for name in config.trainer.loggers])
         for t, version in enumerate(versions):
-            processes.by_first(partial(add, t, version))
+            processes.run_on_rank0(partial(add, t, version))
         if run.watch.log is not None:
             run.watch.log.catch_up()
     finally:
         if run.watch.log is not None:
             run.watch.log.close()
-    return processes.by_first(partial(judge, run, kept, names))
+    return processes.run_on_rank0(partial(judge, run, kept, names))
 
 
 class _Watch:

@@ -20,7 +20,7 @@ from .._seeds import seeded
 from ..slots import SlotRegistry
 from . import processes
 from .config import ConfigError, plain, read_config
-from .facts import check_no_drift, read_facts
+from .facts import check_resumable, read_facts
 from .run_config import LEARNABLE, RunConfig
 from .samplers import batch_sizes, check_lone_row
 
@@ -110,7 +110,7 @@ def agree_on(folder: Path, facts: dict[str, Any]) -> None:
     """Writes down what this run is of, or compares it with what was written: but for how it runs and is judged, and
     for where data is that has the same fingerprint."""
     file = folder / "run.json"
-    if processes.agreed(file.exists()):
+    if processes.broadcast(file.exists()):
         then = read_facts(file)
         # a later release may know more options: the run began with what are their defaults now; one that cannot be
         # read any more differs from any that can, and the comparison says where
@@ -129,11 +129,11 @@ def agree_on(folder: Path, facts: dict[str, Any]) -> None:
                 _set_free(then["config"], facts["config"], ["data.workers"])
         now = {key: value for key, value in facts.items() if key != "class_names"}  # which its ids are called by
         then = {key: value for key, value in then.items() if key != "class_names"}
-        check_no_drift({**then, "simplexfix": __version__}, now, str(file))
+        check_resumable({**then, "simplexfix": __version__}, now, str(file))
     elif processes.rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(file, f"{json.dumps(facts, indent=1)}\n".encode())
-    processes.meet()
+    processes.barrier()
 
 
 def _set_free(then: dict[str, Any], now: dict[str, Any], keys: Sequence[str]) -> None:

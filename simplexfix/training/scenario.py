@@ -20,7 +20,7 @@ from .._seeds import mixed_seed, seeded
 from ..models import EmbeddingModel
 from . import processes
 from .checkpoint import read_state, write_state
-from .facts import check_no_drift, described
+from .facts import check_resumable, describe
 from .items import Items
 from .schedule import Schedule
 from .trainer import Trainer
@@ -263,11 +263,11 @@ def _remembered(
     are, of those that there were to choose from.
     """
     file = None if folder is None else folder / "memory.safetensors"
-    facts = {"seed": seed, "rehearsal": described(rehearsal)}
+    facts = {"seed": seed, "rehearsal": describe(rehearsal)}
     saved: dict[str, Any] | None = None
-    if file is not None and processes.agreed(file.exists()):
+    if file is not None and processes.broadcast(file.exists()):
         saved = read_state(file)
-        check_no_drift(saved["facts"], facts, str(file))
+        check_resumable(saved["facts"], facts, str(file))
         if "inputs" in saved:
             return Items(saved["inputs"], saved["labels"])
     pool, kept = task.items, None
@@ -276,7 +276,7 @@ def _remembered(
         pool, kept = memory.take(again.nonzero()[:, 0]).joined(pool), memory.take((~again).nonzero()[:, 0])
     if saved is None:
         # what the first process chose: others, on another device, may find another feature nearer
-        rows = torch.tensor(processes.agreed(rehearsal(version, pool, np.random.default_rng(seed)).tolist()))
+        rows = torch.tensor(processes.broadcast(rehearsal(version, pool, np.random.default_rng(seed)).tolist()))
     else:
         rows = saved["rows"]
     chosen = pool.take(rows.long())

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .._devices import sent
+from .._devices import to_device_async
 from .._seeds import mixed_seed
 from ..data.dataset_rows import DatasetRows
 from ..data.reading import read_ahead
@@ -177,7 +177,7 @@ class Steps:
     def _part(self, parts: Iterator[tuple[Tensor, Tensor]], i: int) -> tuple[Tensor, Tensor]:
         """Every `accumulate`-th of this rank's rows from the i-th on: of the whole batch, one in all ranks' parts."""
         input, target = next(parts)
-        input, target = sent(input, self.device), sent(target, self.device)
+        input, target = to_device_async(input, self.device), to_device_async(target, self.device)
         if self.augment is not None:
             part = i * self.world + self.rank  # of the whole batch: the same augmentation whoever computes it
             input = self.augment(input, torch.Generator().manual_seed(mixed_seed(self.seed, 2, self.step, part)))

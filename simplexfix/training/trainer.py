@@ -27,9 +27,9 @@ from ..methods import Method
 from ..models import EmbeddingModel
 from . import processes
 from .checkpoint import Checkpoints, CheckpointWarning, fingerprint, read_state, write_state
-from .facts import check_no_drift, described
+from .facts import check_resumable, describe
 from .items import Items
-from .locks import alone_in
+from .locks import folder_lock
 from .samplers import batch_sizes, check_lone_row
 from .schedule import Schedule
 from .steps import DTYPES, Augment, Steps
@@ -174,8 +174,8 @@ class Trainer:
             "ema": self.ema,
             "compile": self.compile,
             "device": self.device.type,
-            "augment": described(self.augment),
-            "method": described(self.method),
+            "augment": describe(self.augment),
+            "method": describe(self.method),
         }
         if folder is not None:  # the data as well; it takes a moment
             facts["items"] = items.fingerprint()
@@ -186,16 +186,16 @@ class Trainer:
             old = copy.deepcopy(old).to(self.device)
         finished = None if folder is None else Path(folder) / "version.safetensors"
         alone: AbstractContextManager[None] = nullcontext()
-        if finished is not None and not processes.agreed(finished.exists()):
-            alone = alone_in(finished.parent)
+        if finished is not None and not processes.broadcast(finished.exists()):
+            alone = folder_lock(finished.parent)
         with alone:
             with seeded(seed):
                 model = copy.deepcopy(parent)
                 self.method.add_classes(model, classes)
             model.to(self.device)
-            if finished is not None and processes.agreed(finished.exists()):  # now at least
+            if finished is not None and processes.broadcast(finished.exists()):  # now at least
                 saved = read_state(finished)
-                check_no_drift(_on(self.device, saved["facts"]), facts, str(finished))
+                check_resumable(_on(self.device, saved["facts"]), facts, str(finished))
                 if processes.rank() == 0:  # it may have been killed between writing and clearing
                     Checkpoints(finished.parent).clear()
                 model.load_state_dict(saved["model"])
@@ -237,7 +237,7 @@ class Trainer:
         if checkpoints is not None and log is not None:
             newest = _newest(checkpoints)
             if newest is not None:
-                check_no_drift(_on(self.device, newest["facts"]), facts, str(checkpoints.folder))
+                check_resumable(_on(self.device, newest["facts"]), facts, str(checkpoints.folder))
                 if newest["facts"]["device"] != self.device.type:
                     warnings.warn(
                         f"a training begun on {newest['facts']['device']} goes on on {self.device.type}: its last bits "
@@ -267,7 +267,7 @@ class Trainer:
             if processes.rank() == 0:
                 write_state(finished, {"facts": facts, "model": model.state_dict()})
                 checkpoints.clear()
-            processes.meet()
+            processes.barrier()
         return model
 
 
@@ -313,7 +313,7 @@ def _on(device: torch.device, facts: Mapping[str, Any]) -> dict[str, Any]:
 def _newest(checkpoints: Checkpoints) -> dict[str, Any] | None:
     """The first process chooses, all read the same."""
     found = checkpoints.newest() if processes.rank() == 0 else None
-    step = processes.agreed(None if found is None else found[0])
+    step = processes.broadcast(None if found is None else found[0])
     if step is None:
         return None
     return checkpoints.read(step) if found is None else found[1]

@@ -219,12 +219,12 @@ def patient(rank: int, world: int, folder: Path) -> None:
     """The first takes longer than the group waits."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/patient", rank=rank, world_size=world)
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1))
-    assert processes.by_first(lambda: time.sleep(2) or rank) == 0
+    assert processes.run_on_rank0(lambda: time.sleep(2) or rank) == 0
     if rank == 0:
         time.sleep(2)
     else:
         try:
-            processes.agreed(None)
+            processes.broadcast(None)
         except RuntimeError:  # otherwise this test could not fail
             os._exit(0)
     os._exit(rank)

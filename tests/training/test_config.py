@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from simplexfix.training.config import ConfigError, overridden, read_config, read_mapping
-from simplexfix.training.facts import check_no_drift, described, differences
+from simplexfix.training.facts import check_resumable, describe, differences
 from simplexfix.training.schedule import Schedule
 
 
@@ -125,7 +125,7 @@ def test_drift_is_named() -> None:
     found = ["a.b: was 1, is 2", "d: was [1, 2], is [1]", "e: was 3, is absent", "f: was absent, is 'x'"]
     assert differences(then, now) == found
     with pytest.raises(ValueError, match=r"run is of a training that was started otherwise.*\n  a\.b: was 1, is 2\n"):
-        check_no_drift(then, now, "run")
+        check_resumable(then, now, "run")
 
 
 def test_descriptions_do_not_depend_on_the_process() -> None:
@@ -133,11 +133,11 @@ def test_descriptions_do_not_depend_on_the_process() -> None:
         def __init__(self) -> None:
             self.size, self._cache, self.group = 3, object(), object()
 
-    assert described(Thing())["size"] == 3
-    assert set(described(Thing())) == {"type", "size"}
-    assert described(test_drift_is_named).endswith("test_drift_is_named")
-    assert described(Schedule(1, 1.0))["steps"] == 1
-    assert described({"b", "a"}) == ["a", "b"]
+    assert describe(Thing())["size"] == 3
+    assert set(describe(Thing())) == {"type", "size"}
+    assert describe(test_drift_is_named).endswith("test_drift_is_named")
+    assert describe(Schedule(1, 1.0))["steps"] == 1
+    assert describe({"b", "a"}) == ["a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -153,6 +153,6 @@ def test_descriptions_do_not_depend_on_the_process() -> None:
     ],
 )
 def test_what_a_description_must_tell_apart(then: object, now: object) -> None:
-    assert described(then) == described(copy.deepcopy(then))
-    assert differences(described({"x": then}), described({"x": now}))
-    json.dumps(described(then))  # it goes into checkpoints
+    assert describe(then) == describe(copy.deepcopy(then))
+    assert differences(describe({"x": then}), describe({"x": now}))
+    json.dumps(describe(then))  # it goes into checkpoints

@@ -36,7 +36,7 @@ from simplexfix.training import (
     train_versions,
     write_state,
 )
-from simplexfix.training.locks import alone_in
+from simplexfix.training.locks import folder_lock
 
 
 class StopError(Exception):
@@ -126,7 +126,7 @@ def test_processes_that_read_do_not_keep_the_folder(tmp_path) -> None:
     )
     ended = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=Path(__file__).parent, check=False)
     assert ended.returncode == -signal.SIGKILL
-    with alone_in(tmp_path):
+    with folder_lock(tmp_path):
         pass
 
 

@@ -16,7 +16,7 @@ import pytest
 from test_trainer import PROCESSES, lines, same, weights
 
 from simplexfix.training import CheckpointWarning, processes, train_run
-from simplexfix.training.locks import FolderInUseError, alone_in
+from simplexfix.training.locks import FolderInUseError, folder_lock
 
 
 def test_a_second_training_in_a_folder_is_refused(tmp_path) -> None:
@@ -36,25 +36,25 @@ def test_a_killed_training_holds_nothing(tmp_path) -> None:
     process.start()
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
-    with alone_in(tmp_path):
+    with folder_lock(tmp_path):
         pass
 
 
 def test_what_another_process_finished_in_the_meantime_is_read(tmp_path, monkeypatch) -> None:
     """Between looking for a finished version and holding the folder."""
     jobs.trained(tmp_path / "whole")
-    looked = processes.agreed
+    looked = processes.broadcast
 
     def late(value):
         if value is False:
-            monkeypatch.setattr(processes, "agreed", looked)
+            monkeypatch.setattr(processes, "broadcast", looked)
             jobs.trained(tmp_path / "run")
         return looked(value)
 
     def no_step(step: int) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(processes, "agreed", late)
+    monkeypatch.setattr(processes, "broadcast", late)
     assert same(dict(jobs.trained(tmp_path / "run", on_step=no_step).state_dict()), weights(tmp_path / "whole"))
 
 
