@@ -196,6 +196,10 @@ class EvaluationReport:
     zero_rows: tuple[tuple[int, int], ...]
     seed: int
 
+    def class_name(self, label: int) -> str:
+        """The name of a class where labels were names, else its number."""
+        return str(label) if self.label_names is None else self.label_names[label]
+
     @property
     def verdict(self) -> Verdict:
         """What the last upgrade does to the gallery that is in service."""

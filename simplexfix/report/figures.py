@@ -69,7 +69,7 @@ def draw(report: EvaluationReport, sheet: Sequence[Shown]) -> dict[str, Drawn]:
         figures["scores.svg"] = _both(lambda theme: _scores(report, theme), words)
     if sheet:
         figures["regressions.png"] = _both(
-            lambda theme: _sheet(sheet, theme), "The worst regressions as images.", "png"
+            lambda theme: _sheet(report, sheet, theme), "The worst regressions as images.", "png"
         )
     return figures
 
@@ -313,7 +313,7 @@ def _scores(report: EvaluationReport, theme: Theme) -> Figure:
     return figure
 
 
-def _sheet(sheet: Sequence[Shown], theme: Theme) -> Figure:
+def _sheet(report: EvaluationReport, sheet: Sequence[Shown], theme: Theme) -> Figure:
     kinds = list(sheet[0].images)
     columns = min(len(sheet), 8 // len(kinds) if len(kinds) > 1 else 8)
     rows = -(-len(sheet) // columns)
@@ -323,10 +323,12 @@ def _sheet(sheet: Sequence[Shown], theme: Theme) -> Figure:
         axes.axis("off")
     for at, shown in enumerate(sheet):
         row, column = divmod(at, columns)
+        regression = shown.regression
+        own, found = (_short(report.class_name(label)) for label in (regression.label, regression.found_label))
         labels = {
-            "query": f"query {shown.regression.query}\nclass {shown.regression.label}",
-            "found": f"found\nclass {shown.regression.found_label}",
-            "own": f"right\nclass {shown.regression.label}",
+            "query": f"query {regression.query}\nclass {own}",
+            "found": f"found\nclass {found}",
+            "own": f"right\nclass {own}",
         }
         for k, kind in enumerate(kinds):
             axes = grid[row, column * len(kinds) + k]

@@ -136,6 +136,25 @@ def test_images_are_counted_as_given_where_labels_are_ignored(tmp_path) -> None:
     assert found.to_html(images).count("<figure>") == len(found.regressions) > 0
 
 
+def test_classes_are_shown_by_their_names(tmp_path) -> None:
+    draw, labels = np.random.default_rng(0), np.arange(QUERIES + ITEMS) % 5
+    names = np.array(["ant", "b & b", "cat", "dog", "é日本"])[labels]
+    items = LabelledItems(names[:QUERIES], names[QUERIES:])
+    rows = [(1.2 * np.eye(8)[labels] + draw.normal(size=(len(labels), 8))).astype(np.float32) for _ in range(2)]
+    found = evaluate([items.version(x[:QUERIES], x[QUERIES:], name=f"v{t}") for t, x in enumerate(rows)])
+    regression = found.regressions[0]
+    assert found.class_name(regression.label) == names[regression.query]
+    page = found.to_html({"query": written_images(tmp_path / "query", QUERIES)})
+    for name in (
+        "<td>cat</td>",
+        "<td>b &amp; b</td>",
+        "<td>é日本</td>",
+        f"of class {names[regression.query]}".replace("&", "&amp;"),
+    ):
+        assert name in page
+    assert evaluate(versions()).class_name(3) == "3"
+
+
 @pytest.mark.parametrize("seed", [-1, 2**31])
 def test_a_seed_out_of_range_is_refused(seed: int) -> None:
     with pytest.raises(ValueError, match=rf"seed must lie in \[0, 2\^31\), got {seed}"):
