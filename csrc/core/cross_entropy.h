@@ -25,21 +25,21 @@ struct CrossEntropyOptions {
 // The cosine c of the true class with its margin, and the derivative of that by c.  Angular: beyond
 // theta + margin = pi the cosine would rise again, so there the margin becomes additive, as in ArcFace.
 template <typename A>
-SIMPLEXFIX_HD void apply_margin(const CrossEntropyOptions<A>& options, A cosine, A* moved, A* slope) {
-  *moved = cosine;
+SIMPLEXFIX_HD void apply_margin(const CrossEntropyOptions<A>& options, A cosine, A* with_margin, A* slope) {
+  *with_margin = cosine;
   *slope = A(1);
   if (options.margin == Margin::kCosine) {
-    *moved = cosine - options.margin_size;
+    *with_margin = cosine - options.margin_size;
   } else if (options.margin == Margin::kAngular) {
     const A c = cosine > A(1) ? A(1) : cosine < A(-1) ? A(-1) : cosine;
     const A cos_m = options.margin_cosine, sin_m = options.margin_sine;
     if (c > -cos_m) {
       const A floor = A(1e-12), square = (A(1) - c) * (A(1) + c);
       const A sine = std::sqrt(square > floor ? square : floor);
-      *moved = c * cos_m - rounded(sine * sin_m);
+      *with_margin = c * cos_m - rounded(sine * sin_m);
       *slope = cos_m + (square > floor ? c * sin_m / sine : A(0));
     } else {
-      *moved = c - options.margin_size * sin_m;
+      *with_margin = c - options.margin_size * sin_m;
     }
   }
 }
@@ -63,9 +63,9 @@ struct LabelLogit {
 template <typename A>
 SIMPLEXFIX_HD LabelLogit<A> label_logit(const CrossEntropyOptions<A>& options, A plain) {
   LabelLogit<A> label;
-  A moved;
-  apply_margin(options, plain / options.scale, &moved, &label.slope);
-  label.value = options.margin == Margin::kNone ? plain : rounded(moved * options.scale);
+  A with_margin;
+  apply_margin(options, plain / options.scale, &with_margin, &label.slope);
+  label.value = options.margin == Margin::kNone ? plain : rounded(with_margin * options.scale);
   label.margin = plain - label.value;
   return label;
 }

@@ -89,7 +89,7 @@ struct Search::Task : Scratch {
   std::atomic<float>* highest;  // [queries]: the highest k-th best score of any task
   bool assumes;                 // that the k-th best of all reaches rank_in the sample
   std::optional<QueryCodes> codes = {};
-  int64_t wanted = 0;    // best rows of the part at hand
+  int64_t wanted = 0;    // best rows of the pass at hand
   size_t max_limit = 0;  // of the lists
   int64_t seen = 0;      // rows, in the sample or outside
 };
@@ -170,33 +170,33 @@ void Search::sweep(Task& task) {
   const auto n = size_t(task.queries);
   task.state.resize(n);
   for (QueryState& state : task.state) state.reset();
-  if (!codes_) return sweep_part(task, Part::kAll);
+  if (!codes_) return sweep_pass(task, Pass::kAll);
   task.codes.emplace(task.query, task.queries, *codes_);
   task.cutoff.resize(n);
   task.panel_cutoff.resize(n);
   task.passed.resize(n);
   task.upper.resize(n * kPanelRows);
-  for (Part part : {Part::kSparse, Part::kSample, Part::kRest}) {
-    sweep_part(task, part);
+  for (Pass pass : {Pass::kSparse, Pass::kSample, Pass::kOthers}) {
+    sweep_pass(task, pass);
     score_best(task);
   }
   score_in_windows(task, &CandidateList::pending);
   for (int64_t q = 0; q < task.queries; ++q) refresh(task, q);
 }
 
-void Search::sweep_part(Task& task, Part part) {
+void Search::sweep_pass(Task& task, Pass pass) {
   const int64_t rows = task.g1 - task.g0, steps = ceil_div(rows, kStep);
-  const bool samples = part == Part::kSparse || part == Part::kSample;
-  const int64_t sampled = part == Part::kSparse ? ceil_div(steps, kSparseSteps) : steps;
+  const bool samples = pass == Pass::kSparse || pass == Pass::kSample;
+  const int64_t sampled = pass == Pass::kSparse ? ceil_div(steps, kSparseSteps) : steps;
   task.wanted = samples && task.assumes ? rank_in(double(sampled * kPanelRows) / double(rows)) : k_;
   const size_t limit = size_t(std::min(kListPerWanted * task.wanted, rows_.n) + kListSlack);
   task.max_limit = kListGrowth * limit;
   task.seen = 0;
   for (QueryState& state : task.state) state.start(limit);
   for (int64_t step = 0; step < steps; ++step) {
-    if (samples && (step % kSparseSteps == 0) != (part == Part::kSparse)) continue;
+    if (samples && (step % kSparseSteps == 0) != (pass == Pass::kSparse)) continue;
     const int64_t first = task.g0 + step * kStep;
-    const int64_t begin = std::min(part == Part::kRest ? first + kPanelRows : first, task.g1);
+    const int64_t begin = std::min(pass == Pass::kOthers ? first + kPanelRows : first, task.g1);
     const int64_t end = std::min(first + (samples ? kPanelRows : kStep), task.g1);
     check_interrupt();
     if (!any_searched(begin, end)) continue;

@@ -53,7 +53,7 @@ class Search {
 
  private:
   // Of a task's rows: a panel in 256, the first of each other step, what is left; or all.
-  enum class Part { kSparse, kSample, kRest, kAll };
+  enum class Pass { kSparse, kSample, kOthers, kAll };
   struct QueryState;
   struct Scratch;
   struct Task;
@@ -68,7 +68,7 @@ class Search {
   int64_t rank_in(double fraction) const;
   void search_again(Task& task);
   void sweep(Task& task);
-  void sweep_part(Task& task, Part part);
+  void sweep_pass(Task& task, Pass pass);
   void refresh(Task& task, int64_t q);
   void score_all(Task& task, int64_t begin, int64_t end);
   void score_searched(Task& task, int64_t begin, int64_t end);
