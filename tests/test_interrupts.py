@@ -51,7 +51,7 @@ def interrupted(case: str, folder: Path, native: bool = True, delay: float = 0.5
     ],
 )
 def test_a_long_call_ends(case: str, facts: dict[str, Any], tmp_path: Path) -> None:
-    result = interrupted(case, tmp_path, delay=0.2 if case in ("add", "load") else 0.5)
+    result = interrupted(case, tmp_path, delay=0.1 if case in ("add", "load") else 0.5)
     seconds = result.pop("seconds")
     assert result == {**STOPPED, **facts}
     assert seconds < 1.5  # a second, and what a busy machine adds
@@ -73,7 +73,7 @@ def test_a_handler_may_raise_what_it_likes(tmp_path: Path) -> None:
 
 @needs_library
 def test_a_handler_that_returns_ends_nothing(tmp_path: Path) -> None:
-    result = interrupted("handler_that_returns", tmp_path)
+    result = interrupted("handler_that_returns", tmp_path, delay=0.1)
     assert {**result, "seconds": 0} == {"ended": "finished", "same": True, "came": 1, "meanwhile": True, "seconds": 0}
 
 
