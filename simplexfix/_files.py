@@ -68,7 +68,7 @@ def write_whole(path: str | bytes | os.PathLike[str], content: bytes) -> None:
 
 
 def _written_into(path: bytes, content: bytes) -> bool:
-    """Writes the content where the path names something that a rename would destroy; whether it does."""
+    """Writes the content in place if a rename would destroy the target; returns whether it did."""
     descriptor = _own_descriptor(path)
     mode = os.stat(path).st_mode if descriptor is None and os.path.exists(path) else 0
     if descriptor is not None:
@@ -85,7 +85,7 @@ def _written_into(path: bytes, content: bytes) -> bool:
 
 
 def _own_descriptor(path: bytes) -> int | None:
-    """n, if the path leads to /proc/self/fd/n: the kernel's links there name files that a rename cannot replace."""
+    """n, if the path leads to /proc/self/fd/n; a rename cannot replace the file of such a link."""
     for _ in range(40):  # links that the kernel follows
         folder, name = os.path.split(path)
         folder = os.path.realpath(folder or b".")

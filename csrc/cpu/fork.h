@@ -1,19 +1,19 @@
-// What a fork leaves in the child: all memory, and of the threads only the one that forked.  A lock that another thread
-// held stays locked there for ever, and data that it was changing stay half changed.
+// Support for fork().  The child has all memory of its parent but only the thread that forked: a lock that another
+// thread held is never released there, and data that it was changing stay half changed.
 #pragma once
 #include <mutex>
 
 namespace simplexfix::cpu {
 
-// No fork happens while it is held: what changes under it is whole in every child.  For moments only.
+// fork() blocks while this mutex is held, so that no child sees its data half changed.  Hold it briefly.
 std::mutex& fork_mutex();
 
-// Whether this process was forked after the library was loaded.  OpenMP's threads, which torch computes on, may not
-// exist here, and whoever hands them work hangs: work goes to threads of our own (parallel.h).
+// Whether this process was forked after the library was loaded.  torch's OpenMP threads may not exist here, and a call
+// that uses them hangs.  Run work on threads of our own instead (parallel.h).
 bool is_forked();
 
-// Calls mend(object) in every forked child, before anything else runs there.  The last member of its owner, so that no
-// child meets an owner half made or half destroyed.
+// Calls mend(object) in every forked child, before anything else runs there.  Declare it as the last member of its
+// owner, so that it never runs on an owner that is partly constructed or destroyed.
 class ForkHook {
  public:
   using Mend = void (*)(void* object) noexcept;

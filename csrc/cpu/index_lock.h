@@ -1,5 +1,5 @@
-// The lock of an index: readers beside each other, writers alone, first come first served.  Two things set it apart
-// from a std::shared_mutex: whoever waits for it can be interrupted, and it survives a fork.
+// The reader-writer lock of an index, first come first served.  Unlike std::shared_mutex, a signal can interrupt a
+// blocked thread, and the lock works in a forked child.
 #pragma once
 #include <condition_variable>
 #include <cstdint>
@@ -28,8 +28,8 @@ class IndexLock {
     const Guard* const outer_;  // of the same thread: a signal's handler may call an index within a call of one
   };
 
-  // In a forked child: frees the lock of all who held it in the parent.  Returns whether one of them was a writer: what
-  // the lock guards is lost then, and every later Guard throws std::runtime_error.
+  // Releases, in a forked child, the locks that other threads held in the parent.  Returns whether one of them was a
+  // writer: the guarded data is lost then, and every later Guard throws std::runtime_error.
   bool renew() noexcept;
 
  private:
@@ -38,10 +38,9 @@ class IndexLock {
 
   static thread_local const Guard* t_innermost;
 
-  std::mutex mutex_;  // of what follows
+  std::mutex mutex_;  // guards the members below
   std::condition_variable changed_;
-  // Whoever wants the lock first takes the gate, and keeps it while waiting: readers would pass a waiting writer for
-  // ever.
+  // A thread takes the gate before it blocks on the lock and holds it meanwhile: otherwise readers starve a writer.
   bool gate_taken_ = false;
   bool writing_ = false;  // changes under fork_mutex() only: a child sees true where data may be half changed
   int64_t readers_ = 0;

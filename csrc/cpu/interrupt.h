@@ -1,4 +1,4 @@
-// How a signal, Ctrl-C above all, ends a long call.  The core knows nothing of Python: module.cpp registers the check.
+// Ends a long call on a signal such as Ctrl-C.  The core does not depend on Python: module.cpp registers the check.
 #pragma once
 #include <atomic>
 #include <chrono>
@@ -7,22 +7,22 @@
 
 namespace simplexfix::cpu {
 
-// Thrown through a call that is to end; nothing has changed then.
+// Thrown when a signal ends a call; the call has changed nothing.
 struct Interrupted : std::runtime_error {
   Interrupted() : std::runtime_error("interrupted by a signal") {}
 };
 
-// Whether the call at hand is to end.  Called on the thread that made the call, a few times a second.
+// Returns whether to end the current call.  Runs on the thread that made the call, at most once per kInterval.
 using InterruptCheck = bool (*)();
 void set_interrupt_check(InterruptCheck check);
 
-// One for each call, made by the thread that the caller is on.
+// State of one call; construct it on the calling thread.
 class Interrupt {
  public:
   static constexpr std::chrono::milliseconds kInterval{100};
 
-  // Throws Interrupted once the call is to end.  The maker's thread runs the check, at most once an interval; other
-  // threads read what it said.
+  // Throws Interrupted after a check returned true.  The calling thread runs the check, at most once per kInterval;
+  // other threads read its result.
   void check() {
     if (stopped_.load(std::memory_order_relaxed)) throw Interrupted();
     if (std::this_thread::get_id() != maker_ || Clock::now() < next_) return;

@@ -29,7 +29,7 @@ inline int64_t threads_for(double numbers, double per_thread, int64_t most) {
 template <typename Work>
 void parallel(int64_t n, int64_t threads, const Work& work, Interrupt* interrupt = nullptr) {
   std::atomic<int64_t> next{0};
-  std::mutex mutex;  // of what follows
+  std::mutex mutex;  // guards the members below
   std::condition_variable ended;
   std::exception_ptr failure;
   size_t running = 0;  // of the others

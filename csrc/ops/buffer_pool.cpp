@@ -70,8 +70,8 @@ class BufferPool {
   size_t kept_ = 0;
 };
 
-// Never destroyed: tensors may outlive every static object.  Made when the library is loaded: a child that was forked
-// while another thread makes a function's static object would wait for it for ever.
+// Never destroyed, since tensors may outlive static objects.  Constructed when the library is loaded, not on first use:
+// a child forked during the construction of a function-local static would deadlock on its guard.
 BufferPool& g_pool = *new BufferPool;
 }  // namespace
 

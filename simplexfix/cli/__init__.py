@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _is_output_lost(program: str) -> bool:
-    """Whether standard output could not be written, which it says."""
+    """Returns whether standard output could not be written, and prints why."""
     error = write_error(sys.stdout)
     if error is not None:
         print(f"{program}: standard output cannot be written: {error.strerror}", file=sys.stderr)

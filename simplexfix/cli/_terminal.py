@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-__all__ = ["console", "criteria_text", "standard_streams", "write_error"]
+__all__ = ["console", "criteria_text", "in_flags", "standard_streams", "write_error"]
 
 
 class _Descriptor(io.FileIO):
@@ -80,3 +80,8 @@ def criteria_text(criteria: Mapping[str, Any]) -> str:
     """AC and AA of a report."""
     ac = "-" if criteria["AC"] is None else f"{criteria['AC']:.2f}"
     return f"AC {ac} AA {100 * criteria['AA']:.1f}"
+
+
+def in_flags(error: Exception) -> str:
+    """The message of a library's error, with Python's options replaced by those of the command line."""
+    return str(error).replace('widths="leading"', "--truncate")

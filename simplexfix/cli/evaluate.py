@@ -27,7 +27,7 @@ from ..report.colours import LIGHT, readable, shade
 from ..report.folder import check_replaceable, content_of
 from ..retrieval import PROTOCOLS, RankDiedError, process_group, shard_rows
 from ..retrieval._ranks import Facts, Ranks
-from ._terminal import console
+from ._terminal import console, in_flags
 
 NOT_EVALUATED = 2  # bad input, or a process of several that is gone
 
@@ -172,11 +172,6 @@ def short_names(paths: Sequence[Path]) -> list[str]:
     if again is not None:
         raise ValueError(f"{again} is given twice: each version once, oldest first")
     return names
-
-
-def in_flags(error: Exception) -> str:
-    """An error of the library, with options as they are on the command line."""
-    return str(error).replace('widths="leading"', "--truncate")
 
 
 def _read_paths(file: Path, part: str, count: int) -> list[Path]:

@@ -21,7 +21,7 @@ from .._files import read_text, write_whole
 from .._text import printable
 from ..compatibility import DEFAULT_RULES, GateResult, Outcome, Rule, upgrade_gate
 from ..labelled import VersionFeatures
-from .evaluate import in_flags
+from ._terminal import in_flags
 
 PASSED, FAILED, BAD_INPUT = 0, 1, 2
 
