@@ -146,8 +146,8 @@ def nnp_loss(
             order = apart.sort(1).indices
             ordered = pool_weights[order]
             taken = (ordered.cumsum(1) - ordered < neighbours) & apart.gather(1, order).isfinite()
-            signs = torch.where(target[:, None] == pool_target[order], -alpha, 1.0)
-            factors = weights[:, None] * ordered * signs * taken
+            signed = torch.where(target[:, None] == pool_target[order], -alpha * ordered, ordered)
+            factors = weights[:, None] * signed * taken
         similarities = 2 - torch.cdist(rows, pool).gather(1, order)
         return (factors * similarities).sum() / (target >= 0).sum().clamp(min=1)
 
