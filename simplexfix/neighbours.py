@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -65,7 +66,7 @@ def asnn_loss(
         Components Analysis", NIPS 2004.
     """
     pool, pool_target, first = _checked(features, target, pool, pool_target, neighbours, first)
-    with torch.autocast(features.device.type, enabled=False):
+    with _no_autocast(features.device.type):
         rows, pool = (F.normalize(_wide(part), dim=1) for part in (features, pool))
         pool_weights, weights = _class_weights(pool_target, target, rows.dtype)
         with torch.no_grad():
@@ -133,7 +134,7 @@ def nnp_loss(
     """
     check_positive("alpha", alpha)
     pool, pool_target, first = _checked(features, target, pool, pool_target, neighbours, first)
-    with torch.autocast(features.device.type, enabled=False):
+    with _no_autocast(features.device.type):
         rows, pool = _wide(features), _wide(pool)
         counts = (pool_target >= 0).to(pool.dtype)[:, None]
         number = counts.sum().clamp(min=1)
@@ -188,6 +189,10 @@ def _checked(
             f"{len(features)} of the batch, got {first}"
         )
     return pool, pool_target, first
+
+
+def _no_autocast(device: str) -> AbstractContextManager[object]:
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def _wide(rows: Tensor) -> Tensor:
