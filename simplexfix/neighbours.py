@@ -67,10 +67,11 @@ def asnn_loss(
     """
     pool, pool_target, first = _checked(features, target, pool, pool_target, neighbours, first)
     with _no_autocast(features.device.type):
-        rows, pool = (F.normalize(_wide(part), dim=1) for part in (features, pool))
+        rows, pool = F.normalize(_wide(features), dim=1), _wide(pool)
         pool_weights, weights = _class_weights(pool_target, target, rows.dtype)
         with torch.no_grad():
-            apart = _distances(rows, pool, pool_target, first)
+            norms = torch.linalg.vector_norm(pool, dim=1).clamp(min=1e-12)  # as F.normalize, which would copy the pool
+            apart = _masked(-(rows @ pool.T) / norms, pool_target, first)
             same = target[:, None] == pool_target
             nearest = apart.topk(min(neighbours, len(pool)), largest=False)
             of_class = apart.masked_fill(~same, math.inf).min(1, keepdim=True)
@@ -84,7 +85,8 @@ def asnn_loss(
             same |= ~counted[:, None]
             weights = weights * counted
             logs = pool_weights.where(pool_weights > 0, 1).log()[near]
-        cosines = torch.einsum("bd,bnd->bn", rows, pool[near])
+        # only neighbours are normalised with a gradient: that of the whole pool would be most of the time
+        cosines = torch.einsum("bd,bnd->bn", rows, F.normalize(pool[near], dim=2))
         logits = (logs - 2 * radius**2 * (1 - cosines)).masked_fill(~chosen, -math.inf)
         losses = logits.logsumexp(1) - logits.masked_fill(~same, -math.inf).logsumexp(1)
         total = weights.sum()
@@ -143,7 +145,7 @@ def nnp_loss(
         rows, pool = (_squashed((part - mean) / std) for part in (rows, pool))
         pool_weights, weights = _class_weights(pool_target, target, rows.dtype)
         with torch.no_grad():
-            apart = _distances(rows, pool, pool_target, first)
+            apart = _masked(torch.cdist(rows, pool), pool_target, first)
             order = apart.sort(1).indices
             ordered = pool_weights[order]
             taken = (ordered.cumsum(1) - ordered < neighbours) & apart.gather(1, order).isfinite()
@@ -204,9 +206,9 @@ def _squashed(x: Tensor) -> Tensor:
     return F.normalize(x, dim=1) * torch.tanh(torch.linalg.vector_norm(x, dim=1, keepdim=True) / 4)
 
 
-def _distances(rows: Tensor, pool: Tensor, pool_target: Tensor, first: int | None) -> Tensor:
-    """[B, P], infinite to rows that are nobody's neighbour and to the row itself."""
-    apart = torch.cdist(rows, pool).masked_fill_(pool_target < 0, math.inf)
+def _masked(apart: Tensor, pool_target: Tensor, first: int | None) -> Tensor:
+    """[B, P] distances, or what orders alike; infinite to rows that are nobody's neighbour and to the row itself."""
+    apart = apart.masked_fill_(pool_target < 0, math.inf)
     if first is not None:
         apart.diagonal(first).fill_(math.inf)
     return apart
