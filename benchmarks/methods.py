@@ -1,7 +1,7 @@
 """All methods on `simplexfix train cpu-small`, over seeds, and what limits HOC: one change at a time.
 
-python benchmarks/methods.py DATA [--seeds 0 1 2] [--methods er fd bct simplex hoc] [--ablation VARIANT ...]
-                             [--runs DIR] [--jobs N] [--out FILE] [KEY.SUB=VALUE ...]
+python benchmarks/methods.py DATA [--seeds 0 1 2] [--methods er fd bct simplex hoc asnn hoc-asnn]
+                             [--ablation VARIANT ...] [--runs DIR] [--jobs N] [--out FILE] [KEY.SUB=VALUE ...]
 
 DATA holds CIFAR-10 and CIFAR-100 in their binary version.  Runs are kept in DIR and taken up again where they were
 stopped; those that are done are read.  --jobs of them go on at a time, each with one thread.  --ablation trains HOC
@@ -29,7 +29,8 @@ from measure import machine_card
 from simplexfix.training import PRESETS
 from simplexfix.training.run_config import LEARNABLE
 
-METHODS = ("er", "fd", "bct", "simplex", "hoc")
+METHODS = ("er", "fd", "bct", "simplex", "hoc", "asnn", "hoc-asnn")
+TERMS = {"hoc-asnn": ("method.name=hoc", "method.classification=asnn")}
 SHORT = tuple(f"tasks.replacements.{t}.epochs=12" for t in (0, 2, 4))
 VARIANTS = {
     "deployed": ("tasks.hoc_reference=deployed",),
@@ -56,7 +57,8 @@ def trained(runs: Path, seed: int, method: str, changes: tuple[str, ...], folder
     shared = place / "-".join(["pretraining", *apart])
     file = place / folder / "report.json"
     if not file.exists():
-        command = [sys.executable, "-m", "simplexfix", "train", "cpu-small", f"seed={seed}", f"method.name={method}"]
+        named = TERMS.get(method, (f"method.name={method}",))
+        command = [sys.executable, "-m", "simplexfix", "train", "cpu-small", f"seed={seed}", *named]
         began = time.perf_counter()
         done = subprocess.run(
             [*command, f"tasks.pretraining_folder={shared}", *changes, "--out", str(place / folder)],

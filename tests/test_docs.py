@@ -66,7 +66,7 @@ def test_the_method_of_ones_own_trains_and_its_page_runs(tmp_path, monkeypatch) 
     image.new("RGB", (40, 50), (1, 2, 3)).save(tmp_path / "data" / "own" / "cat" / "a.png")
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "methods.md").read_text(), re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     names: dict[str, Any] = {"features": features, "labels": torch.from_numpy(labels)}
     for block in blocks:
         exec(compile(block, "docs/methods.md", "exec"), names)

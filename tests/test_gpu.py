@@ -31,7 +31,7 @@ import simplexfix.functional as SF
 from simplexfix import SlotRegistry, _native
 from simplexfix.cli.doctor import diagnose
 from simplexfix.data import Normalize, RandomCropFlip
-from simplexfix.methods import BCT, HOC, Method
+from simplexfix.methods import ASNN, BCT, HOC, Method
 from simplexfix.models import EmbeddingModel, ResNet18
 from simplexfix.training import Items, Schedule
 from simplexfix.training.steps import Steps
@@ -323,7 +323,7 @@ def test_nothing_is_waited_for(device: str, name: str, call, d: int) -> None:
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])
-@pytest.mark.parametrize("method", [HOC(SlotRegistry(32), lambda_=0.5), BCT()], ids=["hoc", "bct"])
+@pytest.mark.parametrize("method", [HOC(SlotRegistry(32), lambda_=0.5), BCT(), ASNN()], ids=["hoc", "bct", "asnn"])
 def test_a_step_waits_for_nothing(device: str, method: Method, precision: str) -> None:
     """From rows of items on the host to the optimizer."""
     backbone = ResNet18("cifar", width=4, in_channels=3)

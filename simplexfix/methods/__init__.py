@@ -1,5 +1,6 @@
 """Ways to train a compatible model, one small file each behind the protocol of `base`."""
 
+from .asnn import ASNN
 from .base import Method
 from .bct import BCT
 from .er import ER
@@ -7,4 +8,4 @@ from .fd import FD
 from .hoc import HOC
 from .simplex import Simplex
 
-__all__ = ["BCT", "ER", "FD", "HOC", "Method", "Simplex"]
+__all__ = ["ASNN", "BCT", "ER", "FD", "HOC", "Method", "Simplex"]

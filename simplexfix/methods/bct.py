@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from .._checks import check_positive
-from ..models import EmbeddingModel, LinearHead
+from ..models import EmbeddingModel, LinearHead, NeighbourHead
+from .asnn import ASNN
 from .er import ER
 
 __all__ = ["BCT"]
@@ -25,12 +26,16 @@ class BCT(ER):
     that it lacks are left out; where no row is left, and without an old model, the influence is 0 and has no gradient.
     The old backbone is not run.
 
+    With a `classification` by nearest neighbours, the old classifier is the old model's queue of its newest features
+    (`NeighbourHead.queued_loss`): the influence is the neighbour loss of h_i with its neighbours there.
+
     Of several processes, or parts of a batch, each takes the mean over its own rows: that is the batch's where all hold
     as many rows of old classes, as they do where these are the remembered half.
 
     Args:
         weight: of the influence loss.
         scale: of `LinearHead`; the old classifier keeps the one that it was trained with.
+        classification: None, or what takes the place of cross-entropy, in both terms.
 
     Raises:
         ValueError: a weight that is not positive and finite; in `loss`: the old classifier is of features of another
@@ -42,32 +47,44 @@ class BCT(ER):
         that trains with the influence loss on items of the old classes.
     """
 
-    def __init__(self, *, weight: float = 1.0, scale: float | None = None) -> None:
+    def __init__(self, *, weight: float = 1.0, scale: float | None = None, classification: ASNN | None = None) -> None:
         super().__init__(scale=scale)
         check_positive("weight", weight)
         self.weight = weight
+        if classification is not None:
+            self.classification = classification
 
     def loss(self, model: EmbeddingModel, input: Tensor, target: Tensor, old: EmbeddingModel | None) -> Tensor:
         if old is None:
             return super().loss(model, input, target, old)
-        if not isinstance(old.head, LinearHead):
+        features = model.backbone(input)
+        classify = self._classify(model.head, features, target)
+        influence = self._influence(old.head, features, target)
+        return classify + self.weight * influence
+
+    def _influence(self, old: nn.Module, features: Tensor, target: Tensor) -> Tensor:
+        kind, trainers = (
+            (LinearHead, "ER, FD and BCT train")
+            if self.classification is None
+            else (NeighbourHead, "ASNN trains, and FD and BCT with classification")
+        )
+        if not isinstance(old, kind):
             raise TypeError(
-                f"old must have a LinearHead, which ER, FD and BCT train, got {type(old.head).__name__}: "
+                f"old must have a {kind.__name__}, which {trainers}, got {type(old).__name__}: "
                 "the influence loss is of the old model's classifier"
             )
-        features = model.backbone(input)
-        if features.shape[1] != old.head.classifier.in_features:
+        width = old.in_features if isinstance(old, NeighbourHead) else old.classifier.in_features
+        if features.shape[1] != width:
             raise ValueError(
-                f"old's classifier must be of features as wide as the new ones, {features.shape[1]}, "
-                f"got {old.head.classifier.in_features}"
+                f"old's classifier must be of features as wide as the new ones, {features.shape[1]}, got {width}"
             )
-        classify: Tensor = model.head.loss(features, target)  # type: ignore[operator]
+        if isinstance(old, NeighbourHead):
+            return old.queued_loss(features, target)
         # without its parameters' gradients, whether or not the caller has turned them off
-        frozen = {name: parameter.detach() for name, parameter in old.head.named_parameters()}
-        logits = functional_call(old.head, frozen, (features,))
-        known = target < old.head.num_classes
+        frozen = {name: parameter.detach() for name, parameter in old.named_parameters()}
+        logits = functional_call(old, frozen, (features,))
+        known = target < old.num_classes
         # a masked sum, not the mean of chosen rows: that would be nan over none, and a device would be waited for
-        influence = F.cross_entropy(
+        return F.cross_entropy(
             logits, target.where(known, _IGNORED), ignore_index=_IGNORED, reduction="sum"
         ) / known.sum().clamp(min=1)
-        return classify + self.weight * influence

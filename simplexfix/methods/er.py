@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..models import EmbeddingModel, LinearHead
+from .asnn import ASNN
 
 __all__ = ["ER"]
 
@@ -16,14 +17,28 @@ class ER:
         scale: of `LinearHead`.
     """
 
+    # in place of cross-entropy; FD and BCT set it only where it is given: checkpoints record the object's attributes,
+    # and those of before have no such one
+    classification: ASNN | None = None
+
     def __init__(self, *, scale: float | None = None) -> None:
         self.scale = scale
 
-    def head(self, in_features: int) -> LinearHead:
+    def head(self, in_features: int) -> nn.Module:
+        if self.classification is not None:
+            return self.classification.head(in_features)
         return LinearHead(in_features, scale=self.scale)
 
     def add_classes(self, model: EmbeddingModel, classes: range) -> None:
-        model.head.grow(classes.stop)  # type: ignore[operator]
+        if self.classification is not None:
+            self.classification.add_classes(model, classes)
+        else:
+            model.head.grow(classes.stop)  # type: ignore[operator]
 
     def loss(self, model: EmbeddingModel, input: Tensor, target: Tensor, old: EmbeddingModel | None) -> Tensor:
-        return model.head.loss(model.backbone(input), target)  # type: ignore[no-any-return, operator]
+        return self._classify(model.head, model.backbone(input), target)
+
+    def _classify(self, head: nn.Module, features: Tensor, target: Tensor) -> Tensor:
+        if self.classification is not None:
+            return self.classification.classify(head, features, target)
+        return head.loss(features, target)  # type: ignore[no-any-return, operator]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .._checks import check_name, check_new_and_old, check_positive
 from ..models import EmbeddingModel
+from .asnn import ASNN
 from .er import ER
 
 __all__ = ["FD"]
@@ -30,6 +31,7 @@ class FD(ER):
         weight: of the distance.
         distance: "cosine" or "l2".
         scale: of `LinearHead`.
+        classification: None, or what takes the place of cross-entropy.
 
     Raises:
         ValueError: an unknown distance, or a weight that is not positive and finite; in `loss`: the old features are
@@ -41,12 +43,21 @@ class FD(ER):
         compatible training in Shen et al., arXiv 2003.11942.
     """
 
-    def __init__(self, *, weight: float = 1.0, distance: str = "cosine", scale: float | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        weight: float = 1.0,
+        distance: str = "cosine",
+        scale: float | None = None,
+        classification: ASNN | None = None,
+    ) -> None:
         super().__init__(scale=scale)
         check_positive("weight", weight)
         check_name("distance", distance, _DISTANCES)
         self.weight = weight
         self.distance = distance
+        if classification is not None:
+            self.classification = classification
 
     def loss(self, model: EmbeddingModel, input: Tensor, target: Tensor, old: EmbeddingModel | None) -> Tensor:
         if old is None:
@@ -55,7 +66,7 @@ class FD(ER):
         with torch.no_grad():
             reference = old(input)
         check_new_and_old("new", features, reference)
-        classify: Tensor = model.head.loss(features, target)  # type: ignore[operator]
+        classify = self._classify(model.head, features, target)
         return classify + self.weight * self._distances(features, reference).mean()
 
     def _distances(self, new: Tensor, old: Tensor) -> Tensor:

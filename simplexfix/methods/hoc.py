@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
+from .. import functional as SF
 from .._checks import check_contrast_options, check_share
 from ..models import EmbeddingModel
 from ..slots import SlotRegistry
+from .asnn import ASNN
 from .simplex import Simplex
 
 __all__ = ["HOC"]
@@ -17,16 +19,26 @@ __all__ = ["HOC"]
 class HOC(Simplex):
     """`simplexfix.functional.hoc_loss` on new and remembered items; cross-entropy alone without an old model.
 
+        loss = lambda_ * classification + (1 - lambda_) * contrast
+
+    With a `classification` by nearest neighbours, that is on the embedding in place of the simplex cross-entropy.  Then
+    the vertices play no part and classes take no slots; embeddings are as wide as with them, and what ties versions is
+    the contrast alone.
+
     Args:
         slots, namespace, normalize, scale, margin: of `Simplex`.
         lambda_, mu, negatives, anchor, group: of `hoc_loss`; with a group, negatives come from all its processes.
+        classification: None for the simplex cross-entropy, or what takes its place.
 
     Raises:
-        TypeError, ValueError: an option is out of range.
+        TypeError, ValueError: an option is out of range, or of the cross-entropy that is replaced.
 
     Reference:
         arXiv 2405.02581.
     """
+
+    # set only where it is given: checkpoints record the object's attributes, and those of before have no such one
+    classification: ASNN | None = None
 
     def __init__(
         self,
@@ -41,6 +53,7 @@ class HOC(Simplex):
         negatives: str = "zero_mask",
         anchor: str = "old",
         group: dist.ProcessGroup | None = None,
+        classification: ASNN | None = None,
     ) -> None:
         super().__init__(slots, namespace, normalize=normalize, scale=scale, margin=margin)
         check_share("lambda_", lambda_)
@@ -50,12 +63,34 @@ class HOC(Simplex):
         self.negatives = negatives
         self.anchor = anchor
         self.group = group
+        if classification is not None:
+            if normalize or scale != 1 or margin is not None:
+                raise ValueError(
+                    "normalize, scale and margin are of the simplex cross-entropy, which classification replaces: "
+                    f"leave them out, got {normalize}, {scale} and {margin}"
+                )
+            self.classification = classification
+
+    def head(self, in_features: int) -> nn.Module:
+        if self.classification is not None:
+            return self.classification.head(in_features, self.slots.num_slots - 1)
+        return super().head(in_features)
+
+    def add_classes(self, model: EmbeddingModel, classes: range) -> None:
+        if self.classification is not None:
+            self.classification.add_classes(model, classes)
+        else:
+            super().add_classes(model, classes)
 
     def loss(self, model: EmbeddingModel, input: Tensor, target: Tensor, old: EmbeddingModel | None) -> Tensor:
         if old is None:
+            if self.classification is not None:
+                return self.classification.loss(model, input, target, old)
             return super().loss(model, input, target, old)
         with torch.no_grad():
             reference = old(input)
+        if self.classification is not None:
+            return self._mixed(self.classification, model, input, target, reference)
         return model.head.hoc_loss(  # type: ignore[no-any-return, operator]
             model.backbone(input),
             reference,
@@ -64,5 +99,22 @@ class HOC(Simplex):
             mu=self.mu,
             negatives=self.negatives,
             anchor=self.anchor,
+            group=self.group,
+        )
+
+    def _mixed(
+        self, classification: ASNN, model: EmbeddingModel, input: Tensor, target: Tensor, reference: Tensor
+    ) -> Tensor:
+        z = model(input)
+        return SF.mix_with_contrast(
+            lambda: model.head.embedding_loss(z, target, group=classification.group),  # type: ignore[operator]
+            z,
+            reference,
+            target,
+            lambda_=self.lambda_,
+            mu=self.mu,
+            negatives=self.negatives,
+            anchor=self.anchor,
+            reduction="mean",
             group=self.group,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..heads import SimplexHead
 from ..models import EmbeddingModel
@@ -40,7 +40,7 @@ class Simplex:
         self.scale = scale
         self.margin = margin
 
-    def head(self, in_features: int) -> SimplexHead:
+    def head(self, in_features: int) -> nn.Module:
         return SimplexHead.from_slots(
             self.slots, in_features, normalize=self.normalize, scale=self.scale, margin=self.margin
         )

@@ -29,6 +29,7 @@ from .convnet import SmallConvNet
 from .identity import LEARNABLE, ModelIdentity
 from .linear import LinearHead
 from .mlp import FeatureMLP
+from .neighbour import NeighbourHead
 from .resnet import ResNet18
 from .wrapped import plain_names, unwrapped
 
@@ -47,7 +48,14 @@ _NAMED = 8  # tensors in one message
 
 # What is made again from its folder alone: every argument of its constructor is an attribute of the same name.
 BACKBONES: dict[str, type[nn.Module]] = {kind.__name__: kind for kind in (FeatureMLP, ResNet18, SmallConvNet)}
-_HEADS = {"cube": CubeHead, LEARNABLE: LinearHead, "orthoplex": OrthoplexHead, "simplex": SimplexHead}
+_HEADS = {
+    "cube": CubeHead,
+    "linear": LinearHead,
+    "neighbours": NeighbourHead,
+    "orthoplex": OrthoplexHead,
+    "simplex": SimplexHead,
+}
+_QUEUE = "head.queue."  # what a neighbour head trains with, and no embedding depends on
 _PREPROCESSING = {kind.__name__: kind for kind in (Drawings, Normalize, Photographs, Vectors)}
 
 
@@ -104,6 +112,7 @@ def load_model(
     except (KeyError, TypeError, ValueError) as error:
         raise ModelFolderError(f"{folder / 'config.json'}: {error}") from error
     for_backbone, for_head = _below("backbone.", state), {**_below("head.", state), **_extra_state(config)}
+    for_head |= {key: value for key, value in head.state_dict().items() if f"head.{key}".startswith(_QUEUE)}  # empty
     own_names = {plain: key for key, plain in plain_names(backbone).items()}
     for_backbone = {own_names.get(key, key): value for key, value in for_backbone.items()}
     _check_fit("the backbone", backbone, for_backbone, dtypes=given)
@@ -148,6 +157,7 @@ def _parts(model: EmbeddingModel, version: int, name: str) -> tuple[dict[str, An
     plain = plain_names(model)
     state = {plain[key]: value for key, value in model.state_dict().items()}
     state.pop("head._extra_state", None)
+    state = {key: value for key, value in state.items() if not key.startswith(_QUEUE)}
     strangers = [key for key in state if not key.startswith(("backbone.", "head."))]
     if strangers:
         raise TypeError(f"a model that is saved has a backbone and a head, this one has {', '.join(strangers)} as well")
@@ -157,7 +167,7 @@ def _parts(model: EmbeddingModel, version: int, name: str) -> tuple[dict[str, An
         "version": {"number": version, "name": name},
         "backbone": _backbone_spec(backbone),
         "head": {"kind": kind, **_head_spec(head)},
-        "slots": None if isinstance(head, LinearHead) else head.slots.to_dict(),  # type: ignore[union-attr, operator]
+        "slots": None if kind in LEARNABLE else head.slots.to_dict(),  # type: ignore[union-attr, operator]
         "preprocessing": _plain(preprocessing),
         **({} if model.class_names is None else {_NAMES: list(model.class_names)}),
     }
@@ -193,6 +203,16 @@ def _head_spec(head: Any) -> dict[str, Any]:
             "num_classes": head.num_classes,
             "scale": head.scale,
         }
+    if isinstance(head, NeighbourHead):
+        return {
+            "in_features": head.in_features,
+            "embedding_dim": head.embedding_dim,
+            "junction": head.junction is not None,
+            "loss": head.kind,
+            "neighbours": head.neighbours,
+            "queue": len(head.queue.labels),
+            "alpha": head.alpha,
+        }
     spec = {
         "in_features": head.junction.in_features,
         "embedding_dim": head.embedding_dim,
@@ -212,10 +232,13 @@ def _head(config: Mapping[str, Any]) -> nn.Module:
     if kind not in _HEADS:
         raise ValueError(f"head of kind {kind!r} is unknown; known: {', '.join(_HEADS)}")
     with torch.random.fork_rng(devices=[]):
-        if kind == LEARNABLE:
+        if kind == "linear":
             learnable = LinearHead(spec["in_features"], scale=spec["scale"])
             learnable.grow(spec["num_classes"])
             return learnable
+        if kind == "neighbours":
+            options = {name: spec[name] for name in ("loss", "neighbours", "queue", "alpha")}
+            return NeighbourHead(spec["in_features"], spec["embedding_dim"] if spec["junction"] else None, **options)
         options = {
             "normalize": spec["normalize"],
             "scale": spec["scale"],
@@ -233,7 +256,7 @@ def _head(config: Mapping[str, Any]) -> nn.Module:
 def _extra_state(config: Mapping[str, Any]) -> dict[str, Any]:
     """The head's part of a state_dict that `config.json` holds."""
     spec = config["head"]
-    if spec["kind"] == LEARNABLE:
+    if spec["kind"] in LEARNABLE:
         return {}
     codes = {"codes_crc32": spec["codes_crc32"]} if spec["kind"] == "cube" else {}
     return {"_extra_state": encode_state({**config["slots"], "polytope": spec["kind"], **codes})}

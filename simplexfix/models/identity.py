@@ -12,7 +12,7 @@ from ..slots import SlotRegistry
 
 __all__ = ["ModelIdentity"]
 
-LEARNABLE = "linear"  # the kind of a head whose vectors are its own
+LEARNABLE = ("linear", "neighbours")  # kinds of heads without fixed vertices
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class ModelIdentity:
             embeddings.
         version: its number.
         name: free text.
-        head: "simplex", "orthoplex", "cube", or "linear" for a learnable classifier.
+        head: "simplex", "orthoplex", "cube", or for a learnable classifier "linear" or "neighbours".
         embedding_dim: width of its embeddings.
         num_slots: K of the polytope; None for a learnable classifier.
         slots: which class has which slot: (namespace, first class id, first slot, count, step) of each run of class
@@ -71,7 +71,7 @@ class ModelIdentity:
             )
         if self.head != gallery.head:
             reasons.append(f"the gallery's model has a head of kind {gallery.head!r}, this one {self.head!r}")
-        elif self.head == LEARNABLE:
+        elif self.head in LEARNABLE:
             reasons.append(
                 "both have learnable classifiers, and are not the same model: no fixed vertices say that they share a "
                 "space"

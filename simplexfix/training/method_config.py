@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch.distributed as dist
 
 from .._checks import check_name
-from ..methods import BCT, ER, FD, HOC, Method, Simplex
+from ..methods import ASNN, BCT, ER, FD, HOC, Method, Simplex
 from ..slots import SlotRegistry
 from . import processes
 from .config import check_fits
 
 __all__ = ["LEARNABLE", "MethodConfig"]
 
-LEARNABLE = ("bct", "er", "fd")  # methods with a classifier for each network, and features for embeddings
+# methods with a classifier for each network, and features for embeddings
+LEARNABLE = ("asnn", "bct", "er", "fd", "nnp")
+
+_NEIGHBOURS = ("asnn", "nnp")
+_OF_NEIGHBOURS = {"neighbours": _NEIGHBOURS, "queue": _NEIGHBOURS, "alpha": ("nnp",)}
 
 _BELONGS = {
     **dict.fromkeys(("slots", "normalize"), ("hoc", "simplex")),
     "weight": ("fd", "bct"),
     "distance": ("fd",),
+    "classification": ("fd", "bct", "hoc"),
     **dict.fromkeys(("lambda_", "mu", "negatives", "anchor", "gather"), ("hoc",)),
 }
 
@@ -29,14 +34,18 @@ class MethodConfig:
     """A way to train, of `simplexfix.methods`.
 
     Args:
-        name: "er", "fd" or "bct", with a learnable classifier; "simplex" or "hoc", with the fixed one.
+        name: "er", "fd" or "bct", with a learnable classifier; "asnn" or "nnp", by nearest neighbours; "simplex" or
+            "hoc", with the fixed one.
         slots: K of the simplex.
         normalize: of the simplex; a learnable classifier with a scale is always normalised.
-        scale: of the logits; None for plain ones.
+        scale: of the logits; None for plain ones.  Without logits, as by neighbours, of pre-training alone.
         weight: of FD's distance and of BCT's influence loss.
         distance: of FD.
         lambda_, mu, negatives, anchor: of `hoc_loss`.
         gather: negatives of HOC from all processes.
+        classification: of fd, bct and hoc: "cross_entropy", or "asnn" or "nnp" in its place.  Replacements are
+            pre-trained by cross-entropy all the same.
+        neighbours, queue, alpha: of `ASNN`, alone or as classification.
     """
 
     name: str = "hoc"
@@ -50,31 +59,67 @@ class MethodConfig:
     negatives: str = "zero_mask"
     anchor: str = "old"
     gather: bool = True
+    classification: str = "cross_entropy"
+    neighbours: int = 10
+    queue: int = 4096
+    alpha: float = 1.0
 
     def __post_init__(self) -> None:
         check_name("name", self.name, (*LEARNABLE, "hoc", "simplex"))
         check_fits(self, "name", _BELONGS)
+        check_name("classification", self.classification, ("cross_entropy", *_NEIGHBOURS))
+        used = {self.name, self.classification}
+        for option in fields(self):
+            kinds = _OF_NEIGHBOURS.get(option.name)
+            if kinds is not None and not used & set(kinds) and getattr(self, option.name) != option.default:
+                raise ValueError(
+                    f"{option.name} is of name or classification={' or '.join(map(repr, kinds))}, got "
+                    f"{getattr(self, option.name)!r} with name={self.name!r} and "
+                    f"classification={self.classification!r}; leave it out"
+                )
+        self._neighbours()
+
+    def _neighbours(self) -> ASNN | None:
+        """Classification by neighbours, alone or of another method."""
+        loss = self.name if self.name in _NEIGHBOURS else self.classification
+        if loss not in _NEIGHBOURS:
+            return None
+        return ASNN(
+            loss=loss,
+            neighbours=self.neighbours,
+            queue=self.queue,
+            alpha=self.alpha,
+            group=self._group(),
+        )
+
+    def _group(self) -> dist.ProcessGroup | None:
+        return dist.group.WORLD if self.gather and processes.world() > 1 else None
 
     def method(self, slots: SlotRegistry, namespace: str) -> Method:
+        neighbours = self._neighbours()
+        if neighbours is not None and self.name in _NEIGHBOURS:
+            return neighbours
         if self.name == "er":
             return ER(scale=self.scale)
         if self.name == "fd":
-            return FD(weight=self.weight, distance=self.distance, scale=self.scale)
+            return FD(weight=self.weight, distance=self.distance, scale=self.scale, classification=neighbours)
         if self.name == "bct":
-            return BCT(weight=self.weight, scale=self.scale)
+            return BCT(weight=self.weight, scale=self.scale, classification=neighbours)
         scale = 1.0 if self.scale is None else self.scale
         if self.name == "simplex":
             return Simplex(slots, namespace, normalize=self.normalize, scale=scale)
+        cross_entropy = neighbours is None  # else normalisation and scale are of pre-training
         return HOC(
             slots,
             namespace,
-            normalize=self.normalize,
-            scale=scale,
+            normalize=self.normalize and cross_entropy,
+            scale=scale if cross_entropy else 1.0,
             lambda_=self.lambda_,
             mu=self.mu,
             negatives=self.negatives,
             anchor=self.anchor,
-            group=dist.group.WORLD if self.gather and processes.world() > 1 else None,
+            group=self._group(),
+            classification=neighbours,
         )
 
     def pretraining(self) -> MethodConfig:

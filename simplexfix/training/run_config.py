@@ -187,7 +187,8 @@ class TasksConfig:
         rehearsal: which: "random", or "herding", those whose mean feature is nearest to that of the class.
         replacements: task number -> what takes over there.
         pretraining_folder: where pre-trained networks and their logs are kept, for runs of other methods to use: in
-            `simplex` those of hoc and simplex, in `linear` those of er, fd and bct; None for the run's folder.
+            `simplex` those of hoc and simplex, in `linear` those of er, fd, bct, asnn and nnp; None for the run's
+            folder.
         hoc_reference: of `train_versions`, for HOC; other methods hold on to the deployed version.
     """
 

@@ -25,6 +25,7 @@ from simplexfix.models import (
     LinearHead,
     ModelFolderError,
     ModelIdentity,
+    NeighbourHead,
     ResNet18,
     SmallConvNet,
     read_identity,
@@ -52,12 +53,23 @@ def linear() -> LinearHead:
     return head
 
 
+def neighbours(**options) -> NeighbourHead:
+    """With features of a training in its queue, and a radius of its own."""
+    head = NeighbourHead(16, queue=5, neighbours=3, **options)
+    width = head.embedding_dim
+    head.embedding_loss(torch.randn(8, width, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 2)
+    return head
+
+
 HEADS = {
     "simplex": lambda: SimplexHead.from_slots(registry(), 16, normalize=True, scale=12.5, margin=("angular", 0.25)),
     "orthoplex": lambda: OrthoplexHead.from_slots(registry(), 16),
     "cube": lambda: CubeHead.from_slots(registry(), 16, embedding_dim=70, scale=0.5),
     "linear": linear,
     "linear without classes": lambda: LinearHead(16),
+    "neighbours": lambda: neighbours(),
+    "neighbours behind a junction": lambda: neighbours(embedding_dim=9),
+    "neighbours by nnp": lambda: neighbours(loss="nnp", alpha=0.5),
 }
 
 
@@ -100,6 +112,12 @@ def test_embeddings_are_the_same_to_the_bit(tmp_path: Path, name: str, head: str
     assert type(again.head) is type(model.head)
     if isinstance(model.head, LinearHead):
         assert (again.head.num_classes, again.head.scale) == (model.head.num_classes, model.head.scale)
+    elif isinstance(model.head, NeighbourHead):
+        assert again.head.extra_repr() == model.head.extra_repr()
+        assert model.head.queue.labels.max() >= 0
+        assert again.head.queue.labels.max() < 0
+        for key, value in again.head.state_dict().items():
+            assert key.startswith("queue.") or torch.equal(value, model.head.state_dict()[key])
     else:
         assert again.head.slots.to_dict() == model.head.slots.to_dict()
         assert again.head.extra_repr() == model.head.extra_repr()
@@ -474,7 +492,7 @@ def with_more() -> EmbeddingModel:
         (
             lambda p: EmbeddingModel(FeatureMLP(3), nn.Identity()).save_pretrained(p),
             TypeError,
-            "head must be one of CubeHead, LinearHead, OrthoplexHead, SimplexHead for the model .*, got Identity",
+            "head must be one of CubeHead, LinearHead, NeighbourHead, OrthoplexHead, SimplexHead for .*, got Identity",
         ),
         (
             lambda p: small(preprocessing=RandomWarp()).save_pretrained(p),
@@ -576,6 +594,7 @@ def test_cubes_and_learnable_classifiers() -> None:
     other = ModelIdentity.from_dict({**cube.to_dict(), "codes_crc32": 1, "fingerprint": "0"})
     assert cube.why_not_search(model_on(grown(default=range(4)), CubeHead, 24, embedding_dim=40)) == []
     assert "codes of crc32 1, this model's " in cube.why_not_search(other)[0]
-    first, second = (EmbeddingModel(FeatureMLP(8), LinearHead(8)) for _ in range(2))
-    assert "no fixed vertices say that they share a space" in second.identity().why_not_search(first.identity())[0]
-    assert first.identity().why_not_search(first.identity(version=2)) == []
+    for make in (lambda: LinearHead(8), lambda: NeighbourHead(8, 5)):
+        first, second = (EmbeddingModel(FeatureMLP(8), make()) for _ in range(2))
+        assert "no fixed vertices say that they share a space" in second.identity().why_not_search(first.identity())[0]
+        assert first.identity().why_not_search(first.identity(version=2)) == []

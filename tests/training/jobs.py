@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from simplexfix import SlotRegistry
 from simplexfix import _files as files
-from simplexfix.methods import ER, HOC
+from simplexfix.methods import ASNN, ER, HOC
 from simplexfix.models import EmbeddingModel, SmallConvNet
 from simplexfix.training import Items, RunConfig, Schedule, Task, Trainer, processes, read_config, train_run
 from simplexfix.training.checkpoint import fingerprint
@@ -68,20 +68,23 @@ def trained(
     schedule: dict | None = None,
     on_step=lambda step: None,
     group: bool = False,
-    learnable: bool = False,
+    method: str = "hoc",
     noise: float | None = None,
 ) -> EmbeddingModel:
-    """A second version, with an old model, rehearsal, augmentation and dropout; or by a learnable head.
+    """A second version, with an old model, rehearsal, augmentation and dropout; by HOC, ER or ASNN.
 
     Its items are in memory, or with `noise` those of datasets that add so much.
     """
-    method = (
-        ER(scale=8.0) if learnable else HOC(SlotRegistry(20), lambda_=0.5, group=dist.group.WORLD if group else None)
-    )
+    processes = dist.group.WORLD if group else None
+    made = {
+        "er": ER(scale=8.0),
+        "asnn": ASNN(queue=48, group=processes),
+        "hoc": HOC(SlotRegistry(20), lambda_=0.5, group=processes),
+    }[method]
     torch.manual_seed(3)
     backbone = SmallConvNet(4, 10) if convolutions else network(dropout)
-    parent = EmbeddingModel(backbone, method.head(10))
-    method.add_classes(parent, range(4))
+    parent = EmbeddingModel(backbone, made.head(10))
+    made.add_classes(parent, range(4))
     items, memory = features(50, 8, 1), features(18, 4, 2)
     if convolutions:
         items, memory = (
@@ -90,7 +93,7 @@ def trained(
         )
     if noise is not None:
         items, memory = (Items.from_dataset(Noisy(i, noise)) for i in (items, memory))
-    return Trainer(method, **{"augment": add_noise, "save_every": 5, "log_every": 4, **(trainer or {})}).fit(
+    return Trainer(made, **{"augment": add_noise, "save_every": 5, "log_every": 4, **(trainer or {})}).fit(
         parent,
         items,
         Schedule(**{"steps": STEPS, "learning_rate": 1e-2, "batch": 16, **(schedule or {})}),

@@ -7,6 +7,8 @@ from dataclasses import asdict
 
 import pytest
 
+from simplexfix import SlotRegistry
+from simplexfix.methods import ASNN
 from simplexfix.training import PRESETS, ConfigError, MethodConfig, RunConfig, overridden, read_config
 
 FEATURES = {
@@ -25,6 +27,18 @@ FEATURES = {
             "method: negatives is of name='hoc', got 'foo' with name",
         ),
         (["method.weight=3"], "method: weight is of name='fd' or 'bct', got 3.0 with name='hoc'"),
+        (
+            ["method.name=er", "method.classification=asnn"],
+            "method: classification is of name='fd' or 'bct' or 'hoc', got 'asnn' with name='er'",
+        ),
+        (
+            ["method.queue=100"],
+            "method: queue is of name or classification='asnn' or 'nnp', got 100 with name='hoc' and "
+            "classification='cross_entropy'; leave it out",
+        ),
+        (["method.name=asnn", "method.alpha=2"], "method: alpha is of name or classification='nnp', got 2.0 with"),
+        (["method.classification=knn"], "classification must be one of 'cross_entropy', 'asnn', 'nnp', got 'knn'"),
+        (["method.name=nnp", "method.neighbours=0"], "neighbours must be at least 1 and queue at least 0, got 0"),
         (["method.name=er", "method.mu=3.0"], "method: mu is of name='hoc', got 3.0 with name='er'"),
         (["method.name=er", "method.slots=8"], "method: slots is of name='hoc' or 'simplex', got 8 with name='er'"),
         (["method.name=bct", "method.distance=l2"], "method: distance is of name='fd', got 'l2' with name='bct'"),
@@ -56,6 +70,9 @@ def test_an_option_of_something_else_is_refused(changes: list[str], message: str
         ["method.name=simplex", "method.slots=8", "method.normalize=true"],
         ["method.mu=3.0", "method.negatives=infonce", "method.gather=false"],
         ["method.name=er", "method.slots=1024"],  # as everywhere
+        ["method.name=nnp", "method.alpha=2", "method.neighbours=5", "method.queue=0"],
+        ["method.name=fd", "method.classification=nnp", "method.alpha=2"],
+        ["method.classification=asnn", "method.queue=100", "method.mu=3.0"],
         ["schedule.optimizer=sgd", "schedule.momentum=0.1"],
         ["tasks.kind=instance_incremental", "tasks.counts=[]", "tasks.parts=5"],
     ],
@@ -65,7 +82,7 @@ def test_an_option_of_what_was_chosen_is_none_of_them(changes: list[str]) -> Non
 
 
 @pytest.mark.parametrize("name", PRESETS)
-@pytest.mark.parametrize("method", ["er", "fd", "bct", "simplex", "hoc"])
+@pytest.mark.parametrize("method", ["er", "fd", "bct", "simplex", "hoc", "asnn", "nnp"])
 def test_a_preset_is_for_all_methods(name: str, method: str) -> None:
     """The whole of `method` is given where the preset's has options of another."""
     content = json.loads(json.dumps(asdict(PRESETS[name])))
@@ -77,6 +94,18 @@ def test_pre_training_has_the_options_that_it_knows() -> None:
     hoc = MethodConfig(slots=8, normalize=True, scale=4.0, mu=3.0)
     assert hoc.pretraining() == MethodConfig("simplex", slots=8, normalize=True, scale=4.0)
     assert MethodConfig("fd", weight=3.0, distance="l2", scale=4.0).pretraining() == MethodConfig("er", scale=4.0)
+    assert MethodConfig("asnn", neighbours=3).pretraining() == MethodConfig("er")
+    assert MethodConfig(slots=8, classification="nnp", alpha=2.0).pretraining() == MethodConfig("simplex", slots=8)
+
+
+@pytest.mark.parametrize("name", ["asnn", "nnp", "fd", "bct", "hoc"])
+def test_classification_by_neighbours_has_its_options(name: str) -> None:
+    given = {} if name in ("asnn", "nnp") else {"classification": "nnp", "normalize": name == "hoc"}
+    config = MethodConfig(name, neighbours=3, queue=7, **given)
+    method = config.method(SlotRegistry(8), "default")
+    term = method if isinstance(method, ASNN) else method.classification
+    assert (term.kind, term.neighbours, term.queue) == ("asnn" if name == "asnn" else "nnp", 3, 7)
+    assert method.head(5).embedding_dim == (7 if name == "hoc" else 5)
 
 
 @pytest.mark.parametrize("place", ["model", "tasks.replacements.0.model"])

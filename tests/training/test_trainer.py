@@ -151,10 +151,20 @@ def test_two_processes_see_what_one_sees(tmp_path) -> None:
 
 def test_two_processes_train_a_scaled_learnable_head(tmp_path) -> None:
     """Its bias is not part of the loss: a group would wait for its gradient, were it not frozen."""
-    options = {"dropout": 0.0, "learnable": True}
+    options = {"dropout": 0.0, "method": "er"}
     assert group(tmp_path, "parts", options) == [0, 0]
     jobs.trained(tmp_path / "accumulated", **options, schedule={"accumulate": 2})
     close(weights(tmp_path / "parts"), weights(tmp_path / "accumulated"))
+
+
+def test_two_processes_find_the_neighbours_that_one_finds(tmp_path) -> None:
+    options = {"dropout": 0.0, "method": "asnn", "trainer": {"augment": None}}
+    assert group(tmp_path, "gathered", {**options, "group": True}) == [0, 0]
+    jobs.trained(tmp_path / "one", **options)
+    first, second = weights(tmp_path / "gathered"), weights(tmp_path / "one")
+    close({key: value for key, value in first.items() if "queue" not in key}, second)
+    labels = [w["head.queue.labels"].sort().values for w in (first, second)]  # of each batch in another order
+    assert torch.equal(*labels)
 
 
 def test_a_group_that_was_killed_goes_on(tmp_path) -> None:

@@ -1,0 +1,195 @@
+"""A head that classifies by nearest neighbours, in the batch and in a queue of features."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import _gather
+from .._checks import check_integer, check_name, check_positive
+from .._native import is_readable
+from ..neighbours import asnn_loss, nnp_loss
+
+__all__ = ["NeighbourHead"]
+
+_LOSSES = ("asnn", "nnp")
+_RADIUS = 4.0  # at first
+_BOUNDS = tuple(math.log(math.expm1(radius)) for radius in (1.0, 16.0))  # of the raw radius
+
+
+class FeatureQueue(nn.Module):
+    """The newest rows of features and their class ids, without gradient: a ring buffer.
+
+    Args:
+        size: rows that it holds, 0 or more.
+        dim: width of the features.
+    """
+
+    features: Tensor
+    labels: Tensor
+    position: Tensor
+
+    def __init__(self, size: int, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("features", torch.zeros(size, dim))
+        self.register_buffer("labels", torch.full((size,), -1))  # of rows that are empty
+        self.register_buffer("position", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def add(self, rows: Tensor, labels: Tensor) -> None:
+        """Replaces the oldest rows; one that is not finite, as where float16 overflowed, is taken in as empty."""
+        size = len(self.labels)
+        rows, labels = rows.detach()[-size:], labels[-size:]
+        if not size or not len(labels):
+            return
+        places = (self.position + torch.arange(len(labels), device=labels.device)) % size
+        self.features.index_copy_(0, places, rows.nan_to_num(0, 0, 0).to(self.features.dtype))
+        self.labels.index_copy_(0, places, labels.where(rows.isfinite().all(1), -1))
+        self.position.copy_((self.position + len(labels)) % size)
+
+    @torch.no_grad()
+    def clear(self) -> None:
+        self.features.zero_()
+        self.labels.fill_(-1)
+        self.position.zero_()
+
+
+class NeighbourHead(nn.Module):
+    """A classifier by nearest neighbours: no weights for classes, and no fixed vertices.
+
+    Neighbours come from the batch and from a queue of the newest rows, detached, which every loss in training mode
+    adds its batch to.  Class sizes, and for "nnp" mean and standard deviation, are those of batch and queue together.
+    The queue is part of the state that a training goes on from, and no part of a model folder.  It has no ids of
+    items: an item that comes again while its older features are in the queue may have those for a neighbour.
+
+    Args:
+        in_features: width of the features.
+        embedding_dim: width of the embedding, by a junction without bias; None for the features themselves.
+        loss: "asnn" or "nnp", of `simplexfix.neighbours`.
+        neighbours: of the loss.
+        queue: rows that it holds, 0 for the batch alone.
+        alpha: of "nnp".
+
+    Raises:
+        TypeError, ValueError: an unknown loss, or a number out of its range.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        embedding_dim: int | None = None,
+        *,
+        loss: str = "asnn",
+        neighbours: int = 10,
+        queue: int = 4096,
+        alpha: float = 1.0,
+    ) -> None:
+        super().__init__()
+        check_options(loss, neighbours, queue, alpha)
+        self.kind = loss
+        self.neighbours = neighbours
+        self.alpha = alpha
+        self.in_features = in_features
+        self.embedding_dim = in_features if embedding_dim is None else embedding_dim
+        self.junction = None if embedding_dim is None else nn.Linear(in_features, embedding_dim, bias=False)
+        self.raw_radius = nn.Parameter(torch.tensor(math.log(math.expm1(_RADIUS)))) if loss == "asnn" else None
+        self.queue = FeatureQueue(queue, self.embedding_dim)
+
+    @property
+    def radius(self) -> Tensor:
+        """Scalar in [1, 16]: softplus of the parameter."""
+        assert self.raw_radius is not None
+        return F.softplus(self.raw_radius)
+
+    def embed(self, features: Tensor) -> Tensor:
+        """[B, in_features] -> [B, embedding_dim]."""
+        return features if self.junction is None else self.junction(features)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """The embedding: there are no logits without neighbours."""
+        return self.embed(features)
+
+    def loss(self, features: Tensor, target: Tensor, *, group: dist.ProcessGroup | None = None) -> Tensor:
+        """`embedding_loss` of the embedding of these features [B, in_features]."""
+        return self.embedding_loss(self.embed(features), target, group=group)
+
+    def embedding_loss(self, z: Tensor, target: Tensor, *, group: dist.ProcessGroup | None = None) -> Tensor:
+        """The neighbour loss of a batch; in training mode the queue takes the batch in.
+
+        Args:
+            z: [B, embedding_dim].
+            target: [B] int64 class ids; rows with a negative one do not count.
+            group: processes whose batches, all of B rows, are one; every one's queue then holds the rows of all.
+
+        Raises:
+            TypeError, ValueError: as the losses of `simplexfix.neighbours`; unlike batches in the group.
+        """
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        rows, labels, first = z, target, 0
+        if group is not None:
+            first = _gather.rank_of(z, group) * len(z)
+            rows, labels = _gather.all_rows(z, group), _gather.all_rows(target, group)
+        if self.training and self.raw_radius is not None:
+            # a clamp of the radius itself would have no gradient beyond its bounds, and never come back
+            with torch.no_grad():
+                self.raw_radius.clamp_(*_BOUNDS)
+        pool = torch.cat([rows, self.queue.features.to(z.dtype)])
+        loss = self._loss(z, target, pool, torch.cat([labels, self.queue.labels]), first, group)
+        if self.training:
+            self.queue.add(rows, labels)
+        return loss
+
+    def queued_loss(self, z: Tensor, target: Tensor) -> Tensor:
+        """The neighbour loss of embeddings by another model, whose neighbours are in this one's queue alone.
+
+        Rows of classes that the queue lacks are left out.  No gradient flows to this head.
+
+        Args:
+            z: [B, embedding_dim].
+            target: [B] int64 class ids.
+
+        Raises:
+            ValueError: the queue is empty, on the CPU.
+        """
+        labels = self.queue.labels
+        if not len(labels) or (is_readable(labels) and labels.max() < 0):
+            raise ValueError(
+                "the queue holds no features, as that of a model from a folder: take the version that training "
+                "returned, of a head with queue of at least 1 row"
+            )
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        known = (target[:, None] == labels).any(1)
+        return self._loss(z, target.where(known, -1), self.queue.features.to(z.dtype), labels, None, None)
+
+    def _loss(
+        self,
+        z: Tensor,
+        target: Tensor,
+        pool: Tensor,
+        pool_target: Tensor,
+        first: int | None,
+        group: dist.ProcessGroup | None,
+    ) -> Tensor:
+        if self.kind == "nnp":
+            return nnp_loss(z, target, pool, pool_target, neighbours=self.neighbours, alpha=self.alpha, first=first)
+        radius = self.radius if first is not None else self.radius.detach()
+        return asnn_loss(
+            z, target, pool, pool_target, radius=radius, neighbours=self.neighbours, first=first, group=group
+        )
+
+    def extra_repr(self) -> str:
+        width = "" if self.junction is None else f", embedding_dim={self.embedding_dim}"
+        alpha = f", alpha={self.alpha}" if self.kind == "nnp" else ""
+        queue = len(self.queue.labels)
+        return f"{self.in_features}{width}, loss={self.kind!r}, neighbours={self.neighbours}, queue={queue}{alpha}"
+
+
+def check_options(loss: str, neighbours: int, queue: int, alpha: float) -> None:
+    check_name("loss", loss, _LOSSES)
+    if check_integer("neighbours", neighbours) < 1 or check_integer("queue", queue) < 0:
+        raise ValueError(f"neighbours must be at least 1 and queue at least 0, got {neighbours} and {queue}")
+    check_positive("alpha", alpha)
