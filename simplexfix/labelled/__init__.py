@@ -1,9 +1,9 @@
 """One door for labelled features: items, what each version extracted of them, and the files these are kept in."""
 
-from ._columns import Ids, Rows, read_hits, read_ids, read_integers
+from ._columns import Ids, Rows, read_features, read_hits, read_ids, read_integers
 from ._files import FeatureFileError, find_versions, is_version, load_rows
 from ._items import GalleryClasses, LabelledItems
-from ._rows import FeatureRows, row_slices, row_squares, unit_rows
+from ._rows import FeatureRows, row_slices, row_squares, to_float32, unit_rows
 from ._versions import VersionFeatures, check_versions, ignoring
 
 __all__ = [
@@ -19,10 +19,12 @@ __all__ = [
     "ignoring",
     "is_version",
     "load_rows",
+    "read_features",
     "read_hits",
     "read_ids",
     "read_integers",
     "row_slices",
     "row_squares",
+    "to_float32",
     "unit_rows",
 ]
