@@ -25,7 +25,7 @@ class BackfillCurve:
     """What `backfill_curve` found.  All arrays are read-only.
 
     Attributes:
-        shares: [S] float64, of the gallery's rows by the new model: 0, ..., 1.
+        fractions: [S] float64, of the gallery's rows by the new model: 0, ..., 1.
         scores: [S] float64, M at each.
         hits: [S, Q] bool, which queries were right; None where the protocol has only a score.
         order: [N] int64, the gallery rows, as they were given, in the order in which they are replaced.
@@ -35,7 +35,7 @@ class BackfillCurve:
         absent: how many of them have no item of their class in the gallery but themselves; they count as wrong.
     """
 
-    shares: NDArray[np.float64]
+    fractions: NDArray[np.float64]
     scores: NDArray[np.float64]
     hits: NDArray[np.bool_] | None
     order: NDArray[np.int64]
@@ -46,8 +46,8 @@ class BackfillCurve:
 
     @property
     def area(self) -> float:
-        """The integral of M over the share, by trapezoids: the mean score of a backfill at constant speed."""
-        return float(np.diff(self.shares) @ (self.scores[1:] + self.scores[:-1]) / 2)
+        """The integral of M over the fraction, by trapezoids: the mean score of a backfill at constant speed."""
+        return float(np.diff(self.fractions) @ (self.scores[1:] + self.scores[:-1]) / 2)
 
     @property
     def above_line(self) -> float:
@@ -62,7 +62,7 @@ class BackfillCurve:
             "gallery": len(self.order),
             "queries": self.queries,
             "queries_of_classes_not_in_gallery": self.absent,
-            "shares": self.shares.tolist(),
+            "fractions": self.fractions.tolist(),
             "scores": self.scores.tolist(),
             "area": self.area,
             "above_line": self.above_line,
@@ -82,7 +82,7 @@ def backfill_curve(
     """The score of the new model's queries while the gallery is re-extracted, row by row, until all of it is new.
 
         for t in range(steps + 1):
-            replaced = order[: t * N // steps]                      # shares[t] = len(replaced) / N
+            replaced = order[: t * N // steps]                      # fractions[t] = len(replaced) / N
             gallery = old.gallery.clone();  gallery[replaced] = new.gallery[replaced]
             scores[t] = protocol.score(items.version(new.query, gallery))
 
@@ -135,7 +135,7 @@ def backfill_curve(
             hits.append(found)
             scores.append(int(found.sum()) / len(found))
     curve = BackfillCurve(
-        shares=np.array(replaced) / count,
+        fractions=np.array(replaced) / count,
         scores=np.array(scores),
         hits=np.stack(hits) if hits else None,
         order=items.gallery_rows[rows],
@@ -144,7 +144,7 @@ def backfill_curve(
         queries=len(items.query_labels),
         absent=int((items.num_relevant == 0).sum()),
     )
-    for array in (curve.shares, curve.scores, curve.hits, curve.order):
+    for array in (curve.fractions, curve.scores, curve.hits, curve.order):
         if array is not None:
             array.flags.writeable = False
     return curve
