@@ -77,14 +77,14 @@ def rates(device: str, quick: bool) -> dict[str, float]:
 
 def gpu_card() -> dict[str, str]:
     """Driver and clocks as nvidia-smi says them, where it can be asked."""
-    facts = ["name", "driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu"]
-    command = ["nvidia-smi", f"--query-gpu={','.join(facts)}", "--format=csv,noheader"]
+    fields = ["name", "driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu"]
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
     command.append(f"--id=GPU-{torch.cuda.get_device_properties(0).uuid}")  # CUDA_VISIBLE_DEVICES counts otherwise
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
     except (OSError, subprocess.SubprocessError) as error:
         return {"GPU": torch.cuda.get_device_name(), "nvidia-smi": f"not readable: {type(error).__name__}"}
-    return dict(zip(["GPU", *facts[1:]], (value.strip() for value in done.stdout.split(",")), strict=False))
+    return dict(zip(["GPU", *fields[1:]], (value.strip() for value in done.stdout.split(",")), strict=False))
 
 
 def main() -> int:
@@ -105,8 +105,8 @@ def main() -> int:
         "rates": rates(arguments.device, arguments.quick),
         "cases": [],
     }
-    for facts in (results["machine"], results["rates"], {"peers not installed": results["peers not installed"]}):
-        for key, value in facts.items():
+    for table in (results["machine"], results["rates"], {"peers not installed": results["peers not installed"]}):
+        for key, value in table.items():
             print(f"{key:>27}  {value}")
     card = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-") if on_gpu else "none"
     out = arguments.out or (Path(__file__).parent / "results" / f"gpu-{card}.json" if on_gpu else None)

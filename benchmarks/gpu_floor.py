@@ -30,7 +30,7 @@ H100 = Gpu(90, 3.35e12, 989e12, 228 << 10)  # SXM
 A100 = Gpu(80, 2.04e12, 312e12, 164 << 10)  # SXM, 80 GB
 
 # Built by CUDA 13.0: registers a thread on sm_90 and sm_80, bytes of static shared memory a block; the most of the
-# sweeps of a row in parts.
+# sweeps of a row in chunks.
 REGISTERS = {
     "contrast_rows<float>": (40, 40, 160),
     "cross_entropy<CubeLoss<float>, __nv_bfloat16, 128>": (64, 63, 128),
@@ -42,12 +42,12 @@ REGISTERS = {
     "cross_entropy<SimplexLoss<float>, __nv_bfloat16, 128>": (64, 64, 96),
     "cross_entropy<SimplexLoss<float>, float, 128>": (64, 63, 96),
     "cross_entropy<SimplexLoss<float>, float, 512>": (64, 61, 384),
-    "cross_entropy_part<CubeLoss<float>, __nv_bfloat16>": (64, 64, 256),
-    "cross_entropy_part<CubeLoss<float>, float>": (56, 56, 256),
-    "cross_entropy_part<OrthoplexLoss<float>, __nv_bfloat16>": (64, 64, 192),
-    "cross_entropy_part<OrthoplexLoss<float>, float>": (64, 64, 192),
-    "cross_entropy_part<SimplexLoss<float>, __nv_bfloat16>": (64, 64, 256),
-    "cross_entropy_part<SimplexLoss<float>, float>": (56, 56, 256),
+    "cross_entropy_chunk<CubeLoss<float>, __nv_bfloat16>": (64, 64, 256),
+    "cross_entropy_chunk<CubeLoss<float>, float>": (56, 56, 256),
+    "cross_entropy_chunk<OrthoplexLoss<float>, __nv_bfloat16>": (64, 64, 192),
+    "cross_entropy_chunk<OrthoplexLoss<float>, float>": (64, 64, 192),
+    "cross_entropy_chunk<SimplexLoss<float>, __nv_bfloat16>": (64, 64, 256),
+    "cross_entropy_chunk<SimplexLoss<float>, float>": (56, 56, 256),
     "simplex_logits_backward<__nv_bfloat16, 256>": (48, 48, 128),
     "simplex_logits_backward<float, 256>": (48, 48, 128),
     "sweep_tiles<false>": (126, 128, 20480),
@@ -77,7 +77,7 @@ class Row:
         return max(self.moved / gpu.bandwidth, self.operations / gpu.matrix if self.products else 0.0)
 
     def occupancy(self, gpu: Gpu) -> float:
-        """The share of an SM's 64 warps for which it has registers (four times 16 Ki, to warps by 256) and shared
+        """The fraction of an SM's 64 warps for which it has registers (four times 16 Ki, to warps by 256) and shared
         memory (1 KiB more to a block than it asks for, by 128 bytes): compute capabilities 8.0 and 9.0."""
         on_90, on_80, static = REGISTERS[self.kernel]
         warps = self.threads // 32
@@ -90,9 +90,9 @@ class Row:
         floors = [f"{1e6 * self.floor(gpu):.1f}" for gpu in (H100, A100)]
         if self.in_l2:
             floors = [f"({floor})" for floor in floors]
-        shares = [f"{100 * self.occupancy(gpu):.0f} %" for gpu in (H100, A100)]
+        fractions = [f"{100 * self.occupancy(gpu):.0f} %" for gpu in (H100, A100)]
         sizes = [f"{self.moved / 1e6:,.1f}", f"{self.operations / 1e6:,.0f}"]
-        return f"| {' | '.join([self.what, self.size, *sizes, *floors, *shares, 'not measured'])} |"
+        return f"| {' | '.join([self.what, self.size, *sizes, *floors, *fractions, 'not measured'])} |"
 
 
 def losses() -> Iterator[Row]:
@@ -100,14 +100,14 @@ def losses() -> Iterator[Row]:
         for b, k, dtype in LOSSES:
             d = {"Simplex": k - 1, "Orthoplex": k // 2, "Cube": k}[polytope]
             n, name = dtype.itemsize, "__nv_bfloat16" if dtype.itemsize == 2 else "float"
-            kept = (d + 32 // n - 2) // (16 // n) * 16  # bytes: kept_slot() in csrc/cuda/cross_entropy.cuh
-            threads = 128 if kept <= 16 << 10 else 512  # no size here is short enough for a warp
-            if kept <= 44 << 10:
+            staged = (d + 32 // n - 2) // (16 // n) * 16  # bytes: staged_size() in csrc/cuda/cross_entropy.cuh
+            threads = 128 if staged <= 16 << 10 else 512  # no size here is short enough for a warp
+            if staged <= 44 << 10:
                 kernel = f"cross_entropy<{polytope}Loss<float>, {name}, {threads}>"
             else:
-                kernel, kept = f"cross_entropy_part<{polytope}Loss<float>, {name}>", 0
+                kernel, staged = f"cross_entropy_chunk<{polytope}Loss<float>, {name}>", 0
             what = f"{polytope.lower()} loss with gradient, its kernel"
-            yield Row(what, shape(b, d, n), 2 * b * d * n, operations * b * d, kernel, threads, kept)
+            yield Row(what, shape(b, d, n), 2 * b * d * n, operations * b * d, kernel, threads, staged)
 
 
 def shape(rows: int, columns: int, bytes_of_number: int) -> str:
@@ -125,8 +125,8 @@ def all_rows() -> Iterator[Row]:
         operations = CONTRAST_OPERATIONS * b * b
         yield Row("contrast_rows", f"{b:,} x {b:,}", 24 * b * b, operations, "contrast_rows<float>", 256, in_l2=True)
     for q, rows, d in SEARCHES:
-        stretches, chunks = min(128, ceil(rows / 64)), ceil(q / 4096)  # plan_cosine_topk() for k <= 512
-        codes, buckets = 2 * ceil(d / 8) * 8 * (q + chunks * rows), 4 * 64 * stretches * q
+        splits, chunks = min(128, ceil(rows / 64)), ceil(q / 4096)  # plan_cosine_topk() for k <= 512
+        codes, buckets = 2 * ceil(d / 8) * 8 * (q + chunks * rows), 4 * 64 * splits * q
         tiles = 2 * ceil(q / 64) * 64 * ceil(rows / 64) * 64 * ceil(d / 32) * 32
         size = f"{q:,} in {rows:,}, d = {d:,}"
         yield Row("search, first pass", size, 2 * codes + buckets, 2 * tiles, "sweep_tiles<false>", 128, products=True)

@@ -1,10 +1,10 @@
-"""The compatibility matrix of T versions from mapped files, against the straightforward way, as T grows.
+"""The compatibility matrix of T versions from mapped files, against the straightforward method, as T grows.
 
 python benchmarks/matrix.py [--versions 2 4 8] [--queries 50000] [--rows 10000] [--d 1023] [--classes 10]
                             [--threads N] [--no-straightforward] [--folder DIR] [--out FILE]
 
 Straightforward: for each cell read both files, normalise the queries, average and normalise the gallery per class,
-and search with faiss; with NumPy's norm and division, and with faiss.normalize_L2 in place.  All ways read the same
+and search with faiss; with NumPy's norm and division, and with faiss.normalize_L2 in place.  All methods read the same
 .npy files, once before the clock starts, so that they come from the system's cache, and each runs in a process of its
 own, whose peak of memory counts mapped pages too.  The files hold T * (queries + rows) * d * 4 bytes; --distinct D
 makes D files per kind that versions share in turn, for a T whose files the cache would not hold.
@@ -88,21 +88,21 @@ def straightforward(folder: Path, versions: int, distinct: int, normalized: Call
     return matrix
 
 
-WAYS = {
+METHODS = {
     "simplexfix": ours,
     "NumPy, faiss": straightforward,
     "faiss alone": partial(straightforward, normalized=faiss_normalized),
 }
 
 
-def measured(way: str, folder: Path, versions: int, distinct: int, threads: int) -> tuple[float, float, np.ndarray]:
+def measured(method: str, folder: Path, versions: int, distinct: int, threads: int) -> tuple[float, float, np.ndarray]:
     """Seconds, MiB of the process at its peak, and the matrix."""
     torch.set_num_threads(threads)
     if faiss is not None:
         faiss.omp_set_num_threads(threads)
-    WAYS[way](folder, 1, distinct)  # libraries load their threads and kernels
+    METHODS[method](folder, 1, distinct)  # libraries load their threads and kernels
     start = time.perf_counter()
-    matrix = WAYS[way](folder, versions, distinct)
+    matrix = METHODS[method](folder, versions, distinct)
     return time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, matrix
 
 
@@ -122,7 +122,7 @@ def main() -> None:
     distinct = min(a.distinct or max(a.versions), max(a.versions))
     results = []
     print(f"Q={a.queries} N={a.rows} d={a.d} classes={a.classes} threads={a.threads}")
-    print(f"{'T':>3} {'way':<16} {'seconds':>8} {'per cell':>9} {'MiB':>6} {'ratio':>6} {'cells that differ':>18}")
+    print(f"{'T':>3} {'method':<16} {'seconds':>8} {'per cell':>9} {'MiB':>6} {'ratio':>6} {'cells that differ':>18}")
     with tempfile.TemporaryDirectory() as temporary:
         folder = a.folder or Path(temporary)
         if not (folder / f"gallery_{distinct - 1}.npy").is_file():
@@ -134,16 +134,18 @@ def main() -> None:
                     pass
         for versions in a.versions:
             first = None
-            for way in WAYS:
-                if way != "simplexfix" and (faiss is None or a.no_straightforward):
+            for method in METHODS:
+                if method != "simplexfix" and (faiss is None or a.no_straightforward):
                     continue
                 with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-                    seconds, mib, matrix = process.submit(measured, way, folder, versions, distinct, a.threads).result()
+                    job = process.submit(measured, method, folder, versions, distinct, a.threads)
+                    seconds, mib, matrix = job.result()
                 first = (seconds, matrix) if first is None else first
                 cells = np.tril_indices(versions)
                 differ = int((np.abs(matrix - first[1])[cells] > 0).sum())
-                row = (versions, way, seconds, seconds / len(cells[0]), mib, seconds / first[0], differ)
-                results.append(dict(zip(("T", "way", "s", "s_per_cell", "MiB", "ratio", "differ"), row, strict=True)))
+                row = (versions, method, seconds, seconds / len(cells[0]), mib, seconds / first[0], differ)
+                keys = ("T", "method", "s", "s_per_cell", "MiB", "ratio", "differ")
+                results.append(dict(zip(keys, row, strict=True)))
                 print("{:3} {:<16} {:8.2f} {:9.4f} {:6.0f} {:6.2f} {:18}".format(*row), flush=True)
     if a.out:
         shape = {"queries": a.queries, "rows": a.rows, "d": a.d, "classes": a.classes}

@@ -46,7 +46,7 @@ def measure(case: Any, seconds: float, compiled: bool, with_memory: bool = True)
         "case": case.name,
         **({"microseconds": 1e6 * ours} if case.device == "cuda" else {}),
         "times ours": {name: times[name] / ours for name in candidates if name != "simplexfix"},
-        **{f"share of {name}": times[name] / ours for name in limits},
+        **{f"fraction of {name}": times[name] / ours for name in limits},
         "memory": memory,
         "memory unit": unit,
         case.error_name: case.errors(),
@@ -81,9 +81,9 @@ def show(result: dict[str, Any], kind: str) -> None:
     print(f"\n{result['case']}")
     if "microseconds" in result:
         print(f"  {result['microseconds']:.1f} us")
-    for name, share in result.items():
-        if name.startswith("share of"):
-            print(f"  {share:.2f} {name.removeprefix('share ')}")
+    for name, fraction in result.items():
+        if name.startswith("fraction of"):
+            print(f"  {fraction:.2f} {name.removeprefix('fraction ')}")
     for name, ratio in {"simplexfix": 1.0, **result["times ours"]}.items():
         memory, error = result["memory"].get(name), result[kind].get(name)
         extra = [f"{memory:8.2f} {result['memory unit']}"] if memory is not None else []

@@ -1,7 +1,7 @@
 """Replacing a frozen encoder by another one, of another width, while the gallery stays as it is.
 
 Of every encoder only a junction is trained: a linear map of its features to the d dimensions of one simplex, on the
-labelled items of the classes that are known then.  `ways` are the ways to train it; all are judged by the same
+labelled items of the classes that are known then.  `methods` are the methods to train it; all are judged by the same
 matrices, of the known ("seen") classes and of classes that no junction ever saw ("unseen"), which are what a service
 will be asked for next.
 
@@ -38,10 +38,10 @@ from simplexfix import SimplexHead
 from simplexfix.cli.doctor import diagnose
 from simplexfix.compatibility import average_accuracy, average_compatibility, compatibility_matrix
 from simplexfix.labelled import LabelledItems
-from simplexfix.retrieval import instance, nearest_class_mean
+from simplexfix.retrieval import PROTOCOLS
 
-PROTOCOLS = {"nearest class mean": nearest_class_mean, "instance": instance}
-WAYS = ("independent", "ce", "hoc", "hoc+gallery", "ridge", "ridge+gallery", "procrustes")
+JUDGES = {name.replace("_", " "): protocol for name, protocol in PROTOCOLS.items()}  # under their names in tables
+METHODS = ("independent", "ce", "hoc", "hoc+gallery", "ridge", "ridge+gallery", "procrustes")
 
 OPTIONS = {  # what `choose` tries, one after the other
     "negatives": ("zero_mask", "remove", "infonce"),
@@ -79,13 +79,13 @@ class Recipe:
 
 
 def train_junctions(
-    encoders: Sequence[Encoded], labels: Tensor, seen: Tensor, way: str, recipe: Recipe, seed: int
+    encoders: Sequence[Encoded], labels: Tensor, seen: Tensor, method: str, recipe: Recipe, seed: int
 ) -> list[Encoded]:
     """Each encoder's embeddings of gallery and queries, oldest version first.
 
     Args:
         encoders: of the same items.
-        labels: [N] class ids of the gallery; of classes not in `seen` no way looks at them.
+        labels: [N] class ids of the gallery; labels of classes not in `seen` are read by no method.
         seen: class ids.
     """
     known = torch.isin(labels, seen)
@@ -96,14 +96,14 @@ def train_junctions(
         torch.manual_seed(1000 * seed + number)
         rows = F.normalize(encoder.gallery)
         old = versions[-1].gallery if versions else None
-        sample = drawn if way.endswith("+gallery") else drawn[:0]
-        if old is not None and way.startswith("ridge"):
+        sample = drawn if method.endswith("+gallery") else drawn[:0]
+        if old is not None and method.startswith("ridge"):
             at = torch.cat([known.nonzero()[:, 0], sample])
             w = ridge(rows[at], old[at], recipe.ridge)
             versions.append(Encoded(*(F.normalize(F.normalize(x) @ w) for x in (encoder.gallery, encoder.query))))
             continue
         head = SimplexHead(rows.shape[1], 0, num_slots=recipe.slots, normalize=True, scale=recipe.scale)
-        classifier = torch.nn.Linear(recipe.slots - 1, len(seen), bias=False) if way == "independent" else None
+        classifier = torch.nn.Linear(recipe.slots - 1, len(seen), bias=False) if method == "independent" else None
         parameters = [*head.parameters(), *(classifier.parameters() if classifier else ())]
         optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.steps)
@@ -116,7 +116,7 @@ def train_junctions(
                 loss = F.cross_entropy(recipe.scale * F.normalize(z) @ w.T, slots[batch])
             else:
                 loss = SF.simplex_cross_entropy(z, slots[batch], normalize=True, scale=recipe.scale)
-            if old is not None and reference is not None and way.startswith("hoc"):
+            if old is not None and reference is not None and method.startswith("hoc"):
                 # a sampled item has a label of its own: it is like itself alone
                 again = sample[torch.randint(len(sample), (recipe.batch,))] if len(sample) else sample
                 contrast = SF.old_new_contrast(
@@ -159,11 +159,11 @@ def judge_pairs(
         for labels, wanted in ((gallery_labels, seen), (gallery_labels, classes), (query_labels, classes))
     )
     items = LabelledItems(query_labels[asked], gallery_labels[rows])
-    matrices = {name: np.full((len(encoders), len(encoders)), np.nan) for name in PROTOCOLS}
+    matrices = {name: np.full((len(encoders), len(encoders)), np.nan) for name in JUDGES}
     for i, new in enumerate(encoders):
         for j, old in enumerate(encoders[: i + 1]):
             query = new.query if i == j else new.query @ procrustes(new.gallery[known], old.gallery[known])
-            for name, protocol in PROTOCOLS.items():
+            for name, protocol in JUDGES.items():
                 matrices[name][i, j] = protocol.score(items.version(query[asked], old.gallery[rows]))
     return {name: criteria(matrix) for name, matrix in matrices.items()}
 
@@ -183,7 +183,7 @@ def judge(
     rows, asked = torch.isin(gallery_labels, classes), torch.isin(query_labels, classes)
     items = LabelledItems(query_labels[asked], gallery_labels[rows])
     judged = [items.version(v.query[asked], v.gallery[rows]) for v in versions]
-    return {name: criteria(compatibility_matrix(judged, protocol)) for name, protocol in PROTOCOLS.items()}
+    return {name: criteria(compatibility_matrix(judged, protocol)) for name, protocol in JUDGES.items()}
 
 
 def split(labels: Tensor, unseen: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -201,27 +201,27 @@ def compare(
     unseen: int,
     seeds: Sequence[int],
     recipe: Recipe,
-    ways: Sequence[str] = WAYS,
+    methods: Sequence[str] = METHODS,
 ) -> dict[str, Any]:
-    """way -> "seen" and "unseen" -> protocol -> one result for each seed, of the class split and of training."""
+    """method -> "seen" and "unseen" -> protocol -> one result for each seed, of the class split and of training."""
     results: dict[str, Any] = {
         "encoders alone": {"seen": [], "unseen": []},
-        **{w: {"seen": [], "unseen": []} for w in ways},
+        **{m: {"seen": [], "unseen": []} for m in methods},
     }
     alone = [Encoded(F.normalize(e.gallery), F.normalize(e.query)) for e in encoders]
     for seed in seeds:
         seen, others = split(gallery_labels, unseen, seed)
-        for way in ways:
-            if way == "procrustes":
+        for method in methods:
+            if method == "procrustes":
                 judged = partial(judge_pairs, alone, gallery_labels, query_labels, seen)
             else:
-                versions = train_junctions(encoders, gallery_labels, seen, way, recipe, seed)
+                versions = train_junctions(encoders, gallery_labels, seen, method, recipe, seed)
                 judged = partial(judge, versions, gallery_labels, query_labels)
             for name, classes in (("seen", seen), ("unseen", others)):
-                results[way][name].append(judged(classes))
+                results[method][name].append(judged(classes))
         for name, classes in (("seen", seen), ("unseen", others)):
             own = [judge([e], gallery_labels, query_labels, classes) for e in alone]
-            results["encoders alone"][name].append({p: [o[p]["AA"] for o in own] for p in PROTOCOLS})
+            results["encoders alone"][name].append({p: [o[p]["AA"] for o in own] for p in JUDGES})
     return results
 
 
@@ -233,7 +233,7 @@ def choose(
     seeds: Sequence[int],
     recipe: Recipe,
     options: Mapping[str, Sequence[Any]],
-    way: str = "hoc",
+    method: str = "hoc",
 ) -> tuple[Recipe, list[dict[str, Any]]]:
     """One option after the other, the one with the best AA on seen classes that are held out in turn.
 
@@ -254,7 +254,7 @@ def choose(
                 searched, asked = rows[::2], rows[1::2]  # of every class half
                 halves = [Encoded(e.gallery[searched], e.gallery[asked]) for e in encoders]
                 gallery_labels, query_labels = labels[searched], labels[asked]
-                versions = train_junctions(halves, gallery_labels, held_in, way, candidate, seed)
+                versions = train_junctions(halves, gallery_labels, held_in, method, candidate, seed)
                 found = judge(versions, gallery_labels, query_labels, held_out)
                 total += found["nearest class mean"]["AA"] / len(seeds)
             scores.append(total)
@@ -264,13 +264,13 @@ def choose(
 
 
 def table(results: Mapping[str, Any], protocol: str) -> str:
-    """Markdown: each way's matrix, row by row, its AC and AA; means over seeds, in percent, with AA's deviation."""
+    """Markdown: each method's matrix, row by row, its AC and AA; means over seeds, in percent, with AA's deviation."""
     lines = ["| | seen | AC | AA | unseen | AC | AA |", "| --- | --- | ---: | ---: | --- | ---: | ---: |"]
-    for way, found in results.items():
+    for method, found in results.items():
         cells: list[str] = []
         for name in ("seen", "unseen"):
             of_seeds = [entry[protocol] for entry in found[name]]
-            if way == "encoders alone":
+            if method == "encoders alone":
                 cells += [" · ".join(f"{100 * v:.0f}" for v in np.mean(of_seeds, 0)), "", ""]
                 continue
             count = len(of_seeds[0]["matrix"])
@@ -281,7 +281,7 @@ def table(results: Mapping[str, Any], protocol: str) -> str:
                 f"{np.mean(ac):.2f}",
                 f"{100 * np.mean(aa):.1f}" + (f" ± {100 * np.std(aa, ddof=1):.1f}" if len(aa) > 1 else ""),
             ]
-        lines.append(f"| {way} | " + " | ".join(cells) + " |")
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -307,7 +307,7 @@ def report(
     print(
         f"\nRows: versions {', '.join(encoders)}; columns: whose gallery.  {unseen} unseen classes, {len(seeds)} seeds."
     )
-    for protocol in PROTOCOLS:
+    for protocol in JUDGES:
         print(f"\n{protocol}, %\n{table(results, protocol)}")
     if out is not None:
         content = {

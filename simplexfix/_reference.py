@@ -68,8 +68,8 @@ def _with_margin(cosine: Tensor, kind: str, size: float) -> Tensor:
         return cosine - size
     c = cosine.clamp(-1.0, 1.0)
     sine = ((1 - c) * (1 + c)).clamp_min(1e-12).sqrt()
-    moved = c * math.cos(size) - sine * math.sin(size)
-    return torch.where(c > -math.cos(size), moved, c - size * math.sin(size))
+    with_margin = c * math.cos(size) - sine * math.sin(size)
+    return torch.where(c > -math.cos(size), with_margin, c - size * math.sin(size))
 
 
 def orthoplex_logits(z: Tensor, *, normalize: bool = False, scale: float = 1.0) -> Tensor:
@@ -108,8 +108,8 @@ def _cross_entropy(
     counts, target = target != ignore_index, target.clamp(0, logits.shape[-1] - 1)
     if margin is not None:
         index = target.unsqueeze(-1)
-        moved = _with_margin(logits.gather(-1, index), *margin)
-        logits = logits.scatter(-1, index, moved)
+        with_margin = _with_margin(logits.gather(-1, index), *margin)
+        logits = logits.scatter(-1, index, with_margin)
     with _no_autocast(logits):
         return F.cross_entropy(
             scale * logits,
@@ -163,13 +163,13 @@ def cube_cross_entropy(
     own = cube_signs(code, d, x.dtype) * x / math.sqrt(d)
     flips = -2 * scale * own  # how much a vertex gains on the label's by each coordinate in which it differs
     gap = _softplus(flips).sum(-1)  # logsumexp - the label's logit
-    moved = cosine = own.sum(-1)
+    with_margin = cosine = own.sum(-1)
     if margin is not None:
-        moved = _with_margin(cosine, *margin)
-        gap = _softplus(_log_expm1(gap, flips) + scale * (cosine - moved))
+        with_margin = _with_margin(cosine, *margin)
+        gap = _softplus(_log_expm1(gap, flips) + scale * (cosine - with_margin))
     rows = (1 - label_smoothing) * gap
     if label_smoothing > 0:  # the vertices sum to zero, and so do their logits but for the margin
-        rows = rows + label_smoothing * (gap + scale * moved + scale * (cosine - moved) * 0.5**d)
+        rows = rows + label_smoothing * (gap + scale * with_margin + scale * (cosine - with_margin) * 0.5**d)
     factor = torch.ones_like(rows) if weight is None else weight.to(rows.dtype)[label]
     rows = (factor * rows).where(counts, 0.0)
     if reduction == "none":

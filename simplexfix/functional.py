@@ -414,7 +414,7 @@ def hoc_loss(
         z: [B, d] features by the model in training, d = K - 1.
         old: [B, d] features of the same images by the deployed model; under autocast of any floating dtype.
         target: [B] int64 slots in [0, K), or `ignore_index`.
-        lambda_: share of the cross-entropy, in [0, 1].
+        lambda_: fraction of the cross-entropy, in [0, 1].
         mu, negatives, anchor, group: of `old_new_contrast`.
         normalize, scale, margin, weight, ignore_index, label_smoothing: of `simplex_cross_entropy`.
         reduction: "none", "mean" (each part by its own mean: the cross-entropy's is weighted, over the rows that count,

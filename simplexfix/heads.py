@@ -362,14 +362,14 @@ class _PolytopeHead(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """[n] uint8 on the CPU: the registry and the polytope as text, which `decode_state` reads."""
-        return encode_state(self._described())
+        return encode_state(self._describe())
 
     def set_extra_state(self, state: Tensor | dict[str, Any]) -> None:
         """Takes the registry of a saved head; a dict is what a state_dict held before it held tensors alone."""
         saved = self._saved_slots(decode_state(state))
         self.slots = saved.to(self.junction.weight.device)
 
-    def _described(self) -> dict[str, Any]:
+    def _describe(self) -> dict[str, Any]:
         return {**self.slots.to_dict(), "polytope": self._polytope}
 
     def _saved_slots(self, state: dict[str, Any]) -> SlotRegistry:
@@ -626,8 +626,8 @@ class CubeHead(_PolytopeHead):
     def _rows_at_a_time(self) -> int:
         return max(1, _LOGITS_AT_A_TIME // min(self.num_slots, _VERTICES_AT_A_TIME))
 
-    def _described(self) -> dict[str, Any]:
-        return {**super()._described(), "codes_crc32": self._fingerprint}
+    def _describe(self) -> dict[str, Any]:
+        return {**super()._describe(), "codes_crc32": self._fingerprint}
 
     def _saved_slots(self, state: dict[str, Any]) -> SlotRegistry:
         slots = super()._saved_slots(state)

@@ -1,4 +1,4 @@
-"""How near a result must be to the truth: at most twice the error of the naive way in the same dtype,
+"""How near a result must be to the truth: at most twice the error of the naive computation in the same dtype,
 plus a floor.  All floors live here."""
 
 from __future__ import annotations
@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# A few units in the last place of a number of the result's own size, for where the naive way happens to be
+# A few units in the last place of a number of the result's own size, for where the naive computation happens to be
 # exact.  float64 has no wider truth than itself: its floor covers the rounding of a whole row's sums.
 FLOORS = {torch.float64: 1e-13, torch.float32: 5e-7, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 

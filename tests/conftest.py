@@ -60,13 +60,13 @@ needs_library = pytest.mark.skipif(_native.library is None, reason="the compiled
 
 @pytest.fixture(params=[pytest.param("library", marks=needs_library), "plain"])
 def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every test with it holds for the library's index and for its plain twin."""
+    """Every test with it holds for the library's index and for its reference implementation."""
     if request.param == "plain":
         monkeypatch.setattr(index_module, "_kind", lambda: PlainIndex)
     return str(request.param)
 
 
 def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    """By the library; by the plain twins nearly: how torch sums a row depends on the shape that the row is part of."""
+    """To the bit for the library, nearly for its reference: how torch sums a row depends on the tensor's shape."""
     exact = {"rtol": 0, "atol": 0} if _native.library is not None else {}
     torch.testing.assert_close(actual, expected, equal_nan=True, **exact)

@@ -103,8 +103,8 @@ def queries_for(gallery: Floats, count: int, rng: np.random.Generator) -> Floats
     """Rows of the gallery, rows near them, their opposites, others and a zero row."""
     n, d = gallery.shape
     rows = unit(gallery)
-    share = count // 3
-    near = rows[rng.integers(0, n, share)] + np.float32(1e-3) * rng.standard_normal((share, d)).astype(np.float32)
-    others = rng.standard_normal((count - 2 * share - 2, d)).astype(np.float32)
-    picked = gallery[rng.integers(0, n, share)]
+    third = count // 3
+    near = rows[rng.integers(0, n, third)] + np.float32(1e-3) * rng.standard_normal((third, d)).astype(np.float32)
+    others = rng.standard_normal((count - 2 * third - 2, d)).astype(np.float32)
+    picked = gallery[rng.integers(0, n, third)]
     return np.concatenate([picked, near, others, -rows[:1], np.zeros((1, d), np.float32)])

@@ -24,7 +24,8 @@ import simplexfix.functional as SF
 from simplexfix import CosineIndex, _native
 
 LIMIT = 15.0
-torch.set_num_threads(2 if _native.library else 1)  # torch's own threads are what a child of the twin would hang on
+# torch's own threads: a child that runs the reference implementation would hang on them
+torch.set_num_threads(2 if _native.library else 1)
 
 rng = np.random.default_rng(0)
 vectors = rng.standard_normal((20_000, 64)).astype(np.float32)

@@ -134,7 +134,7 @@ def test_under_autocast_the_old_features_may_be_of_another_dtype(new_dtype: str,
             loss(z, old, target)
 
 
-def by_twin(new, old, target, *, mu=10.0, negatives="zero_mask", anchor="old", reduction="mean"):
+def by_reference(new, old, target, *, mu=10.0, negatives="zero_mask", anchor="old", reduction="mean"):
     pairs = {"old": [(old, new)], "new": [(new, old)], "symmetric": [(old, new), (new, old)]}[anchor]
     rows = [_reference.contrast_rows(*pair, target, target, 0, mu=mu, negatives=negatives) for pair in pairs]
     mean = sum(rows) / len(rows)
@@ -151,7 +151,7 @@ def loss_and_gradient(function, new, old, target, upstream, **options):
 @pytest.mark.parametrize(("rows", "d"), [(1, 2), (2, 3), (37, 17), (130, 65), (2200, 33)])
 @pytest.mark.parametrize("negatives", FORMS)
 @pytest.mark.parametrize("anchor", ["old", "new", "symmetric"])
-def test_against_the_twin_in_float64(rows: int, d: int, negatives: str, anchor: str) -> None:
+def test_against_the_reference_in_float64(rows: int, d: int, negatives: str, anchor: str) -> None:
     generator = torch.Generator().manual_seed(rows)
     target = torch.randint(max(1, rows // 4), (rows,), generator=generator) * 2**33
     target[rows // 2] = -1  # a class of one row
@@ -163,8 +163,8 @@ def test_against_the_twin_in_float64(rows: int, d: int, negatives: str, anchor: 
             shape = [rows] if reduction == "none" else []
             upstream = torch.randn(shape, dtype=torch.float64, generator=generator)
             options = {"negatives": negatives, "anchor": anchor, "reduction": reduction, "mu": 12.0}
-            truth = loss_and_gradient(by_twin, new.double(), old.double(), target, upstream, **options)
-            naive = loss_and_gradient(by_twin, new, old, target, upstream, **options)
+            truth = loss_and_gradient(by_reference, new.double(), old.double(), target, upstream, **options)
+            naive = loss_and_gradient(by_reference, new, old, target, upstream, **options)
             ours = loss_and_gradient(SF.old_new_contrast, new, old, target, upstream, **options)
             for what, o, n, t in zip(("loss", "gradient"), ours, naive, truth, strict=True):
                 assert_accurate(o.to(dtype), n.to(dtype), t, what=f"{what} {dtype} {reduction}")
@@ -198,12 +198,12 @@ def test_float16_gradients_survive_a_gradient_scaler() -> None:
     new.requires_grad_()
     (scaled,) = torch.autograd.grad(SF.old_new_contrast(new, old, target).float() * 4096, new)
     wide = new.detach().double().requires_grad_()
-    (truth,) = torch.autograd.grad(by_twin(wide, old.double(), target) * 4096, wide)
+    (truth,) = torch.autograd.grad(by_reference(wide, old.double(), target) * 4096, wide)
     assert (scaled.double() - truth).abs().max() < 2e-3 * truth.abs().max()
 
 
 @needs_library
-def test_the_twin_is_not_what_runs_and_memory_stays_below_a_tenth() -> None:
+def test_the_reference_is_not_what_runs_and_memory_stays_below_a_tenth() -> None:
     """Beside its results the operator holds blocks: less than a tenth of a B x B matrix, in a process of its own."""
     code = """
 import ctypes, torch, simplexfix.functional as SF

@@ -19,7 +19,7 @@ from simplexfix.polytopes import cube_codes, cube_prototypes, orthoplex_prototyp
 
 POLYTOPES = ("simplex", "orthoplex", "cube")
 OPERATORS = {name: getattr(SF, f"{name}_cross_entropy") for name in POLYTOPES}
-TWINS = {name: getattr(_reference, f"{name}_cross_entropy") for name in POLYTOPES}
+REFERENCES = {name: getattr(_reference, f"{name}_cross_entropy") for name in POLYTOPES}
 ENUMERATED = 12  # the most dimensions of a cube whose 2^d vertices are all written down
 
 
@@ -50,10 +50,11 @@ def prototypes(polytope: str, d: int, dtype: torch.dtype) -> torch.Tensor:
 def dense(z, target, *, polytope="simplex", normalize=False, scale=1.0, margin=None, **options):
     """The naive equation of the docstring, with the K x d matrix, in the dtype of z.
 
-    A cube of too many vertices for that: the plain twin, rounded to the dtype of z; below it is held to the matrix.
+    A cube of too many vertices for that: the reference implementation, rounded to the dtype of z; below, a test
+    holds it to the matrix.
     """
     if polytope == "cube" and z.shape[1] > ENUMERATED:
-        return TWINS["cube"](z, target, normalize=normalize, scale=scale, margin=margin, **options).to(z.dtype)
+        return REFERENCES["cube"](z, target, normalize=normalize, scale=scale, margin=margin, **options).to(z.dtype)
     w = prototypes(polytope, z.shape[1], z.dtype)
     logits = (F.normalize(z) if normalize else z) @ w.T
     if margin is not None:
@@ -62,11 +63,11 @@ def dense(z, target, *, polytope="simplex", normalize=False, scale=1.0, margin=N
         column = target.where(target >= 0, 0)
         cosine = logits[row, column]
         if kind == "cosine":
-            moved = cosine - size
+            with_margin = cosine - size
         else:
             beyond = cosine <= -math.cos(size)
-            moved = torch.where(beyond, cosine - size * math.sin(size), (cosine.acos() + size).cos())
-        logits = logits.index_put((row, column), moved)
+            with_margin = torch.where(beyond, cosine - size * math.sin(size), (cosine.acos() + size).cos())
+        logits = logits.index_put((row, column), with_margin)
     if options.get("weight") is not None:
         options["weight"] = options["weight"].to(z.dtype)
     return F.cross_entropy(scale * logits, target, **options)
@@ -94,8 +95,8 @@ def check(z, target, upstream_seed=0, polytope="simplex", truth=None, naive=None
     assert_accurate(gradient, naive_gradient, true_gradient, what="gradient")
 
 
-def twin_in_the_dtype_of_z(polytope: str):
-    return lambda z, target, **options: TWINS[polytope](z, target, **options).to(z.dtype)
+def reference_in_the_dtype_of_z(polytope: str):
+    return lambda z, target, **options: REFERENCES[polytope](z, target, **options).to(z.dtype)
 
 
 def labels(rows: int, slots: int, seed: int = 1) -> torch.Tensor:
@@ -115,7 +116,7 @@ def test_sizes(polytope: str, d: int, dtype: torch.dtype) -> None:
 
 
 def test_many_classes() -> None:
-    """K = 65537: past 16 bits, and past the first level of cache; the truth is the plain twin in float64."""
+    """K = 65537: past 16 bits, and past the first level of cache; the truth is the reference in float64."""
     z = features("normal", 3, 65536, dtype=torch.float32)
     target = torch.tensor([0, 65536, 40000])
     for dtype in (torch.float32, torch.bfloat16):
@@ -156,8 +157,8 @@ def test_rows_of_several_tiles(polytope: str, d: int, options: dict[str, Any]) -
                 z.to(dtype),
                 target % slots,
                 polytope=polytope,
-                truth=TWINS[polytope],
-                naive=twin_in_the_dtype_of_z(polytope),
+                truth=REFERENCES[polytope],
+                naive=reference_in_the_dtype_of_z(polytope),
                 reduction="none",
                 **options,
             )
@@ -174,11 +175,11 @@ def test_logits_of_any_size(d: int, dtype: torch.dtype) -> None:
     rows = torch.cat([z + shifts[:, None], z * spread[:, None]])
     rows = torch.cat([rows, rows.where(torch.arange(d) < d // 2, z)])
     target = labels(len(rows), d + 1)
-    naive = twin_in_the_dtype_of_z("simplex")
-    check(rows.to(dtype), target, truth=TWINS["simplex"], naive=naive, reduction="none")
+    naive = reference_in_the_dtype_of_z("simplex")
+    check(rows.to(dtype), target, truth=REFERENCES["simplex"], naive=naive, reduction="none")
     if dtype != torch.float16:
         large = (rows * 1e24 / rows.abs().amax(1, keepdim=True)).to(dtype)
-        check(large, target, truth=TWINS["simplex"], naive=naive, reduction="none")
+        check(large, target, truth=REFERENCES["simplex"], naive=naive, reduction="none")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -191,7 +192,7 @@ def test_logits_that_are_all_alike_or_all_far_below(scale: float, dtype: torch.d
     last = -torch.ones(1, 4, dtype=dtype)
     options = {"normalize": True, "scale": scale, "margin": ("cosine", 2.0)}
     loss = OPERATORS["simplex"](last, torch.tensor([4]), **options)
-    truth = TWINS["simplex"](last.double(), torch.tensor([4]), **options)
+    truth = REFERENCES["simplex"](last.double(), torch.tensor([4]), **options)
     assert float(loss) == pytest.approx(float(truth), rel=1e-5)
 
 
@@ -213,7 +214,7 @@ def test_smoothing_of_logits_near_the_end_of_the_format() -> None:
     z = torch.zeros(1, 65535)
     z[0, 0] = -1e34
     loss = OPERATORS["simplex"](z, torch.tensor([0]), label_smoothing=0.1)
-    truth = TWINS["simplex"](z.double(), torch.tensor([0]), label_smoothing=0.1)
+    truth = REFERENCES["simplex"](z.double(), torch.tensor([0]), label_smoothing=0.1)
     assert float(loss) == pytest.approx(float(truth), rel=1e-5)
 
 
@@ -279,7 +280,8 @@ def test_a_row_at_its_own_vertex_keeps_its_small_loss(polytope: str) -> None:
 def test_a_margin_brings_back_a_loss_too_small_to_hold(dtype: torch.dtype, margin: tuple[str, float]) -> None:
     """Without its margin the loss of these rows is exp(-2 scale / d), down to below the smallest number of the dtype.
 
-    The truth is the twin in float64, which takes the logarithm of the sum there; the matrix gives 0 for most."""
+    The truth is the reference implementation in float64, which takes the logarithm of the sum there; the matrix
+    gives 0 for most."""
     scale, tolerance = (2500.0, 1e-9) if dtype == torch.float64 else (250.0, 2e-3)  # logits hold scale * epsilon
     w = prototypes("cube", 4, torch.float64)
     z, target = (w + 0.02 * features("normal", 16, 4, dtype=torch.float64)).to(dtype), torch.arange(16)
@@ -488,7 +490,7 @@ def test_autocast_gives_float32_as_torch_does(polytope: str, dtype: torch.dtype)
 
 
 @pytest.mark.parametrize("polytope", POLYTOPES)
-def test_the_twin_in_float64_is_the_truth(polytope: str) -> None:
+def test_the_reference_in_float64_is_the_truth(polytope: str) -> None:
     d = ENUMERATED if polytope == "cube" else 50
     z, target = features("heavy tail", 20, d, dtype=torch.float64), labels(20, slots_of(polytope, d))
     weight = torch.rand(slots_of(polytope, d), dtype=torch.float64)
@@ -501,7 +503,7 @@ def test_the_twin_in_float64_is_the_truth(polytope: str) -> None:
     ):
         truth = partial(dense, polytope=polytope)
         for ours, expected in zip(
-            both(TWINS[polytope], z, target, **options), both(truth, z, target, **options), strict=True
+            both(REFERENCES[polytope], z, target, **options), both(truth, z, target, **options), strict=True
         ):
             torch.testing.assert_close(ours, expected, rtol=1e-11, atol=1e-11)
 

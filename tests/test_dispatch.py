@@ -96,25 +96,25 @@ def test_versions_are_those_of_the_toolkit_and_the_driver() -> None:
 
 @needs_library
 def test_fake_tensors_are_traced_for_a_gpu_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU the operators are traced where they were built, the twins elsewhere; shapes are the same."""
+    """Without a GPU the operators are traced where they were built, the references elsewhere; shapes are the same."""
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     built = _native.build_info()
     for archs in ("80 90", ""):
         monkeypatch.setattr(_native, "build_info", lambda archs=archs: {**built, "cuda_archs": archs})
         used = []
-        twin = _reference.simplex_logits
+        reference = _reference.simplex_logits
 
-        def watched(z: Tensor, used=used, twin=twin, **options: object) -> Tensor:
-            used.append("twin")
-            return twin(z, **options)
+        def watched(z: Tensor, used=used, reference=reference, **options: object) -> Tensor:
+            used.append("reference")
+            return reference(z, **options)
 
         monkeypatch.setattr(_reference, "simplex_logits", watched)
         with FakeTensorMode():
             logits = SF.simplex_logits(torch.empty(3, 4, device="cuda"))
-        monkeypatch.setattr(_reference, "simplex_logits", twin)
+        monkeypatch.setattr(_reference, "simplex_logits", reference)
         assert (logits.shape, logits.device.type) == ((3, 5), "cuda")
-        assert used == ([] if archs else ["twin"])
+        assert used == ([] if archs else ["reference"])
 
 
 def test_asking_for_a_gpu_compiles() -> None:

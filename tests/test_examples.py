@@ -57,19 +57,19 @@ def made_up() -> tuple[list[Encoded], torch.Tensor, torch.Tensor]:
 
 
 def test_versions_on_one_simplex_search_each_other_and_independent_ones_do_not(made_up) -> None:
-    ways = ("independent", "ce", "hoc", "hoc+gallery", "ridge", "procrustes")
-    found = compare(*made_up, unseen=6, seeds=[0], recipe=QUICK, ways=ways)
+    methods = ("independent", "ce", "hoc", "hoc+gallery", "ridge", "procrustes")
+    found = compare(*made_up, unseen=6, seeds=[0], recipe=QUICK, methods=methods)
     across = {
-        way: np.array(
-            [found[way]["unseen"][0]["nearest class mean"]["matrix"][i][j] for i, j in ((1, 0), (2, 0), (2, 1))]
+        method: np.array(
+            [found[method]["unseen"][0]["nearest class mean"]["matrix"][i][j] for i, j in ((1, 0), (2, 0), (2, 1))]
         )
-        for way in ways
+        for method in methods
     }
     assert (across["independent"] < 0.5).all()  # of 6 classes
     assert (across["hoc"] > 0.6).all()
     assert across["hoc+gallery"].mean() > across["ce"].mean()
     text = table(found, "nearest class mean")
-    assert text.count("\n") == 2 + len(ways)
+    assert text.count("\n") == 2 + len(methods)
     assert "| encoders alone | " in text
 
 
@@ -80,8 +80,8 @@ def test_labels_of_unseen_classes_are_not_looked_at(made_up) -> None:
     assert sorted([*seen.tolist(), *unseen.tolist()]) == list(range(18))
     others = labels.where(torch.isin(labels, seen), unseen[0])
     quick = replace(QUICK, steps=3)
-    for way in ("hoc", "hoc+gallery", "ridge+gallery", "independent"):
-        first, second = (train_junctions(encoders, given, seen, way, quick, 0) for given in (labels, others))
+    for method in ("hoc", "hoc+gallery", "ridge+gallery", "independent"):
+        first, second = (train_junctions(encoders, given, seen, method, quick, 0) for given in (labels, others))
         for a, b in zip(first, second, strict=True):
             assert torch.equal(a.gallery, b.gallery)
             assert torch.equal(a.query, b.query)

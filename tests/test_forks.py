@@ -32,7 +32,7 @@ def test_a_child_works(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("case", ["readers", "writers"])
-def test_a_child_works_with_the_twin(case: str, tmp_path: Path) -> None:
+def test_a_child_works_with_the_reference(case: str, tmp_path: Path) -> None:
     """A change puts new rows in place of the old ones: no child sees a half of one."""
     assert set(run(case, tmp_path, native=False)) == {"ok"}
 

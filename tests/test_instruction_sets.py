@@ -1,4 +1,4 @@
-"""Every instruction-set level that this machine has, and the plain twin, by forcing each in turn."""
+"""Every instruction-set level that this machine has, and the reference implementation, by forcing each in turn."""
 
 from __future__ import annotations
 

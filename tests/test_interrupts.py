@@ -37,7 +37,7 @@ def interrupted(case: str, folder: Path, native: bool = True, delay: float = 0.5
 
 @needs_library
 @pytest.mark.parametrize(
-    ("case", "facts"),
+    ("case", "expected"),
     [
         ("search", {"rows": 50_000, "found": True}),
         ("search_on_one_thread", {}),
@@ -50,14 +50,14 @@ def interrupted(case: str, folder: Path, native: bool = True, delay: float = 0.5
         ("topk_with_gradient", {}),
     ],
 )
-def test_a_long_call_ends(case: str, facts: dict[str, Any], tmp_path: Path) -> None:
+def test_a_long_call_ends(case: str, expected: dict[str, Any], tmp_path: Path) -> None:
     result = interrupted(case, tmp_path, delay=0.1 if case in ("add", "load") else 0.5)
     seconds = result.pop("seconds")
-    assert result == {**STOPPED, **facts}
+    assert result == {**STOPPED, **expected}
     assert seconds < 1.5  # a second, and what a busy machine adds
 
 
-def test_a_long_search_of_the_twin_ends(tmp_path: Path) -> None:
+def test_a_long_search_of_the_reference_ends(tmp_path: Path) -> None:
     result = interrupted("search", tmp_path, native=False)
     assert result.pop("seconds") < 3  # one block of queries and rows
     assert result == {**STOPPED, "rows": 50_000, "found": True}

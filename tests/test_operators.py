@@ -208,7 +208,7 @@ def test_meta_tensors_have_shapes_and_no_values() -> None:
 
 
 @pytest.mark.parametrize("polytope", ["simplex", "orthoplex", "cube"])
-def test_function_transforms_and_forward_mode_take_the_twin(polytope: str) -> None:
+def test_function_transforms_and_forward_mode_take_the_reference(polytope: str) -> None:
     loss = getattr(SF, f"{polytope}_cross_entropy")
     z, target = torch.randn(5, 9, dtype=torch.float64), torch.tensor([0, 9, 4, 2, 2])
     expected = torch.autograd.grad(loss(z.requires_grad_(), target), z)[0]
@@ -237,7 +237,7 @@ def test_a_target_out_of_range_is_nan_where_it_cannot_be_looked_at(polytope: str
     torch.compiler.reset()  # which counts how often a function was compiled, over all tests
     loss = LOSSES[polytope]
     z, target = torch.randn(4, 4), torch.tensor([1, 2**40, -7, 0])
-    monkeypatch.setattr(_native, "library", None)  # the compiled twin: the operators look
+    monkeypatch.setattr(_native, "library", None)  # the compiled reference implementation: the operators look
 
     def rows(z, target):
         return loss(z, target, reduction="none", **options)

@@ -48,7 +48,7 @@ def test_definition(kind: str, d: int) -> None:
 @pytest.mark.parametrize(
     ("queries", "rows", "d", "k"), [(1, 20000, 33, 7), (70, 3000, 129, 50), (33, 9001, 16, 1), (5, 600, 1023, 600)]
 )
-def test_against_the_twin(queries: int, rows: int, d: int, k: int) -> None:
+def test_against_the_reference(queries: int, rows: int, d: int, k: int) -> None:
     query, gallery = (
         features("normal", queries, d, dtype=torch.float32, seed=1),
         features("normal", rows, d, dtype=torch.float32),

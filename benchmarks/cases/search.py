@@ -1,4 +1,4 @@
-"""Exact search: ours against faiss, cuVS, usearch and torch, with the share of places that differ from float64."""
+"""Exact search: ours against faiss, cuVS, usearch and torch, with the fraction of places that differ from float64."""
 
 from __future__ import annotations
 

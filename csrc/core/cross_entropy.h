@@ -80,12 +80,12 @@ struct RowLoss {
   SIMPLEXFIX_HD A value() const { return mass * std::log(total) + offset; }
 };
 
-// The row's loss, and from dL/dl_c = mass * p_c - share * w_c  (c != label) what the label's own gradient is.
+// The row's loss, and the label's own gradient.  dL/dl_c = mass * p_c - smoothing_per_class * w_c for c != label.
 template <typename A>
 struct LabelOutcome {
   RowLoss<A> loss;
-  A share;     // label_smoothing / K
-  A gradient;  // dL/d(label's logit with margin)
+  A smoothing_per_class;  // label_smoothing / K
+  A gradient;             // dL/d(label's logit with margin)
 };
 
 // others = sum of exp(l_c - largest) over all classes but the label; logit_sum = sum_c w_c l_c, without a margin,
@@ -95,20 +95,21 @@ SIMPLEXFIX_HD LabelOutcome<A> label_outcome(const CrossEntropyOptions<A>& option
                                             const LabelLogit<A>& label, A others, A logit_sum, A weight_label) {
   LabelOutcome<A> out;
   const A at_label = scalar_exp(label.value - largest), total = others + at_label;
-  out.share = options.smoothing / slots;
-  const A mass = (A(1) - options.smoothing) * weight_label + rounded(out.share * options.weight_sum);
+  out.smoothing_per_class = options.smoothing / slots;
+  const A mass = (A(1) - options.smoothing) * weight_label + rounded(out.smoothing_per_class * options.weight_sum);
   // logsumexp - l_y, less log(total): small where the label's logit is by far the largest, and then what the sum's
   // rounding lost is what counts
   const A lost = at_label > others ? others - (total - at_label) : at_label - (total - others);
   A offset = rounded(mass * (lost / total + (largest - label.value)));
   if (options.smoothing > A(0))
-    offset +=
-        out.share * options.weight_sum * label.value - rounded(out.share * (logit_sum - weight_label * label.margin));
+    offset += out.smoothing_per_class * options.weight_sum * label.value -
+              rounded(out.smoothing_per_class * (logit_sum - weight_label * label.margin));
   out.loss = {mass, total, offset};
   // mass * p_y - target_y in the form that does not cancel: by p_y, or by 1 - p_y
-  out.gradient = at_label < others
-                     ? mass * (at_label / total) - rounded((A(1) - options.smoothing + out.share) * weight_label)
-                     : rounded(out.share * (options.weight_sum - weight_label)) - mass * (others / total);
+  out.gradient =
+      at_label < others
+          ? mass * (at_label / total) - rounded((A(1) - options.smoothing + out.smoothing_per_class) * weight_label)
+          : rounded(out.smoothing_per_class * (options.weight_sum - weight_label)) - mass * (others / total);
   return out;
 }
 

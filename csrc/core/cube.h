@@ -22,12 +22,12 @@ struct CubeRow {
   A inverse_norm;  // 1 / |z|, 0 for a zero row; 1 without normalize
 };
 
-// along = sum_j s_j z_j
+// dot = sum_j s_j z_j
 template <typename A>
-SIMPLEXFIX_HD CubeRow<A> cube_row(const CrossEntropyOptions<A>& options, A squares, A inverse_sqrt_d, A along) {
+SIMPLEXFIX_HD CubeRow<A> cube_row(const CrossEntropyOptions<A>& options, A squares, A inverse_sqrt_d, A dot) {
   CubeRow<A> row;
   row.factor = row_factor(options, squares, &row.inverse_norm) * inverse_sqrt_d;
-  row.label = label_logit(options, row.factor * along);
+  row.label = label_logit(options, row.factor * dot);
   return row;
 }
 
@@ -59,8 +59,8 @@ SIMPLEXFIX_HD CubeGap<A> cube_gap(A gap, A delta) {
 template <typename A>
 SIMPLEXFIX_HD CubeGap<A> cube_gap_of_flips(A largest, A flips, A delta) {
   const A odds = (largest + delta) + std::log(flips);
-  const A moved = odds > A(0) ? odds + std::log1p(std::exp(-odds)) : std::log1p(std::exp(odds));
-  return {moved, std::exp((largest + delta) - moved)};
+  const A with_margin = odds > A(0) ? odds + std::log1p(std::exp(-odds)) : std::log1p(std::exp(odds));
+  return {with_margin, std::exp((largest + delta) - with_margin)};
 }
 
 template <typename A>
@@ -74,16 +74,17 @@ struct CubeOutcome {
 template <typename A>
 SIMPLEXFIX_HD CubeOutcome<A> cube_outcome(const CrossEntropyOptions<A>& options, const CubeRow<A>& row,
                                           const CubeGap<A>& at, A inverse_slots, A weight_label, A upstream) {
-  const A kept = (A(1) - options.smoothing) * weight_label, mass = kept + options.smoothing;
-  const A share = options.smoothing * inverse_slots;
+  const A label_mass = (A(1) - options.smoothing) * weight_label, mass = label_mass + options.smoothing;
+  const A smoothing_per_class = options.smoothing * inverse_slots;
   CubeOutcome<A> out;
-  out.loss = kept * at.gap;
-  if (options.smoothing > A(0)) out.loss += options.smoothing * (at.gap + row.label.value) + share * row.label.margin;
+  out.loss = label_mass * at.gap;
+  if (options.smoothing > A(0))
+    out.loss += options.smoothing * (at.gap + row.label.value) + smoothing_per_class * row.label.margin;
   const A factor = upstream * row.factor;
   out.constant = factor * options.smoothing;
   if (options.margin == Margin::kAngular) {
-    // dL/dl_y = mass * p_y - kept - share, by 1 - p_y
-    const A g_label = (options.smoothing - share) + mass * std::expm1(-at.gap);
+    // dL/dl_y = mass * p_y - label_mass - smoothing_per_class, by 1 - p_y
+    const A g_label = (options.smoothing - smoothing_per_class) + mass * std::expm1(-at.gap);
     out.constant += factor * (row.label.slope - A(1)) * g_label;
   }
   out.coefficient = factor * A(2) * mass * at.ratio;

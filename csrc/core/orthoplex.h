@@ -47,21 +47,21 @@ struct OrthoplexOutcome {
   A exponential, weight, label;  // of the gradient, times upstream
 };
 
-// rest = the second sweep's sum; weighted = sum_j (w_j - w_{d+j}) z_j, 0 without weights; sign = that of the
+// sum_exp_others = the second sweep's sum; weighted = sum_j (w_j - w_{d+j}) z_j, 0 without weights; sign = that of the
 // label's vertex; weight_* are 1 without weights.
 template <typename A>
 SIMPLEXFIX_HD OrthoplexOutcome<A> orthoplex_outcome(const CrossEntropyOptions<A>& options, const OrthoplexRow<A>& row,
-                                                    int64_t d, A sign, A rest, A weighted, A weight_label,
+                                                    int64_t d, A sign, A sum_exp_others, A weighted, A weight_label,
                                                     A weight_opposite, A upstream) {
   const A opposite = scalar_exp(row.opposite - row.largest);
-  const auto at =
-      label_outcome(options, A(2 * d), row.largest, row.label, rest + opposite, row.factor * weighted, weight_label);
-  const A g_opposite = at.loss.mass * (opposite / at.loss.total) - rounded(at.share * weight_opposite);
+  const auto at = label_outcome(options, A(2 * d), row.largest, row.label, sum_exp_others + opposite,
+                                row.factor * weighted, weight_label);
+  const A g_opposite = at.loss.mass * (opposite / at.loss.total) - rounded(at.smoothing_per_class * weight_opposite);
   const A factor = upstream * row.factor;
   OrthoplexOutcome<A> out;
   out.loss = at.loss;
   out.exponential = factor * at.loss.mass / at.loss.total;
-  out.weight = factor * at.share;
+  out.weight = factor * at.smoothing_per_class;
   out.label = factor * sign * (at.gradient * row.label.slope - g_opposite);
   return out;
 }

@@ -1,6 +1,6 @@
 // The scalar mathematics of one row of simplex cross-entropy, shared by the CPU and CUDA kernels.
 //
-// A kernel sweeps the row twice.  The first sweep gathers RowSums; row_logits() turns them into the
+// A kernel sweeps the row twice.  The first sweep accumulates RowSums; row_logits() turns them into the
 // affine map from z to logits.  The second adds up exp(l_i - largest) of all i < d but the label;
 // row_outcome() turns that into the loss and into the few numbers from which every dL/dz_j follows:
 //
@@ -66,15 +66,15 @@ struct RowOutcome {
   A exponential, constant, weight, label;  // of the gradient, times upstream
 };
 
-// rest = sum of exp(l_i - largest) over i < d other than the label; weight_* are 1 without weights;
+// sum_exp_others = sum of exp(l_i - largest) over i < d other than the label; weight_* are 1 without weights;
 // weighted tells whether RowSums::weighted holds the class weights' sum.
 template <typename A>
 SIMPLEXFIX_HD RowOutcome<A> row_outcome(const std::common_type_t<RoundedSimplex<A>>& simplex,
                                         const CrossEntropyOptions<A>& options, const RowSums<A>& sums,
-                                        const RowLogits<A>& row, int64_t d, int64_t label, A rest, bool weighted,
-                                        A weight_label, A weight_last, A upstream) {
+                                        const RowLogits<A>& row, int64_t d, int64_t label, A sum_exp_others,
+                                        bool weighted, A weight_label, A weight_last, A upstream) {
   const A last = scalar_exp(row.last - row.largest);
-  const A others = label < d ? rest + last : rest;
+  const A others = label < d ? sum_exp_others + last : sum_exp_others;
   // sum_c w_c l_c; without weights the logits sum to zero, since the vertices do
   const A logit_sum = weighted ? row.factor * sums.weighted - rounded(row.shift * (options.weight_sum - weight_last)) +
                                      rounded(row.last * weight_last)
@@ -82,14 +82,15 @@ SIMPLEXFIX_HD RowOutcome<A> row_outcome(const std::common_type_t<RoundedSimplex<
   const auto at = label_outcome(options, A(d + 1), row.largest, row.label, others, logit_sum, weight_label);
   const A g_label = rounded(at.gradient * row.label.slope);
   const A excess = at.gradient * (row.label.slope - A(1));  // sum of all g: zero without an angular margin
-  const A g_last = label < d ? at.loss.mass * (last / at.loss.total) - rounded(at.share * weight_last) : g_label;
+  const A g_last =
+      label < d ? at.loss.mass * (last / at.loss.total) - rounded(at.smoothing_per_class * weight_last) : g_label;
   const A common = simplex.a * g_last - rounded(simplex.m * excess);
   const A factor = upstream * row.factor;
   RowOutcome<A> out;
   out.loss = at.loss;
   out.exponential = factor * at.loss.mass / at.loss.total;
-  out.constant = factor * (weighted ? common : common - at.share);
-  out.weight = factor * at.share;
+  out.constant = factor * (weighted ? common : common - at.smoothing_per_class);
+  out.weight = factor * at.smoothing_per_class;
   out.label = factor * (g_label + common);
   return out;
 }

@@ -15,8 +15,8 @@ constexpr int kRange = 127;  // of a gallery's codes; stored plus 128, as the pr
 // What the first pass rounds: its upper bound is a float sum of dot * scale_r * scale_q, offset and
 // error * norm_q in at most eight operations, so its error is below 2^-21 of the sum of their sizes.
 // |coded y| <= 2 |y| (a code is not 0 only where the number is at least half a step), therefore
-// 2^-19 |coded x| |y| more in the error, and the 2^-20 that round_up adds to all, are room enough.
-constexpr double kDotRoom = 0x1p-19;
+// 2^-19 |coded x| |y| more in the error, and the 2^-20 that round_up adds to all, cover it.
+constexpr double kDotSlack = 0x1p-19;
 }  // namespace
 
 float round_up(double x) {
@@ -82,8 +82,8 @@ void GalleryCodes::encode(const GalleryRows& rows, int64_t begin, int64_t end) {
     }
     auto* numbers = reinterpret_cast<float*>(data + kPanelRows * groups_ * 4);
     numbers[at] = row.scale;
-    numbers[kPanelRows + at] = round_up(row.along);
-    numbers[2 * kPanelRows + at] = round_up(row.residual + kDotRoom * row.code_norm);
+    numbers[kPanelRows + at] = round_up(row.center_dot);
+    numbers[2 * kPanelRows + at] = round_up(row.residual + kDotSlack * row.code_norm);
     float& norm = panel_norm_[size_t(panel)];
     norm = std::max(at == 0 ? 0.f : norm, round_up(row.code_norm));
   }

@@ -82,10 +82,10 @@ class File {
     write(&header, sizeof header);
   }
   int64_t size() const {
-    struct stat facts;
-    if (::fstat(fd_, &facts) < 0) fail("fstat");
-    if (!S_ISREG(facts.st_mode)) refuse("it is not a regular file");
-    return facts.st_size;
+    struct stat status;
+    if (::fstat(fd_, &status) < 0) fail("fstat");
+    if (!S_ISREG(status.st_mode)) refuse("it is not a regular file");
+    return status.st_size;
   }
   void change_mode(mode_t mode) {
     if (::fchmod(fd_, mode) < 0) fail("fchmod");
@@ -226,7 +226,7 @@ std::unique_ptr<CosineIndex> CosineIndex::load(const std::string& path, int64_t 
   }
   if (header.next_id < index->ids_.next()) refuse("its next id is below an id that it holds");
   index->ids_.set_next(header.next_id);
-  for (int64_t i = 0; i < n;) {  // room as it is filled: a file that lies about its size is found out
+  for (int64_t i = 0; i < n;) {  // block by block: a file shorter than its header says fails early
     const int64_t end = std::min(n, i + index->rows_.rows_per_block());
     index->rows_.resize(end);
     read(index->rows_.row(i), size_t((end - i) * row_bytes(type, header.dim)));

@@ -104,11 +104,11 @@ struct Kernels {
 // A vector in codes: x = scale * codes + a residual.
 struct CodeSummary {
   float scale;
-  int64_t sum;       // of the codes
-  double norm;       // |x|
-  double code_norm;  // |scale * codes|
-  double residual;   // |x - scale * codes|
-  double along;      // center . x
+  int64_t sum;        // of the codes
+  double norm;        // |x|
+  double code_norm;   // |scale * codes|
+  double residual;    // |x - scale * codes|
+  double center_dot;  // center . x
 };
 
 // 64 gallery rows in codes (gallery_codes.h).

@@ -16,7 +16,7 @@ template <typename T>
 class MatrixProduct {
  public:
   // out [m, n] = or += A [m, k] B [k, n]; rows of out are out_stride elements apart.  split(count, numbers, work) calls
-  // work(begin, end) on parts of [0, count), on any threads; an item costs about that many operations.
+  // work(begin, end) on ranges of [0, count), on any threads; an item costs about that many operations.
   template <typename TA, typename TB, typename Split>
   void operator()(int64_t m, int64_t n, int64_t k, PanelView<TA> a, PanelView<TB> b, T* out, int64_t out_stride,
                   bool add, const Split& split) {

@@ -19,7 +19,7 @@ QueryCodes::QueryCodes(const float* query, int64_t n, const GalleryCodes& galler
       scale_(size_t(n)),
       norm_(size_t(n)),
       residual_(size_t(n)),
-      along_(size_t(n)) {
+      center_dot_(size_t(n)) {
   const IeeeArithmetic ieee;
   const SearchKernels& kernels = search_kernels();
   for (size_t q = 0; q < size_t(n); ++q) {
@@ -30,9 +30,9 @@ QueryCodes::QueryCodes(const float* query, int64_t n, const GalleryCodes& galler
     scale_[q] = code.scale;
     norm_[q] = round_up(code.norm);
     residual_[q] = round_up(code.residual);
-    double along = 0;
-    for (int64_t j = 0; j < d_; ++j) along += double(row[j]) * double(gallery.center()[j]);
-    along_[q] = along;
+    double dot = 0;
+    for (int64_t j = 0; j < d_; ++j) dot += double(row[j]) * double(gallery.center()[j]);
+    center_dot_[q] = dot;
   }
 }
 
@@ -49,10 +49,10 @@ float QueryCodes::cutoff(int64_t query, float score) const {
   // a real number below the middle of a float and the one beneath it is rounded to that one at most
   const double middle = (double(score) + double(std::nextafter(score, -kInfinity))) / 2;
   // The rounding of the fp64 score, of query . center and of row . center: each below (d + 8) * 2^-53 times
-  // lengths that sum to less than 8 (norm + |along|), for |q|^2 = q.center + q.(q - center) makes that sum at
+  // lengths that sum to less than 8 (norm + |q.center|), for |q|^2 = q.center + q.(q - center) makes that sum at
   // least 1 for a query of length 1, and for a zero query the score is an exact 0.
-  const double fp64_room = double(d_ + 64) * 0x1p-50 * (norm_[q] + std::abs(along_[q]));
-  return round_down(middle - along_[q] - fp64_room - 0x1p-100);  // 2^-100: products that underflow
+  const double fp64_slack = double(d_ + 64) * 0x1p-50 * (norm_[q] + std::abs(center_dot_[q]));
+  return round_down(middle - center_dot_[q] - fp64_slack - 0x1p-100);  // 2^-100: products that underflow
 }
 
 }  // namespace simplexfix::cpu

@@ -31,7 +31,7 @@ class QueryCodes {
   std::vector<int8_t> codes_;
   std::vector<int32_t> start_;
   std::vector<float> scale_, norm_, residual_;
-  std::vector<double> along_;  // query . center
+  std::vector<double> center_dot_;  // query . center
 };
 
 }  // namespace simplexfix::cpu

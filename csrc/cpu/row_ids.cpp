@@ -49,9 +49,9 @@ void RowIds::check_new(const int64_t* ids, int64_t n, Interrupt& interrupt) cons
     throw std::invalid_argument("id " + std::to_string(*id) + " is given twice");
 }
 
-// From places to stored ids, with room for some more; nothing else changes.
-void RowIds::store(int64_t room) {
-  const auto wanted = size_t(size_ + room);
+// Stores the ids that were implicit, with capacity for `more` new ones; nothing else changes.
+void RowIds::store(int64_t more) {
+  const auto wanted = size_t(size_ + more);
   if (ids_.capacity() < wanted) ids_.reserve(counted_ ? wanted : std::max(wanted, ids_.capacity() / 2 * 3));
   if (!counted_) return;
   ids_.resize(size_t(size_));
@@ -90,7 +90,7 @@ void RowIds::append(const int64_t* ids, int64_t n, Interrupt& interrupt) {
       if (ascend_) row_of_.swap(all);
       ascend_ = false;
     }
-    for (int64_t i = 0; i < n; ++i) ids_.push_back(id(i));  // within its room
+    for (int64_t i = 0; i < n; ++i) ids_.push_back(id(i));  // within its capacity
   }
   for (int64_t i = 0, first = next_; i < n; ++i) next_ = std::max(next_, (ids ? ids[i] : first + i) + 1);
   size_ += n;

@@ -29,13 +29,13 @@ class RowIds {
   // Rows of these ids, ascending: std::out_of_range names one that is not there, std::invalid_argument one that
   // is given twice.
   std::vector<int64_t> rows_of(const int64_t* ids, int64_t n, Interrupt& interrupt) const;
-  // Makes room for what remove() does; remove() itself cannot fail.
+  // Allocates the memory that remove() needs; remove() itself cannot fail.
   void prepare_to_remove();
   void remove(const std::vector<int64_t>& rows);
 
  private:
   void check_new(const int64_t* ids, int64_t n, Interrupt& interrupt) const;
-  void store(int64_t room);
+  void store(int64_t more);
 
   int64_t size_ = 0, next_ = 0;  // next: one above the highest id ever given
   bool counted_ = true, ascend_ = true;

@@ -44,7 +44,7 @@ void select_nth(T* first, int64_t nth, T* last, Before before) {
 }
 
 // Moves the elements that satisfy the predicate to out and closes the gaps; returns the new
-// end.  out must have room for all; the order stays.
+// end.  out must have capacity for all; the order stays.
 template <typename T, typename Predicate>
 T* extract_if(T* first, T* last, T*& out, Predicate predicate) {
   T* keep = first;

@@ -78,9 +78,9 @@ __global__ void __launch_bounds__(kContrastThreads) contrast_rows(const Contrast
     const auto outcome = contrast_outcome(p.negatives, top, sums.own, others, A(sums.same), sums.same == p.candidates);
     if (Rows::lane() == 0) p.loss[row] = outcome.loss;
     if (!p.upstream) continue;
-    const A slope = p.upstream[row] * factor, share = slope / outcome.total, own = -outcome.missing * slope;
+    const A slope = p.upstream[row] * factor, grad_scale = slope / outcome.total, own = -outcome.missing * slope;
     for (int64_t j = Rows::lane(); j < p.candidates; j += kContrastThreads)
-      s[j] = (j == own_at ? own : s[j] * share) * p.candidate_scale[j];
+      s[j] = (j == own_at ? own : s[j] * grad_scale) * p.candidate_scale[j];
   }
 }
 
@@ -96,14 +96,14 @@ template <typename T, int kThreads>
 __global__ void __launch_bounds__(Team<kThreads>::kBlock) inverse_norms(const NormParams<T> p) {
   using A = accumulate_t<T>;
   using Rows = Team<kThreads>;
-  SIMPLEXFIX_SHARED(s_parts, A[Rows::kWarps]);
+  SIMPLEXFIX_SHARED(s_partials, A[Rows::kWarps]);
   for (int64_t row = Rows::first_row(); row < p.rows; row += Rows::row_step()) {
     const T* z = p.z + row * p.z_stride;
     A squares = A(0);
     for (int64_t j = Rows::lane(); j < p.d; j += kThreads) squares += A(z[j]) * A(z[j]);
-    squares = reduce_team<kThreads>(squares, s_parts);
+    squares = reduce_team<kThreads>(squares, s_partials);
     if (Rows::lane() == 0) p.out[row] = squares == A(0) ? A(0) : A(1) / std::sqrt(squares);
-    sync_team<kThreads>();  // the next row's parts overwrite s_parts
+    sync_team<kThreads>();  // the next row's values overwrite s_partials
   }
 }
 
@@ -122,15 +122,16 @@ template <typename T, int kThreads>
 __global__ void __launch_bounds__(Team<kThreads>::kBlock) project_rows(const ProjectParams<T> p) {
   using A = accumulate_t<T>;
   using Rows = Team<kThreads>;
-  SIMPLEXFIX_SHARED(s_parts, A[Rows::kWarps]);
+  SIMPLEXFIX_SHARED(s_partials, A[Rows::kWarps]);
   for (int64_t row = Rows::first_row(); row < p.rows; row += Rows::row_step()) {
     const T* z = p.z + row * p.z_stride;
     const A* grad_unit = p.grad_unit + row * p.d;
-    A along = A(0);
-    for (int64_t j = Rows::lane(); j < p.d; j += kThreads) along += A(z[j]) * grad_unit[j];
-    along = reduce_team<kThreads>(along, s_parts) * p.inverse_norm[row] * p.inverse_norm[row];
-    for (int64_t j = Rows::lane(); j < p.d; j += kThreads) p.out[row * p.d + j] = T(grad_unit[j] - A(z[j]) * along);
-    sync_team<kThreads>();  // the next row's parts overwrite s_parts
+    A projection = A(0);
+    for (int64_t j = Rows::lane(); j < p.d; j += kThreads) projection += A(z[j]) * grad_unit[j];
+    projection = reduce_team<kThreads>(projection, s_partials) * p.inverse_norm[row] * p.inverse_norm[row];
+    for (int64_t j = Rows::lane(); j < p.d; j += kThreads)
+      p.out[row * p.d + j] = T(grad_unit[j] - A(z[j]) * projection);
+    sync_team<kThreads>();  // the next row's values overwrite s_partials
   }
 }
 

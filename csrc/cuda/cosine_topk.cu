@@ -31,12 +31,12 @@ CosineTopkPlan plan_cosine_topk(int64_t queries, int64_t n, int64_t d, int64_t k
   plan.pitch = ceil_div(d, 8) * 8;
   if (plan.first_pass) {  // at least four buckets for each result
     const int64_t least = ceil_div(4 * k, kTile);
-    plan.stretches = limits.stretches > least ? limits.stretches : least;
-    if (plan.stretches > tiles) plan.stretches = tiles;
+    plan.splits = limits.splits > least ? limits.splits : least;
+    if (plan.splits > tiles) plan.splits = tiles;
   }
   const int64_t least = (plan.first_pass ? 4 : 2) * power_of_two(wanted);
   plan.capacity = limits.capacity > least ? limits.capacity : least;
-  const int64_t buckets = plan.stretches * kTile;
+  const int64_t buckets = plan.splits * kTile;
   const int64_t each = buckets * int64_t(sizeof(float)) + plan.capacity * int64_t(sizeof(Candidate));
   plan.chunk = limits.bytes / each;
   if (plan.chunk > kTile) plan.chunk = plan.chunk / kTile * kTile;
@@ -47,9 +47,9 @@ CosineTopkPlan plan_cosine_topk(int64_t queries, int64_t n, int64_t d, int64_t k
   };
   needs(TopkBuffer::kQueryUnit, queries * d, sizeof(float));
   needs(TopkBuffer::kQueryNorm, queries, sizeof(double));
-  needs(TopkBuffer::kQueryRoom, queries, sizeof(float));
+  needs(TopkBuffer::kQueryErrorBound, queries, sizeof(float));
   needs(TopkBuffer::kRowNorm, n, sizeof(double));
-  needs(TopkBuffer::kRowRoom, n, sizeof(float));
+  needs(TopkBuffer::kRowErrorBound, n, sizeof(float));
   needs(TopkBuffer::kBroken, 1, sizeof(unsigned long long));
   needs(TopkBuffer::kList, plan.chunk * plan.capacity, sizeof(Candidate));
   if (!plan.first_pass) return plan;
@@ -67,20 +67,21 @@ const char* cosine_topk(const CosineTopkArgs& args) {
   auto* broken = buffer<unsigned long long>(args, TopkBuffer::kBroken);
   auto* query_unit = buffer<float>(args, TopkBuffer::kQueryUnit);
   auto* query_norm = buffer<double>(args, TopkBuffer::kQueryNorm);
-  auto* query_room = buffer<float>(args, TopkBuffer::kQueryRoom);
+  auto* query_error_bound = buffer<float>(args, TopkBuffer::kQueryErrorBound);
   auto* query_code = buffer<__nv_bfloat16>(args, TopkBuffer::kQueryCode);
   auto* row_norm = buffer<double>(args, TopkBuffer::kRowNorm);
-  auto* row_room = buffer<float>(args, TopkBuffer::kRowRoom);
+  auto* row_error_bound = buffer<float>(args, TopkBuffer::kRowErrorBound);
   auto* row_code = buffer<__nv_bfloat16>(args, TopkBuffer::kRowCode);
   const int64_t depth = ceil_div(args.d, kTileDepth) * kTileDepth;
   const auto prepare = [&](auto kernel, const RowsParams& rows) {
     return launch_kernel(kernel, blocks_for(rows.n, kRowThreads / kPartials), kRowThreads, 0, args.stream, rows);
   };
-  const char* error = prepare(prepare_rows<true>, {args.query, args.query_stride, args.queries, args.d, plan.pitch,
-                                                   depth, query_code, query_norm, query_room, query_unit, broken});
+  const char* error =
+      prepare(prepare_rows<true>, {args.query, args.query_stride, args.queries, args.d, plan.pitch, depth, query_code,
+                                   query_norm, query_error_bound, query_unit, broken});
   if (!error && args.n > 0)
     error = prepare(prepare_rows<false>, {args.gallery, args.gallery_stride, args.n, args.d, plan.pitch, depth,
-                                          row_code, row_norm, row_room, nullptr, broken});
+                                          row_code, row_norm, row_error_bound, nullptr, broken});
   for (int64_t first = 0; !error && first < args.queries; first += plan.chunk) {
     const int64_t queries = args.queries - first < plan.chunk ? args.queries - first : plan.chunk;
     auto* found = buffer<unsigned long long>(args, TopkBuffer::kFound);
@@ -90,22 +91,22 @@ const char* cosine_topk(const CosineTopkArgs& args) {
       auto* cutoff = buffer<float>(args, TopkBuffer::kCutoff);
       const TilesParams tiles{query_code + first * plan.pitch,
                               row_code,
-                              query_room + first,
-                              row_room,
+                              query_error_bound + first,
+                              row_error_bound,
                               queries,
                               args.n,
                               plan.pitch,
-                              plan.stretches,
+                              plan.splits,
                               best,
                               cutoff,
                               found,
                               list,
                               plan.capacity};
-      const int64_t blocks = blocks_for(ceil_div(queries, kTile) * plan.stretches, 1);
+      const int64_t blocks = blocks_for(ceil_div(queries, kTile) * plan.splits, 1);
       error = launch_kernel(sweep_tiles<false>, blocks, kTileThreads, 0, args.stream, tiles);
       if (!error)
         error = launch_kernel(find_cutoffs<kSelectThreads>, blocks_for(queries, 1), kSelectThreads, 0, args.stream,
-                              CutoffParams{best, cutoff, found, queries, plan.stretches * kTile, args.k});
+                              CutoffParams{best, cutoff, found, queries, plan.splits * kTile, args.k});
       if (!error) error = launch_kernel(sweep_tiles<true>, blocks, kTileThreads, 0, args.stream, tiles);
     }
     if (!error)

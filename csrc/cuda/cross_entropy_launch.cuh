@@ -7,54 +7,54 @@
 
 namespace simplexfix::cuda {
 
-// Rows in parts are done in groups of this many bytes, so that most GPUs find them in L2 again (A100: 40 MB,
+// Rows in chunks are done in groups of this many bytes, so that most GPUs find them in L2 again (A100: 40 MB,
 // H100: 50 MB).  The tests lower it.
 #ifndef SIMPLEXFIX_GROUP_BYTES
 #define SIMPLEXFIX_GROUP_BYTES (16 << 20)
 #endif
 
 template <typename T>
-bool is_kept(int64_t d) {
-  return kept_slot<T>(d) * int64_t(sizeof(T)) <= kKeptBytes;
+bool is_staged(int64_t d) {
+  return staged_size<T>(d) * int64_t(sizeof(T)) <= kStagedBytes;
 }
 
-// How a row that is not kept is cut up: its length alone decides.
-inline int part_size(int64_t d) {
-  constexpr int64_t step = kPartThreads * 8;  // a multiple of all threads' vectors, whatever the dtype
-  const int64_t size = std::max<int64_t>(kPartElements, (d + kMostParts - 1) / kMostParts);
+// How a row that is not staged is cut into chunks: its length alone decides.
+inline int chunk_size(int64_t d) {
+  constexpr int64_t step = kChunkThreads * 8;  // a multiple of all threads' vectors, whatever the dtype
+  const int64_t size = std::max<int64_t>(kChunkElements, (d + kMostChunks - 1) / kMostChunks);
   return int((size + step - 1) / step * step);
 }
-inline int part_count(int64_t d) { return int((d + part_size(d) - 1) / part_size(d)); }
+inline int chunk_count(int64_t d) { return int((d + chunk_size(d) - 1) / chunk_size(d)); }
 
 template <typename T>
 int64_t rows_of_group(int64_t rows, int64_t d) {
   return std::min(rows, std::max<int64_t>(1, SIMPLEXFIX_GROUP_BYTES / (d * int64_t(sizeof(T)))));
 }
 
-// Numbers of the accumulating type that a part's Sums and Terms take, at the most.
-constexpr int kPartNumbers = 8;
+// Numbers of the accumulating type that a chunk's Sums and Terms take, at the most.
+constexpr int kChunkNumbers = 8;
 
 template <typename Loss, typename T, int kThreads>
-const char* launch_kept(const CrossEntropyParams<Loss, T>& params, void* stream) {
+const char* launch_staged(const CrossEntropyParams<Loss, T>& params, void* stream) {
   using Rows = Team<kThreads>;
   return launch_kernel(cross_entropy<Loss, T, kThreads>, blocks_for(params.rows, Rows::kTeams), Rows::kBlock,
-                       Rows::kTeams * kept_slot<T>(params.d) * int64_t(sizeof(T)), stream, params);
+                       Rows::kTeams * staged_size<T>(params.d) * int64_t(sizeof(T)), stream, params);
 }
 
 template <typename Loss, typename T>
-const char* launch_parts(CrossEntropyParams<Loss, T> params, void* workspace, void* stream) {
+const char* launch_chunks(CrossEntropyParams<Loss, T> params, void* workspace, void* stream) {
   using Sums = typename Loss::Sums;
   using Terms = typename Loss::Terms;
-  static_assert(sizeof(Sums) + sizeof(Terms) <= kPartNumbers * sizeof(accumulate_t<T>));
+  static_assert(sizeof(Sums) + sizeof(Terms) <= kChunkNumbers * sizeof(accumulate_t<T>));
   const int64_t rows = params.rows, group = rows_of_group<T>(rows, params.d);
-  Parts<Loss> parts{part_size(params.d), part_count(params.d), static_cast<Sums*>(workspace), nullptr};
-  parts.terms = reinterpret_cast<Terms*>(parts.sums + group * parts.count);
+  Chunks<Loss> chunks{chunk_size(params.d), chunk_count(params.d), static_cast<Sums*>(workspace), nullptr};
+  chunks.terms = reinterpret_cast<Terms*>(chunks.sums + group * chunks.count);
   for (int64_t row = 0; row < rows; row += group) {
     params.rows = std::min(group, rows - row);
-    for (auto kernel : {cross_entropy_part<Loss, T, Sweep::kSums>, cross_entropy_part<Loss, T, Sweep::kTerms>,
-                        cross_entropy_part<Loss, T, Sweep::kGradient>}) {
+    for (auto kernel : {cross_entropy_chunk<Loss, T, Sweep::kSums>, cross_entropy_chunk<Loss, T, Sweep::kTerms>,
+                        cross_entropy_chunk<Loss, T, Sweep::kGradient>}) {
       const char* error =
-          launch_kernel(kernel, blocks_for(params.rows * parts.count, 1), kPartThreads, 0, stream, params, parts);
+          launch_kernel(kernel, blocks_for(params.rows * chunks.count, 1), kChunkThreads, 0, stream, params, chunks);
       if (error) return error;
     }
     params.z += params.rows * params.z_stride;
@@ -84,11 +84,11 @@ const char* launch_cross_entropy(const CrossEntropyArgs& args, const typename Lo
                                            constants};
   if (const char* error = launch_target_sums(args)) return error;
   if (args.rows > 0) {
-    const char* error = args.d <= 256 ? launch_kept<Loss, T, 32>(params, args.stream)
-                        : kept_slot<T>(args.d) * int64_t(sizeof(T)) <= kShortBytes
-                            ? launch_kept<Loss, T, 128>(params, args.stream)
-                        : is_kept<T>(args.d) ? launch_kept<Loss, T, 512>(params, args.stream)
-                                             : launch_parts<Loss, T>(params, args.workspace + 2, args.stream);
+    const char* error = args.d <= 256 ? launch_staged<Loss, T, 32>(params, args.stream)
+                        : staged_size<T>(args.d) * int64_t(sizeof(T)) <= kShortBytes
+                            ? launch_staged<Loss, T, 128>(params, args.stream)
+                        : is_staged<T>(args.d) ? launch_staged<Loss, T, 512>(params, args.stream)
+                                               : launch_chunks<Loss, T>(params, args.workspace + 2, args.stream);
     if (error) return error;
   }
   return launch_reduce_loss(args);

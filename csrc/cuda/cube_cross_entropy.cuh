@@ -11,35 +11,35 @@ namespace simplexfix::cuda {
 template <typename A>
 struct CubeSums {
   A squares;  // sum_j z_j^2
-  A along;    // sum_j v_j
+  A dot;      // sum_j v_j
   A linear;   // sum_j max(-v_j, 0)
   A largest;  // max -v_j
 };
 template <typename A>
 __device__ __forceinline__ CubeSums<A> combine(const CubeSums<A>& a, const CubeSums<A>& b) {
-  return {a.squares + b.squares, a.along + b.along, a.linear + b.linear, a.largest > b.largest ? a.largest : b.largest};
+  return {a.squares + b.squares, a.dot + b.dot, a.linear + b.linear, a.largest > b.largest ? a.largest : b.largest};
 }
 template <typename A>
 __device__ __forceinline__ CubeSums<A> from_lane_xor(const CubeSums<A>& v, int mask) {
-  return {from_lane_xor(v.squares, mask), from_lane_xor(v.along, mask), from_lane_xor(v.linear, mask),
+  return {from_lane_xor(v.squares, mask), from_lane_xor(v.dot, mask), from_lane_xor(v.linear, mask),
           from_lane_xor(v.largest, mask)};
 }
 
 template <typename A>
 struct CubeTerms {
-  A logs;         // sum_j log(1 + e)
-  A along;        // sum_j v_j sigmoid(x_j)
-  A flips;        // with a margin, for cube_gap_of_flips: sum_j exp(x_j - largest x)
-  A flips_along;  // ... times v_j
+  A logs;       // sum_j log(1 + e)
+  A dot;        // sum_j v_j sigmoid(x_j)
+  A flips;      // with a margin, for cube_gap_of_flips: sum_j exp(x_j - largest x)
+  A flips_dot;  // ... times v_j
 };
 template <typename A>
 __device__ __forceinline__ CubeTerms<A> combine(const CubeTerms<A>& a, const CubeTerms<A>& b) {
-  return {a.logs + b.logs, a.along + b.along, a.flips + b.flips, a.flips_along + b.flips_along};
+  return {a.logs + b.logs, a.dot + b.dot, a.flips + b.flips, a.flips_dot + b.flips_dot};
 }
 template <typename A>
 __device__ __forceinline__ CubeTerms<A> from_lane_xor(const CubeTerms<A>& v, int mask) {
-  return {from_lane_xor(v.logs, mask), from_lane_xor(v.along, mask), from_lane_xor(v.flips, mask),
-          from_lane_xor(v.flips_along, mask)};
+  return {from_lane_xor(v.logs, mask), from_lane_xor(v.dot, mask), from_lane_xor(v.flips, mask),
+          from_lane_xor(v.flips_dot, mask)};
 }
 
 template <typename A>
@@ -65,38 +65,38 @@ class CubeLoss {
 
   __device__ static Sums no_sums() { return {A(0), A(0), A(0), A(-INFINITY)}; }
 
-  __device__ void gather(Sums* sums, int j, A x) const {
+  __device__ void accumulate(Sums* sums, int j, A x) const {
     const A v = positive(j) ? x : -x;
     sums->squares += x * x;
-    sums->along += v;
+    sums->dot += v;
     if (v < A(0)) sums->linear -= v;
     if (-v > sums->largest) sums->largest = -v;
   }
 
-  __device__ void know(const Sums& sums) {
-    at_ = cube_row(row_.options, sums.squares, cube_.inverse_sqrt_d, sums.along);
+  __device__ void set_sums(const Sums& sums) {
+    at_ = cube_row(row_.options, sums.squares, cube_.inverse_sqrt_d, sums.dot);
     slope_ = A(2) * at_.factor;
     largest_ = sums.largest;
     tiny_ = false;
   }
 
-  __device__ void gather(Terms* terms, int j, A x) {
+  __device__ void accumulate(Terms* terms, int j, A x) {
     const A v = positive(j) ? x : -x, e = std::exp(-std::fabs(v * slope_));
     product_ += e + product_ * e;  // of (1 + e), less 1: small losses keep their bits
     if (product_ > kLarge) {       // far from overflow, and far above the 1
       product_ = product_ * (A(1) / kLarge) - A(1);
       terms->logs += kLogLarge;
     }
-    terms->along += v * sigmoid(v, e);
+    terms->dot += v * sigmoid(v, e);
     if (row_.options.margin != Margin::kNone) {
       const A flip = flip_of(v);
       terms->flips += flip;
-      terms->flips_along += flip * v;
+      terms->flips_dot += flip * v;
     }
   }
-  __device__ void close(Terms* terms) { terms->logs += std::log1p(product_); }
+  __device__ void finalize(Terms* terms) { terms->logs += std::log1p(product_); }
 
-  __device__ A finish(const Sums& sums, const Terms& terms) {
+  __device__ A compute_loss(const Sums& sums, const Terms& terms) {
     const int64_t slot = row_.slot();
     const A none = A(0) * at_.label.value;  // nan where the logits are infinite, as any softmax of them
     CubeGap<A> gap{slope_ * sums.linear + terms.logs + none, A(1) + none};
@@ -109,16 +109,16 @@ class CubeLoss {
     outcome_ = cube_outcome(row_.options_with_weights(), at_, gap, cube_.inverse_slots, weight_label, row_.upstream());
     projection_ = A(0);  // (z . g) / |z|^2, where g already carries the 1 / |z|
     if (row_.options.normalize) {
-      const A along = outcome_.constant * sums.along - outcome_.coefficient * (tiny_ ? terms.flips_along : terms.along);
-      projection_ = along * (at_.inverse_norm * at_.inverse_norm);
+      const A dot = outcome_.constant * sums.dot - outcome_.coefficient * (tiny_ ? terms.flips_dot : terms.dot);
+      projection_ = dot * (at_.inverse_norm * at_.inverse_norm);
     }
     return outcome_.loss;
   }
 
   __device__ A gradient(int j, A x) const {
     const bool plus = positive(j);
-    const A v = plus ? x : -x, share = tiny_ ? flip_of(v) : sigmoid(v, std::exp(-std::fabs(v * slope_)));
-    const A g = outcome_.constant - outcome_.coefficient * share;
+    const A v = plus ? x : -x, probability = tiny_ ? flip_of(v) : sigmoid(v, std::exp(-std::fabs(v * slope_)));
+    const A g = outcome_.constant - outcome_.coefficient * probability;
     return (plus ? g : -g) - x * projection_;
   }
 

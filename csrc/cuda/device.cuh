@@ -56,7 +56,7 @@ struct alignas(16) Vector {
 
 // How many elements past a 16-byte boundary a pointer lies.
 template <typename T>
-SIMPLEXFIX_HD int phase(const T* p) {
+SIMPLEXFIX_HD int misalignment(const T* p) {
   return int(reinterpret_cast<uintptr_t>(p) % 16 / sizeof(T));
 }
 

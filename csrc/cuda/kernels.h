@@ -64,7 +64,7 @@ struct LogitsArgs {
 const char* simplex_logits(const LogitsArgs&);
 const char* simplex_logits_backward(const LogitsArgs&);
 
-// The parts of old_new_contrast (csrc/ops/old_new_contrast.cpp); A is that of dtype.
+// The steps of old_new_contrast (csrc/ops/old_new_contrast.cpp); A is that of dtype.
 struct ContrastArgs {
   void* similarity;  // [rows, candidates] of A: dot products of features; becomes the loss's derivatives by them
   const int64_t *anchor_class, *candidate_class;
@@ -107,10 +107,10 @@ const char* project_rows(const ProjectArgs&);
 enum class TopkBuffer : int {
   kQueryUnit,
   kQueryNorm,
-  kQueryRoom,
+  kQueryErrorBound,
   kQueryCode,
   kRowNorm,
-  kRowRoom,
+  kRowErrorBound,
   kRowCode,
   kBroken,
   kBest,
@@ -122,17 +122,17 @@ enum class TopkBuffer : int {
 constexpr int kTopkBuffers = int(TopkBuffer::kCount);
 
 struct TopkLimits {                    // the tests lower them
-  int64_t stretches = 128;             // of the gallery, at least: work for a whole GPU from few queries
+  int64_t splits = 128;                // of the gallery, at least: work for a whole GPU from few queries
   int64_t capacity = 2048;             // of a query's list, at least; a power of two
   int64_t bytes = int64_t(256) << 20;  // of buckets and lists, about
 };
 
 struct CosineTopkPlan {
-  bool first_pass;    // in bfloat16; otherwise every row is scored
-  int64_t pitch;      // of the codes
-  int64_t stretches;  // of the gallery
-  int64_t capacity;   // of a query's list
-  int64_t chunk;      // queries at a time
+  bool first_pass;   // in bfloat16; otherwise every row is scored
+  int64_t pitch;     // of the codes
+  int64_t splits;    // of the gallery
+  int64_t capacity;  // of a query's list
+  int64_t chunk;     // queries at a time
   int64_t bytes[kTopkBuffers];
 };
 CosineTopkPlan plan_cosine_topk(int64_t queries, int64_t n, int64_t d, int64_t k, const TopkLimits& = {});

@@ -1,4 +1,4 @@
-// Launches of loss_sums.cuh, and the room that a loss needs beside its results.
+// Launches of loss_sums.cuh, and the workspace of a loss.
 #include "loss_sums.cuh"
 
 #include "cross_entropy_launch.cuh"
@@ -31,8 +31,8 @@ int64_t cross_entropy_workspace(int64_t rows, int64_t d, DType dtype) {
   int64_t doubles = 2;
   dispatch(dtype, [&](auto tag) -> const char* {
     using T = decltype(tag);
-    if (!is_kept<T>(d))
-      doubles += rows_of_group<T>(rows, d) * part_count(d) * kPartNumbers * int64_t(sizeof(accumulate_t<T>)) / 8;
+    if (!is_staged<T>(d))
+      doubles += rows_of_group<T>(rows, d) * chunk_count(d) * kChunkNumbers * int64_t(sizeof(accumulate_t<T>)) / 8;
     return nullptr;
   });
   return doubles;

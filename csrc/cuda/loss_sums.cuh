@@ -17,7 +17,7 @@ constexpr int kReduceThreads = 512;
 template <typename A>
 __global__ void __launch_bounds__(kReduceThreads) target_sums(const int64_t* target, const A* weight, int64_t rows,
                                                               int64_t slots, int64_t ignore_index, double* sums) {
-  SIMPLEXFIX_SHARED(s_parts, double[kReduceThreads / 32]);
+  SIMPLEXFIX_SHARED(s_partials, double[kReduceThreads / 32]);
   double sum = 0;
   if (blockIdx.x == 0) {
     for (int64_t row = threadIdx.x; row < rows; row += kReduceThreads) {
@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kReduceThreads) target_sums(const int64_t* tar
   } else {
     for (int64_t c = threadIdx.x; c < slots; c += kReduceThreads) sum += double(weight[c]);
   }
-  sum = reduce_team<kReduceThreads>(sum, s_parts);
+  sum = reduce_team<kReduceThreads>(sum, s_partials);
   if (threadIdx.x == 0) sums[blockIdx.x] = sum;
 }
 
@@ -36,10 +36,10 @@ __global__ void __launch_bounds__(kReduceThreads) target_sums(const int64_t* tar
 template <typename A>
 __global__ void __launch_bounds__(kReduceThreads)
     reduce_loss(const A* row_loss, int64_t rows, const double* sums, A* loss) {
-  SIMPLEXFIX_SHARED(s_parts, double[kReduceThreads / 32]);
+  SIMPLEXFIX_SHARED(s_partials, double[kReduceThreads / 32]);
   double sum = 0;
   for (int64_t row = threadIdx.x; row < rows; row += kReduceThreads) sum += double(row_loss[row]);
-  sum = reduce_team<kReduceThreads>(sum, s_parts);
+  sum = reduce_team<kReduceThreads>(sum, s_partials);
   if (threadIdx.x == 0) *loss = A(sums ? sum / sums[0] : sum);
 }
 

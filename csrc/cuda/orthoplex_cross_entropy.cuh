@@ -24,15 +24,15 @@ __device__ __forceinline__ OrthoplexSums<A> from_lane_xor(const OrthoplexSums<A>
 // their difference times z_j.
 template <typename A>
 struct OrthoplexTerms {
-  A rest, along;
+  A sum_exp_others, dot;
 };
 template <typename A>
 __device__ __forceinline__ OrthoplexTerms<A> combine(const OrthoplexTerms<A>& a, const OrthoplexTerms<A>& b) {
-  return {a.rest + b.rest, a.along + b.along};
+  return {a.sum_exp_others + b.sum_exp_others, a.dot + b.dot};
 }
 template <typename A>
 __device__ __forceinline__ OrthoplexTerms<A> from_lane_xor(const OrthoplexTerms<A>& v, int mask) {
-  return {from_lane_xor(v.rest, mask), from_lane_xor(v.along, mask)};
+  return {from_lane_xor(v.sum_exp_others, mask), from_lane_xor(v.dot, mask)};
 }
 
 template <typename A>
@@ -51,41 +51,41 @@ class OrthoplexLoss {
 
   __device__ static Sums no_sums() { return {A(0), A(-INFINITY), A(0)}; }
 
-  __device__ void gather(Sums* sums, int j, A x) const {
+  __device__ void accumulate(Sums* sums, int j, A x) const {
     const A magnitude = std::fabs(x);
     sums->squares += x * x;
     if (j != label_ && magnitude > sums->largest) sums->largest = magnitude;
     if (row_.weighted()) sums->weighted += x * weight_of_pair(j);
   }
 
-  __device__ void know(const Sums& sums) {
+  __device__ void set_sums(const Sums& sums) {
     at_ = orthoplex_row(row_.options, sums.squares, sums.largest, positive_ ? z_label_ : -z_label_);
   }
 
-  __device__ void gather(Terms* terms, int j, A x) const {
+  __device__ void accumulate(Terms* terms, int j, A x) const {
     if (j == label_) return;  // its exponentials might overflow
     const A logit = std::fabs(x) * at_.factor;
     const A toward = std::exp(logit - at_.largest), away = std::exp(-logit - at_.largest);
-    terms->rest += toward + away;
-    terms->along += (toward - away) * std::fabs(x);
+    terms->sum_exp_others += toward + away;
+    terms->dot += (toward - away) * std::fabs(x);
   }
-  __device__ void close(Terms*) const {}
+  __device__ void finalize(Terms*) const {}
 
-  __device__ A finish(const Sums& sums, const Terms& terms) {
+  __device__ A compute_loss(const Sums& sums, const Terms& terms) {
     const int64_t slot = row_.slot();
     const int64_t opposite = positive_ ? slot + row_.d : slot - row_.d;
     const A weight_label = row_.weight ? row_.weight[slot] : A(1);
     const A weight_opposite = row_.weight ? row_.weight[opposite] : A(1);
     const A sign = positive_ ? A(1) : A(-1);
-    outcome_ = orthoplex_outcome(row_.options_with_weights(), at_, row_.d, sign, terms.rest, sums.weighted,
+    outcome_ = orthoplex_outcome(row_.options_with_weights(), at_, row_.d, sign, terms.sum_exp_others, sums.weighted,
                                  weight_label, weight_opposite, row_.upstream());
     projection_ = A(0);  // (z . g) / |z|^2, where g already carries the 1 / |z|
     if (row_.options.normalize) {
-      A along = outcome_.exponential * terms.along;
+      A dot = outcome_.exponential * terms.dot;
       if (row_.weighted())
-        along -= outcome_.weight * (sums.weighted - sign * (weight_label - weight_opposite) * z_label_);
-      along += outcome_.label * z_label_;
-      projection_ = along * (at_.inverse_norm * at_.inverse_norm);
+        dot -= outcome_.weight * (sums.weighted - sign * (weight_label - weight_opposite) * z_label_);
+      dot += outcome_.label * z_label_;
+      projection_ = dot * (at_.inverse_norm * at_.inverse_norm);
     }
     return outcome_.loss.value();
   }
@@ -105,7 +105,7 @@ class OrthoplexLoss {
 
   LossRow<A> row_;
   bool positive_;  // whether the label's vertex is +e_c
-  int label_;      // its coordinate as the sweeps count; none of theirs in another part
+  int label_;      // its coordinate as the sweeps count; none of theirs in another chunk
   A z_label_;
   OrthoplexRow<A> at_;
   A projection_;

@@ -29,8 +29,8 @@ __global__ void __launch_bounds__(kScaleThreads) scale_rows(const ScaleParams<T>
     const int64_t begin = k * p.piece, left = p.total - begin;
     const T* in = p.in + begin;
     T* out = p.out + begin;
-    map_row<kScaleThreads>(in, out, left < p.piece ? left : p.piece, phase(out), phase(in) == phase(out),
-                           [=](int64_t, T x) { return T(A(x) * factor); });
+    map_row<kScaleThreads>(in, out, left < p.piece ? left : p.piece, misalignment(out),
+                           misalignment(in) == misalignment(out), [=](int64_t, T x) { return T(A(x) * factor); });
   }
 }
 

@@ -21,15 +21,15 @@ namespace simplexfix::cuda {
 // Over i < d other than the label: sum of e_i = exp(l_i - largest), and of e_i z_i.
 template <typename A>
 struct SimplexTerms {
-  A rest, along;
+  A sum_exp_others, dot;
 };
 template <typename A>
 __device__ __forceinline__ SimplexTerms<A> combine(const SimplexTerms<A>& a, const SimplexTerms<A>& b) {
-  return {a.rest + b.rest, a.along + b.along};
+  return {a.sum_exp_others + b.sum_exp_others, a.dot + b.dot};
 }
 template <typename A>
 __device__ __forceinline__ SimplexTerms<A> from_lane_xor(const SimplexTerms<A>& v, int mask) {
-  return {from_lane_xor(v.rest, mask), from_lane_xor(v.along, mask)};
+  return {from_lane_xor(v.sum_exp_others, mask), from_lane_xor(v.dot, mask)};
 }
 
 template <typename A>
@@ -48,38 +48,37 @@ class SimplexLoss {
 
   __device__ static Sums no_sums() { return {A(0), A(0), A(-INFINITY), A(0)}; }
 
-  __device__ void gather(Sums* sums, int j, A x) const {
+  __device__ void accumulate(Sums* sums, int j, A x) const {
     sums->sum += x;
     sums->squares += x * x;
     if (j != label_ && x > sums->largest) sums->largest = x;
     if (row_.weighted()) sums->weighted += x * row_.weight[row_.begin + j];
   }
 
-  __device__ void know(const Sums& sums) {
+  __device__ void set_sums(const Sums& sums) {
     logits_ = row_logits(simplex_, row_.options, sums, row_.d, row_.slot(), z_label_);
     shift_ = logits_.shift + logits_.largest;
   }
 
-  __device__ void gather(Terms* terms, int j, A x) const {
+  __device__ void accumulate(Terms* terms, int j, A x) const {
     const A e = j == label_ ? A(0) : std::exp(x * logits_.factor - shift_);  // the label's might overflow
-    terms->rest += e;
-    terms->along += e * x;
+    terms->sum_exp_others += e;
+    terms->dot += e * x;
   }
-  __device__ void close(Terms*) const {}
+  __device__ void finalize(Terms*) const {}
 
-  __device__ A finish(const Sums& sums, const Terms& terms) {
+  __device__ A compute_loss(const Sums& sums, const Terms& terms) {
     const int64_t slot = row_.slot();
     const A weight_label = row_.weight ? row_.weight[slot] : A(1);
     const A weight_last = row_.weight ? row_.weight[row_.d] : A(1);
-    outcome_ = row_outcome(simplex_, row_.options_with_weights(), sums, logits_, row_.d, slot, terms.rest,
+    outcome_ = row_outcome(simplex_, row_.options_with_weights(), sums, logits_, row_.d, slot, terms.sum_exp_others,
                            row_.weighted(), weight_label, weight_last, row_.upstream());
     projection_ = A(0);  // (z . g) / |z|^2, where g already carries the 1 / |z|
     if (row_.options.normalize) {
-      A along = outcome_.exponential * terms.along + outcome_.constant * (sums.sum - z_label_);
-      if (row_.weighted())
-        along -= outcome_.weight * (sums.weighted - (slot < row_.d ? weight_label * z_label_ : A(0)));
-      along += outcome_.label * z_label_;
-      projection_ = along * (logits_.inverse_norm * logits_.inverse_norm);
+      A dot = outcome_.exponential * terms.dot + outcome_.constant * (sums.sum - z_label_);
+      if (row_.weighted()) dot -= outcome_.weight * (sums.weighted - (slot < row_.d ? weight_label * z_label_ : A(0)));
+      dot += outcome_.label * z_label_;
+      projection_ = dot * (logits_.inverse_norm * logits_.inverse_norm);
     }
     return outcome_.loss.value();
   }
@@ -94,7 +93,7 @@ class SimplexLoss {
  private:
   LossRow<A> row_;
   const Constants& simplex_;
-  int label_;  // its element as the sweeps count; none of theirs for the last slot, or in another part
+  int label_;  // its element as the sweeps count; none of theirs for the last slot, or in another chunk
   A z_label_;  // 0 for the last slot
   RowLogits<A> logits_;
   A shift_, projection_;

@@ -2,7 +2,7 @@
 // form: core/simplex.h.
 //
 // Work:    a team does a row at a time: a warp (8 rows a block) for d <= 256, else a block of 256.
-//          Sweep 1 gathers sums, sweep 2 writes.
+//          Sweep 1 accumulates sums, sweep 2 writes.
 // Memory:  forward z, backward the logits' gradient (and z, with normalize) read once from memory and a
 //          second time through L1 or L2; the result written once.  Rows of z and of the logits differ in
 //          length by one and so seldom lie alike towards 16 bytes: mostly single elements, side by side
@@ -31,16 +31,16 @@ struct LogitsParams {
 // Sums over a row z and over a gradient g on its first d logits.
 template <typename A>
 struct LogitsSums {
-  A z, squares, g, along;  // sum of z, z^2, g, z g
+  A z, squares, g, dot;  // sum of z, z^2, g, z g
 };
 template <typename A>
 __device__ __forceinline__ LogitsSums<A> combine(const LogitsSums<A>& a, const LogitsSums<A>& b) {
-  return {a.z + b.z, a.squares + b.squares, a.g + b.g, a.along + b.along};
+  return {a.z + b.z, a.squares + b.squares, a.g + b.g, a.dot + b.dot};
 }
 template <typename A>
 __device__ __forceinline__ LogitsSums<A> from_lane_xor(const LogitsSums<A>& v, int mask) {
   return {from_lane_xor(v.z, mask), from_lane_xor(v.squares, mask), from_lane_xor(v.g, mask),
-          from_lane_xor(v.along, mask)};
+          from_lane_xor(v.dot, mask)};
 }
 
 template <typename A>
@@ -67,14 +67,14 @@ __global__ void __launch_bounds__(Team<kThreads>::kBlock) simplex_logits(const L
     A factor = p.scale * p.simplex.inverse_r;
     if (p.normalize) factor *= inverse_norm(sums.squares);
     const A shift = factor * p.simplex.m * sums.z;
-    map_row<kThreads>(z, out, p.d, phase(out), phase(z) == phase(out),
+    map_row<kThreads>(z, out, p.d, misalignment(out), misalignment(z) == misalignment(out),
                       [=](int64_t, T x) { return T(A(x) * factor - shift); });
     if (lane == 0) out[p.d] = T(factor * p.simplex.last * sums.z);
-    sync_team<kThreads>();  // the next row's parts overwrite s_sums
+    sync_team<kThreads>();  // the next row's values overwrite s_sums
   }
 }
 
-// dL/dz_j = factor * (g_j - m sum_{i<d} g_i + (a - m) g_d), minus its part along z with normalize.
+// dL/dz_j = factor * (g_j - m sum_{i<d} g_i + (a - m) g_d), minus its projection on z with normalize.
 template <typename T, int kThreads>
 __global__ void __launch_bounds__(Team<kThreads>::kBlock) simplex_logits_backward(const LogitsParams<T> p) {
   using A = accumulate_t<T>;
@@ -94,19 +94,19 @@ __global__ void __launch_bounds__(Team<kThreads>::kBlock) simplex_logits_backwar
         const A x = A(z[j]);
         sums.z += x;
         sums.squares += x * x;
-        sums.along += x * y;
+        sums.dot += x * y;
       }
     }
     sums = reduce_team<kThreads>(sums, s_sums);
     const A inverse = normalize ? inverse_norm(sums.squares) : A(1);
     const A factor = p.scale * p.simplex.inverse_r * inverse;
     const A constant = factor * (p.simplex.last * A(g[p.d]) - p.simplex.m * sums.g);
-    const A projection = (factor * sums.along + constant * sums.z) * inverse * inverse;
-    map_row<kThreads>(g, out, p.d, phase(out), phase(g) == phase(out), [=](int64_t j, T y) {
+    const A projection = (factor * sums.dot + constant * sums.z) * inverse * inverse;
+    map_row<kThreads>(g, out, p.d, misalignment(out), misalignment(g) == misalignment(out), [=](int64_t j, T y) {
       const A plain = A(y) * factor + constant;
       return T(normalize ? plain - A(z[j]) * projection : plain);
     });
-    sync_team<kThreads>();  // the next row's parts overwrite s_sums
+    sync_team<kThreads>();  // the next row's values overwrite s_sums
   }
 }
 

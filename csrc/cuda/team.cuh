@@ -26,7 +26,7 @@ __device__ __forceinline__ float from_lane_xor(float v, int mask) { return __shf
 __device__ __forceinline__ double from_lane_xor(double v, int mask) { return __shfl_xor_sync(kFullWarp, v, mask); }
 
 // The values of a warp's lanes merged, the same for every lane.  S needs combine() and from_lane_xor(); combine()
-// must not mind the order of its two arguments, or the lanes of a butterfly would part.
+// must not mind the order of its two arguments, or the lanes of a butterfly would differ.
 template <typename S>
 __device__ __forceinline__ S reduce_warp(S value) {
   SIMPLEXFIX_UNROLL for (int mask = 16; mask > 0; mask /= 2) value = combine(value, from_lane_xor(value, mask));
@@ -34,15 +34,15 @@ __device__ __forceinline__ S reduce_warp(S value) {
 }
 
 // The values of a team's lanes merged, the same for every lane.
-// s_parts has a place for each warp of a block; nobody may still be reading it from an earlier call.
+// s_partials has a place for each warp of a block; nobody may still be reading it from an earlier call.
 template <int kThreads, typename S>
-__device__ __forceinline__ S reduce_team(S value, S* s_parts) {
+__device__ __forceinline__ S reduce_team(S value, S* s_partials) {
   value = reduce_warp(value);
   if constexpr (kThreads > 32) {
-    if (threadIdx.x % 32 == 0) s_parts[threadIdx.x / 32] = value;
-    sync_team<kThreads>();  // every warp's part is written before any thread reads them all
-    value = s_parts[0];
-    _Pragma("unroll 4") for (int w = 1; w < Team<kThreads>::kWarps; ++w) value = combine(value, s_parts[w]);
+    if (threadIdx.x % 32 == 0) s_partials[threadIdx.x / 32] = value;
+    sync_team<kThreads>();  // every warp has written its value before any thread reads them all
+    value = s_partials[0];
+    _Pragma("unroll 4") for (int w = 1; w < Team<kThreads>::kWarps; ++w) value = combine(value, s_partials[w]);
   }
   return value;
 }
@@ -53,7 +53,7 @@ template <int kThreads, typename T, typename F>
 __device__ __forceinline__ void sweep_vectors(const T* in, int d, F f) {
   constexpr int n = Vector<T>::kSize;
   const int lane = Team<kThreads>::lane(), whole = d / n * n;
-  const bool aligned = phase(in) == 0;
+  const bool aligned = misalignment(in) == 0;
   for (int j = lane * n; j < whole; j += kThreads * n) {
     Vector<T> v;
     if (aligned) {
@@ -68,7 +68,7 @@ __device__ __forceinline__ void sweep_vectors(const T* in, int d, F f) {
 
 // out[j] = f(j, in[j]) for j < d: 16 bytes at a time where in and out lie alike towards a 16-byte
 // boundary, with up to Vector::kSize - 1 single elements before and after; one by one elsewhere.
-// `alike` says whether they do, `start` is the phase then: the caller asks global addresses alone, so
+// `alike` says whether they do, `start` is their misalignment then: the caller asks global addresses alone, so
 // that pointers into shared memory stay shared for the compiler.
 template <int kThreads, typename T, typename Index, typename F>
 __device__ __forceinline__ void map_row(const T* in, T* out, Index d, int start, bool alike, F f) {

@@ -27,7 +27,7 @@ struct RowsParams {
   int64_t depth;               // of the products that the codes will be in
   __nv_bfloat16* code;         // [n, pitch], zeros from d on; or nullptr
   double* norm;                // [n], nan where a number is nan or inf
-  float* room;                 // [n]
+  float* error_bound;          // [n]
   float* unit;                 // [n, d] normalised: queries only
   unsigned long long* broken;  // the gallery's rows that hold nan or inf: queries set it to 0
 };
@@ -54,8 +54,8 @@ __global__ void __launch_bounds__(kRowThreads, 4) prepare_rows(const RowsParams 
     for (int64_t j = lane; j < columns; j += kPartials) {
       const float y = j < p.d ? unit_number(x[j], norm) : 0.f;
       const auto code = __nv_bfloat16(y);
-      const double rest = double(y) - double(float(code));
-      residual += rest * rest;
+      const double difference = double(y) - double(float(code));
+      residual += difference * difference;
       if (!writes) continue;
       if (p.code) p.code[row * p.pitch + j] = code;
       if constexpr (kQueries)
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kRowThreads, 4) prepare_rows(const RowsParams 
     residual = std::sqrt(total_of_partials(residual));
     if (!writes || lane != 0) continue;
     p.norm[row] = norm;
-    p.room[row] = kQueries ? query_room(residual, p.depth) : gallery_room(residual);
+    p.error_bound[row] = kQueries ? query_error_bound(residual, p.depth) : gallery_error_bound(residual);
     if constexpr (!kQueries)
       if (!finite) atomicAdd(p.broken, 1ull);
   }

@@ -4,7 +4,7 @@
 // finish_topk:  scores, sorts and writes, a block to a query.  Rows come from the query's list, or, where there
 //               was no first pass or more rows passed than a list holds, are all rows of the gallery:
 //               slower, and exact all the same.  Then the list is the memory for the best so far and the
-//               newcomers, of which k are kept whenever it is full.
+//               newcomers, of which the best k stay whenever it is full.
 //
 // Memory:  finish_topk reads 4 d bytes for each row that it scores; lists are sorted in place (L2).
 // Numerics: core/cosine_score.h: a score has the same bits as on the CPU.
@@ -115,11 +115,11 @@ __global__ void __launch_bounds__(kThreads, 3) finish_topk(const FinishParams p)
     const bool refused = *p.broken > 0 || std::isnan(p.query_norm[query]);
     const bool listed = p.found && int64_t(p.found[query]) <= p.capacity;
     const int64_t total = refused ? 0 : listed ? int64_t(p.found[query]) : p.n;
-    int64_t kept = 0;
+    int64_t best_count = 0;
     Candidate worst{-INFINITY, INT64_MAX};  // what does not rank before it is not among the best
     for (int64_t begin = 0; begin < total;) {
-      const int64_t rows = total - begin < p.capacity - kept ? total - begin : p.capacity - kept;
-      if (thread == 0) s_count = (unsigned long long)(kept);
+      const int64_t rows = total - begin < p.capacity - best_count ? total - begin : p.capacity - best_count;
+      if (thread == 0) s_count = (unsigned long long)(best_count);
       sync_team<kThreads>();
       for (int64_t first = thread / 32 * (32 / kPartials); first < rows; first += kThreads / kPartials) {
         const int64_t own = first + thread % 32 / kPartials, at = own < rows ? own : rows - 1;
@@ -139,12 +139,12 @@ __global__ void __launch_bounds__(kThreads, 3) finish_topk(const FinishParams p)
       sync_team<kThreads>();  // all have pushed
       const int64_t count = listed ? rows : int64_t(s_count);
       sort_candidates<kThreads>(list, count);
-      kept = count < p.k ? count : p.k;
-      if (kept == p.k) worst = list[p.k - 1];
+      best_count = count < p.k ? count : p.k;
+      if (best_count == p.k) worst = list[p.k - 1];
       begin += rows;
     }
     for (int64_t i = thread; i < p.k; i += kThreads) {
-      const bool there = i < kept;
+      const bool there = i < best_count;
       p.scores[query * p.k + i] = refused ? NAN : there ? list[i].score : -INFINITY;
       p.ids[query * p.k + i] = there ? list[i].id : -1;
     }

@@ -6,10 +6,10 @@
 // by k rows for certain; neighbours in the gallery, which are often of one class, lie in different
 // buckets.  Sweep 2 lists every row that may reach the cutoff.  A list that is full goes on counting.
 //
-// Work:    a block of 128 does a tile of 64 queries with a stretch of the gallery at a time: every
-//          stretches-th tile of 64 rows, 64 buckets.  A warp has 32 x 32 products in its registers; panels
+// Work:    a block of 128 does a tile of 64 queries with a split of the gallery at a time: every
+//          splits-th tile of 64 rows, 64 buckets.  A warp has 32 x 32 products in its registers; panels
 //          of 32 columns come by cp.async, the next one while this one is multiplied.
-// Memory:  (queries / 64) times the gallery's codes, twice, mostly from L2: blocks of one stretch follow
+// Memory:  (queries / 64) times the gallery's codes, twice, mostly from L2: blocks of one split follow
 //          each other.  Shared: 20 KiB.
 // Numerics: core/cosine_score.h: nothing that the bits of these products decide is lost.
 // Determinism: the lists' order depends on timing, what is in them on the sums' rounding alone.
@@ -26,10 +26,10 @@ constexpr int kTileThreads = 128;
 
 struct TilesParams {
   const __nv_bfloat16 *query_code, *row_code;  // [queries, pitch], [n, pitch], 16-byte aligned
-  const float *query_room, *row_room;
+  const float *query_error_bound, *row_error_bound;
   int64_t queries, n, pitch;
-  int64_t stretches;  // at most the number of tiles of rows
-  float* best;        // sweep 1: [queries, stretches * kTile], -inf where a bucket is empty
+  int64_t splits;  // at most the number of tiles of rows
+  float* best;     // sweep 1: [queries, splits * kTile], -inf where a bucket is empty
   const float* cutoff;
   unsigned long long* found;  // [queries] rows that may reach the cutoff
   Candidate* list;            // [queries, capacity], the ids of the first of them
@@ -81,8 +81,8 @@ __global__ void __launch_bounds__(kTileThreads, 4) sweep_tiles(const TilesParams
   SIMPLEXFIX_SHARED(s_panels, TilePanels[2]);
   const int64_t query_tiles = (p.queries + kTile - 1) / kTile, row_tiles = (p.n + kTile - 1) / kTile;
   const int64_t panels = (p.pitch + kTileDepth - 1) / kTileDepth;
-  for (int64_t work = blockIdx.x; work < query_tiles * p.stretches; work += gridDim.x) {
-    const int64_t query0 = work % query_tiles * kTile, stretch = work / query_tiles;
+  for (int64_t work = blockIdx.x; work < query_tiles * p.splits; work += gridDim.x) {
+    const int64_t query0 = work % query_tiles * kTile, split = work / query_tiles;
     const auto load = [&](int64_t tile, int64_t panel, int into) {
       if (tile < row_tiles) {
         copy_panel(s_panels[into].query, p.query_code, query0, p.queries, panel * kTileDepth, p.pitch);
@@ -90,19 +90,19 @@ __global__ void __launch_bounds__(kTileThreads, 4) sweep_tiles(const TilesParams
       }
       commit_copies();
     };
-    float least[4], best[8][4];  // what a product and its row's room must reach; the best product less its row's room
+    float least[4], best[8][4];  // the least product + row bound that passes; the best product - row bound
     SIMPLEXFIX_UNROLL for (int i = 0; i < 4; ++i) {
       const int64_t query = query0 + WarpTile::query(i / 2 * 4, i % 2 * 2);
-      least[i] = kLists && query < p.queries ? p.cutoff[query] - p.query_room[query] : INFINITY;
+      least[i] = kLists && query < p.queries ? p.cutoff[query] - p.query_error_bound[query] : INFINITY;
     }
     SIMPLEXFIX_UNROLL for (int i = 0; i < 32; ++i) best[i / 4][i % 4] = -INFINITY;
-    load(stretch, 0, 0);
+    load(split, 0, 0);
     int now = 0;
-    for (int64_t tile = stretch; tile < row_tiles; tile += p.stretches) {
+    for (int64_t tile = split; tile < row_tiles; tile += p.splits) {
       WarpTile products{};
       for (int64_t panel = 0; panel < panels; ++panel) {
         const bool last = panel + 1 == panels;
-        load(last ? tile + p.stretches : tile, last ? 0 : panel + 1, 1 - now);
+        load(last ? tile + p.splits : tile, last ? 0 : panel + 1, 1 - now);
         wait_for_copies<1>();
         sync_team<kTileThreads>();  // every thread's copies of this panel are there
         products.add(s_panels[now]);
@@ -112,17 +112,17 @@ __global__ void __launch_bounds__(kTileThreads, 4) sweep_tiles(const TilesParams
       SIMPLEXFIX_UNROLL for (int i = 0; i < 8; ++i) {  // a row's products side by side
         const int64_t row = tile * kTile + WarpTile::row(i / 2, i % 2);
         if (row >= p.n) continue;
-        const float row_room = p.row_room[row];
+        const float row_error_bound = p.row_error_bound[row];
         SIMPLEXFIX_UNROLL for (int j = 0; j < 4; ++j) {
           const int f = i / 2 + j / 2 * 4, e = i % 2 + j % 2 * 2;
           const float product = products.sums[f][e];
           if constexpr (kLists) {
-            if (!(product + row_room >= least[j])) continue;
+            if (!(product + row_error_bound >= least[j])) continue;
             const int64_t query = query0 + WarpTile::query(f, e);
             const auto place = int64_t(atomicAdd(p.found + query, 1ull));
             if (place < p.capacity) p.list[query * p.capacity + place].id = row;
           } else {
-            best[f][e] = product - row_room > best[f][e] ? product - row_room : best[f][e];
+            best[f][e] = product - row_error_bound > best[f][e] ? product - row_error_bound : best[f][e];
           }
         }
       }
@@ -130,8 +130,8 @@ __global__ void __launch_bounds__(kTileThreads, 4) sweep_tiles(const TilesParams
     if constexpr (!kLists) {
       SIMPLEXFIX_UNROLL for (int i = 0; i < 32; ++i) {
         const int f = i / 4, e = i % 4;
-        const int64_t query = query0 + WarpTile::query(f, e), bucket = stretch * kTile + WarpTile::row(f, e);
-        if (query < p.queries) p.best[query * p.stretches * kTile + bucket] = best[f][e] - p.query_room[query];
+        const int64_t query = query0 + WarpTile::query(f, e), bucket = split * kTile + WarpTile::row(f, e);
+        if (query < p.queries) p.best[query * p.splits * kTile + bucket] = best[f][e] - p.query_error_bound[query];
       }
     }
   }

@@ -31,7 +31,7 @@ class BufferPool {
       for (auto block = free_.rbegin(); block != free_.rend(); ++block)  // the last one left is the warmest
         if (block->size >= wanted && block->size / 2 < wanted) {
           void* found = block->memory;
-          kept_ -= block->size;
+          free_bytes_ -= block->size;
           free_.erase(std::next(block).base());
           return static_cast<char*>(found) + kHeader;
         }
@@ -50,15 +50,15 @@ class BufferPool {
   void give_back(void* numbers) noexcept {
     void* memory = static_cast<char*>(numbers) - kHeader;
     const size_t size = *static_cast<size_t*>(memory);
-    if (size < kWorthKeeping || size > kKeptBytes) return std::free(memory);
+    if (size < kWorthKeeping || size > kMostBytes) return std::free(memory);
     const std::lock_guard lock(cpu::fork_mutex());
-    while (kept_ + size > kKeptBytes || free_.size() == kMostBlocks) {
-      kept_ -= free_.front().size;
+    while (free_bytes_ + size > kMostBytes || free_.size() == kMostBlocks) {
+      free_bytes_ -= free_.front().size;
       std::free(free_.front().memory);
       free_.erase(free_.begin());
     }
     free_.push_back({memory, size});
-    kept_ += size;
+    free_bytes_ += size;
   }
 
  private:
@@ -67,7 +67,7 @@ class BufferPool {
     size_t size;
   };
   std::vector<Block> free_;  // the oldest first; never grows, so that giving back can't fail
-  size_t kept_ = 0;
+  size_t free_bytes_ = 0;
 };
 
 // Never destroyed, since tensors may outlive static objects.  Constructed when the library is loaded, not on first use:

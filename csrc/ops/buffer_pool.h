@@ -7,9 +7,9 @@
 namespace simplexfix {
 
 // An uninitialised CPU tensor, contiguous, aligned to 64 bytes.  Its memory comes from blocks that such
-// tensors have left behind, of which the process keeps at most kKeptBytes, and returns there.
+// tensors have left behind, of which the process keeps at most kMostBytes, and returns there.
 Tensor reusable_empty(const std::vector<int64_t>& shape, ScalarType type);
 
-constexpr size_t kKeptBytes = size_t(256) << 20;
+constexpr size_t kMostBytes = size_t(256) << 20;
 
 }  // namespace simplexfix

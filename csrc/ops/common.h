@@ -39,10 +39,10 @@ namespace simplexfix {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-template <typename... Parts>
-std::string message(const Parts&... parts) {
+template <typename... Words>
+std::string message(const Words&... words) {
   std::ostringstream out;
-  (out << ... << parts);
+  (out << ... << words);
   return out.str();
 }
 
@@ -91,35 +91,34 @@ inline void check_rows(const Tensor& z, const char* name) {
                    " must have between 1 and 2^31 - 2 columns, got ", z.size(1));
 }
 
-// work(begin, end) over all rows of cols numbers each, by torch's threads, or in a forked child by threads of our own,
-// as many.  Every thread begins with a share of its
-// own, the same in every call, whose rows are in its caches then; whoever is done takes from what others have left, for
-// threads of a shared machine are seldom equally fast.
+// Calls work(begin, end) over all rows of cols numbers each, on torch's threads; in a forked child on as many threads
+// of our own.  Each thread starts with its own range of rows, the same in every call, so that they are in its caches.
+// A thread that is done takes chunks of the other ranges, since threads of a shared machine are seldom equally fast.
 template <typename F>
 void for_rows(int64_t rows, int64_t cols, const F& work) {
-  constexpr int64_t kWorth = 16384, kParts = 8;  // numbers that are worth a hand-over; parts of a share
+  constexpr int64_t kWorth = 16384, kChunks = 8;  // numbers that are worth a hand-over; chunks of a range
   const bool forked = cpu::is_forked();
   const int64_t worth = forked ? cpu::kNumbersPerThread : kWorth;
   const int64_t least = std::max<int64_t>(1, worth / std::max<int64_t>(1, cols));
-  const int64_t shares = std::clamp<int64_t>(rows / least, 1, torch::stable::get_num_threads());
-  if (shares == 1) {
+  const int64_t ranges = std::clamp<int64_t>(rows / least, 1, torch::stable::get_num_threads());
+  if (ranges == 1) {
     if (rows > 0) work(0, rows);
     return;
   }
-  const int64_t part = std::max(least, rows / (shares * kParts));
-  const auto start_of = [&](int64_t share) { return share * rows / shares; };
-  const std::unique_ptr<std::atomic<int64_t>[]> next(new std::atomic<int64_t>[size_t(shares)]);
-  for (int64_t share = 0; share < shares; ++share) next[size_t(share)] = start_of(share);
+  const int64_t chunk = std::max(least, rows / (ranges * kChunks));
+  const auto start_of = [&](int64_t range) { return range * rows / ranges; };
+  const std::unique_ptr<std::atomic<int64_t>[]> next(new std::atomic<int64_t>[size_t(ranges)]);
+  for (int64_t range = 0; range < ranges; ++range) next[size_t(range)] = start_of(range);
   const auto run = [&](int64_t own) {
-    for (int64_t s = own; s < own + shares; ++s) {
-      const int64_t share = s % shares, end = start_of(share + 1);
-      for (int64_t at; (at = next[size_t(share)].fetch_add(part)) < end;) work(at, std::min(end, at + part));
+    for (int64_t r = own; r < own + ranges; ++r) {
+      const int64_t range = r % ranges, end = start_of(range + 1);
+      for (int64_t at; (at = next[size_t(range)].fetch_add(chunk)) < end;) work(at, std::min(end, at + chunk));
     }
   };
   if (forked)
-    cpu::parallel(shares, shares, run);
+    cpu::parallel(ranges, ranges, run);
   else
-    torch::stable::parallel_for(0, shares, 1, [&](int64_t own, int64_t) { run(own); });
+    torch::stable::parallel_for(0, ranges, 1, [&](int64_t own, int64_t) { run(own); });
 }
 
 // An operator as it is registered.  Where torch fails within it, most often for want of memory, Python sees torch's own

@@ -21,15 +21,15 @@ constexpr int64_t kQueriesWorthCodes = 24;  // to encode a gallery costs about a
 // Products of a search that is not worth threads of our own, which cost about 50 us each to start, and too short to be
 // interrupted: below a tenth of a second.
 constexpr double kBriefProducts = double(int64_t(1) << 28);
-constexpr int64_t kNumbersAtATime = int64_t(1) << 26;  // to read and write between two looks at the interrupt
+constexpr int64_t kNumbersAtATime = int64_t(1) << 26;  // to read and write between two checks for an interrupt
 
-// work(begin, end) over n rows of d numbers each, by for_rows, and with looks at the interrupt.
+// Calls work(begin, end) over n rows of d numbers each by for_rows, and checks for an interrupt between chunks.
 template <typename Work>
-void in_parts(int64_t n, int64_t d, cpu::Interrupt& interrupt, const Work& work) {
-  const int64_t part = std::max<int64_t>(1, kNumbersAtATime / std::max<int64_t>(1, d));
-  for (int64_t first = 0; first < n; first += part) {
+void in_chunks(int64_t n, int64_t d, cpu::Interrupt& interrupt, const Work& work) {
+  const int64_t chunk = std::max<int64_t>(1, kNumbersAtATime / std::max<int64_t>(1, d));
+  for (int64_t first = 0; first < n; first += chunk) {
     interrupt.check();
-    for_rows(std::min(part, n - first), d, [&](int64_t begin, int64_t end) { work(first + begin, first + end); });
+    for_rows(std::min(chunk, n - first), d, [&](int64_t begin, int64_t end) { work(first + begin, first + end); });
   }
 }
 
@@ -38,7 +38,7 @@ Tensor normalized(const Tensor& rows, const char* name, cpu::Interrupt& interrup
   const int64_t n = rows.size(0), d = rows.size(1), stride = n > 1 ? rows.stride(0) : d;
   const float* in = data<float>(rows);
   std::atomic<int64_t> bad{n};
-  in_parts(n, d, interrupt, [&](int64_t begin, int64_t end) {
+  in_chunks(n, d, interrupt, [&](int64_t begin, int64_t end) {
     const int64_t row = cpu::first_non_finite_row(in, stride, d, begin, end);
     if (row < 0) return;
     int64_t seen = bad.load();
@@ -48,7 +48,7 @@ Tensor normalized(const Tensor& rows, const char* name, cpu::Interrupt& interrup
   SIMPLEXFIX_CHECK(bad == n, name, " row ", bad.load(), " holds nan or inf");
   const Tensor out = torch::stable::new_empty(rows, {n, d});
   float* to = mutable_data<float>(out);
-  in_parts(n, d, interrupt, [&](int64_t begin, int64_t end) {
+  in_chunks(n, d, interrupt, [&](int64_t begin, int64_t end) {
     const cpu::IeeeArithmetic ieee;
     cpu::search_kernels().normalize_rows(in, stride, to, d, begin, end);
   });
@@ -82,7 +82,7 @@ std::tuple<Tensor, Tensor> cosine_topk_cpu(Tensor query, Tensor gallery, int64_t
     codes.emplace(rows.d, cpu::central_row(rows));
     codes->resize(rows.n);
     const int64_t panels = ceil_div(rows.n, cpu::kPanelRows);
-    in_parts(panels, rows.d * cpu::kPanelRows, interrupt, [&](int64_t begin, int64_t end) {
+    in_chunks(panels, rows.d * cpu::kPanelRows, interrupt, [&](int64_t begin, int64_t end) {
       codes->encode(rows, begin * cpu::kPanelRows, std::min(rows.n, end * cpu::kPanelRows));
     });
   }
@@ -100,8 +100,8 @@ std::tuple<Tensor, Tensor> cosine_topk_cpu(Tensor query, Tensor gallery, int64_t
     cpu::parallel(search.tasks(), threads, [&](int64_t task) { search.run(task); }, &interrupt);
   float* const to_scores = mutable_data<float>(scores);
   int64_t* const to_ids = mutable_data<int64_t>(ids);
-  in_parts(queries, k * 16, interrupt,
-           [&](int64_t begin, int64_t end) { search.write(begin, end, to_scores, to_ids); });
+  in_chunks(queries, k * 16, interrupt,
+            [&](int64_t begin, int64_t end) { search.write(begin, end, to_scores, to_ids); });
   return {scores, ids};
 }
 

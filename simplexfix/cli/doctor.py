@@ -16,11 +16,11 @@ _OPTIONAL = ("matplotlib", "rich", "faiss-cpu", "faiss-gpu", "pytest", "pytest-b
 
 
 def run(arguments: argparse.Namespace) -> int:
-    facts = diagnose()
+    found = diagnose()
     if arguments.json:
-        print(json.dumps(facts, indent=1))
+        print(json.dumps(found, indent=1))
         return 0
-    for name, value in facts.items():
+    for name, value in found.items():
         if isinstance(value, dict):
             value = ", ".join(f"{key} {entry or 'not installed'}" for key, entry in value.items())
         print(f"{name:>17}  {value}")
@@ -28,26 +28,26 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def diagnose() -> dict[str, Any]:
-    """Facts in the order a reader wants them; plain JSON values."""
+    """The diagnosis in the order a reader wants it; plain JSON values."""
     info = _native.build_info()
-    facts: dict[str, Any] = {
+    found: dict[str, Any] = {
         "simplexfix": _version("simplexfix"),
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
         "numpy": _version("numpy"),
     }
     if info:
-        facts["library"] = (
+        found["library"] = (
             f"{info['version']}, built by gcc {info['compiler']} with the headers of torch {info['torch_headers']}"
         )
-        facts["instruction set"] = info["cpu_isa"]
+        found["instruction set"] = info["cpu_isa"]
     else:
-        facts["library"] = f"not in use: {_native.missing}"
-        facts["instruction set"] = "none: plain PyTorch"
-    facts["CUDA built for"] = info.get("cuda_archs") or "nothing"
-    facts["CUDA usable"] = _cuda_usable()
-    facts["optional packages"] = {name: _version(name) for name in _OPTIONAL}
-    return facts
+        found["library"] = f"not in use: {_native.missing}"
+        found["instruction set"] = "none: plain PyTorch"
+    found["CUDA built for"] = info.get("cuda_archs") or "nothing"
+    found["CUDA usable"] = _cuda_usable()
+    found["optional packages"] = {name: _version(name) for name in _OPTIONAL}
+    return found
 
 
 def _cuda_usable() -> str:

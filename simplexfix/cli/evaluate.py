@@ -25,7 +25,7 @@ from ..report import EvaluationReport, evaluate
 from ..report.colours import LIGHT, readable, shade
 from ..report.folder import check_replaceable, content_of
 from ..retrieval import PROTOCOLS, RankDiedError, process_group, shard_rows
-from ..retrieval._ranks import Facts, Ranks
+from ..retrieval._ranks import Ranks, ShardInfo
 from ..retrieval.protocols import Hits, read_protocol
 from ._terminal import console, in_flags
 
@@ -74,22 +74,22 @@ def _evaluate_together(arguments: argparse.Namespace, ranks: Ranks) -> None:
             f"{' or '.join(PROTOCOLS)}"
         )
 
-    def read() -> tuple[_Input, Facts]:
+    def read() -> tuple[_Input, ShardInfo]:
         try:
-            return _read(arguments, first=ranks.rank == 0), Facts({}, 0)
+            return _read(arguments, first=ranks.rank == 0), ShardInfo({}, 0)
         except OSError as error:
             raise ValueError(str(error)) from error
 
     given, _ = ranks.agree(read)
     hits = _hits_of_ranks(given.versions, arguments.protocol, ranks)
 
-    def write() -> tuple[None, Facts]:
+    def write() -> tuple[None, ShardInfo]:
         try:
             if ranks.rank == 0:
                 _write(arguments, given, hits)
         except OSError as error:
             raise ValueError(str(error)) from error
-        return None, Facts({}, 0)
+        return None, ShardInfo({}, 0)
 
     ranks.agree(write)
 

@@ -141,7 +141,7 @@ def _scores(result: GateResult) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {100 * score:.2f} %" for name, score in result.scores.items())
 
 
-def _facts(result: GateResult) -> str:
+def _counts(result: GateResult) -> str:
     judged = result.unjudged is not None
     what = "item that is judged relevant" if judged else "other gallery item of their class"
     wrong = "count as wrong" if result.protocol in PROTOCOLS else "score 0"
@@ -154,12 +154,12 @@ def _facts(result: GateResult) -> str:
             f"; {max(result.bit_equal)} queries have a gallery row of the same bits and find themselves, unless "
             "query_ids and gallery_ids say which items are the same"
         )
-    facts = f"{result.queries} queries, {result.gallery} gallery items, {result.protocol.replace('_', ' ')}"
-    return facts + absent + itself
+    counts = f"{result.queries} queries, {result.gallery} gallery items, {result.protocol.replace('_', ' ')}"
+    return counts + absent + itself
 
 
 def _text(result: GateResult) -> str:
-    lines = [_facts(result), _scores(result)]
+    lines = [_counts(result), _scores(result)]
     for outcome in result.outcomes:
         lines.append(
             f"{'pass' if outcome.passed else 'FAIL'}  {printable(outcome.measured)}: {100 * outcome.value:.2f} % "
@@ -184,7 +184,7 @@ def _markdown(result: GateResult) -> str:
             "| --- | --- | ---: | --- | --- | --- |",
             *rows,
             "",
-            f"{_scores(result)}. {_facts(result)}.",
+            f"{_scores(result)}. {_counts(result)}.",
             "",
             "",
         ]

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..training.facts import differences, read_facts
+from ..training.resume import differences, read_run_record
 from ..training.run_config import pretraining_folder
 from ._terminal import criteria_text
 
@@ -19,7 +19,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not files:
         print(f"simplexfix runs: {arguments.folder} holds no runs", file=sys.stderr)
         return 2
-    runs = [_described(file.parent) for file in files]
+    runs = [_summary(file.parent) for file in files]
     if arguments.json:
         print(json.dumps(runs, indent=1))
         return 0
@@ -35,20 +35,20 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _described(folder: Path) -> dict[str, Any]:
+def _summary(folder: Path) -> dict[str, Any]:
     """Of a damaged run its name, and on stderr what is damaged: the others are listed all the same."""
-    described: dict[str, Any] = {"name": folder.resolve().name, "state": "damaged: run.json", "scores": {}}
-    described |= {"config": None, "data": None}
+    summary: dict[str, Any] = {"name": folder.resolve().name, "state": "damaged: run.json", "scores": {}}
+    summary |= {"config": None, "data": None}
     try:
-        facts = read_facts(folder / "run.json")
-        described |= {"state": _progress(folder, facts["config"]), "config": facts["config"], "data": facts["data"]}
+        record = read_run_record(folder / "run.json")
+        summary |= {"state": _progress(folder, record["config"]), "config": record["config"], "data": record["data"]}
         report = folder / "report.json"
         if report.exists():
-            described["state"] = "damaged: report.json"
-            described |= {"scores": _read_scores(report), "state": "done"}
+            summary["state"] = "damaged: report.json"
+            summary |= {"scores": _read_scores(report), "state": "done"}
     except (ValueError, OSError) as error:
         print(f"simplexfix runs: {error}", file=sys.stderr)
-    return described
+    return summary
 
 
 def _read_scores(report: Path) -> dict[str, Any]:

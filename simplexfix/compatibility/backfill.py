@@ -25,7 +25,7 @@ class BackfillCurve:
     """What `backfill_curve` found.  All arrays are read-only.
 
     Attributes:
-        shares: [S] float64, of the gallery's rows by the new model: 0, ..., 1.
+        fractions: [S] float64, of the gallery's rows by the new model: 0, ..., 1.
         scores: [S] float64, M at each.
         hits: [S, Q] bool, which queries were right, or float64, what each scored; None where the protocol has only a
             score.
@@ -36,7 +36,7 @@ class BackfillCurve:
         absent: how many of them have no relevant item in the gallery but themselves; they count as wrong, or score 0.
     """
 
-    shares: NDArray[np.float64]
+    fractions: NDArray[np.float64]
     scores: NDArray[np.float64]
     hits: Hits | None
     order: NDArray[np.int64]
@@ -47,8 +47,8 @@ class BackfillCurve:
 
     @property
     def area(self) -> float:
-        """The integral of M over the share, by trapezoids: the mean score of a backfill at constant speed."""
-        return float(np.diff(self.shares) @ (self.scores[1:] + self.scores[:-1]) / 2)
+        """The integral of M over the fraction, by trapezoids: the mean score of a backfill at constant speed."""
+        return float(np.diff(self.fractions) @ (self.scores[1:] + self.scores[:-1]) / 2)
 
     @property
     def above_line(self) -> float:
@@ -63,7 +63,7 @@ class BackfillCurve:
             "gallery": len(self.order),
             "queries": self.queries,
             "queries_of_classes_not_in_gallery": self.absent,
-            "shares": self.shares.tolist(),
+            "fractions": self.fractions.tolist(),
             "scores": self.scores.tolist(),
             "area": self.area,
             "above_line": self.above_line,
@@ -83,7 +83,7 @@ def backfill_curve(
     """The score of the new model's queries while the gallery is re-extracted, row by row, until all of it is new.
 
         for t in range(steps + 1):
-            replaced = order[: t * N // steps]                      # shares[t] = len(replaced) / N
+            replaced = order[: t * N // steps]                      # fractions[t] = len(replaced) / N
             gallery = old.gallery.clone();  gallery[replaced] = new.gallery[replaced]
             scores[t] = protocol.score(items.version(new.query, gallery))
 
@@ -137,7 +137,7 @@ def backfill_curve(
             hits.append(found)
             scores.append(float(found.mean()))
     curve = BackfillCurve(
-        shares=np.array(replaced) / count,
+        fractions=np.array(replaced) / count,
         scores=np.array(scores),
         hits=np.stack(hits) if hits else None,  # type: ignore[arg-type]  # of one dtype
         order=items.gallery_rows[rows],
@@ -146,7 +146,7 @@ def backfill_curve(
         queries=len(items.query_rows),
         absent=int((items.num_relevant == 0).sum()),
     )
-    for array in (curve.shares, curve.scores, curve.hits, curve.order):
+    for array in (curve.fractions, curve.scores, curve.hits, curve.order):
         if array is not None:
             array.flags.writeable = False
     return curve

@@ -45,7 +45,7 @@ class CompatibilityTable(NamedTuple):
 
 
 def average_compatibility(matrix: ArrayLike, *, ties: str = "incompatible") -> float:
-    """AC: the share of upgrades that satisfy the empirical compatibility criterion.
+    """AC: the fraction of upgrades that satisfy the empirical compatibility criterion.
 
         AC = 2 / (T (T - 1)) * #{ i > j : C[i, j] > C[j, j] }
 
@@ -126,7 +126,7 @@ def forward_compatibility(matrix: ArrayLike) -> float:
 
 
 def negative_flip_rate(before: ArrayLike | torch.Tensor, after: ArrayLike | torch.Tensor) -> float:
-    """NFR: the share of queries that the upgrade breaks.
+    """NFR: the fraction of queries that the upgrade breaks.
 
         NFR = mean( before & ~after )           of scores in [0, 1]: mean( after < before )
 
@@ -147,7 +147,7 @@ def negative_flip_rate(before: ArrayLike | torch.Tensor, after: ArrayLike | torc
 
 
 def positive_flip_rate(before: ArrayLike | torch.Tensor, after: ArrayLike | torch.Tensor) -> float:
-    """The share of queries that the upgrade mends: `mean( ~before & after )`, of scores `mean( after > before )`.
+    """The fraction of queries that the upgrade mends: `mean( ~before & after )`, of scores `mean( after > before )`.
 
     Arguments and errors as of `negative_flip_rate`; of hits, this minus that is the gain in accuracy.
     """

@@ -41,7 +41,7 @@ class Rule:
     """One condition on an upgrade.
 
         ecc         M(new queries, old gallery) - M(old queries, old gallery) > limit        limit 0 unless given
-        max_nfr     share of queries right by (old queries, old gallery), wrong by (new queries, `gallery`) <= limit
+        max_nfr     fraction of queries right by (old queries, old gallery), wrong by (new queries, `gallery`) <= limit
         max_tax     M(unconstrained queries and gallery) - M(new queries and gallery) <= limit
         min_recall  M(new queries, `gallery`) >= limit
 
@@ -49,7 +49,7 @@ class Rule:
 
     Args:
         kind: one of these four.
-        limit: a share, in [-1, 1].
+        limit: a fraction, in [-1, 1].
         confidence: None: the measured value is compared with the limit.  Else the worse end of its two-sided interval
             is, and `ecc` with a limit of 0 or more asks besides that an exact paired test gives p <= 1 - confidence,
             which very few queries cannot: McNemar's of right and wrong queries, `randomization_test` of scores.
@@ -76,7 +76,7 @@ class Rule:
         if isinstance(self.limit, bool):
             raise TypeError(f"limit must be a number, got {self.limit}")
         if not -1 <= self.limit <= 1:  # type: ignore[operator]
-            raise ValueError(f"limit is a share and must lie in [-1, 1], got {self.limit}")
+            raise ValueError(f"limit is a fraction and must lie in [-1, 1], got {self.limit}")
         if self.confidence is not None:
             check_confidence(self.confidence)
         allowed = KINDS[self.kind][2]
@@ -333,5 +333,5 @@ def _members(rule: Rule, groups: NDArray[np.str_]) -> list[tuple[str | None, NDA
     return [(name, groups == name) for name in names]
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.2f} %"
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.2f} %"

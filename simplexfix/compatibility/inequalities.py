@@ -15,7 +15,7 @@ __all__ = ["Violations", "inequality_violations"]
 
 # A tile of 256 x 4096 float32 differences is 4 MB, and stays in the last level of cache between its passes.
 TILE_ROWS, TILE_COLUMNS = 256, 4096
-SAMPLE = 5_000, 20_000  # queries and gallery items that a report looks at: seconds, for shares that err by 0.01 or so
+SAMPLE = 5_000, 20_000  # queries and gallery items of a report: seconds, for fractions that err by 0.01 or so
 
 
 @dataclass(frozen=True)
@@ -29,18 +29,18 @@ class Violations:
 
     @property
     def same(self) -> float:
-        """The share of same-class pairs that break (1); nan where there is none."""
+        """The fraction of same-class pairs that break (1); nan where there is none."""
         return self.same_violations / self.same_pairs if self.same_pairs else math.nan
 
     @property
     def other(self) -> float:
-        """The share of other-class pairs that break (2); nan where there is none."""
+        """The fraction of other-class pairs that break (2); nan where there is none."""
         return self.other_violations / self.other_pairs if self.other_pairs else math.nan
 
     def as_dict(self) -> dict[str, Any]:
         """None for nan."""
-        shares = {"same": self.same, "other": self.other}
-        return {**asdict(self), **{name: None if math.isnan(share) else share for name, share in shares.items()}}
+        rates = {"same": self.same, "other": self.other}
+        return {**asdict(self), **{name: None if math.isnan(rate) else rate for name, rate in rates.items()}}
 
 
 def inequality_violations(old: VersionFeatures, new: VersionFeatures) -> Violations:

@@ -5,10 +5,10 @@ right ones *is* a binomial draw, and counting gains and losses of an upgrade a m
 O(1) and not O(Q), with exactly the distribution of the bootstrap.  Queries whose scores are numbers in [0, 1], as those
 of nDCG, are drawn one by one.
 
-Intervals are percentile intervals: a share of hits is its own binomial maximum-likelihood estimate, without bias, its
-interval stays in [0, 1], and BCa's two corrections are differences of lattice points here, undefined where all queries
-agree.  Where they do all agree, a bootstrap knows no other outcome and its interval has no width: `exact_interval` and
-`mcnemar_test` hold for any number of queries.
+Intervals are percentile intervals: a fraction of hits is its own binomial maximum-likelihood estimate, without bias,
+its interval stays in [0, 1], and BCa's two corrections are differences of lattice points here, undefined where all
+queries agree.  Where they do all agree, a bootstrap knows no other outcome and its interval has no width:
+`exact_interval` and `mcnemar_test` hold for any number of queries.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def bootstrap_interval(
     resamples: int = 10_000,
     generator: np.random.Generator | None = None,
 ) -> Interval:
-    """The percentile interval of a share of hits, or of a mean score.
+    """The percentile interval of a fraction of hits, or of a mean score.
 
         resampled = [ mean(hits[generator.integers(Q, size=Q)]) for _ in range(resamples) ]
         interval = quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])
@@ -106,8 +106,8 @@ def bootstrap_gain(
     if old.dtype != np.bool_:
         return percentiles(_resampled_means(np.subtract(new, old), resamples, numbers), confidence)
     gains, losses, queries = flips(old, new)
-    shares = np.array([gains, losses, queries - gains - losses]) / queries
-    drawn = numbers.multinomial(queries, shares, size=resamples)
+    probabilities = np.array([gains, losses, queries - gains - losses]) / queries
+    drawn = numbers.multinomial(queries, probabilities, size=resamples)
     return percentiles((drawn[:, 0] - drawn[:, 1]) / queries, confidence)
 
 
@@ -166,7 +166,7 @@ def randomization_test(
     """The paired randomization test of a difference of means: might before and after be exchanged, query by query?
 
         d = after - before
-        p_value = share of sign patterns s in {-1, 1}^Q with |sum_q s_q d_q| >= |sum_q d_q|
+        p_value = fraction of sign patterns s in {-1, 1}^Q with |sum_q s_q d_q| >= |sum_q d_q|
 
     Over all patterns where at most 13 queries change their score; else over `resamples` drawn ones, with
     (1 + count) / (1 + resamples), which rejects a true hypothesis no more often than it says.  Of 0/1 scores it is
@@ -226,7 +226,7 @@ def mcnemar_tests(hits: Sequence[Sequence[Hits]]) -> NDArray[np.float64]:
 
 
 def exact_interval(successes: int, trials: int, *, confidence: float = 0.95) -> Interval:
-    """The interval of a share by Clopper and Pearson, which covers the true one at least as often as it says.
+    """The interval of a fraction by Clopper and Pearson, which covers the true one at least as often as it says.
 
         low:  the p with P(X >= successes) = (1 - confidence) / 2       0 where successes = 0
         high: the p with P(X <= successes) = (1 - confidence) / 2       1 where successes = trials
@@ -274,8 +274,8 @@ def _at_most(k: int, n: int, p: float) -> float:
     if k > n * p:  # the other tail is the smaller one: fewer terms, and no cancellation in it
         return 1.0 - _at_most(n - k - 1, n, 1 - p)
     # from the largest term down, each from the one before, until they no longer count
-    ways = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
-    term = math.exp(ways + k * math.log(p) + (n - k) * math.log1p(-p))
+    log_binomial = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+    term = math.exp(log_binomial + k * math.log(p) + (n - k) * math.log1p(-p))
     total, odds = 0.0, (1 - p) / p
     while term > total * 2.0**-60:
         total += term

@@ -164,7 +164,7 @@ class Calibration:
     Attributes:
         scores: [points] float64, ascending.
         probabilities: [points] float64, never descending.
-        prior: the share of genuine pairs that they are for.
+        prior: the fraction of genuine pairs that they are for.
     """
 
     scores: NDArray[np.float64]
@@ -192,8 +192,8 @@ def calibrate_scores(results: VerificationResults, *, prior: float | None = None
 
     Args:
         results: of `VerificationResults.compare`, of pairs that the models were not trained on.
-        prior: the share of genuine pairs where the probabilities are to hold, in (0, 1): weights make it so.  None: as
-            in `results`, where all pairs with a gallery are impostors but a few.
+        prior: the fraction of genuine pairs where the probabilities are to hold, in (0, 1): weights make it so.  None:
+            as in `results`, where all pairs with a gallery are impostors but a few.
 
     Raises:
         TypeError, ValueError: a prior outside of (0, 1), or no pair of one of the two kinds.
@@ -208,7 +208,7 @@ def calibrate_scores(results: VerificationResults, *, prior: float | None = None
         prior = results.num_genuine / pairs
     check_number("prior", prior)
     if not 0 < prior < 1:
-        raise ValueError(f"prior is a share of genuine pairs and must lie in (0, 1), got {prior}")
+        raise ValueError(f"prior is a fraction of genuine pairs and must lie in (0, 1), got {prior}")
     from sklearn.isotonic import IsotonicRegression  # an extra
 
     used = np.flatnonzero(results.genuine + results.impostor)

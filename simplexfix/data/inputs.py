@@ -24,7 +24,7 @@ class Vectors:
     def __call__(self, rows: Tensor) -> Tensor:
         """Floating [B, width] -> float32 [B, width]."""
         if not rows.is_floating_point() or rows.shape[1:] != (self.width,):
-            raise ValueError(f"rows must be floating [B, {self.width}], got {_described(rows)}")
+            raise ValueError(f"rows must be floating [B, {self.width}], got {_describe(rows)}")
         return rows.float()
 
 
@@ -41,7 +41,7 @@ class Drawings:
     def __call__(self, images: Tensor) -> Tensor:
         """[B, side, side] -> float32 [B, 1, side, side]."""
         if images.shape[1:] != (self.side, self.side):
-            raise ValueError(f"images must be [B, {self.side}, {self.side}], got {_described(images)}")
+            raise ValueError(f"images must be [B, {self.side}, {self.side}], got {_describe(images)}")
         return images.float().unsqueeze(1)
 
 
@@ -60,12 +60,12 @@ class Photographs:
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 [B, C, side, side] -> float32 [B, C, side, side]."""
         if images.shape[2:] != (self.side, self.side):
-            raise ValueError(f"images must be uint8 [B, C, {self.side}, {self.side}], got {_described(images)}")
+            raise ValueError(f"images must be uint8 [B, C, {self.side}, {self.side}], got {_describe(images)}")
         return self.normalize(images)
 
 
 Preprocessing = Drawings | Normalize | Photographs | Vectors
 
 
-def _described(tensor: Tensor) -> str:
+def _describe(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

@@ -46,8 +46,10 @@ def read_features(name: str, values: Rows) -> Tensor | NDArray[Any]:
     if isinstance(array, Tensor):
         check_features(name, array)
     else:
-        if np.ma.isMaskedArray(array):
-            raise TypeError(f"{name} must have no masked numbers; pass those rows that count")
+        if isinstance(array, np.ma.MaskedArray):
+            if np.ma.is_masked(array):
+                raise TypeError(f"{name} must have no masked numbers; pass those rows that count")
+            array = array.data
         if array.dtype.kind == "O":
             array = _stacked(name, array)
         _check_floating(name, array)
@@ -157,7 +159,7 @@ def read_column(name: str, values: Ids, why: str) -> NDArray[Any]:
             remedy = f"np.char.decode({name}, encoding) makes text of another encoding"
             raise ValueError(f"{name} must be names in UTF-8, got other bytes: {error}; {remedy}") from None
     if array.dtype.kind not in "iuU":
-        raise TypeError(f"{name} must be integers, got {_described(array)}; {why}; {_label_remedy(name, array)}")
+        raise TypeError(f"{name} must be integers, got {_describe(array)}; {why}; {_label_remedy(name, array)}")
     if array.ndim != 1:
         remedy = f"; pass {name}.ravel()" if array.size == max(array.shape, default=0) and array.ndim else ""
         raise ValueError(
@@ -211,6 +213,8 @@ def _as_array(name: str, values: Any, expected: str | None) -> Tensor | NDArray[
     if hasattr(values, "to_numpy"):  # pandas, polars
         found: NDArray[Any] = np.asarray(values.to_numpy())
         return found
+    if hasattr(values, "__array__"):  # JAX
+        return np.asarray(values)
     if expected is not None:
         kind = type(values).__name__
         raise TypeError(f"{name} must be {expected}, got {kind}; np.asarray({name}, dtype=np.float32) makes one")
@@ -319,11 +323,11 @@ def _check_floating(name: str, array: NDArray[Any]) -> None:
     kind = array.dtype.kind
     if kind == "V" and array.dtype.names is None and array.dtype.name.startswith("void"):
         remedy = "save them with .astype(np.float32), or in a .safetensors file"
-        raise TypeError(f"{name} must be float32, float64 or float16, got {_described(array)}: {remedy}")
+        raise TypeError(f"{name} must be float32, float64 or float16, got {_describe(array)}: {remedy}")
     remedy = f"; pass {name}.astype(np.float32)" if kind in "iubfV" else ""
     if array.dtype.names:
         remedy = f"; pass one field, such as {name}[{array.dtype.names[0]!r}]"
-    raise TypeError(f"{name} must be float32, float64 or float16, got {_described(array)}{remedy}")
+    raise TypeError(f"{name} must be float32, float64 or float16, got {_describe(array)}{remedy}")
 
 
 def _plain(name: str, array: NDArray[Any]) -> NDArray[Any]:
@@ -348,7 +352,7 @@ def _plain(name: str, array: NDArray[Any]) -> NDArray[Any]:
     )
 
 
-def _described(array: NDArray[Any]) -> str:
+def _describe(array: NDArray[Any]) -> str:
     if array.dtype.names:
         return f"a structured array with fields {_listed(array.dtype.names)}"
     if array.dtype.name.startswith("void"):

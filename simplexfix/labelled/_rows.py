@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ._columns import Rows, read_features
 
-__all__ = ["FeatureRows", "row_slices", "row_squares", "unit_rows"]
+__all__ = ["FeatureRows", "row_slices", "row_squares", "to_float32", "unit_rows"]
 
 _Float = TypeVar("_Float", bound=np.floating)
 SLICE_BYTES = 64 << 20  # of float64, of `row_slices`
@@ -107,11 +107,7 @@ class FeatureRows:
             ValueError: a row holds nan or inf, or a number past float32's range, by its number.
         """
         source = self._source(begin, end)
-        if isinstance(source, Tensor):
-            block = source.detach().resolve_neg().float().cpu().contiguous().numpy()
-        else:
-            with np.errstate(over="ignore"):  # becomes inf, and is refused with its row
-                block = np.ascontiguousarray(source, dtype=np.float32)
+        block = to_float32(source)
         with np.errstate(over="ignore", invalid="ignore"):
             suspects = np.flatnonzero(~np.isfinite(row_squares(block)))  # a finite row's may overflow too
         for row in suspects:
@@ -216,6 +212,15 @@ class FeatureRows:
     def _given(self, row: int) -> int:
         """The number of a row among those that the caller gave."""
         return row if self.at is None else int(self.at[row])
+
+
+def to_float32(rows: Tensor | NDArray[Any]) -> NDArray[np.float32]:
+    """Dense float32 on the host, a view of rows that are that already; a number past float32's range becomes inf."""
+    if isinstance(rows, Tensor):
+        numbers: NDArray[np.float32] = rows.detach().resolve_neg().float().cpu().contiguous().numpy()
+        return numbers
+    with np.errstate(over="ignore"):
+        return np.ascontiguousarray(rows, dtype=np.float32)
 
 
 def row_slices(count: int, width: int) -> Iterator[slice]:

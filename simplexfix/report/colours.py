@@ -46,9 +46,9 @@ DARK = Theme(
 )
 
 
-def shade(theme: Theme, share: float) -> str:
+def shade(theme: Theme, fraction: float) -> str:
     """The scale's colour at a place in [0, 1]."""
-    at = min(max(share, 0.0), 1.0) * (len(theme.scale) - 1)
+    at = min(max(fraction, 0.0), 1.0) * (len(theme.scale) - 1)
     low = min(int(at), len(theme.scale) - 2)
     pairs = zip(_channels(theme.scale[low]), _channels(theme.scale[low + 1]), strict=True)
     return "#" + "".join(f"{round(a + (b - a) * (at - low)):02x}" for a, b in pairs)

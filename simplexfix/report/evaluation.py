@@ -135,7 +135,7 @@ class Upgrade:
         gain: after - before.
         low, high: the gain's interval, a paired bootstrap over the queries.
         gains, losses: queries that the upgrade mends, and breaks; whose score it raises, and lowers.
-        negative_flip_rate, positive_flip_rate: losses and gains as shares of all queries.
+        negative_flip_rate, positive_flip_rate: losses and gains as fractions of all queries.
         p_value: of McNemar's exact test on gains and losses; of the randomization test where queries have scores.
     """
 

@@ -61,7 +61,7 @@ def draw(report: EvaluationReport, sheet: Sequence[Shown]) -> dict[str, Drawn]:
         words = f"Queries that each upgrade {verbs} on the gallery of the version before, in percent."
         figures["flips.svg"] = _both(lambda theme: _flips(report, theme), words)
     if report.backfill:
-        words = "Score against the share of the gallery that the newest version has extracted again, for each order."
+        words = "Score against the fraction of the gallery that the newest version has extracted again, for each order."
         figures["backfill.svg"] = _both(lambda theme: _backfill(report, theme), words)
     if report.pairs is not None:
         words = "True-accept rate against false-accept rate of pairs, before the upgrade and after it."
@@ -231,7 +231,7 @@ def _backfill(report: EvaluationReport, theme: Theme) -> Figure:
         colour, line = styles[curve.order_name]
         label = f"{ORDER_WORDS[curve.order_name]}: {100 * curve.area:.1f}"
         axes.plot(
-            100 * curve.shares,
+            100 * curve.fractions,
             100 * curve.scores,
             line,
             color=colour,
@@ -246,7 +246,7 @@ def _backfill(report: EvaluationReport, theme: Theme) -> Figure:
     axes.set_xlim(-1, 101)
     axes.set_xlabel("percent of the gallery extracted again")
     axes.set_ylabel("score in percent")
-    legend = axes.legend(frameon=False, labelcolor=theme.ink, title="mean over the way, percent", alignment="left")
+    legend = axes.legend(frameon=False, labelcolor=theme.ink, title="mean over the backfill, percent", alignment="left")
     legend.get_title().set_color(theme.muted)
     return figure
 

@@ -101,13 +101,15 @@ class _Cell(NamedTuple):
 
 
 def _heat_map(report: EvaluationReport, low: float, high: float) -> list[list[_Cell]]:
-    shares = (report.matrix - low) / (high - low) if high > low else np.full(report.matrix.shape, 0.5)
-    return [[_heat_cell(report, i, j, shares[i, j]) for j in range(i + 1)] for i in range(len(report.matrix))]
+    fractions = (report.matrix - low) / (high - low) if high > low else np.full(report.matrix.shape, 0.5)
+    return [[_heat_cell(report, i, j, fractions[i, j]) for j in range(i + 1)] for i in range(len(report.matrix))]
 
 
-def _heat_cell(report: EvaluationReport, i: int, j: int, share: float) -> _Cell:
+def _heat_cell(report: EvaluationReport, i: int, j: int, fraction: float) -> _Cell:
     value, (low, high) = report.matrix[i, j], report.intervals[i, j]
-    colours = [colour for theme in (LIGHT, DARK) for colour in (shade(theme, share), readable(shade(theme, share)))]
+    colours = [
+        colour for theme in (LIGHT, DARK) for colour in (shade(theme, fraction), readable(shade(theme, fraction)))
+    ]
     style = ";".join(f"--{name}:{colour}" for name, colour in zip(("l", "li", "d", "di"), colours, strict=True))
     hint = f"{report.names[i]} searches the gallery of {report.names[j]}: {_percent(value)} %"
     hint += f" [{_percent(low)}, {_percent(high)}]"
@@ -161,7 +163,7 @@ def _criteria(report: EvaluationReport) -> list[tuple[str, float, str, str, str]
             "AC",
             c.ac,
             f"{c.ac:.4f}",
-            "share of upgrades that are compatible",
+            "fraction of upgrades that are compatible",
             "2 / (T (T − 1)) · #{ i > j : C[i, j] > C[j, j] }",
         ),
         (
@@ -224,8 +226,8 @@ def _score(report: EvaluationReport) -> str:
     if report.has_scores:
         return f"mean {report.protocol} of the queries, items ranked by cosine"
     if report.protocol == "instance":
-        return "share of queries whose nearest gallery item, by cosine, is of their class"
-    return "share of queries nearest, by cosine, to the template of their class, the mean of its gallery items"
+        return "fraction of queries whose nearest gallery item, by cosine, is of their class"
+    return "fraction of queries nearest, by cosine, to the template of their class, the mean of its gallery items"
 
 
 def _variables(theme: Theme) -> str:

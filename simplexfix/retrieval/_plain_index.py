@@ -114,8 +114,8 @@ class PlainIndex:
         content += (
             (vectors.view("<u4") >> 16).astype("<u2").tobytes() if self.dtype == "bfloat16" else vectors.tobytes()
         )
-        facts = (_DTYPES.index(self.dtype), self.dim, len(rows.ids), rows.next_id, zlib.crc32(content), bytes(16))
-        header = _HEADER.pack(_MAGIC, _VERSION, *facts)
+        fields = (_DTYPES.index(self.dtype), self.dim, len(rows.ids), rows.next_id, zlib.crc32(content), bytes(16))
+        header = _HEADER.pack(_MAGIC, _VERSION, *fields)
         write_whole(path, header + struct.pack("<I", zlib.crc32(header)) + content)
 
     @classmethod

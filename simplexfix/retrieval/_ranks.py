@@ -1,4 +1,4 @@
-"""The processes that share a gallery: started by `torchrun`, agreed before they work, ended together."""
+"""The processes that share a gallery: `torchrun` starts them, they check that all are alike, they end together."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .._checks import check_integer
 
-__all__ = ["Facts", "RankDiedError", "Ranks", "process_group", "shard_rows"]
+__all__ = ["RankDiedError", "Ranks", "ShardInfo", "process_group", "shard_rows"]
 
 _Read = TypeVar("_Read")
 
@@ -84,8 +84,8 @@ def process_group(*, timeout: timedelta = timedelta(minutes=30)) -> Iterator[dis
         dist.destroy_process_group()
 
 
-class Facts(NamedTuple):
-    """What a rank says of itself before work begins."""
+class ShardInfo(NamedTuple):
+    """What a rank tells the others of its shard before work begins."""
 
     same: dict[str, object]  # what all must have alike, by the name that an error gives it
     rows: int  # of its shard
@@ -118,13 +118,13 @@ class Ranks:
         if "gloo" not in backends:
             raise ValueError(f'group must have gloo for the host\'s tensors, got {backends}; e.g. "cpu:gloo,cuda:nccl"')
 
-    def agree(self, read: Callable[[], tuple[_Read, Facts]]) -> tuple[_Read, list[Facts]]:
-        """What this rank read, and the facts of all, in rank order; or the same error on every rank.
+    def agree(self, read: Callable[[], tuple[_Read, ShardInfo]]) -> tuple[_Read, list[ShardInfo]]:
+        """What this rank read, and the information of all ranks, in rank order; or the same error on every rank.
 
         Raises:
             TypeError, ValueError: that `read` raised on the first rank on which it did; ranks that are not alike.
         """
-        mine: tuple[_Read, Facts] | None = None
+        mine: tuple[_Read, ShardInfo] | None = None
         refusal: tuple[bool, str] | None = None
         cause: Exception | None = None
         try:
@@ -140,14 +140,14 @@ class Ranks:
                     raise (TypeError if refused[0] else ValueError)(f"rank {rank}: {refused[1]}") from cause
                 finally:  # its traceback holds this frame: a circle, in which gloo's threads outlive the group
                     cause = None
-        facts: list[Facts] = [fact for _, fact in everyone]
-        for name, expected in facts[0].same.items():
-            for rank, fact in enumerate(facts):
-                if fact.same.get(name) != expected:
-                    got = f"{expected} on rank 0 and {fact.same.get(name)} on rank {rank}"
+        infos: list[ShardInfo] = [info for _, info in everyone]
+        for name, expected in infos[0].same.items():
+            for rank, info in enumerate(infos):
+                if info.same.get(name) != expected:
+                    got = f"{expected} on rank 0 and {info.same.get(name)} on rank {rank}"
                     raise ValueError(f"all ranks must have the same {name}, got {got}")
         assert mine is not None
-        return mine[0], facts
+        return mine[0], infos
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
         """Everyone's tensor, in rank order; all of one shape and dtype."""

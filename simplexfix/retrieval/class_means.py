@@ -235,16 +235,16 @@ def _gaps(block: Floats, templates: Floats, own: Ids) -> tuple[NDArray[np.floati
     classes, versions, d = templates.shape
     # Of float32 whatever torch's settings, which may allow products in bfloat16: NumPy's.
     unit = 2.0**-24 if block.dtype == np.float32 else 2.0**-53
-    share = d * unit / (1 - d * unit) + 8 * 2.0**-24
+    relative_error = d * unit / (1 - d * unit) + 8 * 2.0**-24
     with np.errstate(over="ignore", invalid="ignore"):  # ends as not sure
         scores = (templates.reshape(-1, d) @ block.T).reshape(classes, versions, len(block))
         at = (own, np.arange(versions)[:, None], np.arange(len(block)))
         right = scores[at]
         scores[at] = -np.inf
         gaps = right - scores.max(axis=0)
-        bound = 2 * share * (1 + share) * (np.sqrt(row_squares(block).astype(np.float64)) + 1e-17)
+        bound = 2 * relative_error * (1 + relative_error) * (np.sqrt(row_squares(block).astype(np.float64)) + 1e-17)
         sure = np.abs(gaps) > bound
-    return gaps, sure & (share < 0.1)
+    return gaps, sure & (relative_error < 0.1)
 
 
 def _decide(block: Floats, templates: Floats, sums: Floats, own: Ids) -> NDArray[np.bool_]:

@@ -9,10 +9,11 @@ from typing import Any, NoReturn, SupportsIndex
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from .. import _native
-from .._checks import check_integer, check_name, check_tensor
+from .._checks import check_integer, check_name
+from ..labelled import Ids, Rows, read_features, read_ids, read_integers, to_float32
 from . import _faiss
 from ._plain_index import PlainIndex
 
@@ -57,12 +58,12 @@ class CosineIndex:
         check_name("dtype", dtype, ("float32", "bfloat16"))
         self._index: Any = _kind()(dim, dtype, _threads(threads))
 
-    def add(self, vectors: ArrayLike | torch.Tensor, ids: ArrayLike | torch.Tensor | None = None) -> NDArray[np.int64]:
+    def add(self, vectors: Rows, ids: Ids | None = None) -> NDArray[np.int64]:
         """Adds rows: all of them or, after an error, none.
 
         Args:
-            vectors: [n, dim] float32, float64 or float16, a CPU tensor also bfloat16; finite.  float64 is rounded to
-                float32 first.
+            vectors: [n, dim] float32, float64, float16 or bfloat16, finite: an array, a CPU tensor, lists of numbers or
+                a column as of `VersionFeatures`.  float64 is rounded to float32 first.
             ids: [n] integers in [0, 2^63 - 2], none of them twice nor in the index.  None: counted on from the highest
                 id that the index ever held, from 0 at first.
 
@@ -74,17 +75,17 @@ class CosineIndex:
             ValueError: wrong shape; a row that holds nan or inf, or an id that may not be, by name.
         """
         rows = self._rows("vectors", vectors)
-        names = None if ids is None else _ids("ids", ids, len(rows))
+        names = None if ids is None else read_ids("ids", ids, "vectors", len(rows))
         first = self._index.add(rows, names)
         return np.arange(first, first + len(rows)) if names is None else names.copy()
 
     def search(
         self,
-        query: ArrayLike | torch.Tensor,
+        query: Rows,
         k: int,
         *,
-        include: ArrayLike | torch.Tensor | None = None,
-        exclude: ArrayLike | torch.Tensor | None = None,
+        include: Ids | None = None,
+        exclude: Ids | None = None,
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """The k best for each query, of all rows or of some, as if the index held no others.
 
@@ -108,9 +109,9 @@ class CosineIndex:
         rows = self._rows("query", query)
         names = None
         if include is not None:
-            names = _ids("include", include, None)
+            names = read_integers("include", include)
         elif exclude is not None:
-            names = _ids("exclude", exclude, None)
+            names = read_integers("exclude", exclude)
         scores, ids = self._index.search(rows, k, names, exclude is not None)
         return scores, ids
 
@@ -124,7 +125,7 @@ class CosineIndex:
         id = check_integer("id", id)
         return 0 <= id < 2**63 and id in self._index
 
-    def vectors(self, ids: ArrayLike | torch.Tensor) -> NDArray[np.float32]:
+    def vectors(self, ids: Ids) -> NDArray[np.float32]:
         """What is stored: the normalised rows, rounded to the index's dtype.
 
         Args:
@@ -136,10 +137,10 @@ class CosineIndex:
         Raises:
             KeyError: an id is not in the index, by name.
         """
-        vectors: NDArray[np.float32] = self._index.vectors(_ids("ids", ids, None))
+        vectors: NDArray[np.float32] = self._index.vectors(read_integers("ids", ids))
         return vectors
 
-    def remove(self, ids: ArrayLike | torch.Tensor) -> int:
+    def remove(self, ids: Ids) -> int:
         """Removes rows: all of these or, after an error, none.  Takes one pass over the rows behind the first of them.
 
         Args:
@@ -152,7 +153,7 @@ class CosineIndex:
             KeyError: an id is not in the index, by name.
             ValueError: an id is given twice, by name.
         """
-        gone = _ids("ids", ids, None)
+        gone = read_integers("ids", ids)
         self._index.remove(gone)
         return len(gone)
 
@@ -243,45 +244,19 @@ class CosineIndex:
     def __repr__(self) -> str:
         return f"CosineIndex(dim={self.dim}, dtype={self.dtype!r}, threads={self.threads}) with {len(self)} rows"
 
-    def _rows(self, name: str, rows: ArrayLike | torch.Tensor) -> NDArray[np.float32]:
-        array = _to_numpy(name, rows)
-        if array.dtype.kind != "f" or array.dtype.itemsize > 8:
-            raise TypeError(f"{name} must be float32, float64 or float16, got {array.dtype}")
-        if array.ndim != 2 or array.shape[1] != self.dim:
-            raise ValueError(f"{name} must have shape [n, {self.dim}], got {list(array.shape)}")
-        with np.errstate(over="ignore"):  # becomes inf, and is refused with its row
-            return np.ascontiguousarray(array, dtype=np.float32)
+    def _rows(self, name: str, rows: Rows) -> NDArray[np.float32]:
+        """A number past float32's range becomes inf, which the index refuses with its row."""
+        given = read_features(name, np.asarray(rows) if isinstance(rows, (list, tuple)) else rows)
+        if isinstance(given, torch.Tensor) and given.device.type != "cpu":
+            raise ValueError(f"{name} must be on the CPU, got {given.device}; pass {name}.cpu()")
+        if given.shape[1] != self.dim:
+            raise ValueError(f"{name} must have shape [n, {self.dim}], got {list(given.shape)}")
+        return to_float32(given)
 
 
 def _kind() -> Any:
     """The class behind an index: the library's, or the reference implementation."""
     return PlainIndex if _native.library is None else _native.library.CosineIndex
-
-
-def _to_numpy(name: str, values: ArrayLike | torch.Tensor) -> NDArray[Any]:
-    if isinstance(values, torch.Tensor):
-        if values.device.type != "cpu":
-            raise ValueError(f"{name} must be on the CPU, got {values.device}; pass {name}.cpu()")
-        check_tensor(name, values)
-        values = values.detach().resolve_conj().resolve_neg()
-        return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
-    if np.ma.is_masked(values):
-        raise TypeError(f"{name} must have no masked numbers; pass those that count, or {name}.filled(...)")
-    return np.asarray(values)
-
-
-def _ids(name: str, ids: ArrayLike | torch.Tensor, count: int | None) -> NDArray[np.int64]:
-    array = _to_numpy(name, ids)
-    if array.size == 0:
-        array = array.astype(np.int64)  # an empty list has no dtype of its own
-    if array.dtype.kind not in "iu":
-        raise TypeError(f"{name} must be integers, got {array.dtype}")
-    if array.ndim != 1 or (count is not None and len(array) != count):
-        expected = "n" if count is None else count
-        raise ValueError(f"{name} must have shape [{expected}], got {list(array.shape)}")
-    if array.dtype == np.uint64 and array.size and array.max() > np.iinfo(np.int64).max:
-        raise ValueError(f"{name} must lie between 0 and 2^63 - 2, got {array.max()}")
-    return np.ascontiguousarray(array, dtype=np.int64)
 
 
 def _threads(threads: int | None) -> int:

@@ -62,7 +62,7 @@ nearest_class_mean = Protocol(
     sharded_hits=sharded.nearest_class_mean_hits,
     mixed_hits=class_means.mixed_hits,
 )
-"""The share of queries whose nearest class template is that of their own class.
+"""The fraction of queries whose nearest class template is that of their own class.
 
     template[c] = F.normalize(gallery[gallery_labels == c].mean(0))
     hits = argmax_c (query . template[c]) == query_labels
@@ -77,7 +77,7 @@ instance = Protocol(
     sharded_hits=sharded.instance_hits,
     mixed_hits=nearest_items.mixed_hits,
 )
-"""The share of queries whose nearest gallery item, by cosine, has their label (CMC@1)."""
+"""The fraction of queries whose nearest gallery item, by cosine, has their label (CMC@1)."""
 
 PROTOCOLS: Mapping[str, Protocol] = MappingProxyType({p.name: p for p in (nearest_class_mean, instance)})
 

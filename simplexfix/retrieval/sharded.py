@@ -23,7 +23,7 @@ from torch import Tensor
 from .._checks import check_integer
 from ..functional import cosine_topk
 from ..labelled import FeatureRows, GalleryClasses, LabelledItems, Rows, VersionFeatures, check_versions
-from ._ranks import Facts, Ranks, shard_rows
+from ._ranks import Ranks, ShardInfo, shard_rows
 from .class_means import nearest_without
 from .nearest_items import nearest_other
 
@@ -64,17 +64,17 @@ def sharded_cosine_topk(
     """
     ranks = Ranks(group)
 
-    def read() -> tuple[tuple[Tensor, Tensor, int], Facts]:
+    def read() -> tuple[tuple[Tensor, Tensor, int], ShardInfo]:
         queries, rows = FeatureRows("query", query), FeatureRows("shard", shard)
         same = _common("sharded_cosine_topk", queries, rows)
         depth = check_integer("k", k)
         if not 1 <= depth < 2**31:
             raise ValueError(f"k must lie between 1 and 2^31 - 1, got {depth}")
         searched, items = _alike(queries, rows)
-        return (searched, items, depth), Facts(same | {"k": depth, "queries": _checksum(searched)}, len(rows))
+        return (searched, items, depth), ShardInfo(same | {"k": depth, "queries": _checksum(searched)}, len(rows))
 
-    (queries, rows, k), facts = ranks.agree(read)
-    scores, ids = _search(ranks, queries, rows, k, [fact.rows for fact in facts])
+    (queries, rows, k), infos = ranks.agree(read)
+    scores, ids = _search(ranks, queries, rows, k, [info.rows for info in infos])
     return scores.to(queries.device), ids.to(queries.device)
 
 
@@ -95,17 +95,17 @@ def instance_hits(version: VersionFeatures, group: dist.ProcessGroup | None = No
     """
     ranks = Ranks(group)
 
-    def read() -> tuple[tuple[LabelledItems, Tensor, Tensor], Facts]:
+    def read() -> tuple[tuple[LabelledItems, Tensor, Tensor], ShardInfo]:
         queries, rows, items, same = _read_shard("sharded_hits of instance", version)
         searched, shard = queries.whole(), rows.whole()
         same |= {"queries and labels": _checksum(searched, items.query_labels)}
-        return (items, searched, shard), Facts(same, len(rows), leaves_out=_leaves_out(items))
+        return (items, searched, shard), ShardInfo(same, len(rows), leaves_out=_leaves_out(items))
 
-    (items, queries, rows), facts = ranks.agree(read)
-    counts = _counts(facts)
+    (items, queries, rows), infos = ranks.agree(read)
+    counts = _counts(infos)
     begin, labels = sum(counts[: ranks.rank]), items.gallery_labels
     itself = np.where(items.excluded >= 0, items.excluded + begin, -1)
-    if any(fact.leaves_out for fact in facts):
+    if any(info.leaves_out for info in infos):
         _, ids = _search(ranks, queries, rows, 2, counts)
         itself = ranks.maximum(torch.from_numpy(itself)).numpy()
     else:
@@ -135,21 +135,21 @@ def nearest_class_mean_hits(version: VersionFeatures, group: dist.ProcessGroup |
     """
     ranks = Ranks(group)
 
-    def read() -> tuple[tuple[LabelledItems, Tensor, FeatureRows], Facts]:
+    def read() -> tuple[tuple[LabelledItems, Tensor, FeatureRows], ShardInfo]:
         queries, rows, items, same = _read_shard("sharded_hits of nearest_class_mean", version)
         for _ in rows.blocks():  # nan and inf
             pass
         searched = queries.whole()
         same |= {"queries and labels": _checksum(searched, items.query_labels)}
-        facts = Facts(same, len(rows), np.unique(items.gallery_labels), _leaves_out(items))
-        return (items, searched, rows), facts
+        info = ShardInfo(same, len(rows), np.unique(items.gallery_labels), _leaves_out(items))
+        return (items, searched, rows), info
 
-    (items, queries, rows), facts = ranks.agree(read)
-    _counts(facts)
-    classes = np.unique(np.concatenate([fact.classes for fact in facts if fact.classes is not None]))
+    (items, queries, rows), infos = ranks.agree(read)
+    _counts(infos)
+    classes = np.unique(np.concatenate([info.classes for info in infos if info.classes is not None]))
     index = np.searchsorted(classes, items.gallery_labels)
-    leaves_out = any(fact.leaves_out for fact in facts)
-    sums = _class_sums(
+    leaves_out = any(info.leaves_out for info in infos)
+    sums = _sums_over_ranks(
         ranks, rows, torch.from_numpy(index), len(classes), torch.float64 if leaves_out else torch.float32
     )
     bad = (~sums.float().isfinite()).any(1).nonzero()
@@ -248,8 +248,8 @@ def _checksum(queries: Tensor, labels: NDArray[np.int64] | None = None) -> str:
     return f"{value if labels is None else zlib.crc32(labels.data, value):08x}"
 
 
-def _counts(facts: list[Facts]) -> list[int]:
-    counts = [fact.rows for fact in facts]
+def _counts(infos: list[ShardInfo]) -> list[int]:
+    counts = [info.rows for info in infos]
     if not sum(counts):
         raise ValueError("the gallery has no rows: the shards of all ranks are empty")
     return counts
@@ -275,7 +275,7 @@ def _search(ranks: Ranks, queries: Tensor, rows: Tensor, k: int, counts: list[in
     return scores, ids
 
 
-def _class_sums(ranks: Ranks, rows: FeatureRows, index: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
+def _sums_over_ranks(ranks: Ranks, rows: FeatureRows, index: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
     """[classes, d]: the sums of all shards' rows by class, in float64 row after row, rounded to this dtype."""
     out = torch.empty(classes, rows.width, dtype=dtype)
     for first in range(0, rows.width, _SUM_COLUMNS):

@@ -3,7 +3,7 @@
 A pair is a query and a gallery item, genuine if they are of one class and an impostor otherwise; it is accepted where
 its score >= threshold.
 
-    TAR(t) = share of the genuine pairs that are accepted       FAR(t) = share of the impostors that are
+    TAR(t) = fraction of the genuine pairs that are accepted       FAR(t) = fraction of the impostors that are
     FRR(t) = 1 - TAR(t)
 
 Scores are those of a search: the cosine of the float32 rows, each normalised, in float64, rounded to float32 (but for
@@ -111,7 +111,7 @@ class VerificationResults:
         return OperatingPoint(threshold_of(bin), tar, far)
 
     def require_both(self) -> None:
-        """Raises ValueError where a rate would be a share of no pairs."""
+        """Raises ValueError where a rate would be a fraction of no pairs."""
         for kind, count in (("one class", self.num_genuine), ("two classes", self.num_impostor)):
             if not count:
                 raise ValueError(f"there is no pair of items of {kind}, and so no such rate")
@@ -202,7 +202,7 @@ def tar_at_far(results: VerificationResults, far: float) -> OperatingPoint:
     """
     check_number("far", far)
     if not 0 <= far <= 1:
-        raise ValueError(f"far is a share of impostor pairs, in [0, 1], got {far}")
+        raise ValueError(f"far is a fraction of impostor pairs, in [0, 1], got {far}")
     _, rates = accept_rates(results)
     if 0 < far < 1 / results.num_impostor:
         raise ValueError(
@@ -306,9 +306,9 @@ def cross_validated_accuracy(
         held_out = of == fold
         thresholds.append(_best_threshold(values[~held_out], genuine[~held_out]))
         accuracies.append(np.mean((values[held_out] >= thresholds[-1]) == genuine[held_out]))
-    shares = np.array(accuracies)
-    error = float(shares.std(ddof=1) / np.sqrt(len(shares)))
-    return CrossValidation(float(shares.mean()), error, shares, np.array(thresholds))
+    of_folds = np.array(accuracies)
+    error = float(of_folds.std(ddof=1) / np.sqrt(len(of_folds)))
+    return CrossValidation(float(of_folds.mean()), error, of_folds, np.array(thresholds))
 
 
 def _fold_of_each_pair(folds: int | Ids, count: int) -> NDArray[np.int64]:

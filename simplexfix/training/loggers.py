@@ -217,7 +217,7 @@ def _wandb() -> Any:
     return wandb
 
 
-# name -> what makes it of a run's folder and facts, and what it needs
+# name -> what makes it of a run's folder and record, and what it needs
 LOGGERS: dict[str, tuple[Callable[[Path, Mapping[str, Any]], Logger], Callable[[], Any]]] = {
     "tensorboard": (_TensorBoard, _summary_writer),
     "wandb": (_WandB, _wandb),

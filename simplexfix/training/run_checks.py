@@ -20,7 +20,7 @@ from .._seeds import seeded
 from ..slots import SlotRegistry
 from . import processes
 from .config import ConfigError, plain, read_config
-from .facts import check_resumable, read_facts
+from .resume import check_resumable, read_run_record
 from .run_config import LEARNABLE, RunConfig
 from .samplers import batch_sizes, check_lone_row
 
@@ -84,8 +84,8 @@ def check_networks(config: RunConfig, inputs: int, prepared: Tensor) -> None:
                 f"{list(prepared.shape)}, got {found}"
             )
         for schedule in filter(None, schedules[name]):
-            shares = {"batch": schedule.batch, "world": processes.world(), "accumulate": schedule.accumulate}
-            check_lone_row(f"{name}.kind={model.kind}", made, prepared[:1], **shares)
+            split = {"batch": schedule.batch, "world": processes.world(), "accumulate": schedule.accumulate}
+            check_lone_row(f"{name}.kind={model.kind}", made, prepared[:1], **split)
         with torch.device("meta"):
             method.head(widths[name])
     # a head with a junction makes embeddings of one width of any features
@@ -106,12 +106,12 @@ def check_slots(config: RunConfig, classes: int) -> None:
         )
 
 
-def agree_on(folder: Path, facts: dict[str, Any]) -> None:
+def agree_on(folder: Path, record: dict[str, Any]) -> None:
     """Writes down what this run is of, or compares it with what was written: but for how it runs and is judged, and
     for where data is that has the same fingerprint."""
     file = folder / "run.json"
     if processes.broadcast(file.exists()):
-        then = read_facts(file)
+        then = read_run_record(file)
         # a later release may know more options: the run began with what are their defaults now; one that cannot be
         # read any more differs from any that can, and the comparison says where
         with suppress(ConfigError):
@@ -122,17 +122,17 @@ def agree_on(folder: Path, facts: dict[str, Any]) -> None:
                 "comes out need not have the same bits",
                 stacklevel=3,
             )
-        _set_free(then["config"], facts["config"], _FREE)
-        if then["data"] == facts["data"]:
-            _set_free(then["config"], facts["config"], _PLACES)
-            if facts["config"]["data"]["workers"] is not None and then["config"]["data"].get("workers") is not None:
-                _set_free(then["config"], facts["config"], ["data.workers"])
-        now = {key: value for key, value in facts.items() if key != "class_names"}  # which its ids are called by
+        _set_free(then["config"], record["config"], _FREE)
+        if then["data"] == record["data"]:
+            _set_free(then["config"], record["config"], _PLACES)
+            if record["config"]["data"]["workers"] is not None and then["config"]["data"].get("workers") is not None:
+                _set_free(then["config"], record["config"], ["data.workers"])
+        now = {key: value for key, value in record.items() if key != "class_names"}  # which its ids are called by
         then = {key: value for key, value in then.items() if key != "class_names"}
         check_resumable({**then, "simplexfix": __version__}, now, str(file))
     elif processes.rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(file, f"{json.dumps(facts, indent=1)}\n".encode())
+        write_whole(file, f"{json.dumps(record, indent=1)}\n".encode())
     processes.barrier()
 
 

@@ -66,8 +66,8 @@ class DataConfig:
     Args:
         kind, path: as in the table.
         per_class: the first so many training items of each class; None for all.
-        validation: share of the rest of each class, drawn by the seed, that is never trained on: the report judges all
-            versions by it, too, so that nothing has to be chosen by the search data.
+        validation: fraction of the rest of each class, drawn by the seed, that is never trained on: the report judges
+            all versions by it, too, so that nothing has to be chosen by the search data.
         query_batches: of cifar: which of the five files of training images are searched with.
         size: side that images are scaled to, in pixels.
         mean, std: of the channels of cifar and images, for pixels in [0, 1]; a network with pretrained weights wants
@@ -96,7 +96,7 @@ class DataConfig:
         if self.per_class is not None and self.per_class < 1:
             raise ValueError(f"per_class must be at least 1, got {self.per_class}")
         if not 0 <= self.validation < 1:
-            raise ValueError(f"validation is a share, in [0, 1), got {self.validation}")
+            raise ValueError(f"validation is a fraction, in [0, 1), got {self.validation}")
         if self.workers is not None and self.workers < 0:
             raise ValueError(f"workers must be 0 or more processes, or null to hold all in memory, got {self.workers}")
         check_fits(self, "kind", _OF_DATA)

@@ -231,8 +231,8 @@ def _first_of_each_class(labels: Tensor, count: int) -> Tensor:
     return torch.cat(rows).sort().values
 
 
-def _held_out(labels: Tensor, share: float, seed: int, names: tuple[str, ...] | None) -> Tensor:
-    """[N] bool: that share of every class, rounded, at least one item, and never all of them."""
+def _held_out(labels: Tensor, fraction: float, seed: int, names: tuple[str, ...] | None) -> Tensor:
+    """[N] bool: that fraction of every class, rounded, at least one item, and never all of them."""
     drawn = torch.from_numpy(np.random.default_rng([seed, 2]).permutation(len(labels)))
     held = torch.zeros(len(labels), dtype=torch.bool)
     for c in torch.unique(labels).tolist():
@@ -240,5 +240,5 @@ def _held_out(labels: Tensor, share: float, seed: int, names: tuple[str, ...] | 
         if len(rows) < 2:
             name = f" ({names[c]})" if names else ""
             raise ValueError(f"validation needs two items of each class, class {c}{name} has one")
-        held[rows[: min(len(rows) - 1, max(1, round(share * len(rows))))]] = True
+        held[rows[: min(len(rows) - 1, max(1, round(fraction * len(rows))))]] = True
     return held

@@ -20,8 +20,8 @@ from .._seeds import mixed_seed, seeded
 from ..models import EmbeddingModel
 from . import processes
 from .checkpoint import read_state, write_state
-from .facts import check_resumable, describe
 from .items import Items
+from .resume import check_resumable, describe
 from .schedule import Schedule
 from .trainer import Trainer
 
@@ -78,7 +78,7 @@ def class_incremental(items: Items | Dataset[Any], counts: Sequence[int], *, see
 
 
 def instance_incremental(items: Items | Dataset[Any], parts: int, *, seed: int) -> list[Task]:
-    """Every task brings new items of all classes: of each class an equal share, drawn by the seed.
+    """Every task brings new items of all classes: of each class an equal fraction, drawn by the seed.
 
     Raises:
         ValueError: `parts` is below 1, or a class has fewer items.
@@ -263,11 +263,11 @@ def _remembered(
     are, of those that there were to choose from.
     """
     file = None if folder is None else folder / "memory.safetensors"
-    facts = {"seed": seed, "rehearsal": describe(rehearsal)}
+    started_with = {"seed": seed, "rehearsal": describe(rehearsal)}
     saved: dict[str, Any] | None = None
     if file is not None and processes.broadcast(file.exists()):
         saved = read_state(file)
-        check_resumable(saved["facts"], facts, str(file))
+        check_resumable(saved["facts"], started_with, str(file))
         if "inputs" in saved:
             return Items(saved["inputs"], saved["labels"])
     pool, kept = task.items, None
@@ -284,7 +284,7 @@ def _remembered(
     if file is not None and saved is None and processes.rank() == 0:
         in_memory = isinstance(result.inputs, Tensor)
         what = {"inputs": result.inputs, "labels": result.labels} if in_memory else {"rows": rows}
-        write_state(file, {"facts": facts, **what})
+        write_state(file, {"facts": started_with, **what})
     return result
 
 

@@ -28,13 +28,13 @@ class Schedule:
         steps: of the optimizer.
         learning_rate: its highest value.
         batch: rows of one step, of all processes together; half of them remembered where there is a memory.
-        warmup: share of the steps.
+        warmup: fraction of the steps.
         weight_decay: of weight matrices and filters; biases and normalisation have none.
         final_learning_rate: where the cosine ends.
         optimizer: "adamw", or "sgd" with momentum.
         momentum: of SGD.
         clip: largest norm of the whole gradient, or None.
-        accumulate: parts that each process's share of a batch is computed in, one after the other, for want of memory.
+        accumulate: parts that each process's rows of a batch are computed in, one after the other, for want of memory.
             Losses that compare rows, and batch normalisation, see one part at a time.
 
     Raises:
@@ -60,7 +60,7 @@ class Schedule:
             )
         check_positive("learning_rate", self.learning_rate)
         if not 0 <= self.warmup <= 1:
-            raise ValueError(f"warmup is a share of the steps, in [0, 1], got {self.warmup}")
+            raise ValueError(f"warmup is a fraction of the steps, in [0, 1], got {self.warmup}")
         if not 0 <= self.final_learning_rate <= self.learning_rate:
             raise ValueError(
                 f"final_learning_rate must lie in [0, {self.learning_rate}], the learning rate, "

@@ -27,9 +27,9 @@ from ..methods import Method
 from ..models import EmbeddingModel
 from . import processes
 from .checkpoint import Checkpoints, CheckpointWarning, fingerprint, read_state, write_state
-from .facts import check_resumable, describe
 from .items import Items
 from .locks import folder_lock
+from .resume import check_resumable, describe
 from .samplers import batch_sizes, check_lone_row
 from .schedule import Schedule
 from .steps import DTYPES, Augment, Steps
@@ -51,7 +51,7 @@ class Trainer:
             they are.
         device: where the networks are trained.
         precision: "float32", or "bfloat16" or "float16" of autocast; the latter with a loss scale.
-        ema: None, or the share, in (0, 1), that the mean of the weights keeps in each step; the version then is
+        ema: None, or the fraction, in (0, 1), that the mean of the weights keeps in each step; the version then is
             that mean.
         compile: the backbone, by torch.compile.
         save_every: steps from checkpoint to checkpoint.
@@ -166,7 +166,7 @@ class Trainer:
         remembers = memory is not None and len(memory.labels) > 0
         batch_sizes(schedule.batch, remembers, processes.world(), schedule.accumulate)
         self._check_lone_row(parent, items, schedule)
-        facts = {
+        started_with = {
             "schedule": asdict(schedule),
             "seed": seed,
             "classes": [classes.start, classes.stop],
@@ -178,10 +178,10 @@ class Trainer:
             "method": describe(self.method),
         }
         if folder is not None:  # the data as well; it takes a moment
-            facts["items"] = items.fingerprint()
-            facts["memory"] = None if memory is None else memory.fingerprint()
-            facts["parent"] = _fingerprint(parent)
-            facts["old"] = None if old is None else _fingerprint(old)
+            started_with["items"] = items.fingerprint()
+            started_with["memory"] = None if memory is None else memory.fingerprint()
+            started_with["parent"] = _fingerprint(parent)
+            started_with["old"] = None if old is None else _fingerprint(old)
         if old is not None and next(old.parameters()).device != self.device:
             old = copy.deepcopy(old).to(self.device)
         finished = None if folder is None else Path(folder) / "version.safetensors"
@@ -195,7 +195,7 @@ class Trainer:
             model.to(self.device)
             if finished is not None and processes.broadcast(finished.exists()):  # now at least
                 saved = read_state(finished)
-                check_resumable(_on(self.device, saved["facts"]), facts, str(finished))
+                check_resumable(_on(self.device, saved["facts"]), started_with, str(finished))
                 if processes.rank() == 0:  # it may have been killed between writing and clearing
                     Checkpoints(finished.parent).clear()
                 model.load_state_dict(saved["model"])
@@ -216,7 +216,7 @@ class Trainer:
                 workers=self.workers,
             )
             with closing(run), lost_readers_named():
-                return self._done(run, facts, finished, on_step)
+                return self._done(run, started_with, finished, on_step)
 
     def _check_lone_row(self, parent: EmbeddingModel, items: Items, schedule: Schedule) -> None:
         if schedule.batch > processes.world() * schedule.accumulate or not len(items.labels):
@@ -225,11 +225,11 @@ class Trainer:
         input = items.take(torch.tensor([0])).read().to(device)
         if self.augment is not None:
             input = self.augment(input, torch.Generator().manual_seed(0))
-        shares = {"batch": schedule.batch, "world": processes.world(), "accumulate": schedule.accumulate}
-        check_lone_row(f"the {type(parent.backbone).__name__}", parent.backbone, input, **shares)
+        split = {"batch": schedule.batch, "world": processes.world(), "accumulate": schedule.accumulate}
+        check_lone_row(f"the {type(parent.backbone).__name__}", parent.backbone, input, **split)
 
     def _done(
-        self, run: Steps, facts: dict[str, Any], finished: Path | None, on_step: Callable[[int], None]
+        self, run: Steps, started_with: dict[str, Any], finished: Path | None, on_step: Callable[[int], None]
     ) -> EmbeddingModel:
         """All steps that are left."""
         checkpoints = None if finished is None else Checkpoints(finished.parent, keep=self.keep)
@@ -237,7 +237,7 @@ class Trainer:
         if checkpoints is not None and log is not None:
             newest = _newest(checkpoints)
             if newest is not None:
-                check_resumable(_on(self.device, newest["facts"]), facts, str(checkpoints.folder))
+                check_resumable(_on(self.device, newest["facts"]), started_with, str(checkpoints.folder))
                 if newest["facts"]["device"] != self.device.type:
                     warnings.warn(
                         f"a training begun on {newest['facts']['device']} goes on on {self.device.type}: its last bits "
@@ -258,14 +258,14 @@ class Trainer:
             if last or saving:
                 run.check()  # no state of nan takes the place of a good one
             if checkpoints is not None and log is not None and (last or saving):
-                state = {"facts": facts, "run": run.state(), "log_bytes": log.synced()}
+                state = {"facts": started_with, "run": run.state(), "log_bytes": log.synced()}
                 if processes.rank() == 0:
                     checkpoints.save(run.step, state)
             on_step(run.step)
         model = run.finished()
         if finished is not None and checkpoints is not None:
             if processes.rank() == 0:
-                write_state(finished, {"facts": facts, "model": model.state_dict()})
+                write_state(finished, {"facts": started_with, "model": model.state_dict()})
                 checkpoints.clear()
             processes.barrier()
         return model
@@ -305,9 +305,9 @@ def _fingerprint(model: EmbeddingModel) -> str:
     return fingerprint(state)
 
 
-def _on(device: torch.device, facts: Mapping[str, Any]) -> dict[str, Any]:
+def _on(device: torch.device, started_with: Mapping[str, Any]) -> dict[str, Any]:
     """What a training was started with, as if on this device: it is free to change."""
-    return {**facts, "device": device.type}
+    return {**started_with, "device": device.type}
 
 
 def _newest(checkpoints: Checkpoints) -> dict[str, Any] | None:

@@ -17,16 +17,16 @@ from simplexfix.cli import main
 
 def test_json(capsys) -> None:
     assert main(["doctor", "--json"]) == 0
-    facts = json.loads(capsys.readouterr().out)
-    assert facts["simplexfix"] == simplexfix.__version__
-    assert facts["torch"].startswith(torch.__version__)
+    found = json.loads(capsys.readouterr().out)
+    assert found["simplexfix"] == simplexfix.__version__
+    assert found["torch"].startswith(torch.__version__)
     info = _native.build_info()
     if info:
-        assert facts["instruction set"] == info["cpu_isa"]
-        assert facts["CUDA built for"] == (info["cuda_archs"] or "nothing")
+        assert found["instruction set"] == info["cpu_isa"]
+        assert found["CUDA built for"] == (info["cuda_archs"] or "nothing")
     if torch.version.cuda is None:
-        assert facts["CUDA usable"].startswith("no: ")
-    assert "pytest" in facts["optional packages"]
+        assert found["CUDA usable"].startswith("no: ")
+    assert "pytest" in found["optional packages"]
 
 
 def test_text_without_the_library() -> None:

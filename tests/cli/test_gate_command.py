@@ -229,7 +229,7 @@ def test_bad_rules(files, capsys, content: str, message: str) -> None:
 def test_bad_flags(files, capsys) -> None:
     for flags, message in (
         (["--confidence", "95"], "confidence must lie between 0 and 1"),
-        (["--max-nfr", "5"], "limit is a share and must lie in [-1, 1], got 5.0"),
+        (["--max-nfr", "5"], "limit is a fraction and must lie in [-1, 1], got 5.0"),
     ):
         assert run(files, "better.npz", *flags) == 2
         assert message in capsys.readouterr().err
@@ -276,7 +276,7 @@ def test_rules_that_are_no_text(files, capsys) -> None:
 
 def test_flags_are_named_as_they_are_typed(files, capsys) -> None:
     assert run(files, "better.npz", "--max-nfr", "5") == 2
-    assert "--max-nfr: limit is a share" in capsys.readouterr().err
+    assert "--max-nfr: limit is a fraction" in capsys.readouterr().err
 
 
 def test_a_summary_that_cannot_be_written_leaves_the_verdict(files, capsys, monkeypatch) -> None:

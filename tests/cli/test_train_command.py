@@ -165,7 +165,7 @@ def test_the_preset_that_needs_no_data_runs(tmp_path) -> None:
         (["data.kind=omniglot"], "path is where the data is, of every kind but"),
         (["data.kind=mnist"], "kind must be one of 'cifar', 'features', 'images', 'omniglot', got 'mnist'"),
         (["data.kind=cifar"], "has no train.bin, fine_label_names.txt"),
-        (["data.validation=1.0"], "validation is a share, in [0, 1), got 1.0"),
+        (["data.validation=1.0"], "validation is a fraction, in [0, 1), got 1.0"),
         (["data.per_class=0"], "per_class must be at least 1, got 0"),
         (["data.pretraining=here"], "pretraining is of kind='cifar' or 'images', got 'here' with kind='features'"),
         (["model.kind=resnet50"], "kind must be one of 'convnet', 'mlp', 'resnet18', 'timm:NAME', 'torchvision:NAME'"),

@@ -60,7 +60,7 @@ def test_by_hand() -> None:
     assert curve.hits is not None
     assert curve.hits.tolist() == [[False, True], [False, False], [True, True], [True, True]]
     assert curve.scores.tolist() == [0.5, 0.0, 1.0, 1.0]
-    assert curve.shares == pytest.approx([0, 1 / 3, 2 / 3, 1])
+    assert curve.fractions == pytest.approx([0, 1 / 3, 2 / 3, 1])
     assert curve.area == pytest.approx((0.25 + 0.5 + 1.0) / 3)
     assert curve.above_line == pytest.approx(curve.area - 0.75)
     assert curve.order.tolist() == [1, 0, 2]
@@ -79,9 +79,9 @@ def test_every_step_is_the_protocol_on_the_mixed_gallery(protocol: str, order: s
     assert curve.hits is not None
     assert sorted(curve.order.tolist()) == list(range(len(old)))
     assert len(curve.scores) == min(steps, len(old)) + 1
-    for share, score, hits in zip(curve.shares.tolist(), curve.scores.tolist(), curve.hits, strict=True):
+    for fraction, score, hits in zip(curve.fractions.tolist(), curve.scores.tolist(), curve.hits, strict=True):
         gallery = old.clone()
-        at = torch.tensor(curve.order[: round(share * len(old))].copy())
+        at = torch.tensor(curve.order[: round(fraction * len(old))].copy())
         gallery[at] = new[at]
         expected = PROTOCOLS[protocol].hits(pair(query, query_labels, gallery, gallery_labels))
         assert hits.tolist() == expected.tolist()
@@ -90,7 +90,7 @@ def test_every_step_is_the_protocol_on_the_mixed_gallery(protocol: str, order: s
     assert curve.scores[0] == score(pair(query, query_labels, old, gallery_labels))
     assert curve.scores[-1] == score(pair(query, query_labels, new, gallery_labels))
     assert curve.scores[-1] > curve.scores[0] + 0.05  # so that a curve that stays where it is shows
-    slices = zip(curve.scores, curve.scores[1:], curve.shares, curve.shares[1:], strict=False)
+    slices = zip(curve.scores, curve.scores[1:], curve.fractions, curve.fractions[1:], strict=False)
     assert curve.area == pytest.approx(sum((a + b) / 2 * (right - left) for a, b, left, right in slices), abs=1e-12)
 
 
@@ -161,11 +161,11 @@ def definition(query: Tensor, old: Tensor, new: Tensor, replaced: Tensor, k: int
 
 # queries by the old model search the mixed gallery too: their width then is that of the old
 @pytest.mark.parametrize("widths", [(12, 12, 12), (12, 7, 12), (7, 7, 12), (7, 12, 7), (12, 12, 7)])
-@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
-def test_mixed_topk_against_the_definition(widths: tuple[int, int, int], share: float) -> None:
+@pytest.mark.parametrize("fraction", [0.0, 0.4, 1.0])
+def test_mixed_topk_against_the_definition(widths: tuple[int, int, int], fraction: float) -> None:
     g = torch.Generator().manual_seed(1)
     query, old, new = (torch.randn(n, d, generator=g) for n, d in zip((20, 60, 60), widths, strict=True))
-    replaced = torch.rand(60, generator=g) < share
+    replaced = torch.rand(60, generator=g) < fraction
     scores, ids = mixed_topk(query, old, new, replaced, 9, widths="leading")
     expected, order = definition(query, old, new, replaced, 9)
     assert ids.tolist() == order
@@ -216,14 +216,14 @@ def test_as_dict_is_plain_and_results_are_read_only() -> None:
     found = json.loads(json.dumps(curve.as_dict()))
     assert set(found) == {
         *("protocol", "order", "gallery", "queries", "queries_of_classes_not_in_gallery"),
-        *("shares", "scores", "area", "above_line"),
+        *("fractions", "scores", "area", "above_line"),
     }
     assert (found["order"], found["protocol"], found["gallery"]) == ("lowest_margin", "nearest_class_mean", 110)
     absent = int((items()[1] == 27 + 2**40).sum())
     assert absent > 0
     assert (found["queries"], found["queries_of_classes_not_in_gallery"]) == (140, absent)
     assert found["scores"] == curve.scores.tolist()
-    for array in (curve.shares, curve.scores, curve.hits, curve.order):
+    for array in (curve.fractions, curve.scores, curve.hits, curve.order):
         with pytest.raises(ValueError, match="read-only"):
             array[0] = 0
 

@@ -185,8 +185,8 @@ def test_result_as_json_and_absent_classes() -> None:
     [
         ({"kind": "acc"}, ValueError, "kind must be one of 'ecc', 'max_nfr', 'max_tax', 'min_recall', got 'acc'"),
         ({"kind": "max_nfr"}, ValueError, "a rule of kind 'max_nfr' needs a limit"),
-        ({"kind": "max_nfr", "limit": 2}, ValueError, r"limit is a share and must lie in \[-1, 1\], got 2"),
-        ({"kind": "max_nfr", "limit": float("nan")}, ValueError, "limit is a share"),
+        ({"kind": "max_nfr", "limit": 2}, ValueError, r"limit is a fraction and must lie in \[-1, 1\], got 2"),
+        ({"kind": "max_nfr", "limit": float("nan")}, ValueError, "limit is a fraction"),
         ({"kind": "max_nfr", "limit": "2"}, TypeError, "limit must be a number, got str"),
         ({"kind": "ecc", "confidence": 95}, ValueError, "confidence must lie between 0 and 1"),
         ({"kind": "ecc", "gallery": "new"}, ValueError, "gallery of kind 'ecc' must be old, got 'new'"),

@@ -116,7 +116,7 @@ def test_queries_that_stay_among_others_that_move() -> None:
 
 
 def test_few_and_many_undecided_pairs_agree(monkeypatch) -> None:
-    """Near duplicates: all pairs of a tile go through float64, by either way of computing it."""
+    """Near duplicates: all pairs of a tile go through float64, by either method of computing it."""
     numbers = np.random.default_rng(3)
     gallery = np.repeat(numbers.normal(size=(1, 64)), 90, axis=0) + 1e-9 * numbers.normal(size=(90, 64))
     old = numbers.normal(size=(50, 64))

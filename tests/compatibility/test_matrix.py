@@ -75,7 +75,7 @@ def versions_of(kind: str, versions: int, d: int = 24, classes: int = 6, queries
 
 
 def by_cells(queries, galleries, query_labels, gallery_labels, function) -> list[list[np.ndarray]]:
-    """The straightforward way: the protocol's function, cell by cell."""
+    """The straightforward method: the protocol's function, cell by cell."""
     q, g = ([torch.tensor(np.asarray(x)) for x in features] for features in (queries, galleries))
     labels = torch.from_numpy(query_labels), torch.from_numpy(gallery_labels)
     out = []

@@ -44,11 +44,11 @@ def test_mcnemar_against_scipy(gains: int, losses: int) -> None:
 
 
 @pytest.mark.parametrize("trials", [1, 5, 100, 50_000])
-@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.5, 0.95, 1.0])
+@pytest.mark.parametrize("fraction", [0.0, 0.01, 0.3, 0.5, 0.95, 1.0])
 @pytest.mark.parametrize("confidence", [0.5, 0.95, 0.999])
-def test_exact_interval_against_scipy(trials: int, share: float, confidence: float) -> None:
+def test_exact_interval_against_scipy(trials: int, fraction: float, confidence: float) -> None:
     stats = pytest.importorskip("scipy.stats")
-    successes = round(share * trials)
+    successes = round(fraction * trials)
     expected = stats.binomtest(successes, trials).proportion_ci(confidence, method="exact")
     assert exact_interval(successes, trials, confidence=confidence) == pytest.approx(expected, rel=1e-7, abs=1e-12)
 

@@ -212,8 +212,8 @@ def test_calibration_for_another_share_of_genuine_pairs() -> None:
     results = compare(old, query_labels, gallery, gallery_labels)
     as_found, half = calibrate_scores(results), calibrate_scores(results, prior=0.5)
     at = np.linspace(0.2, 0.8, 50)
-    p, share = as_found(at), as_found.prior
-    odds = p / (1 - p) * (1 - share) / share
+    p, prior = as_found(at), as_found.prior
+    odds = p / (1 - p) * (1 - prior) / prior
     np.testing.assert_allclose(half(at), odds / (1 + odds), atol=0.05)
     assert half(0.5) > as_found(0.5)
 
@@ -243,7 +243,7 @@ GOOD = {
         ({"threshold": None}, ValueError, "give one of threshold and far"),
         ({"threshold": 0.9999}, ValueError, "no impostor pair is accepted at the threshold 0.99991"),
         ({"threshold": None, "far": 0.0}, ValueError, "no impostor pair is accepted"),
-        ({"threshold": None, "far": 2.0}, ValueError, "far is a share of impostor pairs"),
+        ({"threshold": None, "far": 2.0}, ValueError, "far is a fraction of impostor pairs"),
         ({"new_query": NEW[:5]}, ValueError, "query has 5 rows, query_labels has shape"),
         ({"new_query": NEW[:, :5]}, ValueError, "new.query has 5 columns, old.gallery has 12"),
         ({"query_labels": LABELS + 0.5}, TypeError, "query_labels must be integers"),
@@ -264,7 +264,7 @@ def test_bad_input(changes: dict, error: type[Exception], message: str) -> None:
 def test_bad_calibrations() -> None:
     results = compare(np.eye(3), [0, 1, 2], np.eye(3), [0, 1, 2])
     for prior in (0, 1, -0.1, np.nan):
-        with pytest.raises(ValueError, match=r"prior is a share of genuine pairs and must lie in \(0, 1\)"):
+        with pytest.raises(ValueError, match=r"prior is a fraction of genuine pairs and must lie in \(0, 1\)"):
             calibrate_scores(results, prior=prior)
     for bad in (np.nan, np.inf):
         with pytest.raises(ValueError, match="scores hold nan or inf"):

@@ -1,4 +1,4 @@
-"""The way of a query row from `evaluate` to the kernels: no module is entered twice on the way down."""
+"""The path of a query row from `evaluate` to the kernels: no module is entered twice on the way down."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ def test_no_module_is_entered_twice_on_the_way_down(protocol: str, itself: bool)
     labels = rng.integers(5, size=80)
     ids = {"query_ids": np.arange(60), "gallery_ids": np.arange(80)} if itself else {}
     of = versions([x[:60] for x in rows], rows, labels[:60], labels, **ids)
-    ways: set[tuple[str, ...]] = set()
+    paths: set[tuple[str, ...]] = set()
 
     def called(frame: FrameType, event: str, _: object) -> None:
         if event == "call" and frame.f_code.co_filename.startswith(ROOT):
-            ways.add(tuple(modules_above(frame)))
+            paths.add(tuple(modules_above(frame)))
 
     sys.setprofile(called)
     try:
         evaluate(of, protocol=protocol)
     finally:
         sys.setprofile(None)
-    assert any(way[-1] == "_ops.py" for way in ways) or any(way[-1] == "_reference.py" for way in ways)
-    assert [way for way in ways if len(set(way)) < len(way)] == []
-    assert max(map(len, ways)) <= 8
+    assert any(path[-1] == "_ops.py" for path in paths) or any(path[-1] == "_reference.py" for path in paths)
+    assert [path for path in paths if len(set(path)) < len(path)] == []
+    assert max(map(len, paths)) <= 8

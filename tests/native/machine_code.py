@@ -25,8 +25,8 @@ WIDE = ("LDG.E.128", "STG.E.128")  # 16 bytes at a time
 MEANT = {
     r"sweep_tiles": ("HMMA.16816.F32.BF16", "LDSM.16.M88.4", "LDGSTS.E.BYPASS.128"),
     r"cross_entropy<": WIDE,
-    r"cross_entropy_part<.*\)[01]>": WIDE[:1],
-    r"cross_entropy_part<.*\)2>": WIDE,
+    r"cross_entropy_chunk<.*\)[01]>": WIDE[:1],
+    r"cross_entropy_chunk<.*\)2>": WIDE,
     r"simplex_logits": WIDE,
     r"scale_rows": WIDE,
 }

@@ -2,11 +2,12 @@
 
     python tests/native/mutants.py [--layers plain asan tsan ptx] [--some N] [NAME ...]
 
-The edits are kept here and not as #ifdefs in the kernels.  Each names the text that it replaces, once
-in its file: when a kernel changes, its mutant has to follow or fails by itself.
+The edits are here and not #ifdefs in the kernels.  Each names the code that it replaces, once in its file without
+comments: when a kernel changes, its mutant has to follow or fails by itself; comments are free to change.
 """
 
 import argparse
+import re
 import shutil
 import subprocess
 import sys
@@ -31,7 +32,7 @@ class Mutant:
     file: str
     old: str
     new: str
-    part: str = "cross_entropy"  # of the kernels' test program
+    group: str = "cross_entropy"  # of the kernels' test program
     layers: tuple[str, ...] = ("plain", "asan", "tsan")  # that may find it
 
     @property
@@ -41,11 +42,19 @@ class Mutant:
 
 MUTANTS = [
     # Synchronisation
-    Mutant("no barrier after staging", ENTROPY, "sync_team<kThreads>();  // the sweeps below", "// the sweeps below"),
     Mutant(
-        "no barrier before the row is reused", ENTROPY, "sync_team<kThreads>();  // the next row", "// the next row"
+        "no barrier after staging",
+        ENTROPY,
+        "return x; });\n    sync_team<kThreads>();",
+        "return x; });",
     ),
-    Mutant("no barrier in a reduction", TEAM, "sync_team<kThreads>();  // every warp", "// every warp"),
+    Mutant(
+        "no barrier before the row is reused",
+        ENTROPY,
+        "A(x))); });\n    sync_team<kThreads>();",
+        "A(x))); });",
+    ),
+    Mutant("no barrier in a reduction", TEAM, "sync_team<kThreads>();\n    value =", "value ="),
     Mutant(
         "reduction buffer reused too early",
         LOGITS,
@@ -56,8 +65,8 @@ MUTANTS = [
     Mutant(
         "barrier under a condition",
         TEAM,
-        "    sync_team<kThreads>();  // every",
-        "    if (threadIdx.x < 64) sync_team<kThreads>();  //",
+        "sync_team<kThreads>();\n    value =",
+        "if (threadIdx.x < 64) sync_team<kThreads>();\n    value =",
     ),
     Mutant("teams share rows", TEAM, "int64_t(gridDim.x) * kTeams;", "int64_t(gridDim.x);"),
     # Bounds and alignment
@@ -70,10 +79,10 @@ MUTANTS = [
     Mutant(
         "alignment taken for granted",
         ENTROPY,
-        "phase(g_z) == phase(g_gradient),\n                        [&]",
+        "misalignment(g_z) == misalignment(g_gradient),\n                        [&]",
         "true,\n                        [&]",
     ),
-    Mutant("kept row too small", ENTROPY, "return (d + 2 * n - 2) / n * n;", "return (d + n - 1) / n * n;"),
+    Mutant("staged row too small", ENTROPY, "return (d + 2 * n - 2) / n * n;", "return (d + n - 1) / n * n;"),
     Mutant("label out of range let in", ENTROPY, "target >= p.slots ?", "target > p.slots ?"),
     Mutant("stride forgotten", ENTROPY, "p.z + row * p.z_stride;\n    T* s_z", "p.z + row * p.d;\n    T* s_z"),
     # Values
@@ -82,64 +91,70 @@ MUTANTS = [
     Mutant(
         "last slot counted twice",
         CORE,
-        "const A others = label < d ? rest + last : rest;",
-        "const A others = rest + last;",
+        "const A others = label < d ? sum_exp_others + last : sum_exp_others;",
+        "const A others = sum_exp_others + last;",
     ),
-    Mutant("last slot's share of the gradient", CORE, "simplex.a * g_last -", "-"),
+    Mutant("last slot's term of the gradient", CORE, "simplex.a * g_last -", "-"),
     Mutant("mean not divided", ENTROPY, "return mean ? A(1) / A(sums[0]) : A(1);", "return A(1);"),
     Mutant("ignored rows counted", SUMS, "if (label != ignore_index && label >= 0", "if (label >= 0"),
     Mutant("weight sum not read", ENTROPY, "if (weighted()) with_weights.weight_sum = A(sums[1]);", ""),
     Mutant(
         "projection without weights",
         SIMPLEX,
-        "      if (row_.weighted())\n        along -= outcome_.weight * (sums.weighted - (slot",
-        "      if (false)\n        along -= outcome_.weight * (sums.weighted - (slot",
+        "if (row_.weighted()) dot -= outcome_.weight * (sums.weighted - (slot",
+        "if (false) dot -= outcome_.weight * (sums.weighted - (slot",
     ),
     Mutant(
         "order of sums by address",
         ENTROPY,
-        "(int j = lane; j < d; j += kThreads) loss.gather(&sums, j, A(s_z[j]));",
-        "(int j = (lane + phase(g_z)) % kThreads; j < d; j += kThreads) loss.gather(&sums, j, A(s_z[j]));",
+        "(int j = lane; j < d; j += kThreads) loss.accumulate(&sums, j, A(s_z[j]));",
+        "(int j = (lane + misalignment(g_z)) % kThreads; j < d; j += kThreads) loss.accumulate(&sums, j, A(s_z[j]));",
     ),
     Mutant(
-        "a part's sums overwritten",
+        "a chunk's sums overwritten",
         ENTROPY,
-        "sync_team<kPartThreads>();  // the next part's warps overwrite s_sums",
-        "",
+        "chunks.sums[work] = sums;\n      sync_team<kChunkThreads>();",
+        "chunks.sums[work] = sums;",
     ),
     Mutant(
-        "only the first part's terms",
+        "only the first chunk's terms",
         ENTROPY,
-        "parts.terms + row * parts.count, parts.count)",
-        "parts.terms + row * parts.count, 1)",
+        "chunks.terms + row * chunks.count, chunks.count)",
+        "chunks.terms + row * chunks.count, 1)",
     ),
     Mutant(
-        "parts' workspace by rows",
+        "chunks' workspace by rows",
         ENTROPY,
-        "parts.sums + row * parts.count, parts.count)",
-        "parts.sums + row, parts.count)",
+        "chunks.sums + row * chunks.count, chunks.count)",
+        "chunks.sums + row, chunks.count)",
     ),
     Mutant("opposite of the orthoplex's label", ORTHOPLEX, "positive_ ? slot + row_.d : slot - row_.d;", "slot;"),
     Mutant("side of the orthoplex's label", ORTHOPLEX, "positive_ ? z_label_ : -z_label_);", "z_label_);"),
     Mutant(
-        "label of another part",
+        "label of another chunk",
         ORTHOPLEX,
         "(positive_ ? row.slot() : row.slot() - row.d) - row.begin)",
         "(positive_ ? row.slot() : row.slot() - row.d))",
     ),
     Mutant("bit of the cube's code", CUBE, ">> (j & 63)) & 1;", ">> (j & 31)) & 1;"),
-    Mutant("codes of another part", CUBE, " + row.begin / 64),", "),"),
+    Mutant("codes of another chunk", CUBE, " + row.begin / 64),", "),"),
     Mutant("logarithm of the last factors", CUBE, "terms->logs += std::log1p(product_);", "terms->logs += product_;"),
     Mutant("last logit", LOGITS, "T(factor * p.simplex.last * sums.z)", "T(factor * p.simplex.a * sums.z)", "logits"),
     Mutant("projection of the logits' gradient", LOGITS, "* inverse * inverse;", "* inverse;", "logits"),
     Mutant("one factor for all rows", SCALE, "p.factor[k * p.factor_stride]", "p.factor[0]", "scale_rows"),
     # The contrast
-    Mutant("own candidate's derivative", CONTRAST, "(j == own_at ? own : s[j] * share)", "(s[j] * share)", "contrast"),
+    Mutant(
+        "own candidate's derivative",
+        CONTRAST,
+        "(j == own_at ? own : s[j] * grad_scale)",
+        "(s[j] * grad_scale)",
+        "contrast",
+    ),
     Mutant("one class for all rows", CONTRAST, "p.anchor_class[row]", "p.anchor_class[0]", "contrast"),
     Mutant("candidates of its own class in the sum", CONTRAST, "differs ? score : lowest;", "score;", "contrast"),
     Mutant("length of a zero row", CONTRAST, "squares == A(0) ? A(0) : A(1)", "A(1)", "contrast"),
     Mutant(
-        "norms' parts overwritten",
+        "partial norms overwritten",
         CONTRAST,
         "std::sqrt(squares);\n    sync_team<kThreads>();",
         "std::sqrt(squares);\n",
@@ -154,13 +169,37 @@ MUTANTS = [
         "contrast",
     ),
     # The search by tensor cores: synchronisation
-    Mutant("tile read too early", TILES, "sync_team<kTileThreads>();  // every", "// every", "topk"),
-    Mutant("tile overwritten too early", TILES, "sync_team<kTileThreads>();  // all", "// all", "topk"),
+    Mutant(
+        "tile read too early",
+        TILES,
+        "sync_team<kTileThreads>();\n        products.add",
+        "products.add",
+        "topk",
+    ),
+    Mutant(
+        "tile overwritten too early",
+        TILES,
+        "sync_team<kTileThreads>();\n        now = 1 - now;",
+        "now = 1 - now;",
+        "topk",
+    ),
     Mutant("copies not waited for", TILES, "wait_for_copies<1>();", "wait_for_copies<2>();", "topk"),
-    Mutant("counts cleared too early", SELECT, "sync_team<kThreads>();  // all have read", "// all have", "topk"),
-    Mutant("counts read too early", SELECT, "sync_team<kThreads>();  // all are counted", "// all", "topk"),
-    Mutant("sorted before all have pushed", SELECT, "sync_team<kThreads>();  // all have pushed", "// all", "topk"),
-    Mutant("no barrier in the sort", SELECT, "sync_team<kThreads>();  // other", "// other", "topk"),
+    Mutant("counts cleared too early", SELECT, "| digit;\n      sync_team<kThreads>();", "| digit;", "topk"),
+    Mutant("counts read too early", SELECT, "sync_team<kThreads>();\n      uint32_t digit", "uint32_t digit", "topk"),
+    Mutant(
+        "sorted before all have pushed",
+        SELECT,
+        "sync_team<kThreads>();\n      const int64_t count",
+        "const int64_t count",
+        "topk",
+    ),
+    Mutant(
+        "no barrier in the sort",
+        SELECT,
+        "      }\n      sync_team<kThreads>();\n    }\n}",
+        "      }\n    }\n}",
+        "topk",
+    ),
     # ... fragments
     Mutant(
         "halves of a query's columns swapped",
@@ -193,10 +232,10 @@ MUTANTS = [
     Mutant("a query's residual forgotten", SCORE, "float(residual * (1 + 0x1p-7) +", "float(0 * residual +", "topk"),
     Mutant("a row's residual forgotten", SCORE, "residual * (1 + 0x1p-16)", "0 * residual", "topk"),
     Mutant(
-        "room on the wrong side",
+        "error bound on the wrong side",
         TILES,
-        "if (!(product + row_room >= least[j]))",
-        "if (!(product - row_room >= least[j]))",
+        "if (!(product + row_error_bound >= least[j]))",
+        "if (!(product - row_error_bound >= least[j]))",
         "topk",
     ),
     Mutant("cutoff of one row too few", SELECT, "int64_t rank = p.k;", "int64_t rank = p.k - 1;", "topk"),
@@ -216,10 +255,10 @@ MUTANTS = [
         "padding sorted first", SELECT, "list[i] = {-INFINITY, INT64_MAX};", "list[i] = {INFINITY, INT64_MAX};", "topk"
     ),
     Mutant(
-        "nothing kept of a full list",
+        "a full list dropped",
         SELECT,
-        "kept = count < p.k ? count : p.k;",
-        "kept = begin + rows < total ? 0 : count < p.k ? count : p.k;",
+        "best_count = count < p.k ? count : p.k;",
+        "best_count = begin + rows < total ? 0 : count < p.k ? count : p.k;",
         "topk",
     ),
     Mutant("nan not refused", SELECT, "const bool refused = *p.broken > 0 ||", "const bool refused =", "topk"),
@@ -240,9 +279,12 @@ MUTANTS = [
     Mutant(
         "a query's residual forgotten in the codes", "cpu/query_codes.h", "return residual_[size_t(q)] *", "return 0 *"
     ),
-    Mutant("center forgotten", CODES, "round_up(row.along)", "round_up(0 * row.along)"),
+    Mutant("center forgotten", CODES, "round_up(row.center_dot)", "round_up(0 * row.center_dot)"),
     Mutant(
-        "cutoff without the center", "cpu/query_codes.cpp", "round_down(middle - along_[q] -", "round_down(middle -"
+        "cutoff without the center",
+        "cpu/query_codes.cpp",
+        "round_down(middle - center_dot_[q] -",
+        "round_down(middle -",
     ),
     Mutant(
         "panel's length from its last row",
@@ -253,14 +295,14 @@ MUTANTS = [
     # ... what passes, and in which order
     Mutant("rows past the end of the gallery", SEARCH, "~uint64_t(0) >> (kPanelRows - rows)", "~uint64_t(0)"),
     Mutant(
-        "rest of a step taken for scored",
+        "remaining rows of a step taken for scored",
         SEARCH,
         "task.cutoff[size_t(q)] = state.cutoff;",
         "task.cutoff[size_t(q)] = task.seen < state.dense_until ? kInfinity : state.cutoff;",
     ),
     Mutant("sample believed", SEARCH, "if (codes_) search_again(task);", ""),
     Mutant("pending candidates never scored", SEARCH, "score_in_windows(task, &CandidateList::pending);", ""),
-    # ... a part of the rows
+    # ... some of the rows
     Mutant("masked rows pass the bounds", SEARCH, " & rows_.mask_word(g / kPanelRows);", ";"),
     Mutant("masked rows are offered", SEARCH, "if (rows_.is_searched(g + r)) best.offer", "best.offer"),
     Mutant("masked rows are scored", SEARCH, "    if (rows_.is_searched(g)) rows.push_back", "    rows.push_back"),
@@ -290,13 +332,18 @@ MUTANTS = [
 ]
 
 
+def without_comments(source: str) -> str:
+    """C++ without // comments; each statement stays in its line."""
+    return re.sub(r'("(?:\\.|[^"\\\n])*")|[ \t]*//[^\n]*', r"\1", source)
+
+
 def plant(mutant: Mutant, folder: Path) -> Path:
     """A copy of csrc with the bug in it."""
     csrc = folder / "csrc"
-    for part in ("core", "cpu", "cuda"):
-        shutil.copytree(harness.ROOT / "csrc" / part, csrc / part)
+    for folder_name in ("core", "cpu", "cuda"):
+        shutil.copytree(harness.ROOT / "csrc" / folder_name, csrc / folder_name)
     file = csrc / mutant.file
-    text = file.read_text()
+    text = without_comments(file.read_text())
     if text.count(mutant.old) != 1:
         raise ValueError(f"mutant {mutant.name}: {mutant.file} holds {text.count(mutant.old)} times: {mutant.old}")
     file.write_text(text.replace(mutant.old, mutant.new))
@@ -312,7 +359,7 @@ def verdict(mutant: Mutant, layer: str, jobs: int = 1) -> str | None:
         if mutant.in_core:
             runs = harness.run_core(programs, layer, harness.ISA_LEVELS[-1:])
         else:
-            runs = [harness.run(programs, layer, ["--only", mutant.part, "--order", "forward"])]
+            runs = [harness.run(programs, layer, ["--only", mutant.group, "--order", "forward"])]
     except subprocess.TimeoutExpired:
         return "time out"
     for done in runs:

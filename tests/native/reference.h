@@ -151,9 +151,9 @@ Unit<R> unit(const std::vector<R>& z) {
 // The gradient by u turned into the gradient by z, where u = z / |z|.
 template <typename R>
 void through_unit(const Unit<R>& unit, std::vector<R>* g) {
-  R along = 0;
-  for (size_t j = 0; j < g->size(); ++j) along += unit.u[j] * (*g)[j];
-  for (size_t j = 0; j < g->size(); ++j) (*g)[j] = unit.norm > 0 ? ((*g)[j] - unit.u[j] * along) / unit.norm : R(0);
+  R dot = 0;
+  for (size_t j = 0; j < g->size(); ++j) dot += unit.u[j] * (*g)[j];
+  for (size_t j = 0; j < g->size(); ++j) (*g)[j] = unit.norm > 0 ? ((*g)[j] - unit.u[j] * dot) / unit.norm : R(0);
 }
 
 template <typename R>
@@ -190,26 +190,28 @@ Row<R> cross_entropy(const Polytope& polytope, const Options& options, const std
   R top = l[0], total = 0;
   for (R v : l) top = std::fmax(top, v);
   for (R v : l) total += std::exp(v - top);
-  std::vector<R> share(slots);  // of the target distribution, times the class weights
+  std::vector<R> target_mass(slots);  // of the target distribution, times the class weights
   for (int64_t c = 0; c < slots; ++c) {
     const R w = weight.empty() ? R(1) : weight[c];
-    share[c] = w * (R(options.smoothing) / R(slots) + (c == label ? 1 - R(options.smoothing) : R(0)));
+    target_mass[c] = w * (R(options.smoothing) / R(slots) + (c == label ? 1 - R(options.smoothing) : R(0)));
   }
-  R mass = 0, other_mass = 0, rest = 0;  // without the label: 1 - p_label would round to 0 in a confident row
+  R mass = 0, other_mass = 0,
+    other_probability = 0;  // without the label: 1 - p_label would round to 0 in a confident row
   for (int64_t c = 0; c < slots; ++c) {
-    row.loss -= share[c] * (l[c] - top - std::log(total));
-    mass += share[c];
-    if (c != label) other_mass += share[c];
-    if (c != label) rest += std::exp(l[c] - top) / total;
+    row.loss -= target_mass[c] * (l[c] - top - std::log(total));
+    mass += target_mass[c];
+    if (c != label) other_mass += target_mass[c];
+    if (c != label) other_probability += std::exp(l[c] - top) / total;
   }
   std::vector<R> g(slots);
-  for (int64_t c = 0; c < slots; ++c) g[c] = R(options.scale) * (mass * std::exp(l[c] - top) / total - share[c]);
-  g[label] = R(options.scale) * (other_mass - mass * rest);
+  for (int64_t c = 0; c < slots; ++c) g[c] = R(options.scale) * (mass * std::exp(l[c] - top) / total - target_mass[c]);
+  g[label] = R(options.scale) * (other_mass - mass * other_probability);
   g[label] *= slope;
   row.gradient = polytope.transposed_times(g);
   row.plain_gradient = largest(row.gradient);
   for (int64_t c = 0; c < slots; ++c) {
-    const R term = c == label ? other_mass + mass * rest : mass * std::exp(l[c] - top) / total + share[c];
+    const R term =
+        c == label ? other_mass + mass * other_probability : mass * std::exp(l[c] - top) / total + target_mass[c];
     row.plain_gradient = std::fmax(row.plain_gradient, R(options.scale) * term);
   }
   if (options.normalize) {

@@ -95,39 +95,40 @@ void check_features(int64_t rows, int64_t d, int64_t stride, int offset) {
   using A = accumulate_t<T>;
   ++g_cases;
   Buffer<T> z(rows ? (rows - 1) * stride + d : 0, offset), out(rows * d, offset % 3);
-  Buffer<A> flow(rows * d, 1), norm(rows, 0);
+  Buffer<A> grad_unit(rows * d, 1), norm(rows, 0);
   std::mt19937 random(unsigned(d + rows));
   std::normal_distribution<float> normal(0, 2);
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t j = 0; j < d; ++j) {
       z[i * stride + j] = T(i % 5 == 3 ? 0.f : normal(random));
-      flow[i * d + j] = A(normal(random));
+      grad_unit[i * d + j] = A(normal(random));
     }
   const char* error = simplexfix::cuda::inverse_norms({z.data(), stride, norm.data(), rows, d, dtype_of<T>(), nullptr});
   if (!error)
     error = simplexfix::cuda::project_rows(
-        {z.data(), stride, flow.data(), norm.data(), out.data(), rows, d, dtype_of<T>(), nullptr});
+        {z.data(), stride, grad_unit.data(), norm.data(), out.data(), rows, d, dtype_of<T>(), nullptr});
   if (error) failed("launch: %s", error);
   for (int64_t i = 0; i < rows; ++i) {
     const auto wide = widened<long double>(z.data() + i * stride, d);
     const auto narrow = widened<A>(z.data() + i * stride, d);
-    const A* g = flow.data() + i * d;
-    long double squares = 0, along = 0, size = 0;
-    A naive_squares = A(0), naive_along = A(0);
+    const A* g = grad_unit.data() + i * d;
+    long double squares = 0, dot = 0, size = 0;
+    A naive_squares = A(0), naive_dot = A(0);
     for (int64_t j = 0; j < d; ++j) {
-      squares += wide[j] * wide[j], along += wide[j] * g[j], size += std::fabs(wide[j] * g[j]);
-      naive_squares += narrow[j] * narrow[j], naive_along += narrow[j] * g[j];
+      squares += wide[j] * wide[j], dot += wide[j] * g[j], size += std::fabs(wide[j] * g[j]);
+      naive_squares += narrow[j] * narrow[j], naive_dot += narrow[j] * g[j];
     }
     const double inverse = squares == 0 ? 0 : double(1 / std::sqrt(squares));
     if (!(std::fabs(double(norm[i]) - inverse) <= 2 * floor_of<A>(inverse)))
       failed("inverse_norms<%s> %lld x %lld, row %lld: %.9g, truth %.9g", Format<T>::kName, (long long)rows,
              (long long)d, (long long)i, double(norm[i]), inverse);
     for (int64_t j = 0; j < d; ++j) {
-      const long double share = squares == 0 ? 0 : wide[j] / squares;
-      const double want = double(g[j] - share * along), got = value_of(out[i * d + j]);
+      const long double coefficient = squares == 0 ? 0 : wide[j] / squares;
+      const double want = double(g[j] - coefficient * dot), got = value_of(out[i * d + j]);
       const double naive_error =
-          naive_squares == A(0) ? 0 : std::fabs(double(narrow[j] * naive_along / naive_squares - share * along));
-      const double allowed = 2 * naive_error + floor_of<A>(std::fabs(double(g[j])) + double(std::fabs(share) * size)) +
+          naive_squares == A(0) ? 0 : std::fabs(double(narrow[j] * naive_dot / naive_squares - coefficient * dot));
+      const double allowed = 2 * naive_error +
+                             floor_of<A>(std::fabs(double(g[j])) + double(std::fabs(coefficient) * size)) +
                              rounding_of<T>(want);
       if (!(std::fabs(got - want) <= allowed))
         failed("project_rows<%s> %lld x %lld: [%lld, %lld] = %.9g, truth %.9g, allowed error %g", Format<T>::kName,

@@ -303,13 +303,13 @@ void check_coded_cube(int64_t rows, int64_t d, bool normalize, int offset) {
     failed("coded cube: wrote outside its results");
 }
 
-// Lengths of every regime: a team's head and tail; a warp, both sides of the switch to blocks; kept by a short and by a
-// long block; in parts, two and more.
+// Lengths of every regime: a team's head and tail; a warp, both sides of the switch to blocks; staged by a short and by
+// a long block; in chunks, two and more.
 template <typename T>
 std::vector<int64_t> lengths(bool small) {
-  const int64_t parts = sizeof(T) == 2 ? 23000 : sizeof(T) == 4 ? 12000 : 8200;
-  if (small) return {9, 257, 4097, parts};
-  return {1, 2, 7, 8, 9, 31, 33, 130, 256, 257, 1023, 1024, 4097, parts};
+  const int64_t chunked = sizeof(T) == 2 ? 23000 : sizeof(T) == 4 ? 12000 : 8200;
+  if (small) return {9, 257, 4097, chunked};
+  return {1, 2, 7, 8, 9, 31, 33, 130, 256, 257, 1023, 1024, 4097, chunked};
 }
 
 template <typename P, typename T>

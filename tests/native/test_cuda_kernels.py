@@ -23,3 +23,11 @@ def test_a_planted_bug_is_found(name):
 def test_every_planted_bug_still_fits_the_sources(tmp_path):
     for i, mutant in enumerate(mutants.MUTANTS):
         mutants.plant(mutant, tmp_path / str(i))
+
+
+def test_a_planted_bug_matches_code_and_no_comment(tmp_path):
+    comment = "every warp has written its value"
+    assert comment in (harness.ROOT / "csrc" / mutants.TEAM).read_text()
+    with pytest.raises(ValueError, match="holds 0 times"):
+        mutants.plant(mutants.Mutant("in a comment", mutants.TEAM, comment, ""), tmp_path)
+    assert mutants.without_comments('f("a // b", \'"\');  // c\ng();\n') == 'f("a // b", \'"\');\ng();\n'

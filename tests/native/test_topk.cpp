@@ -13,9 +13,10 @@ using Rows = std::vector<float>;  // [n, d]
 
 // A row by its length; sums in the order that docs/numerics.md states.
 double sum_of_products(const float* a, const float* b, int64_t d) {
-  double part[8] = {};
-  for (int64_t j = 0; j < d; ++j) part[j % 8] += double(a[j]) * double(b[j]);
-  return ((part[0] + part[4]) + (part[2] + part[6])) + ((part[1] + part[5]) + (part[3] + part[7]));
+  double partial[8] = {};
+  for (int64_t j = 0; j < d; ++j) partial[j % 8] += double(a[j]) * double(b[j]);
+  return ((partial[0] + partial[4]) + (partial[2] + partial[6])) +
+         ((partial[1] + partial[5]) + (partial[3] + partial[7]));
 }
 Rows normalized(const Rows& rows, int64_t d) {
   Rows unit(rows.size());
@@ -140,7 +141,7 @@ void check_misleading(bool query_is_rounded) {
   constexpr float u = 1.0039f, exact[2] = {1.f, 1.0078125f};  // u lies just below their middle
   std::vector<float> a(16, u), b(16);
   for (int j = 0; j < 16; ++j) b[size_t(j)] = exact[j < 7];
-  const auto rest = [](const std::vector<float>& x, double length) {  // what makes the length a power of two
+  const auto complement = [](const std::vector<float>& x, double length) {  // what makes the length a power of two
     double squares = 0;
     for (float y : x) squares += double(y) * double(y);
     return float(std::sqrt(length * length - squares));
@@ -151,15 +152,15 @@ void check_misleading(bool query_is_rounded) {
     std::copy(a.begin(), a.end(), &query[0]);
     std::copy(b.begin(), b.end(), &query[16]);
     std::vector<float> both(query.begin(), query.end());
-    query[32] = rest(both, 8);
+    query[32] = complement(both, 8);
     std::fill_n(&gallery[d], 16, 1.f);  // row 1 is the nearest
     std::fill_n(&gallery[16], 16, 1.f);
   } else {
     std::fill_n(&query[0], 16, 1.f);
     std::copy(a.begin(), a.end(), &gallery[d]);
-    gallery[d + 32] = rest(a, 8);
+    gallery[d + 32] = complement(a, 8);
     std::copy(b.begin(), b.end(), &gallery[0]);
-    gallery[33] = rest(b, 8);
+    gallery[33] = complement(b, 8);
   }
   check_search({query_is_rounded ? "misleading query" : "misleading row", 1, n, d, 1}, query, gallery);
 }
@@ -170,13 +171,13 @@ void test_topk(const Selection& selection) {
   if (!selection.has("float")) return;
   const bool small = selection.small;
   const int64_t few = small ? 1 : 3;  // queries
-  const TopkLimits few_stretches{2, 256, 1 << 20}, short_lists{2, 64, 1 << 20};
+  const TopkLimits few_splits{2, 256, 1 << 20}, short_lists{2, 64, 1 << 20};
   // columns: one, ends of vectors and of panels; rows apart and at odd places
   int turn = 0;
   for (int64_t d : {1, 7, 8, 9, 31, 33, 128, 1023}) {
     if (small && d != 9 && d != 33) continue;
     ++turn;
-    check_normal({"normal", 3, d > 100 ? 65 : 130, d, 5, few_stretches, turn % 3, turn % 2, turn % 4});
+    check_normal({"normal", 3, d > 100 ? 65 : 130, d, 5, few_splits, turn % 3, turn % 2, turn % 4});
   }
   // galleries: none, one, less than a tile; k past the end; no first pass
   for (int64_t n : {0, 1, 5, 33})
@@ -184,11 +185,11 @@ void test_topk(const Selection& selection) {
   check_normal({"no queries", 0, 40, 9, 3});
   check_normal({"no first pass, more rows than a list holds", 2, 300, 9, 80, short_lists});
   // several tiles of queries, several rows to a bucket; chunks of queries
-  check_normal({"tiles", small ? 66 : 130, small ? 300 : 1000, 33, 7, few_stretches});
+  check_normal({"tiles", small ? 66 : 130, small ? 300 : 1000, 33, 7, few_splits});
   check_normal({"chunks", 67, 150, 9, 3, {1, 64, 64 * (64 * 4 + 64 * 16)}});
   if (!small) check_normal({"many results", 1, 8300, 8, 2048});
   // ties, and where nearly all rows pass: in lists, and past their end
-  for (const TopkLimits& limits : {few_stretches, short_lists}) {
+  for (const TopkLimits& limits : {few_splits, short_lists}) {
     check_classes({"duplicates", few, 300, 17, 10, limits}, 20, 0);
     if (!small) check_classes({"all equal", 2, 300, 17, 10, limits}, 1, 0);
     check_classes({"collapsed classes", few, 300, 17, 10, limits}, 2, 3e-3f);

@@ -15,7 +15,7 @@ import simplexfix.functional as SF
 
 pytestmark = needs_library
 
-# d: one group of codes and less, whole vectors and tails, many; n: one panel, several tasks, stretches whose lists fill
+# d: one group of codes and less, whole vectors and tails, many; n: one panel, several tasks, splits whose lists fill
 SIZES = [(1, 1300), (3, 5000), (8, 700), (63, 9000), (64, 4097), (129, 3000), (1023, 1500)]
 
 

@@ -66,7 +66,7 @@ def test_it_finds_what_cosine_topk_finds_on_any_number_of_threads(dtype: str) ->
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_twin(dtype: str) -> None:
+def test_reference_implementation(dtype: str) -> None:
     vectors, query = rows(500, 24), rows(9, 24, 1)
     ids = np.random.default_rng(2).permutation(500)
     index = CosineIndex(24, dtype=dtype)
@@ -179,13 +179,13 @@ BAD = [
     (lambda _: CosineIndex(2, dtype="int8"), ValueError, "dtype must be one of 'float32', 'bfloat16', got 'int8'"),
     (lambda _: CosineIndex(2, threads=0), ValueError, "threads must lie between 1 and 1024, got 0"),
     (lambda i: i.add(rows(2, 4)), ValueError, r"vectors must have shape \[n, 3\], got \[2, 4\]"),
-    (lambda i: i.add(rows(1, 3)[0]), ValueError, r"vectors must have shape \[n, 3\], got \[3\]"),
+    (lambda i: i.add(rows(1, 3)[0]), ValueError, r"vectors must have 2 dimensions, .* got \[3\]"),
     (lambda i: i.add([[1, 2, 3]]), TypeError, "vectors must be float32, float64 or float16, got int64"),
     (lambda i: i.add(np.zeros((1, 3), np.longdouble)), TypeError, "vectors must .* got (longdouble|float128)"),
     (lambda i: i.add(torch.zeros(1, 3, device="meta")), ValueError, "vectors must be on the CPU, got meta; pass"),
     (lambda i: i.add(torch.zeros(1, 3).to_sparse()), TypeError, "vectors must be dense, got torch.sparse_coo; pass"),
-    (lambda i: i.add(torch.zeros(1, 3, dtype=torch.complex64).conj()), TypeError, "vectors must .* got complex64"),
-    (lambda i: i.add(np.ma.masked_less(rows(2, 3), 0)), TypeError, "vectors must have no masked numbers; .*filled"),
+    (lambda i: i.add(torch.zeros(1, 3, dtype=torch.complex64).conj()), TypeError, "vectors .* got torch.complex64"),
+    (lambda i: i.add(np.ma.masked_less(rows(2, 3), 0)), TypeError, "vectors must have no masked numbers; pass"),
     (lambda i: i.add(rows(2, 3), np.ma.masked_equal([7, 8], 8)), TypeError, "ids must have no masked numbers"),
     (lambda i: i.search(np.ma.masked_less(rows(2, 3), 0), 1), TypeError, "query must have no masked numbers"),
     (copy.copy, TypeError, r"a CosineIndex is neither copied nor pickled: save\(path\) and .*load\(path\)"),
@@ -193,8 +193,8 @@ BAD = [
     (pickle.dumps, TypeError, "a CosineIndex is neither copied nor pickled"),
     (lambda i: i.add(NAN), ValueError, "vectors row 2 holds nan or inf"),
     (lambda i: i.add([[0.0, 0.0, 0.0], [0.0, 1e300, 0.0]]), ValueError, "vectors row 1 holds nan or inf"),
-    (lambda i: i.add(rows(2, 3), [8]), ValueError, r"ids must have shape \[2\], got \[1\]"),
-    (lambda i: i.add(rows(2, 3), [[8, 9]]), ValueError, r"ids must have shape \[2\], got \[1, 2\]"),
+    (lambda i: i.add(rows(2, 3), [8]), ValueError, r"vectors has 2 rows, ids has shape \[1\]"),
+    (lambda i: i.add(rows(2, 3), [[8, 9]]), ValueError, r"ids must have one dim.* \[1, 2\]; pass ids.ravel\(\)"),
     (lambda i: i.add(rows(2, 3), [8.0, 9.0]), TypeError, "ids must be integers, got float64"),
     (lambda i: i.add(rows(2, 3), [8, -1]), ValueError, r"ids must lie between 0 and 2\^63 - 2, got -1"),
     (lambda i: i.add(rows(1, 3), [2**63 - 1]), ValueError, r"ids must lie .* got 9223372036854775807"),
@@ -210,7 +210,7 @@ BAD = [
     (lambda i: i.remove([1, 77]), KeyError, "id 77 is not in the index"),
     (lambda i: i.remove([1, -1]), KeyError, "id -1 is not in the index"),
     (lambda i: i.remove([1, 2, 1]), ValueError, "id 1 is given twice"),
-    (lambda i: i.remove([[1]]), ValueError, r"ids must have shape \[n\], got \[1, 1\]"),
+    (lambda i: i.remove([[1]]), ValueError, r"ids must have one dimension, .* got shape \[1, 1\]"),
     (lambda i: i.save("/nowhere/at/all"), FileNotFoundError, "No such file or directory: '/nowhere/at/all'"),
     (lambda i: CosineIndex.load("/nowhere/at/all"), FileNotFoundError, "No such file or directory: '/nowhere/at/all'"),
     (lambda i: CosineIndex.load(os.curdir), ValueError, r"\. is no index, or damaged: it is not a regular file"),
@@ -268,7 +268,7 @@ def test_round_trip(saved, kind: str) -> None:
 
 @needs_library
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_library_and_twin_write_the_same_bytes(dtype: str, tmp_path: Path) -> None:
+def test_library_and_reference_write_the_same_bytes(dtype: str, tmp_path: Path) -> None:
     vectors = np.sign(rows(300, 16))  # normalised without rounding, in either way
     paths = [os.fsencode(tmp_path / name) for name in ("library", "plain")]
     for kind, path in zip((_native.library.CosineIndex, PlainIndex), paths, strict=True):

@@ -163,9 +163,9 @@ def test_every_step_of_a_backfill(protocol: str, kind: str, widths: tuple[int, i
     curve = backfill_curve(old, new, protocol=protocol, steps=3, widths="leading")
     assert curve.hits is not None
     shared, count = min(widths), len(old.gallery)
-    for share, hits in zip(curve.shares, curve.hits, strict=True):
+    for fraction, hits in zip(curve.fractions, curve.hits, strict=True):
         replaced = np.zeros(count, dtype=bool)
-        replaced[curve.order[: round(share * count)]] = True
+        replaced[curve.order[: round(fraction * count)]] = True
         expected = []
         for q, label, itself in zip(
             new.query.tensor().double().numpy(), old.items.query_labels, old.items.excluded, strict=True

@@ -74,16 +74,16 @@ def loop(found: RetrievalResults, i: int, k: int) -> dict[str, float]:
     rel, total = found.relevant[i].tolist(), int(found.num_relevant[i])
     hits = np.cumsum(rel).tolist()
     ranks = [r for r, x in enumerate(rel, 1) if x]
-    share = (lambda x: x / total) if total else lambda x: 0.0
+    fraction = (lambda x: x / total) if total else lambda x: 0.0
     return {
         "cmc": float(any(rel[:k])),
         "precision": sum(rel[:k]) / k,
-        "recall": share(sum(rel[:k])),
+        "recall": fraction(sum(rel[:k])),
         "ndcg": sum(1 / log2(r + 1) for r in ranks if r <= k)
         / (sum(1 / log2(r + 1) for r in range(1, min(k, total) + 1)) or 1),
-        "mean_average_precision": share(sum(hits[r - 1] / r for r in ranks)),
-        "mean_average_precision_at_r": share(sum(hits[r - 1] / r for r in ranks if r <= total)),
-        "r_precision": share(sum(rel[:total])),
+        "mean_average_precision": fraction(sum(hits[r - 1] / r for r in ranks)),
+        "mean_average_precision_at_r": fraction(sum(hits[r - 1] / r for r in ranks if r <= total)),
+        "r_precision": fraction(sum(rel[:total])),
         "mean_reciprocal_rank": 1 / ranks[0] if ranks else 0.0,
     }
 

@@ -171,8 +171,8 @@ def check_matrix(rank: int, size: int, group: dist.ProcessGroup) -> None:
     mine = shard_rows(60, rank, size)
     for protocol in PROTOCOLS.values():
         ours = Protocol("sharded", score=lambda v, of=protocol: float(of.sharded_hits(v, group).mean()))
-        shares = [rows[mine] for rows in galleries]
-        found = compatibility_matrix(versions(queries, shares, labels[::4], labels[mine]), ours)
+        own_rows = [rows[mine] for rows in galleries]
+        found = compatibility_matrix(versions(queries, own_rows, labels[::4], labels[mine]), ours)
         expected = compatibility_matrix(versions(queries, galleries, labels[::4], labels), protocol)
         assert 0 < expected[2, 0] < 1
         np.testing.assert_array_equal(found, expected)

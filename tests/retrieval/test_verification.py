@@ -244,7 +244,7 @@ SAME = np.array([True, False, True])
         (lambda: tar_at_far(compare(X, [5] * 3, X, [5] * 3), 0), ValueError, "of two classes"),
         (lambda: GOOD.at(np.nan), ValueError, "threshold must be a number, got nan"),
         (lambda: GOOD.at("0.5"), TypeError, "threshold must be a number, got str"),
-        (lambda: tar_at_far(GOOD, 1.5), ValueError, r"far is a share of impostor pairs, in \[0, 1\], got 1.5"),
+        (lambda: tar_at_far(GOOD, 1.5), ValueError, r"far is a fraction of impostor pairs, in \[0, 1\], got 1.5"),
         (lambda: tar_at_far(GOOD, 0.1), ValueError, "far = 0.1 of 6 impostor pairs is less than one of them"),
         (lambda: score_histogram(GOOD, 0), ValueError, "bins must lie between 1 and 131072, got 0"),
         (lambda: pair_scores(X, X[:2]), ValueError, r"the same shape, got \[3, 3\] and \[2, 3\]"),

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from simplexfix.training.config import ConfigError, overridden, read_config, read_mapping
-from simplexfix.training.facts import check_resumable, describe, differences
+from simplexfix.training.resume import check_resumable, describe, differences
 from simplexfix.training.schedule import Schedule
 
 

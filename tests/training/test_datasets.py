@@ -55,8 +55,8 @@ def test_a_dataset_gives_the_bits_of_what_is_in_memory(tmp_path) -> None:
         assert same(weights(tmp_path / name), whole)
         assert lines(tmp_path / name) == lines(tmp_path / "memory")
     # what does not draw has one fingerprint, wherever it is
-    facts = [read_state(tmp_path / name / "version.safetensors")["facts"] for name in ("memory", "workers")]
-    assert facts[0] == facts[1]
+    started_with = [read_state(tmp_path / name / "version.safetensors")["facts"] for name in ("memory", "workers")]
+    assert started_with[0] == started_with[1]
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -104,28 +104,28 @@ def test_names_of_classes_are_kept(folder, tmp_path) -> None:
     """In one Unicode form, by the ids of tasks, of pre-training and of each search."""
     report = train_run(run_of(folder, 0), tmp_path)
     names = [*CLASSES[:4], "\u00e9mu"]
-    facts = json.loads((tmp_path / "run.json").read_text())["class_names"]
-    assert set(facts) == {"tasks", "pretraining", "search", "validation"}
-    assert facts["search"] == facts["validation"] == report["class_names"]["search"] == names
-    assert sorted(facts["tasks"] + facts["pretraining"]) == sorted(names)
-    assert len(facts["pretraining"]) == 1
+    names_by_use = json.loads((tmp_path / "run.json").read_text())["class_names"]
+    assert set(names_by_use) == {"tasks", "pretraining", "search", "validation"}
+    assert names_by_use["search"] == names_by_use["validation"] == report["class_names"]["search"] == names
+    assert sorted(names_by_use["tasks"] + names_by_use["pretraining"]) == sorted(names)
+    assert len(names_by_use["pretraining"]) == 1
     for t, count in enumerate((2, 4)):
         model = EmbeddingModel.from_pretrained(tmp_path / f"task-{t:02d}" / "model")
-        assert model.class_names == tuple(facts["tasks"][:count])
+        assert model.class_names == tuple(names_by_use["tasks"][:count])
     # ids are those of these folders
     data = load_run_data(run_of(folder, None))
     for task in data.tasks:
         for image, label in zip(task.items.inputs, task.items.labels.tolist(), strict=True):
-            assert names[int(image.float().mean()) // 50] == facts["tasks"][label]
+            assert names[int(image.float().mean()) // 50] == names_by_use["tasks"][label]
 
 
 def test_a_run_that_began_without_names_goes_on(folder, tmp_path) -> None:
     with pytest.raises(StopError):
         train_run(run_of(folder, None), tmp_path, on_step=stop_at("task 0", 3))
     file = tmp_path / "run.json"
-    facts = json.loads(file.read_text())
-    del facts["class_names"], facts["config"]["data"]["workers"]
-    file.write_text(json.dumps(facts))
+    record = json.loads(file.read_text())
+    del record["class_names"], record["config"]["data"]["workers"]
+    file.write_text(json.dumps(record))
     train_run(run_of(folder, None), tmp_path)
 
 

@@ -118,16 +118,16 @@ def test_parts_of_one_row_are_refused_with_statistics_of_batches(
 ) -> None:
     """Over processes, too; not with statistics of all processes, of which torch on a CPU knows nothing."""
     network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
-    shares = {"batch": batch, "world": world, "accumulate": accumulate}
+    split = {"batch": batch, "world": world, "accumulate": accumulate}
     if least is None:
-        check_lone_row("mine", network, torch.zeros(1, 3), **shares)
+        check_lone_row("mine", network, torch.zeros(1, 3), **split)
     else:
         says = (
             rf"batch must be at least {least}: mine has .* {batch} rows over {world} processes with {accumulate} parts"
         )
         with pytest.raises(ValueError, match=says):
-            check_lone_row("mine", network, torch.zeros(1, 3), **shares)
-    check_lone_row("mine", nn.Sequential(nn.Linear(3, 4), nn.SyncBatchNorm(4)), torch.zeros(1, 3), **shares)
-    check_lone_row("mine", nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4)), torch.zeros(1, 3), **shares)
+            check_lone_row("mine", network, torch.zeros(1, 3), **split)
+    check_lone_row("mine", nn.Sequential(nn.Linear(3, 4), nn.SyncBatchNorm(4)), torch.zeros(1, 3), **split)
+    check_lone_row("mine", nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4)), torch.zeros(1, 3), **split)
     assert network[1].num_batches_tracked == 0
     assert network.training

@@ -73,18 +73,18 @@ def test_losses_ask_for_no_value(make: Callable[[], Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("augment", "images", "sent"),
+    ("augment", "images", "copies_sent"),
     [
         (RandomWarp(), torch.zeros(4, 28, 28), 1),
         (RandomCropFlip(Normalize((0.5,) * 3, (0.2,) * 3)), torch.zeros(4, 3, 32, 32, dtype=torch.uint8), 2),
     ],
 )
 def test_augmentation_sends_what_it_drew_and_waits_for_nothing(
-    augment, images: torch.Tensor, sent: int, monkeypatch
+    augment, images: torch.Tensor, copies_sent: int, monkeypatch
 ) -> None:
     generator = torch.Generator()
     augment(images.to("meta"), generator)
     monkeypatch.setattr(torch, "tensor", None)  # which waits: means of channels were sent, once
     with Copies() as copies:
         augment(images.to("meta"), generator)
-    assert (copies.waited, copies.free) == (1, sent)  # that one is the images' own
+    assert (copies.waited, copies.free) == (1, copies_sent)  # that one is the images' own

@@ -52,9 +52,9 @@ void test_changes(RowType type, Random& random) {
       index.add(pool.data() + used * d, n, ids.data());
       used += n;
     } else if (!row_of.empty()) {
-      const size_t share = 1 + random() % 4;
+      const size_t one_in = 1 + random() % 4;
       for (const auto& [id, row] : row_of)
-        if (random() % share == 0) ids.push_back(id);
+        if (random() % one_in == 0) ids.push_back(id);
       std::shuffle(ids.begin(), ids.end(), random);
       index.remove(ids.data(), int64_t(ids.size()));
       for (const int64_t id : ids) row_of.erase(id);

@@ -99,10 +99,10 @@ double by_definition(Polytope polytope, const std::vector<double>& z, int64_t la
     }
     loss = gap + smoothing * own;  // the logits of all vertices sum to zero
   }
-  double along = 0;
-  for (int64_t j = 0; j < d; ++j) along += (*gradient)[size_t(j)] * z[size_t(j)];
+  double dot = 0;
+  for (int64_t j = 0; j < d; ++j) dot += (*gradient)[size_t(j)] * z[size_t(j)];
   if (normalize && squares > 0)
-    for (int64_t j = 0; j < d; ++j) (*gradient)[size_t(j)] -= z[size_t(j)] * along / squares;
+    for (int64_t j = 0; j < d; ++j) (*gradient)[size_t(j)] -= z[size_t(j)] * dot / squares;
   return loss;
 }
 
@@ -124,8 +124,8 @@ void check_cross_entropy(Polytope polytope, int64_t rows, int64_t d, bool normal
   for (int64_t b = 0; b < rows; ++b) target.push_back(b == 0 ? slots - 1 : int64_t(random() % uint64_t(slots)));
   if (rows > 2) target[1] = -100;
   const double scale = 4;
-  // part: how many rows a call has
-  const auto run = [&](int64_t threads, int64_t part, std::vector<A>* loss, std::unique_ptr<T[]>* gradient) {
+  // rows_per_call: the last call may have fewer
+  const auto run = [&](int64_t threads, int64_t rows_per_call, std::vector<A>* loss, std::unique_ptr<T[]>* gradient) {
     loss->assign(size_t(rows), A(-1));
     gradient->reset(new T[size_t(rows * d)]);
     const CrossEntropyArgs<T> args{z.get(),
@@ -140,8 +140,8 @@ void check_cross_entropy(Polytope polytope, int64_t rows, int64_t d, bool normal
                                    A(1),
                                    {normalize, A(scale), Margin::kNone, A(0), A(smoothing), A(slots)}};
     const CubeCrossEntropyArgs<T> of_cube{args, codes.get(), words};
-    parallel((rows + part - 1) / part, threads, [&](int64_t call) {
-      const int64_t begin = call * part, end = std::min(rows, begin + part);
+    parallel((rows + rows_per_call - 1) / rows_per_call, threads, [&](int64_t call) {
+      const int64_t begin = call * rows_per_call, end = std::min(rows, begin + rows_per_call);
       if (polytope == Polytope::kSimplex) kernels<T>().simplex_cross_entropy(args, begin, end);
       if (polytope == Polytope::kOrthoplex) kernels<T>().orthoplex_cross_entropy(args, begin, end);
       if (polytope == Polytope::kCube) kernels<T>().cube_cross_entropy(of_cube, begin, end);

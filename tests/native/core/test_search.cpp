@@ -117,8 +117,8 @@ void test_search(const Options& options) {
                   "n=%ld d=%ld spread=%g %s ids %d k=%ld threads=%ld", long(n), long(d), spread,
                   type == RowType::kFloat ? "float" : "bfloat16", kind, long(k), long(threads));
           }
-        // each of the ways to search a part: rows one by one; through codes, but a dense stretch one by one; through
-        // codes and whole stretches; and rows that no sample has
+        // each method to search a subset: rows one by one; through codes, but a dense split one by one; through
+        // codes alone; and rows that no sample has
         for (const double fraction : {0.02, 0.3, 0.8, 2.0}) {
           std::vector<uint64_t> mask(size_t(simplexfix::ceil_div(n, kPanelRows)), 0);
           rows.searched = 0;
@@ -128,10 +128,10 @@ void test_search(const Options& options) {
               ++rows.searched;
             }
           rows.mask = mask.data();
-          const Result part = by_definition(query, queries, rows, std::max<int64_t>(10, most + 3));
+          const Result subset = by_definition(query, queries, rows, std::max<int64_t>(10, most + 3));
           for (const int64_t k : {int64_t(1), int64_t(10), most + 3})
-            check(through(query, queries, rows, &codes, k, 4) == part.first(k),
-                  "n=%ld d=%ld spread=%g %s ids %d k=%ld of a part, %g", long(n), long(d), spread,
+            check(through(query, queries, rows, &codes, k, 4) == subset.first(k),
+                  "n=%ld d=%ld spread=%g %s ids %d k=%ld of a subset, %g", long(n), long(d), spread,
                   type == RowType::kFloat ? "float" : "bfloat16", kind, long(k), fraction);
         }
       }

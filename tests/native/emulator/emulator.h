@@ -6,7 +6,7 @@
 //       -fsanitize=thread              races: a switch of fibers orders nothing, only barriers and
 //                                      fences do, so a missing one is found whatever the timing
 //
-// Shared memory is fresh for each block, full of nan, with red zones under ASan.  Kernels that part at
+// Shared memory is fresh for each block, full of nan, with red zones under ASan.  Kernels that diverge at
 // barriers or collectives, or wait for ever, end the launch with an error that names both places.
 #pragma once
 #define SIMPLEXFIX_EMULATED 1

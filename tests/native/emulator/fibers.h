@@ -169,18 +169,18 @@ inline void run_block(Block& block, Order order, std::mt19937& random) {
 #endif
   for (Lane& l : block.lanes) make_fiber(l);
   while (block.done < n && block.error.empty()) {
-    bool moved = false;
+    bool progress = false;
     if (order == Order::kRandom && random() % 8 == 0) std::shuffle(turns.begin(), turns.end(), random);
     for (int i : turns) {
       Lane& l = block.lanes[i];
       while (l.wait == Wait::kNone && block.error.empty()) {  // until it waits, so that others see it as late as can be
-        moved = true;
+        progress = true;
         enter_lane(l);
         arrived(l);
         if (order == Order::kRandom) break;
       }
     }
-    if (moved || !block.error.empty()) continue;
+    if (progress || !block.error.empty()) continue;
     for (const Lane& l : block.lanes)
       if (l.wait == Wait::kBlock || l.wait == Wait::kWarp) fail(block, "deadlock, e.g. " + where(l));
   }

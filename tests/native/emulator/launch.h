@@ -1,4 +1,4 @@
-// Launches of kernels in the emulator: the twin of launch_kernel in csrc/cuda/launch.cuh.
+// Launches of kernels in the emulator: stands for launch_kernel in csrc/cuda/launch.cuh.
 #pragma once
 #include <memory>
 

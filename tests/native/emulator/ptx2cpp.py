@@ -265,8 +265,8 @@ class Kernel:
             values = ", ".join(self.value(r, kind) for r in registers)
             self.statements.append(f"*{place} = {vector}{{{{{values}}}}};")
             return
-        kept = [(i, r) for i, r in enumerate(registers) if r != "_"]
-        sets = " ".join(f"ptx::set({self.register(r)}, v.v[{i}]);" for i, r in kept)
+        loaded = [(i, r) for i, r in enumerate(registers) if r != "_"]
+        sets = " ".join(f"ptx::set({self.register(r)}, v.v[{i}]);" for i, r in loaded)
         self.statements.append(f"{{ const {vector} v = *{place}; {sets} }}")
 
     @instruction(r"(atom|red)\.(global|shared)\.add\.u(32|64)")

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["check_resumable", "describe", "differences", "read_facts"]
+__all__ = ["check_resumable", "describe", "differences", "read_run_record"]
 
 _ABSENT = object()
 
@@ -96,7 +96,7 @@ def _shown(value: Any) -> str:
     return "absent" if value is _ABSENT else repr(value)
 
 
-def read_facts(file: Path) -> dict[str, Any]:
+def read_run_record(file: Path) -> dict[str, Any]:
     """The `run.json` of a run: under "config" and "data" what it is of.
 
     Raises:
@@ -104,13 +104,13 @@ def read_facts(file: Path) -> dict[str, Any]:
         OSError: it cannot be read.
     """
     try:
-        facts = json.loads(file.read_bytes())
-        if not isinstance(facts, dict) or not all(isinstance(facts.get(part), dict) for part in ("config", "data")):
+        record = json.loads(file.read_bytes())
+        if not isinstance(record, dict) or not all(isinstance(record.get(part), dict) for part in ("config", "data")):
             raise ValueError('it holds no "config" and "data"')
     except ValueError as error:
         raise ValueError(
             f"{file} is damaged: {error}; delete it and train with the same configuration, "
             "which the files of each task are compared with too"
         ) from None
-    result: dict[str, Any] = facts
+    result: dict[str, Any] = record
     return result
