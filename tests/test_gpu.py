@@ -135,7 +135,7 @@ def test_operators(device: str, op, arguments) -> None:
         agree(device, call, *arguments)
 
 
-# a warp to a row, a block of 128, one of 512, parts; beside each the last size of the one before
+# a warp to a row, a block of 128, one of 512, chunks; beside each the last size of the one before
 @pytest.mark.parametrize("polytope", POLYTOPES)
 @pytest.mark.parametrize("d", [1, 7, 12, 256, 257, 1023, 4089, 4090, 11257, 22600, 70000])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -266,7 +266,7 @@ def codes_on(device: torch.device, polytope: str, d: int) -> dict[str, Tensor]:
 
 
 def calls() -> Iterator[tuple[str, Callable[..., tuple[Tensor, ...]], int]]:
-    """(name, function(z, old, target), d): kept rows of all kinds and rows in parts; results repeat to the bit."""
+    """(name, function(z, old, target), d): staged rows of all kinds and rows in chunks; results repeat to the bit."""
     for polytope in POLYTOPES:
         for d in (40, 1023, 8000, 30000):
 
@@ -449,7 +449,7 @@ def test_nothing(device: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_bad_target_is_nan_and_nothing_is_waited_for(device: str, polytope: str, dtype: torch.dtype) -> None:
     loss = OPERATORS.get(polytope, SF.cube_cross_entropy)
-    for d in (4, 300, 30000):  # the kernels of short rows, of long ones, and of parts
+    for d in (4, 300, 30000):  # the kernels of short rows, of long ones, and of chunks
         codes = torch.arange(5)[:, None].repeat(1, -(-d // 64)).to(device)
         if polytope == "cube" and d > 62:
             continue
