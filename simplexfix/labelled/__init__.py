@@ -4,7 +4,7 @@ from ._columns import Ids, Rows, read_hits, read_ids, read_integers
 from ._files import FeatureFileError, find_versions, is_version, load_rows
 from ._items import GalleryClasses, LabelledItems
 from ._rows import FeatureRows, row_slices, row_squares, unit_rows
-from ._versions import VersionFeatures, check_versions, ignoring
+from ._versions import VersionFeatures, check_versions, check_widths, ignoring
 
 __all__ = [
     "FeatureFileError",
@@ -15,6 +15,7 @@ __all__ = [
     "Rows",
     "VersionFeatures",
     "check_versions",
+    "check_widths",
     "find_versions",
     "ignoring",
     "is_version",

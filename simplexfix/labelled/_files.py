@@ -22,7 +22,7 @@ from ._rows import FeatureRows
 __all__ = ["FeatureFileError", "find_versions", "is_version", "load_rows", "read_arrays"]
 
 REQUIRED = ("query", "gallery", "query_labels", "gallery_labels")
-KEYS = (*REQUIRED, "query_ids", "gallery_ids", "query_groups")
+KEYS = (*REQUIRED, "query_ids", "gallery_ids", "query_groups", "prefixes")
 PARTS = ("query", "gallery")
 # columns of .parquet, and the end of the key that each stands for
 _COLUMNS = {"label": "labels", "item_id": "ids", "group": "groups"}

@@ -104,7 +104,7 @@ class LabelledItems:
         if len(ignored_labels):
             self._ignore(ignored_labels)
 
-    def version(self, query: Rows, gallery: Rows, *, name: str | None = None) -> VersionFeatures:
+    def version(self, query: Rows, gallery: Rows, *, name: str | None = None, prefixes: Ids = ()) -> VersionFeatures:
         """What one model extracted of these items.
 
         Args:
@@ -113,11 +113,14 @@ class LabelledItems:
                 items are to be there.
             gallery: [N, d], the same.
             name: of the version, for reports and messages.
+            prefixes: widths, below d, of older versions whose galleries the leading dimensions of this version's
+                queries were trained to search, normalised again: `EmbeddingModel.prefixes`.
 
         Raises:
-            TypeError, ValueError: features that are not [rows, d] floating numbers, or not one row an item.
+            TypeError, ValueError: features that are not [rows, d] floating numbers, or not one row an item; prefixes
+                that are not integers in [1, d).
         """
-        from ._versions import VersionFeatures
+        from ._versions import VersionFeatures, read_prefixes
 
         prefix = "" if name is None else f"{name}."
         parts = []
@@ -127,7 +130,8 @@ class LabelledItems:
             if len(features) != count:
                 raise ValueError(f"{features.name} has {len(features)} rows, {labels} has shape [{count}]")
             parts.append(features if len(kept) == count else features.take(kept))
-        return VersionFeatures(self, parts[0], parts[1], name)
+        widths = read_prefixes(prefixes, parts[0].width)
+        return VersionFeatures(self, parts[0], parts[1], name, prefixes=widths)
 
     def ignoring(self, labels: Sequence[int | str]) -> LabelledItems:
         """These items without those of the given classes.

@@ -7,6 +7,7 @@ from .folder import ModelFolderError, read_identity
 from .identity import ModelIdentity
 from .linear import LinearHead
 from .mlp import FeatureMLP
+from .oca import OCAHead
 from .resnet import ResNet18
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "LinearHead",
     "ModelFolderError",
     "ModelIdentity",
+    "OCAHead",
     "ResNet18",
     "SmallConvNet",
     "external_backbone",

@@ -26,9 +26,10 @@ from ..data.inputs import Drawings, Photographs, Preprocessing, Vectors
 from ..heads import CubeHead, OrthoplexHead, SimplexHead, decode_state, encode_state
 from ..slots import SlotRegistry
 from .convnet import SmallConvNet
-from .identity import LEARNABLE, ModelIdentity
+from .identity import LEARNABLE, OCA, ModelIdentity
 from .linear import LinearHead
 from .mlp import FeatureMLP
+from .oca import OCAHead
 from .resnet import ResNet18
 from .wrapped import plain_names, unwrapped
 
@@ -47,7 +48,15 @@ _NAMED = 8  # tensors in one message
 
 # What is made again from its folder alone: every argument of its constructor is an attribute of the same name.
 BACKBONES: dict[str, type[nn.Module]] = {kind.__name__: kind for kind in (FeatureMLP, ResNet18, SmallConvNet)}
-_HEADS = {"cube": CubeHead, LEARNABLE: LinearHead, "orthoplex": OrthoplexHead, "simplex": SimplexHead}
+_HEADS = {
+    "cube": CubeHead,
+    LEARNABLE: LinearHead,
+    OCA: OCAHead,
+    "orthoplex": OrthoplexHead,
+    "simplex": SimplexHead,
+}
+_SLOTLESS = (LinearHead, OCAHead)
+_TRAINING = "head.objective."  # tensors of an OCAHead that no embedding depends on
 _PREPROCESSING = {kind.__name__: kind for kind in (Drawings, Normalize, Photographs, Vectors)}
 
 
@@ -146,7 +155,7 @@ def _parts(model: EmbeddingModel, version: int, name: str) -> tuple[dict[str, An
             f"got {type(preprocessing).__name__}"
         )
     plain = plain_names(model)
-    state = {plain[key]: value for key, value in model.state_dict().items()}
+    state = {plain[key]: value for key, value in model.state_dict().items() if not plain[key].startswith(_TRAINING)}
     state.pop("head._extra_state", None)
     strangers = [key for key in state if not key.startswith(("backbone.", "head."))]
     if strangers:
@@ -157,7 +166,7 @@ def _parts(model: EmbeddingModel, version: int, name: str) -> tuple[dict[str, An
         "version": {"number": version, "name": name},
         "backbone": _backbone_spec(backbone),
         "head": {"kind": kind, **_head_spec(head)},
-        "slots": None if isinstance(head, LinearHead) else head.slots.to_dict(),  # type: ignore[union-attr, operator]
+        "slots": None if isinstance(head, _SLOTLESS) else head.slots.to_dict(),  # type: ignore[union-attr, operator]
         "preprocessing": _plain(preprocessing),
         **({} if model.class_names is None else {_NAMES: list(model.class_names)}),
     }
@@ -193,6 +202,12 @@ def _head_spec(head: Any) -> dict[str, Any]:
             "num_classes": head.num_classes,
             "scale": head.scale,
         }
+    if isinstance(head, OCAHead):
+        return {
+            "in_features": head.junction.in_features,
+            "embedding_dim": head.embedding_dim,
+            "ancestors": [list(ancestor) for ancestor in head.ancestors],
+        }
     spec = {
         "in_features": head.junction.in_features,
         "embedding_dim": head.embedding_dim,
@@ -216,6 +231,8 @@ def _head(config: Mapping[str, Any]) -> nn.Module:
             learnable = LinearHead(spec["in_features"], scale=spec["scale"])
             learnable.grow(spec["num_classes"])
             return learnable
+        if kind == OCA:
+            return OCAHead(spec["in_features"], spec["embedding_dim"], ancestors=spec["ancestors"])
         options = {
             "normalize": spec["normalize"],
             "scale": spec["scale"],
@@ -233,7 +250,7 @@ def _head(config: Mapping[str, Any]) -> nn.Module:
 def _extra_state(config: Mapping[str, Any]) -> dict[str, Any]:
     """The head's part of a state_dict that `config.json` holds."""
     spec = config["head"]
-    if spec["kind"] == LEARNABLE:
+    if spec["kind"] in (LEARNABLE, OCA):
         return {}
     codes = {"codes_crc32": spec["codes_crc32"]} if spec["kind"] == "cube" else {}
     return {"_extra_state": encode_state({**config["slots"], "polytope": spec["kind"], **codes})}
@@ -250,6 +267,7 @@ def _identity(config: Mapping[str, Any]) -> ModelIdentity:
         num_slots=None if slots is None else slots["num_slots"],
         slots=() if slots is None else tuple(tuple(run) for run in slots["runs"]),
         codes_crc32=head.get("codes_crc32"),
+        ancestors=tuple((fingerprint, width) for fingerprint, width in head.get("ancestors", ())),
     )
 
 

@@ -7,20 +7,25 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from .._checks import check_name
-from ..methods import BCT, ER, FD, HOC, Method, Simplex
+from ..methods import BCT, ER, FD, HOC, OCA, Method, Simplex
 from ..slots import SlotRegistry
 from . import processes
 from .config import check_fits
 
 __all__ = ["LEARNABLE", "MethodConfig"]
 
-LEARNABLE = ("bct", "er", "fd")  # methods with a classifier for each network, and features for embeddings
+LEARNABLE = ("bct", "er", "fd", "oca")  # methods with a learnable classifier for each network
 
 _BELONGS = {
     **dict.fromkeys(("slots", "normalize"), ("hoc", "simplex")),
     "weight": ("fd", "bct"),
     "distance": ("fd",),
     **dict.fromkeys(("lambda_", "mu", "negatives", "anchor", "gather"), ("hoc",)),
+    "scale": ("bct", "er", "fd", "hoc", "simplex"),
+    **dict.fromkeys(
+        ("embedding_dim", "extra", "weights", "temperature", "label_smoothing", "normalize_prototypes", "rotation"),
+        ("oca",),
+    ),
 }
 
 
@@ -29,7 +34,7 @@ class MethodConfig:
     """A way to train, of `simplexfix.methods`.
 
     Args:
-        name: "er", "fd" or "bct", with a learnable classifier; "simplex" or "hoc", with the fixed one.
+        name: "er", "fd", "bct" or "oca", with a learnable classifier; "simplex" or "hoc", with the fixed one.
         slots: K of the simplex.
         normalize: of the simplex; a learnable classifier with a scale is always normalised.
         scale: of the logits; None for plain ones.
@@ -37,6 +42,7 @@ class MethodConfig:
         distance: of FD.
         lambda_, mu, negatives, anchor: of `hoc_loss`.
         gather: negatives of HOC from all processes.
+        embedding_dim, extra, weights, temperature, label_smoothing, normalize_prototypes, rotation: of `OCA`.
     """
 
     name: str = "hoc"
@@ -50,6 +56,13 @@ class MethodConfig:
     negatives: str = "zero_mask"
     anchor: str = "old"
     gather: bool = True
+    embedding_dim: int = 128
+    extra: int = 32
+    weights: tuple[float, ...] = (5.0, 10.0, 5.0)
+    temperature: float = 1.0
+    label_smoothing: float = 0.1
+    normalize_prototypes: bool = False
+    rotation: str = "orthogonal"
 
     def __post_init__(self) -> None:
         check_name("name", self.name, (*LEARNABLE, "hoc", "simplex"))
@@ -62,6 +75,16 @@ class MethodConfig:
             return FD(weight=self.weight, distance=self.distance, scale=self.scale)
         if self.name == "bct":
             return BCT(weight=self.weight, scale=self.scale)
+        if self.name == "oca":
+            return OCA(
+                embedding_dim=self.embedding_dim,
+                extra=self.extra,
+                weights=self.weights,
+                temperature=self.temperature,
+                label_smoothing=self.label_smoothing,
+                normalize_prototypes=self.normalize_prototypes,
+                rotation=self.rotation,
+            )
         scale = 1.0 if self.scale is None else self.scale
         if self.name == "simplex":
             return Simplex(slots, namespace, normalize=self.normalize, scale=scale)

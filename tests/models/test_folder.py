@@ -474,7 +474,7 @@ def with_more() -> EmbeddingModel:
         (
             lambda p: EmbeddingModel(FeatureMLP(3), nn.Identity()).save_pretrained(p),
             TypeError,
-            "head must be one of CubeHead, LinearHead, OrthoplexHead, SimplexHead for the model .*, got Identity",
+            "head must be one of CubeHead, LinearHead, OCAHead, OrthoplexHead, SimplexHead for .*, got Identity",
         ),
         (
             lambda p: small(preprocessing=RandomWarp()).save_pretrained(p),
