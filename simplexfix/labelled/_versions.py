@@ -135,10 +135,10 @@ class VersionFeatures:
         check_name("widths", widths, ("equal", "leading"))
         asked, held = new.query.width, self.gallery.width
         if widths == "equal" and not self.fits(new):
-            trained = f"; give {new.label} prefixes=[{held}] if it was trained so" if held < asked else ""
+            remedy = f"; give {new.label} prefixes=[{held}] if it was trained so" if held < asked else ""
             raise ValueError(
                 f"{new.query.name} has {asked} columns, {self.gallery.name} has {held}: features of different width "
-                f'cannot be compared{trained}; with widths="leading" their leading dimensions are'
+                f'cannot be compared{remedy}; widths="leading" compares the leading dimensions that both have'
             )
         width = min(asked, held)
         return VersionFeatures(self.items, new.query.columns(width), self.gallery.columns(width), name=self.name)

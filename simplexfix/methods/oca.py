@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._checks import check_integer, check_name, check_number, check_positive, check_share, check_target
+from .._reference import no_autocast
 from ..models import EmbeddingModel, OCAHead
 from ..models.linear import check_known
 from ..models.oca import ROTATIONS, OCAObjective
@@ -59,7 +60,7 @@ def oca_loss(
     """
     check_target(target, z)
     check_known(target, objective.classifier.out_features, "OCA.add_classes")
-    with torch.autocast(z.device.type, enabled=False):  # 8 bits would be left of cosines near 1
+    with no_autocast(z):  # 8 bits would be left of cosines near 1
         h = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)))
         turned = h if objective.rotation is None else objective.rotation(h)
         classify = F.cross_entropy(objective.classifier(turned) / temperature, target, label_smoothing=label_smoothing)

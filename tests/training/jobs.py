@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from simplexfix import SlotRegistry
 from simplexfix import _files as files
-from simplexfix.methods import ER, HOC
+from simplexfix.methods import ER, HOC, OCA
 from simplexfix.models import EmbeddingModel, SmallConvNet
 from simplexfix.training import Items, RunConfig, Schedule, Task, Trainer, processes, read_config, train_run
 from simplexfix.training.checkpoint import fingerprint
@@ -69,15 +69,17 @@ def trained(
     on_step=lambda step: None,
     group: bool = False,
     learnable: bool = False,
+    oca: bool = False,
     noise: float | None = None,
 ) -> EmbeddingModel:
-    """A second version, with an old model, rehearsal, augmentation and dropout; or by a learnable head.
+    """A second version, with an old model, rehearsal, augmentation and dropout; or by a learnable head, or by OCA.
 
     Its items are in memory, or with `noise` those of datasets that add so much.
     """
     method = (
         ER(scale=8.0) if learnable else HOC(SlotRegistry(20), lambda_=0.5, group=dist.group.WORLD if group else None)
     )
+    method = OCA(embedding_dim=10, extra=4) if oca else method
     torch.manual_seed(3)
     backbone = SmallConvNet(4, 10) if convolutions else network(dropout)
     parent = EmbeddingModel(backbone, method.head(10))

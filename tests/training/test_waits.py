@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from simplexfix import SlotRegistry
 from simplexfix.data import Normalize, RandomCropFlip, RandomWarp
-from simplexfix.methods import BCT, ER, FD, HOC, Simplex
+from simplexfix.methods import BCT, ER, FD, HOC, OCA, Simplex
 from simplexfix.models import EmbeddingModel
 
 DOWN = ("cpu", "meta")
@@ -39,11 +39,13 @@ class Copies(TorchDispatchMode):
         return function(*arguments, **options)
 
 
-@pytest.mark.parametrize("make", [lambda: Simplex(SlotRegistry(32)), lambda: HOC(SlotRegistry(32)), ER, FD, BCT])
+@pytest.mark.parametrize("make", [lambda: Simplex(SlotRegistry(32)), lambda: HOC(SlotRegistry(32)), ER, FD, BCT, OCA])
 def test_losses_ask_for_no_value(make: Callable[[], Any]) -> None:
     method = make()
     model = EmbeddingModel(jobs.network(), method.head(10))
     method.add_classes(model, range(5))
+    if isinstance(method, OCA):
+        method.fit_to_old(model, copy.deepcopy(model))
     model.to("meta")
     old = copy.deepcopy(model).eval()
     input, target = torch.zeros(8, 12, device="meta"), torch.zeros(8, dtype=torch.int64, device="meta")
