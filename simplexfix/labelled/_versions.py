@@ -135,7 +135,8 @@ class VersionFeatures:
         check_name("widths", widths, ("equal", "leading"))
         asked, held = new.query.width, self.gallery.width
         if widths == "equal" and not self.fits(new):
-            remedy = f"; give {new.label} prefixes=[{held}] if it was trained so" if held < asked else ""
+            narrower = held < asked and new is not self
+            remedy = f"; give {new.label} prefixes=[{held}] if it was trained so" if narrower else ""
             raise ValueError(
                 f"{new.query.name} has {asked} columns, {self.gallery.name} has {held}: features of different width "
                 f'cannot be compared{remedy}; widths="leading" compares the leading dimensions that both have'
