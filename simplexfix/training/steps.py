@@ -257,14 +257,10 @@ class Steps:
             for p, mean in zip(self.model.parameters(), self.mean, strict=self.ema is not None):
                 p.copy_(mean)
         self.model.backbone._compiled_call_impl = None
-        self.broadcast_buffers()  # statistics of batches are each process's own
-        return self.model.eval()
-
-    def broadcast_buffers(self) -> None:
-        """Gives all processes those of the first."""
-        if self.world > 1:
+        if self.world > 1:  # statistics of batches are each process's own
             for buffer in self.model.buffers():
                 dist.broadcast(buffer, 0)
+        return self.model.eval()
 
     def state(self) -> dict[str, Any]:
         """For `write_state`; all processes must call it, for each has random numbers of its own."""

@@ -252,8 +252,7 @@ class Trainer:
             found = [old.extract(part.inputs, prepare=prepare, workers=self.workers).cpu() for part in parts]
             method.read_old(run.model, torch.cat(found), torch.cat([part.labels.cpu() for part in parts]))
 
-        processes.run_on_rank0(read)
-        run.broadcast_buffers()
+        processes.run_on_rank0(read)  # DistributedDataParallel broadcasts buffers before the first step
 
     def _done(
         self,
