@@ -1,6 +1,6 @@
 """All methods on `simplexfix train cpu-small`, over seeds, and what limits HOC: one change at a time.
 
-python benchmarks/methods.py DATA [--seeds 0 1 2] [--methods er fd bct simplex hoc asnn hoc-asnn]
+python benchmarks/methods.py DATA [--seeds 0 1 2] [--methods er fd bct oca simplex hoc asnn hoc-asnn]
                              [--ablation VARIANT ...] [--runs DIR] [--jobs N] [--out FILE] [KEY.SUB=VALUE ...]
 
 DATA holds CIFAR-10 and CIFAR-100 in their binary version.  Runs are kept in DIR and taken up again where they were
@@ -29,7 +29,7 @@ from measure import machine_card
 from simplexfix.training import PRESETS
 from simplexfix.training.run_config import LEARNABLE
 
-METHODS = ("er", "fd", "bct", "simplex", "hoc", "asnn", "hoc-asnn")
+METHODS = ("er", "fd", "bct", "oca", "simplex", "hoc", "asnn", "hoc-asnn")
 TERMS = {"hoc-asnn": ("method.name=hoc", "method.classification=asnn")}
 SHORT = tuple(f"tasks.replacements.{t}.epochs=12" for t in (0, 2, 4))
 VARIANTS = {

@@ -27,7 +27,7 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _no_autocast(tensor: Tensor) -> AbstractContextManager[None]:
+def no_autocast(tensor: Tensor) -> AbstractContextManager[None]:
     """Keeps the dtype that the reference implementation chose; autocast does not apply to meta tensors."""
     return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
 
@@ -87,7 +87,7 @@ def cube_logits(z: Tensor, codes: Tensor, *, normalize: bool = False, scale: flo
     if normalize:
         x = unit_rows(x)
     x = scale / math.sqrt(d) * x
-    with _no_autocast(z):
+    with no_autocast(z):
         # the signs of a block of vertices at a time: all of them may be far more than z and the logits together
         blocks = [x @ cube_signs(block, d, x.dtype).T for block in torch.split(codes, CUBE_BLOCK)]
     return torch.cat(blocks, -1).to(z.dtype)
@@ -110,7 +110,7 @@ def _cross_entropy(
         index = target.unsqueeze(-1)
         with_margin = _with_margin(logits.gather(-1, index), *margin)
         logits = logits.scatter(-1, index, with_margin)
-    with _no_autocast(logits):
+    with no_autocast(logits):
         return F.cross_entropy(
             scale * logits,
             target.where(counts, -100),
@@ -205,7 +205,7 @@ def contrast_rows(
 ) -> Tensor:
     """-s_own + log of the anchor's denominator for each anchor; anchor i's own candidate is first_positive + i."""
     dtype = accumulate_dtype(anchors.dtype)
-    with _no_autocast(anchors):
+    with no_autocast(anchors):
         similarity = mu * (unit_rows(anchors.to(dtype)) @ unit_rows(candidates.to(dtype)).T)
     own = similarity.diagonal(first_positive)
     same = anchor_class[:, None] == candidate_class

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._checks import check_features, check_integer, check_pair, check_positive, check_rows, check_target
+from ._reference import no_autocast
 
 __all__ = ["asnn_loss", "nnp_loss"]
 
@@ -66,7 +66,7 @@ def asnn_loss(
         Components Analysis", NIPS 2004.
     """
     pool, pool_target, first = _checked(features, target, pool, pool_target, neighbours, first)
-    with _no_autocast(features.device.type):
+    with no_autocast(features):
         rows, pool = F.normalize(_wide(features), dim=1), _wide(pool)
         pool_weights, weights = _class_weights(pool_target, target, rows.dtype)
         with torch.no_grad():
@@ -136,7 +136,7 @@ def nnp_loss(
     """
     check_positive("alpha", alpha)
     pool, pool_target, first = _checked(features, target, pool, pool_target, neighbours, first)
-    with _no_autocast(features.device.type):
+    with no_autocast(features):
         rows, pool = _wide(features), _wide(pool)
         counts = (pool_target >= 0).to(pool.dtype)[:, None]
         number = counts.sum().clamp(min=1)
@@ -191,10 +191,6 @@ def _checked(
             f"{len(features)} of the batch, got {first}"
         )
     return pool, pool_target, first
-
-
-def _no_autocast(device: str) -> AbstractContextManager[object]:
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def _wide(rows: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ import numpy as np
 from .._files import read_text
 from .._text import printable
 from ..compatibility.statistics import check_confidence
-from ..labelled import RelevanceJudgements, VersionFeatures, check_versions, find_versions, is_version
+from ..labelled import RelevanceJudgements, VersionFeatures, check_versions, check_widths, find_versions, is_version
 from ..report import EvaluationReport, evaluate
 from ..report.colours import LIGHT, readable, shade
 from ..report.folder import check_replaceable, content_of
@@ -119,8 +119,7 @@ def _read(arguments: argparse.Namespace, *, first: bool = True) -> _Input:
             for path, name in zip(paths, short_names(paths), strict=True)
         ]
     )
-    for version in versions[1:]:
-        versions[0].pair(version, arguments.widths)
+    check_widths(versions, arguments.widths)
     for version in versions if first else ():
         for part, zeros in zip(("query", "gallery"), version.zero_rows, strict=True):
             if zeros:

@@ -59,8 +59,8 @@ def inequality_violations(old: VersionFeatures, new: VersionFeatures) -> Violati
 
     Args:
         old: by the model in service, whose gallery stays.
-        new: by the one that replaces it, of the same items and of the same width.  A pair of an item with itself, by
-            their ids, is left out.
+        new: by the one that replaces it, of the same items and of the same width, or with that among its prefixes.  A
+            pair of an item with itself, by their ids, is left out.
 
     Raises:
         TypeError: not versions.
@@ -70,8 +70,7 @@ def inequality_violations(old: VersionFeatures, new: VersionFeatures) -> Violati
         Shen et al., "Towards Backward-Compatible Representation Learning", 2020, equations 1 and 2.
     """
     old, new = check_versions((old, new), ("old", "new"))
-    old.pair(new, "equal")
-    old.pair(old, "equal")
+    new, old = old.pair(new, "equal"), old.pair(old, "equal")
     items, gallery = old.items, old.gallery
     labels = items.query_labels, items.gallery_labels
 

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from .._checks import check_name
-from ..labelled import VersionFeatures, check_versions
+from ..labelled import VersionFeatures, check_versions, check_widths
 from ..retrieval.protocols import Hits, Protocol, read_protocol
 
 __all__ = ["compatibility_hits", "compatibility_matrix"]
@@ -29,8 +28,9 @@ def compatibility_matrix(
         versions: T of the same items, oldest first.  All features are compared in float32.
         protocol: a name or an object of `simplexfix.retrieval.PROTOCOLS`; a metric of the ranking, such as "ndcg@10" or
             "map"; or a `Protocol` of your own.
-        widths: "equal": versions of different width are refused; "leading": they are compared on the leading
-            dimensions that both have, min(d_i, d_j) of them.
+        widths: "equal": versions of different width are refused, but for a newer one with the older one's width among
+            its `prefixes`, whose queries are cut to it; "leading": all are compared on the leading dimensions that both
+            have, min(d_i, d_j) of them.
 
     Returns:
         [T, T] float64, nan above the diagonal.
@@ -88,14 +88,6 @@ def compatibility_hits(
 
 def _read(versions: Sequence[VersionFeatures], widths: str) -> list[VersionFeatures]:
     """Checked before anything is computed; rows are looked at as they are read."""
-    check_name("widths", widths, ("equal", "leading"))
     checked = check_versions(versions)
-    width = checked[0].query.width
-    for version in checked:
-        for rows in (version.query, version.gallery):
-            if rows.width != width and widths == "equal":
-                raise ValueError(
-                    f"{rows.name} has {rows.width} columns, {checked[0].query.name} has {width}: features of different "
-                    'width cannot be compared, but for their leading dimensions: widths="leading"'
-                )
+    check_widths(checked, widths)
     return checked

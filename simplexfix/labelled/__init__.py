@@ -5,7 +5,7 @@ from ._files import FeatureFileError, find_versions, is_version, load_rows
 from ._items import GalleryClasses, LabelledItems
 from ._judgements import RelevanceJudgements
 from ._rows import FeatureRows, row_slices, row_squares, to_float32, unit_rows
-from ._versions import VersionFeatures, check_versions, ignoring
+from ._versions import VersionFeatures, check_versions, check_widths, ignoring
 
 __all__ = [
     "FeatureFileError",
@@ -17,6 +17,7 @@ __all__ = [
     "Rows",
     "VersionFeatures",
     "check_versions",
+    "check_widths",
     "find_versions",
     "ignoring",
     "is_version",

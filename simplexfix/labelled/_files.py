@@ -23,7 +23,7 @@ __all__ = ["FeatureFileError", "find_versions", "is_version", "load_rows", "read
 
 REQUIRED = ("query", "gallery", "query_labels", "gallery_labels")
 JUDGED = ("query", "gallery", "query_ids", "gallery_ids")  # required where judgements take the place of labels
-KEYS = (*REQUIRED, "query_ids", "gallery_ids", "query_groups")
+KEYS = (*REQUIRED, "query_ids", "gallery_ids", "query_groups", "prefixes")
 PARTS = ("query", "gallery")
 # columns of .parquet, and the end of the key that each stands for
 _COLUMNS = {"label": "labels", "item_id": "ids", "group": "groups"}

@@ -171,7 +171,7 @@ class LabelledItems:
     def gallery_labels(self) -> NDArray[np.int64]:
         return self._labels(self._gallery_labels)
 
-    def version(self, query: Rows, gallery: Rows, *, name: str | None = None) -> VersionFeatures:
+    def version(self, query: Rows, gallery: Rows, *, name: str | None = None, prefixes: Ids = ()) -> VersionFeatures:
         """What one model extracted of these items.
 
         Args:
@@ -180,11 +180,14 @@ class LabelledItems:
                 items are to be there.
             gallery: [N, d], the same.
             name: of the version, for reports and messages.
+            prefixes: widths, below d, of older versions whose galleries the leading dimensions of this version's
+                queries were trained to search, normalised again: `EmbeddingModel.prefixes`.
 
         Raises:
-            TypeError, ValueError: features that are not [rows, d] floating numbers, or not one row an item.
+            TypeError, ValueError: features that are not [rows, d] floating numbers, or not one row an item; prefixes
+                that are not integers in [1, d).
         """
-        from ._versions import VersionFeatures
+        from ._versions import VersionFeatures, read_prefixes
 
         prefix = "" if name is None else f"{name}."
         parts = []
@@ -195,7 +198,8 @@ class LabelledItems:
             if len(features) != count:
                 raise ValueError(f"{features.name} has {len(features)} rows, {part}_{column} has shape [{count}]")
             parts.append(features if len(kept) == count else features.take(kept))
-        return VersionFeatures(self, parts[0], parts[1], name)
+        widths = read_prefixes(prefixes, parts[0].width)
+        return VersionFeatures(self, parts[0], parts[1], name, prefixes=widths)
 
     def ignoring(self, labels: Sequence[int | str]) -> LabelledItems:
         """These items without those of the given classes.

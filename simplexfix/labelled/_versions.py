@@ -12,12 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._checks import check_name
+from ._columns import Ids, read_integers
 from ._files import JUDGED, REQUIRED, FeatureFileError, read_arrays
 from ._items import LabelledItems
 from ._judgements import RelevanceJudgements
 from ._rows import FeatureRows
 
-__all__ = ["VersionFeatures", "check_versions", "ignoring"]
+__all__ = ["VersionFeatures", "check_versions", "check_widths", "ignoring", "read_prefixes"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +31,7 @@ class VersionFeatures:
         gallery: [N, d], as this model extracted it; N may be 0 where it is one process's shard.
         name: of the version, or None.
         path: the file it is from, or None.
+        prefixes: widths of older versions whose galleries the leading dimensions of these queries search, ascending.
     """
 
     items: LabelledItems
@@ -37,6 +39,7 @@ class VersionFeatures:
     gallery: FeatureRows
     name: str | None = None
     path: Path | None = None
+    prefixes: tuple[int, ...] = ()
 
     @classmethod
     def load(
@@ -81,7 +84,7 @@ class VersionFeatures:
                     judgements, arrays["query_ids"], arrays["gallery_ids"], query_groups=arrays.get("query_groups")
                 )
                 items = items.ignoring(ignored_labels) if len(ignored_labels) else items
-            version = items.version(arrays["query"], arrays["gallery"])
+            version = items.version(arrays["query"], arrays["gallery"], prefixes=arrays.get("prefixes", ()))
             for part in (version.query, version.gallery):
                 if not len(part.rows):
                     raise ValueError(f"{part.name} has no rows")
@@ -130,8 +133,9 @@ class VersionFeatures:
 
         Args:
             new: the other version.
-            widths: "equal": versions of different width are refused; "leading": they are compared on the leading
-                dimensions that both have.
+            widths: "equal": versions of different width are refused, but where `new` has this version's among its
+                prefixes, and its leading dimensions search; "leading": all are compared on the leading dimensions that
+                both have.
 
         Raises:
             ValueError: versions of other items, or of another width; by name.
@@ -142,10 +146,20 @@ class VersionFeatures:
     def pair(self, new: VersionFeatures, widths: str) -> VersionFeatures:
         """`searched_by` of versions that `check_versions` has checked."""
         check_name("widths", widths, ("equal", "leading"))
-        if widths == "equal":
-            _check_equal_width(new.query, self.gallery)
-        width = min(new.query.width, self.gallery.width)
+        asked, held = new.query.width, self.gallery.width
+        if widths == "equal" and not self.fits(new):
+            narrower = held < asked and new is not self
+            remedy = f"; give {new.label} prefixes=[{held}] if it was trained so" if narrower else ""
+            raise ValueError(
+                f"{new.query.name} has {asked} columns, {self.gallery.name} has {held}: features of different width "
+                f'cannot be compared{remedy}; widths="leading" compares the leading dimensions that both have'
+            )
+        width = min(asked, held)
         return VersionFeatures(self.items, new.query.columns(width), self.gallery.columns(width), name=self.name)
+
+    def fits(self, new: VersionFeatures) -> bool:
+        """Whether this gallery is as wide as the new version's queries, or as one of their prefixes."""
+        return self.gallery.width in (new.query.width, *new.prefixes)
 
     def take(
         self, queries: NDArray[np.int64] | None = None, gallery: NDArray[np.int64] | None = None
@@ -268,9 +282,26 @@ def _check_same_items(first: VersionFeatures, other: VersionFeatures) -> None:
         raise ValueError(f"{both} differ in query_groups")
 
 
-def _check_equal_width(query: FeatureRows, gallery: FeatureRows) -> None:
-    if query.width != gallery.width:
+def check_widths(versions: Sequence[VersionFeatures], widths: str) -> None:
+    """Raises ValueError where a version cannot search its own gallery or that of a version before it."""
+    for i, new in enumerate(versions):
+        for old in versions[: i + 1]:
+            old.pair(new, widths)
+
+
+def read_prefixes(prefixes: Ids, width: int) -> tuple[int, ...]:
+    """Prefixes of queries of that width, ascending.
+
+    Raises:
+        TypeError, ValueError: they are not integers in [1, width).
+    """
+    if not len(prefixes):
+        return ()
+    found = read_integers("prefixes", prefixes, "they are widths of older versions")
+    outside = found[(found < 1) | (found >= width)]
+    if len(outside):
         raise ValueError(
-            f"{query.name} has {query.width} columns, {gallery.name} has {gallery.width}: features of different width "
-            'cannot be compared; with widths="leading" their leading dimensions are'
+            f"prefixes must lie in [1, {width}): they are widths of older versions, and below the {width} of this one, "
+            f"got {outside[0]}"
         )
+    return tuple(sorted(set(found.tolist())))

@@ -1,11 +1,12 @@
 """Ways to train a compatible model, one small file each behind the protocol of `base`."""
 
 from .asnn import ASNN
-from .base import Method
+from .base import Method, ReadsOldEmbeddings
 from .bct import BCT
 from .er import ER
 from .fd import FD
 from .hoc import HOC
+from .oca import OCA, oca_loss
 from .simplex import Simplex
 
-__all__ = ["ASNN", "BCT", "ER", "FD", "HOC", "Method", "Simplex"]
+__all__ = ["ASNN", "BCT", "ER", "FD", "HOC", "OCA", "Method", "ReadsOldEmbeddings", "Simplex", "oca_loss"]

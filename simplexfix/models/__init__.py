@@ -8,6 +8,7 @@ from .identity import ModelIdentity
 from .linear import LinearHead
 from .mlp import FeatureMLP
 from .neighbour import NeighbourHead
+from .oca import OCAHead
 from .resnet import ResNet18
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "ModelFolderError",
     "ModelIdentity",
     "NeighbourHead",
+    "OCAHead",
     "ResNet18",
     "SmallConvNet",
     "external_backbone",

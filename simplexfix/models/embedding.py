@@ -46,6 +46,18 @@ class EmbeddingModel(nn.Module):
         self.preprocessing = preprocessing
         self.class_names = None if class_names is None else tuple(class_names)
 
+    @property
+    def embedding_dim(self) -> int | None:
+        """Width of the embeddings; None where neither the head nor the backbone states it."""
+        found = getattr(self.head, "embedding_dim", None) or getattr(self.backbone, "out_features", None)
+        return found if isinstance(found, int) else None
+
+    @property
+    def prefixes(self) -> tuple[int, ...]:
+        """Widths of older versions whose galleries the leading dimensions of these embeddings search, ascending."""
+        widths = {width for _, width in getattr(self.head, "ancestors", ())}
+        return tuple(sorted(widths - {self.embedding_dim}))
+
     def forward(self, input: Tensor) -> Tensor:
         """[B, ...] -> [B, d] embeddings, as training sees them."""
         return self.head.embed(self.backbone(input))  # type: ignore[no-any-return, operator]
@@ -57,6 +69,7 @@ class EmbeddingModel(nn.Module):
         *,
         prepare: Callable[[Tensor], Tensor] | None = None,
         workers: int = 0,
+        width: int | None = None,
     ) -> Tensor:
         """L2-normalised embeddings, as a gallery stores them; in evaluation mode.
 
@@ -67,15 +80,24 @@ class EmbeddingModel(nn.Module):
             prepare: makes inputs of what there is, batch by batch, as `preprocessing` does; None for inputs as they
                 are.
             workers: processes that read a dataset's items ahead; 0 for none.
+            width: None for all dimensions, or of which older version's width the gallery is that is to be searched, one
+                of `prefixes`: the leading dimensions, normalised.  `ModelIdentity.search_width` gives it.
 
         Returns:
-            [N, d], on the device of a tensor; of datasets and loaders on the CPU.
+            [N, d], or [N, width], on the device of a tensor; of datasets and loaders on the CPU.
 
         Raises:
             TypeError: another kind of input, as a dict or a list; names the remedy.
             ChildProcessError: a process that reads items was ended, as for want of memory.
-            ValueError: no rows; a loader that shuffles, or leaves rows out; items of unlike shapes.
+            ValueError: no rows; a loader that shuffles, or leaves rows out; items of unlike shapes; a width that is
+                none of `prefixes`.
         """
+        if width is not None and width not in (*self.prefixes, self.embedding_dim):
+            known = ", ".join(map(str, self.prefixes)) or "none"
+            raise ValueError(
+                f"width must be {self.embedding_dim}, of all dimensions, or one of the model's prefixes ({known}), "
+                f"got {width}"
+            )
         device = next(self.parameters(), torch.empty(0)).device
         kept = input.device if isinstance(input, Tensor) else torch.device("cpu")
         training = [module for module in self.modules() if module.training]
@@ -85,7 +107,7 @@ class EmbeddingModel(nn.Module):
             with lost_readers_named():
                 for batch in batches_of(input, workers=workers):
                     prepared = batch if prepare is None else prepare(batch)
-                    rows.append(nn.functional.normalize(self(prepared.to(device)), dim=1).to(kept))
+                    rows.append(nn.functional.normalize(self(prepared.to(device))[:, :width], dim=1).to(kept))
         finally:
             for module in training:  # one by one: a part that was frozen stays so
                 module.training = True

@@ -26,10 +26,11 @@ from ..data.inputs import Drawings, Photographs, Preprocessing, Vectors
 from ..heads import CubeHead, OrthoplexHead, SimplexHead, decode_state, encode_state
 from ..slots import SlotRegistry
 from .convnet import SmallConvNet
-from .identity import LEARNABLE, ModelIdentity
+from .identity import LEARNABLE, OCA, ModelIdentity
 from .linear import LinearHead
 from .mlp import FeatureMLP
 from .neighbour import NeighbourHead
+from .oca import OCAHead
 from .resnet import ResNet18
 from .wrapped import plain_names, unwrapped
 
@@ -52,10 +53,12 @@ _HEADS = {
     "cube": CubeHead,
     "linear": LinearHead,
     "neighbours": NeighbourHead,
+    OCA: OCAHead,
     "orthoplex": OrthoplexHead,
     "simplex": SimplexHead,
 }
-_QUEUE = "head.queue."  # what a neighbour head trains with, and no embedding depends on
+_SLOTLESS = (*LEARNABLE, OCA)
+_TRAINING = ("head.objective.", "head.queue.")  # tensors of OCAHead and NeighbourHead that no embedding depends on
 _PREPROCESSING = {kind.__name__: kind for kind in (Drawings, Normalize, Photographs, Vectors)}
 
 
@@ -112,7 +115,7 @@ def load_model(
     except (KeyError, TypeError, ValueError) as error:
         raise ModelFolderError(f"{folder / 'config.json'}: {error}") from error
     for_backbone, for_head = _below("backbone.", state), {**_below("head.", state), **_extra_state(config)}
-    for_head |= {key: value for key, value in head.state_dict().items() if f"head.{key}".startswith(_QUEUE)}  # empty
+    for_head |= {key: value for key, value in head.state_dict().items() if f"head.{key}".startswith(_TRAINING)}
     own_names = {plain: key for key, plain in plain_names(backbone).items()}
     for_backbone = {own_names.get(key, key): value for key, value in for_backbone.items()}
     _check_fit("the backbone", backbone, for_backbone, dtypes=given)
@@ -155,9 +158,8 @@ def _parts(model: EmbeddingModel, version: int, name: str) -> tuple[dict[str, An
             f"got {type(preprocessing).__name__}"
         )
     plain = plain_names(model)
-    state = {plain[key]: value for key, value in model.state_dict().items()}
+    state = {plain[key]: value for key, value in model.state_dict().items() if not plain[key].startswith(_TRAINING)}
     state.pop("head._extra_state", None)
-    state = {key: value for key, value in state.items() if not key.startswith(_QUEUE)}
     strangers = [key for key in state if not key.startswith(("backbone.", "head."))]
     if strangers:
         raise TypeError(f"a model that is saved has a backbone and a head, this one has {', '.join(strangers)} as well")
@@ -167,7 +169,7 @@ def _parts(model: EmbeddingModel, version: int, name: str) -> tuple[dict[str, An
         "version": {"number": version, "name": name},
         "backbone": _backbone_spec(backbone),
         "head": {"kind": kind, **_head_spec(head)},
-        "slots": None if kind in LEARNABLE else head.slots.to_dict(),  # type: ignore[union-attr, operator]
+        "slots": None if kind in _SLOTLESS else head.slots.to_dict(),  # type: ignore[union-attr, operator]
         "preprocessing": _plain(preprocessing),
         **({} if model.class_names is None else {_NAMES: list(model.class_names)}),
     }
@@ -213,6 +215,12 @@ def _head_spec(head: Any) -> dict[str, Any]:
             "queue": len(head.queue.labels),
             "alpha": head.alpha,
         }
+    if isinstance(head, OCAHead):
+        return {
+            "in_features": head.junction.in_features,
+            "embedding_dim": head.embedding_dim,
+            "ancestors": [list(ancestor) for ancestor in head.ancestors],
+        }
     spec = {
         "in_features": head.junction.in_features,
         "embedding_dim": head.embedding_dim,
@@ -239,6 +247,8 @@ def _head(config: Mapping[str, Any]) -> nn.Module:
         if kind == "neighbours":
             options = {name: spec[name] for name in ("loss", "neighbours", "queue", "alpha")}
             return NeighbourHead(spec["in_features"], spec["embedding_dim"] if spec["junction"] else None, **options)
+        if kind == OCA:
+            return OCAHead(spec["in_features"], spec["embedding_dim"], ancestors=spec["ancestors"])
         options = {
             "normalize": spec["normalize"],
             "scale": spec["scale"],
@@ -256,7 +266,7 @@ def _head(config: Mapping[str, Any]) -> nn.Module:
 def _extra_state(config: Mapping[str, Any]) -> dict[str, Any]:
     """The head's part of a state_dict that `config.json` holds."""
     spec = config["head"]
-    if spec["kind"] in LEARNABLE:
+    if spec["kind"] in _SLOTLESS:
         return {}
     codes = {"codes_crc32": spec["codes_crc32"]} if spec["kind"] == "cube" else {}
     return {"_extra_state": encode_state({**config["slots"], "polytope": spec["kind"], **codes})}
@@ -273,6 +283,7 @@ def _identity(config: Mapping[str, Any]) -> ModelIdentity:
         num_slots=None if slots is None else slots["num_slots"],
         slots=() if slots is None else tuple(tuple(run) for run in slots["runs"]),
         codes_crc32=head.get("codes_crc32"),
+        ancestors=tuple((fingerprint, width) for fingerprint, width in head.get("ancestors", ())),
     )
 
 

@@ -13,6 +13,8 @@ from ..slots import SlotRegistry
 __all__ = ["ModelIdentity"]
 
 LEARNABLE = ("linear", "neighbours")  # kinds of heads without fixed vertices
+OCA = "oca"  # the kind of `OCAHead`
+_SHOWN = 12  # digits of a fingerprint in a message
 
 
 @dataclass(frozen=True)
@@ -24,12 +26,14 @@ class ModelIdentity:
             embeddings.
         version: its number.
         name: free text.
-        head: "simplex", "orthoplex", "cube", or for a learnable classifier "linear" or "neighbours".
+        head: "simplex", "orthoplex", "cube"; "linear" or "neighbours" for a learnable classifier; "oca" for `OCAHead`.
         embedding_dim: width of its embeddings.
         num_slots: K of the polytope; None for a learnable classifier.
         slots: which class has which slot: (namespace, first class id, first slot, count, step) of each run of class
             ids, as `SlotRegistry.to_dict` gives them.
         codes_crc32: of a cube, which vertices its slots are.
+        ancestors: (fingerprint, width) of each older version, oldest first, whose gallery so many leading dimensions of
+            this model's queries search.
     """
 
     fingerprint: str
@@ -40,6 +44,7 @@ class ModelIdentity:
     num_slots: int | None = None
     slots: tuple[tuple[str, int, int, int, int], ...] = ()
     codes_crc32: int | None = None
+    ancestors: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
         if check_integer("version", self.version) < 0:
@@ -50,7 +55,8 @@ class ModelIdentity:
     def why_not_search(self, gallery: ModelIdentity) -> list[str]:
         """What speaks against queries of this model in a gallery that was written by that one; nothing where it may.
 
-        The same model may.  Another one may where both were made around the same vertices of the same polytope:
+        The same model may, and so may one that has the gallery's model among its `ancestors`, with a prefix of its
+        queries (`search_width`).  Another one may where both were made around the same vertices of the same polytope:
 
             head, num_slots, embedding_dim (and a cube's codes) are equal,
             every class that both know has the same slot, no slot has two classes,
@@ -64,6 +70,8 @@ class ModelIdentity:
         """
         if self.fingerprint == gallery.fingerprint:
             return []
+        if OCA in (self.head, gallery.head):
+            return self._why_no_prefix(gallery)
         reasons = []
         if self.embedding_dim != gallery.embedding_dim:
             reasons.append(
@@ -87,9 +95,37 @@ class ModelIdentity:
             reasons += _differing_slots(self._registry(), gallery._registry())
         return reasons
 
+    def search_width(self, gallery: ModelIdentity) -> int:
+        """How many leading dimensions of this model's queries search that gallery, normalised: all, or a prefix.
+
+            queries = model.extract(images, width=model.identity().search_width(gallery))
+
+        Raises:
+            ValueError: the gallery may not be searched; names all reasons of `why_not_search`.
+        """
+        if reasons := self.why_not_search(gallery):
+            raise ValueError(f"this model's queries cannot search the gallery: {'; '.join(reasons)}")
+        return gallery.embedding_dim
+
+    def _why_no_prefix(self, gallery: ModelIdentity) -> list[str]:
+        """`why_not_search` of models whose spaces are compatible by training alone."""
+        width = dict(self.ancestors).get(gallery.fingerprint)
+        if width == gallery.embedding_dim:
+            return []
+        if width is not None:
+            return [f"the gallery's embeddings are {gallery.embedding_dim} wide, this model was trained for {width}"]
+        if self.fingerprint in dict(gallery.ancestors):
+            return ["the gallery's model is newer, and was trained from this one: search it with the newer model"]
+        known = ", ".join(f"{fingerprint[:_SHOWN]} ({width} wide)" for fingerprint, width in self.ancestors) or "none"
+        return [
+            f"the gallery's model {gallery.fingerprint[:_SHOWN]} is no ancestor of this one (ancestors: {known}): "
+            "extract the gallery again with this model, or train a version with the gallery's model as old"
+        ]
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON; `from_dict` is its inverse."""
-        return {**asdict(self), "slots": [list(run) for run in self.slots]}
+        runs, ancestors = ([list(entry) for entry in entries] for entries in (self.slots, self.ancestors))
+        return {**asdict(self), "slots": runs, "ancestors": ancestors}
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> ModelIdentity:
@@ -99,7 +135,8 @@ class ModelIdentity:
             TypeError: a key is missing, or unknown.
             ValueError: two classes share a slot.
         """
-        identity = cls(**{**saved, "slots": tuple(tuple(run) for run in saved.get("slots", ()))})
+        lists = {key: tuple(tuple(entry) for entry in saved.get(key, ())) for key in ("slots", "ancestors")}
+        identity = cls(**{**saved, **lists})
         identity._registry()
         return identity
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .._native import is_readable
 
-__all__ = ["LinearHead"]
+__all__ = ["LinearHead", "check_known"]
 
 
 class LinearHead(nn.Module):
@@ -26,6 +26,10 @@ class LinearHead(nn.Module):
         self.classifier = nn.Linear(in_features, 1)
         self.classifier.bias.requires_grad_(scale is None)
         self.num_classes = 0
+
+    @property
+    def embedding_dim(self) -> int:
+        return self.classifier.in_features
 
     def embed(self, features: Tensor) -> Tensor:
         """[B, in_features], unchanged."""
@@ -47,12 +51,7 @@ class LinearHead(nn.Module):
         Raises:
             ValueError: a label has no class, on the CPU.
         """
-        if is_readable(target) and target.numel() and target.max().item() >= self.num_classes:
-            row = int((target >= self.num_classes).nonzero()[0])
-            raise ValueError(
-                f"target row {row} has label {int(target[row])}, the head has {self.num_classes} classes, from 0 on; "
-                "head.grow adds classes"
-            )
+        check_known(target, self.num_classes, "head.grow")
         return F.cross_entropy(self(features), target)
 
     @torch.no_grad()
@@ -65,3 +64,13 @@ class LinearHead(nn.Module):
             self.classifier.bias[:kept] = old.bias[:kept]
             self.classifier.bias.requires_grad_(self.scale is None)
             self.num_classes = classes
+
+
+def check_known(target: Tensor, classes: int, remedy: str) -> None:
+    """Raises ValueError where a label has no class, on the CPU; `remedy` is the function that adds classes."""
+    if is_readable(target) and target.numel() and target.max().item() >= classes:
+        row = int((target >= classes).nonzero()[0])
+        raise ValueError(
+            f"target row {row} has label {int(target[row])}, the head has {classes} classes, from 0 on; "
+            f"{remedy} adds classes"
+        )

@@ -167,6 +167,7 @@ class EvaluationReport:
 
     Attributes:
         names, dimensions: of the versions.
+        prefixes: of the versions, by which they search older galleries.
         protocol, widths, confidence: as asked for.
         counts: of items and classes.
         judgements: of relevance judgements; None where items have labels.
@@ -183,8 +184,8 @@ class EvaluationReport:
         pairs: verification by the queries of T - 2 and of T - 1 against the gallery of T - 2; of one version where T =
             1; None where all pairs are of one kind, and where there are relevance judgements.
         violations: of the two inequalities by the last upgrade, by 5,000 drawn queries and 20,000 drawn gallery items
-            where there are more, the same ones in every call; None for T = 1, for versions of different width, and
-            where there are relevance judgements.
+            where there are more, the same ones in every call; None for T = 1, for versions of different width of which
+            the new one has no such prefix, and where there are relevance judgements.
         inputs: the files of the versions, or their names.
         zero_rows: [T, 2] rows of query and of gallery that are zero; they have no direction.
         seed: of the bootstrap and of what was drawn.
@@ -192,6 +193,7 @@ class EvaluationReport:
 
     names: tuple[str, ...]
     dimensions: tuple[int, ...]
+    prefixes: tuple[tuple[int, ...], ...]
     protocol: str
     widths: str
     confidence: float
@@ -260,6 +262,13 @@ class EvaluationReport:
                 f"{self.ignored.queries} queries and {self.ignored.gallery} gallery items of ignored labels "
                 f"({', '.join(map(str, self.ignored.labels))}) are left out."
             )
+        for i, (name, prefixes) in enumerate(zip(self.names, self.prefixes, strict=True)):
+            used = sorted(set(self.dimensions[:i]) & set(prefixes))
+            if used and self.widths == "equal":
+                found.append(
+                    f"{name} has {self.dimensions[i]} dimensions. Its queries search older galleries of "
+                    f"{' and '.join(map(str, used))} by as many leading dimensions, as the version declares."
+                )
         return tuple(found)
 
     @property
@@ -289,8 +298,8 @@ class EvaluationReport:
         last = self.last_upgrade
         return {
             "versions": [
-                {"name": name, "dimensions": dimensions}
-                for name, dimensions in zip(self.names, self.dimensions, strict=True)
+                {"name": name, "dimensions": dimensions, "prefixes": list(prefixes)}
+                for name, dimensions, prefixes in zip(self.names, self.dimensions, self.prefixes, strict=True)
             ],
             "protocol": self.protocol,
             "widths": self.widths,
@@ -415,10 +424,11 @@ def evaluate(
     upgrades = tuple(
         _upgrade(j, i, hits[j][j], hits[i][j], confidence, generator) for i in range(len(hits)) for j in range(i)
     )
-    one_width = len({rows.width for rows in (versions[-1].query, old.query, old.gallery)}) == 1
+    comparable = new is not None and old.fits(new) and old.fits(old)
     return EvaluationReport(
         names=tuple(names),
         dimensions=tuple(version.query.width for version in versions),
+        prefixes=tuple(version.prefixes for version in versions),
         protocol=protocol.name,
         widths=widths,
         confidence=confidence,
@@ -435,7 +445,7 @@ def evaluate(
         regressions=regressions,
         backfill=() if new is None else _backfill(old, new, protocol, widths, generator),
         pairs=compare_pairs(old, new, confidence=confidence, generator=generator) if labelled else None,
-        violations=sampled_violations(old, new) if labelled and new is not None and one_width else None,
+        violations=sampled_violations(old, new) if labelled and new is not None and comparable else None,
         inputs=tuple(printable(version.name or "" if version.path is None else version.path) for version in versions),
         zero_rows=tuple(version.zero_rows for version in versions),
         seed=seed,

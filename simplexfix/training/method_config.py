@@ -7,15 +7,15 @@ from dataclasses import dataclass, fields
 import torch.distributed as dist
 
 from .._checks import check_name
-from ..methods import ASNN, BCT, ER, FD, HOC, Method, Simplex
+from ..methods import ASNN, BCT, ER, FD, HOC, OCA, Method, Simplex
 from ..slots import SlotRegistry
 from . import processes
 from .config import check_fits
 
 __all__ = ["LEARNABLE", "MethodConfig"]
 
-# methods with a classifier for each network, and features for embeddings
-LEARNABLE = ("asnn", "bct", "er", "fd", "nnp")
+# methods with a learnable classifier, or none, for each network
+LEARNABLE = ("asnn", "bct", "er", "fd", "nnp", "oca")
 
 _NEIGHBOURS = ("asnn", "nnp")
 _OF_NEIGHBOURS = {"neighbours": _NEIGHBOURS, "queue": _NEIGHBOURS, "alpha": ("nnp",)}
@@ -26,6 +26,11 @@ _BELONGS = {
     "distance": ("fd",),
     "classification": ("fd", "bct", "hoc"),
     **dict.fromkeys(("lambda_", "mu", "negatives", "anchor", "gather"), ("hoc",)),
+    "scale": ("bct", "er", "fd", "hoc", "simplex"),
+    **dict.fromkeys(
+        ("embedding_dim", "extra", "weights", "temperature", "label_smoothing", "normalize_prototypes", "rotation"),
+        ("oca",),
+    ),
 }
 
 
@@ -34,8 +39,8 @@ class MethodConfig:
     """A way to train, of `simplexfix.methods`.
 
     Args:
-        name: "er", "fd" or "bct", with a learnable classifier; "asnn" or "nnp", by nearest neighbours; "simplex" or
-            "hoc", with the fixed one.
+        name: "er", "fd", "bct" or "oca", with a learnable classifier; "asnn" or "nnp", by nearest neighbours; "simplex"
+            or "hoc", with the fixed one.
         slots: K of the simplex.
         normalize: of the simplex; a learnable classifier with a scale is always normalised.
         scale: of the logits; None for plain ones.  Without logits, as by neighbours, of pre-training alone.
@@ -46,6 +51,7 @@ class MethodConfig:
         classification: of fd, bct and hoc: "cross_entropy", or "asnn" or "nnp" in its place.  Replacements are
             pre-trained by cross-entropy all the same.
         neighbours, queue, alpha: of `ASNN`, alone or as classification.
+        embedding_dim, extra, weights, temperature, label_smoothing, normalize_prototypes, rotation: of `OCA`.
     """
 
     name: str = "hoc"
@@ -63,6 +69,13 @@ class MethodConfig:
     neighbours: int = 10
     queue: int = 4096
     alpha: float = 1.0
+    embedding_dim: int = 128
+    extra: int = 32
+    weights: tuple[float, ...] = (5.0, 10.0, 5.0)
+    temperature: float = 1.0
+    label_smoothing: float = 0.1
+    normalize_prototypes: bool = False
+    rotation: str = "orthogonal"
 
     def __post_init__(self) -> None:
         check_name("name", self.name, (*LEARNABLE, "hoc", "simplex"))
@@ -105,6 +118,16 @@ class MethodConfig:
             return FD(weight=self.weight, distance=self.distance, scale=self.scale, classification=neighbours)
         if self.name == "bct":
             return BCT(weight=self.weight, scale=self.scale, classification=neighbours)
+        if self.name == "oca":
+            return OCA(
+                embedding_dim=self.embedding_dim,
+                extra=self.extra,
+                weights=self.weights,
+                temperature=self.temperature,
+                label_smoothing=self.label_smoothing,
+                normalize_prototypes=self.normalize_prototypes,
+                rotation=self.rotation,
+            )
         scale = 1.0 if self.scale is None else self.scale
         if self.name == "simplex":
             return Simplex(slots, namespace, normalize=self.normalize, scale=scale)

@@ -147,7 +147,7 @@ class _Run:
     def trainer(self, method: Method) -> Trainer:
         options = {**asdict(self.config.trainer), "device": self.device, "workers": self.workers}
         del options["loggers"]
-        return Trainer(method, augment=self.data.augment, **options)
+        return Trainer(method, augment=self.data.augment, preprocessing=self.data.prepare, **options)
 
     def pretraining(self) -> Path:
         """The folder of pre-trained networks."""
@@ -233,23 +233,23 @@ def extract(run: _Run, version: EmbeddingModel, items: Items) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Kept:
-    """A version's entry in the report, and for each search its embeddings of query and gallery."""
+    """A version's entry in the report, its compatible prefixes, and for each search embeddings of query and gallery."""
 
     entry: dict[str, str]
+    prefixes: tuple[int, ...]
     embeddings: dict[str, tuple[Tensor, Tensor]]
 
 
 def keep(run: _Run, t: int, version: EmbeddingModel) -> _Kept:
     """Writes a version's folder, and extracts what is searched."""
     place = f"task-{t:02d}/model"
-    version.preprocessing = run.data.prepare
     version.class_names = run.data.names_of(t)
     identity = version.save_pretrained(run.folder / place, version=t, name=f"{run.config.method.name}, task {t}")
     embeddings = {
         name: (extract(run, version, query), extract(run, version, gallery))
         for name, (query, gallery) in run.data.searched.items()
     }
-    return _Kept({"folder": place, "fingerprint": identity.fingerprint}, embeddings)
+    return _Kept({"folder": place, "fingerprint": identity.fingerprint}, version.prefixes, embeddings)
 
 
 def judge(run: _Run, kept: list[_Kept], names: dict[str, list[str]]) -> dict[str, Any]:
@@ -258,9 +258,8 @@ def judge(run: _Run, kept: list[_Kept], names: dict[str, list[str]]) -> dict[str
     if searched_names := {name: names[name] for name in run.data.searched if name in names}:
         report["class_names"] = searched_names
     for name, (query, gallery) in run.data.searched.items():
-        queries, galleries = zip(*(version.embeddings[name] for version in kept), strict=True)
         items = LabelledItems(query.labels, gallery.labels)
-        versions = [items.version(*rows) for rows in zip(queries, galleries, strict=True)]
+        versions = [items.version(*version.embeddings[name], prefixes=version.prefixes) for version in kept]
         report[name] = {protocol: evaluate(versions, protocol=protocol).as_dict() for protocol in run.config.protocols}
     write_whole(run.folder / "report.json", f"{json.dumps(report, indent=1)}\n".encode())
     return report

@@ -68,6 +68,7 @@ def check_networks(config: RunConfig, inputs: int, prepared: Tensor) -> None:
         models, schedules = {"model": config.model, **models}, {"model": [config.schedule], **schedules}
     method = config.method.method(SlotRegistry(config.method.slots), "default")
     widths: dict[str, int] = {}
+    dimensions: dict[str, int] = {}
     for name, model in models.items():
         with seeded(config.seed), torch.no_grad():
             made = replace(model, pretrained=False).backbone(inputs).eval()
@@ -87,9 +88,10 @@ def check_networks(config: RunConfig, inputs: int, prepared: Tensor) -> None:
             split = {"batch": schedule.batch, "world": processes.world(), "accumulate": schedule.accumulate}
             check_lone_row(f"{name}.kind={model.kind}", made, prepared[:1], **split)
         with torch.device("meta"):
-            method.head(widths[name])
+            head = method.head(widths[name])
+        dimensions[name] = head.embedding_dim  # type: ignore[assignment]
     # a head with a junction makes embeddings of one width of any features
-    if config.method.name in LEARNABLE and len(set(widths.values())) > 1:
+    if len(set(dimensions.values())) > 1:
         raise ValueError(
             f"{config.method.name.upper()} has no junction, all its networks must give features of one width: "
             + ", ".join(f"{name} gives {width}" for name, width in widths.items())

@@ -187,7 +187,7 @@ class TasksConfig:
         rehearsal: which: "random", or "herding", those whose mean feature is nearest to that of the class.
         replacements: task number -> what takes over there.
         pretraining_folder: where pre-trained networks and their logs are kept, for runs of other methods to use: in
-            `simplex` those of hoc and simplex, in `linear` those of er, fd, bct, asnn and nnp; None for the run's
+            `simplex` those of hoc and simplex, in `linear` those of er, fd, bct, oca, asnn and nnp; None for the run's
             folder.
         hoc_reference: of `train_versions`, for HOC; other methods hold on to the deployed version.
     """
@@ -280,6 +280,12 @@ class RunConfig:
                     f'tasks.hoc_reference="{reference}" needs replacements with a pre-training, those of tasks {fresh} '
                     'have none; give them classes and a schedule, or take "deployed"'
                 )
+        incremental = len(self.tasks.counts or self.tasks.sets) > 1
+        if self.method.name == "oca" and incremental and not self.tasks.memory_per_class:
+            raise ValueError(
+                'method.name="oca" needs items of every class in every task, for its prototypes, and '
+                "tasks.memory_per_class is 0; keep at least 1"
+            )
         networks = [self.model, *(plan.model for plan in self.tasks.replacements.values())]
         pretrained = [network.kind for network in networks if network.pretrained]
         ours = self.data.mean == CIFAR100_MEAN or self.data.std == CIFAR100_STD

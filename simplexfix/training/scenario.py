@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from .._checks import check_name
 from .._seeds import mixed_seed, seeded
+from ..methods import ReadsOldEmbeddings
 from ..models import EmbeddingModel
 from . import processes
 from .checkpoint import read_state, write_state
@@ -236,17 +237,13 @@ def _with_head(made: nn.Module, trainer: Trainer, before: EmbeddingModel | None)
         raise ValueError(
             f"a {type(made).__name__} must be an EmbeddingModel, or have out_features, the width of what it returns"
         )
-    if before is not None and _width(before) != _width(model):
+    fits = isinstance(trainer.method, ReadsOldEmbeddings)  # the method itself fits the width
+    if before is not None and not fits and before.embedding_dim != model.embedding_dim:
         raise ValueError(
-            f"a replacement's embeddings must be {_width(before)} wide like those before, got {_width(model)}"
+            f"a replacement's embeddings must be {before.embedding_dim} wide like those before, "
+            f"got {model.embedding_dim}"
         )
     return model
-
-
-def _width(model: EmbeddingModel) -> int | None:
-    """Of its embeddings: a head without a junction hands the features on."""
-    found = getattr(model.head, "embedding_dim", None) or getattr(model.backbone, "out_features", None)
-    return found if isinstance(found, int) else None
 
 
 def _remembered(

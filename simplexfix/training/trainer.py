@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from torch.utils.data import Dataset
 
 from .._checks import check_integer, check_name
 from .._seeds import seeded
+from ..data.inputs import Preprocessing
 from ..data.reading import lost_readers_named
 from ..heads import CubeHead, OrthoplexHead, SimplexHead, decode_state
-from ..methods import Method
+from ..methods import Method, ReadsOldEmbeddings
 from ..models import EmbeddingModel
 from . import processes
 from .checkpoint import Checkpoints, CheckpointWarning, fingerprint, read_state, write_state
@@ -49,6 +51,8 @@ class Trainer:
         method: of `simplexfix.methods`.
         augment: (inputs [B, ...] on the device, a generator on the CPU) -> what the network takes; None for inputs as
             they are.
+        preprocessing: the same without augmentation, which every version gets as its `preprocessing`; None: versions
+            keep what their parent has.  Methods that read old embeddings, as OCA, extract with it.
         device: where the networks are trained.
         precision: "float32", or "bfloat16" or "float16" of autocast; the latter with a loss scale.
         ema: None, or the fraction, in (0, 1), that the mean of the weights keeps in each step; the version then is
@@ -69,6 +73,7 @@ class Trainer:
         method: Method,
         *,
         augment: Augment | None = None,
+        preprocessing: Preprocessing | None = None,
         device: torch.device | str = "cpu",
         precision: str = "float32",
         ema: float | None = None,
@@ -89,6 +94,7 @@ class Trainer:
             raise ValueError(f"workers must be 0 or more processes, got {workers}")
         self.method = method
         self.augment = augment
+        self.preprocessing = preprocessing
         self.device = torch.device(device)
         if self.device.type == "cuda" and self.device.index is None:  # as tensors there name it
             self.device = torch.device("cuda", torch.cuda.current_device())
@@ -177,6 +183,8 @@ class Trainer:
             "augment": describe(self.augment),
             "method": describe(self.method),
         }
+        if old is not None and isinstance(self.method, ReadsOldEmbeddings):
+            started_with["preprocessing"] = describe(self.preprocessing)
         if folder is not None:  # the data as well; it takes a moment
             started_with["items"] = items.fingerprint()
             started_with["memory"] = None if memory is None else memory.fingerprint()
@@ -192,6 +200,9 @@ class Trainer:
             with seeded(seed):
                 model = copy.deepcopy(parent)
                 self.method.add_classes(model, classes)
+                if old is not None and isinstance(self.method, ReadsOldEmbeddings):
+                    self.method.fit_to_old(model, old)
+            model.preprocessing = self.preprocessing or model.preprocessing
             model.to(self.device)
             if finished is not None and processes.broadcast(finished.exists()):  # now at least
                 saved = read_state(finished)
@@ -215,8 +226,9 @@ class Trainer:
                 compile=self.compile,
                 workers=self.workers,
             )
+            begin = partial(self._read_old, run, old, items, memory)
             with closing(run), lost_readers_named():
-                return self._done(run, started_with, finished, on_step)
+                return self._done(run, started_with, finished, begin, on_step)
 
     def _check_lone_row(self, parent: EmbeddingModel, items: Items, schedule: Schedule) -> None:
         if schedule.batch > processes.world() * schedule.accumulate or not len(items.labels):
@@ -228,10 +240,30 @@ class Trainer:
         split = {"batch": schedule.batch, "world": processes.world(), "accumulate": schedule.accumulate}
         check_lone_row(f"the {type(parent.backbone).__name__}", parent.backbone, input, **split)
 
+    def _read_old(self, run: Steps, old: EmbeddingModel | None, items: Items, memory: Items | None) -> None:
+        """Gives the old version's embeddings of all items to a method that reads them, in the first process for all."""
+        method = self.method
+        if old is None or not isinstance(method, ReadsOldEmbeddings):
+            return
+        parts = [part for part in (items, memory) if part is not None and len(part.labels)]
+
+        def read() -> None:
+            prepare = self.preprocessing or old.preprocessing
+            found = [old.extract(part.inputs, prepare=prepare, workers=self.workers).cpu() for part in parts]
+            method.read_old(run.model, torch.cat(found), torch.cat([part.labels.cpu() for part in parts]))
+
+        processes.run_on_rank0(read)  # DistributedDataParallel broadcasts buffers before the first step
+
     def _done(
-        self, run: Steps, started_with: dict[str, Any], finished: Path | None, on_step: Callable[[int], None]
+        self,
+        run: Steps,
+        started_with: dict[str, Any],
+        finished: Path | None,
+        begin: Callable[[], None],
+        on_step: Callable[[int], None],
     ) -> EmbeddingModel:
-        """All steps that are left."""
+        """All steps that are left; `begin` comes before the first."""
+        newest: dict[str, Any] | None = None
         checkpoints = None if finished is None else Checkpoints(finished.parent, keep=self.keep)
         log = None if finished is None else _Log(finished.parent / "log.jsonl")
         if checkpoints is not None and log is not None:
@@ -247,6 +279,8 @@ class Trainer:
                     )
                 run.load(newest["run"])
             log.cut(0 if newest is None else newest["log_bytes"])
+        if newest is None:
+            begin()
         while run.step < run.schedule.steps:
             run.advance()
             last = run.step == run.schedule.steps

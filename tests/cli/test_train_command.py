@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 from small_run import configuration, train_until, written_features
-from versions import versions
 
 from simplexfix.cli import main
 from simplexfix.compatibility import compatibility_matrix
+from simplexfix.labelled import LabelledItems
 from simplexfix.methods import ER
 from simplexfix.models import EmbeddingModel, FeatureMLP, read_identity
 from simplexfix.training import PRESETS, RunConfig, Schedule, herding_rows, overridden, read_config, read_state
@@ -59,17 +59,20 @@ def test_a_run_stops_goes_on_and_is_listed(tmp_path, features, capsys) -> None:
     assert [run["name"] for run in json.loads(capsys.readouterr().out)] == ["er", "stopped", "whole"]
 
 
-@pytest.mark.parametrize("method", ["er", "hoc"])
+METHODS = {"er": {"name": "er", "scale": 8.0}, "hoc": {}, "oca": {"name": "oca", "embedding_dim": 10, "extra": 4}}
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_the_folders_of_a_runs_versions_give_its_matrix(tmp_path, features, method: str) -> None:
     """With a new network on the way, from the folders alone: every embedding has the bits that the run saw."""
-    config = configuration(tmp_path, features, **({"name": "er", "scale": 8.0} if method == "er" else {}))
+    config = configuration(tmp_path, features, **METHODS[method])
     assert main(["train", str(config), "model.hidden=[20]", "--out", str(tmp_path / "run")]) == 0
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert [entry["folder"] for entry in report["versions"]] == [f"task-{t:02d}/model" for t in range(3)]
     rows = {name: torch.from_numpy(np.load(features / f"{name}.npy")) for name in ("query", "gallery")}
     labels = [torch.from_numpy(np.load(features / f"{name}_labels.npy")) for name in rows]
     embeddings: dict[str, list[torch.Tensor]] = {name: [] for name in rows}
-    identities = []
+    identities, prefixes = [], []
     for t, entry in enumerate(report["versions"]):
         identities.append(read_identity(tmp_path / "run" / entry["folder"]))
         assert identities[-1].fingerprint == entry["fingerprint"]
@@ -77,9 +80,12 @@ def test_the_folders_of_a_runs_versions_give_its_matrix(tmp_path, features, meth
         model = EmbeddingModel.from_pretrained(tmp_path / "run" / entry["folder"])
         saved = read_state(tmp_path / "run" / f"task-{t:02d}" / "version.safetensors")["model"]
         assert all(torch.equal(value, saved[key]) for key, value in model.state_dict().items() if "extra" not in key)
+        prefixes.append(model.prefixes)
         for name in rows:
             embeddings[name].append(model.extract(model.preprocessing(rows[name])))
-    matrix = compatibility_matrix(versions(*embeddings.values(), *labels), "nearest_class_mean")
+    items = LabelledItems(*labels)
+    of = [items.version(*x, prefixes=p) for *x, p in zip(*embeddings.values(), prefixes, strict=True)]
+    matrix = compatibility_matrix(of, "nearest_class_mean")
     expected = [
         [np.nan if value is None else value for value in row]
         for row in report["search"]["nearest_class_mean"]["matrix"]
@@ -88,6 +94,7 @@ def test_the_folders_of_a_runs_versions_give_its_matrix(tmp_path, features, meth
     refusals = [identities[2].why_not_search(identity) for identity in identities]
     assert refusals[2] == []
     assert [bool(reasons) for reasons in refusals[:2]] == [method == "er"] * 2
+    assert prefixes == ([(), (10,), (10, 14)] if method == "oca" else [()] * 3)
 
 
 @pytest.mark.parametrize("name", ["bct", "fd"])

@@ -174,7 +174,7 @@ def test_matrix_of_versions(protocol) -> None:
 
 def test_versions_of_another_width_are_refused_by_name() -> None:
     labels = torch.tensor([0, 1])
-    with pytest.raises(ValueError, match=r"v1.query has 5 columns, v0.query has 4"):
+    with pytest.raises(ValueError, match=r"v1.query has 5 columns, v0.gallery has 4"):
         compatibility_matrix(
             versions([torch.randn(2, 4), torch.randn(2, 5)], [torch.randn(2, 4)] * 2, labels, labels), instance
         )

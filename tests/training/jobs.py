@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from simplexfix import SlotRegistry
 from simplexfix import _files as files
-from simplexfix.methods import ASNN, ER, HOC
+from simplexfix.methods import ASNN, ER, HOC, OCA
 from simplexfix.models import EmbeddingModel, SmallConvNet
 from simplexfix.training import Items, RunConfig, Schedule, Task, Trainer, processes, read_config, train_run
 from simplexfix.training.checkpoint import fingerprint
@@ -71,7 +71,7 @@ def trained(
     method: str = "hoc",
     noise: float | None = None,
 ) -> EmbeddingModel:
-    """A second version, with an old model, rehearsal, augmentation and dropout; by HOC, ER or ASNN.
+    """A second version, with an old model, rehearsal, augmentation and dropout; by HOC, ER, ASNN or OCA.
 
     Its items are in memory, or with `noise` those of datasets that add so much.
     """
@@ -79,6 +79,7 @@ def trained(
     made = {
         "er": ER(scale=8.0),
         "asnn": ASNN(queue=48, group=processes),
+        "oca": OCA(embedding_dim=10, extra=4),
         "hoc": HOC(SlotRegistry(20), lambda_=0.5, group=processes),
     }[method]
     torch.manual_seed(3)

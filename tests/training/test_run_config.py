@@ -50,6 +50,12 @@ FEATURES = {
         (["data.mean=[0.5]"], "data: mean is of kind='cifar' or 'images', got"),
         (["data.query_batches=[1]"], "data: query_batches is of kind='cifar', got"),
         (["schedule.momentum=0.1"], "schedule: momentum is of optimizer='sgd', got 0.1 with optimizer='adamw'"),
+        (["method.extra=8"], "method: extra is of name='oca', got 8 with name='hoc'"),
+        (["method.name=oca", "method.scale=8"], "method: scale is of name='bct' or .*, got 8.0 with name='oca'"),
+        (
+            ["method.name=oca", "tasks.memory_per_class=0"],
+            'method.name="oca" needs items of every class in every task, .* tasks.memory_per_class is 0; keep',
+        ),
         (["protocols=[]"], "protocols must name at least one"),
         (
             ["method.name=er", "tasks.hoc_reference=self"],
@@ -67,6 +73,8 @@ def test_an_option_of_something_else_is_refused(changes: list[str], message: str
     [
         ["method.name=fd", "method.weight=3", "method.distance=l2", "method.scale=8"],
         ["method.name=bct", "method.weight=3"],
+        ["method.name=oca", "method.weights=[1, 2, 3]", "method.rotation=none", "method.embedding_dim=64"],
+        ["method.name=oca", "tasks.memory_per_class=0", "tasks.counts=[8]"],
         ["method.name=simplex", "method.slots=8", "method.normalize=true"],
         ["method.mu=3.0", "method.negatives=infonce", "method.gather=false"],
         ["method.name=er", "method.slots=1024"],  # as everywhere
@@ -82,7 +90,7 @@ def test_an_option_of_what_was_chosen_is_none_of_them(changes: list[str]) -> Non
 
 
 @pytest.mark.parametrize("name", PRESETS)
-@pytest.mark.parametrize("method", ["er", "fd", "bct", "simplex", "hoc", "asnn", "nnp"])
+@pytest.mark.parametrize("method", ["er", "fd", "bct", "oca", "simplex", "hoc", "asnn", "nnp"])
 def test_a_preset_is_for_all_methods(name: str, method: str) -> None:
     """The whole of `method` is given where the preset's has options of another."""
     content = json.loads(json.dumps(asdict(PRESETS[name])))

@@ -167,6 +167,16 @@ def test_two_processes_find_the_neighbours_that_one_finds(tmp_path) -> None:
     assert torch.equal(*labels)
 
 
+def test_two_processes_have_the_prototypes_of_one(tmp_path) -> None:
+    """The first reads the old version's embeddings for both."""
+    options = {"dropout": 0.0, "method": "oca"}
+    assert group(tmp_path, "parts", options) == [0, 0]
+    jobs.trained(tmp_path / "accumulated", **options, schedule={"accumulate": 2})
+    close(weights(tmp_path / "parts"), weights(tmp_path / "accumulated"))
+    name = "head.objective.prototypes"
+    assert weights(tmp_path / "parts")[name].any(1).all()
+
+
 def test_a_group_that_was_killed_goes_on(tmp_path) -> None:
     options = {"convolutions": True, "schedule": {"accumulate": 2}}  # statistics of batches differ by process
     assert group(tmp_path, "whole", options) == [0, 0]

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from simplexfix import SlotRegistry
 from simplexfix.data import Normalize, RandomCropFlip, RandomWarp
-from simplexfix.methods import ASNN, BCT, ER, FD, HOC, Simplex
+from simplexfix.methods import ASNN, BCT, ER, FD, HOC, OCA, Simplex
 from simplexfix.models import EmbeddingModel
 
 DOWN = ("cpu", "meta")
@@ -47,6 +47,7 @@ class Copies(TorchDispatchMode):
         ER,
         FD,
         BCT,
+        OCA,
         ASNN,
         lambda: ASNN(loss="nnp"),
         lambda: BCT(classification=ASNN()),
@@ -57,6 +58,8 @@ def test_losses_ask_for_no_value(make: Callable[[], Any]) -> None:
     method = make()
     model = EmbeddingModel(jobs.network(), method.head(10))
     method.add_classes(model, range(5))
+    if isinstance(method, OCA):
+        method.fit_to_old(model, copy.deepcopy(model))
     model.to("meta")
     old = copy.deepcopy(model).eval()
     input, target = torch.zeros(8, 12, device="meta"), torch.zeros(8, dtype=torch.int64, device="meta")

@@ -1,0 +1,110 @@
+"""The head of OCA: embeddings that grow from version to version and keep the older ones as their leading dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import orthogonal
+
+__all__ = ["ROTATIONS", "OCAHead", "OCAObjective"]
+
+ROTATIONS = ("none", "orthogonal", "orthogonal_bias")
+
+
+class OCAObjective(nn.Module):
+    """The parts that `simplexfix.methods.oca_loss` trains beside the embedding; no deployed version has them.
+
+    Args:
+        embedding_dim: d.
+        num_classes: C.
+        prefix: width of the old version's embeddings; None without an old version, and then there is no rotation.
+        rotation: "orthogonal", "orthogonal_bias" or "none".
+
+    Attributes:
+        classifier: linear layer of weight W [C, d] without bias.
+        rotation: None, or a linear layer whose weight Q [d, d] is orthogonal and begins as the identity.
+        prototypes: None, or the buffer P [C, prefix], zero until `OCA.read_old` fills it.
+    """
+
+    prototypes: Tensor | None
+
+    def __init__(self, embedding_dim: int, num_classes: int, *, prefix: int | None, rotation: str) -> None:
+        super().__init__()
+        self.classifier = nn.Linear(embedding_dim, num_classes, bias=False)
+        self.rotation: nn.Module | None = None
+        if prefix is not None and rotation != "none":
+            made = nn.Linear(embedding_dim, embedding_dim, bias=rotation == "orthogonal_bias")
+            nn.init.eye_(made.weight)
+            if made.bias is not None:
+                nn.init.zeros_(made.bias)
+            # torch's default for square matrices, matrix_exp, takes 14 times as long: 0.57 s of a step at d = 320
+            self.rotation = orthogonal(made, orthogonal_map="cayley")
+        self.register_buffer("prototypes", None if prefix is None else torch.zeros(num_classes, prefix))
+
+
+class OCAHead(nn.Module):
+    """A learnable junction whose leading dimensions are trained to search the galleries of older versions.
+
+        embed(features) = features A^T
+
+    Args:
+        in_features: width of the backbone's features.
+        embedding_dim: d, rows of A.
+        ancestors: (fingerprint, width) of each older version, oldest first: the gallery of that one is searched by
+            so many leading dimensions of this head's embeddings.
+
+    Attributes:
+        objective: None, or what the version is trained with: neither embeddings nor model folders need it.
+
+    Raises:
+        ValueError: a width that is not positive, or an ancestor wider than the embeddings.
+    """
+
+    def __init__(self, in_features: int, embedding_dim: int, *, ancestors: Sequence[tuple[str, int]] = ()) -> None:
+        super().__init__()
+        if in_features < 1 or embedding_dim < 1:
+            raise ValueError(f"in_features and embedding_dim must be positive, got {in_features} and {embedding_dim}")
+        self.junction = nn.Linear(in_features, embedding_dim, bias=False)
+        self.ancestors = _checked(ancestors, embedding_dim)
+        self.objective: OCAObjective | None
+        self.register_module("objective", None)
+
+    @property
+    def embedding_dim(self) -> int:
+        return self.junction.out_features
+
+    def embed(self, features: Tensor) -> Tensor:
+        """[B, in_features] -> [B, d], not normalised."""
+        return self.junction(features)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def widen(self, embedding_dim: int, ancestors: Sequence[tuple[str, int]]) -> None:
+        """Adds freshly initialised rows up to `embedding_dim`; the rows that are there stay.
+
+        Raises:
+            ValueError: there are more rows already, or an ancestor is wider.
+        """
+        old = self.junction
+        if embedding_dim < old.out_features:
+            raise ValueError(
+                f"the head gives {old.out_features} dimensions and cannot shrink to {embedding_dim}, those of the old "
+                "version and the extra ones; begin with a new head"
+            )
+        self.ancestors = _checked(ancestors, embedding_dim)
+        if embedding_dim > old.out_features:
+            self.junction = nn.Linear(old.in_features, embedding_dim, bias=False).to(old.weight)
+            self.junction.weight[: old.out_features] = old.weight
+
+    def extra_repr(self) -> str:
+        return f"ancestors={[width for _, width in self.ancestors]}"
+
+
+def _checked(ancestors: Sequence[tuple[str, int]], embedding_dim: int) -> tuple[tuple[str, int], ...]:
+    for _, width in ancestors:
+        if not 1 <= width <= embedding_dim:
+            raise ValueError(
+                f"widths of ancestors must lie in [1, {embedding_dim}], the width of the embeddings, got {width}"
+            )
+    return tuple((str(fingerprint), int(width)) for fingerprint, width in ancestors)
