@@ -497,7 +497,7 @@ def with_more() -> EmbeddingModel:
         (
             lambda p: EmbeddingModel(FeatureMLP(3), nn.Identity()).save_pretrained(p),
             TypeError,
-            "head must be one of CubeHead, LinearHead, NeighbourHead, OCAHead, Ortho.*, SimplexHead for .*, got Identity",
+            "head must be one of CubeHead, Linear.*, NeighbourHead, OCAHead, Ortho.*, SimplexHead for .*, got Identity",
         ),
         (
             lambda p: small(preprocessing=RandomWarp()).save_pretrained(p),
