@@ -22,13 +22,14 @@ from torch import Tensor, nn
 from .._files import write_whole
 from .._states import CheckpointError, encoded, fingerprint, read_state
 from ..data.augment import Normalize
-from ..data.inputs import Drawings, Photographs, Preprocessing, Vectors
+from ..data.inputs import Drawings, Photographs, Preprocessing, Tokens, Vectors
 from ..heads import CubeHead, OrthoplexHead, SimplexHead, decode_state, encode_state
 from ..slots import SlotRegistry
 from .convnet import SmallConvNet
-from .identity import LEARNABLE, ModelIdentity
+from .feature_head import FeatureHead
+from .identity import FEATURES, LEARNABLE, ModelIdentity
 from .linear import LinearHead
-from .mlp import FeatureMLP
+from .mlp import FeatureLinear, FeatureMLP
 from .resnet import ResNet18
 from .wrapped import plain_names, unwrapped
 
@@ -46,9 +47,18 @@ _LEFT_BEHIND = re.compile(rf"({_WEIGHTS.pattern}|config\.json)\.\d+-\d+\.tmp")  
 _NAMED = 8  # tensors in one message
 
 # What is made again from its folder alone: every argument of its constructor is an attribute of the same name.
-BACKBONES: dict[str, type[nn.Module]] = {kind.__name__: kind for kind in (FeatureMLP, ResNet18, SmallConvNet)}
-_HEADS = {"cube": CubeHead, LEARNABLE: LinearHead, "orthoplex": OrthoplexHead, "simplex": SimplexHead}
-_PREPROCESSING = {kind.__name__: kind for kind in (Drawings, Normalize, Photographs, Vectors)}
+BACKBONES: dict[str, type[nn.Module]] = {
+    kind.__name__: kind for kind in (FeatureLinear, FeatureMLP, ResNet18, SmallConvNet)
+}
+_HEADS = {
+    "cube": CubeHead,
+    FEATURES: FeatureHead,
+    LEARNABLE: LinearHead,
+    "orthoplex": OrthoplexHead,
+    "simplex": SimplexHead,
+}
+_WITHOUT_SLOTS = (FEATURES, LEARNABLE)
+_PREPROCESSING = {kind.__name__: kind for kind in (Drawings, Normalize, Photographs, Tokens, Vectors)}
 
 
 class ModelFolderError(ValueError):
@@ -157,7 +167,7 @@ def _parts(model: EmbeddingModel, version: int, name: str) -> tuple[dict[str, An
         "version": {"number": version, "name": name},
         "backbone": _backbone_spec(backbone),
         "head": {"kind": kind, **_head_spec(head)},
-        "slots": None if isinstance(head, LinearHead) else head.slots.to_dict(),  # type: ignore[union-attr, operator]
+        "slots": None if kind in _WITHOUT_SLOTS else head.slots.to_dict(),  # type: ignore[union-attr, operator]
         "preprocessing": _plain(preprocessing),
         **({} if model.class_names is None else {_NAMES: list(model.class_names)}),
     }
@@ -186,6 +196,8 @@ def _backbone(spec: Mapping[str, Any]) -> nn.Module:
 
 
 def _head_spec(head: Any) -> dict[str, Any]:
+    if isinstance(head, FeatureHead):
+        return {"embedding_dim": head.embedding_dim}
     if isinstance(head, LinearHead):
         return {
             "in_features": head.classifier.in_features,
@@ -212,6 +224,8 @@ def _head(config: Mapping[str, Any]) -> nn.Module:
     if kind not in _HEADS:
         raise ValueError(f"head of kind {kind!r} is unknown; known: {', '.join(_HEADS)}")
     with torch.random.fork_rng(devices=[]):
+        if kind == FEATURES:
+            return FeatureHead(spec["embedding_dim"])
         if kind == LEARNABLE:
             learnable = LinearHead(spec["in_features"], scale=spec["scale"])
             learnable.grow(spec["num_classes"])
@@ -233,7 +247,7 @@ def _head(config: Mapping[str, Any]) -> nn.Module:
 def _extra_state(config: Mapping[str, Any]) -> dict[str, Any]:
     """The head's part of a state_dict that `config.json` holds."""
     spec = config["head"]
-    if spec["kind"] == LEARNABLE:
+    if spec["kind"] in _WITHOUT_SLOTS:
         return {}
     codes = {"codes_crc32": spec["codes_crc32"]} if spec["kind"] == "cube" else {}
     return {"_extra_state": encode_state({**config["slots"], "polytope": spec["kind"], **codes})}
