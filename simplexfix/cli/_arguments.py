@@ -26,6 +26,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for name, (summary, add_arguments) in VERBS.items():
         add_arguments(verbs.add_parser(name, help=summary, description=summary))
     arguments, rest = parser.parse_known_args(argv)
+    if "qrels" in arguments and arguments.protocol is None:
+        arguments.protocol = "nearest_class_mean" if arguments.qrels is None else "ndcg@10"
     # argparse ends a list of positional arguments at the first option; those that follow belong to the list as well
     if hasattr(arguments, "changes") and not any(text.startswith("-") for text in rest):
         arguments.changes += rest
@@ -117,7 +119,18 @@ def _train(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_comparison(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--protocol", choices=("nearest_class_mean", "instance"), default="nearest_class_mean")
+    parser.add_argument(
+        "--protocol",
+        metavar="NAME",
+        help="nearest_class_mean (default) or instance; or a metric of the ranking: ndcg@K (default with --qrels: "
+        "ndcg@10), map, map@K, mrr, mrr@K, recall@K, precision@K",
+    )
+    parser.add_argument(
+        "--qrels",
+        type=Path,
+        metavar="FILE",
+        help="relevance judgements of BEIR or TREC in place of labels, by query_ids and gallery_ids",
+    )
     parser.add_argument(
         "--truncate",
         dest="widths",

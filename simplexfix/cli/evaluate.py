@@ -16,17 +16,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .._files import read_text
 from .._text import printable
 from ..compatibility.statistics import check_confidence
-from ..labelled import VersionFeatures, check_versions, find_versions, is_version
+from ..labelled import RelevanceJudgements, VersionFeatures, check_versions, find_versions, is_version
 from ..report import EvaluationReport, evaluate
 from ..report.colours import LIGHT, readable, shade
 from ..report.folder import check_replaceable, content_of
 from ..retrieval import PROTOCOLS, RankDiedError, process_group, shard_rows
 from ..retrieval._ranks import Facts, Ranks
+from ..retrieval.protocols import Hits, read_protocol
 from ._terminal import console, in_flags
 
 NOT_EVALUATED = 2  # bad input, or a process of several that is gone
@@ -68,6 +68,12 @@ def _evaluate_together(arguments: argparse.Namespace, ranks: Ranks) -> None:
     What fails there fails all, with the same words.
     """
 
+    if arguments.protocol not in PROTOCOLS:
+        raise ValueError(
+            f"--protocol {arguments.protocol} runs in one process: start it without torchrun, or use "
+            f"{' or '.join(PROTOCOLS)}"
+        )
+
     def read() -> tuple[_Input, Facts]:
         try:
             return _read(arguments, first=ranks.rank == 0), Facts({}, 0)
@@ -97,6 +103,8 @@ class _Input(NamedTuple):
 def _read(arguments: argparse.Namespace, *, first: bool = True) -> _Input:
     """All that is given, checked; `first`: on the process that writes."""
     check_confidence(arguments.confidence)
+    read_protocol(arguments.protocol)
+    judgements = None if arguments.qrels is None else RelevanceJudgements.load(arguments.qrels)
     if arguments.gallery_images is not None and arguments.images is None:
         raise ValueError("--gallery-images needs --images: it is shown beside the queries")
     if first:
@@ -107,7 +115,7 @@ def _read(arguments: argparse.Namespace, *, first: bool = True) -> _Input:
         print(f"simplexfix evaluate: by name, oldest first: {names}", file=sys.stderr)
     versions = check_versions(
         [
-            VersionFeatures.load(path, name=name, ignored_labels=arguments.ignored_labels)
+            VersionFeatures.load(path, name=name, ignored_labels=arguments.ignored_labels, judgements=judgements)
             for path, name in zip(paths, short_names(paths), strict=True)
         ]
     )
@@ -129,7 +137,7 @@ def _read(arguments: argparse.Namespace, *, first: bool = True) -> _Input:
     return _Input(paths, versions, images)
 
 
-def _hits_of_ranks(versions: Sequence[VersionFeatures], protocol: str, ranks: Ranks) -> list[list[NDArray[np.bool_]]]:
+def _hits_of_ranks(versions: Sequence[VersionFeatures], protocol: str, ranks: Ranks) -> list[list[Hits]]:
     """What `compatibility_hits` finds, each rank in its rows of the galleries, in float32 as there."""
     find = PROTOCOLS[protocol].sharded_hits
     assert find is not None
@@ -138,7 +146,7 @@ def _hits_of_ranks(versions: Sequence[VersionFeatures], protocol: str, ranks: Ra
     return [[find(old.pair(new, "leading"), ranks.group) for old in shards[: i + 1]] for i, new in enumerate(shards)]
 
 
-def _write(arguments: argparse.Namespace, given: _Input, hits: list[list[NDArray[np.bool_]]] | None) -> None:
+def _write(arguments: argparse.Namespace, given: _Input, hits: list[list[Hits]] | None) -> None:
     report = evaluate(
         given.versions,
         protocol=arguments.protocol,
@@ -194,16 +202,18 @@ def _print(report: EvaluationReport, out: Path) -> None:
 
     terminal = console(sys.stdout)
     counts = report.counts
+    judged = report.judgements
+    of = f"of {counts.classes} classes" if judged is None else f"and {judged.pairs} relevance judgements"
     terminal.print(
-        f"{counts.queries} queries, {counts.gallery} gallery items of {counts.classes} classes, "
-        f"{report.protocol.replace('_', ' ')}"
+        f"{counts.queries} queries, {counts.gallery} gallery items {of}, {report.protocol.replace('_', ' ')}"
     )
     if counts.queries_of_classes_not_in_gallery:
         absent = counts.classes_not_in_gallery
         lacks = f"; classes that the gallery lacks: {absent}" if absent else ""
+        what = "other gallery item of their class" if judged is None else "item that is judged relevant"
+        wrong = "score 0" if report.has_scores else "count as wrong"
         terminal.print(
-            f"[yellow]{counts.queries_of_classes_not_in_gallery} queries have no other gallery item of their class and "
-            f"count as wrong{lacks}[/yellow]"
+            f"[yellow]{counts.queries_of_classes_not_in_gallery} queries have no {what} and {wrong}{lacks}[/yellow]"
         )
     for remark in report.remarks:
         terminal.print(f"[yellow]{escape(remark)}[/yellow]")
@@ -217,12 +227,13 @@ def _print(report: EvaluationReport, out: Path) -> None:
     shown = {"AC": "-" if c.ac != c.ac else f"{c.ac:.3f}", "AA": f"{100 * c.aa:.2f} %", **change}
     terminal.print("   ".join(f"[bold]{name}[/bold] {value}" for name, value in shown.items()))
     upgrade = report.last_upgrade
+    breaks, mends = ("get worse", "get better") if report.has_scores else ("break", "mend")
     if upgrade is not None:
         terminal.print(
             f"{escape(report.names[upgrade.old])} -> {escape(report.names[upgrade.new])} on the old gallery: "
             f"{100 * upgrade.before:.2f} % -> {100 * upgrade.after:.2f} %, gain {100 * upgrade.gain:+.2f} "
-            f"[{100 * upgrade.low:+.2f}, {100 * upgrade.high:+.2f}], {upgrade.losses} queries break, "
-            f"{upgrade.gains} mend, p = {upgrade.p_value:.3g}"
+            f"[{100 * upgrade.low:+.2f}, {100 * upgrade.high:+.2f}], {upgrade.losses} queries {breaks}, "
+            f"{upgrade.gains} {mends}, p = {upgrade.p_value:.3g}"
         )
     terminal.print(f"\n[bold]{escape(report.verdict.words)}[/bold]")
     terminal.print(f"{escape(str(out / 'report.html'))}, report.json and figures are written")

@@ -20,7 +20,8 @@ import numpy as np
 from .._files import read_text, write_whole
 from .._text import printable
 from ..compatibility import DEFAULT_RULES, GateResult, Outcome, Rule, upgrade_gate
-from ..labelled import VersionFeatures
+from ..labelled import RelevanceJudgements, VersionFeatures
+from ..retrieval.protocols import PROTOCOLS, read_protocol
 from ._terminal import in_flags
 
 PASSED, FAILED, BAD_INPUT = 0, 1, 2
@@ -48,12 +49,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _judge(arguments: argparse.Namespace) -> GateResult:
     rules = _rules(arguments)
+    read_protocol(arguments.protocol)
+    judgements = None if arguments.qrels is None else RelevanceJudgements.load(arguments.qrels)
     if arguments.unconstrained is None and any(rule.kind == "max_tax" for rule in rules):
         raise ValueError(
             "a rule of kind max_tax needs features of a model trained without compatibility: --unconstrained"
         )
     old, new, unconstrained = (
-        None if path is None else VersionFeatures.load(path, ignored_labels=arguments.ignored_labels)
+        None
+        if path is None
+        else VersionFeatures.load(path, ignored_labels=arguments.ignored_labels, judgements=judgements)
         for path in (arguments.old, arguments.new, arguments.unconstrained)
     )
     assert old is not None
@@ -137,11 +142,12 @@ def _scores(result: GateResult) -> str:
 
 
 def _facts(result: GateResult) -> str:
-    absent = (
-        f"; {result.absent} queries have no other gallery item of their class and count as wrong"
-        if result.absent
-        else ""
-    )
+    judged = result.unjudged is not None
+    what = "item that is judged relevant" if judged else "other gallery item of their class"
+    wrong = "count as wrong" if result.protocol in PROTOCOLS else "score 0"
+    absent = f"; {result.absent} queries have no {what} and {wrong}" if result.absent else ""
+    if result.unjudged:
+        absent += f"; {result.unjudged} queries have no relevance judgement and are left out"
     itself = f"; {result.excluded} queries are left out of their own search by id" if result.excluded else ""
     if any(result.bit_equal):
         itself += (

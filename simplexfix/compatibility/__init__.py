@@ -27,6 +27,7 @@ from .statistics import (
     exact_interval,
     mcnemar_test,
     mcnemar_tests,
+    randomization_test,
 )
 from .thresholds import Calibration, ThresholdMove, calibrate_scores, upgrade_threshold
 
@@ -68,6 +69,7 @@ __all__ = [
     "mixed_topk",
     "negative_flip_rate",
     "positive_flip_rate",
+    "randomization_test",
     "upgrade_gate",
     "upgrade_threshold",
     "worst_regressions",

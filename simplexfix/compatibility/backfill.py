@@ -14,7 +14,7 @@ from torch import Tensor
 from .._checks import check_integer, check_name, check_number
 from ..labelled import FeatureRows, Ids, VersionFeatures, check_versions, read_hits
 from ..retrieval.mixed import Mixture, mixed_search
-from ..retrieval.protocols import Protocol, read_protocol
+from ..retrieval.protocols import Hits, Protocol, read_protocol
 from .orders import read_order
 
 __all__ = ["BackfillCurve", "backfill_curve", "mixed_topk"]
@@ -27,17 +27,18 @@ class BackfillCurve:
     Attributes:
         shares: [S] float64, of the gallery's rows by the new model: 0, ..., 1.
         scores: [S] float64, M at each.
-        hits: [S, Q] bool, which queries were right; None where the protocol has only a score.
+        hits: [S, Q] bool, which queries were right, or float64, what each scored; None where the protocol has only a
+            score.
         order: [N] int64, the gallery rows, as they were given, in the order in which they are replaced.
         order_name: what was asked for; "given" for a permutation.
         protocol: its name.
         queries: Q.
-        absent: how many of them have no item of their class in the gallery but themselves; they count as wrong.
+        absent: how many of them have no relevant item in the gallery but themselves; they count as wrong, or score 0.
     """
 
     shares: NDArray[np.float64]
     scores: NDArray[np.float64]
-    hits: NDArray[np.bool_] | None
+    hits: Hits | None
     order: NDArray[np.int64]
     order_name: str
     protocol: str
@@ -98,8 +99,9 @@ def backfill_curve(
         old: by the model whose gallery is in service.
         new: by the one that replaces it, of the same items.
         order: "random"; "farthest_from_class_mean" or "lowest_margin", as the functions of these names say of the old
-            gallery; or [N] row numbers, each once.
-        protocol: "nearest_class_mean", "instance" or such an object; or, for one width, a `Protocol` of your own.
+            gallery with labels; or [N] row numbers, each once.
+        protocol: "nearest_class_mean", "instance", a metric of the ranking such as "ndcg@10", or such an object; or,
+            for one width, a `Protocol` of your own.
         steps: S - 1, at least 1; a gallery with fewer rows takes one step per row.
         widths: "equal" or "leading", as of `compatibility_matrix`.
         generator: of the random order; None: `np.random.default_rng(0)`.
@@ -120,7 +122,7 @@ def backfill_curve(
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     measure = _measure(protocol, old, new)
-    count = len(items.gallery_labels)
+    count = len(items.gallery_rows)
     order_name, rows = read_order(order, old, generator)
 
     replaced = [t * count // steps for t in range(steps + 1)] if steps < count else list(range(count + 1))
@@ -133,15 +135,15 @@ def backfill_curve(
             scores.append(found)
         else:
             hits.append(found)
-            scores.append(int(found.sum()) / len(found))
+            scores.append(float(found.mean()))
     curve = BackfillCurve(
         shares=np.array(replaced) / count,
         scores=np.array(scores),
-        hits=np.stack(hits) if hits else None,
+        hits=np.stack(hits) if hits else None,  # type: ignore[arg-type]  # of one dtype
         order=items.gallery_rows[rows],
         order_name=order_name,
         protocol=protocol.name,
-        queries=len(items.query_labels),
+        queries=len(items.query_rows),
         absent=int((items.num_relevant == 0).sum()),
     )
     for array in (curve.shares, curve.scores, curve.hits, curve.order):
@@ -201,7 +203,7 @@ def mixed_topk(
 
 def _measure(
     protocol: Protocol, old: VersionFeatures, new: VersionFeatures
-) -> Callable[[NDArray[np.bool_]], NDArray[np.bool_] | float]:
+) -> Callable[[NDArray[np.bool_]], Hits | float]:
     """The hits, or the score, as a function of which rows are replaced."""
     if protocol.mixed_hits is not None:
         return protocol.mixed_hits(old, new)

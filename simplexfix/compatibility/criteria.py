@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
 from .._checks import check_name, check_number
-from ..labelled import read_hits
+from ..labelled import read_query_scores
 
 __all__ = [
     "CompatibilityTable",
@@ -128,15 +128,16 @@ def forward_compatibility(matrix: ArrayLike) -> float:
 def negative_flip_rate(before: ArrayLike | torch.Tensor, after: ArrayLike | torch.Tensor) -> float:
     """NFR: the share of queries that the upgrade breaks.
 
-        NFR = mean( before & ~after )
+        NFR = mean( before & ~after )           of scores in [0, 1]: mean( after < before )
 
     Args:
-        before: [Q] bool, which queries were right, as `simplexfix.retrieval.nearest_class_mean.hits` gives; Q >= 1.
-        after: [Q] bool, the same queries after the upgrade.
+        before: [Q] bool, which queries were right, as `simplexfix.retrieval.nearest_class_mean.hits` gives; or floating
+            in [0, 1], what each query scored, as the hits of "ndcg@10"; Q >= 1.
+        after: [Q] of the same kind, the same queries after the upgrade.
 
     Raises:
-        TypeError: not booleans.
-        ValueError: not one value per query, or no query.
+        TypeError: neither booleans nor floating numbers, or one of each.
+        ValueError: not one value per query, no query, or a score outside [0, 1].
 
     Reference:
         Yan et al., "Positive-Congruent Training: Towards Regression-Free Model Updates", CVPR 2021.
@@ -146,9 +147,9 @@ def negative_flip_rate(before: ArrayLike | torch.Tensor, after: ArrayLike | torc
 
 
 def positive_flip_rate(before: ArrayLike | torch.Tensor, after: ArrayLike | torch.Tensor) -> float:
-    """The share of queries that the upgrade mends: `mean( ~before & after )`.
+    """The share of queries that the upgrade mends: `mean( ~before & after )`, of scores `mean( after > before )`.
 
-    Arguments and errors as of `negative_flip_rate`; this minus that is the gain in accuracy.
+    Arguments and errors as of `negative_flip_rate`; of hits, this minus that is the gain in accuracy.
     """
     gains, _, queries = flips(before, after)
     return gains / queries
@@ -172,15 +173,37 @@ def compatibility_tax(unconstrained: float, compatible: float) -> float:
 
 
 def flips(before: ArrayLike | torch.Tensor, after: ArrayLike | torch.Tensor) -> tuple[int, int, int]:
-    """How many queries the upgrade mends, how many it breaks, and how many there are.
+    """How many queries score more after the upgrade, how many score less, and how many there are.
 
     Raises:
         TypeError, ValueError: as `negative_flip_rate`.
     """
-    old, new = read_hits("before", before), read_hits("after", after)
+    old, new = read_both(before, after)
+    return int((new > old).sum()), int((new < old).sum()), len(old)
+
+
+def mean_gain(before: NDArray[Any], after: NDArray[Any]) -> float:
+    """`mean(after) - mean(before)`; of hits, the difference of the counts over Q, which is rounded once."""
+    if after.dtype != np.bool_:
+        return float(after.mean() - before.mean())
+    gains, losses, queries = flips(before, after)
+    return (gains - losses) / queries
+
+
+def read_both(
+    before: ArrayLike | torch.Tensor, after: ArrayLike | torch.Tensor
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]] | tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """What the same queries score before and after, both bool or both float64.
+
+    Raises:
+        TypeError, ValueError: as `negative_flip_rate`.
+    """
+    old, new = read_query_scores("before", before), read_query_scores("after", after)
+    if old.dtype != new.dtype:
+        raise TypeError(f"before and after must be both bool or both floating, got {old.dtype} and {new.dtype}")
     if old.shape != new.shape:
         raise ValueError(f"before and after must be of the same queries, got {len(old)} and {len(new)}")
-    return int((~old & new).sum()), int((old & ~new).sum()), len(old)
+    return old, new  # type: ignore[return-value]
 
 
 def lower_triangle(matrix: ArrayLike | Sequence[Sequence[float]]) -> NDArray[np.float64]:

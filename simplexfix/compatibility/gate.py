@@ -11,9 +11,17 @@ from numpy.typing import NDArray
 
 from .._checks import check_name, check_number
 from ..labelled import LabelledItems, VersionFeatures, check_versions
-from ..retrieval.protocols import Protocol, read_protocol
-from .criteria import flips
-from .statistics import Interval, bootstrap_gain, check_confidence, check_generator, exact_interval, mcnemar_test
+from ..retrieval.protocols import Hits, Protocol, read_protocol
+from .criteria import flips, mean_gain
+from .statistics import (
+    Interval,
+    bootstrap_gain,
+    bootstrap_interval,
+    check_confidence,
+    check_generator,
+    exact_interval,
+    paired_p_value,
+)
 
 __all__ = ["DEFAULT_RULES", "GateResult", "Outcome", "Rule", "upgrade_gate"]
 
@@ -22,7 +30,7 @@ KINDS: Mapping[str, tuple[str, bool, tuple[str, ...]]] = {
     "ecc": ("gain of the new queries on the old gallery", True, ("old",)),
     "max_nfr": ("negative flip rate", False, ("old", "new")),
     "max_tax": ("compatibility tax", False, ("new",)),
-    "min_recall": ("recall of the new queries", True, ("old", "new")),
+    "min_recall": ("score of the new queries", True, ("old", "new")),
 }
 SHOWN_CONFIDENCE = 0.95  # of the interval beside a rule that is judged by its value alone
 EACH_GROUP = "*"
@@ -37,12 +45,14 @@ class Rule:
         max_tax     M(unconstrained queries and gallery) - M(new queries and gallery) <= limit
         min_recall  M(new queries, `gallery`) >= limit
 
+    A protocol that scores queries by numbers in [0, 1], such as "ndcg@10", breaks a query whose score falls.
+
     Args:
         kind: one of these four.
         limit: a share, in [-1, 1].
         confidence: None: the measured value is compared with the limit.  Else the worse end of its two-sided interval
-            is, and `ecc` with a limit of 0 or more asks besides that McNemar's exact test gives p <= 1 - confidence,
-            which very few queries cannot.
+            is, and `ecc` with a limit of 0 or more asks besides that an exact paired test gives p <= 1 - confidence,
+            which very few queries cannot: McNemar's of right and wrong queries, `randomization_test` of scores.
         gallery: "old", as the upgrade leaves it, or "new", re-extracted; None: the first that `kind` allows.
         group: None: all queries; "*": the rule holds for each group apart; else for the group of this name.
 
@@ -93,8 +103,10 @@ class Outcome:
         queries: how many there are in it.
         value: what was measured.
         low, high: its two-sided interval, at the rule's confidence, or at 95 % where it has none: a paired bootstrap
-            over the queries for `ecc` and `max_tax`, Clopper and Pearson's for `max_nfr` and `min_recall`.
-        p_value: of McNemar's exact test, for `ecc`; None for others.
+            over the queries for `ecc`, `max_tax`, and `min_recall` of scores; Clopper and Pearson's for `max_nfr`, and
+            for `min_recall` of right and wrong queries.
+        p_value: for `ecc`, of McNemar's exact test, or of `randomization_test` where queries have scores; None for
+            others.
         margin: how far the number that is compared, value or end of interval, lies inside the limit; negative outside.
         passed: whether the rule holds.
     """
@@ -151,7 +163,9 @@ class GateResult:
         scores: M by (queries, gallery): "old_on_old", "new_on_old" and, where a rule needed it, "new_on_new" and
             "unconstrained".
         queries, gallery: numbers of items.
-        absent: queries with no item of their class in the gallery but themselves; they count as wrong for every model.
+        absent: queries with no relevant item in the gallery but themselves; they count as wrong, or score 0, for every
+            model.
+        unjudged: queries without a relevance judgement, which were left out; None where the items have labels.
         bit_equal: of the old version and the new one, queries that have a gallery row of the same bits and no id that
             says so: most likely they find themselves.
         excluded: gallery items that are a query themselves, by their ids, and were left out of its search.
@@ -163,6 +177,7 @@ class GateResult:
     queries: int
     gallery: int
     absent: int
+    unjudged: int | None
     bit_equal: tuple[int, int]
     excluded: int
 
@@ -179,6 +194,7 @@ class GateResult:
             "queries": self.queries,
             "gallery": self.gallery,
             "queries_of_classes_not_in_gallery": self.absent,
+            "queries_without_judgement": self.unjudged,
             "queries_in_gallery": {"left_out_by_id": self.excluded, "bit_equal": list(self.bit_equal)},
             "scores": dict(self.scores),
             "rules": [outcome.as_dict() for outcome in self.outcomes],
@@ -200,9 +216,10 @@ def upgrade_gate(
     Args:
         old: by the model in service.
         new: by the one that is to replace it, of the same items.  Groups of rules are the items' `query_groups`; where
-            there are none, the classes are the groups.
+            there are none, the classes are the groups; items with relevance judgements have no classes.
         rules: none given: `ecc` at 95 % confidence.
-        protocol: "nearest_class_mean", "instance" or such an object, with hits.
+        protocol: "nearest_class_mean", "instance", a metric of the ranking such as "ndcg@10", or such an object, with
+            hits.
         widths: "equal": features that are searched in each other must be of one width; "leading": the wider are cut to
             the leading dimensions of the narrower, as models made for it allow.
         unconstrained: by a model trained without compatibility, of the same items: what `max_tax` compares with.
@@ -226,13 +243,13 @@ def upgrade_gate(
     checked = check_versions([given[role] for role in roles], roles)  # type: ignore[misc]
     versions = dict(zip(roles, checked, strict=True))
     items = versions["old"].items
-    groups = _groups(items)
+    groups = _groups(items) if any(rule.group is not None for rule in rules) else np.empty(0, dtype=str)
     # of one seed for each outcome: it must not depend on what other rules there are
     seed = int(check_generator(generator).integers(2**63))
 
-    found: dict[str, NDArray[np.bool_]] = {}
+    found: dict[str, Hits] = {}
 
-    def hits(searcher: str, searched: str) -> NDArray[np.bool_]:
+    def hits(searcher: str, searched: str) -> Hits:
         name = searcher if searcher == "unconstrained" else f"{searcher}_on_{searched}"
         if name not in found:
             if searcher not in versions:
@@ -254,9 +271,10 @@ def upgrade_gate(
         outcomes=tuple(outcomes),
         scores={name: float(right.mean()) for name, right in found.items()},
         protocol=protocol.name,
-        queries=len(items.query_labels),
-        gallery=len(items.gallery_labels),
+        queries=len(items.query_rows),
+        gallery=len(items.gallery_rows),
         absent=int((items.num_relevant == 0).sum()),
+        unjudged=None if items.judgements is None else items.given[0] - len(items.query_rows),
         bit_equal=(versions["old"].bit_equal, versions["new"].bit_equal),
         excluded=int((items.excluded >= 0).sum()),
     )
@@ -269,17 +287,17 @@ def _compared(rule: Rule, value: float, low: float, high: float) -> float:
     return low if KINDS[rule.kind][1] else high
 
 
-def _judge(
-    rule: Rule, group: str | None, before: NDArray[np.bool_], after: NDArray[np.bool_], generator: np.random.Generator
-) -> Outcome:
+def _judge(rule: Rule, group: str | None, before: Hits, after: Hits, generator: np.random.Generator) -> Outcome:
     count, sure, more_is_better = len(before), rule.confidence or SHOWN_CONFIDENCE, KINDS[rule.kind][1]
     limit, p_value = rule.limit or 0.0, None
     interval: Interval
     if rule.kind in ("ecc", "max_tax"):
-        gains, losses, p = mcnemar_test(before, after)
-        value = (gains - losses) / count
+        value = mean_gain(before, after)
         interval = bootstrap_gain(before, after, confidence=sure, generator=generator)
-        p_value = p if rule.kind == "ecc" else None
+        p_value = paired_p_value(before, after, generator) if rule.kind == "ecc" else None
+    elif rule.kind == "min_recall" and after.dtype != np.bool_:
+        value = float(after.mean())
+        interval = bootstrap_interval(after, confidence=sure, generator=generator)
     else:
         times = flips(before, after)[1] if rule.kind == "max_nfr" else int(after.sum())
         value = times / count
@@ -298,6 +316,8 @@ def _groups(items: LabelledItems) -> NDArray[np.str_]:
         return items.query_groups.astype(str)
     if items.label_names is not None:
         return np.array(items.label_names)[items.query_labels]
+    if items.judgements is not None:
+        raise ValueError("a rule for groups needs query_groups: items with relevance judgements have no classes")
     return items.query_labels.astype(str)
 
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from .._checks import check_name
 from ..labelled import VersionFeatures, check_versions
-from ..retrieval.protocols import Protocol, read_protocol
+from ..retrieval.protocols import Hits, Protocol, read_protocol
 
 __all__ = ["compatibility_hits", "compatibility_matrix"]
 
@@ -27,7 +27,8 @@ def compatibility_matrix(
 
     Args:
         versions: T of the same items, oldest first.  All features are compared in float32.
-        protocol: a name or an object of `simplexfix.retrieval.PROTOCOLS`, or a `Protocol` of your own.
+        protocol: a name or an object of `simplexfix.retrieval.PROTOCOLS`; a metric of the ranking, such as "ndcg@10" or
+            "map"; or a `Protocol` of your own.
         widths: "equal": versions of different width are refused; "leading": they are compared on the leading
             dimensions that both have, min(d_i, d_j) of them.
 
@@ -40,7 +41,7 @@ def compatibility_matrix(
     """
     protocol = read_protocol(protocol)
     versions = _read(versions, widths)
-    size, count = len(versions), len(versions[0].items.query_labels)
+    size, count = len(versions), len(versions[0].items.query_rows)
     matrix = np.full((size, size), np.nan)
     # features on a GPU are left to the protocol, which searches there
     on_cpu = all(rows.on_cpu for version in versions for rows in (version.query, version.gallery))
@@ -59,13 +60,14 @@ def compatibility_matrix(
 
 def compatibility_hits(
     versions: Sequence[VersionFeatures], protocol: str | Protocol = "nearest_class_mean", *, widths: str = "equal"
-) -> list[list[NDArray[np.bool_]]]:
+) -> list[list[Hits]]:
     """Which queries are right in each cell: what intervals, tests and flips are made from, from the same T + T passes.
 
     Arguments and errors as of `compatibility_matrix`, whose cells are the means; memory T (T + 1) / 2 * Q bytes.
 
     Returns:
-        T rows of lengths 1, 2, ..., T: hits[i][j], [Q] bool, of queries by version i on the gallery by version j.
+        T rows of lengths 1, 2, ..., T: hits[i][j], [Q], of queries by version i on the gallery by version j: bool, or
+        float64 in [0, 1] where the protocol scores queries, as "ndcg@10" does (8 times the memory).
 
     Raises:
         ValueError: a protocol without hits.
@@ -77,8 +79,8 @@ def compatibility_hits(
         return [
             [protocol.hits(old.pair(new, "leading")) for old in versions[: i + 1]] for i, new in enumerate(versions)
         ]
-    count = len(versions[0].items.query_labels)
-    out = [[np.zeros(count, dtype=np.bool_) for _ in range(i + 1)] for i in range(len(versions))]
+    count = len(versions[0].items.query_rows)
+    out: list[list[Hits]] = [[np.zeros(count, dtype=np.bool_) for _ in range(i + 1)] for i in range(len(versions))]
     for i, j, begin, hits in protocol.matrix_hits(versions):
         out[i][j][begin : begin + len(hits)] = hits
     return out

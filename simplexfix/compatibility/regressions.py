@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from .._checks import check_integer, check_name
+from .._checks import check_integer
 from ..functional import cosine_topk
-from ..labelled import FeatureRows, VersionFeatures, check_versions, read_hits, row_slices, unit_rows
+from ..labelled import FeatureRows, VersionFeatures, check_versions, row_slices, unit_rows
 from ..retrieval.class_means import class_sums
-from ..retrieval.protocols import PROTOCOLS, Protocol, read_protocol
-from .criteria import flips
+from ..retrieval.protocols import Protocol, read_scored_protocol
+from .criteria import read_both
 
 __all__ = ["Regression", "worst_regressions"]
 
@@ -24,30 +25,33 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Regression:
-    """One query that was right before the upgrade and is wrong after it, on the same gallery.
+    """One query that was right before the upgrade and is wrong after it, or that scores less, on the same gallery.
 
     Attributes:
         query: its row among the queries that were given.
-        label: its class.
+        label: its class; None where items have relevance judgements, as `found_label`.
         found_label: the class that the new model finds.
-        score: cosine of the new query and what is found: a class's template, or the item.
-        own_score: cosine of the new query and its own class's template, or nearest item.
+        score: cosine of the new query and what is found: a class's template, or the first item.
+        own_score: cosine of the new query and its own class's template, or nearest relevant item.
         found_item: the gallery row, of those given, that is found, or that is nearest to the query among those of the
             class found.
-        own_item: the gallery row nearest to the query among those of its own class.
+        own_item: the gallery row nearest to the query among the relevant ones, those of its own class.
+        before, after: what the query scored; 1 and 0 where it was right and is wrong.
     """
 
     query: int
-    label: int
-    found_label: int
+    label: int | None
+    found_label: int | None
     score: float
     own_score: float
     found_item: int
     own_item: int
+    before: float
+    after: float
 
     @property
     def margin(self) -> float:
-        """How confidently wrong: `score - own_score`, in [0, 2] but for rounding."""
+        """How confidently wrong: `score - own_score`, in [0, 2] but for rounding; 0 if the first item is relevant."""
         return self.score - self.own_score
 
     def as_dict(self) -> dict[str, Any]:
@@ -63,10 +67,11 @@ def worst_regressions(
     protocol: str | Protocol = "nearest_class_mean",
     limit: int = 100,
 ) -> tuple[Regression, ...]:
-    """The queries with `before & ~after`, by falling margin, then by row.
+    """The queries with `before & ~after`, or `after < before`, by falling loss, then by falling margin, then by row.
 
+        loss[q] = before[q] - after[q]                              1 for all where queries are right or wrong
         nearest_class_mean  margin[q] = max_{c != y_q} q . template[c] - q . template[y_q]
-        instance            margin[q] = max_n q . gallery[n] - max_{n: label[n] = y_q} q . gallery[n]
+        others              margin[q] = max_n q . gallery[n] - max_{n relevant to q} q . gallery[n]
 
     All rows normalised; scores in float64 from features in float32, templates as of the protocol.  A gallery item that
     is the query itself, by its id, is left out of both.
@@ -74,51 +79,56 @@ def worst_regressions(
     Args:
         old: whose gallery is searched, as the upgrade leaves it.
         new: whose queries search; wider than the gallery or narrower: the leading dimensions that both have.
-        before: [Q] bool, which queries were right; each of these must have an item of its class in the gallery.
-        after: [Q] bool, which are right after the upgrade, by the same protocol.
-        protocol: "nearest_class_mean" or "instance".
+        before: [Q] bool, which queries were right, or float64 in [0, 1], what each scored; each of those that lose must
+            have a relevant item in the gallery.
+        after: [Q] of the same kind, after the upgrade, by the same protocol.
+        protocol: "nearest_class_mean", "instance", or a metric of the ranking, such as "ndcg@10".
         limit: of how many at most; at least 0.
 
     Raises:
         TypeError, ValueError: versions or hits that do not fit each other, by name; a query that was right and whose
             class the gallery lacks.
     """
-    name = read_protocol(protocol).name
-    check_name("protocol", name, PROTOCOLS)
+    name = read_scored_protocol(protocol).name
     if check_integer("limit", limit) < 0:
         raise ValueError(f"limit must be at least 0, got {limit}")
     old, new = check_versions((old, new), ("old", "new"))
     items = old.items
-    count, labels, item_labels = len(items.query_labels), items.query_labels, items.gallery_labels
-    if flips(before, after)[2] != count:
-        raise ValueError(f"before and after must be of the {count} queries, got {flips(before, after)[2]}")
-    lost = np.flatnonzero(read_hits("before", before) & ~read_hits("after", after))
+    scored, now = (scores.astype(np.float64) for scores in read_both(before, after))
+    if len(scored) != len(items.query_rows):
+        raise ValueError(f"before and after must be of the {len(items.query_rows)} queries, got {len(scored)}")
+    lost = np.flatnonzero(now < scored)
     lacking = lost[items.num_relevant[lost] == 0]
     if len(lacking):
         raise ValueError(f"before says that query {lacking[0]} was right, whose class the gallery lacks")
     if not len(lost) or not limit:
         return ()
     search = _Search(old.pair(new, "leading"))
-    if name == "instance":
-        found, score, own_score = search.items(lost)
-        found_label = item_labels[found]
-    else:
+    if name == "nearest_class_mean":
         found_label, score, own_score = search.templates(lost)
-    order = np.lexsort((lost, own_score - score))[:limit]
+    else:
+        found, score, own_score = search.items(lost)
+    order = np.lexsort((lost, own_score - score, now[lost] - scored[lost]))[:limit]
+    judged = items.judgements is not None
     worst = []
     for at in order:
         query = lost[at : at + 1]
-        _, of_found = search.nearest_of_class(query, found_label[at])
-        _, of_own = search.nearest_of_class(query, labels[lost[at]])
+        if name == "nearest_class_mean":
+            found_item, label = search.nearest_of_class(query, found_label[at])[1][0], found_label[at]
+        else:
+            found_item = found[at]
+            label = None if judged else items.gallery_labels[found_item]
         worst.append(
             Regression(
                 query=int(items.query_rows[lost[at]]),
-                label=int(labels[lost[at]]),
-                found_label=int(found_label[at]),
+                label=None if judged else int(items.query_labels[lost[at]]),
+                found_label=None if label is None else int(label),
                 score=float(score[at]),
                 own_score=float(own_score[at]),
-                found_item=int(items.gallery_rows[found[at] if name == "instance" else of_found[0]]),
-                own_item=int(items.gallery_rows[of_own[0]]),
+                found_item=int(items.gallery_rows[found_item]),
+                own_item=int(items.gallery_rows[search.nearest_relevant(lost[at])[1]]),
+                before=float(scored[lost[at]]),
+                after=float(now[lost[at]]),
             )
         )
     return tuple(worst)
@@ -130,16 +140,20 @@ class _Search:
     def __init__(self, version: VersionFeatures) -> None:
         self.queries, self.gallery = version.query, version.gallery
         self.width = version.query.width
-        self.labels, self.excluded = version.items.query_labels, version.items.excluded
-        self.classes = version.items.gallery_classes
-        order = np.argsort(self.classes.places, kind="stable")
-        self.members = np.split(order, np.cumsum(self.classes.sizes)[:-1])
+        self.all_items, self.excluded = version.items, version.items.excluded
+
+    @cached_property
+    def members(self) -> list[Integers]:
+        """Gallery rows of each class."""
+        classes = self.all_items.gallery_classes
+        return np.split(np.argsort(classes.places, kind="stable"), np.cumsum(classes.sizes)[:-1])
 
     def templates(self, lost: Integers) -> tuple[Integers, Floats, Floats]:
         """Each query's best other class, its score, and the own class's."""
-        sums = class_sums(self.gallery, self.classes).cpu()
+        classes = self.all_items.gallery_classes
+        sums = class_sums(self.gallery, classes).cpu()
         unit = unit_rows(sums.float().numpy())
-        own = self.classes.find(self.labels[lost])
+        own = classes.find(self.all_items.query_labels[lost])
         found, score, own_score = np.empty_like(own), np.empty(len(lost)), np.empty(len(lost))
         for rows in row_slices(len(lost), len(unit)):
             queries = self._unit(self.queries, lost[rows])
@@ -150,7 +164,7 @@ class _Search:
             scores[at, own[rows]] = -np.inf
             found[rows] = scores.argmax(axis=1)
             score[rows] = scores[at, found[rows]]
-        return self.classes.ids[found], score, own_score
+        return classes.ids[found], score, own_score
 
     def _leave_out(self, scores: Floats, queries: Floats, at: Integers, sums: torch.Tensor) -> None:
         """Scores of the classes that a query is an item of, without it."""
@@ -158,14 +172,15 @@ class _Search:
         some = np.flatnonzero(itself >= 0)
         if not len(some):
             return
-        of = self.classes.places[itself[some]]
+        classes = self.all_items.gallery_classes
+        of = classes.places[itself[some]]
         rows = self.gallery.take(itself[some]).block(0, len(some)).astype(np.float64)
         rest = unit_rows((sums.numpy()[of] - rows).astype(np.float32))
-        alone = self.classes.sizes[of] == 1
+        alone = classes.sizes[of] == 1
         scores[some, of] = np.where(alone, -np.inf, np.einsum("ij,ij->i", queries[some], rest))
 
     def items(self, lost: Integers) -> tuple[Integers, Floats, Floats]:
-        """Each query's nearest item, its score, and that of the own class's nearest."""
+        """Each query's nearest item, its score, and that of the nearest relevant one."""
         found, score, own_score = np.zeros_like(lost), np.full(len(lost), -np.inf), np.empty(len(lost))
         k = 2 if (self.excluded[lost] >= 0).any() else 1
         for block in row_slices(len(self.gallery), self.width):
@@ -181,17 +196,32 @@ class _Search:
         for rows in row_slices(len(lost), self.width):  # what float32 chose, as float64 sees it
             unit = self._unit(self.queries, lost[rows])
             score[rows] = np.einsum("ij,ij->i", unit, self._unit(self.gallery, found[rows]))
-        labels = self.labels[lost]
+        if self.all_items.judgements is not None:
+            own_score[:] = [self.nearest_relevant(query)[0] for query in lost]
+            return found, score, own_score
+        labels = self.all_items.query_labels[lost]
         for label in np.unique(labels):
             of = np.flatnonzero(labels == label)
             for rows in row_slices(len(of), self.width):
                 own_score[of[rows]], _ = self.nearest_of_class(lost[of[rows]], label)
         return found, score, own_score
 
+    def nearest_relevant(self, query: np.integer[Any]) -> tuple[float, int]:
+        """Score and gallery row of the nearest item that is relevant to one query."""
+        at = np.array([query])
+        judged = self.all_items.judged
+        if judged is None:
+            scores, rows = self.nearest_of_class(at, self.all_items.query_labels[query])
+        else:
+            scores, rows = self._nearest_among(at, judged.relevant_items(int(query)))
+        return float(scores[0]), int(rows[0])
+
     def nearest_of_class(self, at: Integers, label: np.integer[Any]) -> tuple[Floats, Integers]:
         """Score and gallery row of each query's nearest item among those of a class, of the first where some tie."""
+        return self._nearest_among(at, self.members[int(np.searchsorted(self.all_items.gallery_classes.ids, label))])
+
+    def _nearest_among(self, at: Integers, members: Integers) -> tuple[Floats, Integers]:
         unit = self._unit(self.queries, at)
-        members = self.members[int(np.searchsorted(self.classes.ids, label))]
         best, nearest = np.full(len(unit), -np.inf), np.zeros(len(unit), dtype=np.int64)
         for rows in row_slices(len(members), max(self.width, len(unit))):
             scores = unit @ self._unit(self.gallery, members[rows]).T

@@ -1,8 +1,9 @@
-"""How sure one may be of a cell and of an upgrade: intervals and paired tests, from which queries were right.
+"""How sure one may be of a cell and of an upgrade: intervals and paired tests, from what each query scores.
 
 What is resampled are queries; the gallery is taken as it is.  Resampling Q queries with replacement and counting the
 right ones *is* a binomial draw, and counting gains and losses of an upgrade a multinomial one, so that a resample costs
-O(1) and not O(Q), with exactly the distribution of the bootstrap.
+O(1) and not O(Q), with exactly the distribution of the bootstrap.  Queries whose scores are numbers in [0, 1], as those
+of nDCG, are drawn one by one.
 
 Intervals are percentile intervals: a share of hits is its own binomial maximum-likelihood estimate, without bias, its
 interval stays in [0, 1], and BCa's two corrections are differences of lattice points here, undefined where all queries
@@ -14,15 +15,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
 from .._checks import check_integer, check_number
-from ..labelled import read_hits
-from .criteria import flips
+from ..labelled import read_hits, read_query_scores
+from .criteria import flips, read_both
 
 __all__ = [
     "Interval",
@@ -33,8 +34,11 @@ __all__ = [
     "exact_interval",
     "mcnemar_test",
     "mcnemar_tests",
+    "randomization_test",
 ]
 
+_BLOCK_NUMBERS = 2**22  # drawn at a time
+_EXACT_QUERIES = 13  # 2^13 sign patterns are fewer than 10,000 samples of them
 Hits = ArrayLike | torch.Tensor
 
 
@@ -60,27 +64,29 @@ def bootstrap_interval(
     resamples: int = 10_000,
     generator: np.random.Generator | None = None,
 ) -> Interval:
-    """The percentile interval of a share of hits.
+    """The percentile interval of a share of hits, or of a mean score.
 
         resampled = [ mean(hits[generator.integers(Q, size=Q)]) for _ in range(resamples) ]
         interval = quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])
 
     Args:
-        hits: [Q] bool, which queries were right; Q >= 1.
+        hits: [Q] bool, which queries were right, or floating in [0, 1], what each query scored; Q >= 1.
         confidence: in (0, 1).
         resamples: at least 1.
         generator: None: `np.random.default_rng(0)`, the same numbers at every call.
 
     Raises:
-        TypeError: hits are not bool, or an option is not a number.
+        TypeError: hits are neither bool nor floating, or an option is not a number.
         ValueError: not one value per query, no query, or an option out of its range.
 
     Reference:
         Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13.
     """
-    right = read_hits("hits", hits)
-    drawn = check_options(confidence, resamples, generator).binomial(len(right), right.mean(), size=resamples)
-    return percentiles(drawn / len(right), confidence)
+    scores = read_query_scores("hits", hits)
+    numbers = check_options(confidence, resamples, generator)
+    if scores.dtype != np.bool_:
+        return percentiles(_resampled_means(scores.astype(np.float64), resamples, numbers), confidence)
+    return percentiles(numbers.binomial(len(scores), scores.mean(), size=resamples) / len(scores), confidence)
 
 
 def bootstrap_gain(
@@ -95,8 +101,11 @@ def bootstrap_gain(
 
     Arguments and errors as of `bootstrap_interval` and `negative_flip_rate`.
     """
-    gains, losses, queries = flips(before, after)
+    old, new = read_both(before, after)
     numbers = check_options(confidence, resamples, generator)
+    if old.dtype != np.bool_:
+        return percentiles(_resampled_means(np.subtract(new, old), resamples, numbers), confidence)
+    gains, losses, queries = flips(old, new)
     shares = np.array([gains, losses, queries - gains - losses]) / queries
     drawn = numbers.multinomial(queries, shares, size=resamples)
     return percentiles((drawn[:, 0] - drawn[:, 1]) / queries, confidence)
@@ -112,8 +121,8 @@ def bootstrap_cells(
     """The interval of each cell of a compatibility matrix.
 
     Args:
-        hits: T rows of lengths 1, 2, ..., T, as of the matrix: hits[i][j], [Q] bool, of queries by model i on the
-            gallery by model j.
+        hits: T rows of lengths 1, 2, ..., T, as of the matrix: hits[i][j], [Q] bool or floating, of queries by model i
+            on the gallery by model j.
         confidence, resamples, generator: as of `bootstrap_interval`.
 
     Returns:
@@ -147,8 +156,60 @@ def mcnemar_test(before: Hits, after: Hits) -> McNemar:
     Reference:
         McNemar, "Note on the sampling error of the difference between correlated proportions", 1947.
     """
-    gains, losses, _ = flips(before, after)
+    gains, losses, _ = flips(read_hits("before", before), read_hits("after", after))
     return McNemar(gains, losses, min(1.0, 2 * _at_most(min(gains, losses), gains + losses, 0.5)))
+
+
+def randomization_test(
+    before: Hits, after: Hits, *, resamples: int = 10_000, generator: np.random.Generator | None = None
+) -> float:
+    """The paired randomization test of a difference of means: might before and after be exchanged, query by query?
+
+        d = after - before
+        p_value = share of sign patterns s in {-1, 1}^Q with |sum_q s_q d_q| >= |sum_q d_q|
+
+    Over all patterns where at most 13 queries change their score; else over `resamples` drawn ones, with
+    (1 + count) / (1 + resamples), which rejects a true hypothesis no more often than it says.  Of 0/1 scores it is
+    McNemar's exact test.
+
+    Args:
+        before, after: [Q] floating in [0, 1], what the same queries score; Q >= 1.
+        resamples: at least 1.
+        generator: None: `np.random.default_rng(0)`.
+
+    Returns:
+        Two-sided; 1 where no score changes.
+
+    Raises:
+        TypeError, ValueError: as `negative_flip_rate`; resamples below 1.
+
+    Reference:
+        Smucker, Allan and Carterette, "A Comparison of Statistical Significance Tests for Information Retrieval
+        Evaluation", CIKM 2007; for the drawn ones Phipson and Smyth, "Permutation P-values Should Never Be Zero", 2010.
+    """
+    old, new = read_both(before, after)
+    numbers = check_options(0.95, resamples, generator)
+    moved = np.subtract(new, old, dtype=np.float64)
+    moved = moved[moved != 0]
+    # sums of another order differ by rounding, and count as equal
+    least = abs(moved.sum()) - 1e-12 * np.abs(moved).sum()
+    if len(moved) <= _EXACT_QUERIES:
+        sums = np.zeros(1)
+        for size in moved:
+            sums = np.concatenate([sums + size, sums - size])
+        return float((np.abs(sums) >= least).mean())
+    count, step = 0, max(1, _BLOCK_NUMBERS // len(moved))
+    for begin in range(0, resamples, step):
+        signs = numbers.integers(2, size=(min(step, resamples - begin), len(moved)), dtype=np.int8)
+        count += int((np.abs((2.0 * signs - 1) @ moved) >= least).sum())
+    return (1 + count) / (1 + resamples)
+
+
+def paired_p_value(before: Hits, after: Hits, generator: np.random.Generator) -> float:
+    """Of McNemar's exact test where queries are right or wrong; of the randomization test where they have scores."""
+    if read_both(before, after)[0].dtype == np.bool_:
+        return mcnemar_test(before, after).p_value
+    return randomization_test(before, after, generator=generator)
 
 
 def mcnemar_tests(hits: Sequence[Sequence[Hits]]) -> NDArray[np.float64]:
@@ -223,6 +284,16 @@ def _at_most(k: int, n: int, p: float) -> float:
     return min(total, 1.0)
 
 
+def _resampled_means(values: NDArray[np.float64], resamples: int, numbers: np.random.Generator) -> NDArray[np.float64]:
+    """[resamples] means of as many values, drawn with replacement."""
+    means = np.empty(resamples)
+    step = max(1, _BLOCK_NUMBERS // len(values))
+    for begin in range(0, resamples, step):
+        block = slice(begin, min(resamples, begin + step))
+        means[block] = values[numbers.integers(len(values), size=(block.stop - begin, len(values)))].mean(axis=1)
+    return means
+
+
 def percentiles(values: NDArray[np.float64], confidence: float) -> Interval:
     low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(float(low), float(high))
@@ -251,11 +322,11 @@ def check_options(confidence: float, resamples: int, generator: np.random.Genera
     return check_generator(generator)
 
 
-def _triangle(hits: Sequence[Sequence[Hits]]) -> list[list[NDArray[np.bool_]]]:
+def _triangle(hits: Sequence[Sequence[Hits]]) -> list[list[NDArray[Any]]]:
     lengths = [len(row) for row in hits]
     if not lengths or lengths != list(range(1, len(lengths) + 1)):
         raise ValueError(f"hits must be T rows of lengths 1 to T, got lengths {lengths[:8]}")
-    rows = [[read_hits(f"hits[{i}][{j}]", cell) for j, cell in enumerate(row)] for i, row in enumerate(hits)]
+    rows = [[read_query_scores(f"hits[{i}][{j}]", cell) for j, cell in enumerate(row)] for i, row in enumerate(hits)]
     for i, row in enumerate(rows):
         for j, cell in enumerate(row):
             if cell.shape != rows[0][0].shape:

@@ -1,8 +1,9 @@
 """One door for labelled features: items, what each version extracted of them, and the files these are kept in."""
 
-from ._columns import Ids, Rows, read_hits, read_ids, read_integers
+from ._columns import Ids, Rows, read_hits, read_ids, read_integers, read_query_scores
 from ._files import FeatureFileError, find_versions, is_version, load_rows
 from ._items import GalleryClasses, LabelledItems
+from ._judgements import RelevanceJudgements
 from ._rows import FeatureRows, row_slices, row_squares, unit_rows
 from ._versions import VersionFeatures, check_versions, ignoring
 
@@ -12,6 +13,7 @@ __all__ = [
     "GalleryClasses",
     "Ids",
     "LabelledItems",
+    "RelevanceJudgements",
     "Rows",
     "VersionFeatures",
     "check_versions",
@@ -22,6 +24,7 @@ __all__ = [
     "read_hits",
     "read_ids",
     "read_integers",
+    "read_query_scores",
     "row_slices",
     "row_squares",
     "unit_rows",

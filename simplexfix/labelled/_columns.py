@@ -13,7 +13,17 @@ from torch import Tensor
 
 from .._checks import check_features
 
-__all__ = ["Ids", "Rows", "code_names", "read_column", "read_features", "read_hits", "read_ids", "read_integers"]
+__all__ = [
+    "Ids",
+    "Rows",
+    "code_names",
+    "read_column",
+    "read_features",
+    "read_hits",
+    "read_ids",
+    "read_integers",
+    "read_query_scores",
+]
 
 # What a caller may give; a column of pandas, pyarrow or datasets too, which are imported by whoever has one.
 Rows: TypeAlias = Any
@@ -76,13 +86,14 @@ def read_ids(name: str, values: Ids, rows_name: str, count: int, *, unique: bool
     return array
 
 
-def check_unique(name: str, ids: NDArray[np.int64]) -> None:
-    """Raises ValueError where an id comes twice, by name and rows."""
+def check_unique(name: str, ids: NDArray[np.int64], names: Sequence[str] | None = None) -> None:
+    """Raises ValueError where an id comes twice, by name and rows; `names` are those that ids number."""
     order = np.argsort(ids, kind="stable")
     again = np.flatnonzero(ids[order[1:]] == ids[order[:-1]])
     if len(again):
         first, second = (int(order[again[0] + i]) for i in (0, 1))
-        raise ValueError(f"{name} must hold each id once, got {ids[first]} in rows {first} and {second}")
+        shown = ids[first] if names is None else repr(names[ids[first]])
+        raise ValueError(f"{name} must hold each id once, got {shown} in rows {first} and {second}")
 
 
 def read_hits(name: str, hits: Any, meaning: str = "right or wrong for each query") -> NDArray[np.bool_]:
@@ -97,6 +108,22 @@ def read_hits(name: str, hits: Any, meaning: str = "right or wrong for each quer
     if array.dtype != np.bool_:
         raise TypeError(f"{name} must be bool, {meaning}, got {array.dtype}")
     return array
+
+
+def read_query_scores(name: str, scores: Any) -> NDArray[np.bool_] | NDArray[np.float64]:
+    """[Q] bool, or float64 in [0, 1], Q >= 1: what each query scores.
+
+    Raises:
+        TypeError, ValueError: it is not that, by name.
+    """
+    array: NDArray[Any] = np.asarray(scores.detach().cpu() if isinstance(scores, Tensor) else scores)
+    if array.ndim == 1 and len(array) and array.dtype.kind == "f":
+        values = array.astype(np.float64)
+        bad = np.flatnonzero(~((values >= 0) & (values <= 1)))
+        if len(bad):
+            raise ValueError(f"{name} must lie in [0, 1], got {values[bad[0]]} for query {bad[0]}")
+        return values
+    return read_hits(name, array, "right or wrong for each query, or floating scores")
 
 
 def read_column(name: str, values: Ids, why: str) -> NDArray[Any]:

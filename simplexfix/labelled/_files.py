@@ -8,7 +8,7 @@ import os
 import re
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,6 +22,7 @@ from ._rows import FeatureRows
 __all__ = ["FeatureFileError", "find_versions", "is_version", "load_rows", "read_arrays"]
 
 REQUIRED = ("query", "gallery", "query_labels", "gallery_labels")
+JUDGED = ("query", "gallery", "query_ids", "gallery_ids")  # required where judgements take the place of labels
 KEYS = (*REQUIRED, "query_ids", "gallery_ids", "query_groups")
 PARTS = ("query", "gallery")
 # columns of .parquet, and the end of the key that each stands for
@@ -38,23 +39,26 @@ class FeatureFileError(ValueError):
     """A feature file is damaged, or what it holds is not features and labels; the message names file and array."""
 
 
-def read_arrays(path: Path) -> Mapping[str, Any]:
+def read_arrays(path: Path, required: Sequence[str] = REQUIRED) -> Mapping[str, Any]:
     """The arrays of a version's file by their keys, unchecked; those of `.npy` are read-only maps.
+
+    Args:
+        required: keys that must be there.
 
     Raises:
         OSError, FeatureFileError, ModuleNotFoundError: as `VersionFeatures.load`.
     """
     try:
         if path.is_dir() and not any((path / f"{part}.parquet").is_file() for part in PARTS):
-            arrays: Mapping[str, Any] = _read_folder(path)
+            arrays: Mapping[str, Any] = _read_folder(path, required)
         elif path.is_dir() and any((path / f"{key}.npy").is_file() for key in REQUIRED):
             raise FeatureFileError(f"{path} holds .npy and .parquet files: keep one of the two forms in a folder")
         elif path.is_dir() or path.suffix == ".parquet":
-            arrays = _read_parquet(path)
+            arrays = _read_parquet(path, required)
         elif path.suffix == ".npz":
-            arrays = _read_npz(path)
+            arrays = _read_npz(path, required)
         elif path.suffix == ".safetensors":
-            arrays = _read_safetensors(path)
+            arrays = _read_safetensors(path, required)
         else:
             path.stat()  # a file that is not there is said to be so, whatever its name
             raise FeatureFileError(
@@ -136,13 +140,13 @@ def _natural(path: Path) -> list[tuple[bool, int, str]]:
     return [(piece.isdecimal(), int(piece) if piece.isdecimal() else 0, piece.lstrip("0123456789")) for piece in pieces]
 
 
-def _check_complete(path: Path, keys: Iterable[str], held: Iterable[str]) -> None:
+def _check_complete(path: Path, required: Sequence[str], keys: Iterable[str], held: Iterable[str]) -> None:
     found = set(keys)
-    missing = [key for key in REQUIRED if key not in found]
+    missing = [key for key in required if key not in found]
     if missing:
         raise FeatureFileError(
             f"{path}: no {', '.join(missing)}; it holds {_listed(held)}; "
-            f"a version needs the arrays {', '.join(REQUIRED)}"
+            f"a version needs the arrays {', '.join(required)}"
         )
 
 
@@ -151,9 +155,9 @@ def _listed(names: Iterable[str]) -> str:
     return (", ".join(ordered[:12]) + (", ..." if len(ordered) > 12 else "")) or "nothing"
 
 
-def _read_folder(path: Path) -> dict[str, NDArray[Any]]:
+def _read_folder(path: Path, required: Sequence[str]) -> dict[str, NDArray[Any]]:
     held = {entry.name.removesuffix(".npy") for entry in path.iterdir()}
-    _check_complete(path, (key for key in KEYS if (path / f"{key}.npy").is_file()), held)
+    _check_complete(path, required, (key for key in KEYS if (path / f"{key}.npy").is_file()), held)
     return {key: _map_array(path, key) for key in KEYS if (path / f"{key}.npy").is_file()}
 
 
@@ -172,11 +176,11 @@ def _map_array(folder: Path, key: str) -> NDArray[Any]:
         raise _damaged(file, error) from error
 
 
-def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
+def _read_npz(path: Path, required: Sequence[str]) -> dict[str, NDArray[Any]]:
     arrays = {}
     with zipfile.ZipFile(path) as archive:
         held = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-        _check_complete(path, held, held)
+        _check_complete(path, required, held, held)
         for key, info in held.items():
             if key not in KEYS:
                 continue
@@ -214,20 +218,20 @@ def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]
     raise ValueError(f"an array of .npy version {version}, which plain arrays never have")
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def _read_safetensors(path: Path, required: Sequence[str]) -> dict[str, Tensor]:
     from safetensors import SafetensorError, safe_open
 
     path.stat()
     try:
         with safe_open(path, framework="pt") as file:
             held = list(file.keys())
-            _check_complete(path, held, held)
+            _check_complete(path, required, held, held)
             return {key: file.get_tensor(key) for key in held if key in KEYS}
     except SafetensorError as error:
         raise ValueError(str(error)) from error
 
 
-def _read_parquet(path: Path) -> dict[str, Any]:
+def _read_parquet(path: Path, required: Sequence[str]) -> dict[str, Any]:
     if path.is_dir():
         missing = [part for part in PARTS if not (path / f"{part}.parquet").is_file()]
         if missing:
@@ -244,8 +248,9 @@ def _read_parquet(path: Path) -> dict[str, Any]:
         for column, end in _COLUMNS.items():
             if column in table.column_names:
                 arrays[f"{part}_{end}"] = table[column]
-        if f"{part}_labels" not in arrays:
-            raise FeatureFileError(f"{path}: {part} has no column label; it has {_listed(table.column_names)}")
+        for column, end in _COLUMNS.items():
+            if f"{part}_{end}" in required and column not in table.column_names:
+                raise FeatureFileError(f"{path}: {part} has no column {column}; it has {_listed(table.column_names)}")
     arrays.pop("gallery_groups", None)
     return arrays
 

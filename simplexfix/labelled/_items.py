@@ -1,4 +1,4 @@
-"""The items that all versions share: classes, ids and groups, checked once."""
+"""The items that all versions share: classes or relevance judgements, ids and groups, checked once."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._columns import Ids, Rows, check_unique, code_names, read_column
+from ._judgements import JudgedPairs, RelevanceJudgements, id_names
 from ._rows import FeatureRows
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ __all__ = ["GalleryClasses", "LabelledItems"]
 
 _WHY_LABELS = "class ids are integers from end to end, for a float32 holds none above 2^24 exactly"
 _WHY_IDS = "ids are integers from end to end"
+_WHY_GROUPS = "groups are integers or strings"
 
 
 class GalleryClasses(NamedTuple):
@@ -44,6 +46,8 @@ class LabelledItems:
     A query that is in the gallery itself is named by ids: the gallery item with the query's id is left out of its
     search, of the mean of its class, and of every count (leave-one-out).
 
+    `from_judgements` makes items that have relevance judgements in place of labels.
+
     Args:
         query_labels: [Q] integers, any that int64 holds, or names; Q >= 1.
         gallery_labels: [N] of the same kind: the same integer, or name, is the same class.
@@ -53,7 +57,8 @@ class LabelledItems:
             Market-1501; queries of these classes are not counted.
 
     Attributes:
-        query_labels, gallery_labels: [Q], [N] int64, of what is not ignored, as all that follows.
+        query_labels, gallery_labels: [Q], [N] int64, of what is not ignored, as all that follows.  ValueError where
+            there are judgements in place of labels.
         label_names, id_names: the names that labels, and ids, number; None where they were integers.
         query_ids, gallery_ids: int64, or None.
         query_groups: [Q] integers or strings, or None.
@@ -61,12 +66,24 @@ class LabelledItems:
         query_rows, gallery_rows: [Q], [N] int64, the rows of these items among those that were given.
         given: how many queries and gallery items were given, the ignored ones among them.
         ignored_labels: as given, in ascending order.
+        judgements: in place of labels; None where there are labels.
+        judged: the judged pairs of these items; None where there are labels.
 
     Raises:
         TypeError: labels, ids or groups of another kind.
         ValueError: lengths that do not match, no query, an id that comes twice, one of the ids without the other, or
             an ignored label that no item has.
     """
+
+    query_ids: NDArray[np.int64] | None
+    gallery_ids: NDArray[np.int64] | None
+    id_names: tuple[str, ...] | None
+    query_groups: NDArray[Any] | None
+    ignored_labels: tuple[int | str, ...]
+    judgements: RelevanceJudgements | None
+    judged: JudgedPairs | None
+    _query_labels: NDArray[np.int64] | None
+    _gallery_labels: NDArray[np.int64] | None
 
     def __init__(
         self,
@@ -79,10 +96,10 @@ class LabelledItems:
         ignored_labels: Sequence[int | str] = (),
     ) -> None:
         labels = _pair("labels", query_labels, gallery_labels, _WHY_LABELS)
-        self.query_labels, self.gallery_labels, self.label_names = labels
-        self.query_ids: NDArray[np.int64] | None = None
-        self.gallery_ids: NDArray[np.int64] | None = None
-        self.id_names: tuple[str, ...] | None = None
+        if not len(labels[0]):
+            raise ValueError("query_labels is empty: there must be at least one query")
+        self._query_labels, self._gallery_labels, self.label_names = labels
+        self._set_rows(len(labels[0]), len(labels[1]))
         if (query_ids is None) != (gallery_ids is None):
             given, missing = ("gallery_ids", "query_ids") if query_ids is None else ("query_ids", "gallery_ids")
             raise ValueError(
@@ -90,19 +107,69 @@ class LabelledItems:
             )
         if query_ids is not None:
             self.query_ids, self.gallery_ids, self.id_names = _pair("ids", query_ids, gallery_ids, _WHY_IDS)
-            _check_length("query", len(self.query_labels), "query_ids", self.query_ids)
-            _check_length("gallery", len(self.gallery_labels), "gallery_ids", self.gallery_ids)
+            _check_length("query", self.given[0], "query_ids", self.query_ids)
+            _check_length("gallery", self.given[1], "gallery_ids", self.gallery_ids)
             check_unique("gallery_ids", self.gallery_ids)
-        self.query_groups: NDArray[Any] | None = None
-        if query_groups is not None:
-            self.query_groups = read_column("query_groups", query_groups, "groups are integers or strings").copy()
-            _check_length("query", len(self.query_labels), "query_groups", self.query_groups)
-        self.given = len(self.query_labels), len(self.gallery_labels)
-        self.query_rows, self.gallery_rows = (np.arange(count) for count in self.given)
-        self.ignored_labels: tuple[int | str, ...] = ()
+        self._set_groups(query_groups)
         self._keep(None, None)
         if len(ignored_labels):
             self._ignore(ignored_labels)
+
+    @classmethod
+    def from_judgements(
+        cls, judgements: RelevanceJudgements, query_ids: Ids, gallery_ids: Ids, *, query_groups: Ids | None = None
+    ) -> LabelledItems:
+        """Queries and gallery items whose relevance is judged, in place of labels.
+
+        Queries without a judgement are left out, as trec_eval leaves them out.  A gallery item with the id of the query
+        is left out of its search, as everywhere.
+
+        Args:
+            judgements: of these items; each query and item that it names is one of them.
+            query_ids, gallery_ids: [Q], [N] integers or names; each id comes once.  They match as text: 7 and "7" are
+                the same id.
+            query_groups: as of `LabelledItems`.
+
+        Raises:
+            TypeError: ids or groups of another kind, or no RelevanceJudgements.
+            ValueError: lengths that do not match, no query, an id that comes twice, judgements of ids that no row has,
+                or a query that is judged with the item of its own id.
+        """
+        if not isinstance(judgements, RelevanceJudgements):
+            raise TypeError(
+                f"judgements must be RelevanceJudgements, got {type(judgements).__name__}; RelevanceJudgements.load "
+                "reads a file, from_dict takes a mapping"
+            )
+        items = cls.__new__(cls)
+        queries, gallery = (
+            id_names(read_column(name, ids, _WHY_IDS))
+            for name, ids in (("query_ids", query_ids), ("gallery_ids", gallery_ids))
+        )
+        items._query_labels = items._gallery_labels = items.label_names = None
+        items._set_rows(len(queries), len(gallery))
+        items.query_ids, items.gallery_ids, items.id_names = code_names("query_ids", queries, "gallery_ids", gallery)
+        for name, codes in (("query_ids", items.query_ids), ("gallery_ids", items.gallery_ids)):
+            check_unique(name, codes, items.id_names)
+        items._set_groups(query_groups)
+        items.judgements = judgements
+        items.judged = JudgedPairs.match(judgements, queries, gallery)
+        items._keep(np.unique(items.judged.queries), None)
+        itself = items.judged.items == items.excluded[items.judged.queries]
+        if itself.any():
+            name = queries[items.query_rows[items.judged.queries[itself.argmax()]]]
+            raise ValueError(
+                f"{judgements.source} judges query {str(name)!r} with the gallery item of the same id, which is the "
+                "query itself and is left out; if ids of queries and items are counted apart, put a prefix before one"
+            )
+        return items
+
+    @property
+    def query_labels(self) -> NDArray[np.int64]:
+        return self._labels(self._query_labels)
+
+    @property
+    def gallery_labels(self) -> NDArray[np.int64]:
+        return self._labels(self._gallery_labels)
 
     def version(self, query: Rows, gallery: Rows, *, name: str | None = None) -> VersionFeatures:
         """What one model extracted of these items.
@@ -121,11 +188,12 @@ class LabelledItems:
 
         prefix = "" if name is None else f"{name}."
         parts = []
-        for part, rows, labels in (("query", query, "query_labels"), ("gallery", gallery, "gallery_labels")):
+        column = "labels" if self.judgements is None else "ids"
+        for part, rows in (("query", query), ("gallery", gallery)):
             features = FeatureRows(f"{prefix}{part}", rows)
             count, kept = (self.given[0], self.query_rows) if part == "query" else (self.given[1], self.gallery_rows)
             if len(features) != count:
-                raise ValueError(f"{features.name} has {len(features)} rows, {labels} has shape [{count}]")
+                raise ValueError(f"{features.name} has {len(features)} rows, {part}_{column} has shape [{count}]")
             parts.append(features if len(kept) == count else features.take(kept))
         return VersionFeatures(self, parts[0], parts[1], name)
 
@@ -146,7 +214,7 @@ class LabelledItems:
         return out
 
     def __repr__(self) -> str:
-        return f"LabelledItems of {len(self.query_labels)} queries and {len(self.gallery_labels)} gallery items"
+        return f"LabelledItems of {len(self.query_rows)} queries and {len(self.gallery_rows)} gallery items"
 
     @cached_property
     def gallery_classes(self) -> GalleryClasses:
@@ -155,7 +223,9 @@ class LabelledItems:
 
     @property
     def num_relevant(self) -> NDArray[np.int64]:
-        """[Q] gallery items of the query's class, without itself."""
+        """[Q] gallery items of the query's class, or judged relevant to it, without itself."""
+        if self.judged is not None:
+            return self.judged.num_relevant
         if not len(self.gallery_labels):
             return np.zeros(len(self.query_labels), dtype=np.int64)
         place = self.gallery_classes.find(self.query_labels)
@@ -163,6 +233,35 @@ class LabelledItems:
         itself = self.excluded >= 0
         found[itself] -= self.gallery_labels[self.excluded[itself]] == self.query_labels[itself]
         return found
+
+    def grades(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """[Q, k] gallery places of each query, -1 for none -> [Q, k] judged grades, or 1 for the query's class."""
+        if self.judged is None:
+            alike = (self.gallery_labels[places] == self.query_labels[:, None]) & (places >= 0)
+            return np.asarray(alike, dtype=np.int64)
+        return self.judged.find(places)
+
+    def _labels(self, labels: NDArray[np.int64] | None) -> NDArray[np.int64]:
+        if labels is None:
+            raise ValueError(
+                "these items have relevance judgements in place of labels, which this needs; protocols of a ranking, "
+                "such as 'ndcg@10', need none"
+            )
+        return labels
+
+    def _set_rows(self, queries: int, gallery: int) -> None:
+        """As many items as were given, without ids, groups or judgements."""
+        self.query_ids = self.gallery_ids = self.id_names = None
+        self.judgements = self.judged = None
+        self.ignored_labels = ()
+        self.given = queries, gallery
+        self.query_rows, self.gallery_rows = (np.arange(count) for count in self.given)
+
+    def _set_groups(self, query_groups: Ids | None) -> None:
+        self.query_groups = None
+        if query_groups is not None:
+            self.query_groups = read_column("query_groups", query_groups, _WHY_GROUPS).copy()
+            _check_length("query", self.given[0], "query_groups", self.query_groups)
 
     def _number(self, label: int | str) -> int:
         if self.label_names is None:
@@ -173,6 +272,8 @@ class LabelledItems:
         return self.label_names.index(str(label)) if str(label) in self.label_names else -1
 
     def _ignore(self, labels: Sequence[int | str]) -> None:
+        if self.judgements is not None:
+            raise ValueError("ignored_labels needs labels, and these items have relevance judgements in their place")
         numbers = [self._number(label) for label in labels]
         for label, number in zip(labels, numbers, strict=True):
             if not (self.query_labels == number).any() and not (self.gallery_labels == number).any():
@@ -186,14 +287,16 @@ class LabelledItems:
     def _keep(self, queries: NDArray[np.int64] | None, gallery: NDArray[np.int64] | None) -> None:
         """Nothing but these; all arrays become read-only."""
         self.__dict__.pop("gallery_classes", None)
+        if self.judged is not None:
+            self.judged = self.judged.take(queries, gallery)
         for at, names in (
-            (queries, ("query_labels", "query_ids", "query_groups", "query_rows")),
-            (gallery, ("gallery_labels", "gallery_ids", "gallery_rows")),
+            (queries, ("_query_labels", "query_ids", "query_groups", "query_rows")),
+            (gallery, ("_gallery_labels", "gallery_ids", "gallery_rows")),
         ):
             for name in names if at is not None else ():
                 whole = getattr(self, name)
                 setattr(self, name, None if whole is None else whole[at])
-        self.excluded = np.full(len(self.query_labels), -1, dtype=np.int64)
+        self.excluded = np.full(len(self.query_rows), -1, dtype=np.int64)
         if self.query_ids is not None and self.gallery_ids is not None and len(self.gallery_ids):
             order = np.argsort(self.gallery_ids)
             place = order[np.searchsorted(self.gallery_ids, self.query_ids, sorter=order).clip(max=len(order) - 1)]
@@ -208,8 +311,6 @@ def _pair(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], tuple[str, ...] | None]:
     names = f"query_{kind}", f"gallery_{kind}"
     columns = [read_column(name, values, why) for name, values in zip(names, (query, gallery), strict=True)]
-    if kind == "labels" and not len(columns[0]):
-        raise ValueError("query_labels is empty: there must be at least one query")
     first, second, found = code_names(names[0], columns[0], names[1], columns[1])
     return first.copy(), second.copy(), found
 

@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._checks import check_name
-from ._files import FeatureFileError, read_arrays
+from ._files import JUDGED, REQUIRED, FeatureFileError, read_arrays
 from ._items import LabelledItems
+from ._judgements import RelevanceJudgements
 from ._rows import FeatureRows
 
 __all__ = ["VersionFeatures", "check_versions", "ignoring"]
@@ -39,7 +40,12 @@ class VersionFeatures:
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike[str], *, name: str | None = None, ignored_labels: Sequence[int | str] = ()
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        name: str | None = None,
+        ignored_labels: Sequence[int | str] = (),
+        judgements: RelevanceJudgements | None = None,
     ) -> VersionFeatures:
         """Reads and checks the features, labels, ids and groups of one version: docs/formats.md.
 
@@ -50,6 +56,7 @@ class VersionFeatures:
                 `query.parquet` and `gallery.parquet`.
             name: None: that of the file without its suffix.
             ignored_labels: as of `LabelledItems`.
+            judgements: in place of labels, which are not read then; the file must hold the ids of queries and gallery.
 
         Raises:
             FileNotFoundError, OSError: it cannot be opened.
@@ -58,16 +65,22 @@ class VersionFeatures:
             ModuleNotFoundError: the package for `.safetensors`, or pyarrow for `.parquet`, is not installed.
         """
         path = Path(path)
-        arrays = read_arrays(path)
+        arrays = read_arrays(path, REQUIRED if judgements is None else JUDGED)
         try:
-            items = LabelledItems(
-                arrays["query_labels"],
-                arrays["gallery_labels"],
-                query_ids=arrays.get("query_ids"),
-                gallery_ids=arrays.get("gallery_ids"),
-                query_groups=arrays.get("query_groups"),
-                ignored_labels=ignored_labels,
-            )
+            if judgements is None:
+                items = LabelledItems(
+                    arrays["query_labels"],
+                    arrays["gallery_labels"],
+                    query_ids=arrays.get("query_ids"),
+                    gallery_ids=arrays.get("gallery_ids"),
+                    query_groups=arrays.get("query_groups"),
+                    ignored_labels=ignored_labels,
+                )
+            else:
+                items = LabelledItems.from_judgements(
+                    judgements, arrays["query_ids"], arrays["gallery_ids"], query_groups=arrays.get("query_groups")
+                )
+                items = items.ignoring(ignored_labels) if len(ignored_labels) else items
             version = items.version(arrays["query"], arrays["gallery"])
             for part in (version.query, version.gallery):
                 if not len(part.rows):
@@ -205,7 +218,7 @@ def check_versions(
                 items = other.items if items.query_groups is None else _joined(other.items, items)
             elif items.query_groups is None and other.items.query_groups is not None:
                 items = _joined(items, other.items)
-    if not shards and not len(items.gallery_labels):
+    if not shards and not len(items.gallery_rows):
         raise ValueError(f"{first.gallery.name} has no rows")
     return [version if version.items is items else replace(version, items=items) for version in named]
 
@@ -220,7 +233,10 @@ def _joined(items: LabelledItems, grouped: LabelledItems) -> LabelledItems:
 def _check_same_items(first: VersionFeatures, other: VersionFeatures) -> None:
     a, b = first.items, other.items
     both = f"{first.label} and {other.label}"
-    for kind in ("label", "id"):
+    if a.judgements != b.judgements:
+        kinds = ["labels" if items.judgements is None else items.judgements.source for items in (a, b)]
+        raise ValueError(f"{both} must have the same labels or relevance judgements, got {kinds[0]} and {kinds[1]}")
+    for kind in ("label", "id") if a.judgements is None else ("id",):
         for name in (f"query_{kind}s", f"gallery_{kind}s"):
             x, y = getattr(a, name), getattr(b, name)
             if x is None or y is None:
@@ -238,8 +254,11 @@ def _check_same_items(first: VersionFeatures, other: VersionFeatures) -> None:
             unlike = x != y
             if unlike.any():
                 row = int(unlike.argmax())
+                shown = x[row], y[row]
+                if names[0] is not None and names[0] == names[1]:
+                    shown = names[0][x[row]], names[0][y[row]]
                 raise ValueError(
-                    f"{both} must be of the same items in the same order: {name} at {row} is {x[row]} and {y[row]}"
+                    f"{both} must be of the same items in the same order: {name} at {row} is {shown[0]} and {shown[1]}"
                 )
     for name in ("query_rows", "gallery_rows"):
         if not np.array_equal(getattr(a, name), getattr(b, name)):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .._checks import check_integer, check_name
+from .._checks import check_integer
 from .._text import printable
 from ..compatibility.backfill import BackfillCurve, backfill_curve
 from ..compatibility.criteria import (
@@ -22,15 +22,16 @@ from ..compatibility.criteria import (
     compatibility_table,
     flips,
     forward_compatibility,
+    mean_gain,
 )
 from ..compatibility.inequalities import Violations, sampled_violations
 from ..compatibility.matrix import compatibility_hits
 from ..compatibility.orders import ORDERS
 from ..compatibility.pairs import PairReport, compare_pairs
 from ..compatibility.regressions import Regression, worst_regressions
-from ..compatibility.statistics import bootstrap_cells, bootstrap_gain, check_confidence, mcnemar_test
+from ..compatibility.statistics import bootstrap_cells, bootstrap_gain, check_confidence, paired_p_value
 from ..labelled import LabelledItems, VersionFeatures, check_versions, ignoring
-from ..retrieval.protocols import PROTOCOLS, Protocol, read_protocol
+from ..retrieval.protocols import PROTOCOLS, Hits, Protocol, read_scored_protocol
 from .verdict import Verdict, verdict
 
 __all__ = ["Counts", "Criteria", "EvaluationReport", "Upgrade", "evaluate"]
@@ -45,19 +46,29 @@ class Counts:
 
     Attributes:
         queries, gallery: items.
-        classes: in the gallery.
+        classes: in the gallery; None where there are relevance judgements, as all numbers of classes.
         classes_not_in_gallery: of queries only.
         queries_of_classes_not_in_gallery: these queries, and those whose class has no item in the gallery but
-            themselves; no version can find them, and they count as wrong for all.
+            themselves, or that no item is judged relevant to; no version can find them, and they count as wrong, or
+            score 0, for all.
         classes_without_queries: of the gallery only; nothing is known of them.
     """
 
     queries: int
     gallery: int
-    classes: int
-    classes_not_in_gallery: int
+    classes: int | None
+    classes_not_in_gallery: int | None
     queries_of_classes_not_in_gallery: int
-    classes_without_queries: int
+    classes_without_queries: int | None
+
+
+@dataclass(frozen=True)
+class JudgementCounts:
+    """Attributes: pairs: judged pairs; relevant: those of grade 1 or more; queries_left_out: without a judgement."""
+
+    pairs: int
+    relevant: int
+    queries_left_out: int
 
 
 @dataclass(frozen=True)
@@ -134,9 +145,9 @@ class Upgrade:
         after: C[new, old].
         gain: after - before.
         low, high: the gain's interval, a paired bootstrap over the queries.
-        gains, losses: queries that the upgrade mends, and breaks.
+        gains, losses: queries that the upgrade mends, and breaks; whose score it raises, and lowers.
         negative_flip_rate, positive_flip_rate: losses and gains as shares of all queries.
-        p_value: of McNemar's exact test on gains and losses.
+        p_value: of McNemar's exact test on gains and losses; of the randomization test where queries have scores.
     """
 
     old: int
@@ -155,7 +166,7 @@ class Upgrade:
     @property
     def compatible(self) -> bool:
         """The empirical compatibility criterion: the new queries find more in the old gallery than the old ones."""
-        return self.gains > self.losses
+        return self.gain > 0
 
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "compatible": self.compatible}
@@ -169,6 +180,7 @@ class EvaluationReport:
         names, dimensions: of the versions.
         protocol, widths, confidence: as asked for.
         counts: of items and classes.
+        judgements: of relevance judgements; None where items have labels.
         label_names: of classes by their numbers, where labels were names; else None.
         queries_in_gallery: queries that may find themselves.
         ignored: what `ignored_labels` left out.
@@ -177,11 +189,13 @@ class EvaluationReport:
         upgrades: all T (T - 1) / 2, by `new`, then by `old`.
         regressions: the worst queries of the last upgrade, from version T - 2 to T - 1 on the gallery of T - 2.
         backfill: what version T - 1 finds while its rows replace those of T - 2 in the gallery, one curve per order, by
-            5,000 drawn queries where there are more; none for T = 1, and of galleries past 4 GiB.
+            5,000 drawn queries where there are more; none for T = 1, and of galleries past 4 GiB.  In random order
+            alone where there are relevance judgements.
         pairs: verification by the queries of T - 2 and of T - 1 against the gallery of T - 2; of one version where T =
-            1; None where all pairs are of one kind.
+            1; None where all pairs are of one kind, and where there are relevance judgements.
         violations: of the two inequalities by the last upgrade, by 5,000 drawn queries and 20,000 drawn gallery items
-            where there are more, the same ones in every call; None for T = 1 and for versions of different width.
+            where there are more, the same ones in every call; None for T = 1, for versions of different width, and
+            where there are relevance judgements.
         inputs: the files of the versions, or their names.
         zero_rows: [T, 2] rows of query and of gallery that are zero; they have no direction.
         seed: of the bootstrap and of what was drawn.
@@ -193,6 +207,7 @@ class EvaluationReport:
     widths: str
     confidence: float
     counts: Counts
+    judgements: JudgementCounts | None
     label_names: tuple[str, ...] | None
     queries_in_gallery: QueriesInGallery
     ignored: Ignored
@@ -206,6 +221,11 @@ class EvaluationReport:
     inputs: tuple[str, ...]
     zero_rows: tuple[tuple[int, int], ...]
     seed: int
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether queries have scores in [0, 1], of a metric, and are not just right or wrong."""
+        return self.protocol not in PROTOCOLS
 
     def class_name(self, label: int) -> str:
         """The name of a class where labels were names, else its number."""
@@ -240,6 +260,11 @@ class EvaluationReport:
             found.append(
                 f"{self.queries_in_gallery.left_out_by_id} queries are gallery items themselves, by their ids: each is "
                 "left out of its own search and of the mean of its class."
+            )
+        if self.judgements is not None and self.judgements.queries_left_out:
+            found.append(
+                f"{self.judgements.queries_left_out} of {self.counts.queries + self.judgements.queries_left_out} "
+                "queries have no relevance judgement and are left out."
             )
         if self.ignored.labels:
             found.append(
@@ -276,6 +301,7 @@ class EvaluationReport:
             "widths": self.widths,
             "confidence": self.confidence,
             "counts": asdict(self.counts),
+            "judgements": None if self.judgements is None else asdict(self.judgements),
             "label_names": None if self.label_names is None else list(self.label_names),
             "queries_in_gallery": self.queries_in_gallery.as_dict(),
             "ignored": self.ignored.as_dict(),
@@ -342,17 +368,17 @@ def evaluate(
     widths: str = "equal",
     confidence: float = 0.95,
     ignored_labels: Sequence[int | str] = (),
-    hits: Sequence[Sequence[NDArray[np.bool_]]] | None = None,
+    hits: Sequence[Sequence[Hits]] | None = None,
     seed: int = 0,
 ) -> EvaluationReport:
-    """Judges T versions by the same queries and gallery, from features and labels alone.
+    """Judges T versions by the same queries and gallery, from features and labels or relevance judgements alone.
 
     Features are read as `compatibility_hits` reads them, T + T passes, and once more for rows that are in both; they
     may be mapped files.
 
     Args:
         versions: T of the same items, oldest first, of different names; one without a name is called v0, v1, ...
-        protocol: "nearest_class_mean", "instance" or such an object.
+        protocol: "nearest_class_mean", "instance", a metric of the ranking such as "ndcg@10", or such an object.
         widths: "equal" or "leading", as of `compatibility_matrix`.
         confidence: of intervals, in (0, 1).
         ignored_labels: as of `LabelledItems`, beside those that the items ignore already.
@@ -364,8 +390,7 @@ def evaluate(
         TypeError, ValueError: as `compatibility_matrix`; names that are not T different ones; hits of
             something else; an option out of range.
     """
-    protocol = read_protocol(protocol, needs="hits")
-    check_name("protocol", protocol.name, PROTOCOLS)
+    protocol = read_scored_protocol(protocol)
     check_confidence(confidence)
     if not 0 <= check_integer("seed", seed) < 2**31:
         raise ValueError(f"seed must lie in [0, 2^31), got {seed}")
@@ -375,7 +400,8 @@ def evaluate(
         raise ValueError(f"names must be {len(versions)} different ones, one per version, got {names}")
     if len(ignored_labels):
         versions = ignoring(versions, ignored_labels)
-    items, count = versions[0].items, len(versions[0].items.query_labels)
+    items, count = versions[0].items, len(versions[0].items.query_rows)
+    labelled = items.judgements is None
     generator = np.random.default_rng(seed)
     if hits is None:
         hits = compatibility_hits(versions, protocol, widths=widths)
@@ -402,6 +428,7 @@ def evaluate(
         widths=widths,
         confidence=confidence,
         counts=_count(items),
+        judgements=_count_judgements(items),
         label_names=items.label_names,
         queries_in_gallery=QueriesInGallery(
             int((items.excluded >= 0).sum()), tuple(version.bit_equal for version in versions)
@@ -412,8 +439,8 @@ def evaluate(
         upgrades=upgrades,
         regressions=regressions,
         backfill=() if new is None else _backfill(old, new, protocol, widths, generator),
-        pairs=compare_pairs(old, new, confidence=confidence, generator=generator),
-        violations=sampled_violations(old, new) if new is not None and one_width else None,
+        pairs=compare_pairs(old, new, confidence=confidence, generator=generator) if labelled else None,
+        violations=sampled_violations(old, new) if labelled and new is not None and one_width else None,
         inputs=tuple(printable(version.name or "" if version.path is None else version.path) for version in versions),
         zero_rows=tuple(version.zero_rows for version in versions),
         seed=seed,
@@ -430,16 +457,17 @@ def _backfill(
     if queries > BACKFILL_QUERIES:
         drawn = np.sort(generator.choice(queries, BACKFILL_QUERIES, replace=False))
     old, new = (version.take(drawn) for version in (old, new))
+    orders = ORDERS if old.items.judgements is None else ("random",)
     return tuple(
-        backfill_curve(old, new, order=order, protocol=protocol, widths=widths, generator=generator) for order in ORDERS
+        backfill_curve(old, new, order=order, protocol=protocol, widths=widths, generator=generator) for order in orders
     )
 
 
 def _upgrade(
     old: int,
     new: int,
-    before: NDArray[np.bool_],
-    after: NDArray[np.bool_],
+    before: Hits,
+    after: Hits,
     confidence: float,
     generator: np.random.Generator,
 ) -> Upgrade:
@@ -450,29 +478,43 @@ def _upgrade(
         new=new,
         before=float(before.mean()),
         after=float(after.mean()),
-        gain=(gains - losses) / queries,
+        gain=mean_gain(before, after),
         low=interval.low,
         high=interval.high,
         gains=gains,
         losses=losses,
         negative_flip_rate=losses / queries,
         positive_flip_rate=gains / queries,
-        p_value=mcnemar_test(before, after).p_value,
+        p_value=paired_p_value(before, after, generator),
     )
 
 
 def _count(items: LabelledItems) -> Counts:
+    sizes, absent = (len(items.query_rows), len(items.gallery_rows)), int((items.num_relevant == 0).sum())
+    if items.judgements is not None:
+        return Counts(*sizes, None, None, absent, None)
     classes, asked = np.unique(items.gallery_labels), np.unique(items.query_labels)
     return Counts(
-        queries=len(items.query_labels),
-        gallery=len(items.gallery_labels),
+        *sizes,
         classes=len(classes),
         classes_not_in_gallery=int(np.isin(asked, classes, invert=True).sum()),
-        queries_of_classes_not_in_gallery=int((items.num_relevant == 0).sum()),
+        queries_of_classes_not_in_gallery=absent,
         classes_without_queries=int(np.isin(classes, asked, invert=True).sum()),
     )
 
 
+def _count_judgements(items: LabelledItems) -> JudgementCounts | None:
+    if items.judged is None:
+        return None
+    return JudgementCounts(
+        pairs=len(items.judged.grades),
+        relevant=int((items.judged.grades > 0).sum()),
+        queries_left_out=items.given[0] - len(items.query_rows),
+    )
+
+
 def _ignored(items: LabelledItems) -> Ignored:
+    if not items.ignored_labels:
+        return Ignored((), 0, 0)
     queries, gallery = items.given
-    return Ignored(items.ignored_labels, queries - len(items.query_labels), gallery - len(items.gallery_labels))
+    return Ignored(items.ignored_labels, queries - len(items.query_rows), gallery - len(items.gallery_rows))

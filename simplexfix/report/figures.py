@@ -57,7 +57,8 @@ def draw(report: EvaluationReport, sheet: Sequence[Shown]) -> dict[str, Drawn]:
     """File name -> figure."""
     figures = {"matrix.svg": _both(lambda theme: _matrix(report, theme), _matrix_words(report))}
     if report.upgrades:
-        words = "Queries that each upgrade mends and breaks on the gallery of the version before, in percent."
+        verbs = "improves and worsens" if report.has_scores else "mends and breaks"
+        words = f"Queries that each upgrade {verbs} on the gallery of the version before, in percent."
         figures["flips.svg"] = _both(lambda theme: _flips(report, theme), words)
     if report.backfill:
         words = "Score against the share of the gallery that the newest version has extracted again, for each order."
@@ -204,7 +205,8 @@ def _flips(report: EvaluationReport, theme: Theme) -> Figure:
     axes.set_ylim(len(upgrades) - 0.4, -0.6)
     axes.tick_params(length=0)
     axes.xaxis.set_major_formatter(lambda value, _: f"{abs(value):g}")
-    axes.set_xlabel("← broken      percent of queries      mended →")
+    lower, higher = ("worse", "better") if report.has_scores else ("broken", "mended")
+    axes.set_xlabel(f"← {lower}      percent of queries      {higher} →")
     for side in ("left", "bottom"):
         axes.spines[side].set_visible(False)
     return figure
@@ -324,12 +326,11 @@ def _sheet(report: EvaluationReport, sheet: Sequence[Shown], theme: Theme) -> Fi
     for at, shown in enumerate(sheet):
         row, column = divmod(at, columns)
         regression = shown.regression
-        own, found = (_short(report.class_name(label)) for label in (regression.label, regression.found_label))
-        labels = {
-            "query": f"query {regression.query}\nclass {own}",
-            "found": f"found\nclass {found}",
-            "own": f"right\nclass {own}",
-        }
+        own, found = (
+            "" if label is None else f"\nclass {_short(report.class_name(label))}"
+            for label in (regression.label, regression.found_label)
+        )
+        labels = {"query": f"query {regression.query}{own}", "found": f"found{found}", "own": f"right{own}"}
         for k, kind in enumerate(kinds):
             axes = grid[row, column * len(kinds) + k]
             axes.imshow(np.asarray(shown.images[kind]))

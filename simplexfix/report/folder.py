@@ -93,7 +93,8 @@ def _check_images(report: EvaluationReport, images: Mapping[str, Sequence[Path]]
     if images and "query" not in images:
         raise ValueError("images of the gallery are shown beside those of the queries: give images of 'query', too")
     counts, ignored = report.counts, report.ignored
-    given = {"query": counts.queries + ignored.queries, "gallery": counts.gallery + ignored.gallery}
+    unjudged = 0 if report.judgements is None else report.judgements.queries_left_out
+    given = {"query": counts.queries + ignored.queries + unjudged, "gallery": counts.gallery + ignored.gallery}
     for part, paths in images.items():
         if part not in given:
             raise ValueError(f"images must be of 'query' and 'gallery', got {part!r}")

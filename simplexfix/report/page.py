@@ -27,6 +27,16 @@ __all__ = ["render"]
 
 NUMBERED = 12  # versions whose cells have room for a decimal and a mark
 REGRESSION_HEAD = ("query", "class", "found class", "score", "own class’s", "margin", "found item", "own item")
+SCORE_HEAD = (
+    "query",
+    "before",
+    "after",
+    "first item’s cosine",
+    "relevant item’s",
+    "margin",
+    "first item",
+    "relevant item",
+)
 
 
 def render(
@@ -74,7 +84,7 @@ def render(
         score=_score(report),
         order_words=ORDER_WORDS,
         backfill_heads=["re-extracted, percent", *(ORDER_WORDS[curve.order_name] for curve in report.backfill)],
-        regression_head=REGRESSION_HEAD,
+        regression_head=SCORE_HEAD if report.has_scores else REGRESSION_HEAD,
         pairs_versions=_pairs_versions(report),
         pairs_heads=_pairs_heads(report),
         threshold=_threshold(report),
@@ -211,6 +221,8 @@ def _short(name: str) -> str:
 
 
 def _score(report: EvaluationReport) -> str:
+    if report.has_scores:
+        return f"mean {report.protocol} of the queries, items ranked by cosine"
     if report.protocol == "instance":
         return "share of queries whose nearest gallery item, by cosine, is of their class"
     return "share of queries nearest, by cosine, to the template of their class, the mean of its gallery items"

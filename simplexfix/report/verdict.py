@@ -28,7 +28,9 @@ def verdict(report: EvaluationReport) -> Verdict:
     """The verdict on the last upgrade: good or bad where interval and exact test agree at the report's confidence."""
     upgrade = report.last_upgrade
     if upgrade is None:
-        words = f"{report.names[0]} finds {100 * report.matrix[0, 0]:.1f} % of its queries."
+        score = f"{100 * report.matrix[0, 0]:.1f} %"
+        verb = f"scores {score} by {report.protocol}" if report.has_scores else f"finds {score} of its queries"
+        words = f"{report.names[0]} {verb}."
         return Verdict("unsure", words, "With one version there is no upgrade to judge.")
     old, new = report.names[upgrade.old], report.names[upgrade.new]
     sure = f"at {100 * report.confidence:g} % confidence"

@@ -101,15 +101,22 @@ def r_precision(results: RetrievalResults, *, per_query: bool = False) -> float 
 
 
 def ndcg(results: RetrievalResults, k: int, *, per_query: bool = False) -> float | _Values:
-    """nDCG@k with gains of 0 and 1.
+    """nDCG@k with linear gains: the judged grade, or 1 for an item of the query's class; 0 for all others.
 
-    nDCG@k = sum_{r <= k} rel[r] / log2(r + 1)  /  sum_{r <= min(k, R)} 1 / log2(r + 1)
+        nDCG@k = sum_{r <= k} gain[r] / log2(r + 1)  /  the same sum with the gains of all R items in falling order
+
+    That is trec_eval's ndcg_cut, and not the variant of gains 2^grade - 1.
 
     Reference:
         Järvelin and Kekäläinen, "Cumulated gain-based evaluation of IR techniques", 2002.
     """
     depth = _cut(results, k)
     discounts = 1 / np.log2(np.arange(2, k + 2))
+    if results.grades is not None and results.ideal_grades is not None:
+        gains = results.grades[:, :depth].clip(min=0)
+        best = results.ideal_grades[:, :k]
+        values = _over(gains @ discounts[:depth], best @ discounts[: best.shape[1]])
+        return _result(np.minimum(values, 1.0), per_query)  # sums of unlike lengths round differently
     ideal = np.concatenate([[0.0], np.cumsum(discounts)])[np.minimum(results.num_relevant, k)]
     gained = _sums(results, depth, lambda query, rank, hit: discounts[rank - 1])
     return _result(_over(gained, ideal), per_query)

@@ -10,14 +10,14 @@ import numpy as np
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from .._checks import check_name
 from ..labelled import VersionFeatures
 from . import class_means, nearest_items, sharded
 from .class_means import CellHits
+from .relevance import METRIC_NAMES, read_metric
 
-__all__ = ["PROTOCOLS", "Protocol", "instance", "nearest_class_mean", "read_protocol"]
+__all__ = ["PROTOCOLS", "Hits", "Protocol", "instance", "nearest_class_mean", "read_protocol", "read_scored_protocol"]
 
-Hits = NDArray[np.bool_]
+Hits = NDArray[np.bool_] | NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Protocol:
     Args:
         name: for reports.
         score: a number, more is better, of queries and gallery in one `VersionFeatures`; None: the mean of `hits`.
-        hits: [Q] bool, which queries are right, of the same.
+        hits: [Q] of the same: bool, which queries are right, or float64 in [0, 1], what each query scores.
         matrix_hits: the hits of all cells of versions of the same items, in blocks, by one pass over each.
         sharded_hits: `hits` where each process of a group has some of the gallery.
         mixed_hits: old and new version -> ([N] which rows are new -> [Q] hits of the new queries).
@@ -43,7 +43,7 @@ class Protocol:
     hits: Callable[[VersionFeatures], Hits] | None = None
     matrix_hits: Callable[[Sequence[VersionFeatures]], CellHits] | None = field(default=None, repr=False)
     sharded_hits: Callable[[VersionFeatures, dist.ProcessGroup | None], Hits] | None = field(default=None, repr=False)
-    mixed_hits: Callable[[VersionFeatures, VersionFeatures], Callable[[Hits], Hits]] | None = field(
+    mixed_hits: Callable[[VersionFeatures, VersionFeatures], Callable[[NDArray[np.bool_]], Hits]] | None = field(
         default=None, repr=False
     )
 
@@ -85,13 +85,23 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType({p.name: p for p in (neares
 def read_protocol(protocol: str | Protocol, *, needs: str = "score") -> Protocol:
     """The protocol of a name, or itself, if it has what a function needs: the name of a column of the table.
 
+    A name of the table, or of a metric of the ranking: "ndcg@10", "map", "map@100", "mrr", "mrr@10", "recall@100",
+    "precision@5".  Such a protocol scores relevance judgements, or labels.
+
     Raises:
         TypeError: neither a name nor a Protocol.
         ValueError: an unknown name; a protocol that lacks what is needed.
     """
     if isinstance(protocol, str):
-        check_name("protocol", protocol, PROTOCOLS)
-        protocol = PROTOCOLS[protocol]
+        metric = read_metric(protocol)
+        if metric is None and protocol not in PROTOCOLS:
+            names = ", ".join(map(repr, PROTOCOLS))
+            raise ValueError(f"protocol must be one of {names}, or a metric ({METRIC_NAMES}), got {protocol!r}")
+        protocol = (
+            PROTOCOLS[protocol]
+            if metric is None
+            else Protocol(protocol, hits=metric.hits, mixed_hits=metric.mixed_hits)
+        )
     if not isinstance(protocol, Protocol):
         raise TypeError(
             f"protocol must be a name, {' or '.join(map(repr, PROTOCOLS))}, or a simplexfix.retrieval.Protocol, got "
@@ -102,3 +112,13 @@ def read_protocol(protocol: str | Protocol, *, needs: str = "score") -> Protocol
             f"protocol {protocol.name!r} has no {needs}, which this needs; {' and '.join(map(repr, PROTOCOLS))} have"
         )
     return protocol
+
+
+def read_scored_protocol(protocol: str | Protocol) -> Protocol:
+    """A protocol of the table, or of a metric of the ranking: those whose findings a report explains query by query.
+
+    Raises:
+        TypeError, ValueError: as `read_protocol`; a protocol of one's own.
+    """
+    protocol = read_protocol(protocol, needs="hits")
+    return read_protocol(protocol.name, needs="hits")

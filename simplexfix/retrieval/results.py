@@ -11,7 +11,7 @@ from .._checks import check_integer
 from ..functional import cosine_topk
 from ..labelled import LabelledItems, VersionFeatures, check_versions
 
-__all__ = ["RetrievalResults"]
+__all__ = ["RetrievalResults", "search_depth"]
 
 # Of one search: 200 MB of ranking and 256 MB of queries, against the gallery's being normalised anew for each.
 _BLOCK_PLACES = 2**24
@@ -22,7 +22,8 @@ _BLOCK_NUMBERS = 2**26
 class RetrievalResults:
     """The ranking of a gallery for each query, by `cosine_topk`: by score, then by lower gallery row.
 
-    An item is relevant to a query of its class.  All arrays are read-only.  Memory is 13 bytes per query and place.
+    An item is relevant to a query of its class, or with a judged grade of 1 or more.  All arrays are read-only.  Memory
+    is 13 bytes per query and place, and 21 where there are grades.
 
     Attributes:
         positions: [Q, k] int64 gallery rows as they were given, best first; -1 where the gallery has no more.
@@ -32,6 +33,8 @@ class RetrievalResults:
         num_candidates: [Q] int64, gallery items in all, without what was excluded.
         excluded: [Q] int64, the gallery row that is the query itself, by id, and was left out; -1 if none was.
         gallery_ids: [N] int64 as given (numbers of names; -1 for ignored items), or None.
+        grades: [Q, k] int64 judged grades, 0 without a judgement; None where there are labels.
+        ideal_grades: [Q, M] int64 grades of all relevant items of each query, descending, then 0; or None.
     """
 
     positions: NDArray[np.int64]
@@ -41,13 +44,15 @@ class RetrievalResults:
     num_candidates: NDArray[np.int64]
     excluded: NDArray[np.int64]
     gallery_ids: NDArray[np.int64] | None = None
+    grades: NDArray[np.int64] | None = None
+    ideal_grades: NDArray[np.int64] | None = None
 
     @classmethod
     def search(cls, version: VersionFeatures, *, k: int | None = None) -> RetrievalResults:
         """Searches every query in the gallery, exactly.
 
             scores, positions = cosine_topk(query, gallery, k)      # without the row whose id is the query's
-            relevant = gallery_labels[positions] == query_labels[:, None]
+            relevant = gallery_labels[positions] == query_labels[:, None]       # or judged grades >= 1
 
         Args:
             version: queries and gallery; `old.searched_by(new)` for the new queries in the old gallery.  Where its
@@ -66,31 +71,43 @@ class RetrievalResults:
             k = check_integer("k", k)
             if k < 1:
                 raise ValueError(f"k must be at least 1, or None for the full ranking, got {k}")
-        excluded = items.excluded
-        out = excluded >= 0
-        candidates = len(gallery) - out.astype(np.int64)
-        # A gallery of nothing but the query itself leaves one place, which stays empty.
-        k = max(1, min(int(candidates.max()), k or len(gallery)))
-
-        positions = np.empty((len(queries), k), dtype=np.int64)
-        scores = np.empty((len(queries), k), dtype=np.float32)
+        depth = search_depth(items, k)
+        found = np.empty((len(queries), depth), dtype=np.float32)
+        places = np.empty((len(queries), depth), dtype=np.int64)
         everything = gallery.whole()
-        depth = k + int(out.any())
         rows = max(1, min(_BLOCK_PLACES // depth, _BLOCK_NUMBERS // queries.width))
         for begin in range(0, len(queries), rows):
-            end = min(len(queries), begin + rows)
-            found, ids = (x.cpu().numpy() for x in cosine_topk(queries.block_tensor(begin, end), everything, depth))
-            scores[begin:end], positions[begin:end] = _leave_out(found, ids, excluded[begin:end], k)
-        relevant = items.gallery_labels[positions] == items.query_labels[:, None]
-        relevant &= positions >= 0
+            block = slice(begin, min(len(queries), begin + rows))
+            nearest = cosine_topk(queries.block_tensor(block.start, block.stop), everything, depth)
+            found[block], places[block] = (x.cpu().numpy() for x in nearest)
+        return cls.of_ranking(items, found, places)
+
+    @classmethod
+    def of_ranking(
+        cls, items: LabelledItems, scores: NDArray[np.float32], places: NDArray[np.int64]
+    ) -> RetrievalResults:
+        """The results of a search that was made elsewhere.
+
+        Args:
+            items: queries and gallery.
+            scores: [Q, depth] descending, of `search_depth(items, k)` places.
+            places: [Q, depth] of the gallery items that count, a query itself among them; -1 after the last.
+        """
+        excluded = items.excluded
+        out = excluded >= 0
+        scores, places = _leave_out(scores, places, excluded, places.shape[1] - int(out.any()))
+        grades = items.grades(places)
+        judged = items.judged
         results = cls(
-            positions=_given(positions, items.gallery_rows),
+            positions=_given(places, items.gallery_rows),
             scores=scores,
-            relevant=relevant,
+            relevant=grades > 0,
             num_relevant=items.num_relevant,
-            num_candidates=candidates,
+            num_candidates=len(items.gallery_rows) - out.astype(np.int64),
             excluded=_given(excluded, items.gallery_rows),
             gallery_ids=_ids_of_given(items),
+            grades=None if judged is None else grades,
+            ideal_grades=None if judged is None else judged.ideal_grades,
         )
         for array in (*vars(results).values(),):
             if array is not None:
@@ -127,6 +144,16 @@ class RetrievalResults:
         return f"RetrievalResults of {len(self)} queries, k={self.k}{' (full)' if self.is_full else ''}" + (
             f", {without} without a match" if without else ""
         )
+
+
+def search_depth(items: LabelledItems, k: int | None) -> int:
+    """Places to search for the first k, or all, that are no query itself.
+
+    A gallery of nothing but the query itself leaves one place, which stays empty.
+    """
+    out, gallery = items.excluded >= 0, len(items.gallery_rows)
+    candidates = gallery - int(out.all())
+    return max(1, min(candidates, k or gallery)) + int(out.any())
 
 
 def _given(places: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.int64]:

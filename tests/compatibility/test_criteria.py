@@ -93,7 +93,9 @@ def test_flips_and_tax_by_hand() -> None:
 
 @pytest.mark.parametrize("flips", [negative_flip_rate, positive_flip_rate])
 def test_bad_hits(flips) -> None:
-    with pytest.raises(TypeError, match="after must be bool, right or wrong for each query, got int64"):
+    with pytest.raises(
+        TypeError, match="after must be bool, right or wrong for each query, or floating scores, got int64"
+    ):
         flips([True, False], [1, 0])
     with pytest.raises(ValueError, match="before and after must be of the same queries, got 2 and 3"):
         flips([True, False], [True] * 3)

@@ -290,7 +290,7 @@ def test_a_protocol_of_ones_own() -> None:
     check(compatibility_hits(queries, galleries, *labels, hits), by_cells(queries, galleries, *labels, instance.hits))
     with pytest.raises(TypeError, match=r"protocol must be a name, 'nearest_class_mean' or 'instance', or"):
         compatibility_matrix(queries, galleries, *labels, mean_average_precision)
-    with pytest.raises(ValueError, match="protocol must be one of 'nearest_class_mean', 'instance', got 'nearest'"):
+    with pytest.raises(ValueError, match="protocol must be one of 'nearest_class_mean', 'instance', or a metric"):
         compatibility_matrix(queries, galleries, *labels, "nearest")
     with pytest.raises(TypeError, match="a Protocol needs score or hits"):
         Protocol("none")

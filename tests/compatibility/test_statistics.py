@@ -15,6 +15,9 @@ from simplexfix.compatibility import (
     exact_interval,
     mcnemar_test,
     mcnemar_tests,
+    negative_flip_rate,
+    positive_flip_rate,
+    randomization_test,
 )
 
 
@@ -115,6 +118,62 @@ def test_cells_and_tests_of_a_matrix() -> None:
     assert tests[2, 1] == mcnemar_test(other, after).p_value < 1
 
 
+def scores(queries: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """As of nDCG: many queries keep their score, some of 0 or 1."""
+    draw = np.random.default_rng(seed)
+    before = np.where(draw.random(queries) < 0.3, 0.0, draw.random(queries))
+    after = np.where(draw.random(queries) < 0.4, before, draw.random(queries))
+    return before, after
+
+
+def test_bootstrap_of_scores_is_that_of_resampled_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, after = scores(120, 0)
+    at = np.random.default_rng(0).integers(120, size=(20_000, 120))
+    options = {"resamples": 20_000, "generator": np.random.default_rng(1)}
+    expected = np.quantile(after[at].mean(1), [0.025, 0.975])
+    assert bootstrap_interval(after, **options) == pytest.approx(expected, abs=0.003)
+    expected = np.quantile((after - before)[at].mean(1), [0.025, 0.975])
+    assert bootstrap_gain(before, after, **options) == pytest.approx(expected, abs=0.003)
+    whole = bootstrap_interval(after)
+    monkeypatch.setattr("simplexfix.compatibility.statistics._BLOCK_NUMBERS", 1000)
+    assert bootstrap_interval(after) == whole  # blocks change nothing
+    # of scores 0 and 1, the same distribution as of hits
+    hits = after > 0.5
+    exact = bootstrap_interval(hits, resamples=20_000)
+    assert bootstrap_interval(hits.astype(np.float32), resamples=20_000) == pytest.approx(exact, abs=0.01)
+
+
+def test_randomization_of_hits_is_mcnemars_test() -> None:
+    for gains, losses in ((5, 1), (0, 10), (3, 3), (0, 0), (12, 1)):
+        before, after = flips(gains, losses)
+        expected = mcnemar_test(before, after).p_value
+        assert randomization_test(before, after) == pytest.approx(expected, rel=1e-12)
+        assert randomization_test(before * 1.0, after * 1.0) == pytest.approx(expected, rel=1e-12)
+    before, after = flips(60, 35)  # drawn patterns: three standard errors of 10,000
+    expected = mcnemar_test(before, after).p_value
+    assert randomization_test(before * 1.0, after * 1.0) == pytest.approx(expected, abs=3 * (expected / 10_000) ** 0.5)
+    assert randomization_test(*(x * 1.0 for x in flips(0, 300))) == 1 / 10_001  # and never 0
+
+
+@pytest.mark.parametrize("queries", [12, 200])
+def test_randomization_against_scipy(queries: int) -> None:
+    stats = pytest.importorskip("scipy.stats")
+    before, after = scores(queries, 3)
+
+    def gain(x, y, axis):
+        return np.mean(y - x, axis=axis)
+
+    options = {"permutation_type": "samples", "vectorized": True, "n_resamples": 20_000}
+    expected = stats.permutation_test((before, after), gain, **options, rng=np.random.default_rng(0)).pvalue
+    assert randomization_test(before, after) == pytest.approx(expected, abs=1e-12 if queries == 12 else 0.02)
+    assert randomization_test(before, after) == randomization_test(after, before)
+
+
+def test_flips_of_scores_are_those_that_rise_and_fall() -> None:
+    before, after = [0.5, 0.2, 1.0, 0.0], [0.5, 0.3, 0.9, 0.0]
+    assert (negative_flip_rate(before, after), positive_flip_rate(before, after)) == (1 / 4, 1 / 4)
+
+
 def test_unanimous_queries() -> None:
     assert bootstrap_interval([True] * 9) == (1.0, 1.0)
     assert bootstrap_gain([False] * 9, [True] * 9) == (1.0, 1.0)
@@ -125,7 +184,13 @@ def test_unanimous_queries() -> None:
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: bootstrap_interval([1.0, 0.0]), TypeError, "hits must be bool"),
+        (lambda: bootstrap_interval([1, 0]), TypeError, "hits must be bool, right or wrong .* or floating scores, got"),
+        (lambda: bootstrap_interval([1.0, -0.1]), ValueError, r"hits must lie in \[0, 1\], got -0.1 for query 1"),
+        (lambda: bootstrap_interval([1.0, math.nan]), ValueError, r"hits must lie in \[0, 1\], got nan for query 1"),
+        (lambda: bootstrap_gain([1.0], [True]), TypeError, "both bool or both floating, got float64 and bool"),
+        (lambda: mcnemar_test([1.0], [0.5]), TypeError, "before must be bool, right or wrong"),
+        (lambda: randomization_test([0.5], [0.5, 1]), ValueError, "must be of the same queries, got 1 and 2"),
+        (lambda: randomization_test([0.5], [1.0], resamples=0), ValueError, "resamples must be at least 1"),
         (lambda: bootstrap_interval([]), ValueError, "Q >= 1"),
         (lambda: bootstrap_interval([True], confidence=1.0), ValueError, "confidence must lie between 0 and 1"),
         (lambda: bootstrap_interval([True], confidence=95), ValueError, "confidence must lie between 0 and 1"),

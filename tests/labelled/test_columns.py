@@ -275,9 +275,9 @@ def test_columns_as_a_version(tmp_path) -> None:
     assert version.zero_rows == (0, 0)
 
 
-def test_the_program_of_the_evaluation_page_runs(tmp_path, monkeypatch) -> None:
+def test_the_programs_of_the_evaluation_page_run(tmp_path, monkeypatch) -> None:
     page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
-    (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    program, judged = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     rng = np.random.default_rng(0)
     labels = np.arange(120) % 6
     rows = [rng.standard_normal((120, 8)) + 2 * np.eye(8)[labels] for _ in range(2)]
@@ -294,3 +294,7 @@ def test_the_program_of_the_evaluation_page_runs(tmp_path, monkeypatch) -> None:
     assert names["report"].names == ("v0", "v1")
     assert names["report"].queries_in_gallery.left_out_by_id == 60
     assert 0 < names["recall"] <= 1
+    (tmp_path / "qrels.tsv").write_text("".join(f"{query} 0 {60 + query} 1\n" for query in range(40)))
+    exec(judged, names)
+    assert names["report"].judgements.queries_left_out == 20
+    assert 0 < names["ndcg"].mean() < 1

@@ -237,7 +237,7 @@ def test_thirty_one_versions_with_stable_keys() -> None:
     report = evaluated(queries, galleries, labels[:QUERIES], labels[QUERIES:])
     content = json.loads(json.dumps(report.as_dict(), allow_nan=False))
     assert list(content) == [
-        "versions", "protocol", "widths", "confidence", "counts",
+        "versions", "protocol", "widths", "confidence", "counts", "judgements",
         "label_names", "queries_in_gallery", "ignored", "matrix", "intervals", "criteria", "compatible",
         "margins", "p_values", "upgrades", "regressions", "backfill", "pairs", "violations",
     ]  # fmt: skip
@@ -319,7 +319,7 @@ BAD_REGRESSIONS = [
     ({"limit": 2.5}, TypeError, "limit must be an integer"),
     ({"protocol": "nearest"}, ValueError, "protocol must be one of"),
     ({"before": np.ones(3, bool), "after": np.ones(3, bool)}, ValueError, "of the 200 queries, got 3"),
-    ({"before": np.ones(QUERIES)}, TypeError, "before must be bool"),
+    ({"before": np.ones(QUERIES)}, TypeError, "both bool or both floating, got float64 and bool"),
     ({"query_labels": np.full(QUERIES, 77)}, ValueError, "query 0 was right, whose class the gallery lacks"),
 ]
 
