@@ -22,5 +22,9 @@ class FeatureHead(nn.Module):
         """[B, embedding_dim], unchanged."""
         return features
 
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, embedding_dim], unchanged."""
+        return features
+
     def extra_repr(self) -> str:
         return f"embedding_dim={self.embedding_dim}"

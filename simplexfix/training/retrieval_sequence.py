@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -62,13 +63,16 @@ def pair_items(found: RetrievalSet, documents: Tensor, queries: Tensor, *, negat
 
 def training_queries(found: RetrievalSet) -> list[str]:
     """Ids of the queries of training that have a relevant document, each once."""
-    return list(dict.fromkeys(query for query, _ in _relevant_pairs(found.train)))
+    return _once(query for query, _ in _relevant_pairs(found.train))
 
 
 def _relevant_pairs(judgements: RelevanceJudgements) -> list[tuple[str, str]]:
     relevant = judgements.grades > 0
-    pairs = zip(judgements.query_ids[relevant].tolist(), judgements.item_ids[relevant].tolist(), strict=True)
-    return list(pairs)
+    return list(zip(judgements.query_ids[relevant].tolist(), judgements.item_ids[relevant].tolist(), strict=True))
+
+
+def _once(ids: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(ids))
 
 
 def _row_numbers(ids: Sequence[str]) -> dict[str, int]:
@@ -97,7 +101,7 @@ class SearchedSet:
     def of(cls, name: str, found: RetrievalSet, documents: Tensor, queries: Tensor) -> SearchedSet:
         """Of a data set and the inputs of all its documents and queries."""
         rows = _row_numbers(found.query_ids)
-        test = list(dict.fromkeys(found.test.query_ids.tolist()))
+        test = _once(found.test.query_ids.tolist())
         at, train_at = (torch.tensor([rows[id_] for id_ in ids]) for ids in (test, training_queries(found)))
         items = LabelledItems.from_judgements(found.test, test, list(found.document_ids))
         return cls(name, documents, queries[at], items, queries[train_at])
@@ -130,13 +134,13 @@ class RetrievalData:
     def fingerprint(self) -> dict[str, object]:
         """Of all inputs and judgements."""
         parts: dict[str, object] = {f"task {t}": task.items.fingerprint() for t, task in enumerate(self.tasks)}
-        for found in self.searched:
+        for t, found in enumerate(self.searched):
             for name in ("documents", "queries", "train_queries"):
                 rows = getattr(found, name)
-                parts[f"{found.name} {name}"] = Items(rows, torch.zeros(len(rows), dtype=torch.int64)).fingerprint()
+                parts[f"task {t} {name}"] = Items(rows, torch.zeros(len(rows), dtype=torch.int64)).fingerprint()
             judged = found.items.judged
             assert judged is not None
-            parts[f"{found.name} relevance"] = describe([judged.queries, judged.items, judged.grades])
+            parts[f"task {t} relevance"] = describe([judged.queries, judged.items, judged.grades])
         return parts
 
     def first_inputs(self, count: int) -> Tensor:
@@ -244,10 +248,15 @@ class RetrievalJudge:
             "sets": [found.name for found in self.data.searched],
             "search": {METRIC: _entry(plain), f"{METRIC}_compensated": _entry(moved)},
             f"reindexed_{METRIC}": anew,
-            "explained_fraction": [None, *(self.drift.explained_fraction(t) for t in range(1, size))],
+            "explained_fraction": [None, *(_number(self.drift.explained_fraction(t)) for t in range(1, size))],
         }
 
 
 def _entry(matrix: NDArray[np.float64]) -> dict[str, Any]:
-    rows = [[None if value != value else value for value in row] for row in matrix.tolist()]
+    rows = [[_number(value) for value in row] for row in matrix.tolist()]
     return {"matrix": rows, "criteria": Criteria.of(matrix).as_dict()}
+
+
+def _number(value: float) -> float | None:
+    """JSON has no nan."""
+    return None if math.isnan(value) else value

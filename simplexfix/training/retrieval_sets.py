@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import unicodedata
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -70,15 +71,16 @@ def load_retrieval_set(folder: Path, *, features: bool = False) -> RetrievalSet:
         near = _judgements(file, queries, corpus)
         for query, document in zip(near.query_ids.tolist(), near.item_ids.tolist(), strict=True):
             negatives[query] = (*negatives.get(query, ()), document)
-    return RetrievalSet(
-        tuple(corpus),
-        _features(folder, "corpus", len(corpus)) if features else tuple(corpus.values()),
-        tuple(queries),
-        _features(folder, "queries", len(queries)) if features else tuple(queries.values()),
-        train,
-        test,
-        negatives,
+    found = RetrievalSet(
+        tuple(corpus), tuple(corpus.values()), tuple(queries), tuple(queries.values()), train, test, negatives
     )
+    if not features:
+        return found
+    rows = {name: _features(folder, name, len(ids)) for name, ids in (("corpus", corpus), ("queries", queries))}
+    if rows["corpus"].shape[1] != rows["queries"].shape[1]:
+        shapes = " and ".join(f"{name} {list(part.shape)}" for name, part in rows.items())
+        raise ValueError(f"{folder}: features of corpus and queries must have one width, got {shapes}")
+    return replace(found, documents=rows["corpus"], queries=rows["queries"])
 
 
 def _texts(folder: Path, name: str) -> dict[str, str]:
@@ -93,7 +95,7 @@ def _texts(folder: Path, name: str) -> dict[str, str]:
                 entry = json.loads(line)
                 if not isinstance(entry, dict) or not isinstance(entry.get("_id"), (str, int)):
                     raise ValueError('it must be an object with "_id" and "text"')
-                if (key := str(entry["_id"])) in found:
+                if (key := unicodedata.normalize("NFC", str(entry["_id"]))) in found:  # as judgements are read
                     raise ValueError(f"_id {key!r} is there twice")
             except ValueError as error:
                 raise ValueError(f"{file}, line {number}: {error}") from None

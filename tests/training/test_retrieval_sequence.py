@@ -65,20 +65,23 @@ def test_a_translation_of_queries_is_compensated_and_nothing_else_is() -> None:
     queries = tuple(f"q{row}" for row in range(12))
     found = RetrievalSet(ids, documents, queries, circle, judged, judged, {})
     searched = SearchedSet.of("circle", found, documents, circle)
-    judge = RetrievalJudge(RetrievalData([], [searched] * 3, Vectors(3)), embedded, Path())
+    judge = RetrievalJudge(RetrievalData([], [searched] * 4, Vectors(3)), embedded, Path())
     judge.drift = drift = QueryDrift(3)
     drift.save = lambda path: None  # type: ignore[method-assign]
-    for t, height in enumerate((0.0, 1.0, 3.0)):
+    for t, height in enumerate((0.0, 1.0, 3.0, 3.0)):
         judge.add(t, translated(torch.tensor([0.0, 0.0, height])))
-    report = judge.report()["search"]
-    plain, moved = (np.array(report[name]["matrix"], dtype=float) for name in ("ndcg@10", "ndcg@10_compensated"))
+    report = judge.report()
+    plain, moved = (
+        np.array(report["search"][name]["matrix"], dtype=float) for name in ("ndcg@10", "ndcg@10_compensated")
+    )
     assert plain[0, 0] == 1
     assert plain[1, 0] < 0.7
     assert plain[2, 0] < 0.3
-    assert moved[1, 0] == moved[2, 0] == 1
+    assert moved[1, 0] == moved[2, 0] == moved[3, 0] == 1
     assert np.isnan(plain[0, 1:]).all()
     assert np.array_equal(np.diag(plain), np.diag(moved))
-    assert judge.report()["explained_fraction"][1] > 0.5
+    assert report["explained_fraction"][1] > 0.5
+    assert report["explained_fraction"][3] is None  # no query moved, and JSON has no nan
 
 
 def test_a_run_reports_both_matrices_and_keeps_indexes_drifts_and_models(data, whole) -> None:
@@ -212,6 +215,7 @@ def spoilt(folder: Path, name: str, before: str, after: str) -> None:
         ),
         (lambda f: spoilt(f, "qrels/test.tsv", "c13", "c99"), ValueError, r"test\.tsv has 'c99', which corpus\.jsonl"),
         (lambda f: spoilt(f, "qrels/train.tsv", "q5", "qx"), ValueError, r"train\.tsv has 'qx', which queries\.jsonl"),
+        (lambda f: np.save(f / "queries.npy", np.ones((24, 5))), ValueError, r"one width, got corpus \[24, 8\] and"),
         (lambda f: np.save(f / "corpus.npy", np.ones((3, 8))), ValueError, r"row for each of the 24 lines .* got 3"),
         (
             lambda f: (f / "qrels/train.tsv").write_text("query-id\tcorpus-id\tscore\nq1\tc1\t0\n"),
