@@ -144,7 +144,7 @@ def check_loss_options(
     check_scale(scale)
     check_name("reduction", reduction, REDUCTIONS)
     check_integer("ignore_index", ignore_index)
-    check_share("label_smoothing", label_smoothing)
+    check_fraction("label_smoothing", label_smoothing)
     check_margin(margin, normalize)
     if weight is not None:
         check_tensor("weight", weight)
@@ -162,7 +162,7 @@ def check_contrast_options(mu: float, negatives: str, anchor: str) -> None:
     check_name("anchor", anchor, ANCHORS)
 
 
-def check_share(name: str, value: float) -> None:
+def check_fraction(name: str, value: float) -> None:
     check_number(name, value)
     if not 0 <= value <= 1:
         raise ValueError(f"{name} must lie in [0, 1], got {value}")

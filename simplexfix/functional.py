@@ -18,6 +18,7 @@ from ._checks import (
     check_codes,
     check_contrast_options,
     check_features,
+    check_fraction,
     check_integer,
     check_loss_options,
     check_name,
@@ -25,7 +26,6 @@ from ._checks import (
     check_pair,
     check_rows,
     check_scale,
-    check_share,
     check_target,
 )
 
@@ -469,7 +469,7 @@ def mix_with_contrast(
     """Mixes any cross-entropy of `z` with the contrast, as `hoc_loss` does; `classify` runs after the checks."""
     old = _as_dtype_of(z, old)
     check_new_and_old("z", z, old)
-    check_share("lambda_", lambda_)
+    check_fraction("lambda_", lambda_)
     cross_entropy = classify()
     contrast = old_new_contrast(
         z, old, target, mu=mu, negatives=negatives, anchor=anchor, reduction=reduction, group=group

@@ -85,7 +85,8 @@ ROOMS = {
     "data": set(),
     "models": {"data", "heads"},
     "methods": {"models", "heads"},
-    "training": {"labelled", "retrieval", "compatibility", "report", "data", "models", "methods", "heads"},
+    "adapters": {"labelled"},
+    "training": {"adapters", "compatibility", "data", "heads", "labelled", "methods", "models", "report", "retrieval"},
 }
 
 

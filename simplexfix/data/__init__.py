@@ -4,7 +4,7 @@ from .augment import Normalize, RandomCropFlip, RandomWarp
 from .cifar import CIFAR100_MEAN, CIFAR100_STD, Cifar, CifarFileError, load_cifar10, load_cifar100
 from .dataset_rows import DatasetRows
 from .folders import ImageFileError, ImageFolder, ImageFolderDataset, load_image_folder
-from .inputs import Drawings, Photographs, Preprocessing, Vectors
+from .inputs import Drawings, Photographs, Preprocessing, Tokens, Vectors
 from .omniglot import Omniglot, load_omniglot
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "Preprocessing",
     "RandomCropFlip",
     "RandomWarp",
+    "Tokens",
     "Vectors",
     "load_cifar10",
     "load_cifar100",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .augment import Normalize
 
-__all__ = ["Drawings", "Photographs", "Preprocessing", "Vectors"]
+__all__ = ["Drawings", "Photographs", "Preprocessing", "Tokens", "Vectors"]
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,24 @@ class Photographs:
         return self.normalize(images)
 
 
-Preprocessing = Drawings | Normalize | Photographs | Vectors
+@dataclass(frozen=True)
+class Tokens:
+    """Texts as a tokenizer has cut them (`simplexfix.models.token_ids`).
+
+    Args:
+        length: tokens of a row, padding among them.
+    """
+
+    length: int
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """int64 [B, length], unchanged."""
+        if ids.dtype != torch.int64 or ids.shape[1:] != (self.length,):
+            raise ValueError(f"ids must be int64 [B, {self.length}], got {_describe(ids)}")
+        return ids
+
+
+Preprocessing = Drawings | Normalize | Photographs | Tokens | Vectors
 
 
 def _describe(tensor: Tensor) -> str:

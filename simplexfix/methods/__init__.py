@@ -7,6 +7,20 @@ from .er import ER
 from .fd import FD
 from .hoc import HOC
 from .oca import OCA, oca_loss
+from .qdc import QDC, info_nce
 from .simplex import Simplex
 
-__all__ = ["ASNN", "BCT", "ER", "FD", "HOC", "OCA", "Method", "ReadsOldEmbeddings", "Simplex", "oca_loss"]
+__all__ = [
+    "ASNN",
+    "BCT",
+    "ER",
+    "FD",
+    "HOC",
+    "OCA",
+    "QDC",
+    "Method",
+    "ReadsOldEmbeddings",
+    "Simplex",
+    "info_nce",
+    "oca_loss",
+]

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import functional as SF
-from .._checks import check_contrast_options, check_share
+from .._checks import check_contrast_options, check_fraction
 from ..models import EmbeddingModel
 from ..slots import SlotRegistry
 from .asnn import ASNN
@@ -56,7 +56,7 @@ class HOC(Simplex):
         classification: ASNN | None = None,
     ) -> None:
         super().__init__(slots, namespace, normalize=normalize, scale=scale, margin=margin)
-        check_share("lambda_", lambda_)
+        check_fraction("lambda_", lambda_)
         check_contrast_options(mu, negatives, anchor)
         self.lambda_ = lambda_
         self.mu = mu

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._checks import check_integer, check_name, check_number, check_positive, check_share, check_target
+from .._checks import check_fraction, check_integer, check_name, check_number, check_positive, check_target
 from .._reference import no_autocast
 from ..models import EmbeddingModel, OCAHead
 from ..models.linear import check_known
@@ -123,7 +123,7 @@ class OCA:
         if not all(0 <= weight < float("inf") for weight in weights) or not any(weights):
             raise ValueError(f"weights must be finite, 0 or more, and not all 0, got {list(weights)}")
         check_positive("temperature", temperature)
-        check_share("label_smoothing", label_smoothing)
+        check_fraction("label_smoothing", label_smoothing)
         check_name("rotation", rotation, ROTATIONS)
         self.embedding_dim = embedding_dim
         self.extra = extra

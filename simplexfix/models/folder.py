@@ -22,13 +22,14 @@ from torch import Tensor, nn
 from .._files import write_whole
 from .._states import CheckpointError, encoded, fingerprint, read_state
 from ..data.augment import Normalize
-from ..data.inputs import Drawings, Photographs, Preprocessing, Vectors
+from ..data.inputs import Drawings, Photographs, Preprocessing, Tokens, Vectors
 from ..heads import CubeHead, OrthoplexHead, SimplexHead, decode_state, encode_state
 from ..slots import SlotRegistry
 from .convnet import SmallConvNet
-from .identity import LEARNABLE, OCA, ModelIdentity
+from .feature_head import FeatureHead
+from .identity import FEATURES, LEARNABLE, OCA, ModelIdentity
 from .linear import LinearHead
-from .mlp import FeatureMLP
+from .mlp import FeatureLinear, FeatureMLP
 from .neighbour import NeighbourHead
 from .oca import OCAHead
 from .resnet import ResNet18
@@ -48,18 +49,21 @@ _LEFT_BEHIND = re.compile(rf"({_WEIGHTS.pattern}|config\.json)\.\d+-\d+\.tmp")  
 _NAMED = 8  # tensors in one message
 
 # What is made again from its folder alone: every argument of its constructor is an attribute of the same name.
-BACKBONES: dict[str, type[nn.Module]] = {kind.__name__: kind for kind in (FeatureMLP, ResNet18, SmallConvNet)}
+BACKBONES: dict[str, type[nn.Module]] = {
+    kind.__name__: kind for kind in (FeatureLinear, FeatureMLP, ResNet18, SmallConvNet)
+}
 _HEADS = {
     "cube": CubeHead,
+    FEATURES: FeatureHead,
     "linear": LinearHead,
     "neighbours": NeighbourHead,
     OCA: OCAHead,
     "orthoplex": OrthoplexHead,
     "simplex": SimplexHead,
 }
-_SLOTLESS = (*LEARNABLE, OCA)
+_SLOTLESS = (*LEARNABLE, FEATURES, OCA)
 _TRAINING = ("head.objective.", "head.queue.")  # tensors of OCAHead and NeighbourHead that no embedding depends on
-_PREPROCESSING = {kind.__name__: kind for kind in (Drawings, Normalize, Photographs, Vectors)}
+_PREPROCESSING = {kind.__name__: kind for kind in (Drawings, Normalize, Photographs, Tokens, Vectors)}
 
 
 class ModelFolderError(ValueError):
@@ -198,6 +202,8 @@ def _backbone(spec: Mapping[str, Any]) -> nn.Module:
 
 
 def _head_spec(head: Any) -> dict[str, Any]:
+    if isinstance(head, FeatureHead):
+        return {"embedding_dim": head.embedding_dim}
     if isinstance(head, LinearHead):
         return {
             "in_features": head.classifier.in_features,
@@ -240,6 +246,8 @@ def _head(config: Mapping[str, Any]) -> nn.Module:
     if kind not in _HEADS:
         raise ValueError(f"head of kind {kind!r} is unknown; known: {', '.join(_HEADS)}")
     with torch.random.fork_rng(devices=[]):
+        if kind == FEATURES:
+            return FeatureHead(spec["embedding_dim"])
         if kind == "linear":
             learnable = LinearHead(spec["in_features"], scale=spec["scale"])
             learnable.grow(spec["num_classes"])

@@ -14,6 +14,7 @@ __all__ = ["ModelIdentity"]
 
 LEARNABLE = ("linear", "neighbours")  # kinds of heads without fixed vertices
 OCA = "oca"  # the kind of `OCAHead`
+FEATURES = "features"  # the kind of one without a classifier
 _SHOWN = 12  # digits of a fingerprint in a message
 
 
@@ -26,9 +27,10 @@ class ModelIdentity:
             embeddings.
         version: its number.
         name: free text.
-        head: "simplex", "orthoplex", "cube"; "linear" or "neighbours" for a learnable classifier; "oca" for `OCAHead`.
+        head: "simplex", "orthoplex", "cube"; "linear" or "neighbours" for a learnable classifier; "oca" for `OCAHead`;
+            "features" for none.
         embedding_dim: width of its embeddings.
-        num_slots: K of the polytope; None for a learnable classifier.
+        num_slots: K of the polytope; None without one.
         slots: which class has which slot: (namespace, first class id, first slot, count, step) of each run of class
             ids, as `SlotRegistry.to_dict` gives them.
         codes_crc32: of a cube, which vertices its slots are.
@@ -83,6 +85,12 @@ class ModelIdentity:
             reasons.append(
                 "both have learnable classifiers, and are not the same model: no fixed vertices say that they share a "
                 "space"
+            )
+        elif self.head == FEATURES:
+            reasons.append(
+                "neither has a classifier, and they are not the same model: no fixed vertices say that they share a "
+                "space; simplexfix.adapters.QueryDrift moves queries of a fine-tuned encoder to the space of the one "
+                "before"
             )
         elif self.num_slots != gallery.num_slots:
             reasons.append(f"the gallery's polytope has {gallery.num_slots} slots, this model's {self.num_slots}")

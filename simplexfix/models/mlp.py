@@ -1,4 +1,4 @@
-"""Fully connected layers on features that another network, frozen, has extracted."""
+"""Linear maps and fully connected layers on features that another network, frozen, has extracted."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-__all__ = ["FeatureMLP"]
+__all__ = ["FeatureLinear", "FeatureMLP"]
 
 
 class FeatureMLP(nn.Module):
@@ -38,3 +38,23 @@ class FeatureMLP(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return self.layers(features)  # type: ignore[no-any-return]
+
+
+class FeatureLinear(nn.Module):
+    """[B, in_features] -> [B, in_features]: W x + b, from W = I and b = 0 on.
+
+    Its training begins in the space of the features, as fine-tuning the network that made them would.
+
+    Args:
+        in_features: width of the features, and of what is returned.
+    """
+
+    def __init__(self, in_features: int) -> None:
+        super().__init__()
+        self.in_features = self.out_features = in_features
+        self.linear = nn.Linear(in_features, in_features)
+        nn.init.eye_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.linear(features)  # type: ignore[no-any-return]

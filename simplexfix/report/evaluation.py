@@ -118,6 +118,17 @@ class Criteria:
     bc: float
     fc: float
 
+    @classmethod
+    def of(cls, matrix: NDArray[np.float64]) -> Criteria:
+        """Those of a [T, T] matrix."""
+        return cls(
+            ac=average_compatibility(matrix),
+            aa=average_accuracy(matrix),
+            aa_t=tuple(average_accuracy(matrix, upto=t) for t in range(1, len(matrix) + 1)),
+            bc=backward_compatibility(matrix),
+            fc=forward_compatibility(matrix),
+        )
+
     def as_dict(self) -> dict[str, Any]:
         """Under the papers' names; None for nan."""
         values = {"AC": self.ac, "AA": self.aa, "AA_t": list(self.aa_t), "BC": self.bc, "FC": self.fc}
@@ -278,13 +289,7 @@ class EvaluationReport:
 
     @property
     def criteria(self) -> Criteria:
-        return Criteria(
-            ac=average_compatibility(self.matrix),
-            aa=average_accuracy(self.matrix),
-            aa_t=tuple(average_accuracy(self.matrix, upto=t) for t in range(1, len(self.matrix) + 1)),
-            bc=backward_compatibility(self.matrix),
-            fc=forward_compatibility(self.matrix),
-        )
+        return Criteria.of(self.matrix)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values under stable keys; None where there is nothing: above the diagonal, AC of one version."""

@@ -7,30 +7,32 @@ from dataclasses import dataclass, fields
 import torch.distributed as dist
 
 from .._checks import check_name
-from ..methods import ASNN, BCT, ER, FD, HOC, OCA, Method, Simplex
+from ..methods import ASNN, BCT, ER, FD, HOC, OCA, QDC, Method, Simplex
 from ..slots import SlotRegistry
 from . import processes
 from .config import check_fits
 
-__all__ = ["LEARNABLE", "MethodConfig"]
+__all__ = ["LEARNABLE", "SIMPLEX", "MethodConfig"]
 
 # methods with a learnable classifier, or none, for each network
 LEARNABLE = ("asnn", "bct", "er", "fd", "nnp", "oca")
+SIMPLEX = ("hoc", "simplex")
 
 _NEIGHBOURS = ("asnn", "nnp")
 _OF_NEIGHBOURS = {"neighbours": _NEIGHBOURS, "queue": _NEIGHBOURS, "alpha": ("nnp",)}
 
 _BELONGS = {
-    **dict.fromkeys(("slots", "normalize"), ("hoc", "simplex")),
-    "weight": ("fd", "bct"),
+    **dict.fromkeys(("slots", "normalize"), SIMPLEX),
+    "weight": ("fd", "bct", "qdc"),
     "distance": ("fd",),
     "classification": ("fd", "bct", "hoc"),
-    **dict.fromkeys(("lambda_", "mu", "negatives", "anchor", "gather"), ("hoc",)),
-    "scale": ("bct", "er", "fd", "hoc", "simplex"),
+    **dict.fromkeys(("lambda_", "mu", "negatives", "anchor"), ("hoc",)),
+    "scale": ("bct", "er", "fd", "hoc", "qdc", "simplex"),
     **dict.fromkeys(
         ("embedding_dim", "extra", "weights", "temperature", "label_smoothing", "normalize_prototypes", "rotation"),
         ("oca",),
     ),
+    "gather": ("hoc", "qdc"),
 }
 
 
@@ -40,14 +42,15 @@ class MethodConfig:
 
     Args:
         name: "er", "fd", "bct" or "oca", with a learnable classifier; "asnn" or "nnp", by nearest neighbours; "simplex"
-            or "hoc", with the fixed one.
+            or "hoc", with the fixed one; "qdc", for retrieval data sets, with none.
         slots: K of the simplex.
         normalize: of the simplex; a learnable classifier with a scale is always normalised.
-        scale: of the logits; None for plain ones.  Without logits, as by neighbours, of pre-training alone.
-        weight: of FD's distance and of BCT's influence loss.
+        scale: of the logits; None for plain ones, and for 50 of qdc.  Without logits, as by neighbours, of
+            pre-training alone.
+        weight: of FD's distance, of BCT's influence loss, and of QDC's distillation, of which 0 is none.
         distance: of FD.
         lambda_, mu, negatives, anchor: of `hoc_loss`.
-        gather: negatives of HOC from all processes.
+        gather: negatives of HOC, documents of QDC from all processes.
         classification: of fd, bct and hoc: "cross_entropy", or "asnn" or "nnp" in its place.  Replacements are
             pre-trained by cross-entropy all the same.
         neighbours, queue, alpha: of `ASNN`, alone or as classification.
@@ -78,7 +81,7 @@ class MethodConfig:
     rotation: str = "orthogonal"
 
     def __post_init__(self) -> None:
-        check_name("name", self.name, (*LEARNABLE, "hoc", "simplex"))
+        check_name("name", self.name, (*LEARNABLE, *SIMPLEX, "qdc"))
         check_fits(self, "name", _BELONGS)
         check_name("classification", self.classification, ("cross_entropy", *_NEIGHBOURS))
         used = {self.name, self.classification}
@@ -128,6 +131,8 @@ class MethodConfig:
                 normalize_prototypes=self.normalize_prototypes,
                 rotation=self.rotation,
             )
+        if self.name == "qdc":
+            return QDC(weight=self.weight, scale=50.0 if self.scale is None else self.scale, group=self._group())
         scale = 1.0 if self.scale is None else self.scale
         if self.name == "simplex":
             return Simplex(slots, namespace, normalize=self.normalize, scale=scale)

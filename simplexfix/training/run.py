@@ -6,11 +6,11 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from .items import Items
 from .locks import FolderInUseError
 from .loggers import LOGGERS, Progress, RunLog, check_loggers
 from .rehearsal import herding_rows, random_rows
+from .retrieval_sequence import RetrievalData, RetrievalJudge, load_retrieval_data
 from .run_checks import agree_on, check_batches, check_networks, check_slots, usable_device
 from .run_config import LEARNABLE, RunConfig, pretraining_folder
 from .run_data import RunData, load_run_data
@@ -53,7 +54,8 @@ def train_run(
     each task (`Trainer.fit`), in a task's the folder `model`, which `EmbeddingModel.from_pretrained` reads, and at the
     end `report.json`, which is returned: under "versions" where each model is, and its fingerprint; under "search", and
     under "validation" where items were held out, for each protocol what
-    `simplexfix.compatibility.evaluate` says.
+    `simplexfix.compatibility.evaluate` says.  Of a retrieval sequence a task's folder has `drift.safetensors`, which
+    `simplexfix.adapters.QueryDrift` reads, too, and the report is that of `RetrievalJudge`.
 
     Args:
         config: read by `simplexfix.training.config.read_config`, or made.
@@ -69,25 +71,31 @@ def train_run(
     check_loggers(config.trainer.loggers)
     device = usable_device(config.trainer.device)
     folder = Path(folder)
-    run = _Run(
-        config, folder, load_run_data(config), device, SlotRegistry(config.method.slots), _Watch(config, on_step)
-    )
+    data = load_retrieval_data(config) if config.data.kind == "retrieval" else load_run_data(config)
+    run = _Run(config, folder, data, device, SlotRegistry(config.method.slots), _Watch(config, on_step))
     names = run.data.class_names()
     facts = {"simplexfix": __version__, "config": plain(config), "data": run.data.fingerprint()}
     facts |= {"class_names": names} if names else {}
     check_batches(config, len(run.data.tasks))
-    check_networks(config, run.inputs, run.data.prepare(run.data.first_inputs(2)))
+    check_networks(config, run.data.inputs, run.data.prepare(run.data.first_inputs(2)))
     check_slots(config, run.data.tasks[-1].classes.stop)
 
     def remembered(version: EmbeddingModel, items: Items, generator: np.random.Generator) -> Tensor:
         return remember(run, version, items, generator)  # the name of this function is in the file of each memory
 
-    versions = fit(run, remembered if config.tasks.memory_per_class else None)
+    versions = fit(run, remembered if config.tasks.remembers else None)
     agree_on(folder, facts)  # now that nothing is left that would refuse the configuration
-    kept: list[_Kept] = []  # by the first process
+    judge = _judge(run, names)  # of the first process
+    saved: list[dict[str, str]] = []
 
     def add(t: int, version: EmbeddingModel) -> None:
-        kept.append(keep(run, t, version))
+        saved.append(save(run, t, version))
+        judge.add(t, version)
+
+    def report() -> dict[str, Any]:
+        content = {"versions": saved, **judge.report()}
+        write_whole(folder / "report.json", f"{json.dumps(content, indent=1)}\n".encode())
+        return content
 
     try:
         if processes.rank() == 0:
@@ -99,7 +107,7 @@ def train_run(
     finally:
         if run.watch.log is not None:
             run.watch.log.close()
-    return processes.run_on_rank0(partial(judge, run, kept, names))
+    return processes.run_on_rank0(report)
 
 
 class _Watch:
@@ -130,15 +138,10 @@ class _Run:
 
     config: RunConfig
     folder: Path
-    data: RunData
+    data: RunData | RetrievalData
     device: str
     slots: SlotRegistry
     watch: _Watch
-
-    @property
-    def inputs(self) -> int:
-        """What `ModelConfig.backbone` takes."""
-        return int(self.data.tasks[0].items.inputs.shape[1])
 
     @property
     def workers(self) -> int:
@@ -167,13 +170,14 @@ def pretrain(run: _Run, t: int) -> nn.Module:
     """The network that takes over at task t: pre-trained, or as it comes."""
     config, plan = run.config, run.config.tasks.replacements[t]
     if plan.schedule is None:
-        return plan.model.backbone(run.inputs)
+        return plan.model.backbone(run.data.inputs)
+    assert isinstance(run.data, RunData)
     method = config.method.pretraining().method(run.slots, "pretraining")
     items = run.data.pretraining.take((run.data.pretraining.labels < plan.classes).nonzero()[:, 0])
     schedule = _schedule(plan.schedule, plan.epochs, len(items.labels), plan.schedule.batch)
     stage = f"pretraining-{t:02d}"
     with seeded(mixed_seed(config.seed, t, 10)):
-        made = plan.model.backbone(run.inputs)
+        made = plan.model.backbone(run.data.inputs)
         fresh = EmbeddingModel(made, method.head(made.out_features))  # type: ignore[arg-type]
     train = partial(
         run.trainer(method).fit,
@@ -207,7 +211,7 @@ def fit(
     return train_versions(
         run.trainer(config.method.method(run.slots, "default")),
         tasks,
-        partial(config.model.backbone, run.inputs),
+        partial(config.model.backbone, run.data.inputs),
         schedules,
         seed=config.seed,
         rehearsal=remembered,
@@ -222,47 +226,75 @@ def remember(run: _Run, version: EmbeddingModel, items: Items, generator: np.ran
     """Rows of the items that rehearsal keeps."""
     tasks = run.config.tasks
     if tasks.rehearsal == "herding":
-        return herding_rows(extract(run, version, items), items.labels, tasks.memory_per_class)
+        return herding_rows(extract(run, version, items.inputs), items.labels, tasks.memory_per_class)
     return random_rows(items.labels, tasks.memory_per_class, generator)
 
 
-def extract(run: _Run, version: EmbeddingModel, items: Items) -> Tensor:
-    """[N, d] embeddings on the CPU."""
-    return version.extract(items.inputs, prepare=run.data.prepare, workers=run.workers).cpu()
+def extract(run: _Run, version: EmbeddingModel, inputs: Any) -> Tensor:
+    """[N, d] embeddings on the CPU, of the inputs of items."""
+    return version.extract(inputs, prepare=run.data.prepare, workers=run.workers).cpu()
 
 
-@dataclass(frozen=True, eq=False)
-class _Kept:
-    """A version's entry in the report, its compatible prefixes, and for each search embeddings of query and gallery."""
-
-    entry: dict[str, str]
-    prefixes: tuple[int, ...]
-    embeddings: dict[str, tuple[Tensor, Tensor]]
-
-
-def keep(run: _Run, t: int, version: EmbeddingModel) -> _Kept:
-    """Writes a version's folder, and extracts what is searched."""
+def save(run: _Run, t: int, version: EmbeddingModel) -> dict[str, str]:
+    """Writes a version's folder; its entry in the report."""
     place = f"task-{t:02d}/model"
     version.class_names = run.data.names_of(t)
     identity = version.save_pretrained(run.folder / place, version=t, name=f"{run.config.method.name}, task {t}")
-    embeddings = {
-        name: (extract(run, version, query), extract(run, version, gallery))
-        for name, (query, gallery) in run.data.searched.items()
-    }
-    return _Kept({"folder": place, "fingerprint": identity.fingerprint}, version.prefixes, embeddings)
+    return {"folder": place, "fingerprint": identity.fingerprint}
 
 
-def judge(run: _Run, kept: list[_Kept], names: dict[str, list[str]]) -> dict[str, Any]:
-    """The report of all versions, which is written."""
-    report: dict[str, Any] = {"versions": [version.entry for version in kept]}
-    if searched_names := {name: names[name] for name in run.data.searched if name in names}:
-        report["class_names"] = searched_names
-    for name, (query, gallery) in run.data.searched.items():
-        items = LabelledItems(query.labels, gallery.labels)
-        versions = [items.version(*version.embeddings[name], prefixes=version.prefixes) for version in kept]
-        report[name] = {protocol: evaluate(versions, protocol=protocol).as_dict() for protocol in run.config.protocols}
-    write_whole(run.folder / "report.json", f"{json.dumps(report, indent=1)}\n".encode())
-    return report
+class _Judge(Protocol):
+    """Judges all versions of a run, which come one after the other."""
+
+    def add(self, t: int, version: EmbeddingModel) -> None: ...
+
+    def report(self) -> dict[str, Any]: ...
+
+
+def _judge(run: _Run, names: dict[str, list[str]]) -> _Judge:
+    if isinstance(run.data, RetrievalData):
+        return RetrievalJudge(run.data, partial(extract, run), run.folder)
+    return _LabelledJudge(run.data, partial(extract, run), run.config.protocols, names)
+
+
+class _LabelledJudge:
+    """By labelled items: for each search all protocols.
+
+    Args:
+        data: of the run.
+        extract: (version, inputs) -> embeddings.
+        protocols: names.
+        names: of classes.
+    """
+
+    def __init__(
+        self,
+        data: RunData,
+        extract: Callable[[EmbeddingModel, Any], Tensor],
+        protocols: Sequence[str],
+        names: dict[str, list[str]],
+    ) -> None:
+        self.data = data
+        self.extract = extract
+        self.protocols = protocols
+        self.names = {name: names[name] for name in data.searched if name in names}
+        self.embeddings: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in data.searched}
+        self.prefixes: list[tuple[int, ...]] = []
+
+    def add(self, t: int, version: EmbeddingModel) -> None:
+        for name, (query, gallery) in self.data.searched.items():
+            pair = self.extract(version, query.inputs), self.extract(version, gallery.inputs)
+            self.embeddings[name].append(pair)
+        self.prefixes.append(version.prefixes)
+
+    def report(self) -> dict[str, Any]:
+        report: dict[str, Any] = {"class_names": self.names} if self.names else {}
+        for name, (query, gallery) in self.data.searched.items():
+            items = LabelledItems(query.labels, gallery.labels)
+            rows = zip(self.embeddings[name], self.prefixes, strict=True)
+            versions = [items.version(*pair, prefixes=prefixes) for pair, prefixes in rows]
+            report[name] = {protocol: evaluate(versions, protocol=protocol).as_dict() for protocol in self.protocols}
+        return report
 
 
 def _waited_for(fit: Callable[[], EmbeddingModel]) -> EmbeddingModel:

@@ -21,14 +21,14 @@ from ..slots import SlotRegistry
 from . import processes
 from .config import ConfigError, plain, read_config
 from .resume import check_resumable, read_run_record
-from .run_config import LEARNABLE, RunConfig
+from .run_config import SIMPLEX, RunConfig
 from .samplers import batch_sizes, check_lone_row
 
 __all__ = ["agree_on", "check_batches", "check_networks", "check_slots", "usable_device"]
 
 # options that a run that goes on may change: how it runs, and where data is whose fingerprint is the same
 _FREE = ("protocols", *(f"trainer.{key}" for key in ("device", "keep", "log_every", "loggers", "save_every")))
-_PLACES = ("data.path", "data.pretraining", "tasks.pretraining_folder")
+_PLACES = ("data.path", "data.pretraining", "model.path", "tasks.pretraining_folder")
 
 
 def usable_device(name: str | None) -> str:
@@ -45,7 +45,7 @@ def usable_device(name: str | None) -> str:
 def check_batches(config: RunConfig, tasks: int) -> None:
     """Those of all stages can be shared out."""
     plans = config.tasks.replacements.values()
-    stages = [(config.schedule, False), (config.schedule, tasks > 1 and config.tasks.memory_per_class > 0)]
+    stages = [(config.schedule, False), (config.schedule, tasks > 1 and config.tasks.remembers)]
     for schedule, remembers in stages + [(plan.schedule, False) for plan in plans if plan.schedule is not None]:
         batch_sizes(schedule.batch, remembers, processes.world(), schedule.accumulate)
 
@@ -101,7 +101,7 @@ def check_networks(config: RunConfig, inputs: int, prepared: Tensor) -> None:
 def check_slots(config: RunConfig, classes: int) -> None:
     """The simplex has room for the tasks' classes and those of pre-training."""
     others = max((plan.classes for plan in config.tasks.replacements.values()), default=0)
-    if config.method.name not in LEARNABLE and classes + others > config.method.slots:
+    if config.method.name in SIMPLEX and classes + others > config.method.slots:
         raise ValueError(
             f"method.slots must be at least {classes + others}, for {classes} classes of the tasks and {others} of "
             f"pre-training, got {config.method.slots}"

@@ -10,12 +10,12 @@ from torch import nn
 
 from .._checks import check_name
 from ..data import CIFAR100_MEAN, CIFAR100_STD
-from ..models import FeatureMLP, ResNet18, SmallConvNet, external_backbone
+from ..models import FeatureLinear, FeatureMLP, ResNet18, SmallConvNet, TextEncoder, external_backbone
 from ..models.external import LIBRARIES
 from ..retrieval import PROTOCOLS
 from .config import check_fits
 from .loggers import LOGGERS
-from .method_config import LEARNABLE, MethodConfig
+from .method_config import LEARNABLE, SIMPLEX, MethodConfig
 from .rehearsal import SELECTIONS
 from .scenario import REFERENCES
 from .schedule import Schedule
@@ -23,6 +23,7 @@ from .schedule import Schedule
 __all__ = [
     "LEARNABLE",
     "NETWORKS",
+    "SIMPLEX",
     "DataConfig",
     "MethodConfig",
     "ModelConfig",
@@ -33,11 +34,14 @@ __all__ = [
     "pretraining_folder",
 ]
 
-DATA = ("cifar", "features", "images", "omniglot")
-NETWORKS = ("convnet", "mlp", "resnet18")
+DATA = ("cifar", "features", "images", "omniglot", "retrieval")
+NETWORKS = ("convnet", "linear", "mlp", "resnet18", "text")
 
 # Which options are of which choices alone; of the others everybody reads something.
+_LABELLED = ("cifar", "features", "images", "omniglot")
 _OF_DATA = {
+    **dict.fromkeys(("per_class", "validation"), _LABELLED),
+    **dict.fromkeys(("tokens", "hard_negatives"), ("retrieval",)),
     "query_batches": ("cifar",),
     **dict.fromkeys(("size", "workers"), ("images",)),
     **dict.fromkeys(("mean", "std", "pretraining"), ("cifar", "images")),
@@ -48,6 +52,14 @@ _OF_MODEL = {
     "hidden": ("mlp",),
     "stem": ("resnet18",),
     "pretrained": LIBRARIES,
+    "path": ("text",),
+}
+_CLASSIFYING = ("class_incremental", "dataset_sequence", "instance_incremental")
+_OF_TASKS = {
+    "parts": ("instance_incremental",),
+    **dict.fromkeys(
+        ("pretraining_from", "memory_per_class", "rehearsal", "pretraining_folder", "hoc_reference"), _CLASSIFYING
+    ),
 }
 
 
@@ -62,6 +74,8 @@ class DataConfig:
         cifar      CIFAR-100 and CIFAR-10 in their binary version        CIFAR-10: training images in its test images
         images     folders train, query and gallery, each with a         query, gallery
                    folder of images for every class
+        retrieval  a folder for each of `tasks.sets`, in BEIR's layout   the corpus of each set, by its queries of test
+                   (`load_retrieval_set`)
 
     Args:
         kind, path: as in the table.
@@ -74,6 +88,8 @@ class DataConfig:
             those that it was trained with.
         workers: of images: None to decode all of them first and hold them in memory, 3 * size^2 bytes each; or how many
             processes decode them while the run needs them, 0 for the one that trains.
+        tokens: of retrieval with a text encoder: longest query and document; what is longer is cut off.
+        hard_negatives: of retrieval: for each query of training, the first so many of hard_negatives.tsv.
         pretraining: None, or a folder of images for every class, of cifar and images: what replacements are
             pre-trained on, in place of classes that no task brings.
     """
@@ -87,10 +103,16 @@ class DataConfig:
     mean: tuple[float, ...] = CIFAR100_MEAN
     std: tuple[float, ...] = CIFAR100_STD
     workers: int | None = None
+    tokens: int = 128
+    hard_negatives: int = 0
     pretraining: str | None = None
 
     def __post_init__(self) -> None:
         check_name("kind", self.kind, DATA)
+        if self.tokens < 1 or self.hard_negatives < 0:
+            raise ValueError(
+                f"tokens must be at least 1 and hard_negatives 0 or more, got {self.tokens} and {self.hard_negatives}"
+            )
         if (self.kind == "omniglot") != (self.path is None):
             raise ValueError('path is where the data is, of every kind but "omniglot"')
         if self.per_class is not None and self.per_class < 1:
@@ -108,8 +130,10 @@ class ModelConfig:
 
         kind                        what                            takes
         convnet                     `SmallConvNet`                  drawings of omniglot
+        linear                      `FeatureLinear`                 features
         mlp                         `FeatureMLP`                    features
         resnet18                    `ResNet18`                      images
+        text                        `TextEncoder`                   texts of retrieval data sets
         timm:NAME, torchvision:NAME `external_backbone`             images
 
     Args:
@@ -118,6 +142,7 @@ class ModelConfig:
         features: width of what convnet returns.
         hidden: layers of mlp.
         stem: of resnet18, "imagenet" or "cifar".
+        path: of text, the folder of the encoder in Hugging Face's format.
         pretrained: another library's network with its default weights, which that downloads where it must.
     """
 
@@ -127,11 +152,14 @@ class ModelConfig:
     hidden: tuple[int, ...] = ()
     stem: str = "imagenet"
     pretrained: bool = False
+    path: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind.partition(":")[0] not in LIBRARIES:
             check_name("kind", self.kind, (*NETWORKS, *(f"{library}:NAME" for library in LIBRARIES)))
         check_fits(self, "kind", _OF_MODEL)
+        if self.kind == "text" and self.path is None:
+            raise ValueError('path is where the encoder is, of kind="text"')
 
     def backbone(self, inputs: int) -> nn.Module:
         """A new one, with `out_features`.
@@ -141,8 +169,12 @@ class ModelConfig:
         """
         if self.kind == "convnet":
             return SmallConvNet(self.width or 16, self.features)
+        if self.kind == "linear":
+            return FeatureLinear(inputs)
         if self.kind == "mlp":
             return FeatureMLP(inputs, self.hidden)
+        if self.path is not None:
+            return TextEncoder(self.path)
         if self.kind == "resnet18":
             return ResNet18(self.stem, width=self.width or 64, in_channels=inputs)
         return external_backbone(self.kind, pretrained=self.pretrained, in_channels=inputs)
@@ -177,9 +209,11 @@ class TasksConfig:
     """What versions learn one after the other.
 
     Args:
-        kind: "class_incremental" with `counts`, "instance_incremental" with `parts`, or "dataset_sequence" with `sets`.
+        kind: "class_incremental" with `counts`, "instance_incremental" with `parts`, "dataset_sequence" or
+            "retrieval_sequence" with `sets`.
         sets: names, a task each, of what is read in place of "train": a folder of images for every class, or features
-            as NAME.npy and NAME_labels.npy.  All classes of a set are new, whatever they are called.
+            as NAME.npy and NAME_labels.npy.  All classes of a set are new, whatever they are called.  Of a retrieval
+            sequence, folders of retrieval data sets.
         pretraining_from: None, or the class id from which on classes are for pre-training; None for what the counts
             leave over in the seed's order.
         epochs: None, or passes over a task's new items, in place of the schedule's steps.
@@ -205,12 +239,14 @@ class TasksConfig:
     hoc_reference: str = "deployed"
 
     def __post_init__(self) -> None:
-        check_name("kind", self.kind, ("class_incremental", "dataset_sequence", "instance_incremental"))
+        check_name("kind", self.kind, (*_CLASSIFYING, "retrieval_sequence"))
         if (self.kind == "class_incremental") != bool(self.counts):
             raise ValueError('counts are the new classes of each task of kind="class_incremental", and of no other')
-        if (self.kind == "dataset_sequence") != bool(self.sets):
-            raise ValueError('sets are the data of each task of kind="dataset_sequence", and of no other')
-        check_fits(self, "kind", {"parts": ("instance_incremental",)})
+        if (self.kind in ("dataset_sequence", "retrieval_sequence")) != bool(self.sets):
+            raise ValueError(
+                'sets are the data of each task of kind="dataset_sequence" and "retrieval_sequence", and of no other'
+            )
+        check_fits(self, "kind", _OF_TASKS)
         if self.sets and self.pretraining_from is not None:
             raise ValueError("pretraining_from is a class id, and sets have ids of their own: use data.pretraining")
         if self.epochs is not None and self.epochs < 1:
@@ -219,6 +255,11 @@ class TasksConfig:
         check_name("hoc_reference", self.hoc_reference, REFERENCES)
         if self.memory_per_class < 0:
             raise ValueError(f"memory_per_class must be 0 or more, got {self.memory_per_class}")
+
+    @property
+    def remembers(self) -> bool:
+        """Whether rehearsal keeps items; a retrieval sequence has none."""
+        return self.memory_per_class > 0 and self.kind in _CLASSIFYING
 
 
 @dataclass(frozen=True)
@@ -295,8 +336,35 @@ class RunConfig:
                 "timm's are in pretrained_cfg, torchvision's in the weights' transforms(); of most they are "
                 "[0.485, 0.456, 0.406] and [0.229, 0.224, 0.225]"
             )
-        if self.tasks.sets and self.data.kind not in ("features", "images"):
+        if self.tasks.kind == "dataset_sequence" and self.data.kind not in ("features", "images"):
             raise ValueError(f'tasks.sets are of data.kind="features" and "images", got {self.data.kind!r}')
+        self._check_retrieval()
+
+    def _check_retrieval(self) -> None:
+        chosen = {
+            'data.kind="retrieval"': self.data.kind == "retrieval",
+            'tasks.kind="retrieval_sequence"': self.tasks.kind == "retrieval_sequence",
+            'method.name="qdc"': self.method.name == "qdc",
+        }
+        if not any(chosen.values()):
+            if self.model.kind == "text":
+                raise ValueError('model.kind="text" is of data.kind="retrieval"')
+            return
+        missing = [choice for choice, made in chosen.items() if not made]
+        if missing:
+            raise ValueError(f"{', '.join(chosen)} belong together; {' and '.join(missing)} must be chosen too")
+        if self.tasks.replacements:
+            raise ValueError(
+                'tasks.replacements must be empty with method.name="qdc": the drift of queries is a translation only '
+                "between fine-tunes of one encoder"
+            )
+        if self.model.kind not in ("linear", "mlp", "text"):
+            raise ValueError(
+                f'model.kind must be "text", or "linear" or "mlp" for features, with data.kind="retrieval", got '
+                f"{self.model.kind!r}"
+            )
+        if self.protocols != tuple(PROTOCOLS):
+            raise ValueError("protocols are of labelled items; a retrieval sequence is judged by its judgements")
 
 
 def pretraining_folder(run: Path, shared: str | None, method: str) -> Path:

@@ -63,6 +63,11 @@ class RunData:
         }
         return {name: items.fingerprint() for name, items in parts.items()}
 
+    @property
+    def inputs(self) -> int:
+        """What `ModelConfig.backbone` takes."""
+        return int(self.tasks[0].items.inputs.shape[1])
+
     def first_inputs(self, count: int) -> Tensor:
         """The first so many that are trained on."""
         items = self.tasks[0].items

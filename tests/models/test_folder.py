@@ -21,6 +21,8 @@ from simplexfix import CubeHead, OrthoplexHead, SimplexHead, SlotRegistry
 from simplexfix.data import Drawings, Normalize, Photographs, RandomWarp, Vectors
 from simplexfix.models import (
     EmbeddingModel,
+    FeatureHead,
+    FeatureLinear,
     FeatureMLP,
     LinearHead,
     ModelFolderError,
@@ -35,6 +37,7 @@ from simplexfix.models.folder import BACKBONES
 
 # of every network that is made again from its folder alone: how it is made here, and what it takes
 EXAMPLES = {
+    "FeatureLinear": (lambda: FeatureLinear(16), (16,), Vectors(16)),
     "FeatureMLP": (lambda: FeatureMLP(12, (20, 16)), (12,), Vectors(12)),
     "ResNet18": (lambda: ResNet18("cifar", width=2), (3, 8, 8), Photographs(8, Normalize((0.5,) * 3, (0.2,) * 3))),
     "SmallConvNet": (lambda: SmallConvNet(5, 16), (1, 28, 28), Drawings(28)),
@@ -66,6 +69,7 @@ HEADS = {
     "simplex": lambda: SimplexHead.from_slots(registry(), 16, normalize=True, scale=12.5, margin=("angular", 0.25)),
     "orthoplex": lambda: OrthoplexHead.from_slots(registry(), 16),
     "cube": lambda: CubeHead.from_slots(registry(), 16, embedding_dim=70, scale=0.5),
+    "features": lambda: FeatureHead(16),
     "linear": linear,
     "linear without classes": lambda: LinearHead(16),
     "neighbours": lambda: neighbours(),
@@ -127,6 +131,8 @@ def test_embeddings_are_the_same_to_the_bit(tmp_path: Path, name: str, head: str
     elif isinstance(model.head, OCAHead):
         assert again.prefixes == model.prefixes == (24, 32)
         return
+    elif isinstance(model.head, FeatureHead):
+        assert again.head.extra_repr() == model.head.extra_repr()
     else:
         assert again.head.slots.to_dict() == model.head.slots.to_dict()
         assert again.head.extra_repr() == model.head.extra_repr()
@@ -358,7 +364,7 @@ def test_a_config_edited_by_hand_is_refused_by_name(tmp_path: Path, change, mess
             lambda c: c["backbone"].update(kind="VisionTransformer"),
             "backbone of kind 'VisionTransformer' is unknown; known",
         ),
-        (lambda c: c["head"].update(kind="sphere"), "head of kind 'sphere' is unknown; known: cube, linear"),
+        (lambda c: c["head"].update(kind="sphere"), "head of kind 'sphere' is unknown; known: cube, features, linear"),
         (lambda c: c["preprocessing"].update(kind="Crop"), "preprocessing of kind 'Crop' is unknown; known: Drawings"),
         (lambda c: c["slots"]["runs"].append(["b", 0, 2, 1, 1]), "slot 2 of 'b' collides with"),
         (
@@ -497,12 +503,12 @@ def with_more() -> EmbeddingModel:
         (
             lambda p: EmbeddingModel(FeatureMLP(3), nn.Identity()).save_pretrained(p),
             TypeError,
-            "head must be one of CubeHead, Linear.*, NeighbourHead, OCAHead, Ortho.*, SimplexHead for .*, got Identity",
+            "head must be one of CubeHead, FeatureHead, Linear.*, OCAHead, Ortho.*, SimplexHead for .*, got Identity",
         ),
         (
             lambda p: small(preprocessing=RandomWarp()).save_pretrained(p),
             TypeError,
-            "preprocessing must be None or one of Drawings, Normalize, Photographs, Vectors .*, got RandomWarp",
+            "preprocessing must be None or one of Drawings, Normalize, Photographs, Tokens, Vectors .*, got RandomWarp",
         ),
         (
             lambda p: altered().save_pretrained(p),

@@ -26,7 +26,7 @@ FEATURES = {
             ["method.name=simplex", "method.negatives=foo"],
             "method: negatives is of name='hoc', got 'foo' with name",
         ),
-        (["method.weight=3"], "method: weight is of name='fd' or 'bct', got 3.0 with name='hoc'"),
+        (["method.weight=3"], "method: weight is of name='fd' or 'bct' or 'qdc', got 3.0 with name='hoc'"),
         (
             ["method.name=er", "method.classification=asnn"],
             "method: classification is of name='fd' or 'bct' or 'hoc', got 'asnn' with name='er'",
@@ -42,7 +42,7 @@ FEATURES = {
         (["method.name=er", "method.mu=3.0"], "method: mu is of name='hoc', got 3.0 with name='er'"),
         (["method.name=er", "method.slots=8"], "method: slots is of name='hoc' or 'simplex', got 8 with name='er'"),
         (["method.name=bct", "method.distance=l2"], "method: distance is of name='fd', got 'l2' with name='bct'"),
-        (["method.name=simplex", "method.gather=false"], "method: gather is of name='hoc', got False"),
+        (["method.name=simplex", "method.gather=false"], "method: gather is of name='hoc' or 'qdc', got False"),
         (["tasks.parts=5"], "tasks: parts is of kind='instance_incremental', got 5 with kind='class_incremental'"),
         (["model.stem=foo"], "model: stem is of kind='resnet18', got 'foo' with kind='mlp'"),
         (["model.kind=timm:x"], r"model: hidden is of kind='mlp', got \(16,\) with kind='timm'"),

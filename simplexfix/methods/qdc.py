@@ -1,0 +1,124 @@
+"""QDC: contrastive fine-tuning of an encoder of queries and documents, held to the encoder before by distillation."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._checks import check_new_and_old, check_number, check_pair, check_positive, check_rows
+from .._gather import all_rows, rank_of
+from ..models import EmbeddingModel, FeatureHead
+
+__all__ = ["QDC", "info_nce"]
+
+
+def info_nce(query: Tensor, document: Tensor, *, scale: float = 50.0, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Cross-entropy of each query's positive document among all documents.
+
+        loss = 1/B sum_i [ log sum_j exp(scale q_i . d_j) - scale q_i . d_{i n} ]
+
+    with q and d the rows divided by their norms, and n documents for each query.  The sum runs over the documents of
+    all processes of the group.  Gradients reach the documents of other processes: the mean over processes is the loss
+    of the whole batch.
+
+    Args:
+        query: [B, d] floating.
+        document: [B n, d] of the same dtype: rows i n to i n + n - 1 are of query i, its positive first, then its hard
+            negatives.
+        scale: inverse temperature, positive.
+        group: processes whose documents are gathered; None for this process's alone.
+
+    Returns:
+        Scalar, of float32 at least.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes or devices that do not fit; processes with batches of unlike shapes.
+    """
+    check_rows("query", query)
+    check_rows("document", document)
+    check_pair("query", query, "document", document)
+    check_positive("scale", scale)
+    if not len(query) or not len(document) or len(document) % len(query) or document.shape[1] != query.shape[1]:
+        raise ValueError(
+            f"document must be [B n, d] for query [B, d], B and n at least 1, got {list(document.shape)} for "
+            f"{list(query.shape)}"
+        )
+    wide = torch.promote_types(query.dtype, torch.float32)
+    query, document = F.normalize(query.to(wide)), F.normalize(document.to(wide))
+    positive = torch.arange(len(query), device=query.device) * (len(document) // len(query))
+    if group is not None:
+        positive = positive + rank_of(document, group) * len(document)
+        document = all_rows(document, group)
+    return F.cross_entropy(scale * query @ document.T, positive)
+
+
+class QDC:
+    """InfoNCE between queries and documents, and distillation to the old encoder where there is one.
+
+        loss = info_nce(q, d) + weight * L_kd
+        L_kd = mean(1 - q . q_old) + mean(1 - d . d_old)
+
+    with q and d the unit embeddings of the batch's queries and of all its documents, hard negatives too, and q_old and
+    d_old the old encoder's of the same, without gradient.  L_kd is 0 without an old encoder.  The drift of the queries
+    is measured after the training (`simplexfix.adapters.QueryDrift`).
+
+    An input is a query with its documents, [B, 2 + n, ...]: query, positive document, n hard negatives.  The target is
+    not read.  A document that is relevant to another query of the batch counts as a negative of that, as in the
+    authors' code.
+
+    Args:
+        weight: of the distillation, 0 or more; 0 for none, and then the old encoder is not run.  The authors' code
+            multiplies InfoNCE by the number of processes: its weight of 1 is 1 / processes here.
+        scale: of `info_nce`.
+        group: of `info_nce`.
+
+    Raises:
+        TypeError, ValueError: a weight that is negative or infinite, a scale that is not positive; in `loss`: inputs
+            without documents, or an old encoder of another width.
+
+    Reference:
+        Goswami et al., "Query Drift Compensation: Enabling Compatibility in Continual Learning of Retrieval Embedding
+        Models", arXiv 2506.00037.
+    """
+
+    def __init__(self, *, weight: float = 1.0, scale: float = 50.0, group: dist.ProcessGroup | None = None) -> None:
+        check_number("weight", weight)
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"weight must be 0 or more and finite, got {weight}")
+        check_positive("scale", scale)
+        self.weight = weight
+        self.scale = scale
+        self.group = group
+
+    def head(self, in_features: int) -> FeatureHead:
+        return FeatureHead(in_features)
+
+    def add_classes(self, model: EmbeddingModel, classes: range) -> None:
+        """There is no classifier."""
+
+    def loss(self, model: EmbeddingModel, input: Tensor, target: Tensor, old: EmbeddingModel | None) -> Tensor:
+        if input.ndim < 3 or input.shape[1] < 2:
+            raise ValueError(
+                "input must be [B, 2 + n, ...], a query, its positive document and n hard negatives in each row, got "
+                f"{list(input.shape)}"
+            )
+        queries, documents = input[:, 0], input[:, 1:].flatten(0, 1)
+        query, document = model(queries), model(documents)
+        loss = info_nce(query, document, scale=self.scale, group=self.group)
+        if old is None or self.weight == 0:
+            return loss
+        with torch.no_grad():
+            references = old(queries), old(documents)
+        kept = sum(_apart(new, reference) for new, reference in zip((query, document), references, strict=True))
+        return loss + self.weight * kept
+
+
+def _apart(new: Tensor, old: Tensor) -> Tensor:
+    """The mean of 1 - cosine, in float32 at least: under autocast little of it would be left."""
+    check_new_and_old("new", new, old)
+    wide = torch.promote_types(new.dtype, torch.float32)
+    return (1 - (F.normalize(new.to(wide)) * F.normalize(old.to(wide))).sum(1)).mean()

@@ -1,0 +1,262 @@
+"""A sequence of retrieval data sets: what each version learns of them, and what it finds in the indexes so far."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..adapters import QueryDrift
+from ..data import Preprocessing, Tokens, Vectors
+from ..labelled import LabelledItems, RelevanceJudgements
+from ..models import EmbeddingModel, token_ids
+from ..report.evaluation import Criteria
+from ..retrieval.protocols import read_protocol
+from .items import Items
+from .resume import describe
+from .retrieval_sets import RetrievalSet, load_retrieval_set
+from .run_config import RunConfig
+from .scenario import Task
+
+__all__ = ["RetrievalData", "RetrievalJudge", "SearchedSet", "load_retrieval_data", "pair_items", "training_queries"]
+
+METRIC = "ndcg@10"
+
+
+def pair_items(found: RetrievalSet, documents: Tensor, queries: Tensor, *, negatives: int) -> Items:
+    """Every query of training with each of its relevant documents, as `simplexfix.methods.QDC` takes them.
+
+    Args:
+        found: the data set.
+        documents: [N, ...] inputs of its documents.
+        queries: [Q, ...] inputs of its queries, of the same shape and dtype.
+        negatives: n, the first so many hard negatives of each query.
+
+    Returns:
+        Inputs [P, 2 + n, ...] of P relevance judgements above 0, and for labels the row of each one's document.
+
+    Raises:
+        ValueError: a query has fewer hard negatives; names it.
+    """
+    query_rows, document_rows = _row_numbers(found.query_ids), _row_numbers(found.document_ids)
+    rows: list[list[int]] = []
+    for query, document in _relevant_pairs(found.train):
+        hard = found.hard_negatives.get(query, ())[:negatives]
+        if len(hard) < negatives:
+            raise ValueError(
+                f"every query must have {negatives} hard negatives (data.hard_negatives), query {query!r} has "
+                f"{len(hard)} in hard_negatives.tsv"
+            )
+        rows.append([query_rows[query], *(document_rows[id_] for id_ in (document, *hard))])
+    at = torch.tensor(rows)
+    inputs = torch.cat([queries[at[:, :1]], documents[at[:, 1:]]], 1)
+    return Items(inputs, at[:, 1].contiguous())
+
+
+def training_queries(found: RetrievalSet) -> list[str]:
+    """Ids of the queries of training that have a relevant document, each once."""
+    return _once(query for query, _ in _relevant_pairs(found.train))
+
+
+def _relevant_pairs(judgements: RelevanceJudgements) -> list[tuple[str, str]]:
+    relevant = judgements.grades > 0
+    return list(zip(judgements.query_ids[relevant].tolist(), judgements.item_ids[relevant].tolist(), strict=True))
+
+
+def _once(ids: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(ids))
+
+
+def _row_numbers(ids: Sequence[str]) -> dict[str, int]:
+    return {id_: row for row, id_ in enumerate(ids)}
+
+
+@dataclass(frozen=True, eq=False)
+class SearchedSet:
+    """One data set as it is searched, and as drift is measured on it.
+
+    Args:
+        name: of the data set.
+        documents: [N, ...] inputs of the corpus.
+        queries: [Q, ...] inputs of the queries of test.
+        items: the ids of both and their judgements.
+        train_queries: [M, ...] inputs of all queries of training, each once.
+    """
+
+    name: str
+    documents: Tensor
+    queries: Tensor
+    items: LabelledItems
+    train_queries: Tensor
+
+    @classmethod
+    def of(cls, name: str, found: RetrievalSet, documents: Tensor, queries: Tensor) -> SearchedSet:
+        """Of a data set and the inputs of all its documents and queries."""
+        rows = _row_numbers(found.query_ids)
+        test = _once(found.test.query_ids.tolist())
+        at, train_at = (torch.tensor([rows[id_] for id_ in ids]) for ids in (test, training_queries(found)))
+        items = LabelledItems.from_judgements(found.test, test, list(found.document_ids))
+        return cls(name, documents, queries[at], items, queries[train_at])
+
+    def score(self, queries: Tensor, documents: Tensor) -> float:
+        """nDCG@10 of embeddings [Q, d] and [N, d] of the queries and the documents, by exact cosine search."""
+        return read_protocol(METRIC).score(self.items.version(queries, documents))
+
+
+@dataclass(frozen=True, eq=False)
+class RetrievalData:
+    """What a run over retrieval data sets learns and searches; the surface of `run_data.RunData` that a run needs.
+
+    Attributes:
+        tasks: what versions learn: `pair_items` of one data set each.
+        searched: the data set of each task.
+        prepare: makes inputs of the rows of a data set.
+    """
+
+    tasks: list[Task]
+    searched: list[SearchedSet]
+    prepare: Preprocessing
+    augment: None = None
+
+    @property
+    def inputs(self) -> int:
+        """Numbers in a row: features, or tokens."""
+        return int(self.searched[0].queries.shape[-1])
+
+    def fingerprint(self) -> dict[str, object]:
+        """Of all inputs and judgements."""
+        parts: dict[str, object] = {f"task {t}": task.items.fingerprint() for t, task in enumerate(self.tasks)}
+        for t, found in enumerate(self.searched):
+            for name in ("documents", "queries", "train_queries"):
+                rows = getattr(found, name)
+                parts[f"task {t} {name}"] = Items(rows, torch.zeros(len(rows), dtype=torch.int64)).fingerprint()
+            judged = found.items.judged
+            assert judged is not None
+            parts[f"task {t} relevance"] = describe([judged.queries, judged.items, judged.grades])
+        return parts
+
+    def first_inputs(self, count: int) -> Tensor:
+        """The first so many queries that are trained on."""
+        return self.searched[0].train_queries[:count]
+
+    def class_names(self) -> dict[str, list[str]]:
+        """There are no classes."""
+        return {}
+
+    def names_of(self, task: int) -> None:
+        """There are no classes."""
+
+
+def load_retrieval_data(config: RunConfig) -> RetrievalData:
+    """Reads the sets of `tasks.sets`, folders in `data.path`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_retrieval_set` and `pair_items`; sets of features of unlike widths.
+    """
+    assert config.data.path is not None
+    tasks, searched = [], []
+    texts = config.model.kind == "text"
+    for name in config.tasks.sets:
+        found = load_retrieval_set(Path(config.data.path) / name, features=not texts)
+        inputs = _tokens_of(config) if texts else _same
+        documents, queries = inputs(found.documents), inputs(found.queries)
+        items = pair_items(found, documents, queries, negatives=config.data.hard_negatives)
+        tasks.append(Task(items, range(len(documents))))
+        searched.append(SearchedSet.of(name, found, documents, queries))
+    widths = {found.name: found.documents.shape[1] for found in searched}
+    if len(set(widths.values())) > 1:
+        raise ValueError(
+            "features of all sets must have one width: " + ", ".join(f"{name} has {w}" for name, w in widths.items())
+        )
+    return RetrievalData(
+        tasks, searched, Tokens(config.data.tokens) if texts else Vectors(searched[0].documents.shape[1])
+    )
+
+
+def _tokens_of(config: RunConfig) -> Callable[[Any], Tensor]:
+    assert config.model.path is not None
+    return partial(token_ids, config.model.path, length=config.data.tokens)
+
+
+def _same(rows: Any) -> Tensor:
+    assert isinstance(rows, Tensor)
+    return rows
+
+
+class RetrievalJudge:
+    """What each version finds in the index that each version built of its own data set, and with its queries moved.
+
+        C[t, j] = nDCG@10 of the test queries of set j by version t in the index of set j by version j,    j <= t
+
+    Indexes stay as their version built them.  "ndcg@10" searches with the queries as they are, "ndcg@10_compensated"
+    with `QueryDrift.compensate`.
+
+    Args:
+        data: of the run.
+        extract: (version, inputs) -> [N, d] unit embeddings on the CPU.
+        folder: of the run: from the second task on `drift.safetensors` goes into a task's folder, with all steps
+            so far.
+    """
+
+    def __init__(self, data: RetrievalData, extract: Callable[[EmbeddingModel, Tensor], Tensor], folder: Path) -> None:
+        self.data = data
+        self.extract = extract
+        self.folder = folder
+        self.indexes: list[Tensor] = []
+        self.queries: list[list[Tensor]] = []
+        self.drift: QueryDrift | None = None
+        self.last: EmbeddingModel | None = None
+
+    def add(self, t: int, version: EmbeddingModel) -> None:
+        """Version t, in evaluation mode: builds the index of its data set, and measures the drift of its queries."""
+        found = self.data.searched[t]
+        self.indexes.append(self.extract(version, found.documents))
+        self.queries.append([self.extract(version, earlier.queries) for earlier in self.data.searched[: t + 1]])
+        if self.drift is None:
+            self.drift = QueryDrift(self.indexes[0].shape[1])
+        if self.last is not None:
+            new, old = (self.extract(model, found.train_queries) for model in (version, self.last))
+            self.drift.update(new, old, version=t)
+            self.drift.save(self.folder / f"task-{t:02d}" / "drift.safetensors")
+        self.last = version
+
+    def report(self) -> dict[str, Any]:
+        """Plain JSON values: the matrices under "search", and beside them what the last version finds in indexes that
+        it has built anew."""
+        assert self.drift is not None
+        assert self.last is not None
+        size = len(self.indexes)
+        plain, moved = np.full((size, size), np.nan), np.full((size, size), np.nan)
+        for t in range(size):
+            for j, queries in enumerate(self.queries[t]):
+                compensated = self.drift.compensate(queries, from_version=t, to_version=j)
+                for matrix, rows in ((plain, queries), (moved, compensated)):
+                    matrix[t, j] = self.data.searched[j].score(rows, self.indexes[j])
+        anew = [
+            found.score(self.queries[-1][j], self.extract(self.last, found.documents))
+            for j, found in enumerate(self.data.searched)
+        ]
+        return {
+            "sets": [found.name for found in self.data.searched],
+            "search": {METRIC: _entry(plain), f"{METRIC}_compensated": _entry(moved)},
+            f"reindexed_{METRIC}": anew,
+            "explained_fraction": [None, *(_number(self.drift.explained_fraction(t)) for t in range(1, size))],
+        }
+
+
+def _entry(matrix: NDArray[np.float64]) -> dict[str, Any]:
+    rows = [[_number(value) for value in row] for row in matrix.tolist()]
+    return {"matrix": rows, "criteria": Criteria.of(matrix).as_dict()}
+
+
+def _number(value: float) -> float | None:
+    """JSON has no nan."""
+    return None if math.isnan(value) else value
