@@ -6,9 +6,9 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,7 +37,7 @@ from .scenario import train_versions
 from .schedule import Schedule
 from .trainer import Trainer
 
-__all__ = ["train_run"]
+__all__ = ["searches_of", "train_run"]
 
 _WAIT = 10.0  # seconds
 
@@ -52,9 +52,9 @@ def train_run(
 
     In the folder: `run.json` (resolved configuration, fingerprint of the data), a folder for each pre-training and
     each task (`Trainer.fit`), in a task's the folder `model`, which `EmbeddingModel.from_pretrained` reads, and at the
-    end `report.json`, which is returned: under "versions" where each model is, and its fingerprint; under "search", and
-    under "validation" where items were held out, for each protocol what
-    `simplexfix.compatibility.evaluate` says.  Of a retrieval sequence a task's folder has `drift.safetensors`, which
+    end `report.json`, which is returned: under "versions" where each model is, and its fingerprint; under the name of
+    each search, and under "validation" where items were held out, for each protocol what `simplexfix.report.evaluate`
+    returns (`searches_of`).  Of a retrieval sequence a task's folder has `drift.safetensors`, which
     `simplexfix.adapters.QueryDrift` reads, too, and the report is that of `RetrievalJudge`.
 
     Args:
@@ -172,8 +172,13 @@ def pretrain(run: _Run, t: int) -> nn.Module:
     if plan.schedule is None:
         return plan.model.backbone(run.data.inputs)
     assert isinstance(run.data, RunData)
-    method = config.method.pretraining().method(run.slots, "pretraining")
-    items = run.data.pretraining.take((run.data.pretraining.labels < plan.classes).nonzero()[:, 0])
+    if plan.source == "tasks":
+        namespace, classes = "default", run.data.tasks[t - 1].classes
+        items = reduce(Items.joined, [task.items for task in run.data.tasks[:t]])
+    else:
+        namespace, classes = "pretraining", range(plan.classes)
+        items = run.data.pretraining.take((run.data.pretraining.labels < plan.classes).nonzero()[:, 0])
+    method = config.method.pretraining().method(run.slots, namespace)
     schedule = _schedule(plan.schedule, plan.epochs, len(items.labels), plan.schedule.batch)
     stage = f"pretraining-{t:02d}"
     with seeded(mixed_seed(config.seed, t, 10)):
@@ -184,13 +189,14 @@ def pretrain(run: _Run, t: int) -> nn.Module:
         fresh,
         items,
         schedule,
-        classes=range(plan.classes),
+        classes=classes,
         seed=mixed_seed(config.seed, t, 11),
         folder=run.pretraining() / stage,
         on_step=partial(run.watch, f"pre-training for task {t}", stage, schedule),
     )
     model = train() if run.pretraining() == run.folder else _waited_for(train)
-    return model.backbone if config.method.name in LEARNABLE else model  # whose classifier knows other classes
+    foreign = config.method.name in LEARNABLE and plan.source == "apart"  # its classifier is of other classes
+    return model.backbone if foreign else model
 
 
 def fit(
@@ -198,16 +204,11 @@ def fit(
 ) -> Iterator[EmbeddingModel]:
     """The version of each task, as it is done."""
     config, tasks = run.config, run.data.tasks
-    batch = config.schedule.batch
-    schedules = [
-        _schedule(
-            config.schedule,
-            config.tasks.epochs,
-            len(task.items.labels),
-            batch // 2 if remembered is not None and t > 0 else batch,
-        )
-        for t, task in enumerate(tasks)
-    ]
+    schedules = []
+    for t, task in enumerate(tasks):
+        schedule = config.tasks.schedules.get(t, config.schedule)
+        new = schedule.batch // 2 if remembered is not None and t > 0 else schedule.batch
+        schedules.append(_schedule(schedule, config.tasks.epochs, len(task.items.labels), new))
     return train_versions(
         run.trainer(config.method.method(run.slots, "default")),
         tasks,
@@ -295,6 +296,14 @@ class _LabelledJudge:
             versions = [items.version(*pair, prefixes=prefixes) for pair, prefixes in rows]
             report[name] = {protocol: evaluate(versions, protocol=protocol).as_dict() for protocol in self.protocols}
         return report
+
+
+def searches_of(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Of a run's report: search -> protocol -> what `evaluate` returned; "validation" first, where there is one."""
+    searches: dict[str, dict[str, Any]] = {
+        name: entry for name, entry in report.items() if isinstance(entry, dict) and name != "class_names"
+    }
+    return dict(sorted(searches.items(), key=lambda search: search[0] != "validation"))
 
 
 def _waited_for(fit: Callable[[], EmbeddingModel]) -> EmbeddingModel:

@@ -44,9 +44,13 @@ def usable_device(name: str | None) -> str:
 
 def check_batches(config: RunConfig, tasks: int) -> None:
     """Those of all stages can be shared out."""
-    plans = config.tasks.replacements.values()
-    stages = [(config.schedule, False), (config.schedule, tasks > 1 and config.tasks.remembers)]
-    for schedule, remembers in stages + [(plan.schedule, False) for plan in plans if plan.schedule is not None]:
+    plan = config.tasks
+    strangers = sorted(set(plan.schedules) - set(range(tasks)))
+    if strangers:
+        raise ValueError(f"tasks.schedules must be for tasks 0 to {tasks - 1}, got {strangers}")
+    stages = [(plan.schedules.get(t, config.schedule), t > 0 and plan.remembers) for t in range(tasks)]
+    pretrainings = [replacement.schedule for replacement in plan.replacements.values()]
+    for schedule, remembers in stages + [(schedule, False) for schedule in pretrainings if schedule is not None]:
         batch_sizes(schedule.batch, remembers, processes.world(), schedule.accumulate)
 
 
@@ -63,9 +67,10 @@ def check_networks(config: RunConfig, inputs: int, prepared: Tensor) -> None:
     """
     plans = {f"tasks.replacements.{t}.model": plan for t, plan in config.tasks.replacements.items()}
     models = {name: plan.model for name, plan in plans.items()}
-    schedules = {name: [plan.schedule, config.schedule] for name, plan in plans.items()}
+    own = [config.schedule, *config.tasks.schedules.values()]
+    schedules: dict[str, list[Schedule | None]] = {name: [plan.schedule, *own] for name, plan in plans.items()}
     if 0 not in config.tasks.replacements:
-        models, schedules = {"model": config.model, **models}, {"model": [config.schedule], **schedules}
+        models, schedules = {"model": config.model, **models}, {"model": [*own], **schedules}
     method = config.method.method(SlotRegistry(config.method.slots), "default")
     widths: dict[str, int] = {}
     dimensions: dict[str, int] = {}
