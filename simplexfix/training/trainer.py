@@ -184,7 +184,7 @@ class Trainer:
             "method": describe(self.method),
         }
         if old is not None and isinstance(self.method, ReadsOldEmbeddings):
-            facts["preprocessing"] = describe(self.preprocessing)
+            facts["preprocessing"] = describe(self.preprocessing or old.preprocessing)
         if folder is not None:  # the data as well; it takes a moment
             facts["items"] = items.fingerprint()
             facts["memory"] = None if memory is None else memory.fingerprint()
