@@ -80,8 +80,8 @@ class EmbeddingModel(nn.Module):
             prepare: makes inputs of what there is, batch by batch, as `preprocessing` does; None for inputs as they
                 are.
             workers: processes that read a dataset's items ahead; 0 for none.
-            width: None for all dimensions, or of which older version's width the gallery is that is to be searched, one
-                of `prefixes`: the leading dimensions, normalised.  `ModelIdentity.search_width` gives it.
+            width: None for all dimensions; or one of `prefixes`, to search a gallery of that width: the leading
+                dimensions alone, normalised.  `ModelIdentity.search_width` returns it for a gallery's model.
 
         Returns:
             [N, d], or [N, width], on the device of a tensor; of datasets and loaders on the CPU.

@@ -23,6 +23,7 @@ from .config import ConfigError, plain, read_config
 from .resume import check_resumable, read_run_record
 from .run_config import SIMPLEX, RunConfig
 from .samplers import batch_sizes, check_lone_row
+from .schedule import Schedule
 
 __all__ = ["agree_on", "check_batches", "check_networks", "check_slots", "usable_device"]
 

@@ -184,7 +184,7 @@ class Trainer:
             "method": describe(self.method),
         }
         if old is not None and isinstance(self.method, ReadsOldEmbeddings):
-            started_with["preprocessing"] = describe(self.preprocessing)
+            started_with["preprocessing"] = describe(self.preprocessing or old.preprocessing)
         if folder is not None:  # the data as well; it takes a moment
             started_with["items"] = items.fingerprint()
             started_with["memory"] = None if memory is None else memory.fingerprint()

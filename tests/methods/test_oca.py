@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from simplexfix.data import Vectors
 from simplexfix.labelled import LabelledItems
 from simplexfix.methods import OCA, oca_loss
 from simplexfix.models import EmbeddingModel, FeatureMLP, LinearHead, OCAHead, read_identity
@@ -134,7 +135,7 @@ def features(rows: int, classes: int, seed: int = 0) -> Items:
 
 
 def add_noise(inputs: Tensor, generator: torch.Generator) -> Tensor:
-    return inputs + 0.5 * torch.randn(inputs.shape, generator=generator)
+    return inputs.float() + 0.5 * torch.randn(inputs.shape, generator=generator)
 
 
 def remember(version: EmbeddingModel, items: Items, generator: np.random.Generator) -> Tensor:
@@ -176,12 +177,13 @@ def judged(versions: list[EmbeddingModel]) -> list:
 def test_prototypes_are_class_means_by_the_old_version_in_evaluation_mode(versions) -> None:
     old = copy.deepcopy(versions[0])
     items, memory = features(40, 6, seed=3), features(12, 4, seed=4)
-    trainer = Trainer(OCA(embedding_dim=6, extra=3), augment=add_noise)
+    rows, labels = torch.cat([items.inputs, memory.inputs]), torch.cat([items.labels, memory.labels])
+    items, memory = (Items(part.inputs.double(), part.labels) for part in (items, memory))  # no network takes these
+    trainer = Trainer(OCA(embedding_dim=6, extra=3), augment=add_noise, preprocessing=Vectors(12))
     schedule = Schedule(steps=1, learning_rate=1e-9, batch=8)
     made = trainer.fit(old, items, schedule, classes=range(6), seed=0, memory=memory, old=old)
     head = made.head
-    assert (head.embedding_dim, made.prefixes) == (9, (6,))
-    rows, labels = torch.cat([items.inputs, memory.inputs]), torch.cat([items.labels, memory.labels])
+    assert (head.embedding_dim, made.prefixes, made.preprocessing) == (9, (6,), Vectors(12))
     with torch.no_grad():
         embeddings = nn.functional.normalize(old(rows)).double()  # old is in evaluation mode
         expected = torch.stack([embeddings[labels == c].mean(0) for c in range(6)])  # 4 and 5 it never saw
