@@ -303,8 +303,6 @@ def searches_of(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     searches: dict[str, dict[str, Any]] = {
         name: entry for name, entry in report.items() if isinstance(entry, dict) and name != "class_names"
     }
-        name: entry for name, entry in report.items() if isinstance(entry, dict) and name != "class_names"
-    }
     return dict(sorted(searches.items(), key=lambda search: search[0] != "validation"))
 
 
