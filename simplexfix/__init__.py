@@ -35,6 +35,7 @@ _MODULES = (
     "compatibility",
     "data",
     "functional",
+    "gallery",
     "labelled",
     "methods",
     "models",

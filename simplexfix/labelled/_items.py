@@ -104,7 +104,9 @@ class LabelledItems:
         if len(ignored_labels):
             self._ignore(ignored_labels)
 
-    def version(self, query: Rows, gallery: Rows, *, name: str | None = None) -> VersionFeatures:
+    def version(
+        self, query: Rows, gallery: Rows, *, name: str | None = None, fingerprint: str | None = None
+    ) -> VersionFeatures:
         """What one model extracted of these items.
 
         Args:
@@ -113,6 +115,7 @@ class LabelledItems:
                 items are to be there.
             gallery: [N, d], the same.
             name: of the version, for reports and messages.
+            fingerprint: of the model, as `ModelIdentity.fingerprint`: a gate result then says which models it judged.
 
         Raises:
             TypeError, ValueError: features that are not [rows, d] floating numbers, or not one row an item.
@@ -127,7 +130,7 @@ class LabelledItems:
             if len(features) != count:
                 raise ValueError(f"{features.name} has {len(features)} rows, {labels} has shape [{count}]")
             parts.append(features if len(kept) == count else features.take(kept))
-        return VersionFeatures(self, parts[0], parts[1], name)
+        return VersionFeatures(self, parts[0], parts[1], name, fingerprint=fingerprint)
 
     def ignoring(self, labels: Sequence[int | str]) -> LabelledItems:
         """These items without those of the given classes.

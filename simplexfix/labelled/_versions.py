@@ -29,6 +29,7 @@ class VersionFeatures:
         gallery: [N, d], as this model extracted it; N may be 0 where it is one process's shard.
         name: of the version, or None.
         path: the file it is from, or None.
+        fingerprint: of the model, or None where it is unknown.
     """
 
     items: LabelledItems
@@ -36,6 +37,7 @@ class VersionFeatures:
     gallery: FeatureRows
     name: str | None = None
     path: Path | None = None
+    fingerprint: str | None = None
 
     @classmethod
     def load(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,6 +15,7 @@ from ..slots import SlotRegistry
 __all__ = ["ModelIdentity"]
 
 LEARNABLE = "linear"  # the kind of a head whose vectors are its own
+EXTERNAL = "external"  # the kind of a model that this package did not make
 
 
 @dataclass(frozen=True)
@@ -24,12 +27,13 @@ class ModelIdentity:
             embeddings.
         version: its number.
         name: free text.
-        head: "simplex", "orthoplex", "cube", or "linear" for a learnable classifier.
+        head: "simplex", "orthoplex", "cube", "linear" for a learnable classifier, or "external" for a model of others.
         embedding_dim: width of its embeddings.
         num_slots: K of the polytope; None for a learnable classifier.
         slots: which class has which slot: (namespace, first class id, first slot, count, step) of each run of class
             ids, as `SlotRegistry.to_dict` gives them.
         codes_crc32: of a cube, which vertices its slots are.
+        space: fingerprint of the model whose space an adapter maps this model's embeddings to; None: its own.
     """
 
     fingerprint: str
@@ -40,6 +44,7 @@ class ModelIdentity:
     num_slots: int | None = None
     slots: tuple[tuple[str, int, int, int, int], ...] = ()
     codes_crc32: int | None = None
+    space: str | None = None
 
     def __post_init__(self) -> None:
         if check_integer("version", self.version) < 0:
@@ -47,10 +52,61 @@ class ModelIdentity:
         if not isinstance(self.name, str):
             raise TypeError(f"name must be a string, got {type(self.name).__name__}")
 
+    @classmethod
+    def external(
+        cls,
+        name: str,
+        revision: str,
+        dim: int,
+        *,
+        version: int = 0,
+        adapter: str | None = None,
+        space: ModelIdentity | None = None,
+    ) -> ModelIdentity:
+        """The identity of a model that this package did not make, such as a vendor's.
+
+            fingerprint = sha256(json.dumps([name, revision, dim, adapter, space.fingerprint]))
+
+        Args:
+            name: the model's name, as its vendor writes it.
+            revision: release, date or commit: another revision is another model.
+            dim: width of the embeddings, after the adapter where there is one; at least 1.
+            version: the number of this version, 0 or more.
+            adapter: fingerprint of the weights of an adapter behind the model, or None.
+            space: the model to whose space the adapter maps; two models of one space may search each other.
+
+        Raises:
+            TypeError, ValueError: an argument is not as above; or one of adapter and space without the other.
+        """
+        for what, value in (("name", name), ("revision", revision), ("adapter", adapter)):
+            if not isinstance(value, str) and (what != "adapter" or value is not None):
+                raise TypeError(f"{what} must be a string, got {type(value).__name__}")
+            if value is not None and not value:
+                raise ValueError(f"{what} must not be empty: it says which model this is")
+        if space is not None and not isinstance(space, ModelIdentity):
+            raise TypeError(f"space must be a ModelIdentity or None, got {type(space).__name__}")
+        if (adapter is None) != (space is None):
+            raise ValueError(
+                "give adapter and space together: the adapter's fingerprint, and the model to whose space it maps"
+            )
+        if check_integer("dim", dim) < 1:
+            raise ValueError(f"dim must be 1 or more, got {dim}")
+        target = None if space is None else space.space or space.fingerprint
+        facts = json.dumps([name, revision, int(dim), adapter, target])
+        return cls(
+            fingerprint=hashlib.sha256(facts.encode()).hexdigest(),
+            version=version,
+            name=f"{name} {revision}",
+            head=EXTERNAL,
+            embedding_dim=int(dim),
+            space=target,
+        )
+
     def why_not_search(self, gallery: ModelIdentity) -> list[str]:
         """What speaks against queries of this model in a gallery that was written by that one; nothing where it may.
 
-        The same model may.  Another one may where both were made around the same vertices of the same polytope:
+        The same model may, and one whose adapter maps to the same space.  Another one may where both were made around
+        the same vertices of the same polytope:
 
             head, num_slots, embedding_dim (and a cube's codes) are equal,
             every class that both know has the same slot, no slot has two classes,
@@ -69,12 +125,18 @@ class ModelIdentity:
             reasons.append(
                 f"the gallery's embeddings are {gallery.embedding_dim} wide, this model's {self.embedding_dim}"
             )
+        if (self.space or self.fingerprint) == (gallery.space or gallery.fingerprint):
+            return reasons
         if self.head != gallery.head:
             reasons.append(f"the gallery's model has a head of kind {gallery.head!r}, this one {self.head!r}")
         elif self.head == LEARNABLE:
             reasons.append(
                 "both have learnable classifiers, and are not the same model: no fixed vertices say that they share a "
                 "space"
+            )
+        elif self.head == EXTERNAL:
+            reasons.append(
+                f"{self.name} and {gallery.name} are different models, and nothing says that they share a space"
             )
         elif self.num_slots != gallery.num_slots:
             reasons.append(f"the gallery's polytope has {gallery.num_slots} slots, this model's {self.num_slots}")
