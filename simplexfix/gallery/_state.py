@@ -156,8 +156,8 @@ def admit(
     held = state.models.get(model.version)
     if held is not None and held.identity.fingerprint != model.fingerprint:
         raise StrangerError(
-            f"version {model.version} of this gallery is another model, {_named(held.identity)}: give the new one "
-            f"another number, such as {max(state.models) + 1}"
+            f"{_named(held.identity)} of this gallery is another model: give the new one another number, such as "
+            f"{max(state.models) + 1}"
         )
     for other in state.models.values():
         if other.identity.version != model.version and other.identity.fingerprint == model.fingerprint:

@@ -408,7 +408,8 @@ class Gallery:
         """
         rows = self._store.read(None)
         index = CosineIndex(rows.vectors.shape[1] if len(rows.ids) else self.model.embedding_dim)
-        index.add(rows.vectors, rows.ids)
+        if len(rows.ids):
+            index.add(rows.vectors, rows.ids)
         return index
 
     def close(self) -> None:

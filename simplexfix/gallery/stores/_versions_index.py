@@ -71,7 +71,7 @@ class VersionsIndex:
             if include is not None and version not in include:
                 continue
             found = part.search(queries[:, : part.dim], k, None if include is None else include[version])
-            rankings.append((*found, np.full_like(found[1], version)))
+            rankings.append((*found, np.where(found[1] < 0, -1, version)))
         return merge_rankings(rankings, len(queries), k)
 
 

@@ -277,7 +277,7 @@ class FolderStore:
                 _check_held(connection, given)
                 found = connection.execute(
                     f"select {columns} from json_each(?) as given join rows on rows.id = given.value "
-                    "join vectors using (key) order by given.key",
+                    "join vectors on vectors.key = rows.key order by given.key",
                     [given],
                 ).fetchall()
             return StoredRows(
