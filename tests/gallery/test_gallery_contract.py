@@ -384,6 +384,12 @@ def test_a_pause_a_rollback_and_the_end_of_a_loop(gallery: Gallery) -> None:
         gallery.replace(first, vectors(first, 1), model=B)
     assert list(worker) == []
     gallery.admit(B, gate_of(A, B))
+    held = gallery.stale(batch=10)
+    next(held)
+    gallery.rollback()
+    gallery.admit(B, gate_of(A, B))
+    (everything,) = gallery.stale(batch=40)  # the leases of the backfill before are over
+    assert len(everything) == 40
     for batch in gallery.stale(batch=10):  # skips some, and ends all the same
         gallery.replace(batch[:9], vectors(batch[:9], 1), model=B)
     assert gallery.status()["stale"] == 4
@@ -432,6 +438,18 @@ def test_threads_find_every_row_while_others_replace_and_roll_back(gallery: Gall
             reader.join()
     assert not missed
     assert searches[0] > 20
+
+
+def test_a_model_is_checked_again_where_the_rows_are_written(gallery: Gallery, monkeypatch) -> None:
+    """Another process may roll back or retire it between the first check and the transaction."""
+    upgraded(gallery)
+    gallery.rollback()
+    before = facts(gallery)
+    monkeypatch.setattr(Gallery, "_checked", lambda gallery, model, call: model)
+    for call in (gallery.add, gallery.replace):
+        with pytest.raises(StrangerError, match="was rolled back"):
+            call([1], vectors([1], 1), model=B)
+    assert facts(gallery) == before
 
 
 # 6. what cannot be used is refused before anything is sent

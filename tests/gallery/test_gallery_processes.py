@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import signal
 import threading
 import time
@@ -183,6 +184,46 @@ def test_killed_at_any_moment_nothing_acknowledged_is_lost_and_nothing_is_half_d
     assert in_the_middle > KILLS // 3
 
 
+@pytest.mark.parametrize("kind", ["add", "replace", "remove", "rollback", "retire"])
+def test_killed_at_a_statement_of_a_call_it_is_whole_or_not_there(tmp_path, kind: str) -> None:
+    """Of the folder store: at the first statements of each call to SQLite, at the last ones, and at some between."""
+    before = next(at for at, step in enumerate(STEPS) if step[0] == kind)
+    made = tmp_path / "made"
+    with Gallery.create(made, model=A) as gallery:
+        for step in STEPS[:before]:
+            take(gallery, step)
+
+    def call(place: object, last: int) -> Callable[[Callable[[object], None]], None]:
+        def counted(say: Callable[[object], None]) -> None:
+            gallery, statements = Gallery.open(place), 0
+
+            def count(statement: str) -> None:
+                nonlocal statements
+                statements += 1
+                if statements == last:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            gallery._store._writer.now.set_trace_callback(count)
+            take(gallery, STEPS[before])
+            say(statements)
+
+        return counted
+
+    shutil.copytree(made, tmp_path / "whole")
+    (line,), code = Child(call(tmp_path / "whole", 0)).end()
+    assert code == 0
+    number = int(line)
+    between = np.random.default_rng().integers(1, number, size=2).tolist()
+    for last in {1, 2, *between, *range(max(1, number - 4), number + 1)}:
+        place = tmp_path / f"killed-{last}"
+        shutil.copytree(made, place)
+        assert Child(call(place, last)).end() == ([], -signal.SIGKILL)
+        with Gallery.open(place) as gallery:
+            assert is_after(gallery, before), f"killed at statement {last} of {number}"
+            take(gallery, STEPS[before])
+            assert is_after(gallery, before + 1)
+
+
 def test_a_killed_creation_is_made_again(url: str) -> None:
     for attempt in range(KILLS):
         place = f"{url}-{attempt}"
@@ -282,8 +323,14 @@ def test_a_gallery_that_is_open_survives_a_fork(url: str) -> None:
             gallery.add([id_], ALL[0][[id_]], model=A)
             assert gallery.search(ALL[0][[id_]], 1, model=A).ids == id_
 
+    def look_and_use(first: int) -> None:
+        # SQLite's locks are not the child's: it must not even have the files open
+        files = [os.path.realpath(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")]
+        assert not [file for file in files if "gallery.db" in file]
+        use(first)
+
     try:
-        children = [Child(lambda say, first=first: use(first)) for first in (200, 300)]
+        children = [Child(lambda say, first=first: look_and_use(first)) for first in (200, 300)]
         use(400)
     finally:
         stop.set()
@@ -337,11 +384,24 @@ def test_files_that_are_moved_replaced_or_damaged_are_named(tmp_path) -> None:
     gallery.add(range(300), ALL[0][:300], model=A)
     file = place / "gallery.db"
     file.rename(place / "aside")
-    with pytest.raises(StoreError, match=r"cannot add 1 rows: .*No such file.*none of the 1 rows was taken"):
+    with pytest.raises(StoreError, match=r"the gallery in .*photos cannot read the state: .*No such file"):
         gallery.add([300], ALL[0][[300]], model=A)
     (place / "aside").rename(file)
     gallery.add([300], ALL[0][[300]], model=A)
+    gallery.close()  # all is in the file
+    gallery.search(ALL[0][:1], 1, model=A)
+    shutil.copy(file, place / "copy")
+    (place / "copy").rename(file)
+    for call in (
+        lambda: gallery.add([301], ALL[0][[301]], model=A),
+        lambda: gallery.search(ALL[0][:1], 1, model=A),
+        gallery.status,
+    ):
+        with pytest.raises(StoreError, match="was replaced by another file while it was open"):
+            call()
     gallery.close()
+    for name in ("-wal", "-shm"):
+        (place / f"gallery.db{name}").unlink(missing_ok=True)
     content = file.read_bytes()
     for damage, message in (
         (b"x" * len(content), "cannot open the gallery: file is not a database"),

@@ -37,14 +37,16 @@ class Connection:
     @property
     def now(self) -> sqlite3.Connection:
         """The open connection, for the thread that holds `lock`."""
+        found = self.path.stat()  # sqlite3.connect would make a new file
         if self._open is None:
-            found = self.path.stat()  # sqlite3.connect would make a new file
             self._open = sqlite3.connect(
                 self.path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
             )
             self._open.execute("pragma synchronous=full")  # each commit reaches the disk
             self._file = found.st_dev, found.st_ino
             self.opened += 1
+        elif (found.st_dev, found.st_ino) != self._file:  # SQLite reads and writes the deleted file on
+            raise sqlite3.OperationalError(f"{self.path.name} was replaced by another file while it was open")
         return self._open
 
     @contextmanager
@@ -68,9 +70,6 @@ class Connection:
         """
         with self.lock:
             connection = self.now
-            found = self.path.stat()
-            if (found.st_dev, found.st_ino) != self._file:  # what is written to a deleted file is lost
-                raise sqlite3.OperationalError("the file was replaced by another while it was open")
             connection.execute(f"pragma busy_timeout={round(1000 * wait)}")
             connection.execute(f"pragma synchronous={'full' if durable else 'normal'}")
             connection.execute("begin immediate")
@@ -87,6 +86,9 @@ class Connection:
             if self._open is not None:
                 self._open.close()
                 self._open = None
+
+    def __del__(self) -> None:
+        self.close()  # sqlite3's own object waits for the garbage collector, and a fork would carry it over
 
 
 _all: weakref.WeakSet[Connection] = weakref.WeakSet()
