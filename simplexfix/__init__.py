@@ -36,6 +36,7 @@ _MODULES = (
     "compatibility",
     "data",
     "functional",
+    "gallery",
     "labelled",
     "methods",
     "models",

@@ -33,6 +33,7 @@ _EXTRAS = {
 _AFTER_CTRL_C = {
     "demo": "nothing is kept; the same command starts again",
     "evaluate": "no report was written; the same command starts again",
+    "gallery": "every call was done whole or not at all; `backfill` goes on where it was",
     "gate": "there is no verdict; the same command starts again",
     "train": "the same command resumes from the last checkpoint",
 }

@@ -76,9 +76,73 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object, that of report.json")
 
 
+def _gallery(parser: argparse.ArgumentParser) -> None:
+    model = "folder of a model, or .json file of an identity, as ModelIdentity.to_dict() gives it"
+    vectors = ".npz or .safetensors file or folder of .npy files, with vectors [n, d]{}; or a .parquet file"
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+
+    def action(name: str, summary: str) -> argparse.ArgumentParser:
+        added = actions.add_parser(name, help=summary, description=summary)
+        added.add_argument("url", metavar="URL", help="folder of the gallery")
+        added.add_argument("--json", action="store_true", help="print one JSON object")
+        return added
+
+    create = action("create", "Makes an empty gallery, which a model serves.")
+    create.add_argument("--model", type=Path, required=True, help=model)
+    create.add_argument("--threshold", type=float, metavar="T", help="least score of a match (default: none)")
+    create.add_argument("--count-traffic", action="store_true", help="count searches, for backfill --order traffic")
+    add = action("add", "Adds vectors.")
+    add.add_argument("--payload", type=Path, metavar="FILE", help=".json list of objects, one for each vector")
+    search = action("search", "Searches vectors of all versions as one ranking.")
+    search.add_argument("-k", type=int, default=10, help="hits for each query (default: 10)")
+    search.add_argument("--where", metavar="JSON", help='payload keys and their values, as {"shop": [1, 2]}')
+    search.add_argument("--out", type=Path, metavar="FILE", help=".npz file for ids, scores, versions and thresholds")
+    status = action("status", "Says which model serves, and how many rows are of each version.")
+    status.add_argument("--history", action="store_true", help="every admission, backfill, rollback and retirement")
+    admit = action("admit", "Admits a compatible model, which serves from now on.")
+    admit.add_argument("--model", type=Path, required=True, help=model)
+    admit.add_argument("--gate", type=Path, metavar="FILE", help="result of `simplexfix gate --old-model --new-model`")
+    admit.add_argument("--force", metavar="REASON", help="admit it without a passed gate; the history keeps the reason")
+    admit.add_argument(
+        "--threshold",
+        type=_threshold,
+        action="append",
+        default=[],
+        metavar="QUERIES:VECTORS=T",
+        help="of queries of one version on vectors of another, as 1:0=0.35 or 0:1=none; may be repeated",
+    )
+    backfill = action("backfill", "Replaces old vectors by those of a file; any number may run at once.")
+    backfill.add_argument("--order", choices=("random", "traffic"), default="random", help="(default: random)")
+    backfill.add_argument("--batch", type=int, default=256, metavar="N", help="rows at a time (default: 256)")
+    for part, also in ((add, " and ids [n]"), (search, ""), (backfill, " and ids [n]")):
+        part.add_argument("vectors", type=Path, metavar="FILE", help=vectors.format(also))
+        part.add_argument("--model", type=Path, required=True, help=f"which made the vectors: {model}")
+    action("rollback", "Makes the model before serve again, with its vectors.")
+    retire = action("retire", "Deletes the kept vectors of a version for good.")
+    retire.add_argument("version", type=int, metavar="VERSION", help="its number")
+    action("pause", "Ends every backfill after its batch.")
+    action("resume", "Lets backfills run again.")
+
+
+def _threshold(text: str) -> tuple[tuple[int, int], float | None]:
+    try:
+        pair, _, value = text.partition("=")
+        query, _, vectors = pair.partition(":")
+        return (int(query), int(vectors)), None if value == "none" else float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be QUERIES:VECTORS=T, as 1:0=0.35 or 0:1=none, got {text}") from None
+
+
 def _gate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--old", type=Path, required=True, help=f"features by the model in service: {_FEATURES}")
     parser.add_argument("--new", type=Path, required=True, help="features by the model that is to replace it")
+    parser.add_argument(
+        "--old-model",
+        type=Path,
+        metavar="MODEL",
+        help="its folder or identity: `gallery admit` needs both",
+    )
+    parser.add_argument("--new-model", type=Path, metavar="MODEL", help="the same of the model that is to replace it")
     parser.add_argument(
         "--unconstrained", type=Path, help="features by a model trained without compatibility: for the tax"
     )
@@ -163,6 +227,7 @@ VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "demo": ("Trains four versions on handwriting, replaces the model and searches the old galleries.", _demo),
     "doctor": ("Says what is installed, which kernels run on this machine, and why others do not.", _doctor),
     "evaluate": ("Judges model versions by their features and labels alone, and writes a report.", _evaluate),
+    "gallery": ("Keeps a gallery through upgrades of its model: create, search, admit, backfill, roll back.", _gallery),
     "gate": ("Judges an upgrade by rules: exit code 0 if it passes, 1 if a rule fails, 2 on bad input.", _gate),
     "runs": ("Lists the runs in a folder: how far each is, its scores, and how configurations differ.", _runs),
     "train": ("Trains the versions of a configuration, or resumes them, and judges them.", _train),

@@ -11,7 +11,7 @@ import argparse
 import json
 import os
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from .._text import printable
 from ..compatibility import DEFAULT_RULES, GateResult, Outcome, Rule, upgrade_gate
 from ..labelled import RelevanceJudgements, VersionFeatures
 from ..retrieval.protocols import PROTOCOLS, read_protocol
+from ._models import read_model
 from ._terminal import in_flags
 
 PASSED, FAILED, BAD_INPUT = 0, 1, 2
@@ -63,6 +64,10 @@ def _judge(arguments: argparse.Namespace) -> GateResult:
     )
     assert old is not None
     assert new is not None
+    if arguments.old_model is not None:
+        old = replace(old, fingerprint=read_model(arguments.old_model).fingerprint)
+    if arguments.new_model is not None:
+        new = replace(new, fingerprint=read_model(arguments.new_model).fingerprint)
     return upgrade_gate(
         old,
         new,

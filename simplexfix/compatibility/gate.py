@@ -169,6 +169,7 @@ class GateResult:
         bit_equal: of the old version and the new one, queries that have a gallery row of the same bits and no id that
             says so: most likely they find themselves.
         excluded: gallery items that are a query themselves, by their ids, and were left out of its search.
+        fingerprints: of the old model and of the new one, as their features had them; None where unknown.
     """
 
     outcomes: tuple[Outcome, ...]
@@ -180,6 +181,7 @@ class GateResult:
     unjudged: int | None
     bit_equal: tuple[int, int]
     excluded: int
+    fingerprints: tuple[str | None, str | None] = (None, None)
 
     @property
     def passed(self) -> bool:
@@ -197,8 +199,37 @@ class GateResult:
             "queries_without_judgement": self.unjudged,
             "queries_in_gallery": {"left_out_by_id": self.excluded, "bit_equal": list(self.bit_equal)},
             "scores": dict(self.scores),
+            "fingerprints": list(self.fingerprints),
             "rules": [outcome.as_dict() for outcome in self.outcomes],
         }
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> GateResult:
+        """The result that `as_dict` described.
+
+        Raises:
+            ValueError: a key is missing or unknown, or a verdict is not what the numbers beside it say.
+        """
+        try:
+            outcomes = tuple(_outcome(entry) for entry in saved["rules"])
+            found = saved["queries_in_gallery"]
+            bit_equal, fingerprints = (tuple(pair) for pair in (found["bit_equal"], saved["fingerprints"]))
+            result = cls(
+                outcomes=outcomes,
+                scores=dict(saved["scores"]),
+                protocol=saved["protocol"],
+                queries=saved["queries"],
+                gallery=saved["gallery"],
+                absent=saved["queries_of_classes_not_in_gallery"],
+                bit_equal=(bit_equal[0], bit_equal[1]),
+                excluded=found["left_out_by_id"],
+                fingerprints=(fingerprints[0], fingerprints[1]),
+            )
+        except (KeyError, IndexError, TypeError) as error:
+            raise ValueError(f"this is no result of the upgrade gate: {error!r}; `gate --out` writes one") from None
+        if not outcomes or result.passed != saved["passed"]:
+            raise ValueError("the gate's verdict is not what its rules say: the result was changed; run the gate again")
+        return result
 
 
 def upgrade_gate(
@@ -277,7 +308,14 @@ def upgrade_gate(
         unjudged=None if items.judgements is None else items.given[0] - len(items.query_rows),
         bit_equal=(versions["old"].bit_equal, versions["new"].bit_equal),
         excluded=int((items.excluded >= 0).sum()),
+        fingerprints=(versions["old"].fingerprint, versions["new"].fingerprint),
     )
+
+
+def _outcome(entry: Mapping[str, Any]) -> Outcome:
+    """The outcome that its `as_dict` described; the texts are derived again."""
+    values = {key: value for key, value in entry.items() if key not in ("measured", "demand", "verdict")}
+    return Outcome(**{**values, "rule": Rule(**values["rule"])})
 
 
 def _compared(rule: Rule, value: float, low: float, high: float) -> float:

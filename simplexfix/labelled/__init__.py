@@ -1,7 +1,7 @@
 """One door for labelled features: items, what each version extracted of them, and the files these are kept in."""
 
 from ._columns import Ids, Rows, read_features, read_hits, read_ids, read_integers, read_query_scores
-from ._files import FeatureFileError, find_versions, is_version, load_rows
+from ._files import FeatureFileError, find_versions, is_version, load_rows, load_vectors
 from ._items import GalleryClasses, LabelledItems
 from ._judgements import RelevanceJudgements
 from ._rows import FeatureRows, row_slices, row_squares, to_float32, unit_rows
@@ -22,6 +22,7 @@ __all__ = [
     "ignoring",
     "is_version",
     "load_rows",
+    "load_vectors",
     "read_features",
     "read_hits",
     "read_ids",

@@ -10,7 +10,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,12 +19,25 @@ from torch import Tensor
 from ._columns import read_ids
 from ._rows import FeatureRows
 
-__all__ = ["FeatureFileError", "find_versions", "is_version", "load_rows", "read_arrays"]
+__all__ = ["FeatureFileError", "find_versions", "is_version", "load_rows", "load_vectors", "read_arrays"]
 
 REQUIRED = ("query", "gallery", "query_labels", "gallery_labels")
-JUDGED = ("query", "gallery", "query_ids", "gallery_ids")  # required where judgements take the place of labels
 KEYS = (*REQUIRED, "query_ids", "gallery_ids", "query_groups", "prefixes")
 PARTS = ("query", "gallery")
+
+
+class _Form(NamedTuple):
+    """The arrays of a kind of file."""
+
+    what: str
+    required: tuple[str, ...]
+    keys: tuple[str, ...]
+
+
+VERSION = _Form("a version", REQUIRED, KEYS)
+# where judgements take the place of labels
+JUDGED = _Form("a version", ("query", "gallery", "query_ids", "gallery_ids"), KEYS)
+_VECTORS = _Form("a file of vectors", ("vectors",), ("vectors", "ids"))
 # columns of .parquet, and the end of the key that each stands for
 _COLUMNS = {"label": "labels", "item_id": "ids", "group": "groups"}
 _SPLIT, _VECTOR = "split", "embedding"
@@ -39,26 +52,26 @@ class FeatureFileError(ValueError):
     """A feature file is damaged, or what it holds is not features and labels; the message names file and array."""
 
 
-def read_arrays(path: Path, required: Sequence[str] = REQUIRED) -> Mapping[str, Any]:
+def read_arrays(path: Path, form: _Form = VERSION) -> Mapping[str, Any]:
     """The arrays of a version's file by their keys, unchecked; those of `.npy` are read-only maps.
 
     Args:
-        required: keys that must be there.
+        form: `VERSION`, or `JUDGED` for one without labels.
 
     Raises:
         OSError, FeatureFileError, ModuleNotFoundError: as `VersionFeatures.load`.
     """
     try:
         if path.is_dir() and not any((path / f"{part}.parquet").is_file() for part in PARTS):
-            arrays: Mapping[str, Any] = _read_folder(path, required)
+            arrays: Mapping[str, Any] = _read_folder(path, form)
         elif path.is_dir() and any((path / f"{key}.npy").is_file() for key in REQUIRED):
             raise FeatureFileError(f"{path} holds .npy and .parquet files: keep one of the two forms in a folder")
         elif path.is_dir() or path.suffix == ".parquet":
-            arrays = _read_parquet(path, required)
+            arrays = _read_parquet(path, form.required)
         elif path.suffix == ".npz":
-            arrays = _read_npz(path, required)
+            arrays = _read_npz(path, form)
         elif path.suffix == ".safetensors":
-            arrays = _read_safetensors(path, required)
+            arrays = _read_safetensors(path, form)
         else:
             path.stat()  # a file that is not there is said to be so, whatever its name
             raise FeatureFileError(
@@ -93,6 +106,46 @@ def load_rows(folder: Path, name: str) -> tuple[FeatureRows, NDArray[np.int64]]:
         return rows, read_ids(names[1], arrays[1], name, len(rows))
     except (TypeError, ValueError) as error:
         raise FeatureFileError(f"{folder}: {error}") from None
+
+
+def load_vectors(path: str | os.PathLike[str]) -> tuple[FeatureRows, NDArray[np.int64] | None]:
+    """Vectors [n, d] and their ids [n], None where there are none, of a file for a gallery: docs/formats.md.
+
+    Args:
+        path: an `.npz` file, a folder of `.npy` files or a `.safetensors` file with `vectors` and `ids`, or a
+            `.parquet` file with a column of vectors and one called `item_id`.
+
+    Raises:
+        OSError, FeatureFileError, ModuleNotFoundError: as `VersionFeatures.load`.
+    """
+    path = Path(path)
+    arrays: Mapping[str, Any]
+    try:
+        if path.is_dir():
+            arrays = _read_folder(path, _VECTORS)
+        elif path.suffix == ".parquet":
+            path.stat()
+            table = _read_table(path)
+            arrays = {"vectors": table[_vector_column(path, "it", table)]}
+            if "item_id" in table.column_names:
+                arrays["ids"] = table["item_id"]
+        elif path.suffix == ".npz":
+            arrays = _read_npz(path, _VECTORS)
+        elif path.suffix == ".safetensors":
+            arrays = _read_safetensors(path, _VECTORS)
+        else:
+            path.stat()
+            raise FeatureFileError(f"{path} must be an .npz, .safetensors or .parquet file or a folder of .npy files")
+    except FeatureFileError:
+        raise
+    except _DAMAGED as error:
+        raise _damaged(path, error) from error
+    try:
+        rows = FeatureRows(f"{path}: vectors", arrays["vectors"])
+        ids = None if "ids" not in arrays else read_ids("ids", arrays["ids"], "vectors", len(rows), unique=True)
+    except (TypeError, ValueError) as error:
+        raise FeatureFileError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
+    return rows, ids
 
 
 def find_versions(folder: str | os.PathLike[str]) -> list[Path]:
@@ -140,13 +193,13 @@ def _natural(path: Path) -> list[tuple[bool, int, str]]:
     return [(piece.isdecimal(), int(piece) if piece.isdecimal() else 0, piece.lstrip("0123456789")) for piece in pieces]
 
 
-def _check_complete(path: Path, required: Sequence[str], keys: Iterable[str], held: Iterable[str]) -> None:
+def _check_complete(path: Path, form: _Form, keys: Iterable[str], held: Iterable[str]) -> None:
     found = set(keys)
-    missing = [key for key in required if key not in found]
+    missing = [key for key in form.required if key not in found]
     if missing:
         raise FeatureFileError(
             f"{path}: no {', '.join(missing)}; it holds {_listed(held)}; "
-            f"a version needs the arrays {', '.join(required)}"
+            f"{form.what} needs the arrays {', '.join(form.required)}"
         )
 
 
@@ -155,10 +208,11 @@ def _listed(names: Iterable[str]) -> str:
     return (", ".join(ordered[:12]) + (", ..." if len(ordered) > 12 else "")) or "nothing"
 
 
-def _read_folder(path: Path, required: Sequence[str]) -> dict[str, NDArray[Any]]:
+def _read_folder(path: Path, form: _Form) -> dict[str, NDArray[Any]]:
     held = {entry.name.removesuffix(".npy") for entry in path.iterdir()}
-    _check_complete(path, required, (key for key in KEYS if (path / f"{key}.npy").is_file()), held)
-    return {key: _map_array(path, key) for key in KEYS if (path / f"{key}.npy").is_file()}
+    keys = [key for key in form.keys if (path / f"{key}.npy").is_file()]
+    _check_complete(path, form, keys, held)
+    return {key: _map_array(path, key) for key in keys}
 
 
 def _map_array(folder: Path, key: str) -> NDArray[Any]:
@@ -176,13 +230,13 @@ def _map_array(folder: Path, key: str) -> NDArray[Any]:
         raise _damaged(file, error) from error
 
 
-def _read_npz(path: Path, required: Sequence[str]) -> dict[str, NDArray[Any]]:
+def _read_npz(path: Path, form: _Form) -> dict[str, NDArray[Any]]:
     arrays = {}
     with zipfile.ZipFile(path) as archive:
         held = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-        _check_complete(path, required, held, held)
+        _check_complete(path, form, held, held)
         for key, info in held.items():
-            if key not in KEYS:
+            if key not in form.keys:
                 continue
             with archive.open(info) as member:
                 shape, _, dtype = _read_header(member)
@@ -218,15 +272,15 @@ def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]
     raise ValueError(f"an array of .npy version {version}, which plain arrays never have")
 
 
-def _read_safetensors(path: Path, required: Sequence[str]) -> dict[str, Tensor]:
+def _read_safetensors(path: Path, form: _Form) -> dict[str, Tensor]:
     from safetensors import SafetensorError, safe_open
 
     path.stat()
     try:
         with safe_open(path, framework="pt") as file:
             held = list(file.keys())
-            _check_complete(path, required, held, held)
-            return {key: file.get_tensor(key) for key in held if key in KEYS}
+            _check_complete(path, form, held, held)
+            return {key: file.get_tensor(key) for key in held if key in form.keys}
     except SafetensorError as error:
         raise ValueError(str(error)) from error
 

@@ -171,7 +171,15 @@ class LabelledItems:
     def gallery_labels(self) -> NDArray[np.int64]:
         return self._labels(self._gallery_labels)
 
-    def version(self, query: Rows, gallery: Rows, *, name: str | None = None, prefixes: Ids = ()) -> VersionFeatures:
+    def version(
+        self,
+        query: Rows,
+        gallery: Rows,
+        *,
+        name: str | None = None,
+        prefixes: Ids = (),
+        fingerprint: str | None = None,
+    ) -> VersionFeatures:
         """What one model extracted of these items.
 
         Args:
@@ -182,6 +190,7 @@ class LabelledItems:
             name: of the version, for reports and messages.
             prefixes: widths, below d, of older versions whose galleries the leading dimensions of this version's
                 queries were trained to search, normalised again: `EmbeddingModel.prefixes`.
+            fingerprint: of the model, as `ModelIdentity.fingerprint`: a gate result then says which models it judged.
 
         Raises:
             TypeError, ValueError: features that are not [rows, d] floating numbers, or not one row an item; prefixes
@@ -199,7 +208,7 @@ class LabelledItems:
                 raise ValueError(f"{features.name} has {len(features)} rows, {part}_{column} has shape [{count}]")
             parts.append(features if len(kept) == count else features.take(kept))
         widths = read_prefixes(prefixes, parts[0].width)
-        return VersionFeatures(self, parts[0], parts[1], name, prefixes=widths)
+        return VersionFeatures(self, parts[0], parts[1], name, prefixes=widths, fingerprint=fingerprint)
 
     def ignoring(self, labels: Sequence[int | str]) -> LabelledItems:
         """These items without those of the given classes.

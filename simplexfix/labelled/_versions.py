@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from .._checks import check_name
 from ._columns import Ids, read_integers
-from ._files import JUDGED, REQUIRED, FeatureFileError, read_arrays
+from ._files import JUDGED, VERSION, FeatureFileError, read_arrays
 from ._items import LabelledItems
 from ._judgements import RelevanceJudgements
 from ._rows import FeatureRows
@@ -32,6 +32,7 @@ class VersionFeatures:
         name: of the version, or None.
         path: the file it is from, or None.
         prefixes: widths of older versions whose galleries the leading dimensions of these queries search, ascending.
+        fingerprint: of the model, or None where it is unknown.
     """
 
     items: LabelledItems
@@ -40,6 +41,7 @@ class VersionFeatures:
     name: str | None = None
     path: Path | None = None
     prefixes: tuple[int, ...] = ()
+    fingerprint: str | None = None
 
     @classmethod
     def load(
@@ -68,7 +70,7 @@ class VersionFeatures:
             ModuleNotFoundError: the package for `.safetensors`, or pyarrow for `.parquet`, is not installed.
         """
         path = Path(path)
-        arrays = read_arrays(path, REQUIRED if judgements is None else JUDGED)
+        arrays = read_arrays(path, VERSION if judgements is None else JUDGED)
         try:
             if judgements is None:
                 items = LabelledItems(

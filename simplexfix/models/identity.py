@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,6 +18,7 @@ LEARNABLE = ("linear", "neighbours")  # kinds of heads without fixed vertices
 OCA = "oca"  # the kind of `OCAHead`
 FEATURES = "features"  # the kind of one without a classifier
 _SHOWN = 12  # digits of a fingerprint in a message
+EXTERNAL = "external"  # the kind of a model that this package did not make
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class ModelIdentity:
         version: its number.
         name: free text.
         head: "simplex", "orthoplex", "cube"; "linear" or "neighbours" for a learnable classifier; "oca" for `OCAHead`;
-            "features" for none.
+            "features" for none; "external" for a model of others.
         embedding_dim: width of its embeddings.
         num_slots: K of the polytope; None without one.
         slots: which class has which slot: (namespace, first class id, first slot, count, step) of each run of class
@@ -36,6 +39,7 @@ class ModelIdentity:
         codes_crc32: of a cube, which vertices its slots are.
         ancestors: (fingerprint, width) of each older version, oldest first, whose gallery so many leading dimensions of
             this model's queries search.
+        space: fingerprint of the model whose space an adapter maps this model's embeddings to; None: its own.
     """
 
     fingerprint: str
@@ -47,6 +51,7 @@ class ModelIdentity:
     slots: tuple[tuple[str, int, int, int, int], ...] = ()
     codes_crc32: int | None = None
     ancestors: tuple[tuple[str, int], ...] = ()
+    space: str | None = None
 
     def __post_init__(self) -> None:
         if check_integer("version", self.version) < 0:
@@ -54,11 +59,62 @@ class ModelIdentity:
         if not isinstance(self.name, str):
             raise TypeError(f"name must be a string, got {type(self.name).__name__}")
 
+    @classmethod
+    def external(
+        cls,
+        name: str,
+        revision: str,
+        dim: int,
+        *,
+        version: int = 0,
+        adapter: str | None = None,
+        space: ModelIdentity | None = None,
+    ) -> ModelIdentity:
+        """The identity of a model that this package did not make, such as a vendor's.
+
+            fingerprint = sha256(json.dumps([name, revision, dim, adapter, space.fingerprint]))
+
+        Args:
+            name: the model's name, as its vendor writes it.
+            revision: release, date or commit: another revision is another model.
+            dim: width of the embeddings, after the adapter where there is one; at least 1.
+            version: the number of this version, 0 or more.
+            adapter: fingerprint of the weights of an adapter behind the model, or None.
+            space: the model to whose space the adapter maps; two models of one space may search each other.
+
+        Raises:
+            TypeError, ValueError: an argument is not as above; or one of adapter and space without the other.
+        """
+        for what, value in (("name", name), ("revision", revision), ("adapter", adapter)):
+            if not isinstance(value, str) and (what != "adapter" or value is not None):
+                raise TypeError(f"{what} must be a string, got {type(value).__name__}")
+            if value is not None and not value:
+                raise ValueError(f"{what} must not be empty: it says which model this is")
+        if space is not None and not isinstance(space, ModelIdentity):
+            raise TypeError(f"space must be a ModelIdentity or None, got {type(space).__name__}")
+        if (adapter is None) != (space is None):
+            raise ValueError(
+                "give adapter and space together: the adapter's fingerprint, and the model to whose space it maps"
+            )
+        if check_integer("dim", dim) < 1:
+            raise ValueError(f"dim must be 1 or more, got {dim}")
+        target = None if space is None else space.space or space.fingerprint
+        facts = json.dumps([name, revision, int(dim), adapter, target])
+        return cls(
+            fingerprint=hashlib.sha256(facts.encode()).hexdigest(),
+            version=version,
+            name=f"{name} {revision}",
+            head=EXTERNAL,
+            embedding_dim=int(dim),
+            space=target,
+        )
+
     def why_not_search(self, gallery: ModelIdentity) -> list[str]:
         """What speaks against queries of this model in a gallery that was written by that one; nothing where it may.
 
-        The same model may, and so may one that has the gallery's model among its `ancestors`, with a prefix of its
-        queries (`search_width`).  Another one may where both were made around the same vertices of the same polytope:
+        The same model may, and one whose adapter maps to the same space.  So may one that has the gallery's model among
+        its `ancestors`, with a prefix of its queries (`search_width`).  Another one may where both were made around the
+        same vertices of the same polytope:
 
             head, num_slots, embedding_dim (and a cube's codes) are equal,
             every class that both know has the same slot, no slot has two classes,
@@ -72,13 +128,16 @@ class ModelIdentity:
         """
         if self.fingerprint == gallery.fingerprint:
             return []
-        if OCA in (self.head, gallery.head):
+        same_space = (self.space or self.fingerprint) == (gallery.space or gallery.fingerprint)
+        if OCA in (self.head, gallery.head) and not same_space:
             return self._why_no_prefix(gallery)
         reasons = []
         if self.embedding_dim != gallery.embedding_dim:
             reasons.append(
                 f"the gallery's embeddings are {gallery.embedding_dim} wide, this model's {self.embedding_dim}"
             )
+        if same_space:
+            return reasons
         if self.head != gallery.head:
             reasons.append(f"the gallery's model has a head of kind {gallery.head!r}, this one {self.head!r}")
         elif self.head in LEARNABLE:
@@ -91,6 +150,10 @@ class ModelIdentity:
                 "neither has a classifier, and they are not the same model: no fixed vertices say that they share a "
                 "space; simplexfix.adapters.QueryDrift moves queries of a fine-tuned encoder to the space of the one "
                 "before"
+            )
+        elif self.head == EXTERNAL:
+            reasons.append(
+                f"{self.name} and {gallery.name} are different models, and nothing says that they share a space"
             )
         elif self.num_slots != gallery.num_slots:
             reasons.append(f"the gallery's polytope has {gallery.num_slots} slots, this model's {self.num_slots}")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from simplexfix.compatibility import Rule, exact_interval, upgrade_gate
+from simplexfix.compatibility import GateResult, Rule, exact_interval, upgrade_gate
 from simplexfix.labelled import LabelledItems, VersionFeatures
 from simplexfix.retrieval import PROTOCOLS
 
@@ -55,6 +56,30 @@ def test_default_rule() -> None:
     assert result.passed
     assert outcome.margin == outcome.low
     assert outcome.verdict == "passed"
+
+
+def test_a_result_says_which_models_it_judged_and_comes_back_from_json() -> None:
+    items = LabelledItems(LABELS, GALLERY_LABELS)
+    sides = [version(right, LABELS, seed=seed, items=items) for seed, right in enumerate((OLD, NEW))]
+    named = [replace(side, fingerprint=text) for side, text in zip(sides, ("aa", "bb"), strict=True)]
+    result = upgrade_gate(*named, [Rule("ecc", confidence=0.95), Rule("max_nfr", 0.01, group="*")])
+    assert result.fingerprints == ("aa", "bb")
+    assert upgrade_gate(sides[0], named[1]).fingerprints == (None, "bb")
+    made = items.version(sides[0].query.rows, sides[0].gallery.rows, fingerprint="cc")
+    assert upgrade_gate(made, named[1]).fingerprints == ("cc", "bb")
+    saved = json.loads(json.dumps(result.as_dict()))
+    assert GateResult.from_dict(saved) == result
+    assert GateResult.from_dict(saved).as_dict() == result.as_dict()
+    for change, message in (
+        ({"passed": True}, "the gate's verdict is not what its rules say: the result was changed"),
+        ({"rules": []}, "the gate's verdict is not what its rules say"),
+        ({"rules": [{"rule": {"kind": "ecc"}}]}, "this is no result of the upgrade gate: TypeError"),
+        ({"fingerprints": ["aa"]}, "this is no result of the upgrade gate: IndexError"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            GateResult.from_dict({**saved, **change})
+    with pytest.raises(ValueError, match=r"no result of the upgrade gate: KeyError\('rules'\); `gate --out` wr"):
+        GateResult.from_dict({})
 
 
 def test_each_rule_at_its_limit() -> None:

@@ -609,3 +609,50 @@ def test_cubes_and_learnable_classifiers() -> None:
         first, second = (EmbeddingModel(FeatureMLP(8), make()) for _ in range(2))
         assert "no fixed vertices say that they share a space" in second.identity().why_not_search(first.identity())[0]
         assert first.identity().why_not_search(first.identity(version=2)) == []
+
+
+def test_models_of_others_are_known_by_name_revision_and_adapter() -> None:
+    first = ModelIdentity.external("vendor/embed", "2024-01", 384)
+    newer = ModelIdentity.external("vendor/embed", "2025-03", 512, version=1)
+    assert ModelIdentity.external("vendor/embed", "2024-01", 384, version=5).fingerprint == first.fingerprint
+    others = [("vendor/embed", "2024-02", 384), ("vendor/embed2", "2024-01", 384), ("vendor/embed", "2024-01", 385)]
+    assert len({first.fingerprint, *(ModelIdentity.external(*facts).fingerprint for facts in others)}) == 4
+    assert newer.why_not_search(first) == [
+        "the gallery's embeddings are 384 wide, this model's 512",
+        "vendor/embed 2025-03 and vendor/embed 2024-01 are different models, and nothing says that they share a space",
+    ]
+    adapted = ModelIdentity.external("vendor/embed", "2025-03", 384, version=1, adapter="5eed", space=first)
+    again = ModelIdentity.external("vendor/embed", "2026-01", 384, version=2, adapter="f00d", space=adapted)
+    for one in (first, adapted, again):
+        assert all(one.why_not_search(other) == [] for other in (first, adapted, again))
+        assert ModelIdentity.from_dict(json.loads(json.dumps(one.to_dict()))) == one
+    assert adapted.fingerprint != newer.fingerprint
+    # into the space of a model of this package
+    ours = model_on(grown(default=range(4)))
+    queries = ModelIdentity.external("vendor/embed", "2025-03", 33, adapter="5eed", space=ours)
+    assert queries.why_not_search(ours) == ours.why_not_search(queries) == []
+    assert "kind 'simplex', this one 'external'" in first.why_not_search(ours)[1]
+    # an identity that was saved before there were spaces
+    saved = ours.to_dict()
+    del saved["space"]
+    assert ModelIdentity.from_dict(saved) == ours
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "message"),
+    [
+        ({"name": ""}, ValueError, "name must not be empty"),
+        ({"revision": 3}, TypeError, "revision must be a string, got int"),
+        ({"dim": 0}, ValueError, "dim must be 1 or more, got 0"),
+        ({"dim": 1.5}, TypeError, "dim must be an integer, got float"),
+        ({"version": -1}, ValueError, "version must be 0 or more, got -1"),
+        ({"adapter": "5eed"}, ValueError, "give adapter and space together"),
+        ({"space": ModelIdentity.external("a", "1", 8)}, ValueError, "give adapter and space together"),
+        ({"adapter": "5eed", "space": "a"}, TypeError, "space must be a ModelIdentity or None, got str"),
+        ({"adapter": b"5eed"}, TypeError, "adapter must be a string, got bytes"),
+    ],
+)
+def test_bad_facts_of_a_model_of_others(changes, kind, message: str) -> None:
+    facts = {"name": "vendor/embed", "revision": "1", "dim": 8, **changes}
+    with pytest.raises(kind, match=message):
+        ModelIdentity.external(facts.pop("name"), facts.pop("revision"), facts.pop("dim"), **facts)

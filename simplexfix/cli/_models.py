@@ -1,0 +1,29 @@
+"""Identities of models, as a command line names them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from .._files import read_text
+from ..models import ModelIdentity, read_identity
+
+__all__ = ["read_model"]
+
+
+def read_model(path: Path) -> ModelIdentity:
+    """The identity of a model's folder, or the one in a `.json` file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it holds no model or identity.
+    """
+    if path.is_dir():
+        return read_identity(path)
+    try:
+        return ModelIdentity.from_dict(json.loads(read_text(path)))
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is neither the folder of a model nor a JSON file of an identity, as ModelIdentity.to_dict() "
+            f"gives it: {error}"
+        ) from None

@@ -1,0 +1,119 @@
+"""What callers give a gallery, checked before anything is sent to a store."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..labelled import FeatureRows, Ids, Rows, read_ids, read_integers
+from ..models import ModelIdentity
+
+__all__ = ["Payload", "Where", "read_new_ids", "read_payload", "read_vectors", "read_where"]
+
+Payload: TypeAlias = "Sequence[Mapping[str, Any] | None] | Mapping[str, Sequence[Any]] | Any"
+_Plain: TypeAlias = "str | int | float | bool | None"
+Where: TypeAlias = "Mapping[str, _Plain | Sequence[_Plain]]"
+
+RESERVED = ("id", "vector", "version")  # columns of stores
+_LARGEST_ID = 2**63 - 2
+
+
+def read_vectors(name: str, vectors: Rows, model: ModelIdentity) -> NDArray[np.float32]:
+    """[n, d] finite float32, d as the model makes them."""
+    rows = FeatureRows(name, vectors)
+    if rows.width != model.embedding_dim:
+        raise ValueError(
+            f"{name} must have {model.embedding_dim} columns, as version {model.version} makes them, got {rows.width}"
+        )
+    found = rows.whole().cpu().numpy()
+    return np.ascontiguousarray(found)
+
+
+def read_new_ids(name: str, ids: Ids, count: int | None = None) -> NDArray[np.int64]:
+    """[n] int64, each once; `count` of them where it is given."""
+    array = read_ids(name, ids, "vectors", len(read_integers(name, ids)) if count is None else count, unique=True)
+    if len(array) and (array.min() < 0 or array.max() > _LARGEST_ID):
+        bad = array.min() if array.min() < 0 else array.max()
+        raise ValueError(f"{name} must lie between 0 and 2^63 - 2, got {bad}")
+    return array
+
+
+def read_payload(payload: Payload | None, count: int) -> list[str] | None:
+    """One JSON object a row, as text; None where there is none.
+
+    Raises:
+        TypeError: neither a sequence of mappings nor a table of columns.
+        ValueError: another number of rows; by row and key: a name that is reserved or no text, a value that JSON lacks.
+    """
+    if payload is None:
+        return None
+    objects = _objects(payload, count)
+    if len(objects) != count:
+        raise ValueError(f"vectors has {count} rows, payload has {len(objects)}")
+    texts = []
+    for row, entry in enumerate(objects):
+        if entry is not None and not isinstance(entry, Mapping):
+            raise TypeError(f"payload row {row} must be a mapping or None, got {type(entry).__name__}")
+        entry = dict(entry or {})
+        for key in entry:
+            if not isinstance(key, str):
+                raise TypeError(f"payload row {row} has the key {key!r}, keys must be strings")
+            if key in RESERVED:
+                raise ValueError(f"payload row {row} has the key {key!r}, which the gallery itself uses: rename it")
+        try:
+            texts.append(json.dumps(entry, ensure_ascii=False, allow_nan=False, separators=(",", ":")))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"payload row {row} is no JSON object: {error}") from None
+    return texts
+
+
+def read_where(where: Where | None) -> dict[str, tuple[str | int | float | bool | None, ...]] | None:
+    """Key -> the values that it may have.
+
+    Raises:
+        TypeError: not a mapping of plain values, or of sequences of them.
+        ValueError: a name that cannot be asked for.
+    """
+    if where is None:
+        return None
+    if not isinstance(where, Mapping):
+        raise TypeError(f'where must be a mapping, such as {{"shop": 3}}, got {type(where).__name__}')
+    conditions = {}
+    for key, wanted in where.items():
+        if not isinstance(key, str) or '"' in key or "\\" in key:
+            raise ValueError(f'where must have names without " and \\ as keys, got {key!r}')
+        values = tuple(wanted) if isinstance(wanted, (list, tuple, set, frozenset)) else (wanted,)
+        for value in values:
+            if value is not None and not isinstance(value, (str, int, float)):
+                raise TypeError(
+                    f"where[{key!r}] must be a string, a number, a bool or None, or a list of them, got "
+                    f"{type(value).__name__}"
+                )
+        conditions[key] = values
+    return conditions
+
+
+def _objects(payload: Any, count: int) -> Sequence[Any]:
+    if hasattr(payload, "to_pylist"):  # pyarrow
+        return payload.to_pylist()  # type: ignore[no-any-return]
+    if hasattr(payload, "columns") and hasattr(payload, "to_dict"):  # pandas
+        names = [str(name) for name in payload.columns]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"payload has two columns {twice!r}")
+        payload = {name: payload.iloc[:, at].tolist() for at, name in enumerate(names)}
+    if isinstance(payload, Mapping):
+        columns = {
+            key: column.tolist() if hasattr(column, "tolist") else list(column) for key, column in payload.items()
+        }
+        for key, column in columns.items():
+            if len(column) != count:
+                raise ValueError(f"vectors has {count} rows, column {key!r} of payload has {len(column)}")
+        return [{key: column[row] for key, column in columns.items()} for row in range(count)]
+    if isinstance(payload, (str, bytes)) or not isinstance(payload, Sequence):
+        raise TypeError(f"payload must be a list of mappings, or a mapping of columns, got {type(payload).__name__}")
+    return payload

@@ -1,0 +1,132 @@
+"""What a store of a gallery does.  Identity, thresholds and input are checked before; `Gallery` is the only caller."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .._state import Change, State
+
+__all__ = ["Counts", "Store", "StoreError", "StoredRows"]
+
+
+class StoreError(RuntimeError):
+    """A store failed, is damaged, or is not there; the message names it, and the rows that it did not take."""
+
+
+@dataclass(frozen=True, eq=False)
+class StoredRows:
+    """Rows of a gallery.
+
+    Attributes:
+        ids: [n] int64.
+        versions: [n] int64, of the model that made each vector.
+        vectors: [n, d] float32, bit for bit as they were given.
+        payload: a dict a row.
+    """
+
+    ids: NDArray[np.int64]
+    versions: NDArray[np.int64]
+    vectors: NDArray[np.float32]
+    payload: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Numbers of rows.
+
+    Attributes:
+        rows, old: by version, those that are searched, and those that were replaced and are kept for a rollback.
+        leased: those that workers of a backfill have at the moment.
+    """
+
+    rows: Mapping[int, int]
+    old: Mapping[int, int]
+    leased: int
+
+
+class Store(Protocol):
+    """Every method is one transaction: all of it happens, or, after an error, nothing.
+
+    `allow(state)` and `decide(state, rows)` run inside of it, on the state as it is then, and raise to refuse.
+    """
+
+    url: str
+
+    def state(self) -> State: ...
+
+    def change(self, decide: Callable[[State, Mapping[int, int]], Change]) -> dict[str, Any]:
+        """Puts a new state in place and adds its event to the history; returns the event, with numbers of rows.
+
+        A change of the model that serves ends all leases.
+        """
+        ...
+
+    def history(self) -> list[dict[str, Any]]: ...
+
+    def counts(self) -> Counts: ...
+
+    def add(
+        self,
+        ids: NDArray[np.int64],
+        vectors: NDArray[np.float32],
+        version: int,
+        payload: list[str] | None,
+        allow: Callable[[State], None],
+    ) -> None:
+        """Adds rows; ValueError for an id that is there."""
+        ...
+
+    def replace(
+        self,
+        ids: NDArray[np.int64],
+        vectors: NDArray[np.float32],
+        version: int,
+        payload: list[str] | None,
+        allow: Callable[[State], None],
+    ) -> int:
+        """Puts rows in place of those of other versions, which are kept, and returns how many.
+
+        Rows of this version stay, and so do ids that were removed while they were leased.  KeyError for other ids that
+        are not there.
+        """
+        ...
+
+    def remove(self, ids: NDArray[np.int64]) -> None:
+        """Deletes rows and what they replaced; KeyError for an id that is not there."""
+        ...
+
+    def search(
+        self, queries: NDArray[np.float32], k: int, where: Mapping[str, tuple[Any, ...]] | None
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
+        """[Q, k] scores, ids and versions, by score, then by lower id; -inf, -1 and -1 where there are no more."""
+        ...
+
+    def read(self, ids: NDArray[np.int64] | None) -> StoredRows:
+        """These rows, or all of them by id; KeyError for an id that is not there."""
+        ...
+
+    def stale(self, version: int, order: str | NDArray[np.int64]) -> NDArray[np.int64]:
+        """The ids of rows of other versions: by "id"; by "traffic", most hits first; or those of given ids, in order.
+
+        KeyError for a given id that is not there.
+        """
+        ...
+
+    def claim(self, ids: NDArray[np.int64], limit: int, version: int, worker: str, seconds: float) -> NDArray[np.int64]:
+        """Leases the first `limit` of these ids that are of another version and that nobody has."""
+        ...
+
+    def release(self, worker: str) -> None:
+        """Ends the leases of a worker."""
+        ...
+
+    def count_hits(self, ids: NDArray[np.int64], times: NDArray[np.int64]) -> bool:
+        """Adds to the counts of rows; False, and nothing is added, where the store is busy."""
+        ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,506 @@
+"""A gallery in a folder: one SQLite file holds everything, and each process searches an exact index in memory.
+
+The vectors in the file are the truth.  A process builds its index from them at the first search, and before every
+search takes over the rows that were committed since, by itself or by another process.  Each write is one transaction of
+SQLite in WAL mode, synchronized to the disk at its end; readers never wait for it.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .._state import Change, State
+from ._sqlite import Connection
+from ._versions_index import VersionsIndex
+from .base import Counts, StoredRows, StoreError
+
+__all__ = ["FolderStore"]
+
+_FILE = "gallery.db"
+_APPLICATION, _FORMAT = 0x53465847, 1  # "SFXG"
+_CHUNK = 4096  # rows that are read at a time
+
+# `vectors` is apart from `rows` so that a replaced vector stays where it is, and counting reads no vectors.
+# `changed` is the number of the transaction that wrote a row: a process reads what is above the last one that it saw.
+_SCHEMA = """
+create table state (body text not null, changes integer not null);
+create table history (number integer primary key, body text not null);
+create trigger history_stays before update on history begin select raise(abort, 'the history is append-only'); end;
+create trigger history_is_kept before delete on history begin select raise(abort, 'the history is append-only'); end;
+create table vectors (key integer primary key, checksum integer not null, vector blob not null);
+create table rows (
+  id integer primary key, version integer not null, key integer not null, changed integer not null,
+  payload text not null
+);
+create index rows_by_version on rows (version);
+create index rows_by_change on rows (changed);
+create table removed (id integer primary key, changed integer not null);
+create index removed_by_change on removed (changed);
+create table old (
+  number integer primary key, id integer not null, version integer not null, replaced_by integer not null,
+  key integer not null, payload text not null
+);
+create index old_by_id on old (id);
+create index old_by_replaced on old (replaced_by, version);
+create table leases (id integer primary key, worker text not null, until real not null);
+create table hits (id integer primary key, times integer not null);
+"""
+
+
+class FolderStore:
+    """See `Store`; ids come and go as JSON arrays in SQL, which have no limit of length."""
+
+    def __init__(self, folder: Path) -> None:
+        self.url = str(folder)
+        path = folder / _FILE
+        # Readers do not wait for writers, in this process either.
+        self._reader, self._writer = Connection(path), Connection(path)
+        self._index = VersionsIndex()
+        self._indexed = -1  # the last change in the index
+        self._seen_rows: tuple[int, int] | None = None
+        self._state: State | None = None
+        self._seen_state: tuple[int, int] | None = None
+
+    @classmethod
+    def create(cls, folder: Path, state: State, event: dict[str, Any]) -> FolderStore:
+        """A new gallery in a new or empty folder.
+
+        Raises:
+            FileExistsError: something is in the folder.
+            StoreError, OSError: it cannot be written.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / _FILE
+        others = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith(_FILE))
+        if others:
+            raise FileExistsError(f"{folder} is not empty, it holds {others[0]}: give a new folder")
+        store = cls(folder)
+        path.touch()
+        with store._named("create the gallery"):
+            with store._writer.lock:
+                if store._writer.now.execute("pragma user_version").fetchone()[0]:
+                    raise FileExistsError(f"{folder} holds a gallery already: Gallery.open opens it")
+                store._writer.now.execute("pragma page_size=16384")  # vectors of 4,000 numbers fit into one page
+                store._writer.now.execute("pragma journal_mode=wal")
+            with store._writer.writing() as connection:
+                for statement in _statements(_SCHEMA):
+                    connection.execute(statement)
+                connection.execute("insert into state values (?, 0)", [_json(state.to_dict())])
+                _record(connection, event)
+                connection.execute(f"pragma application_id={_APPLICATION}")
+                connection.execute(f"pragma user_version={_FORMAT}")  # last, so that half a gallery is none
+        return store
+
+    @classmethod
+    def open(cls, folder: Path) -> FolderStore:
+        """The gallery in a folder.
+
+        Raises:
+            FileNotFoundError: there is none.
+            StoreError: the file is damaged, of something else, or of another format.
+        """
+        path = folder / _FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder} holds no gallery: it has no {_FILE}; Gallery.create makes one")
+        store = cls(folder)
+        with store._named("open the gallery"), store._reader.lock:
+            now = store._reader.now
+            facts = [now.execute(f"pragma {name}").fetchone()[0] for name in ("application_id", "user_version")]
+        if facts == [0, 0]:
+            raise FileNotFoundError(f"{path} holds no gallery: its creation was interrupted; create it again")
+        if facts != [_APPLICATION, _FORMAT]:
+            raise StoreError(f"{path} is no gallery of format {_FORMAT}, it is of application and format {facts}")
+        return store
+
+    def state(self) -> State:
+        with self._named("read the state"), self._reader.lock:
+            seen = self._now()
+            if self._state is None or seen != self._seen_state:
+                self._state, self._seen_state = _read_state(self._reader.now), seen
+            return self._state
+
+    def change(self, decide: Callable[[State, Mapping[int, int]], Change]) -> dict[str, Any]:
+        with self._named("change the state"), self._writer.writing() as connection:
+            before = _read_state(connection)
+            change = decide(before, _counted(connection, "rows"))
+            event = dict(change.event)
+            if change.restore is not None:
+                event["rows_restored"] = _restore(connection, change.restore)
+                event["rows_that_stay"] = _counted(connection, "rows").get(change.restore, 0)
+            if change.drop is not None:
+                event["old_rows_deleted"] = _drop(connection, change.drop)
+            if change.state.serving[-1] != before.serving[-1]:
+                connection.execute("delete from leases")
+            connection.execute("update state set body = ?", [_json(change.state.to_dict())])
+            return _record(connection, event)
+
+    def history(self) -> list[dict[str, Any]]:
+        with self._named("read the history"), self._reader.reading() as connection:
+            return [json.loads(body) for (body,) in connection.execute("select body from history order by number")]
+
+    def counts(self) -> Counts:
+        with self._named("count rows"), self._reader.reading() as connection:
+            leased = "select count(*) from leases where until > ? and id in (select id from rows)"
+            return Counts(
+                _counted(connection, "rows"),
+                _counted(connection, "old"),
+                connection.execute(leased, [time.time()]).fetchone()[0],
+            )
+
+    def add(
+        self,
+        ids: NDArray[np.int64],
+        vectors: NDArray[np.float32],
+        version: int,
+        payload: list[str] | None,
+        allow: Callable[[State], None],
+    ) -> None:
+        with self._named("add", len(ids)), self._writer.writing() as connection:
+            allow(_read_state(connection))
+            given = _json(ids.tolist())
+            there = connection.execute(
+                "select rows.id from json_each(?) as given join rows on rows.id = given.value limit 1", [given]
+            ).fetchone()
+            if there:
+                raise ValueError(
+                    f"id {there[0]} is in the gallery already: `replace` puts a newer model's vector in its place, "
+                    "`remove` deletes the row"
+                )
+            change = _next_change(connection)
+            keys = _add_vectors(connection, vectors)
+            connection.executemany(
+                "insert into rows values (?, ?, ?, ?, ?)",
+                zip(
+                    ids.tolist(), [version] * len(ids), keys, [change] * len(ids), payload or ["{}"] * len(ids),
+                    strict=True,
+                ),
+            )  # fmt: skip
+            connection.execute("delete from removed where id in (select value from json_each(?))", [given])
+
+    def replace(
+        self,
+        ids: NDArray[np.int64],
+        vectors: NDArray[np.float32],
+        version: int,
+        payload: list[str] | None,
+        allow: Callable[[State], None],
+    ) -> int:
+        with self._named("replace", len(ids)), self._writer.writing() as connection:
+            allow(_read_state(connection))
+            given = _json(ids.tolist())
+            versions = dict(
+                connection.execute(
+                    "select id, version from rows where id in (select value from json_each(?))", [given]
+                ).fetchall()
+            )
+            absent = [id_ for id_ in ids.tolist() if id_ not in versions]
+            if absent:
+                leased = {
+                    id_
+                    for (id_,) in connection.execute(
+                        "select id from leases where id in (select value from json_each(?))", [_json(absent)]
+                    )
+                }
+                _check_there([id_ for id_ in absent if id_ not in leased])
+            at = [row for row, id_ in enumerate(ids.tolist()) if versions.get(id_, version) != version]
+            some = ids[at].tolist()
+            connection.execute(
+                "insert into old (id, version, replaced_by, key, payload) "
+                "select id, version, ?, key, payload from rows where id in (select value from json_each(?))",
+                [version, _json(some)],
+            )
+            keys = _add_vectors(connection, vectors[at])
+            change = _next_change(connection)
+            texts = [None] * len(at) if payload is None else [payload[row] for row in at]
+            connection.executemany(
+                "update rows set version = ?, key = ?, changed = ?, payload = coalesce(?, payload) where id = ?",
+                zip([version] * len(at), keys, [change] * len(at), texts, some, strict=True),
+            )
+            connection.execute("delete from leases where id in (select value from json_each(?))", [given])
+            others = (
+                "select exists(select 1 from rows where version < ?) or exists(select 1 from rows where version > ?)"
+            )
+            if some and not connection.execute(others, [version, version]).fetchone()[0]:
+                _record(connection, {"event": "backfill finished", "version": version})
+            return len(some)
+
+    def remove(self, ids: NDArray[np.int64]) -> None:
+        with self._named("remove", len(ids)), self._writer.writing() as connection:
+            given = _json(ids.tolist())
+            _check_held(connection, given)
+            change = _next_change(connection)
+            for table in ("rows", "old"):
+                connection.execute(
+                    f"delete from vectors where key in "
+                    f"(select key from {table} where id in (select value from json_each(?)))",
+                    [given],
+                )
+            for table in ("rows", "old", "hits"):
+                connection.execute(f"delete from {table} where id in (select value from json_each(?))", [given])
+            connection.execute("insert or replace into removed select value, ? from json_each(?)", [change, given])
+
+    def search(
+        self, queries: NDArray[np.float32], k: int, where: Mapping[str, tuple[Any, ...]] | None
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
+        with self._named("search"), ExitStack() as stack:
+            # Whoever takes rows over holds the reader's lock: between here and the search nobody does.
+            with self._reader.lock:
+                if where is None and self._now() == self._seen_rows:
+                    include = None
+                else:
+                    with self._reader.reading() as connection:
+                        self._take_over(connection)
+                        include = None if where is None else _matching(connection, where)
+                index = self._index
+                stack.enter_context(index.searching())
+            return index.search(queries, k, include)
+
+    def read(self, ids: NDArray[np.int64] | None) -> StoredRows:
+        with self._named("read rows"), self._reader.reading() as connection:
+            columns = "rows.id, rows.version, rows.payload, vectors.checksum, vectors.vector"
+            if ids is None:
+                query = f"select {columns} from rows join vectors using (key) order by rows.id"
+                found = connection.execute(query).fetchall()
+            else:
+                given = _json(ids.tolist())
+                _check_held(connection, given)
+                found = connection.execute(
+                    f"select {columns} from json_each(?) as given join rows on rows.id = given.value "
+                    "join vectors on vectors.key = rows.key order by given.key",
+                    [given],
+                ).fetchall()
+            return StoredRows(
+                np.array([row[0] for row in found], dtype=np.int64),
+                np.array([row[1] for row in found], dtype=np.int64),
+                _vectors([row[0] for row in found], [row[3] for row in found], [row[4] for row in found]),
+                [json.loads(row[2]) for row in found],
+            )
+
+    def stale(self, version: int, order: str | NDArray[np.int64]) -> NDArray[np.int64]:
+        with self._named("list rows"), self._reader.reading() as connection:
+            given: Sequence[Any] = [version]
+            if not isinstance(order, str):
+                given = [_json(order.tolist()), version]
+                _check_held(connection, given[0])
+                query = (
+                    "select rows.id from json_each(?) as given join rows on rows.id = given.value "
+                    "where version != ? order by given.key"
+                )
+            elif order == "traffic":
+                query = (
+                    "select rows.id from rows left join hits on hits.id = rows.id where version != ? "
+                    "order by coalesce(times, 0) desc, rows.id"
+                )
+            else:
+                query = "select id from rows where version != ? order by id"
+            return np.array([id_ for (id_,) in connection.execute(query, given)], dtype=np.int64)
+
+    def claim(self, ids: NDArray[np.int64], limit: int, version: int, worker: str, seconds: float) -> NDArray[np.int64]:
+        now = time.time()
+        # A lease that a power failure undoes costs a row that is replaced twice.
+        with self._named("lease rows"), self._writer.writing(durable=False) as connection:
+            found = connection.execute(
+                "select rows.id from json_each(?) as given join rows on rows.id = given.value "
+                "left join leases on leases.id = rows.id "
+                "where version != ? and coalesce(until, 0) <= ? order by given.key limit ?",
+                [_json(ids.tolist()), version, now, limit],
+            ).fetchall()
+            connection.executemany(
+                "insert or replace into leases values (?, ?, ?)", [(id_, worker, now + seconds) for (id_,) in found]
+            )
+            return np.array([id_ for (id_,) in found], dtype=np.int64)
+
+    def release(self, worker: str) -> None:
+        with self._named("end leases"), self._writer.writing(durable=False) as connection:
+            connection.execute("delete from leases where worker = ?", [worker])
+
+    def count_hits(self, ids: NDArray[np.int64], times: NDArray[np.int64]) -> bool:
+        if not self._writer.lock.acquire(blocking=False):
+            return False
+        try:
+            with self._writer.writing(durable=False, wait=0.0) as connection:
+                connection.executemany(
+                    "insert into hits select id, ? from rows where id = ? "
+                    "on conflict (id) do update set times = times + excluded.times",
+                    zip(times.tolist(), ids.tolist(), strict=True),
+                )
+        except sqlite3.Error:  # counts are hints: a search does not fail for them
+            return False
+        finally:
+            self._writer.lock.release()
+        return True
+
+    def close(self) -> None:
+        self._reader.close()
+        self._writer.close()
+
+    def _now(self) -> tuple[int, int]:
+        """What changes with every commit of another connection, for the thread that holds the reader's lock."""
+        connection = self._reader.now
+        return self._reader.opened, connection.execute("pragma data_version").fetchone()[0]
+
+    def _take_over(self, connection: sqlite3.Connection) -> None:
+        """Brings the index up to the snapshot that the connection reads."""
+        seen = self._now()
+        if seen == self._seen_rows:
+            return
+        last = connection.execute("select changes from state").fetchone()[0]
+        first = self._indexed < 0
+        if last == self._indexed:
+            self._seen_rows = seen
+            return
+        try:
+            with self._index.changing():
+                if not first:
+                    gone = "select id from rows where changed > ? union all select id from removed where changed > ?"
+                    ids = connection.execute(gone, [self._indexed, self._indexed]).fetchall()
+                    self._index.drop(np.array([id_ for (id_,) in ids], dtype=np.int64))
+                rows = connection.execute(
+                    "select rows.version, rows.id, checksum, vector from rows join vectors using (key) "
+                    "where rows.changed > ? order by rows.version, rows.key",
+                    [self._indexed],
+                )
+                while chunk := rows.fetchmany(_CHUNK):
+                    versions = np.array([row[0] for row in chunk])
+                    for version in np.unique(versions).tolist():
+                        some = [row[1:] for row in chunk if row[0] == version]
+                        names, checksums, blobs = zip(*some, strict=True)
+                        self._index.put(version, np.array(names, dtype=np.int64), _vectors(names, checksums, blobs))
+        except BaseException:  # half of the rows are there: begin again at the next search
+            self._index, self._indexed, self._seen_rows = VersionsIndex(), -1, None
+            raise
+        self._indexed, self._seen_rows = last, seen
+
+    @contextmanager
+    def _named(self, what: str, rows: int | None = None) -> Iterator[None]:
+        """SQLite's errors with the store, the call and the rows in their message."""
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            if isinstance(error, FileExistsError):
+                raise
+            count = "" if rows is None else f" {rows} rows"
+            nothing = "" if rows is None else f"; none of the {rows} rows was taken, and the call can be repeated"
+            raise StoreError(f"the gallery in {self.url} cannot {what}{count}: {error}{nothing}") from error
+
+
+def _statements(script: str) -> Iterator[str]:
+    """One by one: `executescript` would commit in between."""
+    statement = ""
+    for line in script.splitlines(keepends=True):
+        statement += line
+        if sqlite3.complete_statement(statement):
+            yield statement
+            statement = ""
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def _read_state(connection: sqlite3.Connection) -> State:
+    return State.from_dict(json.loads(connection.execute("select body from state").fetchone()[0]))
+
+
+def _record(connection: sqlite3.Connection, event: dict[str, Any]) -> dict[str, Any]:
+    event = {"at": datetime.now(timezone.utc).isoformat(timespec="seconds"), **event}
+    connection.execute("insert into history (body) values (?)", [_json(event)])
+    return event
+
+
+def _next_change(connection: sqlite3.Connection) -> int:
+    connection.execute("update state set changes = changes + 1")
+    return int(connection.execute("select changes from state").fetchone()[0])
+
+
+def _counted(connection: sqlite3.Connection, table: str) -> dict[int, int]:
+    return dict(connection.execute(f"select version, count(*) from {table} group by version").fetchall())
+
+
+def _add_vectors(connection: sqlite3.Connection, vectors: NDArray[np.float32]) -> range:
+    first = connection.execute("select coalesce(max(key), 0) + 1 from vectors").fetchone()[0]
+    keys = range(first, first + len(vectors))
+    blobs = (row.tobytes() for row in vectors)
+    connection.executemany(
+        "insert into vectors values (?, ?, ?)",
+        ((key, zlib.crc32(blob), blob) for key, blob in zip(keys, blobs, strict=True)),
+    )
+    return keys
+
+
+def _restore(connection: sqlite3.Connection, version: int) -> int:
+    """Puts back what rows of this version replaced."""
+    change = _next_change(connection)
+    back = (
+        "from old join rows on rows.id = old.id and rows.version = old.replaced_by where old.replaced_by = ? "
+        "and old.number = (select max(number) from old as last where last.id = old.id)"
+    )
+    connection.execute(f"create temp table back as select old.number, rows.key as gone {back}", [version])
+    connection.execute("delete from vectors where key in (select gone from back)")
+    number = connection.execute(
+        "insert or replace into rows select id, version, key, ?, payload from old "
+        "where number in (select number from back)",
+        [change],
+    ).rowcount
+    connection.execute("delete from old where number in (select number from back)")
+    connection.execute("drop table temp.back")
+    return number
+
+
+def _drop(connection: sqlite3.Connection, version: int) -> int:
+    connection.execute("delete from vectors where key in (select key from old where version = ?)", [version])
+    return connection.execute("delete from old where version = ?", [version]).rowcount
+
+
+def _matching(connection: sqlite3.Connection, where: Mapping[str, tuple[Any, ...]]) -> dict[int, NDArray[np.int64]]:
+    """By version, the ids of rows whose payload has one of the values under each key."""
+    conditions, given = [], []
+    for key, values in where.items():
+        path, any_of = f'$."{key}"', []
+        for value in values:
+            if value is None or isinstance(value, bool):
+                any_of.append("json_type(payload, ?) = ?")
+                given += [path, {None: "null", True: "true", False: "false"}[value]]
+            else:
+                kinds = "('text')" if isinstance(value, str) else "('integer', 'real')"
+                any_of.append(f"(json_type(payload, ?) in {kinds} and json_extract(payload, ?) = ?)")
+                given += [path, path, value]
+        conditions.append(f"({' or '.join(any_of) or '0'})")
+    query = f"select version, id from rows where {' and '.join(conditions) or '1'}"
+    found: dict[int, list[int]] = {}
+    for version, id_ in connection.execute(query, given):
+        found.setdefault(version, []).append(id_)
+    return {version: np.array(ids, dtype=np.int64) for version, ids in found.items()}
+
+
+def _check_held(connection: sqlite3.Connection, ids: str) -> None:
+    absent = connection.execute(
+        "select given.value from json_each(?) as given where given.value not in (select id from rows) limit 1", [ids]
+    ).fetchone()
+    _check_there([] if absent is None else [absent[0]])
+
+
+def _check_there(absent: Sequence[int]) -> None:
+    if absent:
+        raise KeyError(f"id {absent[0]} is not in the gallery")
+
+
+def _vectors(ids: Sequence[int], checksums: Sequence[int], blobs: Sequence[bytes]) -> NDArray[np.float32]:
+    """[n, d] the vectors that the blobs hold, each with its checksum."""
+    for id_, checksum, blob in zip(ids, checksums, blobs, strict=True):
+        if zlib.crc32(blob) != checksum:
+            raise sqlite3.DatabaseError(f"the vector of id {id_} is damaged: it does not give its checksum")
+    if len({len(blob) for blob in blobs}) > 1:
+        raise ValueError("these rows are by models of several widths: read those of one version at a time")
+    return np.frombuffer(b"".join(blobs), dtype="<f4").reshape(len(blobs), -1 if blobs else 0)

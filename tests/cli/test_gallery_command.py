@@ -1,0 +1,139 @@
+"""`simplexfix gallery`: the life of a gallery from the command line, its exit codes and messages."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from simplexfix.cli import main
+from simplexfix.models import ModelIdentity
+
+WIDTH, ROWS = 16, 60
+OLD = ModelIdentity.external("vendor/embed", "1", WIDTH)
+NEW = ModelIdentity.external("vendor/embed", "2", WIDTH, version=1, adapter="5eed", space=OLD)
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Identities, vectors of 60 items by both models, and labelled features for the gate."""
+    monkeypatch.chdir(tmp_path)
+    draw = np.random.default_rng(0)
+    labels = np.arange(ROWS) % 6
+    clean = np.eye(WIDTH)[labels] + 0.2 * draw.standard_normal((ROWS, WIDTH))
+    for name, model, noise in (("old", OLD, 0.5), ("new", NEW, 0.1)):
+        Path(f"{name}.json").write_text(json.dumps(model.to_dict()))
+        rows = (clean + noise * draw.standard_normal(clean.shape)).astype(np.float32)
+        np.savez(f"{name}.npz", vectors=rows, ids=np.arange(ROWS) * 10)
+        queries = (np.eye(WIDTH)[labels] + 1.5 * noise * draw.standard_normal(clean.shape)).astype(np.float32)
+        np.savez(f"{name}-features.npz", query=queries, gallery=rows, query_labels=labels, gallery_labels=labels)
+    Path("payload.json").write_text(json.dumps([{"shop": row % 3} for row in range(ROWS)]))
+    return tmp_path
+
+
+def run(text: str) -> int:
+    return main(["gallery", *text.split()])
+
+
+def test_the_life_of_a_gallery(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def told(text: str) -> dict:
+        assert run(f"{text} --json") == 0
+        return json.loads(capsys.readouterr().out)
+
+    assert told("create shop --model old.json --count-traffic")["rows"] == 0
+    assert told("add shop old.npz --model old.json --payload payload.json") == {"added": ROWS, "rows": ROWS}
+    hits = told("search shop old.npz --model old.json -k 2")
+    assert [row[0] for row in hits["ids"]] == [10 * row for row in range(ROWS)]
+    assert hits["thresholds"][0] == [None, None]
+    gate = "gate --old old-features.npz --new new-features.npz --protocol instance --out gate.json"
+    assert main([*gate.split(), "--old-model", "old.json", "--new-model", "new.json"]) == 0
+    capsys.readouterr()
+    assert told("admit shop --model new.json --gate gate.json")["serving"] == 1
+    some = np.load("new.npz")
+    np.savez("half.npz", vectors=some["vectors"][:20], ids=some["ids"][:20])
+    assert run("backfill shop half.npz --model new.json --order traffic --batch 7") == 1
+    out = capsys.readouterr().out
+    assert out == "replaced 20 rows; 40 rows are stale, 40 of this worker's were not in the file\n"
+    status = told("status shop")
+    assert [entry["rows"] for entry in status["versions"]] == [40, 20]
+    assert run("""search shop new.npz --model new.json -k 3 --out hits.npz --where {"shop":[1]}""") == 0
+    assert capsys.readouterr().out.splitlines()[1].startswith("query 1: 10 1.0000 v1  ")
+    with np.load("hits.npz") as saved:
+        assert (saved["ids"] // 10 % 3 == 1).all()
+        assert set(saved) == {"scores", "ids", "versions", "thresholds"}
+    assert told("backfill shop new.npz --model new.json") == {"replaced": 40, "not_in_file": 0, "stale": 0}
+    assert told("rollback shop")["rows_restored"] == ROWS
+    assert run("admit shop --model new.json --force again") == 0
+    capsys.readouterr()
+    assert told("pause shop")["paused"]
+    assert run("backfill shop new.npz --model new.json") == 1
+    assert run("resume shop") == 0
+    assert run("backfill shop new.npz --model new.json") == 0
+    assert run("retire shop 0") == 0
+    assert capsys.readouterr().out.endswith("version 0 is retired, its 60 old vectors are deleted\n")
+    assert run("status shop --history") == 0
+    out = capsys.readouterr().out
+    assert "shop: 60 rows, 0 stale, 0 leased\nversion 1 serves since " in out
+    assert "\nversion  name            standing  rows  old rows  width  fingerprint\n" in out
+    assert f"\n1        vendor/embed 2  admitted  60    0         16     {NEW.fingerprint[:12]}\n" in out
+    assert "  admitted: version 1, before 0, gate passed\n" in out
+    assert "  admitted: version 1, before 0, force again\n" in out
+
+
+def test_thresholds_from_the_command_line(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("create shop --model old.json --threshold 0.9") == 0
+    assert run("add shop old.npz --model old.json") == 0
+    assert run("admit shop --model new.json --force x --threshold 1:0=0.5 --threshold 1:1=0.25") == 2
+    assert "thresholds are missing of (query version, vector version) (0, 1): " in capsys.readouterr().err
+    command = "admit shop --model new.json --force x --threshold 1:0=0.5 --threshold 1:1=0.25 --threshold 0:1=none"
+    assert run(command) == 0
+    out = capsys.readouterr().out
+    assert "threshold of queries of version 1 on vectors of version 0: 0.50000\n" in out
+    assert "threshold of queries of version 0 on vectors of version 1: none\n" in out
+    assert run("search shop old.npz --model old.json -k 60") == 0
+    assert " below its threshold" in capsys.readouterr().out
+
+
+def test_what_is_refused_says_why_and_changes_nothing(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("create shop --model old.json")
+    run("add shop old.npz --model old.json")
+    np.savez("bare.npz", vectors=np.ones((2, WIDTH), "f"))
+    Path("word.json").write_text('"gate"')
+    gate = ["gate", "--old", "old-features.npz", "--new", "new-features.npz", "--protocol", "instance"]
+    main([*gate, "--out", "unnamed.json"])
+    report = json.loads(Path("unnamed.json").read_text())
+    Path("forged.json").write_text(json.dumps({**report, "passed": False}))
+    capsys.readouterr()
+    for text, message in (
+        ("status none", "none holds no gallery: it has no gallery.db"),
+        ("create shop --model old.json", "shop holds a gallery already: Gallery.open opens it"),
+        ("create new --model old.npz", "old.npz is neither the folder of a model nor a JSON file of an identity"),
+        ("add shop bare.npz --model old.json", "bare.npz has no ids"),
+        ("add shop old.npz --model new.json", "version 1 (vendor/embed 2) cannot add in this gallery: it was not"),
+        ("add shop old.npz --model old.json", "id 0 is in the gallery already"),
+        ("add shop old.npz --model old.json --payload old.json", "old.json must hold a list of objects"),
+        ("add shop old-features.npz --model old.json", "old-features.npz: no vectors; it holds gallery, gallery_lab"),
+        ("search shop old.npz --model old.json --where shop", "--where is no JSON"),
+        ("search shop old.npz --model old.json -k 0", "k must be at least 1, got 0"),
+        ("admit shop --model new.json", "needs the result of upgrade_gate(old, new), or force= with the reason"),
+        ("admit shop --model new.json --gate unnamed.json", "the gate result does not say which models it judged"),
+        ("admit shop --model new.json --gate forged.json", "forged.json: the gate's verdict is not what its rules say"),
+        ("admit shop --model new.json --gate word.json", "word.json: this is no result of the upgrade gate"),
+        ("backfill shop new.npz --model new.json --order traffic", 'order "traffic" needs Gallery.create'),
+        ("rollback shop", "there is nothing to roll back to"),
+        ("retire shop 3", "there is no version 3 in this gallery, which has 0"),
+        ("retire shop 0", "version 0 (vendor/embed 1) serves and cannot be retired"),
+    ):
+        assert run(text) == 2, text
+        said = capsys.readouterr()
+        assert said.out == "", text
+        assert message in said.err, text
+        assert said.err.startswith("simplexfix gallery"), text
+    assert run("status shop --json") == 0
+    status = json.loads(capsys.readouterr().out)
+    assert (status["rows"], status["serving"]) == (ROWS, 0)
+    with pytest.raises(SystemExit):
+        run("admit shop --model new.json --threshold 1=2")
+    assert "must be QUERIES:VECTORS=T, as 1:0=0.35 or 0:1=none, got 1=2" in capsys.readouterr().err

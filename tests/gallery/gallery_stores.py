@@ -1,0 +1,68 @@
+"""The stores that the contract holds for, and models, vectors and gates to try it with.
+
+A further store is a function in STORES: it gives the url of a gallery that is not there yet, or skips the test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from simplexfix import SimplexHead, SlotRegistry
+from simplexfix.compatibility import GateResult, upgrade_gate
+from simplexfix.labelled import LabelledItems
+from simplexfix.models import EmbeddingModel, FeatureMLP, ModelIdentity
+
+DIM = 33
+
+
+def folder_url(tmp_path: Path) -> str:
+    return str(tmp_path / "photos")
+
+
+STORES: dict[str, Callable[[Path], str]] = {"folder": folder_url}
+
+
+@pytest.fixture(params=list(STORES))
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return STORES[request.param](tmp_path)
+
+
+def model(version: int, classes: tuple[int, ...] = (0, 1, 2, 3)) -> ModelIdentity:
+    slots = SlotRegistry(DIM + 1)
+    slots.add("default", classes)
+    torch.manual_seed(version)
+    made = EmbeddingModel(FeatureMLP(8), SimplexHead.from_slots(slots, 8))
+    return made.identity(version=version, name=f"photos v{version}")
+
+
+A, B, C = (model(version) for version in range(3))
+STRANGER = model(1, classes=(3, 2, 1, 0))  # the number of B, and other slots
+
+
+def vectors(ids: object, version: int = 0) -> np.ndarray:
+    """[n, DIM] float32: of one item nearly the same in all versions, and far from those of other items."""
+    rows = []
+    for id_ in np.asarray(ids).tolist():
+        item, noise = np.random.default_rng(id_), np.random.default_rng([id_, version])
+        rows.append(item.standard_normal(DIM) + 0.1 * noise.standard_normal(DIM))
+    return np.array(rows, dtype=np.float32).reshape(-1, DIM)
+
+
+def gate_of(old: ModelIdentity | None, new: ModelIdentity | None, *, passes: bool = True) -> GateResult:
+    """On items where the new model finds all and the old one a half, or the other way round."""
+    labels = np.arange(80) % 4
+    right = np.eye(4, dtype=np.float32)[labels]
+    half = np.where((np.arange(80) < 40)[:, None], right, np.roll(right, 1, axis=1))
+    items = LabelledItems(labels, np.arange(4))
+    sides = []
+    for identity, query in ((old, half if passes else right), (new, right if passes else half)):
+        fingerprint = None if identity is None else identity.fingerprint
+        sides.append(items.version(query, np.eye(4, dtype=np.float32), fingerprint=fingerprint))
+    result = upgrade_gate(*sides)
+    assert result.passed == passes
+    return result

@@ -1,0 +1,437 @@
+"""Processes that are killed, that share a backfill, that fork, and that run out of disk.
+
+`SIMPLEXFIX_KILLS=100 pytest tests/gallery/test_gallery_processes.py -k killed` kills a hundred times.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from gallery_stores import A, B, url, vectors
+
+from simplexfix.gallery import Gallery, StoreError
+
+__all__ = ["url"]  # a fixture
+
+KILLS = int(os.environ.get("SIMPLEXFIX_KILLS", "10"))
+ROWS = int(os.environ.get("SIMPLEXFIX_ROWS", "2000"))  # of the backfill beside a reader
+
+
+class Child:
+    """A forked process that runs a function of a writer of lines; its exit code is 0 unless the function raises."""
+
+    def __init__(self, call: Callable[[Callable[[object], None]], None]) -> None:
+        read, write = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            code = 1
+            try:
+                os.close(read)
+                call(lambda line: os.write(write, f"{line}\n".encode()))
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        os.close(write)
+        self._lines = os.fdopen(read)
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+
+    def line(self) -> str:
+        return self._lines.readline()
+
+    def end(self) -> tuple[list[str], int]:
+        """All its lines, and its exit code, negative for a signal."""
+        lines = self._lines.read().split()
+        self._lines.close()
+        return lines, os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+# killed at any moment
+
+
+def bits(rows: dict[int, int]) -> dict[int, tuple[int, bytes]]:
+    return {id_: (version, ALL[version][id_].tobytes()) for id_, version in rows.items()}
+
+
+COUNT = 600
+ALL = [vectors(np.arange(COUNT), version) for version in range(2)]
+STEPS = [
+    *[("add", range(first, first + 100)) for first in range(0, 500, 100)],
+    ("admit", ()),
+    *[("replace", range(first, first + 90)) for first in range(0, 360, 90)],
+    ("remove", range(50, 60)),
+    ("rollback", ()),
+    ("admit", ()),
+    *[("replace", [id_ for id_ in range(first, first + 250) if not 50 <= id_ < 60]) for first in (0, 250)],
+    ("retire", ()),
+    ("add", range(500, 600)),
+]
+
+
+def take(gallery: Gallery, step: tuple[str, Any]) -> None:
+    kind, ids = step
+    ids = np.asarray(ids, dtype=np.int64)
+    if kind == "admit":
+        gallery.admit(B, force="test")
+    elif kind == "rollback":
+        gallery.rollback()
+    elif kind == "retire":
+        gallery.retire(0)
+    elif kind == "remove":
+        gallery.remove(ids)
+    elif kind == "replace":
+        gallery.replace(ids, ALL[1][ids], model=B)
+    else:
+        model = gallery.model
+        gallery.add(ids, ALL[model.version][ids], model=model, payload={"n": ids})
+
+
+def expected(steps: int) -> tuple[dict[int, int], dict[int, int], tuple[int, ...]]:
+    """After so many steps: the version of each row, the rows that are kept of each version, versions that served."""
+    rows: dict[int, int] = {}
+    old: dict[int, int] = {}
+    serving: tuple[int, ...] = (0,)
+    for kind, ids in STEPS[:steps]:
+        if kind == "admit":
+            serving = (0, 1)
+        elif kind == "rollback":
+            rows, old, serving = {**rows, **old}, {}, (0,)
+        elif kind == "retire":
+            old, serving = {}, (1,)
+        elif kind == "remove":
+            rows, old = ({id_: v for id_, v in held.items() if id_ not in ids} for held in (rows, old))
+        elif kind == "replace":
+            old |= {id_: rows[id_] for id_ in ids}
+            rows |= dict.fromkeys(ids, 1)
+        else:
+            rows |= dict.fromkeys(ids, serving[-1])
+    return rows, old, serving
+
+
+def is_after(gallery: Gallery, steps: int) -> bool:
+    """Whether the gallery is bit for bit as after so many steps."""
+    rows, old, serving = expected(steps)
+    read, status = gallery.read(), gallery.status()
+    columns = zip(read.ids.tolist(), read.versions.tolist(), read.vectors, strict=True)
+    found = {id_: (version, vector.tobytes()) for id_, version, vector in columns}
+    stored = [{"n": id_} for id_ in read.ids.tolist()]
+    kept = {entry["version"]: entry["old_rows"] for entry in status["versions"] if entry["old_rows"]}
+    hits = gallery.search(ALL[0][:1], max(len(rows), 1), model=gallery.model)
+    return (
+        found == bits(rows)
+        and read.payload == stored
+        and kept == ({0: len(old)} if old else {})
+        and (status["serving"], status["rolls_back_to"]) == (serving[-1], serving[-2] if len(serving) > 1 else None)
+        and sorted(hits.ids[0].tolist()) == sorted(rows or [-1])
+    )
+
+
+def test_killed_at_any_moment_nothing_acknowledged_is_lost_and_nothing_is_half_done(url: str) -> None:
+    """Every step is one call; a killed process leaves the state after its last acknowledged call, or after the next."""
+
+    def run(place: str, begin: int) -> Callable[[Callable[[object], None]], None]:
+        def steps(say: Callable[[object], None]) -> None:
+            with Gallery.open(place) as gallery:
+                say("begin")
+                for step in STEPS[begin:]:
+                    take(gallery, step)
+                    say("done")
+
+        return steps
+
+    def start(place: str) -> Child:
+        Gallery.create(place, model=A).close()
+        child = Child(run(place, 0))
+        child.line()
+        return child
+
+    child, begun = start(f"{url}-whole"), time.monotonic()
+    assert child.end() == (["done"] * len(STEPS), 0)
+    whole = time.monotonic() - begun
+    with Gallery.open(f"{url}-whole") as gallery:
+        assert is_after(gallery, len(STEPS))
+        assert not is_after(gallery, len(STEPS) - 1)
+    draw = np.random.default_rng()
+    in_the_middle = 0
+    for attempt in range(KILLS):
+        place = f"{url}-{attempt}"
+        child = start(place)
+        time.sleep(draw.uniform(0, whole))
+        child.kill()
+        lines, _ = child.end()
+        done = len(lines)
+        with Gallery.open(place) as gallery:
+            after = [steps for steps in (done, done + 1) if steps <= len(STEPS) and is_after(gallery, steps)]
+            assert len(after) == 1, f"killed after {done} of {len(STEPS)} calls, the next is {STEPS[done]}"
+            in_the_middle += after[0] < len(STEPS)
+        child = Child(run(place, after[0]))  # another process goes on
+        assert child.end()[1] == 0
+        with Gallery.open(place) as gallery:
+            assert is_after(gallery, len(STEPS))
+    assert in_the_middle > KILLS // 3
+
+
+@pytest.mark.parametrize("kind", ["add", "replace", "remove", "rollback", "retire"])
+def test_killed_at_a_statement_of_a_call_it_is_whole_or_not_there(tmp_path, kind: str) -> None:
+    """Of the folder store: at the first statements of each call to SQLite, at the last ones, and at some between."""
+    before = next(at for at, step in enumerate(STEPS) if step[0] == kind)
+    made = tmp_path / "made"
+    with Gallery.create(made, model=A) as gallery:
+        for step in STEPS[:before]:
+            take(gallery, step)
+
+    def call(place: object, last: int) -> Callable[[Callable[[object], None]], None]:
+        def counted(say: Callable[[object], None]) -> None:
+            gallery, statements = Gallery.open(place), 0
+
+            def count(statement: str) -> None:
+                nonlocal statements
+                statements += 1
+                if statements == last:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            gallery._store._writer.now.set_trace_callback(count)
+            take(gallery, STEPS[before])
+            say(statements)
+
+        return counted
+
+    shutil.copytree(made, tmp_path / "whole")
+    (line,), code = Child(call(tmp_path / "whole", 0)).end()
+    assert code == 0
+    number = int(line)
+    between = np.random.default_rng().integers(1, number, size=2).tolist()
+    for last in {1, 2, *between, *range(max(1, number - 4), number + 1)}:
+        place = tmp_path / f"killed-{last}"
+        shutil.copytree(made, place)
+        assert Child(call(place, last)).end() == ([], -signal.SIGKILL)
+        with Gallery.open(place) as gallery:
+            assert is_after(gallery, before), f"killed at statement {last} of {number}"
+            take(gallery, STEPS[before])
+            assert is_after(gallery, before + 1)
+
+
+def test_a_killed_creation_is_made_again(url: str) -> None:
+    for attempt in range(KILLS):
+        place = f"{url}-{attempt}"
+        child = Child(lambda say, place=place: (say("go"), Gallery.create(place, model=A), say("made")))
+        child.line()
+        time.sleep(np.random.default_rng().uniform(0, 0.02))
+        child.kill()
+        lines, _ = child.end()
+        try:
+            gallery = Gallery.open(place)
+        except FileNotFoundError:
+            assert not lines
+            gallery = Gallery.create(place, model=A)
+        assert gallery.model == A
+        gallery.close()
+
+
+# several processes
+
+
+def test_no_query_misses_a_row_while_two_workers_replace_all(url: str) -> None:
+    ids = np.arange(ROWS)
+    draw = np.random.default_rng(0)
+    old = draw.standard_normal((ROWS, A.embedding_dim)).astype(np.float32)
+    new = old + 0.05 * draw.standard_normal(old.shape).astype(np.float32)
+    with Gallery.create(url, model=A) as gallery:
+        gallery.add(ids, old, model=A)
+        gallery.admit(B, force="test")
+
+    def work(say: Callable[[object], None]) -> None:
+        with Gallery.open(url) as mine:
+            for batch in mine.stale(batch=64):
+                say(mine.replace(batch, new[batch], model=B))
+
+    workers = [Child(work) for _ in range(2)]
+    searches, seen, gallery = 0, set(), Gallery.open(url)
+    while (status := gallery.status())["stale"]:
+        for model, queries in ((B, new), (A, old)):
+            at = draw.integers(ROWS, size=20)
+            hits = gallery.search(queries[at], 1, model=model)
+            assert hits.ids[:, 0].tolist() == at.tolist(), status
+            searches += 1
+        everything = gallery.search(new[:1], ROWS, model=B)
+        assert sorted(everything.ids[0].tolist()) == ids.tolist()
+        seen.add(status["stale"])
+    ended = [worker.end() for worker in workers]
+    assert [code for _, code in ended] == [0, 0]
+    replaced = [sum(map(int, lines)) for lines, _ in ended]
+    assert sum(replaced) == ROWS  # each row once
+    assert min(replaced) > 0
+    assert len(seen) > 2
+    np.testing.assert_array_equal(gallery.read().vectors, new)
+    print(f"{searches} searches beside the backfill of {ROWS} rows, shared {replaced}: no row was missed")
+
+
+def test_a_worker_that_is_killed_leaves_its_rows_to_the_others(url: str) -> None:
+    ids = np.arange(100)
+    with Gallery.create(url, model=A) as gallery:
+        gallery.add(ids, ALL[0][ids], model=A)
+        gallery.admit(B, force="test")
+
+    def work(say: Callable[[object], None]) -> None:
+        with Gallery.open(url) as mine:
+            for batch in mine.stale(batch=30, lease=0.5):
+                say(len(batch))
+                time.sleep(60)
+
+    child = Child(work)
+    assert child.line() == "30\n"
+    child.kill()
+    assert child.end()[1] == -signal.SIGKILL
+    with Gallery.open(url) as gallery:
+        sizes = []
+        for batch in gallery.stale(batch=100):
+            sizes.append(len(batch))
+            gallery.replace(batch, ALL[1][batch], model=B)
+        assert sizes in ([70, 30], [100])
+        assert gallery.status()["stale"] == 0
+
+
+def test_a_gallery_that_is_open_survives_a_fork(url: str) -> None:
+    """In both processes, also while another thread searches."""
+    gallery = Gallery.create(url, model=A, count_traffic=True)
+    gallery.add(range(100), ALL[0][:100], model=A)
+    gallery.search(ALL[0][:1], 1, model=A)
+    stop = threading.Event()
+
+    def look() -> None:
+        while not stop.is_set():
+            gallery.search(ALL[0][:50], 5, model=A)
+
+    reader = threading.Thread(target=look)
+    reader.start()
+
+    def use(first: int) -> None:
+        for id_ in range(first, first + 20):
+            gallery.add([id_], ALL[0][[id_]], model=A)
+            assert gallery.search(ALL[0][[id_]], 1, model=A).ids == id_
+
+    def look_and_use(first: int) -> None:
+        # SQLite's locks are not the child's: it must not even have the files open
+        files = [os.path.realpath(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")]
+        assert not [file for file in files if "gallery.db" in file]
+        use(first)
+
+    try:
+        children = [Child(lambda say, first=first: look_and_use(first)) for first in (200, 300)]
+        use(400)
+    finally:
+        stop.set()
+        reader.join()
+    assert [child.end()[1] for child in children] == [0, 0]
+    assert len(gallery.read().ids) == 160
+    assert gallery.search(ALL[0][[210, 310, 410]], 1, model=A).ids.ravel().tolist() == [210, 310, 410]
+
+
+# the folder store: a disk that is full, files that move or are damaged
+
+
+def test_a_full_disk_is_an_error_and_the_gallery_goes_on(tmp_path) -> None:
+    """With a limit on the size of a file in the place of a small disk."""
+    place = tmp_path / "photos"
+    with Gallery.create(place, model=A) as gallery:
+        gallery.add(range(100), ALL[0][:100], model=A)
+
+    def fill(say: Callable[[object], None]) -> None:
+        gallery = Gallery.open(place)
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+        ids = np.arange(50)
+        message = f"the gallery in {place} cannot add 50 rows: .*none of the 50 rows was taken, and the call can be"
+
+        def add_all() -> None:
+            while True:
+                ids[:] += 50
+                gallery.add(ids + 50, ALL[0][ids + 50], model=A)
+                say(ids[0] + 50)
+
+        with pytest.raises(StoreError, match=message):
+            add_all()
+        assert gallery.search(ALL[0][:1], 1, model=A).ids == 0  # reading goes on
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        ids += 50
+        gallery.add(ids, ALL[0][ids], model=A)
+        assert gallery.search(ALL[0][ids], 1, model=A).ids.ravel().tolist() == ids.tolist()
+        say(ids[0])
+
+    lines, code = Child(fill).end()
+    assert code == 0
+    assert len(lines) > 1
+    with Gallery.open(place) as gallery:
+        assert gallery.read().ids.tolist() == [*range(100), *(int(f) + i for f in lines for i in range(50))]
+
+
+def test_files_that_are_moved_replaced_or_damaged_are_named(tmp_path) -> None:
+    place = tmp_path / "photos"
+    gallery = Gallery.create(place, model=A)
+    gallery.add(range(300), ALL[0][:300], model=A)
+    file = place / "gallery.db"
+    file.rename(place / "aside")
+    with pytest.raises(StoreError, match=r"the gallery in .*photos cannot read the state: .*No such file"):
+        gallery.add([300], ALL[0][[300]], model=A)
+    (place / "aside").rename(file)
+    gallery.add([300], ALL[0][[300]], model=A)
+    gallery.close()  # all is in the file
+    gallery.search(ALL[0][:1], 1, model=A)
+    shutil.copy(file, place / "copy")
+    (place / "copy").rename(file)
+    for call in (
+        lambda: gallery.add([301], ALL[0][[301]], model=A),
+        lambda: gallery.search(ALL[0][:1], 1, model=A),
+        gallery.status,
+    ):
+        with pytest.raises(StoreError, match="was replaced by another file while it was open"):
+            call()
+    gallery.close()
+    for name in ("-wal", "-shm"):
+        (place / f"gallery.db{name}").unlink(missing_ok=True)
+    content = file.read_bytes()
+    for damage, message in (
+        (b"x" * len(content), "cannot open the gallery: file is not a database"),
+        (content[:100] + b"x" * 5000 + content[5100:], "cannot .*malformed|cannot .*not a database"),
+        (content.replace(ALL[0][7].tobytes(), ALL[0][8].tobytes()), "the vector of id 7 is damaged: .* its checksum"),
+        (content[:68] + b"abcd" + content[72:], "is no gallery of format 1, it is of application and format"),
+        (content[:60] + (2).to_bytes(4, "big") + content[64:], r"is of application and format \[1397119047, 2\]"),
+    ):
+        file.write_bytes(damage)
+        with pytest.raises(StoreError, match=message):
+            Gallery.open(place).search(ALL[0][:1], 1, model=A)
+    file.write_bytes(content)
+    assert len(Gallery.open(place).read().ids) == 301
+
+
+def test_places_without_a_gallery_and_with_something_else(tmp_path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "photo.png").touch()
+    (tmp_path / "file").touch()
+    Gallery.create(tmp_path / "there", model=A).close()
+    for call, kind, message in (
+        (lambda: Gallery.open(tmp_path / "none"), FileNotFoundError, r"holds no gallery: it has no gallery\.db; Gall"),
+        (lambda: Gallery.create(tmp_path / "full", model=A), FileExistsError, "not empty, it holds photo.png: give a"),
+        (lambda: Gallery.create(tmp_path / "there", model=A), FileExistsError, "holds a gallery already: Gallery.open"),
+        (lambda: Gallery.create(tmp_path / "file", model=A), OSError, "File exists"),
+        (lambda: Gallery.open("redis://there"), ValueError, "url must be the path of a folder, without :// and #, got"),
+        (lambda: Gallery.create(tmp_path / "new", model="v0"), TypeError, "model must be a ModelIdentity, got str"),
+        (lambda: Gallery.create(tmp_path / "new", model=A, threshold=3), ValueError, r"must lie in \[-1, 1\], got 3"),
+    ):
+        with pytest.raises(kind, match=message):
+            call()
+    assert not (tmp_path / "new").exists()
+    assert (tmp_path / "full" / "photo.png").exists()
