@@ -6,6 +6,8 @@ import argparse
 import io
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from ..compatibility import GateResult
 from ..gallery import Gallery, StoreError
 from ..labelled import load_vectors
 from ._models import read_model
+from ._progress import bars
 
 INCOMPLETE, BAD_INPUT = 1, 2
 
@@ -91,14 +94,14 @@ def _backfill(arguments: argparse.Namespace) -> dict[str, Any]:
     rows, ids = _vectors_with_ids(arguments.vectors)
     model, order = read_model(arguments.model), np.argsort(ids)
     replaced = missing = 0
-    with Gallery.open(arguments.url) as gallery, _bar(gallery.status()["stale"]) as bar:
+    with Gallery.open(arguments.url) as gallery, _bar(gallery.status()["stale"]) as count:
         for batch in gallery.stale(order=arguments.order, batch=arguments.batch):
             place = order[np.searchsorted(ids, batch, sorter=order).clip(max=len(order) - 1)] if len(ids) else batch
             known = ids[place] == batch if len(ids) else np.zeros(len(batch), dtype=np.bool_)
             missing += int((~known).sum())
             if known.any():
                 replaced += gallery.replace(batch[known], rows.take(place[known]).tensor(), model=model)
-            bar.update(len(batch))
+            count(len(batch))
         return {"replaced": replaced, "not_in_file": missing, "stale": gallery.status()["stale"]}
 
 
@@ -154,22 +157,15 @@ def _plain(values: NDArray[Any]) -> list[Any]:
     return rows
 
 
-class _NoBar:
-    def update(self, rows: int) -> None: ...
-
-    def __enter__(self) -> _NoBar:
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-
-
-def _bar(rows: int) -> Any:
-    """A progress bar on a terminal."""
+@contextmanager
+def _bar(rows: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on a terminal; what it yields counts further rows."""
     if not sys.stderr.isatty():
-        return _NoBar()
-    from tqdm import tqdm
-
-    return tqdm(total=rows, unit="rows", dynamic_ncols=True, file=sys.stderr)
+        yield lambda done: None
+        return
+    with bars(sys.stderr) as shown:
+        task = shown.add_task("backfill", total=rows, figures="")
+        yield lambda done: shown.advance(task, done)
 
 
 def _text(arguments: argparse.Namespace, result: dict[str, Any]) -> str:

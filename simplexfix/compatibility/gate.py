@@ -221,6 +221,7 @@ class GateResult:
                 queries=saved["queries"],
                 gallery=saved["gallery"],
                 absent=saved["queries_of_classes_not_in_gallery"],
+                unjudged=saved["queries_without_judgement"],
                 bit_equal=(bit_equal[0], bit_equal[1]),
                 excluded=found["left_out_by_id"],
                 fingerprints=(fingerprints[0], fingerprints[1]),
