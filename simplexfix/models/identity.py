@@ -13,6 +13,7 @@ from ..slots import SlotRegistry
 __all__ = ["ModelIdentity"]
 
 LEARNABLE = "linear"  # the kind of a head whose vectors are its own
+ADAPTED = "adapter"  # an encoder behind an adapter
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,14 @@ class ModelIdentity:
             embeddings.
         version: its number.
         name: free text.
-        head: "simplex", "orthoplex", "cube", or "linear" for a learnable classifier.
+        head: "simplex", "orthoplex", "cube"; "linear" for a learnable classifier, "adapter" for an adapted encoder.
         embedding_dim: width of its embeddings.
         num_slots: K of the polytope; None for a learnable classifier.
         slots: which class has which slot: (namespace, first class id, first slot, count, step) of each run of class
             ids, as `SlotRegistry.to_dict` gives them.
         codes_crc32: of a cube, which vertices its slots are.
+        searches: fingerprints of other models whose galleries it may search: the old encoder of an adapter that leaves
+            stored vectors as they are.
     """
 
     fingerprint: str
@@ -40,6 +43,7 @@ class ModelIdentity:
     num_slots: int | None = None
     slots: tuple[tuple[str, int, int, int, int], ...] = ()
     codes_crc32: int | None = None
+    searches: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if check_integer("version", self.version) < 0:
@@ -56,14 +60,22 @@ class ModelIdentity:
             every class that both know has the same slot, no slot has two classes,
             and there is a class that both know.
 
+        An encoder behind an adapter may search the galleries that it was fitted for: those of its old encoder, or those
+        that it has mapped itself.
+
         That is what can be told without looking at an embedding, and it is needed, not sufficient: how well the queries
         find is for `simplexfix.compatibility` to say.  With a learnable classifier nothing of the kind can be told.
 
         Returns:
             One sentence for each reason.
         """
-        if self.fingerprint == gallery.fingerprint:
+        if self.fingerprint == gallery.fingerprint or gallery.fingerprint in self.searches:
             return []
+        if ADAPTED in (self.head, gallery.head):
+            return [
+                f"{'this' if self.head == ADAPTED else 'the gallery'}'s model is an encoder behind an adapter, which "
+                "shares a space with the galleries that it was fitted for, and with no others"
+            ]
         reasons = []
         if self.embedding_dim != gallery.embedding_dim:
             reasons.append(
@@ -89,7 +101,7 @@ class ModelIdentity:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON; `from_dict` is its inverse."""
-        return {**asdict(self), "slots": [list(run) for run in self.slots]}
+        return {**asdict(self), "slots": [list(run) for run in self.slots], "searches": list(self.searches)}
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> ModelIdentity:
@@ -99,7 +111,8 @@ class ModelIdentity:
             TypeError: a key is missing, or unknown.
             ValueError: two classes share a slot.
         """
-        identity = cls(**{**saved, "slots": tuple(tuple(run) for run in saved.get("slots", ()))})
+        slots, searches = tuple(tuple(run) for run in saved.get("slots", ())), tuple(saved.get("searches", ()))
+        identity = cls(**{**saved, "slots": slots, "searches": searches})
         identity._registry()
         return identity
 
