@@ -207,11 +207,15 @@ class AdapterMethod(ABC):
         versions = (old, new)
         features = PairedFeatures.read(versions, labels, sample, names=("old", "new"), device=device)
         self.check(features)
-        return self.adapter(Moments(features), 0, 1).eval()
+        return self.adapter(Moments(features), 0, 1)
+
+    def adapter(self, moments: Moments, old: int, new: int) -> Adapter:
+        """The adapter of two versions of these features; fitted once for equal moments and options."""
+        return moments.once((self, old, new), lambda: self._adapter(moments, old, new).eval())
 
     @abstractmethod
-    def adapter(self, moments: Moments, old: int, new: int) -> Adapter:
-        """The adapter of two versions of these features."""
+    def _adapter(self, moments: Moments, old: int, new: int) -> Adapter:
+        """Fits it."""
 
     def own_maps(self, moments: Moments) -> Sequence[nn.Module | None]:
         """For each version the map between its features and the vectors that its own gallery stores; None: itself."""

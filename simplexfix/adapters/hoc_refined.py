@@ -66,7 +66,7 @@ class HOCRefined(AdapterMethod):
             check_positive(option, getattr(self, option))
         check_share("lambda_", self.lambda_)
 
-    def adapter(self, moments: Moments, old: int, new: int) -> Adapter:
+    def _adapter(self, moments: Moments, old: int, new: int) -> Adapter:
         maps = self.own_maps(moments)
         return Adapter(maps[new], maps[old], method=self.described())
 

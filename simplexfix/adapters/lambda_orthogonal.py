@@ -53,7 +53,7 @@ class LambdaOrthogonal(AdapterMethod):
         for field in ("lambda_", "alpha", "learning_rate"):
             check_positive(field, getattr(self, field))
 
-    def adapter(self, moments: Moments, old: int, new: int) -> Adapter:
+    def _adapter(self, moments: Moments, old: int, new: int) -> Adapter:
         features = moments.features
         base = procrustes_map(moments, old, new)
         generator = torch.Generator().manual_seed(self.seed)

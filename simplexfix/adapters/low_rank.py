@@ -43,7 +43,7 @@ class LowRank(AdapterMethod):
             raise ValueError(f"rank must be at least 1, got {self.rank}")
         check_positive("penalty", self.penalty)
 
-    def adapter(self, moments: Moments, old: int, new: int) -> Adapter:
+    def _adapter(self, moments: Moments, old: int, new: int) -> Adapter:
         w = ridge_solution(moments, old, new, self.penalty)
         _, vectors = torch.linalg.eigh(w.T @ moments.cross(new, old))  # (X^T X + r' I) W is X^T Y
         leading = vectors[:, -min(self.rank, *w.shape) :]

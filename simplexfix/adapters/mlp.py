@@ -48,7 +48,7 @@ class MLP(AdapterMethod):
                 raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
         check_positive("learning_rate", self.learning_rate)
 
-    def adapter(self, moments: Moments, old: int, new: int) -> Adapter:
+    def _adapter(self, moments: Moments, old: int, new: int) -> Adapter:
         features = moments.features
         base = procrustes_map(moments, old, new)
         generator = torch.Generator().manual_seed(self.seed)

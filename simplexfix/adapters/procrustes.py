@@ -27,7 +27,7 @@ class Procrustes(AdapterMethod):
 
     name: ClassVar[str] = "procrustes"
 
-    def adapter(self, moments: Moments, old: int, new: int) -> Adapter:
+    def _adapter(self, moments: Moments, old: int, new: int) -> Adapter:
         return Adapter(procrustes_map(moments, old, new), method=self.described())
 
 

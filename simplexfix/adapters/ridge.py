@@ -42,7 +42,7 @@ class Ridge(AdapterMethod):
         check_positive("penalty", self.penalty)
         check_name("anchor", self.anchor, ("zero", "procrustes"))
 
-    def adapter(self, moments: Moments, old: int, new: int) -> Adapter:
+    def _adapter(self, moments: Moments, old: int, new: int) -> Adapter:
         anchor = procrustes_map(moments, old, new).weight if self.anchor == "procrustes" else None
         w = ridge_solution(moments, old, new, self.penalty, anchor)
         return Adapter(AffineMap(w, moments.mean(old) - moments.mean(new) @ w), method=self.described())

@@ -56,7 +56,7 @@ class SimplexJunction(AdapterMethod):
         if self.slots is not None and check_integer("slots", self.slots) < 2:
             raise ValueError(f"slots must be at least 2, got {self.slots}")
 
-    def adapter(self, moments: Moments, old: int, new: int) -> Adapter:
+    def _adapter(self, moments: Moments, old: int, new: int) -> Adapter:
         maps = self.own_maps(moments)
         return Adapter(maps[new], maps[old], method=self.described())
 

@@ -41,7 +41,7 @@ class Slerp(AdapterMethod):
     def __post_init__(self) -> None:
         check_share("alpha", self.alpha)
 
-    def adapter(self, moments: Moments, old: int, new: int) -> Adapter:
+    def _adapter(self, moments: Moments, old: int, new: int) -> Adapter:
         of = self.of.adapter(moments, old, new)
         return Adapter(of.query_map, of.gallery_map, alpha=self.alpha, method=self.described())
 

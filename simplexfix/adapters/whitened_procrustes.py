@@ -42,7 +42,7 @@ class WhitenedProcrustes(AdapterMethod):
     def __post_init__(self) -> None:
         check_share("g", self.g)
 
-    def adapter(self, moments: Moments, old: int, new: int) -> Adapter:
+    def _adapter(self, moments: Moments, old: int, new: int) -> Adapter:
         q = moments.once(("whitened", old, new, self.g), lambda: polar(moments.whitened(new, old, self.g)))
         weight = moments.whitening(new, self.g) @ q
         query = AffineMap(weight, -moments.mean(new) @ weight)
