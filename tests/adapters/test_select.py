@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_adapter_methods import world
+from test_adapter_methods import name, world
 from torch.nn.functional import normalize
 
 from simplexfix.adapters import (
