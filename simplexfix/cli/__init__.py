@@ -32,7 +32,9 @@ _EXTRAS = {
     "yaml": "train",
 }  # which extra brings a package
 _AFTER_CTRL_C = {
+    "adapt": "no adapter was written; the same command starts again",
     "demo": "nothing is kept; the same command starts again",
+    "embed": "no file was written; the same command starts again",
     "evaluate": "no report was written; the same command starts again",
     "gate": "there is no verdict; the same command starts again",
     "train": "the same command resumes from the last checkpoint",

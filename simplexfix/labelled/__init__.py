@@ -1,7 +1,7 @@
 """One door for labelled features: items, what each version extracted of them, and the files these are kept in."""
 
 from ._columns import Ids, Rows, read_column, read_hits, read_ids, read_integers
-from ._files import FeatureFileError, find_versions, is_version, load_rows
+from ._files import FeatureFileError, find_versions, is_version, load_rows, map_array
 from ._items import GalleryClasses, LabelledItems
 from ._rows import FeatureRows, row_slices, row_squares, unit_rows
 from ._versions import VersionFeatures, check_versions, ignoring
@@ -19,6 +19,7 @@ __all__ = [
     "ignoring",
     "is_version",
     "load_rows",
+    "map_array",
     "read_column",
     "read_hits",
     "read_ids",

@@ -19,7 +19,7 @@ from torch import Tensor
 from ._columns import read_ids
 from ._rows import FeatureRows
 
-__all__ = ["FeatureFileError", "find_versions", "is_version", "load_rows", "read_arrays"]
+__all__ = ["FeatureFileError", "find_versions", "is_version", "load_rows", "map_array", "read_arrays"]
 
 REQUIRED = ("query", "gallery", "query_labels", "gallery_labels")
 KEYS = (*REQUIRED, "query_ids", "gallery_ids", "query_groups")
@@ -80,7 +80,7 @@ def load_rows(folder: Path, name: str) -> tuple[FeatureRows, NDArray[np.int64]]:
         OSError, FeatureFileError: as `VersionFeatures.load`; labels that are names, which differ from file to file.
     """
     names = name, f"{name}_labels"
-    arrays = [_map_array(folder, name) for name in names]
+    arrays = [map_array(folder, name) for name in names]
     try:
         rows = FeatureRows(name, arrays[0])
         if not len(rows):
@@ -154,10 +154,15 @@ def _listed(names: Iterable[str]) -> str:
 def _read_folder(path: Path) -> dict[str, NDArray[Any]]:
     held = {entry.name.removesuffix(".npy") for entry in path.iterdir()}
     _check_complete(path, (key for key in KEYS if (path / f"{key}.npy").is_file()), held)
-    return {key: _map_array(path, key) for key in KEYS if (path / f"{key}.npy").is_file()}
+    return {key: map_array(path, key) for key in KEYS if (path / f"{key}.npy").is_file()}
 
 
-def _map_array(folder: Path, key: str) -> NDArray[Any]:
+def map_array(folder: Path, key: str) -> NDArray[Any]:
+    """The array of `KEY.npy`, mapped, read-only.
+
+    Raises:
+        OSError, FeatureFileError: it cannot be opened; it is damaged or holds Python objects.
+    """
     file = folder / f"{key}.npy"
     try:
         with open(file, "rb") as opened:
