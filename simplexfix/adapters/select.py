@@ -146,7 +146,7 @@ def select_adapter(
         candidates: None: procrustes, ridge, low rank, MLP, lambda-orthogonal, whitened procrustes and, with labels,
             simplex junction with a grid of shrinkages, then HOC steps from the best junction.
         query_encoders: "new": the new encoder alone runs at query time; "both": the old one as well, and slerp with a
-            grid of alpha from the best adapters is a candidate.
+            grid of alpha from the two best adapters is a candidate.
         protocol: "nearest_class_mean", "instance", or one with hits; with labels only.
         folds: 1 to 3, how many thirds are held out in turn: more take longer and are surer.
         confidence: of the intervals, in (0, 1).
@@ -202,17 +202,16 @@ def _select(
     if candidates is None:
         judge.add(closed_forms(features))
         if features.labels is not None:
-            start = judge.best(SimplexJunction).method
-            assert isinstance(start, SimplexJunction)
+            start = next(row.method for row in judge.ranked() if isinstance(row.method, SimplexJunction))
             judge.add([HOCRefined(start, steps=steps) for steps in STEPS])
         if query_encoders == "both":
-            bases = dict.fromkeys([judge.best().method, judge.best(WhitenedProcrustes).method])
+            bases = [row.method for row in judge.ranked()[:2]]
             judge.add([Slerp(base, alpha) for base in bases for alpha in ALPHAS])
     else:
         for method in candidates:
             method.check(features)
         judge.add(candidates)
-    table = tuple(sorted(judge.table, key=lambda row: -row.score))
+    table = tuple(judge.ranked())
     chain = chain_of(table[0].method, Moments(features))
     return Selection(table[0], table, table[0].gain_interval.low > 0, judge.old, chain)
 
@@ -349,9 +348,9 @@ class _Judge:
     def add(self, methods: Sequence[AdapterMethod]) -> None:
         self.table += [self._judged(method) for method in methods]
 
-    def best(self, *kinds: type[AdapterMethod]) -> Judged:
-        """The first of the best scores, of methods of these kinds, or of all."""
-        return max((row for row in self.table if not kinds or isinstance(row.method, kinds)), key=lambda row: row.score)
+    def ranked(self) -> list[Judged]:
+        """Best first; of equal scores the one that was added first."""
+        return sorted(self.table, key=lambda row: -row.score)
 
     def _judged(self, method: AdapterMethod) -> Judged:
         chains = [chain_of(method, part.moments) for part in self.parts]
