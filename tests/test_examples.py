@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.resources
 import io
@@ -10,7 +11,6 @@ import os
 import pickle
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,25 +22,15 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 
 import replace_pretrained  # noqa: E402
-from frozen_encoders import (  # noqa: E402
-    Encoded,
-    Recipe,
-    cached,
-    choose,
-    compare,
-    procrustes,
-    report,
-    ridge,
-    split,
-    table,
-    train_junctions,
-)
+from frozen_encoders import Encoded, Items, add_arguments, cached, compare, report, split, table  # noqa: E402
 
-QUICK = Recipe(slots=24, batch=64, steps=120, scale=16.0, lambda_=0.5, gallery_sample=40)
+from simplexfix.adapters import Procrustes, SimplexJunction  # noqa: E402
+
+METHODS = {"procrustes": Procrustes(), "simplex junction": SimplexJunction()}
 
 
 @pytest.fixture(scope="module")
-def made_up() -> tuple[list[Encoded], torch.Tensor, torch.Tensor]:
+def made_up() -> Items:
     """Encoders of 10, 14 and 30 dimensions, each sharper than the one before, of 18 classes."""
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(18, 10, generator=generator)
@@ -53,82 +43,47 @@ def made_up() -> tuple[list[Encoded], torch.Tensor, torch.Tensor]:
             for labels in (gallery_labels, query_labels)
         )
         encoders.append(Encoded(*parts))
-    return encoders, gallery_labels, query_labels
+    return Items(encoders, gallery_labels, query_labels)
 
 
-def test_versions_on_one_simplex_search_each_other_and_independent_ones_do_not(made_up) -> None:
-    methods = ("independent", "ce", "hoc", "hoc+gallery", "ridge", "procrustes")
-    found = compare(*made_up, unseen=6, seeds=[0], recipe=QUICK, methods=methods)
-    across = {
-        method: np.array(
-            [found[method]["unseen"][0]["nearest class mean"]["matrix"][i][j] for i, j in ((1, 0), (2, 0), (2, 1))]
-        )
-        for method in methods
-    }
-    assert (across["independent"] < 0.5).all()  # of 6 classes
-    assert (across["hoc"] > 0.6).all()
-    assert across["hoc+gallery"].mean() > across["ce"].mean()
-    text = table(found, "nearest class mean")
-    assert text.count("\n") == 2 + len(methods)
-    assert "| encoders alone | " in text
+def test_new_encoders_search_old_galleries(made_up) -> None:
+    found, chosen = compare(made_up, unseen=6, seeds=[0], sample=40, methods=METHODS, selected={})
+    assert not chosen
+    for name in METHODS:
+        matrix = found[name]["nearest_class_mean"]["unseen"][0]["matrix"]
+        assert min(matrix[i][j] for i, j in ((1, 0), (2, 0), (2, 1))) > 0.5  # of 6 classes
+    assert table(found, "instance").count("\n") == 1 + len(METHODS)
 
 
-def test_labels_of_unseen_classes_are_not_looked_at(made_up) -> None:
-    """Whatever they are, versions are the same, and those with a sample of the gallery too."""
-    encoders, labels, _ = made_up
-    seen, unseen = split(labels, 6, 0)
+def test_labels_of_unseen_classes_are_not_read(made_up) -> None:
+    """Whatever they are, the fits are of the same items with the same labels, and so is the sample."""
+    seen, unseen = split(made_up.gallery_labels, 6, 0)
     assert sorted([*seen.tolist(), *unseen.tolist()]) == list(range(18))
-    others = labels.where(torch.isin(labels, seen), unseen[0])
-    quick = replace(QUICK, steps=3)
-    for method in ("hoc", "hoc+gallery", "ridge+gallery", "independent"):
-        first, second = (train_junctions(encoders, given, seen, method, quick, 0) for given in (labels, others))
-        for a, b in zip(first, second, strict=True):
-            assert torch.equal(a.gallery, b.gallery)
-            assert torch.equal(a.query, b.query)
+    known = torch.isin(made_up.gallery_labels, seen)
+    others = Items(made_up.encoders, made_up.gallery_labels.where(known, unseen[0]), made_up.query_labels)
+    first, second = (items.fitted(seen, 40, 0) for items in (made_up, others))
+    assert torch.equal(first["labels"], second["labels"])
+    for key in ("versions", "sample"):
+        assert all(torch.equal(a, b) for a, b in zip(first[key], second[key], strict=True))
 
 
-def test_ridge_is_the_minimum() -> None:
-    x, y = torch.randn(40, 5), torch.randn(40, 3)
-    w = ridge(x, y, 2.0).double().requires_grad_()
-    loss = (x.double() @ w - y).square().sum() + 2.0 * w.square().sum()
-    assert torch.autograd.grad(loss, w)[0].abs().max() < 1e-4
-
-
-def test_procrustes_finds_a_rotation_back() -> None:
-    turn = torch.linalg.qr(torch.randn(6, 6)).Q
-    x = torch.randn(40, 6)
-    torch.testing.assert_close(procrustes(x @ turn, x), turn.T, rtol=0, atol=1e-5)
-    wide = procrustes(x, x[:, :4])
-    torch.testing.assert_close(wide.T @ wide, torch.eye(4), rtol=0, atol=1e-5)
-
-
-def test_the_recipe_is_chosen_without_unseen_classes_and_queries(made_up) -> None:
-    encoders, labels, _ = made_up
-    steps = (1, 120)
-    recipe, tried = choose(encoders, labels, unseen=6, seeds=[0], recipe=QUICK, options={"steps": steps})
-    scores = [line["AA of held-out seen classes"] for line in tried]
-    assert recipe.steps == steps[int(np.argmax(scores))]
-    assert min(scores) > 0.3
-    assert len(set(scores)) == 2
-    seen, _ = split(labels, 6, 0)
-    damaged = [Encoded(e.gallery.where(torch.isin(labels, seen)[:, None], torch.nan), e.query) for e in encoders]
-    assert choose(damaged, labels, unseen=6, seeds=[0], recipe=QUICK, options={"steps": steps})[1] == tried
-
-
-def test_features_are_kept_and_the_report_is_written(made_up, tmp_path, capsys) -> None:
+def test_features_are_kept_and_the_report_is_written(made_up, tmp_path, capsys, monkeypatch) -> None:
     rows = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
     first = cached(tmp_path / "new", "a", lambda: rows)
     assert torch.equal(cached(tmp_path / "new", "a", lambda: 1 / 0), first)
-    encoders, gallery_labels, query_labels = made_up
-    names = dict(zip(("a", "b", "c"), encoders, strict=True))
-    out = tmp_path / "out.json"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("frozen_encoders.Recipe", lambda: replace(QUICK, steps=2))
-        report(names, gallery_labels, query_labels, unseen=6, seeds=[0], choosing=False, out=out)
-    assert "nearest class mean, %" in capsys.readouterr().out
-    content = json.loads(out.read_text())
+    names = dict(zip(("a", "b", "c"), made_up.encoders, strict=True))
+    monkeypatch.setattr("simplexfix.adapters.select.closed_forms", lambda features: list(METHODS.values()))
+    monkeypatch.setattr("simplexfix.adapters.select.STEPS", (1,))
+    monkeypatch.setattr(compare, "__kwdefaults__", {**compare.__kwdefaults__, "methods": METHODS})
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    arguments = parser.parse_args(["--seeds", "0", "--sample", "40", "--out", str(tmp_path / "out.json")])
+    report(names, made_up.gallery_labels, made_up.query_labels, unseen=6, arguments=arguments)
+    assert "nearest_class_mean, %" in capsys.readouterr().out
+    content = json.loads((tmp_path / "out.json").read_text())
     assert content["encoders"] == {"a": 10, "b": 14, "c": 30}
-    assert len(content["results"]["hoc"]["unseen"][0]["instance"]["matrix"]) == 3
+    assert len(content["results"]["selected"]["instance"]["unseen"][0]["matrix"]) == 3
+    assert [entry["row"] for entry in content["selected"]].count("selected, both encoders") == 2
 
 
 def test_weights_that_are_not_arrays_are_not_called() -> None:
@@ -216,7 +171,7 @@ def test_real_text_encoders_where_they_are_installed(data_folder, tmp_path) -> N
     )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out.json").read_text())["results"]
-    assert found["hoc"]["seen"][0]["nearest class mean"]["matrix"][2][0] > 0.8
+    assert found["selected"]["nearest_class_mean"]["seen"][0]["matrix"][2][0] > 0.8
 
 
 INTENTS = (

@@ -1,5 +1,36 @@
-"""Map one encoder's features into the space of another, whose index stays as it is."""
+"""Maps between encoders that nobody trains: new queries search a gallery that an old encoder extracted."""
 
+from .base import Adapter, AdapterMethod
+from .chain import Chain, fit_chain
+from .hoc_refined import HOCRefined
+from .lambda_orthogonal import LambdaOrthogonal
+from .low_rank import LowRank
+from .mlp import MLP
+from .procrustes import Procrustes
 from .query_drift import QueryDrift
+from .ridge import Ridge
+from .select import Judged, Selection, select_adapter, select_chain
+from .simplex_junction import SimplexJunction
+from .slerp import Slerp
+from .whitened_procrustes import WhitenedProcrustes
 
-__all__ = ["QueryDrift"]
+__all__ = [
+    "MLP",
+    "Adapter",
+    "AdapterMethod",
+    "Chain",
+    "HOCRefined",
+    "Judged",
+    "LambdaOrthogonal",
+    "LowRank",
+    "Procrustes",
+    "QueryDrift",
+    "Ridge",
+    "Selection",
+    "SimplexJunction",
+    "Slerp",
+    "WhitenedProcrustes",
+    "fit_chain",
+    "select_adapter",
+    "select_chain",
+]

@@ -31,7 +31,9 @@ _EXTRAS = {
     "yaml": "train",
 }  # which extra brings a package
 _AFTER_CTRL_C = {
+    "adapt": "no adapter was written; the same command starts again",
     "demo": "nothing is kept; the same command starts again",
+    "embed": "no file was written; the same command starts again",
     "evaluate": "no report was written; the same command starts again",
     "gallery": "every call was done whole or not at all; `backfill` goes on where it was",
     "gate": "there is no verdict; the same command starts again",

@@ -46,6 +46,54 @@ class _Version(argparse.Action):
         parser.exit()
 
 
+def _adapt(parser: argparse.ArgumentParser) -> None:
+    rows = ".npy file of [N, d] features"
+    parser.add_argument(
+        "--old", type=Path, required=True, help=f"features by the encoder in service: {rows}, or a version: {_FEATURES}"
+    )
+    parser.add_argument(
+        "--new", type=Path, required=True, help="features of the same items in the same order by the new encoder"
+    )
+    parser.add_argument(
+        "--labels",
+        type=Path,
+        help=".npy file of [N] integers or names, or text, a line per item: their classes",
+    )
+    parser.add_argument(
+        "--sample",
+        type=Path,
+        nargs=2,
+        metavar=("OLD", "NEW"),
+        help="features of further gallery items without labels, by both encoders",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of the adapter")
+    parser.add_argument(
+        "--query-encoders",
+        choices=("new", "both"),
+        default="new",
+        help="which encoders run at query time (default: new)",
+    )
+    parser.add_argument("--protocol", choices=("nearest_class_mean", "instance"), default="nearest_class_mean")
+    parser.add_argument("--folds", type=int, default=1, help="1 to 3 thirds that are held out in turn (default: 1)")
+    parser.add_argument("--confidence", type=float, default=0.95, metavar="C", help="of intervals (default: 0.95)")
+    parser.add_argument("--seed", type=_seed, default=0, help="of the split and the bootstrap (default: 0)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _embed(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, metavar="MODEL_OR_ADAPTER", help="folder that save_pretrained has written")
+    parser.add_argument("input", type=Path, metavar="IN", help=".npy file of inputs, a row for each item")
+    parser.add_argument("output", type=Path, metavar="OUT", help=".npy file of [N, d] unit float32 rows")
+    parser.add_argument(
+        "--gallery",
+        action="store_true",
+        help="IN holds vectors that the adapter's old encoder has stored, not queries by the new one",
+    )
+    parser.add_argument(
+        "--old", type=Path, metavar="FILE", help=".npy file of the same queries by the old encoder, for slerp"
+    )
+
+
 def _demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for report and pictures (default: demo)")
     parser.add_argument("--seed", type=_seed, default=0, help="of data order, weights and batches (default: 0)")
@@ -224,8 +272,10 @@ def _seed(text: str) -> int:
 
 # name: summary, adds its arguments to a parser; simplexfix/cli/NAME.py has run(arguments) -> exit code
 VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
+    "adapt": ("Fits an adapter from a new encoder to an old one's gallery: exit code 1 if none is worth it.", _adapt),
     "demo": ("Trains four versions on handwriting, replaces the model and searches the old galleries.", _demo),
     "doctor": ("Says what is installed, which kernels run on this machine, and why others do not.", _doctor),
+    "embed": ("Applies a model or an adapter to a file of features.", _embed),
     "evaluate": ("Judges model versions by their features and labels alone, and writes a report.", _evaluate),
     "gallery": ("Keeps a gallery through upgrades of its model: create, search, admit, backfill, roll back.", _gallery),
     "gate": ("Judges an upgrade by rules: exit code 0 if it passes, 1 if a rule fails, 2 on bad input.", _gate),

@@ -1,7 +1,7 @@
 """One door for labelled features: items, what each version extracted of them, and the files these are kept in."""
 
-from ._columns import Ids, Rows, read_features, read_hits, read_ids, read_integers, read_query_scores
-from ._files import FeatureFileError, find_versions, is_version, load_rows, load_vectors
+from ._columns import Ids, Rows, read_column, read_features, read_hits, read_ids, read_integers, read_query_scores
+from ._files import FeatureFileError, find_versions, is_version, load_rows, load_vectors, map_array
 from ._items import GalleryClasses, LabelledItems
 from ._judgements import RelevanceJudgements
 from ._rows import FeatureRows, row_slices, row_squares, to_float32, unit_rows
@@ -23,6 +23,8 @@ __all__ = [
     "is_version",
     "load_rows",
     "load_vectors",
+    "map_array",
+    "read_column",
     "read_features",
     "read_hits",
     "read_ids",

@@ -19,7 +19,7 @@ from torch import Tensor
 from ._columns import read_ids
 from ._rows import FeatureRows
 
-__all__ = ["FeatureFileError", "find_versions", "is_version", "load_rows", "load_vectors", "read_arrays"]
+__all__ = ["FeatureFileError", "find_versions", "is_version", "load_rows", "load_vectors", "map_array", "read_arrays"]
 
 REQUIRED = ("query", "gallery", "query_labels", "gallery_labels")
 KEYS = (*REQUIRED, "query_ids", "gallery_ids", "query_groups", "prefixes")
@@ -97,7 +97,7 @@ def load_rows(folder: Path, name: str) -> tuple[FeatureRows, NDArray[np.int64]]:
         OSError, FeatureFileError: as `VersionFeatures.load`; labels that are names, which differ from file to file.
     """
     names = name, f"{name}_labels"
-    arrays = [_map_array(folder, name) for name in names]
+    arrays = [map_array(folder, name) for name in names]
     try:
         rows = FeatureRows(name, arrays[0])
         if not len(rows):
@@ -212,10 +212,15 @@ def _read_folder(path: Path, form: _Form) -> dict[str, NDArray[Any]]:
     held = {entry.name.removesuffix(".npy") for entry in path.iterdir()}
     keys = [key for key in form.keys if (path / f"{key}.npy").is_file()]
     _check_complete(path, form, keys, held)
-    return {key: _map_array(path, key) for key in keys}
+    return {key: map_array(path, key) for key in keys}
 
 
-def _map_array(folder: Path, key: str) -> NDArray[Any]:
+def map_array(folder: Path, key: str) -> NDArray[Any]:
+    """The array of `KEY.npy`, mapped, read-only.
+
+    Raises:
+        OSError, FeatureFileError: it cannot be opened; it is damaged or holds Python objects.
+    """
     file = folder / f"{key}.npy"
     try:
         with open(file, "rb") as opened:

@@ -1,16 +1,9 @@
-"""A model in a folder: `config.json` says what it is, a safetensors file holds its weights.
-
-The weights come first, under a name made of their checksum; then `config.json`, which names them, takes the place of
-the one before by a rename; then the old weights go.  So at every moment the folder holds one whole model.
-"""
+"""A model in a folder: `config.json` says what it is, a safetensors file holds its weights."""
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -19,15 +12,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .._files import write_whole
-from .._states import CheckpointError, encoded, fingerprint, read_state
+from .._states import fingerprint
 from ..data.augment import Normalize
 from ..data.inputs import Drawings, Photographs, Preprocessing, Tokens, Vectors
 from ..heads import CubeHead, OrthoplexHead, SimplexHead, decode_state, encode_state
 from ..slots import SlotRegistry
+from ._config import (
+    ADAPTER,
+    MODEL,
+    ModelFolderError,
+    add_checksums,
+    read_config,
+    read_weights,
+    write_model_folder,
+)
 from .convnet import SmallConvNet
 from .feature_head import FeatureHead
-from .identity import FEATURES, LEARNABLE, OCA, ModelIdentity
+from .identity import ADAPTED, FEATURES, LEARNABLE, OCA, ModelIdentity
 from .linear import LinearHead
 from .mlp import FeatureLinear, FeatureMLP
 from .neighbour import NeighbourHead
@@ -40,12 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BACKBONES", "ModelFolderError", "identity_of", "load_model", "read_identity", "save_model"]
 
-_FORMAT, _NUMBER = "simplexfix model", 1
-_PARTS = ("backbone", "head", "preprocessing", "slots", "version")
 _NAMES = "class_names"  # a part that may be missing
-_KEYS = {"fingerprint", "format", "format_number", "sha256", "weights", *_PARTS}
-_WEIGHTS = re.compile(r"model-[0-9a-f]{16}\.safetensors")
-_LEFT_BEHIND = re.compile(rf"({_WEIGHTS.pattern}|config\.json)\.\d+-\d+\.tmp")  # by `write_whole`
 _NAMED = 8  # tensors in one message
 
 # What is made again from its folder alone: every argument of its constructor is an attribute of the same name.
@@ -66,33 +62,11 @@ _TRAINING = ("head.objective.", "head.queue.")  # tensors of OCAHead and Neighbo
 _PREPROCESSING = {kind.__name__: kind for kind in (Drawings, Normalize, Photographs, Tokens, Vectors)}
 
 
-class ModelFolderError(ValueError):
-    """A folder holds no model, or not as it was written, or not one of this backbone; the message says what."""
-
-
 def save_model(model: EmbeddingModel, folder: str | os.PathLike[str], *, version: int, name: str) -> ModelIdentity:
     """`EmbeddingModel.save_pretrained`."""
-    folder = Path(folder)
     config, state = _parts(model, version, name)
-    content, checksum = encoded(state)
-    _add_checksums(config, checksum)
-    identity = _identity(config)
-    file = folder / "config.json"
-    if file.exists():
-        _check_ours(file)
-    folder.mkdir(parents=True, exist_ok=True)
-    _clear(folder, _LEFT_BEHIND)
-    write_whole(folder / config["weights"], content)
-    write_whole(file, f"{json.dumps(config, indent=1, allow_nan=False)}\n".encode())
-    _clear(folder, _WEIGHTS, but=config["weights"])
-    return identity
-
-
-def _clear(folder: Path, names: re.Pattern[str], *, but: str = "") -> None:
-    """Removes the weights of models before, or what killed processes left in the middle of writing."""
-    for path in list(folder.iterdir()):
-        if names.fullmatch(path.name) and path.name != but:
-            path.unlink()
+    _identity(add_checksums(config, "", MODEL))  # its errors before anything is written
+    return _identity(write_model_folder(Path(folder), config, state, MODEL))
 
 
 def load_model(
@@ -100,16 +74,8 @@ def load_model(
 ) -> tuple[nn.Module, nn.Module, Preprocessing | None, Sequence[str] | None]:
     """Backbone, head, preprocessing and class names, for `EmbeddingModel.from_pretrained`."""
     folder = Path(folder)
-    config = _read_config(folder)
-    weights = folder / config["weights"]
-    try:
-        state = read_state(weights)
-    except FileNotFoundError:
-        raise ModelFolderError(f"{weights}, which config.json names, is not there") from None
-    except CheckpointError as error:
-        raise ModelFolderError(str(error)) from error
-    if fingerprint(state) != config["sha256"]["weights"]:
-        raise ModelFolderError(f"{weights} holds other weights than those that config.json was written for")
+    config = read_config(folder, MODEL)
+    state = read_weights(folder, config)
     given = backbone is not None
     try:
         head = _head(config)
@@ -133,20 +99,20 @@ def load_model(
 
 
 def read_identity(folder: str | os.PathLike[str]) -> ModelIdentity:
-    """Of the model in a folder; the weights are not read.
+    """Of the model, or the adapter, in a folder; the weights are not read.
 
     Raises:
         FileNotFoundError: there is no such folder.
         ModelFolderError: it holds no model, or its `config.json` is of another format or was changed; says what.
     """
-    return _identity(_read_config(Path(folder)))
+    config = read_config(Path(folder), MODEL, ADAPTER)
+    return _identity(config) if config["format"] == MODEL.name else adapter_identity(config)
 
 
 def identity_of(model: EmbeddingModel, *, version: int, name: str) -> ModelIdentity:
     """`EmbeddingModel.identity`."""
     config, state = _parts(model, version, name)
-    _add_checksums(config, fingerprint(state))
-    return _identity(config)
+    return _identity(add_checksums(config, fingerprint(state), MODEL))
 
 
 def _parts(model: EmbeddingModel, version: int, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -168,8 +134,6 @@ def _parts(model: EmbeddingModel, version: int, name: str) -> tuple[dict[str, An
     if strangers:
         raise TypeError(f"a model that is saved has a backbone and a head, this one has {', '.join(strangers)} as well")
     config = {
-        "format": _FORMAT,
-        "format_number": _NUMBER,
         "version": {"number": version, "name": name},
         "backbone": _backbone_spec(backbone),
         "head": {"kind": kind, **_head_spec(head)},
@@ -295,74 +259,17 @@ def _identity(config: Mapping[str, Any]) -> ModelIdentity:
     )
 
 
-def _checksum(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _fingerprint(checksums: Mapping[str, str]) -> str:
-    """Of all but the version and class names: the same model under other names gives the same embeddings."""
-    return _checksum({part: checksum for part, checksum in checksums.items() if part not in ("version", _NAMES)})
-
-
-def _parts_of(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Those with a checksum."""
-    return (*_PARTS, _NAMES) if _NAMES in config else _PARTS
-
-
-def _add_checksums(config: dict[str, Any], weights: str) -> None:
-    config["weights"] = f"model-{weights[:16]}.safetensors"
-    config["sha256"] = {**{part: _checksum(config[part]) for part in _parts_of(config)}, "weights": weights}
-    config["fingerprint"] = _fingerprint(config["sha256"])
-
-
-def _check_ours(file: Path) -> None:
-    try:
-        config = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ModelFolderError(
-            f"{file} cannot be read, it may be damaged: {error}; delete it for the model to be written again, "
-            "or take another folder if it is of something else"
-        ) from None
-    if not isinstance(config, dict) or config.get("format") != _FORMAT:
-        raise ModelFolderError(f"{file} is of something else and would be lost; take another folder")
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    """As it was written: every part gives its checksum."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is no folder; models are read from local folders, nothing is downloaded")
-    file = folder / "config.json"
-    if not file.exists():
-        raise ModelFolderError(f"{folder} holds no model: it has no config.json")
-    try:
-        config = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ModelFolderError(f"{file} cannot be read, it may be damaged: {error}") from None
-    if not isinstance(config, dict) or config.get("format") != _FORMAT:
-        raise ModelFolderError(f"{file} is of no model that save_pretrained has written")
-    if config.get("format_number") != _NUMBER:
-        raise ModelFolderError(
-            f"{file} is of format {config.get('format_number')!r}, this version of simplexfix reads {_NUMBER}"
-        )
-    if strangers := (set(config) ^ _KEYS) - {_NAMES}:
-        keys = ", ".join(sorted(strangers))
-        raise ModelFolderError(f"{file} was changed after it was written: keys missing or unknown: {keys}")
-    sums = config["sha256"]
-    parts = _parts_of(config)
-    if not isinstance(sums, dict) or set(sums) != {*parts, "weights"} or not isinstance(sums["weights"], str):
-        raise ModelFolderError(f"{file} was changed after it was written: sha256 differs")
-    changed = [part for part in parts if _checksum(config[part]) != sums[part]]
-    if config["weights"] != f"model-{sums['weights'][:16]}.safetensors":
-        changed.append("weights")
-    if not changed and _fingerprint(sums) != config["fingerprint"]:
-        changed.append("fingerprint")
-    if changed:
-        raise ModelFolderError(
-            f"{file} was changed after it was written: {', '.join(changed)} without its checksum; "
-            "change the model and save it again"
-        )
-    return config
+def adapter_identity(config: Mapping[str, Any]) -> ModelIdentity:
+    """Of an encoder and its adapter, from the adapter's `config.json`."""
+    old = config["encoders"]["old"]
+    return ModelIdentity(
+        fingerprint=config["fingerprint"],
+        version=config["version"]["number"],
+        name=config["version"]["name"],
+        head=ADAPTED,
+        embedding_dim=config["adapter"]["embedding_dim"],
+        space=None if config["adapter"]["gallery_map"] is not None else old,
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -19,6 +19,7 @@ OCA = "oca"  # the kind of `OCAHead`
 FEATURES = "features"  # the kind of one without a classifier
 _SHOWN = 12  # digits of a fingerprint in a message
 EXTERNAL = "external"  # the kind of a model that this package did not make
+ADAPTED = "adapter"  # an encoder behind an adapter
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class ModelIdentity:
         version: its number.
         name: free text.
         head: "simplex", "orthoplex", "cube"; "linear" or "neighbours" for a learnable classifier; "oca" for `OCAHead`;
-            "features" for none; "external" for a model of others.
+            "features" for none; "external" for a model of others; "adapter" for an encoder behind an adapter.
         embedding_dim: width of its embeddings.
         num_slots: K of the polytope; None without one.
         slots: which class has which slot: (namespace, first class id, first slot, count, step) of each run of class
@@ -120,6 +121,9 @@ class ModelIdentity:
             every class that both know has the same slot, no slot has two classes,
             and there is a class that both know.
 
+        An encoder behind an adapter may search the galleries that it was fitted for: those of its old encoder, or those
+        that it has mapped itself.
+
         That is what can be told without looking at an embedding, and it is needed, not sufficient: how well the queries
         find is for `simplexfix.compatibility` to say.  With a learnable classifier nothing of the kind can be told.
 
@@ -129,6 +133,11 @@ class ModelIdentity:
         if self.fingerprint == gallery.fingerprint:
             return []
         same_space = (self.space or self.fingerprint) == (gallery.space or gallery.fingerprint)
+        if ADAPTED in (self.head, gallery.head) and not same_space:
+            return [
+                f"{'this' if self.head == ADAPTED else 'the gallery'}'s model is an encoder behind an adapter, which "
+                "shares a space with the galleries that it was fitted for, and with no others"
+            ]
         if OCA in (self.head, gallery.head) and not same_space:
             return self._why_no_prefix(gallery)
         reasons = []

@@ -33,6 +33,7 @@ from simplexfix.models import (
     SmallConvNet,
     read_identity,
 )
+from simplexfix.models._config import MODEL, add_checksums
 from simplexfix.models.folder import BACKBONES
 
 # of every network that is made again from its folder alone: how it is made here, and what it takes
@@ -346,7 +347,7 @@ def damaged(path: Path, change) -> None:
         (lambda c: c.pop("slots"), "keys missing or unknown: slots"),
         (lambda c: c.update(head_=1), "keys missing or unknown: head_"),
         (lambda c: c.update(format_number=2), r"config.json is of format 2, this version of simplexfix reads 1"),
-        (lambda c: c.update(format="transformers"), "is of no model that save_pretrained has written"),
+        (lambda c: c.update(format="transformers"), "is of no model( or adapter)? that save_pretrained has written"),
     ],
 )
 def test_a_config_edited_by_hand_is_refused_by_name(tmp_path: Path, change, message: str) -> None:
@@ -376,13 +377,12 @@ def test_a_config_edited_by_hand_is_refused_by_name(tmp_path: Path, change, mess
 )
 def test_what_another_version_may_have_written_is_refused_by_name(tmp_path, change, message: str, monkeypatch) -> None:
     """Right in its checksums, and not what this version knows."""
-    from simplexfix.models import folder
 
     small(preprocessing=Vectors(12)).save_pretrained(tmp_path)
 
     def changed(config) -> None:
         change(config)
-        folder._add_checksums(config, config["sha256"]["weights"])
+        config.update(add_checksums(config, config["sha256"]["weights"], MODEL))
 
     damaged(tmp_path / "config.json", changed)
     with pytest.raises(ModelFolderError, match=message):

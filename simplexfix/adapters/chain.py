@@ -1,0 +1,98 @@
+"""Adapters for more than two versions: each new encoder searches the galleries of all older ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from ..labelled import Ids
+from ._moments import Moments
+from ._paired import Features, PairedFeatures
+from .base import Adapter, AdapterMethod
+
+__all__ = ["Chain", "fit_chain"]
+
+
+@dataclass(frozen=True, eq=False)
+class Chain:
+    """Adapters between all pairs of versions, oldest first.
+
+        score(query of version i, item of version j) = chain.query(i, j, features) . chain.gallery(j, stored)     i >= j
+
+    A method with one map for each version (`SimplexJunction`, `HOCRefined`) embeds a query once for all galleries; the
+    others have one map for each pair.
+
+    Attributes:
+        method: that fitted it.
+        own: for each version the map of what its gallery stores; None: the features themselves.
+        adapters: of each pair (new, old).
+    """
+
+    method: AdapterMethod
+    own: tuple[nn.Module | None, ...]
+    adapters: dict[tuple[int, int], Adapter]
+
+    def query(self, new: int, old: int, features: Sequence[Tensor]) -> Tensor:
+        """[B, d] unit rows that search the gallery of version `old`.
+
+        Args:
+            new, old: numbers of versions, new >= old.
+            features: for each version its [B, f] features of the same queries; only those of `new` are read, and those
+                of `old` where the method is `Slerp`.
+        """
+        if new == old:
+            return self.gallery(old, features[old])
+        adapter = self.adapters[new, old]
+        return adapter(features[new], None if adapter.alpha is None else features[old])  # type: ignore[no-any-return]
+
+    def gallery(self, version: int, stored: Tensor) -> Tensor:
+        """[N, d] unit rows of what this version has extracted."""
+        own = self.own[version]
+        return normalize(stored.float(), dim=1) if own is None else own(stored)
+
+
+def fit_chain(
+    method: AdapterMethod,
+    versions: Sequence[Features],
+    *,
+    labels: Ids | None = None,
+    sample: Sequence[Features] | None = None,
+    device: torch.device | str | None = None,
+) -> Chain:
+    """The adapters of several encoders' features of the same items.
+
+    Args:
+        method: such as `SimplexJunction()`.
+        versions: [N, f_i] floating, oldest first, at least two.
+        labels, sample, device: as of `AdapterMethod.fit`; the sample has rows by each encoder.
+
+    Raises:
+        TypeError, ValueError: as `AdapterMethod.fit`.
+    """
+    features = read_versions(versions, labels, sample, device)
+    method.check(features)
+    return chain_of(method, Moments(features))
+
+
+def chain_of(method: AdapterMethod, moments: Moments) -> Chain:
+    count = len(moments.features.versions)
+    adapters = {(new, old): method.adapter(moments, old, new) for new in range(count) for old in range(new)}
+    own = tuple(None if made is None else deepcopy(made).float() for made in method.own_maps(moments))
+    return Chain(method, own, adapters)
+
+
+def read_versions(
+    versions: Sequence[Features],
+    labels: Ids | None,
+    sample: Sequence[Features] | None,
+    device: torch.device | str | None,
+) -> PairedFeatures:
+    if len(versions) < 2:
+        raise ValueError(f"versions must hold at least two encoders' features, oldest first, got {len(versions)}")
+    names = [f"versions[{i}]" for i in range(len(versions))]
+    return PairedFeatures.read(versions, labels, sample, names=names, device=device)

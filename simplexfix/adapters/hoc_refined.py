@@ -1,0 +1,121 @@
+"""Gradient steps of the higher-order compatibility loss from the simplex junction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional
+from .._checks import check_fraction, check_integer, check_positive
+from ._moments import Moments
+from ._paired import PairedFeatures
+from ._training import descend, draw
+from .base import Adapter, AdapterMethod
+from .maps import AffineMap
+from .simplex_junction import SimplexJunction, junctions
+
+__all__ = ["HOCRefined"]
+
+
+@dataclass(frozen=True)
+class HOCRefined(AdapterMethod):
+    """The simplex junction, trained for some steps; one map for each version; stored vectors are mapped.
+
+        z = J n(x) + b                                       J, b start at the map of `SimplexJunction`
+        loss = lambda simplex_cross_entropy(z, y) + (1 - lambda) old_new_contrast(z, older embedding)
+        by Adam, version after version; the first by its cross-entropy alone
+        embedding(x) = n(z)
+
+    The contrast takes items of the sample, too: an item without label is like itself alone.  Choose the number of
+    steps on held-out classes: large classes gain by them, small ones lose.
+
+    Args:
+        start: the junction.
+        steps: of Adam for each version; 0 is the junction itself.
+        learning_rate, batch: of Adam; the rate falls to 0 as a cosine.
+        scale: of the cosines in the cross-entropy.
+        lambda_: weight of the cross-entropy, in [0, 1].
+        mu: of the contrast.
+        seed: of the batches.
+
+    Reference:
+        Biondi et al., arXiv 2405.02581, equation of the HOC loss; docs/math.md.
+    """
+
+    name: ClassVar[str] = "hoc_refined"
+    needs_labels: ClassVar[bool] = True
+    start: SimplexJunction = field(default_factory=SimplexJunction)
+    steps: int = 60
+    learning_rate: float = 1e-3
+    batch: int = 512
+    scale: float = 32.0
+    lambda_: float = 0.7
+    mu: float = 10.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if check_integer("steps", self.steps) < 0:
+            raise ValueError(f"steps must be 0 or more, got {self.steps}")
+        if check_integer("batch", self.batch) < 1:
+            raise ValueError(f"batch must be at least 1, got {self.batch}")
+        for option in ("learning_rate", "scale", "mu"):
+            check_positive(option, getattr(self, option))
+        check_fraction("lambda_", self.lambda_)
+
+    def _adapter(self, moments: Moments, old: int, new: int) -> Adapter:
+        maps = self.own_maps(moments)
+        return Adapter(maps[new], maps[old], method=self.described())
+
+    def own_maps(self, moments: Moments) -> Sequence[nn.Module]:
+        return moments.once(("hoc", self), lambda: self._refined(moments))
+
+    def check(self, features: PairedFeatures) -> None:
+        super().check(features)
+        self.start.check(features)
+
+    def described(self) -> dict[str, Any]:
+        return {**super().described(), "start": self.start.described()}
+
+    def _refined(self, moments: Moments) -> list[AffineMap]:
+        features, generator = moments.features, torch.Generator().manual_seed(self.seed)
+        slots = self.start.slots_for(features)
+        begun = junctions(moments, g=self.start.g, lam=self.start.lam, slots=slots)
+        maps: list[AffineMap] = []
+        for version in range(len(begun)):
+            maps.append(self._refine(features, begun[version], maps[-1] if maps else None, version, generator))
+        return maps
+
+    def _refine(
+        self,
+        features: PairedFeatures,
+        begun: AffineMap,
+        before: AffineMap | None,
+        version: int,
+        generator: torch.Generator,
+    ) -> AffineMap:
+        assert features.labels is not None
+        j, b = (tensor.float().clone().requires_grad_() for tensor in (begun.weight, begun.bias))
+        labels, items = torch.from_numpy(features.labels), features.num_items
+
+        def loss() -> Tensor:
+            at = draw(0, items, self.batch, generator)
+            y = labels[at].to(features.device)
+            z = features.gather(version, at) @ j + b
+            classification = functional.simplex_cross_entropy(z, y, normalize=True, scale=self.scale)
+            if before is None:
+                return classification
+            if features.sample is not None:
+                more = draw(items, len(features), self.batch, generator)
+                z = torch.cat([z, features.gather(version, more) @ j + b])
+                y = torch.cat([y, (features.num_classes + more).to(y)])
+                at = torch.cat([at, more])
+            old = before(features.gather(version - 1, at))
+            contrast = functional.old_new_contrast(z, old, y, mu=self.mu)
+            return self.lambda_ * classification + (1 - self.lambda_) * contrast
+
+        descend([j, b], loss, steps=self.steps, learning_rate=self.learning_rate)
+        return AffineMap(j.detach(), b.detach())

@@ -1,0 +1,113 @@
+"""The maps that adapters are made of: features of any norm in, unit rows out."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+__all__ = ["AffineMap", "LowRankMap", "ResidualMap"]
+
+
+class AffineMap(nn.Module):
+    """[B, f] features -> [B, d] unit rows: n(n(x) W + b).
+
+    Args:
+        weight: [f, d].
+        bias: [d]; None: zero.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight.contiguous())
+        self.register_buffer("bias", weight.new_zeros(weight.shape[1]) if bias is None else bias)
+
+    @property
+    def in_features(self) -> int:
+        return int(self.weight.shape[0])
+
+    @property
+    def out_features(self) -> int:
+        return int(self.weight.shape[1])
+
+    def forward(self, features: Tensor) -> Tensor:
+        x = normalize(features.to(self.weight.dtype), dim=-1)
+        return normalize(x @ self.weight + self.bias, dim=-1)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}"
+
+
+class LowRankMap(nn.Module):
+    """[B, f] features -> [B, d] unit rows: n(n(x) D U + b).
+
+    Args:
+        down: [f, r].
+        up: [r, d].
+        bias: [d].
+    """
+
+    down: Tensor
+    up: Tensor
+    bias: Tensor
+
+    def __init__(self, down: Tensor, up: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("down", down.contiguous())
+        self.register_buffer("up", up.contiguous())
+        self.register_buffer("bias", bias)
+
+    @property
+    def in_features(self) -> int:
+        return int(self.down.shape[0])
+
+    @property
+    def out_features(self) -> int:
+        return int(self.up.shape[1])
+
+    def forward(self, features: Tensor) -> Tensor:
+        x = normalize(features.to(self.down.dtype), dim=-1)
+        return normalize(x @ self.down @ self.up + self.bias, dim=-1)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, rank={self.up.shape[0]}"
+
+
+class ResidualMap(nn.Module):
+    """[B, f] features -> [B, d] unit rows: n(p + gelu(p H + c) U), p = n(x) W + b.
+
+    Args:
+        weight: [f, d]; bias: [d].
+        hidden: [d, h]; hidden_bias: [h].
+        up: [h, d].
+    """
+
+    weight: Tensor
+    bias: Tensor
+    hidden: Tensor
+    hidden_bias: Tensor
+    up: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor, hidden: Tensor, hidden_bias: Tensor, up: Tensor) -> None:
+        super().__init__()
+        for name, value in (
+            ("weight", weight), ("bias", bias), ("hidden", hidden), ("hidden_bias", hidden_bias), ("up", up),
+        ):  # fmt: skip
+            self.register_buffer(name, value.contiguous())
+
+    @property
+    def in_features(self) -> int:
+        return int(self.weight.shape[0])
+
+    @property
+    def out_features(self) -> int:
+        return int(self.weight.shape[1])
+
+    def forward(self, features: Tensor) -> Tensor:
+        p = normalize(features.to(self.weight.dtype), dim=-1) @ self.weight + self.bias
+        return normalize(p + nn.functional.gelu(p @ self.hidden + self.hidden_bias) @ self.up, dim=-1)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, hidden={self.up.shape[0]}"

@@ -1,0 +1,56 @@
+"""Ridge regression from the new encoder's features to the old one's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .._checks import check_name, check_positive
+from ._moments import Moments
+from .base import Adapter, AdapterMethod
+from .maps import AffineMap
+from .procrustes import procrustes_map
+
+__all__ = ["Ridge", "ridge_solution"]
+
+
+@dataclass(frozen=True)
+class Ridge(AdapterMethod):
+    """New queries into the old space by a linear map with a penalty; stored vectors stay.
+
+        X, Y = unit rows of new and old, less their means;  r = penalty * trace(X^T X) / f_new
+        W = argmin |X W - Y|^2 + r |W - A|^2 = (X^T X + r I)^{-1} (X^T Y + r A)
+        A = 0 for anchor "zero", the map of `Procrustes` for anchor "procrustes"
+        adapter(x) = n((n(x) - mean_new) W + mean_old)
+
+    Args:
+        penalty: in units of the mean variance of a direction, so that it means the same for any number of rows.
+        anchor: "zero" or "procrustes", the map that the penalty draws to.
+
+    Reference:
+        Hoerl and Kennard, "Ridge regression", 1970.
+    """
+
+    name: ClassVar[str] = "ridge"
+    penalty: float = 0.1
+    anchor: str = "zero"
+
+    def __post_init__(self) -> None:
+        check_positive("penalty", self.penalty)
+        check_name("anchor", self.anchor, ("zero", "procrustes"))
+
+    def _adapter(self, moments: Moments, old: int, new: int) -> Adapter:
+        anchor = procrustes_map(moments, old, new).weight if self.anchor == "procrustes" else None
+        w = ridge_solution(moments, old, new, self.penalty, anchor)
+        return Adapter(AffineMap(w, moments.mean(old) - moments.mean(new) @ w), method=self.described())
+
+
+def ridge_solution(moments: Moments, old: int, new: int, penalty: float, anchor: Tensor | None = None) -> Tensor:
+    """[f_new, f_old] W of `Ridge`."""
+    gram, cross = moments.gram(new), moments.cross(new, old)
+    r = penalty * gram.trace() / len(gram)
+    factor = torch.linalg.cholesky(gram + r * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
+    return torch.cholesky_solve(cross if anchor is None else cross + r * anchor, factor)

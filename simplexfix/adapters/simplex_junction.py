@@ -1,0 +1,117 @@
+"""One common space for all versions: whitened features, turned towards the vertices of one simplex."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from .._checks import check_fraction, check_integer
+from ..polytopes import simplex_prototypes
+from ._moments import Moments, polar
+from ._paired import PairedFeatures
+from .base import Adapter, AdapterMethod
+from .maps import AffineMap
+
+__all__ = ["SimplexJunction"]
+
+
+@dataclass(frozen=True)
+class SimplexJunction(AdapterMethod):
+    """Each version has one map into one common space, where it searches the galleries of all older versions; stored
+    vectors are mapped.
+
+        a(x) = n((n(x) - mean) S^{-1/2})          as of `WhitenedProcrustes`
+        T = lam t_y + (1 - lam) n(mean of the older versions' embeddings of the item)
+        without label: (1 - lam) n(...);  first version: t_y
+        R = U V^T of the SVD of a(X)^T T                                 orthonormal rows
+        embedding(x) = n(a(x) R)
+
+    t_y is the vertex of the class on the simplex of `slots` vertices.  R is an isometry: a version searches its own
+    gallery as its whitened features do.
+
+    Args:
+        g: shrinkage of the whitening, in [0, 1].
+        lam: weight of the vertex, in [0, 1].
+        slots: of the simplex, whose space has slots - 1 dimensions: at least the width of each encoder plus 1, and the
+            number of classes; None: as few as that.
+
+    Reference:
+        Biondi et al., arXiv 2405.02581, for the simplex.
+    """
+
+    name: ClassVar[str] = "simplex_junction"
+    needs_labels: ClassVar[bool] = True
+    g: float = 0.3
+    lam: float = 0.3
+    slots: int | None = None
+
+    def __post_init__(self) -> None:
+        check_fraction("g", self.g)
+        check_fraction("lam", self.lam)
+        if self.slots is not None and check_integer("slots", self.slots) < 2:
+            raise ValueError(f"slots must be at least 2, got {self.slots}")
+
+    def _adapter(self, moments: Moments, old: int, new: int) -> Adapter:
+        maps = self.own_maps(moments)
+        return Adapter(maps[new], maps[old], method=self.described())
+
+    def own_maps(self, moments: Moments) -> Sequence[nn.Module]:
+        return junctions(moments, g=self.g, lam=self.lam, slots=self.slots_for(moments.features))
+
+    def check(self, features: PairedFeatures) -> None:
+        super().check(features)
+        self.slots_for(features)
+
+    def slots_for(self, features: PairedFeatures) -> int:
+        """How many slots the simplex has for these versions."""
+        least = max(features.num_classes, 1 + max(features.width(i) for i in range(len(features.versions))))
+        if self.slots is None:
+            return least
+        if self.slots < least:
+            raise ValueError(
+                f"slots must be at least {least}, the largest width plus 1 and one for each class, got {self.slots}; "
+                "reduce wide features by their leading principal components first"
+            )
+        return self.slots
+
+
+def junctions(moments: Moments, *, g: float, lam: float, slots: int) -> list[AffineMap]:
+    """The map of each version, oldest first, in float64."""
+    maps: list[AffineMap] = []
+    for version in range(len(moments.features.versions)):
+        key = ("junction", version, g, lam if version else None, slots)
+        maps.append(moments.once(key, lambda: _junction(moments, maps, g=g, lam=lam, slots=slots)))
+    return maps
+
+
+def _junction(moments: Moments, older: list[AffineMap], *, g: float, lam: float, slots: int) -> AffineMap:
+    """The next version's map."""
+    features, version = moments.features, len(older)
+    whitening = moments.whitening(version, g)
+    out: Tensor | float = 0.0
+    norms = 0.0
+    for rows, labels in features.blocks(*range(version + 1), labelled=not older):
+        white = (rows[version] - moments.mean(version)) @ whitening
+        norms += float(white.norm(dim=1).sum())
+        out = out + normalize(white, dim=1).T @ _targets(rows, labels, older, lam, slots)
+    assert isinstance(out, Tensor)
+    # embeddings of length about 1: steps of `HOCRefined` begin here
+    weight = whitening @ polar(out) * ((len(features) if older else features.num_items) / norms)
+    return AffineMap(weight, -moments.mean(version) @ weight)
+
+
+def _targets(
+    rows: Sequence[Tensor], labels: Tensor | None, older: Sequence[AffineMap], lam: float, slots: int
+) -> Tensor:
+    """[B, slots - 1]."""
+    vertices = None if labels is None else simplex_prototypes(slots, labels, dtype=torch.float64)
+    if not older:
+        assert vertices is not None
+        return vertices
+    before = (1 - lam) * normalize(sum(made(x) for made, x in zip(older, rows, strict=False)), dim=1)
+    return before if vertices is None else lam * vertices + before

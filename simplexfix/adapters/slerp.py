@@ -1,0 +1,55 @@
+"""The old encoder at query time: queries between its own and the adapted ones of the new encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+
+from .._checks import check_fraction
+from ._moments import Moments
+from ._paired import PairedFeatures
+from .base import Adapter, AdapterMethod
+
+__all__ = ["Slerp"]
+
+
+@dataclass(frozen=True)
+class Slerp(AdapterMethod):
+    """Another method's adapter, whose queries stay on the arc to the old encoder's own query.
+
+        q = sin((1 - alpha) t) / sin t * u + sin(alpha t) / sin t * v,     cos t = u . v
+        u = adapter.gallery(old(query)),  v = adapter(new(query))
+
+    `alpha` = 0 is the old system; an alpha chosen on held-out items cannot be worse than it there.  Both encoders run
+    for each query.
+
+    Args:
+        of: the method that fits the adapter.
+        alpha: in [0, 1].
+
+    Reference:
+        arXiv 2609.39836.
+    """
+
+    name: ClassVar[str] = "slerp"
+    of: AdapterMethod
+    alpha: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_fraction("alpha", self.alpha)
+
+    def _adapter(self, moments: Moments, old: int, new: int) -> Adapter:
+        of = self.of.adapter(moments, old, new)
+        return Adapter(of.query_map, of.gallery_map, alpha=self.alpha, method=self.described())
+
+    def own_maps(self, moments: Moments) -> Sequence[nn.Module | None]:
+        return self.of.own_maps(moments)
+
+    def check(self, features: PairedFeatures) -> None:
+        self.of.check(features)
+
+    def described(self) -> dict[str, Any]:
+        return {"name": self.name, "of": self.of.described(), "alpha": self.alpha}

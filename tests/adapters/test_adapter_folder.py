@@ -1,0 +1,109 @@
+"""Adapters in folders: the same bits, and errors that say what is wrong."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from test_adapter_methods import METHODS, name, world
+
+from simplexfix.adapters import Adapter, Procrustes, Slerp, WhitenedProcrustes
+from simplexfix.models import EmbeddingModel, ModelFolderError, ModelIdentity, read_identity
+
+
+@pytest.mark.parametrize("method", METHODS, ids=name)
+def test_saved_and_loaded_it_maps_to_the_same_bits(method, tmp_path) -> None:
+    y, x, labels = world(9, 14)
+    adapter = method.fit(y, x, labels=labels)
+    names = {"version": 3, "name": "third", "old": "0" * 64, "new": "a text encoder"}
+    identity = adapter.save_pretrained(tmp_path, **names)
+    loaded = Adapter.from_pretrained(tmp_path)
+    queries = (torch.from_numpy(x), torch.from_numpy(y)) if isinstance(method, Slerp) else (torch.from_numpy(x),)
+    assert torch.equal(loaded(*queries), adapter(*queries))
+    assert torch.equal(loaded.gallery(torch.from_numpy(y)), adapter.gallery(torch.from_numpy(y)))
+    assert (loaded.method, loaded.alpha) == (adapter.method, adapter.alpha)
+    assert repr(loaded) == repr(adapter)
+    assert read_identity(tmp_path) == identity == loaded.identity(**names)
+    assert (identity.version, identity.name, identity.embedding_dim) == (3, "third", adapter.embedding_dim)
+    assert ModelIdentity.from_dict(json.loads(json.dumps(identity.to_dict()))) == identity
+
+
+def test_it_may_search_the_galleries_it_was_fitted_for() -> None:
+    y, x, _ = world()
+    old, stranger = (ModelIdentity(letter * 64, 0, "", "linear", 10) for letter in "ab")
+    left, mapped = (m.fit(y, x).identity(old=old.fingerprint) for m in (Procrustes(), WhitenedProcrustes()))
+    assert left.why_not_search(old) == []
+    assert mapped.why_not_search(mapped) == []
+    for query, gallery in ((left, stranger), (mapped, old), (left, mapped), (old, mapped)):
+        (reason,) = query.why_not_search(gallery)
+        assert "behind an adapter" in reason
+
+
+def test_another_encoder_makes_another_fingerprint() -> None:
+    adapter = Procrustes().fit(*world()[:2])
+    fingerprints = {adapter.identity(old=old, new=new).fingerprint for old in (None, "a") for new in (None, "b")}
+    assert len(fingerprints) == 4
+    assert adapter.identity(version=1, name="x").fingerprint in fingerprints
+
+
+def test_another_adapter_takes_its_place_and_nothing_else_does(tmp_path) -> None:
+    y, x, _ = world()
+    Procrustes().fit(y, x).save_pretrained(tmp_path)
+    WhitenedProcrustes().fit(y, x).save_pretrained(tmp_path)
+    assert len(list(tmp_path.glob("adapter-*.safetensors"))) == 1
+    assert Adapter.from_pretrained(tmp_path).maps_gallery
+    with pytest.raises(ModelFolderError, match="is of no model that save_pretrained has written"):
+        EmbeddingModel.from_pretrained(tmp_path)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text("{}")
+    with pytest.raises(ModelFolderError, match="is of something else and would be lost"):
+        Procrustes().fit(y, x).save_pretrained(other)
+    with pytest.raises(ModelFolderError, match="is of no adapter that save_pretrained has written"):
+        Adapter.from_pretrained(other)
+
+
+def _changed(folder) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["adapter"]["alpha"] = 0.5
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def _damaged(folder) -> None:
+    (file,) = folder.glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+
+
+def _without_weights(folder) -> None:
+    next(folder.glob("*.safetensors")).unlink()
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (_changed, "adapter without its checksum; change the adapter and save it again"),
+    (_damaged, "is damaged"),
+    (_without_weights, "which config.json names, is not there"),
+    (lambda folder: (folder / "config.json").unlink(), "holds no adapter: it has no config.json"),
+])  # fmt: skip
+def test_what_is_damaged_is_refused(change, message, tmp_path) -> None:
+    Procrustes().fit(*world()[:2]).save_pretrained(tmp_path)
+    change(tmp_path)
+    with pytest.raises(ModelFolderError, match=message):
+        Adapter.from_pretrained(tmp_path)
+
+
+def test_a_folder_that_is_not_there(tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match="is no folder"):
+        Adapter.from_pretrained(tmp_path / "none")
+
+
+def test_bad_versions_and_names() -> None:
+    adapter = Procrustes().fit(*world()[:2])
+    with pytest.raises(ValueError, match="version must be 0 or more"):
+        adapter.identity(version=-1)
+    with pytest.raises(TypeError, match="name must be a string"):
+        adapter.identity(name=3)
+    with pytest.raises(TypeError, match="old must be None or a string, the encoder's fingerprint or name, got int"):
+        adapter.identity(old=3)

@@ -1,0 +1,354 @@
+"""Each method against a naive implementation in NumPy, SciPy or scikit-learn, on small matrices."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from sklearn.linear_model import Ridge as SklearnRidge
+from torch.nn.functional import normalize
+
+from simplexfix import functional
+from simplexfix.adapters import (
+    MLP,
+    AdapterMethod,
+    HOCRefined,
+    LambdaOrthogonal,
+    LowRank,
+    Procrustes,
+    Ridge,
+    SimplexJunction,
+    Slerp,
+    WhitenedProcrustes,
+    _paired,
+)
+from simplexfix.polytopes import simplex_prototypes
+
+ITEMS, CLASSES = 240, 12
+WIDTHS = [(10, 10), (14, 9), (9, 14)]  # of the old and the new encoder
+METHODS = [
+    Procrustes(),
+    Ridge(),
+    Ridge(penalty=0.3, anchor="procrustes"),
+    LowRank(rank=4),
+    MLP(hidden=16, steps=5, batch=32),
+    LambdaOrthogonal(steps=5, batch=32),
+    WhitenedProcrustes(),
+    SimplexJunction(),
+    HOCRefined(steps=5, batch=32),
+    Slerp(WhitenedProcrustes(), 0.5),
+]
+MAPPED = (WhitenedProcrustes, SimplexJunction, HOCRefined)
+
+
+def name(method: AdapterMethod) -> str:
+    return method.name
+
+
+def world(old: int = 10, new: int = 10, items: int = ITEMS, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Features of the same items by two encoders, with classes and unlike scales of directions, and the classes."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, CLASSES, items)
+    hidden = rng.standard_normal((CLASSES, 8))[labels] + 0.5 * rng.standard_normal((items, 8))
+    sides = []
+    for width in (old, new):
+        noise = 0.2 * rng.standard_normal((items, width)) * np.linspace(0.2, 3, width)
+        sides.append(np.tanh(hidden @ rng.standard_normal((8, width))) + noise + 0.3)
+    return sides[0].astype(np.float32), sides[1].astype(np.float32), labels
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    x = np.asarray(x, dtype=np.float64)
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def centred(x: np.ndarray) -> np.ndarray:
+    return unit(x) - unit(x).mean(0)
+
+
+def polar(cross: np.ndarray) -> np.ndarray:
+    u, _, vt = np.linalg.svd(cross, full_matrices=False)
+    return u @ vt
+
+
+def whitening(x: np.ndarray, labels: np.ndarray | None, g: float) -> np.ndarray:
+    rows = centred(x)
+    if labels is not None:
+        rows = np.stack([row - rows[labels == c].mean(0) for row, c in zip(rows, labels, strict=True)])
+    s = rows.T @ rows / len(rows)
+    s = (1 - g) * s + g * np.trace(s) / len(s) * np.eye(len(s))
+    return np.linalg.inv(scipy.linalg.sqrtm(s).real)
+
+
+def close(got: torch.Tensor, expected: np.ndarray) -> None:
+    np.testing.assert_allclose(got.numpy(), expected, atol=2e-6)
+
+
+@pytest.mark.parametrize(("old", "new"), WIDTHS)
+def test_procrustes_is_the_nearest_map_of_orthonormal_rows_or_columns(old, new) -> None:
+    y, x, _ = world(old, new)
+    adapter = Procrustes().fit(y, x)
+    if old == new:
+        q, _ = scipy.linalg.orthogonal_procrustes(centred(x), centred(y))
+    else:
+        q = polar(centred(x).T @ centred(y))
+    close(adapter(torch.from_numpy(x)), unit(centred(x) @ q + unit(y).mean(0)))
+    assert not adapter.maps_gallery
+    stored = torch.from_numpy(y)
+    assert adapter.gallery(stored) is stored
+
+
+@pytest.mark.parametrize(("old", "new"), WIDTHS)
+def test_ridge_is_that_of_scikit_learn(old, new) -> None:
+    y, x, _ = world(old, new)
+    adapter = Ridge(penalty=0.3).fit(y, x)
+    r = 0.3 * np.trace(centred(x).T @ centred(x)) / new
+    peer = SklearnRidge(alpha=r).fit(unit(x), unit(y))
+    close(adapter(torch.from_numpy(x)), unit(peer.predict(unit(x))))
+
+
+def test_anchored_ridge_is_ridge_on_what_procrustes_leaves() -> None:
+    y, x, _ = world(9, 14)
+    adapter = Ridge(penalty=0.3, anchor="procrustes").fit(y, x)
+    q = polar(centred(x).T @ centred(y))
+    r = 0.3 * np.trace(centred(x).T @ centred(x)) / 14
+    peer = SklearnRidge(alpha=r, fit_intercept=False).fit(centred(x), centred(y) - centred(x) @ q)
+    close(adapter(torch.from_numpy(x)), unit(centred(x) @ (q + peer.coef_.T) + unit(y).mean(0)))
+
+
+def test_low_rank_is_the_best_map_of_its_rank() -> None:
+    y, x, _ = world(9, 14)
+    adapter = LowRank(rank=3, penalty=0.2).fit(y, x)
+    a, b = centred(x), centred(y)
+    r = 0.2 * np.trace(a.T @ a) / 14
+    # ridge as least squares with further rows, and the fitted values by their leading singular vectors
+    rows, targets = np.vstack([a, np.sqrt(r) * np.eye(14)]), np.vstack([b, np.zeros((14, 9))])
+    w = np.linalg.lstsq(rows, targets, rcond=None)[0]
+    _, _, vt = np.linalg.svd(rows @ w, full_matrices=False)
+    close(adapter(torch.from_numpy(x)), unit(a @ w @ vt[:3].T @ vt[:3] + unit(y).mean(0)))
+    full = LowRank(rank=99, penalty=0.2).fit(y, x)
+    torch.testing.assert_close(full(torch.from_numpy(x)), Ridge(penalty=0.2).fit(y, x)(torch.from_numpy(x)))
+
+
+@pytest.mark.parametrize(("old", "new"), WIDTHS)
+@pytest.mark.parametrize("labelled", [True, False])
+def test_whitened_procrustes(old, new, labelled) -> None:
+    y, x, classes = world(old, new)
+    labels = classes if labelled else None
+    adapter = WhitenedProcrustes(g=0.2).fit(y, x, labels=labels)
+    a, b = (unit(centred(side) @ whitening(side, labels, 0.2)) for side in (x, y))
+    close(adapter(torch.from_numpy(x)), unit(a @ polar(a.T @ b)))
+    close(adapter.gallery(torch.from_numpy(y)), b)
+    assert adapter.maps_gallery
+
+
+def test_simplex_junction() -> None:
+    y, x, labels = world(9, 11)  # within the span of 12 vertices, or the map would not be unique
+    rng = np.random.default_rng(5)
+    more = rng.standard_normal((50, 9)).astype(np.float32), rng.standard_normal((50, 11)).astype(np.float32)
+    adapter = SimplexJunction(g=0.2, lam=0.4).fit(y, x, labels=labels, sample=more)
+    vertices = simplex_prototypes(12, torch.from_numpy(labels)).double().numpy()
+    rows = np.vstack([y, more[0]]), np.vstack([x, more[1]])
+    embedded = []
+    for side, all_rows in zip((y, x), rows, strict=True):
+        w = whitening(side, labels, 0.2)
+        a = unit((unit(all_rows) - unit(all_rows).mean(0)) @ w)
+        if not embedded:
+            embedded.append(a @ polar(a[:ITEMS].T @ vertices))
+        else:
+            target = 0.6 * embedded[0]
+            target[:ITEMS] += 0.4 * vertices
+            embedded.append(a @ polar(a.T @ target))
+    close(adapter.gallery(torch.from_numpy(y)), embedded[0][:ITEMS])
+    close(adapter(torch.from_numpy(x)), embedded[1][:ITEMS])
+    assert adapter.embedding_dim == 11
+
+
+def test_hoc_refined_begins_at_the_junction_and_lowers_its_loss() -> None:
+    y, x, labels = world()
+    junction = SimplexJunction().fit(y, x, labels=labels)
+    begun = HOCRefined(steps=0).fit(y, x, labels=labels)
+    torch.testing.assert_close(begun(torch.from_numpy(x)), junction(torch.from_numpy(x)))
+    refined = HOCRefined(steps=40, batch=128, learning_rate=3e-3).fit(y, x, labels=labels)
+
+    def loss(adapter) -> float:
+        z, y = adapter(torch.from_numpy(x)), torch.from_numpy(labels)
+        return float(functional.simplex_cross_entropy(z, y, normalize=True, scale=32.0))
+
+    assert loss(refined) < 0.8 * loss(junction)
+
+
+def test_mlp_and_lambda_orthogonal_come_nearer_to_the_old_features_than_procrustes() -> None:
+    y, x, _ = world()
+
+    def agreement(method: AdapterMethod) -> float:
+        rows = method.fit(y, x)(torch.from_numpy(x))
+        return float((rows * normalize(torch.from_numpy(y))).sum(1).mean())
+
+    base = agreement(Procrustes())
+    assert agreement(MLP(hidden=32, steps=100, batch=128, learning_rate=3e-3)) > base + 0.005
+    assert agreement(LambdaOrthogonal(steps=100, batch=128, learning_rate=3e-3)) > base + 0.005
+
+
+def test_lambda_orthogonal_pays_for_its_distance_from_orthogonal_maps() -> None:
+    y, x, _ = world()
+    free, held = (
+        LambdaOrthogonal(lambda_=lambda_, alpha=10, steps=60, batch=64, learning_rate=3e-3).fit(y, x)
+        for lambda_ in (12.0, 0.1)
+    )
+    distances = [float((a.query_map.weight.T @ a.query_map.weight - torch.eye(10)).norm()) for a in (free, held)]
+    assert distances[1] < 0.5 * distances[0]
+
+
+@pytest.mark.parametrize(("method", "old", "new"), [
+    (WhitenedProcrustes(), 10, 10), (WhitenedProcrustes(), 14, 9),
+    (SimplexJunction(), 9, 14), (SimplexJunction(), 14, 9),
+])  # fmt: skip
+def test_a_version_searches_itself_as_its_whitened_features_do(method, old, new) -> None:
+    y, x, labels = world(old, new)
+    adapter = method.fit(y, x, labels=labels)
+    white = unit(centred(x) @ whitening(x, labels, method.g))
+    queries, gallery = slice(0, 40), slice(40, None)
+    adapted = adapter(torch.from_numpy(x)).double().numpy()
+    expected = np.argsort(-white[queries] @ white[gallery].T, axis=1, kind="stable")
+    found = np.argsort(-adapted[queries] @ adapted[gallery].T, axis=1, kind="stable")
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_a_square_procrustes_map_of_features_without_mean_keeps_every_order() -> None:
+    x = np.random.default_rng(0).standard_normal((100, 8))
+    x = np.vstack([x, -x]).astype(np.float32)  # mean 0
+    adapter = Procrustes().fit(x[:, ::-1].copy(), x)
+    torch.testing.assert_close(adapter(torch.from_numpy(x)), normalize(torch.from_numpy(x[:, ::-1].copy())))
+
+
+@pytest.mark.parametrize("method", METHODS, ids=name)
+@pytest.mark.parametrize(("old", "new"), WIDTHS[1:])
+def test_widths_blocks_and_mapped_files(method, old, new, tmp_path, monkeypatch) -> None:
+    y, x, labels = world(old, new)
+    more = world(old, new, items=30, seed=1)[:2]
+    whole = method.fit(y, x, labels=labels, sample=more)
+    assert (whole.old_features, whole.in_features) == (old, new)
+    monkeypatch.setattr(_paired, "BLOCK_BYTES", 8 * 14 * 7)  # 7 rows
+    mapped = []
+    for at, rows in enumerate((y, x)):
+        np.save(tmp_path / f"{at}.npy", rows)
+        mapped.append(np.load(tmp_path / f"{at}.npy", mmap_mode="r"))
+    blocks = method.fit(*mapped, labels=[f"class {c}" for c in labels], sample=more)
+    queries = (torch.from_numpy(x), torch.from_numpy(y)) if isinstance(method, Slerp) else (torch.from_numpy(x),)
+    scores = [made(*queries) @ made.gallery(torch.from_numpy(y)).T for made in (whole, blocks)]
+    # with fewer classes than dimensions a junction is free in those that are left, and its training sees them
+    if not isinstance(method, HOCRefined):
+        torch.testing.assert_close(scores[1], scores[0], rtol=1e-4, atol=2e-5)
+    assert whole(*queries).shape == (ITEMS, whole.embedding_dim)
+    torch.testing.assert_close(whole(*queries).norm(dim=1), torch.ones(ITEMS))
+
+
+@pytest.mark.parametrize("method", METHODS, ids=name)
+def test_equal_fits_are_equal_to_the_bit(method) -> None:
+    y, x, labels = world()
+    state = torch.random.get_rng_state()
+    first, second = (method.fit(y, x, labels=labels).state_dict() for _ in range(2))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("method", [Procrustes(), WhitenedProcrustes(), SimplexJunction()], ids=name)
+def test_alpha_0_is_the_old_system_and_1_the_adapted_one(method) -> None:
+    y, x, labels = world(9, 14)
+    old, new = torch.from_numpy(y), torch.from_numpy(x)
+    plain = method.fit(y, x, labels=labels)
+    before = Slerp(method, 0.0).fit(y, x, labels=labels)
+    assert torch.equal(before(new, old), normalize(plain.gallery(old)))
+    assert torch.equal(Slerp(method, 1.0).fit(y, x, labels=labels)(new, old), plain(new))
+
+
+def test_slerp_divides_the_angle() -> None:
+    method = Slerp(Procrustes(), 0.25)
+    y, x, _ = world()
+    old, new = torch.from_numpy(y), torch.from_numpy(x)
+    u, v = normalize(old).double(), Procrustes().fit(y, x)(new).double()
+    q = method.fit(y, x)(new, old).double()
+    angle = torch.acos((u * v).sum(1))
+    torch.testing.assert_close(torch.acos((u * q).sum(1)), 0.25 * angle, rtol=0, atol=1e-4)
+    torch.testing.assert_close(torch.acos((q * v).sum(1)), 0.75 * angle, rtol=0, atol=1e-4)
+
+
+def test_slerp_of_parallel_and_opposite_rows_is_finite() -> None:
+    from simplexfix.adapters._arc import slerp
+
+    u = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    v = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [1e-6, 1.0]])
+    assert slerp(u, v, 0.3).isfinite().all()
+    torch.testing.assert_close(slerp(u, v, 0.3)[0], u[0])
+
+
+def test_shrinkage_1_does_not_whiten() -> None:
+    y, x, labels = world()
+    a, b = (unit(centred(side)) for side in (x, y))
+    adapter = WhitenedProcrustes(g=1.0).fit(y, x, labels=labels)
+    close(adapter(torch.from_numpy(x)), unit(a @ polar(a.T @ b)))
+
+
+Y, X, LABELS = world(items=20)
+HOLES = np.where(np.arange(20)[:, None] == 3, np.nan, X)
+V, T = ValueError, TypeError
+BAD_INPUT = [
+    (Procrustes(), (Y, X[:9]), {}, V, "for each of the same items, in the same order, got 20 and 9"),
+    (Procrustes(), (Y[:1], X[:1]), {}, V, "old has 1 rows: adapters are fitted on at least 2 items"),
+    (Procrustes(), (Y, X.astype(int)), {}, T, "new must be float32"),
+    (Procrustes(), (Y, X[0]), {}, V, r"new must have 2 dimensions"),
+    (Procrustes(), (Y, HOLES), {}, V, "new row 3 holds nan or inf"),
+    (WhitenedProcrustes(), (Y, X), {"labels": LABELS[:5]}, V, "labels must have 20 entries, .* got 5"),
+    (WhitenedProcrustes(), (Y, X), {"labels": LABELS + 0.5}, T, "labels must be integers"),
+    (SimplexJunction(), (Y, X), {}, V, "simplex_junction needs labels, .*; whitened_procrustes does"),
+    (HOCRefined(), (Y, X), {}, V, "hoc_refined needs labels"),
+    (Slerp(SimplexJunction()), (Y, X), {}, V, "simplex_junction needs labels"),
+    (SimplexJunction(slots=10), (Y, X), {"labels": LABELS}, V, "slots must be at least 1[12], .* got 10"),
+    (Procrustes(), (Y, X), {"sample": (Y,)}, V, "sample must hold rows by each of 2 encoders, .* got 1"),
+    (Procrustes(), (Y, X), {"sample": (Y, X[:, :4])}, V, "new's sample has 4 columns, new has 10"),
+    (Procrustes(), (Y, X), {"sample": (Y, X[:4])}, V, "old's sample and new's sample must have a row"),
+    (WhitenedProcrustes(g=0.0), (Y[:5], X[:5]), {}, V, "is singular; whiten with shrinkage > 0, got 0.0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "rows", "options", "kind", "message"), BAD_INPUT)
+def test_bad_input(method, rows, options, kind, message) -> None:
+    with pytest.raises(kind, match=message):
+        method.fit(*rows, **options)
+
+
+BAD_OPTIONS = [
+    (Ridge, {"penalty": 0.0}, "penalty must be positive"),
+    (Ridge, {"anchor": "identity"}, "anchor must be one of 'zero', 'procrustes', got 'identity'"),
+    (LowRank, {"rank": 0}, "rank must be at least 1, got 0"),
+    (WhitenedProcrustes, {"g": 1.5}, r"g must lie in \[0, 1\], got 1.5"),
+    (SimplexJunction, {"lam": -0.1}, r"lam must lie in \[0, 1\]"),
+    (SimplexJunction, {"slots": 1}, "slots must be at least 2, got 1"),
+    (HOCRefined, {"steps": -1}, "steps must be 0 or more, got -1"),
+    (MLP, {"hidden": 0}, "hidden must be at least 1, got 0"),
+    (LambdaOrthogonal, {"lambda_": 0}, "lambda_ must be positive"),
+]
+
+
+@pytest.mark.parametrize(("kind", "options", "message"), BAD_OPTIONS)
+def test_bad_options(kind, options, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        kind(**options)
+
+
+def test_bad_queries() -> None:
+    plain = Procrustes().fit(*world(9, 14)[:2])
+    both = Slerp(Procrustes()).fit(*world(9, 14)[:2])
+    x, y = torch.zeros(2, 14), torch.zeros(2, 9)
+    for wrong, message in (
+        (lambda: plain(y), "features must have 14 columns, the width that the adapter was fitted on"),
+        (lambda: plain(x[0]), "features must have 2 dimensions"),
+        (lambda: plain.gallery(x), "stored must have 9 columns"),
+        (lambda: plain(x, y), "old must be None"),
+        (lambda: both(x), "old must be the old encoder's features of the same queries: alpha is 0.5"),
+        (lambda: both(x, x), "old must have 9 columns"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            wrong()

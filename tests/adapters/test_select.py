@@ -1,0 +1,193 @@
+"""Selection on held-out classes and items, and chains of versions."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from test_adapter_methods import name, world
+from torch.nn.functional import normalize
+
+from simplexfix.adapters import (
+    MLP,
+    HOCRefined,
+    LambdaOrthogonal,
+    Procrustes,
+    Ridge,
+    SimplexJunction,
+    Slerp,
+    WhitenedProcrustes,
+    fit_chain,
+    select,
+    select_adapter,
+    select_chain,
+)
+from simplexfix.adapters.select import ALPHAS, SHRINKAGE, PairedFeatures, _splits
+from simplexfix.labelled import LabelledItems
+from simplexfix.retrieval import nearest_class_mean
+
+QUICK = (Procrustes(), WhitenedProcrustes(0.1), WhitenedProcrustes(0.6))
+
+
+def paired(labels: np.ndarray | None, items: int = 240) -> PairedFeatures:
+    y, x, _ = world(items=items)
+    return PairedFeatures.read((y, x), labels, names=("old", "new"))
+
+
+def test_a_third_of_the_classes_is_held_out_and_half_of_their_items_ask() -> None:
+    _, _, labels = world()
+    splits = list(_splits(paired(labels), 3, 0))
+    held = [set(labels[np.concatenate([s.asking, s.searched])]) for s in splits]
+    assert [len(classes) for classes in held] == [4, 4, 4]
+    assert set.union(*held) == set(labels)
+    for split, classes in zip(splits, held, strict=True):
+        assert not classes & set(labels[split.fitted])
+        assert sorted(np.concatenate([split.fitted, split.asking, split.searched])) == list(range(240))
+        for c in classes:
+            assert 0 <= (labels[split.searched] == c).sum() - (labels[split.asking] == c).sum() <= 1
+
+
+def test_without_labels_a_third_of_the_items_is_held_out() -> None:
+    (split,) = _splits(paired(None), 1, 0)
+    assert (len(split.fitted), len(split.asking), len(split.searched)) == (160, 40, 40)
+    assert sorted(np.concatenate([split.fitted, split.asking, split.searched])) == list(range(240))
+
+
+def test_its_scores_are_those_of_the_definition() -> None:
+    y, x, labels = world(9, 14)
+    found = select_adapter(y, x, labels, candidates=[WhitenedProcrustes(0.3)])
+    (split,) = _splits(PairedFeatures.read((y, x), labels, names=("old", "new")), 1, 0)
+    adapter = WhitenedProcrustes(0.3).fit(y[split.fitted], x[split.fitted], labels=labels[split.fitted])
+    items = LabelledItems(labels[split.asking], labels[split.searched])
+    old, new = ([torch.from_numpy(side[at]) for at in (split.asking, split.searched)] for side in (y, x))
+    own = adapter.gallery(old[0]), adapter.gallery(old[1])
+    cross = nearest_class_mean.score(items.version(adapter(new[0]), own[1]))
+    (row,) = found.table
+    assert row.matrix[1, 0] == cross
+    assert row.matrix[0, 0] == nearest_class_mean.score(items.version(*own))
+    assert np.isnan(row.matrix[0, 1])
+    alone = nearest_class_mean.score(items.version(*map(normalize, old)))
+    assert row.score == pytest.approx(np.nanmean(row.matrix[np.tril_indices(2)]))
+    assert (found.old, row.gain) == (pytest.approx(alone), pytest.approx(cross - alone))
+    assert row.interval.low <= row.score <= row.interval.high
+    assert row.gain_interval.low <= row.gain <= row.gain_interval.high
+    assert 0 <= row.losses <= 1
+    assert row.kept == pytest.approx(cross / nearest_class_mean.score(items.version(*map(normalize, new))))
+    # fitted on all items
+    whole = WhitenedProcrustes(0.3).fit(y, x, labels=labels)
+    assert torch.equal(found.adapter(new[0]), whole(new[0]))
+    json.dumps(row.as_dict(), allow_nan=False)
+
+
+def test_without_labels_the_score_is_agreement_with_the_new_encoder() -> None:
+    y, _, _ = world()
+    turn = np.linalg.qr(np.random.default_rng(0).standard_normal((10, 10)))[0]
+    same = (y @ turn).astype(np.float32)  # the same encoder in other axes
+    found = select_adapter(y, same, candidates=QUICK)
+    assert found.winner.method == Procrustes()
+    assert found.winner.score == pytest.approx(1)
+    assert found.old == pytest.approx(1)  # nothing to gain
+    assert not found.better
+    assert found.winner.agreement_with_old == pytest.approx(1)
+
+
+def test_it_says_whether_the_new_encoder_finds_more() -> None:
+    y, x, labels = world(items=600)
+    noise = np.random.default_rng(3).standard_normal(y.shape).astype(np.float32)
+    assert select_adapter(y + noise, x, labels, candidates=QUICK, folds=3).better
+    assert not select_adapter(y, x + 2 * noise, labels, candidates=QUICK, folds=3).better
+
+
+def test_the_grid_of_labelled_items(monkeypatch) -> None:
+    monkeypatch.setattr(select, "MLP", lambda: MLP(steps=2, batch=32))
+    monkeypatch.setattr(select, "LambdaOrthogonal", lambda: LambdaOrthogonal(steps=2, batch=32))
+    monkeypatch.setattr(select, "STEPS", (1, 2))
+    y, x, labels = world()
+    found = select_adapter(y, x, labels, query_encoders="both")
+    methods = [row.method for row in found.table]
+    assert {m.g for m in methods if isinstance(m, SimplexJunction)} == set(SHRINKAGE)
+    assert sorted(m.steps for m in methods if isinstance(m, HOCRefined)) == [1, 2]
+    assert {m.alpha for m in methods if isinstance(m, Slerp)} == set(ALPHAS)
+    scores = [row.score for row in found.table]
+    assert scores == sorted(scores, reverse=True)
+    again = select_adapter(y, x, labels, query_encoders="both")
+    assert [(row.method, row.score, row.interval) for row in again.table] == [
+        (row.method, row.score, row.interval) for row in found.table
+    ]
+
+
+def test_sampled_rows_that_are_held_out_queries_are_left_out_of_the_fit() -> None:
+    y, x, labels = world()
+    rng = np.random.default_rng(7)
+    more = rng.standard_normal((2, 40, 10)).astype(np.float32)
+    (split,) = _splits(paired(labels), 1, 0)
+    leaking = [np.vstack([side[split.asking], rows]) for side, rows in zip((y, x), more, strict=True)]
+    clean, leaked = (select_adapter(y, x, labels, sample=s, candidates=QUICK) for s in (tuple(more), tuple(leaking)))
+    assert [row.score for row in clean.table] == [row.score for row in leaked.table]
+
+
+@pytest.mark.parametrize(
+    "method", [Procrustes(), Ridge(), WhitenedProcrustes(), SimplexJunction(), HOCRefined(steps=3)], ids=name
+)
+def test_a_chain_of_three_has_the_adapters_of_its_pairs(method) -> None:
+    y, x, labels = world(9, 14)
+    z = world(9, 11)[1]
+    chain = fit_chain(method, (y, x, z), labels=labels)
+    features = [torch.from_numpy(rows) for rows in (y, x, z)]
+    assert set(chain.adapters) == {(1, 0), (2, 0), (2, 1)}
+    for (new, old), adapter in chain.adapters.items():
+        torch.testing.assert_close(chain.query(new, old, features), adapter(features[new]))
+        torch.testing.assert_close(chain.gallery(old, features[old]), normalize(adapter.gallery(features[old])))
+    if isinstance(method, (SimplexJunction, HOCRefined)):  # one map for each version: one embedding for all galleries
+        assert torch.equal(chain.query(2, 0, features), chain.query(2, 1, features))
+        assert torch.equal(chain.query(2, 2, features), chain.query(2, 1, features))
+    else:
+        pair = method.fit(x, z, labels=labels)
+        torch.testing.assert_close(chain.query(2, 1, features), pair(features[2]))
+
+
+def test_a_chain_with_slerp_reads_both_encoders() -> None:
+    y, x, _ = world(9, 14)
+    features = [torch.from_numpy(rows) for rows in (y, x)]
+    chain = fit_chain(Slerp(Procrustes(), 0.5), (y, x))
+    torch.testing.assert_close(chain.query(1, 0, features), chain.adapters[1, 0](features[1], features[0]))
+    assert torch.equal(chain.query(1, 1, features), normalize(features[1]))
+
+
+def test_a_chain_is_selected_as_a_pair_is() -> None:
+    y, x, labels = world(9, 14)
+    z = world(9, 11)[1]
+    found = select_chain((y, x, z), labels, candidates=QUICK)
+    assert found.winner.matrix.shape == (3, 3)
+    assert set(found.chain.adapters) == {(1, 0), (2, 0), (2, 1)}
+    pair = select_chain((y, x), labels, candidates=QUICK)
+    assert [row.score for row in pair.table] == [
+        row.score for row in select_adapter(y, x, labels, candidates=QUICK).table
+    ]
+
+
+Y, X, LABELS = world(items=60)
+BAD_INPUT = [
+    ({"folds": 4}, r"folds must lie in \[1, 3\], got 4"),
+    ({"query_encoders": "old"}, "query_encoders must be one of 'new', 'both', got 'old'"),
+    ({"protocol": "map"}, "protocol must be one of"),
+    ({"confidence": 1.0}, "confidence must lie between 0 and 1"),
+    ({"candidates": []}, "candidates must hold at least one method"),
+    ({"labels": np.arange(60) // 12}, "labels have 5 classes of at least 2 items, at least 6 are needed"),
+    ({"labels": None, "candidates": [SimplexJunction()]}, "simplex_junction needs labels"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_INPUT)
+def test_bad_input_of_selection(options, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        select_adapter(Y, X, **{"labels": LABELS, "candidates": QUICK, **options})
+
+
+def test_too_few_items_or_versions() -> None:
+    with pytest.raises(ValueError, match="11 items are too few to hold out a third"):
+        select_adapter(Y[:11], X[:11])
+    with pytest.raises(ValueError, match="versions must hold at least two encoders' features, oldest first, got 1"):
+        select_chain((Y,))

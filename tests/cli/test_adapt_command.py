@@ -1,0 +1,150 @@
+"""`simplexfix adapt` and `simplexfix embed`, run as a user would, in this process."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from simplexfix.adapters import Adapter, Procrustes, SimplexJunction, Slerp, WhitenedProcrustes, select
+from simplexfix.cli import main
+from simplexfix.heads import SimplexHead
+from simplexfix.models import EmbeddingModel, FeatureMLP
+
+
+def world(noise: float = 1.5) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A poor old encoder of 10 dimensions and a better new one of 12, 600 items of 12 classes."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 12, 600)
+    hidden = rng.standard_normal((12, 8))[labels] + 0.5 * rng.standard_normal((600, 8))
+    old = hidden @ rng.standard_normal((8, 10)) + noise * rng.standard_normal((600, 10))
+    return old.astype(np.float32), (hidden @ rng.standard_normal((8, 12))).astype(np.float32), labels
+
+
+@pytest.fixture(autouse=True)
+def few_candidates(monkeypatch) -> None:
+    def closed_forms(features):
+        junctions = [] if features.labels is None else [SimplexJunction()]
+        return [Procrustes(), WhitenedProcrustes(0.3), *junctions]
+
+    monkeypatch.setattr(select, "closed_forms", closed_forms)
+    monkeypatch.setattr(select, "STEPS", (1,))
+
+
+@pytest.fixture
+def files(tmp_path):
+    for name, rows in zip(("old", "new", "labels"), world(), strict=True):
+        np.save(tmp_path / f"{name}.npy", rows)
+    return tmp_path
+
+
+def adapt(folder, *more: str) -> list[str]:
+    old, new = str(folder / "old.npy"), str(folder / "new.npy")
+    return ["adapt", "--old", old, "--new", new, "--out", str(folder / "out"), "--folds", "3", *more]
+
+
+def test_a_better_encoder_exits_with_0_and_its_folder_embeds(files, capsys) -> None:
+    assert main(adapt(files, "--labels", str(files / "labels.npy"), "--json")) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["better"]
+    assert report["winner"] == report["table"][0]
+    adapter = Adapter.from_pretrained(files / "out")
+    assert adapter.method == report["winner"]["method"]
+    assert adapter.maps_gallery == report["maps_gallery"]
+    for side, flags in (("new", []), ("old", ["--gallery"])):
+        assert main(["embed", str(files / "out"), str(files / f"{side}.npy"), str(files / "z.npy"), *flags]) == 0
+        rows = torch.from_numpy(np.load(files / f"{side}.npy"))
+        expected = normalize(adapter.gallery(rows)) if flags else adapter(rows)
+        torch.testing.assert_close(torch.from_numpy(np.load(files / "z.npy")), expected)
+
+
+def test_its_table_says_what_was_chosen_and_why(files, capsys) -> None:
+    (files / "labels.txt").write_text("\n".join(f"class {c}" for c in np.load(files / "labels.npy")) + "\n")
+    assert main(adapt(files, "--labels", str(files / "labels.txt"))) == 0
+    out = capsys.readouterr().out
+    assert "whitened_procrustes (g 0.3)" in out
+    assert "on what was held out, the old encoder alone finds" in out
+    assert "by nearest class mean" in out
+    assert "of a full re-extraction; it breaks" in out
+    assert "new queries find more in the old gallery than the old encoder does" in out
+
+
+def test_nothing_better_exits_with_1_and_says_so(files, capsys) -> None:
+    old = world(noise=0.0)[0]
+    np.save(files / "old.npy", old)
+    np.save(files / "new.npy", np.random.default_rng(1).standard_normal((600, 12)).astype(np.float32))
+    assert main(adapt(files, "--labels", str(files / "labels.npy"))) == 1
+    assert "keep the old encoder: no candidate is shown to be better" in capsys.readouterr().out
+    assert Adapter.from_pretrained(files / "out").in_features == 12
+
+
+def test_without_labels_and_with_a_sample(files, capsys) -> None:
+    old, new, _ = world()
+    np.save(files / "more-old.npy", old[:50])
+    np.save(files / "more-new.npy", new[:50])
+    sample = ["--sample", str(files / "more-old.npy"), str(files / "more-new.npy")]
+    assert main(adapt(files, *sample)) in (0, 1)
+    out = capsys.readouterr().out
+    assert "agrees to" in out
+    assert "breaks" not in out
+
+
+def test_versions_bring_their_gallery_and_its_labels(files, capsys) -> None:
+    old, new, labels = world()
+    for name, rows in (("v0", old), ("v1", new)):
+        np.savez(files / f"{name}.npz", gallery=rows, gallery_labels=labels, query=rows[:5], query_labels=labels[:5])
+    command = ["adapt", "--old", str(files / "v0.npz"), "--new", str(files / "v1.npz"), "--out", str(files / "out")]
+    assert main([*command, "--json", "--folds", "3"]) == 0
+    assert json.loads(capsys.readouterr().out)["score"] == "AA, nearest_class_mean"
+
+
+def test_slerp_embeds_with_both_encoders(files, capsys) -> None:
+    old, new, _ = world()
+    adapter = Slerp(Procrustes(), 0.3).fit(old, new)
+    adapter.save_pretrained(files / "both")
+    command = ["embed", str(files / "both"), str(files / "new.npy"), str(files / "z.npy")]
+    assert main(command) == 2
+    assert "old must be the old encoder's features" in capsys.readouterr().err
+    assert not (files / "z.npy").exists()
+    assert main([*command, "--old", str(files / "old.npy")]) == 0
+    torch.testing.assert_close(
+        torch.from_numpy(np.load(files / "z.npy")), adapter(torch.from_numpy(new), torch.from_numpy(old))
+    )
+
+
+def test_a_model_embeds_in_blocks(files, monkeypatch) -> None:
+    from simplexfix.cli import embed
+
+    monkeypatch.setattr(embed, "ROWS", 250)
+    torch.manual_seed(0)
+    model = EmbeddingModel(FeatureMLP(12), SimplexHead(12, 0, num_slots=20))
+    model.save_pretrained(files / "model")
+    assert main(["embed", str(files / "model"), str(files / "new.npy"), str(files / "z.npy")]) == 0
+    expected = model.extract(torch.from_numpy(world()[1]))
+    torch.testing.assert_close(torch.from_numpy(np.load(files / "z.npy")), expected)
+    assert not list(files.glob(".z.npy*"))
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["adapt", "--old", "{}/new.npy", "--new", "{}/short.npy", "--out", "{}/o"], "for each of the same items"),
+    (["adapt", "--old", "{}/none.npy", "--new", "{}/new.npy", "--out", "{}/o"], "No such file"),
+    (["adapt", "--old", "{}/labels.npy", "--new", "{}/new.npy", "--out", "{}/o"], "labels.npy must be float32"),
+    (["adapt", "--old", "{}/old.npy", "--new", "{}/new.npy", "--labels", "{}/short.npy", "--out", "{}/o"],
+     "labels must be"),
+    (["embed", "{}/none", "{}/new.npy", "{}/z.npy"], "is no folder"),
+    (["embed", "{}/a", "{}/new.npz", "{}/z.npy"], "new.npz must be an .npy file"),
+    (["embed", "{}/a", "{}/new.npy", "{}/z.bin"], "OUT must be an .npy file"),
+    (["embed", "{}/a", "{}/old.npy", "{}/z.npy"], "features must have 12 columns"),
+    (["embed", "{}/a", "{}/new.npy", "{}/z.npy", "--old", "{}/short.npy"], "--old has 3 rows, IN has 600"),
+    (["embed", "{}/a", "{}/old.npy", "{}/z.npy", "--old", "{}/old.npy", "--gallery"], "--old is for queries"),
+])  # fmt: skip
+def test_bad_input_exits_with_2(arguments, message, files, capsys) -> None:
+    np.save(files / "short.npy", np.zeros((3, 12), dtype=np.float32))
+    Procrustes().fit(*world()[:2]).save_pretrained(files / "a")
+    assert main([text.format(files) for text in arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not (files / "o").exists()
+    assert not (files / "z.npy").exists()
