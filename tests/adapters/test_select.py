@@ -172,7 +172,7 @@ Y, X, LABELS = world(items=60)
 BAD_INPUT = [
     ({"folds": 4}, r"folds must lie in \[1, 3\], got 4"),
     ({"query_encoders": "old"}, "query_encoders must be one of 'new', 'both', got 'old'"),
-    ({"protocol": "map"}, "protocol must be one of"),
+    ({"protocol": "maps"}, "protocol must be one of"),
     ({"confidence": 1.0}, "confidence must lie between 0 and 1"),
     ({"candidates": []}, "candidates must hold at least one method"),
     ({"labels": np.arange(60) // 12}, "labels have 5 classes of at least 2 items, at least 6 are needed"),
