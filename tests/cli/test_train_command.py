@@ -59,13 +59,24 @@ def test_a_run_stops_goes_on_and_is_listed(tmp_path, features, capsys) -> None:
     assert [run["name"] for run in json.loads(capsys.readouterr().out)] == ["er", "stopped", "whole"]
 
 
-METHODS = {"er": {"name": "er", "scale": 8.0}, "hoc": {}, "oca": {"name": "oca", "embedding_dim": 10, "extra": 4}}
+VERTICES = {"name": "hoc", "slots": 32, "lambda_": 0.5}
+OCA = {"name": "oca", "embedding_dim": 10, "extra": 4}
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_the_folders_of_a_runs_versions_give_its_matrix(tmp_path, features, method: str) -> None:
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"name": "er", "scale": 8.0},
+        {"name": "asnn", "queue": 64},
+        OCA,
+        VERTICES,
+        {**VERTICES, "classification": "asnn"},
+    ],
+    ids=["er", "asnn", "oca", "hoc", "hoc with asnn"],
+)
+def test_the_folders_of_a_runs_versions_give_its_matrix(tmp_path, features, method: dict) -> None:
     """With a new network on the way, from the folders alone: every embedding has the bits that the run saw."""
-    config = configuration(tmp_path, features, **METHODS[method])
+    config = configuration(tmp_path, features, **method)
     assert main(["train", str(config), "model.hidden=[20]", "--out", str(tmp_path / "run")]) == 0
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert [entry["folder"] for entry in report["versions"]] == [f"task-{t:02d}/model" for t in range(3)]
@@ -76,10 +87,11 @@ def test_the_folders_of_a_runs_versions_give_its_matrix(tmp_path, features, meth
     for t, entry in enumerate(report["versions"]):
         identities.append(read_identity(tmp_path / "run" / entry["folder"]))
         assert identities[-1].fingerprint == entry["fingerprint"]
-        assert (identities[-1].version, identities[-1].name) == (t, f"{method}, task {t}")
+        assert (identities[-1].version, identities[-1].name) == (t, f"{method['name']}, task {t}")
         model = EmbeddingModel.from_pretrained(tmp_path / "run" / entry["folder"])
         saved = read_state(tmp_path / "run" / f"task-{t:02d}" / "version.safetensors")["model"]
-        assert all(torch.equal(value, saved[key]) for key, value in model.state_dict().items() if "extra" not in key)
+        weights = {key: value for key, value in model.state_dict().items() if "extra" not in key and "queue" not in key}
+        assert all(torch.equal(value, saved[key]) for key, value in weights.items())
         prefixes.append(model.prefixes)
         for name in rows:
             embeddings[name].append(model.extract(model.preprocessing(rows[name])))
@@ -93,8 +105,8 @@ def test_the_folders_of_a_runs_versions_give_its_matrix(tmp_path, features, meth
     assert np.array_equal(matrix, np.array(expected), equal_nan=True)
     refusals = [identities[2].why_not_search(identity) for identity in identities]
     assert refusals[2] == []
-    assert [bool(reasons) for reasons in refusals[:2]] == [method == "er"] * 2
-    assert prefixes == ([(), (10,), (10, 14)] if method == "oca" else [()] * 3)
+    assert [bool(reasons) for reasons in refusals[:2]] == [method not in (VERTICES, OCA)] * 2
+    assert prefixes == ([(), (10,), (10, 14)] if method is OCA else [()] * 3)
 
 
 @pytest.mark.parametrize("name", ["bct", "fd"])
