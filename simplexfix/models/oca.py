@@ -39,7 +39,7 @@ class OCAObjective(nn.Module):
             nn.init.eye_(made.weight)
             if made.bias is not None:
                 nn.init.zeros_(made.bias)
-            # torch's default for square matrices, matrix_exp, takes 14 times as long: 0.57 s of a step at d = 320
+            # matrix_exp, torch's default, takes 12 times as long: 133 ms of a step at d = 320, on one thread
             self.rotation = orthogonal(made, orthogonal_map="cayley")
         self.register_buffer("prototypes", None if prefix is None else torch.zeros(num_classes, prefix))
 
