@@ -85,6 +85,7 @@ ROOMS = {
     "data": set(),
     "models": {"data", "heads"},
     "methods": {"models", "heads"},
+    "adapters": set(),
     "training": {"labelled", "retrieval", "compatibility", "report", "data", "models", "methods", "heads"},
 }
 
