@@ -98,6 +98,8 @@ def test_a_part_of_the_items_has_its_judgements() -> None:
     some = items.take(np.array([1, 0]), np.array([2, 0, 4]))  # q1 and q3; c, a and e
     assert some.grades(np.array([[0, 1, 2], [0, 1, 2]])).tolist() == [[0, 2, 0], [1, 1, 0]]
     assert some.num_relevant.tolist() == [1, 2]
+    assert items.take(np.array([1])).num_unjudged == items.num_unjudged == 1
+    assert LabelledItems([1], [1]).num_unjudged is None
     none = items.take(gallery=np.array([4]))
     assert none.num_relevant.tolist() == [0, 0]
     assert none.judged.ideal_grades.tolist() == [[0], [0]]
