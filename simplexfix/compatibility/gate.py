@@ -306,7 +306,7 @@ def upgrade_gate(
         queries=len(items.query_rows),
         gallery=len(items.gallery_rows),
         absent=int((items.num_relevant == 0).sum()),
-        unjudged=None if items.judgements is None else items.given[0] - len(items.query_rows),
+        unjudged=items.num_unjudged,
         bit_equal=(versions["old"].bit_equal, versions["new"].bit_equal),
         excluded=int((items.excluded >= 0).sum()),
         fingerprints=(versions["old"].fingerprint, versions["new"].fingerprint),

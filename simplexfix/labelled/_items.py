@@ -247,6 +247,13 @@ class LabelledItems:
         found[itself] -= self.gallery_labels[self.excluded[itself]] == self.query_labels[itself]
         return found
 
+    @property
+    def num_unjudged(self) -> int | None:
+        """Queries that were given without a judgement and left out; None where there are labels."""
+        if self.judgements is None:
+            return None
+        return self.given[0] - len(np.unique(self.judgements.query_ids))
+
     def grades(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
         """[Q, k] gallery places of each query, -1 for none -> [Q, k] judged grades, or 1 for the query's class."""
         if self.judged is None:

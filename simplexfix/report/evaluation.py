@@ -514,13 +514,10 @@ def _count(items: LabelledItems) -> Counts:
 
 
 def _count_judgements(items: LabelledItems) -> JudgementCounts | None:
-    if items.judged is None:
+    if items.judged is None or items.num_unjudged is None:
         return None
-    return JudgementCounts(
-        pairs=len(items.judged.grades),
-        relevant=int((items.judged.grades > 0).sum()),
-        queries_left_out=items.given[0] - len(items.query_rows),
-    )
+    grades = items.judged.grades
+    return JudgementCounts(pairs=len(grades), relevant=int((grades > 0).sum()), queries_left_out=items.num_unjudged)
 
 
 def _ignored(items: LabelledItems) -> Ignored:

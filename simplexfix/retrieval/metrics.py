@@ -1,7 +1,8 @@
 """Metrics of an exact search, as pure functions of its results.
 
 Of a query: rel[r] in {0, 1} says whether the item at rank r = 1, 2, ... is relevant, R = num_relevant how many items of
-the gallery are, hits(n) = rel[1] + ... + rel[n].  Ties were settled by the search: by score, then by lower gallery row.
+the gallery are, hits(n) = rel[1] + ... + rel[n].  Relevant are items of the query's class, or those that were judged
+with a grade of 1 or more.  Ties were settled by the search: by score, then by lower gallery row.
 
 Everywhere `per_query=True` gives [Q] float64 instead of the mean over all queries.  A query with R = 0 (a class that
 the gallery lacks) counts 0 in every metric and is part of every mean: `results.queries_without_match` names them.

@@ -6,14 +6,14 @@ They need relevance judgements, or labels, of which each item of the query's cla
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..labelled import VersionFeatures
+from ..labelled import LabelledItems, VersionFeatures
 from . import metrics
 from .mixed import Mixture, mixed_search
 from .results import RetrievalResults, search_depth
@@ -31,6 +31,7 @@ _METRICS: dict[str, Callable[..., float | Scores]] = {
     "precision": metrics.precision,
 }
 _OF_WHOLE_RANKING = ("map", "mrr")
+_BLOCK_PLACES = 2**24  # 350 MB of rankings with grades
 _NAME = re.compile(rf"({'|'.join(_METRICS)})(?:@([1-9][0-9]{{0,8}}))?")
 
 
@@ -48,19 +49,33 @@ class RankingMetric:
 
     def hits(self, version: VersionFeatures) -> Scores:
         """[Q] float64 of one pair of queries and gallery."""
-        return self._of(RetrievalResults.search(version, k=self.k))
+        return np.concatenate(
+            [self._of(RetrievalResults.search(version.take(block), k=self.k)) for block in self._blocks(version.items)]
+        )
 
     def mixed_hits(self, old: VersionFeatures, new: VersionFeatures) -> Callable[[NDArray[np.bool_]], Scores]:
         """[N] which rows are by the new model -> [Q] float64 of the new queries in that gallery."""
         items, mixture = old.items, Mixture.read(new.query, old.gallery, new.gallery)
-        depth = search_depth(items, self.k)
+        galleries = mixture.old, mixture.new
 
         def hits_of(replaced: NDArray[np.bool_]) -> Scores:
-            at = torch.from_numpy(np.array(replaced)).to(mixture.old.device)
-            scores, places = (x.cpu().numpy() for x in mixed_search(*mixture, at, depth))
-            return self._of(RetrievalResults.of_ranking(items, scores, places))
+            at, found = torch.from_numpy(np.array(replaced)).to(mixture.old.device), []
+            for block in self._blocks(items):
+                some = items.take(block)
+                query = mixture.query[block[0] : block[-1] + 1]
+                scores, places = mixed_search(query, *galleries, at, search_depth(some, self.k))
+                results = RetrievalResults.of_ranking(some, scores.cpu().numpy(), places.cpu().numpy())
+                found.append(self._of(results))
+            return np.concatenate(found)
 
         return hits_of
+
+    def _blocks(self, items: LabelledItems) -> Iterator[NDArray[np.int64]]:
+        """Neighbouring queries whose rankings are held at a time: whole ones may be long."""
+        count = len(items.query_rows)
+        size = max(1, _BLOCK_PLACES // search_depth(items, self.k))
+        for begin in range(0, count, size):
+            yield np.arange(begin, min(count, begin + size))
 
     def _of(self, results: RetrievalResults) -> Scores:
         values = self.metric(results, self.k, per_query=True)

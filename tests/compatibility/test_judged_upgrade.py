@@ -185,9 +185,16 @@ def test_the_report_says_what_the_functions_say(tmp_path: Path, monkeypatch: pyt
                                      "queries_left_out": 5}  # fmt: skip
     image_module = pytest.importorskip("PIL.Image", reason="pip install 'simplexfix[cli]'")
     pytest.importorskip("matplotlib", reason="pip install 'simplexfix[cli]'")
+    titles: list[str] = []
+
+    def set_title(axes, text: str, **options: object) -> None:
+        titles.append(text)
+
     monkeypatch.setattr("simplexfix.report.figures.SHOWN", 2)
+    monkeypatch.setattr("matplotlib.axes.Axes.set_title", set_title)
     image_module.new("RGB", (8, 8)).save(tmp_path / "x.png")
     report.save(tmp_path / "report", {"query": [tmp_path / "x.png"] * QUERIES, "gallery": [tmp_path / "x.png"] * ITEMS})
+    assert set(titles) == {*(f"query {entry.query}" for entry in report.regressions[:2]), "found", "right"}
     page = (tmp_path / "report" / "report.html").read_text()
     assert f"mean {protocol} of the queries" in page
     assert f"{last.losses} get worse, {last.gains} get better" in page

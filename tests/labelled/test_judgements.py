@@ -82,7 +82,7 @@ def test_queries_without_a_judgement_are_left_out() -> None:
 def test_integers_and_text_are_the_same_ids() -> None:
     found = judged({"7": {"10": 1}, "8": {"11": 3}}, np.array([8, 7]), ["10", "11"])
     assert found.grades(np.array([[0, 1], [0, 1]])).tolist() == [[0, 3], [1, 0]]
-    composed, apart = "é", "é"
+    composed, apart = "\u00e9", "e\u0301"  # one letter, in both of Unicode's forms
     assert judged({composed: {"a": 1}}, [apart], ["a"]).num_relevant.tolist() == [1]
 
 
@@ -98,6 +98,8 @@ def test_a_part_of_the_items_has_its_judgements() -> None:
     some = items.take(np.array([1, 0]), np.array([2, 0, 4]))  # q1 and q3; c, a and e
     assert some.grades(np.array([[0, 1, 2], [0, 1, 2]])).tolist() == [[0, 2, 0], [1, 1, 0]]
     assert some.num_relevant.tolist() == [1, 2]
+    assert items.take(np.array([1])).num_unjudged == items.num_unjudged == 1
+    assert LabelledItems([1], [1]).num_unjudged is None
     none = items.take(gallery=np.array([4]))
     assert none.num_relevant.tolist() == [0, 0]
     assert none.judged.ideal_grades.tolist() == [[0], [0]]

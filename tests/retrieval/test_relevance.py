@@ -161,6 +161,28 @@ def test_cells_are_those_of_each_pair() -> None:
             assert matrix[i, j] == hits[i][j].mean()
 
 
+def test_blocks_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, version, *_ = random_case(0)
+    draw = np.random.default_rng(1)
+    later = version.items.version(draw.standard_normal((25, 3)), draw.standard_normal((60, 3)))
+    replaced = draw.random(60) < 0.4
+    whole = {name: read_protocol(name).hits(later) for name in ("map", "ndcg@10")}
+    mixed = {name: read_protocol(name).mixed_hits(version, later)(replaced) for name in whole}
+    sizes: list[int] = []
+    original = RetrievalResults.of_ranking.__func__
+
+    def of_ranking(cls, items, *found):
+        sizes.append(len(items.query_rows))
+        return original(cls, items, *found)
+
+    monkeypatch.setattr(RetrievalResults, "of_ranking", classmethod(of_ranking))
+    monkeypatch.setattr("simplexfix.retrieval.relevance._BLOCK_PLACES", 250)
+    for name in whole:
+        assert np.array_equal(read_protocol(name).hits(later), whole[name])
+        assert np.array_equal(read_protocol(name).mixed_hits(version, later)(replaced), mixed[name])
+    assert sorted(set(sizes)) == [2, 4, 22]  # 4 rankings of 60 places, and all 22 of 10
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
