@@ -49,7 +49,7 @@ class TextEncoder(nn.Module):
         if torch.is_grad_enabled() or len(input) <= _ROWS:
             return self._means(input)
         order = (input != self.padding).sum(1).argsort(stable=True)
-        features = torch.cat([self._means(input[rows]) for rows in order.split(_ROWS)])
+        features = torch.cat([self._means(input[rows]) for rows in torch.split(order, _ROWS)])
         return features[order.argsort()]
 
     def _means(self, input: Tensor) -> Tensor:
