@@ -145,7 +145,7 @@ def test_two_processes_train_as_one_with_the_documents_of_both(data, whole, tmp_
     for process in started:
         process.start()
     for process in started:
-        process.join(60)
+        process.join(120)
     assert [process.exitcode for process in started] == [0, 0]
     for task in ("task-00", "task-01", "task-02"):
         expected = weights(whole / task)
