@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -36,7 +36,7 @@ def train_side_by_side(
         RuntimeError: a run failed otherwise; the message holds its traceback.
     """
     context = multiprocessing.get_context("spawn")  # a forked process would have torch's locks, but not its threads
-    processes: dict[Connection, SpawnProcess] = {}  # the receiving end of a pipe -> its process
+    processes: dict[Any, SpawnProcess] = {}
     reports: dict[str, dict[str, Any]] = {}
     try:
         for chain in chains:
@@ -52,7 +52,8 @@ def train_side_by_side(
             sender.close()
         running = dict(processes)
         while running:
-            for receiver in cast(list[Connection], wait(list(running))):
+            ready: list[Any] = wait(list(running))
+            for receiver in ready:
                 try:
                     name, found = receiver.recv()
                 except EOFError:

@@ -68,10 +68,10 @@ def check_networks(config: RunConfig, inputs: int, prepared: Tensor) -> None:
     """
     plans = {f"tasks.replacements.{t}.model": plan for t, plan in config.tasks.replacements.items()}
     models = {name: plan.model for name, plan in plans.items()}
-    own = [config.schedule, *config.tasks.schedules.values()]
-    schedules: dict[str, list[Schedule | None]] = {name: [plan.schedule, *own] for name, plan in plans.items()}
+    own: list[Schedule | None] = [config.schedule, *config.tasks.schedules.values()]
+    schedules = {name: [plan.schedule, *own] for name, plan in plans.items()}
     if 0 not in config.tasks.replacements:
-        models, schedules = {"model": config.model, **models}, {"model": [*own], **schedules}
+        models, schedules = {"model": config.model, **models}, {"model": own, **schedules}
     method = config.method.method(SlotRegistry(config.method.slots), "default")
     widths: dict[str, int] = {}
     dimensions: dict[str, int] = {}

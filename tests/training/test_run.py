@@ -80,11 +80,11 @@ def test_a_finished_run_may_be_judged_by_another_protocol(data, tmp_path) -> Non
     assert set(second["search"]) == {"nearest_class_mean", "instance"}
 
 
-@pytest.mark.parametrize("method", [{"slots": 16}, {"name": "er"}], ids=["hoc", "er"])
+@pytest.mark.parametrize("method", [{"slots": 16, "normalize": True, "scale": 8.0}, {"name": "er"}], ids=["hoc", "er"])
 def test_a_replacement_that_learned_what_the_tasks_before_brought_knows_it_by_the_same_numbers(data, tmp_path, method):
     """A last task that changes next to nothing leaves it as it was pre-trained."""
     config = jobs.small_run(data, method=method)
-    schedule = Schedule(40, 0.01, batch=16)
+    schedule = Schedule(80, 0.03, batch=16)
     tasks = replace(
         config.tasks,
         replacements={1: ReplacementConfig(ModelConfig("mlp", hidden=(8,)), schedule=schedule, source="tasks")},
@@ -94,7 +94,7 @@ def test_a_replacement_that_learned_what_the_tasks_before_brought_knows_it_by_th
     train_run(replace(config, tasks=tasks), tmp_path, on_step=lambda p: steps.append((p.stage, p.step)))
     assert steps == [
         *(("task 0", step) for step in range(1, 14)),
-        *(("pre-training for task 1", step) for step in range(1, 41)),
+        *(("pre-training for task 1", step) for step in range(1, 81)),
         ("task 1", 1),
     ]
     model = EmbeddingModel.from_pretrained(tmp_path / "task-01" / "model")
