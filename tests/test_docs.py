@@ -15,7 +15,9 @@ import torch
 import yaml
 from conftest import ROOT
 
+from simplexfix import SimplexHead, SlotRegistry
 from simplexfix.cli import main
+from simplexfix.models import EmbeddingModel, FeatureMLP
 from simplexfix.training import RunConfig, class_order, read_config
 
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
@@ -82,6 +84,54 @@ def test_the_method_of_ones_own_trains_and_its_page_runs(tmp_path, monkeypatch) 
     assert (len(names["rows"]), len(names["again"])) == (16, 16)
     assert names["batch"].shape == (3, 3, 32, 32)
     assert names["own"].images.shape == (1, 3, 32, 32)
+
+
+def test_the_life_of_a_gallery_runs_as_its_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On two versions on one simplex; the first one sees half of the features."""
+    monkeypatch.chdir(tmp_path)
+    draw, slots = torch.Generator().manual_seed(0), SlotRegistry(32)
+    slots.add("default", range(10))
+    centres = torch.randn(10, 12, generator=draw)
+
+    def features(labels: torch.Tensor) -> torch.Tensor:
+        return centres[labels] + 0.9 * torch.randn(len(labels), 12, generator=draw)
+
+    torch.manual_seed(0)
+    model = EmbeddingModel(FeatureMLP(12), SimplexHead.from_slots(slots, 12))
+    optimizer, train = torch.optim.Adam(model.parameters(), lr=0.01), torch.arange(1000) % 10
+    rows = features(train)
+    for _ in range(100):
+        optimizer.zero_grad()
+        model.head(model.backbone(rows), train).backward()
+        optimizer.step()
+    model.save_pretrained("models/v1")
+    with torch.no_grad():
+        model.head.junction.weight[:, 6:] = 0
+    model.save_pretrained("models/v0")
+    ids, labels = torch.arange(400) * 3, torch.arange(400) % 10
+    photos = features(labels)
+    names: dict[str, Any] = {
+        "ids": ids, "photos": photos, "shops": (labels % 4).tolist(), "queries": features(labels),
+        "query_labels": train, "item_labels": train, "labelled_queries": features(train),
+        "labelled_items": features(train), "load": lambda batch: photos[batch // 3],
+    }  # fmt: skip
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "gallery.md").read_text(), re.M | re.S)
+    assert len(blocks) == 5
+    for block in blocks[:3]:
+        exec(compile(block, "docs/gallery.md", "exec"), names)
+    gallery, hits = names["gallery"], names["hits"]
+    assert (labels[hits.ids[:, 0] // 3] == labels).double().mean() > 0.5
+    assert hits.accepted.any()
+    assert not hits.accepted.all()
+    assert [entry["rows"] for entry in gallery.status()["versions"]] == [0, 400]
+    for block in blocks[3:]:
+        exec(compile(block, "docs/gallery.md", "exec"), names)
+    assert [event["event"] for event in gallery.history()] == [
+        "created", "admitted", "backfill", "backfill finished", "rolled back", "admitted", "backfill",
+        "backfill finished", "retired",
+    ]  # fmt: skip
+    assert len(names["index"]) == 400
+    assert names["second"].why_not_search(names["first"]) == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

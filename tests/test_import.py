@@ -85,7 +85,8 @@ ROOMS = {
     "data": set(),
     "models": {"data", "heads"},
     "methods": {"models", "heads"},
-    "adapters": {"labelled"},
+    "adapters": {"labelled", "retrieval", "compatibility", "models"},
+    "gallery": {"labelled", "retrieval", "compatibility", "models"},
     "training": {"adapters", "compatibility", "data", "heads", "labelled", "methods", "models", "report", "retrieval"},
 }
 

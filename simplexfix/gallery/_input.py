@@ -29,8 +29,7 @@ def read_vectors(name: str, vectors: Rows, model: ModelIdentity) -> NDArray[np.f
         raise ValueError(
             f"{name} must have {model.embedding_dim} columns, as version {model.version} makes them, got {rows.width}"
         )
-    found = rows.whole().cpu().numpy()
-    return np.ascontiguousarray(found)
+    return rows.block(0, len(rows))
 
 
 def read_new_ids(name: str, ids: Ids, count: int | None = None) -> NDArray[np.int64]:

@@ -166,19 +166,20 @@ class Gallery:
             TypeError, ValueError: an argument is not as above.
             StoreError: the store failed.
         """
-        given = read_vectors("queries", queries, self._checked(model, "search"))
+        state = self._store.state()
+        _state.check_member(state, model, "search")
+        given = read_vectors("queries", queries, model)
         k = check_integer("k", k)
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
         scores, ids, versions = self._store.search(given, k, read_where(where))
-        state = self._store.state()  # after the search: it has the thresholds of every version that was found
         if state.counts_traffic:
             self._traffic.count(ids)
         thresholds = np.full(ids.shape, np.nan)
-        for version in np.unique(versions[versions >= 0]).tolist():
-            threshold = state.thresholds.get((model.version, version))
-            if threshold is not None:
-                thresholds[versions == version] = threshold
+        if state.thresholds:  # of now: a version that was admitted since may have been found
+            for (query, version), threshold in self._store.state().thresholds.items():
+                if query == model.version and threshold is not None:
+                    thresholds[versions == version] = threshold
         return Hits(scores, ids, versions, thresholds)
 
     def admit(

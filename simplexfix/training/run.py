@@ -306,12 +306,6 @@ def searches_of(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return dict(sorted(searches.items(), key=lambda search: search[0] != "validation"))
 
 
-def searches_of(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Of a run's report: search -> protocol -> what `evaluate` returned; "validation" first, where there is one."""
-    searches = {name: entry for name, entry in report.items() if name not in ("versions", "class_names")}
-    return dict(sorted(searches.items(), key=lambda search: search[0] != "validation"))
-
-
 def _waited_for(fit: Callable[[], EmbeddingModel]) -> EmbeddingModel:
     """In a folder that other runs train in, too: what one of them has finished all read."""
     told = False

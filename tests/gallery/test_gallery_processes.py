@@ -244,7 +244,7 @@ def test_a_killed_creation_is_made_again(url: str) -> None:
 # several processes
 
 
-def test_no_query_misses_a_row_while_two_workers_replace_all(url: str) -> None:
+def test_no_query_misses_a_row_while_two_workers_replace_all(url: str, tmp_path) -> None:
     ids = np.arange(ROWS)
     draw = np.random.default_rng(0)
     old = draw.standard_normal((ROWS, A.embedding_dim)).astype(np.float32)
@@ -255,10 +255,16 @@ def test_no_query_misses_a_row_while_two_workers_replace_all(url: str) -> None:
 
     def work(say: Callable[[object], None]) -> None:
         with Gallery.open(url) as mine:
+            say("ready")
+            while not (tmp_path / "go").exists():
+                time.sleep(0.001)
             for batch in mine.stale(batch=64):
+                time.sleep(0.005)  # of a model
                 say(mine.replace(batch, new[batch], model=B))
 
     workers = [Child(work) for _ in range(2)]
+    assert [worker.line() for worker in workers] == ["ready\n"] * 2
+    (tmp_path / "go").touch()
     searches, seen, gallery = 0, set(), Gallery.open(url)
     while (status := gallery.status())["stale"]:
         for model, queries in ((B, new), (A, old)):

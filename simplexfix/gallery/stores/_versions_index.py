@@ -121,6 +121,8 @@ def merge_rankings(
     rankings: list[tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]], queries: int, k: int
 ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
     """The k best of several rankings [Q, *] of scores, ids and versions, by score, then by lower id."""
+    if len(rankings) == 1:
+        return rankings[0]
     empty = np.full((queries, k), -1, dtype=np.int64)
     rankings = [*rankings, (np.full((queries, k), -np.inf, dtype=np.float32), empty, empty)]
     scores, ids, versions = (np.concatenate(column, axis=1) for column in zip(*rankings, strict=True))
