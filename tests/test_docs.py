@@ -109,11 +109,15 @@ def test_the_table_of_gpu_floors_is_what_its_script_prints() -> None:
 
 
 def test_the_configurations_of_the_training_page_are_some() -> None:
-    whole, images = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "training.md").read_text(encoding="utf-8"), re.S)
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "training.md").read_text(encoding="utf-8"), re.S)
+    whole, images, tasks = blocks
     config = read_config(RunConfig, yaml.safe_load(whole))
     assert config.data.kind == "features"
     assert config.method.normalize
     assert read_config(RunConfig, {**yaml.safe_load(whole), **yaml.safe_load(images)}).model.pretrained
+    content = yaml.safe_load(whole)
+    content["tasks"] |= yaml.safe_load(tasks)["tasks"]
+    assert read_config(RunConfig, content).tasks.replacements[2].source == "tasks"
 
 
 def test_the_program_of_the_training_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

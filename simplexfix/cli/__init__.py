@@ -27,7 +27,6 @@ _EXTRAS = {
     "safetensors": "safetensors",
     "sklearn": "calibration",
     "tensorboard": "tensorboard",
-    "tqdm": "train",
     "wandb": "wandb",
     "yaml": "train",
 }  # which extra brings a package

@@ -3,52 +3,68 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TextIO
 
 from ..training import processes
 from ..training.loggers import Progress
+from ._terminal import console
 
-__all__ = ["progress_on"]
+__all__ = ["bars", "progress_on"]
 
 _SECONDS = 30.0  # between two lines of one stage
 
 
-def progress_on(stream: TextIO) -> Callable[[Progress], None]:
-    """For `train_run`: a bar where somebody looks, lines where not; by the first process."""
-    return _Bar(stream) if stream.isatty() else _Lines(stream)
+@contextmanager
+def progress_on(stream: TextIO) -> Iterator[Callable[[Progress], None]]:
+    """For `train_run`: by the first process, a bar for each stage on a terminal, lines elsewhere."""
+    shown = _Bars(stream) if stream.isatty() else _Lines(stream)
+    try:
+        yield shown if processes.rank() == 0 else lambda progress: None
+    finally:
+        shown.close()
 
 
-class _Bar:
-    """Each stage's stays as it ended; loss and speed are those of the log, which alone waits for the device."""
+def bars(stream: TextIO) -> Any:
+    """A `rich.progress.Progress` whose tasks have a field `figures`, text behind the bar."""
+    from rich import progress
+
+    return progress.Progress(
+        progress.TextColumn("{task.description}:", markup=False),
+        progress.TextColumn("{task.percentage:>3.0f} %"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeRemainingColumn(elapsed_when_finished=True),
+        progress.TextColumn("{task.fields[figures]}", markup=False),
+        console=console(stream),
+    )
+
+
+class _Bars:
+    """One for each stage, which stays as it ended; loss and speed are those of the log, which alone waits for the
+    device."""
 
     def __init__(self, stream: TextIO) -> None:
-        from tqdm import tqdm
-
-        self.make = tqdm
         self.stream = stream
         self.stage = ""
-        self.bar: Any = None
+        self.bar: Any = None  # one at a time: a terminal has fewer lines than a run may have stages
 
     def __call__(self, progress: Progress) -> None:
-        if processes.rank() != 0:
-            return
         if progress.stage != self.stage:
+            self.close()
             self.stage = progress.stage
-            self.bar = self.make(
-                total=progress.steps,
-                initial=progress.step - 1,
-                desc=progress.stage,
-                file=self.stream,
-                dynamic_ncols=True,
-                bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
-            )
+            self.bar = bars(self.stream)
+            self.task = self.bar.add_task(progress.stage, total=progress.steps, completed=progress.step - 1, figures="")
+            self.bar.start()
         if progress.line is not None:
-            self.bar.set_postfix_str(_figures(progress, progress.line["steps_per_second"]), refresh=False)
-        self.bar.update(progress.step - self.bar.n)
-        if progress.step == progress.steps:
-            self.bar.close()
+            self.bar.update(self.task, figures=_figures(progress, progress.line["steps_per_second"]))
+        self.bar.update(self.task, completed=progress.step)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
 
 
 class _Lines:
@@ -60,8 +76,6 @@ class _Lines:
         self.clock = 0.0
 
     def __call__(self, progress: Progress) -> None:
-        if processes.rank() != 0:
-            return
         now = time.monotonic()
         if progress.stage != self.stage:
             self.stage, self.clock = progress.stage, now
@@ -74,6 +88,9 @@ class _Lines:
             left = timedelta(seconds=round((progress.steps - progress.step) / max(speed, 1e-9)))
             end = "" if last else f", {left} left"
             self._print(f"{progress.stage}: {progress.step}/{progress.steps}, {_figures(progress, speed)}{end}")
+
+    def close(self) -> None:
+        pass
 
     def _print(self, text: str) -> None:
         print(text, file=self.stream, flush=True)

@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,10 +23,10 @@ from .._text import printable
 from ..compatibility.statistics import check_confidence
 from ..labelled import VersionFeatures, check_versions, find_versions, is_version
 from ..report import EvaluationReport, evaluate
-from ..report.colours import LIGHT, readable, shade
 from ..report.folder import check_replaceable, content_of
 from ..retrieval import PROTOCOLS, RankDiedError, process_group, shard_rows
 from ..retrieval._ranks import Facts, Ranks
+from ._heat_map import heat_map, marks
 from ._terminal import console, in_flags
 
 NOT_EVALUATED = 2  # bad input, or a process of several that is gone
@@ -208,10 +208,10 @@ def _print(report: EvaluationReport, out: Path) -> None:
     for remark in report.remarks:
         terminal.print(f"[yellow]{escape(remark)}[/yellow]")
     terminal.print("\nScore in percent, rows search columns; below the diagonal old galleries, as they were\n")
-    terminal.print(_heat_map(report, terminal))
-    marks = _marks(terminal)
+    terminal.print(heat_map(report.matrix, report.names, terminal))
     if report.upgrades:
-        terminal.print(f"{marks[True]} finds more than the version that made the gallery, {marks[False]} does not\n")
+        mark = marks(terminal)
+        terminal.print(f"{mark[True]} finds more than the version that made the gallery, {mark[False]} does not\n")
     c = report.criteria
     change = {name: "-" if value != value else f"{100 * value:+.2f}" for name, value in (("BC", c.bc), ("FC", c.fc))}
     shown = {"AC": "-" if c.ac != c.ac else f"{c.ac:.3f}", "AA": f"{100 * c.aa:.2f} %", **change}
@@ -226,33 +226,3 @@ def _print(report: EvaluationReport, out: Path) -> None:
         )
     terminal.print(f"\n[bold]{escape(report.verdict.words)}[/bold]")
     terminal.print(f"{escape(str(out / 'report.html'))}, report.json and figures are written")
-
-
-def _marks(terminal: Any) -> dict[bool, str]:
-    return {True: "+", False: "-"} if terminal.options.ascii_only else {True: "✓", False: "✗"}
-
-
-def _heat_map(report: EvaluationReport, terminal: Any) -> Any:
-    """As wide as the terminal allows: percent with a decimal, whole percent, or colours alone."""
-    from rich.text import Text
-
-    size, names = len(report.matrix), [name[-20:] for name in report.names]
-    left = max(map(len, names)) + 1
-    room = (terminal.width - left) // size
-    width = 8 if room >= 8 else 4 if room >= 4 else 2
-    compatible, marks = report.table.compatible, _marks(terminal)
-    lowest, highest = np.nanmin(report.matrix), np.nanmax(report.matrix)
-    text = Text()
-    if width > 2:
-        heads = (name[1 - width :] for name in names)
-        text.append(" " * left + "".join(f"{name:>{width - 1}} " for name in heads) + "\n", style="dim")
-    for i, name in enumerate(names):
-        text.append(f"{name:<{left}}", style="dim")
-        for j in range(i + 1):
-            value = 100 * report.matrix[i, j]
-            mark = " " if i == j else marks[bool(compatible[i, j])]
-            cell = f"{value:.1f}{mark}" if width == 8 else f"{value:.0f}{mark}" if width == 4 else f"{mark} "
-            ground = shade(LIGHT, (report.matrix[i, j] - lowest) / (highest - lowest) if highest > lowest else 0.5)
-            text.append(f"{cell:>{width}}", style=f"{readable(ground)} on {ground}")
-        text.append("\n")
-    return text

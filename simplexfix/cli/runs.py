@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..training.facts import differences, read_facts
+from ..training.run import searches_of
 from ..training.run_config import pretraining_folder
 from ._terminal import criteria_text
 
@@ -52,16 +53,16 @@ def _described(folder: Path) -> dict[str, Any]:
 
 
 def _read_scores(report: Path) -> dict[str, Any]:
-    """What was judged, protocol, criterion: validation first, where there is one."""
+    """Search, protocol, criterion, in the order of `searches_of`."""
     try:
         content = json.loads(report.read_bytes())
+        if "versions" not in content:
+            raise KeyError("versions")
         return {
-            judged: {
-                protocol: {key: entry["criteria"][key] for key in ("AC", "AA")}
-                for protocol, entry in content[judged].items()
+            search: {
+                protocol: {key: entry["criteria"][key] for key in ("AC", "AA")} for protocol, entry in protocols.items()
             }
-            for judged in ("validation", "search")
-            if judged == "search" or judged in content
+            for search, protocols in searches_of(content).items()
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         what = error if isinstance(error, ValueError) else "it holds no criteria"
@@ -88,8 +89,8 @@ def _progress(folder: Path, config: Mapping[str, Any]) -> str:
 
 
 def _scores(scores: dict[str, Any]) -> str:
-    """Of validation, where there is one: to choose by search is to learn from it."""
-    for judged, protocols in scores.items():
+    """Those of the first search: of validation, where there is one, for to choose by others is to learn from them."""
+    for search, protocols in scores.items():
         entries = [f"{name.replace('_', ' ')} {criteria_text(entry)}" for name, entry in protocols.items()]
-        return f"{judged}: {'; '.join(entries)}"
+        return f"{search}: {'; '.join(entries)}"
     return ""

@@ -21,7 +21,7 @@ from ..models.external import LIBRARIES
 from ..training import CheckpointError, processes
 from ..training.config import overridden, plain, read_config, read_mapping
 from ..training.presets import PRESETS
-from ..training.run import train_run
+from ..training.run import searches_of, train_run
 from ..training.run_config import RunConfig
 from ._progress import progress_on
 from ._terminal import criteria_text
@@ -37,8 +37,8 @@ def run(arguments: argparse.Namespace) -> int:
             print(json.dumps(asdict(config), indent=1))
             return 0
         folder = arguments.out or Path("runs") / Path(arguments.config).stem
-        with _group():
-            report = train_run(config, folder, on_step=progress_on(sys.stderr))
+        with _group(), progress_on(sys.stderr) as show:
+            report = train_run(config, folder, on_step=show)
             first = processes.rank() == 0
     except CheckpointError as error:  # of what is finished: a damaged one of what is in training is passed over
         remedy = "delete it and call again: what it held is made again, the same on the same machine"
@@ -53,9 +53,9 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"simplexfix train: {error}", file=sys.stderr)
         return BAD_INPUT
     if first:
-        for judged in ("validation", "search"):
-            for name, entry in report.get(judged, {}).items():
-                print(f"{judged}, {name.replace('_', ' ')}: {criteria_text(entry['criteria'])}")
+        for search, protocols in searches_of(report).items():
+            for name, entry in protocols.items():
+                print(f"{search}, {name.replace('_', ' ')}: {criteria_text(entry['criteria'])}")
         print(f"{folder} holds versions, logs and report.json")
     return 0
 

@@ -21,15 +21,16 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.text import Text
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from ..compatibility import Regression, VersionPairs
+from ..compatibility import Regression, VersionPairs, compatibility_table
 from ..compatibility.pairs import HISTOGRAM_BINS
 from ..retrieval.verification import score_histogram
 from .colours import DARK, LIGHT, Theme, readable, shade
 from .evaluation import EvaluationReport
 
-__all__ = ["Drawn", "Shown", "draw", "load_sheet"]
+__all__ = ["Drawn", "Shown", "draw", "draw_matrices", "load_sheet"]
 
 SHOWN = 24  # regressions as images
 PIXELS = 160  # of an image's longer side
@@ -147,15 +148,55 @@ def _matrix_words(report: EvaluationReport) -> str:
 
 
 def _matrix(report: EvaluationReport, theme: Theme) -> Figure:
-    size, matrix = len(report.matrix), report.matrix
-    low, high = float(np.nanmin(matrix)), float(np.nanmax(matrix))
-    side = float(np.clip(0.62 * size, 2.6, 11)) + 1.6
+    side = float(np.clip(0.62 * len(report.matrix), 2.6, 11)) + 1.6
     figure = Figure(figsize=(side + 0.7, side), layout="constrained")
     axes = figure.subplots()
+    scale = float(np.nanmin(report.matrix)), float(np.nanmax(report.matrix))
+    image = _heat_map(axes, report.matrix, report.names, theme, scale)
+    axes.set_xlabel("gallery by")
+    axes.set_ylabel("query by")
+    _colour_bar(figure, image, axes)
+    return figure
+
+
+def draw_matrices(grid: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> bytes:
+    """PNG of several sequences of versions side by side, all matrices on one scale of colours.
+
+    Args:
+        grid: search -> method -> what `evaluate` returned as a dict; a row for each search, a column for each method.
+    """
+    matrices = [np.array(entry["matrix"], dtype=float) for row in grid.values() for entry in row.values()]
+    scale = float(np.nanmin(matrices)), float(np.nanmax(matrices))
+
+    def make(theme: Theme) -> Figure:
+        rows, columns = len(grid), len(matrices) // len(grid)
+        figure = Figure(figsize=(3 * columns + 0.9, 3.5 * rows), layout="constrained")
+        panels: Any = figure.subplots(rows, columns, squeeze=False)
+        titled = [(f"{method}, {search}", entry) for search, row in grid.items() for method, entry in row.items()]
+        for axes, (title, entry), matrix in zip(panels.flat, titled, matrices, strict=True):
+            names = [version["name"] for version in entry["versions"]]
+            image = _heat_map(axes, matrix, names, theme, scale)
+            criteria = entry["criteria"]
+            axes.set_title(f"{title}\nAC {criteria['AC']:.2f}, AA {100 * criteria['AA']:.1f}", fontsize=9)
+        for axes in panels[:, 0]:
+            axes.set_ylabel("query by")
+        for axes in panels[-1]:
+            axes.set_xlabel("gallery by")
+        _colour_bar(figure, image, panels)
+        return figure
+
+    return _encode(make, LIGHT, "png")
+
+
+def _heat_map(
+    axes: Any, matrix: NDArray[np.float64], names: Sequence[str], theme: Theme, scale: tuple[float, float]
+) -> Any:
+    """Draws the cells with their scores in percent; `scale`: the scores of the first colour and of the last."""
+    size, (low, high) = len(matrix), scale
     colours = LinearSegmentedColormap.from_list("scores", theme.scale)
     spread = high - low or 1.0
     image = axes.imshow(100 * matrix, cmap=colours, vmin=100 * low, vmax=100 * (low + spread))
-    compatible = report.table.compatible
+    compatible = compatibility_table(matrix).compatible
     for i, j in np.argwhere(~np.isnan(matrix)):
         ground = shade(theme, (matrix[i, j] - low) / spread)
         text = f"{100 * matrix[i, j]:.{1 if size <= 12 else 0}f}"
@@ -163,18 +204,19 @@ def _matrix(report: EvaluationReport, theme: Theme) -> Figure:
         axes.text(j, i, text + mark, ha="center", va="center", color=readable(ground), fontsize=9 if size <= 12 else 6)
     every = max(1, size // 16)
     ticks = range(0, size, every)
-    axes.set_xticks(ticks, [_short(report.names[i]) for i in ticks], rotation=0 if size <= 6 else 60)
-    axes.set_yticks(ticks, [_short(report.names[i]) for i in ticks])
-    axes.set_xlabel("gallery by")
-    axes.set_ylabel("query by")
+    axes.set_xticks(ticks, [_short(names[i]) for i in ticks], rotation=0 if size <= 6 else 60)
+    axes.set_yticks(ticks, [_short(names[i]) for i in ticks])
     axes.tick_params(length=0)
     for spine in axes.spines.values():
         spine.set_visible(False)
+    return image
+
+
+def _colour_bar(figure: Figure, image: Any, axes: Any) -> None:
     bar = figure.colorbar(image, ax=axes, shrink=0.8, pad=0.02)
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0)
     bar.set_label("score in percent")
-    return figure
 
 
 def _flips(report: EvaluationReport, theme: Theme) -> Figure:

@@ -51,12 +51,14 @@ def _iamcl2r(counts: tuple[int, ...], at: tuple[int, ...]) -> RunConfig:
 _NARROW = ModelConfig(kind="resnet18", width=32)
 
 PRESETS = {
-    # IAM-CL2R at the size of the demo: four tasks, at the last of which a wider, pre-trained network takes over
+    # `simplexfix demo` runs this one and two other methods: four versions, the last a wider network that was trained
+    # anew on all characters so far and then fine-tuned
     "omniglot": RunConfig(
         tasks=TasksConfig(
-            counts=(40, 20, 20, 20),
+            counts=(60, 40, 40, 45),
             memory_per_class=6,
-            replacements={3: ReplacementConfig(ModelConfig(width=48), classes=85, schedule=Schedule(400, 1e-2))},
+            schedules={0: Schedule(150, 1e-2)},
+            replacements={3: ReplacementConfig(ModelConfig(width=48), source="tasks", schedule=Schedule(400, 1e-2))},
         ),
         schedule=Schedule(120, 3e-3),
         method=MethodConfig(slots=256, normalize=True, scale=12.0, lambda_=0.5),

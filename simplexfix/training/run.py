@@ -6,9 +6,9 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from .scenario import train_versions
 from .schedule import Schedule
 from .trainer import Trainer
 
-__all__ = ["train_run"]
+__all__ = ["searches_of", "train_run"]
 
 _WAIT = 10.0  # seconds
 
@@ -51,9 +51,9 @@ def train_run(
 
     In the folder: `run.json` (resolved configuration, fingerprint of the data), a folder for each pre-training and
     each task (`Trainer.fit`), in a task's the folder `model`, which `EmbeddingModel.from_pretrained` reads, and at the
-    end `report.json`, which is returned: under "versions" where each model is, and its fingerprint; under "search", and
-    under "validation" where items were held out, for each protocol what
-    `simplexfix.compatibility.evaluate` says.
+    end `report.json`, which is returned: under "versions" where each model is, and its fingerprint; under the name of
+    each search, and under "validation" where items were held out, for each protocol what `simplexfix.report.evaluate`
+    returns (`searches_of`).
 
     Args:
         config: read by `simplexfix.training.config.read_config`, or made.
@@ -168,8 +168,13 @@ def pretrain(run: _Run, t: int) -> nn.Module:
     config, plan = run.config, run.config.tasks.replacements[t]
     if plan.schedule is None:
         return plan.model.backbone(run.inputs)
-    method = config.method.pretraining().method(run.slots, "pretraining")
-    items = run.data.pretraining.take((run.data.pretraining.labels < plan.classes).nonzero()[:, 0])
+    if plan.source == "tasks":
+        namespace, classes = "default", run.data.tasks[t - 1].classes
+        items = reduce(Items.joined, [task.items for task in run.data.tasks[:t]])
+    else:
+        namespace, classes = "pretraining", range(plan.classes)
+        items = run.data.pretraining.take((run.data.pretraining.labels < plan.classes).nonzero()[:, 0])
+    method = config.method.pretraining().method(run.slots, namespace)
     schedule = _schedule(plan.schedule, plan.epochs, len(items.labels), plan.schedule.batch)
     stage = f"pretraining-{t:02d}"
     with seeded(mixed_seed(config.seed, t, 10)):
@@ -180,13 +185,14 @@ def pretrain(run: _Run, t: int) -> nn.Module:
         fresh,
         items,
         schedule,
-        classes=range(plan.classes),
+        classes=classes,
         seed=mixed_seed(config.seed, t, 11),
         folder=run.pretraining() / stage,
         on_step=partial(run.watch, f"pre-training for task {t}", stage, schedule),
     )
     model = train() if run.pretraining() == run.folder else _waited_for(train)
-    return model.backbone if config.method.name in LEARNABLE else model  # whose classifier knows other classes
+    foreign = config.method.name in LEARNABLE and plan.source == "apart"  # its classifier is of other classes
+    return model.backbone if foreign else model
 
 
 def fit(
@@ -194,16 +200,11 @@ def fit(
 ) -> Iterator[EmbeddingModel]:
     """The version of each task, as it is done."""
     config, tasks = run.config, run.data.tasks
-    batch = config.schedule.batch
-    schedules = [
-        _schedule(
-            config.schedule,
-            config.tasks.epochs,
-            len(task.items.labels),
-            batch // 2 if remembered is not None and t > 0 else batch,
-        )
-        for t, task in enumerate(tasks)
-    ]
+    schedules = []
+    for t, task in enumerate(tasks):
+        schedule = config.tasks.schedules.get(t, config.schedule)
+        new = schedule.batch // 2 if remembered is not None and t > 0 else schedule.batch
+        schedules.append(_schedule(schedule, config.tasks.epochs, len(task.items.labels), new))
     return train_versions(
         run.trainer(config.method.method(run.slots, "default")),
         tasks,
@@ -264,6 +265,12 @@ def judge(run: _Run, kept: list[_Kept], names: dict[str, list[str]]) -> dict[str
         report[name] = {protocol: evaluate(versions, protocol=protocol).as_dict() for protocol in run.config.protocols}
     write_whole(run.folder / "report.json", f"{json.dumps(report, indent=1)}\n".encode())
     return report
+
+
+def searches_of(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Of a run's report: search -> protocol -> what `evaluate` returned; "validation" first, where there is one."""
+    searches = {name: entry for name, entry in report.items() if name not in ("versions", "class_names")}
+    return dict(sorted(searches.items(), key=lambda search: search[0] != "validation"))
 
 
 def _waited_for(fit: Callable[[], EmbeddingModel]) -> EmbeddingModel:

@@ -23,6 +23,7 @@ from .config import ConfigError, plain, read_config
 from .facts import check_resumable, read_facts
 from .run_config import LEARNABLE, RunConfig
 from .samplers import batch_sizes, check_lone_row
+from .schedule import Schedule
 
 __all__ = ["agree_on", "check_batches", "check_networks", "check_slots", "usable_device"]
 
@@ -44,9 +45,13 @@ def usable_device(name: str | None) -> str:
 
 def check_batches(config: RunConfig, tasks: int) -> None:
     """Those of all stages can be shared out."""
-    plans = config.tasks.replacements.values()
-    stages = [(config.schedule, False), (config.schedule, tasks > 1 and config.tasks.memory_per_class > 0)]
-    for schedule, remembers in stages + [(plan.schedule, False) for plan in plans if plan.schedule is not None]:
+    plan = config.tasks
+    strangers = sorted(set(plan.schedules) - set(range(tasks)))
+    if strangers:
+        raise ValueError(f"tasks.schedules must be for tasks 0 to {tasks - 1}, got {strangers}")
+    stages = [(plan.schedules.get(t, config.schedule), t > 0 and plan.memory_per_class > 0) for t in range(tasks)]
+    pretrainings = [replacement.schedule for replacement in plan.replacements.values()]
+    for schedule, remembers in stages + [(schedule, False) for schedule in pretrainings if schedule is not None]:
         batch_sizes(schedule.batch, remembers, processes.world(), schedule.accumulate)
 
 
@@ -63,9 +68,10 @@ def check_networks(config: RunConfig, inputs: int, prepared: Tensor) -> None:
     """
     plans = {f"tasks.replacements.{t}.model": plan for t, plan in config.tasks.replacements.items()}
     models = {name: plan.model for name, plan in plans.items()}
-    schedules = {name: [plan.schedule, config.schedule] for name, plan in plans.items()}
+    own: list[Schedule | None] = [config.schedule, *config.tasks.schedules.values()]
+    schedules = {name: [plan.schedule, *own] for name, plan in plans.items()}
     if 0 not in config.tasks.replacements:
-        models, schedules = {"model": config.model, **models}, {"model": [config.schedule], **schedules}
+        models, schedules = {"model": config.model, **models}, {"model": own, **schedules}
     method = config.method.method(SlotRegistry(config.method.slots), "default")
     widths: dict[str, int] = {}
     for name, model in models.items():

@@ -53,14 +53,17 @@ _OF_MODEL = {
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is learned and what is searched.
+    """What is learned and what is searched: versions are judged by each search, which has a name in the report.
 
-        kind       in path                                               search
-        omniglot   nothing: it comes inside the package                  alphabets that no version saw
-        features   train [N, d], train_labels [N] and query, gallery,    query, gallery
+        kind       in path                                               searches
+        omniglot   nothing: it comes inside the package                  "seen": other drawings of the first task's
+                                                                         characters; "unseen": two alphabets that no
+                                                                         version learned
+        features   train [N, d], train_labels [N] and query, gallery,    "search": query, gallery
                    query_labels, gallery_labels as .npy files
-        cifar      CIFAR-100 and CIFAR-10 in their binary version        CIFAR-10: training images in its test images
-        images     folders train, query and gallery, each with a         query, gallery
+        cifar      CIFAR-100 and CIFAR-10 in their binary version        "search": CIFAR-10, training images in its test
+                                                                         images
+        images     folders train, query and gallery, each with a         "search": query, gallery
                    folder of images for every class
 
     Args:
@@ -154,19 +157,27 @@ class ReplacementConfig:
 
     Args:
         model: the network that takes over.
-        classes: that it is pre-trained on: so many of those that no task brings, or of `data.pretraining`, the first
-            in the seed's order; 0 for a network that comes as it is.
+        classes: that it is pre-trained on, of source="apart": the first so many in the seed's order; 0 for a network
+            that comes as it is.
         schedule: of pre-training.
         epochs: None, or passes over its items, in place of the schedule's steps.
+        source: of its items: "apart", classes that no task brings, or those of `data.pretraining`; or "tasks", all
+            items of the tasks before, for a network that is trained anew on all that was known.  Its classes keep their
+            slots, and a learnable classifier is kept.
     """
 
     model: ModelConfig
     classes: int = 0
     schedule: Schedule | None = None
     epochs: int | None = None
+    source: str = "apart"
 
     def __post_init__(self) -> None:
-        if self.classes < 0 or (self.classes > 0) != (self.schedule is not None):
+        check_name("source", self.source, ("apart", "tasks"))
+        check_fits(self, "source", {"classes": ("apart",)})
+        if self.source == "tasks" and self.schedule is None:
+            raise ValueError('source="tasks" needs a schedule, that of pre-training')
+        if self.source == "apart" and (self.classes < 0 or (self.classes > 0) != (self.schedule is not None)):
             raise ValueError("classes and schedule are of pre-training: give both, or neither")
         if self.epochs is not None and (self.epochs < 1 or self.schedule is None):
             raise ValueError(f"epochs must be at least 1, of a schedule, got {self.epochs}")
@@ -183,6 +194,8 @@ class TasksConfig:
         pretraining_from: None, or the class id from which on classes are for pre-training; None for what the counts
             leave over in the seed's order.
         epochs: None, or passes over a task's new items, in place of the schedule's steps.
+        schedules: task number -> its schedule, where that is not the run's: a first version that learns from scratch
+            may need more than those that are fine-tuned.
         memory_per_class: items that rehearsal keeps; 0 for no memory.
         rehearsal: which: "random", or "herding", those whose mean feature is nearest to that of the class.
         replacements: task number -> what takes over there.
@@ -197,6 +210,7 @@ class TasksConfig:
     sets: tuple[str, ...] = ()
     pretraining_from: int | None = None
     epochs: int | None = None
+    schedules: dict[int, Schedule] = field(default_factory=dict)
     memory_per_class: int = 20
     rehearsal: str = "random"
     replacements: dict[int, ReplacementConfig] = field(default_factory=dict)
@@ -218,6 +232,8 @@ class TasksConfig:
         check_name("hoc_reference", self.hoc_reference, REFERENCES)
         if self.memory_per_class < 0:
             raise ValueError(f"memory_per_class must be 0 or more, got {self.memory_per_class}")
+        if 0 in self.replacements and self.replacements[0].source == "tasks":
+            raise ValueError('replacements.0.source is "tasks", and no task is before task 0; take "apart"')
 
 
 @dataclass(frozen=True)

@@ -25,14 +25,18 @@ from ..data import (
     Vectors,
     load_cifar10,
     load_cifar100,
+    load_omniglot,
 )
 from ..labelled import VersionFeatures, load_rows
 from .items import Items
-from .omniglot import Recipe, split_omniglot
 from .run_config import DataConfig, RunConfig
 from .scenario import Task, class_incremental, class_order, dataset_sequence, instance_incremental
 
-__all__ = ["RunData", "load_run_data"]
+__all__ = ["UNSEEN_ALPHABETS", "RunData", "load_run_data"]
+
+UNSEEN_ALPHABETS = ("Korean", "Tagalog")  # of omniglot
+_Search = tuple[Items, Items]  # query, gallery
+_PARTS = ((0, "query"), (1, "gallery"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,15 +46,15 @@ class RunData:
     Attributes:
         tasks: what versions learn.
         pretraining: items of the classes that replacements are pre-trained on, 0, 1, ... in the seed's order.
-        searched: name -> (query, gallery): "search", and "validation" where items of the tasks are held out: those
-            among the trained ones.
+        searched: name -> (query, gallery): those of `DataConfig`, and "validation" where items of the tasks are held
+            out: those among the trained ones.
         augment: of training: (inputs, generator) -> what the network takes.
         prepare: of extraction, the same without augmentation.
     """
 
     tasks: list[Task]
     pretraining: Items
-    searched: dict[str, tuple[Items, Items]]
+    searched: dict[str, _Search]
     augment: Callable[[Tensor, torch.Generator], Tensor] | None
     prepare: Preprocessing
 
@@ -80,9 +84,6 @@ class RunData:
         return names and names[: self.tasks[task].classes.stop]
 
 
-_PARTS = ((0, "query"), (1, "gallery"))
-
-
 def load_run_data(config: RunConfig) -> RunData:
     """Reads and splits; the same for the same seed.
 
@@ -90,7 +91,7 @@ def load_run_data(config: RunConfig) -> RunData:
         FileNotFoundError, ValueError: data that is missing or damaged, or classes that are not there.
     """
     plan = config.tasks
-    sets, query, gallery = _read(config.data, plan.sets or ("train",), config.seed)
+    sets, searched = _read(config.data, plan.sets or ("train",))
     sequence = dataset_sequence(sets, seed=config.seed) if plan.sets else []
     train = reduce(Items.joined, [task.items for task in sequence] or sets)
     if config.data.per_class is not None:
@@ -101,13 +102,13 @@ def load_run_data(config: RunConfig) -> RunData:
             raise ValueError("tasks.pretraining_from and data.pretraining: replacements are pre-trained on one of them")
         apart = train.labels >= plan.pretraining_from
         train, rest = train.take((~apart).nonzero()[:, 0]), train.take(apart.nonzero()[:, 0])
-    searched = {"search": (query, gallery)}
-    for name, items in (("query", query), ("gallery", gallery)):
-        if items.inputs.shape[1:] != train.inputs.shape[1:]:
-            raise ValueError(
-                f"{name} has inputs of shape {list(items.inputs.shape[1:])}, what is trained on "
-                f"{list(train.inputs.shape[1:])}"
-            )
+    for i, name in _PARTS:
+        for items in (pair[i] for pair in searched.values()):
+            if items.inputs.shape[1:] != train.inputs.shape[1:]:
+                raise ValueError(
+                    f"{name} has inputs of shape {list(items.inputs.shape[1:])}, what is trained on "
+                    f"{list(train.inputs.shape[1:])}"
+                )
     held: Tensor | None = None
     if config.data.validation:
         held = _held_out(train.labels, config.data.validation, config.seed, train.class_names)
@@ -128,11 +129,11 @@ def load_run_data(config: RunConfig) -> RunData:
             last = tasks.pop()
             names = last.items.class_names
             rest = Items(last.items.inputs, last.items.labels - sum(plan.counts), names and names[sum(plan.counts) :])
+    learned = class_order(train.labels, seed=config.seed)
+    if "seen" in searched:
+        searched["seen"] = _of_classes(searched["seen"], learned[: tasks[0].classes.stop])
     if held is not None:
-        learned = class_order(train.labels, seed=config.seed)[: tasks[-1].classes.stop]
-        searched["validation"] = tuple(
-            items.take(torch.isin(items.labels, learned).nonzero()[:, 0]) for items in (validation, train)
-        )  # type: ignore[assignment]
+        searched["validation"] = _of_classes((validation, train), learned[: tasks[-1].classes.stop])
     if rest is None:
         rest = train.take(torch.empty(0, dtype=torch.int64))
     elif config.data.pretraining is not None or plan.pretraining_from is not None:
@@ -148,20 +149,17 @@ def load_run_data(config: RunConfig) -> RunData:
     return RunData(tasks, rest, searched, *_prepared(config.data, train.inputs))
 
 
-def _read(config: DataConfig, names: Sequence[str], seed: int) -> tuple[list[Items], Items, Items]:
-    """Training data of those names, query, gallery."""
+def _read(config: DataConfig, names: Sequence[str]) -> tuple[list[Items], dict[str, _Search]]:
+    """Training data of those names, and the searches."""
     if config.path is None:
-        omniglot = split_omniglot(Recipe(), seed)
-        labels = torch.arange(len(omniglot.train)).repeat_interleave(omniglot.train.shape[1])
-        train = Items(omniglot.train.flatten(0, 1), labels)
-        return [train], omniglot.query["unseen"], omniglot.gallery["unseen"]
+        return _omniglot()
     path = Path(config.path)
     if config.kind == "cifar":
         sets = (load_cifar100(path), load_cifar10(path, batches=config.query_batches), load_cifar10(path, "test"))
         train, query, gallery = (
             Items(torch.from_numpy(s.images), torch.from_numpy(s.labels), s.class_names) for s in sets
         )
-        return [train], query, gallery
+        return [train], {"search": (query, gallery)}
     if config.kind == "images":
         _check_there(path, (*names, "query", "gallery"), "folders, each with a folder of images for every class")
         trained = [_images(path / name, config) for name in names]
@@ -170,15 +168,37 @@ def _read(config: DataConfig, names: Sequence[str], seed: int) -> tuple[list[Ite
                 replace(items, class_names=tuple(f"{name}/{c}" for c in items.class_names or ()))
                 for name, items in zip(names, trained, strict=True)
             ]
-        return trained, *_searched_images(path, config)
+        return trained, {"search": _searched_images(path, config)}
     files = [f"{name}{part}.npy" for name in (*names, "query", "gallery") for part in ("", "_labels")]
     _check_there(path, files, "features [N, d] and labels [N] of what is trained on and of what is searched")
     search = VersionFeatures.load(path)
-    return (
-        [Items(rows.whole(), torch.tensor(labels)) for rows, labels in (load_rows(path, name) for name in names)],
-        Items(search.query.tensor(), torch.tensor(search.items.query_labels)),
-        Items(search.gallery.tensor(), torch.tensor(search.items.gallery_labels)),
-    )
+    query = Items(search.query.tensor(), torch.tensor(search.items.query_labels))
+    gallery = Items(search.gallery.tensor(), torch.tensor(search.items.gallery_labels))
+    trained = [Items(rows.whole(), torch.tensor(labels)) for rows, labels in (load_rows(path, name) for name in names)]
+    return trained, {"search": (query, gallery)}
+
+
+def _omniglot() -> tuple[list[Items], dict[str, _Search]]:
+    """Characters of six alphabets, 12 drawings each to train on and 8 to search; all 20 of the two others to search."""
+    omniglot = load_omniglot()
+    images = torch.from_numpy(omniglot.images)
+    unseen = torch.from_numpy(np.isin(np.array(omniglot.alphabets)[omniglot.alphabet_of], UNSEEN_ALPHABETS))
+    seen_images, unseen_images = images[~unseen], images[unseen]
+    searched = {
+        "seen": (_drawings(seen_images[:, 16:]), _drawings(seen_images[:, 12:16])),
+        "unseen": (_drawings(unseen_images[:, 10:]), _drawings(unseen_images[:, :10])),
+    }
+    return [_drawings(seen_images[:, :12])], searched
+
+
+def _drawings(images: Tensor) -> Items:
+    """[C, N, 28, 28] -> C * N items of classes 0, 1, ..."""
+    return Items(images.flatten(0, 1), torch.arange(len(images)).repeat_interleave(images.shape[1]))
+
+
+def _of_classes(search: _Search, classes: Tensor) -> _Search:
+    query, gallery = (items.take(torch.isin(items.labels, classes).nonzero()[:, 0]) for items in search)
+    return query, gallery
 
 
 def _check_there(path: Path, names: Sequence[str], expected: str) -> None:
@@ -202,7 +222,7 @@ def _images(path: Path, config: DataConfig) -> Items:
     return Items(torch.from_numpy(folder.images), torch.from_numpy(folder.labels), folder.class_names)
 
 
-def _searched_images(path: Path, config: DataConfig) -> tuple[Items, Items]:
+def _searched_images(path: Path, config: DataConfig) -> _Search:
     """Classes are known by the names of their folders, of which query may have fewer than gallery, or others."""
     query, gallery = (_images(path / name, config) for name in ("query", "gallery"))
     names = tuple(sorted({*(query.class_names or ()), *(gallery.class_names or ())}))

@@ -147,9 +147,14 @@ def test_presets_can_be_read_back(name: str, capsys) -> None:
     assert read_config(RunConfig, json.loads(capsys.readouterr().out)) == PRESETS[name]
 
 
-def test_the_preset_that_needs_no_data_runs(tmp_path) -> None:
-    short = ["schedule.steps=2", "tasks.replacements.3.schedule.steps=2", "schedule.batch=16"]
+def test_the_preset_that_needs_no_data_runs(tmp_path, capsys) -> None:
+    schedules = ("schedule", "tasks.schedules.0", "tasks.replacements.3.schedule")
+    short = [f"{schedule}.{change}" for schedule in schedules for change in ("steps=2", "batch=16")]
     assert main(["train", "omniglot", *short, "--out", str(tmp_path / "run")]) == 0
+    scores = [line.split(": AC")[0] for line in capsys.readouterr().out.splitlines()[:-1]]
+    assert scores == [f"{name}, {by}" for name in ("seen", "unseen") for by in ("nearest class mean", "instance")]
+    assert main(["runs", str(tmp_path / "run")]) == 0
+    assert "seen: nearest class mean AC" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -159,6 +164,16 @@ def test_the_preset_that_needs_no_data_runs(tmp_path) -> None:
         (["tasks.counts=[9, 9]"], "counts must be positive and sum to at most 14 classes"),
         (["tasks.replacements.1.classes=7"], "replacements.1.classes must lie in [0, 6]"),
         (["tasks.replacements.1.classes=0"], "classes and schedule are of pre-training: give both, or neither"),
+        (["tasks.replacements.1.source=tasks"], "classes is of source='apart', got 6 with source='tasks'"),
+        (['tasks.replacements.1={"model": {}, "source": "tasks"}'], 'source="tasks" needs a schedule'),
+        (
+            ['tasks.replacements.0={"model": {}, "source": "tasks", "schedule": {"steps": 1, "learning_rate": 0.1}}'],
+            'replacements.0.source is "tasks", and no task is before task 0; take "apart"',
+        ),
+        (
+            ['tasks.schedules={"3": {"steps": 1, "learning_rate": 0.1}}'],
+            "tasks.schedules must be for tasks 0 to 2, got [3]",
+        ),
         (["tasks.replacements.1.epochs=0"], "epochs must be at least 1, of a schedule, got 0"),
         (['method={"name": "er"}'], "model gives 16, tasks.replacements.1.model gives 20"),
         (["tasks.counts=[]"], "counts are the new classes of each task"),

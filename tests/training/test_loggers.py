@@ -5,8 +5,10 @@ from __future__ import annotations
 import builtins
 import io
 import json
+import re
 import sys
 import types
+from contextlib import suppress
 from pathlib import Path
 
 import jobs
@@ -183,38 +185,53 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_terminal_sees_a_bar_that_goes_on_where_it_was(tmp_path, features) -> None:
-    pytest.importorskip("tqdm")
+def test_a_terminal_sees_a_bar_that_goes_on_where_it_was(tmp_path, features, monkeypatch) -> None:
+    pytest.importorskip("rich", reason="pip install 'simplexfix[cli]'")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "150")
     config, terminal = configuration(features), Terminal()
     stopped(config, tmp_path, 13 + 8)  # of pre-training; a checkpoint is at 5
     seen: list[Progress] = []
-    bar = progress_on(terminal)
+    with progress_on(terminal) as bar:
 
-    def on_step(progress: Progress) -> None:
-        seen.append(progress)
-        bar(progress)
+        def on_step(progress: Progress) -> None:
+            seen.append(progress)
+            bar(progress)
 
-    train_run(config, tmp_path, on_step=on_step)
+        train_run(config, tmp_path, on_step=on_step)
     assert [p.step for p in seen] == [*range(6, 14), *range(1, 14)]
     assert {(p.steps, p.batch) for p in seen} == {(13, 16)}
     assert [p.step for p in seen if p.line is not None] == [6, 9, 12, 13, 3, 6, 9, 12, 13]
-    ends = [text for text in terminal.getvalue().split("\r") if "13/13" in text]
-    assert ends[0].startswith("pre-training for task 1: 100%|")
-    assert ends[-1].startswith("task 1: 100%|")
+    assert terminal.getvalue().count("\x1b[?25h") == terminal.getvalue().count("\x1b[?25l") == 2  # the cursor is back
+    # what a stage leaves on its line: the last that was written there
+    lines = [re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", line) for line in re.split("[\r\n]", terminal.getvalue())]
+    ends = [line for line in lines if "13/13" in line]
+    assert ends[0].startswith("pre-training for task 1: 100 % ")
+    assert ends[-1].startswith("task 1: 100 % ")
     loss = logged(tmp_path, "task-01")[-1]["loss"]
     assert f"loss {loss:.4g}, " in ends[-1]
-    assert "items/s]" in ends[-1]
+    assert "items/s" in ends[-1]
+
+
+def test_an_error_leaves_the_terminal_its_cursor(monkeypatch) -> None:
+    pytest.importorskip("rich", reason="pip install 'simplexfix[cli]'")
+    monkeypatch.setenv("TERM", "xterm")
+    terminal = Terminal()
+    with suppress(KeyboardInterrupt), progress_on(terminal) as show:
+        show(Progress("task 0", 1, 100, 16, None))
+        raise KeyboardInterrupt
+    assert terminal.getvalue().rstrip("\n").endswith("\x1b[?25h")
 
 
 def test_a_file_gets_lines(monkeypatch) -> None:
     clock = [0.0]
     monkeypatch.setattr("simplexfix.cli._progress.time.monotonic", lambda: clock[0])
     stream = io.StringIO()
-    show = progress_on(stream)
-    for step in range(2, 101):
-        clock[0] += 1.0
-        line = {"loss": 2.0 / step, "steps_per_second": 4.0} if step % 10 == 0 else None
-        show(Progress("task 0", step, 100, 16, line))
+    with progress_on(stream) as show:
+        for step in range(2, 101):
+            clock[0] += 1.0
+            line = {"loss": 2.0 / step, "steps_per_second": 4.0} if step % 10 == 0 else None
+            show(Progress("task 0", step, 100, 16, line))
     assert stream.getvalue().splitlines() == [
         "task 0: 100 steps of 16 items from step 2",
         "task 0: 40/100, loss 0.05, 64 items/s, 0:00:15 left",

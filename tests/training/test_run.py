@@ -13,9 +13,21 @@ from pathlib import Path
 import jobs
 import numpy as np
 import pytest
+import torch
 from test_trainer import PROCESSES, done, lines, together
 
-from simplexfix.training import CheckpointWarning, Progress, read_state, train_run, write_state
+from simplexfix.models import EmbeddingModel
+from simplexfix.training import (
+    CheckpointWarning,
+    ModelConfig,
+    Progress,
+    ReplacementConfig,
+    Schedule,
+    read_state,
+    train_run,
+    write_state,
+)
+from simplexfix.training.run_data import load_run_data
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +78,31 @@ def test_a_finished_run_may_be_judged_by_another_protocol(data, tmp_path) -> Non
     assert second["search"]["nearest_class_mean"] == first["search"]["nearest_class_mean"]
     assert json.loads((tmp_path / "report.json").read_text()) == second
     assert set(second["search"]) == {"nearest_class_mean", "instance"}
+
+
+@pytest.mark.parametrize("method", [{"slots": 16, "normalize": True, "scale": 8.0}, {"name": "er"}], ids=["hoc", "er"])
+def test_a_replacement_that_learned_what_the_tasks_before_brought_knows_it_by_the_same_numbers(data, tmp_path, method):
+    """A last task that changes next to nothing leaves it as it was pre-trained."""
+    config = jobs.small_run(data, method=method)
+    schedule = Schedule(80, 0.03, batch=16)
+    tasks = replace(
+        config.tasks,
+        replacements={1: ReplacementConfig(ModelConfig("mlp", hidden=(8,)), schedule=schedule, source="tasks")},
+        schedules={1: Schedule(1, 1e-9, batch=16)},
+    )
+    steps = []
+    train_run(replace(config, tasks=tasks), tmp_path, on_step=lambda p: steps.append((p.stage, p.step)))
+    assert steps == [
+        *(("task 0", step) for step in range(1, 14)),
+        *(("pre-training for task 1", step) for step in range(1, 81)),
+        ("task 1", 1),
+    ]
+    model = EmbeddingModel.from_pretrained(tmp_path / "task-01" / "model")
+    items = load_run_data(config).tasks[0].items
+    with torch.no_grad():
+        logits = model.head(model.backbone(items.inputs))
+    known = torch.arange(4) if "name" in method else model.head.slots.lookup("default", torch.arange(4))
+    assert (logits[:, known].argmax(1) == items.labels).double().mean() > 0.95
 
 
 def test_the_same_data_may_be_somewhere_else(data, tmp_path) -> None:

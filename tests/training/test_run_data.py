@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from simplexfix.data import load_omniglot
 from simplexfix.models import EmbeddingModel
 from simplexfix.training import (
     PRESETS,
@@ -77,6 +78,25 @@ def test_the_preset_splits_as_it_says(cifar) -> None:
     query, gallery = data.searched["search"]
     assert len(query.labels) == len(gallery.labels) == 30
     assert list(data.searched) == ["search"]
+
+
+def test_drawings_are_searched_under_two_names_and_not_trained_on() -> None:
+    config = PRESETS["omniglot"]
+    data = load_run_data(config)
+    assert [task.items.inputs.shape for task in data.tasks] == [(12 * n, 28, 28) for n in (60, 40, 40, 45)]
+    sizes = {name: [len(items.labels) for items in pair] for name, pair in data.searched.items()}
+    assert sizes == {"seen": [60 * 4, 60 * 4], "unseen": [57 * 10, 57 * 10]}
+    parts = [task.items for task in data.tasks] + [items for pair in data.searched.values() for items in pair]
+    drawings = [{image.numpy().tobytes() for image in items.inputs} for items in parts]
+    # a few characters can be drawn alike to the pixel; whole sets cannot
+    for i, a in enumerate(drawings):
+        for b in drawings[i + 1 :]:
+            assert len(a & b) <= 2
+    character = {image.tobytes(): c for c, images in enumerate(load_omniglot().images) for image in images}
+    learned, seen = ({character[key] for key in drawings[at]} for at in (0, 4))
+    assert seen == learned
+    other = load_run_data(replace(config, seed=1))
+    assert not torch.equal(other.tasks[0].items.inputs, data.tasks[0].items.inputs)
 
 
 def test_validation_is_held_out_of_every_class(cifar) -> None:

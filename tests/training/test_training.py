@@ -1,4 +1,4 @@
-"""Batches, schedules, methods and versions: what the demo is made of."""
+"""Batches, schedules, methods and versions."""
 
 from __future__ import annotations
 
@@ -14,9 +14,6 @@ from simplexfix.data import RandomWarp
 from simplexfix.methods import ER, HOC, Simplex
 from simplexfix.models import EmbeddingModel, SmallConvNet
 from simplexfix.training import Items, RowBatches, Schedule, Trainer
-from simplexfix.training.omniglot import METHODS, Recipe, split_omniglot, train_methods
-
-TINY = Recipe(v0=Schedule(3, 1e-2), pretrain=Schedule(2, 1e-2), finetune=Schedule(2, 1e-3), replacement_width=8)
 
 
 @pytest.mark.parametrize(("rows", "size"), [(10, 3), (3, 10), (4, 4), (1, 1)])
@@ -41,22 +38,6 @@ def test_a_schedule_of_nothing_is_refused() -> None:
         with pytest.raises(ValueError, match=message):
             Schedule(*arguments)
     assert Schedule(5, 1.0, warmup=0.0).at(0) == 1.0
-
-
-def test_splits_do_not_overlap() -> None:
-    data = split_omniglot(Recipe(), seed=0)
-    assert data.train.shape == (185, 12, 28, 28)
-    assert len(data.query["seen"].labels) == 60 * 4
-    assert len(data.gallery["unseen"].labels) == 57 * 10
-    pictures = [data.train.flatten(0, 1)]
-    pictures += [items.inputs for side in (data.gallery, data.query) for items in side.values()]
-    keys = [{bytes(image.numpy().tobytes()) for image in part} for part in pictures]
-    # a few characters can be drawn alike to the pixel; whole sets cannot
-    for i, a in enumerate(keys):
-        for b in keys[i + 1 :]:
-            assert len(a & b) <= 2
-    assert torch.equal(split_omniglot(Recipe(), seed=0).train, data.train)
-    assert not torch.equal(split_omniglot(Recipe(), seed=1).train, data.train)
 
 
 def test_warp_of_nothing_changes_nothing_and_of_something_does() -> None:
@@ -154,37 +135,6 @@ def test_training_lowers_the_loss() -> None:
     version = Trainer(method, augment=warp).fit(parent, items, Schedule(40, 1e-2, batch=25), classes=range(5), seed=0)
     _, classes = version.head.predict(version.backbone(images.unsqueeze(1)))
     assert (classes[:, 0] == labels).double().mean() > 0.9
-
-
-def test_a_seed_gives_the_same_bits() -> None:
-    threads = torch.get_num_threads()
-    data = split_omniglot(TINY, seed=5)
-    stages: list[str] = []
-    first = train_methods(data, TINY, 5, on_step=stages.append)
-    second = train_methods(data, TINY, 5)
-    assert len(stages) == TINY.steps(METHODS)
-    for method in METHODS:
-        for a, b in zip(first[method], second[method], strict=True):
-            for x, y in zip(a.parameters(), b.parameters(), strict=True):
-                assert torch.equal(x, y)
-    assert torch.get_num_threads() == threads
-    # the replacement is wider, and all embeddings have the same width
-    widths = {v.extract(data.query["seen"].inputs[:2, None].float()).shape[1] for v in first["hoc"]}
-    assert widths == {TINY.num_slots - 1}
-    assert first["hoc"][3].backbone.layers[1].out_channels == 8
-
-
-def test_an_error_in_one_family_ends_both() -> None:
-    data, seen = split_omniglot(TINY, seed=0), []
-
-    def fail(stage: str) -> None:
-        seen.append(stage)
-        if stage.startswith("er"):
-            raise KeyError("planted")
-
-    with pytest.raises((KeyError, RuntimeError)):
-        train_methods(data, TINY, 0, on_step=fail)
-    assert len(seen) < TINY.steps(METHODS)
 
 
 def test_an_old_model_in_training_mode_is_refused() -> None:

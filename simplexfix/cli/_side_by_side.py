@@ -1,0 +1,96 @@
+"""Runs in processes of their own, each with one thread: a seed gives the same numbers whatever the cores."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..training import Progress, RunConfig, train_run
+
+__all__ = ["train_side_by_side"]
+
+Chain = Mapping[str, RunConfig]
+
+
+def train_side_by_side(
+    chains: Sequence[Chain], folder: Path, *, on_step: Callable[[str, Progress], None]
+) -> dict[str, dict[str, Any]]:
+    """The reports of all runs; whatever ends this call early ends the processes.
+
+    Args:
+        chains: name -> configuration of runs that come one after the other; each chain has a process.
+        folder: in it each run has the folder of its name.
+        on_step: called with a run's name after each of its steps.
+
+    Raises:
+        ChildProcessError: a process was ended from outside.
+        OSError: as of `train_run`.
+        RuntimeError: a run failed otherwise; the message holds its traceback.
+    """
+    context = multiprocessing.get_context("spawn")  # a forked process would have torch's locks, but not its threads
+    processes: dict[Any, SpawnProcess] = {}
+    reports: dict[str, dict[str, Any]] = {}
+    try:
+        for chain in chains:
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=_train, args=(sender, chain, folder), daemon=True)
+            # the new process inherits the mask: Ctrl-C is for this one, which ends the others
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                process.start()
+                processes[receiver] = process
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            sender.close()
+        running = dict(processes)
+        while running:
+            ready: list[Any] = wait(list(running))
+            for receiver in ready:
+                try:
+                    name, found = receiver.recv()
+                except EOFError:
+                    process = running.pop(receiver)
+                    process.join()
+                    if process.exitcode:
+                        raise ChildProcessError(
+                            f"a process that trained was ended, with exit code {process.exitcode}; where memory was "
+                            "short, close other programs and call again"
+                        ) from None
+                    continue
+                if isinstance(found, Progress):
+                    on_step(name, found)
+                elif isinstance(found, Exception):
+                    raise found
+                else:
+                    reports[name] = found
+    finally:
+        for process in processes.values():
+            process.terminate()
+            process.join()
+    return {name: reports[name] for chain in chains for name in chain}
+
+
+def _train(sender: Connection, chain: Chain, folder: Path) -> None:
+    torch.set_num_threads(1)
+    name = ""
+
+    def send(found: Progress | dict[str, Any] | Exception) -> None:
+        sender.send((name, found))
+
+    try:
+        for name, config in chain.items():
+            send(train_run(config, folder / name, on_step=send))
+    except BrokenPipeError:
+        return  # the process that waited is gone
+    except OSError as error:
+        send(error)
+    except Exception:
+        send(RuntimeError(f"the run {name} failed:\n{traceback.format_exc()}"))

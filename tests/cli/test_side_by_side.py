@@ -1,0 +1,51 @@
+"""Runs in processes of their own: whatever ends one ends all, and is said."""
+
+from __future__ import annotations
+
+import multiprocessing
+from dataclasses import replace
+
+import pytest
+from small_run import short, written_features
+
+from simplexfix.cli._side_by_side import train_side_by_side
+from simplexfix.training import Progress, RunConfig, read_config, read_mapping
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> RunConfig:
+    folder = tmp_path_factory.mktemp("features")
+    return read_config(RunConfig, read_mapping(short(folder, written_features(folder))))
+
+
+def endless(config: RunConfig) -> RunConfig:
+    return replace(config, schedule=replace(config.schedule, steps=10**7))
+
+
+def test_reports_come_by_name_and_steps_from_all(config, tmp_path) -> None:
+    steps: list[tuple[str, str]] = []
+    chains = [{"first": config, "second": replace(config, seed=1)}, {"third": config}]
+    reports = train_side_by_side(chains, tmp_path, on_step=lambda name, progress: steps.append((name, progress.stage)))
+    assert list(reports) == ["first", "second", "third"]
+    assert reports["third"]["search"] == reports["first"]["search"] != reports["second"]["search"]
+    assert sorted(steps) == sorted((name, f"task {t}") for name in reports for t in (0, 1) for _ in range(2))
+
+
+def test_an_error_of_one_ends_the_others(config, tmp_path) -> None:
+    gone = replace(config, data=replace(config.data, path=str(tmp_path / "gone")))
+    with pytest.raises(FileNotFoundError, match=r"gone has no train\.npy"):
+        train_side_by_side([{"endless": endless(config)}, {"gone": gone}], tmp_path, on_step=lambda *_: None)
+    few = replace(config, method=replace(config.method, slots=2))
+    with pytest.raises(RuntimeError, match=r"the run few failed:\nTraceback[\s\S]*method\.slots must be at least"):
+        train_side_by_side([{"few": few}], tmp_path, on_step=lambda *_: None)
+    assert not multiprocessing.active_children()
+
+
+def test_a_process_that_was_killed_is_named(config, tmp_path) -> None:
+    def kill(name: str, progress: Progress) -> None:
+        for process in multiprocessing.active_children():
+            process.kill()
+
+    with pytest.raises(ChildProcessError, match="a process that trained was ended, with exit code -9"):
+        train_side_by_side([{"endless": endless(config)}], tmp_path, on_step=kill)
+    assert not multiprocessing.active_children()
