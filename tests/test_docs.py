@@ -181,3 +181,29 @@ def test_the_program_of_the_training_page_runs(tmp_path: Path, monkeypatch: pyte
     exec(compile(block.replace("Schedule(5000,", "Schedule(1,"), "docs/training.md", "exec"), names)
     assert names["embeddings"].shape == (100, 1023)
     assert {path.name for path in (tmp_path / "runs" / "mine").iterdir()} == {"task-00", "task-01", "task-02"}
+
+
+def test_the_snippets_of_the_replacing_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from simplexfix.adapters import Procrustes, SimplexJunction, WhitenedProcrustes, select
+
+    monkeypatch.setattr(select, "closed_forms", lambda _: [Procrustes(), WhitenedProcrustes(), SimplexJunction()])
+    monkeypatch.setattr(select, "STEPS", (1,))
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "replacing.md").read_text()
+    rng = np.random.default_rng(0)
+    labels = rng.integers(12, size=240)
+    hidden = rng.standard_normal((12, 8))[labels] + 0.4 * rng.standard_normal((240, 8))
+    rows = [(hidden @ rng.standard_normal((8, width))).astype(np.float32) for width in (10, 12, 12)]
+    names: dict[str, Any] = {"labels": labels, "old": rows[0], "new": rows[1], "v0": rows[0], "v1": rows[1]}
+    names |= {"v2": rows[2], "old_sample": rows[0][:9], "new_sample": rows[1][:9]}
+    names |= {"new_queries": torch.from_numpy(rows[1]), "stored": torch.from_numpy(rows[0])}
+    (block,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    exec(compile(block, "replacing.md", "exec"), names)
+    assert names["scores"].shape == (240, 240)
+    assert set(names["chain"].adapters) == {(1, 0), (2, 0), (2, 1)}
+    for name, array in (("old", rows[0]), ("new", rows[1]), ("labels", labels), ("stored", rows[0])):
+        np.save(tmp_path / f"{name}.npy", array)
+    np.save(tmp_path / "new-queries.npy", rows[1])
+    commands = re.findall(r"^simplexfix (.*)$", text, re.MULTILINE)
+    assert [command.split()[0] for command in commands] == ["adapt", "embed", "embed"]
+    assert [main(shlex.split(command, comments=True)) for command in commands] in ([0, 0, 0], [1, 0, 0])

@@ -41,8 +41,8 @@ class LambdaOrthogonal(AdapterMethod):
     name: ClassVar[str] = "lambda_orthogonal"
     lambda_: float = 12.0
     alpha: float = 1.0
-    steps: int = 300
-    learning_rate: float = 1e-3
+    steps: int = 100
+    learning_rate: float = 3e-3
     batch: int = 512
     seed: int = 0
 
