@@ -147,6 +147,22 @@ def example(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def test_a_gallery_is_upgraded_rolled_back_and_upgraded_again(tmp_path) -> None:
+    """With a few steps of training, after which the gate does not pass."""
+    done = example("upgrade_a_gallery.py", "--out", str(tmp_path / "out"), "--steps", "4")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    before = lines[0].removeprefix("v0 searches its own vectors: ")
+    assert f"rolled back 720 rows: v0 searches {before}, as before" in lines
+    assert "100% replaced: " in done.stdout
+    assert "refused: version 1 (120 characters) did not pass the gate: " in done.stdout
+    history = (
+        "created, admitted, backfill, backfill finished, rolled back, admitted, backfill, backfill finished, retired"
+    )
+    assert f"history: {history}" in lines
+    assert (tmp_path / "out" / "gallery" / "gallery.db").is_file()
+
+
 def test_missing_data_is_named(tmp_path) -> None:
     done = example("replace_text_encoder.py", str(tmp_path))
     assert done.returncode == 1

@@ -82,6 +82,7 @@ ROOMS = {
     "retrieval": {"labelled"},
     "compatibility": {"labelled", "retrieval"},
     "report": {"labelled", "retrieval", "compatibility"},
+    "gallery": {"labelled", "retrieval", "compatibility", "models"},
     "data": set(),
     "models": {"data", "heads"},
     "methods": {"models", "heads"},

@@ -445,12 +445,11 @@ class Gallery:
     ) -> Iterator[NDArray[np.int64]]:
         state = self._store.state()
         target, worker = state.serving[-1], uuid.uuid4().hex
-        mine = np.empty(0, dtype=np.int64)  # what this worker was given
-        begun = False
+        mine: list[NDArray[np.int64]] = []  # what this worker was given
         try:
             while True:
                 found = self._store.stale(target, order)
-                left = found[~np.isin(found, mine)]
+                left = found[~np.isin(found, np.concatenate(mine))] if mine else found
                 if not len(left):
                     return
                 if name == "random":
@@ -467,15 +466,14 @@ class Gallery:
                     at += int(np.flatnonzero(window == claimed[-1])[0]) + 1 if full else len(window)
                     if not len(claimed):
                         continue
-                    if not begun:
-                        begun = True
+                    if not mine:
                         self._store.change(_begin_backfill(target, name, len(found), worker))
-                    mine = np.concatenate([mine, claimed])
+                    mine.append(claimed)
                     yield claimed
                 if len(mine) == got:  # others have all that is left: theirs until they replace it, or its time is over
                     time.sleep(min(_POLL_SECONDS, lease))
         finally:
-            if begun:
+            if mine:
                 self._store.release(worker)
 
 

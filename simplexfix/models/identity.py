@@ -81,10 +81,11 @@ class ModelIdentity:
             dim: width of the embeddings, after the adapter where there is one; at least 1.
             version: the number of this version, 0 or more.
             adapter: fingerprint of the weights of an adapter behind the model, or None.
-            space: the model to whose space the adapter maps; two models of one space may search each other.
+            space: the model to whose space the adapter maps; None: to a space of its own.  Models of one space may
+                search each other.
 
         Raises:
-            TypeError, ValueError: an argument is not as above; or one of adapter and space without the other.
+            TypeError, ValueError: an argument is not as above; or a space without an adapter.
         """
         for what, value in (("name", name), ("revision", revision), ("adapter", adapter)):
             if not isinstance(value, str) and (what != "adapter" or value is not None):
@@ -93,10 +94,8 @@ class ModelIdentity:
                 raise ValueError(f"{what} must not be empty: it says which model this is")
         if space is not None and not isinstance(space, ModelIdentity):
             raise TypeError(f"space must be a ModelIdentity or None, got {type(space).__name__}")
-        if (adapter is None) != (space is None):
-            raise ValueError(
-                "give adapter and space together: the adapter's fingerprint, and the model to whose space it maps"
-            )
+        if space is not None and adapter is None:
+            raise ValueError("space needs adapter, the fingerprint of what maps the embeddings to that space")
         if check_integer("dim", dim) < 1:
             raise ValueError(f"dim must be 1 or more, got {dim}")
         target = None if space is None else space.space or space.fingerprint

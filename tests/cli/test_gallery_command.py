@@ -108,7 +108,10 @@ def test_what_is_refused_says_why_and_changes_nothing(files: Path, capsys: pytes
     capsys.readouterr()
     for text, message in (
         ("status none", "none holds no gallery: it has no gallery.db"),
-        ("create shop --model old.json", "shop holds a gallery already: Gallery.open opens it"),
+        (
+            "create shop --model old.json",
+            "shop/gallery.db holds a gallery, which Gallery.open opens, or som",
+        ),
         ("create new --model old.npz", "old.npz is neither the folder of a model nor a JSON file of an identity"),
         ("add shop bare.npz --model old.json", "bare.npz has no ids"),
         ("add shop old.npz --model new.json", "version 1 (vendor/embed 2) cannot add in this gallery: it was not"),

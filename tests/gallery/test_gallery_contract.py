@@ -11,7 +11,7 @@ import torch
 from gallery_stores import DIM, STRANGER, A, B, C, gate_of, url, vectors
 
 from simplexfix.functional import cosine_topk
-from simplexfix.gallery import AdmissionError, Gallery, StrangerError
+from simplexfix.gallery import AdmissionError, Gallery, StrangerError, _traffic
 from simplexfix.models import ModelIdentity
 
 __all__ = ["url"]  # a fixture
@@ -345,6 +345,22 @@ def test_every_row_is_given_once_in_the_order_asked_for(url: str) -> None:
             gallery.stale(**options)
     with pytest.raises(KeyError, match="id 99 is not in the gallery"):
         list(gallery.stale(order=[99]))
+
+
+def test_counts_are_written_now_and_then_and_bounded(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    gallery = Gallery.create(url, model=A, count_traffic=True)
+    gallery.add(IDS, vectors(IDS), model=A)
+    upgraded(gallery)
+    monkeypatch.setattr(_traffic, "_MOST", 6)
+    for _ in range(2):
+        gallery.search(vectors(IDS[30:33]), 1, model=A)
+    gallery.search(vectors(IDS[:8]), 1, model=A)  # more than are kept: those with the least hits are forgotten
+    assert len(gallery._traffic._times) == 3
+    other = Gallery.open(url)
+    assert next(other.stale(order="traffic", batch=3)).tolist() == [0, 1, 2]  # not yet written
+    monkeypatch.setattr(_traffic, "_SECONDS", 0.0)
+    gallery.search(vectors([31]), 1, model=A)
+    assert next(other.stale(order="traffic", batch=4)).tolist() == [31, 30, 32, 0]
 
 
 def test_order_by_traffic_needs_counts(gallery: Gallery) -> None:

@@ -431,7 +431,11 @@ def test_places_without_a_gallery_and_with_something_else(tmp_path) -> None:
     for call, kind, message in (
         (lambda: Gallery.open(tmp_path / "none"), FileNotFoundError, r"holds no gallery: it has no gallery\.db; Gall"),
         (lambda: Gallery.create(tmp_path / "full", model=A), FileExistsError, "not empty, it holds photo.png: give a"),
-        (lambda: Gallery.create(tmp_path / "there", model=A), FileExistsError, "holds a gallery already: Gallery.open"),
+        (
+            lambda: Gallery.create(tmp_path / "there", model=A),
+            FileExistsError,
+            "holds a gallery, which Gallery.open opens",
+        ),
         (lambda: Gallery.create(tmp_path / "file", model=A), OSError, "File exists"),
         (lambda: Gallery.open("redis://there"), ValueError, "url must be the path of a folder, without :// and #, got"),
         (lambda: Gallery.create(tmp_path / "new", model="v0"), TypeError, "model must be a ModelIdentity, got str"),

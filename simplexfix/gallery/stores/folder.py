@@ -89,10 +89,12 @@ class FolderStore:
         path.touch()
         with store._named("create the gallery"):
             with store._writer.lock:
-                if store._writer.now.execute("pragma user_version").fetchone()[0]:
-                    raise FileExistsError(f"{folder} holds a gallery already: Gallery.open opens it")
-                store._writer.now.execute("pragma page_size=16384")  # vectors of 4,000 numbers fit into one page
-                store._writer.now.execute("pragma journal_mode=wal")
+                now = store._writer.now
+                if now.execute("select count(*) from sqlite_master").fetchone()[0]:
+                    raise FileExistsError(f"{path} holds a gallery, which Gallery.open opens, or something else")
+                now.execute("pragma page_size=16384")  # vectors of 4,000 numbers fit into one page
+                if now.execute("pragma journal_mode=wal").fetchone()[0] != "wal":
+                    raise sqlite3.OperationalError("the file system has no shared memory: take a local disk")
             with store._writer.writing() as connection:
                 for statement in _statements(_SCHEMA):
                     connection.execute(statement)
