@@ -82,7 +82,6 @@ ROOMS = {
     "retrieval": {"labelled"},
     "compatibility": {"labelled", "retrieval"},
     "report": {"labelled", "retrieval", "compatibility"},
-    "gallery": {"labelled", "retrieval", "compatibility", "models"},
     "data": set(),
     "models": {"data", "heads"},
     "methods": {"models", "heads"},
