@@ -358,21 +358,20 @@ class FolderStore:
         if seen == self._seen_rows:
             return
         last = connection.execute("select changes from state").fetchone()[0]
-        first = self._indexed < 0
         if last == self._indexed:
             self._seen_rows = seen
             return
         try:
             with self._index.changing():
-                if not first:
+                query = "select rows.version, rows.id, checksum, vector from rows join vectors using (key)"
+                if self._indexed < 0:  # by id: an index takes less memory for ascending ids
+                    rows = connection.execute(f"{query} order by rows.id")
+                else:
                     gone = "select id from rows where changed > ? union all select id from removed where changed > ?"
                     ids = connection.execute(gone, [self._indexed, self._indexed]).fetchall()
                     self._index.drop(np.array([id_ for (id_,) in ids], dtype=np.int64))
-                rows = connection.execute(
-                    "select rows.version, rows.id, checksum, vector from rows join vectors using (key) "
-                    "where rows.changed > ? order by rows.version, rows.key",
-                    [self._indexed],
-                )
+                    # in any order: for another one SQLite would read every row
+                    rows = connection.execute(f"{query} where rows.changed > ?", [self._indexed])
                 while chunk := rows.fetchmany(_CHUNK):
                     versions = np.array([row[0] for row in chunk])
                     for version in np.unique(versions).tolist():
