@@ -32,6 +32,7 @@ __all__ = [
 ]
 
 _MODULES = (
+    "adapters",
     "compatibility",
     "data",
     "functional",

@@ -84,6 +84,7 @@ ROOMS = {
     "report": {"labelled", "retrieval", "compatibility"},
     "data": set(),
     "models": {"data", "heads"},
+    "adapters": {"labelled", "retrieval", "compatibility", "models"},
     "methods": {"models", "heads"},
     "training": {"labelled", "retrieval", "compatibility", "report", "data", "models", "methods", "heads"},
 }
