@@ -84,6 +84,7 @@ ROOMS = {
     "report": {"labelled", "retrieval", "compatibility"},
     "data": set(),
     "models": {"data", "heads"},
+    "adapters": {"labelled", "retrieval", "compatibility", "models"},
     "methods": {"models", "heads"},
     "adapters": {"labelled", "retrieval", "compatibility", "models"},
     "gallery": {"labelled", "retrieval", "compatibility", "models"},

@@ -59,7 +59,7 @@ class Judged:
         losses: share of queries that the old encoder alone answers right and the new one, in the old gallery, wrong;
             nan without labels.
         kept: score of new queries in the old gallery as a fraction of the new encoder's own search of its own gallery:
-            what is kept of a full re-extraction.
+            what is kept of a full re-extraction; nan where that search finds nothing.
         agreement_with_old: without labels, with the old encoder's own ranking; else nan.
     """
 
@@ -84,7 +84,7 @@ class Judged:
             "gain": self.gain,
             "gain_interval": list(self.gain_interval),
             "losses": None if np.isnan(self.losses) else self.losses,
-            "kept": self.kept,
+            "kept": None if np.isnan(self.kept) else self.kept,
             "agreement_with_old": None if np.isnan(self.agreement_with_old) else self.agreement_with_old,
         }
 
@@ -378,6 +378,6 @@ class _Judge:
             gain=float(gain.mean()),
             gain_interval=percentiles(self._weights @ gain, self._confidence),
             losses=float(losses) if self.labelled else np.nan,
-            kept=float(crossed / self._own),
+            kept=float(crossed / self._own) if self._own else np.nan,
             agreement_with_old=with_old,
         )
