@@ -133,9 +133,10 @@ class ModelIdentity:
             return []
         same_space = (self.space or self.fingerprint) == (gallery.space or gallery.fingerprint)
         if ADAPTED in (self.head, gallery.head) and not same_space:
+            whose = "this model" if self.head == ADAPTED else "the gallery's model"
             return [
-                f"{'this' if self.head == ADAPTED else 'the gallery'}'s model is an encoder behind an adapter, which "
-                "shares a space with the galleries that it was fitted for, and with no others"
+                f"{whose} is an encoder behind an adapter: it shares a space with vectors that the same adapter has "
+                "mapped (adapter.gallery), or with the model whose space it maps to, and with no others"
             ]
         if OCA in (self.head, gallery.head) and not same_space:
             return self._why_no_prefix(gallery)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from test_adapter_methods import METHODS, name, world
 
+from simplexfix import cosine_topk
 from simplexfix.adapters import Adapter, Procrustes, Slerp, WhitenedProcrustes
+from simplexfix.gallery import Gallery, StrangerError
 from simplexfix.models import EmbeddingModel, ModelFolderError, ModelIdentity, read_identity
 
 
@@ -38,6 +41,22 @@ def test_it_may_search_the_galleries_it_was_fitted_for() -> None:
     for query, gallery in ((left, stranger), (mapped, old), (left, mapped), (old, mapped)):
         (reason,) = query.why_not_search(gallery)
         assert "behind an adapter" in reason
+
+
+def test_its_queries_search_the_gallery_of_the_old_encoder(tmp_path) -> None:
+    y, x, _ = world()
+    old = ModelIdentity.external("vendor/embed", "1", y.shape[1])
+    adapter = Procrustes().fit(y, x)
+    adapted = adapter.identity(version=1, name="adapted", old=old.fingerprint)
+    with Gallery.create(tmp_path / "gallery", model=old) as gallery:
+        gallery.add(np.arange(len(y)), y, model=old)
+        with pytest.raises(StrangerError):
+            gallery.search(adapter(torch.from_numpy(x[:4])), 3, model=adapted)
+        gallery.admit(adapted, force="a test")
+        hits = gallery.search(adapter(torch.from_numpy(x[:4])), 3, model=adapted)
+    _, expected = cosine_topk(adapter(torch.from_numpy(x[:4])).float(), torch.from_numpy(y).float(), 3)
+    assert hits.ids.tolist() == expected.tolist()
+    assert (hits.versions == 0).all()
 
 
 def test_another_encoder_makes_another_fingerprint() -> None:
