@@ -86,7 +86,6 @@ ROOMS = {
     "models": {"data", "heads"},
     "adapters": {"labelled", "retrieval", "compatibility", "models"},
     "methods": {"models", "heads"},
-    "adapters": {"labelled", "retrieval", "compatibility", "models"},
     "gallery": {"labelled", "retrieval", "compatibility", "models"},
     "training": {"adapters", "compatibility", "data", "heads", "labelled", "methods", "models", "report", "retrieval"},
 }
