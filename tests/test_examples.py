@@ -177,7 +177,14 @@ def test_real_text_encoders_where_they_are_installed(data_folder, tmp_path) -> N
         head, *lines = (data_folder / "banking77" / name).read_text(encoding="utf-8").splitlines()
         few = [line for line in lines if line.rpartition(",")[2] in INTENTS]
         (tmp_path / name).write_text("\n".join([head, *few]), encoding="utf-8")
-    code = "import replace_text_encoder as e; e.UNSEEN = 3; e.main()"
+    code = (
+        "import frozen_encoders as f, replace_text_encoder as e\n"
+        "from simplexfix.adapters import select\n"
+        "for slow in ('mlp', 'lambda-orthogonal'): f.METHODS.pop(slow)\n"
+        "select.closed_forms = lambda _: [f.METHODS[name] for name in ('procrustes', 'simplex junction')]\n"
+        "select.STEPS, e.UNSEEN = (1,), 3\n"
+        "e.main()"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path), "--seeds", "0", "--out", str(tmp_path / "out.json")],
         capture_output=True,
@@ -198,4 +205,6 @@ INTENTS = (
     "pin_blocked",
     "top_up_failed",
     "atm_support",
+    "contactless_not_working",
+    "get_physical_card",
 )
