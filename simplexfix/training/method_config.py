@@ -38,7 +38,7 @@ _BELONGS = {
 
 @dataclass(frozen=True)
 class MethodConfig:
-    """A way to train, of `simplexfix.methods`.
+    """A method of `simplexfix.methods`, and its options.
 
     Args:
         name: "er", "fd", "bct" or "oca", with a learnable classifier; "asnn" or "nnp", by nearest neighbours; "simplex"
