@@ -93,7 +93,7 @@ class MethodConfig:
                     f"{getattr(self, option.name)!r} with name={self.name!r} and "
                     f"classification={self.classification!r}; leave it out"
                 )
-        self._neighbours()
+        self.method(SlotRegistry(self.slots), "default")  # which checks the values
 
     def _neighbours(self) -> ASNN | None:
         """Classification by neighbours, alone or of another method."""
