@@ -309,7 +309,7 @@ class RunConfig:
     """Everything that a run depends on, but for the data itself.
 
     Args:
-        protocols: by which versions are judged at the end, of `simplexfix.compatibility.evaluate`.
+        protocols: by which versions are judged at the end, of `simplexfix.report.evaluate`.
     """
 
     tasks: TasksConfig
