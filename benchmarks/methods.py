@@ -27,7 +27,7 @@ from typing import Any
 from measure import machine_card
 
 from simplexfix.training import PRESETS
-from simplexfix.training.run_config import LEARNABLE
+from simplexfix.training.run_config import ER_PRETRAINED
 
 METHODS = ("er", "fd", "bct", "oca", "simplex", "hoc", "asnn", "hoc-asnn")
 TERMS = {"hoc-asnn": ("method.name=hoc", "method.classification=asnn")}
@@ -101,7 +101,7 @@ def main() -> None:
         name: (a.seeds[0], "hoc", (*changes, f'protocols=["{FIRST}"]', *VARIANTS[name]), name) for name in a.ablation
     }
     # of those that share a pre-training one first, for the others to find it
-    first = {method in LEARNABLE: method for method in reversed(a.methods)}
+    first = {method in ER_PRETRAINED: method for method in reversed(a.methods)}
     leaders = {key for key in jobs if key[1] in first.values()}
     with ThreadPoolExecutor(a.jobs) as pool:
         run = partial(trained, a.runs)

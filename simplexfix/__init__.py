@@ -40,6 +40,7 @@ _MODULES = (
     "labelled",
     "methods",
     "models",
+    "neighbours",
     "polytopes",
     "report",
     "retrieval",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -145,6 +146,18 @@ def test_links_and_test_names(page: Path) -> None:
         assert f"def {name}(" in tests, f"{page.name} names {name}"
     for path in re.findall(r"`((?:tests|csrc|simplexfix|docs|benchmarks|tools)/[\w./-]+)", text):
         assert (ROOT / path).exists(), f"{page.name} names {path}"
+
+
+def test_names_of_the_package_exist() -> None:
+    """`simplexfix.x.y` in pages and docstrings, so that what moved is renamed there, too."""
+    sources = [*PAGES, ROOT / "CHANGELOG.md", *(ROOT / "simplexfix").rglob("*.py")]
+    missing = set()
+    for name in {found for path in sources for found in re.findall(r"`(simplexfix(?:\.\w+)+)", path.read_text())}:
+        try:
+            pkgutil.resolve_name(name)
+        except (ImportError, AttributeError):
+            missing.add(name)
+    assert not missing
 
 
 def test_no_page_names_a_machine() -> None:

@@ -165,7 +165,7 @@ class Adapter(nn.Module):
 
 
 class AdapterMethod(ABC):
-    """A way to fit adapters: a frozen dataclass whose fields are its options.
+    """A method that fits adapters: a frozen dataclass whose fields are its options.
 
         adapter = Procrustes().fit(old, new)
 

@@ -56,7 +56,7 @@ class Judged:
         gain: mean over pairs (new, old) of the score of new queries in the old gallery, less that of the old encoder
             alone.
         gain_interval: of gain.
-        losses: share of queries that the old encoder alone answers right and the new one, in the old gallery, wrong;
+        losses: fraction of queries that the old encoder alone answers right and the new one, in the old gallery, wrong;
             nan without labels.
         kept: score of new queries in the old gallery as a fraction of the new encoder's own search of its own gallery:
             what is kept of a full re-extraction; nan where that search finds nothing.

@@ -130,7 +130,7 @@ def _described(config: RunConfig) -> list[str]:
 
 
 def _summary(report: Mapping[str, Any]) -> dict[str, Any]:
-    """Search -> protocol -> matrix, AC, AA, and of each older gallery the share of accuracy that is left."""
+    """Search -> protocol -> matrix, AC, AA, and of each older gallery the fraction of accuracy that is left."""
     return {
         search: {
             protocol: {
@@ -185,7 +185,7 @@ def _in_words(scores: dict[str, Any]) -> str:
 
 
 def _verdict(kept: float) -> str:
-    """In words, the share of the old accuracy that is left."""
+    """In words, the fraction of the old accuracy that is left."""
     for least, words in ((1.0, "as good as ever"), (0.75, "still searchable"), (0.25, "damaged")):
         if kept >= least:
             return words

@@ -1,4 +1,4 @@
-"""Ways to train a compatible model, one small file each behind the protocol of `base`."""
+"""Methods that train compatible models, one small file each behind the protocol of `base`."""
 
 from .asnn import ASNN
 from .base import Method, ReadsOldEmbeddings

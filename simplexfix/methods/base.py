@@ -1,4 +1,4 @@
-"""What a way to train a compatible model has to say: its head, and its loss."""
+"""The protocol of a method that trains compatible models: its head, and its loss."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ __all__ = ["Method", "ReadsOldEmbeddings"]
 
 
 class Method(Protocol):
-    """One way to train model versions one after the other.
+    """A method that trains model versions one after the other.
 
     A trainer builds each network with `head`, tells it of new classes with `add_classes`, and minimises
     `loss`.
     """
 
     def head(self, in_features: int) -> nn.Module:
-        """A new head on features of this width; the embedding has the same width in every version."""
+        """A new head on features of this width.
+
+        Its embeddings are as wide in every version, but for methods whose `fit_to_old` widens them.
+        """
         ...
 
     def add_classes(self, model: EmbeddingModel, classes: range) -> None:

@@ -1,4 +1,4 @@
-"""Experience replay: the ordinary way, a learnable linear classifier that grows with its classes."""
+"""Experience replay: a learnable linear classifier that grows with its classes."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .._checks import check_new_and_old, check_number, check_pair, check_positive, check_rows
 from .._gather import all_rows, rank_of
+from .._reference import no_autocast
 from ..models import EmbeddingModel, FeatureHead
 
 __all__ = ["QDC", "info_nce"]
@@ -53,7 +54,8 @@ def info_nce(query: Tensor, document: Tensor, *, scale: float = 50.0, group: dis
     if group is not None:
         positive = positive + rank_of(document, group) * len(document)
         document = all_rows(document, group)
-    return F.cross_entropy(scale * query @ document.T, positive)
+    with no_autocast(query):  # of bfloat16, logits up to 50 would have steps of 0.25
+        return F.cross_entropy(scale * query @ document.T, positive)
 
 
 class QDC:

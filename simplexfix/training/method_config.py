@@ -12,10 +12,10 @@ from ..slots import SlotRegistry
 from . import processes
 from .config import check_fits
 
-__all__ = ["LEARNABLE", "SIMPLEX", "MethodConfig"]
+__all__ = ["ER_PRETRAINED", "SIMPLEX", "MethodConfig"]
 
-# methods with a learnable classifier, or none, for each network
-LEARNABLE = ("asnn", "bct", "er", "fd", "nnp", "oca")
+# methods whose replacements are pre-trained by ER; those of SIMPLEX by `Simplex`
+ER_PRETRAINED = ("asnn", "bct", "er", "fd", "nnp", "oca")
 SIMPLEX = ("hoc", "simplex")
 
 _NEIGHBOURS = ("asnn", "nnp")
@@ -38,7 +38,7 @@ _BELONGS = {
 
 @dataclass(frozen=True)
 class MethodConfig:
-    """A way to train, of `simplexfix.methods`.
+    """A method of `simplexfix.methods`, and its options.
 
     Args:
         name: "er", "fd", "bct" or "oca", with a learnable classifier; "asnn" or "nnp", by nearest neighbours; "simplex"
@@ -81,7 +81,7 @@ class MethodConfig:
     rotation: str = "orthogonal"
 
     def __post_init__(self) -> None:
-        check_name("name", self.name, (*LEARNABLE, *SIMPLEX, "qdc"))
+        check_name("name", self.name, (*ER_PRETRAINED, *SIMPLEX, "qdc"))
         check_fits(self, "name", _BELONGS)
         check_name("classification", self.classification, ("cross_entropy", *_NEIGHBOURS))
         used = {self.name, self.classification}
@@ -93,7 +93,7 @@ class MethodConfig:
                     f"{getattr(self, option.name)!r} with name={self.name!r} and "
                     f"classification={self.classification!r}; leave it out"
                 )
-        self._neighbours()
+        self.method(SlotRegistry(self.slots), "default")  # which checks the values
 
     def _neighbours(self) -> ASNN | None:
         """Classification by neighbours, alone or of another method."""
@@ -152,6 +152,15 @@ class MethodConfig:
 
     def pretraining(self) -> MethodConfig:
         """What this one is where there is no old model: pre-training that methods may share."""
-        if self.name in LEARNABLE:
+        if self.name in ER_PRETRAINED:
             return MethodConfig("er", scale=self.scale)
         return MethodConfig("simplex", slots=self.slots, normalize=self.normalize, scale=self.scale)
+
+    def goes_on_with(self, source: str) -> bool:
+        """Whether a replacement that was pre-trained on this source keeps its head: else its backbone gets a new one.
+
+        The vertices of a simplex are those of any classes; a linear classifier must have learned the same ones.  OCA,
+        and classification by neighbours without a simplex, have heads that ER does not train.
+        """
+        linear = self.name in ("er", "fd", "bct") and self.classification == "cross_entropy"
+        return self.name in SIMPLEX or (linear and source == "tasks")

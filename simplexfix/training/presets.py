@@ -66,8 +66,8 @@ PRESETS = {
     "cl2r": _PAPER,
     "iamcl2r-7": _iamcl2r((10, *[15] * 6), (0, 2, 4)),
     "iamcl2r-31": _iamcl2r((10, *[3] * 30), (0, 10, 20)),
-    # iamcl2r-7 for two cores, where all five methods of a seed take 25 to 40 minutes: half of CIFAR-100 for the tasks,
-    # the other half for pre-training
+    # iamcl2r-7 for two cores, where er, fd, bct, simplex and hoc of a seed take 25 to 40 minutes together: half of
+    # CIFAR-100 for the tasks, the other half for pre-training
     "cpu-small": RunConfig(
         data=DataConfig(kind="cifar", path="data", per_class=300, query_batches=(1,)),
         model=_NARROW,

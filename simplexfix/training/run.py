@@ -31,7 +31,7 @@ from .loggers import LOGGERS, Progress, RunLog, check_loggers
 from .rehearsal import herding_rows, random_rows
 from .retrieval_sequence import RetrievalData, RetrievalJudge, load_retrieval_data
 from .run_checks import agree_on, check_batches, check_networks, check_slots, usable_device
-from .run_config import LEARNABLE, RunConfig, pretraining_folder
+from .run_config import RunConfig, pretraining_folder
 from .run_data import RunData, load_run_data
 from .scenario import train_versions
 from .schedule import Schedule
@@ -195,8 +195,7 @@ def pretrain(run: _Run, t: int) -> nn.Module:
         on_step=partial(run.watch, f"pre-training for task {t}", stage, schedule),
     )
     model = train() if run.pretraining() == run.folder else _waited_for(train)
-    foreign = config.method.name in LEARNABLE and plan.source == "apart"  # its classifier is of other classes
-    return model.backbone if foreign else model
+    return model if config.method.goes_on_with(plan.source) else model.backbone
 
 
 def fit(

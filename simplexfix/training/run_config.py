@@ -15,13 +15,13 @@ from ..models.external import LIBRARIES
 from ..retrieval import PROTOCOLS
 from .config import check_fits
 from .loggers import LOGGERS
-from .method_config import LEARNABLE, SIMPLEX, MethodConfig
+from .method_config import ER_PRETRAINED, SIMPLEX, MethodConfig
 from .rehearsal import SELECTIONS
 from .scenario import REFERENCES
 from .schedule import Schedule
 
 __all__ = [
-    "LEARNABLE",
+    "ER_PRETRAINED",
     "NETWORKS",
     "SIMPLEX",
     "DataConfig",
@@ -195,7 +195,7 @@ class ReplacementConfig:
         epochs: None, or passes over its items, in place of the schedule's steps.
         source: of its items: "apart", classes that no task brings, or those of `data.pretraining`; or "tasks", all
             items of the tasks before, for a network that is trained anew on all that was known.  Its classes keep their
-            slots, and a learnable classifier is kept.
+            slots, and the linear classifier of er, fd and bct is kept.
     """
 
     model: ModelConfig
@@ -309,7 +309,7 @@ class RunConfig:
     """Everything that a run depends on, but for the data itself.
 
     Args:
-        protocols: by which versions are judged at the end, of `simplexfix.compatibility.evaluate`.
+        protocols: by which versions are judged at the end, of `simplexfix.report.evaluate`.
     """
 
     tasks: TasksConfig
@@ -385,4 +385,4 @@ class RunConfig:
 
 def pretraining_folder(run: Path, shared: str | None, method: str) -> Path:
     """Where the run in that folder keeps what it pre-trains: its own, or one for all methods with such a head."""
-    return run if shared is None else Path(shared, "linear" if method in LEARNABLE else "simplex")
+    return run if shared is None else Path(shared, "linear" if method in ER_PRETRAINED else "simplex")

@@ -16,7 +16,7 @@ import pytest
 import torch
 from test_trainer import PROCESSES, done, lines, together
 
-from simplexfix.models import EmbeddingModel
+from simplexfix.models import EmbeddingModel, NeighbourHead, OCAHead
 from simplexfix.training import (
     CheckpointWarning,
     ModelConfig,
@@ -103,6 +103,26 @@ def test_a_replacement_that_learned_what_the_tasks_before_brought_knows_it_by_th
         logits = model.head(model.backbone(items.inputs))
     known = torch.arange(4) if "name" in method else model.head.slots.lookup("default", torch.arange(4))
     assert (logits[:, known].argmax(1) == items.labels).double().mean() > 0.95
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"name": "oca", "embedding_dim": 10, "extra": 4},
+        {"name": "asnn", "queue": 48},
+        {"name": "fd", "classification": "asnn", "queue": 48},
+    ],
+    ids=["oca", "asnn", "fd with asnn"],
+)
+def test_a_replacement_that_learned_the_tasks_before_gets_the_head_of_its_method(data, tmp_path, method) -> None:
+    """Pre-training is by ER, whose classifier these methods do not train."""
+    config = jobs.small_run(data, method=method)
+    schedule = Schedule(2, 0.03, batch=16)
+    replacement = ReplacementConfig(ModelConfig("mlp", hidden=(8,)), schedule=schedule, source="tasks")
+    tasks = replace(config.tasks, replacements={1: replacement})
+    train_run(replace(config, tasks=tasks, schedule=schedule), tmp_path)
+    head = EmbeddingModel.from_pretrained(tmp_path / "task-01" / "model").head
+    assert isinstance(head, OCAHead if method["name"] == "oca" else NeighbourHead)
 
 
 def test_the_same_data_may_be_somewhere_else(data, tmp_path) -> None:

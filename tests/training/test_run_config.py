@@ -50,6 +50,8 @@ FEATURES = {
         (["data.mean=[0.5]"], "data: mean is of kind='cifar' or 'images', got"),
         (["data.query_batches=[1]"], "data: query_batches is of kind='cifar', got"),
         (["schedule.momentum=0.1"], "schedule: momentum is of optimizer='sgd', got 0.1 with optimizer='adamw'"),
+        (["method.name=oca", "method.embedding_dim=0"], "method: embedding_dim must be at least 1, got 0"),
+        (["method.mu=-1.0"], r"method: mu must be positive and finite, got -1\.0"),
         (["method.extra=8"], "method: extra is of name='oca', got 8 with name='hoc'"),
         (["method.name=oca", "method.scale=8"], "method: scale is of name='bct' or .*, got 8.0 with name='oca'"),
         (
