@@ -198,9 +198,9 @@ def test_the_snippets_of_the_replacing_page_run(tmp_path: Path, monkeypatch: pyt
     names: dict[str, Any] = {"labels": labels, "old": rows[0], "new": rows[1], "v0": rows[0], "v1": rows[1]}
     names |= {"v2": rows[2], "old_sample": rows[0][:9], "new_sample": rows[1][:9]}
     names |= {"new_queries": torch.from_numpy(rows[1]), "stored": torch.from_numpy(rows[0])}
-    (block,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    block, _drift = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     exec(compile(block, "replacing.md", "exec"), names)
-    assert names["scores"].shape == (240, 240)
+    assert names["items"].shape == (240, 10)
     assert set(names["chain"].adapters) == {(1, 0), (2, 0), (2, 1)}
     for name, array in (("old", rows[0]), ("new", rows[1]), ("labels", labels), ("stored", rows[0])):
         np.save(tmp_path / f"{name}.npy", array)
