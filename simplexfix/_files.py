@@ -9,7 +9,7 @@ import re
 import shutil
 import stat
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 __all__ = ["read_text", "write_folder", "write_whole"]
@@ -46,28 +46,32 @@ def read_text(path: str | os.PathLike[str]) -> str:
 _BEGIN = 64  # bytes of a target's name that the temporary one begins with
 
 
-def write_whole(path: str | bytes | os.PathLike[str], content: bytes) -> None:
+def write_whole(path: str | bytes | os.PathLike[str], content: bytes | Iterable[bytes]) -> None:
     """Writes a file that appears whole or not at all; after an error or a crash the file is as it was before.
 
     The content is written to a temporary file in the same folder, synchronized, and renamed.  A file that was there
     keeps its mode, and a symbolic link stays and its target is replaced.  A device, a pipe and a descriptor of this
     process (/dev/stdout, /dev/fd/3) stay what they are: the content is written into them.
 
+    Args:
+        content: bytes, or chunks that are made while the file is written.
+
     Raises:
         OSError: it cannot be written; names the path.
     """
     path = os.fsencode(path)
+    chunks = (content,) if isinstance(content, bytes) else content
     try:
-        if not _written_into(path, content):
+        if not _written_into(path, chunks):
             target = os.path.realpath(path)
             if os.path.islink(target):  # links in a circle
                 raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
-            _replace(target, content)
+            _replace(target, chunks)
     except OSError as error:
         raise OSError(error.errno, error.strerror, os.fsdecode(path)) from None
 
 
-def _written_into(path: bytes, content: bytes) -> bool:
+def _written_into(path: bytes, chunks: Iterable[bytes]) -> bool:
     """Writes the content in place if a rename would destroy the target; returns whether it did."""
     descriptor = _own_descriptor(path)
     mode = os.stat(path).st_mode if descriptor is None and os.path.exists(path) else 0
@@ -80,7 +84,7 @@ def _written_into(path: bytes, content: bytes) -> bool:
     else:
         return False
     with open(opened, "wb") as file:
-        file.write(content)
+        file.writelines(chunks)
     return True
 
 
@@ -98,7 +102,7 @@ def _own_descriptor(path: bytes) -> int | None:
     return None
 
 
-def _replace(path: bytes, content: bytes) -> None:
+def _replace(path: bytes, chunks: Iterable[bytes]) -> None:
     temporary = _beside(path, b"tmp")
     try:
         # the mode first: what others may not read is never there for them
@@ -107,7 +111,7 @@ def _replace(path: bytes, content: bytes) -> None:
         with open(os.open(temporary, flags, 0o666 if mode is None else mode), "wb") as file:
             if mode is not None:  # what the umask took away as well
                 os.fchmod(file.fileno(), mode)
-            file.write(content)
+            file.writelines(chunks)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

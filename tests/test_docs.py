@@ -221,7 +221,7 @@ def test_the_snippets_of_the_replacing_page_run(tmp_path: Path, monkeypatch: pyt
         exec(compile(block, "replacing.md", "exec"), names)
     assert names["query"].shape == (5, 384)
     assert names["drift"].explained_fraction(2) > 0.5
-    assert names["scores"].shape == (240, 240)
+    assert names["items"].shape == (240, 10)
     assert set(names["chain"].adapters) == {(1, 0), (2, 0), (2, 1)}
     for name, array in (("old", rows[0]), ("new", rows[1]), ("labels", labels), ("stored", rows[0])):
         np.save(tmp_path / f"{name}.npy", array)

@@ -14,6 +14,7 @@ from ._paired import PairedFeatures
 __all__ = ["Moments", "polar"]
 
 _T = TypeVar("_T")
+_LEAST_VARIANCE = 1e-13  # of unit rows: what float64 sums of equal rows leave is below it
 
 
 class Moments:
@@ -95,6 +96,11 @@ class Moments:
                 of_class.index_add_(0, labels, x)
         mean = total / len(features)
         gram -= len(features) * torch.outer(mean, mean)
+        if not gram.trace() > _LEAST_VARIANCE * len(features):
+            raise ValueError(
+                f"{features.versions[version].name}: all {len(features)} rows have the same direction, or are zero; no "
+                "adapter can be fitted: check what the encoder was given"
+            )
         if labelled_gram is None:
             return mean, gram, gram / len(features)
         sizes = torch.bincount(torch.from_numpy(features.labels), minlength=features.num_classes).to(of_class)

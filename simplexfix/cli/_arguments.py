@@ -68,6 +68,21 @@ def _adapt(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the adapter")
     parser.add_argument(
+        "--old-model",
+        type=Path,
+        metavar="MODEL",
+        help="folder or .json identity of the encoder in service: its gallery then admits the adapter",
+    )
+    parser.add_argument("--new-model", type=Path, metavar="MODEL", help="the same of the new encoder")
+    parser.add_argument(
+        "--version",
+        dest="number",
+        type=int,
+        metavar="N",
+        help="number of the adapted encoder (default: one above that of --old-model, or 0)",
+    )
+    parser.add_argument("--name", default="", help="name of the adapted encoder")
+    parser.add_argument(
         "--query-encoders",
         choices=("new", "both"),
         default="new",
@@ -82,15 +97,26 @@ def _adapt(parser: argparse.ArgumentParser) -> None:
 
 def _embed(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, metavar="MODEL_OR_ADAPTER", help="folder that save_pretrained has written")
-    parser.add_argument("input", type=Path, metavar="IN", help=".npy file of inputs, a row for each item")
-    parser.add_argument("output", type=Path, metavar="OUT", help=".npy file of [N, d] unit float32 rows")
+    parser.add_argument(
+        "input",
+        type=Path,
+        metavar="IN",
+        help=".npy file of inputs, a row for each item; or .npz, .safetensors or .parquet file or folder of .npy files "
+        "with vectors [N, d] and, optionally, ids [N]",
+    )
+    parser.add_argument(
+        "output",
+        type=Path,
+        metavar="OUT",
+        help=".npy file of [N, d] unit float32 rows; or .npz file of them as vectors, with the ids of IN",
+    )
     parser.add_argument(
         "--gallery",
         action="store_true",
         help="IN holds vectors that the adapter's old encoder has stored, not queries by the new one",
     )
     parser.add_argument(
-        "--old", type=Path, metavar="FILE", help=".npy file of the same queries by the old encoder, for slerp"
+        "--old", type=Path, metavar="FILE", help="file of the same queries by the old encoder, for slerp"
     )
 
 
@@ -126,7 +152,7 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
 
 def _gallery(parser: argparse.ArgumentParser) -> None:
     model = "folder of a model, or .json file of an identity, as ModelIdentity.to_dict() gives it"
-    vectors = ".npz or .safetensors file or folder of .npy files, with vectors [n, d]{}; or a .parquet file"
+    vectors = ".npz or .safetensors file or folder of .npy files, with vectors [n, d]{}; or a .parquet{} file"
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
 
     def action(name: str, summary: str) -> argparse.ArgumentParser:
@@ -162,8 +188,8 @@ def _gallery(parser: argparse.ArgumentParser) -> None:
     backfill = action("backfill", "Replaces old vectors by those of a file; any number may run at once.")
     backfill.add_argument("--order", choices=("random", "traffic"), default="random", help="(default: random)")
     backfill.add_argument("--batch", type=int, default=256, metavar="N", help="rows at a time (default: 256)")
-    for part, also in ((add, " and ids [n]"), (search, ""), (backfill, " and ids [n]")):
-        part.add_argument("vectors", type=Path, metavar="FILE", help=vectors.format(also))
+    for part, also in ((add, (" and ids [n]", "")), (search, ("", " or .npy")), (backfill, (" and ids [n]", ""))):
+        part.add_argument("vectors", type=Path, metavar="FILE", help=vectors.format(*also))
         part.add_argument("--model", type=Path, required=True, help=f"which made the vectors: {model}")
     action("rollback", "Makes the model before serve again, with its vectors.")
     retire = action("retire", "Deletes the kept vectors of a version for good.")

@@ -16,6 +16,7 @@ from .._text import printable
 from ..adapters import Judged, Selection, select_adapter
 from ..labelled import check_versions
 from ._features import read_labels, read_rows
+from ._models import read_model
 from ._terminal import in_flags
 
 BETTER, NOT_BETTER, BAD_INPUT = 0, 1, 2
@@ -23,8 +24,9 @@ BETTER, NOT_BETTER, BAD_INPUT = 0, 1, 2
 
 def run(arguments: argparse.Namespace) -> int:
     try:
+        encoders = _encoders(arguments)
         selection, labelled = _select(arguments)
-        identity = selection.adapter.save_pretrained(arguments.out)
+        identity = selection.adapter.save_pretrained(arguments.out, **encoders)
     except (ValueError, TypeError) as error:
         print(f"simplexfix adapt: {printable(in_flags(error))}", file=sys.stderr)
         return BAD_INPUT
@@ -37,12 +39,29 @@ def run(arguments: argparse.Namespace) -> int:
             "score": f"AA, {arguments.protocol}" if labelled else "agreement with the new encoder",
             "maps_gallery": selection.adapter.maps_gallery,
             "fingerprint": identity.fingerprint,
+            "version": identity.version,
             "out": str(arguments.out),
         }
         print(json.dumps(content, indent=1))
     else:
         print(_text(selection, labelled, arguments))
     return BETTER if selection.better else NOT_BETTER
+
+
+def _encoders(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `save_pretrained` is told of both encoders and of the adapted one."""
+    old, new = (None if path is None else read_model(path) for path in (arguments.old_model, arguments.new_model))
+    number = arguments.number
+    if number is None:
+        number = 0 if old is None else old.version + 1
+    if number < 0:
+        raise ValueError(f"--version must be 0 or more, got {number}")
+    return {
+        "version": number,
+        "name": arguments.name,
+        "old": None if old is None else old.space or old.fingerprint,
+        "new": None if new is None else new.fingerprint,
+    }
 
 
 def _select(arguments: argparse.Namespace) -> tuple[Selection, bool]:

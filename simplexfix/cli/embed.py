@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
-import os
 import sys
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from .._files import write_whole
 from .._text import printable
 from ..adapters import Adapter
-from ..labelled import FeatureFileError, map_array
+from ..labelled import FeatureFileError, FeatureRows, load_vectors, map_array
 from ..models import EmbeddingModel
 from ._terminal import in_flags
 
@@ -26,30 +29,43 @@ ROWS = 4096
 
 def run(arguments: argparse.Namespace) -> int:
     try:
-        rows, old, embed = _inputs(arguments)
-        _write(arguments.output, len(rows), lambda at: embed(*(_tensor(part, at) for part in (rows, *old))))
+        sources, ids, embed = _inputs(arguments)
+        form = arguments.output.suffix
+        if form not in (".npy", ".npz"):
+            raise ValueError(f"OUT must be an .npy or .npz file, got {arguments.output}")
+        blocks = _blocks(arguments.input, sources, embed)
+        write_whole(arguments.output, _npy(blocks, len(sources[0])) if form == ".npy" else _npz(blocks, ids, sources))
     except (ValueError, TypeError) as error:
         print(f"simplexfix embed: {printable(in_flags(error))}", file=sys.stderr)
         return 2
     return 0
 
 
-def _inputs(arguments: argparse.Namespace) -> tuple[Any, list[Any], Callable[..., Tensor]]:
-    rows = _read(arguments.input)
-    old = [] if arguments.old is None else [_read(arguments.old)]
-    if old and len(old[0]) != len(rows):
-        raise ValueError(f"--old has {len(old[0])} rows, IN has {len(rows)}: both must be of the same queries")
-    if _is_adapter(arguments.model):
-        adapter = Adapter.from_pretrained(arguments.model)
-        if not arguments.gallery:
-            return rows, old, adapter
-        if old:
-            raise ValueError("--old is for queries: leave it out with --gallery")
-        return rows, old, lambda stored: normalize(adapter.gallery(stored).float(), dim=1)
-    if old or arguments.gallery:
+def _inputs(arguments: argparse.Namespace) -> tuple[list[Any], NDArray[np.int64] | None, Callable[..., Tensor]]:
+    """The rows of IN and of --old, the ids of IN, and what maps a block of them."""
+    adapter = Adapter.from_pretrained(arguments.model) if _is_adapter(arguments.model) else None
+    if adapter is None and (arguments.old is not None or arguments.gallery):
         raise ValueError(f"--old and --gallery are for adapters, {arguments.model} holds a model")
-    model = EmbeddingModel.from_pretrained(arguments.model)
-    return rows, old, lambda input: model.extract(input, prepare=model.preprocessing)
+    rows: Any
+    if adapter is None and arguments.input.suffix == ".npy":
+        rows, ids = map_array(arguments.input.parent, arguments.input.stem), None  # of any shape
+    else:
+        rows, ids = load_vectors(arguments.input)
+    if (isinstance(rows, np.ndarray) and not rows.ndim) or not len(rows):
+        raise FeatureFileError(f"{arguments.input} has no rows")
+    if adapter is None:
+        model = EmbeddingModel.from_pretrained(arguments.model)
+        return [rows], ids, lambda input: model.extract(input, prepare=model.preprocessing)
+    if arguments.gallery:
+        if arguments.old is not None:
+            raise ValueError("--old is for queries: leave it out with --gallery")
+        return [rows], ids, lambda stored: normalize(adapter.gallery(stored).float(), dim=1)
+    if arguments.old is None:
+        return [rows], ids, adapter
+    old, _ = load_vectors(arguments.old)
+    if len(old) != len(rows):
+        raise ValueError(f"--old has {len(old)} rows, IN has {len(rows)}: both must be of the same queries")
+    return [rows, old], ids, adapter
 
 
 def _is_adapter(folder: Path) -> bool:
@@ -59,31 +75,62 @@ def _is_adapter(folder: Path) -> bool:
         return False  # `EmbeddingModel.from_pretrained` says what it is
 
 
-def _read(path: Path) -> Any:
-    if path.suffix != ".npy":
-        raise FeatureFileError(f"{path} must be an .npy file")
-    rows = map_array(path.parent, path.stem)
-    if not rows.ndim or not len(rows):
-        raise FeatureFileError(f"{path} has no rows")
-    return rows
+def _blocks(path: Path, sources: list[Any], embed: Callable[..., Tensor]) -> Iterator[NDArray[np.float32]]:
+    for begin in range(0, len(sources[0]), ROWS):
+        with torch.inference_mode():
+            out = embed(*(_tensor(rows, begin, begin + ROWS) for rows in sources)).numpy()
+        bad = np.flatnonzero(~np.isfinite(out).all(axis=1))
+        if len(bad):
+            raise ValueError(f"{path} row {begin + bad[0]} is embedded as nan or inf: is the row itself finite?")
+        yield out
 
 
-def _tensor(rows: Any, at: slice) -> Tensor:
-    return torch.from_numpy(np.array(rows[at]))  # a copy: mapped rows are read-only
+def _tensor(rows: Any, begin: int, end: int) -> Tensor:
+    if isinstance(rows, FeatureRows):
+        return rows.block_tensor(begin, min(end, len(rows)))
+    block = rows[begin:end]
+    return torch.from_numpy(np.array(block, dtype=block.dtype.newbyteorder("=")))  # a copy: mapped rows are read-only
 
 
-@torch.inference_mode()
-def _write(path: Path, count: int, embed: Callable[[slice], Tensor]) -> None:
-    if path.suffix != ".npy":
-        raise ValueError(f"OUT must be an .npy file, got {path}")
-    first = embed(slice(0, min(count, ROWS)))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        out = np.lib.format.open_memmap(temporary, "w+", np.float32, (count, first.shape[1]))
-        out[: len(first)] = first.numpy()
-        for begin in range(ROWS, count, ROWS):
-            out[begin : begin + ROWS] = embed(slice(begin, min(count, begin + ROWS))).numpy()
-        out.flush()
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _npy(blocks: Iterator[NDArray[np.float32]], count: int) -> Iterator[bytes]:
+    """The chunks of an .npy file of all rows."""
+    for at, block in enumerate(blocks):
+        if not at:
+            header = io.BytesIO()
+            shape = count, block.shape[1]
+            np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
+            yield header.getvalue()
+        yield block.astype("<f4", copy=False).tobytes()
+
+
+def _npz(blocks: Iterator[NDArray[np.float32]], ids: NDArray[np.int64] | None, sources: list[Any]) -> Iterator[bytes]:
+    """The chunks of an .npz file with `vectors` and, where there are any, `ids`."""
+    out = _Unseekable()
+    with zipfile.ZipFile(out, "w") as archive:
+        with archive.open("vectors.npy", "w", force_zip64=True) as member:
+            for chunk in _npy(blocks, len(sources[0])):
+                member.write(chunk)
+                yield out.taken()
+        if ids is not None:
+            content = io.BytesIO()
+            np.save(content, ids)
+            archive.writestr("ids.npy", content.getvalue())
+    yield out.taken()
+
+
+class _Unseekable(io.RawIOBase):
+    """A file that hands on what was written: zipfile then writes sizes and checksums behind the data."""
+
+    def __init__(self) -> None:
+        self._chunks: list[bytes] = []
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, chunk: Any) -> int:
+        self._chunks.append(bytes(chunk))
+        return len(chunk)
+
+    def taken(self) -> bytes:
+        out, self._chunks = b"".join(self._chunks), []
+        return out

@@ -112,8 +112,8 @@ def load_vectors(path: str | os.PathLike[str]) -> tuple[FeatureRows, NDArray[np.
     """Vectors [n, d] and their ids [n], None where there are none, of a file for a gallery: docs/formats.md.
 
     Args:
-        path: an `.npz` file, a folder of `.npy` files or a `.safetensors` file with `vectors` and `ids`, or a
-            `.parquet` file with a column of vectors and one called `item_id`.
+        path: an `.npz` file, a folder of `.npy` files or a `.safetensors` file with `vectors` and `ids`, a `.parquet`
+            file with a column of vectors and one called `item_id`, or one `.npy` file of vectors without ids.
 
     Raises:
         OSError, FeatureFileError, ModuleNotFoundError: as `VersionFeatures.load`.
@@ -129,13 +129,17 @@ def load_vectors(path: str | os.PathLike[str]) -> tuple[FeatureRows, NDArray[np.
             arrays = {"vectors": table[_vector_column(path, "it", table)]}
             if "item_id" in table.column_names:
                 arrays["ids"] = table["item_id"]
+        elif path.suffix == ".npy":
+            arrays = {"vectors": map_array(path.parent, path.stem)}
         elif path.suffix == ".npz":
             arrays = _read_npz(path, _VECTORS)
         elif path.suffix == ".safetensors":
             arrays = _read_safetensors(path, _VECTORS)
         else:
             path.stat()
-            raise FeatureFileError(f"{path} must be an .npz, .safetensors or .parquet file or a folder of .npy files")
+            raise FeatureFileError(
+                f"{path} must be an .npz, .npy, .safetensors or .parquet file or a folder of .npy files"
+            )
     except FeatureFileError:
         raise
     except _DAMAGED as error:

@@ -250,7 +250,7 @@ class EvaluationReport:
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """What a reader must know before the scores: queries that find themselves, items that were left out."""
+        """What a reader must know of the scores: queries that find themselves, items left out, unrelated spaces."""
         found = []
         for name, count in zip(self.names, self.queries_in_gallery.bit_equal, strict=True):
             if count:
@@ -280,7 +280,23 @@ class EvaluationReport:
                     f"{name} has {self.dimensions[i]} dimensions. Its queries search older galleries of "
                     f"{' and '.join(map(str, used))} by as many leading dimensions, as the version declares."
                 )
+        unrelated = self._unrelated
+        if unrelated:
+            pairs = ", ".join(f"{self.names[i]} in the gallery of {self.names[j]}" for i, j in unrelated)
+            found.append(
+                f"The scores of {pairs} are at chance, and those of each version in its own gallery are not: the "
+                "spaces are unrelated. simplexfix adapt fits a map between them."
+            )
         return tuple(found)
+
+    @property
+    def _unrelated(self) -> list[tuple[int, int]]:
+        """Pairs (new, old) that find no more than chance, one in C classes, where both versions alone find more."""
+        if not self.counts.classes:
+            return []
+        above = self.intervals[..., 0] > 1 / self.counts.classes
+        size = len(self.matrix)
+        return [(i, j) for i in range(size) for j in range(i) if above[i, i] and above[j, j] and not above[i, j]]
 
     @property
     def table(self) -> CompatibilityTable:

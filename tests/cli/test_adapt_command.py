@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
+from simplexfix import cosine_topk
 from simplexfix.adapters import Adapter, Procrustes, SimplexJunction, Slerp, WhitenedProcrustes, select
 from simplexfix.cli import main
 from simplexfix.heads import SimplexHead
-from simplexfix.models import EmbeddingModel, FeatureMLP
+from simplexfix.labelled import load_vectors
+from simplexfix.models import EmbeddingModel, FeatureMLP, ModelIdentity
 
 
 def world(noise: float = 1.5) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -128,6 +130,57 @@ def test_a_model_embeds_in_blocks(files, monkeypatch) -> None:
     assert not list(files.glob(".z.npy*"))
 
 
+def test_ids_stay_with_their_vectors(files, monkeypatch) -> None:
+    from simplexfix.cli import embed
+
+    monkeypatch.setattr(embed, "ROWS", 250)
+    _, new, _ = world()
+    Procrustes().fit(*world()[:2]).save_pretrained(files / "a")
+    np.savez(files / "in.npz", vectors=new.astype(">f8"), ids=np.arange(600)[::-1])
+    assert main(["embed", str(files / "a"), str(files / "in.npz"), str(files / "out.npz")]) == 0
+    assert main(["embed", str(files / "a"), str(files / "new.npy"), str(files / "out.npy")]) == 0
+    rows, ids = load_vectors(files / "out.npz")
+    np.testing.assert_array_equal(ids, np.arange(600)[::-1])
+    np.testing.assert_array_equal(rows.rows, np.load(files / "out.npy"))
+
+
+def test_after_an_error_the_output_is_as_it_was(files, monkeypatch, capsys) -> None:
+    from simplexfix.cli import embed
+
+    monkeypatch.setattr(embed, "ROWS", 250)
+    Procrustes().fit(*world()[:2]).save_pretrained(files / "a")
+    np.save(files / "new.npy", np.where(np.arange(600)[:, None] == 300, np.nan, world()[1]))
+    for name in ("z.npy", "z.npz"):
+        (files / name).write_bytes(b"before")
+        assert main(["embed", str(files / "a"), str(files / "new.npy"), str(files / name)]) == 2
+        assert "row 300 holds nan or inf" in capsys.readouterr().err
+        assert (files / name).read_bytes() == b"before"
+    assert not [file.name for file in files.iterdir() if "tmp" in file.name]
+
+
+def test_a_gallery_of_the_old_encoder_admits_the_adapter(files, capsys) -> None:
+    """The life of a vendor's gallery from the command line, as docs/gallery.md has it."""
+    old, new, _ = world()
+    model, shop, out = (str(files / name) for name in ("v0.json", "shop", "out"))
+    (files / "v0.json").write_text(json.dumps(ModelIdentity.external("vendor/embed", "1", 10).to_dict()))
+    for name, rows in (("stored", old), ("again", new)):
+        np.savez(files / f"{name}.npz", vectors=rows, ids=np.arange(600))
+    assert main(["gallery", "create", shop, "--model", model]) == 0
+    assert main(["gallery", "add", shop, str(files / "stored.npz"), "--model", model]) == 0
+    assert main(adapt(files, "--old-model", model, "--name", "vendor/embed 2")) == 0
+    assert not Adapter.from_pretrained(out).maps_gallery  # else it has a space of its own
+    assert main(["gallery", "admit", shop, "--model", out, "--force", "a test"]) == 0
+    for source, result in (("new.npy", "queries.npy"), ("again.npz", "vectors.npz")):
+        assert main(["embed", out, str(files / source), str(files / result)]) == 0
+    capsys.readouterr()
+    assert main(["gallery", "search", shop, str(files / "queries.npy"), "--model", out, "-k", "3", "--json"]) == 0
+    hits = json.loads(capsys.readouterr().out)
+    _, expected = cosine_topk(Adapter.from_pretrained(out)(torch.from_numpy(new)), torch.from_numpy(old), 3)
+    assert hits["ids"] == expected.tolist()
+    assert main(["gallery", "backfill", shop, str(files / "vectors.npz"), "--model", out]) == 0
+    assert main(["gallery", "rollback", shop]) == 0
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     (["adapt", "--old", "{}/new.npy", "--new", "{}/short.npy", "--out", "{}/o"], "for each of the same items"),
     (["adapt", "--old", "{}/none.npy", "--new", "{}/new.npy", "--out", "{}/o"], "No such file"),
@@ -135,14 +188,22 @@ def test_a_model_embeds_in_blocks(files, monkeypatch) -> None:
     (["adapt", "--old", "{}/old.npy", "--new", "{}/new.npy", "--labels", "{}/short.npy", "--out", "{}/o"],
      "labels must be"),
     (["embed", "{}/none", "{}/new.npy", "{}/z.npy"], "is no folder"),
-    (["embed", "{}/a", "{}/new.npz", "{}/z.npy"], "new.npz must be an .npy file"),
-    (["embed", "{}/a", "{}/new.npy", "{}/z.bin"], "OUT must be an .npy file"),
+    (["adapt", "--old", "{}/old.npy", "--new", "{}/same.npy", "--out", "{}/o"], "rows have the same direction"),
+    (["adapt", "--old", "{}/old.npy", "--new", "{}/new.npy", "--out", "{}/o", "--old-model", "{}/new.npy"],
+     "is neither the folder of a model"),
+    (["adapt", "--old", "{}/old.npy", "--new", "{}/new.npy", "--out", "{}/o", "--version", "-1"], "--version must be"),
+    (["embed", "{}/a", "{}/new.npz", "{}/z.npy"], "No such file"),
+    (["embed", "{}/a", "{}/new.npy", "{}/z.bin"], "OUT must be an .npy or .npz file"),
+    (["embed", "{}/a", "{}/nan.npy", "{}/z.npy"], "row 7 holds nan or inf"),
+    (["embed", "{}/a", "{}/labels.npy", "{}/z.npy"], "vectors must be float32"),
     (["embed", "{}/a", "{}/old.npy", "{}/z.npy"], "features must have 12 columns"),
     (["embed", "{}/a", "{}/new.npy", "{}/z.npy", "--old", "{}/short.npy"], "--old has 3 rows, IN has 600"),
     (["embed", "{}/a", "{}/old.npy", "{}/z.npy", "--old", "{}/old.npy", "--gallery"], "--old is for queries"),
 ])  # fmt: skip
 def test_bad_input_exits_with_2(arguments, message, files, capsys) -> None:
     np.save(files / "short.npy", np.zeros((3, 12), dtype=np.float32))
+    np.save(files / "same.npy", np.ones((600, 12), dtype=np.float32))
+    np.save(files / "nan.npy", np.where(np.arange(600)[:, None] == 7, np.nan, world()[1]))
     Procrustes().fit(*world()[:2]).save_pretrained(files / "a")
     assert main([text.format(files) for text in arguments]) == 2
     assert message in capsys.readouterr().err

@@ -29,6 +29,7 @@ from simplexfix.compatibility import (
     positive_flip_rate,
     worst_regressions,
 )
+from simplexfix.labelled import LabelledItems
 from simplexfix.report import evaluate
 from simplexfix.retrieval import PROTOCOLS
 
@@ -331,3 +332,19 @@ def test_bad_regressions(changes, error, message: str) -> None:
     of = given.pop("query_labels", labels[:QUERIES])
     with pytest.raises(error, match=message):
         worst_regressions(*loose.versions(queries, galleries, of, labels[QUERIES:]), **given)
+
+
+def test_unrelated_spaces_are_named_and_related_ones_are_not() -> None:
+    draw = np.random.default_rng(0)
+    labels = np.arange(400) % 20
+    rows = np.eye(20)[labels] + 0.1 * draw.standard_normal((400, 20))
+    turn = np.linalg.qr(draw.standard_normal((20, 20)))[0]
+    items = LabelledItems(labels[:200], labels[200:])
+    old, turned, better = (
+        items.version(x[:200].astype(np.float32), x[200:].astype(np.float32), name=name)
+        for name, x in (("v0", rows), ("v1", rows @ turn), ("v2", rows * 2))
+    )
+    assert evaluate([old, better]).remarks == ()
+    (remark,) = evaluate([old, turned]).remarks
+    assert remark.startswith("The scores of v1 in the gallery of v0 are at chance")
+    assert "simplexfix adapt" in remark
