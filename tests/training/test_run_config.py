@@ -52,6 +52,10 @@ FEATURES = {
         (["schedule.momentum=0.1"], "schedule: momentum is of optimizer='sgd', got 0.1 with optimizer='adamw'"),
         (["method.name=oca", "method.embedding_dim=0"], "method: embedding_dim must be at least 1, got 0"),
         (["method.mu=-1.0"], r"method: mu must be positive and finite, got -1\.0"),
+        (["method.lambda_=1.5"], r"method: lambda_ must lie in \[0, 1\], got 1\.5"),
+        (["method.negatives=infonse"], "method: negatives must be one of .*'infonce', got 'infonse'"),
+        (["method.anchor=mine"], "method: anchor must be one of .*got 'mine'"),
+        (["method.scale=-1.0"], r"method: scale must be positive and finite, got -1\.0"),
         (["method.extra=8"], "method: extra is of name='oca', got 8 with name='hoc'"),
         (["method.name=oca", "method.scale=8"], "method: scale is of name='bct' or .*, got 8.0 with name='oca'"),
         (
