@@ -6,6 +6,7 @@ import copy
 
 from torch import Tensor, nn
 
+from .._checks import check_margin, check_scale
 from ..heads import SimplexHead
 from ..models import EmbeddingModel
 from ..slots import SlotRegistry
@@ -21,6 +22,9 @@ class Simplex:
         namespace: under which the classes are known there.
         normalize, scale, margin: of `simplexfix.SimplexHead`.
 
+    Raises:
+        ValueError: scale or margin is out of range, or a margin without normalisation.
+
     Reference:
         arXiv 2405.02581.
     """
@@ -34,6 +38,8 @@ class Simplex:
         scale: float = 1.0,
         margin: tuple[str, float] | None = None,
     ) -> None:
+        check_scale(scale)
+        check_margin(margin, normalize)
         self.slots = slots
         self.namespace = namespace
         self.normalize = normalize
