@@ -84,7 +84,8 @@ def _written_into(path: bytes, chunks: Iterable[bytes]) -> bool:
     else:
         return False
     with open(opened, "wb") as file:
-        file.writelines(chunks)
+        for chunk in chunks:
+            file.write(chunk)
     return True
 
 
@@ -111,7 +112,8 @@ def _replace(path: bytes, chunks: Iterable[bytes]) -> None:
         with open(os.open(temporary, flags, 0o666 if mode is None else mode), "wb") as file:
             if mode is not None:  # what the umask took away as well
                 os.fchmod(file.fileno(), mode)
-            file.writelines(chunks)
+            for chunk in chunks:
+                file.write(chunk)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
