@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._checks import check_features, check_integer, check_pair, check_positive, check_rows, check_target
-from ._reference import no_autocast
+from ._reference import accumulate_dtype, no_autocast
 
 __all__ = ["asnn_loss", "nnp_loss"]
 
@@ -194,7 +194,7 @@ def _checked(
 
 
 def _wide(rows: Tensor) -> Tensor:
-    return rows.to(torch.promote_types(rows.dtype, torch.float32))
+    return rows.to(accumulate_dtype(rows.dtype))
 
 
 def _squashed(x: Tensor) -> Tensor:

@@ -23,14 +23,7 @@ class AffineMap(nn.Module):
         super().__init__()
         self.register_buffer("weight", weight.contiguous())
         self.register_buffer("bias", weight.new_zeros(weight.shape[1]) if bias is None else bias)
-
-    @property
-    def in_features(self) -> int:
-        return int(self.weight.shape[0])
-
-    @property
-    def out_features(self) -> int:
-        return int(self.weight.shape[1])
+        self.in_features, self.out_features = weight.shape
 
     def forward(self, features: Tensor) -> Tensor:
         x = normalize(features.to(self.weight.dtype), dim=-1)
@@ -58,14 +51,7 @@ class LowRankMap(nn.Module):
         self.register_buffer("down", down.contiguous())
         self.register_buffer("up", up.contiguous())
         self.register_buffer("bias", bias)
-
-    @property
-    def in_features(self) -> int:
-        return int(self.down.shape[0])
-
-    @property
-    def out_features(self) -> int:
-        return int(self.up.shape[1])
+        self.in_features, self.out_features = len(down), up.shape[1]
 
     def forward(self, features: Tensor) -> Tensor:
         x = normalize(features.to(self.down.dtype), dim=-1)
@@ -96,14 +82,7 @@ class ResidualMap(nn.Module):
             ("weight", weight), ("bias", bias), ("hidden", hidden), ("hidden_bias", hidden_bias), ("up", up),
         ):  # fmt: skip
             self.register_buffer(name, value.contiguous())
-
-    @property
-    def in_features(self) -> int:
-        return int(self.weight.shape[0])
-
-    @property
-    def out_features(self) -> int:
-        return int(self.weight.shape[1])
+        self.in_features, self.out_features = weight.shape
 
     def forward(self, features: Tensor) -> Tensor:
         p = normalize(features.to(self.weight.dtype), dim=-1) @ self.weight + self.bias

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
@@ -21,7 +20,8 @@ from .._files import write_whole
 from .._text import printable
 from ..adapters import Adapter
 from ..labelled import FeatureFileError, FeatureRows, load_vectors, map_array
-from ..models import EmbeddingModel
+from ..models import EmbeddingModel, read_identity
+from ..models.identity import ADAPTED
 from ._terminal import in_flags
 
 ROWS = 4096
@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _inputs(arguments: argparse.Namespace) -> tuple[list[Any], NDArray[np.int64] | None, Callable[..., Tensor]]:
     """The rows of IN and of --old, the ids of IN, and what maps a block of them."""
-    adapter = Adapter.from_pretrained(arguments.model) if _is_adapter(arguments.model) else None
+    adapter = Adapter.from_pretrained(arguments.model) if read_identity(arguments.model).head == ADAPTED else None
     if adapter is None and (arguments.old is not None or arguments.gallery):
         raise ValueError(f"--old and --gallery are for adapters, {arguments.model} holds a model")
     rows: Any
@@ -66,13 +66,6 @@ def _inputs(arguments: argparse.Namespace) -> tuple[list[Any], NDArray[np.int64]
     if len(old) != len(rows):
         raise ValueError(f"--old has {len(old)} rows, IN has {len(rows)}: both must be of the same queries")
     return [rows, old], ids, adapter
-
-
-def _is_adapter(folder: Path) -> bool:
-    try:
-        return bool(json.loads((folder / "config.json").read_bytes())["format"] == "simplexfix adapter")
-    except (OSError, ValueError, KeyError, TypeError):
-        return False  # `EmbeddingModel.from_pretrained` says what it is
 
 
 def _blocks(path: Path, sources: list[Any], embed: Callable[..., Tensor]) -> Iterator[NDArray[np.float32]]:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._checks import check_name, check_new_and_old, check_positive
+from .._reference import accumulate_dtype
 from ..models import EmbeddingModel
 from .asnn import ASNN
 from .er import ER
@@ -70,9 +71,13 @@ class FD(ER):
         return classify + self.weight * self._distances(features, reference).mean()
 
     def _distances(self, new: Tensor, old: Tensor) -> Tensor:
-        # under autocast features are of 8 bits, of which little is left in the difference of neighbours
-        wide = torch.promote_types(new.dtype, torch.float32)
-        new, old = new.to(wide), old.to(wide)
-        if self.distance == "l2":
-            return (new - old).square().sum(1)
-        return 1 - (F.normalize(new) * F.normalize(old)).sum(1)
+        if self.distance == "cosine":
+            return cosine_distances(new, old)
+        wide = accumulate_dtype(new.dtype)
+        return (new.to(wide) - old.to(wide)).square().sum(1)
+
+
+def cosine_distances(new: Tensor, old: Tensor) -> Tensor:
+    """[B] 1 - cosine of each pair of rows, in float32 at least: bfloat16 cannot tell cosines near 1 apart."""
+    wide = accumulate_dtype(new.dtype)
+    return 1 - (F.normalize(new.to(wide)) * F.normalize(old.to(wide))).sum(1)

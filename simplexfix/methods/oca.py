@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._checks import check_fraction, check_integer, check_name, check_number, check_positive, check_target
-from .._reference import no_autocast
+from .._reference import accumulate_dtype, no_autocast
 from ..models import EmbeddingModel, OCAHead
 from ..models.linear import check_known
 from ..models.oca import ROTATIONS, OCAObjective
@@ -61,7 +61,7 @@ def oca_loss(
     check_target(target, z)
     check_known(target, objective.classifier.out_features, "OCA.add_classes")
     with no_autocast(z):  # 8 bits would be left of cosines near 1
-        h = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)))
+        h = F.normalize(z.to(accumulate_dtype(z.dtype)))
         turned = h if objective.rotation is None else objective.rotation(h)
         classify = F.cross_entropy(objective.classifier(turned) / temperature, target, label_smoothing=label_smoothing)
         prototypes = objective.prototypes

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from .._checks import check_new_and_old, check_number, check_pair, check_positive, check_rows
 from .._gather import all_rows, rank_of
-from .._reference import no_autocast
+from .._reference import accumulate_dtype, no_autocast
 from ..models import EmbeddingModel, FeatureHead
+from .fd import cosine_distances
 
 __all__ = ["QDC", "info_nce"]
 
@@ -48,7 +49,7 @@ def info_nce(query: Tensor, document: Tensor, *, scale: float = 50.0, group: dis
             f"document must be [B n, d] for query [B, d], B and n at least 1, got {list(document.shape)} for "
             f"{list(query.shape)}"
         )
-    wide = torch.promote_types(query.dtype, torch.float32)
+    wide = accumulate_dtype(query.dtype)
     query, document = F.normalize(query.to(wide)), F.normalize(document.to(wide))
     positive = torch.arange(len(query), device=query.device) * (len(document) // len(query))
     if group is not None:
@@ -115,12 +116,10 @@ class QDC:
             return loss
         with torch.no_grad():
             references = old(queries), old(documents)
-        kept = sum(_apart(new, reference) for new, reference in zip((query, document), references, strict=True))
+        kept = sum(_mean_distance(new, reference) for new, reference in zip((query, document), references, strict=True))
         return loss + self.weight * kept
 
 
-def _apart(new: Tensor, old: Tensor) -> Tensor:
-    """The mean of 1 - cosine, in float32 at least: under autocast little of it would be left."""
+def _mean_distance(new: Tensor, old: Tensor) -> Tensor:
     check_new_and_old("new", new, old)
-    wide = torch.promote_types(new.dtype, torch.float32)
-    return (1 - (F.normalize(new.to(wide)) * F.normalize(old.to(wide))).sum(1)).mean()
+    return cosine_distances(new, old).mean()

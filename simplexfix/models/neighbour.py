@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import _gather
 from .._checks import check_integer, check_name, check_positive
 from .._native import is_readable
+from .._reference import accumulate_dtype
 from ..neighbours import asnn_loss, nnp_loss
 
 __all__ = ["NeighbourHead"]
@@ -128,7 +129,7 @@ class NeighbourHead(nn.Module):
         Raises:
             TypeError, ValueError: as the losses of `simplexfix.neighbours`; unlike batches in the group.
         """
-        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        z = z.to(accumulate_dtype(z.dtype))
         rows, labels, first = z, target, 0
         if group is not None:
             first = _gather.rank_of(z, group) * len(z)
@@ -161,7 +162,7 @@ class NeighbourHead(nn.Module):
                 "the queue holds no features, as that of a model from a folder: take the version that training "
                 "returned, of a head with queue of at least 1 row"
             )
-        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        z = z.to(accumulate_dtype(z.dtype))
         known = (target[:, None] == labels).any(1)
         return self._loss(z, target.where(known, -1), self.queue.features.to(z.dtype), labels, None, None)
 
