@@ -132,7 +132,7 @@ class Adapter(nn.Module):
                 of the adapter's own fingerprint.
 
         Returns:
-            What a gallery must know of encoder and adapter together.
+            The identity of the encoder behind this adapter, which a gallery stores.
 
         Raises:
             TypeError, ValueError: a version or name that is none; the folder holds the `config.json` of something else.

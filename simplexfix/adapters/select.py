@@ -52,7 +52,7 @@ class Judged:
         score: mean over the cells of the compatibility matrix (AA); without labels the mean agreement of new queries in
             old galleries with the new encoder's own ranking.
         interval: of score.
-        matrix: [T, T], row: version that asks, column: whose gallery; nan above the diagonal.
+        matrix: [T, T], rows: query versions, columns: gallery versions; nan above the diagonal.
         gain: mean over pairs (new, old) of the score of new queries in the old gallery, less that of the old encoder
             alone.
         gain_interval: of gain.
@@ -130,8 +130,8 @@ def select_adapter(
 ) -> Selection:
     """Fits candidates, judges them on what was held out of their fit, and fits the best one on all items.
 
-        with labels:    a third of the classes is held out; half of their items ask the other half
-        without labels: a third of the items is held out; half of them ask the other half
+        with labels:    a third of the classes is held out; half of their items are queries, half the gallery
+        without labels: a third of the items is held out; half of them are queries, half the gallery
         score = mean over cells (old by old, new by old, new by new) of the protocol's score        with labels
               = overlap of the 10 nearest of new queries in the old gallery with those that the new encoder finds
                 in a gallery of its own                                                               without labels
@@ -233,7 +233,7 @@ def closed_forms(features: PairedFeatures) -> list[AdapterMethod]:
 
 @dataclass(frozen=True)
 class _Split:
-    """Rows of items: those that are fitted on, those that ask and those that are searched."""
+    """Rows of items: those of the fit, the held-out queries and the held-out gallery."""
 
     fitted: NDArray[np.int64]
     asking: NDArray[np.int64]

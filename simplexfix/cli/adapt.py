@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _encoders(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What `save_pretrained` is told of both encoders and of the adapted one."""
+    """The arguments of `save_pretrained`: version, name, and the fingerprints of both encoders."""
     old, new = (None if path is None else read_model(path) for path in (arguments.old_model, arguments.new_model))
     number = arguments.number
     if number is None:
@@ -99,7 +99,7 @@ def _text(selection: Selection, labelled: bool, arguments: argparse.Namespace) -
     breaks = f"; it breaks {100 * winner.losses:.1f} % of the queries" if labelled else ""
     lines.append(f"chosen: {_name(winner.method.described())}, which {kept}{breaks}")
     low, high = winner.gain_interval
-    gain = f"{100 * winner.gain:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]"
+    gain = f"{100 * winner.gain:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}] on held-out items"
     if selection.better:
         lines.append(f"new queries find more in the old gallery than the old encoder does, {gain}: a gate would pass")
     else:

@@ -51,7 +51,7 @@ class Rule:
         kind: one of these four.
         limit: a fraction, in [-1, 1].
         confidence: None: the measured value is compared with the limit.  Else the worse end of its two-sided interval
-            is, and `ecc` with a limit of 0 or more asks besides that an exact paired test gives p <= 1 - confidence,
+            is, and `ecc` with a limit of 0 or more also requires p <= 1 - confidence in an exact paired test,
             which very few queries cannot: McNemar's of right and wrong queries, `randomization_test` of scores.
         gallery: "old", as the upgrade leaves it, or "new", re-extracted; None: the first that `kind` allows.
         group: None: all queries; "*": the rule holds for each group apart; else for the group of this name.

@@ -7,7 +7,7 @@ of nDCG, are drawn one by one.
 
 Intervals are percentile intervals: a fraction of hits is its own binomial maximum-likelihood estimate, without bias,
 its interval stays in [0, 1], and BCa's two corrections are differences of lattice points here, undefined where all
-queries agree.  Where they do all agree, a bootstrap knows no other outcome and its interval has no width:
+queries agree.  Where they do all agree, every resample is the same and the interval has no width:
 `exact_interval` and `mcnemar_test` hold for any number of queries.
 """
 

@@ -75,7 +75,7 @@ def read_where(where: Where | None) -> dict[str, tuple[str | int | float | bool 
 
     Raises:
         TypeError: not a mapping of plain values, or of sequences of them.
-        ValueError: a name that cannot be asked for.
+        ValueError: a key with a quote or a backslash.
     """
     if where is None:
         return None

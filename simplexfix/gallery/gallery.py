@@ -28,7 +28,7 @@ __all__ = ["Gallery", "Hits"]
 
 ORDERS = ("random", "traffic")
 _WINDOW = 16  # batches that a worker looks through for rows that nobody has
-_POLL_SECONDS = 0.2  # until a worker asks again for rows that others have
+_POLL_SECONDS = 0.2  # between two polls for rows that are leased to other workers
 
 
 @dataclass(frozen=True, eq=False)
