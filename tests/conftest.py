@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -23,6 +24,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cpu_only: what CUDA operators promise otherwise, or not")
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's `pytest &`; processes that tests start inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.getoption("--emulated-cuda"):
         sys.path.append(str(ROOT / "tests" / "native"))
         import harness
