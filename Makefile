@@ -47,6 +47,7 @@ bench-gpu: build
 sanitize:  # the CPU core and the CUDA kernels executed on the CPU: AddressSanitizer, UBSan, ThreadSanitizer, nvcc's PTX, a fuzz target
 	$(BIN)/python tests/native/run.py plain asan tsan ptx ptx-tsan
 
+machine-code: export SIMPLEXFIX_CUDA = 1  # beside a CPU build of torch too
 machine-code: build  # no spills, registers within budget, the instructions that were meant; needs nvcc
 	$(BIN)/pip install -q nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 	$(BIN)/python tests/native/machine_code.py

@@ -4,7 +4,8 @@ The operators use only LibTorch's stable ABI: built with the headers of any torc
 library runs beside any other torch >= 2.11, CPU or CUDA build.  Environment:
 
 SIMPLEXFIX_NATIVE=0        builds no library at all: the pure PyTorch package
-SIMPLEXFIX_CUDA=0 | 1      leaves the CUDA kernels out | fails where there is no nvcc (default: as found)
+SIMPLEXFIX_CUDA=0 | 1      leaves the CUDA kernels out | builds them, and fails where there is no nvcc
+                           (default: built for a CUDA build of torch, where there is an nvcc)
 SIMPLEXFIX_CUDA_ARCHS      GPU architectures, "80 90" or "native"
 CUDA_HOME, CXX             as usual
 """
@@ -46,17 +47,21 @@ def find_torch():
     return folder, tuple(int(re.search(rf"TORCH_VERSION_{p} (\d+)", text)[1]) for p in ("MAJOR", "MINOR"))
 
 
-def find_nvcc():
+def find_nvcc(torch):
+    """(path of nvcc, None), or (None, why no CUDA kernels are built)."""
     want = os.environ.get("SIMPLEXFIX_CUDA", "auto")
     if want not in ("auto", "0", "1"):
         raise SystemExit(f"SIMPLEXFIX_CUDA must be 0, 1 or auto, got {want}")
     if want == "0":
-        return None
+        return None, "SIMPLEXFIX_CUDA=0"
+    # kernels take nvcc minutes, and a CPU build of torch has no CUDA tensors for them
+    if want == "auto" and not re.search(r"^cuda\b.*= '", (torch / "version.py").read_text(), re.MULTILINE):
+        return None, "the installed torch is a CPU build; SIMPLEXFIX_CUDA=1 builds them all the same"
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     nvcc = shutil.which(f"{home}/bin/nvcc") or shutil.which("nvcc")
     if want == "1" and not nvcc:
         raise SystemExit("SIMPLEXFIX_CUDA=1, but there is no nvcc in CUDA_HOME/bin or on PATH")
-    return nvcc
+    return nvcc, None if nvcc else "no nvcc in CUDA_HOME/bin or on PATH"
 
 
 def this_machines_archs():
@@ -95,13 +100,11 @@ class NinjaBuildExt(build_ext):
         torch, version = find_torch()
         if version < MIN_TORCH:
             raise SystemExit(f"simplexfix builds with torch >= 2.11, found {torch} {version}. {REMEDY}")
-        nvcc, cxx = find_nvcc(), os.environ.get("CXX", "c++")
+        (nvcc, no_cuda), cxx = find_nvcc(torch), os.environ.get("CXX", "c++")
+        if no_cuda:
+            print(f"simplexfix builds no CUDA kernels: {no_cuda}", flush=True)
         if not shutil.which(shlex.split(cxx)[0]):
             raise SystemExit(f"the C++ compiler {cxx} was not found. {REMEDY}")
-        if not nvcc:
-            print(
-                "simplexfix: no nvcc in CUDA_HOME/bin or on PATH (or SIMPLEXFIX_CUDA=0): CPU kernels only", flush=True
-            )
         archs, arch_flags = cuda_targets(nvcc) if nvcc else ("", [])
         out = Path(self.get_ext_fullpath(ext.name)).resolve()
         # Kept, so that the next build compiles only what changed.

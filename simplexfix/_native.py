@@ -80,10 +80,10 @@ def why_not_cuda(device: int | None = None) -> str | None:
     info = build_info()
     if not info:
         return "there is no compiled library"
-    if not info["cuda_archs"]:
-        return "the library was built without nvcc"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is a CPU build"
+    if not info["cuda_archs"]:
+        return "the library was built without CUDA kernels; SIMPLEXFIX_CUDA=1 and `pip install .` build them with nvcc"
     if not info["cuda_usable"]:
         return "torch has not loaded libtorch_cuda.so"
     if not torch.cuda.is_available():

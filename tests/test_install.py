@@ -11,6 +11,7 @@ import venv
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 
 pytest.importorskip("pybind11", reason="building needs pybind11, ninja and setuptools: pip install 'simplexfix[test]'")
@@ -93,7 +94,7 @@ def test_sdist_to_wheel_to_fresh_environment(sdist: Path, tmp_path: Path) -> Non
     assert said[0] == "[0, 1, 2, 3] "  # kernels there, no CUDA among them
     assert said[1] == "(242, 20, 28, 28)"
     assert said[2].startswith(str(tmp_path / "env"))
-    assert "built without nvcc" in run(python, "-m", "simplexfix", "doctor")
+    assert "is a CPU build" in run(python, "-m", "simplexfix", "doctor")
 
 
 def test_pure_python_wheel(sdist: Path, tmp_path: Path) -> None:
@@ -116,6 +117,11 @@ def test_pure_python_wheel(sdist: Path, tmp_path: Path) -> None:
             "there is no nvcc",
         ),
         ({"SIMPLEXFIX_CUDA": "yes"}, "SIMPLEXFIX_CUDA must be 0, 1 or auto, got yes"),
+        pytest.param(
+            {"SIMPLEXFIX_CUDA": "auto", "CXX": "no-such-compiler"},
+            "simplexfix builds no CUDA kernels: the installed torch is a CPU build",
+            marks=pytest.mark.skipif(torch.version.cuda is not None, reason="torch is a CUDA build"),
+        ),
     ],
 )
 def test_a_build_that_fails_says_why(sdist: Path, tmp_path: Path, environment: dict[str, str], message: str) -> None:
