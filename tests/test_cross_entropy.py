@@ -400,7 +400,7 @@ def test_zero_rows_and_nan_rows(polytope: str) -> None:
 
 
 @pytest.mark.parametrize("polytope", POLYTOPES)
-@pytest.mark.parametrize(("rows", "d"), [(300, 513), (130, 16400)])  # the second is written past the caches
+@pytest.mark.parametrize(("rows", "d"), [(300, 513), (130, 16400)])  # the second is written by non-temporal stores
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])

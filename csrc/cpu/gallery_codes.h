@@ -31,7 +31,7 @@ class GalleryCodes {
   size_t bytes() const;
   const float* center() const { return center_.data(); }
 
-  // Room for n rows; those that are new have to be encoded.  All or nothing.
+  // Allocates memory for n rows; new ones have to be encoded.  All or nothing.
   void resize(int64_t n);
   // Encodes rows [begin, end) of the gallery, of length 1 or 0 but for rounding.  Threads may do pieces that
   // begin at multiples of kPanelRows.

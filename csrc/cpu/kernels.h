@@ -28,7 +28,7 @@ struct CrossEntropyArgs {
   T* gradient;            // [B, d] contiguous, or nullptr where none is wanted
   int64_t d;
   int64_t ignore_index;
-  bool streams;  // writes the gradient past the caches: the same bits
+  bool streams;  // writes the gradient by non-temporal stores: the same bits
   A upstream;    // multiplies every row's gradient
   CrossEntropyOptions<A> options;
 };

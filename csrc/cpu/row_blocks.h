@@ -16,7 +16,7 @@ class RowBlocks {
   RowBlocks& operator=(const RowBlocks&) = delete;
   ~RowBlocks();
 
-  // Room for n rows: all or nothing when it grows, and cannot fail when it shrinks.
+  // Allocates memory for n rows: all or nothing when it grows, and cannot fail when it shrinks.
   void resize(int64_t n);
   std::byte* row(int64_t i);
   int64_t rows_per_block() const { return int64_t(1) << shift_; }

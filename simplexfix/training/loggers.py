@@ -1,8 +1,7 @@
-"""What trainings log, read again for those who want to see it: TensorBoard, Weights & Biases, a bar.
+"""Copies of a training's log: TensorBoard, Weights & Biases, a progress bar.
 
-`log.jsonl` of each stage is the one place that is written to, and has every step once however often a training was
-stopped.  Everything else is a copy of it, made anew from its first line by every process that goes on: nothing is
-missing of what a killed process had not yet passed on, and nothing comes twice.
+Trainings write to `log.jsonl` of each stage alone, which has every step once however often a training was stopped.  On
+resume the log is replayed from the start: no line is lost or duplicated in the copies.
 """
 
 from __future__ import annotations
