@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -151,6 +152,16 @@ def test_a_mixed_gallery_is_one_ranking_with_ties_by_lower_id(url: str) -> None:
     np.testing.assert_array_equal(hits.scores, scores)
 
 
+def test_a_zero_vector_has_a_cosine_of_0(url: str) -> None:
+    gallery = Gallery.create(url, model=A)
+    away = -np.ones((50, DIM), "f") * np.arange(1, 51, dtype="f")[:, None]
+    gallery.add(range(50), away, model=A)
+    gallery.add([90, 80], np.zeros((2, DIM), "f"), model=A)
+    hits = gallery.search(np.concatenate([np.ones((1, DIM), "f"), np.zeros((1, DIM), "f")]), 3, model=A)
+    assert hits.ids.tolist() == [[80, 90, 0], [0, 1, 2]]
+    np.testing.assert_allclose(hits.scores, [[0, 0, -1], [0, 0, 0]], rtol=0, atol=1e-6)
+
+
 def test_a_filter_on_payload_searches_the_matching_rows_alone(gallery: Gallery) -> None:
     upgraded(gallery, IDS[::4])
     everything = gallery.search(vectors([7]), 40, model=B)
@@ -247,6 +258,58 @@ def test_after_a_rollback_all_stored_bits_are_as_before(gallery: Gallery) -> Non
     assert facts(gallery) == between
     gallery.rollback()
     assert {id_: row for id_, row in facts(gallery).items() if id_ != 70} == before
+
+
+def test_every_bit_of_a_float32_comes_back(url: str) -> None:
+    draw = np.random.default_rng(0)
+    rows = draw.integers(0, 2**32, size=(300, DIM), dtype=np.uint32).view(np.float32)
+    rows[~np.isfinite(rows)] = -0.0  # of all sizes, among them numbers below float32's normal range
+    rows[:3] = [[0.0] * DIM, [-0.0] * DIM, [1e-45] * DIM]
+    rows[3], rows[4] = 3e38, np.where(IDS[:DIM] % 2, 3e38, -1e-45)
+    gallery = Gallery.create(url, model=A)
+    gallery.add(range(300), rows, model=A)
+    gallery.admit(B, force="test")
+    gallery.replace(range(300), rows[::-1], model=B)
+    assert gallery.read().vectors.tobytes() == rows[::-1].tobytes()
+    gallery.rollback()
+    assert gallery.read().vectors.tobytes() == rows.tobytes()
+    scores, ids = gallery.mirror().search(rows, 5)
+    hits = gallery.search(rows, 5, model=A)
+    np.testing.assert_array_equal(hits.ids, ids)
+    np.testing.assert_array_equal(hits.scores, scores)
+
+
+def test_versions_of_several_widths_are_one_ranking(url: str) -> None:
+    """A wider model's queries are compared with narrow rows on their leading dimensions."""
+    wide = ModelIdentity("ab" * 32, 1, "", "oca", DIM + 7, ancestors=((A.fingerprint, DIM),))
+    rows = np.random.default_rng(0).standard_normal((40, DIM + 7)).astype(np.float32)
+    gallery = Gallery.create(url, model=A)
+    gallery.add(IDS, rows[:, :DIM], model=A)
+    other = Gallery.open(url)
+    assert other.search(rows[:1, :DIM], 1, model=A).ids == 0
+    gallery.admit(wide, force="test")
+    assert other.search(rows, 1, model=wide).ids.ravel().tolist() == IDS.tolist()
+    gallery.replace(IDS[::2], rows[::2], model=wide)
+    found = [
+        cosine_topk(torch.from_numpy(rows[:, :width]), torch.from_numpy(rows[first::2, :width]), 20)
+        for first, width in ((0, DIM + 7), (1, DIM))
+    ]
+    scores = np.concatenate([part[0].numpy() for part in found], axis=1)
+    ids = np.concatenate([2 * part[1].numpy() + first for first, part in enumerate(found)], axis=1)
+    order = np.lexsort((ids, -scores), axis=1)
+    for each in (gallery, other):
+        hits = each.search(rows, 40, model=wide)
+        np.testing.assert_array_equal(hits.ids, np.take_along_axis(ids, order, axis=1))
+        np.testing.assert_array_equal(hits.scores, np.take_along_axis(scores, order, axis=1))
+        with pytest.raises(
+            ValueError, match=r"queries are 33 wide and rows of version 1 are 40: search with a model of"
+        ):
+            each.search(rows[:, :DIM], 1, model=A)
+        with pytest.raises(ValueError, match="these rows are by models of several widths: read those of one version"):
+            each.read()
+    gallery.rollback()
+    assert other.search(rows[:, :DIM], 1, model=A).ids.ravel().tolist() == IDS.tolist()
+    np.testing.assert_array_equal(gallery.read().vectors, rows[:, :DIM])
 
 
 def test_old_vectors_go_with_retire_alone(gallery: Gallery) -> None:
@@ -456,6 +519,60 @@ def test_threads_find_every_row_while_others_replace_and_roll_back(gallery: Gall
     assert searches[0] > 20
 
 
+def at_once(*calls: Callable[[], object]) -> list[object]:
+    """What calls return or raise that begin at the same time, each in its thread."""
+    barrier, results = threading.Barrier(len(calls)), [None] * len(calls)
+
+    def take(at: int) -> None:
+        barrier.wait()
+        try:
+            results[at] = calls[at]()
+        except Exception as error:
+            results[at] = error
+
+    threads = [threading.Thread(target=take, args=(at,)) for at in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def test_calls_about_the_same_rows_at_the_same_time_take_turns(gallery: Gallery) -> None:
+    new = np.arange(100, 5100)
+    for ids in (new, new + 5000):
+        rows = np.ones((len(ids), DIM), "f")
+        results = at_once(
+            *[lambda ids=ids[::way], rows=rows: gallery.add(ids, rows, model=A) for way in (1, -1, 1, -1)]
+        )
+        assert sorted(type(result).__name__ for result in results) == ["NoneType"] + 3 * ["ValueError"], results
+    gallery.remove(np.arange(140, 10_100))
+    new = np.arange(100, 140)
+    for _ in range(3):
+        upgraded(gallery)
+        results = at_once(
+            *[lambda ids=IDS[::way]: gallery.replace(ids, vectors(ids, 1), model=B) for way in (1, -1, 1, -1)]
+        )
+        assert sorted(results) == [0, 0, 0, 40]
+        assert gallery.status()["versions"][0]["old_rows"] == 40
+        results = at_once(gallery.rollback, gallery.rollback, lambda: gallery.replace(new, vectors(new, 1), model=B))
+        assert sorted(type(result).__name__ for result in results[:2]) == ["ValueError", "dict"], results
+        assert results[2] == 40 or isinstance(results[2], StrangerError)
+        assert facts(gallery)[3][:2] == (0, vectors([3]).tobytes())
+        assert {version for version, *_ in facts(gallery).values()} == {0}
+    results = at_once(*[lambda: gallery.remove(new)] * 3)
+    assert sorted(type(result).__name__ for result in results) == ["KeyError", "KeyError", "NoneType"], results
+
+
+def test_the_last_of_several_workers_records_the_end_of_a_backfill(gallery: Gallery) -> None:
+    """Neither sees that the other is about to replace the last rows."""
+    for _ in range(5):
+        upgraded(gallery)
+        at_once(*[lambda ids=IDS[first::2]: gallery.replace(ids, vectors(ids, 1), model=B) for first in range(2)])
+        assert [event["event"] for event in gallery.history()[-2:]] == ["admitted", "backfill finished"]
+        gallery.rollback()
+
+
 def test_a_model_is_checked_again_where_the_rows_are_written(gallery: Gallery, monkeypatch) -> None:
     """Another process may roll back or retire it between the first check and the transaction."""
     upgraded(gallery)
@@ -495,6 +612,7 @@ def test_a_model_is_checked_again_where_the_rows_are_written(gallery: Gallery, m
         ({"payload": {"a": [1]}}, ValueError, "vectors has 2 rows, column 'a' of payload has 1"),
         ({"payload": [{}, {"a": float("nan")}]}, ValueError, "payload row 1 is no JSON object"),
         ({"payload": [{"a": {1, 2}}, {}]}, ValueError, "payload row 0 is no JSON object"),
+        ({"payload": [{}, {"a": "\ud800"}]}, ValueError, "payload row 1 is no JSON object"),
     ],
 )
 def test_bad_rows_are_refused_and_nothing_is_added(gallery: Gallery, changes, kind, message: str) -> None:
