@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._checks import check_name, check_number
+from .._text import listed
 from ..labelled import LabelledItems, VersionFeatures, check_versions
 from ..retrieval.protocols import Hits, Protocol, read_protocol
 from .criteria import flips, mean_gain
@@ -366,8 +367,7 @@ def _members(rule: Rule, groups: NDArray[np.str_]) -> list[tuple[str | None, NDA
     names = sorted(set(groups.tolist()))
     if rule.group != EACH_GROUP:
         if rule.group not in names:
-            shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-            raise ValueError(f"there is no group {rule.group!r}; groups of queries are {shown}")
+            raise ValueError(f"there is no group {rule.group!r}; groups of queries are {listed(names)}")
         names = [rule.group]
     return [(name, groups == name) for name in names]
 
