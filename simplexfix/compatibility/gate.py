@@ -13,6 +13,7 @@ from .._checks import check_name, check_number
 from .._text import listed
 from ..labelled import LabelledItems, VersionFeatures, check_versions
 from ..retrieval.protocols import Hits, Protocol, read_protocol
+from .agreement import agreement_protocol, read_agreement
 from .criteria import flips, mean_gain
 from .statistics import (
     Interval,
@@ -46,7 +47,9 @@ class Rule:
         max_tax     M(unconstrained queries and gallery) - M(new queries and gallery) <= limit
         min_recall  M(new queries, `gallery`) >= limit
 
-    A protocol that scores queries by numbers in [0, 1], such as "ndcg@10", breaks a query whose score falls.
+    A protocol that scores queries by numbers in [0, 1], such as "ndcg@10", breaks a query whose score falls.  With
+    "agreement@10" the score is the fraction of the 10 nearest items that the new model finds in a gallery of its own;
+    rules then are of the old gallery.
 
     Args:
         kind: one of these four.
@@ -165,12 +168,13 @@ class GateResult:
             "unconstrained".
         queries, gallery: numbers of items.
         absent: queries with no relevant item in the gallery but themselves; they count as wrong, or score 0, for every
-            model.
-        unjudged: queries without a relevance judgement, which were left out; None where the items have labels.
+            model.  0 where agreement is the score.
+        unjudged: queries without a relevance judgement, which were left out; None where there are no judgements.
         bit_equal: of the old version and the new one, queries that have a gallery row of the same bits and no id that
             says so: most likely they find themselves.
         excluded: gallery items that are a query themselves, by their ids, and were left out of its search.
-        fingerprints: of the old model and of the new one, as their features had them; None where unknown.
+        fingerprints: of the old model and of the new one, or of the adapter with it, as their features had them; None
+            where unknown.
     """
 
     outcomes: tuple[Outcome, ...]
@@ -241,10 +245,17 @@ def upgrade_gate(
     *,
     protocol: str | Protocol = "nearest_class_mean",
     widths: str = "equal",
+    adapted: VersionFeatures | None = None,
     unconstrained: VersionFeatures | None = None,
     generator: np.random.Generator | None = None,
 ) -> GateResult:
-    """Judges an upgrade by rules, from features and labels alone.
+    """Judges an upgrade by rules, from features and labels alone, or from features alone.
+
+        score of (queries, gallery) = mean over queries of the protocol's hits
+        "agreement@k": | top-k(query, gallery) and top-k(new query, new gallery) | / k
+
+    Agreement needs no labels: how much of what a full re-extraction would find is found in the gallery as it is.  The
+    new gallery then is a sample that was re-extracted, and the old one the same items.
 
     Args:
         old: by the model in service.
@@ -252,9 +263,11 @@ def upgrade_gate(
             there are none, the classes are the groups; items with relevance judgements have no classes.
         rules: none given: `ecc` at 95 % confidence.
         protocol: "nearest_class_mean", "instance", a metric of the ranking such as "ndcg@10", or such an object, with
-            hits.
+            hits; or "agreement@10" or of another number.
         widths: "equal": features that are searched in each other must be of one width; "leading": the wider are cut to
             the leading dimensions of the narrower, as models made for it allow.
+        adapted: new queries and the old gallery as an adapter maps them (`simplexfix.adapters.adapted_version`), of the
+            same items, which then search and are searched in their place.
         unconstrained: by a model trained without compatibility, of the same items: what `max_tax` compares with.
         generator: of the bootstrap; None: `np.random.default_rng(0)`.
 
@@ -265,17 +278,28 @@ def upgrade_gate(
     Reference:
         docs/math.md; the criterion is that of Shen et al., "Towards Backward-Compatible Representation Learning", 2020.
     """
-    protocol = read_protocol(protocol, needs="hits")
-    find = protocol.hits
-    assert find is not None
+    k = read_agreement(protocol)
+    if k is None:
+        protocol = read_protocol(protocol, needs="hits")
     check_name("widths", widths, ("equal", "leading"))
     if not rules:
         raise ValueError("rules must hold at least one rule")
-    given = {"old": old, "new": new, "unconstrained": unconstrained}
-    roles = [role for role, version in given.items() if role != "unconstrained" or version is not None]
+    given = {"old": old, "new": new, "adapted": adapted, "unconstrained": unconstrained}
+    roles = [role for role, version in given.items() if role in ("old", "new") or version is not None]
     checked = check_versions([given[role] for role in roles], roles)  # type: ignore[misc]
     versions = dict(zip(roles, checked, strict=True))
     items = versions["old"].items
+    if k is not None:
+        elsewhere = next((rule for rule in rules if rule.gallery != "old"), None)
+        if elsewhere is not None:
+            raise ValueError(
+                f"{protocol} compares with the new gallery: a rule must ask of the old one, got kind "
+                f"{elsewhere.kind!r} of the {elsewhere.gallery} gallery"
+            )
+        protocol = agreement_protocol(versions["new"].pair(versions["new"], widths), k)
+    assert isinstance(protocol, Protocol)
+    find = protocol.hits
+    assert find is not None
     groups = _groups(items) if any(rule.group is not None for rule in rules) else np.empty(0, dtype=str)
     # of one seed for each outcome: it must not depend on what other rules there are
     seed = int(check_generator(generator).integers(2**63))
@@ -287,6 +311,8 @@ def upgrade_gate(
         if name not in found:
             if searcher not in versions:
                 raise ValueError("a rule of kind 'max_tax' needs features of an unconstrained model")
+            if "adapted" in versions and name == "new_on_old":
+                searcher = searched = "adapted"
             found[name] = find(versions[searched].pair(versions[searcher], widths))
         return found[name]
 
@@ -306,11 +332,11 @@ def upgrade_gate(
         protocol=protocol.name,
         queries=len(items.query_rows),
         gallery=len(items.gallery_rows),
-        absent=int((items.num_relevant == 0).sum()),
+        absent=0 if k is not None else int((items.num_relevant == 0).sum()),
         unjudged=items.num_unjudged,
         bit_equal=(versions["old"].bit_equal, versions["new"].bit_equal),
         excluded=int((items.excluded >= 0).sum()),
-        fingerprints=(versions["old"].fingerprint, versions["new"].fingerprint),
+        fingerprints=(versions["old"].fingerprint, (versions.get("adapted") or versions["new"]).fingerprint),
     )
 
 
@@ -356,8 +382,9 @@ def _groups(items: LabelledItems) -> NDArray[np.str_]:
         return items.query_groups.astype(str)
     if items.label_names is not None:
         return np.array(items.label_names)[items.query_labels]
-    if items.judgements is not None:
-        raise ValueError("a rule for groups needs query_groups: items with relevance judgements have no classes")
+    if not items.has_labels:
+        what = "have no classes" if items.judgements is None else "with relevance judgements have no classes"
+        raise ValueError(f"a rule for groups needs query_groups: items {what}")
     return items.query_labels.astype(str)
 
 

@@ -38,6 +38,7 @@ class _Form(NamedTuple):
 VERSION = _Form("a version", REQUIRED, KEYS)
 # where judgements take the place of labels
 JUDGED = _Form("a version", ("query", "gallery", "query_ids", "gallery_ids"), KEYS)
+FEATURES = _Form("a version", ("query", "gallery"), KEYS)
 _VECTORS = _Form("a file of vectors", ("vectors",), ("vectors", "ids"))
 # columns of .parquet, and the end of the key that each stands for
 _COLUMNS = {"label": "labels", "item_id": "ids", "group": "groups"}
@@ -57,7 +58,7 @@ def read_arrays(path: Path, form: _Form = VERSION) -> Mapping[str, Any]:
     """The arrays of a version's file by their keys, unchecked; those of `.npy` are read-only maps.
 
     Args:
-        form: `VERSION`, or `JUDGED` for one without labels.
+        form: `VERSION`, `JUDGED` for one that must have ids and no labels, or `FEATURES` for one that may lack both.
 
     Raises:
         OSError, FeatureFileError, ModuleNotFoundError: as `VersionFeatures.load`.
