@@ -20,6 +20,7 @@ import numpy as np
 from .._files import read_text, write_whole
 from .._text import printable
 from ..compatibility import DEFAULT_RULES, GateResult, Outcome, Rule, upgrade_gate
+from ..compatibility.unrelated import unrelated_remark
 from ..labelled import LabelledItems, RelevanceJudgements, VersionFeatures
 from ..retrieval.protocols import PROTOCOLS, read_protocol
 from ._features import read_rows
@@ -193,8 +194,12 @@ def _counts(result: GateResult) -> str:
     return counts + absent + itself
 
 
+def _remarks(result: GateResult) -> list[str]:
+    return [unrelated_remark("the new queries in the old gallery")] if result.unrelated else []
+
+
 def _text(result: GateResult) -> str:
-    lines = [_counts(result), _scores(result)]
+    lines = [_counts(result), _scores(result), *_remarks(result)]
     for outcome in result.outcomes:
         lines.append(
             f"{'pass' if outcome.passed else 'FAIL'}  {printable(outcome.measured)}: {100 * outcome.value:.2f} % "
@@ -219,7 +224,7 @@ def _markdown(result: GateResult) -> str:
             "| --- | --- | ---: | --- | --- | --- |",
             *rows,
             "",
-            f"{_scores(result)}. {_counts(result)}.",
+            " ".join([f"{_scores(result)}. {_counts(result)}.", *_remarks(result)]),
             "",
             "",
         ]

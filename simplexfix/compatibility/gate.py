@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from .statistics import (
     exact_interval,
     paired_p_value,
 )
+from .unrelated import unrelated_pairs
 
 __all__ = ["DEFAULT_RULES", "GateResult", "Outcome", "Rule", "upgrade_gate"]
 
@@ -164,8 +165,8 @@ class GateResult:
 
     Attributes:
         outcomes: one per rule, and per group where a rule asks for each.
-        scores: M by (queries, gallery): "old_on_old", "new_on_old" and, where a rule needed it, "new_on_new" and
-            "unconstrained".
+        scores: M by (queries, gallery): "old_on_old", "new_on_old" and, where a rule or `unrelated` needed it,
+            "new_on_new" and "unconstrained".
         queries, gallery: numbers of items.
         absent: queries with no relevant item in the gallery but themselves; they count as wrong, or score 0, for every
             model.  0 where agreement is the score.
@@ -173,6 +174,9 @@ class GateResult:
         bit_equal: of the old version and the new one, queries that have a gallery row of the same bits and no id that
             says so: most likely they find themselves.
         excluded: gallery items that are a query themselves, by their ids, and were left out of its search.
+        unrelated: whether new queries find no more in the old gallery than chance does, though each model finds more in
+            its own: one item in as many as there are classes, or of agreement k in as many as there are items.  False
+            where an adapter maps them, and where there are relevance judgements.
         fingerprints: of the old model and of the new one, or of the adapter with it, as their features had them; None
             where unknown.
     """
@@ -186,6 +190,7 @@ class GateResult:
     unjudged: int | None
     bit_equal: tuple[int, int]
     excluded: int
+    unrelated: bool = False
     fingerprints: tuple[str | None, str | None] = (None, None)
 
     @property
@@ -204,6 +209,7 @@ class GateResult:
             "queries_without_judgement": self.unjudged,
             "queries_in_gallery": {"left_out_by_id": self.excluded, "bit_equal": list(self.bit_equal)},
             "scores": dict(self.scores),
+            "unrelated_spaces": self.unrelated,
             "fingerprints": list(self.fingerprints),
             "rules": [outcome.as_dict() for outcome in self.outcomes],
         }
@@ -229,6 +235,7 @@ class GateResult:
                 unjudged=saved["queries_without_judgement"],
                 bit_equal=(bit_equal[0], bit_equal[1]),
                 excluded=found["left_out_by_id"],
+                unrelated=saved["unrelated_spaces"],
                 fingerprints=(fingerprints[0], fingerprints[1]),
             )
         except (KeyError, IndexError, TypeError) as error:
@@ -326,6 +333,8 @@ def upgrade_gate(
             pair = before, hits("new", rule.gallery or "old")
         for group, members in _members(rule, groups):
             outcomes.append(_judge(rule, group, pair[0][members], pair[1][members], np.random.default_rng(seed)))
+    chance = _chance(items, k)
+    unrelated = adapted is None and chance is not None and _are_unrelated(hits, chance, seed)
     return GateResult(
         outcomes=tuple(outcomes),
         scores={name: float(right.mean()) for name, right in found.items()},
@@ -336,6 +345,7 @@ def upgrade_gate(
         unjudged=items.num_unjudged,
         bit_equal=(versions["old"].bit_equal, versions["new"].bit_equal),
         excluded=int((items.excluded >= 0).sum()),
+        unrelated=unrelated,
         fingerprints=(versions["old"].fingerprint, (versions.get("adapted") or versions["new"]).fingerprint),
     )
 
@@ -375,6 +385,24 @@ def _judge(rule: Rule, group: str | None, before: Hits, after: Hits, generator: 
         # a bootstrap of very few queries that agree has an interval without width; the exact test does not fall for it
         passed = passed and p_value <= 1 - rule.confidence
     return Outcome(rule, group, count, value, interval.low, interval.high, p_value, margin, passed)
+
+
+def _chance(items: LabelledItems, k: int | None) -> float | None:
+    """What queries score that find items at random; None where that is not known."""
+    if k is not None:
+        return k / len(items.gallery_rows)
+    return 1 / len(items.gallery_classes.ids) if items.has_labels else None
+
+
+def _are_unrelated(hits: Callable[[str, str], Hits], chance: float, seed: int) -> bool:
+    def low(searcher: str, searched: str) -> float:
+        return bootstrap_interval(hits(searcher, searched), generator=np.random.default_rng(seed)).low
+
+    ends = np.array([[low("old", "old"), np.nan], [low("new", "old"), np.inf]])
+    if not unrelated_pairs(ends, chance):  # the new gallery need not be searched
+        return False
+    ends[1, 1] = low("new", "new")
+    return bool(unrelated_pairs(ends, chance))
 
 
 def _groups(items: LabelledItems) -> NDArray[np.str_]:

@@ -181,19 +181,18 @@ class VersionFeatures:
 
 def _items_of(arrays: Mapping[str, Any], judgements: RelevanceJudgements | None) -> LabelledItems:
     """The items of a version's arrays."""
-    groups = arrays.get("query_groups")
     if judgements is not None:
         return LabelledItems.from_judgements(
-            judgements, arrays["query_ids"], arrays["gallery_ids"], query_groups=groups
+            judgements, arrays["query_ids"], arrays["gallery_ids"], query_groups=arrays.get("query_groups")
         )
-    ids = {name: arrays.get(name) for name in ("query_ids", "gallery_ids")}
+    optional: dict[str, Any] = {name: arrays.get(name) for name in ("query_ids", "gallery_ids", "query_groups")}
     labels = [arrays[name] for name in ("query_labels", "gallery_labels") if name in arrays]
     if len(labels) == 2:
-        return LabelledItems(*labels, **ids, query_groups=groups)
+        return LabelledItems(*labels, **optional)
     if labels:
         raise ValueError("query_labels and gallery_labels must both be there, or neither")
-    counts = (len(FeatureRows(part, arrays[part])) for part in ("query", "gallery"))
-    return LabelledItems.without_labels(*counts, **ids, query_groups=groups)
+    queries, gallery = (len(FeatureRows(part, arrays[part])) for part in ("query", "gallery"))
+    return LabelledItems.without_labels(queries, gallery, **optional)
 
 
 def ignoring(versions: Sequence[VersionFeatures], labels: Sequence[int | str]) -> list[VersionFeatures]:
