@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-__all__ = ["printable"]
+__all__ = ["listed", "printable"]
 
 
 def printable(name: str | Path) -> str:
     """The name with bytes that are no UTF-8 and control characters escaped."""
     text = str(name).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def listed(values: Iterable[Any]) -> str:
+    """The values in their order, for a message: the first 12, "nothing" where there are none."""
+    texts = list(map(str, values))
+    return (", ".join(texts[:12]) + (", ..." if len(texts) > 12 else "")) or "nothing"

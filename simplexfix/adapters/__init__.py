@@ -1,5 +1,6 @@
 """Maps between encoders that nobody trains: new queries search a gallery that an old encoder extracted."""
 
+from .adapted import adapted_version
 from .base import Adapter, AdapterMethod
 from .chain import Chain, fit_chain
 from .hoc_refined import HOCRefined
@@ -30,6 +31,7 @@ __all__ = [
     "SimplexJunction",
     "Slerp",
     "WhitenedProcrustes",
+    "adapted_version",
     "fit_chain",
     "select_adapter",
     "select_chain",

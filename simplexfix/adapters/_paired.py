@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from ..labelled import FeatureRows, Ids, Rows, read_column
+from .maps import unit
 
 __all__ = ["Features", "PairedFeatures"]
 
@@ -143,7 +143,7 @@ class PairedFeatures:
         return self._unit(torch.from_numpy(out), torch.float32)
 
     def _unit(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
-        return normalize(rows.to(self.device, dtype), dim=1)
+        return unit(rows.to(self.device), dtype)
 
 
 def _named(name: str, rows: Features) -> FeatureRows:

@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
 from .._checks import check_features, check_fraction, check_rows, shape
 from ..labelled import Ids
@@ -20,6 +19,7 @@ from ._arc import slerp
 from ._moments import Moments
 from ._paired import Features, PairedFeatures
 from .folder import identity_of, load_adapter, save_adapter
+from .maps import unit
 
 __all__ = ["Adapter", "AdapterMethod"]
 
@@ -97,7 +97,7 @@ class Adapter(nn.Module):
         if old is None:
             raise ValueError(f"old must be the old encoder's features of the same queries: alpha is {self.alpha}")
         _check_width("old", old, self.old_features)
-        before = normalize(self.gallery(old).float(), dim=-1)
+        before = unit(self.gallery(old), torch.float32)
         return slerp(before, self.query_map(features), self.alpha)
 
     def gallery(self, stored: Tensor) -> Tensor:

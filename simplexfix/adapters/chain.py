@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
 from ..labelled import Ids
 from ._moments import Moments
 from ._paired import Features, PairedFeatures
 from .base import Adapter, AdapterMethod
+from .maps import unit
 
 __all__ = ["Chain", "fit_chain"]
 
@@ -53,7 +53,7 @@ class Chain:
     def gallery(self, version: int, stored: Tensor) -> Tensor:
         """[N, d] unit rows of what this version has extracted."""
         own = self.own[version]
-        return normalize(stored.float(), dim=1) if own is None else own(stored)
+        return unit(stored, torch.float32) if own is None else own(stored)
 
 
 def fit_chain(

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-__all__ = ["AffineMap", "LowRankMap", "ResidualMap"]
+from .._reference import unit_rows
+
+__all__ = ["AffineMap", "LowRankMap", "ResidualMap", "unit"]
+
+
+def unit(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows divided by their L2 norm; a zero row stays zero.  In float64: float32 holds no square of 1e20."""
+    return unit_rows(rows.double()).to(dtype)
 
 
 class AffineMap(nn.Module):
@@ -26,7 +34,7 @@ class AffineMap(nn.Module):
         self.in_features, self.out_features = weight.shape
 
     def forward(self, features: Tensor) -> Tensor:
-        x = normalize(features.to(self.weight.dtype), dim=-1)
+        x = unit(features, self.weight.dtype)
         return normalize(x @ self.weight + self.bias, dim=-1)
 
     def extra_repr(self) -> str:
@@ -54,7 +62,7 @@ class LowRankMap(nn.Module):
         self.in_features, self.out_features = len(down), up.shape[1]
 
     def forward(self, features: Tensor) -> Tensor:
-        x = normalize(features.to(self.down.dtype), dim=-1)
+        x = unit(features, self.down.dtype)
         return normalize(x @ self.down @ self.up + self.bias, dim=-1)
 
     def extra_repr(self) -> str:
@@ -85,7 +93,7 @@ class ResidualMap(nn.Module):
         self.in_features, self.out_features = weight.shape
 
     def forward(self, features: Tensor) -> Tensor:
-        p = normalize(features.to(self.weight.dtype), dim=-1) @ self.weight + self.bias
+        p = unit(features, self.weight.dtype) @ self.weight + self.bias
         return normalize(p + nn.functional.gelu(p @ self.hidden + self.hidden_bias) @ self.up, dim=-1)
 
     def extra_repr(self) -> str:

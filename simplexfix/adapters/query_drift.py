@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .._checks import check_features, check_integer, check_new_and_old, check_tensor
 from .._reference import unit_rows
 from .._states import CheckpointError, read_state, write_state
+from .._text import listed
 
 __all__ = ["QueryDrift"]
 
@@ -253,7 +254,7 @@ class QueryDrift(nn.Module):
         version = _check_version("version", version, least=1)
         at = (self.versions == version).nonzero()
         if not len(at):
-            there = _listed(self.versions.tolist())
+            there = listed(f"version {number}" for number in self.versions.tolist())
             raise ValueError(
                 f"no query was added for the step from version {version - 1} to version {version}, so its drift is "
                 f"unknown; steps with queries lead to {there}; update(new, old, version={version}) adds queries"
@@ -302,7 +303,3 @@ def _check_version(name: str, version: int, *, least: int = 0) -> int:
     if version < least:
         raise ValueError(f"{name} must be at least {least}: versions count from 0, got {version}")
     return version
-
-
-def _listed(versions: Iterable[int]) -> str:
-    return ", ".join(f"version {version}" for version in versions) or "no version"

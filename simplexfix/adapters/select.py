@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from .._checks import check_integer, check_name
+from ..compatibility.agreement import overlap
 from ..compatibility.statistics import Interval, check_confidence, percentiles
 from ..functional import cosine_topk
 from ..labelled import Ids, LabelledItems
@@ -299,26 +299,21 @@ class _HeldOut:
     def agreement_with(self, chain: Chain | None, new: int, old: int, ranking: int) -> NDArray[np.float64]:
         """[Q] overlap of the nearest items with those that another version finds by itself; None: of `old` alone."""
         found = self._rankings[old] if chain is None else self._nearest(chain, new, old)
-        return _overlap(found, self._rankings[ranking])
+        return overlap(found, self._rankings[ranking])
 
     def _agreement(self, chain: Chain, new: int, old: int) -> NDArray[np.float64]:
-        return _overlap(self._nearest(chain, new, old), self._rankings[new])
+        return overlap(self._nearest(chain, new, old), self._rankings[new])
 
-    def _nearest(self, chain: Chain, new: int, old: int) -> Tensor:
+    def _nearest(self, chain: Chain, new: int, old: int) -> NDArray[np.int64]:
         gallery = chain.gallery(old, self.searched[old])
-        return cosine_topk(chain.query(new, old, self.asking), gallery, self._k)[1]
+        places: NDArray[np.int64] = cosine_topk(chain.query(new, old, self.asking), gallery, self._k)[1].cpu().numpy()
+        return places
 
     def _hits(self, chain: Chain, new: int, old: int) -> NDArray[np.float64]:
         gallery = chain.gallery(old, self.searched[old])
         version = self._items.version(chain.query(new, old, self.asking), gallery)
         assert self._protocol.hits is not None
         return self._protocol.hits(version).astype(np.float64)
-
-
-def _overlap(found: Tensor, other: Tensor) -> NDArray[np.float64]:
-    """[Q] fraction of each row's entries that the other's row has, too."""
-    shared: NDArray[np.float64] = (found[:, :, None] == other[:, None, :]).any(2).double().mean(1).cpu().numpy()
-    return shared
 
 
 class _Judge:

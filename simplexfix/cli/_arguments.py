@@ -26,6 +26,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for name, (summary, add_arguments) in VERBS.items():
         add_arguments(verbs.add_parser(name, help=summary, description=summary))
     arguments, rest = parser.parse_known_args(argv)
+    if getattr(arguments, "agreement", None) is not None:
+        if arguments.protocol is not None or arguments.qrels is not None:
+            parser.error("--agreement is a protocol of its own: leave out --protocol and --qrels")
+        arguments.protocol = f"agreement@{arguments.agreement}"
     if "qrels" in arguments and arguments.protocol is None:
         arguments.protocol = "nearest_class_mean" if arguments.qrels is None else "ndcg@10"
     # argparse ends a list of positional arguments at the first option; those that follow belong to the list as well
@@ -218,6 +222,18 @@ def _gate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--new-model", type=Path, metavar="MODEL", help="the same of the model that is to replace it")
     parser.add_argument(
+        "--agreement",
+        type=_places,
+        nargs="?",
+        const=10,
+        metavar="K",
+        help="judge without labels, by how many of the K (10) items that a query by the new model finds in its own "
+        "gallery are found in the old one; OLD and NEW may be .npy files of [N, d] features of the same items",
+    )
+    parser.add_argument(
+        "--adapter", type=Path, metavar="FOLDER", help="of `simplexfix adapt`: it maps the new queries, as in service"
+    )
+    parser.add_argument(
         "--unconstrained", type=Path, help="features by a model trained without compatibility: for the tax"
     )
     parser.add_argument(
@@ -285,6 +301,12 @@ def _add_comparison(parser: argparse.ArgumentParser) -> None:
         metavar="LABEL",
         help="label of junk, whose items and queries are left out; may be repeated",
     )
+
+
+def _places(text: str) -> int:
+    if text.isdecimal() and 0 < int(text) < 10**6:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text}")
 
 
 def _seed(text: str) -> int:

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from .._files import write_whole
 from .._text import printable
 from ..adapters import Adapter
+from ..adapters.maps import unit
 from ..labelled import FeatureFileError, FeatureRows, load_vectors, map_array
 from ..models import EmbeddingModel, read_identity
 from ..models.identity import ADAPTED
@@ -59,7 +59,7 @@ def _inputs(arguments: argparse.Namespace) -> tuple[list[Any], NDArray[np.int64]
     if arguments.gallery:
         if arguments.old is not None:
             raise ValueError("--old is for queries: leave it out with --gallery")
-        return [rows], ids, lambda stored: normalize(adapter.gallery(stored).float(), dim=1)
+        return [rows], ids, lambda stored: unit(adapter.gallery(stored), torch.float32)
     if arguments.old is None:
         return [rows], ids, adapter
     old, _ = load_vectors(arguments.old)

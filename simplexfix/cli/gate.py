@@ -2,7 +2,7 @@
 
 Each of OLD and NEW is a file or folder that `VersionFeatures.load` reads, of one model, over the same items; with
 query_groups where rules are per group.  Without rules: the new queries must find more in the old gallery than the old
-ones did (ECC), at 95 % confidence.
+ones did (ECC), at 95 % confidence.  With --agreement no labels are needed.
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ import numpy as np
 from .._files import read_text, write_whole
 from .._text import printable
 from ..compatibility import DEFAULT_RULES, GateResult, Outcome, Rule, upgrade_gate
-from ..labelled import RelevanceJudgements, VersionFeatures
+from ..compatibility.unrelated import unrelated_remark
+from ..labelled import LabelledItems, RelevanceJudgements, VersionFeatures
 from ..retrieval.protocols import PROTOCOLS, read_protocol
+from ._features import read_rows
 from ._models import read_model
 from ._terminal import in_flags
 
 PASSED, FAILED, BAD_INPUT = 0, 1, 2
+DRAWN = 5_000  # queries of one file of items
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -50,7 +53,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _judge(arguments: argparse.Namespace) -> GateResult:
     rules = _rules(arguments)
-    read_protocol(arguments.protocol)
+    if arguments.agreement is None:
+        read_protocol(arguments.protocol)
+    if arguments.adapter is not None and arguments.new_model is not None:
+        raise ValueError("--adapter is the model that is to serve: leave out --new-model, or name both to `adapt`")
     judgements = None if arguments.qrels is None else RelevanceJudgements.load(arguments.qrels)
     if arguments.unconstrained is None and any(rule.kind == "max_tax" for rule in rules):
         raise ValueError(
@@ -59,7 +65,14 @@ def _judge(arguments: argparse.Namespace) -> GateResult:
     old, new, unconstrained = (
         None
         if path is None
-        else VersionFeatures.load(path, ignored_labels=arguments.ignored_labels, judgements=judgements)
+        else _items_alone(path, arguments.seed)
+        if path.suffix == ".npy" and arguments.agreement is not None
+        else VersionFeatures.load(
+            path,
+            ignored_labels=arguments.ignored_labels,
+            judgements=judgements,
+            needs_labels=arguments.agreement is None,
+        )
         for path in (arguments.old, arguments.new, arguments.unconstrained)
     )
     assert old is not None
@@ -68,15 +81,33 @@ def _judge(arguments: argparse.Namespace) -> GateResult:
         old = replace(old, fingerprint=read_model(arguments.old_model).fingerprint)
     if arguments.new_model is not None:
         new = replace(new, fingerprint=read_model(arguments.new_model).fingerprint)
+    adapted = None if arguments.adapter is None else _adapted(arguments.adapter, old, new)
     return upgrade_gate(
         old,
         new,
         rules,
         protocol=arguments.protocol,
         widths=arguments.widths,
+        adapted=adapted,
         unconstrained=unconstrained,
         generator=np.random.default_rng(arguments.seed),
     )
+
+
+def _items_alone(path: Path, seed: int) -> VersionFeatures:
+    """Each item of a file of features is searched for by drawn ones of them, which leave themselves out."""
+    rows, _ = read_rows(path)
+    count = len(rows)
+    drawn = np.sort(np.random.default_rng(seed).permutation(count)[:DRAWN])
+    items = LabelledItems.without_labels(len(drawn), count, query_ids=drawn, gallery_ids=np.arange(count))
+    return replace(VersionFeatures(items, rows.take(drawn), rows), name=path.stem, path=path)
+
+
+def _adapted(folder: Path, old: VersionFeatures, new: VersionFeatures) -> VersionFeatures:
+    from ..adapters import Adapter, adapted_version
+
+    adapter = Adapter.from_pretrained(folder)
+    return adapted_version(adapter, old, new, fingerprint=read_model(folder).fingerprint)
 
 
 def _rules(arguments: argparse.Namespace) -> list[Rule]:
@@ -163,8 +194,12 @@ def _counts(result: GateResult) -> str:
     return counts + absent + itself
 
 
+def _remarks(result: GateResult) -> list[str]:
+    return [unrelated_remark("the new queries in the old gallery")] if result.unrelated else []
+
+
 def _text(result: GateResult) -> str:
-    lines = [_counts(result), _scores(result)]
+    lines = [_counts(result), _scores(result), *_remarks(result)]
     for outcome in result.outcomes:
         lines.append(
             f"{'pass' if outcome.passed else 'FAIL'}  {printable(outcome.measured)}: {100 * outcome.value:.2f} % "
@@ -189,7 +224,7 @@ def _markdown(result: GateResult) -> str:
             "| --- | --- | ---: | --- | --- | --- |",
             *rows,
             "",
-            f"{_scores(result)}. {_counts(result)}.",
+            " ".join([f"{_scores(result)}. {_counts(result)}.", *_remarks(result)]),
             "",
             "",
         ]

@@ -1,5 +1,6 @@
 """Judging an upgrade: from features and labels only, without any training."""
 
+from .agreement import topk_agreement
 from .backfill import BackfillCurve, backfill_curve, mixed_topk
 from .criteria import (
     CompatibilityTable,
@@ -70,6 +71,7 @@ __all__ = [
     "negative_flip_rate",
     "positive_flip_rate",
     "randomization_test",
+    "topk_agreement",
     "upgrade_gate",
     "upgrade_threshold",
     "worst_regressions",

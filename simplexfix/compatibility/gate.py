@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,8 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._checks import check_name, check_number
+from .._text import listed
 from ..labelled import LabelledItems, VersionFeatures, check_versions
 from ..retrieval.protocols import Hits, Protocol, read_protocol
+from .agreement import agreement_protocol, read_agreement
 from .criteria import flips, mean_gain
 from .statistics import (
     Interval,
@@ -22,6 +24,7 @@ from .statistics import (
     exact_interval,
     paired_p_value,
 )
+from .unrelated import unrelated_pairs
 
 __all__ = ["DEFAULT_RULES", "GateResult", "Outcome", "Rule", "upgrade_gate"]
 
@@ -45,7 +48,9 @@ class Rule:
         max_tax     M(unconstrained queries and gallery) - M(new queries and gallery) <= limit
         min_recall  M(new queries, `gallery`) >= limit
 
-    A protocol that scores queries by numbers in [0, 1], such as "ndcg@10", breaks a query whose score falls.
+    A protocol that scores queries by numbers in [0, 1], such as "ndcg@10", breaks a query whose score falls.  With
+    "agreement@10" the score is the fraction of the 10 nearest items that the new model finds in a gallery of its own;
+    rules then are of the old gallery.
 
     Args:
         kind: one of these four.
@@ -160,16 +165,20 @@ class GateResult:
 
     Attributes:
         outcomes: one per rule, and per group where a rule asks for each.
-        scores: M by (queries, gallery): "old_on_old", "new_on_old" and, where a rule needed it, "new_on_new" and
-            "unconstrained".
+        scores: M by (queries, gallery): "old_on_old", "new_on_old" and, where a rule or `unrelated` needed it,
+            "new_on_new" and "unconstrained".
         queries, gallery: numbers of items.
         absent: queries with no relevant item in the gallery but themselves; they count as wrong, or score 0, for every
-            model.
-        unjudged: queries without a relevance judgement, which were left out; None where the items have labels.
+            model.  0 where agreement is the score.
+        unjudged: queries without a relevance judgement, which were left out; None where there are no judgements.
         bit_equal: of the old version and the new one, queries that have a gallery row of the same bits and no id that
             says so: most likely they find themselves.
         excluded: gallery items that are a query themselves, by their ids, and were left out of its search.
-        fingerprints: of the old model and of the new one, as their features had them; None where unknown.
+        unrelated: whether new queries find no more in the old gallery than chance does, though each model finds more in
+            its own: one item in as many as there are classes, or of agreement k in as many as there are items.  False
+            where an adapter maps them, and where there are relevance judgements.
+        fingerprints: of the old model and of the new one, or of the adapter with it, as their features had them; None
+            where unknown.
     """
 
     outcomes: tuple[Outcome, ...]
@@ -181,6 +190,7 @@ class GateResult:
     unjudged: int | None
     bit_equal: tuple[int, int]
     excluded: int
+    unrelated: bool = False
     fingerprints: tuple[str | None, str | None] = (None, None)
 
     @property
@@ -199,6 +209,7 @@ class GateResult:
             "queries_without_judgement": self.unjudged,
             "queries_in_gallery": {"left_out_by_id": self.excluded, "bit_equal": list(self.bit_equal)},
             "scores": dict(self.scores),
+            "unrelated_spaces": self.unrelated,
             "fingerprints": list(self.fingerprints),
             "rules": [outcome.as_dict() for outcome in self.outcomes],
         }
@@ -224,6 +235,7 @@ class GateResult:
                 unjudged=saved["queries_without_judgement"],
                 bit_equal=(bit_equal[0], bit_equal[1]),
                 excluded=found["left_out_by_id"],
+                unrelated=saved["unrelated_spaces"],
                 fingerprints=(fingerprints[0], fingerprints[1]),
             )
         except (KeyError, IndexError, TypeError) as error:
@@ -240,10 +252,17 @@ def upgrade_gate(
     *,
     protocol: str | Protocol = "nearest_class_mean",
     widths: str = "equal",
+    adapted: VersionFeatures | None = None,
     unconstrained: VersionFeatures | None = None,
     generator: np.random.Generator | None = None,
 ) -> GateResult:
-    """Judges an upgrade by rules, from features and labels alone.
+    """Judges an upgrade by rules, from features and labels alone, or from features alone.
+
+        score of (queries, gallery) = mean over queries of the protocol's hits
+        "agreement@k": | top-k(query, gallery) and top-k(new query, new gallery) | / k
+
+    Agreement needs no labels: how much of what a full re-extraction would find is found in the gallery as it is.  The
+    new gallery then is a sample that was re-extracted, and the old one the same items.
 
     Args:
         old: by the model in service.
@@ -251,9 +270,11 @@ def upgrade_gate(
             there are none, the classes are the groups; items with relevance judgements have no classes.
         rules: none given: `ecc` at 95 % confidence.
         protocol: "nearest_class_mean", "instance", a metric of the ranking such as "ndcg@10", or such an object, with
-            hits.
+            hits; or "agreement@10" or of another number.
         widths: "equal": features that are searched in each other must be of one width; "leading": the wider are cut to
             the leading dimensions of the narrower, as models made for it allow.
+        adapted: new queries and the old gallery as an adapter maps them (`simplexfix.adapters.adapted_version`), of the
+            same items, which then search and are searched in their place.
         unconstrained: by a model trained without compatibility, of the same items: what `max_tax` compares with.
         generator: of the bootstrap; None: `np.random.default_rng(0)`.
 
@@ -264,17 +285,28 @@ def upgrade_gate(
     Reference:
         docs/math.md; the criterion is that of Shen et al., "Towards Backward-Compatible Representation Learning", 2020.
     """
-    protocol = read_protocol(protocol, needs="hits")
-    find = protocol.hits
-    assert find is not None
+    k = read_agreement(protocol)
+    if k is None:
+        protocol = read_protocol(protocol, needs="hits")
     check_name("widths", widths, ("equal", "leading"))
     if not rules:
         raise ValueError("rules must hold at least one rule")
-    given = {"old": old, "new": new, "unconstrained": unconstrained}
-    roles = [role for role, version in given.items() if role != "unconstrained" or version is not None]
+    given = {"old": old, "new": new, "adapted": adapted, "unconstrained": unconstrained}
+    roles = [role for role, version in given.items() if role in ("old", "new") or version is not None]
     checked = check_versions([given[role] for role in roles], roles)  # type: ignore[misc]
     versions = dict(zip(roles, checked, strict=True))
     items = versions["old"].items
+    if k is not None:
+        elsewhere = next((rule for rule in rules if rule.gallery != "old"), None)
+        if elsewhere is not None:
+            raise ValueError(
+                f"{protocol} compares with the new gallery: a rule must ask of the old one, got kind "
+                f"{elsewhere.kind!r} of the {elsewhere.gallery} gallery"
+            )
+        protocol = agreement_protocol(versions["new"].pair(versions["new"], widths), k)
+    assert isinstance(protocol, Protocol)
+    find = protocol.hits
+    assert find is not None
     groups = _groups(items) if any(rule.group is not None for rule in rules) else np.empty(0, dtype=str)
     # of one seed for each outcome: it must not depend on what other rules there are
     seed = int(check_generator(generator).integers(2**63))
@@ -286,6 +318,8 @@ def upgrade_gate(
         if name not in found:
             if searcher not in versions:
                 raise ValueError("a rule of kind 'max_tax' needs features of an unconstrained model")
+            if "adapted" in versions and name == "new_on_old":
+                searcher = searched = "adapted"
             found[name] = find(versions[searched].pair(versions[searcher], widths))
         return found[name]
 
@@ -299,17 +333,20 @@ def upgrade_gate(
             pair = before, hits("new", rule.gallery or "old")
         for group, members in _members(rule, groups):
             outcomes.append(_judge(rule, group, pair[0][members], pair[1][members], np.random.default_rng(seed)))
+    chance = _chance(items, k)
+    unrelated = adapted is None and chance is not None and _are_unrelated(hits, chance, seed)
     return GateResult(
         outcomes=tuple(outcomes),
         scores={name: float(right.mean()) for name, right in found.items()},
         protocol=protocol.name,
         queries=len(items.query_rows),
         gallery=len(items.gallery_rows),
-        absent=int((items.num_relevant == 0).sum()),
+        absent=0 if k is not None else int((items.num_relevant == 0).sum()),
         unjudged=items.num_unjudged,
         bit_equal=(versions["old"].bit_equal, versions["new"].bit_equal),
         excluded=int((items.excluded >= 0).sum()),
-        fingerprints=(versions["old"].fingerprint, versions["new"].fingerprint),
+        unrelated=unrelated,
+        fingerprints=(versions["old"].fingerprint, (versions.get("adapted") or versions["new"]).fingerprint),
     )
 
 
@@ -350,13 +387,32 @@ def _judge(rule: Rule, group: str | None, before: Hits, after: Hits, generator: 
     return Outcome(rule, group, count, value, interval.low, interval.high, p_value, margin, passed)
 
 
+def _chance(items: LabelledItems, k: int | None) -> float | None:
+    """What queries score that find items at random; None where that is not known."""
+    if k is not None:
+        return k / len(items.gallery_rows)
+    return 1 / len(items.gallery_classes.ids) if items.has_labels else None
+
+
+def _are_unrelated(hits: Callable[[str, str], Hits], chance: float, seed: int) -> bool:
+    def low(searcher: str, searched: str) -> float:
+        return bootstrap_interval(hits(searcher, searched), generator=np.random.default_rng(seed)).low
+
+    ends = np.array([[low("old", "old"), np.nan], [low("new", "old"), np.inf]])
+    if not unrelated_pairs(ends, chance):  # the new gallery need not be searched
+        return False
+    ends[1, 1] = low("new", "new")
+    return bool(unrelated_pairs(ends, chance))
+
+
 def _groups(items: LabelledItems) -> NDArray[np.str_]:
     if items.query_groups is not None:
         return items.query_groups.astype(str)
     if items.label_names is not None:
         return np.array(items.label_names)[items.query_labels]
-    if items.judgements is not None:
-        raise ValueError("a rule for groups needs query_groups: items with relevance judgements have no classes")
+    if not items.has_labels:
+        what = "have no classes" if items.judgements is None else "with relevance judgements have no classes"
+        raise ValueError(f"a rule for groups needs query_groups: items {what}")
     return items.query_labels.astype(str)
 
 
@@ -366,8 +422,7 @@ def _members(rule: Rule, groups: NDArray[np.str_]) -> list[tuple[str | None, NDA
     names = sorted(set(groups.tolist()))
     if rule.group != EACH_GROUP:
         if rule.group not in names:
-            shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-            raise ValueError(f"there is no group {rule.group!r}; groups of queries are {shown}")
+            raise ValueError(f"there is no group {rule.group!r}; groups of queries are {listed(names)}")
         names = [rule.group]
     return [(name, groups == name) for name in names]
 

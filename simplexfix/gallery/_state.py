@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 from .._checks import check_number
+from .._text import listed
 from ..compatibility import GateResult, ThresholdMove
 from ..models import ModelIdentity
 
@@ -193,7 +194,8 @@ def set_thresholds(state: State, given: Thresholds) -> State:
     for pair, value in given.items():
         if not isinstance(pair, tuple) or len(pair) != 2 or pair[0] not in live or pair[1] not in live:
             raise ValueError(
-                f"thresholds must have pairs (query version, vector version) of {_listed(live)} as keys, got {pair!r}"
+                f"thresholds must have pairs (query version, vector version) of {listed(sorted(live))} as keys, "
+                f"got {pair!r}"
             )
         number = value.after.threshold if isinstance(value, ThresholdMove) else value
         if number is not None:
@@ -236,7 +238,7 @@ def retire(state: State, version: int, rows: Mapping[int, int]) -> State:
         ValueError: there is no such version, it serves, it is retired, or rows are of it.
     """
     if version not in state.models:
-        raise ValueError(f"there is no version {version} in this gallery, which has {_listed(state.models)}")
+        raise ValueError(f"there is no version {version} in this gallery, which has {listed(sorted(state.models))}")
     member = state.models[version]
     if member.standing == RETIRED:
         raise ValueError(f"{_named(member.identity)} is retired already")
@@ -310,7 +312,3 @@ def _not_a_member(state: State, model: ModelIdentity) -> list[str]:
 
 def _named(model: ModelIdentity) -> str:
     return f"version {model.version}" + (f" ({model.name})" if model.name else "")
-
-
-def _listed(versions: Mapping[int, Any]) -> str:
-    return ", ".join(map(str, sorted(versions)))

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .._checks import check_features
+from .._text import listed
 
 __all__ = [
     "Ids",
@@ -255,7 +256,7 @@ def _of_arrow(name: str, column: Any) -> NDArray[Any]:
         return np.empty(0, dtype=np.int64)
     widths = {array.shape[1:] for array in arrays}
     if len(widths) > 1:
-        raise ValueError(f"{name} holds vectors of unlike lengths, {_listed(sorted(w[0] for w in widths if w))}")
+        raise ValueError(f"{name} holds vectors of unlike lengths, {listed(sorted(w[0] for w in widths if w))}")
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
@@ -294,7 +295,7 @@ def _stacked(name: str, array: NDArray[Any]) -> NDArray[Any]:
     if array.ndim != 1:
         kinds = {type(cell).__name__ for cell in array.ravel() if not isinstance(cell, (int, float))}
         raise TypeError(
-            f"{name} must be floating numbers, got Python objects, {_listed(sorted(kinds))}; "
+            f"{name} must be floating numbers, got Python objects, {listed(sorted(kinds))}; "
             f"pass the columns of numbers, {name}.astype(np.float32)"
         )
     rows: list[NDArray[Any]] = []
@@ -354,7 +355,7 @@ def _plain(name: str, array: NDArray[Any]) -> NDArray[Any]:
 
 def _describe(array: NDArray[Any]) -> str:
     if array.dtype.names:
-        return f"a structured array with fields {_listed(array.dtype.names)}"
+        return f"a structured array with fields {listed(array.dtype.names)}"
     if array.dtype.name.startswith("void"):
         return f"{array.dtype.str}, raw bytes, which NumPy's files hold of bfloat16 and float8 arrays of ml_dtypes"
     return "text" if array.dtype.kind in "US" else str(array.dtype)
@@ -370,7 +371,3 @@ def _label_remedy(name: str, array: NDArray[Any]) -> str:
     if array.dtype.kind in "fV":
         return f"{name}.astype(np.int64) where they are whole"
     return f"np.unique({name}, return_inverse=True)[1] numbers what is there"
-
-
-def _listed(values: Sequence[Any]) -> str:
-    return ", ".join(map(str, values[:8])) + (", ..." if len(values) > 8 else "")

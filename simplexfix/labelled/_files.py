@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .._text import listed
 from ._columns import read_ids
 from ._rows import FeatureRows
 
@@ -37,6 +38,7 @@ class _Form(NamedTuple):
 VERSION = _Form("a version", REQUIRED, KEYS)
 # where judgements take the place of labels
 JUDGED = _Form("a version", ("query", "gallery", "query_ids", "gallery_ids"), KEYS)
+FEATURES = _Form("a version", ("query", "gallery"), KEYS)
 _VECTORS = _Form("a file of vectors", ("vectors",), ("vectors", "ids"))
 # columns of .parquet, and the end of the key that each stands for
 _COLUMNS = {"label": "labels", "item_id": "ids", "group": "groups"}
@@ -56,7 +58,7 @@ def read_arrays(path: Path, form: _Form = VERSION) -> Mapping[str, Any]:
     """The arrays of a version's file by their keys, unchecked; those of `.npy` are read-only maps.
 
     Args:
-        form: `VERSION`, or `JUDGED` for one without labels.
+        form: `VERSION`, `JUDGED` for one that must have ids and no labels, or `FEATURES` for one that may lack both.
 
     Raises:
         OSError, FeatureFileError, ModuleNotFoundError: as `VersionFeatures.load`.
@@ -175,7 +177,7 @@ def find_versions(folder: str | os.PathLike[str]) -> list[Path]:
     if not found:
         raise FeatureFileError(
             f"{folder} holds no versions: neither .npz, .safetensors or .parquet files, nor folders of .npy or "
-            f".parquet files; it holds {_listed(path.name for path in entries)}"
+            f".parquet files; it holds {listed(sorted(path.name for path in entries))}"
         )
     found.sort(key=_natural)
     for first, second in itertools.pairwise(found):
@@ -202,14 +204,9 @@ def _check_complete(path: Path, form: _Form, keys: Iterable[str], held: Iterable
     missing = [key for key in form.required if key not in found]
     if missing:
         raise FeatureFileError(
-            f"{path}: no {', '.join(missing)}; it holds {_listed(held)}; "
+            f"{path}: no {', '.join(missing)}; it holds {listed(sorted(held))}; "
             f"{form.what} needs the arrays {', '.join(form.required)}"
         )
-
-
-def _listed(names: Iterable[str]) -> str:
-    ordered = sorted(names)
-    return (", ".join(ordered[:12]) + (", ..." if len(ordered) > 12 else "")) or "nothing"
 
 
 def _read_folder(path: Path, form: _Form) -> dict[str, NDArray[Any]]:
@@ -299,7 +296,7 @@ def _read_parquet(path: Path, required: Sequence[str]) -> dict[str, Any]:
         missing = [part for part in PARTS if not (path / f"{part}.parquet").is_file()]
         if missing:
             raise FeatureFileError(
-                f"{path}: no {missing[0]}.parquet; it holds {_listed(entry.name for entry in path.iterdir())}"
+                f"{path}: no {missing[0]}.parquet; it holds {listed(sorted(entry.name for entry in path.iterdir()))}"
             )
         tables = {part: _read_table(path / f"{part}.parquet") for part in PARTS}
     else:
@@ -313,7 +310,9 @@ def _read_parquet(path: Path, required: Sequence[str]) -> dict[str, Any]:
                 arrays[f"{part}_{end}"] = table[column]
         for column, end in _COLUMNS.items():
             if f"{part}_{end}" in required and column not in table.column_names:
-                raise FeatureFileError(f"{path}: {part} has no column {column}; it has {_listed(table.column_names)}")
+                raise FeatureFileError(
+                    f"{path}: {part} has no column {column}; it has {listed(sorted(table.column_names))}"
+                )
     arrays.pop("gallery_groups", None)
     return arrays
 
@@ -331,12 +330,12 @@ def _by_split(path: Path, table: Any) -> dict[str, Any]:
     if _SPLIT not in table.column_names:
         raise FeatureFileError(
             f"{path}: no column {_SPLIT}, which says query or gallery of each row; it has "
-            f"{_listed(table.column_names)}; or save query.parquet and gallery.parquet in one folder"
+            f"{listed(sorted(table.column_names))}; or save query.parquet and gallery.parquet in one folder"
         )
     values = np.asarray(table[_SPLIT].to_pylist(), dtype=object)
     others = sorted({str(value) for value in values} - set(PARTS))
     if others:
-        raise FeatureFileError(f"{path}: column {_SPLIT} must be query or gallery in each row, got {_listed(others)}")
+        raise FeatureFileError(f"{path}: column {_SPLIT} must be query or gallery in each row, got {listed(others)}")
     return {part: table.take(np.flatnonzero(values == part)) for part in PARTS}
 
 
@@ -354,8 +353,9 @@ def _vector_column(path: Path, part: str, table: Any) -> str:
     if _VECTOR in lists:
         return _VECTOR
     if lists:
-        raise FeatureFileError(f"{path}: {part} has several columns of lists, {_listed(lists)}: call one {_VECTOR}")
+        names = listed(sorted(lists))
+        raise FeatureFileError(f"{path}: {part} has several columns of lists, {names}: call one {_VECTOR}")
     raise FeatureFileError(
         f"{path}: {part} has no column of lists of numbers, which would be its features; it has "
-        f"{_listed(table.column_names)}"
+        f"{listed(sorted(table.column_names))}"
     )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from .._checks import check_integer
 from ._columns import Ids, Rows, check_unique, code_names, read_column
 from ._judgements import JudgedPairs, RelevanceJudgements, id_names
 from ._rows import FeatureRows
@@ -46,7 +47,8 @@ class LabelledItems:
     A query that is in the gallery itself is named by ids: the gallery item with the query's id is left out of its
     search, of the mean of its class, and of every count (leave-one-out).
 
-    `from_judgements` makes items that have relevance judgements in place of labels.
+    `from_judgements` makes items that have relevance judgements in place of labels, `without_labels` items that have
+    neither.
 
     Args:
         query_labels: [Q] integers, any that int64 holds, or names; Q >= 1.
@@ -58,7 +60,7 @@ class LabelledItems:
 
     Attributes:
         query_labels, gallery_labels: [Q], [N] int64, of what is not ignored, as all that follows.  ValueError where
-            there are judgements in place of labels.
+            there are none.
         label_names, id_names: the names that labels, and ids, number; None where they were integers.
         query_ids, gallery_ids: int64, or None.
         query_groups: [Q] integers or strings, or None.
@@ -66,8 +68,8 @@ class LabelledItems:
         query_rows, gallery_rows: [Q], [N] int64, the rows of these items among those that were given.
         given: how many queries and gallery items were given, the ignored ones among them.
         ignored_labels: as given, in ascending order.
-        judgements: in place of labels; None where there are labels.
-        judged: the judged pairs of these items; None where there are labels.
+        judgements: in place of labels; None where there are none.
+        judged: the judged pairs of these items; None where there are none.
 
     Raises:
         TypeError: labels, ids or groups of another kind.
@@ -98,18 +100,9 @@ class LabelledItems:
         labels = _pair("labels", query_labels, gallery_labels, _WHY_LABELS)
         if not len(labels[0]):
             raise ValueError("query_labels is empty: there must be at least one query")
-        self._query_labels, self._gallery_labels, self.label_names = labels
         self._set_rows(len(labels[0]), len(labels[1]))
-        if (query_ids is None) != (gallery_ids is None):
-            given, missing = ("gallery_ids", "query_ids") if query_ids is None else ("query_ids", "gallery_ids")
-            raise ValueError(
-                f"{given} without {missing}: both say which gallery item is the query itself; pass neither"
-            )
-        if query_ids is not None:
-            self.query_ids, self.gallery_ids, self.id_names = _pair("ids", query_ids, gallery_ids, _WHY_IDS)
-            _check_length("query", self.given[0], "query_ids", self.query_ids)
-            _check_length("gallery", self.given[1], "gallery_ids", self.gallery_ids)
-            check_unique("gallery_ids", self.gallery_ids)
+        self._query_labels, self._gallery_labels, self.label_names = labels
+        self._set_ids(query_ids, gallery_ids)
         self._set_groups(query_groups)
         self._keep(None, None)
         if len(ignored_labels):
@@ -145,7 +138,6 @@ class LabelledItems:
             id_names(read_column(name, ids, _WHY_IDS))
             for name, ids in (("query_ids", query_ids), ("gallery_ids", gallery_ids))
         )
-        items._query_labels = items._gallery_labels = items.label_names = None
         items._set_rows(len(queries), len(gallery))
         items.query_ids, items.gallery_ids, items.id_names = code_names("query_ids", queries, "gallery_ids", gallery)
         for name, codes in (("query_ids", items.query_ids), ("gallery_ids", items.gallery_ids)):
@@ -162,6 +154,39 @@ class LabelledItems:
                 "query itself and is left out; if ids of queries and items are counted apart, put a prefix before one"
             )
         return items
+
+    @classmethod
+    def without_labels(
+        cls,
+        num_queries: int,
+        num_gallery: int,
+        *,
+        query_ids: Ids | None = None,
+        gallery_ids: Ids | None = None,
+        query_groups: Ids | None = None,
+    ) -> LabelledItems:
+        """Queries and gallery items of which nothing is known but, maybe, ids and groups.
+
+        Args:
+            num_queries, num_gallery: Q and N, at least 1.
+            query_ids, gallery_ids, query_groups: as of `LabelledItems`.
+
+        Raises:
+            TypeError, ValueError: as `LabelledItems`; fewer than 1 item.
+        """
+        for name, count in (("num_queries", num_queries), ("num_gallery", num_gallery)):
+            if check_integer(name, count) < 1:
+                raise ValueError(f"{name} must be at least 1, got {count}")
+        items = cls.__new__(cls)
+        items._set_rows(num_queries, num_gallery)
+        items._set_ids(query_ids, gallery_ids)
+        items._set_groups(query_groups)
+        items._keep(None, None)
+        return items
+
+    @property
+    def has_labels(self) -> bool:
+        return self._query_labels is not None
 
     @property
     def query_labels(self) -> NDArray[np.int64]:
@@ -200,12 +225,15 @@ class LabelledItems:
 
         prefix = "" if name is None else f"{name}."
         parts = []
-        column = "labels" if self.judgements is None else "ids"
+        column = "labels" if self.has_labels else "ids"
         for part, rows in (("query", query), ("gallery", gallery)):
             features = FeatureRows(f"{prefix}{part}", rows)
             count, kept = (self.given[0], self.query_rows) if part == "query" else (self.given[1], self.gallery_rows)
             if len(features) != count:
-                raise ValueError(f"{features.name} has {len(features)} rows, {part}_{column} has shape [{count}]")
+                expected = f"{part}_{column} has shape [{count}]"
+                if not self.has_labels and self.gallery_ids is None:
+                    expected = f"there are {count} such items"
+                raise ValueError(f"{features.name} has {len(features)} rows, {expected}")
             parts.append(features if len(kept) == count else features.take(kept))
         widths = read_prefixes(prefixes, parts[0].width)
         return VersionFeatures(self, parts[0], parts[1], name, prefixes=widths, fingerprint=fingerprint)
@@ -262,6 +290,8 @@ class LabelledItems:
         return self.judged.find(places)
 
     def _labels(self, labels: NDArray[np.int64] | None) -> NDArray[np.int64]:
+        if labels is None and self.judgements is None:
+            raise ValueError("these items have no labels, which this needs; protocol 'agreement@10' needs none")
         if labels is None:
             raise ValueError(
                 "these items have relevance judgements in place of labels, which this needs; protocols of a ranking, "
@@ -270,12 +300,25 @@ class LabelledItems:
         return labels
 
     def _set_rows(self, queries: int, gallery: int) -> None:
-        """As many items as were given, without ids, groups or judgements."""
+        """As many items as were given, without labels, ids, groups or judgements."""
+        self._query_labels = self._gallery_labels = self.label_names = None
         self.query_ids = self.gallery_ids = self.id_names = None
         self.judgements = self.judged = None
         self.ignored_labels = ()
         self.given = queries, gallery
         self.query_rows, self.gallery_rows = (np.arange(count) for count in self.given)
+
+    def _set_ids(self, query_ids: Ids | None, gallery_ids: Ids | None) -> None:
+        if (query_ids is None) != (gallery_ids is None):
+            given, missing = ("gallery_ids", "query_ids") if query_ids is None else ("query_ids", "gallery_ids")
+            raise ValueError(
+                f"{given} without {missing}: both say which gallery item is the query itself; pass neither"
+            )
+        if query_ids is not None and gallery_ids is not None:
+            self.query_ids, self.gallery_ids, self.id_names = _pair("ids", query_ids, gallery_ids, _WHY_IDS)
+            _check_length("query", self.given[0], "query_ids", self.query_ids)
+            _check_length("gallery", self.given[1], "gallery_ids", self.gallery_ids)
+            check_unique("gallery_ids", self.gallery_ids)
 
     def _set_groups(self, query_groups: Ids | None) -> None:
         self.query_groups = None
@@ -294,6 +337,8 @@ class LabelledItems:
     def _ignore(self, labels: Sequence[int | str]) -> None:
         if self.judgements is not None:
             raise ValueError("ignored_labels needs labels, and these items have relevance judgements in their place")
+        if not self.has_labels:
+            raise ValueError("ignored_labels needs labels, and these items have none")
         numbers = [self._number(label) for label in labels]
         for label, number in zip(labels, numbers, strict=True):
             if not (self.query_labels == number).any() and not (self.gallery_labels == number).any():

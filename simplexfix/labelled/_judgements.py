@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._files import read_text
+from .._text import listed
 from ._columns import Ids, read_column, read_integers
 
 __all__ = ["JudgedPairs", "RelevanceJudgements", "id_names"]
@@ -73,12 +74,17 @@ class RelevanceJudgements:
         """Reads a file of BEIR (tabs, a header query-id, corpus-id, score) or TREC (query, iteration, item, grade).
 
         Raises:
-            OSError: it cannot be read.
+            FileNotFoundError, OSError: it is not there, or cannot be read.
             ValueError: it is neither, a grade is no integer, or a pair is judged twice; by file and line.
         """
         path = Path(path)
         try:
             text = read_text(path)
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"{path} is not there; expected a file of relevance judgements: of BEIR, with tabs and a header "
+                "query-id, corpus-id, score, or of TREC, with query, iteration, item and grade on each line"
+            ) from None
         except ValueError as error:
             raise ValueError(f"{path} cannot be read as relevance judgements: {error}") from None
         lines = [(at, line.rstrip("\r")) for at, line in enumerate(text.split("\n"), 1) if line.strip()]
@@ -148,11 +154,10 @@ class JudgedPairs:
             at = np.array([row_of.get(name, -1) for name in ids.tolist()], dtype=np.int64)
             absent = list(dict.fromkeys(ids[at < 0].tolist()))
             if absent:
-                shown = ", ".join(map(repr, absent[:8])) + (", ..." if len(absent) > 8 else "")
                 raise ValueError(
-                    f"{judgements.source} judges {len(absent)} ids that no row of {part}_ids has: {shown}; "
-                    f"{part}_ids are {', '.join(map(repr, rows[:3].tolist()))}, ...; remove the judgements, or add the "
-                    "rows"
+                    f"{judgements.source} judges {len(absent)} ids that no row of {part}_ids has: "
+                    f"{listed(map(repr, absent))}; {part}_ids are {', '.join(map(repr, rows[:3].tolist()))}, ...; "
+                    "remove the judgements, or add the rows"
                 )
             places.append(at)
         return cls._sorted(places[0], places[1], judgements.grades, len(query_ids), len(gallery_ids))

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .._checks import check_name
 from ._columns import Ids, read_integers
-from ._files import JUDGED, VERSION, FeatureFileError, read_arrays
+from ._files import FEATURES, JUDGED, VERSION, FeatureFileError, read_arrays
 from ._items import LabelledItems
 from ._judgements import RelevanceJudgements
 from ._rows import FeatureRows
@@ -51,6 +52,7 @@ class VersionFeatures:
         name: str | None = None,
         ignored_labels: Sequence[int | str] = (),
         judgements: RelevanceJudgements | None = None,
+        needs_labels: bool = True,
     ) -> VersionFeatures:
         """Reads and checks the features, labels, ids and groups of one version: docs/formats.md.
 
@@ -62,6 +64,7 @@ class VersionFeatures:
             name: None: that of the file without its suffix.
             ignored_labels: as of `LabelledItems`.
             judgements: in place of labels, which are not read then; the file must hold the ids of queries and gallery.
+            needs_labels: False: a file without labels is read as well, for `upgrade_gate` by agreement.
 
         Raises:
             FileNotFoundError, OSError: it cannot be opened.
@@ -70,22 +73,11 @@ class VersionFeatures:
             ModuleNotFoundError: the package for `.safetensors`, or pyarrow for `.parquet`, is not installed.
         """
         path = Path(path)
-        arrays = read_arrays(path, VERSION if judgements is None else JUDGED)
+        form = JUDGED if judgements is not None else VERSION if needs_labels else FEATURES
+        arrays = read_arrays(path, form)
         try:
-            if judgements is None:
-                items = LabelledItems(
-                    arrays["query_labels"],
-                    arrays["gallery_labels"],
-                    query_ids=arrays.get("query_ids"),
-                    gallery_ids=arrays.get("gallery_ids"),
-                    query_groups=arrays.get("query_groups"),
-                    ignored_labels=ignored_labels,
-                )
-            else:
-                items = LabelledItems.from_judgements(
-                    judgements, arrays["query_ids"], arrays["gallery_ids"], query_groups=arrays.get("query_groups")
-                )
-                items = items.ignoring(ignored_labels) if len(ignored_labels) else items
+            items = _items_of(arrays, judgements)
+            items = items.ignoring(ignored_labels) if len(ignored_labels) else items
             version = items.version(arrays["query"], arrays["gallery"], prefixes=arrays.get("prefixes", ()))
             for part in (version.query, version.gallery):
                 if not len(part.rows):
@@ -187,6 +179,22 @@ class VersionFeatures:
         return replace(self, query=query, gallery=gallery, name=role)
 
 
+def _items_of(arrays: Mapping[str, Any], judgements: RelevanceJudgements | None) -> LabelledItems:
+    """The items of a version's arrays."""
+    if judgements is not None:
+        return LabelledItems.from_judgements(
+            judgements, arrays["query_ids"], arrays["gallery_ids"], query_groups=arrays.get("query_groups")
+        )
+    optional: dict[str, Any] = {name: arrays.get(name) for name in ("query_ids", "gallery_ids", "query_groups")}
+    labels = [arrays[name] for name in ("query_labels", "gallery_labels") if name in arrays]
+    if len(labels) == 2:
+        return LabelledItems(*labels, **optional)
+    if labels:
+        raise ValueError("query_labels and gallery_labels must both be there, or neither")
+    queries, gallery = (len(FeatureRows(part, arrays[part])) for part in ("query", "gallery"))
+    return LabelledItems.without_labels(queries, gallery, **optional)
+
+
 def ignoring(versions: Sequence[VersionFeatures], labels: Sequence[int | str]) -> list[VersionFeatures]:
     """Versions of the same items without those of some classes."""
     old = versions[0].items
@@ -252,9 +260,12 @@ def _check_same_items(first: VersionFeatures, other: VersionFeatures) -> None:
     if a.judgements != b.judgements:
         kinds = ["labels" if items.judgements is None else items.judgements.source for items in (a, b)]
         raise ValueError(f"{both} must have the same labels or relevance judgements, got {kinds[0]} and {kinds[1]}")
+    for part, counts in zip(("queries", "gallery items"), zip(a.given, b.given, strict=True), strict=True):
+        if counts[0] != counts[1] and not (a.has_labels and b.has_labels):
+            raise ValueError(f"{both} must be of the same items, got {counts[0]} and {counts[1]} {part}")
     for kind in ("label", "id") if a.judgements is None else ("id",):
         for name in (f"query_{kind}s", f"gallery_{kind}s"):
-            x, y = getattr(a, name), getattr(b, name)
+            x, y = (getattr(items, f"_{name}" if kind == "label" else name) for items in (a, b))
             if x is None or y is None:
                 continue
             if x.shape != y.shape:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._checks import check_fraction, check_integer, check_name, check_number, check_positive, check_target
 from .._reference import accumulate_dtype, no_autocast
+from .._text import listed
 from ..models import EmbeddingModel, OCAHead
 from ..models.linear import check_known
 from ..models.oca import ROTATIONS, OCAObjective
@@ -160,10 +161,9 @@ class OCA:
         counts = torch.bincount(labels, minlength=len(objective.prototypes))
         missing = (counts == 0).nonzero()[:, 0].tolist()
         if missing:
-            shown = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
             raise ValueError(
-                f"OCA needs an item of every class for its prototypes, and {len(missing)} have none ({shown}): keep a "
-                "memory of earlier classes"
+                f"OCA needs an item of every class for its prototypes, and {len(missing)} have none "
+                f"({listed(missing)}): keep a memory of earlier classes"
             )
         sums = torch.zeros(objective.prototypes.shape, dtype=torch.float64)  # on the CPU the order of a sum is fixed
         sums.index_add_(0, labels, embeddings.double())

@@ -30,6 +30,7 @@ from ..compatibility.orders import ORDERS
 from ..compatibility.pairs import PairReport, compare_pairs
 from ..compatibility.regressions import Regression, worst_regressions
 from ..compatibility.statistics import bootstrap_cells, bootstrap_gain, check_confidence, paired_p_value
+from ..compatibility.unrelated import unrelated_pairs, unrelated_remark
 from ..labelled import LabelledItems, VersionFeatures, check_versions, ignoring
 from ..retrieval.protocols import PROTOCOLS, Hits, Protocol, read_scored_protocol
 from .verdict import Verdict, verdict
@@ -283,10 +284,7 @@ class EvaluationReport:
         unrelated = self._unrelated
         if unrelated:
             pairs = ", ".join(f"{self.names[i]} in the gallery of {self.names[j]}" for i, j in unrelated)
-            found.append(
-                f"The scores of {pairs} are at chance, and those of each version in its own gallery are not: the "
-                "spaces are unrelated. simplexfix adapt fits a map between them."
-            )
+            found.append(unrelated_remark(pairs))
         return tuple(found)
 
     @property
@@ -294,9 +292,7 @@ class EvaluationReport:
         """Pairs (new, old) that find no more than chance, one in C classes, where both versions alone find more."""
         if not self.counts.classes:
             return []
-        above = self.intervals[..., 0] > 1 / self.counts.classes
-        size = len(self.matrix)
-        return [(i, j) for i in range(size) for j in range(i) if above[i, i] and above[j, j] and not above[i, j]]
+        return unrelated_pairs(self.intervals[..., 0], 1 / self.counts.classes)
 
     @property
     def table(self) -> CompatibilityTable:

@@ -11,7 +11,7 @@ from .._checks import check_integer
 from ..functional import cosine_topk
 from ..labelled import LabelledItems, VersionFeatures, check_versions
 
-__all__ = ["RetrievalResults", "search_depth"]
+__all__ = ["RetrievalResults", "nearest_places", "search_depth"]
 
 # Of one search: 200 MB of ranking and 256 MB of queries, against the gallery's being normalised anew for each.
 _BLOCK_PLACES = 2**24
@@ -66,21 +66,11 @@ class RetrievalResults:
         """
         (version,) = check_versions([version], [""])
         pair = version.pair(version, "equal")
-        queries, gallery, items = pair.query, pair.gallery, pair.items
         if k is not None:
             k = check_integer("k", k)
             if k < 1:
                 raise ValueError(f"k must be at least 1, or None for the full ranking, got {k}")
-        depth = search_depth(items, k)
-        found = np.empty((len(queries), depth), dtype=np.float32)
-        places = np.empty((len(queries), depth), dtype=np.int64)
-        everything = gallery.whole()
-        rows = max(1, min(_BLOCK_PLACES // depth, _BLOCK_NUMBERS // queries.width))
-        for begin in range(0, len(queries), rows):
-            block = slice(begin, min(len(queries), begin + rows))
-            nearest = cosine_topk(queries.block_tensor(block.start, block.stop), everything, depth)
-            found[block], places[block] = (x.cpu().numpy() for x in nearest)
-        return cls.of_ranking(items, found, places)
+        return cls.of_ranking(pair.items, *_search(pair, search_depth(pair.items, k)))
 
     @classmethod
     def of_ranking(
@@ -144,6 +134,27 @@ class RetrievalResults:
         return f"RetrievalResults of {len(self)} queries, k={self.k}{' (full)' if self.is_full else ''}" + (
             f", {without} without a match" if without else ""
         )
+
+
+def nearest_places(pair: VersionFeatures, k: int) -> NDArray[np.int64]:
+    """[Q, k] places of the gallery items nearest to each query, without the query itself; -1 after the last."""
+    scores, places = _search(pair, search_depth(pair.items, k))
+    excluded = pair.items.excluded
+    return _leave_out(scores, places, excluded, places.shape[1] - int((excluded >= 0).any()))[1]
+
+
+def _search(pair: VersionFeatures, depth: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """[Q, depth] scores and places of a search by blocks of queries."""
+    queries = pair.query
+    found = np.empty((len(queries), depth), dtype=np.float32)
+    places = np.empty((len(queries), depth), dtype=np.int64)
+    everything = pair.gallery.whole()
+    rows = max(1, min(_BLOCK_PLACES // depth, _BLOCK_NUMBERS // queries.width))
+    for begin in range(0, len(queries), rows):
+        block = slice(begin, min(len(queries), begin + rows))
+        nearest = cosine_topk(queries.block_tensor(block.start, block.stop), everything, depth)
+        found[block], places[block] = (x.cpu().numpy() for x in nearest)
+    return found, places
 
 
 def search_depth(items: LabelledItems, k: int | None) -> int:

@@ -22,6 +22,8 @@ from simplexfix.adapters import (
     Slerp,
     WhitenedProcrustes,
     _paired,
+    fit_chain,
+    maps,
 )
 from simplexfix.polytopes import simplex_prototypes
 
@@ -44,6 +46,9 @@ MAPPED = (WhitenedProcrustes, SimplexJunction, HOCRefined)
 
 def name(method: AdapterMethod) -> str:
     return method.name
+
+
+LENGTHS = (1e-30, 1e-15, 1e15, 1e30)  # their squares leave float32
 
 
 def world(old: int = 10, new: int = 10, items: int = ITEMS, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -260,7 +265,7 @@ def test_alpha_0_is_the_old_system_and_1_the_adapted_one(method) -> None:
     old, new = torch.from_numpy(y), torch.from_numpy(x)
     plain = method.fit(y, x, labels=labels)
     before = Slerp(method, 0.0).fit(y, x, labels=labels)
-    assert torch.equal(before(new, old), normalize(plain.gallery(old)))
+    assert torch.equal(before(new, old), maps.unit(plain.gallery(old), torch.float32))
     assert torch.equal(Slerp(method, 1.0).fit(y, x, labels=labels)(new, old), plain(new))
 
 
@@ -352,3 +357,32 @@ def test_bad_queries() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             wrong()
+
+
+@pytest.mark.parametrize("method", METHODS, ids=name)
+def test_lengths_of_rows_have_no_part_in_it(method: AdapterMethod) -> None:
+    old, new, labels = world()
+    expected = method.fit(old, new, labels=labels)
+    both = expected.alpha is not None
+    given = [torch.from_numpy(rows) for rows in (new, old)]
+    lengths = torch.tensor(LENGTHS)[torch.arange(ITEMS) % len(LENGTHS), None]
+    scaled = [rows * lengths for rows in given]
+    # a fit of such rows: float32 rounds them otherwise, and Adam's steps with them
+    adapter = method.fit(*(rows.numpy() for rows in reversed(scaled)), labels=labels)
+    close = {"rtol": 0, "atol": 1e-3 if "steps" in method.described() else 1e-4}
+    query = expected(given[0], given[1] if both else None)
+    torch.testing.assert_close(adapter(given[0], given[1] if both else None), query, **close)
+    # and its application
+    torch.testing.assert_close(expected(scaled[0], scaled[1] if both else None), query, rtol=0, atol=1e-5)
+    if expected.maps_gallery:
+        torch.testing.assert_close(expected.gallery(scaled[1]), expected.gallery(given[1]), rtol=0, atol=1e-5)
+    zero = torch.zeros(1, new.shape[1]), torch.zeros(1, old.shape[1])
+    assert expected(zero[0], zero[1] if both else None).isfinite().all()
+
+
+def test_a_chain_searches_galleries_of_any_length() -> None:
+    old, new, _ = world()
+    chain = fit_chain(Procrustes(), [old, new])
+    rows = torch.from_numpy(old)
+    for length in LENGTHS:
+        torch.testing.assert_close(chain.gallery(0, rows * length), normalize(rows), rtol=0, atol=1e-6)

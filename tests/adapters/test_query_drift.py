@@ -134,7 +134,7 @@ def test_an_exhausted_loader_is_no_nan() -> None:
             call()
     with pytest.raises(ValueError, match="from version 1 to version 2"):
         drift.compensate(by_version[1], from_version=2, to_version=0)
-    with pytest.raises(ValueError, match="lead to no version"):
+    with pytest.raises(ValueError, match="lead to nothing"):
         QueryDrift(D).compensate(by_version[1], from_version=1, to_version=0)
 
 

@@ -103,6 +103,18 @@ def test_versions_bring_their_gallery_and_its_labels(files, capsys) -> None:
     assert json.loads(capsys.readouterr().out)["score"] == "AA, nearest_class_mean"
 
 
+def test_rows_of_any_length_are_embedded(files) -> None:
+    old, new, _ = world()
+    Procrustes().fit(old, new).save_pretrained(files / "a")
+    for name, rows, flags in (("new", new, []), ("old", old, ["--gallery"])):
+        for scale in (1, 1e-30, 1e30):
+            np.save(files / f"{name}.npy", rows * np.float32(scale))
+            assert (
+                main(["embed", str(files / "a"), str(files / f"{name}.npy"), str(files / f"{scale}.npy"), *flags]) == 0
+            )
+            np.testing.assert_allclose(np.load(files / f"{scale}.npy"), np.load(files / "1.npy"), atol=1e-5)
+
+
 def test_slerp_embeds_with_both_encoders(files, capsys) -> None:
     old, new, _ = world()
     adapter = Slerp(Procrustes(), 0.3).fit(old, new)

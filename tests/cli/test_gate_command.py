@@ -46,6 +46,32 @@ def test_a_compatible_upgrade_passes(files, capsys) -> None:
     assert "300 queries, 200 gallery items, nearest class mean" in text
     assert "pass  gain of the new queries on the old gallery" in text
     assert text.endswith("the upgrade passes\n")
+    assert "unrelated" not in text
+
+
+def test_unrelated_spaces_are_named_with_the_remedy(files, capsys, monkeypatch) -> None:
+    summary = files / "summary.md"
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
+    np.savez(files / "apart.npz", **features(4.0, np.roll(np.eye(WIDTH), 5, axis=1)))  # each class is another one's
+    for flags in ((), ("--agreement", "5")):
+        assert run(files, "apart.npz", *flags) == 1
+        text = capsys.readouterr().out
+        assert "the spaces are unrelated. simplexfix adapt fits a map between them." in text
+        assert "new on new" in text
+        assert run(files, "apart.npz", *flags, "--json") == 1
+        assert json.loads(capsys.readouterr().out)["unrelated_spaces"] is True
+    assert summary.read_text().count("simplexfix adapt fits a map") == 4
+    assert run(files, "better.npz", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["unrelated_spaces"] is False
+    assert set(report["scores"]) == {"old_on_old", "new_on_old"}
+    # one that scores at chance in its own gallery too is just bad
+    np.savez(files / "bad.npz", **{**features(4.0), **{
+        part: np.random.default_rng(count).normal(size=(count, WIDTH)).astype(np.float32)
+        for part, count in (("query", 300), ("gallery", 200))
+    }})  # fmt: skip
+    assert run(files, "bad.npz") == 1
+    assert "unrelated" not in capsys.readouterr().out
 
 
 def test_a_better_model_in_another_space_fails_for_the_right_reason(files) -> None:
