@@ -36,7 +36,7 @@ _AFTER_CTRL_C = {
     "demo": "nothing is kept; the same command starts again",
     "embed": "no file was written; the same command starts again",
     "evaluate": "no report was written; the same command starts again",
-    "gallery": "every call was applied completely or not at all; `backfill` resumes",
+    "gallery": "what was added or replaced stays; the same command goes on",
     "gate": "there is no verdict; the same command starts again",
     "train": "the same command resumes from the last checkpoint",
 }

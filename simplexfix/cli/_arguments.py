@@ -156,7 +156,6 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
 
 def _gallery(parser: argparse.ArgumentParser) -> None:
     model = "folder of a model, or .json file of an identity, as ModelIdentity.to_dict() gives it"
-    vectors = ".npz or .safetensors file or folder of .npy files, with vectors [n, d]{}; or a .parquet{} file"
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
 
     def action(name: str, summary: str) -> argparse.ArgumentParser:
@@ -169,9 +168,15 @@ def _gallery(parser: argparse.ArgumentParser) -> None:
     create.add_argument("--model", type=Path, required=True, help=model)
     create.add_argument("--threshold", type=float, metavar="T", help="least score of a match (default: none)")
     create.add_argument("--count-traffic", action="store_true", help="count searches, for backfill --order traffic")
-    add = action("add", "Adds vectors.")
-    add.add_argument("--payload", type=Path, metavar="FILE", help=".json list of objects, one for each vector")
-    search = action("search", "Searches vectors of all versions as one ranking.")
+    add = action("add", "Adds vectors, or images.")
+    add.add_argument(
+        "--payload",
+        type=Path,
+        metavar="FILE",
+        help=".json list of objects or .csv table, one for each vector in order; of images each has the path in the "
+        "folder, and may have the id",
+    )
+    search = action("search", "Searches rows of all versions as one ranking.")
     search.add_argument("-k", type=int, default=10, help="hits for each query (default: 10)")
     search.add_argument("--where", metavar="JSON", help='payload keys and their values, as {"shop": [1, 2]}')
     search.add_argument("--out", type=Path, metavar="FILE", help=".npz file for ids, scores, versions and thresholds")
@@ -189,17 +194,39 @@ def _gallery(parser: argparse.ArgumentParser) -> None:
         metavar="QUERIES:VECTORS=T",
         help="of queries of one version on vectors of another, as 1:0=0.35 or 0:1=none; may be repeated",
     )
-    backfill = action("backfill", "Replaces old vectors by those of a file; any number may run at once.")
+    backfill = action("backfill", "Replaces old vectors by those of the model that serves; any number may run at once.")
     backfill.add_argument("--order", choices=("random", "traffic"), default="random", help="(default: random)")
-    backfill.add_argument("--batch", type=int, default=256, metavar="N", help="rows at a time (default: 256)")
-    for part, also in ((add, (" and ids [n]", "")), (search, ("", " or .npy")), (backfill, (" and ids [n]", ""))):
-        part.add_argument("vectors", type=Path, metavar="FILE", help=vectors.format(*also))
-        part.add_argument("--model", type=Path, required=True, help=f"which made the vectors: {model}")
+    for part, ids, also in ((add, " and ids [n]", ""), (search, "", "; or an image"), (backfill, " and ids [n]", "")):
+        made = part.add_mutually_exclusive_group(required=True)
+        made.add_argument(
+            "--vectors",
+            type=Path,
+            metavar="FILE",
+            help=f"vectors [n, d] by the model{ids}: .npz, .safetensors or .parquet file, or folder of .npy files",
+        )
+        made.add_argument(
+            "--inputs",
+            type=Path,
+            metavar="PATH",
+            help=f"what the model embeds: a folder of images{also}; or a file of features as of --vectors",
+        )
+        part.add_argument("--model", type=Path, required=True, help=f"which made or makes the vectors: {model}")
+    for part, rows in ((add, "images"), (backfill, "rows")):
+        part.add_argument("--batch", type=_positive, default=256, metavar="N", help=f"{rows} at a time (default: 256)")
     action("rollback", "Makes the model before serve again, with its vectors.")
     retire = action("retire", "Deletes the kept vectors of a version for good.")
     retire.add_argument("version", type=int, metavar="VERSION", help="its number")
     action("pause", "Ends every backfill after its batch.")
     action("resume", "Lets backfills run again.")
+
+
+def _positive(text: str) -> int:
+    try:
+        if int(text) >= 1:
+            return int(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text}")
 
 
 def _threshold(text: str) -> tuple[tuple[int, int], float | None]:

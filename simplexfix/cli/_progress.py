@@ -12,7 +12,7 @@ from ..training import processes
 from ..training.loggers import Progress
 from ._terminal import console
 
-__all__ = ["bars", "progress_on"]
+__all__ = ["bars", "counted", "progress_on"]
 
 _SECONDS = 30.0  # between two lines of one stage
 
@@ -25,6 +25,35 @@ def progress_on(stream: TextIO) -> Iterator[Callable[[Progress], None]]:
         yield shown if processes.rank() == 0 else lambda progress: None
     finally:
         shown.close()
+
+
+@contextmanager
+def counted(stream: TextIO, what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal, a line now and then elsewhere, for a loop over rows.
+
+    Yields:
+        What takes the number of rows that are done.
+    """
+    if stream.isatty():
+        with bars(stream) as shown:
+            task = shown.add_task(what, total=total, figures="")
+            yield lambda done: shown.update(task, completed=done)
+        return
+    begun = clock = time.monotonic()
+    first: int | None = None
+
+    def line(done: int) -> None:
+        nonlocal clock, first
+        now = time.monotonic()
+        first = done if first is None else first
+        if now - clock < _SECONDS:
+            return
+        clock = now
+        speed = (done - first) / (now - begun)
+        left = "" if speed <= 0 else f", {timedelta(seconds=round((total - done) / speed))} left"
+        print(f"{what}: {done}/{total}, {speed:.0f} rows/s{left}", file=stream, flush=True)
+
+    yield line
 
 
 def bars(stream: TextIO) -> Any:

@@ -1,4 +1,4 @@
-"""Keeps a gallery through upgrades of its model: exit code 0, 1 where a backfill left rows, 2 on bad input."""
+"""Keeps a gallery through upgrades of its model: exit code 0, 1 where rows or images were left, 2 on bad input."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import argparse
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+import time
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -17,12 +16,19 @@ from numpy.typing import NDArray
 from .._files import read_text, write_whole
 from .._text import printable
 from ..compatibility import GateResult
+from ..data import find_images
+from ..data.image_files import SUFFIXES
 from ..gallery import Gallery, StoreError
 from ..labelled import load_vectors
+from ..models import ModelIdentity
+from ._embedder import Embedder
+from ._gallery_inputs import PATH, FileRows, FolderImages, image_items, is_images, payloads, read_table
 from ._models import read_model
-from ._progress import bars
+from ._progress import counted
 
 INCOMPLETE, BAD_INPUT = 1, 2
+_QUERIES = 256  # images in memory at a time
+_SECONDS = 1.0  # between two looks at how far all workers are
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -33,7 +39,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"simplexfix gallery {arguments.action}: {printable(str(text))}", file=sys.stderr)
         return BAD_INPUT
     print(json.dumps(result, indent=1) if arguments.json else _text(arguments, result))
-    return INCOMPLETE if arguments.action == "backfill" and result["stale"] else 0
+    left = {"add": "unreadable", "backfill": "stale"}.get(arguments.action)
+    return INCOMPLETE if left is not None and result[left] else 0
 
 
 def _create(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -47,27 +54,64 @@ def _create(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _add(arguments: argparse.Namespace) -> dict[str, Any]:
-    rows, ids = _vectors_with_ids(arguments.vectors)
-    payload = None
-    if arguments.payload is not None:
-        payload = _parsed(read_text(arguments.payload), str(arguments.payload))
-        if not isinstance(payload, list):
-            raise ValueError(f"{arguments.payload} must hold a list of objects, one for each vector")
+    embedder, model = _model(arguments)
     with Gallery.open(arguments.url) as gallery:
-        gallery.add(ids, rows.tensor(), model=read_model(arguments.model), payload=payload)
-        return {"added": len(ids), "rows": gallery.status()["rows"]}
+        if embedder is not None and is_images(arguments.inputs):
+            return _add_images(gallery, arguments, embedder)
+        rows = FileRows(arguments.vectors or arguments.inputs, embedder)
+        payload = None if arguments.payload is None else read_table(arguments.payload)
+        gallery.add(rows.ids, rows.all_vectors(), model=model, payload=payload)
+        return {"added": len(rows.ids), "there": 0, "unreadable": [], "rows": gallery.status()["rows"]}
+
+
+def _add_images(gallery: Gallery, arguments: argparse.Namespace, embedder: Embedder) -> dict[str, Any]:
+    """Batch by batch, each of which stays after an error or Ctrl-C."""
+    items, there = image_items(gallery, arguments.inputs, arguments.payload)
+    images, added = FolderImages(arguments.inputs, embedder, _complain), 0
+    with counted(sys.stderr, "add", len(items)) as show:
+        for begin in range(0, len(items), arguments.batch):
+            batch = items[begin : begin + arguments.batch]
+            kept, vectors = images.embed([item.payload[PATH] for item in batch])
+            ids, payload = [batch[at].id for at in kept], [batch[at].payload for at in kept]
+            gallery.add(ids, vectors, model=embedder.identity, payload=payload)
+            added += len(kept)
+            show(begin + len(batch))
+    return {"added": added, "there": there, "unreadable": images.unreadable, "rows": gallery.status()["rows"]}
 
 
 def _search(arguments: argparse.Namespace) -> dict[str, Any]:
-    rows, _ = load_vectors(arguments.vectors)
+    embedder, model = _model(arguments)
     where = None if arguments.where is None else _parsed(arguments.where, "--where")
     with Gallery.open(arguments.url) as gallery:
-        hits = gallery.search(rows.tensor(), arguments.k, model=read_model(arguments.model), where=where)
+        names, queries = _queries(arguments, embedder)
+        hits = gallery.search(queries, arguments.k, model=model, where=where)
+        found = np.unique(hits.ids[hits.ids >= 0])
+        paths = {id_: text.get(PATH) for id_, text in zip(found.tolist(), payloads(gallery, found), strict=True)}
     if arguments.out is not None:
         content = io.BytesIO()
         np.savez(content, **vars(hits))
         write_whole(arguments.out, content.getvalue())
-    return {name: _plain(values) for name, values in vars(hits).items()}
+    result: dict[str, Any] = {name: _plain(values) for name, values in vars(hits).items()}
+    result["queries"] = names
+    result["paths"] = [[paths.get(id_) for id_ in row] for row in result["ids"]]
+    return result
+
+
+def _queries(arguments: argparse.Namespace, embedder: Embedder | None) -> tuple[list[Any], Any]:
+    """What each query is called, and their vectors."""
+    path = arguments.vectors or arguments.inputs
+    if embedder is not None and (is_images(path) or path.suffix.lower() in SUFFIXES):
+        names = find_images(path) if path.is_dir() else [path.name]
+        files = [path / name for name in names] if path.is_dir() else [path]
+        vectors = []
+        for begin in range(0, len(files), _QUERIES):
+            _, some, errors = embedder.images(files[begin : begin + _QUERIES])
+            if errors:
+                raise errors[0]
+            vectors.append(some)
+        return names, np.concatenate(vectors)
+    rows, _ = load_vectors(path)
+    return list(range(len(rows))), rows.tensor() if embedder is None else embedder.features(rows)
 
 
 def _status(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -91,18 +135,38 @@ def _admit(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _backfill(arguments: argparse.Namespace) -> dict[str, Any]:
-    rows, ids = _vectors_with_ids(arguments.vectors)
-    model, order = read_model(arguments.model), np.argsort(ids)
-    replaced = missing = 0
-    with Gallery.open(arguments.url) as gallery, _bar(gallery.status()["stale"]) as count:
-        for batch in gallery.stale(order=arguments.order, batch=arguments.batch):
-            place = order[np.searchsorted(ids, batch, sorter=order).clip(max=len(order) - 1)] if len(ids) else batch
-            known = ids[place] == batch if len(ids) else np.zeros(len(batch), dtype=np.bool_)
-            missing += int((~known).sum())
-            if known.any():
-                replaced += gallery.replace(batch[known], rows.take(place[known]).tensor(), model=model)
-            count(len(batch))
-        return {"replaced": replaced, "not_in_file": missing, "stale": gallery.status()["stale"]}
+    embedder, model = _model(arguments)
+    source: FileRows | FolderImages
+    if embedder is not None and is_images(arguments.inputs):
+        source = FolderImages(arguments.inputs, embedder, _complain)
+    else:
+        source = FileRows(arguments.vectors or arguments.inputs, embedder)
+    replaced = left = 0
+    with Gallery.open(arguments.url) as gallery:
+        stale = gallery.status()["stale"]
+        with (
+            counted(sys.stderr, "backfill", stale) as show,
+            closing(gallery.stale(order=arguments.order, batch=arguments.batch)) as batches,
+        ):
+            looked = time.monotonic()
+            for batch in batches:
+                known, vectors = source.vectors(gallery, batch)
+                left += len(batch) - len(known)
+                if len(known):
+                    replaced += gallery.replace(known, vectors, model=model)
+                if time.monotonic() - looked >= _SECONDS:  # other workers replace rows, too
+                    looked = time.monotonic()
+                    show(stale - gallery.status()["stale"])
+            status = gallery.status()
+            show(stale - status["stale"])
+        unreadable = source.unreadable if isinstance(source, FolderImages) else []
+        return {
+            "replaced": replaced,
+            "missing": left - len(unreadable),
+            "unreadable": unreadable,
+            "stale": status["stale"],
+            "paused": status["paused"],
+        }
 
 
 def _rollback(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -135,11 +199,16 @@ _ACTIONS = {
 }
 
 
-def _vectors_with_ids(path: Path) -> tuple[Any, Any]:
-    rows, ids = load_vectors(path)
-    if ids is None:
-        raise ValueError(f"{path} has no ids: the gallery stores and replaces rows by them")
-    return rows, ids
+def _model(arguments: argparse.Namespace) -> tuple[Embedder | None, ModelIdentity]:
+    """Of --model; what embeds --inputs where these are given."""
+    if arguments.inputs is None:
+        return None, read_model(arguments.model)
+    embedder = Embedder(arguments.model)
+    return embedder, embedder.identity
+
+
+def _complain(text: str) -> None:
+    print(f"simplexfix gallery: {printable(text)}", file=sys.stderr)
 
 
 def _parsed(text: str, name: str) -> Any:
@@ -157,31 +226,32 @@ def _plain(values: NDArray[Any]) -> list[Any]:
     return rows
 
 
-@contextmanager
-def _bar(rows: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on a terminal; what it yields counts further rows."""
-    if not sys.stderr.isatty():
-        yield lambda done: None
-        return
-    with bars(sys.stderr) as shown:
-        task = shown.add_task("backfill", total=rows, figures="")
-        yield lambda done: shown.advance(task, done)
-
-
 def _text(arguments: argparse.Namespace, result: dict[str, Any]) -> str:
     action = arguments.action
     if action == "add":
-        return f"added {result['added']} rows; the gallery has {result['rows']}"
+        there = f", {result['there']} are in the gallery already" if result["there"] else ""
+        bad = f", {len(result['unreadable'])} cannot be read" if result["unreadable"] else ""
+        return f"added {result['added']} rows{there}{bad}; the gallery has {result['rows']}"
     if action == "search":
         return "\n".join(
-            f"query {query}: " + "  ".join(_hit(*hit) for hit in zip(*columns, strict=True) if hit[0] >= 0)
-            for query, columns in enumerate(
-                zip(result["ids"], result["scores"], result["versions"], result["thresholds"], strict=True)
+            f"query {printable(str(name))}: " + "  ".join(_hit(*hit) for hit in zip(*hits, strict=True) if hit[0] >= 0)
+            for name, *hits in zip(
+                result["queries"], result["ids"], result["scores"], result["versions"], result["thresholds"],
+                result["paths"], strict=True,
             )
-        )
+        )  # fmt: skip
     if action == "backfill":
-        left = f"; {result['stale']} rows are stale, {result['not_in_file']} of this worker's were not in the file"
-        return f"replaced {result['replaced']} rows" + (left if result["stale"] else "; no row is stale")
+        if not result["stale"]:
+            return f"replaced {result['replaced']} rows; no row is stale"
+        where = arguments.vectors or arguments.inputs
+        parts = [f"replaced {result['replaced']} rows", f"{result['stale']} rows are stale"]
+        if result["missing"]:
+            parts.append(f"{result['missing']} of this worker's were not in {printable(str(where))}")
+        if result["unreadable"]:
+            parts.append(f"images that cannot be read: {len(result['unreadable'])}")
+        if result["paused"]:
+            parts.append(f"backfills are paused: `simplexfix gallery resume {printable(arguments.url)}` lets them run")
+        return "; ".join(parts)
     if action == "rollback":
         stay = f"; {result['rows_that_stay']} rows that it has added stay" if result["rows_that_stay"] else ""
         return (
@@ -193,9 +263,10 @@ def _text(arguments: argparse.Namespace, result: dict[str, Any]) -> str:
     return _table(result)
 
 
-def _hit(id_: int, score: float, version: int, threshold: float | None) -> str:
+def _hit(id_: int, score: float, version: int, threshold: float | None, path: object) -> str:
     below = " below its threshold" if threshold is not None and score < threshold else ""
-    return f"{id_} {score:.4f} v{version}{below}"
+    named = "" if path is None else f" {printable(str(path))}"
+    return f"{id_}{named} {score:.4f} v{version}{below}"
 
 
 def _table(status: dict[str, Any]) -> str:

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,14 +17,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .._checks import check_integer
+from .image_files import SUFFIXES, ImageFileError, import_pillow, read_rgb
 
-__all__ = ["ImageFileError", "ImageFolder", "ImageFolderDataset", "load_image_folder"]
-
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-
-
-class ImageFileError(ValueError):
-    """A file among the images is none, or damaged; the message names it."""
+__all__ = ["ImageFolder", "ImageFolderDataset", "find_images", "load_image_folder"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +72,7 @@ class ImageFolderDataset(Dataset[tuple[Tensor, int]]):
     def __init__(self, path: str | os.PathLike[str], *, size: int) -> None:
         if check_integer("size", size) < 1:
             raise ValueError(f"size must be at least 1 pixel, got {size}")
-        _pillow()
+        import_pillow()
         of_class = _find_classes(os.fspath(path))
         self.size = size
         self.class_names = tuple(of_class)
@@ -91,7 +85,7 @@ class ImageFolderDataset(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """uint8 [3, size, size] and its label."""
-        return torch.from_numpy(_read(_pillow(), self.size, self.files[index])), int(self.targets[index])
+        return torch.from_numpy(read_rgb(self.files[index], self.size)), int(self.targets[index])
 
     def content(self, index: int) -> bytes:
         """The bytes of the file: what tells one image from another without decoding it."""
@@ -123,6 +117,30 @@ def load_image_folder(path: str | os.PathLike[str], *, size: int) -> ImageFolder
     return ImageFolderDataset(path, size=size).in_memory()
 
 
+def find_images(path: str | os.PathLike[str]) -> list[str]:
+    """Paths of all images in a folder, and in the folders in it, relative to it and with slashes, in their order.
+
+    Whatever begins with a dot is passed over.  Links are followed.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ImageFileError: no images; a file that is no image by its suffix, is empty, or cannot be read; a name that is
+            not UTF-8; a link to nothing, or to a folder that it lies in.
+    """
+    root = os.fspath(path)
+    if not os.path.isdir(root):
+        raise FileNotFoundError(f"{root} is no folder; expected one of images")
+    found = [os.path.relpath(file, root) for file in _find_files(root, os.stat(root), ())]
+    if not found:
+        raise ImageFileError(f"{root} has no images; expected {', '.join(SUFFIXES)}")
+    for name in found:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise ImageFileError(f"{os.path.join(root, name)!r} has a name that is not UTF-8; rename it") from None
+    return found
+
+
 def _find_classes(root: str) -> dict[str, list[str]]:
     """Class name -> its files, both sorted."""
     if not os.path.isdir(root):
@@ -136,7 +154,7 @@ def _find_classes(root: str) -> dict[str, list[str]]:
         name = unicodedata.normalize("NFC", os.fsencode(entry.name).decode("utf-8", "backslashreplace")).strip()
         if not name:
             raise ImageFileError(f"class folder {entry.path!r} has a name of blanks alone; rename it")
-        files = list(_find_files(entry, found, above))
+        files = list(_find_files(entry.path, found, above))
         if not files:
             raise ImageFileError(f"{entry.path} has no images; a class has at least one")
         of_class.setdefault(name, []).extend(files)
@@ -145,23 +163,23 @@ def _find_classes(root: str) -> dict[str, list[str]]:
     return dict(sorted(of_class.items()))
 
 
-def _find_files(folder: os.DirEntry[str], found: os.stat_result, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
+def _find_files(folder: str, found: os.stat_result, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
     """All below, in the order of the parts of their paths.
 
     Args:
-        folder: its entry.
-        found: what the entry, or what it links to, is.
+        folder: its path.
+        found: what the folder, or what it links to, is.
         above: identities of the folders that it lies in.
     """
     if _identity(found) in above:
         raise ImageFileError(
-            f"{folder.path} links to {os.path.realpath(folder.path)}, a folder that it lies in: its files would come "
+            f"{folder} links to {os.path.realpath(folder)}, a folder that it lies in: its files would come "
             "again without end; remove the link"
         )
-    for entry in _entries(folder.path):
+    for entry in _entries(folder):
         inner = _stat(entry)
         if stat.S_ISDIR(inner.st_mode):
-            yield from _find_files(entry, inner, (*above, _identity(found)))
+            yield from _find_files(entry.path, inner, (*above, _identity(found)))
             continue
         if os.path.splitext(entry.name)[1].lower() not in SUFFIXES:
             raise ImageFileError(f"{entry.path} is no image; expected {', '.join(SUFFIXES)}")
@@ -198,27 +216,3 @@ def _stat(entry: os.DirEntry[str]) -> os.stat_result:
 
 def _identity(found: os.stat_result) -> tuple[int, int]:
     return found.st_dev, found.st_ino
-
-
-def _pillow() -> Any:
-    try:
-        from PIL import Image, ImageOps
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "folders of images need Pillow: pip install 'simplexfix[images]'", name="PIL"
-        ) from error
-    return Image, ImageOps
-
-
-def _read(pillow: tuple[Any, Any], size: int, file: str) -> NDArray[np.uint8]:
-    """[3, size, size]."""
-    image_module, operations = pillow
-    try:
-        with image_module.open(file) as opened:
-            if opened.mode[0] in "IF":  # which Pillow would cut off at 255
-                raise ValueError(f"pixels must be of 8 bits, got mode {opened.mode}")
-            upright = operations.exif_transpose(opened).convert("RGB")
-    except (OSError, ValueError, SyntaxError, EOFError, image_module.DecompressionBombError) as error:
-        raise ImageFileError(f"{file} cannot be read, it may be truncated or damaged: {error}") from error
-    fitted = operations.fit(upright, (size, size), method=image_module.Resampling.BICUBIC)
-    return np.ascontiguousarray(np.asarray(fitted).transpose(2, 0, 1))

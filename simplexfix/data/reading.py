@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from .._seeds import renew_lock
-from .folders import ImageFileError
+from .image_files import ImageFileError
 
 __all__ = ["lost_readers_named", "read_ahead"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
@@ -27,6 +27,7 @@ from .stores import Store, StoredRows, create_store, open_store
 __all__ = ["Gallery", "Hits"]
 
 ORDERS = ("random", "traffic")
+_NO_VERSION = -1  # of no row: versions count from 0
 _WINDOW = 16  # batches that a worker looks through for rows that nobody has
 _POLL_SECONDS = 0.2  # between two polls for rows that are leased to other workers
 
@@ -236,12 +237,13 @@ class Gallery:
 
     def stale(
         self, *, order: str | Ids = "random", batch: int = 256, lease: float = 600.0
-    ) -> Iterator[NDArray[np.int64]]:
+    ) -> Generator[NDArray[np.int64], None, None]:
         """Ids of rows that are not by the model that serves, batch by batch, for `replace`.
 
         Workers, threads or processes, share the rows: each batch is leased to the worker that got it, and comes again
         where that one has not replaced it in time.  The loop ends when every row is replaced, was given to this worker
-        and not replaced, or when the gallery is paused or another model serves; a new loop goes on there.
+        and not replaced, or when the gallery is paused or another model serves; a new loop goes on there.  Its `close`
+        ends the leases at once, as `contextlib.closing` calls it after an error.
 
         Args:
             order: "random"; "traffic", rows that searches found most often first (`count_traffic` of `create`); or
@@ -389,6 +391,10 @@ class Gallery:
         """
         return self._store.history()
 
+    def ids(self) -> NDArray[np.int64]:
+        """[n] the ids of all rows, ascending."""
+        return self._store.stale(_NO_VERSION, "id")
+
     def read(self, ids: Ids | None = None) -> StoredRows:
         """Rows as they are stored: ids, versions, vectors and payload.
 
@@ -442,7 +448,7 @@ class Gallery:
 
     def _batches(
         self, name: str, order: str | NDArray[np.int64], batch: int, lease: float
-    ) -> Iterator[NDArray[np.int64]]:
+    ) -> Generator[NDArray[np.int64], None, None]:
         state = self._store.state()
         target, worker = state.serving[-1], uuid.uuid4().hex
         mine: list[NDArray[np.int64]] = []  # what this worker was given

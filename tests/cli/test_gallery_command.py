@@ -43,8 +43,8 @@ def test_the_life_of_a_gallery(files: Path, capsys: pytest.CaptureFixture[str]) 
         return json.loads(capsys.readouterr().out)
 
     assert told("create shop --model old.json --count-traffic")["rows"] == 0
-    assert told("add shop old.npz --model old.json --payload payload.json") == {"added": ROWS, "rows": ROWS}
-    hits = told("search shop old.npz --model old.json -k 2")
+    assert told("add shop --vectors old.npz --model old.json --payload payload.json")["added"] == ROWS
+    hits = told("search shop --vectors old.npz --model old.json -k 2")
     assert [row[0] for row in hits["ids"]] == [10 * row for row in range(ROWS)]
     assert hits["thresholds"][0] == [None, None]
     gate = "gate --old old-features.npz --new new-features.npz --protocol instance --out gate.json"
@@ -53,24 +53,26 @@ def test_the_life_of_a_gallery(files: Path, capsys: pytest.CaptureFixture[str]) 
     assert told("admit shop --model new.json --gate gate.json")["serving"] == 1
     some = np.load("new.npz")
     np.savez("half.npz", vectors=some["vectors"][:20], ids=some["ids"][:20])
-    assert run("backfill shop half.npz --model new.json --order traffic --batch 7") == 1
+    assert run("backfill shop --vectors half.npz --model new.json --order traffic --batch 7") == 1
     out = capsys.readouterr().out
-    assert out == "replaced 20 rows; 40 rows are stale, 40 of this worker's were not in the file\n"
+    assert out == "replaced 20 rows; 40 rows are stale; 40 of this worker's were not in half.npz\n"
     status = told("status shop")
     assert [entry["rows"] for entry in status["versions"]] == [40, 20]
-    assert run("""search shop new.npz --model new.json -k 3 --out hits.npz --where {"shop":[1]}""") == 0
+    assert run("""search shop --vectors new.npz --model new.json -k 3 --out hits.npz --where {"shop":[1]}""") == 0
     assert capsys.readouterr().out.splitlines()[1].startswith("query 1: 10 1.0000 v1  ")
     with np.load("hits.npz") as saved:
         assert (saved["ids"] // 10 % 3 == 1).all()
         assert set(saved) == {"scores", "ids", "versions", "thresholds"}
-    assert told("backfill shop new.npz --model new.json") == {"replaced": 40, "not_in_file": 0, "stale": 0}
+    assert told("backfill shop --vectors new.npz --model new.json") == {
+        "replaced": 40, "missing": 0, "unreadable": [], "stale": 0, "paused": False,
+    }  # fmt: skip
     assert told("rollback shop")["rows_restored"] == ROWS
     assert run("admit shop --model new.json --force again") == 0
     capsys.readouterr()
     assert told("pause shop")["paused"]
-    assert run("backfill shop new.npz --model new.json") == 1
+    assert run("backfill shop --vectors new.npz --model new.json") == 1
     assert run("resume shop") == 0
-    assert run("backfill shop new.npz --model new.json") == 0
+    assert run("backfill shop --vectors new.npz --model new.json") == 0
     assert run("retire shop 0") == 0
     assert capsys.readouterr().out.endswith("version 0 is retired, its 60 old vectors are deleted\n")
     assert run("status shop --history") == 0
@@ -84,7 +86,7 @@ def test_the_life_of_a_gallery(files: Path, capsys: pytest.CaptureFixture[str]) 
 
 def test_thresholds_from_the_command_line(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("create shop --model old.json --threshold 0.9") == 0
-    assert run("add shop old.npz --model old.json") == 0
+    assert run("add shop --vectors old.npz --model old.json") == 0
     assert run("admit shop --model new.json --force x --threshold 1:0=0.5 --threshold 1:1=0.25") == 2
     assert "thresholds are missing of (query version, vector version) (0, 1): " in capsys.readouterr().err
     command = "admit shop --model new.json --force x --threshold 1:0=0.5 --threshold 1:1=0.25 --threshold 0:1=none"
@@ -92,13 +94,13 @@ def test_thresholds_from_the_command_line(files: Path, capsys: pytest.CaptureFix
     out = capsys.readouterr().out
     assert "threshold of queries of version 1 on vectors of version 0: 0.50000\n" in out
     assert "threshold of queries of version 0 on vectors of version 1: none\n" in out
-    assert run("search shop old.npz --model old.json -k 60") == 0
+    assert run("search shop --vectors old.npz --model old.json -k 60") == 0
     assert " below its threshold" in capsys.readouterr().out
 
 
 def test_what_is_refused_says_why_and_changes_nothing(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("create shop --model old.json")
-    run("add shop old.npz --model old.json")
+    run("add shop --vectors old.npz --model old.json")
     np.savez("bare.npz", vectors=np.ones((2, WIDTH), "f"))
     Path("word.json").write_text('"gate"')
     gate = ["gate", "--old", "old-features.npz", "--new", "new-features.npz", "--protocol", "instance"]
@@ -113,18 +115,27 @@ def test_what_is_refused_says_why_and_changes_nothing(files: Path, capsys: pytes
             "shop/gallery.db holds a gallery, which Gallery.open opens, or som",
         ),
         ("create new --model old.npz", "old.npz is neither the folder of a model nor a JSON file of an identity"),
-        ("add shop bare.npz --model old.json", "bare.npz has no ids"),
-        ("add shop old.npz --model new.json", "version 1 (vendor/embed 2) cannot add in this gallery: it was not"),
-        ("add shop old.npz --model old.json", "id 0 is in the gallery already"),
-        ("add shop old.npz --model old.json --payload old.json", "old.json must hold a list of objects"),
-        ("add shop old-features.npz --model old.json", "old-features.npz: no vectors; it holds gallery, gallery_lab"),
-        ("search shop old.npz --model old.json --where shop", "--where is no JSON"),
-        ("search shop old.npz --model old.json -k 0", "k must be at least 1, got 0"),
+        ("add shop --vectors bare.npz --model old.json", "bare.npz has no ids"),
+        (
+            "add shop --vectors old.npz --model new.json",
+            "version 1 (vendor/embed 2) cannot add in this gallery: it was not",
+        ),
+        ("add shop --vectors old.npz --model old.json", "id 0 is in the gallery already"),
+        (
+            "add shop --vectors old.npz --model old.json --payload old.json",
+            "old.json must hold a list of objects, one for each row",
+        ),
+        (
+            "add shop --vectors old-features.npz --model old.json",
+            "old-features.npz: no vectors; it holds gallery, gallery_lab",
+        ),
+        ("search shop --vectors old.npz --model old.json --where shop", "--where is no JSON"),
+        ("search shop --vectors old.npz --model old.json -k 0", "k must be at least 1, got 0"),
         ("admit shop --model new.json", "needs the result of upgrade_gate(old, new), or force= with the reason"),
         ("admit shop --model new.json --gate unnamed.json", "the gate result does not say which models it judged"),
         ("admit shop --model new.json --gate forged.json", "forged.json: the gate's verdict is not what its rules say"),
         ("admit shop --model new.json --gate word.json", "word.json: this is no result of the upgrade gate"),
-        ("backfill shop new.npz --model new.json --order traffic", 'order "traffic" needs Gallery.create'),
+        ("backfill shop --vectors new.npz --model new.json --order traffic", 'order "traffic" needs Gallery.create'),
         ("rollback shop", "there is nothing to roll back to"),
         ("retire shop 3", "there is no version 3 in this gallery, which has 0"),
         ("retire shop 0", "version 0 (vendor/embed 1) serves and cannot be retired"),

@@ -1,0 +1,106 @@
+"""Image files, read with Pillow as a network's preprocessing takes them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, BinaryIO, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .inputs import Drawings, Photographs, Preprocessing
+
+__all__ = ["SUFFIXES", "ImageFileError", "image_reader", "import_pillow", "read_images", "read_rgb"]
+
+ImageSource: TypeAlias = "str | os.PathLike[str] | BinaryIO"
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+class ImageFileError(ValueError):
+    """A file among the images is none, or damaged; the message names it."""
+
+
+def read_images(files: Sequence[ImageSource], preprocessing: Preprocessing | None) -> Tensor:
+    """Images of any size, as this preprocessing takes them.
+
+    Every image is turned upright by its EXIF orientation, scaled for its shorter side to be `side`, and its middle is
+    cut out.  For `Photographs` it becomes red, green and blue; for `Drawings` a dark pixel is ink and a light or
+    transparent one is paper:
+
+        ink = 1 - grey / 255
+
+    Args:
+        files: at least one; paths, or open binary files.
+        preprocessing: of an `EmbeddingModel`.
+
+    Returns:
+        uint8 [B, 3, side, side] for `Photographs`, float32 [B, side, side] in [0, 1] for `Drawings`.
+
+    Raises:
+        ImageFileError: a file is no image, or damaged, or its pixels are not of 8 bits; names it.
+        ValueError: a preprocessing that takes no images, or states no size.
+        ModuleNotFoundError: Pillow is not installed.
+    """
+    read = image_reader(preprocessing)
+    with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
+        return torch.from_numpy(np.stack(list(pool.map(read, files))))
+
+
+def image_reader(preprocessing: Preprocessing | None) -> Callable[[ImageSource], NDArray[Any]]:
+    """What reads one file for this preprocessing; errors as of `read_images`."""
+    import_pillow()
+    if isinstance(preprocessing, Photographs):
+        return partial(read_rgb, size=preprocessing.side)
+    if isinstance(preprocessing, Drawings):
+        return partial(_read_ink, size=preprocessing.side)
+    given = "none" if preprocessing is None else type(preprocessing).__name__
+    raise ValueError(
+        f"image files need a model whose preprocessing is Photographs or Drawings, which state the size; this one's "
+        f"is {given}"
+    )
+
+
+def import_pillow() -> tuple[Any, Any]:
+    """Its modules Image and ImageOps."""
+    try:
+        from PIL import Image, ImageOps
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "folders of images need Pillow: pip install 'simplexfix[images]'", name="PIL"
+        ) from error
+    return Image, ImageOps
+
+
+def read_rgb(file: ImageSource, size: int) -> NDArray[np.uint8]:
+    """[3, size, size]; transparency is dropped."""
+    return np.ascontiguousarray(_fitted(file, size, lambda image: image.convert("RGB")).transpose(2, 0, 1))
+
+
+def _read_ink(file: ImageSource, size: int) -> NDArray[np.float32]:
+    """[size, size]."""
+    return ((255 - _fitted(file, size, _on_paper)) / 255).astype(np.float32)
+
+
+def _on_paper(image: Any) -> Any:
+    """Grey, with white where it is transparent."""
+    module, _ = import_pillow()
+    seen = image.convert("RGBA")
+    return module.alpha_composite(module.new("RGBA", seen.size, "white"), seen).convert("L")
+
+
+def _fitted(file: ImageSource, size: int, convert: Callable[[Any], Any]) -> NDArray[np.uint8]:
+    module, operations = import_pillow()
+    try:
+        with module.open(file) as opened:
+            if opened.mode[0] in "IF":  # which Pillow would cut off at 255
+                raise ValueError(f"pixels must be of 8 bits, got mode {opened.mode}")
+            upright = convert(operations.exif_transpose(opened))
+    except (OSError, ValueError, SyntaxError, EOFError, module.DecompressionBombError) as error:
+        name = os.fspath(file) if isinstance(file, (str, os.PathLike)) else "the image"
+        raise ImageFileError(f"{name} cannot be read, it may be truncated or damaged: {error}") from error
+    return np.asarray(operations.fit(upright, (size, size), method=module.Resampling.BICUBIC))
