@@ -36,6 +36,8 @@ METHODS = {
     "hoc-asnn": ("hoc", "method.classification=asnn"),
     "hoc-deployed": ("hoc", "tasks.hoc_reference=deployed"),
     "hoc-deployed-or-replacement": ("hoc", "tasks.hoc_reference=deployed_or_replacement"),
+    "hoc-all": ("hoc", "tasks.hoc_reference=all"),
+    "fd-all": ("fd", "tasks.hoc_reference=all"),
 }
 DEFAULT = ("er", "fd", "bct", "oca", "simplex", "hoc", "asnn", "hoc-asnn")
 SHORT = tuple(f"tasks.replacements.{t}.epochs=12" for t in (0, 2, 4))

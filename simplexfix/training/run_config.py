@@ -236,7 +236,7 @@ class TasksConfig:
         pretraining_folder: where pre-trained networks and their logs are kept, for runs of other methods to use: in
             `simplex` those of hoc and simplex, in `linear` those of er, fd, bct, oca, asnn and nnp; None for the run's
             folder.
-        hoc_reference: of `train_versions`, for HOC; other methods hold on to the deployed version.
+        hoc_reference: of `train_versions`, for HOC; "all" for FD, too.  Other methods hold on to the deployed version.
     """
 
     kind: str = "class_incremental"
@@ -328,8 +328,15 @@ class RunConfig:
             raise ValueError(f"protocols must name at least one of {', '.join(PROTOCOLS)}")
         for protocol in self.protocols:
             check_name("protocols", protocol, PROTOCOLS)
-        reference = self.tasks.hoc_reference
-        if self.method.name == "hoc" and reference != "deployed":
+        reference = self.hoc_reference
+        if reference == "all" and not self.tasks.memory_per_class:
+            raise ValueError(
+                'tasks.hoc_reference="all" is of remembered items, and tasks.memory_per_class is 0; keep at least 1, '
+                'or take "deployed"'
+            )
+        if reference == "all" and self.method.name == "fd" and self.method.distance != "cosine":
+            raise ValueError('tasks.hoc_reference="all" keeps unit embeddings: with fd take method.distance="cosine"')
+        if reference in ("deployed_or_replacement", "replacement"):
             own = [t for t in self.tasks.replacements if t == 0 or reference == "replacement"]
             fresh = [t for t in own if self.tasks.replacements[t].schedule is None]
             if fresh:
@@ -355,6 +362,12 @@ class RunConfig:
         if self.tasks.kind == "dataset_sequence" and self.data.kind not in ("features", "images"):
             raise ValueError(f'tasks.sets are of data.kind="features" and "images", got {self.data.kind!r}')
         self._check_retrieval()
+
+    @property
+    def hoc_reference(self) -> str:
+        """Of `train_versions`, for this method."""
+        reference = self.tasks.hoc_reference
+        return reference if self.method.name == "hoc" or (self.method.name, reference) == ("fd", "all") else "deployed"
 
     def _check_retrieval(self) -> None:
         chosen = {

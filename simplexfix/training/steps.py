@@ -38,6 +38,7 @@ _OTHERWISE = "in a folder of its own: in this one the same steps come again, to 
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 _Request = tuple[Any, ...]  # step, part, and its rows of new and of remembered items
+_Part = tuple[Tensor, Tensor, Tensor | None]  # inputs, labels, and references of the remembered items
 
 
 class _Loss(nn.Module):
@@ -53,9 +54,27 @@ class _Loss(nn.Module):
         return method.loss(self.model, input, target, old)
 
 
+class _OldVersion(EmbeddingModel):
+    """The deployed version, but for the last rows of a batch, the remembered items: their embeddings are given."""
+
+    def __init__(self, deployed: EmbeddingModel) -> None:
+        super().__init__(deployed.backbone, deployed.head, preprocessing=deployed.preprocessing)
+        self.remembered: Tensor | None = None
+        self.eval()
+
+    def forward(self, input: Tensor) -> Tensor:
+        assert self.remembered is not None
+        new = super().forward(input[: len(input) - len(self.remembered)])
+        return torch.cat([new, self.remembered.to(new)])
+
+
 @dataclass(frozen=True)
 class _PartReader:
-    """Reads the inputs and labels of one part of a batch, in this process or another one."""
+    """Reads the inputs and labels of one part of a batch, in this process or another one.
+
+    With them come the embeddings of its remembered items, where the memory has references: those by one older version,
+    which the step draws.
+    """
 
     items: Items
     memory: Items | None
@@ -64,9 +83,10 @@ class _PartReader:
     world: int
     accumulate: int
 
-    def __call__(self, request: _Request) -> tuple[Tensor, Tensor]:
+    def __call__(self, request: _Request) -> _Part:
         step, i, *rows = request
         found = []
+        remembered = None
         for half, items in enumerate(filter(None, (self.items, self.memory))):
             chosen = items.take(torch.from_numpy(rows[half]))
             seeds = None
@@ -74,10 +94,12 @@ class _PartReader:
                 places = (self.rank + self.world * (i + self.accumulate * j) for j in range(len(rows[half])))
                 seeds = [mixed_seed(self.seed, 5, step, half, place) for place in places]
             found.append((chosen.read(seeds), chosen.labels))
+            if chosen.references is not None:
+                remembered = chosen.references[:, mixed_seed(self.seed, 6, step) % chosen.references.shape[1]]
         if len(found) == 1:
-            return found[0]
+            return *found[0], remembered
         inputs, labels = zip(*found, strict=True)
-        return torch.cat(inputs), torch.cat(labels)
+        return torch.cat(inputs), torch.cat(labels), remembered
 
 
 class Steps:
@@ -115,7 +137,10 @@ class Steps:
         self.reader = _PartReader(items, memory, seed, self.rank, self.world, schedule.accumulate)
         lazy = any(isinstance(part.inputs, DatasetRows) for part in (items, memory) if part is not None)
         self.workers = workers if lazy else 0
-        self.parts: Generator[tuple[Tensor, Tensor], None, None] | None = None
+        self.parts: Generator[_Part, None, None] | None = None
+        self.old = None
+        if old is not None and memory is not None and memory.references is not None:
+            old = self.old = _OldVersion(old)
         remembered = 0 if memory is None else len(memory.labels)
         self.sampler = BalancedSampler(
             len(items.labels), remembered, schedule.batch, seed=seed, rank=self.rank, world=self.world
@@ -174,9 +199,12 @@ class Steps:
             for i in range(self.schedule.accumulate):
                 yield step, i, *(r[i :: self.schedule.accumulate].numpy() for r in rows)
 
-    def _part(self, parts: Iterator[tuple[Tensor, Tensor]], i: int) -> tuple[Tensor, Tensor]:
+    def _part(self, parts: Iterator[_Part], i: int) -> tuple[Tensor, Tensor]:
         """Every `accumulate`-th of this rank's rows from the i-th on: of the whole batch, one in all ranks' parts."""
-        input, target = next(parts)
+        input, target, remembered = next(parts)
+        if self.old is not None:
+            assert remembered is not None
+            self.old.remembered = to_device_async(remembered, self.device)
         input, target = to_device_async(input, self.device), to_device_async(target, self.device)
         if self.augment is not None:
             part = i * self.world + self.rank  # of the whole batch: the same augmentation whoever computes it

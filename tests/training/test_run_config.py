@@ -64,8 +64,16 @@ FEATURES = {
         ),
         (["protocols=[]"], "protocols must name at least one"),
         (
+            ["tasks.hoc_reference=all", "tasks.memory_per_class=0"],
+            'tasks.hoc_reference="all" is of remembered items, and tasks.memory_per_class is 0; keep at least 1',
+        ),
+        (
+            ["method.name=fd", "method.distance=l2", "tasks.hoc_reference=all"],
+            'tasks.hoc_reference="all" keeps unit embeddings: with fd take method.distance="cosine"',
+        ),
+        (
             ["method.name=er", "tasks.hoc_reference=self"],
-            "tasks: hoc_reference must be one of 'deployed', 'deployed_or_replacement', 'replacement'",
+            "tasks: hoc_reference must be one of 'all', 'deployed', 'deployed_or_replacement', 'replacement'",
         ),
     ],
 )
@@ -134,3 +142,18 @@ def test_a_pretrained_network_has_its_own_mean_and_std(place: str) -> None:
         read_config(RunConfig, overridden(FEATURES, changes))
     own = ["data.mean=[0.485, 0.456, 0.406]", "data.std=[0.229, 0.224, 0.225]"]
     read_config(RunConfig, overridden(FEATURES, [*changes, *own]))
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "expected"),
+    [
+        ("hoc", "all", "all"),
+        ("hoc", "replacement", "replacement"),
+        ("fd", "all", "all"),
+        ("fd", "replacement", "deployed"),
+        ("bct", "all", "deployed"),
+    ],
+)
+def test_what_a_method_is_held_to(method: str, given: str, expected: str) -> None:
+    changes = [f"method.name={method}", f"tasks.hoc_reference={given}"]
+    assert read_config(RunConfig, overridden(FEATURES, changes)).hoc_reference == expected
