@@ -30,6 +30,7 @@ from measure import machine_card
 from simplexfix.training import PRESETS
 from simplexfix.training.run_config import ER_PRETRAINED
 
+JUNCTION = ("tasks.replacement_junction=aligned", "tasks.replacement_frozen=0.1")
 # row of the table -> method, and what is changed
 METHODS = {
     **{name: (name,) for name in ("er", "fd", "bct", "oca", "simplex", "hoc", "asnn")},
@@ -37,6 +38,8 @@ METHODS = {
     "hoc-deployed": ("hoc", "tasks.hoc_reference=deployed"),
     "hoc-deployed-or-replacement": ("hoc", "tasks.hoc_reference=deployed_or_replacement"),
     "hoc-all": ("hoc", "tasks.hoc_reference=all"),
+    "hoc-junction": ("hoc", "tasks.hoc_reference=deployed_or_replacement", *JUNCTION),
+    "hoc-all-junction": ("hoc", "tasks.hoc_reference=all", *JUNCTION),
     "fd-all": ("fd", "tasks.hoc_reference=all"),
 }
 DEFAULT = ("er", "fd", "bct", "oca", "simplex", "hoc", "asnn", "hoc-asnn")

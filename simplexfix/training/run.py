@@ -217,6 +217,8 @@ def fit(
         rehearsal=remembered,
         replacements={t: partial(pretrain, run, t) for t in config.tasks.replacements},
         hoc_reference=config.hoc_reference,
+        replacement_junction=config.tasks.replacement_junction,
+        replacement_frozen=config.tasks.replacement_frozen,
         folder=run.folder,
         on_step=lambda t, step: run.watch(f"task {t}", f"task-{t:02d}", schedules[t], step),
     )

@@ -14,6 +14,7 @@ from ..models import FeatureLinear, FeatureMLP, ResNet18, SmallConvNet, TextEnco
 from ..models.external import LIBRARIES
 from ..retrieval import PROTOCOLS
 from .config import check_fits
+from .junction import JUNCTIONS
 from .loggers import LOGGERS
 from .method_config import ER_PRETRAINED, SIMPLEX, MethodConfig
 from .rehearsal import SELECTIONS
@@ -58,7 +59,16 @@ _CLASSIFYING = ("class_incremental", "dataset_sequence", "instance_incremental")
 _OF_TASKS = {
     "parts": ("instance_incremental",),
     **dict.fromkeys(
-        ("pretraining_from", "memory_per_class", "rehearsal", "pretraining_folder", "hoc_reference"), _CLASSIFYING
+        (
+            "pretraining_from",
+            "memory_per_class",
+            "rehearsal",
+            "pretraining_folder",
+            "hoc_reference",
+            "replacement_junction",
+            "replacement_frozen",
+        ),
+        _CLASSIFYING,
     ),
 }
 
@@ -237,6 +247,7 @@ class TasksConfig:
             `simplex` those of hoc and simplex, in `linear` those of er, fd, bct, oca, asnn and nnp; None for the run's
             folder.
         hoc_reference: of `train_versions`, for HOC; "all" for FD, too.  Other methods hold on to the deployed version.
+        replacement_junction, replacement_frozen: of `train_versions`; "aligned" is of hoc and simplex.
     """
 
     kind: str = "class_incremental"
@@ -251,6 +262,8 @@ class TasksConfig:
     replacements: dict[int, ReplacementConfig] = field(default_factory=dict)
     pretraining_folder: str | None = None
     hoc_reference: str = "deployed"
+    replacement_junction: str = "kept"
+    replacement_frozen: float = 0.0
 
     def __post_init__(self) -> None:
         check_name("kind", self.kind, (*_CLASSIFYING, "retrieval_sequence"))
@@ -267,6 +280,9 @@ class TasksConfig:
             raise ValueError(f"epochs must be at least 1, got {self.epochs}")
         check_name("rehearsal", self.rehearsal, SELECTIONS)
         check_name("hoc_reference", self.hoc_reference, REFERENCES)
+        check_name("replacement_junction", self.replacement_junction, JUNCTIONS)
+        if not 0 <= self.replacement_frozen < 1:
+            raise ValueError(f"replacement_frozen is a fraction of steps, in [0, 1), got {self.replacement_frozen}")
         if self.memory_per_class < 0:
             raise ValueError(f"memory_per_class must be 0 or more, got {self.memory_per_class}")
         if 0 in self.replacements and self.replacements[0].source == "tasks":
@@ -344,6 +360,13 @@ class RunConfig:
                     f'tasks.hoc_reference="{reference}" needs replacements with a pre-training, those of tasks {fresh} '
                     'have none; give them classes and a schedule, or take "deployed"'
                 )
+        if self.tasks.replacement_junction == "aligned" and (
+            self.method.name not in SIMPLEX or self.method.classification != "cross_entropy"
+        ):
+            raise ValueError(
+                'tasks.replacement_junction="aligned" is of method.name="hoc" or "simplex" with the simplex '
+                f'cross-entropy, got "{self.method.name}" with "{self.method.classification}"; take "kept"'
+            )
         incremental = len(self.tasks.counts or self.tasks.sets) > 1
         if self.method.name == "oca" and incremental and not self.tasks.memory_per_class:
             raise ValueError(

@@ -22,6 +22,7 @@ from ..models import EmbeddingModel
 from . import processes
 from .checkpoint import read_state, write_state
 from .items import Items
+from .junction import JUNCTIONS
 from .references import with_references
 from .resume import check_resumable, describe
 from .schedule import Schedule
@@ -133,6 +134,8 @@ def train_versions(
     rehearsal: _Selection | None = None,
     replacements: Mapping[int, Callable[[], nn.Module]] | None = None,
     hoc_reference: str = "deployed",
+    replacement_junction: str = "kept",
+    replacement_frozen: float = 0.0,
     folder: str | os.PathLike[str] | None = None,
     on_step: Callable[[int, int], None] = lambda task, step: None,
 ) -> Iterator[EmbeddingModel]:
@@ -166,13 +169,16 @@ def train_versions(
             are kept with the memory, [N, versions, d] float32 without augmentation; the older versions are not run in
             a step, but stay in memory to embed what is remembered next.  It acts on methods whose loss calls
             `old(input)`, as HOC and FD by cosine.
+        replacement_junction: of a replacement that follows a deployed version: "kept" as it came, or "aligned" with
+            that version in closed form (`Trainer.fit`).
+        replacement_frozen: fraction of the steps in which the backbone of such a replacement keeps its weights.
         folder: of the run.
         on_step: called after every step with the task's number and its own (`Trainer.fit`).
 
     Raises:
         ValueError: a number of schedules that is not that of tasks, a replacement for no task, an unknown reference,
             "replacement" where that has no trained head, or a head whose embeddings are of another width; "all" without
-            rehearsal, or with a method that it cannot act on.
+            rehearsal, or with a method that it cannot act on; an "aligned" junction with "replacement".
     """
     check_name("hoc_reference", hoc_reference, REFERENCES)
     if hoc_reference == "all":
@@ -184,7 +190,16 @@ def train_versions(
     strangers = sorted(set(replacements) - set(range(len(tasks))))
     if strangers:
         raise ValueError(f"replacements must be for tasks 0 to {len(tasks) - 1}, got {strangers}")
-    return _versions(trainer, tasks, start, schedules, seed, rehearsal, replacements, hoc_reference, folder, on_step)
+    check_name("replacement_junction", replacement_junction, JUNCTIONS)
+    if replacement_junction == "aligned" and hoc_reference == "replacement":
+        raise ValueError(
+            'replacement_junction="aligned" is aligned to the deployed version, and hoc_reference="replacement" holds '
+            'a replacement to itself; take "kept", or another reference'
+        )
+    begin = {"junction": replacement_junction, "frozen": replacement_frozen}
+    return _versions(
+        trainer, tasks, start, schedules, seed, rehearsal, replacements, hoc_reference, begin, folder, on_step
+    )
 
 
 def _versions(
@@ -196,6 +211,7 @@ def _versions(
     rehearsal: _Selection | None,
     replacements: Mapping[int, Callable[[], nn.Module]],
     hoc_reference: str,
+    begin: Mapping[str, Any],
     folder: str | os.PathLike[str] | None,
     on_step: Callable[[int, int], None],
 ) -> Iterator[EmbeddingModel]:
@@ -235,6 +251,7 @@ def _versions(
                 seed=mixed_seed(seed, t, 1),
                 memory=memory,
                 old=old,
+                **(begin if t in replacements and version is not None else {}),
                 folder=place,
                 on_step=partial(on_step, t),
             )

@@ -109,6 +109,7 @@ class Steps:
         model: trained in place, on the device.
         method, old, items, memory, schedule, seed: of `Trainer.fit`.
         augment, device, precision, ema, compile, workers: of `Trainer`.
+        frozen: so many first steps leave the backbone's weights alone.
     """
 
     def __init__(
@@ -127,8 +128,10 @@ class Steps:
         ema: float | None,
         compile: bool,
         workers: int,
+        frozen: int = 0,
     ) -> None:
         self.schedule = schedule
+        self.frozen = frozen
         self.seed = seed
         self.augment = augment
         self.device = device
@@ -178,6 +181,9 @@ class Steps:
                     loss = self.loss(input, target) / self.schedule.accumulate
                 self.scaler.scale(loss).backward()
             self.total += loss.detach()
+        if self.step < self.frozen:
+            for p in self.model.backbone.parameters():
+                p.grad = None  # the optimizer skips it, weight decay and momentum too
         if self.schedule.clip is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.schedule.clip)
@@ -187,6 +193,13 @@ class Steps:
         if self.ema is not None:
             torch._foreach_lerp_(self.mean, [p.detach() for p in self.model.parameters()], 1 - self.ema)
         self.step += 1
+
+    @torch.no_grad()
+    def begin_from(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Sets a parameter before the first step, in the mean of the weights too."""
+        parameter.copy_(value)
+        for p, mean in zip(self.model.parameters(), self.mean, strict=self.ema is not None):
+            mean.copy_(p)
 
     def _gradients_sent(self, last: bool) -> AbstractContextManager[None]:
         if last or not isinstance(self.loss, DistributedDataParallel):

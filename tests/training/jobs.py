@@ -74,11 +74,12 @@ def trained(
     method: str = "hoc",
     noise: float | None = None,
     references: int | None = None,
+    **options: object,
 ) -> EmbeddingModel:
     """A second version, with an old model, rehearsal, augmentation and dropout; by HOC, ER, ASNN or OCA.
 
     Its items are in memory, or with `noise` those of datasets that add so much.  Remembered ones have embeddings by as
-    many versions as `references` says.
+    many versions as `references` says.  Other options are of `Trainer.fit`.
     """
     processes = dist.group.WORLD if group else None
     made = {
@@ -112,6 +113,7 @@ def trained(
         old=parent.eval(),
         folder=folder,
         on_step=on_step,
+        **options,
     )
 
 

@@ -63,6 +63,12 @@ FEATURES = {
             'method.name="oca" needs items of every class in every task, .* tasks.memory_per_class is 0; keep',
         ),
         (["protocols=[]"], "protocols must name at least one"),
+        (["tasks.replacement_frozen=1.0"], r"replacement_frozen is a fraction of steps, in \[0, 1\), got 1.0"),
+        (["tasks.replacement_junction=new"], "replacement_junction must be one of 'aligned', 'kept', got 'new'"),
+        (
+            ["tasks.replacement_junction=aligned", "method.classification=nnp"],
+            'is of method.name="hoc" or "simplex" with the simplex cross-entropy, got "hoc" with "nnp"; take "kept"',
+        ),
         (
             ["tasks.hoc_reference=all", "tasks.memory_per_class=0"],
             'tasks.hoc_reference="all" is of remembered items, and tasks.memory_per_class is 0; keep at least 1',
