@@ -40,6 +40,8 @@ METHODS = {
     "hoc-all": ("hoc", "tasks.hoc_reference=all"),
     "hoc-junction": ("hoc", "tasks.hoc_reference=deployed_or_replacement", *JUNCTION),
     "hoc-all-junction": ("hoc", "tasks.hoc_reference=all", *JUNCTION),
+    "hoc-denoised": ("hoc", "tasks.hoc_reference=deployed_or_replacement", "tasks.denoise=0.5"),
+    "hoc-all-denoised": ("hoc", "tasks.hoc_reference=all", "tasks.denoise=0.5"),
     "fd-all": ("fd", "tasks.hoc_reference=all"),
 }
 DEFAULT = ("er", "fd", "bct", "oca", "simplex", "hoc", "asnn", "hoc-asnn")

@@ -219,6 +219,7 @@ def fit(
         hoc_reference=config.hoc_reference,
         replacement_junction=config.tasks.replacement_junction,
         replacement_frozen=config.tasks.replacement_frozen,
+        denoise=config.tasks.denoise,
         folder=run.folder,
         on_step=lambda t, step: run.watch(f"task {t}", f"task-{t:02d}", schedules[t], step),
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .._checks import check_name
+from .._checks import check_fraction, check_name
 from ..data import CIFAR100_MEAN, CIFAR100_STD
 from ..models import FeatureLinear, FeatureMLP, ResNet18, SmallConvNet, TextEncoder, external_backbone
 from ..models.external import LIBRARIES
@@ -67,6 +67,7 @@ _OF_TASKS = {
             "hoc_reference",
             "replacement_junction",
             "replacement_frozen",
+            "denoise",
         ),
         _CLASSIFYING,
     ),
@@ -248,6 +249,7 @@ class TasksConfig:
             folder.
         hoc_reference: of `train_versions`, for HOC; "all" for FD, too.  Other methods hold on to the deployed version.
         replacement_junction, replacement_frozen: of `train_versions`; "aligned" is of hoc and simplex.
+        denoise: of `train_versions`, for hoc, and fd by cosine.
     """
 
     kind: str = "class_incremental"
@@ -264,6 +266,7 @@ class TasksConfig:
     hoc_reference: str = "deployed"
     replacement_junction: str = "kept"
     replacement_frozen: float = 0.0
+    denoise: float = 0.0
 
     def __post_init__(self) -> None:
         check_name("kind", self.kind, (*_CLASSIFYING, "retrieval_sequence"))
@@ -283,6 +286,7 @@ class TasksConfig:
         check_name("replacement_junction", self.replacement_junction, JUNCTIONS)
         if not 0 <= self.replacement_frozen < 1:
             raise ValueError(f"replacement_frozen is a fraction of steps, in [0, 1), got {self.replacement_frozen}")
+        check_fraction("denoise", self.denoise)
         if self.memory_per_class < 0:
             raise ValueError(f"memory_per_class must be 0 or more, got {self.memory_per_class}")
         if 0 in self.replacements and self.replacements[0].source == "tasks":
@@ -350,8 +354,13 @@ class RunConfig:
                 'tasks.hoc_reference="all" is of remembered items, and tasks.memory_per_class is 0; keep at least 1, '
                 'or take "deployed"'
             )
-        if reference == "all" and self.method.name == "fd" and self.method.distance != "cosine":
-            raise ValueError('tasks.hoc_reference="all" keeps unit embeddings: with fd take method.distance="cosine"')
+        directions = self.method.name == "hoc" or (self.method.name, self.method.distance) == ("fd", "cosine")
+        for option, chosen in (('hoc_reference="all"', reference == "all"), ("denoise", self.tasks.denoise != 0)):
+            if chosen and not directions:
+                raise ValueError(
+                    f'tasks.{option} is of unit embeddings, of method.name="hoc", or "fd" with distance="cosine", '
+                    f'got "{self.method.name}" and "{self.method.distance}"'
+                )
         if reference in ("deployed_or_replacement", "replacement"):
             own = [t for t in self.tasks.replacements if t == 0 or reference == "replacement"]
             fresh = [t for t in own if self.tasks.replacements[t].schedule is None]

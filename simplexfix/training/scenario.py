@@ -136,6 +136,7 @@ def train_versions(
     hoc_reference: str = "deployed",
     replacement_junction: str = "kept",
     replacement_frozen: float = 0.0,
+    denoise: float = 0.0,
     folder: str | os.PathLike[str] | None = None,
     on_step: Callable[[int, int], None] = lambda task, step: None,
 ) -> Iterator[EmbeddingModel]:
@@ -172,6 +173,8 @@ def train_versions(
         replacement_junction: of a replacement that follows a deployed version: "kept" as it came, or "aligned" with
             that version in closed form (`Trainer.fit`).
         replacement_frozen: fraction of the steps in which the backbone of such a replacement keeps its weights.
+        denoise: of every version with an old model (`Trainer.fit`); stored embeddings of "all" are drawn to the class
+            means of their own version.
         folder: of the run.
         on_step: called after every step with the task's number and its own (`Trainer.fit`).
 
@@ -181,8 +184,11 @@ def train_versions(
             rehearsal, or with a method that it cannot act on; an "aligned" junction with "replacement".
     """
     check_name("hoc_reference", hoc_reference, REFERENCES)
-    if hoc_reference == "all":
-        _check_all(trainer.method, rehearsal)
+    if hoc_reference == "all" and rehearsal is None:
+        raise ValueError('hoc_reference="all" is of remembered items, and rehearsal is None; give one, or "deployed"')
+    for option, chosen in (('hoc_reference="all"', hoc_reference == "all"), ("denoise", denoise != 0)):
+        if chosen:
+            _check_directions(option, trainer.method)
     replacements = replacements or {}
     schedules = [schedule] * len(tasks) if isinstance(schedule, Schedule) else list(schedule)
     if len(schedules) != len(tasks):
@@ -198,7 +204,7 @@ def train_versions(
         )
     begin = {"junction": replacement_junction, "frozen": replacement_frozen}
     return _versions(
-        trainer, tasks, start, schedules, seed, rehearsal, replacements, hoc_reference, begin, folder, on_step
+        trainer, tasks, start, schedules, seed, rehearsal, replacements, hoc_reference, begin, denoise, folder, on_step
     )
 
 
@@ -212,6 +218,7 @@ def _versions(
     replacements: Mapping[int, Callable[[], nn.Module]],
     hoc_reference: str,
     begin: Mapping[str, Any],
+    denoise: float,
     folder: str | os.PathLike[str] | None,
     on_step: Callable[[int, int], None],
 ) -> Iterator[EmbeddingModel]:
@@ -251,6 +258,7 @@ def _versions(
                 seed=mixed_seed(seed, t, 1),
                 memory=memory,
                 old=old,
+                denoise=denoise,
                 **(begin if t in replacements and version is not None else {}),
                 folder=place,
                 on_step=partial(on_step, t),
@@ -328,17 +336,15 @@ def _remembered(
     return result
 
 
-def _check_all(method: Method, rehearsal: _Selection | None) -> None:
+def _check_directions(option: str, method: Method) -> None:
     """
     Raises:
-        ValueError: nothing is remembered, or the method cannot be held to unit embeddings of one width.
+        ValueError: the method cannot be held to unit embeddings of one width.
     """
-    if rehearsal is None:
-        raise ValueError('hoc_reference="all" is of remembered items, and rehearsal is None; give one, or "deployed"')
     if isinstance(method, ReadsOldEmbeddings) or getattr(method, "distance", "cosine") != "cosine":
         raise ValueError(
-            f'hoc_reference="all" is of methods whose loss compares directions with old(input), of one width in all '
-            f'versions, as HOC, and FD with distance="cosine"; got {describe(method)["type"]}'
+            f"{option} is of methods whose loss compares directions with old(input), of one width in all versions, as "
+            f'HOC, and FD with distance="cosine"; got {describe(method)["type"]}'
         )
 
 

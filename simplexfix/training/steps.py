@@ -24,6 +24,7 @@ from ..methods import Method
 from ..models import EmbeddingModel
 from . import processes
 from .checkpoint import CheckpointWarning
+from .held import HeldVersion
 from .items import Items
 from .samplers import BalancedSampler
 from .schedule import Schedule
@@ -52,20 +53,6 @@ class _Loss(nn.Module):
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         method, old = self.frozen
         return method.loss(self.model, input, target, old)
-
-
-class _OldVersion(EmbeddingModel):
-    """The deployed version, but for the last rows of a batch, the remembered items: their embeddings are given."""
-
-    def __init__(self, deployed: EmbeddingModel) -> None:
-        super().__init__(deployed.backbone, deployed.head, preprocessing=deployed.preprocessing)
-        self.remembered: Tensor | None = None
-        self.eval()
-
-    def forward(self, input: Tensor) -> Tensor:
-        assert self.remembered is not None
-        new = super().forward(input[: len(input) - len(self.remembered)])
-        return torch.cat([new, self.remembered.to(new)])
 
 
 @dataclass(frozen=True)
@@ -110,6 +97,7 @@ class Steps:
         method, old, items, memory, schedule, seed: of `Trainer.fit`.
         augment, device, precision, ema, compile, workers: of `Trainer`.
         frozen: so many first steps leave the backbone's weights alone.
+        denoise, means: of `HeldVersion`.
     """
 
     def __init__(
@@ -129,6 +117,8 @@ class Steps:
         compile: bool,
         workers: int,
         frozen: int = 0,
+        denoise: float = 0.0,
+        means: Tensor | None = None,
     ) -> None:
         self.schedule = schedule
         self.frozen = frozen
@@ -142,8 +132,9 @@ class Steps:
         self.workers = workers if lazy else 0
         self.parts: Generator[_Part, None, None] | None = None
         self.old = None
-        if old is not None and memory is not None and memory.references is not None:
-            old = self.old = _OldVersion(old)
+        stored = memory is not None and memory.references is not None
+        if old is not None and (stored or means is not None):
+            old = self.old = HeldVersion(old, denoise, means)
         remembered = 0 if memory is None else len(memory.labels)
         self.sampler = BalancedSampler(
             len(items.labels), remembered, schedule.batch, seed=seed, rank=self.rank, world=self.world
@@ -215,10 +206,9 @@ class Steps:
     def _part(self, parts: Iterator[_Part], i: int) -> tuple[Tensor, Tensor]:
         """Every `accumulate`-th of this rank's rows from the i-th on: of the whole batch, one in all ranks' parts."""
         input, target, remembered = next(parts)
-        if self.old is not None:
-            assert remembered is not None
-            self.old.remembered = to_device_async(remembered, self.device)
         input, target = to_device_async(input, self.device), to_device_async(target, self.device)
+        if self.old is not None:
+            self.old.hold(target, None if remembered is None else to_device_async(remembered, self.device))
         if self.augment is not None:
             part = i * self.world + self.rank  # of the whole batch: the same augmentation whoever computes it
             input = self.augment(input, torch.Generator().manual_seed(mixed_seed(self.seed, 2, self.step, part)))

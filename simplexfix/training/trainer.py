@@ -12,7 +12,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from ..methods import Method, ReadsOldEmbeddings, Simplex
 from ..models import EmbeddingModel
 from . import processes
 from .checkpoint import Checkpoints, CheckpointWarning, fingerprint, read_state, write_state
+from .held import class_means, denoised
 from .items import Items
 from .junction import JUNCTIONS, aligned_junction
 from .locks import folder_lock
@@ -120,6 +121,7 @@ class Trainer:
         old: EmbeddingModel | None = None,
         junction: str = "kept",
         frozen: float = 0.0,
+        denoise: float = 0.0,
         folder: str | os.PathLike[str] | None = None,
         on_step: Callable[[int], None] = lambda step: None,
     ) -> EmbeddingModel:
@@ -143,6 +145,9 @@ class Trainer:
             junction: "kept", the parent's; or "aligned", turned into the space of `old` before the first step, in
                 closed form from the embeddings of all items and remembered ones (`aligned_junction`).
             frozen: fraction of the steps, in [0, 1), in which the backbone keeps its weights and the head alone learns.
+            denoise: eta, in [0, 1]: embeddings by `old` are drawn to the mean of their class, n((1 - eta) u + eta m),
+                with m over all items and remembered ones; 0 for embeddings as they are.  It acts on methods whose loss
+                calls `old(input)`.
             folder: of this one version; None to keep nothing.
             on_step: called after every step with its number, the last being `schedule.steps`; what the step logged is
                 in the file by then.
@@ -170,6 +175,7 @@ class Trainer:
         check_fraction("frozen", frozen)
         if frozen == 1:
             raise ValueError("frozen must be below 1: with all steps the backbone would never learn")
+        check_fraction("denoise", denoise)
         if junction == "aligned":
             self._check_aligned(parent, old)
         if old is not None and old.training:
@@ -197,11 +203,12 @@ class Trainer:
             "augment": describe(self.augment),
             "method": describe(self.method),
         }
-        if old is not None and (junction == "aligned" or isinstance(self.method, ReadsOldEmbeddings)):
+        if old is not None and (junction == "aligned" or denoise or isinstance(self.method, ReadsOldEmbeddings)):
             started_with["preprocessing"] = describe(self.preprocessing or old.preprocessing)
         # only where they are chosen: checkpoints of before have no such entries
         started_with |= {"junction": junction} if junction != "kept" else {}
         started_with |= {"frozen": frozen} if frozen else {}
+        started_with |= {"denoise": denoise} if denoise else {}
         if folder is not None:  # the data as well; it takes a moment
             started_with["items"] = items.fingerprint()
             started_with["memory"] = None if memory is None else memory.fingerprint()
@@ -228,6 +235,13 @@ class Trainer:
                     Checkpoints(finished.parent).clear()
                 model.load_state_dict(saved["model"])
                 return model.eval()
+            means = None
+            if old is not None and denoise:
+                means = processes.run_on_rank0(partial(self._class_means, old, items, memory, classes.stop))
+                if memory is not None and memory.references is not None:
+                    stored = class_means(memory.references, memory.labels, classes.stop)
+                    rows = denoised(memory.references, memory.labels, stored, denoise)
+                    memory = replace(memory, references=rows)
             run = Steps(
                 model,
                 self.method,
@@ -243,6 +257,8 @@ class Trainer:
                 compile=self.compile,
                 workers=self.workers,
                 frozen=round(frozen * schedule.steps),
+                denoise=denoise,
+                means=means,
             )
             begin = partial(self._begin, run, old, items, memory, junction)
             with closing(run), lost_readers_named():
@@ -275,28 +291,34 @@ class Trainer:
                 f"old must have embeddings as wide as the new ones, {parent.embedding_dim}, got {old.embedding_dim}"
             )
 
+    def _embeddings(
+        self, model: EmbeddingModel, items: Items, memory: Items | None, preprocessing: Preprocessing | None
+    ) -> tuple[Tensor, Tensor]:
+        """[N, d] unit embeddings of all items and remembered ones, without augmentation, and [N] labels; on the CPU."""
+        parts = [part for part in (items, memory) if part is not None and len(part.labels)]
+        prepare = self.preprocessing or preprocessing
+        found = [model.extract(part.inputs, prepare=prepare, workers=self.workers).cpu() for part in parts]
+        return torch.cat(found), torch.cat([part.labels.cpu() for part in parts])
+
+    def _class_means(self, old: EmbeddingModel, items: Items, memory: Items | None, classes: int) -> Tensor:
+        return class_means(*self._embeddings(old, items, memory, old.preprocessing), classes)
+
     def _begin(self, run: Steps, old: EmbeddingModel | None, items: Items, memory: Items | None, junction: str) -> None:
         """What is computed once from the old version's embeddings of all items, in the first process for all."""
         method = self.method
         if old is None or not (junction == "aligned" or isinstance(method, ReadsOldEmbeddings)):
             return
-        parts = [part for part in (items, memory) if part is not None and len(part.labels)]
-        labels = torch.cat([part.labels.cpu() for part in parts])
-
-        def extracted(model: EmbeddingModel) -> Tensor:
-            prepare = self.preprocessing or old.preprocessing
-            found = [model.extract(part.inputs, prepare=prepare, workers=self.workers).cpu() for part in parts]
-            return torch.cat(found)
 
         def act() -> Tensor | None:
+            held, labels = self._embeddings(old, items, memory, old.preprocessing)
             if isinstance(method, ReadsOldEmbeddings):
-                method.read_old(run.model, extracted(old), labels)
+                method.read_old(run.model, held, labels)
             if junction != "aligned":
                 return None
             assert isinstance(method, Simplex)
+            own, _ = self._embeddings(run.model, items, memory, old.preprocessing)
             weight = run.model.head.junction.weight  # type: ignore[union-attr]
-            slots = method.slots.lookup(method.namespace, labels)
-            return aligned_junction(weight, extracted(run.model), extracted(old), slots).cpu()  # type: ignore[arg-type]
+            return aligned_junction(weight, own, held, method.slots.lookup(method.namespace, labels)).cpu()  # type: ignore[arg-type]
 
         weight = processes.run_on_rank0(act)  # DistributedDataParallel broadcasts buffers before the first step
         if weight is not None:

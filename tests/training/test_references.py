@@ -75,6 +75,38 @@ def test_remembered_items_are_held_to_every_older_version_and_new_ones_to_the_de
     assert used == {(1, 0), (2, 0), (2, 1)}
 
 
+@pytest.mark.parametrize("reference", ["all", "deployed"])
+def test_embeddings_may_be_drawn_to_their_class_means(reference: str) -> None:
+    """Means are over new and remembered items, by the version that the embedding is of."""
+    method = Watch()
+    tasks = class_incremental(STAGES, (4, 2, 2), seed=1)
+    memories: list[Items] = []
+
+    def remember(version: EmbeddingModel, items: Items, generator) -> torch.Tensor:
+        rows = random_rows(items.labels, 3, generator)
+        memories.append(items.take(rows))
+        return rows
+
+    made = sequence(method, tasks=tasks, denoise=0.5, hoc_reference=reference, rehearsal=remember)
+    pool = memories[0].joined(memories[1])
+    both = pool.joined(tasks[2].items)
+
+    def expected(version: EmbeddingModel, input: torch.Tensor, items: Items) -> torch.Tensor:
+        u, all_u = version.extract(input), version.extract(items.inputs)
+        labels = [int(both.labels[(both.inputs == row).all(1)][0]) for row in input]
+        means = torch.stack([all_u[items.labels == y].mean(0) for y in labels])
+        return torch.nn.functional.normalize(0.5 * u + 0.5 * means)
+
+    versions_used = set()
+    for input, held in method._seen[8:]:
+        torch.testing.assert_close(held[:8], expected(made[1], input[:8], both))
+        candidates = [expected(version, input[8:], pool) for version in made[:2]]
+        same = [t for t, rows in enumerate(candidates) if torch.allclose(held[8:], rows, atol=1e-5)]
+        assert len(same) == 1
+        versions_used.add(same[0])
+    assert versions_used == ({0, 1} if reference == "all" else {1})
+
+
 @pytest.mark.parametrize("lazy", [False, True])
 def test_embeddings_are_kept_with_the_memory_and_extracted_once(tmp_path: Path, monkeypatch, lazy: bool) -> None:
     """Of each version, those of what is remembered; a run that goes on reads them."""
@@ -92,9 +124,9 @@ def test_embeddings_are_kept_with_the_memory_and_extracted_once(tmp_path: Path, 
     assert all(torch.equal(a.head.junction.weight, b.head.junction.weight) for a, b in zip(made, again, strict=True))
 
 
-@pytest.mark.parametrize("after", [9, 13, 16, 21])
-def test_a_stopped_sequence_held_to_all_goes_on_to_the_same_bits(tmp_path: Path, after: int) -> None:
-    whole = sequence()
+@pytest.mark.parametrize(("after", "denoise"), [(9, 0.0), (13, 0.5), (16, 0.0), (21, 0.5)])
+def test_a_stopped_sequence_held_to_all_goes_on_to_the_same_bits(tmp_path: Path, after: int, denoise: float) -> None:
+    whole = sequence(denoise=denoise)
     steps = []
 
     def on_step(task: int, step: int) -> None:
@@ -103,8 +135,8 @@ def test_a_stopped_sequence_held_to_all_goes_on_to_the_same_bits(tmp_path: Path,
             raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        sequence(folder=tmp_path, on_step=on_step)
-    again = sequence(folder=tmp_path)
+        sequence(folder=tmp_path, on_step=on_step, denoise=denoise)
+    again = sequence(folder=tmp_path, denoise=denoise)
     for a, b in zip(whole, again, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
 
@@ -141,6 +173,11 @@ def test_the_first_replacement_is_held_to_itself_if_it_has_a_trained_head(traine
     [
         (lambda: sequence(rehearsal=None), 'hoc_reference="all" is of remembered items, and rehearsal is None'),
         (lambda: sequence(FD(distance="l2")), 'FD with distance="cosine"; got simplexfix.methods.fd.FD'),
+        (lambda: sequence(denoise=1.5), r"denoise must lie in \[0, 1\], got 1.5"),
+        (
+            lambda: sequence(FD(distance="l2"), hoc_reference="deployed", denoise=0.5),
+            "denoise is of methods whose loss",
+        ),
         (lambda: sequence(OCA(embedding_dim=10)), "of one width in all versions, .* got simplexfix.methods.oca.OCA"),
     ],
 )

@@ -64,6 +64,8 @@ FEATURES = {
         ),
         (["protocols=[]"], "protocols must name at least one"),
         (["tasks.replacement_frozen=1.0"], r"replacement_frozen is a fraction of steps, in \[0, 1\), got 1.0"),
+        (["tasks.denoise=2"], r"tasks: denoise must lie in \[0, 1\], got 2.0"),
+        (["method.name=er", "tasks.denoise=0.5"], 'tasks.denoise is of unit embeddings, .* got "er" and "cosine"'),
         (["tasks.replacement_junction=new"], "replacement_junction must be one of 'aligned', 'kept', got 'new'"),
         (
             ["tasks.replacement_junction=aligned", "method.classification=nnp"],
@@ -75,7 +77,7 @@ FEATURES = {
         ),
         (
             ["method.name=fd", "method.distance=l2", "tasks.hoc_reference=all"],
-            'tasks.hoc_reference="all" keeps unit embeddings: with fd take method.distance="cosine"',
+            'tasks.hoc_reference="all" is of unit embeddings, of method.name="hoc", or .*, got "fd" and "l2"',
         ),
         (
             ["method.name=er", "tasks.hoc_reference=self"],
