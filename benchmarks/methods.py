@@ -1,12 +1,13 @@
-"""All methods on `simplexfix train cpu-small`, over seeds, and what limits HOC: one change at a time.
+"""Methods on `simplexfix train cpu-small` or `paper-half`, over seeds, and HOC with one change at a time.
 
-python benchmarks/methods.py DATA [--seeds 0 1 2] [--methods er fd bct oca simplex hoc asnn hoc-asnn]
-                             [--ablation VARIANT ...] [--runs DIR] [--jobs N] [--out FILE] [KEY.SUB=VALUE ...]
+python benchmarks/methods.py DATA [--preset cpu-small] [--seeds 0 1 2] [--methods ROW ...] [--ablation VARIANT ...]
+                             [--runs DIR] [--pretraining DIR] [--jobs N] [--out FILE] [KEY.SUB=VALUE ...]
 
-DATA holds CIFAR-10 and CIFAR-100 in their binary version.  Runs are kept in DIR and taken up again where they were
-stopped; those that are done are read.  --jobs of them go on at a time, each with one thread.  --ablation trains HOC
-once more for each of these VARIANTS, by the first seed.  Methods with a learnable classifier share one pre-training,
-those with the fixed one another.
+DATA holds CIFAR-10 and CIFAR-100 in their binary version; paper-half also needs data.pretraining=FOLDER, with a folder
+of images for every class.  A ROW of --methods is one line of the table: a method, and its changes.  Runs are kept in
+DIR and go on where they were stopped; finished ones are read.  --jobs of them train at a time, each with one thread.
+--ablation trains HOC once more for each VARIANT, by the first seed.  Methods with a learnable classifier share one
+pre-training, those with the fixed one another; --pretraining is the --runs folder of an earlier call that has them.
 """
 
 from __future__ import annotations
@@ -29,8 +30,21 @@ from measure import machine_card
 from simplexfix.training import PRESETS
 from simplexfix.training.run_config import ER_PRETRAINED
 
-METHODS = ("er", "fd", "bct", "oca", "simplex", "hoc", "asnn", "hoc-asnn")
-TERMS = {"hoc-asnn": ("method.name=hoc", "method.classification=asnn")}
+JUNCTION = ("tasks.replacement_junction=aligned", "tasks.replacement_frozen=0.1")
+# row of the table -> method, and what is changed
+METHODS = {
+    **{name: (name,) for name in ("er", "fd", "bct", "oca", "simplex", "hoc", "asnn")},
+    "hoc-asnn": ("hoc", "method.classification=asnn"),
+    "hoc-deployed": ("hoc", "tasks.hoc_reference=deployed"),
+    "hoc-deployed-or-replacement": ("hoc", "tasks.hoc_reference=deployed_or_replacement"),
+    "hoc-all": ("hoc", "tasks.hoc_reference=all"),
+    "hoc-junction": ("hoc", "tasks.hoc_reference=deployed_or_replacement", *JUNCTION),
+    "hoc-all-junction": ("hoc", "tasks.hoc_reference=all", *JUNCTION),
+    "hoc-denoised": ("hoc", "tasks.hoc_reference=deployed_or_replacement", "tasks.denoise=0.5"),
+    "hoc-all-denoised": ("hoc", "tasks.hoc_reference=all", "tasks.denoise=0.5"),
+    "fd-all": ("fd", "tasks.hoc_reference=all"),
+}
+DEFAULT = ("er", "fd", "bct", "oca", "simplex", "hoc", "asnn", "hoc-asnn")
 SHORT = tuple(f"tasks.replacements.{t}.epochs=12" for t in (0, 2, 4))
 VARIANTS = {
     "deployed": ("tasks.hoc_reference=deployed",),
@@ -49,16 +63,17 @@ VARIANTS = {
 FIRST = "nearest_class_mean"
 
 
-def trained(runs: Path, seed: int, method: str, changes: tuple[str, ...], folder: str) -> dict[str, Any]:
+def trained(
+    preset: str, runs: Path, pretraining: Path, seed: int, method: str, changes: tuple[str, ...], folder: str
+) -> dict[str, Any]:
     """Matrices and criteria of the search, from the run's report."""
     place = runs / f"seed-{seed}"
     # whatever pre-training depends on is in the name of where it is kept
     apart = [c for c in changes if c.startswith(("tasks.replacements", "method.normalize", "method.scale"))]
-    shared = place / "-".join(["pretraining", *apart])
+    shared = pretraining / f"seed-{seed}" / "-".join(["pretraining", *apart])
     file = place / folder / "report.json"
     if not file.exists():
-        named = TERMS.get(method, (f"method.name={method}",))
-        command = [sys.executable, "-m", "simplexfix", "train", "cpu-small", f"seed={seed}", *named]
+        command = [sys.executable, "-m", "simplexfix", "train", preset, f"seed={seed}", f"method.name={method}"]
         began = time.perf_counter()
         done = subprocess.run(
             [*command, f"tasks.pretraining_folder={shared}", *changes, "--out", str(place / folder)],
@@ -88,23 +103,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("changes", nargs="*", metavar="KEY.SUB=VALUE", help="of all runs")
+    parser.add_argument("--preset", choices=("cpu-small", "paper-half"), default="cpu-small")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(DEFAULT))
     parser.add_argument("--ablation", nargs="+", choices=VARIANTS, default=[])
-    parser.add_argument("--runs", type=Path, default=Path("runs") / "cpu-small")
+    parser.add_argument("--runs", type=Path, help="default: runs/PRESET")
+    parser.add_argument("--pretraining", type=Path, help="default: --runs")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--out", type=Path, help="write all matrices and criteria as JSON")
     a = parser.parse_args()
+    runs = a.runs or Path("runs") / a.preset
     changes = (f"data.path={a.data}", *a.changes)
-    jobs = {(seed, method): (seed, method, changes, method) for seed in a.seeds for method in a.methods}
+    jobs = {
+        (seed, row): (seed, method, (*changes, *more), row)
+        for seed in a.seeds
+        for row, (method, *more) in ((row, METHODS[row]) for row in a.methods)
+    }
     ablation = {
         name: (a.seeds[0], "hoc", (*changes, f'protocols=["{FIRST}"]', *VARIANTS[name]), name) for name in a.ablation
     }
     # of those that share a pre-training one first, for the others to find it
-    first = {method in ER_PRETRAINED: method for method in reversed(a.methods)}
+    first = {METHODS[row][0] in ER_PRETRAINED: row for row in reversed(a.methods)}
     leaders = {key for key in jobs if key[1] in first.values()}
     with ThreadPoolExecutor(a.jobs) as pool:
-        run = partial(trained, a.runs)
+        run = partial(trained, a.preset, runs, a.pretraining or runs)
         found = {key: pool.submit(run, *job) for key, job in jobs.items() if key in leaders}
         for future in found.values():
             future.result()
@@ -117,18 +139,21 @@ def main() -> None:
     print("| --- |" + " ---: |" * 3 * len(protocols))
     for method in a.methods:
         print(line(method, [reports[seed, method] for seed in a.seeds]))
+    if a.ablation and "hoc" in a.methods:
+        variants = {"as above": reports[a.seeds[0], "hoc"], **variants}
     if a.ablation:
         print("| HOC, one seed | nearest class mean AC | AA | BC |\n| --- | ---: | ---: | ---: |")
-        for name, report in (("as above", reports[a.seeds[0], "hoc"]), *variants.items()):
+        for name, report in variants.items():
             print(line(name, [{FIRST: report[FIRST]}]))
     if a.out:
         content = {
             "machine": machine_card(),
-            "configuration": asdict(PRESETS["cpu-small"]),
+            "configuration": asdict(PRESETS[a.preset]),
             "changes": a.changes,
             "seeds": a.seeds,
-            "methods": {method: {seed: reports[seed, method] for seed in a.seeds} for method in a.methods},
-            "ablation": {name: {"changes": VARIANTS[name], **report} for name, report in variants.items()},
+            "rows": {row: METHODS[row] for row in a.methods},
+            "methods": {row: {seed: reports[seed, row] for seed in a.seeds} for row in a.methods},
+            "ablation": {name: {"changes": VARIANTS[name], **variants[name]} for name in a.ablation},
         }
         a.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 __all__ = ["PRESET_NAMES", "VERBS", "parse"]
 
 _FEATURES = ".npz, .safetensors or .parquet file, or folder of .npy or .parquet files"
-PRESET_NAMES = ("omniglot", "cl2r", "iamcl2r-7", "iamcl2r-31", "cpu-small")  # keys of training.PRESETS
+PRESET_NAMES = ("omniglot", "cl2r", "iamcl2r-7", "iamcl2r-31", "cpu-small", "paper-half")  # keys of training.PRESETS
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

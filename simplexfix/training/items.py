@@ -27,11 +27,13 @@ class Items:
         inputs: a tensor [N, ...], or `simplexfix.data.DatasetRows`, which has its `shape` and `dtype`.
         labels: [N].
         class_names: None, or the names of class 0, 1, ...
+        references: None, or [N, V, d] unit embeddings of the items by versions 0 .. V - 1 (`train_versions`).
     """
 
     inputs: Any
     labels: Tensor
     class_names: tuple[str, ...] | None = None
+    references: Tensor | None = None
 
     @classmethod
     def from_dataset(cls, dataset: Dataset[Any], labels: Tensor | Sequence[int] | None = None) -> Items:
@@ -69,20 +71,23 @@ class Items:
             self.inputs[to_device_async(rows, self.inputs.device)],
             self.labels[to_device_async(rows, self.labels.device)],
             self.class_names,
+            None if self.references is None else self.references[to_device_async(rows, self.references.device)],
         )
 
     def joined(self, other: Items) -> Items:
-        """Both; names are those of whom has more, where they agree."""
+        """Both; names are those of whom has more, where they agree, and references stay where both have them."""
         labels = torch.cat([self.labels, other.labels])
         mine, theirs = sorted((self.class_names or (), other.class_names or ()), key=len)
         names = theirs if theirs and theirs[: len(mine)] == mine else None
+        both = self.references is not None and other.references is not None
+        references = torch.cat([self.references, other.references]) if both else None  # type: ignore[list-item]
         if isinstance(self.inputs, Tensor) and isinstance(other.inputs, Tensor):
-            return Items(torch.cat([self.inputs, other.inputs]), labels, names)
+            return Items(torch.cat([self.inputs, other.inputs]), labels, names, references)
         first, second = (
             DatasetRows.in_memory(part.inputs) if isinstance(part.inputs, Tensor) else part.inputs
             for part in (self, other)
         )
-        return Items(first.joined(second), labels, names)
+        return Items(first.joined(second), labels, names, references)
 
     def read(self, seeds: Sequence[int] | None = None) -> Tensor:
         """The inputs in memory; seeds as `DatasetRows.read`."""
@@ -91,13 +96,16 @@ class Items:
     def fingerprint(self) -> dict[str, Any]:
         """Shape, dtype and a checksum of all labels and of 4096 rows of inputs, evenly spread (all, if not more).
 
-        Of a dataset's row the bytes of the input count, or `dataset.content(row)` where it has that.
+        Of a dataset's row the bytes of the input count, or `dataset.content(row)` where it has that.  References, where
+        there are any, count whole.
         """
         step = max(1, -(-len(self.labels) // _FINGERPRINT_ROWS))
         digest = hashlib.sha256(bytes_of(self.labels))
         rows = self.inputs[::step]
         for content in [bytes_of(rows)] if isinstance(rows, Tensor) else rows.contents():
             digest.update(content)
+        if self.references is not None:
+            digest.update(bytes_of(self.references))
         dtype = str(self.inputs.dtype).removeprefix("torch.")
         return {"shape": list(self.inputs.shape), "dtype": dtype, "sha256": digest.hexdigest()}
 

@@ -48,6 +48,13 @@ def _iamcl2r(counts: tuple[int, ...], at: tuple[int, ...]) -> RunConfig:
     return replace(_PAPER, data=data, tasks=replace(_PAPER.tasks, counts=counts, replacements=replacements))
 
 
+def _paper_half() -> RunConfig:
+    data = replace(_PAPER.data, query_batches=(1,), pretraining="data/tinyimagenet32")
+    replacements = _replaced((0, 2, 4), (50, 100, 200), _NARROW, (30,) * 3)
+    tasks = replace(_PAPER.tasks, replacements=replacements)
+    return replace(_PAPER, data=data, model=_NARROW, tasks=tasks, trainer=TrainerConfig())
+
+
 _NARROW = ModelConfig(kind="resnet18", width=32)
 
 PRESETS = {
@@ -80,4 +87,7 @@ PRESETS = {
         ),
         schedule=Schedule(1, 1e-2, weight_decay=5e-4, optimizer="sgd"),
     ),
+    # iamcl2r-7 for one core and a few hours: tasks, budget and optimizer are the paper's.  Half the channels, 200
+    # classes of Tiny-ImageNet at 32 pixels for pre-training, 10,000 queries, and float32 are not.
+    "paper-half": _paper_half(),
 }

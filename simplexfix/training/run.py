@@ -216,7 +216,10 @@ def fit(
         seed=config.seed,
         rehearsal=remembered,
         replacements={t: partial(pretrain, run, t) for t in config.tasks.replacements},
-        hoc_reference=config.tasks.hoc_reference if config.method.name == "hoc" else "deployed",
+        hoc_reference=config.hoc_reference,
+        replacement_junction=config.tasks.replacement_junction,
+        replacement_frozen=config.tasks.replacement_frozen,
+        denoise=config.tasks.denoise,
         folder=run.folder,
         on_step=lambda t, step: run.watch(f"task {t}", f"task-{t:02d}", schedules[t], step),
     )

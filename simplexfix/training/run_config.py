@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .._checks import check_name
+from .._checks import check_fraction, check_name
 from ..data import CIFAR100_MEAN, CIFAR100_STD
 from ..models import FeatureLinear, FeatureMLP, ResNet18, SmallConvNet, TextEncoder, external_backbone
 from ..models.external import LIBRARIES
 from ..retrieval import PROTOCOLS
 from .config import check_fits
+from .junction import JUNCTIONS
 from .loggers import LOGGERS
 from .method_config import ER_PRETRAINED, SIMPLEX, MethodConfig
 from .rehearsal import SELECTIONS
@@ -58,7 +59,17 @@ _CLASSIFYING = ("class_incremental", "dataset_sequence", "instance_incremental")
 _OF_TASKS = {
     "parts": ("instance_incremental",),
     **dict.fromkeys(
-        ("pretraining_from", "memory_per_class", "rehearsal", "pretraining_folder", "hoc_reference"), _CLASSIFYING
+        (
+            "pretraining_from",
+            "memory_per_class",
+            "rehearsal",
+            "pretraining_folder",
+            "hoc_reference",
+            "replacement_junction",
+            "replacement_frozen",
+            "denoise",
+        ),
+        _CLASSIFYING,
     ),
 }
 
@@ -236,7 +247,9 @@ class TasksConfig:
         pretraining_folder: where pre-trained networks and their logs are kept, for runs of other methods to use: in
             `simplex` those of hoc and simplex, in `linear` those of er, fd, bct, oca, asnn and nnp; None for the run's
             folder.
-        hoc_reference: of `train_versions`, for HOC; other methods hold on to the deployed version.
+        hoc_reference: of `train_versions`, for HOC; "all" for FD, too.  Other methods hold on to the deployed version.
+        replacement_junction, replacement_frozen: of `train_versions`; "aligned" is of hoc and simplex.
+        denoise: of `train_versions`, for hoc, and fd by cosine.
     """
 
     kind: str = "class_incremental"
@@ -251,6 +264,9 @@ class TasksConfig:
     replacements: dict[int, ReplacementConfig] = field(default_factory=dict)
     pretraining_folder: str | None = None
     hoc_reference: str = "deployed"
+    replacement_junction: str = "kept"
+    replacement_frozen: float = 0.0
+    denoise: float = 0.0
 
     def __post_init__(self) -> None:
         check_name("kind", self.kind, (*_CLASSIFYING, "retrieval_sequence"))
@@ -267,6 +283,10 @@ class TasksConfig:
             raise ValueError(f"epochs must be at least 1, got {self.epochs}")
         check_name("rehearsal", self.rehearsal, SELECTIONS)
         check_name("hoc_reference", self.hoc_reference, REFERENCES)
+        check_name("replacement_junction", self.replacement_junction, JUNCTIONS)
+        if not 0 <= self.replacement_frozen < 1:
+            raise ValueError(f"replacement_frozen is a fraction of steps, in [0, 1), got {self.replacement_frozen}")
+        check_fraction("denoise", self.denoise)
         if self.memory_per_class < 0:
             raise ValueError(f"memory_per_class must be 0 or more, got {self.memory_per_class}")
         if 0 in self.replacements and self.replacements[0].source == "tasks":
@@ -328,8 +348,20 @@ class RunConfig:
             raise ValueError(f"protocols must name at least one of {', '.join(PROTOCOLS)}")
         for protocol in self.protocols:
             check_name("protocols", protocol, PROTOCOLS)
-        reference = self.tasks.hoc_reference
-        if self.method.name == "hoc" and reference != "deployed":
+        reference = self.hoc_reference
+        if reference == "all" and not self.tasks.memory_per_class:
+            raise ValueError(
+                'tasks.hoc_reference="all" is of remembered items, and tasks.memory_per_class is 0; keep at least 1, '
+                'or take "deployed"'
+            )
+        directions = self.method.name == "hoc" or (self.method.name, self.method.distance) == ("fd", "cosine")
+        for option, chosen in (('hoc_reference="all"', reference == "all"), ("denoise", self.tasks.denoise != 0)):
+            if chosen and not directions:
+                raise ValueError(
+                    f'tasks.{option} is of unit embeddings, of method.name="hoc", or "fd" with distance="cosine", '
+                    f'got "{self.method.name}" and "{self.method.distance}"'
+                )
+        if reference in ("deployed_or_replacement", "replacement"):
             own = [t for t in self.tasks.replacements if t == 0 or reference == "replacement"]
             fresh = [t for t in own if self.tasks.replacements[t].schedule is None]
             if fresh:
@@ -337,6 +369,13 @@ class RunConfig:
                     f'tasks.hoc_reference="{reference}" needs replacements with a pre-training, those of tasks {fresh} '
                     'have none; give them classes and a schedule, or take "deployed"'
                 )
+        if self.tasks.replacement_junction == "aligned" and (
+            self.method.name not in SIMPLEX or self.method.classification != "cross_entropy"
+        ):
+            raise ValueError(
+                'tasks.replacement_junction="aligned" is of method.name="hoc" or "simplex" with the simplex '
+                f'cross-entropy, got "{self.method.name}" with "{self.method.classification}"; take "kept"'
+            )
         incremental = len(self.tasks.counts or self.tasks.sets) > 1
         if self.method.name == "oca" and incremental and not self.tasks.memory_per_class:
             raise ValueError(
@@ -355,6 +394,12 @@ class RunConfig:
         if self.tasks.kind == "dataset_sequence" and self.data.kind not in ("features", "images"):
             raise ValueError(f'tasks.sets are of data.kind="features" and "images", got {self.data.kind!r}')
         self._check_retrieval()
+
+    @property
+    def hoc_reference(self) -> str:
+        """Of `train_versions`, for this method."""
+        reference = self.tasks.hoc_reference
+        return reference if self.method.name == "hoc" or (self.method.name, reference) == ("fd", "all") else "deployed"
 
     def _check_retrieval(self) -> None:
         chosen = {

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ from torch.utils.data import Dataset
 
 from .._checks import check_name
 from .._seeds import mixed_seed, seeded
-from ..methods import ReadsOldEmbeddings
+from ..methods import Method, ReadsOldEmbeddings
 from ..models import EmbeddingModel
 from . import processes
 from .checkpoint import read_state, write_state
 from .items import Items
+from .junction import JUNCTIONS
+from .references import with_references
 from .resume import check_resumable, describe
 from .schedule import Schedule
 from .trainer import Trainer
@@ -37,7 +39,7 @@ __all__ = [
 
 _Selection = Callable[[EmbeddingModel, Items, np.random.Generator], Tensor]
 
-REFERENCES = ("deployed", "deployed_or_replacement", "replacement")
+REFERENCES = ("all", "deployed", "deployed_or_replacement", "replacement")
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,6 +134,9 @@ def train_versions(
     rehearsal: _Selection | None = None,
     replacements: Mapping[int, Callable[[], nn.Module]] | None = None,
     hoc_reference: str = "deployed",
+    replacement_junction: str = "kept",
+    replacement_frozen: float = 0.0,
+    denoise: float = 0.0,
     folder: str | os.PathLike[str] | None = None,
     on_step: Callable[[int, int], None] = lambda task, step: None,
 ) -> Iterator[EmbeddingModel]:
@@ -159,15 +164,31 @@ def train_versions(
             `out_features` gets a new one: a junction of its own width, the same slots.
         hoc_reference: the old model where a replacement comes in: the "deployed" version before it, whose gallery is
             there, of which the first replacement of all has none; the "replacement" as it came, as in the authors'
-            code; or "deployed_or_replacement": the former where there is one, else the latter.
+            code; or "deployed_or_replacement": the former where there is one, else the latter.  "all": the former
+            where there is one, else the replacement if it comes with a trained head; and in every task, remembered
+            items are held to their embeddings by one of all older versions, which each batch draws uniformly.  These
+            are kept with the memory, [N, versions, d] float32 without augmentation; the older versions are not run in
+            a step, but stay in memory to embed what is remembered next.  It acts on methods whose loss calls
+            `old(input)`, as HOC and FD by cosine.
+        replacement_junction: of a replacement that follows a deployed version: "kept" as it came, or "aligned" with
+            that version in closed form (`Trainer.fit`).
+        replacement_frozen: fraction of the steps in which the backbone of such a replacement keeps its weights.
+        denoise: of every version with an old model (`Trainer.fit`); stored embeddings of "all" are drawn to the class
+            means of their own version.
         folder: of the run.
         on_step: called after every step with the task's number and its own (`Trainer.fit`).
 
     Raises:
         ValueError: a number of schedules that is not that of tasks, a replacement for no task, an unknown reference,
-            "replacement" where that has no trained head, or a head whose embeddings are of another width.
+            "replacement" where that has no trained head, or a head whose embeddings are of another width; "all" without
+            rehearsal, or with a method that it cannot act on; an "aligned" junction with "replacement".
     """
     check_name("hoc_reference", hoc_reference, REFERENCES)
+    if hoc_reference == "all" and rehearsal is None:
+        raise ValueError('hoc_reference="all" is of remembered items, and rehearsal is None; give one, or "deployed"')
+    for option, chosen in (('hoc_reference="all"', hoc_reference == "all"), ("denoise", denoise != 0)):
+        if chosen:
+            _check_directions(option, trainer.method)
     replacements = replacements or {}
     schedules = [schedule] * len(tasks) if isinstance(schedule, Schedule) else list(schedule)
     if len(schedules) != len(tasks):
@@ -175,7 +196,16 @@ def train_versions(
     strangers = sorted(set(replacements) - set(range(len(tasks))))
     if strangers:
         raise ValueError(f"replacements must be for tasks 0 to {len(tasks) - 1}, got {strangers}")
-    return _versions(trainer, tasks, start, schedules, seed, rehearsal, replacements, hoc_reference, folder, on_step)
+    check_name("replacement_junction", replacement_junction, JUNCTIONS)
+    if replacement_junction == "aligned" and hoc_reference == "replacement":
+        raise ValueError(
+            'replacement_junction="aligned" is aligned to the deployed version, and hoc_reference="replacement" holds '
+            'a replacement to itself; take "kept", or another reference'
+        )
+    begin = {"junction": replacement_junction, "frozen": replacement_frozen}
+    return _versions(
+        trainer, tasks, start, schedules, seed, rehearsal, replacements, hoc_reference, begin, denoise, folder, on_step
+    )
 
 
 def _versions(
@@ -187,11 +217,14 @@ def _versions(
     rehearsal: _Selection | None,
     replacements: Mapping[int, Callable[[], nn.Module]],
     hoc_reference: str,
+    begin: Mapping[str, Any],
+    denoise: float,
     folder: str | os.PathLike[str] | None,
     on_step: Callable[[int, int], None],
 ) -> Iterator[EmbeddingModel]:
     version: EmbeddingModel | None = None
     memory: Items | None = None
+    versions: list[EmbeddingModel] = []  # of which remembered items have embeddings
     for t, (task, schedule) in enumerate(zip(tasks, schedules, strict=True)):
         parent, old = version, version
         if t in replacements or parent is None:
@@ -200,8 +233,13 @@ def _versions(
                 made = make()
             with seeded(mixed_seed(seed, t, 4)):  # apart: what was pre-trained and is only read now drew less
                 parent = _with_head(made, trainer, version)
-            own = hoc_reference == "replacement" or (hoc_reference == "deployed_or_replacement" and version is None)
-            if t in replacements and own:
+            own = {
+                "all": version is None and isinstance(made, EmbeddingModel),
+                "deployed": False,
+                "deployed_or_replacement": version is None,
+                "replacement": True,
+            }
+            if t in replacements and own[hoc_reference]:
                 if not isinstance(made, EmbeddingModel):
                     raise ValueError(
                         f'hoc_reference="{hoc_reference}" needs a trained head, the replacement of task {t} is a '
@@ -220,11 +258,16 @@ def _versions(
                 seed=mixed_seed(seed, t, 1),
                 memory=memory,
                 old=old,
+                denoise=denoise,
+                **(begin if t in replacements and version is not None else {}),
                 folder=place,
                 on_step=partial(on_step, t),
             )
+        if hoc_reference == "all":
+            versions.append(version)
         if rehearsal is not None and t + 1 < len(tasks):
-            memory = _remembered(version, task, memory, rehearsal, mixed_seed(seed, t, 2), place)
+            embed = partial(with_references, versions=versions, trainer=trainer) if versions else None
+            memory = _remembered(version, task, memory, rehearsal, mixed_seed(seed, t, 2), place, embed)
         yield version
 
 
@@ -253,20 +296,23 @@ def _remembered(
     rehearsal: _Selection,
     seed: int,
     folder: Path | None,
+    embed: Callable[[Items], Items] | None = None,
 ) -> Items:
     """The memory after a task: of its classes what rehearsal takes of old and new items, of others what there was.
 
     It is written down: what a network finds worth remembering may differ from machine to machine.  Of datasets the rows
-    are, of those that there were to choose from.
+    are, of those that there were to choose from.  `embed` adds references to items, which are written down, too.
     """
     file = None if folder is None else folder / "memory.safetensors"
     started_with = {"seed": seed, "rehearsal": describe(rehearsal)}
+    if embed is not None:
+        started_with["hoc_reference"] = "all"
     saved: dict[str, Any] | None = None
     if file is not None and processes.broadcast(file.exists()):
         saved = read_state(file)
         check_resumable(saved["facts"], started_with, str(file))
         if "inputs" in saved:
-            return Items(saved["inputs"], saved["labels"])
+            return Items(saved["inputs"], saved["labels"], references=saved.get("references"))
     pool, kept = task.items, None
     if memory is not None:
         again = torch.isin(memory.labels, task.items.labels)
@@ -276,13 +322,30 @@ def _remembered(
         rows = torch.tensor(processes.broadcast(rehearsal(version, pool, np.random.default_rng(seed)).tolist()))
     else:
         rows = saved["rows"]
-    chosen = pool.take(rows.long())
-    result = chosen if kept is None else kept.joined(chosen)
+    parts = [part for part in (kept, pool.take(rows.long())) if part is not None]
+    if embed is not None and saved is None:
+        parts = [embed(part) for part in parts if len(part.labels)] or parts
+    result = reduce(Items.joined, parts)
+    if saved is not None:
+        result = replace(result, references=saved.get("references"))
     if file is not None and saved is None and processes.rank() == 0:
         in_memory = isinstance(result.inputs, Tensor)
         what = {"inputs": result.inputs, "labels": result.labels} if in_memory else {"rows": rows}
-        write_state(file, {"facts": started_with, **what})
+        references = {} if result.references is None else {"references": result.references}
+        write_state(file, {"facts": started_with, **what, **references})
     return result
+
+
+def _check_directions(option: str, method: Method) -> None:
+    """
+    Raises:
+        ValueError: the method cannot be held to unit embeddings of one width.
+    """
+    if isinstance(method, ReadsOldEmbeddings) or getattr(method, "distance", "cosine") != "cosine":
+        raise ValueError(
+            f"{option} is of methods whose loss compares directions with old(input), of one width in all versions, as "
+            f'HOC, and FD with distance="cosine"; got {describe(method)["type"]}'
+        )
 
 
 def _positions(labels: Tensor, order: Tensor) -> Tensor:

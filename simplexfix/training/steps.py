@@ -24,6 +24,7 @@ from ..methods import Method
 from ..models import EmbeddingModel
 from . import processes
 from .checkpoint import CheckpointWarning
+from .held import HeldVersion
 from .items import Items
 from .samplers import BalancedSampler
 from .schedule import Schedule
@@ -38,6 +39,7 @@ _OTHERWISE = "in a folder of its own: in this one the same steps come again, to 
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 _Request = tuple[Any, ...]  # step, part, and its rows of new and of remembered items
+_Part = tuple[Tensor, Tensor, Tensor | None]  # inputs, labels, and references of the remembered items
 
 
 class _Loss(nn.Module):
@@ -55,7 +57,11 @@ class _Loss(nn.Module):
 
 @dataclass(frozen=True)
 class _PartReader:
-    """Reads the inputs and labels of one part of a batch, in this process or another one."""
+    """Reads the inputs and labels of one part of a batch, in this process or another one.
+
+    With them come the embeddings of its remembered items, where the memory has references: those by one older version,
+    which the step draws.
+    """
 
     items: Items
     memory: Items | None
@@ -64,9 +70,10 @@ class _PartReader:
     world: int
     accumulate: int
 
-    def __call__(self, request: _Request) -> tuple[Tensor, Tensor]:
+    def __call__(self, request: _Request) -> _Part:
         step, i, *rows = request
         found = []
+        remembered = None
         for half, items in enumerate(filter(None, (self.items, self.memory))):
             chosen = items.take(torch.from_numpy(rows[half]))
             seeds = None
@@ -74,10 +81,12 @@ class _PartReader:
                 places = (self.rank + self.world * (i + self.accumulate * j) for j in range(len(rows[half])))
                 seeds = [mixed_seed(self.seed, 5, step, half, place) for place in places]
             found.append((chosen.read(seeds), chosen.labels))
+            if chosen.references is not None:
+                remembered = chosen.references[:, mixed_seed(self.seed, 6, step) % chosen.references.shape[1]]
         if len(found) == 1:
-            return found[0]
+            return *found[0], remembered
         inputs, labels = zip(*found, strict=True)
-        return torch.cat(inputs), torch.cat(labels)
+        return torch.cat(inputs), torch.cat(labels), remembered
 
 
 class Steps:
@@ -87,6 +96,8 @@ class Steps:
         model: trained in place, on the device.
         method, old, items, memory, schedule, seed: of `Trainer.fit`.
         augment, device, precision, ema, compile, workers: of `Trainer`.
+        frozen: so many first steps leave the backbone's weights alone.
+        denoise, means: of `HeldVersion`.
     """
 
     def __init__(
@@ -105,8 +116,12 @@ class Steps:
         ema: float | None,
         compile: bool,
         workers: int,
+        frozen: int = 0,
+        denoise: float = 0.0,
+        means: Tensor | None = None,
     ) -> None:
         self.schedule = schedule
+        self.frozen = frozen
         self.seed = seed
         self.augment = augment
         self.device = device
@@ -115,7 +130,11 @@ class Steps:
         self.reader = _PartReader(items, memory, seed, self.rank, self.world, schedule.accumulate)
         lazy = any(isinstance(part.inputs, DatasetRows) for part in (items, memory) if part is not None)
         self.workers = workers if lazy else 0
-        self.parts: Generator[tuple[Tensor, Tensor], None, None] | None = None
+        self.parts: Generator[_Part, None, None] | None = None
+        self.old = None
+        stored = memory is not None and memory.references is not None
+        if old is not None and (stored or means is not None):
+            old = self.old = HeldVersion(old, denoise, means)
         remembered = 0 if memory is None else len(memory.labels)
         self.sampler = BalancedSampler(
             len(items.labels), remembered, schedule.batch, seed=seed, rank=self.rank, world=self.world
@@ -153,6 +172,9 @@ class Steps:
                     loss = self.loss(input, target) / self.schedule.accumulate
                 self.scaler.scale(loss).backward()
             self.total += loss.detach()
+        if self.step < self.frozen:
+            for p in self.model.backbone.parameters():
+                p.grad = None  # the optimizer skips it, weight decay and momentum too
         if self.schedule.clip is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.schedule.clip)
@@ -162,6 +184,13 @@ class Steps:
         if self.ema is not None:
             torch._foreach_lerp_(self.mean, [p.detach() for p in self.model.parameters()], 1 - self.ema)
         self.step += 1
+
+    @torch.no_grad()
+    def begin_from(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Sets a parameter before the first step, in the mean of the weights too."""
+        parameter.copy_(value)
+        for p, mean in zip(self.model.parameters(), self.mean, strict=self.ema is not None):
+            mean.copy_(p)
 
     def _gradients_sent(self, last: bool) -> AbstractContextManager[None]:
         if last or not isinstance(self.loss, DistributedDataParallel):
@@ -174,10 +203,12 @@ class Steps:
             for i in range(self.schedule.accumulate):
                 yield step, i, *(r[i :: self.schedule.accumulate].numpy() for r in rows)
 
-    def _part(self, parts: Iterator[tuple[Tensor, Tensor]], i: int) -> tuple[Tensor, Tensor]:
+    def _part(self, parts: Iterator[_Part], i: int) -> tuple[Tensor, Tensor]:
         """Every `accumulate`-th of this rank's rows from the i-th on: of the whole batch, one in all ranks' parts."""
-        input, target = next(parts)
+        input, target, remembered = next(parts)
         input, target = to_device_async(input, self.device), to_device_async(target, self.device)
+        if self.old is not None:
+            self.old.hold(target, None if remembered is None else to_device_async(remembered, self.device))
         if self.augment is not None:
             part = i * self.world + self.rank  # of the whole batch: the same augmentation whoever computes it
             input = self.augment(input, torch.Generator().manual_seed(mixed_seed(self.seed, 2, self.step, part)))

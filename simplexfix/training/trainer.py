@@ -12,24 +12,27 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
-from .._checks import check_integer, check_name
+from .._checks import check_fraction, check_integer, check_name
 from .._seeds import seeded
 from ..data.inputs import Preprocessing
 from ..data.reading import lost_readers_named
 from ..heads import CubeHead, OrthoplexHead, SimplexHead, decode_state
-from ..methods import Method, ReadsOldEmbeddings
+from ..methods import Method, ReadsOldEmbeddings, Simplex
 from ..models import EmbeddingModel
 from . import processes
 from .checkpoint import Checkpoints, CheckpointWarning, fingerprint, read_state, write_state
+from .held import class_means, denoised
 from .items import Items
+from .junction import JUNCTIONS, aligned_junction
 from .locks import folder_lock
 from .resume import check_resumable, describe
 from .samplers import batch_sizes, check_lone_row
@@ -116,6 +119,9 @@ class Trainer:
         seed: int,
         memory: Items | None = None,
         old: EmbeddingModel | None = None,
+        junction: str = "kept",
+        frozen: float = 0.0,
+        denoise: float = 0.0,
         folder: str | os.PathLike[str] | None = None,
         on_step: Callable[[int], None] = lambda step: None,
     ) -> EmbeddingModel:
@@ -136,6 +142,12 @@ class Trainer:
             seed: of batches, augmentation and new weights.
             memory: remembered items of earlier classes, half of every batch.
             old: the deployed version whose gallery is to stay searchable; it is not trained.
+            junction: "kept", the parent's; or "aligned", turned into the space of `old` before the first step, in
+                closed form from the embeddings of all items and remembered ones (`aligned_junction`).
+            frozen: fraction of the steps, in [0, 1), in which the backbone keeps its weights and the head alone learns.
+            denoise: eta, in [0, 1]: embeddings by `old` are drawn to the mean of their class, n((1 - eta) u + eta m),
+                with m over all items and remembered ones; 0 for embeddings as they are.  It acts on methods whose loss
+                calls `old(input)`.
             folder: of this one version; None to keep nothing.
             on_step: called after every step with its number, the last being `schedule.steps`; what the step logged is
                 in the file by then.
@@ -144,9 +156,10 @@ class Trainer:
             The version, in evaluation mode.
 
         Raises:
-            ValueError: `old` is in training mode, labels are of no class, a batch cannot be shared out evenly or
-                leaves batch normalisation a single row, or the folder is of a training that differs (configuration,
-                data, parent or old model); names what differs.
+            TypeError: an "aligned" junction of a head that is no `SimplexHead`, or of one with a bias.
+            ValueError: `old` is in training mode, or for an "aligned" junction missing or of another width; labels are
+                of no class, a batch cannot be shared out evenly or leaves batch normalisation a single row, or the
+                folder is of a training that differs (configuration, data, parent or old model); names what differs.
             FolderInUseError: another process trains in the folder.
             CheckpointError: the finished version's file is damaged.
             ChildProcessError: a process that reads items was ended, as for want of memory.
@@ -158,6 +171,13 @@ class Trainer:
                 number of processes, which the random numbers within the network depend on.
         """
         items = Items.of(items)
+        check_name("junction", junction, JUNCTIONS)
+        check_fraction("frozen", frozen)
+        if frozen == 1:
+            raise ValueError("frozen must be below 1: with all steps the backbone would never learn")
+        check_fraction("denoise", denoise)
+        if junction == "aligned":
+            self._check_aligned(parent, old)
         if old is not None and old.training:
             raise ValueError("old is in training mode: its batch statistics would change; call old.eval()")
         for name, part in (("items", items), ("memory", memory)):
@@ -183,8 +203,12 @@ class Trainer:
             "augment": describe(self.augment),
             "method": describe(self.method),
         }
-        if old is not None and isinstance(self.method, ReadsOldEmbeddings):
+        if old is not None and (junction == "aligned" or denoise or isinstance(self.method, ReadsOldEmbeddings)):
             started_with["preprocessing"] = describe(self.preprocessing or old.preprocessing)
+        # only where they are chosen: checkpoints of before have no such entries
+        started_with |= {"junction": junction} if junction != "kept" else {}
+        started_with |= {"frozen": frozen} if frozen else {}
+        started_with |= {"denoise": denoise} if denoise else {}
         if folder is not None:  # the data as well; it takes a moment
             started_with["items"] = items.fingerprint()
             started_with["memory"] = None if memory is None else memory.fingerprint()
@@ -211,6 +235,13 @@ class Trainer:
                     Checkpoints(finished.parent).clear()
                 model.load_state_dict(saved["model"])
                 return model.eval()
+            means = None
+            if old is not None and denoise:
+                means = processes.run_on_rank0(partial(self._class_means, old, items, memory, classes.stop))
+                if memory is not None and memory.references is not None:
+                    stored = class_means(memory.references, memory.labels, classes.stop)
+                    rows = denoised(memory.references, memory.labels, stored, denoise)
+                    memory = replace(memory, references=rows)
             run = Steps(
                 model,
                 self.method,
@@ -225,8 +256,11 @@ class Trainer:
                 ema=self.ema,
                 compile=self.compile,
                 workers=self.workers,
+                frozen=round(frozen * schedule.steps),
+                denoise=denoise,
+                means=means,
             )
-            begin = partial(self._read_old, run, old, items, memory)
+            begin = partial(self._begin, run, old, items, memory, junction)
             with closing(run), lost_readers_named():
                 return self._done(run, started_with, finished, begin, on_step)
 
@@ -240,19 +274,55 @@ class Trainer:
         split = {"batch": schedule.batch, "world": processes.world(), "accumulate": schedule.accumulate}
         check_lone_row(f"the {type(parent.backbone).__name__}", parent.backbone, input, **split)
 
-    def _read_old(self, run: Steps, old: EmbeddingModel | None, items: Items, memory: Items | None) -> None:
-        """Gives the old version's embeddings of all items to a method that reads them, in the first process for all."""
-        method = self.method
-        if old is None or not isinstance(method, ReadsOldEmbeddings):
-            return
+    def _check_aligned(self, parent: EmbeddingModel, old: EmbeddingModel | None) -> None:
+        if old is None:
+            raise ValueError(
+                'junction="aligned" is aligned to old, which is None; give the deployed version, or "kept"'
+            )
+        if not isinstance(self.method, Simplex) or not isinstance(parent.head, SimplexHead):
+            raise TypeError(
+                'junction="aligned" is of Simplex and HOC, whose models have a SimplexHead, got '
+                f"{type(self.method).__name__} and {type(parent.head).__name__}"
+            )
+        if parent.head.junction.bias is not None:
+            raise TypeError('junction="aligned" turns a junction without bias, and the parent\'s has one; take "kept"')
+        if old.embedding_dim != parent.embedding_dim:
+            raise ValueError(
+                f"old must have embeddings as wide as the new ones, {parent.embedding_dim}, got {old.embedding_dim}"
+            )
+
+    def _embeddings(
+        self, model: EmbeddingModel, items: Items, memory: Items | None, preprocessing: Preprocessing | None
+    ) -> tuple[Tensor, Tensor]:
+        """[N, d] unit embeddings of all items and remembered ones, without augmentation, and [N] labels; on the CPU."""
         parts = [part for part in (items, memory) if part is not None and len(part.labels)]
+        prepare = self.preprocessing or preprocessing
+        found = [model.extract(part.inputs, prepare=prepare, workers=self.workers).cpu() for part in parts]
+        return torch.cat(found), torch.cat([part.labels.cpu() for part in parts])
 
-        def read() -> None:
-            prepare = self.preprocessing or old.preprocessing
-            found = [old.extract(part.inputs, prepare=prepare, workers=self.workers).cpu() for part in parts]
-            method.read_old(run.model, torch.cat(found), torch.cat([part.labels.cpu() for part in parts]))
+    def _class_means(self, old: EmbeddingModel, items: Items, memory: Items | None, classes: int) -> Tensor:
+        return class_means(*self._embeddings(old, items, memory, old.preprocessing), classes)
 
-        processes.run_on_rank0(read)  # DistributedDataParallel broadcasts buffers before the first step
+    def _begin(self, run: Steps, old: EmbeddingModel | None, items: Items, memory: Items | None, junction: str) -> None:
+        """What is computed once from the old version's embeddings of all items, in the first process for all."""
+        method = self.method
+        if old is None or not (junction == "aligned" or isinstance(method, ReadsOldEmbeddings)):
+            return
+
+        def act() -> Tensor | None:
+            held, labels = self._embeddings(old, items, memory, old.preprocessing)
+            if isinstance(method, ReadsOldEmbeddings):
+                method.read_old(run.model, held, labels)
+            if junction != "aligned":
+                return None
+            assert isinstance(method, Simplex)
+            own, _ = self._embeddings(run.model, items, memory, old.preprocessing)
+            weight = run.model.head.junction.weight  # type: ignore[union-attr]
+            return aligned_junction(weight, own, held, method.slots.lookup(method.namespace, labels)).cpu()  # type: ignore[arg-type]
+
+        weight = processes.run_on_rank0(act)  # DistributedDataParallel broadcasts buffers before the first step
+        if weight is not None:
+            run.begin_from(run.model.head.junction.weight, weight)  # type: ignore[union-attr, arg-type]
 
     def _done(
         self,

@@ -214,7 +214,7 @@ def test_the_preset_that_needs_no_data_runs(tmp_path, capsys) -> None:
         ),
         (
             ["tasks.hoc_reference=self"],
-            "hoc_reference must be one of 'deployed', 'deployed_or_replacement', 'replacement', got 'self'",
+            "hoc_reference must be one of 'all', 'deployed', 'deployed_or_replacement', 'replacement', got 'self'",
         ),
     ],
 )

@@ -34,7 +34,7 @@ def test_a_misspelt_preset_is_recognised(capsys) -> None:
     assert main(["train", "cpu-smal"]) == 2
     error = capsys.readouterr().err
     assert "cpu-smal is neither a file nor a preset; did you mean cpu-small?" in error
-    assert "presets: omniglot, cl2r, iamcl2r-7, iamcl2r-31, cpu-small" in error
+    assert "presets: omniglot, cl2r, iamcl2r-7, iamcl2r-31, cpu-small, paper-half" in error
     assert main(["train", "nowhere/mine.yaml"]) == 2
     assert "nowhere/mine.yaml is neither a file nor a preset; presets: " in capsys.readouterr().err
 

@@ -7,7 +7,9 @@ import os
 import random
 import signal
 import time
+from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from simplexfix.methods import ASNN, ER, HOC, OCA
 from simplexfix.models import EmbeddingModel, SmallConvNet
 from simplexfix.training import Items, RunConfig, Schedule, Task, Trainer, processes, read_config, train_run
 from simplexfix.training.checkpoint import fingerprint
+from simplexfix.training.references import with_references
 from simplexfix.training.scenario import _remembered
 
 STEPS = 24
@@ -70,10 +73,13 @@ def trained(
     group: bool = False,
     method: str = "hoc",
     noise: float | None = None,
+    references: int | None = None,
+    **options: object,
 ) -> EmbeddingModel:
     """A second version, with an old model, rehearsal, augmentation and dropout; by HOC, ER, ASNN or OCA.
 
-    Its items are in memory, or with `noise` those of datasets that add so much.
+    Its items are in memory, or with `noise` those of datasets that add so much.  Remembered ones have embeddings by as
+    many versions as `references` says.  Other options are of `Trainer.fit`.
     """
     processes = dist.group.WORLD if group else None
     made = {
@@ -94,6 +100,9 @@ def trained(
         )
     if noise is not None:
         items, memory = (Items.from_dataset(Noisy(i, noise)) for i in (items, memory))
+    if references is not None:
+        made_up = torch.randn(18, references, 19, generator=torch.Generator().manual_seed(7))
+        memory = replace(memory, references=nn.functional.normalize(made_up, dim=2))
     return Trainer(made, **{"augment": add_noise, "save_every": 5, "log_every": 4, **(trainer or {})}).fit(
         parent,
         items,
@@ -104,6 +113,7 @@ def trained(
         old=parent.eval(),
         folder=folder,
         on_step=on_step,
+        **options,
     )
 
 
@@ -239,11 +249,14 @@ def remembering(rank: int, world: int, folder: Path) -> None:
     rendezvous = f"file://{folder}/remembering.rendezvous"
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world)
     items = features(12, 3, 0)
-    version = EmbeddingModel(nn.Identity(), nn.Identity())
+    version = EmbeddingModel(nn.Identity(), nn.Identity() if rank == 0 else nn.Linear(12, 12))
+    version.head.embed = version.head.forward
+    embed = partial(with_references, versions=[version], trainer=Trainer(ER()))
     for place in (None, folder):
         memory = _remembered(
-            version, Task(items, range(3)), None, lambda v, pool, g: torch.tensor([rank, 5 + rank]), 0, place
+            version, Task(items, range(3)), None, lambda v, pool, g: torch.tensor([rank, 5 + rank]), 0, place, embed
         )
+        torch.testing.assert_close(memory.references[:, 0], nn.functional.normalize(memory.inputs))
         assert torch.equal(memory.inputs, items.inputs[[0, 5]])
         assert torch.equal(memory.labels, items.labels[[0, 5]])
     dist.destroy_process_group()

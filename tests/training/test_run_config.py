@@ -63,9 +63,25 @@ FEATURES = {
             'method.name="oca" needs items of every class in every task, .* tasks.memory_per_class is 0; keep',
         ),
         (["protocols=[]"], "protocols must name at least one"),
+        (["tasks.replacement_frozen=1.0"], r"replacement_frozen is a fraction of steps, in \[0, 1\), got 1.0"),
+        (["tasks.denoise=2"], r"tasks: denoise must lie in \[0, 1\], got 2.0"),
+        (["method.name=er", "tasks.denoise=0.5"], 'tasks.denoise is of unit embeddings, .* got "er" and "cosine"'),
+        (["tasks.replacement_junction=new"], "replacement_junction must be one of 'aligned', 'kept', got 'new'"),
+        (
+            ["tasks.replacement_junction=aligned", "method.classification=nnp"],
+            'is of method.name="hoc" or "simplex" with the simplex cross-entropy, got "hoc" with "nnp"; take "kept"',
+        ),
+        (
+            ["tasks.hoc_reference=all", "tasks.memory_per_class=0"],
+            'tasks.hoc_reference="all" is of remembered items, and tasks.memory_per_class is 0; keep at least 1',
+        ),
+        (
+            ["method.name=fd", "method.distance=l2", "tasks.hoc_reference=all"],
+            'tasks.hoc_reference="all" is of unit embeddings, of method.name="hoc", or .*, got "fd" and "l2"',
+        ),
         (
             ["method.name=er", "tasks.hoc_reference=self"],
-            "tasks: hoc_reference must be one of 'deployed', 'deployed_or_replacement', 'replacement'",
+            "tasks: hoc_reference must be one of 'all', 'deployed', 'deployed_or_replacement', 'replacement'",
         ),
     ],
 )
@@ -134,3 +150,18 @@ def test_a_pretrained_network_has_its_own_mean_and_std(place: str) -> None:
         read_config(RunConfig, overridden(FEATURES, changes))
     own = ["data.mean=[0.485, 0.456, 0.406]", "data.std=[0.229, 0.224, 0.225]"]
     read_config(RunConfig, overridden(FEATURES, [*changes, *own]))
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "expected"),
+    [
+        ("hoc", "all", "all"),
+        ("hoc", "replacement", "replacement"),
+        ("fd", "all", "all"),
+        ("fd", "replacement", "deployed"),
+        ("bct", "all", "deployed"),
+    ],
+)
+def test_what_a_method_is_held_to(method: str, given: str, expected: str) -> None:
+    changes = [f"method.name={method}", f"tasks.hoc_reference={given}"]
+    assert read_config(RunConfig, overridden(FEATURES, changes)).hoc_reference == expected

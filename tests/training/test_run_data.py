@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from simplexfix.data import load_omniglot
 from simplexfix.models import EmbeddingModel
@@ -78,6 +79,24 @@ def test_the_preset_splits_as_it_says(cifar) -> None:
     query, gallery = data.searched["search"]
     assert len(query.labels) == len(gallery.labels) == 30
     assert list(data.searched) == ["search"]
+
+
+def test_the_half_width_preset_has_the_papers_tasks(cifar, tmp_path) -> None:
+    """Tasks of 10 and 15 classes, 70 epochs each; networks pre-trained on 50, 100 and 200 classes of a folder."""
+    for c in range(200):
+        (tmp_path / f"class{c:03d}").mkdir()
+        Image.fromarray(np.full((32, 32, 3), c, np.uint8)).save(tmp_path / f"class{c:03d}" / "0.png")
+    preset = PRESETS["paper-half"]
+    places = {"path": str(cifar), "pretraining": str(tmp_path)}
+    data = load_run_data(replace(preset, data=replace(preset.data, per_class=PER_CLASS - 1, **places)))
+    assert [task.classes.stop for task in data.tasks] == [10, 25, 40, 55, 70, 85, 100]
+    assert torch.unique(data.pretraining.labels).tolist() == list(range(200))
+    plans = preset.tasks.replacements
+    assert {t: (plan.classes, plan.epochs) for t, plan in plans.items()} == {0: (50, 30), 2: (100, 30), 4: (200, 30)}
+    paper = PRESETS["iamcl2r-7"]
+    assert (preset.schedule, preset.method) == (paper.schedule, paper.method)
+    assert replace(preset.tasks, replacements={}) == replace(paper.tasks, replacements={})
+    assert (preset.tasks.epochs, preset.tasks.memory_per_class, preset.data.per_class) == (70, 20, 300)
 
 
 def test_drawings_are_searched_under_two_names_and_not_trained_on() -> None:

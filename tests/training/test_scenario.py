@@ -239,7 +239,7 @@ def test_versions_with_a_classifier_and_herding_go_on_to_the_same_bits(tmp_path:
         (lambda: versions(replacements={3: wider}), r"replacements must be for tasks 0 to 2, got \[3\]"),
         (
             lambda: versions(hoc_reference="old"),
-            "hoc_reference must be one of 'deployed', 'deployed_or_replacement', 'replacement', got 'old'",
+            "hoc_reference must be one of 'all', 'deployed', 'deployed_or_replacement', 'replacement', got 'old'",
         ),
         (lambda: versions(hoc_reference="replacement"), "the replacement of task 1 is a backbone with a new one"),
         (lambda: versions(replacements={1: nn.ReLU}), "a ReLU must be an EmbeddingModel, or have out_features"),

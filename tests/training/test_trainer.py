@@ -133,7 +133,7 @@ def test_all_processes_remember_what_the_first_chose(tmp_path) -> None:
 
 def test_two_processes_see_what_one_sees(tmp_path) -> None:
     """In parts, as one process would compute them; and with gathered negatives, the batch as a whole."""
-    alone = {"dropout": 0.0}
+    alone = {"dropout": 0.0, "references": 3, "junction": "aligned", "frozen": 0.25, "denoise": 0.5}
     assert group(tmp_path, "parts", alone) == [0, 0]
     jobs.trained(tmp_path / "accumulated", **alone, schedule={"accumulate": 2})
     close(weights(tmp_path / "parts"), weights(tmp_path / "accumulated"))

@@ -1,0 +1,54 @@
+"""What a batch is held to: the deployed version's embeddings, stored ones of remembered items, denoised ones."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from ..models import EmbeddingModel
+
+__all__ = ["HeldVersion", "class_means", "denoised"]
+
+
+class HeldVersion(EmbeddingModel):
+    """The deployed version, whose embeddings of a batch may be denoised, and of remembered items be stored ones.
+
+    Args:
+        deployed: in evaluation mode.
+        denoise: eta of `denoised`.
+        means: [C, d] of its classes, or None for embeddings as they are.
+    """
+
+    def __init__(self, deployed: EmbeddingModel, denoise: float, means: Tensor | None) -> None:
+        super().__init__(deployed.backbone, deployed.head, preprocessing=deployed.preprocessing)
+        self.denoise = denoise
+        self.means = None if means is None else means.to(next(deployed.parameters()).device)
+        self.eval()
+        self.hold(torch.empty(0), None)
+
+    def hold(self, target: Tensor, remembered: Tensor | None) -> None:
+        """Sets the class ids [B] of the next batch, and of its last rows the embeddings, where those are stored."""
+        self.target = target
+        self.remembered = remembered
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[B, ...] -> [B, d]."""
+        rows = len(input) - (0 if self.remembered is None else len(self.remembered))
+        new = super().forward(input[:rows])
+        if self.means is not None:
+            new = denoised(new, self.target[:rows], self.means, self.denoise)
+        return new if self.remembered is None else torch.cat([new, self.remembered.to(new)])
+
+
+def class_means(rows: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """[classes, ...] means of the rows [N, ...] of each class, summed in float64; 0 for a class without any."""
+    sums = torch.zeros(classes, *rows.shape[1:], dtype=torch.float64).index_add_(0, labels, rows.double())
+    counts = torch.bincount(labels, minlength=classes).clamp(min=1)
+    return (sums / counts.view(-1, *[1] * (rows.ndim - 1))).to(rows)
+
+
+def denoised(rows: Tensor, labels: Tensor, means: Tensor, denoise: float) -> Tensor:
+    """n((1 - eta) n(u_i) + eta m_{y_i}): rows u [N, ..., d], class ids y [N], means m [C, ..., d]; eta is `denoise`."""
+    unit = normalize(rows.to(means.dtype), dim=-1)
+    return normalize(torch.lerp(unit, means[labels], denoise), dim=-1)

@@ -1,0 +1,35 @@
+"""Embeddings of remembered items by all older versions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..models import EmbeddingModel
+from . import processes
+from .items import Items
+from .trainer import Trainer
+
+__all__ = ["with_references"]
+
+
+def with_references(items: Items, *, versions: Sequence[EmbeddingModel], trainer: Trainer) -> Items:
+    """The items with `references` by all versions: those that they have are kept, the later versions' are added.
+
+    The first of several processes extracts them, without augmentation.
+    """
+    have = 0 if items.references is None else items.references.shape[1]
+
+    def extracted() -> list[Tensor]:
+        return [
+            version.extract(
+                items.inputs, prepare=trainer.preprocessing or version.preprocessing, workers=trainer.workers
+            ).cpu()
+            for version in versions[have:]
+        ]
+
+    found = torch.stack(processes.run_on_rank0(extracted), 1)
+    return replace(items, references=found if items.references is None else torch.cat([items.references, found], 1))
