@@ -160,7 +160,9 @@ def _gallery(parser: argparse.ArgumentParser) -> None:
 
     def action(name: str, summary: str) -> argparse.ArgumentParser:
         added = actions.add_parser(name, help=summary, description=summary)
-        added.add_argument("url", metavar="URL", help="folder of the gallery")
+        added.add_argument(
+            "url", metavar="URL", help="folder of the gallery, or postgresql://USER@HOST:PORT/DATABASE#NAME"
+        )
         added.add_argument("--json", action="store_true", help="print one JSON object")
         return added
 

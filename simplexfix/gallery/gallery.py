@@ -94,14 +94,16 @@ class Gallery:
         """A new, empty gallery, which this model serves.
 
         Args:
-            url: the path of a new or empty folder.
+            url: the path of a new or empty folder, or postgresql://USER@HOST:PORT/DATABASE#NAME with the name of a new
+                gallery.
             model: the first model: `EmbeddingModel.identity`, `read_identity(folder)` or `ModelIdentity.external`.
             threshold: the least score of a match, a cosine in [-1, 1]; None: the gallery has no thresholds.
             count_traffic: whether searches are counted, for `stale(order="traffic")`: a write every five seconds.
 
         Raises:
-            FileExistsError: the folder is not empty.
-            StoreError: it cannot be written.
+            FileExistsError: the folder is not empty, or the name is taken.
+            StoreError: the store cannot be reached or written.
+            ModuleNotFoundError: the store's client is not installed.
             TypeError, ValueError: an argument is not as above.
         """
         state = _state.found(model, threshold, counts_traffic=bool(count_traffic))
@@ -114,7 +116,8 @@ class Gallery:
 
         Raises:
             FileNotFoundError: there is none.
-            StoreError: it cannot be read, is damaged, or of another format.
+            StoreError: it cannot be reached or read, is damaged, or of another format.
+            ModuleNotFoundError: the store's client is not installed.
         """
         return cls(open_store(url))
 

@@ -188,6 +188,23 @@ def test_a_server_that_stops_is_an_error_and_the_gallery_goes_on(url: str, galle
         assert found == 0 or (found == 50 and "or nothing" in message)
 
 
+def test_a_connection_that_breaks_at_the_commit_is_not_told_as_a_failure(url: str, gallery: Gallery) -> None:
+    with (
+        pytest.raises(
+            StoreError, match=r"was asked to add 50 rows, and the connection broke .*: all of it was done, or"
+        ),
+        gallery._store._writing("add", 50) as connection,
+        sql(url) as other,
+    ):
+        other.execute("select pg_terminate_backend(%s, 5000)", [connection.info.backend_pid])
+    with sql(url) as connection:  # which the server refuses at the commit
+        connection.execute("alter table rows add foreign key (id) references vectors deferrable initially deferred")
+    message = "cannot remove 1 rows: .*violates foreign key.*; none of the 1 rows"
+    with pytest.raises(StoreError, match=message), gallery._store._writing("remove", 1) as connection:
+        connection.execute("delete from vectors where id = 3")
+    assert 3 in gallery.search(vectors([3]), 1, model=A).ids
+
+
 def test_idle_connections_of_a_server_that_was_restarted_are_not_used(gallery: Gallery) -> None:
     gallery.status()
     with stopped():

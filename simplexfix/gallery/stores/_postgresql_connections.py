@@ -77,8 +77,10 @@ class Connections:
                 raise
             try:
                 connection.execute("commit")
-            except psycopg.OperationalError as error:
-                raise LostCommitError(error) from error
+            except psycopg.Error as error:
+                if connection.closed:
+                    raise LostCommitError(error) from error
+                raise  # the server answered, and has undone all
 
     def close(self) -> None:
         """Closes the idle connections; a later call opens new ones."""

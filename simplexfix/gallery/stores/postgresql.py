@@ -502,7 +502,7 @@ def _restore(connection: Connection, version: int) -> int:
         update rows set version = back.version, payload = back.payload, fields = back.fields
         from back where rows.id = back.id
     """
-    return connection.execute(query, [version]).rowcount
+    return int(connection.execute(query, [version]).rowcount)
 
 
 def _add_models(connection: Connection, state: State) -> None:
@@ -543,7 +543,7 @@ def _counted(connection: Connection, table: str) -> dict[int, int]:
 
 
 def _row(connection: Connection, query: str, given: list[Any] | None = None) -> tuple[Any, ...]:
-    row = connection.execute(query, given).fetchone()
+    row: tuple[Any, ...] | None = connection.execute(query, given).fetchone()
     assert row is not None
     return row
 

