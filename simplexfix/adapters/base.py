@@ -172,10 +172,12 @@ class AdapterMethod(ABC):
     Attributes:
         name: for tables and files.
         needs_labels: whether it cannot do without classes.
+        maps_gallery: whether its adapters map stored vectors, too.
     """
 
     name: ClassVar[str]
     needs_labels: ClassVar[bool] = False
+    maps_gallery: ClassVar[bool] = False
 
     def fit(
         self,

@@ -15,6 +15,7 @@ from ..models._config import (
     ADAPTER,
     ModelFolderError,
     add_checksums,
+    check_writable,
     read_config,
     read_weights,
     write_model_folder,
@@ -25,7 +26,7 @@ from .maps import AffineMap, LowRankMap, ResidualMap
 if TYPE_CHECKING:
     from .base import Adapter
 
-__all__ = ["identity_of", "load_adapter", "save_adapter"]
+__all__ = ["check_adapter_folder", "identity_of", "load_adapter", "save_adapter"]
 
 _MAPS: dict[str, type[nn.Module]] = {"affine": AffineMap, "low_rank": LowRankMap, "residual": ResidualMap}
 _ROLES = ("query_map", "gallery_map")
@@ -38,6 +39,11 @@ def save_adapter(
     identity = identity_of(adapter, version=version, name=name, old=old, new=new)  # its errors first
     write_model_folder(Path(folder), _config(adapter, version, name, old, new), adapter.state_dict(), ADAPTER)
     return identity
+
+
+def check_adapter_folder(folder: str | os.PathLike[str]) -> None:
+    """Raises what `Adapter.save_pretrained` would raise for this folder, before an adapter is fitted."""
+    check_writable(Path(folder), ADAPTER)
 
 
 def identity_of(adapter: Adapter, *, version: int, name: str, old: str | None, new: str | None) -> ModelIdentity:

@@ -48,6 +48,7 @@ class HOCRefined(AdapterMethod):
 
     name: ClassVar[str] = "hoc_refined"
     needs_labels: ClassVar[bool] = True
+    maps_gallery: ClassVar[bool] = True
     start: SimplexJunction = field(default_factory=SimplexJunction)
     steps: int = 60
     learning_rate: float = 1e-3

@@ -33,6 +33,7 @@ from .whitened_procrustes import WhitenedProcrustes
 __all__ = ["Judged", "Selection", "select_adapter", "select_chain"]
 
 QUERY_ENCODERS = ("new", "both")
+STORED_VECTORS = ("map", "keep")
 PARTS = 3  # of the classes, or items, one is held out at a time
 RESAMPLES = 1000
 TOP = 10  # of agreement
@@ -122,6 +123,7 @@ def select_adapter(
     sample: tuple[Features, Features] | None = None,
     candidates: Sequence[AdapterMethod] | None = None,
     query_encoders: str = "new",
+    stored_vectors: str = "map",
     protocol: str | Protocol = "nearest_class_mean",
     folds: int = 1,
     confidence: float = 0.95,
@@ -147,6 +149,8 @@ def select_adapter(
             simplex junction with a grid of shrinkages, then HOC steps from the best junction.
         query_encoders: "new": the new encoder alone runs at query time; "both": the old one as well, and slerp with a
             grid of alpha from the two best adapters is a candidate.
+        stored_vectors: "map": methods that map stored vectors are candidates as well; "keep": those alone that leave
+            the gallery as it is.
         protocol: "nearest_class_mean", "instance", or one with hits; with labels only.
         folds: 1 to 3, how many thirds are held out in turn: more take longer and are surer.
         confidence: of the intervals, in (0, 1).
@@ -157,7 +161,7 @@ def select_adapter(
         TypeError, ValueError: as `AdapterMethod.fit`; too few classes or items; an option out of its range.
     """
     features = PairedFeatures.read((old, new), labels, sample, names=("old", "new"), device=device)
-    return _select(features, candidates, query_encoders, protocol, folds, confidence, seed)
+    return _select(features, candidates, query_encoders, stored_vectors, protocol, folds, confidence, seed)
 
 
 def select_chain(
@@ -167,6 +171,7 @@ def select_chain(
     sample: Sequence[Features] | None = None,
     candidates: Sequence[AdapterMethod] | None = None,
     query_encoders: str = "new",
+    stored_vectors: str = "map",
     protocol: str | Protocol = "nearest_class_mean",
     folds: int = 1,
     confidence: float = 0.95,
@@ -178,19 +183,22 @@ def select_chain(
     Arguments and errors as there; `sample` has rows by each encoder.
     """
     features = read_versions(versions, labels, sample, device)
-    return _select(features, candidates, query_encoders, protocol, folds, confidence, seed)
+    return _select(features, candidates, query_encoders, stored_vectors, protocol, folds, confidence, seed)
 
 
 def _select(
     features: PairedFeatures,
     candidates: Sequence[AdapterMethod] | None,
     query_encoders: str,
+    stored_vectors: str,
     protocol: str | Protocol,
     folds: int,
     confidence: float,
     seed: int,
 ) -> Selection:
     check_name("query_encoders", query_encoders, QUERY_ENCODERS)
+    check_name("stored_vectors", stored_vectors, STORED_VECTORS)
+    keep = stored_vectors == "keep"
     protocol = read_protocol(protocol, needs="hits")
     if not 1 <= check_integer("folds", folds) <= PARTS:
         raise ValueError(f"folds must lie in [1, {PARTS}], got {folds}")
@@ -200,8 +208,8 @@ def _select(
     parts = [_HeldOut(features, part, protocol) for part in _splits(features, folds, seed)]
     judge = _Judge(parts, confidence, seed)
     if candidates is None:
-        judge.add(closed_forms(features))
-        if features.labels is not None:
+        judge.add([method for method in closed_forms(features) if not (keep and method.maps_gallery)])
+        if features.labels is not None and not keep:
             start = next(row.method for row in judge.ranked() if isinstance(row.method, SimplexJunction))
             judge.add([HOCRefined(start, steps=steps) for steps in STEPS])
         if query_encoders == "both":
@@ -210,6 +218,8 @@ def _select(
     else:
         for method in candidates:
             method.check(features)
+            if keep and method.maps_gallery:
+                raise ValueError(f'stored_vectors="keep" leaves out {method.name}, which maps them: drop it')
         judge.add(candidates)
     table = tuple(judge.ranked())
     chain = chain_of(table[0].method, Moments(features))

@@ -46,6 +46,7 @@ class SimplexJunction(AdapterMethod):
 
     name: ClassVar[str] = "simplex_junction"
     needs_labels: ClassVar[bool] = True
+    maps_gallery: ClassVar[bool] = True
     g: float = 0.3
     lam: float = 0.3
     slots: int | None = None

@@ -38,6 +38,10 @@ class Slerp(AdapterMethod):
     of: AdapterMethod
     alpha: float = 0.5
 
+    @property
+    def maps_gallery(self) -> bool:  # type: ignore[override]
+        return self.of.maps_gallery
+
     def __post_init__(self) -> None:
         check_fraction("alpha", self.alpha)
 

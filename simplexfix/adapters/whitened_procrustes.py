@@ -37,6 +37,7 @@ class WhitenedProcrustes(AdapterMethod):
     """
 
     name: ClassVar[str] = "whitened_procrustes"
+    maps_gallery: ClassVar[bool] = True
     g: float = 0.3
 
     def __post_init__(self) -> None:

@@ -92,6 +92,12 @@ def _adapt(parser: argparse.ArgumentParser) -> None:
         default="new",
         help="which encoders run at query time (default: new)",
     )
+    parser.add_argument(
+        "--stored-vectors",
+        choices=("map", "keep"),
+        default="map",
+        help="keep: leave out methods that map the stored vectors, too (default: map)",
+    )
     parser.add_argument("--protocol", choices=("nearest_class_mean", "instance"), default="nearest_class_mean")
     parser.add_argument("--folds", type=int, default=1, help="1 to 3 thirds that are held out in turn (default: 1)")
     parser.add_argument("--confidence", type=float, default=0.95, metavar="C", help="of intervals (default: 0.95)")

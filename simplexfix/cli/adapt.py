@@ -14,6 +14,7 @@ from typing import Any
 
 from .._text import printable
 from ..adapters import Judged, Selection, select_adapter
+from ..adapters.folder import check_adapter_folder
 from ..labelled import check_versions
 from ._features import read_labels, read_rows
 from ._models import read_model
@@ -25,6 +26,7 @@ BETTER, NOT_BETTER, BAD_INPUT = 0, 1, 2
 def run(arguments: argparse.Namespace) -> int:
     try:
         encoders = _encoders(arguments)
+        check_adapter_folder(arguments.out)
         selection, labelled = _select(arguments)
         identity = selection.adapter.save_pretrained(arguments.out, **encoders)
     except (ValueError, TypeError) as error:
@@ -81,6 +83,7 @@ def _select(arguments: argparse.Namespace) -> tuple[Selection, bool]:
         labels,
         sample=sample,
         query_encoders=arguments.query_encoders,
+        stored_vectors=arguments.stored_vectors,
         protocol=arguments.protocol,
         folds=arguments.folds,
         confidence=arguments.confidence,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ __all__ = [
     "FolderFormat",
     "ModelFolderError",
     "add_checksums",
+    "check_writable",
     "read_config",
     "read_weights",
     "write_model_folder",
@@ -87,15 +89,31 @@ def write_model_folder(
     """
     content, checksum = encoded(state)
     config = add_checksums(config, checksum, written)
+    check_writable(folder, written)
     file = folder / "config.json"
-    if file.exists():
-        _check_ours(file, written)
     folder.mkdir(parents=True, exist_ok=True)
     _clear(folder, written.left_behind)
     write_whole(folder / config["weights"], content)
     write_whole(file, f"{json.dumps(config, indent=1, allow_nan=False)}\n".encode())
     _clear(folder, written.weights, but=config["weights"])
     return config
+
+
+def check_writable(folder: Path, written: FolderFormat) -> None:
+    """Before hours of work: the folder can be written, and holds nothing of another kind.  Leaves nothing behind.
+
+    Raises:
+        ModelFolderError, OSError: as `write_model_folder`.
+    """
+    file = folder / "config.json"
+    if file.exists():
+        _check_ours(file, written)
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from None
 
 
 def add_checksums(config: Mapping[str, Any], weights: str, written: FolderFormat) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_adapter_methods import name, world
+from test_adapter_methods import METHODS, name, world
 from torch.nn.functional import normalize
 
 from simplexfix.adapters import (
@@ -148,12 +148,31 @@ def test_a_chain_of_three_has_the_adapters_of_its_pairs(method) -> None:
         torch.testing.assert_close(chain.query(2, 1, features), pair(features[2]))
 
 
+@pytest.mark.parametrize("method", METHODS, ids=name)
+def test_a_method_says_whether_stored_vectors_are_mapped(method) -> None:
+    y, x, labels = world()
+    assert method.maps_gallery == method.fit(y, x, labels=labels).maps_gallery
+
+
+def test_stored_vectors_may_be_kept(monkeypatch) -> None:
+    y, x, labels = world()
+    monkeypatch.setattr(select, "closed_forms", lambda _: [*QUICK, Ridge(), SimplexJunction()])
+    monkeypatch.setattr(select, "STEPS", (1,))
+    options = {"query_encoders": "both", "folds": 1}
+    kept = select_adapter(y, x, labels, stored_vectors="keep", **options)
+    assert {row.method for row in kept.table if not isinstance(row.method, Slerp)} == {Procrustes(), Ridge()}
+    assert not any(row.method.maps_gallery for row in kept.table)
+    assert not kept.adapter.maps_gallery
+    mapped = select_adapter(y, x, labels, **options)
+    assert {"whitened_procrustes", "simplex_junction", "hoc_refined"} <= {row.method.name for row in mapped.table}
+
+
 def test_a_chain_with_slerp_reads_both_encoders() -> None:
     y, x, _ = world(9, 14)
     features = [torch.from_numpy(rows) for rows in (y, x)]
     chain = fit_chain(Slerp(Procrustes(), 0.5), (y, x))
     torch.testing.assert_close(chain.query(1, 0, features), chain.adapters[1, 0](features[1], features[0]))
-    assert torch.equal(chain.query(1, 1, features), normalize(features[1]))
+    torch.testing.assert_close(chain.query(1, 1, features), normalize(features[1]))
 
 
 def test_a_chain_is_selected_as_a_pair_is() -> None:
@@ -172,6 +191,8 @@ Y, X, LABELS = world(items=60)
 BAD_INPUT = [
     ({"folds": 4}, r"folds must lie in \[1, 3\], got 4"),
     ({"query_encoders": "old"}, "query_encoders must be one of 'new', 'both', got 'old'"),
+    ({"stored_vectors": "all"}, "stored_vectors must be one of 'map', 'keep', got 'all'"),
+    ({"stored_vectors": "keep"}, "leaves out whitened_procrustes, which maps them: drop it"),
     ({"protocol": "maps"}, "protocol must be one of"),
     ({"confidence": 1.0}, "confidence must lie between 0 and 1"),
     ({"candidates": []}, "candidates must hold at least one method"),

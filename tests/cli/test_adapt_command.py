@@ -10,11 +10,14 @@ import torch
 from torch.nn.functional import normalize
 
 from simplexfix import cosine_topk
+from simplexfix._files import write_whole
 from simplexfix.adapters import Adapter, Procrustes, SimplexJunction, Slerp, WhitenedProcrustes, select
+from simplexfix.cli import adapt as cli_adapt
 from simplexfix.cli import main
+from simplexfix.cli._arguments import parse
 from simplexfix.heads import SimplexHead
 from simplexfix.labelled import load_vectors
-from simplexfix.models import EmbeddingModel, FeatureMLP, ModelIdentity
+from simplexfix.models import EmbeddingModel, FeatureMLP, ModelIdentity, read_identity
 
 
 def world(noise: float = 1.5) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -81,6 +84,72 @@ def test_nothing_better_exits_with_1_and_says_so(files, capsys) -> None:
     assert main(adapt(files, "--labels", str(files / "labels.npy"))) == 1
     assert "keep the old encoder: no candidate is shown to be better" in capsys.readouterr().out
     assert Adapter.from_pretrained(files / "out").in_features == 12
+
+
+def test_stored_vectors_may_be_kept(files, capsys) -> None:
+    flags = ["--labels", str(files / "labels.npy"), "--stored-vectors", "keep", "--json"]
+    assert main(adapt(files, *flags)) in (0, 1)
+    report = json.loads(capsys.readouterr().out)
+    assert [row["method"]["name"] for row in report["table"]] == ["procrustes"]
+    assert report["maps_gallery"] is False
+
+
+@pytest.mark.parametrize("kind", ["of a model", "file", "below a file", "sealed"])
+def test_a_folder_that_cannot_be_written_is_refused_before_the_fits(files, capsys, monkeypatch, kind) -> None:
+    def fit(*_, **__):
+        raise AssertionError("it was fitted")
+
+    monkeypatch.setattr("simplexfix.cli.adapt.select_adapter", fit)
+    with pytest.raises(AssertionError, match="it was fitted"):
+        cli_adapt.run(parse(adapt(files)))
+    assert not (files / "out").exists()
+    out = files / "out"
+    message = "Not a directory"
+    if kind == "of a model":
+        out.mkdir()
+        (out / "config.json").write_text("{}")
+        message = "is of something else and would be lost; take another folder"
+    elif kind == "sealed":  # as a mount that is read-only: permissions do not bind root
+
+        def refuse(dir):
+            raise OSError(30, "Read-only file system", str(dir / "x"))
+
+        monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+        message = "Read-only file system"
+    else:
+        out.write_text("mine")
+    before = sorted(path.name for path in files.iterdir())
+    command = adapt(files)
+    command[command.index("--out") + 1] = str(out / "below" if kind == "below a file" else out)
+    assert main(command) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert str(out) in err
+    assert sorted(path.name for path in files.iterdir()) == before
+
+
+@pytest.mark.parametrize("write", [0, 1])
+def test_a_full_disk_leaves_the_adapter_that_was_there(files, capsys, monkeypatch, write) -> None:
+    """The folder is synchronized twice: after the tensors and after config.json."""
+    old, new, _ = world()
+    Procrustes().fit(old, new).save_pretrained(files / "out", name="before")
+    identity = read_identity(files / "out")
+    calls = []
+
+    def full(path, content):
+        calls.append(path)
+        if len(calls) > write:
+            raise OSError(28, "No space left on device", str(path))
+        write_whole(path, content)
+
+    monkeypatch.setattr("simplexfix.models._config.write_whole", full)
+    assert main(adapt(files, "--name", "after")) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert read_identity(files / "out") == identity
+    assert Adapter.from_pretrained(files / "out").method == {"name": "procrustes"}
+    monkeypatch.undo()
+    WhitenedProcrustes().fit(old, new).save_pretrained(files / "out")  # what was left behind goes
+    assert len(list((files / "out").iterdir())) == 2
 
 
 def test_without_labels_and_with_a_sample(files, capsys) -> None:
