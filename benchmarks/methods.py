@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--pretraining", type=Path, help="default: --runs")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--out", type=Path, help="write all matrices and criteria as JSON")
-    a = parser.parse_args()
+    a = parser.parse_intermixed_args()
     runs = a.runs or Path("runs") / a.preset
     changes = (f"data.path={a.data}", *a.changes)
     jobs = {
