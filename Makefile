@@ -47,7 +47,8 @@ bench-gpu: build
 sanitize:  # runs the CPU core and the CUDA kernels on the CPU: ASan, UBSan, TSan, nvcc's PTX, a fuzz target
 	$(BIN)/python tests/native/run.py plain asan tsan ptx ptx-tsan
 
-machine-code: export SIMPLEXFIX_CUDA = 1  # builds the CUDA kernels for a CPU build of torch too
+# SIMPLEXFIX_CUDA=1 builds the CUDA kernels for a CPU build of torch too.  A comment after the value would add blanks to it.
+machine-code: export SIMPLEXFIX_CUDA = 1
 machine-code: build  # checks for spills, register budgets and expected instructions; needs nvcc
 	$(BIN)/pip install -q nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 	$(BIN)/python tests/native/machine_code.py
