@@ -1,4 +1,4 @@
-# Everything a developer runs.  `make setup` once; then the environment in .venv is used.
+# Commands for developers.  Run `make setup` once; the other targets use the environment in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -10,7 +10,7 @@ setup:
 	$(BIN)/pip install 'setuptools>=77' 'pybind11>=3' ninja
 	$(BIN)/pip install --no-build-isolation -e '.[cli,test,bench,dev]'
 
-build:  # after a change in csrc/: compiles what changed
+build:  # after a change in csrc/: compiles the changed files
 	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
 
 lint:
@@ -27,8 +27,8 @@ format:
 test:
 	$(BIN)/pytest
 
-# Under compute-sanitizer only our kernels are watched, but for initcheck, which must see what torch's kernels write.
-test-gpu: build  # this machine's GPU against its CPU; then every kernel once under compute-sanitizer, where there is one
+# compute-sanitizer checks only our kernels, except initcheck, which must also see the writes of torch's kernels.
+test-gpu: build  # compares the GPU with the CPU; then runs every kernel once under compute-sanitizer, if installed
 	$(BIN)/python -c 'from simplexfix._native import why_not_cuda as why; import sys; sys.exit(why())'
 	$(BIN)/pytest tests/test_gpu.py
 	@for tool in memcheck racecheck initcheck synccheck; do \
@@ -44,18 +44,19 @@ bench:
 bench-gpu: build
 	$(BIN)/python benchmarks/gpu.py
 
-sanitize:  # the CPU core and the CUDA kernels executed on the CPU: AddressSanitizer, UBSan, ThreadSanitizer, nvcc's PTX, a fuzz target
+sanitize:  # runs the CPU core and the CUDA kernels on the CPU: ASan, UBSan, TSan, nvcc's PTX, a fuzz target
 	$(BIN)/python tests/native/run.py plain asan tsan ptx ptx-tsan
 
-machine-code: export SIMPLEXFIX_CUDA = 1  # beside a CPU build of torch too
-machine-code: build  # no spills, registers within budget, the instructions that were meant; needs nvcc
+# SIMPLEXFIX_CUDA=1 builds the CUDA kernels for a CPU build of torch too.  A comment after the value would add blanks to it.
+machine-code: export SIMPLEXFIX_CUDA = 1
+machine-code: build  # checks for spills, register budgets and expected instructions; needs nvcc
 	$(BIN)/pip install -q nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 	$(BIN)/python tests/native/machine_code.py
 	$(BIN)/python benchmarks/gpu_floor.py --check
 
-mutants:  # every planted bug must turn a run red
+mutants:  # every planted bug must make a test fail
 	$(BIN)/python tests/native/run.py mutants
 
-docs:  # the figures of the README and the snippets of all pages
+docs:  # draws the figures of the README and tests the snippets of all pages
 	$(BIN)/simplexfix demo --out demo && cp demo/matrices.png docs/figures/
 	$(BIN)/pytest tests/test_docs.py

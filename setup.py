@@ -1,13 +1,13 @@
-"""Builds simplexfix._C: one library, both the Python module and the torch operators.
+"""Builds simplexfix._C: one library with both the Python module and the torch operators.
 
-The operators use only LibTorch's stable ABI: built with the headers of any torch >= 2.11, the
-library runs beside any other torch >= 2.11, CPU or CUDA build.  Environment:
+The operators use only LibTorch's stable ABI.  Built with the headers of any torch >= 2.11, the
+library runs with any other torch >= 2.11, CPU or CUDA build.  Environment variables:
 
-SIMPLEXFIX_NATIVE=0        builds no library at all: the pure PyTorch package
-SIMPLEXFIX_CUDA=0 | 1      leaves the CUDA kernels out | builds them, and fails where there is no nvcc
-                           (default: built for a CUDA build of torch, where there is an nvcc)
-SIMPLEXFIX_CUDA_ARCHS      GPU architectures, "80 90" or "native"
-CUDA_HOME, CXX             as usual
+SIMPLEXFIX_NATIVE=0        build no library: the pure PyTorch package
+SIMPLEXFIX_CUDA=0 | 1      0: no CUDA kernels.  1: build them, and fail without nvcc.
+                           Default: build them if torch is a CUDA build and there is an nvcc.
+SIMPLEXFIX_CUDA_ARCHS      GPU architectures, such as "80 90", or "native"
+CUDA_HOME, CXX             the CUDA toolkit and the C++ compiler
 """
 
 import os
@@ -26,16 +26,16 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 MIN_TORCH = (2, 11)
-CUDA_ARCHS = "80 86 89 90 100 120"  # machine code for those that nvcc knows, PTX for the newest of them
+CUDA_ARCHS = "80 86 89 90 100 120"  # machine code for those that nvcc supports, PTX for the newest
 NATIVE = os.environ.get("SIMPLEXFIX_NATIVE", "1") != "0"
 REMEDY = "SIMPLEXFIX_NATIVE=0 installs simplexfix without compiled kernels."
 
 
 def find_torch():
-    """(folder, version) of an installed torch's headers; torch itself is not imported.
+    """Returns (folder, version) of an installed torch, read from its headers without importing torch.
 
-    pip's build isolation hides the target environment from sys.path, but it runs that
-    environment's own interpreter, so site still names the folders where its torch lies.
+    pip's build isolation hides the target environment from sys.path.  It runs that environment's
+    own interpreter, however, so `site` still names the folders that contain torch.
     """
     places = [*sys.path, *site.getsitepackages(), site.getusersitepackages()]
     spec = PathFinder.find_spec("torch", places)
@@ -48,13 +48,13 @@ def find_torch():
 
 
 def find_nvcc(torch):
-    """(path of nvcc, None), or (None, why no CUDA kernels are built)."""
+    """Returns (path of nvcc, None), or (None, why no CUDA kernels are built)."""
     want = os.environ.get("SIMPLEXFIX_CUDA", "auto")
     if want not in ("auto", "0", "1"):
         raise SystemExit(f"SIMPLEXFIX_CUDA must be 0, 1 or auto, got {want}")
     if want == "0":
         return None, "SIMPLEXFIX_CUDA=0"
-    # kernels take nvcc minutes, and a CPU build of torch has no CUDA tensors for them
+    # nvcc takes minutes, and a CPU build of torch has no CUDA tensors
     if want == "auto" and not re.search(r"^cuda\b.*= '", (torch / "version.py").read_text(), re.MULTILINE):
         return None, "the installed torch is a CPU build; SIMPLEXFIX_CUDA=1 builds them all the same"
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
@@ -73,9 +73,9 @@ def this_machines_archs():
 
 
 def cuda_targets(nvcc):
-    """The architectures to build for, as text and as nvcc's flags."""
+    """Returns the architectures to build for, as text and as nvcc's flags."""
     want = os.environ.get("SIMPLEXFIX_CUDA_ARCHS", CUDA_ARCHS)
-    if want == "native":  # the GPUs of this machine only: the quickest build
+    if want == "native":  # only the GPUs of this machine: the fastest build
         want = " ".join(this_machines_archs())
     known = re.findall(r"sm_(\d+)", subprocess.check_output([nvcc, "--list-gpu-code"], text=True))
     archs = [arch for arch in want.split() if arch in known]
@@ -93,7 +93,7 @@ class NinjaBuildExt(build_ext):
     """Compiles .cpp with the C++ compiler and .cu with nvcc, in parallel and incrementally."""
 
     def build_extension(self, ext):
-        import ninja  # needed by a build alone
+        import ninja  # only a build needs it
         import pybind11
         from ninja.ninja_syntax import Writer, escape_path
 
@@ -107,7 +107,7 @@ class NinjaBuildExt(build_ext):
             raise SystemExit(f"the C++ compiler {cxx} was not found. {REMEDY}")
         archs, arch_flags = cuda_targets(nvcc) if nvcc else ("", [])
         out = Path(self.get_ext_fullpath(ext.name)).resolve()
-        # Kept, so that the next build compiles only what changed.
+        # This folder is kept, so that the next build compiles only changed files.
         tmp = ROOT / "build" / f"ninja-{sys.implementation.cache_tag}"
         out.parent.mkdir(parents=True, exist_ok=True)
         tmp.mkdir(parents=True, exist_ok=True)
@@ -121,16 +121,16 @@ class NinjaBuildExt(build_ext):
             f'-DSIMPLEXFIX_CUDA_ARCHS="{archs}"',
             *(["-DSIMPLEXFIX_WITH_CUDA"] if nvcc else []),
         ]
-        # torch last: it carries an older pybind11
+        # torch comes last: it contains an older pybind11
         for path in (pybind11.get_include(), sysconfig.get_path("include"), torch / "include"):
             cxx_cmd += ["-isystem", path]
-        # The .cu files include no torch header: half the compile time, and no C++ standard to share with it.
+        # The .cu files include no torch header.  That halves the compile time and allows an older C++ standard.
         nvcc_cmd = [nvcc, "-std=c++17", "-O3", "-ccbin", cxx, *arch_flags, "-Xcompiler", ",".join(host)]
         nvcc_cmd += ["-Xfatbin", "-compress-all"]
-        # nvcc as the linker adds its own static CUDA runtime: nothing of CUDA has to be there at import.
+        # nvcc as the linker adds its static CUDA runtime, so the import needs no CUDA library.
         link_cmd = [nvcc, "-shared", "-nodlink", "-ccbin", cxx] if nvcc else [*shlex.split(cxx), "-shared"]
         link_args = [f"-L{torch / 'lib'}", "-ltorch_cpu"]
-        if nvcc:  # an nvcc from PyPI (nvidia-cuda-nvcc) does not look into its own lib folder
+        if nvcc:  # an nvcc from PyPI (nvidia-cuda-nvcc) does not search its own lib folder
             link_args.append(f"-L{Path(nvcc).parent.parent / 'lib'}")
 
         def shell(words):
@@ -161,6 +161,6 @@ SOURCES = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("
 setup(
     ext_modules=[Extension("simplexfix._C", SOURCES)] if NATIVE else [],
     cmdclass={"build_ext": NinjaBuildExt},
-    # pip fetches a torch for the build only where the target environment has none that will do.
+    # pip fetches a torch for the build only if the target environment has no suitable one.
     setup_requires=[] if not NATIVE or find_torch()[1] >= MIN_TORCH else ["torch>=2.11"],
 )

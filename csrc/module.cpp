@@ -1,5 +1,5 @@
-// The Python module: facts about the build, the index class, and Ctrl-C.  Importing it registers the operators.  No
-// torch here.
+// The Python module: build information, the index class, and Ctrl-C. Importing it registers the operators. This file
+// does not use torch.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -24,7 +24,7 @@ using namespace py::literals;
 
 #ifdef SIMPLEXFIX_WITH_CUDA
 namespace simplexfix {
-// ops/cuda_stream.cpp
+// Defined in ops/cuda_stream.cpp.
 bool torch_has_cuda();
 std::pair<int, int> cuda_versions();
 }  // namespace simplexfix
@@ -35,7 +35,7 @@ using simplexfix::cpu::CosineIndex;
 using simplexfix::cpu::Interrupted;
 using simplexfix::cpu::RowType;
 using simplexfix::cpu::Selection;
-// simplexfix/retrieval/index.py has checked and converted what comes in; a call lets other Python threads run.
+// simplexfix/retrieval/index.py has checked and converted the arguments. Calls release the GIL.
 using Floats = py::array_t<float, py::array::c_style>;
 using Ids = py::array_t<int64_t, py::array::c_style>;
 
@@ -47,18 +47,18 @@ using Ids = py::array_t<int64_t, py::array::c_style>;
   throw py::error_already_set();
 }
 
-// What a signal's handler raised while a call ran: KeyboardInterrupt, mostly.  Under Python's lock.  Never destroyed:
-// at exit there is no Python any more.
+// The exception that a signal handler raised during a call, mostly KeyboardInterrupt. The GIL guards it. It is never
+// destroyed, since Python no longer exists at exit.
 std::optional<py::error_already_set>& g_raised = *new std::optional<py::error_already_set>;
 
-// Python's main thread, which alone runs handlers of signals; in a forked child it is the one that forked.
+// Python's main thread, the only one that runs signal handlers. In a forked child it is the thread that forked.
 std::atomic<unsigned long> g_main_thread{0};
 const simplexfix::cpu::ForkHook g_main_thread_hook{[](void*) noexcept { g_main_thread = PyThread_get_thread_ident(); },
                                                    nullptr};
 
-// Runs the handlers of signals that have come.
+// Runs the handlers of pending signals. Returns whether one raised an exception.
 bool handler_raised() {
-  if (PyThread_get_thread_ident() != g_main_thread) return false;  // before Python's lock, which may take long to get
+  if (PyThread_get_thread_ident() != g_main_thread) return false;  // checked first: taking the GIL may be slow
   const py::gil_scoped_acquire acquire;
   g_raised.reset();
   if (PyErr_CheckSignals() == 0) return false;

@@ -1,9 +1,12 @@
-// The scalar mathematics of one row of the old/new contrast, shared by the CPU and CUDA kernels.
+// The scalar math of one row of the old/new contrast, shared by the CPU and CUDA kernels.
 //
-//   s_j = mu (anchor . candidate_j) / (|anchor| |candidate_j|), "differs": candidates of other classes
-//   zero_mask  -s_own + log(sum over differs of exp(s_j) + the number of the others)
-//   remove     -s_own + log(sum over differs of exp(s_j)),  -s_own where none differs
-//   infonce    -s_own + log(exp(s_own) + sum over differs of exp(s_j))
+//   s_j        mu (anchor . candidate_j) / (|anchor| |candidate_j|)
+//   N          the candidates whose class differs from the anchor's
+//   own        the anchor's own candidate, which has its class
+//
+//   zero_mask  loss = -s_own + log(sum over N of exp(s_j) + number of candidates outside N)
+//   remove     loss = -s_own + log(sum over N of exp(s_j)), or -s_own if N is empty
+//   infonce    loss = -s_own + log(exp(s_own) + sum over N of exp(s_j))
 #pragma once
 #include <cmath>
 #include <limits>
@@ -12,8 +15,8 @@
 
 namespace simplexfix {
 
-// What a row's exponentials are relative to: exp must not overflow for the terms besides the candidates either.
-// largest is that of all s_j that differ, -inf where none does.
+// Returns the shift of a row's exponentials: the largest exponent in the sum, so that exp cannot overflow. largest is
+// the largest s_j in N, -inf if N is empty.
 template <typename A>
 SIMPLEXFIX_HD A contrast_top(Negatives negatives, A largest, A own) {
   A top = largest;
@@ -25,19 +28,18 @@ SIMPLEXFIX_HD A contrast_top(Negatives negatives, A largest, A own) {
 template <typename A>
 struct ContrastOutcome {
   A loss;
-  A total;    // dL/ds_j = exp(s_j - top) / total for j that differs
+  A total;    // dL/ds_j = exp(s_j - top) / total for j in N
   A missing;  // dL/ds_own = -missing
 };
 
-// others = sum of exp(s_j - top) over those that differ; same = the number of the rest, the own one among them;
-// alone: none differs.
+// others: sum of exp(s_j - top) over N. same: the number of candidates outside N, own included. alone: N is empty.
 template <typename A>
 SIMPLEXFIX_HD ContrastOutcome<A> contrast_outcome(Negatives negatives, A top, A own, A others, A same, bool alone) {
   A total = others, loss;
   if (negatives == Negatives::kZeroMask) total += same * std::exp(-top);
   if (negatives == Negatives::kInfoNce) total += std::exp(own - top);
   if (negatives == Negatives::kInfoNce && top == own)
-    loss = std::log1p(others);  // a small loss keeps its digits
+    loss = std::log1p(others);  // log1p keeps the relative precision of a small loss
   else if (negatives == Negatives::kRemove && alone)
     loss = -own, total = A(1);
   else

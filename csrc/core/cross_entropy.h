@@ -1,5 +1,5 @@
-// The scalar mathematics that the cross-entropy of every polytope shares: options, margins, and what follows
-// for the loss and the label's gradient once a row's softmax is known.  Shared by the CPU and CUDA kernels.
+// The scalar math shared by the cross-entropies of all polytopes, for the CPU and CUDA kernels: options, margins, and
+// the loss and the label's gradient from a row's softmax sums.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -14,16 +14,16 @@ struct CrossEntropyOptions {
   bool normalize;
   A scale;        // > 0
   Margin margin;  // on the true class, with normalize only
-  A margin_size;  // a cosine, or radians
+  A margin_size;  // a cosine for kCosine, radians for kAngular
   A smoothing;    // label_smoothing, in [0, 1]
-  A weight_sum;   // of the K class weights; K where there are none
-  // Of margin_size, found once here: sin and cos of any number need local memory on a GPU.
+  A weight_sum;   // sum of the K class weights; K without weights
+  // cos and sin of margin_size, computed once on the host: on a GPU they need local memory.
   A margin_cosine = std::cos(margin_size);
   A margin_sine = std::sin(margin_size);
 };
 
-// The cosine c of the true class with its margin, and the derivative of that by c.  Angular: beyond
-// theta + margin = pi the cosine would rise again, so there the margin becomes additive, as in ArcFace.
+// Sets with_margin to the true class's cosine with its margin, and slope to d(with_margin) / d(cosine). Beyond theta +
+// margin = pi the cosine of an angular margin would rise again, so the margin is additive there, as in ArcFace.
 template <typename A>
 SIMPLEXFIX_HD void apply_margin(const CrossEntropyOptions<A>& options, A cosine, A* with_margin, A* slope) {
   *with_margin = cosine;
@@ -44,7 +44,8 @@ SIMPLEXFIX_HD void apply_margin(const CrossEntropyOptions<A>& options, A cosine,
   }
 }
 
-// What a row is multiplied by before its products with the unit vertices; squares is read only with normalize.
+// Returns the factor by which a row is multiplied before its dot products with the unit vertices. squares = |z|^2 is
+// read only with normalize.
 template <typename A>
 SIMPLEXFIX_HD A row_factor(const CrossEntropyOptions<A>& options, A squares, A* inverse_norm) {
   *inverse_norm = A(1);
@@ -55,8 +56,8 @@ SIMPLEXFIX_HD A row_factor(const CrossEntropyOptions<A>& options, A squares, A* 
 // The label's logit, scale * cosine, with its margin.
 template <typename A>
 struct LabelLogit {
-  A value;   // the margin taken off
-  A margin;  // how much the margin took off
+  A value;   // the logit with its margin
+  A margin;  // the logit without margin minus value
   A slope;   // d(value) / d(the logit without margin)
 };
 
@@ -70,17 +71,17 @@ SIMPLEXFIX_HD LabelLogit<A> label_logit(const CrossEntropyOptions<A>& options, A
   return label;
 }
 
-// A row's loss as mass * log(total) + offset, so that a CPU kernel can take the logarithms of many rows at once.
+// A row's loss as mass * log(total) + offset. This form lets a CPU kernel compute the logarithms of many rows at once.
 template <typename A>
 struct RowLoss {
-  A mass;   // what the softmax is multiplied by in the gradient
-  A total;  // sum of exp(l_c - largest), the label's with its margin
+  A mass;   // factor of the softmax in the gradient
+  A total;  // sum of exp(l_c - largest) over all classes; the label's logit has its margin
   A offset;
 
   SIMPLEXFIX_HD A value() const { return mass * std::log(total) + offset; }
 };
 
-// The row's loss, and the label's own gradient.  dL/dl_c = mass * p_c - smoothing_per_class * w_c for c != label.
+// The row's loss and the label's gradient. For c != label, dL/dl_c = mass * p_c - smoothing_per_class * w_c.
 template <typename A>
 struct LabelOutcome {
   RowLoss<A> loss;
@@ -88,8 +89,8 @@ struct LabelOutcome {
   A gradient;             // dL/d(label's logit with margin)
 };
 
-// others = sum of exp(l_c - largest) over all classes but the label; logit_sum = sum_c w_c l_c, without a margin,
-// read only with smoothing; weight_label is 1 without weights.
+// others: sum of exp(l_c - largest) over all classes but the label. logit_sum: sum_c w_c l_c without margin, read only
+// with smoothing. weight_label: 1 without weights.
 template <typename A>
 SIMPLEXFIX_HD LabelOutcome<A> label_outcome(const CrossEntropyOptions<A>& options, A slots, A largest,
                                             const LabelLogit<A>& label, A others, A logit_sum, A weight_label) {
@@ -97,15 +98,15 @@ SIMPLEXFIX_HD LabelOutcome<A> label_outcome(const CrossEntropyOptions<A>& option
   const A at_label = scalar_exp(label.value - largest), total = others + at_label;
   out.smoothing_per_class = options.smoothing / slots;
   const A mass = (A(1) - options.smoothing) * weight_label + rounded(out.smoothing_per_class * options.weight_sum);
-  // logsumexp - l_y, less log(total): small where the label's logit is by far the largest, and then what the sum's
-  // rounding lost is what counts
+  // lost is the rounding error of total (Fast2Sum). lost / total corrects log(total) for it, which matters where the
+  // label's logit is by far the largest and the loss is small.
   const A lost = at_label > others ? others - (total - at_label) : at_label - (total - others);
   A offset = rounded(mass * (lost / total + (largest - label.value)));
   if (options.smoothing > A(0))
     offset += out.smoothing_per_class * options.weight_sum * label.value -
               rounded(out.smoothing_per_class * (logit_sum - weight_label * label.margin));
   out.loss = {mass, total, offset};
-  // mass * p_y - target_y in the form that does not cancel: by p_y, or by 1 - p_y
+  // mass * p_y - target_y, computed from p_y or from 1 - p_y, whichever form does not cancel.
   out.gradient =
       at_label < others
           ? mass * (at_label / total) - rounded((A(1) - options.smoothing + out.smoothing_per_class) * weight_label)

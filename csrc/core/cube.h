@@ -1,12 +1,12 @@
-// The scalar mathematics of one row of cube cross-entropy: K = 2^d vertices s / sqrt(d), s in {-1, 1}^d, all of them
-// in the softmax.  The sum over vertices is a product over coordinates, so with s the label's signs,
-// f = scale / sqrt(d) (and / |z| with normalize) and x_j = -2 f s_j z_j
+// The scalar math of one row of cube cross-entropy. The K = 2^d vertices are s / sqrt(d), s in {-1, 1}^d, all of them
+// in the softmax. The sum over vertices factorizes into a product over coordinates. Let s be the label's signs, f =
+// scale / sqrt(d), divided by |z| with normalize, and x_j = -2 f s_j z_j:
 //
 //   gap = logsumexp(l) - l_y = sum_j log(1 + exp(x_j))                                   without a margin
 //   dL/dz_j = s_j * (constant - coefficient * sigmoid(x_j))
 //
-// The label is subtracted before anything is rounded: each term of gap is positive, none cancels.  A margin
-// lowers l_y by delta alone: exp(gap') - 1 = (exp(gap) - 1) * exp(delta).
+// The label's logit is subtracted before any rounding: every term of gap is positive, so nothing cancels. A margin
+// lowers only l_y, by delta: exp(gap') - 1 = (exp(gap) - 1) * exp(delta).
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -31,14 +31,14 @@ SIMPLEXFIX_HD CubeRow<A> cube_row(const CrossEntropyOptions<A>& options, A squar
   return row;
 }
 
-// logsumexp - l_y with the margin, and what sigmoid(x_j) is multiplied by because of it.
+// gap: logsumexp - l_y with the margin. ratio: the factor by which the margin scales sigmoid(x_j) in the gradient.
 template <typename A>
 struct CubeGap {
   A gap, ratio;
 };
 
-// exp(gap) - 1 below this has too few bits, or none, to be multiplied by exp(delta): cube_gap_of_flips then.
-// (A: what the exponentials are computed in.)
+// Below this, exp(gap) - 1 has too few bits to be multiplied by exp(delta); use cube_gap_of_flips instead. A is the
+// type in which the exponentials are computed.
 template <typename A>
 constexpr double kLeastCubeGap = std::is_same_v<A, double> ? 1e-150 : 1e-18;
 
@@ -53,9 +53,9 @@ SIMPLEXFIX_HD CubeGap<A> cube_gap(A gap, A delta) {
   return {gap + delta + std::log1p(shift), A(1) / (A(1) + shift)};
 }
 
-// For a gap below kLeastCubeGap, where every x_j is far below 0 and exp(gap) - 1 is the sum of exp(x_j), the
-// vertices that differ from the label's in one coordinate.  flips = sum_j exp(x_j - largest), and the kernel
-// takes these terms for sigmoid(x_j).
+// The gap and ratio for a gap below kLeastCubeGap. There every x_j is far below 0, and exp(gap) - 1 is the sum of
+// exp(x_j) over the vertices that differ from the label's in one coordinate. flips: sum_j exp(x_j - largest). The
+// kernel uses these terms in place of sigmoid(x_j).
 template <typename A>
 SIMPLEXFIX_HD CubeGap<A> cube_gap_of_flips(A largest, A flips, A delta) {
   const A odds = (largest + delta) + std::log(flips);
@@ -66,11 +66,11 @@ SIMPLEXFIX_HD CubeGap<A> cube_gap_of_flips(A largest, A flips, A delta) {
 template <typename A>
 struct CubeOutcome {
   A loss;
-  A constant, coefficient;  // of the gradient, times upstream
+  A constant, coefficient;  // of the gradient above, times upstream
 };
 
-// inverse_slots = 2^-d.  Smoothing is over all vertices: their logits sum to -delta, since the vertices sum to zero.
-// weight_label is 1 without weights, and always with smoothing.
+// inverse_slots: 2^-d. Label smoothing covers all vertices; their logits sum to -delta, since the vertices sum to zero.
+// weight_label: 1 without weights, and with smoothing.
 template <typename A>
 SIMPLEXFIX_HD CubeOutcome<A> cube_outcome(const CrossEntropyOptions<A>& options, const CubeRow<A>& row,
                                           const CubeGap<A>& at, A inverse_slots, A weight_label, A upstream) {
@@ -83,7 +83,7 @@ SIMPLEXFIX_HD CubeOutcome<A> cube_outcome(const CrossEntropyOptions<A>& options,
   const A factor = upstream * row.factor;
   out.constant = factor * options.smoothing;
   if (options.margin == Margin::kAngular) {
-    // dL/dl_y = mass * p_y - label_mass - smoothing_per_class, by 1 - p_y
+    // dL/dl_y = mass * p_y - label_mass - smoothing_per_class, computed from 1 - p_y.
     const A g_label = (options.smoothing - smoothing_per_class) + mass * std::expm1(-at.gap);
     out.constant += factor * (row.label.slope - A(1)) * g_label;
   }

@@ -1,5 +1,5 @@
-// Exponentials of the few numbers that a row has one of.  On the CPU without calls, for which a kernel would have to
-// spill its vectors; the same whatever the C library.  (The emulator of the CUDA kernels takes these too.)
+// Inline scalar exp for per-row values. A libm call would spill vector registers, and its result would depend on the C
+// library. CUDA kernels use std::exp; their emulator uses this function.
 #pragma once
 #include <array>
 #include <bit>
@@ -22,8 +22,8 @@ template <>
 struct FloatFormat<float> {
   using Bits = uint32_t;
   static constexpr int kMantissa = 23, kExponentBias = 127;
-  static constexpr float kRound = 0x1.8p23f;                               // a sum with it is a whole number
-  static constexpr float kLn2 = 0x1.62e4p-1f, kLn2Rest = 0x1.7f7d1cp-20f;  // n kLn2 is exact
+  static constexpr float kRound = 0x1.8p23f;  // x + kRound rounds x to an integer, in the low bits of the sum
+  static constexpr float kLn2 = 0x1.62e4p-1f, kLn2Rest = 0x1.7f7d1cp-20f;  // n * kLn2 is exact
   static constexpr int kTerms = 8;
 };
 template <>
@@ -35,7 +35,8 @@ struct FloatFormat<double> {
   static constexpr int kTerms = 14;
 };
 
-// exp(x) for x <= 0, or nan: a relative error below 2 ulp; 0, or a denormal, below the smallest normal number.
+// Returns exp(x) for x <= 0 or nan, with a relative error below 2 ulp. Below the smallest normal number it is 0 or a
+// denormal.
 //   x = n ln 2 + r;  exp(r) = 1 + r + r^2 / 2! + ...
 template <typename A>
 SIMPLEXFIX_HD A scalar_exp(A x) {
@@ -51,7 +52,7 @@ SIMPLEXFIX_HD A scalar_exp(A x) {
   A series = inverse_factorials.back();
 #pragma GCC unroll 16
   for (int k = F::kTerms - 2; k >= 0; --k) series = series * r + inverse_factorials[size_t(k)];
-  using Bits = typename F::Bits;  // n stands in the last ones of shifted
+  using Bits = typename F::Bits;  // the low bits of shifted hold n
   const A power = std::bit_cast<A>((std::bit_cast<Bits>(shifted) + F::kExponentBias) << F::kMantissa);
   return n < A(1 - F::kExponentBias) ? A(0) : series * power;
 }

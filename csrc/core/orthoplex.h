@@ -1,14 +1,14 @@
-// The scalar mathematics of one row of orthoplex cross-entropy: K = 2d vertices, slot c < d is +e_c and slot
-// d + c is -e_c, so the logits are factor * [z, -z].
+// The scalar math of one row of orthoplex cross-entropy. Of the K = 2d vertices, slot c < d is +e_c and slot d + c is
+// -e_c, so the logits are factor * [z, -z].
 //
-// A kernel sweeps the row twice.  The first sweep finds the largest |z_j|; orthoplex_row() turns it into
-// `largest`.  The second adds up exp(f |z_j| - largest) + exp(-f |z_j| - largest), f = factor, of all coordinates
-// but the label's; orthoplex_outcome() turns that into the loss and the numbers from which dL/dz follows:
+// A row takes two reductions and one elementwise step. Reduction 1 finds the largest |z_j|; orthoplex_row() turns it
+// into `largest`. Reduction 2 sums exp(f |z_j| - largest) + exp(-f |z_j| - largest), f = factor, over all coordinates
+// but the label's. orthoplex_outcome() turns that sum into the loss and the constants of the gradient:
 //
 //   dL/dz_j = exponential * (exp(f z_j - largest) - exp(-f z_j - largest)) - weight * (w_j - w_{d+j})
 //   dL/dz_j = label                                                          at the label's coordinate
 //
-// The label's coordinate, with the label's opposite, stays out of both sweeps: core/simplex_cross_entropy.h says why.
+// Both reductions skip the label's coordinate, and so the label's opposite. core/simplex_cross_entropy.h explains why.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -19,15 +19,15 @@ namespace simplexfix {
 
 template <typename A>
 struct OrthoplexRow {
-  A factor;    // l = factor * [z, -z]
+  A factor;    // the logits are factor * [z, -z]
   A opposite;  // the logit of the label's opposite
   LabelLogit<A> label;
-  A largest;       // of all logits, the label's with its margin
+  A largest;       // of all logits; the label's has its margin
   A inverse_norm;  // 1 / |z|, 0 for a zero row; 1 without normalize
 };
 
-// largest = max |z_j| over the coordinates but the label's, -inf where there is none; z_label is z at the
-// label's coordinate, times the sign of the label's vertex.
+// largest: max |z_j| over all coordinates but the label's, -inf if there is none. z_label: z at the label's coordinate,
+// times the sign of the label's vertex.
 template <typename A>
 SIMPLEXFIX_HD OrthoplexRow<A> orthoplex_row(const CrossEntropyOptions<A>& options, A squares, A largest, A z_label) {
   OrthoplexRow<A> row;
@@ -35,7 +35,7 @@ SIMPLEXFIX_HD OrthoplexRow<A> orthoplex_row(const CrossEntropyOptions<A>& option
   const A plain = rounded(row.factor * z_label);
   row.label = label_logit(options, plain);
   row.opposite = -plain;
-  row.largest = row.factor > A(0) ? rounded(row.factor * largest) : A(0);  // a zero row: never 0 * inf
+  row.largest = row.factor > A(0) ? rounded(row.factor * largest) : A(0);  // zero row: avoid 0 * inf
   if (!(row.largest >= row.opposite)) row.largest = row.opposite;
   if (!(row.largest >= row.label.value)) row.largest = row.label.value;
   return row;
@@ -44,11 +44,11 @@ SIMPLEXFIX_HD OrthoplexRow<A> orthoplex_row(const CrossEntropyOptions<A>& option
 template <typename A>
 struct OrthoplexOutcome {
   RowLoss<A> loss;
-  A exponential, weight, label;  // of the gradient, times upstream
+  A exponential, weight, label;  // of the gradient above, times upstream
 };
 
-// sum_exp_others = the second sweep's sum; weighted = sum_j (w_j - w_{d+j}) z_j, 0 without weights; sign = that of the
-// label's vertex; weight_* are 1 without weights.
+// sum_exp_others: the result of reduction 2. weighted: sum_j (w_j - w_{d+j}) z_j, 0 without weights. sign: the sign of
+// the label's vertex. weight_label, weight_opposite: 1 without weights.
 template <typename A>
 SIMPLEXFIX_HD OrthoplexOutcome<A> orthoplex_outcome(const CrossEntropyOptions<A>& options, const OrthoplexRow<A>& row,
                                                     int64_t d, A sign, A sum_exp_others, A weighted, A weight_label,

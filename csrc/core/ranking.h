@@ -1,4 +1,4 @@
-// The one order of search results, on every device: by score, highest first, then by lower id.
+// The order of search results on every device: higher score first, then lower id.
 #pragma once
 #include <cstdint>
 

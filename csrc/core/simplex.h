@@ -1,10 +1,11 @@
-// The regular simplex with K = d + 1 vertices in R^d, in closed form: the constants behind
+// The regular simplex with K = d + 1 vertices in R^d, in closed form. The constants a, m, r define the vertices and so
+// the logits:
 //
-//   t_i = e_i (i < d), t_d = a * 1, centred by m * 1, divided by r    (a row of norm 1 each)
+//   t_i = e_i for i < d, t_d = a * 1;  vertex i = (t_i - m * 1) / r has norm 1
 //   l_i = (z_i - m S) / r   for i < d,      l_d = (a - m) S / r,      S = sum_j z_j
 //
-// and, for a gradient g on the logits, (dL/dz)_j = (g_j + a g_d - m sum_i g_i) / r.
-// Order and sign are those of deployed models: docs/math.md.
+// For a gradient g on the logits, (dL/dz)_j = (g_j + a g_d - m sum_i g_i) / r. Deployed models fix the order and the
+// sign of the vertices (docs/math.md).
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -20,14 +21,14 @@ struct Simplex {
 
   static Simplex of_dimension(int64_t d) {
     const double n = static_cast<double>(d);
-    // (1 - sqrt(1 + n)) / n, free of its cancellation
+    // (1 - sqrt(1 + n)) / n without cancellation.
     const double a = -1.0 / (1.0 + std::sqrt(1.0 + n));
     return {a, (1.0 + a) / (n + 1.0), std::sqrt(n / (n + 1.0))};
   }
 };
 
-// The same numbers rounded once, on the host, to the type that a kernel computes in: double
-// arithmetic, above all a division, is slow on most GPUs.
+// The same constants, rounded once on the host to the type in which a kernel computes. Double arithmetic, divisions
+// above all, is slow on most GPUs.
 template <typename A>
 struct RoundedSimplex {
   A a, m;

@@ -1,14 +1,17 @@
-// The scalar mathematics of one row of simplex cross-entropy, shared by the CPU and CUDA kernels.
+// The scalar math of one row of simplex cross-entropy, shared by the CPU and CUDA kernels.
 //
-// A kernel sweeps the row twice.  The first sweep accumulates RowSums; row_logits() turns them into the
-// affine map from z to logits.  The second adds up exp(l_i - largest) of all i < d but the label;
-// row_outcome() turns that into the loss and into the few numbers from which every dL/dz_j follows:
+// A row takes two reductions and one elementwise step. Reduction 1 accumulates RowSums; row_logits() turns them into
+// the affine map from z to logits. Reduction 2 sums exp(l_i - largest) over all i < d but the label; row_outcome()
+// turns that sum into the loss and the constants of the gradient. The elementwise step writes the gradient:
 //
 //   dL/dz_j = exponential * exp(l_j - largest) + constant - weight * w_j     for j != label
 //   dL/dz_y = label
 //
-// The label stays out of both sweeps: a margin moves it, and a confident row keeps its small loss
-// and its small gradient (no 1 - p) to full relative precision.
+// The CUDA kernels sweep the row once for each of the three (cuda/cross_entropy.cuh). The CPU kernel does both
+// reductions in one sweep (cpu/simplex_cross_entropy.inc).
+//
+// The maximum and the sum of exponentials skip the label. A margin shifts its logit; and without it a confident row
+// keeps the full relative precision of its small loss and small gradient (no 1 - p).
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -20,9 +23,10 @@ namespace simplexfix {
 
 template <typename A>
 struct RowSums {
-  A sum;       // sum_j z_j
-  A squares;   // sum_j z_j^2, with normalize
-  A largest;   // max of z_i over i < d other than the label, or a number near enough for exp; -inf where there is none
+  A sum;      // sum_j z_j
+  A squares;  // sum_j z_j^2, with normalize
+  // max z_i over i < d other than the label, -inf if there is none; or a number so near that no exp over- or underflows
+  A largest;
   A weighted;  // sum_j w_j z_j over j < d, with class weights and smoothing
 };
 
@@ -31,19 +35,19 @@ struct RowLogits {
   A factor, shift;  // l_i = factor * z_i - shift for i < d
   A last;           // l_d
   LabelLogit<A> label;
-  A largest;       // of all logits, the label's with its margin; at least that of RowSums::largest
+  A largest;       // of all logits, the label's with its margin; at least the logit of RowSums::largest
   A inverse_norm;  // 1 / |z|, 0 for a zero row; 1 without normalize
 };
 
-// What z is multiplied by in the logits of a row; squares is read only with normalize.
+// Returns the factor of z in the logits of a row. squares is read only with normalize.
 template <typename A>
 SIMPLEXFIX_HD A logit_factor(const std::common_type_t<RoundedSimplex<A>>& simplex,
                              const CrossEntropyOptions<A>& options, A squares, A* inverse_norm) {
   return row_factor(options, squares, inverse_norm) * simplex.inverse_r;
 }
 
-// z_label is z at the label, read only where label < d.  (common_type_t: not deduced, so that a
-// Simplex may stand for its rounded form.)
+// z_label: z at the label, read only if label < d. std::common_type_t prevents deduction, so that a Simplex converts to
+// its rounded form.
 template <typename A>
 SIMPLEXFIX_HD RowLogits<A> row_logits(const std::common_type_t<RoundedSimplex<A>>& simplex,
                                       const CrossEntropyOptions<A>& options, const RowSums<A>& sums, int64_t d,
@@ -53,8 +57,8 @@ SIMPLEXFIX_HD RowLogits<A> row_logits(const std::common_type_t<RoundedSimplex<A>
   row.shift = rounded(row.factor * simplex.m * sums.sum);
   row.last = rounded(row.factor * simplex.last * sums.sum);
   row.label = label_logit(options, label < d ? row.factor * z_label - row.shift : row.last);
-  row.largest = row.factor * sums.largest - row.shift;    // -inf where K = 2 leaves no other row below d
-  if (!(row.factor > A(0)) && d > 1) row.largest = A(0);  // a zero row under normalize, never 0 * inf
+  row.largest = row.factor * sums.largest - row.shift;    // -inf if K = 2 leaves no other i < d
+  if (!(row.factor > A(0)) && d > 1) row.largest = A(0);  // zero row under normalize: avoid 0 * inf
   if (label < d && !(row.largest >= row.last)) row.largest = row.last;
   if (!(row.largest >= row.label.value)) row.largest = row.label.value;
   return row;
@@ -63,11 +67,11 @@ SIMPLEXFIX_HD RowLogits<A> row_logits(const std::common_type_t<RoundedSimplex<A>
 template <typename A>
 struct RowOutcome {
   RowLoss<A> loss;
-  A exponential, constant, weight, label;  // of the gradient, times upstream
+  A exponential, constant, weight, label;  // of the gradient above, times upstream
 };
 
-// sum_exp_others = sum of exp(l_i - largest) over i < d other than the label; weight_* are 1 without weights;
-// weighted tells whether RowSums::weighted holds the class weights' sum.
+// sum_exp_others: the result of reduction 2. weighted: whether RowSums::weighted is set. weight_label, weight_last: 1
+// without weights.
 template <typename A>
 SIMPLEXFIX_HD RowOutcome<A> row_outcome(const std::common_type_t<RoundedSimplex<A>>& simplex,
                                         const CrossEntropyOptions<A>& options, const RowSums<A>& sums,
@@ -75,7 +79,7 @@ SIMPLEXFIX_HD RowOutcome<A> row_outcome(const std::common_type_t<RoundedSimplex<
                                         bool weighted, A weight_label, A weight_last, A upstream) {
   const A last = scalar_exp(row.last - row.largest);
   const A others = label < d ? sum_exp_others + last : sum_exp_others;
-  // sum_c w_c l_c; without weights the logits sum to zero, since the vertices do
+  // sum_c w_c l_c. Without weights the logits sum to zero, since the vertices do.
   const A logit_sum = weighted ? row.factor * sums.weighted - rounded(row.shift * (options.weight_sum - weight_last)) +
                                      rounded(row.last * weight_last)
                                : A(0);

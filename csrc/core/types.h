@@ -1,4 +1,4 @@
-// Number formats of the kernels, free of torch and of CUDA headers; and what arithmetic all need.
+// Number formats and shared arithmetic of the kernels, without torch or CUDA headers.
 #pragma once
 #include <cstdint>
 #include <type_traits>
@@ -11,7 +11,7 @@
 
 namespace simplexfix {
 
-// Storage of 16-bit floats as the CPU kernels see it: bits, converted where a row is read or written.
+// 16-bit floats as the CPU kernels store them: bits, converted when a row is loaded or stored.
 struct Half {
   uint16_t bits;
 };
@@ -19,15 +19,15 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-// Sums, exponentials and losses of a row: double for double, float for everything narrower.
+// The type of a row's sums, exponentials and losses: double for double, float otherwise.
 template <typename T>
 using accumulate_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// v, a product, rounded before what follows.  Where two products meet in a sum, compilers fuse one of them with it, in
-// each copy of a function the one that they like; a row has the same bits whichever copy it comes from.
+// Forces the product v to be rounded before it is used. Where a sum has two products, a compiler fuses one of them, and
+// may choose differently in each copy of a function. With this barrier a row has the same bits in every copy.
 template <typename V>
 SIMPLEXFIX_HD V rounded(V v) {
-#if defined(__CUDACC__)  // each kernel is one copy
+#if defined(__CUDACC__)  // a kernel is compiled once
 #elif defined(__x86_64__)
   asm("" : "+v"(v));
 #elif defined(__aarch64__)

@@ -1,4 +1,4 @@
-// Arrays that begin at a cache line, which is as long as the widest vector; what they hold at first is anything.
+// Uninitialised arrays, aligned to a cache line, which is as long as the widest vector.
 #pragma once
 #include <cstddef>
 #include <memory>

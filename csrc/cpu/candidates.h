@@ -1,4 +1,4 @@
-// The candidates of one query in a search: rows whose upper bound reached the cutoff and whose score is not known yet.
+// The candidates of one query in a search: rows whose upper bound reached the cutoff and which are not scored yet.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -11,13 +11,13 @@
 namespace simplexfix::cpu {
 
 struct BoundedRow {
-  float upper;   // bound of the score
-  uint32_t row;  // from the task's first
+  float upper;   // upper bound of the score
+  uint32_t row;  // index relative to the task's first row
 };
 
 class CandidateList {
  public:
-  // Both by ascending row; pending: the rows of the sample, then the others.
+  // Both are in ascending order of rows, except that pending has the sample's rows before the others.
   std::vector<BoundedRow> pending, best;
 
   void clear() {
@@ -32,17 +32,17 @@ class CandidateList {
     pending.resize(size_t(end - pending.data()));
   }
 
-  // Merges the rows of the sample with those that came after it.
+  // Merges the sample's rows with the later ones, in ascending order.
   void sort_by_row() {
     const auto by_row = [](const BoundedRow& a, const BoundedRow& b) { return a.row < b.row; };
     const auto others = std::is_sorted_until(pending.begin(), pending.end(), by_row);
     std::inplace_merge(pending.begin(), others, pending.end(), by_row);
   }
 
-  // Moves about k pending rows to best, those of the highest upper bounds, in the order of the rows.  Any rows are
-  // correct; the higher their scores, the more they raise the cutoff.  So the k-th bound is estimated from every
-  // kStride-th candidate, with two standard deviations to spare, and at most kMaxTaken k are taken where many bounds
-  // are equal.  selection: memory for the sample.
+  // Moves about k pending rows with the highest upper bounds to best, in the order of the rows. Any choice is correct,
+  // but rows with high scores raise the cutoff most. The k-th bound is estimated from every kStride-th candidate, plus
+  // two standard deviations. If many bounds are equal, at most kMaxTaken * k rows are moved. selection is scratch
+  // memory for the sample.
   void take_best(int64_t k, std::vector<float>& selection) {
     constexpr size_t kStride = 4, kSampleSize = 64;
     constexpr int64_t kMaxTaken = 2;

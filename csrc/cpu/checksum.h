@@ -1,4 +1,4 @@
-// CRC-32 as of zlib, PNG and IEEE 802.3 (reflected 0x04c11db7), eight bytes at a time.
+// CRC-32 as in zlib, PNG and IEEE 802.3 (polynomial 0x04c11db7, reflected), eight bytes at a time.
 #pragma once
 #include <array>
 #include <cstddef>

@@ -1,8 +1,8 @@
-// The old/new contrast on the CPU: blocks of anchors, for each two matrix products (matrix_product.h) with the kernel
-// of contrast.inc between them.
+// The old/new contrast on the CPU, in blocks of anchors. A block takes two matrix products (matrix_product.h) with the
+// kernel of contrast.inc between them.
 //
-// Features are not normalized beforehand: norms enter as factors of rows and columns.  Memory besides the results: one
-// block of similarities, kBlockNumbers, and the products' chunks.
+// Features are not normalised beforehand: norms enter as factors of rows and columns. Memory besides the results: one
+// block of similarities (kBlockNumbers) and the chunks of the products.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -20,17 +20,17 @@ struct OldNewContrast {
   int64_t anchor_stride, candidate_stride;
   const int64_t *anchor_class, *candidate_class;
   int64_t rows, count, d;
-  int64_t first_positive;  // anchor i's own candidate is first_positive + i
+  int64_t first_positive;  // candidate first_positive + i is anchor i's own
   A mu;
   Negatives negatives;
   A* loss;            // [rows]
-  const A* upstream;  // [rows]: dL/d(loss), or nullptr where no gradient is wanted
-  bool to_anchors;    // the gradient is that of the anchors, else of the candidates
-  A* grad_unit;       // of the gradient's shape: dL/d(z / |z|) times 1 / |z|; may be the gradient itself
+  const A* upstream;  // [rows]: dL/d(loss), or nullptr if no gradient is requested
+  bool to_anchors;    // the gradient is by the anchors if true, else by the candidates
+  A* grad_unit;       // dL/d(z / |z|) times 1 / |z|, shaped like the gradient; may be the gradient itself
   T* gradient;        // dL/dz, contiguous
 };
 
-// Classes as indices of the candidates' sorted classes; -1 for an anchor's class that no candidate has.
+// Returns classes as indices into the candidates' sorted classes, -1 for an anchor's class that no candidate has.
 template <typename A>
 std::vector<ClassIndex<A>> class_indices(const int64_t* classes, int64_t n, const std::vector<int64_t>& sorted) {
   std::vector<ClassIndex<A>> indices(static_cast<size_t>(n));
@@ -42,12 +42,13 @@ std::vector<ClassIndex<A>> class_indices(const int64_t* classes, int64_t n, cons
   return indices;
 }
 
-// split(count, numbers, work): as in MatrixProduct.
+// split(count, numbers, work) is as in MatrixProduct.
 template <typename T, typename Split>
 void old_new_contrast(const OldNewContrast<T>& args, const Split& split) {
   using A = accumulate_t<T>;
   constexpr int64_t kBlockNumbers = int64_t(1) << 22;
-  constexpr int64_t kMinBlock = 32, kMaxBlock = 512;  // rows: below, the products are slow; above, no faster
+  // rows; smaller blocks make slow products, larger ones are no faster
+  constexpr int64_t kMinBlock = 32, kMaxBlock = 512;
   const auto& [anchors, candidates, anchor_stride, candidate_stride, anchor_class, candidate_class, n, count, d,
                first_positive, mu, negatives, loss, upstream, to_anchors, grad_unit, gradient] = args;
   const auto inverse_norms = [&](const T* z, int64_t stride, int64_t rows) {
@@ -65,7 +66,7 @@ void old_new_contrast(const OldNewContrast<T>& args, const Split& split) {
   const auto anchor_scale = inverse_norms(anchors, anchor_stride, n);
   const auto candidate_scale = inverse_norms(candidates, candidate_stride, count);
   const int64_t side_rows = to_anchors ? n : count;
-  if (upstream && n == 0) std::fill_n(grad_unit, side_rows * d, A(0));  // candidates without anchors
+  if (upstream && n == 0) std::fill_n(grad_unit, side_rows * d, A(0));  // without anchors the candidates' gradient is 0
 
   const int64_t block = std::clamp(kBlockNumbers / std::max<int64_t>(1, count), kMinBlock, kMaxBlock);
   const AlignedArray<A> similarity = aligned_array<A>(size_t(std::min(block, n) * count));

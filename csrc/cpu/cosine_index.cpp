@@ -15,10 +15,10 @@
 
 namespace simplexfix::cpu {
 namespace {
-constexpr int64_t kPiece = 16 * kPanelRows;            // rows to a task when rows are written
-constexpr int64_t kResultsPerTask = int64_t(1) << 16;  // when they are sorted, of at most 8 queries
-// The center is chosen anew each time the rows have become four times as many, up to here: of rows that come one
-// by one the first would do badly for all, and encoding a row 4/3 times on average costs little.
+constexpr int64_t kPiece = 16 * kPanelRows;            // rows per task when rows are written
+constexpr int64_t kResultsPerTask = int64_t(1) << 16;  // results per task when they are sorted, of at most 8 queries
+// Below this number of rows the center is recomputed each time the rows have become four times as many. If rows come
+// one by one, a center from the first would be bad for all. On average this encodes a row 4/3 times.
 constexpr int64_t kEnoughToCentre = int64_t(1) << 16;
 
 void refuse_non_finite(const char* what, const float* rows, int64_t n, int64_t d, Interrupt& interrupt) {
@@ -30,7 +30,7 @@ void refuse_non_finite(const char* what, const float* rows, int64_t n, int64_t d
   }
 }
 
-// To nearest, ties to even; the numbers are finite.
+// Rounds finite numbers to nearest, ties to even.
 void round_to_bfloat16(const float* from, std::byte* to, int64_t d) {
   for (int64_t j = 0; j < d; ++j) {
     uint32_t bits;
@@ -155,7 +155,7 @@ std::optional<GalleryCodes> CosineIndex::recentred(int64_t n, Interrupt& interru
 }
 
 void CosineIndex::encode(GalleryCodes& codes, int64_t begin, int64_t end, Interrupt* interrupt) const {
-  const int64_t first = begin / kPiece;  // pieces begin at whole panels, but for the first
+  const int64_t first = begin / kPiece;  // all pieces but the first begin at whole panels
   const auto encode = [&](int64_t piece) {
     const int64_t at = (first + piece) * kPiece;
     codes.encode(view(end), std::max(begin, at), std::min(end, at + kPiece));
@@ -169,7 +169,7 @@ void CosineIndex::remove(const int64_t* ids, int64_t n) {
   const std::vector<int64_t> gone = ids_.rows_of(ids, n, interrupt);
   if (gone.empty()) return;
   ids_.prepare_to_remove();
-  // from here on nothing fails or is interrupted but the encoding, without which searches are slower and the same
+  // From here on only the encoding can fail. Without codes searches are slower and return the same results.
   const auto bytes = size_t(row_bytes(type_, d_));
   int64_t to = gone.front();
   size_t passed = 0;
@@ -239,7 +239,7 @@ void CosineIndex::search(const float* query, int64_t queries, int64_t k, float* 
   parallel(ceil_div(queries, per_task), threads, write, &interrupt);
 }
 
-// In a forked child.  The memory is left to leak: its containers may be inconsistent, and must never be destroyed.
+// Runs in a forked child. The old memory leaks: its containers may be inconsistent and must never be destroyed.
 void CosineIndex::forget_if_half_changed() noexcept {
   if (!lock_.renew()) return;
   std::construct_at(&rows_, d_, type_);

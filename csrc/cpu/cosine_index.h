@@ -1,9 +1,11 @@
-// An exact cosine index: normalised rows in fp32 or bf16 with an int64 id each, and their codes for the first
-// pass of the search.  Free of torch and of Python.
+// An exact cosine index. It stores normalised rows in fp32 or bf16, an int64 id for each, and their codes for the first
+// pass of a search. It depends on neither torch nor Python.
 //
-// Any number of threads may call anything: searches and savings run beside each other, changes alone.
-// A change happens as a whole or, if it throws, not at all.  What callers pass is trusted in shape only.
-// Any call throws Interrupted where a signal ends it, std::runtime_error in a child that was forked during a change.
+// Any number of threads may call any method. Searches and saves run concurrently; a change excludes all other calls. A
+// change either completes or, if it throws, has no effect. The shapes of arguments are trusted, their values are
+// checked.
+//
+// Any call throws Interrupted if a signal ends it, and std::runtime_error in a child that was forked during a change.
 #pragma once
 #include <cstdint>
 #include <memory>
@@ -19,7 +21,7 @@
 
 namespace simplexfix::cpu {
 
-// Which rows a search is of: those of these ids, or all others.
+// Restricts a search to the rows of these ids or, with exclude, to all other rows.
 struct Selection {
   const int64_t* ids;
   int64_t n;
@@ -34,33 +36,35 @@ struct IndexRows {
 
 class CosineIndex {
  public:
-  // d >= 1, threads >= 1: what a call may use.
+  // d >= 1. threads >= 1 is the maximum for one call.
   CosineIndex(int64_t d, RowType type, int64_t threads);
 
   int64_t dim() const { return d_; }
   RowType type() const { return type_; }
   int64_t threads() const { return threads_; }
   int64_t size() const;
-  size_t bytes() const;  // all memory that grows with the rows
+  size_t bytes() const;  // memory that grows with the number of rows
 
   bool contains(int64_t id) const;
   std::vector<int64_t> ids() const;  // in the order of the rows
   IndexRows rows() const;
-  // out [n, d].  std::out_of_range: an id that is not there.
+  // Writes the vectors of ids to out [n, d]. Throws std::out_of_range for an id that is not in the index.
   void vectors(const int64_t* ids, int64_t n, float* out) const;
 
-  // vectors [n, d]; ids [n], or nullptr: counted on from the highest ever given.  Returns the first of those.
-  // std::invalid_argument: a row that is not finite; an id that is negative, there already or given twice.
+  // Adds vectors [n, d] under ids [n]. If ids is nullptr, new ids count up from the highest id ever given. Returns the
+  // first such new id. Throws std::invalid_argument for a row that is not finite, and for an id that is negative, in
+  // the index already, or given twice.
   int64_t add(const float* vectors, int64_t n, const int64_t* ids);
-  // std::out_of_range: an id that is not there; std::invalid_argument: one that is given twice.
-  // Takes one pass over the rows behind the first removed.
+  // Removes rows, in one pass over the rows behind the first removed. Throws std::out_of_range for an id that is not in
+  // the index, std::invalid_argument for one that is given twice.
   void remove(const int64_t* ids, int64_t n);
-  // query [queries, d]; scores, found [queries, k], k >= 1.  std::invalid_argument: a query that is not finite;
-  // std::out_of_range: an id to search that is not there.
+  // Writes scores and ids, found [queries, k], for query [queries, d]; k >= 1. Throws std::invalid_argument for a query
+  // that is not finite, std::out_of_range for a selected id that is not in the index.
   void search(const float* query, int64_t queries, int64_t k, float* scores, int64_t* found,
               const Selection* selection = nullptr) const;
 
-  // docs/formats.md.  std::system_error: what the operating system says; std::runtime_error: no such file's content.
+  // docs/formats.md defines the file. Throws std::system_error for errors of the operating system, std::runtime_error
+  // for a file with invalid content.
   void save(const std::string& path) const;
   static std::unique_ptr<CosineIndex> load(const std::string& path, int64_t threads);
 
@@ -82,8 +86,8 @@ class CosineIndex {
   mutable IndexLock lock_;
   RowBlocks rows_;
   RowIds ids_;
-  std::optional<GalleryCodes> codes_;  // none where there are no rows, or d is too large for them
-  int64_t centred_at_ = 0;             // rows that there were when the codes' center was chosen
+  std::optional<GalleryCodes> codes_;  // empty if there are no rows, or if d is too large for codes
+  int64_t centred_at_ = 0;             // the number of rows when the codes' center was chosen
   const ForkHook hook_{[](void* self) noexcept { static_cast<CosineIndex*>(self)->forget_if_half_changed(); }, this};
 };
 

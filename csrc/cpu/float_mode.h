@@ -1,5 +1,5 @@
-// IEEE arithmetic for the calling thread while it lives: denormals kept and rounding to nearest, whatever
-// the program has set (torch.set_flush_denormal sets one thread and not the next).
+// Sets IEEE arithmetic for the calling thread during its lifetime: denormals kept, rounding to nearest. A program may
+// have changed it for some threads only (torch.set_flush_denormal does).
 #pragma once
 #if defined(__x86_64__)
 #include <xmmintrin.h>
@@ -10,7 +10,7 @@ namespace simplexfix::cpu {
 class IeeeArithmetic {
  public:
 #if defined(__x86_64__)
-  IeeeArithmetic() : before_(_mm_getcsr()) { _mm_setcsr(0x1f80); }  // the processor's own default
+  IeeeArithmetic() : before_(_mm_getcsr()) { _mm_setcsr(0x1f80); }  // the processor's default
   ~IeeeArithmetic() { _mm_setcsr(before_); }
 
  private:

@@ -6,10 +6,11 @@
 
 namespace simplexfix::cpu {
 namespace {
-// Constants at the start and never destroyed: hooks may come before and go after the objects of any file.
+// Constant-initialised and never destroyed: hooks may be constructed before, and destroyed after, the objects of any
+// file.
 constinit std::mutex g_mutex;
 constinit std::atomic<bool> g_forked{false};
-constinit ForkHook* g_first = nullptr;  // of a list, under the mutex
+constinit ForkHook* g_first = nullptr;  // head of the list of hooks, guarded by g_mutex
 }  // namespace
 
 struct ForkHandlers {

@@ -10,12 +10,13 @@
 namespace simplexfix::cpu {
 namespace {
 constexpr size_t kChunkBytes = size_t(1) << 18;
-constexpr int kRange = 127;  // of a gallery's codes; stored plus 128, as the products want them unsigned
+// range of a gallery's codes; they are stored plus 128, because the products need them unsigned
+constexpr int kRange = 127;
 
-// What the first pass rounds: its upper bound is a float sum of dot * scale_r * scale_q, offset and
-// error * norm_q in at most eight operations, so its error is below 2^-21 of the sum of their sizes.
-// |coded y| <= 2 |y| (a code is not 0 only where the number is at least half a step), therefore
-// 2^-19 |coded x| |y| more in the error, and the 2^-20 that round_up adds to all, cover it.
+// The first pass rounds its upper bound. The bound is a float sum of dot * scale_r * scale_q, offset and error * norm_q
+// in at most eight operations, so its error is below 2^-21 of the sum of their magnitudes. |coded y| <= 2 |y|, because
+// a code is not 0 only where the number is at least half a step. So 2^-19 |coded x| |y| more in the error, and the
+// 2^-20 that round_up adds to each term, cover this rounding.
 constexpr double kDotSlack = 0x1p-19;
 }  // namespace
 
@@ -101,7 +102,7 @@ std::vector<float> central_row(const GalleryRows& rows) {
   }
   double square = 0;
   for (double m : mean) square += m * m;
-  constexpr double kWorthwhile = 1.0 / 16;  // below a quarter of a row's length it would tighten nothing
+  constexpr double kWorthwhile = 1.0 / 16;  // a mean below a quarter of a row's length tightens nothing
   std::vector<float> center(d, 0.f);
   if (square >= kWorthwhile)
     for (size_t j = 0; j < d; ++j) center[j] = float(mean[j]);

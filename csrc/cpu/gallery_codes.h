@@ -1,11 +1,13 @@
-// A gallery in codes of eight bits, for the first pass of the exact search: beside each row's codes
-// stand the numbers that bound its score with any query.  Free of torch.
+// A gallery in codes of eight bits, for the first pass of the exact search. Beside its codes, each row has the numbers
+// that bound its score with any query. Free of torch.
 //
-// A row g is stored as x = g - center, coded as scale * codes, codes in [-127, 127].  center is a mean
-// of rows (zero where that is short): embeddings share a large common part, and what is not coded
-// cannot be coded wrongly.  For a query q with y = q - center, coded likewise,
+// A row g is stored as x = g - center, coded as scale * codes with codes in [-127, 127]. center is a mean of rows, or
+// zero if that mean is short. Embeddings share a large common part; without it less is rounded to codes. For a query q
+// with y = q - center, coded likewise,
+//
 //   q.g = q.center + x.center + y.x,
 //   |y.x - coded y . coded x| <= |y| |x - coded x| + |y - coded y| |coded x|      (Cauchy-Schwarz).
+//
 // Bytes: 1 per number and 12 per row, in panels of 64 rows; the last panel is padded.
 #pragma once
 #include <cstddef>
@@ -22,19 +24,19 @@ class GalleryCodes {
  public:
   GalleryCodes(int64_t d, std::vector<float> center);
 
-  // Above this the int32 sums could overflow; and the bounds would let every row through anyway.
+  // Above this the int32 sums could overflow, and the bounds would let every row pass anyway.
   static constexpr int64_t kMaxDim = int64_t(1) << 17;
 
   int64_t size() const { return size_; }
   int64_t dim() const { return d_; }
-  int64_t groups() const { return groups_; }  // of four numbers
+  int64_t groups() const { return groups_; }  // groups of four numbers per row
   size_t bytes() const;
   const float* center() const { return center_.data(); }
 
-  // Allocates memory for n rows; new ones have to be encoded.  All or nothing.
+  // Allocates memory for n rows; new rows must then be encoded. If it throws, nothing has changed.
   void resize(int64_t n);
-  // Encodes rows [begin, end) of the gallery, of length 1 or 0 but for rounding.  Threads may do pieces that
-  // begin at multiples of kPanelRows.
+  // Encodes rows [begin, end) of the gallery, whose length is 1 or 0 up to rounding. Threads may encode ranges in
+  // parallel if each begins at a multiple of kPanelRows.
   void encode(const GalleryRows& rows, int64_t begin, int64_t end);
 
   CodePanel panel(int64_t index) const;
@@ -45,15 +47,15 @@ class GalleryCodes {
 
   int64_t d_, groups_, size_ = 0;
   size_t panel_bytes_;
-  int64_t chunk_panels_;  // panels that are allocated together
+  int64_t chunk_panels_;  // panels per allocation
   std::vector<AlignedArray<std::byte>> chunks_;
   std::vector<float> panel_norm_, center_;
 };
 
-// The mean of at most 1024 of the rows, spread evenly; zeros where it is too short to be worth it.
+// Returns the mean of at most 1024 evenly spread rows, or zeros if it is too short to tighten the bounds.
 std::vector<float> central_row(const GalleryRows& rows);
 
-// A float above x by at least 2^-20 |x|.
+// Returns a float above x by at least 2^-20 |x|.
 float round_up(double x);
 
 }  // namespace simplexfix::cpu

@@ -1,4 +1,4 @@
-// CosineIndex::save and load; the format is docs/formats.md.
+// CosineIndex::save and load. docs/formats.md defines the format.
 #include <fcntl.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -34,7 +34,7 @@ struct Header {
   int64_t dim, rows, next_id;
   uint32_t payload_checksum;
   uint32_t zero[4];
-  uint32_t header_checksum;  // of all before it
+  uint32_t header_checksum;  // of all bytes before it
 };
 static_assert(sizeof(Header) == 64);
 
@@ -101,7 +101,8 @@ class File {
   int fd_;
 };
 
-// A file beside `path` that takes its place, and its mode, when it is complete, and vanishes if it never is.
+// A temporary file beside `path`. commit() gives it the mode of the file at `path` and renames it to `path`. Without
+// commit() it is deleted.
 class Replacement {
  public:
   explicit Replacement(const std::string& path) : path_(path) {
@@ -110,7 +111,7 @@ class Replacement {
     const size_t slash = path.rfind('/');
     if (slash != std::string::npos) folder_ = path.substr(0, slash + 1);
     while (!file) {  // a killed process with the same id may have left a file of this name
-      // of its own length: a suffix to the file's name could pass the 255 bytes that a name may have
+      // A short name: the file's name plus a suffix could exceed the 255 bytes that a name may have.
       temporary_ = folder_ + ".simplexfix-" + std::to_string(::getpid()) + "-" + std::to_string(++g_counter) + ".tmp";
       try {
         file.emplace(temporary_, O_WRONLY | O_CREAT | O_EXCL, mode_.value_or(0666));
@@ -123,7 +124,7 @@ class Replacement {
     if (file) ::unlink(temporary_.c_str());
   }
   void commit() {
-    if (mode_) file->change_mode(*mode_);  // with what the umask took away
+    if (mode_) file->change_mode(*mode_);  // restores the bits that the umask removed
     file->sync();
     file->close();
     if (::rename(temporary_.c_str(), path_.c_str()) < 0) fail("rename");
@@ -135,7 +136,7 @@ class Replacement {
 
  private:
   static inline std::atomic<int64_t> g_counter{0};
-  std::string path_, folder_, temporary_;  // folder_: "" or with a slash at its end
+  std::string path_, folder_, temporary_;  // folder_: empty, or ends with a slash
   std::optional<mode_t> mode_;             // of the file that is replaced
 };
 
@@ -158,7 +159,8 @@ Header read_header(File& file) {
   return header;
 }
 
-// Rows as add() writes them: finite, and of length 0, or of length 1 but for rounding.  The bounds stand on that.
+// Checks that rows are as add() writes them: finite, and of length 0, or of length 1 up to rounding. The search bounds
+// require this.
 void check_rows(const GalleryRows& rows, int64_t begin, int64_t end) {
   const double most = rows.type == RowType::kFloat ? 0x1p-20 : 0x1p-7;
   std::vector<float> scratch(size_t(rows.d));
@@ -203,7 +205,7 @@ void CosineIndex::save(const std::string& path) const {
 
 std::unique_ptr<CosineIndex> CosineIndex::load(const std::string& path, int64_t threads) {
   Interrupt interrupt;
-  File file(path, O_RDONLY | O_NONBLOCK);  // a pipe must not be waited for
+  File file(path, O_RDONLY | O_NONBLOCK);  // O_NONBLOCK: opening a pipe must not block
   const Header header = read_header(file);
   const int64_t n = header.rows;
   const auto type = RowType(header.row_type);
@@ -226,7 +228,7 @@ std::unique_ptr<CosineIndex> CosineIndex::load(const std::string& path, int64_t 
   }
   if (header.next_id < index->ids_.next()) refuse("its next id is below an id that it holds");
   index->ids_.set_next(header.next_id);
-  for (int64_t i = 0; i < n;) {  // block by block: a file shorter than its header says fails early
+  for (int64_t i = 0; i < n;) {  // block by block, so that a file shorter than its header claims fails early
     const int64_t end = std::min(n, i + index->rows_.rows_per_block());
     index->rows_.resize(end);
     read(index->rows_.row(i), size_t((end - i) * row_bytes(type, header.dim)));

@@ -12,10 +12,10 @@ constinit thread_local const IndexLock::Guard* IndexLock::t_innermost = nullptr;
 template <typename Condition>
 void IndexLock::wait(std::unique_lock<std::mutex>& lock, Interrupt& interrupt, Condition condition) {
   while (!condition()) {
-    // by the system's clock: ThreadSanitizer does not see a wait by the steady one
+    // Use the system clock: ThreadSanitizer does not intercept a wait on the steady clock.
     changed_.wait_until(lock, std::chrono::system_clock::now() + Interrupt::kInterval);
     if (condition()) return;
-    lock.unlock();  // a signal's handler may run for long
+    lock.unlock();  // a signal handler may run for long
     interrupt.check();
     lock.lock();
   }
@@ -71,7 +71,7 @@ IndexLock::Guard::~Guard() {
 }
 
 bool IndexLock::renew() noexcept {
-  int64_t own_reads = 0;  // of this thread, which goes on: it forked within a signal's handler within a call
+  int64_t own_reads = 0;  // reads of this thread, which continues: it forked in a signal handler during a call
   bool own_write = false;
   for (const Guard* held = t_innermost; held; held = held->outer_) {
     if (&held->lock_ != this) continue;

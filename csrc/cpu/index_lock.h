@@ -25,7 +25,7 @@ class IndexLock {
     friend class IndexLock;
     IndexLock& lock_;
     const Access access_;
-    const Guard* const outer_;  // of the same thread: a signal's handler may call an index within a call of one
+    const Guard* const outer_;  // the enclosing guard of this thread: a signal handler may call an index during a call
   };
 
   // Releases, in a forked child, the locks that other threads held in the parent.  Returns whether one of them was a

@@ -1,6 +1,6 @@
-// One source, several instruction sets, one object file.  The copies lie in namespaces of their own,
-// and the standard library's templates are declared above, outside the regions: no function that
-// another file may share is ever compiled for a newer CPU (per-file -m flags do not give that).
+// Compiles one source for several instruction sets, into one object file. Each copy has its own namespace, and the
+// standard library's templates are declared above, outside the target regions. So no function that another file may
+// share is compiled for a newer CPU. Per-file -m flags do not ensure that.
 #include "kernels.h"
 
 #include "aligned.h"
@@ -90,7 +90,7 @@ Isa pick() {
   if (best == kAvx512 && __builtin_cpu_supports("avx512vnni")) best = kAvx512Vnni;
   if (best == kAvx512Vnni && __builtin_cpu_supports("avx512bf16")) best = kAvx512Bf16;
 #endif
-  if (const char* cap = std::getenv("SIMPLEXFIX_ISA"))  // lowers only, for tests and timings
+  if (const char* cap = std::getenv("SIMPLEXFIX_ISA"))  // only lowers it, for tests and timings
     for (int i = 0; i < best; ++i)
       if (!std::strcmp(cap, kNames[i])) return Isa(i);
   return best;

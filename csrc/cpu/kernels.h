@@ -1,6 +1,5 @@
-// The CPU kernels: a table of functions for each instruction set, one of which is in use.
-// Every function does the rows [begin, end) alone, so callers may split the rows as they like:
-// no result depends on the split.
+// The CPU kernels: one table of functions for each instruction set, of which one is in use. Every function computes the
+// rows [begin, end) independently of other rows. So callers may split the rows in any way without changing a result.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -11,11 +10,12 @@
 
 namespace simplexfix::cpu {
 
-// "base", "avx2", "avx512", "avx512vnni" or "avx512bf16": what this machine runs; SIMPLEXFIX_ISA lowers it
+// Returns the instruction set in use: "base", "avx2", "avx512", "avx512vnni" or "avx512bf16". It is the newest that the
+// machine supports, unless SIMPLEXFIX_ISA lowers it.
 const char* isa();
-const std::vector<const char*>& isa_levels();  // all names, the lowest first
+const std::vector<const char*>& isa_levels();  // all names, from the lowest
 
-// Of every polytope with K slots.
+// Arguments of the cross-entropy of any polytope with K slots.
 template <typename T>
 struct CrossEntropyArgs {
   using Number = T;
@@ -24,19 +24,21 @@ struct CrossEntropyArgs {
   int64_t z_stride;
   const int64_t* target;  // [B], each a slot in [0, K) or ignore_index
   const A* weight;        // [K] or nullptr
-  A* loss;                // [B], of each row; 0 where ignored
-  T* gradient;            // [B, d] contiguous, or nullptr where none is wanted
+  A* loss;                // [B], of each row; 0 for ignored rows
+  T* gradient;            // [B, d] contiguous, or nullptr if no gradient is requested
   int64_t d;
   int64_t ignore_index;
-  bool streams;  // writes the gradient by non-temporal stores: the same bits
-  A upstream;    // multiplies every row's gradient
+  bool streams;  // write the gradient with non-temporal stores; the bits are the same
+  A upstream;    // factor of every row's gradient
   CrossEntropyOptions<A> options;
 };
 
 template <typename T>
 struct CubeCrossEntropyArgs : CrossEntropyArgs<T> {
-  const int64_t* codes;  // [K, words], bit j % 64 of word j / 64 set where coordinate j is positive; or nullptr:
-  int64_t words;         // the target is the code itself, of d <= 62 bits
+  // [K, words]; bit j % 64 of word j / 64 is set if coordinate j is positive. nullptr: the target itself is the code,
+  // of d <= 62 bits.
+  const int64_t* codes;
+  int64_t words;
 };
 
 template <typename T>
@@ -52,28 +54,30 @@ struct LogitsArgs {
   Simplex simplex;
 };
 
-// Classes as numbers as wide as the scores that they mask.
+// Class indices, as wide as the scores that they mask.
 template <typename A>
 using ClassIndex = std::conditional_t<std::is_same_v<A, double>, int64_t, int32_t>;
 
 template <typename A>
 struct ContrastArgs {
-  A* similarity;  // [rows, candidates] dot products of features; becomes the loss's derivatives by them
+  // [rows, candidates]; dot products of features on entry, derivatives of the loss by them on return
+  A* similarity;
   int64_t candidates;
   const ClassIndex<A>*anchor_class, *candidate_class;
   const A *anchor_scale, *candidate_scale;  // 1 / norm
   A mu;
   Negatives negatives;
-  int64_t first_positive;  // row i's own candidate is first_positive + i
+  int64_t first_positive;  // candidate first_positive + i is row i's own
   A* loss;                 // [rows]
-  const A* upstream;       // [rows], or nullptr where no derivatives are wanted
+  const A* upstream;       // [rows], or nullptr if no derivatives are requested
 };
 
-// Rows of a matrix A [m, k], or columns of a matrix B [k, n], as the packing of a product reads them.
+// The rows of a matrix A [m, k], or the columns of a matrix B [k, n], as packing reads them.
 template <typename T>
 struct PanelView {
   const T* first;
-  int64_t stride, k_stride;  // elements from one row of A (column of B) to the next, and along k; one of them is 1
+  // stride: elements from one row of A (column of B) to the next. k_stride: elements from one k to the next. One is 1.
+  int64_t stride, k_stride;
 
   PanelView from(int64_t i, int64_t k) const { return {first + i * stride + k * k_stride, stride, k_stride}; }
 };
@@ -89,22 +93,22 @@ struct Kernels {
                      int64_t begin, int64_t end);
   void (*contrast_rows)(const ContrastArgs<accumulate_t<T>>&, int64_t begin, int64_t end);
   void (*inverse_norms)(const T* z, int64_t z_stride, int64_t d, accumulate_t<T>* out, int64_t begin, int64_t end);
-  // out = gradient - z (z . gradient) / |z|^2, where gradient already carries the 1 / |z|; may be in place
+  // out = gradient - z (z . gradient) / |z|^2, where gradient already has the factor 1 / |z|; may be in place.
   void (*project_rows)(const T* z, int64_t z_stride, const accumulate_t<T>* gradient,
                        const accumulate_t<T>* inverse_norm, int64_t d, T* out, int64_t begin, int64_t end);
-  // Matrix products (matrix_product.h): panel[k][i] = view.at(i, k), zero for i >= count.
+  // For matrix products (matrix_product.h): panel[k][i] = element (i, k) of the view, zero for i >= count.
   void (*pack_a)(PanelView<T> view, int64_t count, int64_t depth, accumulate_t<T>* panel);
   void (*pack_b)(PanelView<T> view, int64_t count, int64_t depth, accumulate_t<T>* panel);
   // out[row][column] = or += sum over k of a[k][row] b[k][column]
   void (*multiply_tile)(const accumulate_t<T>* a, const accumulate_t<T>* b, int64_t depth, accumulate_t<T>* out,
                         int64_t out_stride, int64_t rows, int64_t columns, bool add);
-  int tile_rows, tile_columns;  // of a panel of a, and of b
+  int tile_rows, tile_columns;  // rows of a panel of A, columns of a panel of B
 };
 
-// A vector in codes: x = scale * codes + a residual.
+// Summary of a coded vector x = scale * codes + residual.
 struct CodeSummary {
   float scale;
-  int64_t sum;        // of the codes
+  int64_t sum;        // sum of the codes
   double norm;        // |x|
   double code_norm;   // |scale * codes|
   double residual;    // |x - scale * codes|
@@ -118,15 +122,15 @@ struct CodePanel {
   const float *scale, *offset, *error;  // [kPanelRows]
 };
 
-// Queries in codes; the cutoffs are those for one panel.
+// Queries in codes, with their cutoffs for one panel.
 struct CodeQueries {
   const int8_t* codes;  // [n][stride], four numbers to a group
   int64_t stride, n;
-  const int32_t* start;  // takes the panel's offset of 128 out of the products
+  const int32_t* start;  // -128 times the sum of a query's codes, which cancels the panel's offset of 128
   const float *scale, *norm, *cutoff;
 };
 
-// How a gallery stores its rows.
+// The format of a gallery's rows.
 enum class RowType : int { kFloat, kBFloat16 };
 inline int64_t row_bytes(RowType type, int64_t d) { return d * (type == RowType::kFloat ? 4 : 2); }
 
@@ -135,21 +139,22 @@ struct DotKernels {
   // scores[i * scores_stride + j] = query i . row j
   void (*tile)(const float* query, int64_t queries, const void* rows, int64_t n, int64_t d, float* scores,
                int64_t scores_stride);
-  // scores[j] = query . rows[j], rows anywhere
+  // scores[j] = query . rows[j], rows at any addresses
   void (*scattered)(const float* query, const void* const* rows, int64_t n, int64_t d, float* scores);
 };
 
 // Exact cosine search: docs/numerics.md.
 struct SearchKernels {
-  // out = in / |in| rounded to float, a zero row stays zero
+  // out = in / |in| rounded to float; a zero row stays zero
   void (*normalize_rows)(const float* in, int64_t in_stride, float* out, int64_t d, int64_t begin, int64_t end);
   DotKernels dot[2];  // by RowType
-  // codes of row - center in [-range, range]
+  // Encodes row - center with codes in [-range, range].
   CodeSummary (*encode)(const float* row, const float* center, int64_t d, int range, int8_t* codes);
-  // upper [n, kPanelRows]: the upper bounds.  Bit r of passed[q]: that of query q and row r reaches the query's cutoff.
+  // Writes the upper bounds to upper [n, kPanelRows]. Bit r of passed[q] is set if the bound of query q and row r
+  // reaches the query's cutoff.
   void (*scan_panel)(const CodePanel& panel, const CodeQueries& queries, int64_t groups, uint64_t* passed,
                      float* upper);
-  int query_range;  // of the codes of a query: what this instruction set can add without overflow
+  int query_range;  // range of a query's codes: the largest that this instruction set sums without overflow
 };
 
 template <typename T>

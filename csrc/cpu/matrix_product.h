@@ -1,8 +1,8 @@
-// Dense matrix products for the old/new contrast: inputs of any format, sums in the accumulating type, the same bits on
-// any number of threads.  (The one product that torch's stable ABI exposes takes a fifth longer.)
+// Dense matrix products for the old/new contrast. Inputs have any format, sums the accumulating type, and results the
+// same bits on any number of threads. (The only product that torch's stable ABI exposes takes a fifth longer.)
 //
-// Blocking: A and B are cut into chunks of at most kChunkNumbers numbers; a chunk is packed into panels, which a tile
-// reads from end to end (matrix_product.inc).  Memory: one chunk of A and one of B.
+// Blocking: A and B are split into chunks of at most kChunkNumbers numbers. A chunk is packed into panels, which a tile
+// reads in order (matrix_product.inc). Memory: one chunk of A and one of B.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -15,15 +15,15 @@ namespace simplexfix::cpu {
 template <typename T>
 class MatrixProduct {
  public:
-  // out [m, n] = or += A [m, k] B [k, n]; rows of out are out_stride elements apart.  split(count, numbers, work) calls
-  // work(begin, end) on ranges of [0, count), on any threads; an item costs about that many operations.
+  // out [m, n] = or += A [m, k] B [k, n]; rows of out are out_stride elements apart. split(count, numbers, work) calls
+  // work(begin, end) on ranges that cover [0, count), on any threads. An item costs about `numbers` operations.
   template <typename TA, typename TB, typename Split>
   void operator()(int64_t m, int64_t n, int64_t k, PanelView<TA> a, PanelView<TB> b, T* out, int64_t out_stride,
                   bool add, const Split& split) {
     const int64_t tile_rows = kernels<T>().tile_rows, tile_columns = kernels<T>().tile_columns;
     const int64_t max_k = std::min(k, kMaxDepth);
     const int64_t max_m = reserve(a_, m, tile_rows, max_k), max_n = reserve(b_, n, tile_columns, max_k);
-    int64_t packed_i = -1, packed_l = -1;  // the chunk in a_
+    int64_t packed_i = -1, packed_l = -1;  // the chunk of A that a_ holds
     for (int64_t j = 0; j < n; j += max_n)
       for (int64_t l = 0; l < k; l += max_k) {
         const int64_t depth = std::min(max_k, k - l), width = std::min(max_n, n - j);
@@ -40,8 +40,8 @@ class MatrixProduct {
 
  private:
   static constexpr int64_t kChunkNumbers = 640 * 1024;
-  static constexpr int64_t kMaxDepth = 1024;     // of a panel: a panel of A and one of B stay in L2
-  static constexpr int64_t kPanelsTogether = 8;  // panels of A that meet a panel of B while it is in L2
+  static constexpr int64_t kMaxDepth = 1024;     // of a panel: one panel of A and one of B stay in L2
+  static constexpr int64_t kPanelsTogether = 8;  // panels of A that one panel of B is multiplied with while it is in L2
 
   struct Chunk {
     AlignedArray<T> numbers;
@@ -49,7 +49,7 @@ class MatrixProduct {
   };
   Chunk a_, b_;
 
-  // Allocates a chunk for rows of A or columns of B, in panels of `panel`; returns how many of them it holds.
+  // Allocates a chunk for rows of A or columns of B, in panels of `panel`. Returns how many of them it holds.
   static int64_t reserve(Chunk& chunk, int64_t count, int64_t panel, int64_t depth) {
     const int64_t most =
         std::min(ceil_div(count, panel), std::max<int64_t>(1, kChunkNumbers / (panel * depth))) * panel;

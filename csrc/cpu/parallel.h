@@ -1,4 +1,4 @@
-// Tasks on threads of their own, started for the call: nothing outlives it, so a fork is safe at any time.
+// Runs tasks on threads that it starts for the call. None of them outlives the call, so a fork is safe at any time.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -15,24 +15,25 @@
 
 namespace simplexfix::cpu {
 
-// Numbers to write that are worth a thread: about 50 us, what one costs to start.
+// Numbers to write that pay for a thread: about 50 us, the time to start one.
 constexpr int64_t kNumbersPerThread = int64_t(1) << 17;
 
-// As many threads as the work is worth.
+// Returns the number of threads that the work pays for, at most `most`.
 inline int64_t threads_for(double numbers, double per_thread, int64_t most) {
   return int64_t(std::clamp(numbers / per_thread, 1.0, double(most)));
 }
 
-// work(task) for the tasks [0, n), in any order, on at most so many threads, the caller among them.  The first
-// exception is thrown again when all threads have ended; tasks not begun by then are left out.  With an interrupt of
-// the calling thread it is checked before each task, and while the others end; long tasks check it themselves.
+// Calls work(task) for the tasks [0, n) in any order, on at most `threads` threads, the caller included. After an
+// exception no further task begins; the first one is rethrown when all threads have ended. interrupt belongs to the
+// calling thread. It is checked before each task and while the caller waits for the others. Long tasks must check it
+// themselves.
 template <typename Work>
 void parallel(int64_t n, int64_t threads, const Work& work, Interrupt* interrupt = nullptr) {
   std::atomic<int64_t> next{0};
-  std::mutex mutex;  // guards the members below
+  std::mutex mutex;  // guards the variables below
   std::condition_variable ended;
   std::exception_ptr failure;
-  size_t running = 0;  // of the others
+  size_t running = 0;  // threads besides the caller
   const auto guarded = [&](const auto& body) {
     try {
       body();
@@ -65,7 +66,7 @@ void parallel(int64_t n, int64_t threads, const Work& work, Interrupt* interrupt
       }
       others.emplace_back(run_as_other);
     }
-  } catch (const std::exception&) {  // no more threads or no memory for them: those there are do it all
+  } catch (const std::exception&) {  // no more threads, or no memory for them: the existing ones run all tasks
     const std::lock_guard lock(mutex);
     --running;
   }
@@ -73,7 +74,7 @@ void parallel(int64_t n, int64_t threads, const Work& work, Interrupt* interrupt
   while (interrupt && !others.empty()) {
     {
       std::unique_lock lock(mutex);
-      // by the system's clock: ThreadSanitizer does not see a wait by the steady one
+      // Use the system clock: ThreadSanitizer does not intercept a wait on the steady clock.
       if (ended.wait_until(lock, std::chrono::system_clock::now() + Interrupt::kInterval, [&] { return running == 0; }))
         break;
     }

@@ -46,11 +46,11 @@ void QueryCodes::panel_cutoffs(const float* cutoff, float panel_norm, float* out
 
 float QueryCodes::cutoff(int64_t query, float score) const {
   const auto q = size_t(query);
-  // a real number below the middle of a float and the one beneath it is rounded to that one at most
+  // A real number below the midpoint of `score` and the next lower float rounds to that float at most.
   const double middle = (double(score) + double(std::nextafter(score, -kInfinity))) / 2;
-  // The rounding of the fp64 score, of query . center and of row . center: each below (d + 8) * 2^-53 times
-  // lengths that sum to less than 8 (norm + |q.center|), for |q|^2 = q.center + q.(q - center) makes that sum at
-  // least 1 for a query of length 1, and for a zero query the score is an exact 0.
+  // The rounding of the fp64 score, of query . center and of row . center. Each is below (d + 8) * 2^-53 times lengths
+  // that sum to less than 8 (norm + |q.center|). That sum is at least 1 for a query of length 1, since |q|^2 = q.center
+  // + q.(q - center). For a zero query the score is exactly 0.
   const double fp64_slack = double(d_ + 64) * 0x1p-50 * (norm_[q] + std::abs(center_dot_[q]));
   return round_down(middle - center_dot_[q] - fp64_slack - 0x1p-100);  // 2^-100: products that underflow
 }

@@ -1,5 +1,5 @@
-// The queries of a search in codes, and how far down a row's upper bound may lie before the row is left out.
-// The bound and its proof: gallery_codes.h.
+// The queries of a search in codes, and the cutoffs below which rows are left out. gallery_codes.h states and proves
+// the bound.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -10,20 +10,20 @@ namespace simplexfix::cpu {
 
 class QueryCodes {
  public:
-  // Normalised queries [n, d].
+  // query [n, d] must be normalised.
   QueryCodes(const float* query, int64_t n, const GalleryCodes& gallery);
 
-  // For the kernel, with a cutoff each.
+  // Returns the kernel's argument, with one cutoff per query.
   CodeQueries view(const float* cutoff) const;
 
-  // The term of a row's upper bound that the kernel leaves out, the same for all rows of a panel:
-  // |y - coded y| times the panel's largest |coded x|.
+  // Returns the term of a row's upper bound that the kernel leaves out: |y - coded y| times the panel's largest
+  // |coded x|. It is the same for all rows of a panel.
   float panel_term(int64_t q, float panel_norm) const { return residual_[size_t(q)] * panel_norm; }
 
-  // The cutoffs without that term.
+  // Writes the cutoffs minus that term.
   void panel_cutoffs(const float* cutoff, float panel_norm, float* out) const;
 
-  // A row whose upper bound, panel_term included, lies below this scores below `score` for certain.
+  // Returns a cutoff: a row whose upper bound, panel_term included, is below it certainly scores below `score`.
   float cutoff(int64_t q, float score) const;
 
  private:

@@ -1,5 +1,4 @@
-// Memory for the rows of a growing gallery: blocks of about 1 MiB that never move, so that growth needs no
-// second copy.
+// Memory for the rows of a growing gallery. Blocks of about 1 MiB never move, so growth needs no second copy.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -16,7 +15,7 @@ class RowBlocks {
   RowBlocks& operator=(const RowBlocks&) = delete;
   ~RowBlocks();
 
-  // Allocates memory for n rows: all or nothing when it grows, and cannot fail when it shrinks.
+  // Allocates memory for n rows. If growing throws, nothing has changed; shrinking cannot fail.
   void resize(int64_t n);
   std::byte* row(int64_t i);
   int64_t rows_per_block() const { return int64_t(1) << shift_; }

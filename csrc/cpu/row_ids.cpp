@@ -10,9 +10,9 @@
 namespace simplexfix::cpu {
 namespace {
 constexpr int64_t kLargest = std::numeric_limits<int64_t>::max();
-constexpr int64_t kCheckEvery = 4096;  // ids between two looks at the interrupt
+constexpr int64_t kCheckEvery = 4096;  // ids between two checks of the interrupt
 
-// An element that stands twice in a sorted range, or nullptr.
+// Returns an element that occurs twice in a sorted vector, or nullptr.
 const int64_t* repeated(const std::vector<int64_t>& sorted) {
   const auto at = std::adjacent_find(sorted.begin(), sorted.end());
   return at == sorted.end() ? nullptr : &*at;
@@ -20,7 +20,7 @@ const int64_t* repeated(const std::vector<int64_t>& sorted) {
 }  // namespace
 
 size_t RowIds::bytes() const {
-  // of the hash table: a node with the pair and a pointer, as malloc rounds it, and the buckets
+  // The hash table has a node per row (the pair and a pointer, rounded up by malloc) and the buckets.
   return ids_.capacity() * sizeof(int64_t) + (ascend_ ? 0 : row_of_.size() * 32 + row_of_.bucket_count() * 8);
 }
 
@@ -49,7 +49,7 @@ void RowIds::check_new(const int64_t* ids, int64_t n, Interrupt& interrupt) cons
     throw std::invalid_argument("id " + std::to_string(*id) + " is given twice");
 }
 
-// Stores the ids that were implicit, with capacity for `more` new ones; nothing else changes.
+// Stores the ids that were implicit, and reserves capacity for `more` new ones. Nothing else changes.
 void RowIds::store(int64_t more) {
   const auto wanted = size_t(size_ + more);
   if (ids_.capacity() < wanted) ids_.reserve(counted_ ? wanted : std::max(wanted, ids_.capacity() / 2 * 3));
@@ -70,7 +70,7 @@ void RowIds::append(const int64_t* ids, int64_t n, Interrupt& interrupt) {
     store(n);
     const bool ascend = ascend_ && (size_ == 0 || ids_.back() < id(0)) && (!ids || std::is_sorted(ids, ids + n));
     if (!ascend) {
-      std::unordered_map<int64_t, int64_t> all;  // where it has to be made first
+      std::unordered_map<int64_t, int64_t> all;  // used if the table must be built first
       auto& rows = ascend_ ? all : row_of_;
       rows.reserve(size_t(size_ + n));
       int64_t inserted = 0;
@@ -90,7 +90,7 @@ void RowIds::append(const int64_t* ids, int64_t n, Interrupt& interrupt) {
       if (ascend_) row_of_.swap(all);
       ascend_ = false;
     }
-    for (int64_t i = 0; i < n; ++i) ids_.push_back(id(i));  // within its capacity
+    for (int64_t i = 0; i < n; ++i) ids_.push_back(id(i));  // within the reserved capacity
   }
   for (int64_t i = 0, first = next_; i < n; ++i) next_ = std::max(next_, (ids ? ids[i] : first + i) + 1);
   size_ += n;

@@ -1,7 +1,8 @@
-// The ids of the rows of an index, int64 and not negative.  What is stored depends on what they are:
+// The ids of an index's rows: int64, not negative. The ids determine what is stored:
+//
 //   0, 1, 2, ...     nothing
-//   ascending        8 bytes a row; a row is found by bisection
-//   in any order     a hash table beside them, about 40 bytes a row more
+//   ascending        8 bytes per row; binary search finds a row
+//   in any order     a hash table as well, about 40 bytes per row more
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -15,19 +16,19 @@ namespace simplexfix::cpu {
 class RowIds {
  public:
   int64_t size() const { return size_; }
-  const int64_t* data() const { return counted_ ? nullptr : ids_.data(); }  // nullptr: each row's place
+  const int64_t* data() const { return counted_ ? nullptr : ids_.data(); }  // nullptr: a row's id is its index
   int64_t operator[](int64_t row) const { return counted_ ? row : ids_[size_t(row)]; }
   int64_t next() const { return next_; }
   void set_next(int64_t next) { next_ = next; }
   size_t bytes() const;
 
-  // Appends n ids, or from next() on where ids is nullptr.  All or nothing: std::invalid_argument names an id
-  // that is negative, there already, or given twice.
+  // Appends n ids, or next(), next() + 1, ... if ids is nullptr. Throws std::invalid_argument, which names an id that
+  // is negative, stored already, or given twice. If it throws, nothing has changed.
   void append(const int64_t* ids, int64_t n, Interrupt& interrupt);
-  // The row of an id, or -1.
+  // Returns the row of an id, or -1.
   int64_t find(int64_t id) const;
-  // Rows of these ids, ascending: std::out_of_range names one that is not there, std::invalid_argument one that
-  // is given twice.
+  // Returns the rows of these ids, ascending. Throws std::out_of_range, which names an id that is not stored, or
+  // std::invalid_argument, which names one that is given twice.
   std::vector<int64_t> rows_of(const int64_t* ids, int64_t n, Interrupt& interrupt) const;
   // Allocates the memory that remove() needs; remove() itself cannot fail.
   void prepare_to_remove();
@@ -37,10 +38,10 @@ class RowIds {
   void check_new(const int64_t* ids, int64_t n, Interrupt& interrupt) const;
   void store(int64_t more);
 
-  int64_t size_ = 0, next_ = 0;  // next: one above the highest id ever given
+  int64_t size_ = 0, next_ = 0;  // next_: one above the highest id ever given
   bool counted_ = true, ascend_ = true;
   std::vector<int64_t> ids_;
-  std::unordered_map<int64_t, int64_t> row_of_;  // in use unless they ascend
+  std::unordered_map<int64_t, int64_t> row_of_;  // in use unless the ids ascend
 };
 
 }  // namespace simplexfix::cpu

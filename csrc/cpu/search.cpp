@@ -12,25 +12,26 @@
 
 namespace simplexfix::cpu {
 namespace {
-constexpr int64_t kMaxQueryBlock = 252;  // a multiple of 6, the queries that a kernel takes at once
-// Queries of a block times k: bounds the candidates, at worst 32 k + 2048 of 8 bytes for each query (see kListGrowth).
+constexpr int64_t kMaxQueryBlock = 252;  // a multiple of 6, the number of queries per kernel step
+// Maximum of a block's queries times k. It bounds the candidates: at worst 32 k + 2048 of 8 bytes per query (see
+// kListGrowth).
 constexpr int64_t kMaxBlockResults = int64_t(1) << 18;
-constexpr int64_t kTasksPerThread = 2;      // for an even load; each task reads the gallery and finds a cutoff anew
-constexpr int64_t kMinSplit = 4096;         // gallery rows that are worth a task of their own
-constexpr int64_t kStep = 16 * kPanelRows;  // rows between two looks at the other tasks' cutoffs
-constexpr int64_t kSparseSteps = 16;        // of which one has its first panel in the sparse sample
-// Where a mask leaves fewer than one row in these, each is scored whole.  Measured at d = 128: that takes as long as
-// the codes at one row in 38.
+constexpr int64_t kTasksPerThread = 2;      // balances the load; each task reads the gallery and finds a cutoff anew
+constexpr int64_t kMinSplit = 4096;         // gallery rows that pay for a task of their own
+constexpr int64_t kStep = 16 * kPanelRows;  // rows between two reads of the other tasks' cutoffs
+constexpr int64_t kSparseSteps = 16;        // one step in these has its first panel in the sparse sample
+// If a mask leaves fewer than one row in these, rows are scored without codes. Measured at d = 128: both ways take
+// equally long at one row in 38.
 constexpr int64_t kMaskedRows = 32;
 static_assert(kPanelRows == 64, "a word of a mask is a panel");
-// A list is rescored at its limit: at first kListPerWanted candidates for each row that is wanted, and kListSlack more,
-// so that a selection costs little beside the rows that it lets drop.  The limit grows to kListGrowth times that while
-// rescoring leaves the list less than half full.
+// A candidate list is rescored at its limit. At first this is kListPerWanted candidates per wanted row, plus
+// kListSlack, so that a selection costs little compared with the rows that it drops. While rescoring leaves the list
+// less than half full, the limit grows up to kListGrowth times that.
 constexpr int64_t kListPerWanted = 8, kListSlack = 512;
 constexpr size_t kListGrowth = 4;
-// Where more than one row in these stays a candidate, bounds cost more than they save: score the next rows whole.
+// If more than one row in these stays a candidate, bounds cost more than they save: score the next rows without codes.
 constexpr int64_t kMostPass = 4;
-// Standard deviations, and rows, by which the assumed rank of the k-th best in a sample exceeds the expected one.
+// Standard deviations, and rows, by which rank_in() exceeds the expected rank of the k-th best in a sample.
 constexpr int64_t kSigmas = 3, kRankSlack = 3;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -48,15 +49,15 @@ std::unique_ptr<std::atomic<float>[]> no_scores(int64_t n) {
 }  // namespace
 
 struct Search::QueryState {
-  float speculative_cutoff;  // a score that k rows reach with p > 0.999, not yet for certain; or -inf
+  float speculative_cutoff;  // k rows reach this score with p > 0.999, not yet for certain; or -inf
   float cutoff_score;        // the score from which cutoff was computed
-  float cutoff;              // the least upper bound of a candidate; -inf before k scores are known
-  bool dense;                // the next rows are scored whole
-  int64_t dense_until;       // rows seen when that ends
-  int64_t dense_rows;        // its length the next time: twice as long each time
-  int64_t rescored_at;       // rows seen when all candidates were last scored
-  size_t limit;              // of the candidates before they are rescored
-  size_t next;               // in the list that is being scored
+  float cutoff;              // upper bound that a candidate must reach; -inf before k rows are scored
+  bool dense;                // the next rows are scored without codes
+  int64_t dense_until;       // value of `seen` at which that ends
+  int64_t dense_rows;        // number of such rows the next time; it doubles each time
+  int64_t rescored_at;       // value of `seen` when all candidates were last scored
+  size_t limit;              // number of candidates at which they are rescored
+  size_t next;               // position in the list that is being scored
   CandidateList candidates;
 
   void reset() {
@@ -71,7 +72,7 @@ struct Search::QueryState {
   }
 };
 
-// Kept from task to task: fresh pages would cost more than some of the work.
+// Reused from task to task: page faults of fresh memory would cost more than some of the work.
 struct Search::Scratch {
   std::vector<QueryState> state;
   std::vector<float> cutoff, panel_cutoff, upper;  // upper: of one panel
@@ -87,11 +88,11 @@ struct Search::Task : Scratch {
   int64_t queries, g0, g1;
   TopK* best;                   // [queries]
   std::atomic<float>* highest;  // [queries]: the highest k-th best score of any task
-  bool assumes;                 // that the k-th best of all reaches rank_in the sample
+  bool assumes;                 // whether to assume that the k-th best of all reaches rank_in() in the sample
   std::optional<QueryCodes> codes = {};
-  int64_t wanted = 0;    // best rows of the pass at hand
-  size_t max_limit = 0;  // of the lists
-  int64_t seen = 0;      // rows, in the sample or outside
+  int64_t wanted = 0;    // best rows that the current pass looks for
+  size_t max_limit = 0;  // maximum limit of the lists
+  int64_t seen = 0;      // rows that the current pass has seen
 };
 
 Search::Search(const float* query, int64_t queries, const GalleryRows& rows, const GalleryCodes* codes, int64_t k,
@@ -117,7 +118,7 @@ Search::Search(const float* query, int64_t queries, const GalleryRows& rows, con
 Search::~Search() = default;
 
 bool Search::can_use_codes(int64_t n, int64_t d, int64_t k) {
-  return d <= GalleryCodes::kMaxDim && k <= n / 4;  // where a quarter is wanted, nearly all would pass
+  return d <= GalleryCodes::kMaxDim && k <= n / 4;  // if a quarter is wanted, nearly all rows pass
 }
 
 const GalleryCodes* Search::codes_for(const GalleryRows& rows, const GalleryCodes* codes, int64_t k) {
@@ -125,7 +126,7 @@ const GalleryCodes* Search::codes_for(const GalleryRows& rows, const GalleryCode
 }
 
 int64_t Search::threads_for(int64_t queries, const GalleryRows& rows, int64_t most) {
-  constexpr double kProductsPerThread = 1 << 22;  // about 50 us, what a thread costs to start
+  constexpr double kProductsPerThread = 1 << 22;  // about 50 us, the time to start a thread
   return cpu::threads_for(double(queries) * double(rows.searched) * double(rows.d), kProductsPerThread, most);
 }
 
@@ -148,7 +149,8 @@ void Search::run(int64_t index) {
   give_back(std::move(task));
 }
 
-// Queries whose k-th best score does not reach the speculative cutoff may have lost rows: search them again without.
+// A query whose k-th best score is below its speculative cutoff may have lost rows. This searches such queries again
+// without a speculative cutoff.
 void Search::search_again(Task& task) {
   std::vector<int64_t> again;
   for (int64_t q = 0; q < task.queries; ++q)
@@ -206,9 +208,10 @@ void Search::sweep_pass(Task& task, Pass pass) {
   }
 }
 
-// Sample rank that the global k-th best reaches with p > 0.999.  A sample of this fraction of all rows holds a binomial
-// number of the k best: kSigmas standard deviations and kRankSlack more than expected less than once in 10^3 searches.
-// A larger slack would let more rows pass for every query, which costs more than searching one in 10^3 again.
+// Returns the sample rank that the global k-th best reaches with p > 0.999. A sample of this fraction of all rows holds
+// a binomial number of the k best. In fewer than one in 10^3 searches it exceeds its mean by kSigmas standard
+// deviations and kRankSlack. A larger rank would let more rows pass for every query, which costs more than repeating
+// one search in 10^3.
 int64_t Search::rank_in(double fraction) const {
   const double expected = double(k_) * std::min(1.0, fraction);
   return std::min(k_, int64_t(expected + double(kSigmas) * std::sqrt(expected)) + kRankSlack);
@@ -227,7 +230,7 @@ void Search::give_back(Scratch&& scratch) {
   scratch_.push_back(std::move(scratch));
 }
 
-// The cutoff of a query from the best scores so far, its own and the other tasks'.
+// Updates a query's cutoff from the best scores so far, of this task and of the others.
 void Search::refresh(Task& task, int64_t q) {
   QueryState& state = task.state[size_t(q)];
   TopK& best = task.best[size_t(q)];
@@ -238,7 +241,7 @@ void Search::refresh(Task& task, int64_t q) {
   state.cutoff = task.codes->cutoff(q, any);
 }
 
-// Scores rows [begin, end) for the queries whose bounds are of no use there.
+// Scores rows [begin, end) for the queries whose bounds do not help there.
 void Search::score_all(Task& task, int64_t begin, int64_t end) {
   const int64_t d = rows_.d;
   std::vector<int64_t>& dense = task.dense;
@@ -259,7 +262,8 @@ void Search::score_all(Task& task, int64_t begin, int64_t end) {
       std::memcpy(task.dense_queries.data() + i * d, query + dense[size_t(i)] * d, size_t(d) * sizeof(float));
     query = task.dense_queries.data();
   }
-  const int64_t panel = std::clamp<int64_t>(65536 / std::max<int64_t>(1, d), 16, 512);  // rows in L2: 256 KiB
+  // rows that fit into 256 KiB of L2
+  const int64_t panel = std::clamp<int64_t>(65536 / std::max<int64_t>(1, d), 16, 512);
   task.scores.resize(std::max(task.scores.size(), size_t(n * panel)));
   for (int64_t g = begin; g < end;) {
     const int64_t rows = std::min({panel, end - g, rows_.run_length(g)});
@@ -279,7 +283,7 @@ void Search::score_all(Task& task, int64_t begin, int64_t end) {
   }
 }
 
-// The same where a mask leaves most rows out: only the others are scored.
+// score_all() for a mask that leaves most rows out: scores only the other rows.
 void Search::score_searched(Task& task, int64_t begin, int64_t end) {
   std::vector<BoundedRow>& rows = task.searched;
   rows.clear();
@@ -291,7 +295,7 @@ void Search::score_searched(Task& task, int64_t begin, int64_t end) {
   }
 }
 
-// The first pass over rows [begin, end) for the other queries.
+// Does the first pass over rows [begin, end) for the queries that score_all() left out.
 void Search::scan(Task& task, int64_t begin, int64_t end) {
   const bool all_dense = int64_t(task.dense.size()) == task.queries;
   const CodeQueries queries = task.codes->view(task.panel_cutoff.data());
@@ -319,7 +323,7 @@ void Search::scan(Task& task, int64_t begin, int64_t end) {
   }
 }
 
-// Scores the best k candidates; all, if that leaves too many.
+// Scores the best k candidates, and all others too if these leave too many.
 void Search::rescore(Task& task, int64_t q) {
   QueryState& state = task.state[size_t(q)];
   CandidateList& list = state.candidates;
@@ -332,7 +336,7 @@ void Search::rescore(Task& task, int64_t q) {
     state.limit = std::min(2 * state.limit, task.max_limit);
     return;
   }
-  // Before k rows are scored every row passes, which says nothing about the bounds.
+  // Before k rows are scored every row passes, which is no evidence about the bounds.
   const bool most_pass =
       state.cutoff > -kInfinity && int64_t(list.pending.size()) > (task.seen - state.rescored_at) / kMostPass;
   if (!most_pass && state.limit < task.max_limit) {
@@ -349,7 +353,7 @@ void Search::rescore(Task& task, int64_t q) {
   prune(task, q);
 }
 
-// Raises the cutoff to the scores so far and drops the candidates below it.
+// Raises the cutoff to the scores so far, and drops the candidates below it.
 void Search::prune(Task& task, int64_t q) {
   QueryState& state = task.state[size_t(q)];
   if (task.wanted < k_)
@@ -377,7 +381,7 @@ void Search::score_and_clear(Task& task, int64_t q, std::vector<BoundedRow>& lis
   list.clear();
 }
 
-// Scores the best candidates of each query and drops what they rule out.
+// Scores the best candidates of each query, and drops the candidates below the cutoff that follows.
 void Search::score_best(Task& task) {
   for (int64_t q = 0; q < task.queries; ++q) {
     prune(task, q);
@@ -389,8 +393,8 @@ void Search::score_best(Task& task) {
   for (int64_t q = 0; q < task.queries; ++q) prune(task, q);
 }
 
-// Scores a list of each query, window by window of the gallery: a row that several queries want is read
-// from memory once, and all in one direction.
+// Scores one list of each query, window by window of the gallery. So a row that several queries want is read from
+// memory once, and reads go in one direction.
 void Search::score_in_windows(Task& task, std::vector<BoundedRow> CandidateList::* list) {
   size_t pairs = 0;
   for (QueryState& state : task.state) {
@@ -398,7 +402,7 @@ void Search::score_in_windows(Task& task, std::vector<BoundedRow> CandidateList:
     state.next = 0;
   }
   if (pairs == 0) return;
-  // sixteen rows to a query and window, so that the kernel has some to do at once
+  // Sixteen rows per query and window give the kernel enough to do in one call.
   const int64_t window = std::max<int64_t>(16, 16 * task.queries * (task.g1 - task.g0) / int64_t(pairs));
   for (int64_t g = 0; g < task.g1 - task.g0; g += window) {
     check_interrupt();

@@ -1,17 +1,17 @@
-// The first k of a range in some order, without a branch that depends on the data: nth_element
-// mispredicts about every other element.
+// Selects the first k of a range in some order, without branches that depend on the data. std::nth_element mispredicts
+// about every other element.
 #pragma once
 #include <algorithm>
 #include <cstdint>
 
 namespace simplexfix::cpu {
 
-// As std::nth_element(first, first + nth, last, before).
+// Same result as std::nth_element(first, first + nth, last, before).
 template <typename T, typename Before>
 void select_nth(T* first, int64_t nth, T* last, Before before) {
   constexpr int64_t kSmall = 32;
-  // Each round splits the range at the median of three, taken where no order of the input is likely to
-  // have put extremes; a range that many rounds don't shrink (equal elements) is left to the standard.
+  // Each round splits the range at the median of three. Their random places make a bad split unlikely for any order of
+  // the input. If many rounds don't shrink the range (equal elements), std::nth_element takes over.
   uint32_t random = 1;
   for (int round = 0; round < 24 && last - first > kSmall; ++round) {
     T* three[3];
@@ -43,8 +43,8 @@ void select_nth(T* first, int64_t nth, T* last, Before before) {
   std::nth_element(first, first + nth, last, before);
 }
 
-// Moves the elements that satisfy the predicate to out and closes the gaps; returns the new
-// end.  out must have capacity for all; the order stays.
+// Moves the elements that satisfy the predicate to out and closes the gaps, without changing the order. Returns the new
+// end. out must have capacity for all elements.
 template <typename T, typename Predicate>
 T* extract_if(T* first, T* last, T*& out, Predicate predicate) {
   T* keep = first;
@@ -59,7 +59,7 @@ T* extract_if(T* first, T* last, T*& out, Predicate predicate) {
   return keep;
 }
 
-// Drops those that satisfy the predicate; returns the new end.
+// Drops the elements that satisfy the predicate. Returns the new end.
 template <typename T, typename Predicate>
 T* drop_if(T* first, T* last, Predicate predicate) {
   T* keep = first;

@@ -8,7 +8,7 @@
 
 namespace simplexfix::cpu {
 namespace {
-constexpr size_t kReserved = 4096;  // at once; a k of millions may meet a gallery of few rows
+constexpr size_t kReserved = 4096;  // reserved at once; k may be millions and the gallery small
 
 constexpr auto ranks_before_branchless = [](const Candidate& a, const Candidate& b) {
   return bool(int(a.score > b.score) | (int(a.score == b.score) & int(a.id < b.id)));

@@ -1,4 +1,5 @@
-// Exact top-k by cosine, free of torch.  Scores: dot.inc; order: core/ranking.h.
+// Collects the exact top-k of scored rows, free of torch. dot.inc computes the scores; core/ranking.h defines the
+// order.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -8,10 +9,10 @@
 
 namespace simplexfix::cpu {
 
-// The first row with a number that is not finite, or -1.
+// Returns the first row with a number that is not finite, or -1.
 int64_t first_non_finite_row(const float* rows, int64_t stride, int64_t d, int64_t begin, int64_t end);
 
-// The best k of the candidates offered, in any order and from any number of collectors.
+// Collects the best k of the candidates that are offered in any order; collectors can be merged.
 class TopK {
  public:
   explicit TopK(int64_t k);
@@ -19,11 +20,11 @@ class TopK {
   void offer(const float* scores, int64_t n, int64_t first_id);
   void merge(const TopK& other);
   void offer(const Candidate& candidate) { add(candidate); }
-  // The score of the k-th best so far, -inf where there are fewer.
+  // Returns the k-th best score so far, -inf if there are fewer candidates.
   float kth_score();
-  // The same for a rank of at most k.
+  // Returns the score of a rank up to k, likewise.
   float nth_score(int64_t rank);
-  // Writes k results, best first; where there are fewer, id -1 with score -inf.
+  // Writes k results, best first; missing ones get id -1 and score -inf.
   void write(float* scores, int64_t* ids);
 
  private:
@@ -32,7 +33,7 @@ class TopK {
 
   int64_t k_;
   size_t capacity_;
-  Candidate worst_;  // nothing that ranks behind it can be among the best k
+  Candidate worst_;  // candidates that rank behind it cannot be among the best k
   std::vector<Candidate> candidates_;
 };
 

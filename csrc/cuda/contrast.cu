@@ -1,4 +1,4 @@
-// Launches of contrast.cuh.
+// Launches the kernels of contrast.cuh.
 #include "contrast.cuh"
 
 #include "launch.cuh"

@@ -1,15 +1,16 @@
-// The old/new contrast on the GPU but for its matrix products, which are torch's: norms of the features, a block of
-// rows of similarities turned into losses and derivatives in place, the gradient through the normalisation.
+// The kernels of the old/new contrast except for its matrix products, which are torch's. They compute norms of
+// features, turn a block of similarities into losses and derivatives in place, and take the gradient through the
+// normalisation.
 //
-// Work:    contrast_rows a block of 256 threads a row; the others a team a row: a warp (8 rows a block) for d <= 256,
-//          else a block of 256.
-// Memory:  contrast_rows reads and writes the block of similarities three times (twice without derivatives), from L2
-//          where it fits: csrc/ops/old_new_contrast.cpp makes it 16 MiB.  Beside it 12 bytes a candidate and row, from
-//          L2 too.  project_rows reads z and grad_unit twice, the second time from L1 or L2, and writes the result
-//          once.
+// Work:    contrast_rows: a block of 256 threads per row. The others: a team per row, a warp (8 rows per block) for
+//          d <= 256, else a block of 256.
+// Memory:  contrast_rows reads and writes the block of similarities three times; without derivatives it reads it twice
+//          and writes it once. The block stays in L2 if it fits: csrc/ops/old_new_contrast.cpp makes it 16 MiB. Classes
+//          and scales add 12 bytes per candidate and row (16 with derivatives), from L2 too. project_rows reads z and
+//          grad_unit twice, the second time from L1 or L2, and writes the result once.
 // Numerics: float (double for double); one rounding at the end.
-// Determinism: bitwise the same for a row wherever it lies and whatever the grid (team.cuh).
-// Budget:  64 registers.  No local memory.
+// Determinism: a row has the same bits at any place in the batch and on any grid (team.cuh).
+// Budget:  64 registers, no local memory.
 #pragma once
 #include "../core/contrast.h"
 #include "team.cuh"
@@ -23,7 +24,7 @@ struct ContrastParams {
   A* similarity;  // [rows, candidates]
   const int64_t *anchor_class, *candidate_class;
   const A *anchor_scale, *candidate_scale;
-  const A* upstream;  // or nullptr where no derivatives are wanted
+  const A* upstream;  // nullptr if no derivatives are requested
   A* loss;
   int64_t rows, candidates, first_positive;
   A mu;
@@ -32,9 +33,9 @@ struct ContrastParams {
 
 template <typename A>
 struct ContrastSums {
-  int64_t same;  // scores that do not differ
-  A largest;     // of those that do
-  A own;         // that of the own candidate, of the one thread that has it
+  int64_t same;  // number of candidates of the anchor's class
+  A largest;     // largest score of the other candidates
+  A own;         // the own candidate's score, in the one thread that has it
 };
 template <typename A>
 __device__ __forceinline__ ContrastSums<A> combine(const ContrastSums<A>& a, const ContrastSums<A>& b) {
@@ -51,12 +52,12 @@ __global__ void __launch_bounds__(kContrastThreads) contrast_rows(const Contrast
   using Rows = Team<kContrastThreads>;
   const A lowest = -A(INFINITY);
   SIMPLEXFIX_SHARED(s_sums, ContrastSums<A>[Rows::kWarps]);
-  SIMPLEXFIX_SHARED(s_others, A[Rows::kWarps]);  // each is written a barrier after the last reading of it
+  SIMPLEXFIX_SHARED(s_others, A[Rows::kWarps]);  // each is written a barrier after its last read
   for (int64_t row = Rows::first_row(); row < p.rows; row += Rows::row_step()) {
     A* s = p.similarity + row * p.candidates;
     const int64_t anchor = p.anchor_class[row], own_at = p.first_positive + row;
     const A factor = p.mu * p.anchor_scale[row];
-    // a thread keeps to its own columns in all three sweeps
+    // A thread reads and writes the same columns in all three sweeps.
     ContrastSums<A> sums{0, lowest, A(0)};
     for (int64_t j = Rows::lane(); j < p.candidates; j += kContrastThreads) {
       const A score = s[j] * factor * p.candidate_scale[j];
@@ -88,7 +89,7 @@ template <typename T>
 struct NormParams {
   using A = accumulate_t<T>;
   const T* z;
-  A* out;  // 1 / |z|, 0 of a zero row
+  A* out;  // 1 / |z|, or 0 for a zero row
   int64_t z_stride, rows, d;
 };
 
@@ -111,7 +112,7 @@ template <typename T>
 struct ProjectParams {
   using A = accumulate_t<T>;
   const T* z;
-  const A* grad_unit;     // [rows, d], already times 1 / |z|
+  const A* grad_unit;     // [rows, d], already with the factor 1 / |z|
   const A* inverse_norm;  // [rows]
   T* out;                 // [rows, d]; may be grad_unit
   int64_t z_stride, rows, d;

@@ -1,8 +1,8 @@
-// Exact search by cosine: launches of topk_rows.cuh, topk_tiles.cuh and topk_select.cuh.
+// Exact search by cosine: launches the kernels of topk_rows.cuh, topk_tiles.cuh and topk_select.cuh.
 //
-// Queries go in chunks, so that buckets and lists stay within TopkLimits::bytes.  Nothing is asked of the
-// device in between, and what is launched depends on shapes alone: a CUDA graph may hold it.  Memory
-// beside the results: about 2 bytes for each number of the gallery and 6 of the queries, and that limit.
+// Queries are processed in chunks, so that buckets and lists stay within TopkLimits::bytes. The host reads nothing from
+// the device in between, and shapes alone determine the launches, so a CUDA graph can hold them. Memory besides the
+// results: about 2 bytes for each number of the gallery and 6 for each of the queries, plus that limit.
 #include "launch.cuh"
 #include "topk_rows.cuh"
 #include "topk_select.cuh"
@@ -27,9 +27,9 @@ T* buffer(const CosineTopkArgs& args, TopkBuffer which) {
 CosineTopkPlan plan_cosine_topk(int64_t queries, int64_t n, int64_t d, int64_t k, const TopkLimits& limits) {
   CosineTopkPlan plan{};
   const int64_t wanted = k < n ? k : n, tiles = ceil_div(n, kTile);
-  plan.first_pass = k <= n / 4;  // where a quarter is wanted, nearly all would pass
+  plan.first_pass = k <= n / 4;  // if a quarter is wanted, nearly all rows pass
   plan.pitch = ceil_div(d, 8) * 8;
-  if (plan.first_pass) {  // at least four buckets for each result
+  if (plan.first_pass) {  // at least four buckets per result
     const int64_t least = ceil_div(4 * k, kTile);
     plan.splits = limits.splits > least ? limits.splits : least;
     if (plan.splits > tiles) plan.splits = tiles;

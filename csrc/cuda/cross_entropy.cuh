@@ -1,58 +1,60 @@
-// Cross-entropy against a polytope's fixed vertices on the GPU: the loss of every row and, where wanted, dL/dz.
+// Cross-entropy against a polytope's fixed vertices on the GPU: the loss of every row and, if requested, dL/dz.
 //
-// What a row's numbers mean is its polytope's: SimplexLoss, OrthoplexLoss and CubeLoss, in files of their own.  The
-// kernels here move the row and meet at the barriers.  A row is swept three times:
+// SimplexLoss, OrthoplexLoss and CubeLoss, in files of their own, define what a polytope computes from a row. The
+// kernels here move the rows and synchronize the threads. They sweep a row three times:
 //
-//   1  loss.accumulate(&sums, j, z_j)     all lanes' Sums merged, loss.set_sums(sums): the logits' scale and largest
-//   2  loss.accumulate(&terms, j, z_j)    loss.finalize(&terms), all lanes' Terms merged,
+//   1  loss.accumulate(&sums, j, z_j)     merge the Sums of all lanes;  loss.set_sums(sums): scale and largest logit
+//   2  loss.accumulate(&terms, j, z_j)    loss.finalize(&terms); merge the Terms of all lanes;
 //                                         loss.compute_loss(sums, terms)
 //   3  dL/dz_j = loss.gradient(j, z_j)
 //
-// The projection that normalize asks of the gradient needs z . g, which is linear in Sums and Terms: no sweep of its
-// own.
+// With normalize the gradient is projected, which needs z . g. That is linear in Sums and Terms, so it takes no sweep
+// of its own.
 //
-// Which kernel, decided by the row's length alone (cross_entropy_launch.cuh), d numbers of n bytes:
+// Only the length of a row selects its kernel (cross_entropy_launch.cuh). Let b be the bytes of d elements, rounded up
+// to staged_size(): at most 28 more.
 //
-//   d <= 256              cross_entropy, a warp to a row, 8 rows a block     d n + 30 bytes of shared memory a row
-//   d n + 30 <= 16 KiB    cross_entropy, a block of 128 to a row             the same
-//   d n + 30 <= 44 KiB    cross_entropy, a block of 512 to a row             the same
-//   longer                cross_entropy_chunk, a block of 512 to a chunk     none but for reductions
+//   d <= 256      cross_entropy, a warp per row, 8 rows per block   b bytes of shared memory per row
+//   b <= 16 KiB   cross_entropy, a block of 128 per row             the same
+//   b <= 44 KiB   cross_entropy, a block of 512 per row             the same
+//   longer        cross_entropy_chunk, a block of 512 per chunk     shared memory for reductions only
 //
-// Memory:  cross_entropy reads z once and writes dL/dz once: 2 d n bytes a row; the row waits in shared memory for its
-//          second and third sweep.  Chunks are read three times and written once, by three launches for as many rows
-//          as z has in kGroupBytes, so that where L2 holds more than that the second and third time come from there:
-//          2 d n bytes of memory a row then, else 4 d n.  A chunk has at least kChunkElements and a row at most
-//          kMostChunks: 16 rows of 2^20 numbers are 1024 blocks.  Everything moves 16 bytes at a time but for ragged
-//          ends, and but for dL/dz (and, of chunks, z) where its rows lie otherwise towards 16 bytes than z's.
-// Numerics: sums, exponentials and the gradient before its rounding in float (double for double);
-//          accurate exp and log.  A target out of range gives a nan loss and a nan gradient row: a
-//          kernel can raise no error, and reads nothing out of bounds for it.
-// Determinism: bitwise the same for a row wherever it lies, alone or among others, and whatever the grid (team.cuh);
-//          chunks merge in one order too.
-// Budget:  64 registers, 1024 threads an SM; double: 128 and 512.  Shared memory leaves room for 640 threads at
-//          least on sm_86 and sm_89, with their 100 KB of it.  No local memory.
+// Memory:  cross_entropy reads z once and writes dL/dz once; the second and third sweep read the row from shared
+//          memory. Chunks are read three times and written once, by three launches per group of rows. A group has
+//          SIMPLEXFIX_GROUP_BYTES of z, so that the second and third read hit an L2 larger than that. Then a row costs
+//          its bytes twice, else four times. A chunk has at least kChunkElements, a row at most kMostChunks chunks: 16
+//          rows of 2^20 numbers are 1024 blocks. Threads move 16 bytes at a time, except at ragged ends, and except for
+//          dL/dz (and z of chunks) where its rows are aligned differently from z's.
+// Numerics: sums, exponentials and the gradient before its rounding are float (double for double), with accurate exp
+//          and log. A target out of range gives a nan loss and a nan gradient row: a kernel cannot raise an error. No
+//          kernel reads out of bounds for it.
+// Determinism: a row has the same bits at any place in the batch, alone or among others, and on any grid (team.cuh).
+//          Chunks too merge in one order.
+// Budget:  64 registers and 1024 threads per SM; for double 128 and 512. Shared memory allows at least 640 threads on
+//          sm_86 and sm_89, which have 100 KB. No local memory.
 #pragma once
 #include "../core/cross_entropy.h"
 #include "team.cuh"
 
 namespace simplexfix::cuda {
 
-// A row of up to these many bytes is staged by a block of 128, of 512.
+// Rows up to these sizes in bytes are staged by a block of 128 threads, or of 512.
 constexpr int64_t kShortBytes = 16 << 10, kStagedBytes = 44 << 10;
 constexpr int kChunkThreads = 512;
 constexpr int kChunkElements = 8192, kMostChunks = 64;
 
-// What the kernels read of a row.  Values for compute_loss() alone are loaded there: no registers during the sweeps.
+// The inputs of one row. Values that only compute_loss() needs are loaded there, so they take no registers in the
+// sweeps.
 template <typename A>
 struct LossRow {
-  const CrossEntropyOptions<A>& options;  // weight_sum as without weights
+  const CrossEntropyOptions<A>& options;  // weight_sum is that without weights
   const double* sums;                     // CrossEntropyParams::sums
   bool mean;
   const A* weight;        // [slots], or nullptr
-  int64_t d, begin;       // elements of the row; the one that the sweeps call 0
-  const int64_t* target;  // in range
+  int64_t d, begin;       // elements of the row; index of the element that the sweeps call 0
+  const int64_t* target;  // the row's target, which is in range
 
-  // Whether the weights of all slots count: with label smoothing.
+  // Whether the weights of all slots are used, which needs label smoothing.
   __device__ bool weighted() const { return weight && options.smoothing > A(0); }
   __device__ int64_t slot() const { return *target; }
   __device__ A upstream() const { return mean ? A(1) / A(sums[0]) : A(1); }
@@ -69,7 +71,7 @@ struct CrossEntropyParams {
   const T* z;
   const int64_t* target;
   const A* weight;     // or nullptr
-  const double* sums;  // of loss_sums.cuh, read for a mean, and for class weights with smoothing
+  const double* sums;  // from loss_sums.cuh; read for a mean, and for class weights with smoothing
   A* row_loss;
   T* gradient;  // or nullptr
   int64_t z_stride, rows, d, slots, ignore_index;
@@ -78,7 +80,8 @@ struct CrossEntropyParams {
   typename Loss::Constants constants;
 };
 
-// A row in chunks, the last of them shorter: a multiple of all threads' vectors each, so that they lie alike.
+// The chunks of a row; the last may be shorter. size is a multiple of all threads' vectors, so chunks are aligned
+// alike.
 template <typename Loss>
 struct Chunks {
   int size, count;
@@ -86,14 +89,14 @@ struct Chunks {
   typename Loss::Terms* terms;  // [rows, count] workspace
 };
 
-// The elements of shared memory for a staged row: whole vectors, wherever in one its first element lies.
+// Elements of shared memory for a staged row: whole vectors, whatever the alignment of its first element.
 template <typename T>
 SIMPLEXFIX_HD int64_t staged_size(int64_t d) {
   constexpr int64_t n = Vector<T>::kSize;
   return (d + 2 * n - 2) / n * n;
 }
 
-// Blocks that an SM must have room for: the budget above.
+// Blocks that must fit on an SM at once, by the budget above.
 template <typename T, int kBlock>
 constexpr int kBlocks = sizeof(T) == 8 ? 512 / kBlock : 1024 / kBlock;
 
@@ -103,7 +106,8 @@ __device__ __forceinline__ LossRow<accumulate_t<T>> row_of(const CrossEntropyPar
   return {p.options, p.sums, p.mean, p.weight, p.d, begin, p.target + row};
 }
 
-// 1 where the row's target counts; 0 for an ignored row, nan for a target out of range: its loss and its gradient then.
+// Returns 1 if the row's target counts, 0 for an ignored row, nan for a target out of range. The last two values are
+// also the row's loss and gradient.
 template <typename Loss, typename T>
 __device__ __forceinline__ float target_counts(const CrossEntropyParams<Loss, T>& p, int64_t target) {
   return target == p.ignore_index ? 0.f : target < 0 || target >= p.slots ? NAN : 1.f;
@@ -124,14 +128,15 @@ __global__ void __launch_bounds__(Team<kThreads>::kBlock, kBlocks<T, Team<kThrea
   for (int64_t row = Rows::first_row(); row < p.rows; row += Rows::row_step()) {
     T* g_gradient = p.gradient + (p.gradient ? row * p.d : 0);
     const float counts = target_counts(p, p.target[row]);
-    if (counts != 1.f) {  // the same for the whole team: nobody waits at a barrier
+    if (counts != 1.f) {  // the same for the whole team, so no thread skips a barrier
       if (lane == 0) p.row_loss[row] = A(counts);
       if (p.gradient)
         for (int j = lane; j < d; j += kThreads) g_gradient[j] = T(A(counts));
       continue;
     }
     const T* g_z = p.z + row * p.z_stride;
-    T* s_z = s_rows + Rows::index() * staged_size<T>(d) + misalignment(g_z);  // alike, so that vectors fit both
+    // same alignment as g_z, for vector copies
+    T* s_z = s_rows + Rows::index() * staged_size<T>(d) + misalignment(g_z);
     Loss loss(row_of(p, row, 0), p.constants, g_z);
     map_row<kThreads>(g_z, s_z, d, misalignment(g_z), true, [](int, T x) { return x; });
     sync_team<kThreads>();  // the sweeps below read what other threads have copied
@@ -144,8 +149,8 @@ __global__ void __launch_bounds__(Team<kThreads>::kBlock, kBlocks<T, Team<kThrea
     Terms terms{};
     _Pragma("unroll 2") for (int j = lane; j < d; j += kThreads) loss.accumulate(&terms, j, A(s_z[j]));
     loss.finalize(&terms);
-    // A second buffer: slow warps may still read s_sums.  Its own readers of the row before are done,
-    // for all threads have met in the reduction above since.
+    // s_terms is a second buffer: slow warps may still read s_sums. No thread still reads s_terms from the previous
+    // row, because all threads have passed the barrier of the reduction above.
     terms = reduce_team<kThreads>(terms, s_terms);
 
     const A value = loss.compute_loss(sums, terms);
@@ -158,14 +163,14 @@ __global__ void __launch_bounds__(Team<kThreads>::kBlock, kBlocks<T, Team<kThrea
   }
 }
 
-// Sums or terms of a row's chunks merged, by each warp for itself.
+// Merges the sums or terms of a row's chunks. Each warp does so for itself.
 template <typename S>
 __device__ __forceinline__ S merge_chunks(S value, const S* chunks, int count) {
   for (int k = int(threadIdx.x) % 32; k < count; k += 32) value = combine(value, chunks[k]);
   return reduce_warp(value);
 }
 
-// The three sweeps as three launches: one stream orders them, and no block waits for another.
+// Each sweep is a launch of its own: the stream orders them, and no block waits for another.
 enum class Sweep : int { kSums, kTerms, kGradient };
 
 template <typename Loss, typename T, Sweep kSweep>

@@ -1,4 +1,4 @@
-// Launches of cross_entropy.cuh for one polytope, between those of loss_sums.cuh.
+// Launches the kernels of cross_entropy.cuh for one polytope, between those of loss_sums.cuh.
 #pragma once
 #include <algorithm>
 
@@ -7,8 +7,8 @@
 
 namespace simplexfix::cuda {
 
-// Rows in chunks are done in groups of this many bytes, so that most GPUs find them in L2 again (A100: 40 MB,
-// H100: 50 MB).  The tests lower it.
+// Rows in chunks are processed in groups of this many bytes, so that a second read hits L2 on most GPUs (A100: 40 MB,
+// H100: 50 MB). The tests lower it.
 #ifndef SIMPLEXFIX_GROUP_BYTES
 #define SIMPLEXFIX_GROUP_BYTES (16 << 20)
 #endif
@@ -18,7 +18,7 @@ bool is_staged(int64_t d) {
   return staged_size<T>(d) * int64_t(sizeof(T)) <= kStagedBytes;
 }
 
-// How a row that is not staged is cut into chunks: its length alone decides.
+// Returns the size of the chunks of a row that is not staged. It depends on the row's length only.
 inline int chunk_size(int64_t d) {
   constexpr int64_t step = kChunkThreads * 8;  // a multiple of all threads' vectors, whatever the dtype
   const int64_t size = std::max<int64_t>(kChunkElements, (d + kMostChunks - 1) / kMostChunks);
@@ -31,7 +31,7 @@ int64_t rows_of_group(int64_t rows, int64_t d) {
   return std::min(rows, std::max<int64_t>(1, SIMPLEXFIX_GROUP_BYTES / (d * int64_t(sizeof(T)))));
 }
 
-// Numbers of the accumulating type that a chunk's Sums and Terms take, at the most.
+// Maximum size of a chunk's Sums and Terms together, in numbers of the accumulating type.
 constexpr int kChunkNumbers = 8;
 
 template <typename Loss, typename T, int kThreads>

@@ -1,4 +1,4 @@
-// Launches of cross_entropy.cuh for the cube.
+// Launches the kernels of cross_entropy.cuh for the cube.
 #include "cube_cross_entropy.cuh"
 
 #include <cmath>
@@ -11,7 +11,7 @@ const char* cube_cross_entropy(const CrossEntropyArgs& args, const int64_t* code
   return dispatch(args.dtype, [&](auto tag) {
     using T = decltype(tag);
     using A = accumulate_t<T>;
-    const double inverse_slots = std::ldexp(1.0, -int(std::min<int64_t>(args.d, 2000)));  // 0 below the smallest number
+    const double inverse_slots = std::ldexp(1.0, -int(std::min<int64_t>(args.d, 2000)));  // 0 if 2^-d underflows
     return launch_cross_entropy<CubeLoss<A>, T>(
         args, {A(1 / std::sqrt(double(args.d))), A(inverse_slots), codes, (args.d + 63) / 64});
   });

@@ -1,7 +1,7 @@
-// Cube cross-entropy of a row, for the kernels of cross_entropy.cuh: core/cube.h has the mathematics.
+// Cube cross-entropy of a row, for the kernels of cross_entropy.cuh. core/cube.h has the math.
 //
 // With v_j = s_j z_j, x_j = -2 f v_j and e = exp(-|x_j|): log(1 + exp(x_j)) = max(x_j, 0) + log(1 + e), and
-// sigmoid(x_j) is 1 / (1 + e) or e / (1 + e).  A thread takes one logarithm a row: of the product of its (1 + e).
+// sigmoid(x_j) is 1 / (1 + e) or e / (1 + e). A thread takes one logarithm per row, of the product of its (1 + e).
 #pragma once
 #include "../core/cube.h"
 #include "cross_entropy.cuh"
@@ -45,7 +45,7 @@ __device__ __forceinline__ CubeTerms<A> from_lane_xor(const CubeTerms<A>& v, int
 template <typename A>
 struct CubeConstants {
   A inverse_sqrt_d, inverse_slots;  // inverse_slots = 2^-d
-  const int64_t* codes;             // [slots, words], or nullptr: a target is its own code
+  const int64_t* codes;             // [slots, words], or nullptr if a target is its own code
   int64_t words;
 };
 
@@ -82,8 +82,8 @@ class CubeLoss {
 
   __device__ void accumulate(Terms* terms, int j, A x) {
     const A v = positive(j) ? x : -x, e = std::exp(-std::fabs(v * slope_));
-    product_ += e + product_ * e;  // of (1 + e), less 1: small losses keep their bits
-    if (product_ > kLarge) {       // far from overflow, and far above the 1
+    product_ += e + product_ * e;  // product of (1 + e), minus 1: small losses keep their bits
+    if (product_ > kLarge) {       // far from overflow, and far above 1
       product_ = product_ * (A(1) / kLarge) - A(1);
       terms->logs += kLogLarge;
     }
@@ -98,7 +98,7 @@ class CubeLoss {
 
   __device__ A compute_loss(const Sums& sums, const Terms& terms) {
     const int64_t slot = row_.slot();
-    const A none = A(0) * at_.label.value;  // nan where the logits are infinite, as any softmax of them
+    const A none = A(0) * at_.label.value;  // nan if the logits are infinite, as in any softmax of them
     CubeGap<A> gap{slope_ * sums.linear + terms.logs + none, A(1) + none};
     if (row_.options.margin != Margin::kNone) {
       tiny_ = gap.gap < A(kLeastCubeGap<A>);
@@ -107,7 +107,7 @@ class CubeLoss {
     }
     const A weight_label = row_.weight ? row_.weight[slot] : A(1);
     outcome_ = cube_outcome(row_.options_with_weights(), at_, gap, cube_.inverse_slots, weight_label, row_.upstream());
-    projection_ = A(0);  // (z . g) / |z|^2, where g already carries the 1 / |z|
+    projection_ = A(0);  // (z . g) / |z|^2, where g already has the factor 1 / |z|
     if (row_.options.normalize) {
       const A dot = outcome_.constant * sums.dot - outcome_.coefficient * (tiny_ ? terms.flips_dot : terms.dot);
       projection_ = dot * (at_.inverse_norm * at_.inverse_norm);
@@ -131,12 +131,12 @@ class CubeLoss {
 
   LossRow<A> row_;
   const Constants& cube_;
-  const int64_t* code_;  // of the label's vertex, from the sweeps' element 0 on
-  A product_;            // of this thread's (1 + e), less 1
+  const int64_t* code_;  // code of the label's vertex, from the sweeps' element 0 on
+  A product_;            // product of this thread's (1 + e), minus 1
   CubeRow<A> at_;
   A slope_;    // x_j = -slope v_j
-  A largest_;  // of -v_j
-  bool tiny_;  // whether flips stand for the sigmoids
+  A largest_;  // largest -v_j
+  bool tiny_;  // whether flips replace the sigmoids
   A projection_;
   CubeOutcome<A> outcome_;
 };

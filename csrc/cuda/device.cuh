@@ -1,7 +1,7 @@
-// The only file with shared-memory declarations and inline PTX.  Two compilers see it: nvcc, and g++
-// with SIMPLEXFIX_EMULATED, under which tests/native runs the kernels.
+// The only file with shared-memory declarations and inline PTX. Two compilers read it: nvcc, and g++ with
+// SIMPLEXFIX_EMULATED, for the emulator in which tests/native runs the kernels.
 #pragma once
-#ifndef SIMPLEXFIX_EMULATED  // the emulator comes before this file and has its own names for CUDA's
+#ifndef SIMPLEXFIX_EMULATED  // the emulator is included before this file and defines CUDA's names
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -10,10 +10,10 @@
 
 #include "../core/types.h"
 
-// SIMPLEXFIX_SHARED(name, type): an object of each block.  SIMPLEXFIX_DYNAMIC_SHARED(name, type):
-// a pointer to the array whose bytes the launch asks for, aligned to 16.
-// SIMPLEXFIX_CALLER, SIMPLEXFIX_AT: a parameter and its use, by which the emulator names the
-// barrier where threads have parted; nothing on a GPU.  The same with AND_ follow other parameters.
+// SIMPLEXFIX_SHARED(name, type) declares one object per block. SIMPLEXFIX_DYNAMIC_SHARED(name, type) declares a pointer
+// to the dynamic shared memory of the launch, aligned to 16 bytes. SIMPLEXFIX_CALLER is a parameter and SIMPLEXFIX_AT
+// its argument. With them the emulator names the barrier at which threads diverged; on a GPU both are empty. The
+// variants with AND_ follow other parameters.
 #ifdef SIMPLEXFIX_EMULATED
 #define SIMPLEXFIX_SHARED(name, ...)                        \
   static const char name##_key __attribute__((unused)) = 0; \
@@ -43,24 +43,24 @@ struct SharedIdentity {
   using type = T;
 };
 template <typename T>
-using SharedType = typename SharedIdentity<T>::type;  // lets a macro take an array type
+using SharedType = typename SharedIdentity<T>::type;  // makes an array type usable in a macro
 
 constexpr unsigned kFullWarp = 0xffffffffu;
 
-// What one thread moves by one instruction, where its address allows.
+// The elements that one thread moves with one 16-byte instruction, if the address is aligned.
 template <typename T>
 struct alignas(16) Vector {
   static constexpr int kSize = 16 / int(sizeof(T));
   T v[kSize];
 };
 
-// How many elements past a 16-byte boundary a pointer lies.
+// Returns by how many elements a pointer exceeds a 16-byte boundary.
 template <typename T>
 SIMPLEXFIX_HD int misalignment(const T* p) {
   return int(reinterpret_cast<uintptr_t>(p) % 16 / sizeof(T));
 }
 
-// A barrier of the threads that share a row: of the warp, or of the block.
+// A barrier for the threads that share a row: those of the warp, or of the block.
 template <int kThreads>
 __device__ __forceinline__ void sync_team(SIMPLEXFIX_CALLER) {
   if constexpr (kThreads == 32) {
@@ -74,9 +74,9 @@ __device__ __forceinline__ void sync_team(SIMPLEXFIX_CALLER) {
   }
 }
 
-// Tensor cores, sm_80 and newer.  Every lane of the warp takes part in ldmatrix and mma; a pair of
-// 16-bit numbers of a lane is one register, the lower address in the low half.  With g = lane / 4
-// and t = 2 (lane % 4), a lane holds
+// Tensor cores, sm_80 and newer. All lanes of the warp must call ldmatrix and mma. A register holds a pair of 16-bit
+// numbers, the one at the lower address in the low half. With g = lane / 4 and t = 2 (lane % 4), a lane holds
+//
 //   a[i], 16 x 16:   row g + 8 (i % 2),  columns t + 8 (i / 2) and the next
 //   b[i], 16 x 8:    rows t + 8 i and the next,  column g
 //   sums[i], 16 x 8: row g + 8 (i / 2),  column t + i % 2
@@ -87,9 +87,9 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 }
 #endif
 
-// Two or four 8 x 8 matrices of 16-bit numbers from shared memory: lane 8 m + i names row i of matrix
-// m, 8 numbers at a 16-byte boundary (with two matrices the addresses of lanes 16 to 31 count for
-// nothing), and r[m] becomes the numbers t and t + 1 of row g of matrix m.  Transposed: those of column g.
+// Loads two or four 8 x 8 matrices of 16-bit numbers from shared memory. Lane 8 m + i passes the address of row i of
+// matrix m: 8 numbers at a 16-byte boundary. (With two matrices the addresses of lanes 16 to 31 are ignored.) r[m]
+// becomes the numbers t and t + 1 of row g of matrix m, or of its column g if transposed.
 template <bool kTransposed = false>
 __device__ __forceinline__ void ldmatrix(uint32_t (&r)[4], const void* s_row SIMPLEXFIX_AND_CALLER) {
 #ifdef SIMPLEXFIX_EMULATED
@@ -125,8 +125,8 @@ __device__ __forceinline__ void ldmatrix(uint32_t (&r)[2], const void* s_row SIM
 #endif
 }
 
-// sums += a b, for T = __nv_bfloat16 or __half.  Products are exact; how a GPU rounds the sum of the
-// 17 terms is its own affair (the emulator adds one by one in float), so nothing may count on its bits.
+// sums += a b, for T = __nv_bfloat16 or __half. Products are exact. The rounding of the sum of 17 terms depends on the
+// GPU (the emulator adds one by one in float), so no result may depend on its bits.
 template <typename T>
 __device__ __forceinline__ void mma(float (&sums)[4], const uint32_t (&a)[4],
                                     const uint32_t (&b)[2] SIMPLEXFIX_AND_CALLER) {
@@ -148,9 +148,9 @@ __device__ __forceinline__ void mma(float (&sums)[4], const uint32_t (&a)[4],
 #endif
 }
 
-// Starts to copy the first `bytes` of 16 from global to shared memory and zeros for the rest; both
-// addresses at 16-byte boundaries, also where bytes is 0 and nothing is read.  The copy is there for
-// this thread after wait_for_copies(), for others after a barrier behind it.
+// Starts a copy of the first `bytes` of 16 from global to shared memory, and zeros for the rest. Both addresses must be
+// at 16-byte boundaries, also if bytes is 0 and nothing is read. This thread may read the copy after wait_for_copies(),
+// other threads after a barrier that follows it.
 __device__ __forceinline__ void copy_async(void* s_to, const void* g_from, int bytes SIMPLEXFIX_AND_CALLER) {
 #ifdef SIMPLEXFIX_EMULATED
   ::emulator::copy_async(s_to, g_from, bytes SIMPLEXFIX_AND_AT);
@@ -159,7 +159,7 @@ __device__ __forceinline__ void copy_async(void* s_to, const void* g_from, int b
                : "memory");
 #endif
 }
-// The copies since the last commit become a group, which may be empty.
+// Makes a group of the copies since the last commit; it may be empty.
 __device__ __forceinline__ void commit_copies() {
 #ifdef SIMPLEXFIX_EMULATED
   ::emulator::commit_copies();
@@ -167,7 +167,7 @@ __device__ __forceinline__ void commit_copies() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
 }
-// Until all groups of this thread but the kOpen latest are there.
+// Blocks until all of this thread's groups except the kOpen latest are complete.
 template <int kOpen>
 __device__ __forceinline__ void wait_for_copies() {
 #ifdef SIMPLEXFIX_EMULATED

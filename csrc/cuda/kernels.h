@@ -1,5 +1,5 @@
-// The CUDA launchers, seen from the operators: no CUDA header, no torch header.
-// Each launches on the given stream of the current device and returns nullptr, or what went wrong.
+// The CUDA launchers as the operators see them, without CUDA or torch headers. Each launches on the given stream of the
+// current device, and returns nullptr or an error message.
 #pragma once
 #include <cstdint>
 
@@ -11,7 +11,7 @@ namespace simplexfix::cuda {
 
 enum class DType : int { kFloat, kDouble, kHalf, kBFloat16 };
 
-// A stands for double where dtype is kDouble, for float elsewhere.
+// A is double if dtype is kDouble, else float.
 struct CrossEntropyArgs {
   const void* z;  // [rows, d] of dtype, rows z_stride elements apart
   int64_t z_stride;
@@ -20,10 +20,10 @@ struct CrossEntropyArgs {
   void* row_loss;         // [rows] of A; loss itself with Reduction::kNone
   void* loss;             // of A: [rows], or one number
   void* gradient;         // [rows, d] of dtype, contiguous, or nullptr
-  double* workspace;      // cross_entropy_workspace() numbers; [0] becomes what a mean divides by
+  double* workspace;      // cross_entropy_workspace() numbers; [0] becomes the divisor of a mean
   int64_t rows, d, slots;
   int64_t ignore_index;
-  CrossEntropyOptions<double> options;  // weight_sum is that of no weights: slots
+  CrossEntropyOptions<double> options;  // weight_sum is that without weights: slots
   Reduction reduction;
   DType dtype;
   void* stream;
@@ -31,10 +31,10 @@ struct CrossEntropyArgs {
 int64_t cross_entropy_workspace(int64_t rows, int64_t d, DType dtype);
 const char* simplex_cross_entropy(const CrossEntropyArgs&);
 const char* orthoplex_cross_entropy(const CrossEntropyArgs&);
-// codes: [slots, ceil(d / 64)] of signs, or nullptr where a target is its own code
+// codes: [slots, ceil(d / 64)] sign bits, or nullptr if a target is its own code.
 const char* cube_cross_entropy(const CrossEntropyArgs&, const int64_t* codes);
 
-// Of loss_sums.cu, before and after the rows of any polytope.
+// From loss_sums.cu, launched before and after the rows of any polytope.
 const char* launch_target_sums(const CrossEntropyArgs&);
 const char* launch_reduce_loss(const CrossEntropyArgs&);
 
@@ -64,15 +64,16 @@ struct LogitsArgs {
 const char* simplex_logits(const LogitsArgs&);
 const char* simplex_logits_backward(const LogitsArgs&);
 
-// The steps of old_new_contrast (csrc/ops/old_new_contrast.cpp); A is that of dtype.
+// The steps of old_new_contrast (csrc/ops/old_new_contrast.cpp). A is the accumulating type of dtype.
 struct ContrastArgs {
-  void* similarity;  // [rows, candidates] of A: dot products of features; becomes the loss's derivatives by them
+  // [rows, candidates] of A: dot products of features on entry, derivatives of the loss by them on return
+  void* similarity;
   const int64_t *anchor_class, *candidate_class;
   const void *anchor_scale, *candidate_scale;  // of A: 1 / norm
-  const void* upstream;                        // [rows] of A, or nullptr where no derivatives are wanted
+  const void* upstream;                        // [rows] of A, or nullptr if no derivatives are requested
   void* loss;                                  // [rows] of A
   int64_t rows, candidates;
-  int64_t first_positive;  // row i's own candidate is first_positive + i
+  int64_t first_positive;  // candidate first_positive + i is row i's own
   double mu;
   Negatives negatives;
   DType dtype;
@@ -83,14 +84,14 @@ const char* contrast_rows(const ContrastArgs&);
 struct NormArgs {
   const void* z;  // [rows, d] of dtype, rows z_stride elements apart
   int64_t z_stride;
-  void* out;  // [rows] of A: 1 / |z|, 0 of a zero row
+  void* out;  // [rows] of A: 1 / |z|, or 0 for a zero row
   int64_t rows, d;
   DType dtype;
   void* stream;
 };
 const char* inverse_norms(const NormArgs&);
 
-// out = grad_unit - z (z . grad_unit) / |z|^2, where grad_unit already carries the 1 / |z|
+// out = grad_unit - z (z . grad_unit) / |z|^2, where grad_unit already has the factor 1 / |z|.
 struct ProjectArgs {
   const void* z;  // [rows, d] of dtype, rows z_stride elements apart
   int64_t z_stride;
@@ -103,7 +104,7 @@ struct ProjectArgs {
 };
 const char* project_rows(const ProjectArgs&);
 
-// Exact search.  The caller gives the memory that the plan asks for, each buffer at a 16-byte boundary.
+// Exact search. The caller allocates the buffers of the plan, each at a 16-byte boundary.
 enum class TopkBuffer : int {
   kQueryUnit,
   kQueryNorm,
@@ -122,17 +123,17 @@ enum class TopkBuffer : int {
 constexpr int kTopkBuffers = int(TopkBuffer::kCount);
 
 struct TopkLimits {                    // the tests lower them
-  int64_t splits = 128;                // of the gallery, at least: work for a whole GPU from few queries
-  int64_t capacity = 2048;             // of a query's list, at least; a power of two
-  int64_t bytes = int64_t(256) << 20;  // of buckets and lists, about
+  int64_t splits = 128;                // minimum splits of the gallery, so that few queries fill a GPU
+  int64_t capacity = 2048;             // minimum capacity of a query's list; a power of two
+  int64_t bytes = int64_t(256) << 20;  // approximate limit for buckets and lists
 };
 
 struct CosineTopkPlan {
-  bool first_pass;   // in bfloat16; otherwise every row is scored
-  int64_t pitch;     // of the codes
+  bool first_pass;   // whether there is a first pass in bfloat16; otherwise every row is scored
+  int64_t pitch;     // row length of the codes
   int64_t splits;    // of the gallery
   int64_t capacity;  // of a query's list
-  int64_t chunk;     // queries at a time
+  int64_t chunk;     // queries per chunk
   int64_t bytes[kTopkBuffers];
 };
 CosineTopkPlan plan_cosine_topk(int64_t queries, int64_t n, int64_t d, int64_t k, const TopkLimits& = {});
@@ -141,8 +142,8 @@ struct CosineTopkArgs {
   const float *query, *gallery;  // [queries, d], [n, d], rows query_stride and gallery_stride elements apart
   int64_t query_stride, gallery_stride;
   int64_t queries, n, d, k;
-  float* scores;  // [queries, k]; nan where the query, or any row of the gallery, holds nan or inf
-  int64_t* ids;   // [queries, k]; -1 there and past the end of the gallery
+  float* scores;  // [queries, k]; nan if the query, or any row of the gallery, has nan or inf
+  int64_t* ids;   // [queries, k]; -1 for such a query, and past the end of the gallery
   CosineTopkPlan plan;
   void* buffers[kTopkBuffers];
   void* stream;

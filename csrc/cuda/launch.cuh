@@ -1,12 +1,12 @@
-// How the .cu files launch: grids, dtypes and errors.  Host code, the only
-// place that asks the CUDA runtime for anything; the emulator has its own launch_kernel (tests/native/emulator).
+// Host code that the .cu files share: launches, grids, dtypes, errors. Only this file calls the CUDA runtime. The
+// emulator has its own launch_kernel (tests/native/emulator).
 #pragma once
 #include "kernels.h"
 #include "team.cuh"
 
 namespace simplexfix::cuda {
 
-// The largest grid.x; kernels loop where there are more rows.  The tests lower it.
+// The largest grid.x; kernels loop over further rows. The tests lower it.
 #ifndef SIMPLEXFIX_MAX_BLOCKS
 #define SIMPLEXFIX_MAX_BLOCKS 2147483647
 #endif
@@ -20,7 +20,7 @@ const char* launch_kernel(void (*kernel)(P...), int64_t blocks, int threads, int
   void* arguments[] = {&params...};
   cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(unsigned(blocks)), dim3(unsigned(threads)), arguments,
                    size_t(shared_bytes), static_cast<cudaStream_t>(stream));
-  const cudaError_t error = cudaGetLastError();  // clears it as well: the next to ask is torch
+  const cudaError_t error = cudaGetLastError();  // clears the error too, so that torch does not report it later
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 #endif
@@ -30,7 +30,7 @@ inline int64_t blocks_for(int64_t work, int per_block) {
   return blocks < SIMPLEXFIX_MAX_BLOCKS ? blocks : SIMPLEXFIX_MAX_BLOCKS;
 }
 
-// f(T{}) with the CUDA type of a dtype.
+// Calls f(T{}) with the CUDA type of a dtype.
 template <typename F>
 const char* dispatch(DType dtype, F&& f) {
   switch (dtype) {

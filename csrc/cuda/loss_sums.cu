@@ -1,4 +1,4 @@
-// Launches of loss_sums.cuh, and the workspace of a loss.
+// Launches the kernels of loss_sums.cuh, and computes the workspace of a loss.
 #include "loss_sums.cuh"
 
 #include "cross_entropy_launch.cuh"

@@ -1,16 +1,18 @@
-// The sums around a loss: what a mean divides by, the sum of the class weights, the loss of the batch.
+// The sums before and after the rows of a loss: the divisor of a mean, the sum of the class weights, the loss of the
+// batch.
 //
-// One stream orders them and the rows' kernels; no number travels to the host between them, so a CUDA graph can
-// hold all, targets and weights may change between its replays, and no atomic addition takes part.
+// The stream orders them with the rows' kernels, and no number is copied to the host. So a CUDA graph can hold all of
+// them, and targets and weights may change between its replays. They use no atomic addition.
 #pragma once
 #include "team.cuh"
 
 namespace simplexfix::cuda {
 
-// Sums for the rows' kernels, in double and in one order.  Block 0: sums[0], of the weights of all
-// targets that count (one each without weights; none for a target out of range, whose row turns the
-// loss into nan by itself).  Block 1, where launched: sums[1], of the class weights.
-// Memory:  8 bytes a row and, with weights, a gather.  One block: at 10^6 rows still under a tenth of
+// Sums for the rows' kernels, in double and in a fixed order. Block 0 writes sums[0], the sum of the weights of all
+// targets that count (1 each without weights). A target out of range adds nothing: its row makes the loss nan. Block 1,
+// if launched, writes sums[1], the sum of the class weights.
+//
+// Memory:  8 bytes per row and, with weights, a gather. One block does it: at 10^6 rows this takes less than a tenth of
 //          the time of the rows themselves at d = 100 (estimated, not measured).
 constexpr int kReduceThreads = 512;
 
@@ -31,8 +33,8 @@ __global__ void __launch_bounds__(kReduceThreads) target_sums(const int64_t* tar
   if (threadIdx.x == 0) sums[blockIdx.x] = sum;
 }
 
-// loss = sum of row_loss, in double and in one order, divided by sums[0] where that is given: a mean
-// over nothing is 0 / 0, nan, as in torch.  One block; memory: 4 bytes a row (double: 8).
+// loss = sum of row_loss, in double and in a fixed order, divided by sums[0] if sums is given. The mean over no rows is
+// 0 / 0 = nan, as in torch. One block; memory: 4 bytes per row (double: 8).
 template <typename A>
 __global__ void __launch_bounds__(kReduceThreads)
     reduce_loss(const A* row_loss, int64_t rows, const double* sums, A* loss) {

@@ -1,4 +1,4 @@
-// Orthoplex cross-entropy of a row, for the kernels of cross_entropy.cuh: core/orthoplex.h has the mathematics.
+// Orthoplex cross-entropy of a row, for the kernels of cross_entropy.cuh. core/orthoplex.h has the math.
 #pragma once
 #include "../core/orthoplex.h"
 #include "cross_entropy.cuh"
@@ -8,7 +8,7 @@ namespace simplexfix::cuda {
 template <typename A>
 struct OrthoplexSums {
   A squares;   // sum_j z_j^2
-  A largest;   // max |z_j| over the coordinates but the label's; -inf where there is none
+  A largest;   // max |z_j| over all coordinates but the label's, -inf if there is none
   A weighted;  // sum_j (w_j - w_{d+j}) z_j, with class weights and smoothing
 };
 template <typename A>
@@ -20,8 +20,8 @@ __device__ __forceinline__ OrthoplexSums<A> from_lane_xor(const OrthoplexSums<A>
   return {from_lane_xor(v.squares, mask), from_lane_xor(v.largest, mask), from_lane_xor(v.weighted, mask)};
 }
 
-// Over the coordinates but the label's, with e = exp(l - largest) of +z_j and of -z_j: the sum of both, and of
-// their difference times z_j.
+// Sums over all coordinates but the label's, with e+ = exp(l - largest) of +z_j and e- of -z_j. sum_exp_others: sum of
+// e+ + e-. dot: sum of (e+ - e-) z_j.
 template <typename A>
 struct OrthoplexTerms {
   A sum_exp_others, dot;
@@ -63,7 +63,7 @@ class OrthoplexLoss {
   }
 
   __device__ void accumulate(Terms* terms, int j, A x) const {
-    if (j == label_) return;  // its exponentials might overflow
+    if (j == label_) return;  // the label's exponentials may overflow
     const A logit = std::fabs(x) * at_.factor;
     const A toward = std::exp(logit - at_.largest), away = std::exp(-logit - at_.largest);
     terms->sum_exp_others += toward + away;
@@ -79,7 +79,7 @@ class OrthoplexLoss {
     const A sign = positive_ ? A(1) : A(-1);
     outcome_ = orthoplex_outcome(row_.options_with_weights(), at_, row_.d, sign, terms.sum_exp_others, sums.weighted,
                                  weight_label, weight_opposite, row_.upstream());
-    projection_ = A(0);  // (z . g) / |z|^2, where g already carries the 1 / |z|
+    projection_ = A(0);  // (z . g) / |z|^2, where g already has the factor 1 / |z|
     if (row_.options.normalize) {
       A dot = outcome_.exponential * terms.dot;
       if (row_.weighted())
@@ -105,7 +105,7 @@ class OrthoplexLoss {
 
   LossRow<A> row_;
   bool positive_;  // whether the label's vertex is +e_c
-  int label_;      // its coordinate as the sweeps count; none of theirs in another chunk
+  int label_;      // its coordinate relative to the sweeps' element 0; out of their range in other chunks
   A z_label_;
   OrthoplexRow<A> at_;
   A projection_;

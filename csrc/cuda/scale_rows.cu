@@ -1,4 +1,4 @@
-// Launches of scale_rows.cuh.
+// Launches the kernels of scale_rows.cuh.
 #include "scale_rows.cuh"
 
 #include "launch.cuh"

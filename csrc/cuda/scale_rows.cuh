@@ -1,7 +1,7 @@
-// out = in * factor on the GPU, one factor for all or one for each row; exactly in where it is 1.
+// out = in * factor on the GPU, with one factor for all rows or one per row. A factor of 1 returns the bits of `in`.
 //
-// Work:    a block of 128 does a piece at a time: a row, or kFlatPiece elements where one factor serves all.
-// Memory:  in read once, out written once, 16 bytes at a time but for a piece's ragged ends.
+// Work:    a block of 128 threads processes one piece at a time: a row, or kFlatPiece elements if there is one factor.
+// Memory:  in is read once and out written once, 16 bytes at a time except at the ragged ends of a piece.
 // Numerics: one product in float (double for double), one rounding.
 // Determinism: elementwise.
 // Budget:  40 registers, no shared memory, no local memory.
@@ -18,7 +18,7 @@ struct ScaleParams {
   const T* in;
   const accumulate_t<T>* factor;
   T* out;
-  int64_t factor_stride, pieces, piece, total;  // the last piece ends with `total` elements
+  int64_t factor_stride, pieces, piece, total;  // the last piece ends at `total` elements
 };
 
 template <typename T>

@@ -1,4 +1,4 @@
-// Launches of cross_entropy.cuh for the simplex.
+// Launches the kernels of cross_entropy.cuh for the simplex.
 #include "simplex_cross_entropy.cuh"
 
 #include "cross_entropy_launch.cuh"

@@ -1,10 +1,9 @@
-// Simplex cross-entropy of a row, for the kernels of cross_entropy.cuh: core/simplex_cross_entropy.h has the
-// mathematics.
+// Simplex cross-entropy of a row, for the kernels of cross_entropy.cuh. core/simplex_cross_entropy.h has the math.
 #pragma once
 #include "../core/simplex_cross_entropy.h"
 #include "cross_entropy.cuh"
 
-namespace simplexfix {  // that of RowSums, where reduce_warp looks for these two
+namespace simplexfix {  // the namespace of RowSums, so that reduce_warp finds these two
 template <typename A>
 __device__ __forceinline__ RowSums<A> combine(const RowSums<A>& a, const RowSums<A>& b) {
   return {a.sum + b.sum, a.squares + b.squares, a.largest > b.largest ? a.largest : b.largest, a.weighted + b.weighted};
@@ -18,7 +17,7 @@ __device__ __forceinline__ RowSums<A> from_lane_xor(const RowSums<A>& v, int mas
 
 namespace simplexfix::cuda {
 
-// Over i < d other than the label: sum of e_i = exp(l_i - largest), and of e_i z_i.
+// Sums over i < d other than the label, with e_i = exp(l_i - largest). sum_exp_others: sum of e_i. dot: sum of e_i z_i.
 template <typename A>
 struct SimplexTerms {
   A sum_exp_others, dot;
@@ -61,7 +60,7 @@ class SimplexLoss {
   }
 
   __device__ void accumulate(Terms* terms, int j, A x) const {
-    const A e = j == label_ ? A(0) : std::exp(x * logits_.factor - shift_);  // the label's might overflow
+    const A e = j == label_ ? A(0) : std::exp(x * logits_.factor - shift_);  // the label's may overflow
     terms->sum_exp_others += e;
     terms->dot += e * x;
   }
@@ -73,7 +72,7 @@ class SimplexLoss {
     const A weight_last = row_.weight ? row_.weight[row_.d] : A(1);
     outcome_ = row_outcome(simplex_, row_.options_with_weights(), sums, logits_, row_.d, slot, terms.sum_exp_others,
                            row_.weighted(), weight_label, weight_last, row_.upstream());
-    projection_ = A(0);  // (z . g) / |z|^2, where g already carries the 1 / |z|
+    projection_ = A(0);  // (z . g) / |z|^2, where g already has the factor 1 / |z|
     if (row_.options.normalize) {
       A dot = outcome_.exponential * terms.dot + outcome_.constant * (sums.sum - z_label_);
       if (row_.weighted()) dot -= outcome_.weight * (sums.weighted - (slot < row_.d ? weight_label * z_label_ : A(0)));
@@ -93,7 +92,9 @@ class SimplexLoss {
  private:
   LossRow<A> row_;
   const Constants& simplex_;
-  int label_;  // its element as the sweeps count; none of theirs for the last slot, or in another chunk
+  // The label's index relative to the sweeps' element 0. It is out of their range for the last slot, and in other
+  // chunks.
+  int label_;
   A z_label_;  // 0 for the last slot
   RowLogits<A> logits_;
   A shift_, projection_;

@@ -1,4 +1,4 @@
-// Launches of simplex_logits.cuh.
+// Launches the kernels of simplex_logits.cuh.
 #include "simplex_logits.cuh"
 
 #include "launch.cuh"

@@ -1,15 +1,14 @@
-// Simplex logits of rows on the GPU, l = scale * W z (or W z / |z|), and their gradient, in closed
-// form: core/simplex.h.
+// Simplex logits of rows on the GPU, l = scale * W z (or scale * W z / |z|), and their gradient, in closed form
+// (core/simplex.h).
 //
-// Work:    a team does a row at a time: a warp (8 rows a block) for d <= 256, else a block of 256.
-//          Sweep 1 accumulates sums, sweep 2 writes.
-// Memory:  forward z, backward the logits' gradient (and z, with normalize) read once from memory and a
-//          second time through L1 or L2; the result written once.  Rows of z and of the logits differ in
-//          length by one and so seldom lie alike towards 16 bytes: mostly single elements, side by side
-//          across a warp.
-// Numerics: float sums and products for 16-bit and float, double for double; one rounding at the end.
-// Determinism: bitwise the same for a row wherever it lies and whatever the grid (team.cuh).
-// Budget:  64 registers, so 1024 threads an SM or more, in double too.  No local memory.
+// Work:    a team computes one row at a time: a warp (8 rows per block) for d <= 256, else a block of 256. Sweep 1
+//          accumulates sums, sweep 2 writes.
+// Memory:  forward reads z, backward the logits' gradient (and z, with normalize), once from memory and a second time
+//          through L1 or L2. The result is written once. Rows of z and of the logits differ in length by one, so they
+//          are seldom aligned alike: most accesses are single elements, contiguous across a warp.
+// Numerics: sums and products in float for 16-bit and float, double for double; one rounding at the end.
+// Determinism: a row has the same bits at any place in the batch and on any grid (team.cuh).
+// Budget:  64 registers, so at least 1024 threads per SM, in double too. No local memory.
 #pragma once
 #include "../core/simplex_cross_entropy.h"
 #include "team.cuh"
@@ -28,7 +27,7 @@ struct LogitsParams {
   bool normalize;
 };
 
-// Sums over a row z and over a gradient g on its first d logits.
+// Sums over a row z and over a gradient g of its first d logits.
 template <typename A>
 struct LogitsSums {
   A z, squares, g, dot;  // sum of z, z^2, g, z g

@@ -1,20 +1,20 @@
-// Rows made ready for the search: their lengths, bfloat16 codes and how far these may mislead.
+// Prepares rows for the search: their norms, their bfloat16 codes, and bounds for the error of the codes.
 //
-// Work:    eight lanes a row, 32 rows a block of 256.
-// Memory:  a row read twice (the second time through L1 or L2); 2 bytes a number written, 6 for queries.
-// Numerics: core/cosine_score.h: the same bits as on the CPU.
-// Determinism: bitwise the same for a row wherever it lies.
-// Budget:  64 registers, so 1024 threads an SM; no shared memory, no local memory.
+// Work:    eight lanes per row, 32 rows per block of 256 threads.
+// Memory:  a row is read twice (the second time through L1 or L2); 2 bytes per number are written, 6 for queries.
+// Numerics: core/cosine_score.h, with the same bits as on the CPU.
+// Determinism: a row has the same bits at any place in the batch.
+// Budget:  64 registers, so 1024 threads per SM; no shared memory, no local memory.
 #pragma once
 #include "../core/cosine_score.h"
 #include "team.cuh"
 
 namespace simplexfix::cuda {
 
-constexpr int kPartials = 8;  // of a sum over a row, and the lanes that share it
+constexpr int kPartials = 8;  // partial sums of a row; also the lanes that share it
 constexpr int kRowThreads = 256;
 
-// The sum over a row from its partial sums in lanes 8 i to 8 i + 7, for each of them.
+// Returns the sum over a row from its partial sums in lanes 8 i to 8 i + 7, to each of these lanes.
 __device__ __forceinline__ double total_of_partials(double v) {
   SIMPLEXFIX_UNROLL for (int mask = kPartials / 2; mask > 0; mask /= 2) v += from_lane_xor(v, mask);
   return v;
@@ -23,24 +23,24 @@ __device__ __forceinline__ double total_of_partials(double v) {
 struct RowsParams {
   const float* rows;  // [n, d], stride elements apart
   int64_t stride, n, d;
-  int64_t pitch;               // of the codes, a multiple of 8
-  int64_t depth;               // of the products that the codes will be in
+  int64_t pitch;               // row length of the codes, a multiple of 8
+  int64_t depth;               // number of products per dot product of codes
   __nv_bfloat16* code;         // [n, pitch], zeros from d on; or nullptr
-  double* norm;                // [n], nan where a number is nan or inf
+  double* norm;                // [n], nan if a number of the row is nan or inf
   float* error_bound;          // [n]
   float* unit;                 // [n, d] normalised: queries only
-  unsigned long long* broken;  // the gallery's rows that hold nan or inf: queries set it to 0
+  unsigned long long* broken;  // number of gallery rows with nan or inf; the launch for queries sets it to 0
 };
 
 template <bool kQueries>
 __global__ void __launch_bounds__(kRowThreads, 4) prepare_rows(const RowsParams p) {
-  constexpr int kRows = 32 / kPartials;  // of a warp
+  constexpr int kRows = 32 / kPartials;  // rows per warp
   const int lane = int(threadIdx.x) % kPartials;
   const int64_t warp = (int64_t(blockIdx.x) * kRowThreads + int(threadIdx.x)) / 32;
   const int64_t step = int64_t(gridDim.x) * kRowThreads / kPartials;
   if (kQueries && blockIdx.x == 0 && threadIdx.x == 0) *p.broken = 0;  // the gallery's launch follows this one
   const int64_t columns = p.code ? p.pitch : kQueries ? p.d : 0;
-  for (int64_t first = warp * kRows; first < p.n; first += step) {  // whole warps, for the shuffles' sake
+  for (int64_t first = warp * kRows; first < p.n; first += step) {  // whole warps, for the shuffles
     const int64_t own = first + int(threadIdx.x) % 32 / kPartials;
     const bool writes = own < p.n;
     const int64_t row = writes ? own : p.n - 1;

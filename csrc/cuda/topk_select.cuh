@@ -1,15 +1,15 @@
-// The ends of the search: cutoffs from what the first sweep found, and results from the lists.
+// The last steps of the search: cutoffs from the results of the first sweep, and results from the lists.
 //
-// find_cutoffs: the k-th largest of a query's buckets, digit by digit of its bits, a block to a query.
-// finish_topk:  scores, sorts and writes, a block to a query.  Rows come from the query's list, or, where there
-//               was no first pass or more rows passed than a list holds, are all rows of the gallery:
-//               slower, and exact all the same.  Then the list is the memory for the best so far and the
-//               newcomers, of which the best k stay whenever it is full.
+// find_cutoffs: a block per query finds the k-th largest of the query's buckets by radix select, 8 bits at a time.
+// finish_topk:  a block per query scores candidates, sorts and writes. They come from the query's list. Without a first
+//               pass, or if more rows passed than a list holds, they are all rows of the gallery: slower, still exact.
+//               Then the list holds the best so far and new candidates; only the best k remain whenever it is full.
 //
 // Memory:  finish_topk reads 4 d bytes for each row that it scores; lists are sorted in place (L2).
 // Numerics: core/cosine_score.h: a score has the same bits as on the CPU.
-// Determinism: the order is total, so what the atomics of the lists left to timing the sort undoes.
-// Budget:  80 registers, so 768 threads an SM or more; 1 KiB of shared memory, no local memory.
+// Determinism: atomics fill the lists in an order that depends on timing. Sorting removes it, because the order of
+//              results is total.
+// Budget:  80 registers, so at least 768 threads per SM; 1 KiB of shared memory, no local memory.
 #pragma once
 #include <cstring>
 
@@ -21,7 +21,7 @@ namespace simplexfix::cuda {
 
 constexpr int kSelectThreads = 256;
 
-// Bits that compare as the floats do.
+// Maps a float to bits that compare as unsigned integers in the same order.
 __device__ __forceinline__ uint32_t ordered_bits(float x) {
   uint32_t bits;
   memcpy(&bits, &x, sizeof bits);
@@ -37,7 +37,7 @@ __device__ __forceinline__ float from_ordered_bits(uint32_t bits) {
 struct CutoffParams {
   const float* best;          // [queries, buckets], buckets >= k
   float* cutoff;              // [queries]
-  unsigned long long* found;  // [queries], set to 0 for the sweep that follows
+  unsigned long long* found;  // [queries], set to 0 for the following sweep
   int64_t queries, buckets, k;
 };
 
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kThreads) find_cutoffs(const CutoffParams p) {
   for (int64_t query = blockIdx.x; query < p.queries; query += gridDim.x) {
     const float* best = p.best + query * p.buckets;
     uint32_t prefix = 0;
-    int64_t rank = p.k;  // of the cutoff among the numbers that begin with the prefix
+    int64_t rank = p.k;  // rank of the cutoff among the numbers that begin with prefix
     for (int shift = 24; shift >= 0; shift -= 8) {
       s_counts[threadIdx.x] = 0;
       sync_team<kThreads>();
@@ -56,11 +56,11 @@ __global__ void __launch_bounds__(kThreads) find_cutoffs(const CutoffParams p) {
         const uint64_t bits = ordered_bits(best[b]);
         if (bits >> (shift + 8) == prefix) atomicAdd(&s_counts[bits >> shift & 255], 1u);
       }
-      sync_team<kThreads>();  // all are counted
+      sync_team<kThreads>();  // all numbers are counted
       uint32_t digit = 255;
       for (; digit > 0 && rank > int64_t(s_counts[digit]); --digit) rank -= s_counts[digit];
       prefix = prefix << 8 | digit;
-      sync_team<kThreads>();  // all have read the counts: the next turn clears them
+      sync_team<kThreads>();  // all threads have read the counts: the next iteration clears them
     }
     if (threadIdx.x == 0) {
       p.cutoff[query] = from_ordered_bits(prefix);
@@ -69,13 +69,13 @@ __global__ void __launch_bounds__(kThreads) find_cutoffs(const CutoffParams p) {
   }
 }
 
-// Sorts a block's list in place; it has room for the next power of two.
+// Sorts a block's list in place by bitonic sort; its capacity must allow the next power of two.
 template <int kThreads>
 __device__ __forceinline__ void sort_candidates(Candidate* list, int64_t count) {
   int64_t size = 1;
   while (size < count) size *= 2;
   for (int64_t i = count + int(threadIdx.x); i < size; i += kThreads) list[i] = {-INFINITY, INT64_MAX};
-  sync_team<kThreads>();  // the padding is there, and so is what the caller's threads wrote
+  sync_team<kThreads>();  // the padding and the caller's elements are written
   for (int64_t run = 2; run <= size; run *= 2)
     for (int64_t stride = run / 2; stride > 0; stride /= 2) {
       for (int64_t pair = threadIdx.x; pair < size / 2; pair += kThreads) {
@@ -86,7 +86,7 @@ __device__ __forceinline__ void sort_candidates(Candidate* list, int64_t count) 
           list[low + stride] = a;
         }
       }
-      sync_team<kThreads>();  // other threads take these pairs apart next
+      sync_team<kThreads>();  // other threads read these pairs next
     }
 }
 
@@ -96,8 +96,8 @@ struct FinishParams {
   const float* gallery;  // [n, d], gallery_stride elements apart
   int64_t gallery_stride;
   const double* gallery_norm;
-  const unsigned long long* broken;  // rows of the gallery that hold nan or inf
-  const unsigned long long* found;   // of the first pass, or nullptr
+  const unsigned long long* broken;  // number of gallery rows with nan or inf
+  const unsigned long long* found;   // rows that passed the first pass; nullptr without one
   Candidate* list;                   // [queries, capacity]
   int64_t capacity;                  // a power of two, above min(k, n)
   int64_t queries, n, d, k;
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kThreads, 3) finish_topk(const FinishParams p)
     const bool listed = p.found && int64_t(p.found[query]) <= p.capacity;
     const int64_t total = refused ? 0 : listed ? int64_t(p.found[query]) : p.n;
     int64_t best_count = 0;
-    Candidate worst{-INFINITY, INT64_MAX};  // what does not rank before it is not among the best
+    Candidate worst{-INFINITY, INT64_MAX};  // only candidates that rank before it can be among the best
     for (int64_t begin = 0; begin < total;) {
       const int64_t rows = total - begin < p.capacity - best_count ? total - begin : p.capacity - best_count;
       if (thread == 0) s_count = (unsigned long long)(best_count);
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kThreads, 3) finish_topk(const FinishParams p)
         else if (ranks_before(candidate, worst))
           list[atomicAdd(&s_count, 1ull)] = candidate;
       }
-      sync_team<kThreads>();  // all have pushed
+      sync_team<kThreads>();  // all threads have appended
       const int64_t count = listed ? rows : int64_t(s_count);
       sort_candidates<kThreads>(list, count);
       best_count = count < p.k ? count : p.k;

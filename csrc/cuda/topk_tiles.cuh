@@ -1,19 +1,19 @@
-// The first pass of the search: products of queries and gallery rows in bfloat16 by tensor cores, in two
-// sweeps over the same tiles.
+// The first pass of the search: tensor cores multiply queries and gallery rows in bfloat16, in two sweeps over the same
+// tiles.
 //
-// Bucket b holds the gallery rows b, b + buckets, b + 2 buckets, ...  Sweep 1 finds for each query the
-// best score that some row of each bucket certainly has.  The k-th best of those, the cutoff, is reached
-// by k rows for certain; neighbours in the gallery, which are often of one class, lie in different
-// buckets.  Sweep 2 lists every row that may reach the cutoff.  A list that is full goes on counting.
+// Bucket b holds the gallery rows b, b + buckets, b + 2 buckets, ... Sweep 1 finds, for each query and bucket, the best
+// score that some row of the bucket certainly has. The k-th best of these is the cutoff: k rows certainly reach it.
+// Neighbours in the gallery are often of one class; here they are in different buckets. Sweep 2 lists every row that
+// may reach the cutoff. When a list is full, rows are still counted.
 //
-// Work:    a block of 128 does a tile of 64 queries with a split of the gallery at a time: every
-//          splits-th tile of 64 rows, 64 buckets.  A warp has 32 x 32 products in its registers; panels
-//          of 32 columns come by cp.async, the next one while this one is multiplied.
-// Memory:  (queries / 64) times the gallery's codes, twice, mostly from L2: blocks of one split follow
-//          each other.  Shared: 20 KiB.
-// Numerics: core/cosine_score.h: nothing that the bits of these products decide is lost.
-// Determinism: the lists' order depends on timing, what is in them on the sums' rounding alone.
-// Budget:  128 registers, so 512 threads an SM or more.  No local memory.
+// Work:    a block of 128 threads processes a tile of 64 queries with one split of the gallery at a time. A split is
+//          every splits-th tile of 64 rows, 64 buckets. A warp keeps 32 x 32 products in registers. cp.async loads
+//          panels of 32 columns, the next one while this one is multiplied.
+// Memory:  (queries / 64) times the gallery's codes, twice, mostly from L2: blocks of one split run one after another.
+//          Shared: 20 KiB.
+// Numerics: core/cosine_score.h: error bounds cover the rounding of these products, so results do not depend on it.
+// Determinism: the order of a list depends on timing. Its content depends only on the rounding of the sums.
+// Budget:  128 registers, so at least 512 threads per SM. No local memory.
 #pragma once
 #include "../core/ranking.h"
 #include "team.cuh"
@@ -31,13 +31,14 @@ struct TilesParams {
   int64_t splits;  // at most the number of tiles of rows
   float* best;     // sweep 1: [queries, splits * kTile], -inf where a bucket is empty
   const float* cutoff;
-  unsigned long long* found;  // [queries] rows that may reach the cutoff
-  Candidate* list;            // [queries, capacity], the ids of the first of them
+  unsigned long long* found;  // [queries] number of rows that may reach the cutoff
+  Candidate* list;            // [queries, capacity], the ids of the first `capacity` of them
   int64_t capacity;
 };
 
 struct alignas(16) TilePanels {
-  __nv_bfloat16 query[kTile][kTileDepth + 8], row[kTile][kTileDepth + 8];  // 80 bytes: eight rows in different banks
+  // rows of 80 bytes: eight rows are in different banks
+  __nv_bfloat16 query[kTile][kTileDepth + 8], row[kTile][kTileDepth + 8];
 };
 
 __device__ __forceinline__ void copy_panel(__nv_bfloat16 (*s_to)[kTileDepth + 8], const __nv_bfloat16* g_from,
@@ -50,11 +51,11 @@ __device__ __forceinline__ void copy_panel(__nv_bfloat16 (*s_to)[kTileDepth + 8]
   }
 }
 
-// A warp's products: fragments of 16 queries and 8 rows, number f of queries f / 4 and rows f % 4.
+// A warp's products, in 8 fragments of 16 queries and 8 rows. Fragment f has queries f / 4 and rows f % 4.
 struct WarpTile {
   float sums[8][4];
 
-  // Where the lane's number e of fragment f lies in the block's tile.
+  // The place of the lane's number e of fragment f in the block's tile.
   __device__ static int query(int f, int e) { return query0() + f / 4 * 16 + lane() / 4 + e / 2 * 8; }
   __device__ static int row(int f, int e) { return row0() + f % 4 * 8 + lane() % 4 * 2 + e % 2; }
   __device__ static int query0() { return int(threadIdx.x) / 32 % 2 * 32; }
@@ -90,7 +91,7 @@ __global__ void __launch_bounds__(kTileThreads, 4) sweep_tiles(const TilesParams
       }
       commit_copies();
     };
-    float least[4], best[8][4];  // the least product + row bound that passes; the best product - row bound
+    float least[4], best[8][4];  // least: smallest product + row bound that passes; best: largest product - row bound
     SIMPLEXFIX_UNROLL for (int i = 0; i < 4; ++i) {
       const int64_t query = query0 + WarpTile::query(i / 2 * 4, i % 2 * 2);
       least[i] = kLists && query < p.queries ? p.cutoff[query] - p.query_error_bound[query] : INFINITY;
@@ -104,12 +105,12 @@ __global__ void __launch_bounds__(kTileThreads, 4) sweep_tiles(const TilesParams
         const bool last = panel + 1 == panels;
         load(last ? tile + p.splits : tile, last ? 0 : panel + 1, 1 - now);
         wait_for_copies<1>();
-        sync_team<kTileThreads>();  // every thread's copies of this panel are there
+        sync_team<kTileThreads>();  // all threads' copies of this panel are complete
         products.add(s_panels[now]);
-        sync_team<kTileThreads>();  // all have read it: the next turn's copies go there
+        sync_team<kTileThreads>();  // all threads have read it: the next copies overwrite it
         now = 1 - now;
       }
-      SIMPLEXFIX_UNROLL for (int i = 0; i < 8; ++i) {  // a row's products side by side
+      SIMPLEXFIX_UNROLL for (int i = 0; i < 8; ++i) {  // products of one row are consecutive
         const int64_t row = tile * kTile + WarpTile::row(i / 2, i % 2);
         if (row >= p.n) continue;
         const float row_error_bound = p.row_error_bound[row];

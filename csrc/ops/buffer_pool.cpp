@@ -10,25 +10,27 @@
 
 namespace simplexfix {
 namespace {
-// Before the numbers: the block's size.  Large blocks of malloc begin at one and the same place in a page, z's as well;
-// with both that near to each other the stores of a kernel hold up loads a page away, for a quarter of its time.
+// Bytes before the numbers, which store the block's size. malloc places large blocks, z's as well, at the same offset
+// in a page. Without the header, stores of a kernel would delay its loads from the same offset (4K aliasing): a quarter
+// of its time.
 constexpr size_t kHeader = 1024;
 constexpr size_t kAlign = 64;
 constexpr size_t kHugePage = size_t(2) << 20;
 constexpr size_t kMostBlocks = 16;
-constexpr size_t kWorthKeeping = size_t(1) << 17;  // smaller blocks malloc keeps by itself
+constexpr size_t kWorthKeeping = size_t(1) << 17;  // malloc itself keeps smaller blocks
 
-// Under fork_mutex(), so that a forked child finds it whole and free.
+// fork_mutex() guards all members, so a forked child finds them consistent and the mutex free.
 class BufferPool {
  public:
   BufferPool() { free_.reserve(kMostBlocks); }
 
-  // size bytes of memory, or more, with a header before them
+  // Returns at least size bytes of memory, with a header before them.
   void* take(size_t size) {
     const size_t wanted = size + kHeader;
     {
       const std::lock_guard lock(cpu::fork_mutex());
-      for (auto block = free_.rbegin(); block != free_.rend(); ++block)  // the last one left is the warmest
+      // Search from the back: the block returned last is the most likely to be cached.
+      for (auto block = free_.rbegin(); block != free_.rend(); ++block)
         if (block->size >= wanted && block->size / 2 < wanted) {
           void* found = block->memory;
           free_bytes_ -= block->size;
@@ -41,7 +43,7 @@ class BufferPool {
     void* memory = std::aligned_alloc(align, rounded);
     if (!memory) throw std::runtime_error(message("not enough memory for a gradient of ", size, " bytes"));
 #ifdef __linux__
-    if (align == kHugePage) madvise(memory, rounded, MADV_HUGEPAGE);  // a hint: no harm where it fails
+    if (align == kHugePage) madvise(memory, rounded, MADV_HUGEPAGE);  // a hint: failure does no harm
 #endif
     *static_cast<size_t*>(memory) = rounded;
     return static_cast<char*>(memory) + kHeader;
@@ -66,7 +68,7 @@ class BufferPool {
     void* memory;
     size_t size;
   };
-  std::vector<Block> free_;  // the oldest first; never grows, so that giving back can't fail
+  std::vector<Block> free_;  // oldest first; its capacity is reserved, so give_back() cannot fail
   size_t free_bytes_ = 0;
 };
 

@@ -1,13 +1,13 @@
-// Memory for results on the CPU, above all gradients, that is used again.  torch's CPU allocator returns large blocks
-// to the system, which hands them out again page by page, zeroed: touching a fresh 64 MiB costs several times as long
-// as computing the gradient that it is for.  A training step wants the same size every time.
+// Reused memory for results on the CPU, above all gradients. torch's CPU allocator returns large blocks to the system,
+// which hands them out again as zeroed pages. Touching a fresh 64 MiB costs several times as long as computing the
+// gradient in it. A training step needs the same size every time.
 #pragma once
 #include "common.h"
 
 namespace simplexfix {
 
-// An uninitialised CPU tensor, contiguous, aligned to 64 bytes.  Its memory comes from blocks that such
-// tensors have left behind, of which the process keeps at most kMostBytes, and returns there.
+// Returns an uninitialised contiguous CPU tensor, aligned to 64 bytes. Its memory returns to a pool when the tensor is
+// freed. The pool keeps at most kMostBytes of free blocks.
 Tensor reusable_empty(const std::vector<int64_t>& shape, ScalarType type);
 
 constexpr size_t kMostBytes = size_t(256) << 20;

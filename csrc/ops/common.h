@@ -1,5 +1,5 @@
-// What every operator's front needs of torch: LibTorch's stable ABI alone, so that one build runs
-// beside any torch from 2.11 on.
+// Shared code of the operators' front files: checks, dtype dispatch, rows on threads, error translation. It uses only
+// LibTorch's stable ABI, so one build runs with any torch >= 2.11.
 #pragma once
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -25,14 +25,14 @@
 #include "../cpu/fork.h"
 #include "../cpu/parallel.h"
 
-// Python sees a ValueError with this message alone: STD_TORCH_CHECK would make it a RuntimeError, and name the folder
-// of the build.
+// Throws std::invalid_argument, which Python receives as a ValueError with exactly this message. STD_TORCH_CHECK would
+// raise a RuntimeError whose text names the build folder.
 #define SIMPLEXFIX_CHECK(condition, ...)                                             \
   do {                                                                               \
     if (!(condition)) throw std::invalid_argument(simplexfix::message(__VA_ARGS__)); \
   } while (false)
 
-// torch's, from 2.13 on; weak, so that the library loads beside an older one.
+// torch >= 2.13 exports this. The weak reference lets the library load with older versions.
 extern "C" const char* torch_exception_get_what_without_backtrace() __attribute__((weak));
 
 namespace simplexfix {
@@ -54,7 +54,7 @@ inline ScalarType accumulate_type(ScalarType type) {
   return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// Calls f(T{}) with the kernels' type T of a floating tensor.
+// Calls f(T{}), where T is the kernels' type for a floating-point dtype.
 template <typename F>
 void dispatch_floating(ScalarType type, F&& f) {
   switch (type) {
@@ -75,12 +75,12 @@ T* mutable_data(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
-// torch's own is asked by name, and the answer takes a microsecond, where there is something to do.
+// Dispatching `contiguous` costs about 1 us; skip it for contiguous tensors.
 inline Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
-// z as rows of d numbers side by side; rows themselves may lie at any stride.
+// Returns z [B, d] with the d numbers of each row contiguous; the row stride may be anything.
 inline Tensor with_dense_rows(const Tensor& z) { return z.size(1) <= 1 || z.stride(1) == 1 ? z : as_contiguous(z); }
 
 inline void check_rows(const Tensor& z, const char* name) {
@@ -91,12 +91,14 @@ inline void check_rows(const Tensor& z, const char* name) {
                    " must have between 1 and 2^31 - 2 columns, got ", z.size(1));
 }
 
-// Calls work(begin, end) over all rows of cols numbers each, on torch's threads; in a forked child on as many threads
-// of our own.  Each thread starts with its own range of rows, the same in every call, so that they are in its caches.
-// A thread that is done takes chunks of the other ranges, since threads of a shared machine are seldom equally fast.
+// Calls work(begin, end) on ranges that together cover all rows, on torch's threads. In a forked child it starts
+// threads of its own (cpu/parallel.h). Each thread begins with its own range of rows, the same in every call, so the
+// rows are in its caches. A thread that finishes its range takes chunks of other ranges: threads of a shared machine
+// are seldom equally fast. cols is the number of elements of a row.
 template <typename F>
 void for_rows(int64_t rows, int64_t cols, const F& work) {
-  constexpr int64_t kWorth = 16384, kChunks = 8;  // numbers that are worth a hand-over; chunks of a range
+  // kWorth: elements that pay for waking a thread; kChunks: chunks per range
+  constexpr int64_t kWorth = 16384, kChunks = 8;
   const bool forked = cpu::is_forked();
   const int64_t worth = forked ? cpu::kNumbersPerThread : kWorth;
   const int64_t least = std::max<int64_t>(1, worth / std::max<int64_t>(1, cols));
@@ -121,8 +123,9 @@ void for_rows(int64_t rows, int64_t cols, const F& work) {
     torch::stable::parallel_for(0, ranges, 1, [&](int64_t own, int64_t) { run(own); });
 }
 
-// An operator as it is registered.  Where torch fails within it, most often for want of memory, Python sees torch's own
-// words ("CUDA out of memory. Tried to allocate ..."): the stable ABI says only where in its headers it noticed.
+// Wraps an operator for registration. When torch fails inside it, mostly for lack of memory, the stable ABI reports
+// only a line of its own headers. The wrapper rethrows with torch's message ("CUDA out of memory. Tried to allocate
+// ...") where torch exports it.
 template <auto F>
 struct Operator;
 template <typename Result, typename... Args, Result (*F)(Args...)>

@@ -16,14 +16,15 @@
 
 namespace simplexfix {
 namespace {
-constexpr int64_t kQueriesWorthCodes = 24;  // to encode a gallery costs about as much as to score it for half of them
+// Encoding a gallery costs about as much as scoring it for half this number of queries.
+constexpr int64_t kQueriesWorthCodes = 24;
 
-// Products of a search that is not worth threads of our own, which cost about 50 us each to start, and too short to be
-// interrupted: below a tenth of a second.
+// A search with fewer products is brief: below a tenth of a second, so it need not be interruptible. It does not pay
+// for threads of our own, which take about 50 us each to start.
 constexpr double kBriefProducts = double(int64_t(1) << 28);
-constexpr int64_t kNumbersAtATime = int64_t(1) << 26;  // to read and write between two checks for an interrupt
+constexpr int64_t kNumbersAtATime = int64_t(1) << 26;  // read and written between two checks of the interrupt
 
-// Calls work(begin, end) over n rows of d numbers each by for_rows, and checks for an interrupt between chunks.
+// Calls work(begin, end) over n rows of d numbers each by for_rows, and checks the interrupt between chunks.
 template <typename Work>
 void in_chunks(int64_t n, int64_t d, cpu::Interrupt& interrupt, const Work& work) {
   const int64_t chunk = std::max<int64_t>(1, kNumbersAtATime / std::max<int64_t>(1, d));
@@ -33,7 +34,7 @@ void in_chunks(int64_t n, int64_t d, cpu::Interrupt& interrupt, const Work& work
   }
 }
 
-// A dense, normalised copy of the rows.
+// Returns a dense, normalised copy of the rows. Throws if a row has nan or inf; the message names the first.
 Tensor normalized(const Tensor& rows, const char* name, cpu::Interrupt& interrupt) {
   const int64_t n = rows.size(0), d = rows.size(1), stride = n > 1 ? rows.stride(0) : d;
   const float* in = data<float>(rows);
@@ -86,7 +87,7 @@ std::tuple<Tensor, Tensor> cosine_topk_cpu(Tensor query, Tensor gallery, int64_t
       codes->encode(rows, begin * cpu::kPanelRows, std::min(rows.n, end * cpu::kPanelRows));
     });
   }
-  // torch's threads pass no exception on, so that an interrupt needs threads of our own
+  // An interrupt needs threads of our own: torch's threads do not propagate exceptions.
   const bool brief = !cpu::is_forked() && double(queries) * double(rows.n) * double(rows.d) < kBriefProducts;
   const int64_t most = torch::stable::get_num_threads();
   const int64_t threads = brief ? most : cpu::Search::threads_for(queries, rows, most);
@@ -106,7 +107,7 @@ std::tuple<Tensor, Tensor> cosine_topk_cpu(Tensor query, Tensor gallery, int64_t
 }
 
 #ifdef SIMPLEXFIX_WITH_CUDA
-// Rows with nan or inf are not refused here: the host would have to wait for the device (docs/numerics.md).
+// Rows with nan or inf are not rejected here: the host would have to synchronize with the device (docs/numerics.md).
 std::tuple<Tensor, Tensor> cosine_topk_cuda(Tensor query, Tensor gallery, int64_t k) {
   const torch::stable::accelerator::DeviceGuard guard(cuda_device(query, "query"));
   check(query, gallery, k);

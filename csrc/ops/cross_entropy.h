@@ -1,4 +1,5 @@
-// The cross-entropy operators of all polytopes: schema, checks, allocation, the run on a device.
+// The cross-entropy operators of all polytopes: schema, argument checks, allocation, and the kernel call on each
+// device.
 #pragma once
 #include <limits>
 #include <memory>
@@ -15,10 +16,11 @@
 
 namespace simplexfix {
 
-// A gradient of this size or more would drive everything else out of the caches before it is read again.
+// Gradients of at least this size use non-temporal stores. Through the caches they would evict all other data before
+// anything reads them.
 constexpr int64_t kStreamBytes = int64_t(8) << 20;
 
-// The arguments that the operators of all polytopes have in common, as torch passes them.
+// Arguments common to the operators of all polytopes, as torch passes them.
 struct CrossEntropyArguments {
   const Tensor &z, &target;
   bool normalize;
@@ -33,7 +35,7 @@ struct CrossEntropyArguments {
   ScalarType loss_dtype;
 };
 
-// The arguments, checked; and the results, allocated.
+// The checked arguments and the allocated results.
 struct CrossEntropyCall {
   Tensor z, target, loss, gradient;
   std::optional<Tensor> weight;  // in the accumulating dtype
@@ -57,7 +59,7 @@ struct CrossEntropyCall {
   }
 };
 
-// z has passed check_rows; target and weight are checked against the number of slots.
+// Checks the arguments and allocates the results. z must have passed check_rows. slots is the number of classes.
 inline CrossEntropyCall check_cross_entropy(const CrossEntropyArguments& given, int64_t slots) {
   const auto& [z, target, normalize, scale, margin_kind, margin_size, weight, ignore_index, smoothing, reduction,
                wants_gradient, loss_dtype] = given;
@@ -111,7 +113,8 @@ inline CrossEntropyCall check_cross_entropy(const CrossEntropyArguments& given, 
   return call;
 }
 
-// The sum of the class weights of all rows that count: what a mean divides by.
+// Returns the sum of the class weights over all rows that are not ignored: the divisor of a mean. Each row counts 1
+// without weights. Throws if a target is out of range.
 template <typename A>
 double weigh_targets(const int64_t* target, int64_t rows, const A* weight, int64_t slots, int64_t ignore_index) {
   double sum = 0;
@@ -124,7 +127,7 @@ double weigh_targets(const int64_t* target, int64_t rows, const A* weight, int64
   return sum;
 }
 
-// Rounded to what the loss is to be: a cast by torch afterwards would take as long as all of a small batch.
+// Writes n losses in the dtype of `loss`. A later cast by torch would take as long as a whole small batch.
 template <typename A>
 void set_loss(const Tensor& loss, const A* values, int64_t n) {
   switch (loss.scalar_type()) {
@@ -166,9 +169,9 @@ struct OnCpu {
                                           .options = call.options<A>(A(weight_sum))};
       for_rows(call.rows, call.d, [&](int64_t begin, int64_t end) { polytope.rows(args, begin, end); });
       if (call.reduction == Reduction::kNone) return set_loss(call.loss, args.loss, call.rows);
-      double sum = 0;  // in row order, whatever thread computed which rows
+      double sum = 0;  // in row order, whichever thread computed each row
       for (int64_t b = 0; b < call.rows; ++b) sum += double(args.loss[b]);
-      // a mean over nothing is nan, as in torch
+      // The mean over no rows is nan, as in torch.
       const A loss = A(call.reduction == Reduction::kMean ? sum / counted : sum);
       set_loss(call.loss, &loss, 1);
     });
@@ -182,7 +185,7 @@ struct OnCuda {
     explicit Guard(const Tensor& z) : guard(cuda_device(z, "z")) {}
   };
 
-  // Only the device reads targets and weights.
+  // Only the device reads targets and weights: reading them on the host would synchronize.
   template <typename Polytope>
   static void run(const CrossEntropyCall& call, const Polytope& polytope) {
     const ScalarType type = call.z.scalar_type(), accumulate = accumulate_type(type);
@@ -217,11 +220,15 @@ struct OnCuda {
 };
 #endif
 
-// A polytope's operator on a device.  Own are the arguments that it alone has, between target and the common ones.
+// The operator of one polytope on one device. Own are the arguments that only this polytope has; they stand between
+// target and the common ones. A Polytope provides:
 //
-// A Polytope has: kOperator, the operator's name; a constructor from z and Own, which checks them; slots; check(call),
-// for what it refuses of the common arguments; rows(args, begin, end), which computes rows of a
-// cpu::CrossEntropyArgs<T>; with CUDA launch(args), which starts the kernels of a cuda::CrossEntropyArgs.
+//   kOperator               the operator's name
+//   Polytope(z, own...)     a constructor that checks the arguments Own
+//   slots                   the number of classes K
+//   check(call)             rejects common arguments that this polytope does not support
+//   rows(args, begin, end)  computes rows [begin, end) of a cpu::CrossEntropyArgs<T>
+//   launch(args)            launches the kernels for a cuda::CrossEntropyArgs; only in builds with CUDA
 template <typename Device, typename Polytope, typename... Own>
 std::tuple<Tensor, Tensor> cross_entropy(Tensor z, Tensor target, Own... own, bool normalize, double scale,
                                          int64_t margin_kind, double margin_size, std::optional<Tensor> weight,
@@ -248,7 +255,7 @@ std::tuple<Tensor, Tensor> cross_entropy(Tensor z, Tensor target, Own... own, bo
   return {call.loss, call.gradient};
 }
 
-// own: the schema of Own, as "Tensor? codes, "
+// own: the schema of the arguments Own with a trailing comma, for example "Tensor? codes, ".
 inline std::string cross_entropy_schema(const std::string& name, const std::string& own = "") {
   return name + "(Tensor z, Tensor target, " + own +
          "bool normalize, float scale, int margin_kind, float margin_size, Tensor? weight, int ignore_index, "

@@ -1,4 +1,4 @@
-// simplexfix::cube_cross_entropy: K = 2^d slots, or as many as there are codes.
+// simplexfix::cube_cross_entropy: K = 2^d slots, or one slot per row of codes.
 #include "cross_entropy.h"
 
 namespace simplexfix {
@@ -6,7 +6,7 @@ namespace {
 
 struct CubeLoss {
   static constexpr const char* kOperator = "cube_cross_entropy";
-  const std::optional<Tensor> codes;  // [K, words] contiguous; without them the target is the code itself
+  const std::optional<Tensor> codes;  // [K, words] contiguous; if empty, the target itself is the code
   const int64_t words, slots;
 
   CubeLoss(const Tensor& z, const std::optional<Tensor>& given)
@@ -17,7 +17,7 @@ struct CubeLoss {
   void check(const CrossEntropyCall& call) const {
     SIMPLEXFIX_CHECK(!call.weight || call.smoothing == 0, "weight and label_smoothing exclude each other");
     if (!codes || call.d % 64 == 0 || !call.z.is_cpu()) return;
-    // Only the rows in use: checking all of the table would cost more than the loss.
+    // Check only the rows in use: checking the whole table would cost more than the loss.
     const int64_t *labels = data<int64_t>(call.target), *table = data<int64_t>(*codes);
     for (int64_t b = 0; b < call.rows; ++b) {
       const int64_t label = labels[b];

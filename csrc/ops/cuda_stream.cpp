@@ -1,12 +1,13 @@
-// What is asked of CUDA.  Of libtorch_cuda.so, which a CPU build of torch lacks, it is looked up in the copy that torch
-// has loaded, so that this library links and imports without it.
+// Access to CUDA. A CPU build of torch has no libtorch_cuda.so. Its functions are therefore looked up at run time, in
+// the copy that torch has loaded, and this library links and imports without it.
 #ifdef SIMPLEXFIX_WITH_CUDA
 #include "cuda_stream.h"
 
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
 
-// Of the CUDA runtime that nvcc links in; without its headers, which the C++ compiler need not find.
+// The CUDA runtime that nvcc links in has these functions. They are declared here because the C++ compiler may not find
+// CUDA's headers.
 extern "C" int cudaRuntimeGetVersion(int* version);
 extern "C" int cudaDriverGetVersion(int* version);
 

@@ -1,5 +1,5 @@
-// simplexfix::old_new_contrast: checks, allocation, dispatch.  On the CPU cpu/contrast.h runs it; on a GPU the block
-// loop is here, since its matrix products are torch's.
+// simplexfix::old_new_contrast: checks, allocation, dispatch. cpu/contrast.h runs it on the CPU. The block loop for a
+// GPU is here, since its matrix products are torch's.
 #include <algorithm>
 
 #include "../cpu/contrast.h"
@@ -12,9 +12,9 @@
 
 namespace simplexfix {
 namespace {
-// anchors [A, d], candidates [C, d]; anchor i's own candidate is first_positive + i.  upstream [A] in the
-// accumulating dtype: what each row's gradient is multiplied by; without it there is none.  The gradient is
-// that of the candidates, or of the anchors.
+// anchors [A, d], candidates [C, d]; candidate first_positive + i is anchor i's own. upstream [A], in the accumulating
+// dtype, is the factor of each row's gradient; without it no gradient is computed. The gradient is by the anchors if
+// to_anchors, else by the candidates.
 struct ContrastCall {
   Tensor anchors, candidates, anchor_class, candidate_class, loss;
   std::optional<Tensor> upstream;
@@ -24,7 +24,7 @@ struct ContrastCall {
   bool to_anchors;
   ScalarType type, accumulate;
 
-  const Tensor& side() const { return to_anchors ? anchors : candidates; }  // whose gradient it is
+  const Tensor& side() const { return to_anchors ? anchors : candidates; }  // the side of the gradient
   int64_t anchor_stride() const { return rows > 1 ? anchors.stride(0) : d; }
   int64_t candidate_stride() const { return count > 1 ? candidates.stride(0) : d; }
   int64_t side_stride() const { return to_anchors ? anchor_stride() : candidate_stride(); }
@@ -116,7 +116,7 @@ Tensor accumulating(const Tensor& rows) {
   return rows.scalar_type() == type ? rows : torch::stable::to(rows, type);
 }
 
-constexpr int64_t kCudaBlockNumbers = int64_t(1) << 22;  // 16 MiB of float: stays in L2 (A100 40, H100 50 MiB)
+constexpr int64_t kCudaBlockNumbers = int64_t(1) << 22;  // 16 MiB of float: stays in L2 (A100: 40 MB, H100: 50 MB)
 constexpr int64_t kCudaMinBlock = 128;                   // rows
 
 std::tuple<Tensor, Tensor> old_new_contrast_cuda(Tensor anchors, Tensor candidates, Tensor anchor_class,
@@ -145,7 +145,8 @@ std::tuple<Tensor, Tensor> old_new_contrast_cuda(Tensor anchors, Tensor candidat
   const Tensor grad_unit = !upstream || call.accumulate == call.type
                                ? gradient
                                : torch::stable::new_empty(side, {side.size(0), d}, call.accumulate);
-  if (upstream && n == 0) torch::stable::zero_(const_cast<Tensor&>(grad_unit));  // candidates without anchors
+  // Without anchors the candidates' gradient is 0.
+  if (upstream && n == 0) torch::stable::zero_(const_cast<Tensor&>(grad_unit));
 
   const int64_t block = std::max(kCudaBlockNumbers / std::max<int64_t>(1, count), kCudaMinBlock);
   const Tensor similarity = torch::stable::new_empty(a, {std::min(block, n), count});

@@ -1,4 +1,4 @@
-// simplexfix::scale_rows: a stored gradient times the gradient that arrives from above.
+// simplexfix::scale_rows: multiplies a stored gradient by the upstream gradient.
 #include "common.h"
 
 #include "../cpu/kernels.h"

@@ -1,4 +1,4 @@
-// Buffers, failures and floors of the kernel tests.
+// Buffers, failure counts and error floors of the kernel tests.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -14,7 +14,7 @@
 
 inline int g_cases = 0, g_failures = 0;
 
-// Counts a failure; prints the first few with what the format says.
+// Counts a failure, and prints the first few.
 __attribute__((format(printf, 1, 2))) inline void failed(const char* format, ...) {
   if (++g_failures > 8) return;
   std::printf("FAIL ");
@@ -31,8 +31,8 @@ constexpr int kGuard = 0;  // ASan has red zones of its own
 constexpr int kGuard = 64;
 #endif
 
-// size elements, the first `offset` elements past a 16-byte boundary, every byte 0xff: nan in each of
-// the float types, -1 in the integers.  What lies before and behind must stay so.
+// A buffer of size elements, which starts `offset` elements past a 16-byte boundary. Every byte is 0xff: nan in the
+// float types, -1 in the integers. The bytes before and after the elements must stay so.
 template <typename T>
 class Buffer {
  public:
@@ -61,7 +61,7 @@ class Buffer {
 };
 
 template <typename T>
-struct Format;  // digits of the significand, and half the smallest number above zero
+struct Format;  // digits of the significand, and half the smallest positive number
 template <>
 struct Format<float> {
   static constexpr const char* kName = "float";
@@ -87,9 +87,10 @@ struct Format<__nv_bfloat16> {
   static constexpr double kTiny = 0x1p-134;
 };
 
-// The floors: how far a result may be from the truth however good the naive computation was.
-//   of sums and exponentials   kFloor roundings of the accumulating type, at the size of the largest term
-//   of the result's own type   one rounding, half a unit in the last place
+// The floors: the error that a result may have, however accurate the naive computation was.
+//
+//   sums and exponentials   kFloor roundings of the accumulating type, at the size of the largest term
+//   the result's own type   one rounding, half a unit in the last place
 constexpr double kFloor = 8;
 template <typename A>
 double floor_of(double size) {

@@ -1,7 +1,6 @@
-"""Builds the tests of the CUDA kernels, and those of the CPU core, for one layer and runs them; README.md says what
-each layer is for.
+"""Builds and runs the tests of the CUDA kernels and of the CPU core for one layer.  README.md lists the layers.
 
-Objects are kept in build/native under a hash of what they are made from, so a second build is free.
+Objects are cached in build/native under a hash of their sources, flags and compiler, so a second build is free.
 """
 
 import hashlib
@@ -35,11 +34,11 @@ class Layer:
 
 ASAN = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 TSAN = ["-O1", "-fsanitize=thread"]
-# A race is found in whatever order the threads run, so one order and two dtypes will do.
+# TSan finds a race in any order of the threads, so one order and two dtypes are enough.
 FEW = ["--small", "--order", "forward", "--dtype", "float", "--dtype", "bfloat16"]
 LAYERS = {
     "plain": Layer(["-O1"]),
-    "asan": Layer(["-O1", *ASAN], ["--order", "forward"]),  # where an access lies does not depend on the order
+    "asan": Layer(["-O1", *ASAN], ["--order", "forward"]),  # addresses do not depend on the order
     "tsan": Layer(TSAN, FEW),
     "ptx": Layer(["-O1"], ["--ptx"], ptx=True),
     "ptx-tsan": Layer(TSAN, ["--ptx", *FEW], ptx=True),
@@ -47,7 +46,7 @@ LAYERS = {
 
 
 class BuildError(Exception):
-    """A compiler failed; the text is what it said."""
+    """A compiler failed; the message is its command and output."""
 
 
 def cuda_include() -> Path | None:
@@ -63,7 +62,7 @@ def nvcc() -> str:
 
 
 def missing() -> str | None:
-    """Why the tests cannot be built here, or None."""
+    """Returns why the tests cannot be built here, or None."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return f"the emulator switches contexts on x86-64 only, not on {platform.machine()}"
     if not shutil.which(CXX):
@@ -86,7 +85,7 @@ def version(compiler: str) -> str:
 
 
 def closure(source: Path, seen: dict[Path, str] | None = None) -> dict[Path, str]:
-    """The text of a source and of every file that it includes by a quoted name."""
+    """Returns the text of a source and of every file that it includes by a quoted name."""
     seen = {} if seen is None else seen
     source = source.resolve()
     if source not in seen:
@@ -101,7 +100,7 @@ def digest(*parts: object) -> str:
 
 
 def make(target: Path, command: list[str | Path]) -> Path:
-    """Runs a command that writes `target`, unless it is there; it appears whole or not at all."""
+    """Runs a command that writes `target`, unless `target` exists.  A failed command leaves no partial target."""
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f"{target.stem}.{os.getpid()}{target.suffix}")
@@ -113,7 +112,7 @@ def make(target: Path, command: list[str | Path]) -> Path:
 def compile_source(source: Path, flags: list[str]) -> Path:
     texts = [*closure(source).values(), *closure(HERE / "emulator" / "ptx_runtime.h").values()]
     emulator = ["-include", HERE / "emulator" / "emulator.h", f"-I{HERE / 'emulator'}", "-isystem", cuda_include()]
-    # Fewer blocks than rows: the kernels' loops over rows take several turns.
+    # Fewer blocks than rows, so that the kernels' loops over rows iterate.
     common = ["-std=c++20", "-g1", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
     common += ["-DSIMPLEXFIX_MAX_BLOCKS=3", "-DSIMPLEXFIX_GROUP_BYTES=100000"]
     name = f"{source.stem}-{digest(version(CXX), common, flags, *texts)}.o"
@@ -121,7 +120,7 @@ def compile_source(source: Path, flags: list[str]) -> Path:
 
 
 def compile_ptx(source: Path, flags: list[str]) -> Path:
-    """nvcc's optimised PTX of a source, translated and compiled."""
+    """Compiles a source to optimised PTX by nvcc, translates it to C++ and compiles that."""
     name = f"{source.stem}-{digest(version(nvcc()), *closure(source).values())}.ptx"
     options = ["-std=c++17", "-O3", "-arch=compute_80", "-lineinfo", "-ptx"]
     ptx = make(CACHE / name, [nvcc(), *options, source])
@@ -137,7 +136,7 @@ class CoreLayer:
     """The CPU core: no torch, no CUDA, no emulator."""
 
     flags: list[str]
-    levels: list[str]  # instruction sets to run at, as far as this machine has them
+    levels: list[str]  # instruction sets to run with; the machine may lack some
     arguments: list[str] = field(default_factory=list)
     fuzz_seconds: int = 0
     timeout: int = 600
@@ -152,12 +151,12 @@ CORE_LAYERS = {
 
 
 def missing_core() -> str | None:
-    """Why the CPU core cannot be built here, or None."""
+    """Returns why the CPU core cannot be built here, or None."""
     return None if shutil.which(CXX) else f"no {CXX}"
 
 
 def build_core(layer: str, csrc: Path = ROOT / "csrc", jobs: int = 1) -> tuple[Path, Path]:
-    """The test program and the fuzz program of a layer, with the core of `csrc`."""
+    """Returns the test program and the fuzz program of a layer, built with the core of `csrc`."""
     flags = ["-pthread", *CORE_LAYERS[layer].flags]
     common = ["-std=c++20", "-g1", "-Wall", "-Wextra", "-Wno-psabi"]
 
@@ -183,7 +182,7 @@ def build_core(layer: str, csrc: Path = ROOT / "csrc", jobs: int = 1) -> tuple[P
 def run_core(
     programs: tuple[Path, Path], layer: str, levels: list[str] | None = None
 ) -> list[subprocess.CompletedProcess[str]]:
-    """The test program at every level, or these, then the fuzz program."""
+    """Runs the test program at every level of the layer, or at `levels`, then the fuzz program."""
     chosen = CORE_LAYERS[layer]
     environment = {"TSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": "max_allocation_size_mb=64"}
 
@@ -191,18 +190,18 @@ def run_core(
         return start_program(command, chosen.timeout, {**environment, "SIMPLEXFIX_ISA": level})
 
     done = [start([programs[0], *chosen.arguments], level) for level in levels or chosen.levels]
-    if chosen.fuzz_seconds:  # a file of a few kilobytes must never ask for more than 64 MiB
+    if chosen.fuzz_seconds:  # loading a file of a few kilobytes must never allocate more than 64 MiB
         done.append(start([programs[1], str(chosen.fuzz_seconds)], ISA_LEVELS[-1]))
     return done
 
 
 def build(layer: str, csrc: Path = ROOT / "csrc", jobs: int = 1) -> Path:
-    """The test program of a layer, with the kernels of `csrc`."""
+    """Returns the test program of a layer, built with the kernels of `csrc`."""
     chosen = LAYERS[layer]
     kernels = [*sorted((csrc / "cuda").glob("*.cu")), HERE / "primitives.cu"]
     tests = sorted(HERE.glob("*.cpp"))
     work = [(compile_source, source) for source in (*kernels, *tests)]
-    if chosen.ptx:  # their strong symbols win over the weak ones of the kernels above
+    if chosen.ptx:  # their strong symbols replace the weak ones of the kernels above
         work += [(compile_ptx, source) for source in kernels]
     with ThreadPool(jobs) as pool:
         objects = pool.map(lambda item: item[0](item[1], chosen.flags), work, chunksize=1)
@@ -211,13 +210,13 @@ def build(layer: str, csrc: Path = ROOT / "csrc", jobs: int = 1) -> Path:
 
 
 def build_ops(jobs: int = 1) -> Path:
-    """A library of the operators' CUDA halves for CPU tensors, in torch.ops.simplexfix_emulated."""
-    import torch  # nothing else here needs it
+    """Builds a library of the operators' CUDA halves for CPU tensors, in torch.ops.simplexfix_emulated."""
+    import torch  # only this function needs it
 
     folder = Path(torch.__file__).parent
     headers = HERE / "emulator" / "emulated_ops.h"
     fronts = [f for f in sorted((ROOT / "csrc" / "ops").glob("*.cpp")) if f.stem != "cuda_stream"]
-    fronts.append(ROOT / "csrc" / "cpu" / "fork.cpp")  # for the memory of results
+    fronts.append(ROOT / "csrc" / "cpu" / "fork.cpp")  # the buffer pool uses it
     flags = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
     flags += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-isystem", folder / "include", "-include", headers]
 

@@ -1,5 +1,5 @@
-"""Holds the machine code of the CUDA kernels in a built library to what was meant: registers within budget, no stack,
-no local memory, the instructions that a kernel is written for.  Prints registers by architecture.
+"""Checks the machine code of the CUDA kernels in a built library: registers within budget, no stack, no local memory,
+and the instructions that each kernel is written for.  Prints registers by architecture.
 
 python tests/native/machine_code.py [LIBRARY]      (default: simplexfix/_C*.so as built in place)
 
@@ -18,10 +18,10 @@ from pathlib import Path
 
 import harness
 
-BUDGET = {"sweep_tiles": 128, "finish_topk": 80}  # registers a thread; their headers say why.  Others: 64, double 128
+BUDGET = {"sweep_tiles": 128, "finish_topk": 80}  # registers per thread.  Others: 64, double 128
 WIDE = ("LDG.E.128", "STG.E.128")  # 16 bytes at a time
-# The first words of instructions that kernels must have; of sweep_tiles those of tensor cores, of the fragments and of
-# copies of 16 bytes past the registers
+# Prefixes of the opcodes that kernels must have.  sweep_tiles: tensor-core products, ldmatrix, and copies of 16 bytes
+# that bypass the registers
 MEANT = {
     r"sweep_tiles": ("HMMA.16816.F32.BF16", "LDSM.16.M88.4", "LDGSTS.E.BYPASS.128"),
     r"cross_entropy<": WIDE,
@@ -33,14 +33,14 @@ MEANT = {
 
 
 class ToolError(Exception):
-    """What the disassembler said, or that there is none."""
+    """The disassembler failed, or is missing."""
 
 
 @dataclass(frozen=True)
 class Usage:
-    registers: int  # a thread
-    stack: int  # bytes a thread
-    shared: int  # bytes a block, static
+    registers: int  # per thread
+    stack: int  # bytes per thread
+    shared: int  # static bytes per block
 
 
 def built_library() -> Path:
@@ -51,7 +51,7 @@ def built_library() -> Path:
 
 
 def dump(option: str, library: Path) -> subprocess.Popen[str]:
-    """cuobjdump at work; c++filt's names."""
+    """Starts cuobjdump, with names demangled by c++filt."""
     packages = Path(sysconfig.get_path("platlib")).glob("nvidia/cu*/bin")
     headers = harness.cuda_include()
     toolkit = [headers.parent / "bin"] if headers else []
@@ -65,10 +65,10 @@ def dump(option: str, library: Path) -> subprocess.Popen[str]:
 
 
 def short(name: str) -> str:
-    """A kernel's name with its template arguments."""
+    """Returns a kernel's name with its template arguments."""
     name = re.sub(r"simplexfix::cuda::|^void ", "", name.strip())
     depth = 0
-    for i, letter in enumerate(name):  # up to the parenthesis of its parameters, which is in no angle bracket
+    for i, letter in enumerate(name):  # up to the parenthesis of the parameters, which is outside angle brackets
         depth += (letter == "<") - (letter == ">")
         if letter == "(" and depth == 0:
             return name[:i]
@@ -76,7 +76,7 @@ def short(name: str) -> str:
 
 
 def usage(library: Path) -> dict[str, dict[str, Usage]]:
-    """By kernel and architecture."""
+    """Returns the resource usage by kernel and architecture."""
     found: dict[str, dict[str, Usage]] = collections.defaultdict(dict)
     with dump("-res-usage", library) as process:
         architecture = kernel = ""
@@ -94,7 +94,7 @@ def usage(library: Path) -> dict[str, dict[str, Usage]]:
 
 
 def instructions(library: Path) -> dict[tuple[str, str], set[str]]:
-    """The opcodes of each (kernel, architecture)."""
+    """Returns the opcodes of each (kernel, architecture)."""
     found: dict[tuple[str, str], set[str]] = {}
     opcodes: set[str] = set()
     with dump("-sass", library) as process:

@@ -2,8 +2,8 @@
 
     python tests/native/mutants.py [--layers plain asan tsan ptx] [--some N] [NAME ...]
 
-The edits are here and not #ifdefs in the kernels.  Each names the code that it replaces, once in its file without
-comments: when a kernel changes, its mutant has to follow or fails by itself; comments are free to change.
+The edits are here and not #ifdefs in the kernels.  `old` must occur exactly once in its file without comments.  So a
+mutant whose kernel has changed fails until it is updated, and comments are free to change.
 """
 
 import argparse
@@ -32,8 +32,8 @@ class Mutant:
     file: str
     old: str
     new: str
-    group: str = "cross_entropy"  # of the kernels' test program
-    layers: tuple[str, ...] = ("plain", "asan", "tsan")  # that may find it
+    group: str = "cross_entropy"  # part of the kernels' test program
+    layers: tuple[str, ...] = ("plain", "asan", "tsan")  # layers that may find it
 
     @property
     def in_core(self) -> bool:
@@ -333,12 +333,12 @@ MUTANTS = [
 
 
 def without_comments(source: str) -> str:
-    """C++ without // comments; each statement stays in its line."""
+    """Returns C++ without // comments; each statement keeps its line."""
     return re.sub(r'("(?:\\.|[^"\\\n])*")|[ \t]*//[^\n]*', r"\1", source)
 
 
 def plant(mutant: Mutant, folder: Path) -> Path:
-    """A copy of csrc with the bug in it."""
+    """Copies csrc into `folder` and plants the bug in the copy."""
     csrc = folder / "csrc"
     for folder_name in ("core", "cpu", "cuda"):
         shutil.copytree(harness.ROOT / "csrc" / folder_name, csrc / folder_name)
@@ -351,7 +351,7 @@ def plant(mutant: Mutant, folder: Path) -> Path:
 
 
 def verdict(mutant: Mutant, layer: str, jobs: int = 1) -> str | None:
-    """What the layer found, or None."""
+    """Returns the line by which the layer failed, or None if it passed."""
     with tempfile.TemporaryDirectory() as folder:
         csrc = plant(mutant, Path(folder))
         programs = harness.build_core(layer, csrc, jobs) if mutant.in_core else harness.build(layer, csrc, jobs)
@@ -371,7 +371,7 @@ def verdict(mutant: Mutant, layer: str, jobs: int = 1) -> str | None:
 
 
 def run_all(names: list[str] | None = None, layers: tuple[str, ...] | None = None, jobs: int = 1) -> list[str]:
-    """Tries the layers on each mutant until one turns red; prints a table, returns the survivors."""
+    """Runs the layers on each mutant until one fails.  Prints a table, returns the survivors."""
     survivors = []
     for mutant in MUTANTS:
         if names and mutant.name not in names:
@@ -388,7 +388,7 @@ def run_all(names: list[str] | None = None, layers: tuple[str, ...] | None = Non
 
 
 def some(count: int) -> list[Mutant]:
-    """Planted bugs in turn, the number of commits decides which; not those for which all must go through nvcc again."""
+    """Returns `count` mutants, which rotate with the number of commits.  Mutants that need nvcc are left out."""
     quick = [mutant for mutant in MUTANTS if mutant.layers != ("ptx",)]
     commits = subprocess.run(
         ["git", "rev-list", "--count", "HEAD"], cwd=harness.ROOT, capture_output=True, text=True, check=True

@@ -1,6 +1,6 @@
-// Kernels that do one thing of device.cuh each, for test_primitives.cpp.  Unlike the wrong kernels of
-// test_emulator.cpp they go through nvcc too, so that the inline PTX itself is run: templates in a named
-// namespace, as those of csrc, whose weak symbols the translated PTX replaces.
+// Kernels that each use one feature of device.cuh, for test_primitives.cpp. Unlike the wrong kernels of
+// test_emulator.cpp they are also compiled by nvcc, so that the inline PTX itself runs. Like those of csrc they are
+// templates in a named namespace: the translated PTX replaces their weak symbols.
 #include "primitives.h"
 
 #include "../../csrc/cuda/launch.cuh"
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(64) copies_kernel(const unsigned char* g_in, u
   }
   if constexpr (kWaited > 0) wait_for_copies<2 - kWaited>();
   sync_team<64>();
-  for (int group = 0; group < 2; ++group)  // what other threads have copied
+  for (int group = 0; group < 2; ++group)  // copied by other threads
     reinterpret_cast<Sixteen*>(g_out)[group * 64 + thread] = s_data[group][63 - thread];
 }
 

@@ -1,4 +1,4 @@
-// Launchers of primitives.cu: kernels that do one thing of device.cuh each.
+// Launchers of primitives.cu, whose kernels each use one feature of device.cuh.
 #pragma once
 #include <cstdint>
 
@@ -9,19 +9,19 @@ namespace primitives {
 struct Product {
   const void* a;  // [16, 16] of dtype; by columns with `transposed`
   const void* b;  // [8, 16], each row a column of the product's second factor; [16, 8] with `transposed`
-  float* c;       // [16, 8], added to
+  float* c;       // [16, 8]; the product is added to it
   bool transposed;
   simplexfix::cuda::DType dtype;
 };
 const char* product(const Product&);
 
-// out[group][thread] = 16 bytes copied from in + 16 thread in the first group, from in + 16 (thread + 64)
-// in the second; `bytes` of each, then zeros.
+// Copies in two groups. out[group][thread] = the first `bytes` of the 16 at in + 16 (64 group + 63 - thread), then
+// zeros: each thread writes what another has copied. In a group that is not waited for the emulator leaves 0xff.
 struct Copies {
   const unsigned char* in;  // [2][64][16]
   unsigned char* out;       // [2][64][16]
   int bytes;
-  int waited;  // groups: 0, 1 or 2
+  int waited;  // number of groups waited for: 0, 1 or 2
 };
 const char* copies(const Copies&);
 

@@ -1,8 +1,9 @@
-// What the kernels must compute, written from the definitions in docs/math.md and not from
-// csrc/core: the simplex as a matrix (above 130 dimensions in closed form), the orthoplex and the cube
-// vertex by vertex (coded cubes, of too many, as a product over coordinates), cross-entropy over whole
-// rows of logits, angles by acos.  R = long double gives the truth; R = the kernels' own accumulating
-// type gives the naive computation that their error is measured against.
+// The reference implementation, written from the definitions in docs/math.md and not from csrc/core. The simplex is a
+// matrix (above 130 dimensions in closed form). The orthoplex and the cube are lists of vertices; a coded cube has too
+// many, and is a product over coordinates. Cross-entropy uses whole rows of logits, and angles use acos.
+//
+// R = long double gives the truth. R = the kernels' accumulating type gives the naive computation, with whose error
+// theirs is compared.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -130,7 +131,7 @@ struct Row {
   R loss;
   std::vector<R> gradient;
   R largest_logit;   // in absolute value
-  R plain_gradient;  // the largest of the terms that dL/dz is made of, before normalize projects it
+  R plain_gradient;  // largest of the terms of dL/dz, before normalize projects it
   R sine;            // of the angle to the true class; 1 without a margin
 };
 
@@ -148,7 +149,7 @@ Unit<R> unit(const std::vector<R>& z) {
   return unit;
 }
 
-// The gradient by u turned into the gradient by z, where u = z / |z|.
+// Turns the gradient by u = z / |z| into the gradient by z.
 template <typename R>
 void through_unit(const Unit<R>& unit, std::vector<R>* g) {
   R dot = 0;
@@ -190,7 +191,7 @@ Row<R> cross_entropy(const Polytope& polytope, const Options& options, const std
   R top = l[0], total = 0;
   for (R v : l) top = std::fmax(top, v);
   for (R v : l) total += std::exp(v - top);
-  std::vector<R> target_mass(slots);  // of the target distribution, times the class weights
+  std::vector<R> target_mass(slots);  // target distribution times the class weights
   for (int64_t c = 0; c < slots; ++c) {
     const R w = weight.empty() ? R(1) : weight[c];
     target_mass[c] = w * (R(options.smoothing) / R(slots) + (c == label ? 1 - R(options.smoothing) : R(0)));
@@ -221,7 +222,7 @@ Row<R> cross_entropy(const Polytope& polytope, const Options& options, const std
   return row;
 }
 
-// Cross-entropy with the vertex of these signs against all 2^d: no margin, no smoothing, one class weight.
+// Cross-entropy of the vertex with these signs against all 2^d: no margin, no smoothing, one class weight.
 template <typename R>
 Row<R> coded_cube(const Options& options, const std::vector<R>& z, const std::vector<bool>& positive, R weight) {
   Unit<R> unit{z, R(1)};
@@ -249,7 +250,7 @@ std::vector<R> logits(const Simplex<R>& simplex, bool normalize, double scale, c
   return l;
 }
 
-// plain: the largest of the terms that the result is made of, before normalize projects it
+// plain: the largest of the terms of the result, before normalize projects it.
 template <typename R>
 std::vector<R> logits_backward(const Simplex<R>& simplex, bool normalize, double scale, const std::vector<R>& z,
                                const std::vector<R>& gradient, R* plain) {

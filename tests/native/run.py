@@ -18,7 +18,7 @@ def main() -> int:
     options = parser.parse_args()
     if reason := harness.missing_core():
         print(f"skipped: {reason}")
-        return 1  # whoever asks for a layer by name wants it run
+        return 1  # a layer that was named must run
     reason = harness.missing()
     if reason:
         print(f"the CUDA kernels are skipped: {reason}")

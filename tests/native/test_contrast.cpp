@@ -1,4 +1,4 @@
-// csrc/cuda/contrast against its definition in long double.
+// Tests csrc/cuda/contrast against its definition in long double.
 #include <algorithm>
 
 #include "../../csrc/cuda/kernels.h"
@@ -10,7 +10,8 @@ namespace {
 using simplexfix::accumulate_t;
 using simplexfix::Negatives;
 
-// One row by the definition: every exponential as it stands, those of the same class by the form of the negatives.
+// One row by the definition, with every exponential computed directly. `negatives` determines the terms of candidates
+// of the anchor's class.
 template <typename R>
 R naive_row(Negatives negatives, const std::vector<R>& score, const std::vector<bool>& differs, int64_t own,
             std::vector<R>* derivative) {
@@ -145,7 +146,7 @@ void rows_of(bool small) {
     for (Negatives negatives : {Negatives::kZeroMask, Negatives::kRemove, Negatives::kInfoNce}) {
       if (small && candidates != 33 && candidates != 257) continue;
       const int64_t rows = std::min<int64_t>(candidates, candidates > 1000 ? 2 : 5);
-      for (int classes : {1, 3, 1000}) {  // all of one class; some; hardly any
+      for (int classes : {1, 3, 1000}) {  // all candidates share a class; some do; hardly any do
         check_rows<A>(rows, candidates, (candidates - rows) / 2, classes, negatives, true, 0.3);
         if (!small)
           check_rows<A>(rows, candidates, candidates - rows, classes, negatives, false, classes == 3 ? 9 : 0.1);

@@ -1,4 +1,4 @@
-// csrc/cuda/cross_entropy, of all polytopes, against the fp64 (long double) reference.
+// Tests csrc/cuda/cross_entropy for all polytopes against the long double reference.
 #include <algorithm>
 #include <limits>
 
@@ -12,7 +12,7 @@ using simplexfix::accumulate_t;
 using simplexfix::Margin;
 using simplexfix::Reduction;
 
-// The polytopes: their kernels, and the reference.
+// The polytopes, with their kernels and reference implementations.
 using simplexfix::cuda::CrossEntropyArgs;
 struct SimplexCase {
   static constexpr const char* kName = "simplex";
@@ -28,7 +28,7 @@ struct OrthoplexCase {
   static int64_t slots(int64_t d) { return 2 * d; }
   static const char* launch(const CrossEntropyArgs& args) { return simplexfix::cuda::orthoplex_cross_entropy(args); }
 };
-struct CubeCase {  // all vertices, a target is its own code
+struct CubeCase {  // all vertices; a target is its own code
   static constexpr const char* kName = "cube";
   template <typename R>
   using Reference = reference::Cube<R>;
@@ -59,12 +59,12 @@ const Config kConfigs[] = {
 
 struct Shape {
   int64_t rows, d, stride;  // stride >= d
-  int offset;               // of z's and the gradient's first element towards 16 bytes
-  int64_t shift;            // row b holds the example b + shift, whatever its place
-  int64_t ignore = -100;    // ignore_index: no slot at all, or one of the slots
+  int offset;               // elements by which z and the gradient start past a 16-byte boundary
+  int64_t shift;            // row b holds example b + shift
+  int64_t ignore = -100;    // ignore_index: a value that is no slot, or one of the slots
 };
 
-// One call: its inputs, and what the kernels made of them.
+// The inputs and the results of one call.
 template <typename T>
 struct Call {
   using A = accumulate_t<T>;
@@ -89,7 +89,7 @@ struct Call {
   const T* row(int64_t b) { return z.data() + b * shape.stride; }
 };
 
-// The example number e, the same wherever it is placed; `spoiled` adds rows that end as nan.
+// Makes example number e, which is the same wherever it is placed. `spoiled` adds kinds of rows whose result is nan.
 template <typename T>
 void make_example(int64_t e, int64_t d, int64_t slots, int64_t ignore, bool spoiled, T* z, int64_t* target) {
   std::mt19937 random(unsigned(e) * 7919u + unsigned(d));
@@ -100,9 +100,9 @@ void make_example(int64_t e, int64_t d, int64_t slots, int64_t ignore, bool spoi
   const int64_t other = int64_t(random() % uint64_t(d));
   if (kind == 2) *target = slots - 1;
   if (kind == 3) *target = ignore;
-  if (kind == 4 && *target < d) z[*target] = T(14.f);  // right, and sure of it
+  if (kind == 4 && *target < d) z[*target] = T(14.f);  // correct and confident
   if (kind == 5) std::fill(z, z + d, T(0.f));
-  if (kind == 6) {  // sure, and mostly wrong
+  if (kind == 6) {  // confident and mostly wrong
     std::fill(z, z + d, T(0.f));
     z[other] = T(9.f);
   }
@@ -216,7 +216,7 @@ void check(const Config& config, const Shape& s, bool spoiled) {
   }
   if (config.reduction != Reduction::kNone) {
     const double ours = value_of(call.loss[0]);
-    const double want = double(mean ? sum / (long double)counted : sum);  // over nothing: nan, as in torch
+    const double want = double(mean ? sum / (long double)counted : sum);  // the mean over no rows is nan, as in torch
     const double allowed = (mean ? sum_allowed / counted : sum_allowed) + rounding_of<A>(want);
     if (any_bad || (mean && counted == 0) ? !std::isnan(ours) : !(std::fabs(ours - want) <= allowed))
       failed("%s: loss %.9g, truth %.9g, allowed error %g", name, ours, want, allowed);
@@ -226,7 +226,7 @@ void check(const Config& config, const Shape& s, bool spoiled) {
     failed("%s: wrote outside its results", name);
 }
 
-// The same examples in other places, under another stride and alignment: the same bits.
+// The same examples must give the same bits at other places, with another stride and alignment.
 template <typename P, typename T>
 void check_place(const Config& config, int64_t d) {
   ++g_cases;
@@ -241,7 +241,7 @@ void check_place(const Config& config, int64_t d) {
              (long long)d, (long long)b + 3);
 }
 
-// A cube of too many vertices to enumerate: classes by codes.
+// A cube with too many vertices to enumerate: codes define its classes.
 template <typename T>
 void check_coded_cube(int64_t rows, int64_t d, bool normalize, int offset) {
   using A = accumulate_t<T>;
@@ -303,8 +303,8 @@ void check_coded_cube(int64_t rows, int64_t d, bool normalize, int offset) {
     failed("coded cube: wrote outside its results");
 }
 
-// Lengths of every regime: a team's head and tail; a warp, both sides of the switch to blocks; staged by a short and by
-// a long block; in chunks, two and more.
+// Lengths for every regime: a team's head and tail; a warp; both sides of the switch to blocks; rows staged by a short
+// and by a long block; two and more chunks.
 template <typename T>
 std::vector<int64_t> lengths(bool small) {
   const int64_t chunked = sizeof(T) == 2 ? 23000 : sizeof(T) == 4 ? 12000 : 8200;
@@ -331,7 +331,7 @@ void all_of(bool small) {
   for (const Config& config : kConfigs)
     if (!std::is_same_v<P, CubeCase> || !(config.weighted && config.options.smoothing > 0))
       check<P, T>(config, {0, 5, 5, 0, 0, -100}, false);
-  check<P, T>(kConfigs[0], {1, 5, 5, 0, 3, -100}, false);  // one row, ignored: a mean over nothing
+  check<P, T>(kConfigs[0], {1, 5, 5, 0, 3, -100}, false);  // one ignored row: a mean over no rows
   for (int64_t d : {int64_t(9), int64_t(1023), lengths<T>(small).back()}) {
     if ((small || std::is_same_v<P, CubeCase>) && d > 9) continue;
     check_place<P, T>(kConfigs[1], d);

@@ -1,4 +1,4 @@
-"""The CUDA kernels, run on the CPU against an fp64 reference; README.md says how, and what that leaves open."""
+"""Runs the CUDA kernels on the CPU against a reference; README.md describes the method and its limits."""
 
 import harness
 import mutants
@@ -15,7 +15,7 @@ def test_kernels_agree_with_the_reference_in_every_order_of_threads():
 
 @pytest.mark.parametrize("name", ["label off by one", "label out of range let in"])
 def test_a_planted_bug_is_found(name):
-    """The net still catches; run.py mutants tries them all."""
+    """The tests still detect planted bugs; `run.py mutants` tries all of them."""
     mutant = next(m for m in mutants.MUTANTS if m.name == name)
     assert mutants.verdict(mutant, "plain") is not None
 

@@ -1,4 +1,4 @@
-// The emulator's own tests: each wrong kernel must be caught, each right one must pass.
+// Tests of the emulator itself: it must reject each wrong kernel and accept each right one.
 #include <string>
 
 #include "../../csrc/cuda/device.cuh"

@@ -1,4 +1,4 @@
-// csrc/cuda/simplex_logits and scale_rows against the fp64 (long double) reference.
+// Tests csrc/cuda/simplex_logits and scale_rows against the long double reference.
 #include "../../csrc/cuda/kernels.h"
 #include "check.h"
 #include "reference.h"
@@ -33,7 +33,7 @@ void check_logits(int64_t rows, int64_t d, int64_t stride, int offset, bool norm
   fill(&z, unsigned(d));
   fill(&g, unsigned(d) + 1);
   for (int64_t b = 0; b < rows; ++b) {
-    for (int64_t j = d; j < stride && b + 1 < rows; ++j) z[b * stride + j] = T(NAN);  // padding: never to be read
+    for (int64_t j = d; j < stride && b + 1 < rows; ++j) z[b * stride + j] = T(NAN);  // padding: must not be read
     for (int64_t j = 0; b % 5 == 3 && j < d; ++j) z[b * stride + j] = T(0.f);
   }
   simplexfix::cuda::LogitsArgs args{

@@ -1,12 +1,12 @@
-// Tensor cores and asynchronous copies against plain loops: the layout of the fragments, what a copy
-// leaves behind before and after it was waited for, and alignment.
+// Tests tensor cores and asynchronous copies against plain loops: the layout of fragments, the destination of a copy
+// before and after the wait, and alignment.
 #include "check.h"
 #include "primitives.h"
 #include "tests.h"
 
 namespace {
 
-// Small integers: exact in both formats and in every order of the sum.
+// Small integers: exact in both formats and in every order of summation.
 template <typename T>
 void check_product(bool transposed) {
   ++g_cases;
@@ -64,8 +64,8 @@ void test_primitives(const Selection& selection) {
   }
   for (int bytes : {16, 6, 0})
     for (int waited : {0, 1, 2}) check_copies(bytes, waited);
-#ifndef __SANITIZE_THREAD__  // the threads of a launch that was ended look unordered to what comes after it
-  // thread 0 must have run for the launch to be counted as one of translated PTX
+#ifndef __SANITIZE_THREAD__  // TSan sees the threads of an aborted launch as unordered with later code
+  // Thread 0 must have run, or the launch does not count as one of translated PTX.
   if (emulator::g_settings.order != emulator::Order::kForward) return;
   ++g_cases;
   Buffer<unsigned char> in(2 * 64 * 16, 2), out(2 * 64 * 16, 0);

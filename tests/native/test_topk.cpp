@@ -1,5 +1,5 @@
-// csrc/cuda/cosine_topk against the definition, written out: every score, one sort.  Scores and ids must
-// have its bits, whatever the first pass left out.
+// Tests csrc/cuda/cosine_topk against the definition: all scores and one sort. Scores and ids must have the same bits,
+// whatever the first pass left out.
 #include <algorithm>
 #include <functional>
 #include <memory>
@@ -11,7 +11,7 @@ namespace {
 using simplexfix::cuda::TopkLimits;
 using Rows = std::vector<float>;  // [n, d]
 
-// A row by its length; sums in the order that docs/numerics.md states.
+// Rows divided by their norms; sums in the order that docs/numerics.md states.
 double sum_of_products(const float* a, const float* b, int64_t d) {
   double partial[8] = {};
   for (int64_t j = 0; j < d; ++j) partial[j % 8] += double(a[j]) * double(b[j]);
@@ -44,11 +44,12 @@ struct Case {
   const char* name;
   int64_t queries, n, d, k;
   TopkLimits limits{};
-  int64_t query_more = 0, row_more = 0;  // strides past d
-  int offset = 0;                        // of both, in elements
+  int64_t query_more = 0, row_more = 0;  // strides minus d
+  int offset = 0;                        // of both buffers, in elements
 };
 
-// Rows as a tensor has them: apart, from an odd place on, with nan in between and the last one ending sharp.
+// Lays rows out as a tensor may have them: from an unaligned address on, with nan between them. The buffer ends with
+// the last row.
 std::unique_ptr<Buffer<float>> laid_out(const Rows& rows, int64_t d, int64_t stride, int offset) {
   const int64_t n = int64_t(rows.size()) / d;
   auto buffer = std::make_unique<Buffer<float>>(n ? (n - 1) * stride + d : 0, offset);
@@ -121,7 +122,7 @@ void check_normal(const Case& c) {
   check_search(c, query, gallery);
 }
 
-// Classes of rows that differ by noise; 0: not at all, so that ids decide.
+// Classes of rows that differ by noise. With noise 0 the rows of a class are equal, so that ids decide.
 void check_classes(const Case& c, int64_t classes, float noise) {
   const Rows centers = normal_rows(classes, c.d, 3);
   Rows query = normal_rows(c.queries, c.d, 4), gallery = normal_rows(c.n, c.d, 5);
@@ -134,14 +135,14 @@ void check_classes(const Case& c, int64_t classes, float noise) {
   check_search(c, query, gallery);
 }
 
-// Rounding to bfloat16 that lies along the other side, so that the worse row looks better by nearly the whole
-// bound of one of the two: u is rounded down all over, v is exact and a little smaller on average.
+// Rounding to bfloat16 makes the worse row look better, by nearly the whole bound of the query or of the row. All
+// numbers of a are u, which is rounded down. Those of b are exact, and a little smaller on average.
 void check_misleading(bool query_is_rounded) {
   constexpr int64_t d = 40, n = 8;
-  constexpr float u = 1.0039f, exact[2] = {1.f, 1.0078125f};  // u lies just below their middle
+  constexpr float u = 1.0039f, exact[2] = {1.f, 1.0078125f};  // u is just below their midpoint
   std::vector<float> a(16, u), b(16);
   for (int j = 0; j < 16; ++j) b[size_t(j)] = exact[j < 7];
-  const auto complement = [](const std::vector<float>& x, double length) {  // what makes the length a power of two
+  const auto complement = [](const std::vector<float>& x, double length) {  // the number that extends x to this length
     double squares = 0;
     for (float y : x) squares += double(y) * double(y);
     return float(std::sqrt(length * length - squares));
@@ -172,7 +173,7 @@ void test_topk(const Selection& selection) {
   const bool small = selection.small;
   const int64_t few = small ? 1 : 3;  // queries
   const TopkLimits few_splits{2, 256, 1 << 20}, short_lists{2, 64, 1 << 20};
-  // columns: one, ends of vectors and of panels; rows apart and at odd places
+  // columns: one, ends of vectors and of panels; rows with gaps and at unaligned addresses
   int turn = 0;
   for (int64_t d : {1, 7, 8, 9, 31, 33, 128, 1023}) {
     if (small && d != 9 && d != 33) continue;
@@ -188,7 +189,7 @@ void test_topk(const Selection& selection) {
   check_normal({"tiles", small ? 66 : 130, small ? 300 : 1000, 33, 7, few_splits});
   check_normal({"chunks", 67, 150, 9, 3, {1, 64, 64 * (64 * 4 + 64 * 16)}});
   if (!small) check_normal({"many results", 1, 8300, 8, 2048});
-  // ties, and where nearly all rows pass: in lists, and past their end
+  // ties; nearly all rows pass, within the lists and past their end
   for (const TopkLimits& limits : {few_splits, short_lists}) {
     check_classes({"duplicates", few, 300, 17, 10, limits}, 20, 0);
     if (!small) check_classes({"all equal", 2, 300, 17, 10, limits}, 1, 0);
@@ -196,9 +197,9 @@ void test_topk(const Selection& selection) {
   }
   check_misleading(true);
   check_misleading(false);
-  // a sum that cancels: in any other order of the eight partial sums nothing would be left of it
+  // a sum that cancels: in any other order of the eight partial sums no digit of it would remain
   check_search({"order of the sums", 1, 1, 8, 1}, {1, 1e-10f, 0, 0, 1, 0, 0, 0}, {1, 1e-10f, 0, 0, -1, 0, 0, 0});
-  // nan and inf: a query's own results, or all
+  // nan and inf: in a query they spoil its own results, in the gallery all results
   for (const float bad : {NAN, INFINITY, -INFINITY}) {
     if (small && !std::isnan(bad)) continue;
     Rows query = normal_rows(3, 9, 6), gallery = normal_rows(100, 9, 7);

@@ -9,7 +9,7 @@
 
 #include "../../csrc/cuda/kernels.h"
 
-// What the command line asks for.
+// The selection of tests on the command line.
 struct Selection {
   bool small = false;               // a few shapes of each regime, for the slower layers
   std::vector<std::string> dtypes;  // empty: all

@@ -1,4 +1,4 @@
-// What the tests of the torch-free CPU core share.
+// Shared code of the tests of the CPU core.
 #pragma once
 #include <cstdarg>
 #include <cstdint>
@@ -15,7 +15,7 @@ using Random = std::mt19937;
 
 inline int g_cases = 0, g_failures = 0;
 
-// Counts a case; prints the first few failures with what the format says.
+// Counts a case, and prints the first few failures.
 __attribute__((format(printf, 2, 3))) inline void check(bool passed, const char* format, ...) {
   ++g_cases;
   if (passed || ++g_failures > 8) return;
@@ -44,7 +44,7 @@ struct Result {
   bool operator==(const Result&) const = default;
 };
 
-// Normalised rows: five centers with noise about them, the first of which has most of the rows.
+// Normalised rows around five centers; most belong to the first center.
 inline std::vector<float> clusters(int64_t n, int64_t d, double spread, Random& random) {
   std::normal_distribution<double> normal;
   std::vector<double> centers(size_t(5 * d));

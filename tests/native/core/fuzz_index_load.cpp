@@ -1,9 +1,9 @@
-// CosineIndex::load on files by a stranger: it may refuse them in two ways, and what it takes must search as
-// every other index.  Each input is tried as it is and with the checksums that would make it valid.
+// Fuzzes CosineIndex::load with untrusted files. It may reject a file with either of its two exceptions. An index that
+// it returns must search correctly. Each input is tried as it is, and with checksums that match it.
 //
 // For libFuzzer: clang++ -std=c++20 -O1 -g -fsanitize=fuzzer,address,undefined -DSIMPLEXFIX_LIBFUZZER
 //                csrc/cpu/*.cpp tests/native/core/fuzz_index_load.cpp -o fuzz && ./fuzz -max_len=8192 -rss_limit_mb=512
-// Without it, as run.py builds it: fuzz_index_load SECONDS [SEED] mutates files of its own making.
+// Without it, as run.py builds it: fuzz_index_load SECONDS [SEED] mutates files that it has written itself.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -22,7 +22,7 @@ using namespace simplexfix::cpu;
 
 namespace {
 
-// A file in memory with a path to it.
+// A file in memory that has a path.
 class MemoryFile {
  public:
   MemoryFile() : fd_(::memfd_create("index", 0)) {}
@@ -42,7 +42,7 @@ void require(bool condition, const char* what) {
   std::abort();
 }
 
-// An index that was taken keeps its promises: a search with the codes finds what one without them does.
+// Checks an index that load() returned: a search with codes must find the same rows as one without.
 void use(CosineIndex& index) {
   const int64_t n = index.size(), d = index.dim();
   if (d > 4096) return;
@@ -50,7 +50,7 @@ void use(CosineIndex& index) {
   for (int64_t j = 0; j < d; ++j) query[size_t(j)] = float(j % 5) - 1.5f;
   Result best(2, 1), all(2, n + 1);
   index.search(query.data(), 2, 1, best.scores.data(), best.ids.data());
-  index.search(query.data(), 2, n + 1, all.scores.data(), all.ids.data());  // too many wanted for codes
+  index.search(query.data(), 2, n + 1, all.scores.data(), all.ids.data());  // k is too large for codes
   require(best == all.first(1), "the best row is another through the codes");
   require(all.ids[size_t(n)] == -1 && (n == 0 || all.ids[size_t(n - 1)] >= 0), "a row is missing");
   try {
@@ -112,7 +112,7 @@ std::vector<uint8_t> example(RowType type, int64_t n, int64_t d, bool ids, Rando
   return bytes;
 }
 
-// One small change, mostly where it hurts: header fields and ids take numbers at the ends of their range.
+// Makes one small change, mostly where it matters: header fields and ids get numbers at the ends of their range.
 void mutate(std::vector<uint8_t>& bytes, Random& random) {
   constexpr uint64_t kNumbers[] = {0,          1,          2,          63,         64,          65,         255,
                                    1ull << 31, 1ull << 32, 1ull << 40, 1ull << 62, ~0ull >> 1,  ~0ull,      ~0ull - 1,
@@ -142,7 +142,7 @@ void mutate(std::vector<uint8_t>& bytes, Random& random) {
       if (bytes.size() > 64)
         std::rotate(bytes.begin() + 64, bytes.begin() + 64 + long(at % (bytes.size() - 64)), bytes.end());
       break;
-    default:  // fewer or more rows than there are bytes for, and the other way round
+    default:  // fewer or more rows than the file has bytes for
       if (bytes.size() > 32) bytes[24 + random() % 2] = uint8_t(random());
   }
 }

@@ -1,4 +1,4 @@
-// core_tests [--small]: the CPU core without torch, for the sanitizers.  SIMPLEXFIX_ISA chooses the kernels.
+// core_tests [--small] tests the CPU core without torch, for the sanitizers. SIMPLEXFIX_ISA selects the kernels.
 #include <cstring>
 
 #include "core.h"

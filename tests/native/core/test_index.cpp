@@ -1,4 +1,4 @@
-// CosineIndex: rows that come, go and are saved, alone and on threads beside each other.
+// Tests CosineIndex: rows are added, removed and saved, by one thread and by several at a time.
 #include <unistd.h>
 
 #include <algorithm>
@@ -34,12 +34,13 @@ bool throws(const Call& call) {
   return false;
 }
 
-// Additions, removals and refused ones in any order; after each the index must equal one made of what is left.
+// Additions, removals and rejected changes in random order. After each, the index must equal one built from the
+// remaining rows.
 void test_changes(RowType type, Random& random) {
   const int64_t d = 13;
   const std::vector<float> pool = clusters(4000, d, 0.3, random), query = clusters(5, d, 0.3, random);
   CosineIndex index(d, type, 3);
-  std::map<int64_t, int64_t> row_of;  // id -> place in the pool
+  std::map<int64_t, int64_t> row_of;  // id -> row in the pool
   int64_t used = 0;
   for (int step = 0; step < 40; ++step) {
     std::vector<int64_t> ids;
@@ -92,8 +93,8 @@ void test_changes(RowType type, Random& random) {
   ::unlink(temporary_path().c_str());
 }
 
-// Two threads search and one saves while another adds and removes: a race is ThreadSanitizer's to find, and each
-// result must be one that the index had between two changes.
+// Two threads search and one saves while another adds and removes. ThreadSanitizer finds races. Each result must be
+// that of the index between two changes.
 void test_threads(Random& random) {
   const int64_t d = 24, n = 6000, step = 1000;
   const std::vector<float> pool = clusters(n, d, 0.3, random), query = clusters(4, d, 0.3, random);
@@ -131,7 +132,7 @@ void test_threads(Random& random) {
   ::unlink(path.c_str());
 }
 
-// A call that takes longer than the interval is interrupted, and nothing is changed.
+// A call that takes longer than the interval is interrupted, and changes nothing.
 void test_interrupts(Random& random) {
   const int64_t d = 24, n = 6000, many = 100'000, more = 2'000'000;
   const std::vector<float> pool = clusters(n, d, 0.3, random), query = clusters(4, d, 0.3, random);

@@ -1,5 +1,5 @@
-// The losses' kernels against the definitions in double: every number format, tails, tiles, stores past the
-// caches, and the same bits from several threads.  Buffers end exactly where the kernels must stop.
+// Tests the kernels of the losses against the definitions in double: every number format, tails, tiles, non-temporal
+// stores, and the same bits on several threads. Buffers end exactly where the kernels must stop.
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -18,7 +18,7 @@ using namespace simplexfix::cpu;
 
 namespace {
 
-// Numbers of the formats, through the bits of a float (16-bit ones hold few digits: the inputs are chosen so).
+// Conversions between the formats and float. to() rounds to 16 bits; the tests read the rounded inputs back.
 float value_of(float x) { return x; }
 double value_of(double x) { return x; }
 float value_of(BFloat16 x) {
@@ -52,7 +52,7 @@ constexpr double kUnit = std::is_same_v<T, double>     ? 0x1p-52
 enum class Polytope { kSimplex, kOrthoplex, kCube };
 const char* const kNames[] = {"simplex", "orthoplex", "cube"};
 
-// exp(l) / sum of exp(l), less the smoothed target; and the loss.
+// Replaces the logits by exp(l) / sum of exp(l) minus the smoothed target, and returns the loss.
 double softmax_gradient(std::vector<double>& logits, int64_t label, double smoothing) {
   const double largest = *std::max_element(logits.begin(), logits.end()), slots = double(logits.size());
   double total = 0, mean = 0;
@@ -63,8 +63,7 @@ double softmax_gradient(std::vector<double>& logits, int64_t label, double smoot
   return (1 - smoothing) * (logsumexp - own) + smoothing * (logsumexp - mean);
 }
 
-// Loss and gradient of one row from the vertices themselves; of the cube, whose vertices are too many, from the
-// coordinates' own sums.
+// Computes the loss and the gradient of one row from the vertices. A cube has too many: it takes sums over coordinates.
 double by_definition(Polytope polytope, const std::vector<double>& z, int64_t label, const int64_t* code,
                      bool normalize, double scale, double smoothing, std::vector<double>* gradient) {
   const int64_t d = int64_t(z.size());
@@ -114,7 +113,7 @@ void check_cross_entropy(Polytope polytope, int64_t rows, int64_t d, bool normal
   std::normal_distribution<float> normal;
   const size_t numbers = size_t((rows - 1) * stride + d);
   const std::unique_ptr<T[]> z(new T[numbers]);
-  const size_t last = size_t((rows - 1) * stride);  // whose exponentials overflow where they are taken as they come
+  const size_t last = size_t((rows - 1) * stride);  // this row's unshifted exponentials overflow
   for (size_t i = 0; i < numbers; ++i) z[i] = to<T>((i < last ? 2 : 16) * normal(random));
   const int64_t slots = polytope == Polytope::kSimplex ? d + 1 : polytope == Polytope::kOrthoplex ? 2 * d : 7;
   const int64_t words = (d + 63) / 64;
@@ -165,7 +164,7 @@ void check_cross_entropy(Polytope polytope, int64_t rows, int64_t d, bool normal
     const double unit = std::max(kUnit<A>, kUnit<float> * (sizeof(A) == 4));
     const bool coarse =
         polytope == Polytope::kSimplex && std::is_same_v<T, BFloat16> && std::string(isa()).starts_with("avx512");
-    const double exponentials = coarse ? 8e-5 : 0;  // their error
+    const double exponentials = coarse ? 8e-5 : 0;  // error of the exponentials
     check(std::fabs(double(loss[size_t(b)]) - expected) <= 64 * unit * (1 + std::fabs(expected)) + exponentials,
           "%s d=%lld %zu bytes normalize=%d smoothing=%g: loss %.9g, expected %.9g", kNames[int(polytope)],
           (long long)d, sizeof(T), normalize, smoothing, double(loss[size_t(b)]), expected);
@@ -228,8 +227,8 @@ void check_contrast(int64_t rows, int64_t n, Negatives negatives, Random& random
   }
 }
 
-// A product of features with features, rows with rows, and one of sums with features, columns with columns; written or
-// added, some of its numbers against sums in double, and the same bits from several threads.
+// A product of rows with rows (features with features) and one of columns with columns (sums with features), written
+// and added. Some elements are compared with sums in double. Several threads must give the same bits.
 template <typename T>
 void check_product(int64_t m, int64_t n, int64_t k, Random& random) {
   using A = accumulate_t<T>;
@@ -279,7 +278,7 @@ void check_product(int64_t m, int64_t n, int64_t k, Random& random) {
   compare(PanelView<A>{sums.get(), 1, m}, PanelView<T>{columns.get(), 1, stride}, "columns'");
 }
 
-// Exponentials of what a row has one of: two units in the last place, 0 from where numbers would be denormal.
+// Per-row scalar exp: an error of at most two units in the last place, and 0 where the result would be denormal.
 template <typename A>
 void check_exponential() {
   const double least = std::log(double(std::numeric_limits<A>::min()));
@@ -321,5 +320,5 @@ void test_losses(const Options& options) {
       check_contrast<float>(std::min<int64_t>(n, 9), n, negatives, random);
       check_contrast<double>(std::min<int64_t>(n, 9), n, negatives, random);
     }
-  if (!options.small) check_product<float>(700, 660, 1030, random);  // several chunks of lines on both sides
+  if (!options.small) check_product<float>(700, 660, 1030, random);  // several chunks on both sides
 }

@@ -1,5 +1,5 @@
-// The search through codes against every score and one sort, bit for bit: several kinds of gallery, row types,
-// ids, block sizes and numbers of threads.
+// Tests the search with codes against all scores and one sort, bit for bit: several kinds of gallery, row types, ids,
+// block sizes and numbers of threads.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -13,7 +13,7 @@ using namespace simplexfix::cpu;
 
 namespace {
 
-// The definition of dot.inc: eight partial sums, added in one order.
+// A score as dot.inc defines it: eight partial sums, added in one order.
 float score(const float* a, const float* b, int64_t d) {
   double s[8] = {};
   for (int64_t j = 0; j < d; ++j) s[j % 8] += double(a[j]) * double(b[j]);
@@ -58,7 +58,8 @@ std::vector<std::byte> stored(const std::vector<float>& rows, RowType type) {
   return bytes;
 }
 
-// The first panel of each 16 gets the rows nearest to row n / 2, which is a query: no sample of all rows.
+// Puts the rows nearest to row n / 2, which is a query, into the first panel of each 16: the sample is not
+// representative.
 void best_in_the_sample(std::vector<float>& rows, int64_t n, int64_t d, Random& random) {
   std::normal_distribution<double> normal;
   for (int64_t i = 0; i < n; ++i) {
@@ -76,7 +77,7 @@ void test_search(const Options& options) {
   if (options.small) sizes = {{9000, 17}};
   int turn = 0;
   for (const auto& [n, d] : sizes)
-    for (const double spread : {1e3, 0.1, 1e-3, 1e-7, 0.0}) {  // round five centers
+    for (const double spread : {1e3, 0.1, 1e-3, 1e-7, 0.0}) {  // around five centers
       std::vector<float> gallery = clusters(n, d, spread, random);
       if (spread == 0.1) best_in_the_sample(gallery, n, d, random);
       const int64_t queries = 9;
@@ -90,7 +91,7 @@ void test_search(const Options& options) {
       for (const RowType type : {RowType::kFloat, RowType::kBFloat16}) {
         const std::vector<std::byte> bytes = stored(gallery, type);
         const int shift = options.small ? 6 : 9;
-        std::vector<const std::byte*> blocks;  // each an allocation of its own: reads past it are seen
+        std::vector<const std::byte*> blocks;  // each is its own allocation, so that reads past it are detected
         std::vector<std::vector<std::byte>> memory;
         for (int64_t i = 0; i < n; i += int64_t(1) << shift)
           memory.emplace_back(bytes.begin() + i * row_bytes(type, d),
@@ -117,8 +118,8 @@ void test_search(const Options& options) {
                   "n=%ld d=%ld spread=%g %s ids %d k=%ld threads=%ld", long(n), long(d), spread,
                   type == RowType::kFloat ? "float" : "bfloat16", kind, long(k), long(threads));
           }
-        // each method to search a subset: rows one by one; through codes, but a dense split one by one; through
-        // codes alone; and rows that no sample has
+        // each way to search a subset: rows one by one; codes, but a dense split one by one; codes alone; and rows that
+        // are never in the sample
         for (const double fraction : {0.02, 0.3, 0.8, 2.0}) {
           std::vector<uint64_t> mask(size_t(simplexfix::ceil_div(n, kPanelRows)), 0);
           rows.searched = 0;

@@ -1,4 +1,4 @@
-// A block while it runs: its lanes (CUDA threads), its warps, and the rules of barriers and collectives.
+// The state of a running block: its lanes (CUDA threads), its warps, and the rules of barriers and collectives.
 #pragma once
 #include <vector_types.h>
 
@@ -19,7 +19,7 @@ struct Site {
   const char* file;
   int line;
 };
-// Default arguments that name the caller's place.
+// Default arguments that hold the caller's file and line.
 #define EMULATOR_CALLER const char *file_ = __builtin_FILE(), int line_ = __builtin_LINE()
 #define EMULATOR_SITE \
   ::emulator::Site { file_, line_ }
@@ -29,7 +29,7 @@ struct Block;
 struct Warp;
 using WarpFunction = void (*)(Warp&, unsigned mask);  // runs once, when every lane of mask has arrived
 
-struct Copy {  // asynchronous, of 16 bytes: `bytes` from memory, then zeros
+struct Copy {  // an asynchronous copy of 16 bytes: `bytes` from memory, then zeros
   void* to;
   const void* from;
   int bytes;
@@ -38,11 +38,11 @@ struct Copy {  // asynchronous, of 16 bytes: `bytes` from memory, then zeros
 
 struct Lane {
   uint3 thread{};
-  int lane = 0;  // in its warp
+  int lane = 0;  // index in its warp
   Block* block = nullptr;
   Warp* warp = nullptr;
   Wait wait = Wait::kNone;
-  unsigned mask = 0;  // of the collective it waits at
+  unsigned mask = 0;  // mask of the collective at which it waits
   WarpFunction function = nullptr;
   void* argument = nullptr;
   Site site{"", 0};
@@ -51,15 +51,15 @@ struct Lane {
   void* stack_pointer = nullptr;
   void* asan_stack = nullptr;
   void* tsan_fiber = nullptr;
-  std::deque<Copy> copies;  // under way, in their order
-  int64_t groups = 0;       // committed
+  std::deque<Copy> copies;  // pending, in order
+  int64_t groups = 0;       // number of committed groups
 };
 
 struct Warp {
   Lane* lane[32] = {};
   int waiting = 0;        // lanes that wait at a collective
   int missing = 32;       // lanes that have exited or that the block does not have
-  char* order = nullptr;  // 16 addresses by which TSan knows this warp's barriers, by mask
+  char* order = nullptr;  // 16 addresses that stand for this warp's barriers in TSan, by mask
 };
 
 struct SharedObject {
@@ -75,7 +75,7 @@ struct Block {
   std::vector<SharedObject> shared;
   void* dynamic_shared = nullptr;
   int done = 0, at_barrier = 0;
-  char* order = nullptr;  // the address by which TSan knows this block's barrier
+  char* order = nullptr;  // address that stands for this block's barrier in TSan
   const std::function<void()>* body = nullptr;
   void* main_stack_pointer = nullptr;
   void* main_tsan_fiber = nullptr;
@@ -85,7 +85,7 @@ struct Block {
   std::string error;
 };
 
-inline Lane* self = nullptr;  // the lane that runs
+inline Lane* self = nullptr;  // the running lane
 
 inline std::string where(const Lane& l) {
   char text[512];
@@ -98,7 +98,7 @@ inline void fail(Block& block, const std::string& what) {
   if (block.error.empty()) block.error = what;
 }
 
-// A lane waits at a collective: check it against the lanes it names, and run it where all are there.
+// Lane l has arrived at a collective. Checks it against the lanes in its mask, and runs it when all of them are there.
 inline void arrive_at_collective(Lane& l) {
   Block& block = *l.block;
   Warp& warp = *l.warp;
@@ -123,7 +123,7 @@ inline void arrive_at_collective(Lane& l) {
     if (l.mask >> i & 1) warp.lane[i]->wait = Wait::kNone;
 }
 
-// Called when lane l has just arrived somewhere or ended: lets those go on who may, or sets the error.
+// Called when lane l has arrived at a barrier or ended. Releases the lanes that may continue, or sets the error.
 inline void arrived(Lane& l) {
   Block& block = *l.block;
   if (!l.error.empty()) return fail(block, l.error);
@@ -147,7 +147,7 @@ inline void arrived(Lane& l) {
   for (Lane& other : block.lanes) other.wait = Wait::kNone;
 }
 
-// Poisoned with nan bit patterns: a read before any write shows in the result.
+// Fills memory with nan bit patterns, so that a read before any write shows in the result.
 inline void* shared_alloc(size_t bytes) {
   void* p = nullptr;
   if (posix_memalign(&p, 128, bytes ? bytes : 1)) std::abort();

@@ -25,7 +25,7 @@ inline void __syncwarp(unsigned mask = ~0u, EMULATOR_CALLER) {
 
 namespace emulator {
 
-// A shuffle hands values over and, as on the device, orders no other memory.
+// A shuffle exchanges values and, as on the device, orders no other memory.
 template <typename T>
 struct Shuffle {
   T value, result;
@@ -50,7 +50,7 @@ T shuffle(unsigned mask, T value, int source, Site site) {
   return argument.result;
 }
 
-// Ends the launch: launch_kernel() throws `what`.  The fiber is left as it stands, so it must own nothing.
+// Aborts the launch: launch_kernel() throws `what`. The fiber is never resumed, so it must own nothing.
 [[noreturn]] inline void die(const char* what, Site site) {
   self->site = site;
   self->error = std::string(what) + " at " + where(*self);
@@ -65,7 +65,7 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32, EMULATO
   return ::emulator::shuffle(mask, value, source >= (lane & ~(width - 1)) + width ? lane : source, EMULATOR_SITE);
 }
 
-// Atomic and no more: as on the device, it orders no other memory.
+// Atomic only: as on the device, it orders no other memory.
 template <typename T>
 T atomicAdd(T* p, T value) {
   return __atomic_fetch_add(p, value, __ATOMIC_RELAXED);

@@ -1,6 +1,6 @@
-// Before each file of csrc/ops in the library of emulated operators: what is registered for CUDA is so for the CPU,
-// in a namespace of its own, and what is registered for the CPU is left out.  So the operators' CUDA halves run on
-// CPU tensors, with the kernels in the emulator.
+// Included before each file of csrc/ops in the library of emulated operators. Registrations for CUDA go to the CPU
+// instead, in a namespace of their own. Registrations for the CPU are dropped. So the operators' CUDA halves run on CPU
+// tensors, with the kernels in the emulator.
 #pragma once
 #define SIMPLEXFIX_WITH_CUDA
 #include <torch/csrc/stable/accelerator.h>

@@ -1,4 +1,4 @@
-// In the place of csrc/ops/cuda_stream.cpp: no stream, and torch's products on the CPU.
+// Replaces csrc/ops/cuda_stream.cpp: there is no stream, and torch computes matrix products on the CPU.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include "../../../csrc/ops/cuda_stream.h"

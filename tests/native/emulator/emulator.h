@@ -1,16 +1,16 @@
-// Runs CUDA kernels on the CPU: test code only.  Each CUDA thread is a fiber; a block's fibers take
-// turns on one OS thread and give the CPU up only at barriers and warp collectives.
+// Runs CUDA kernels on the CPU; test code only. Each CUDA thread is a fiber. The fibers of a block take turns on one OS
+// thread, and switch only at barriers and warp collectives.
 //
 //   g++ -std=c++20 -include emulator.h -isystem $CUDA_HOME/include -x c++ kernels.cu tests.cpp
 //       -fsanitize=address,undefined   accesses out of bounds or misaligned, global and shared
-//       -fsanitize=thread              races: a switch of fibers orders nothing, only barriers and
-//                                      fences do, so a missing one is found whatever the timing
+//       -fsanitize=thread              races: only barriers and fences order accesses, not a switch of
+//                                      fibers, so a missing one is found whatever the timing
 //
-// Shared memory is fresh for each block, full of nan, with red zones under ASan.  Kernels that diverge at
-// barriers or collectives, or wait for ever, end the launch with an error that names both places.
+// Shared memory is new for each block, filled with nan, with red zones under ASan. A kernel that diverges at barriers
+// or collectives, or deadlocks, ends the launch with an error that names both places.
 #pragma once
 #define SIMPLEXFIX_EMULATED 1
-// Host-side types only (dim3, float4, ...); bf16 and fp16 run on the host as they are.
+// Host-side types only (dim3, float4, ...); bf16 and fp16 also work on the host.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -23,7 +23,7 @@
 #undef __forceinline__
 #undef __launch_bounds__
 #undef __align__
-#define __global__ __attribute__((noipa))  // stays one symbol, which the PTX layer can replace
+#define __global__ __attribute__((noipa))  // remains one symbol, which the PTX layer can replace
 #define __device__
 #define __host__
 #define __forceinline__ inline

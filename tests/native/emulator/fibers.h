@@ -1,4 +1,4 @@
-// Fibers: stacks, the context switch, and the loop that gives each lane of a block its turns.
+// Fibers: stacks, the context switch, and the loop that schedules the lanes of a block.
 #pragma once
 #include <sys/mman.h>
 
@@ -45,10 +45,10 @@ constexpr size_t kStackBytes = 64 << 10;
 #endif
 constexpr size_t kGuardBytes = 4096;
 
-// In which order lanes (and blocks) run between synchronisations.
+// The order in which lanes (and blocks) run between synchronisations.
 enum class Order { kForward, kReverse, kRandom };
 
-EMULATOR_SWITCHES inline void leave_lane() {  // the running lane gives the CPU up
+EMULATOR_SWITCHES inline void leave_lane() {  // switches from the running lane to the scheduler
   Lane* l = self;
   Block& block = *l->block;
 #ifdef EMULATOR_ASAN
@@ -79,7 +79,7 @@ inline void enter_lane(Lane& l) {
 #endif
 }
 
-// The running lane waits; it comes back when arrived() has let it go on.
+// Blocks the running lane until arrived() releases it.
 EMULATOR_SWITCHES inline void wait_for(Wait kind, unsigned mask, WarpFunction function, void* argument, Site site) {
   Lane& l = *self;
   l.wait = kind;
@@ -90,7 +90,7 @@ EMULATOR_SWITCHES inline void wait_for(Wait kind, unsigned mask, WarpFunction fu
   leave_lane();
 }
 
-inline char g_launch_order;  // the address by which TSan knows the end of a launch
+inline char g_launch_order;  // address that stands for the end of a launch in TSan
 
 EMULATOR_SWITCHES inline void lane_entry() {
   Lane* l = self;
@@ -111,7 +111,7 @@ class Stacks {
  public:
   void* get() {
 #ifdef EMULATOR_TSAN
-    if (void* p = std::malloc(kStackBytes)) return p;  // malloc clears TSan's record of who used these addresses
+    if (void* p = std::malloc(kStackBytes)) return p;  // malloc clears TSan's record of earlier accesses
 #else
     char* p = nullptr;
     if (!free_.empty()) {
@@ -149,7 +149,7 @@ inline Stacks g_stacks;
 
 inline void make_fiber(Lane& l) {
   l.stack = g_stacks.get();
-  // Staggered, for the cache's sake; below the entry address a null return address ends stack traces.
+  // Staggered for the cache. The null return address below the entry address ends stack traces.
   void** top = reinterpret_cast<void**>(static_cast<char*>(l.stack) + kStackBytes - l.lane * 128) - 2;
   l.stack_pointer = top - 6;
   std::memset(l.stack_pointer, 0, 8 * sizeof(void*));
@@ -173,7 +173,7 @@ inline void run_block(Block& block, Order order, std::mt19937& random) {
     if (order == Order::kRandom && random() % 8 == 0) std::shuffle(turns.begin(), turns.end(), random);
     for (int i : turns) {
       Lane& l = block.lanes[i];
-      while (l.wait == Wait::kNone && block.error.empty()) {  // until it waits, so that others see it as late as can be
+      while (l.wait == Wait::kNone && block.error.empty()) {  // until it blocks: others see its writes late
         progress = true;
         enter_lane(l);
         arrived(l);

@@ -1,4 +1,4 @@
-// Launches of kernels in the emulator: stands for launch_kernel in csrc/cuda/launch.cuh.
+// Launches kernels in the emulator, in place of launch_kernel in csrc/cuda/launch.cuh.
 #pragma once
 #include <memory>
 
@@ -6,16 +6,16 @@
 
 namespace emulator {
 
-// Of the launches that follow; set by the tests.
+// Settings of the launches that follow; the tests set them.
 struct Settings {
   Order order = Order::kForward;
   unsigned seed = 1;
 };
 inline Settings g_settings;
-inline int64_t g_launches = 0;      // so far
-inline int64_t g_ptx_launches = 0;  // of those, kernels that ptx2cpp.py has translated
+inline int64_t g_launches = 0;      // launches so far
+inline int64_t g_ptx_launches = 0;  // launches of kernels that ptx2cpp.py has translated
 
-// Runs the kernel's blocks one after another; throws what a GPU might not have noticed.
+// Runs the kernel's blocks one after another. Throws errors that a GPU might not have detected.
 template <typename... P>
 const char* launch_kernel(void (*kernel)(P...), int64_t blocks, int threads, int64_t shared_bytes, void*, P... params) {
   const Untracked whole;
@@ -24,7 +24,7 @@ const char* launch_kernel(void (*kernel)(P...), int64_t blocks, int threads, int
   ++g_launches;
   const std::function<void()> body = [&] { kernel(params...); };
   std::mt19937 random(g_settings.seed);
-  // By block, and not used again: TSan must see blocks as unordered.
+  // One per block, and never reused: TSan must see blocks as unordered.
   std::vector<std::unique_ptr<char[]>> orders;
   for (int64_t k = 0; k < blocks; ++k) {
     Block block;

@@ -2,9 +2,9 @@
 
     nvcc -O3 -arch=compute_80 -lineinfo -ptx kernels.cu; python ptx2cpp.py kernels.ptx > kernels.ptx.cpp
 
-Linked beside the kernels that g++ compiled, these functions take their place (those are weak symbols),
-and the tests run what nvcc's optimiser has left: its loads, barriers, shuffles and inline assembly.
-An instruction or modifier that is not listed here stops the translation: nothing is guessed.
+Linked with the kernels that g++ compiled, these functions replace them (those are weak symbols).  So the
+tests run the output of nvcc's optimiser: its loads, barriers, shuffles and inline assembly.
+An instruction or modifier that is not listed here is an error: nothing is guessed.
 """
 
 import re
@@ -30,11 +30,11 @@ COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 
 
 class UnknownPtxError(Exception):
-    """PTX that the translator does not know."""
+    """PTX that the translator does not support."""
 
 
 def size(ptx_type: str) -> int:
-    """Bytes of a PTX type."""
+    """Returns the bytes of a PTX type."""
     return int(re.sub(r"\D", "", ptx_type)) // 8
 
 
@@ -43,7 +43,7 @@ def label(name: str) -> str:
 
 
 def split(operands: str) -> list[str]:
-    """Operands at the commas outside braces and brackets."""
+    """Splits operands at the commas outside braces and brackets."""
     return [part.strip() for part in re.findall(r"(?:\{[^}]*\}|\[[^\]]*\]|[^,])+", operands)]
 
 
@@ -55,7 +55,7 @@ INSTRUCTIONS = []
 
 
 def instruction(pattern: str):
-    """Registers a translation of the opcodes that match the pattern as a whole."""
+    """Registers the decorated method for the opcodes that the whole pattern matches."""
 
     def register(method):
         INSTRUCTIONS.append((re.compile(pattern), method))
@@ -88,7 +88,7 @@ class Kernel:
         return "r_" + re.sub(r"\W", "_", name.lstrip("%"))
 
     def value(self, operand: str, kind: str) -> str:
-        """The operand as a C++ value of a PTX type."""
+        """Returns the operand as a C++ expression of a PTX type."""
         cxx = CXX[kind]
         if operand in SPECIAL:
             return f"{cxx}({SPECIAL[operand]})"
@@ -296,7 +296,7 @@ class Kernel:
 
     @instruction(r"shfl\.sync\.bfly\.b32")
     def shuffle(self, word, kind, a):
-        target = a[0].split("|")[0]  # that a lane took part is not asked for
+        target = a[0].split("|")[0]  # the predicate output is ignored
         width = f"int(32 - (({self.value(a[3], 'u32')} >> 8) & 31))"
         source = f"int({self.value(a[2], 'u32')})"
         mask, value = self.value(a[4], "u32"), self.value(a[1], "b32")
@@ -343,7 +343,7 @@ class Kernel:
     # The body
 
     def locate(self, line: str) -> None:
-        """Takes a .loc directive; code from CUDA's own headers goes under its caller's place."""
+        """Reads a .loc directive.  Code inlined from CUDA's headers is attributed to its caller."""
         file, number = re.match(r"\.loc\s+(\d+)\s+(\d+)", line).groups()
         inlined = re.search(r"inlined_at\s+(\d+)\s+(\d+)", line)
         if inlined and "/cuda-" in self.files.get(file, ""):
@@ -360,7 +360,7 @@ class Kernel:
                 self.registers[register] = kind
 
     def statement(self, text: str) -> None:
-        """One instruction with its predicate."""
+        """Translates one instruction with its predicate."""
         if text.startswith(".reg"):
             return self.declare(text)
         guard = re.match(r"@(!?)(%\w+)\s+", text)

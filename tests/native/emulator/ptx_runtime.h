@@ -1,5 +1,5 @@
-// What the C++ that ptx2cpp.py writes is made of: registers are unsigned integers of their width,
-// read and written as the type that each instruction names.
+// Runtime of the C++ that ptx2cpp.py writes. Registers are unsigned integers of their width. Each instruction reads and
+// writes them as the type that it names.
 #pragma once
 #include <bit>
 #include <cfenv>
@@ -21,7 +21,7 @@ struct Bytes {  // a kernel's parameter struct
   char b[N];
 };
 
-// A register's value as T; a wider register gives its low bytes.
+// Returns a register's value as T; a wider register gives its low bytes.
 template <typename T, typename U>
 T as(U u) {
   static_assert(sizeof(T) <= sizeof(U));
@@ -29,7 +29,7 @@ T as(U u) {
   std::memcpy(static_cast<void*>(&t), &u, sizeof t);  // x86: the low bytes come first
   return t;
 }
-// A wider register receives a narrower integer extended by its own sign, anything else by zeros.
+// Sets a register. A narrower integer is extended by its sign, anything else by zeros.
 template <typename R, typename T>
 void set(R& r, T t) {
   if constexpr (std::is_integral_v<T>) {
@@ -41,14 +41,14 @@ void set(R& r, T t) {
   }
 }
 
-// A pointer to V, if aligned as the GPU demands.
+// Returns p as a pointer to V. Aborts the launch if it is not aligned as a GPU requires.
 template <typename V>
 V* aligned(char* p, const char* file, int line) {
   if (reinterpret_cast<uintptr_t>(p) % alignof(V)) emulator::die("misaligned access", {file, line});
   return reinterpret_cast<V*>(p);
 }
 
-// Shared memory: object i of a kernel's file has the addresses from i << 20; size 0 stands for the dynamic one.
+// Shared memory: object i of a kernel's file has the addresses from i << 20 on. Size 0 marks the dynamic object.
 struct SharedVariable {
   int size;
   char key;
@@ -59,7 +59,7 @@ inline char* shared_memory(SharedVariable* variables, uint64_t address) {
   return static_cast<char*>(base) + (address & 0xfffff);
 }
 
-// The other way: the address of a pointer.  The dynamic object, whose size is not known here, comes last.
+// The inverse: returns the address of a pointer. The dynamic object comes last, since its size is not known here.
 inline uint64_t shared_address(SharedVariable* variables, size_t count, uint64_t pointer) {
   for (const bool dynamic : {false, true})
     for (size_t i = 0; i < count; ++i) {
@@ -71,7 +71,7 @@ inline uint64_t shared_address(SharedVariable* variables, size_t count, uint64_t
   emulator::die("a pointer that is none into shared memory", {"ptx", 0});
 }
 
-// Of a number and a nan the number; -0 is less than +0.
+// If one argument is nan, returns the other. -0 is less than +0.
 template <typename T>
 T min(T a, T b) {
   if (a != a || b != b) return a != a ? b : a;
@@ -121,7 +121,7 @@ inline __attribute__((noinline)) float add_to_zero(float a, float b) {
   volatile float x = a, r = x + b;
   return r;
 }
-// Good to 20 bits, the low half zero: the start of a Newton iteration.
+// 1 / x with 20 correct bits and a zero low half: the start of a Newton iteration.
 inline double reciprocal_start(double x) {
   return std::bit_cast<double>(std::bit_cast<uint64_t>(1 / x) & 0xffffffff00000000u);
 }

@@ -1,4 +1,4 @@
-// What the fibers must tell ASan and TSan; nothing in a plain build.
+// Reports the fibers to ASan and TSan; empty in a plain build.
 #pragma once
 #include <cstddef>
 
@@ -16,7 +16,7 @@ void AnnotateIgnoreReadsEnd(const char*, int);
 void AnnotateIgnoreWritesBegin(const char*, int);
 void AnnotateIgnoreWritesEnd(const char*, int);
 }
-// TSan keeps a shadow call stack for each fiber: a function that switches must not be on it.
+// TSan keeps a shadow call stack per fiber: a function that switches fibers must not be on it.
 #define EMULATOR_SWITCHES __attribute__((no_sanitize("thread"), noinline))
 #else
 #define EMULATOR_SWITCHES
@@ -33,7 +33,7 @@ void __asan_unpoison_memory_region(const volatile void*, size_t);
 
 namespace emulator {
 
-// Lives while the emulator keeps its own books, which are no memory traffic of the kernel.
+// During its lifetime TSan ignores accesses: those to the emulator's own data are not the kernel's.
 struct Untracked {
 #ifdef EMULATOR_TSAN
   Untracked() {
@@ -49,7 +49,7 @@ struct Untracked {
 #endif
 };
 
-// release(p) ... acquire(p): what was written before the first is seen after the second.
+// release(p), then acquire(p): writes before the first are visible after the second.
 inline void release([[maybe_unused]] void* p) {
 #ifdef EMULATOR_TSAN
   __tsan_release(p);

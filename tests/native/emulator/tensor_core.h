@@ -4,10 +4,10 @@
 
 namespace emulator {
 
-// Lanes hand each other the addresses of rows; then each reads its own numbers, where sanitizers see it.
+// Lanes exchange the addresses of rows. Then each lane reads its own numbers, so that sanitizers check the reads.
 struct MatrixRows {
   const void* own;
-  const void* of[4][2];  // the rows that matrix m's two numbers of this lane come from
+  const void* of[4][2];  // rows of matrix m with the two numbers of this lane
 };
 template <int kMatrices, bool kTransposed>
 void exchange_rows(Warp& warp, unsigned) {
@@ -70,12 +70,13 @@ void mma(float* sums, const uint32_t* a, const uint32_t* b, EMULATOR_CALLER) {
   wait_for(Wait::kWarp, ~0u, &multiply<T>, &operands, EMULATOR_SITE);
 }
 
-// The destination is nan from the start of a copy on and gets its data as late as the waits allow: a
-// missing wait shows in the result, a buffer reused too early as well.
+// The destination is nan from the start of a copy on, and gets its data as late as the waits allow. So a missing wait
+// shows in the result, and a buffer that is reused too early does as well.
 inline void copy_async(void* to, const void* from, int bytes, EMULATOR_CALLER) {
   if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % 16 || bytes < 0 || bytes > 16)
     die("misaligned asynchronous copy", EMULATOR_SITE);
-  typedef uint64_t Word __attribute__((may_alias));  // g++ makes a memset of a known size stores that TSan never sees
+  // g++ makes a memset of a known size stores that TSan does not check
+  typedef uint64_t Word __attribute__((may_alias));
   for (int i = 0; i < 2; ++i) static_cast<Word*>(to)[i] = ~uint64_t(0);
   const Untracked books;
   self->copies.push_back({to, from, bytes, -1});
