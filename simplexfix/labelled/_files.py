@@ -86,7 +86,8 @@ def read_arrays(path: Path, form: _Form = VERSION) -> Mapping[str, Any]:
 
 
 def _damaged(path: Path, error: Exception) -> Exception:
-    if isinstance(error, OSError) and error.errno is not None:  # an error of the system; bz2's error about damaged bytes has no errno
+    # bz2 raises OSError without errno for damaged bytes; errors of the system have one
+    if isinstance(error, OSError) and error.errno is not None:
         return error
     return FeatureFileError(f"{path} cannot be read, it may be truncated or damaged: {error}")
 
