@@ -1,7 +1,7 @@
-"""One function per operator: the naive equation in its docstring, checks in front, kernels behind.
+"""One function per operator: it checks its arguments and calls the compiled kernels.
 
-Where the library was not built, or has no kernels for a tensor's device, the reference implementation of
-`simplexfix/_reference.py` gives the same results.
+Where the library was not built, or has no kernels for a tensor's device, the reference implementation in
+`simplexfix/_reference.py` computes the same results.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ __all__ = [
 
 
 def simplex_logits(z: Tensor, *, normalize: bool = False, scale: float = 1.0) -> Tensor:
-    """Logits of the fixed simplex classifier, in O(B K) and without its matrix.
+    """Returns the logits of the fixed simplex classifier in O(B K) time, without its K x d matrix.
 
         W = simplex_prototypes(K)                       # [K, d], K = d + 1
         logits = scale * F.normalize(z) @ W.T           # F.normalize only with normalize=True
@@ -83,7 +83,7 @@ def simplex_cross_entropy(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
-    """Cross-entropy through the fixed simplex classifier, fused: no logits and no K x d matrix.
+    """Returns the cross-entropy of the fixed simplex classifier, fused: it stores no logits and no K x d matrix.
 
         W = simplex_prototypes(K)                       # [K, d], K = d + 1
         logits = F.normalize(z) @ W.T                   # F.normalize only with normalize=True
@@ -91,30 +91,29 @@ def simplex_cross_entropy(
         logits[i, target[i]] = cos(theta + m)           # margin=("angular", m): ArcFace
         F.cross_entropy(scale * logits, target, weight, ignore_index=..., label_smoothing=..., reduction=...)
 
-    All K slots take part in the softmax, used or not: they are the room for future classes.  Sums and
-    exponentials are float32 (float64 for float64) whatever the dtype of `z`.
+    The softmax runs over all K slots, including those reserved for future classes.  Sums and exponentials are
+    computed in float32 (in float64 for a float64 `z`).
 
     Args:
         z: [..., d] features, float32, float64, bfloat16 or float16; d >= 1.
         target: [...] int64, the slot of each row in [0, K), or `ignore_index`.
         normalize: divide each row by its L2 norm first (a zero row stays zero).
         scale: positive factor on the logits (the inverse temperature), in the range of float32.
-        margin: None, ("cosine", m) with m in cosine units, or ("angular", m) with m in radians, in
-            [0, pi]; needs `normalize`.  Where theta + m would pass pi, ArcFace's usual continuation
-            cos(theta) - m sin(m) is used.
-        weight: [K] one factor per class, as in `torch.nn.functional.cross_entropy`; not differentiated.
-        ignore_index: rows with this target add nothing to loss and gradient.
+        margin: None; ("cosine", m) with m in [0, 2] cosine units; or ("angular", m) with m in [0, pi] radians.  Needs
+            `normalize=True`.  Where theta + m exceeds pi, the logit is cos(theta) - m sin(m), as in ArcFace.
+        weight: [K] floating, one factor per slot, as in `torch.nn.functional.cross_entropy`; it gets no gradient.
+        ignore_index: rows with this target contribute nothing to loss and gradient.
         label_smoothing: in [0, 1].
-        reduction: "none", "mean" (over the rows that count, weighted; nan if there are none) or "sum".
+        reduction: "none", "mean" (weighted, over the rows that are not ignored; nan if there are none) or "sum".
 
     Returns:
         [...] with "none", else a scalar; dtype of `z`, float32 under autocast; differentiable by `z`.
 
     Raises:
         TypeError: a tensor has the wrong dtype.
-        ValueError: wrong shape, an option out of range, or a target out of range.  Where targets cannot be looked at
-            (on a GPU, without synchronizing; under `torch.func`; in a compiled reference implementation), that row's
-            loss and gradient are nan instead.
+        ValueError: a shape is wrong, or an option or a target is out of range.  A target out of range gives nan in its
+            row's loss and gradient instead where reading it would synchronize with a GPU or is impossible (under
+            `torch.func`, or where `torch.compile` traces the reference implementation).
 
     Reference:
         arXiv 2405.02581; CosFace arXiv 1801.09414; ArcFace arXiv 1801.07698.
@@ -135,7 +134,7 @@ def simplex_cross_entropy(
 
 
 def orthoplex_logits(z: Tensor, *, normalize: bool = False, scale: float = 1.0) -> Tensor:
-    """Logits of the fixed orthoplex classifier, whose vertices are the unit vectors and their opposites.
+    """Returns the logits of the fixed orthoplex classifier; its vertices are the unit vectors and their opposites.
 
         W = orthoplex_prototypes(2 * d)                 # [2 d, d]: slot c < d is e_c, slot d + c is -e_c
         logits = scale * F.normalize(z) @ W.T           # F.normalize only with normalize=True; W.T: [z, -z]
@@ -170,17 +169,17 @@ def orthoplex_cross_entropy(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
-    """Cross-entropy through the fixed orthoplex classifier, fused: K = 2 d classes in d dimensions.
+    """Returns the cross-entropy of the fixed orthoplex classifier, fused: K = 2 d classes in d dimensions.
 
         logits = [F.normalize(z), -F.normalize(z)]      # F.normalize only with normalize=True
-        ... then as `simplex_cross_entropy`
+        ... then as in `simplex_cross_entropy`
 
-    All 2 d slots take part in the softmax.
+    The softmax runs over all 2 d slots.
 
     Args:
         z: [..., d] features, float32, float64, bfloat16 or float16; d >= 1.
         target: [...] int64, the slot of each row in [0, 2 d), or `ignore_index`; slot c < d is e_c, d + c is -e_c.
-        weight: [2 d] one factor per class; not differentiated.
+        weight: [2 d] floating, one factor per slot; it gets no gradient.
         normalize, scale, margin, ignore_index, label_smoothing, reduction: as in `simplex_cross_entropy`.
 
     Returns:
@@ -208,14 +207,14 @@ def orthoplex_cross_entropy(
 
 
 def cube_logits(z: Tensor, codes: Tensor, *, normalize: bool = False, scale: float = 1.0) -> Tensor:
-    """Logits of chosen vertices of the d-cube.
+    """Returns the logits of the d-cube's vertices that `codes` selects.
 
         W = cube_prototypes(codes, d)                   # [C, d], rows of +-1 / sqrt(d)
         logits = scale * F.normalize(z) @ W.T           # F.normalize only with normalize=True
 
     Args:
         z: [..., d] features, float32, float64, bfloat16 or float16; d >= 1.
-        codes: [C, ceil(d / 64)] int64, the vertices, as `simplexfix.polytopes.cube_codes` makes them.
+        codes: [C, ceil(d / 64)] int64, one vertex per row, from `simplexfix.polytopes.cube_codes`.
         normalize, scale: as in `simplex_logits`.
 
     Returns:
@@ -223,7 +222,7 @@ def cube_logits(z: Tensor, codes: Tensor, *, normalize: bool = False, scale: flo
 
     Raises:
         TypeError: `z` is not floating, or `codes` not int64.
-        ValueError: a shape, a device or `scale` is wrong, or a code has bits beyond d (on a GPU these are not seen).
+        ValueError: a shape, a device or `scale` is wrong, or a code has bits beyond d (only checked on the CPU).
 
     Reference:
         Pernici et al., "Regular Polytope Networks", arXiv 2103.15632.
@@ -247,30 +246,30 @@ def cube_cross_entropy(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
-    """Cross-entropy through the fixed d-cube classifier: a softmax over all 2^d vertices, in O(d) by its product form.
+    """Returns the cross-entropy of the fixed d-cube classifier, a softmax over all 2^d vertices, in O(d) per row.
 
-        s = (+-1)^d, the signs of the vertex target[i]
-        logsumexp - logit = sum_j log(1 + exp(-2 scale / sqrt(d) * s_j * z_j))     # z normalised with normalize=True
-        ... which is F.cross_entropy(scale * z @ W.T, vertex), W = all 2^d rows of (+-1)^d / sqrt(d)
+        W = all 2^d rows of (+-1)^d / sqrt(d)
+        F.cross_entropy(scale * z @ W.T, vertex)        # z normalised first with normalize=True
+          = sum_j log(1 + exp(-2 scale / sqrt(d) * s_j * z_j)),  s = signs of the vertex of target[i]
 
-    The vertices of the classes are a few among those of the softmax.
+    The softmax factorizes over the coordinates, which gives the sum.  Only some of its 2^d vertices belong to classes.
 
     Args:
         z: [..., d] features, float32, float64, bfloat16 or float16; d >= 1.
-        target: [...] int64, the class of each row, a row of `codes`, or `ignore_index`.
-        codes: [C, ceil(d / 64)] int64, the vertex of each class, as `simplexfix.polytopes.cube_codes` makes them.
-            If None the target is the number of the vertex, in [0, 2^d), d <= 62: coordinate j is positive where
-            bit j is set.
-        weight: [C] one factor per class ([2^d] without `codes`); not differentiated.  Not with
-            `label_smoothing`, which is over all vertices, most of which have no class.
+        target: [...] int64, the class of each row as a row number of `codes`, or `ignore_index`.
+        codes: [C, ceil(d / 64)] int64, the vertex of each class, from `simplexfix.polytopes.cube_codes`.  If None,
+            d <= 62 and the target is the vertex number in [0, 2^d): coordinate j is positive where bit j is set.
+        weight: [C] floating, one factor per class ([2^d] without `codes`); it gets no gradient.  It excludes
+            `label_smoothing`, which spreads over all vertices, most of which have no class.
         normalize, scale, margin, ignore_index, label_smoothing, reduction: as in `simplex_cross_entropy`.
 
     Returns:
         [...] with "none", else a scalar; dtype of `z`, float32 under autocast; differentiable by `z`.
 
     Raises:
-        TypeError, ValueError: as `simplex_cross_entropy`; codes of a wrong shape, or missing where d > 62; a target
-            whose code has bits beyond d (on a GPU these are not seen); `weight` together with `label_smoothing`.
+        TypeError, ValueError: as in `simplex_cross_entropy`.
+        ValueError: `codes` has the wrong shape, or is missing where d > 62; a target's code has bits beyond d (only
+            checked on the CPU); or `weight` is given with `label_smoothing`.
 
     Reference:
         Pernici et al., "Regular Polytope Networks", arXiv 2103.15632; the product form: docs/math.md.
@@ -314,42 +313,43 @@ def old_new_contrast(
     reduction: str = "mean",
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """Contrast that holds the new model's features to the old model's, of the same batch of images.
+    """Returns a contrastive loss that keeps the new model's features near the old model's features of the same items.
 
         u, v = F.normalize(old), F.normalize(new)       # no gradient to old
         s = mu * u @ v.T                                # rows: anchors; anchor="new" transposes s
-        differs = target[:, None] != target
-        zero_mask:  -s_ii + log(sum_j exp(s_ij) over differs + number of j with the same target, i too)
-        remove:     -s_ii + log(sum_j exp(s_ij) over differs)      (a row without negatives: -s_ii alone)
+        differs = target[:, None] != target             # negatives: rows of another class
+        zero_mask:  -s_ii + log(sum_j exp(s_ij) over differs + n_i)     # n_i: rows of i's class, i included
+        remove:     -s_ii + log(sum_j exp(s_ij) over differs)           # a row without negatives: -s_ii
         infonce:    -s_ii + log(exp(s_ii) + sum_j exp(s_ij) over differs)
 
-    The B x B similarities exist in blocks only, in float32 of 16 MiB (128 bytes x B on a CPU and 512 on a GPU where
-    that is more).  On a GPU the products are as exact as `torch.set_float32_matmul_precision` says.
+    The B x B similarities are computed in float32 blocks of 16 MiB (or of 128 B bytes on a CPU, 512 B bytes on a GPU,
+    where that is larger).  On a GPU `torch.set_float32_matmul_precision` sets the precision of the products.
 
     Args:
-        new: [B, d] features by the model in training, any scale.
-        old: [B, d] features of the same images by the deployed model; no gradient flows here.  Under autocast, where
-            the dtype of `new` is autocast's choice, it may be of another floating dtype and is cast to that of `new`.
+        new: [B, d] floating, features by the model in training, any scale.
+        old: [B, d] features of the same items by the deployed model, in the dtype of `new`; they get no gradient.
+            Under autocast any floating dtype is accepted and cast to that of `new`.
         target: [B] int64 class ids, any values.
         mu: positive inverse temperature, in the range of float32.
-        negatives: "zero_mask" (as the authors' code computes it), "remove" or "infonce".
+        negatives: "zero_mask" (as in the authors' code), "remove" or "infonce".
         anchor: "old", "new", or "symmetric" (the mean of both).
         reduction: "none", "mean" or "sum".
-        group: processes whose batches, all of B rows, are contrasted as one (`torch.distributed.group.WORLD`
-            for all): j then runs over the rows of all of them, i over one's own.  Gradients flow back to the
-            process that a row came from.  With "mean" and gradients averaged over the group, as
-            DistributedDataParallel does, all is as if one process had the whole batch.  Each call compares the
-            processes' shapes first, and waits for a GPU as it does.
+        group: process group whose batches, each of B rows, form one global batch; None for this process alone,
+            `torch.distributed.group.WORLD` for all processes.  j then runs over the global batch and i over the local
+            rows.  Gradients flow back to the process of each row.  With "mean" and gradients averaged over the group
+            (DistributedDataParallel) the result equals that of one process with the global batch.  Each call first
+            compares the shapes of all processes, which synchronizes with the GPU.
 
     Returns:
         [B] with "none", else a scalar; dtype of `new`, float32 under autocast; differentiable by `new`.
 
     Raises:
         TypeError: a tensor has the wrong dtype.
-        ValueError: wrong shapes, an unknown name, `mu` not positive and finite, or unlike batches in the group.
+        ValueError: a shape is wrong, a name is unknown, `mu` is not positive and finite, or the group's batches differ
+            in shape or dtype.
 
     Reference:
-        arXiv 2405.02581.  The forms: docs/math.md.
+        arXiv 2405.02581.  The three forms of the denominator: docs/math.md.
     """
     old = _as_dtype_of(new, old)
     check_new_and_old("new", new, old)
@@ -377,7 +377,7 @@ def _contrast(
     negatives: str,
     reduction: str,
 ) -> Tensor:
-    """One direction of the contrast, in the accumulating dtype."""
+    """One direction of the contrast, in the dtype of `accumulate_dtype`."""
     if _native.has_kernels(anchors):
         return _ops.contrast_rows(anchors, candidates, target, classes, first, mu, negatives, reduction)
     rows = _reference.contrast_rows(anchors, candidates, target, classes, first, mu=mu, negatives=negatives)
@@ -402,29 +402,30 @@ def hoc_loss(
     reduction: str = "mean",
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """The higher-order compatibility loss: stationary features that also keep to the old model's.
+    """Returns the higher-order compatibility (HOC) loss: simplex cross-entropy plus a contrast to the old model.
 
         lambda_ * simplex_cross_entropy(z, target) + (1 - lambda_) * old_new_contrast(z, old, target)
 
-    The contrast is over every image of the batch.  `weight` and `ignore_index` are of the cross-entropy alone: an image
-    with the target `ignore_index` has the contrast as its whole loss, where it counts as one of a class of its own
-    that all such images share.
+    `weight` and `ignore_index` apply to the cross-entropy only.  The contrast runs over all rows of the batch; rows
+    with target `ignore_index` form one class in it.
 
     Args:
         z: [B, d] features by the model in training, d = K - 1.
-        old: [B, d] features of the same images by the deployed model; under autocast of any floating dtype.
+        old: [B, d] features of the same items by the deployed model, in the dtype of `z`; under autocast in any
+            floating dtype.
         target: [B] int64 slots in [0, K), or `ignore_index`.
-        lambda_: fraction of the cross-entropy, in [0, 1].
-        mu, negatives, anchor, group: of `old_new_contrast`.
-        normalize, scale, margin, weight, ignore_index, label_smoothing: of `simplex_cross_entropy`.
-        reduction: "none", "mean" (each part by its own mean: the cross-entropy's is weighted, over the rows that count,
-            and nan if there are none) or "sum".
+        lambda_: weight of the cross-entropy, in [0, 1].
+        mu, negatives, anchor, group: as in `old_new_contrast`.
+        normalize, scale, margin, weight, ignore_index, label_smoothing: as in `simplex_cross_entropy`.
+        reduction: "none", "mean" or "sum", applied to each term.  The cross-entropy's mean is weighted, over the rows
+            that are not ignored, and nan if there are none.
 
     Returns:
-        [B] with "none", else a scalar; dtype of `z`, float32 under autocast.
+        [B] with "none", else a scalar; dtype of `z`, float32 under autocast; differentiable by `z`.
 
     Raises:
-        TypeError, ValueError: as the two losses, and `lambda_` outside [0, 1].
+        TypeError, ValueError: as in the two losses.
+        ValueError: `lambda_` is outside [0, 1].
 
     Reference:
         arXiv 2405.02581.
@@ -466,7 +467,7 @@ def mix_with_contrast(
     reduction: str,
     group: dist.ProcessGroup | None,
 ) -> Tensor:
-    """Mixes any cross-entropy of `z` with the contrast, as `hoc_loss` does; `classify` runs after the checks."""
+    """Weighted sum of `classify()`, a cross-entropy of `z`, and the contrast; `classify` runs after the checks."""
     old = _as_dtype_of(z, old)
     check_new_and_old("z", z, old)
     check_fraction("lambda_", lambda_)
@@ -478,27 +479,35 @@ def mix_with_contrast(
 
 
 def cosine_topk(query: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k gallery rows nearest to each query by cosine, exactly.
+    """Returns the k gallery rows with the largest cosine similarity to each query; the search is exact.
 
         q, g = F.normalize(query), F.normalize(gallery)     # rounded to float32
         scores, ids = (q.double() @ g.double().T).float().topk(k)
 
-    A score is the float64 dot product of the normalised float32 rows, rounded to float32; order is by
-    score, then by lower id.  Batch, threads and instruction set change nothing.  Ctrl-C ends a call on the CPU within a
-    second.
+    A score is the float64 dot product of the normalised float32 rows, rounded to float32.  Results are ordered by
+    descending score, then by ascending id.  They do not depend on batch size, thread count or instruction set.
+    Ctrl-C ends a call on the CPU within a second.
 
     Args:
         query: [Q, d] floating, finite.  float64 is rounded to float32.
         gallery: [N, d] floating, finite, same device and dtype.
-        k: at least 1.  Where the gallery has fewer rows, id -1 with score -inf follows.
+        k: from 1 to 2^31 - 1.  If k exceeds N, the last k - N places hold id -1 and score -inf.
 
     Returns:
-        scores [Q, k] float32 descending, differentiable by query and gallery; ids [Q, k] int64.
+        scores [Q, k] float32 in descending order, differentiable by query and gallery; ids [Q, k] int64.
 
     Raises:
         TypeError: a tensor is not floating.
-        ValueError: wrong shapes, k below 1, or a row that holds nan or inf, by name.  CUDA kernels are not waited
-            for: scores are nan there and ids -1, of that query, or of all where the gallery holds such a row.
+        ValueError: a shape or k is wrong, or a row holds nan or inf; the message names it.  CUDA kernels return nan
+            scores and ids -1 instead, to avoid synchronizing: for that query, or for all if the row is in the gallery.
+
+    Example:
+        >>> import torch
+        >>> from simplexfix import cosine_topk
+        >>> gallery = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 2.0]])
+        >>> scores, ids = cosine_topk(torch.tensor([[3.0, 0.1]]), gallery, k=2)
+        >>> ids
+        tensor([[0, 1]])
     """
     for name, rows in (("query", query), ("gallery", gallery)):
         check_rows(name, rows)
@@ -516,7 +525,7 @@ def cosine_topk(query: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]
         return _ops.cosine_topk(query.float(), gallery.float(), k)
     try:
         return _ops.cosine_topk(query.float(), gallery.float(), k)
-    except RuntimeError as error:  # torch lets no other exception through
+    except RuntimeError as error:  # torch turns every exception of an operator into this type
         _native.raise_interrupt(error)
         raise
 
@@ -535,7 +544,7 @@ def _cross_entropy(
     label_smoothing: float,
     reduction: str,
 ) -> Tensor:
-    """Checks the arguments and calls the operator of this polytope, or its reference implementation."""
+    """Checks the arguments, then calls the polytope's operator or its reference implementation."""
     check_features("z", z)
     d = z.shape[-1]
     slots = {"simplex": d + 1, "orthoplex": 2 * d}.get(polytope) or (2**d if codes is None else len(codes))
@@ -579,14 +588,14 @@ def _as_rows(z: Tensor) -> Tensor:
 
 
 def _loss_dtype(features: Tensor) -> torch.dtype:
-    """What torch's own losses have: the dtype of the features, float32 under autocast."""
+    """Dtype of the loss, as in torch's own losses: that of the features, or float32 under autocast."""
     if features.dtype in (torch.float32, torch.float64):
         return features.dtype
     return torch.float32 if _under_autocast(features) else features.dtype
 
 
 def _as_dtype_of(new: Tensor, old: Tensor) -> Tensor:
-    """Casts the old features to the dtype that autocast gave the new ones."""
+    """Under autocast, casts the old features to the dtype of the new ones."""
     both = isinstance(new, Tensor) and isinstance(old, Tensor)
     if both and new.dtype != old.dtype and old.is_floating_point() and _under_autocast(new):
         return old.detach().to(new.dtype)
@@ -594,6 +603,6 @@ def _as_dtype_of(new: Tensor, old: Tensor) -> Tensor:
 
 
 def _under_autocast(tensor: Tensor) -> bool:
-    if tensor.is_meta:  # which has no autocast
+    if tensor.is_meta:  # autocast does not apply to the meta device
         return False
-    return torch.is_autocast_enabled("cpu" if tensor.is_cpu else tensor.device.type)  # the latter makes a string
+    return torch.is_autocast_enabled("cpu" if tensor.is_cpu else tensor.device.type)  # device.type allocates a string

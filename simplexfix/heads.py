@@ -1,4 +1,4 @@
-"""Classifier heads with fixed prototypes: drop-in for the last `nn.Linear`, with nothing of size K x d."""
+"""Classifier heads with fixed prototypes: they replace a model's last `nn.Linear` and store no K x d matrix."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from .slots import SlotRegistry
 
 __all__ = ["CubeHead", "OrthoplexHead", "SimplexHead"]
 
-_LOGITS_AT_A_TIME = 1 << 21  # that predict holds
-_VERTICES_AT_A_TIME = 4096  # of a cube, whose signs predict holds
+_LOGITS_AT_A_TIME = 1 << 21  # most logits that `predict` holds at once
+_VERTICES_AT_A_TIME = 4096  # most vertices of a cube that `predict` expands to signs at once
 
 
 _Head = TypeVar("_Head", bound="_PolytopeHead")
@@ -38,7 +38,7 @@ def _registry(in_features: int, num_classes: int, num_slots: int | None) -> Slot
 
 
 class _PolytopeHead(nn.Module):
-    """What all heads have: junction, slots and options.  A subclass knows the polytope."""
+    """The common part of all heads: junction, slots and options.  A subclass adds its polytope's functions."""
 
     _polytope: str
 
@@ -76,18 +76,23 @@ class _PolytopeHead(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> _Head:
-        """A head with a copy of another one's registry: the same class, the same slot, for features of any width.
+        """Returns a new head with a copy of a registry, so that each class keeps its slot.
 
-        Models that go on to grow apart must take new classes from one registry.
+        The junction is new, so `in_features` may differ from the old model's.  The copy is independent: a class that
+        is later added to one head is not added to the other.  Where both heads get new classes, add each class to one
+        shared registry first and make the heads from it; otherwise two classes can get the same slot.
 
         Args:
             slots: `head.slots` of the model that is replaced, or the registry that all versions share.
-            in_features: width of the new backbone's features.
+            in_features: width of the new backbone's features, at least 1.
             normalize, scale, margin, bias, device, dtype: as in the constructor.
 
+        Returns:
+            A head of this class with `slots.num_slots` slots.
+
         Raises:
-            TypeError: `slots` is no registry.
-            ValueError: an odd number of slots, for an orthoplex; or an option out of range.
+            TypeError: `slots` is not a `SlotRegistry`.
+            ValueError: an option is out of range, or an orthoplex gets an odd number of slots.
         """
         options = {"normalize": normalize, "scale": scale, "margin": margin, "bias": bias}
         return cls._around(slots, in_features, **options, device=device, dtype=dtype)
@@ -105,43 +110,46 @@ class _PolytopeHead(nn.Module):
         return head
 
     def _logits(self, z: Tensor) -> Tensor:
-        """[..., d] -> [..., K]."""
+        """Logits: [..., d] -> [..., K]."""
         raise NotImplementedError
 
     def _loss(self, z: Tensor, target: Tensor, **options: Any) -> Tensor:
         raise NotImplementedError
 
     def _vertices(self, slots: Tensor) -> Tensor:
-        """[n] slots -> [n, d] in the dtype of the junction."""
+        """Unit vertices of slots: [n] -> [n, d] in the junction's dtype."""
         raise NotImplementedError
 
     def _scores(self, z: Tensor, used: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Logits [b, n] of slots [n], block by block, which together are `used`, ascending."""
+        """Yields (logits [B, n], slots [n]) in blocks; together the blocks cover `used` in ascending order."""
         yield self._logits(z).index_select(-1, used), used
 
     @property
     def num_slots(self) -> int:
-        """K, fixed for the life of the model."""
+        """K, the number of slots; it never changes."""
         return self.slots.num_slots
 
     @property
     def num_classes(self) -> int:
-        """Slots in use."""
+        """Number of slots that have a class."""
         return len(self.slots)
 
     @property
     def embedding_dim(self) -> int:
-        """d: the width of what goes into the gallery."""
+        """d, the width of an embedding and of a gallery row."""
         return self.junction.out_features
 
     def grow(self, num_classes: int) -> None:
-        """Makes room in namespace "default" for classes up to `num_classes`, inside the allocated slots.
+        """Adds classes to namespace "default" until it has `num_classes`, each in the next free slot.
 
-        No parameter, no slot and no output changes.
+        Parameters, existing slots and outputs do not change.
+
+        Args:
+            num_classes: new number of classes in "default", from the present number up.
 
         Raises:
-            TypeError: not an integer.
-            ValueError: fewer than there are, or more than the slots hold.
+            TypeError: `num_classes` is not an integer.
+            ValueError: `num_classes` is below the present number, or too few slots are free.
         """
         num_classes = check_integer("num_classes", num_classes)
         have = len(self.slots.classes("default"))
@@ -150,7 +158,16 @@ class _PolytopeHead(nn.Module):
         self.slots.add("default", range(have, num_classes))
 
     def embed(self, features: Tensor) -> Tensor:
-        """[B, in_features] -> [B, d]: what a gallery stores and a query is searched by (cosine)."""
+        """Returns the embeddings that a gallery stores and that queries are compared by (cosine similarity).
+
+            z = junction(features)
+
+        Args:
+            features: [..., in_features], in the junction's dtype.
+
+        Returns:
+            [..., d], not normalised.
+        """
         return self.junction(features)  # type: ignore[no-any-return]
 
     def forward(
@@ -163,17 +180,24 @@ class _PolytopeHead(nn.Module):
         label_smoothing: float = 0.0,
         reduction: str = "mean",
     ) -> Tensor:
-        """[B, in_features] -> [B, K] logits, one per slot; with a target `loss`, and no logits are made.
+        """Returns the logits of all K slots, or the loss where `target` is given.
 
-        DistributedDataParallel averages gradients of what its module's `forward` computes, so call the wrapped head
-        with the target: `DistributedDataParallel(head)(features, target)`, not `.module.loss`.
+        With a target this is `loss`, which never stores the logits.  DistributedDataParallel averages only gradients
+        that come from its module's `forward`.  So call the wrapped head with the target,
+        `DistributedDataParallel(head)(features, target)`, and not `.module.loss`.
 
         Args:
-            features: [B, in_features], or [..., in_features].
-            target, weight, ignore_index, label_smoothing, reduction: of `loss`.
+            features: [..., in_features], in the junction's dtype.
+            target: [...] int64 slots, or None for logits.
+            weight, ignore_index, label_smoothing, reduction: as in `simplexfix.functional.simplex_cross_entropy`; only
+                with a target.
+
+        Returns:
+            Without a target [..., K] logits.  With a target [...] for `reduction="none"`, else a scalar.
 
         Raises:
-            TypeError, ValueError: as `loss`; an option of the loss without a target.
+            TypeError: a tensor has the wrong dtype.
+            ValueError: the arguments of `loss` are wrong, or an option of the loss is given without a target.
         """
         if target is not None:
             return self.loss(
@@ -198,18 +222,25 @@ class _PolytopeHead(nn.Module):
         label_smoothing: float = 0.0,
         reduction: str = "mean",
     ) -> Tensor:
-        """The polytope's cross-entropy of `simplexfix.functional`, fused, with the head's own options.
+        """Returns the fused cross-entropy of the head's polytope, with the head's `normalize`, `scale` and `margin`.
+
+            z = junction(features)
+            loss = simplexfix.functional.simplex_cross_entropy(z, target)  # or orthoplex_, or cube_cross_entropy
 
         Args:
-            features: [B, in_features].
-            target: [B] int64 slots that a class has (`head.slots.lookup` maps class ids of a namespace to slots), or
-                `ignore_index`.
-            weight, ignore_index, label_smoothing, reduction: as in `simplexfix.functional`.
+            features: [..., in_features], in the junction's dtype.
+            target: [...] int64, the slot of each row's class, or `ignore_index`.  `head.slots.lookup` maps class ids
+                to slots.
+            weight, ignore_index, label_smoothing, reduction: as in `simplexfix.functional.simplex_cross_entropy`.
+
+        Returns:
+            [...] for `reduction="none"`, else a scalar.
 
         Raises:
-            TypeError, ValueError: as in `simplexfix.functional`.
-            ValueError: a label's slot has no class.  Only targets on the CPU are checked, and not under `torch.compile`
-                or `torch.func`: elsewhere a label cannot be read, or not without waiting for a GPU.
+            TypeError: a tensor has the wrong dtype.
+            ValueError: a shape or an option is wrong, or a label's slot has no class.  Slots without a class are only
+                detected on the CPU, and not under `torch.compile` or `torch.func`: reading a label on a GPU would
+                synchronize, and traced labels have no values.
         """
         z = self.embed(features)
         self._check_registered(z, target, ignore_index)
@@ -231,22 +262,31 @@ class _PolytopeHead(nn.Module):
         reduction: str = "mean",
         group: dist.ProcessGroup | None = None,
     ) -> Tensor:
-        """`simplexfix.functional.hoc_loss` with the head's own polytope, `normalize`, `scale` and `margin`.
+        """Returns the higher-order compatibility (HOC) loss: the head's cross-entropy plus an old-new contrast.
 
             z = head.embed(features)
             lambda_ * head.loss(features, target) + (1 - lambda_) * old_new_contrast(z, old_embedding, target)
 
-        Under DistributedDataParallel call it in the `forward` of the module that is wrapped.
+        Under DistributedDataParallel call this method inside the `forward` of the wrapped module.
 
         Args:
             features: [B, in_features] of the model in training.
-            old_embedding: [B, d] embeddings of the same items by the deployed model; no gradient flows here.
-            target: [B] int64 slots that a class has, or `ignore_index`.
-            lambda_, mu, negatives, anchor, weight, ignore_index, label_smoothing, reduction, group: of
-                `simplexfix.functional.hoc_loss`.
+            old_embedding: [B, d] embeddings of the same items by the deployed model; they get no gradient.
+            target: [B] int64, the slot of each row's class, or `ignore_index`.
+            lambda_: weight of the cross-entropy, in [0, 1].
+            mu, negatives, anchor, group: as in `simplexfix.functional.old_new_contrast`.
+            weight, ignore_index, label_smoothing: as in `simplexfix.functional.simplex_cross_entropy`.
+            reduction: "none", "mean" or "sum", applied to both terms.
+
+        Returns:
+            [B] for `reduction="none"`, else a scalar.
 
         Raises:
-            TypeError, ValueError: as `loss` and `simplexfix.functional.hoc_loss`.
+            TypeError: a tensor has the wrong dtype.
+            ValueError: a shape or an option is wrong, or a label's slot has no class (see `loss`).
+
+        Reference:
+            arXiv 2405.02581.
         """
         z = self.embed(features)
         self._check_registered(z, target, ignore_index)
@@ -285,13 +325,13 @@ class _PolytopeHead(nn.Module):
         )
 
     def _check_registered(self, z: Tensor, target: Tensor, ignore_index: int) -> None:
-        """Refuses labels of free slots: they would train a vertex that a later class is given."""
+        """Raises for labels of free slots: training on one would use up the vertex of a future class."""
         if isinstance(target, Tensor) and target.dtype == torch.int64 and target.layout == torch.strided:
             if not is_readable(target) or not target.numel():
                 return
             highest = target.max().item()
             if highest < self._modules["slots"]._given_below:  # type: ignore[union-attr, operator]
-                return  # the common case, about 2.5 us; the loss refuses labels below 0
+                return  # the common case, about 2.5 us; the loss itself raises for labels below 0
             if highest < self.num_slots and target.min().item() >= self.slots.free_slots.stop:
                 return
         check_target(target, z)
@@ -318,19 +358,24 @@ class _PolytopeHead(nn.Module):
 
     @torch.no_grad()
     def predict(self, features: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
-        """The k likeliest of the slots in use: `self(features)`, but never more than a block of its logits at a time.
+        """Returns the k slots in use with the largest logits; slots without a class are left out.
+
+            self(features)[..., self.slots.used()].topk(k)    # computed block by block
+
+        At most 2^21 logits are in memory at a time.
 
         Args:
-            features: [..., in_features].
+            features: [..., in_features], in the junction's dtype.
             k: from 1 to the number of classes.
 
         Returns:
-            scores [..., k] logits, descending; classes [..., k] int64 slots, the lower one first where scores are equal
-            (slots are equal to class ids in namespace "default"; `head.slots.owner` names the others).
+            scores [..., k], logits in descending order, and classes [..., k] int64 slots; equal scores are ordered by
+            slot.  In a new head a slot of namespace "default" equals its class id; `head.slots.owner` maps any slot
+            to its namespace and class id.
 
         Raises:
-            TypeError: k is no integer.
-            ValueError: k is below 1 or above the number of classes, or there are none.
+            TypeError: k is not an integer.
+            ValueError: k is below 1 or above the number of classes, or the head has no classes.
         """
         k = check_integer("k", k)
         if not self.num_classes:
@@ -347,7 +392,7 @@ class _PolytopeHead(nn.Module):
         return max(1, _LOGITS_AT_A_TIME // self.num_slots)
 
     def _best(self, z: Tensor, used: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The best k of each row, block after block: those so far have the lower slots and stand in front."""
+        """Top k of each row, merged block by block; the running best stand first because they have the lower slots."""
         scores, slots = z.new_empty(len(z), 0), used.new_empty(len(z), 0)
         for block, block_slots in self._scores(z, used):
             scores = torch.cat([scores, block], 1)
@@ -357,15 +402,22 @@ class _PolytopeHead(nn.Module):
         return scores, slots
 
     def prototypes(self, slots: Tensor | None = None) -> Tensor:
-        """[n, d] unit vertices of the given slots, of all slots in use if None."""
+        """Returns the unit vertices of slots.
+
+        Args:
+            slots: [n] int64 in [0, K); None for all slots that have a class.
+
+        Returns:
+            [n, d] in the junction's dtype, on its device.
+        """
         return self._vertices(self.slots.used() if slots is None else slots)
 
     def get_extra_state(self) -> Tensor:
-        """[n] uint8 on the CPU: the registry and the polytope as text, which `decode_state` reads."""
+        """Returns registry and polytope as [n] uint8 text on the CPU; `decode_state` is the inverse."""
         return encode_state(self._describe())
 
     def set_extra_state(self, state: Tensor | dict[str, Any]) -> None:
-        """Takes the registry of a saved head; a dict is what a state_dict held before it held tensors alone."""
+        """Restores the registry of a saved head; older state_dicts hold a dict in place of the tensor."""
         saved = self._saved_slots(decode_state(state))
         self.slots = saved.to(self.junction.weight.device)
 
@@ -387,19 +439,19 @@ class _PolytopeHead(nn.Module):
 
 
 def encode_state(state: Mapping[str, Any]) -> Tensor:
-    """[n] uint8: the CRC-32 of the state's JSON as 8 hexadecimal digits, a space, and the JSON, in ASCII."""
+    """Encodes a state as [n] uint8 ASCII: CRC-32 of its JSON in 8 hexadecimal digits, a space, the JSON."""
     text = json.dumps(state, separators=(",", ":")).encode("ascii")
     return torch.tensor(list(f"{zlib.crc32(text):08x} ".encode() + text), dtype=torch.uint8, device="cpu")
 
 
 def decode_state(state: Tensor | dict[str, Any]) -> dict[str, Any]:
-    """The state that `encode_state` was given, as it is where it is a dict.
+    """Decodes a state of `encode_state`; a dict is returned unchanged.
 
-    The bytes may have been cast to a floating dtype, or averaged with equal ones.
+    The bytes may come in a floating dtype, such as after a cast or an average of equal state_dicts.
 
     Raises:
-        TypeError: neither a tensor nor a dict.
-        ValueError: the bytes do not give their checksum.
+        TypeError: `state` is neither a tensor nor a dict.
+        ValueError: the checksum does not match the bytes.
     """
     if isinstance(state, dict):
         return state
@@ -417,8 +469,10 @@ def decode_state(state: Tensor | dict[str, Any]) -> dict[str, Any]:
 
 
 def _top_columns(scores: Tensor, k: int) -> Tensor:
-    """[B, n] -> [B, k] columns of the largest, descending, nan first as in topk; of equal ones, which topk takes in
-    any order, the lower."""
+    """Columns [B, k] of the k largest of [B, n], descending; nan counts as largest, ties go to the lower column.
+
+    `Tensor.topk` alone would leave the order of ties undefined.
+    """
     key = torch.where(scores.isnan(), torch.inf, scores)
     least = key.topk(k).values[:, -1:]
     above, ties = key > least, key == least
@@ -428,25 +482,40 @@ def _top_columns(scores: Tensor, k: int) -> Tensor:
 
 
 class SimplexHead(_PolytopeHead):
-    """Junction and fixed d-simplex classifier: the head that makes a model's features stationary.
+    """Trainable junction and fixed d-simplex classifier; training with it makes a model's features stationary.
 
-        z = junction(features)                          # nn.Linear, in_features -> K - 1
+        z = junction(features)                          # nn.Linear, in_features -> d = K - 1
         logits = scale * z @ simplex_prototypes(K).T    # fixed; z normalised first with normalize=True
 
-    K is allocated in advance and never changes: slots without a class are the room for those to come.
-    `head.slots` says which class has which slot; classes 0 .. num_classes - 1 start in slots of the same
-    number, in namespace "default".  The state_dict holds the junction and the registry.
+    The class prototypes are the K vertices of a regular simplex; vertex i is slot i.  K is chosen once and never
+    changes.  Slots without a class are reserved for classes that later versions add.  `head.slots` is the
+    `SlotRegistry` that maps classes to slots.  Classes 0 .. num_classes - 1 of namespace "default" start in the slots
+    of the same number.  The state_dict holds the junction and the registry.
 
     Args:
-        in_features: width of the backbone's features.
-        num_classes: classes there are from the start; 0 where `head.slots.add` will name them all.
-        num_slots: K; `num_classes` if None.
-        normalize, scale, margin: of `simplexfix.functional.simplex_cross_entropy`.
-        bias: give the junction a bias, which moves the features of all classes alike.
+        in_features: width of the backbone's features, at least 1.
+        num_classes: number of classes at the start; 0 if `head.slots.add` adds all of them later.
+        num_slots: K, at least 2; None for `num_classes`.
+        normalize, scale, margin: as in `simplexfix.functional.simplex_cross_entropy`.
+        bias: whether the junction has a bias; it shifts the embeddings of all classes equally.
         device, dtype: of the junction.
 
     Raises:
-        ValueError: fewer than 2 slots, more classes than slots, or an option out of range.
+        TypeError: a number of features, classes or slots is not an integer.
+        ValueError: K is below 2 or below `num_classes`, or an option is out of range.
+
+    Example:
+        >>> import torch
+        >>> from simplexfix import SimplexHead
+        >>> head = SimplexHead(512, num_classes=10, num_slots=64)
+        >>> features, target = torch.randn(8, 512), torch.arange(8)
+        >>> head.loss(features, target).backward()
+        >>> head.embed(features).shape                        # rows for the gallery
+        torch.Size([8, 63])
+        >>> scores, classes = head.predict(features, k=3)
+        >>> replacement = SimplexHead.from_slots(head.slots, 768)    # another backbone, the same slots
+        >>> replacement.embedding_dim
+        63
 
     Reference:
         Biondi, Pernici, Ricci, Del Bimbo, "Stationary Representations: Optimally Approximating Compatibility
@@ -483,24 +552,25 @@ class SimplexHead(_PolytopeHead):
 
 
 class OrthoplexHead(_PolytopeHead):
-    """Junction and fixed orthoplex classifier: K classes in K / 2 dimensions.
+    """Trainable junction and fixed orthoplex classifier: K classes in d = K / 2 dimensions.
 
-        z = junction(features)                          # nn.Linear, in_features -> K / 2
+        z = junction(features)                          # nn.Linear, in_features -> d = K / 2
         logits = scale * [z, -z]                        # z normalised first with normalize=True
 
-    As `SimplexHead`, with half the width.  Slot c and slot K / 2 + c are opposite vertices, all others are
-    orthogonal.
+    It works like `SimplexHead` at half the embedding width.  Slots c and d + c are opposite vertices (cosine -1); all
+    other pairs are orthogonal.
 
     Args:
-        in_features: width of the backbone's features.
-        num_classes: classes there are from the start; 0 where `head.slots.add` will name them all.
-        num_slots: K, made even by one more where it is odd; `num_classes` if None.
-        normalize, scale, margin: of `simplexfix.functional.orthoplex_cross_entropy`.
-        bias: give the junction a bias, which moves the features of all classes alike.
+        in_features: width of the backbone's features, at least 1.
+        num_classes: number of classes at the start; 0 if `head.slots.add` adds all of them later.
+        num_slots: K, at least 2, rounded up to an even number; None for `num_classes`.
+        normalize, scale, margin: as in `simplexfix.functional.simplex_cross_entropy`.
+        bias: whether the junction has a bias; it shifts the embeddings of all classes equally.
         device, dtype: of the junction.
 
     Raises:
-        ValueError: fewer than 2 slots, more classes than slots, or an option out of range.
+        TypeError: a number of features, classes or slots is not an integer.
+        ValueError: K is below 2 or below `num_classes`, or an option is out of range.
 
     Reference:
         Pernici et al., "Regular Polytope Networks", arXiv 2103.15632.
@@ -539,27 +609,29 @@ class OrthoplexHead(_PolytopeHead):
 
 
 class CubeHead(_PolytopeHead):
-    """Junction and fixed d-cube classifier: many classes in few dimensions, at the cost of O(d) per row.
+    """Trainable junction and fixed d-cube classifier: many classes in few dimensions; the loss costs O(d) per row.
 
         z = junction(features)                          # nn.Linear, in_features -> d
         codes = cube_codes(K, d)                        # K of the 2^d vertices, far from each other
         logits = scale * z @ cube_prototypes(codes, d).T    # z normalised first with normalize=True
 
-    As `SimplexHead`, but d is free, from log2(K) up, and the loss is `cube_cross_entropy`: its softmax is over all
-    2^d vertices, where `forward` and `predict` know the K slots alone.  The codes follow from K and d and are not
-    saved; a state_dict of other codes is refused.  A head made on the meta device makes them once it has memory.
+    It works like `SimplexHead` with two differences.  d is free, from log2(K) up.  The softmax of the loss
+    (`simplexfix.functional.cube_cross_entropy`) runs over all 2^d vertices, while `forward` and `predict` use the K
+    slots only.  The codes are a function of K and d and are not saved; loading a state_dict with other codes raises.
+    A head on the meta device gets its codes when it moves to a device with memory.
 
     Args:
-        in_features: width of the backbone's features.
-        num_classes: classes there are from the start; 0 where `head.slots.add` will name them all.
-        embedding_dim: d.
-        num_slots: K, at most 2^24; `num_classes` if None.
-        normalize, scale, margin: of `simplexfix.functional.cube_cross_entropy`.
-        bias: give the junction a bias, which moves the features of all classes alike.
+        in_features: width of the backbone's features, at least 1.
+        num_classes: number of classes at the start; 0 if `head.slots.add` adds all of them later.
+        embedding_dim: d, at least log2(K).
+        num_slots: K, from 2 to 2^24; None for `num_classes`.
+        normalize, scale, margin: as in `simplexfix.functional.simplex_cross_entropy`.
+        bias: whether the junction has a bias; it shifts the embeddings of all classes equally.
         device, dtype: of the junction; the codes are int64.
 
     Raises:
-        ValueError: fewer than 2 slots, more than 2^d or 2^24, more classes than slots, or an option out of range.
+        TypeError: a number of features, classes, slots or dimensions is not an integer.
+        ValueError: K is below 2, above 2^d or 2^24, or below `num_classes`; or an option is out of range.
 
     Reference:
         Pernici et al., "Regular Polytope Networks", arXiv 2103.15632.
@@ -605,7 +677,19 @@ class CubeHead(_PolytopeHead):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> CubeHead:
-        """As `SimplexHead.from_slots`, with the `embedding_dim` of the model that is replaced."""
+        """Returns a new head with a copy of a registry, so that each class keeps its slot.
+
+        Args:
+            embedding_dim: d of the model that is replaced.
+            slots, in_features, normalize, scale, margin, bias, device, dtype: as in `SimplexHead.from_slots`.
+
+        Returns:
+            A `CubeHead` with `slots.num_slots` slots.
+
+        Raises:
+            TypeError: `slots` is not a `SlotRegistry`.
+            ValueError: an option is out of range, or the slots outnumber the 2^d vertices.
+        """
         options = {"normalize": normalize, "scale": scale, "margin": margin, "bias": bias}
         return cls._around(slots, in_features, embedding_dim=embedding_dim, **options, device=device, dtype=dtype)
 
@@ -647,7 +731,7 @@ class CubeHead(_PolytopeHead):
 
 
 def _fill_codes(head: CubeHead, _: object = None) -> None:
-    """Makes the codes of a head made on the meta device, which are not saved, once it has memory for them."""
+    """Computes the codes of a head that was made on the meta device; codes are not part of the state_dict."""
     device = head.junction.weight.device
     if device.type != "meta" and (head.codes.is_meta or _crc32(head.codes) != head._fingerprint):
         head.codes = cube_codes(head.num_slots, head.embedding_dim, device=device)

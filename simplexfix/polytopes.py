@@ -1,4 +1,4 @@
-"""Geometry of the fixed classifiers: regular simplex, orthoplex and cube, their vertices on demand."""
+"""Geometry of the fixed classifiers: vertices of the regular simplex, the orthoplex and the cube."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ _MOST_CODES = 1 << 24
 
 
 class SimplexConstants(NamedTuple):
-    """Before centring the last vertex is `a * 1`; the mean vertex is `m * 1`; `r` is a centred vertex's norm."""
+    """Constants of the simplex: `a * 1` is the last vertex before centring, `m * 1` the mean vertex, `r` the norm of a
+    centred vertex.
+    """
 
     a: float
     m: float
@@ -32,13 +34,22 @@ class SimplexConstants(NamedTuple):
 
 
 def simplex_constants(num_classes: int) -> SimplexConstants:
-    """The three numbers behind the closed form of a simplex with `num_classes` vertices in
-    `d = num_classes - 1` dimensions: `a = (1 - sqrt(1 + d)) / d`, `m = (1 + a) / (d + 1)`,
-    `r = sqrt(d / (d + 1))`.
+    """Returns the three constants of a simplex's closed form.
+
+        d = num_classes - 1
+        a = (1 - sqrt(1 + d)) / d
+        m = (1 + a) / (d + 1)
+        r = sqrt(d / (d + 1))
+
+    Args:
+        num_classes: K, the number of vertices, at least 2.
 
     Raises:
-        TypeError: `num_classes` is no integer.
+        TypeError: `num_classes` is not an integer.
         ValueError: `num_classes` is below 2.
+
+    Reference:
+        docs/math.md.
     """
     num_classes = check_integer("num_classes", num_classes)
     if num_classes < 2:
@@ -46,7 +57,7 @@ def simplex_constants(num_classes: int) -> SimplexConstants:
             f"num_classes must be at least 2, got {num_classes}: a simplex of one vertex has no directions"
         )
     d = num_classes - 1
-    a = -1 / (1 + math.sqrt(1 + d))  # the same number, free of cancellation
+    a = -1 / (1 + math.sqrt(1 + d))  # equal to (1 - sqrt(1 + d)) / d, without cancellation
     return SimplexConstants(a, (1 + a) / (d + 1), math.sqrt(d / (d + 1)))
 
 
@@ -57,24 +68,26 @@ def simplex_prototypes(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Vertices of the fixed simplex, made on demand.
+    """Returns vertices of the fixed simplex as unit rows.
 
-    Row `i` is `(t_i - mean(t)) / |t_i - mean(t)|` with `t_i = e_i` for `i < d` and `t_d = a * 1`: unit
-    rows with pairwise cosine `-1 / (K - 1)` that sum to zero, in the order and with the signs of
-    deployed models.
+        t_i = e_i for i < d,  t_d = a * 1               # d = K - 1, a of `simplex_constants`
+        row i = (t_i - mean(t)) / |t_i - mean(t)|
+
+    Two rows have cosine `-1 / (K - 1)`, and all K rows sum to zero.  Order and signs are those of models that are
+    already deployed.
 
     Args:
         num_classes: K, at least 2.
-        slots: [n] int64, the rows wanted, each in [0, K); all K of them if None (K x d numbers: for
-            looking at, not for computing with, which `simplexfix.functional` does without them).
-        dtype: of the result; the values are computed in float64 and rounded once.
-        device: of the result; that of `slots` if None.
+        slots: [n] int64, the rows to return, each in [0, K); None for all K.  The losses and logits of
+            `simplexfix.functional` never need this matrix of K x d numbers.
+        dtype: of the result; values are computed in float64 and rounded once.
+        device: of the result; None for that of `slots`.
 
     Returns:
         [n, K - 1].
 
     Raises:
-        TypeError: K is no integer, or `slots` not an int64 tensor.
+        TypeError: K is not an integer, or `slots` is not an int64 tensor.
         ValueError: K is below 2, or a slot is out of range.
 
     Reference:
@@ -99,22 +112,23 @@ def orthoplex_prototypes(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Vertices of the orthoplex (cross-polytope), made on demand.
+    """Returns vertices of the orthoplex (cross-polytope) as unit rows.
 
-    Row `i < d` is `e_i`, row `d + i` is `-e_i`, `d = num_classes / 2`: cosine -1 to the opposite vertex and 0 to
-    all others.
+        row i = e_i,  row d + i = -e_i                  # i < d = K / 2
+
+    A vertex has cosine -1 to its opposite and 0 to all others.
 
     Args:
         num_classes: K, even, at least 2.
-        slots: [n] int64, the rows wanted, each in [0, K); all K of them if None.
+        slots: [n] int64, the rows to return, each in [0, K); None for all K.
         dtype: of the result.
-        device: of the result; that of `slots` if None.
+        device: of the result; None for that of `slots`.
 
     Returns:
         [n, K / 2].
 
     Raises:
-        TypeError: K is no integer, or `slots` not an int64 tensor.
+        TypeError: K is not an integer, or `slots` is not an int64 tensor.
         ValueError: K is odd or below 2, or a slot is out of range.
 
     Reference:
@@ -132,24 +146,25 @@ def orthoplex_prototypes(
 
 
 def cube_codes(num_classes: int, d: int, *, device: torch.device | str | None = None) -> Tensor:
-    """Well-separated vertices of the d-cube `(+-1)^d / sqrt(d)`, one per class, as a table of bits.
+    """Returns well-separated vertices of the d-cube `(+-1)^d / sqrt(d)`, one per class, as a table of bits.
 
-    Row `u` is the codeword of the number `u` in a binary linear code of length `d`: bit `j` is the parity of
-    `u & g_j`, for generators `g_j` chosen one after the other so that codewords keep far from each other
-    (docs/math.md).  Two vertices that differ in `h` coordinates have cosine `1 - 2 h / d`.  The same arguments
-    give the same codes everywhere, and for fewer classes the first rows, up to the same power of two.
+        bit j of row u = parity(u & g_j)                # generators g_0, ..., g_(d - 1) of a binary linear code
+
+    The generators are chosen greedily so that codewords have large Hamming distances (docs/math.md).  Two vertices
+    that differ in h coordinates have cosine `1 - 2 h / d`.  The codes are a function of d and of C rounded up to a
+    power of two: they are the same on every machine, and a smaller C with the same power of two gives the first rows.
 
     Args:
-        num_classes: C, from 1 to 2^24.  Takes O(d C log C): seconds for 2^20 classes in 64 dimensions.
-        d: dimensions, at least log2(C).
-        device: of the result, torch's default if None; the codes are made on the CPU.
+        num_classes: C, from 1 to 2^24.  The time is O(d C log C): seconds for 2^20 classes in 64 dimensions.
+        d: number of dimensions, at least log2(C).
+        device: of the result; None for torch's default.  The codes are computed on the CPU.
 
     Returns:
-        [C, ceil(d / 64)] int64, rows all different: bit `j % 64` of word `j // 64` is set where coordinate `j`
-        is positive.
+        [C, ceil(d / 64)] int64, all rows different.  Bit `j % 64` of word `j // 64` is set where coordinate j is
+        positive.
 
     Raises:
-        TypeError: C or d is no integer.
+        TypeError: C or d is not an integer.
         ValueError: C is out of range, or larger than 2^d.
 
     Reference:
@@ -162,16 +177,17 @@ def cube_codes(num_classes: int, d: int, *, device: torch.device | str | None = 
     if d < max(bits, 1):
         raise ValueError(f"d must be at least {max(bits, 1)} for {num_classes} classes, got {d}: 2^d vertices in all")
     messages = torch.arange(1 << bits, dtype=torch.int32, device="cpu")
-    weights = torch.zeros_like(messages)  # of the codewords so far
+    weights = torch.zeros_like(messages)  # Hamming weights of the codewords over the columns chosen so far
     codes = torch.zeros(num_classes, -(-d // 64), dtype=torch.int64, device="cpu")
-    # A codeword counts 2^-(its weight above the least): those that may stay the nearest count most.  Integers, so
-    # that the choice is the same everywhere; 2^bits of 2^depth each stay below 2^31.
+    # A codeword counts 2^-(weight - least weight): the lightest codewords bound the code's distance, so they count
+    # most.  Integer arithmetic gives the same choice on every machine.  2^bits counts of at most 2^depth sum to less
+    # than 2^31.
     depth = min(10, 30 - bits)
     for j in range(d):
         above = weights - weights[1:].min() if bits else weights
         counts = torch.where(above <= depth, 1 << (depth - above).clamp_min(0), 0).to(torch.int32)
         counts[0] = 0  # the zero message has no choice
-        # sum_u counts_u (-1)^(u . g) for every g: the least has the most of the near codewords grow
+        # sum_u counts_u (-1)^(u . g) for every g: the smallest sum adds a 1 to the most light codewords
         spectrum = _walsh_hadamard(counts)
         spectrum[0] = torch.iinfo(torch.int32).max
         generator = int((spectrum == spectrum.min()).nonzero()[0]) if bits else 0
@@ -182,7 +198,16 @@ def cube_codes(num_classes: int, d: int, *, device: torch.device | str | None = 
 
 
 def cube_signs(codes: Tensor, d: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """[..., ceil(d / 64)] int64 bits of `cube_codes` -> [..., d], 1 where a coordinate is positive and -1 elsewhere."""
+    """Returns the signs of cube vertices: 1 where a coordinate is positive, -1 elsewhere.
+
+    Args:
+        codes: [..., ceil(d / 64)] int64 bits from `cube_codes`.
+        d: number of dimensions.
+        dtype: of the result.
+
+    Returns:
+        [..., d], on the device of `codes`.
+    """
     j = torch.arange(d, device=codes.device)
     bit = torch.ones_like(j).bitwise_left_shift(j % 64)
     return (codes[..., j // 64].bitwise_and(bit) != 0).to(dtype) * 2 - 1
@@ -191,20 +216,22 @@ def cube_signs(codes: Tensor, d: int, dtype: torch.dtype = torch.float32) -> Ten
 def cube_prototypes(
     codes: Tensor, d: int, slots: Tensor | None = None, *, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Vertices of the d-cube by their codes: rows of norm 1, each coordinate `+-1 / sqrt(d)`.
+    """Returns vertices of the d-cube as unit rows.
+
+        cube_signs(codes[slots], d) / sqrt(d)
 
     Args:
-        codes: [C, ceil(d / 64)] int64, as `cube_codes` makes them.
-        d: dimensions, at least 1.
-        slots: [n] int64, the rows wanted, each in [0, C); all of them if None.
-        dtype: of the result; the values are computed in float64 and rounded once.
+        codes: [C, ceil(d / 64)] int64 bits from `cube_codes`.
+        d: number of dimensions, at least 1.
+        slots: [n] int64, the rows to return, each in [0, C); None for all C.
+        dtype: of the result; values are computed in float64 and rounded once.
 
     Returns:
         [n, d], on the device of `codes`.
 
     Raises:
-        TypeError: `codes` or `slots` is not an int64 tensor, or d no integer.
-        ValueError: `codes` has the wrong shape or (on the CPU) bits beyond d, or a slot is out of range.
+        TypeError: `codes` or `slots` is not an int64 tensor, or d is not an integer.
+        ValueError: `codes` has the wrong shape or bits beyond d (only checked on the CPU), or a slot is out of range.
 
     Reference:
         Pernici et al., "Regular Polytope Networks", arXiv 2103.15632.
@@ -219,7 +246,7 @@ def cube_prototypes(
 
 
 def _wanted(slots: Tensor | None, num_classes: int, device: torch.device | str | None) -> Tensor:
-    """The slots asked for, all of them if None, each checked to be one."""
+    """Returns the requested slots after a range check; all slots for None."""
     if slots is None:
         return torch.arange(num_classes, device=device)
     check_tensor("slots", slots)
@@ -235,7 +262,7 @@ def _wanted(slots: Tensor | None, num_classes: int, device: torch.device | str |
 
 
 def _walsh_hadamard(values: Tensor) -> Tensor:
-    """In place: values_g <- sum_u values_u (-1)^(u . g), for [2^k] integers."""
+    """Walsh-Hadamard transform of [2^k] integers in place: values_g <- sum_u values_u (-1)^(u . g)."""
     half = 1
     while half < len(values):
         low, high = values.view(-1, 2, half).unbind(1)
@@ -247,7 +274,7 @@ def _walsh_hadamard(values: Tensor) -> Tensor:
 
 
 def _parity(numbers: Tensor) -> Tensor:
-    """The number of set bits of each int32, modulo 2."""
+    """Number of set bits of each int32, modulo 2."""
     for shift in (16, 8, 4, 2, 1):
         numbers = numbers ^ (numbers >> shift)
     return numbers & 1

@@ -1,4 +1,4 @@
-"""Which class has which vertex: namespaces, both ends of the slots, no collisions."""
+"""The map from classes to slots, the vertices of the fixed polytope, by namespace and without collisions."""
 
 from __future__ import annotations
 
@@ -16,29 +16,38 @@ from ._checks import check_integer
 __all__ = ["SlotRegistry"]
 
 _FORMAT = 1
-_CAPACITY = 1024  # bytes of the journal at first
+_CAPACITY = 1024  # initial bytes of the journal
 
 
 class SlotRegistry(nn.Module):
-    """Gives classes their slots, the vertices of the fixed polytope, and never takes one back.
+    """Assigns a slot, a vertex of the fixed polytope, to each class; an assignment is permanent.
 
-    A class is known by a namespace (a data set, a tenant, a stage of training) and its int64 id.  New
-    classes take slots from the low end (0, 1, ...) or from the high end (K - 1, K - 2, ...) in the order
-    in which they come, so pre-training and fine-tuning can grow towards each other, as in deployed
-    models.  Growing changes no slot given before.  Tensors that it makes are on the CPU, whatever torch's default.
+    A class is identified by a namespace (a data set, a tenant, a stage of training) and its int64 id.  New classes
+    get the next free slot from the low end (0, 1, ...) or from the high end (K - 1, K - 2, ...).  Pre-training can use
+    one end and fine-tuning the other.  Adding classes changes no earlier assignment.  Tensors that the registry
+    returns are on the CPU, whatever torch's default device, unless stated otherwise.
 
-        slots = SlotRegistry(1024)
-        slots.add("imagenet", range(600))                     # slots 0 .. 599
-        slots.add("cifar100", range(10), end="high")          # slots 1023 .. 1014
-        target = slots.lookup("cifar100", labels)             # [B] int64, ready for the loss
-
-    It is a module without parameters, so that a head can hold it.  Its one buffer, which is not part of the
-    state_dict, is a journal of the classes that were added.  `AveragedModel`, which copies or averages buffers, and
-    `DistributedDataParallel`, which broadcasts them, thereby add to a copy of a registry what was added to its
-    original.
+    The registry is a module without parameters, so a head can hold it.  It has one buffer, which is not part of the
+    state_dict: a journal of the classes that were added.  The journal carries new classes to copies of the registry:
+    `AveragedModel` copies or averages buffers, and `DistributedDataParallel` broadcasts them.
 
     Args:
-        num_slots: K, the vertices allocated in advance; at least 2.
+        num_slots: K, the number of slots, fixed from the start; at least 2.
+
+    Raises:
+        TypeError: `num_slots` is not an integer.
+        ValueError: `num_slots` is below 2.
+
+    Example:
+        >>> import torch
+        >>> from simplexfix import SlotRegistry
+        >>> slots = SlotRegistry(1024)
+        >>> _ = slots.add("imagenet", range(600))               # slots 0 .. 599
+        >>> _ = slots.add("cifar100", range(10), end="high")    # slots 1023 .. 1014
+        >>> slots.lookup("cifar100", torch.tensor([0, 9]))      # int64 targets for the loss
+        tensor([1023, 1014])
+        >>> slots.owner(1014)
+        ('cifar100', 9)
     """
 
     _journal: Tensor
@@ -49,16 +58,16 @@ class SlotRegistry(nn.Module):
         if num_slots < 2:
             raise ValueError(f"num_slots must be at least 2, got {num_slots}")
         self.num_slots = num_slots
-        # Runs in the order they were given: namespace, first class id, first slot, count, +1 or -1.  Class ids
-        # of a run count up by one; slots count up from the low end and down from the high end.
+        # Runs in the order of assignment: namespace, first class id, first slot, count, step.  Class ids in a run
+        # ascend by one; slots ascend (step 1, low end) or descend (step -1, high end).
         self._given: list[tuple[str, int, int, int, int]] = []
         self._ends = {"low": 0, "high": num_slots - 1}
         self._given_below = 0  # all slots below have a class; a lower bound until the journal is read
-        # of lookup, on each device: class ids ascending, their slots
+        # Cache of `lookup` per namespace and device: class ids in ascending order, and their slots.
         self._tables: dict[tuple[str, torch.device], tuple[Tensor, Tensor]] = {}
-        # Text that only grows: num_slots, then a line for each run and each lengthening of the last run.  The buffer
-        # has +1 or -1 for each bit and 0 after the end.  A mean of a journal and a longer one keeps the longer one's
-        # signs, whatever the positive weights, in any floating dtype.
+        # Append-only text: num_slots, then a line for each new run and each extension of the last run.  The buffer
+        # holds +1 or -1 for each bit and 0 after the end.  A weighted mean of a journal and a longer one keeps the
+        # signs of the longer one, for any positive weights and any floating dtype.
         self._text = f"{num_slots}\n"
         self.register_buffer("_journal", torch.empty(0, dtype=torch.float32, device="cpu"), persistent=False)
         self._write_journal(0)
@@ -82,26 +91,26 @@ class SlotRegistry(nn.Module):
 
     @property
     def namespaces(self) -> list[str]:
-        """Names in the order they came."""
+        """Names of namespaces, in the order in which they were added."""
         return list(dict.fromkeys(run[0] for run in self._runs))
 
     @property
     def free(self) -> int:
-        """How many slots no class has."""
+        """Number of slots without a class."""
         return len(self.free_slots)
 
     @property
     def free_slots(self) -> range:
-        """The slots that no class has, which lie side by side."""
+        """Slots without a class; they are contiguous."""
         ends = self._next
         return range(ends["low"], ends["high"] + 1)
 
     def add(self, namespace: str, classes: Iterable[int], *, end: str = "low") -> Tensor:
-        """Gives each class the next free slot of one end.
+        """Assigns the next free slot of one end to each class.
 
         Args:
             namespace: non-empty name.
-            classes: integer ids, each new in this namespace.
+            classes: integer ids in [-2^63, 2^63 - 2], each new in this namespace.
             end: "low" or "high".
 
         Returns:
@@ -109,14 +118,15 @@ class SlotRegistry(nn.Module):
 
         Raises:
             TypeError: a class id is not an integer.
-            ValueError: a class is there already, or the slots do not suffice; nothing is added then.
+            ValueError: a class has a slot already, an argument is out of range, or too few slots are free.  Then the
+                registry is unchanged.
         """
         if not namespace or not isinstance(namespace, str):
             raise ValueError(f"namespace must be a non-empty string, got {namespace!r}")
         if end not in ("low", "high"):
             raise ValueError(f"end must be 'low' or 'high', got {end!r}")
         if isinstance(classes, Sized) and len(classes) > self.free:
-            self._refuse(namespace, len(classes))  # before anything of that size is made
+            self._refuse(namespace, len(classes))  # before anything of that size is allocated
         ids = _integers(classes)
         known = {i for name, start, _, count, _ in self._runs if name == namespace for i in range(start, start + count)}
         for i, class_id in enumerate(ids):
@@ -143,19 +153,19 @@ class SlotRegistry(nn.Module):
         return torch.arange(first, first + len(ids) * step, step, dtype=torch.int64, device="cpu")
 
     def lookup(self, namespace: str, classes: Tensor, *, missing: int | None = None) -> Tensor:
-        """Slots of class ids.
+        """Returns the slots of class ids.
 
         Args:
-            namespace: one that was added.
+            namespace: a namespace with classes.
             classes: int64 ids, any shape, any device.
-            missing: what stands for a class without a slot, in place of the error, for which the host waits for a GPU.
+            missing: result for a class without a slot; None to raise instead, which synchronizes with a GPU.
 
         Returns:
-            int64 slots, same shape and device.
+            int64 slots, in the shape and on the device of `classes`.
 
         Raises:
             TypeError: `classes` is not int64.
-            ValueError: the namespace or a class has no slots.
+            ValueError: the namespace has no classes, or a class has no slot and `missing` is None.
         """
         if classes.dtype != torch.int64:
             raise TypeError(f"classes must be int64, got {classes.dtype}")
@@ -171,7 +181,7 @@ class SlotRegistry(nn.Module):
         return slots[at]
 
     def classes(self, namespace: str) -> Tensor:
-        """[n] int64 class ids of a namespace, in the order they came; empty for an unknown name."""
+        """Returns the class ids [n] int64 of a namespace in the order of addition; empty for an unknown name."""
         runs = [
             torch.arange(first, first + count, device="cpu")
             for name, first, _, count, _ in self._runs
@@ -180,12 +190,12 @@ class SlotRegistry(nn.Module):
         return torch.cat(runs) if runs else torch.empty(0, dtype=torch.int64, device="cpu")
 
     def used(self) -> Tensor:
-        """[n] int64, the slots that have a class, ascending."""
+        """Returns the slots [n] int64 that have a class, in ascending order."""
         low = torch.arange(self._next["low"], device="cpu")
         return torch.cat([low, torch.arange(self._next["high"] + 1, self.num_slots, device="cpu")])
 
     def owner(self, slot: int) -> tuple[str, int] | None:
-        """(namespace, class id) of a slot, or None where it is free."""
+        """Returns (namespace, class id) of a slot, or None if the slot is free."""
         slot = check_integer("slot", slot)
         for name, first, first_slot, count, step in self._runs:
             offset = (slot - first_slot) * step
@@ -194,15 +204,15 @@ class SlotRegistry(nn.Module):
         return None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings, for JSON or a state_dict; `from_dict` is its inverse."""
+        """Returns the registry as numbers, strings and lists for JSON; `from_dict` is the inverse."""
         return {"format": _FORMAT, "num_slots": self.num_slots, "runs": [list(run) for run in self._runs]}
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> SlotRegistry:
-        """The registry that `to_dict` described.
+        """Returns the registry that `to_dict` described.
 
         Raises:
-            ValueError: the format is unknown, or two classes share a slot.
+            ValueError: the format is unknown, a run is malformed, or two classes share a slot.
         """
         if saved.get("format") != _FORMAT:
             raise ValueError(f"slot registry of format {saved.get('format')!r}, this version reads {_FORMAT}")
@@ -232,7 +242,7 @@ class SlotRegistry(nn.Module):
         )
 
     def _append(self, namespace: str, class_id: int, slot: int, count: int, step: int) -> str:
-        """Adds a run, or lengthens the last one that it continues; returns the line for the journal."""
+        """Adds a run, or extends the last run if this one continues it; returns the line for the journal."""
         if self._given:
             name, first, first_slot, length, last_step = self._given[-1]
             if (name, first + length, first_slot + length * step, last_step) == (namespace, class_id, slot, step):
@@ -242,7 +252,7 @@ class SlotRegistry(nn.Module):
         return f"{json.dumps([namespace, class_id, count, step])}\n"
 
     def _write_journal(self, start: int) -> None:
-        """Writes the text from byte `start` on into the buffer, which is replaced by a larger one where it is full."""
+        """Writes the text from byte `start` on into the buffer; a full buffer is replaced by a larger one."""
         journal, size = self._journal, len(self._text)
         if 8 * size > len(journal) or journal.is_inference():
             capacity = max(_CAPACITY, 1 << (size - 1).bit_length())
@@ -254,23 +264,23 @@ class SlotRegistry(nn.Module):
 
     def _mark_read(self) -> None:
         journal = self._journal
-        self._read = (journal, None if journal.is_inference() else journal._version)  # the latter have no version
+        self._read = (journal, None if journal.is_inference() else journal._version)  # inference tensors: no version
 
     def _read_journal(self) -> None:
-        """Adds the classes that others have written into the buffer since it was read last."""
+        """Adds the classes that other code wrote into the buffer (a broadcast, an average) since the last read."""
         journal = self._buffers["_journal"]
         assert journal is not None
         seen, version = self._read
         if journal.is_meta or (journal is seen and (version is None or journal._version == version)):
             return
-        self._mark_read()  # first: the next lines read the runs, which would call this again
+        self._mark_read()  # before reading the runs below, which would recurse into this function
         bits = journal.detach().cpu().float().numpy()
         size = np.count_nonzero(bits)
         try:
             text = np.packbits(bits[:size] > 0).tobytes().decode("ascii")
             if text != self._text:
                 self._replay(text)
-        except (IndexError, TypeError, ValueError):  # no journal, or the mean of two that differ
+        except (IndexError, TypeError, ValueError):  # not a journal, or an average of two different ones
             self._renew_journal()
 
     def _renew_journal(self) -> None:
@@ -280,14 +290,15 @@ class SlotRegistry(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SlotRegistry:
         self._read_journal()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._renew_journal()  # to_empty may leave the journal of a freed registry
+        self._renew_journal()  # `to_empty` leaves uninitialized memory, possibly the journal of a freed registry
         return self
 
     def _replay(self, text: str) -> None:
-        """Adds the classes of a longer journal.
+        """Replaces the runs by those of a longer journal.
 
         Raises:
-            IndexError, TypeError, ValueError: the text is no journal of as many slots, or takes a slot back.
+            IndexError, TypeError, ValueError: the text is not a journal of the same `num_slots`, or it changes the
+                slot of a class.
         """
         num_slots, *lines = text.splitlines()
         if num_slots != str(self.num_slots):
@@ -334,6 +345,6 @@ def _integers(classes: Iterable[int]) -> list[int]:
 
 
 def _consecutive(ids: list[int]) -> list[tuple[int, int]]:
-    """Runs of ids that count up by one: (first, how many)."""
+    """Splits ids into runs that ascend by one: (first id, length)."""
     starts = [i for i in range(len(ids)) if i == 0 or ids[i] != ids[i - 1] + 1]
     return [(ids[start], end - start) for start, end in pairwise([*starts, len(ids)])]

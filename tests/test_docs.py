@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import pkgutil
 import re
 import shlex
@@ -146,6 +147,29 @@ def test_links_and_test_names(page: Path) -> None:
         assert f"def {name}(" in tests, f"{page.name} names {name}"
     for path in re.findall(r"`((?:tests|csrc|simplexfix|docs|benchmarks|tools)/[\w./-]+)", text):
         assert (ROOT / path).exists(), f"{page.name} names {path}"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "SimplexHead",
+        "SlotRegistry",
+        "CosineIndex",
+        "cosine_topk",
+        "labelled.LabelledItems",
+        "labelled.VersionFeatures",
+        "models.EmbeddingModel",
+        "report.evaluate",
+        "retrieval.RetrievalResults",
+    ],
+)
+def test_the_example_in_the_docstring_prints_what_it_says(name: str) -> None:
+    documented = pkgutil.resolve_name(f"simplexfix.{name}")
+    examples = doctest.DocTestFinder(recurse=False).find(documented, name, globs={})
+    assert sum(len(example.examples) for example in examples) >= 3
+    runner = doctest.DocTestRunner()
+    for example in examples:
+        assert runner.run(example).failed == 0, f"the docstring of {name}: see the output above"
 
 
 def test_names_of_the_package_exist() -> None:

@@ -1,4 +1,4 @@
-"""Columns as callers hold them, as tensors or arrays: NumPy, ml_dtypes, pandas, pyarrow, Hugging Face datasets."""
+"""Reads columns from NumPy, ml_dtypes, pandas, pyarrow and Hugging Face datasets as tensors or arrays."""
 
 from __future__ import annotations
 
@@ -26,22 +26,25 @@ __all__ = [
     "read_query_scores",
 ]
 
-# What a caller may give; a column of pandas, pyarrow or datasets too, which are imported by whoever has one.
+# Accepted inputs.  Columns of pandas, pyarrow or datasets have type Any because these packages are optional.
 Rows: TypeAlias = Any
 Ids: TypeAlias = "Tensor | NDArray[Any] | Sequence[int] | Sequence[str] | Any"
 
 
 def read_features(name: str, values: Rows) -> Tensor | NDArray[Any]:
-    """[rows, d] floating numbers; nothing is copied that is a tensor or an array of numbers.
+    """Returns features as a tensor or array of shape [rows, d]; tensors and arrays of numbers are not copied.
 
     Args:
-        values: a tensor or array (a memory-mapped file too) of float16, bfloat16, float32 or float64; a pandas
-            DataFrame of numbers; a column of pandas, pyarrow or Hugging Face datasets whose values are lists or arrays
-            of one length.
+        name: name of the argument in error messages.
+        values: a tensor or array (also memory-mapped) of float16, bfloat16, float32 or float64; a pandas DataFrame of
+            numbers; or a column of pandas, pyarrow or Hugging Face datasets that holds lists or arrays of equal length.
+
+    Returns:
+        [rows, d] in the dtype that was given.
 
     Raises:
-        TypeError: not floating numbers.
-        ValueError: not [rows, d], vectors of unlike lengths, a value that is missing; by row.
+        TypeError: the values are not floating.
+        ValueError: the shape is not [rows, d], the lengths differ, or a value is missing; the message names the row.
     """
     array = values if isinstance(values, Tensor) else _as_array(name, values, "a torch.Tensor or a NumPy array")
     if isinstance(array, Tensor):
@@ -60,11 +63,16 @@ def read_features(name: str, values: Rows) -> Tensor | NDArray[Any]:
 
 
 def read_integers(name: str, values: Ids, why: str = "ids are integers from end to end") -> NDArray[np.int64]:
-    """[rows] int64.
+    """Returns a column of integers as [rows] int64.
+
+    Args:
+        name: name of the argument in error messages.
+        values: [rows] integers in a tensor, an array, a list, or a column of pandas, pyarrow or datasets.
+        why: reason for the requirement, for the error message.
 
     Raises:
-        TypeError: not integers.
-        ValueError: not one value a row, a value that is missing, or a number that int64 lacks.
+        TypeError: the values are not integers.
+        ValueError: the shape is not [rows], a value is missing, or a number exceeds int64.
     """
     column = read_column(name, values, why)
     if column.dtype.kind == "U":
@@ -76,10 +84,18 @@ def read_integers(name: str, values: Ids, why: str = "ids are integers from end 
 
 
 def read_ids(name: str, values: Ids, rows_name: str, count: int, *, unique: bool = False) -> NDArray[np.int64]:
-    """[count] int64 for the rows that the caller calls `rows_name`, each once where `unique`.
+    """Returns ids as [count] int64.
+
+    Args:
+        name: name of the ids in error messages.
+        values: [count] integers, as in `read_integers`.
+        rows_name: name of the rows that the ids belong to, for error messages.
+        count: the expected number of ids.
+        unique: whether duplicate ids raise.
 
     Raises:
-        TypeError, ValueError: as `read_integers`; another length; an id that comes twice, by name.
+        TypeError: the values are not integers.
+        ValueError: the number of ids is not `count`, a value is missing, or an id is a duplicate.
     """
     array = read_integers(name, values)
     if len(array) != count:
@@ -90,7 +106,7 @@ def read_ids(name: str, values: Ids, rows_name: str, count: int, *, unique: bool
 
 
 def check_unique(name: str, ids: NDArray[np.int64], names: Sequence[str] | None = None) -> None:
-    """Raises ValueError where an id comes twice, by name and rows; `names` are those that ids number."""
+    """Raises ValueError for the first duplicate id, with its rows; `names` holds the text of each id, if any."""
     order = np.argsort(ids, kind="stable")
     again = np.flatnonzero(ids[order[1:]] == ids[order[:-1]])
     if len(again):
@@ -100,10 +116,16 @@ def check_unique(name: str, ids: NDArray[np.int64], names: Sequence[str] | None 
 
 
 def read_hits(name: str, hits: Any, meaning: str = "right or wrong for each query") -> NDArray[np.bool_]:
-    """[Q] bool, Q >= 1.
+    """Returns hits as [Q] bool, one per query.
+
+    Args:
+        name: name of the argument in error messages.
+        hits: [Q] bool tensor or array, Q >= 1.
+        meaning: meaning of a value, for the error message.
 
     Raises:
-        TypeError, ValueError: it is not that, by name.
+        TypeError: the dtype is not bool.
+        ValueError: the shape is not [Q] with Q >= 1.
     """
     array: NDArray[Any] = np.asarray(hits.detach().cpu() if isinstance(hits, Tensor) else hits)
     if array.ndim != 1 or not len(array):
@@ -114,10 +136,15 @@ def read_hits(name: str, hits: Any, meaning: str = "right or wrong for each quer
 
 
 def read_query_scores(name: str, scores: Any) -> NDArray[np.bool_] | NDArray[np.float64]:
-    """[Q] bool, or float64 in [0, 1], Q >= 1: what each query scores.
+    """Returns the score of each query, either hits [Q] bool or values [Q] float64.
+
+    Args:
+        name: name of the argument in error messages.
+        scores: [Q] bool, or [Q] floating in [0, 1]; Q >= 1.
 
     Raises:
-        TypeError, ValueError: it is not that, by name.
+        TypeError: the dtype is neither bool nor floating.
+        ValueError: the shape is not [Q] with Q >= 1, or a value is outside [0, 1].
     """
     array: NDArray[Any] = np.asarray(scores.detach().cpu() if isinstance(scores, Tensor) else scores)
     if array.ndim == 1 and len(array) and array.dtype.kind == "f":
@@ -130,10 +157,16 @@ def read_query_scores(name: str, scores: Any) -> NDArray[np.bool_] | NDArray[np.
 
 
 def read_column(name: str, values: Ids, why: str) -> NDArray[Any]:
-    """[rows] int64, or strings.
+    """Returns a column as [rows] int64 or as [rows] strings.
+
+    Args:
+        name: name of the argument in error messages.
+        values: [rows] integers or names in a tensor, an array, a list, or a column of pandas, pyarrow or datasets.
+        why: reason why values must be integers, for the error message.
 
     Raises:
-        TypeError, ValueError: as `read_integers`.
+        TypeError: the values are neither integers nor names.
+        ValueError: the shape is not [rows], a value is missing, or a number exceeds int64.
     """
     if isinstance(values, Tensor):
         if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
@@ -147,10 +180,10 @@ def read_column(name: str, values: Ids, why: str) -> NDArray[Any]:
         raise TypeError(f"{name} must have no masked numbers; pass those rows that count")
     array = np.asarray(array)
     if not array.size and array.dtype.kind in "fO":
-        array = array.astype(np.int64)  # an empty list has no dtype of its own
-    if array.dtype.kind in "OT":  # T: NumPy's strings of any length
+        array = array.astype(np.int64)  # NumPy gives an empty list the dtype float64
+    if array.dtype.kind in "OT":  # T: NumPy's variable-width strings
         array = _plain(name, array.astype(object))
-    if array.dtype.kind == "f" and np.isnan(array).any():  # as pandas keeps integers with a gap
+    if array.dtype.kind == "f" and np.isnan(array).any():  # pandas stores integers with missing values as floats
         row = int(np.isnan(array.ravel()).argmax())
         raise ValueError(f"{name} row {row} is missing (nan): drop such rows, or give them a label of their own")
     if array.dtype.kind == "S":
@@ -176,16 +209,16 @@ def read_column(name: str, values: Ids, why: str) -> NDArray[Any]:
 def code_names(
     first_name: str, first: NDArray[Any], second_name: str, second: NDArray[Any]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], tuple[str, ...] | None]:
-    """Both columns as int64, and the names that these number; None where both were integers.
+    """Returns both columns as int64 codes, and the names in the order of their codes (None for integer columns).
 
-    Names are numbered in the order of their code points, after Unicode's composed form (NFC) was taken of each: two
-    files with the same names get the same numbers.
+    Names are normalised to Unicode's composed form (NFC) and numbered in the order of their code points.  Two files
+    with the same names therefore get the same codes.
 
     Raises:
-        TypeError: one holds names and the other integers.
+        TypeError: one column holds names and the other integers.
     """
     columns = first, second
-    strings = [column.dtype.kind == "U" and len(column) > 0 for column in columns]  # an empty one has no kind
+    strings = [column.dtype.kind == "U" and len(column) > 0 for column in columns]  # an empty column matches both kinds
     if not any(strings):
         return np.asarray(first, dtype=np.int64), np.asarray(second, dtype=np.int64), None
     if not all(is_name or not len(column) for is_name, column in zip(strings, columns, strict=True)):
@@ -203,7 +236,7 @@ def code_names(
 
 
 def _as_array(name: str, values: Any, expected: str | None) -> Tensor | NDArray[Any]:
-    """Of a column of another library; of a sequence too, unless an array is `expected`."""
+    """Converts a column of another library, or a sequence; with `expected` set, a sequence raises TypeError."""
     if isinstance(values, np.ndarray):
         return values
     library = type(values).__module__.partition(".")[0]
@@ -228,7 +261,7 @@ def _as_array(name: str, values: Any, expected: str | None) -> Tensor | NDArray[
 
 
 def _of_datasets(name: str, column: Any) -> Tensor | NDArray[Any]:
-    """A column of a data set as its Arrow table holds it; of what is formatted by a function, as that gives it."""
+    """Reads a datasets column from its Arrow table, or through the data set's custom format function if it has one."""
     source: Any = getattr(column, "source", None)
     if hasattr(source, "select_columns") and source.format["type"] != "custom":
         table = source.select_columns([column.column_name]).with_format("arrow")[:]
@@ -242,7 +275,7 @@ def _of_datasets(name: str, column: Any) -> Tensor | NDArray[Any]:
 
 
 def _of_arrow(name: str, column: Any) -> NDArray[Any]:
-    """[rows] values or, of a column of lists of one length, [rows, d]."""
+    """Reads an Arrow column as [rows], or as [rows, d] if it holds lists of equal length."""
     import pyarrow
 
     chunks = column.chunks if isinstance(column, pyarrow.ChunkedArray) else [column]
@@ -291,7 +324,7 @@ def _of_arrow_chunk(name: str, chunk: Any, begin: int) -> NDArray[Any]:
 
 
 def _stacked(name: str, array: NDArray[Any]) -> NDArray[Any]:
-    """Vectors that an array of objects, or a column of lists, holds one a row."""
+    """Stacks an array of objects or a column of lists, one vector per row, to [rows, d]."""
     if array.ndim != 1:
         kinds = {type(cell).__name__ for cell in array.ravel() if not isinstance(cell, (int, float))}
         raise TypeError(
@@ -332,7 +365,7 @@ def _check_floating(name: str, array: NDArray[Any]) -> None:
 
 
 def _plain(name: str, array: NDArray[Any]) -> NDArray[Any]:
-    """Strings or integers out of an array of objects, as pandas keeps them."""
+    """Converts an array of Python objects (the storage of pandas) to strings or integers."""
     flat = array.ravel()
     kinds = {type(value) for value in flat}
     if kinds <= {str, np.str_}:

@@ -1,4 +1,4 @@
-"""Features, labels, ids and groups of a version in files: docs/formats.md has the page of each format."""
+"""Reads features, labels, ids and groups of a version from files; docs/formats.md specifies each format."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PARTS = ("query", "gallery")
 
 
 class _Form(NamedTuple):
-    """The arrays of a kind of file."""
+    """Names of the arrays that one kind of file must and may hold."""
 
     what: str
     required: tuple[str, ...]
@@ -36,14 +36,14 @@ class _Form(NamedTuple):
 
 
 VERSION = _Form("a version", REQUIRED, KEYS)
-# where judgements take the place of labels
+# for items with relevance judgements instead of labels
 JUDGED = _Form("a version", ("query", "gallery", "query_ids", "gallery_ids"), KEYS)
 FEATURES = _Form("a version", ("query", "gallery"), KEYS)
 _VECTORS = _Form("a file of vectors", ("vectors",), ("vectors", "ids"))
-# columns of .parquet, and the end of the key that each stands for
+# columns of .parquet -> suffix of the key, as in query_labels
 _COLUMNS = {"label": "labels", "item_id": "ids", "group": "groups"}
 _SPLIT, _VECTOR = "split", "embedding"
-# RuntimeError: an encrypted member; OSError: damage that bz2 finds
+# RuntimeError: an encrypted member; OSError: damage that bz2 detects
 _DAMAGED = (
     ValueError, OverflowError, EOFError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, NotImplementedError,
     RuntimeError, OSError,
@@ -51,17 +51,18 @@ _DAMAGED = (
 
 
 class FeatureFileError(ValueError):
-    """A feature file is damaged, or what it holds is not features and labels; the message names file and array."""
+    """A feature file is damaged, or an array in it is missing or invalid; the message names file and array."""
 
 
 def read_arrays(path: Path, form: _Form = VERSION) -> Mapping[str, Any]:
-    """The arrays of a version's file by their keys, unchecked; those of `.npy` are read-only maps.
+    """Returns the arrays of a version's file by key, unchecked; `.npy` arrays are read-only maps.
 
     Args:
-        form: `VERSION`, `JUDGED` for one that must have ids and no labels, or `FEATURES` for one that may lack both.
+        path: a file or folder, as in `VersionFeatures.load`.
+        form: `VERSION`, `JUDGED` for a version without labels, or `FEATURES` for one that may lack labels and ids.
 
     Raises:
-        OSError, FeatureFileError, ModuleNotFoundError: as `VersionFeatures.load`.
+        OSError, FeatureFileError, ModuleNotFoundError: as in `VersionFeatures.load`.
     """
     try:
         if path.is_dir() and not any((path / f"{part}.parquet").is_file() for part in PARTS):
@@ -75,7 +76,7 @@ def read_arrays(path: Path, form: _Form = VERSION) -> Mapping[str, Any]:
         elif path.suffix == ".safetensors":
             arrays = _read_safetensors(path, form)
         else:
-            path.stat()  # a file that is not there is said to be so, whatever its name
+            path.stat()  # raises FileNotFoundError first if there is no such file
             raise FeatureFileError(
                 f"{path} must be an .npz, .safetensors or .parquet file or a folder of .npy or .parquet files"
             )
@@ -87,16 +88,25 @@ def read_arrays(path: Path, form: _Form = VERSION) -> Mapping[str, Any]:
 
 
 def _damaged(path: Path, error: Exception) -> Exception:
-    if isinstance(error, OSError) and error.errno is not None:  # not of the bytes, as bz2's is
+    # bz2 raises OSError without errno for damaged bytes; errors of the system have one
+    if isinstance(error, OSError) and error.errno is not None:
         return error
     return FeatureFileError(f"{path} cannot be read, it may be truncated or damaged: {error}")
 
 
 def load_rows(folder: Path, name: str) -> tuple[FeatureRows, NDArray[np.int64]]:
-    """Features `NAME.npy`, mapped, and `NAME_labels.npy` of a folder, checked as those of a version.
+    """Maps the features `NAME.npy` of a folder and reads their labels `NAME_labels.npy`.
+
+    Args:
+        folder: folder of `.npy` files.
+        name: name of the features.
+
+    Returns:
+        The features [n, d] and their labels [n] int64.
 
     Raises:
-        OSError, FeatureFileError: as `VersionFeatures.load`; labels that are names, which differ from file to file.
+        OSError, FeatureFileError: as in `VersionFeatures.load`.
+        FeatureFileError: labels are names; their codes would differ between files.
     """
     names = name, f"{name}_labels"
     arrays = [map_array(folder, name) for name in names]
@@ -111,14 +121,17 @@ def load_rows(folder: Path, name: str) -> tuple[FeatureRows, NDArray[np.int64]]:
 
 
 def load_vectors(path: str | os.PathLike[str]) -> tuple[FeatureRows, NDArray[np.int64] | None]:
-    """Vectors [n, d] and their ids [n], None where there are none, of a file for a gallery: docs/formats.md.
+    """Reads the vectors and ids of a gallery from a file; docs/formats.md specifies the formats.
 
     Args:
-        path: an `.npz` file, a folder of `.npy` files or a `.safetensors` file with `vectors` and `ids`, a `.parquet`
-            file with a column of vectors and one called `item_id`, or one `.npy` file of vectors without ids.
+        path: an `.npz` file, a folder of `.npy` files or a `.safetensors` file with `vectors` and `ids`; a `.parquet`
+            file with a column of vectors and a column `item_id`; or one `.npy` file of vectors without ids.
+
+    Returns:
+        Vectors [n, d], and ids [n] int64 or None.
 
     Raises:
-        OSError, FeatureFileError, ModuleNotFoundError: as `VersionFeatures.load`.
+        OSError, FeatureFileError, ModuleNotFoundError: as in `VersionFeatures.load`.
     """
     path = Path(path)
     arrays: Mapping[str, Any]
@@ -155,13 +168,18 @@ def load_vectors(path: str | os.PathLike[str]) -> tuple[FeatureRows, NDArray[np.
 
 
 def find_versions(folder: str | os.PathLike[str]) -> list[Path]:
-    """The feature files in a folder, a version each, sorted naturally: v2 before v10.
+    """Returns the paths of the versions in a folder in natural order (v2 before v10).
 
-    Subfolders with .npy or .parquet files, .npz, .safetensors and .parquet files; other files are left out.
+    A version is an .npz, .safetensors or .parquet file, or a subfolder with .npy or .parquet files.  Other entries are
+    ignored.
+
+    Args:
+        folder: folder that holds one entry per version.
 
     Raises:
-        OSError: it cannot be listed.
-        FeatureFileError: there is none; two are of one name but for case or leading zeros, so that no order is natural.
+        OSError: the folder cannot be listed.
+        FeatureFileError: the folder holds no version, or two names differ only in case or leading zeros, so that their
+            order is ambiguous.
     """
     folder = Path(folder)
     entries = [path for path in folder.iterdir() if not path.name.startswith(".")]
@@ -187,7 +205,7 @@ def find_versions(folder: str | os.PathLike[str]) -> list[Path]:
 
 
 def is_version(path: Path) -> bool:
-    """Whether a folder is a version itself, not one that holds versions."""
+    """Returns whether a folder is one version, as opposed to a folder of versions."""
     return any((path / f"{name}.npy").exists() for name in REQUIRED) or any(
         (path / f"{part}.parquet").exists() for part in PARTS
     )
@@ -217,17 +235,22 @@ def _read_folder(path: Path, form: _Form) -> dict[str, NDArray[Any]]:
 
 
 def map_array(folder: Path, key: str) -> NDArray[Any]:
-    """The array of `KEY.npy`, mapped, read-only.
+    """Maps the array of `KEY.npy` read-only.
+
+    Args:
+        folder: folder of `.npy` files.
+        key: name of the array.
 
     Raises:
-        OSError, FeatureFileError: it cannot be opened; it is damaged or holds Python objects.
+        OSError: the file cannot be opened.
+        FeatureFileError: the file is damaged or holds Python objects.
     """
     file = folder / f"{key}.npy"
     try:
         with open(file, "rb") as opened:
             _, _, dtype = _read_header(opened)
         _refuse_objects(folder, key, dtype)
-        with np.errstate(over="ignore"):  # of a size that no file has, which is then refused
+        with np.errstate(over="ignore"):  # an absurd size in a damaged header overflows; it is rejected below
             array: NDArray[Any] = np.load(file, mmap_mode="r")
         return array
     except FeatureFileError:
@@ -247,7 +270,7 @@ def _read_npz(path: Path, form: _Form) -> dict[str, NDArray[Any]]:
             with archive.open(info) as member:
                 shape, _, dtype = _read_header(member)
                 _refuse_objects(path, key, dtype)
-                # before memory is set aside for it, and in Python's integers: a header may say anything
+                # Check the size before allocating, in Python's integers: a damaged header may hold any shape.
                 size = member.tell() + int(np.prod(shape, dtype=object)) * dtype.itemsize
             if size != info.file_size:
                 raise ValueError(f"{info.filename} has {info.file_size} bytes, its header speaks of shape {shape}")
@@ -318,7 +341,7 @@ def _read_parquet(path: Path, required: Sequence[str]) -> dict[str, Any]:
 
 
 def _read_table(path: Path) -> Any:
-    from pyarrow.parquet import ParquetFile  # an extra; it reads one file, and no names of folders above it
+    from pyarrow.parquet import ParquetFile  # optional package; ParquetFile ignores partition names in folder names
 
     try:
         return ParquetFile(path).read()
@@ -340,7 +363,7 @@ def _by_split(path: Path, table: Any) -> dict[str, Any]:
 
 
 def _vector_column(path: Path, part: str, table: Any) -> str:
-    """The one column of lists; the one that is called embedding where there are several."""
+    """Returns the name of the column of lists; with several such columns, the one called "embedding"."""
     import pyarrow.types as types
 
     lists = [

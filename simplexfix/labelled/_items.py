@@ -1,4 +1,4 @@
-"""The items that all versions share: classes or relevance judgements, ids and groups, checked once."""
+"""The items that all versions share: their classes or relevance judgements, ids and groups."""
 
 from __future__ import annotations
 
@@ -26,55 +26,65 @@ _WHY_GROUPS = "groups are integers or strings"
 
 
 class GalleryClasses(NamedTuple):
-    """Attributes: ids: [C] int64, ascending; places: [N] each item's class among them; sizes: [C] items of each."""
+    """The classes of a gallery.
+
+    Attributes:
+        ids: [C] int64 class ids in ascending order.
+        places: [N] int64, for each item the index of its class in `ids`.
+        sizes: [C] int64, items per class.
+    """
 
     ids: NDArray[np.int64]
     places: NDArray[np.int64]
     sizes: NDArray[np.int64]
 
     def find(self, labels: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The place of each label's class, -1 where there is none."""
+        """Returns for each label its index in `ids`, or -1 if the gallery has no such class."""
         place = np.searchsorted(self.ids, labels).clip(max=len(self.ids) - 1)
         return np.where(self.ids[place] == labels, place, -1)
 
 
 class LabelledItems:
-    """Queries and gallery items with their classes; features of every version are of these, in this order.
+    """Queries and gallery items with their class labels; all model versions are compared on the same items.
 
-        items = LabelledItems(query_labels, gallery_labels)
-        v0 = items.version(query, gallery, name="v0")
-
-    A query that is in the gallery itself is named by ids: the gallery item with the query's id is left out of its
-    search, of the mean of its class, and of every count (leave-one-out).
-
-    `from_judgements` makes items that have relevance judgements in place of labels, `without_labels` items that have
-    neither.
+    If a query is itself a gallery item, give ids: the gallery item with the query's id is then left out of the query's
+    search, of its class mean and of every count (leave-one-out).  `from_judgements` builds items with relevance
+    judgements instead of labels, `without_labels` items that have neither.
 
     Args:
-        query_labels: [Q] integers, any that int64 holds, or names; Q >= 1.
-        gallery_labels: [N] of the same kind: the same integer, or name, is the same class.
-        query_ids, gallery_ids: [Q], [N] integers or names, both or neither; each gallery id comes once.
-        query_groups: [Q] integers or names: groups that rules of `upgrade_gate` may be made for.
-        ignored_labels: gallery items of these classes are removed, as distractors and junk of label -1 are in
-            Market-1501; queries of these classes are not counted.
+        query_labels: [Q] int64 integers or names; Q >= 1.
+        gallery_labels: [N] integers or names, like `query_labels`; equal labels mean the same class.
+        query_ids, gallery_ids: [Q] and [N] integers or names, both or neither; gallery ids are unique.
+        query_groups: [Q] integers or names; rules of `upgrade_gate` can refer to a group.
+        ignored_labels: classes to remove from gallery and queries, such as junk with label -1 in Market-1501.
 
     Attributes:
-        query_labels, gallery_labels: [Q], [N] int64, of what is not ignored, as all that follows.  ValueError where
-            there are none.
-        label_names, id_names: the names that labels, and ids, number; None where they were integers.
-        query_ids, gallery_ids: int64, or None.
+        query_labels, gallery_labels: [Q] and [N] int64.  These and all following arrays leave out ignored items.
+            Reading them raises ValueError if the items have no labels.
+        label_names, id_names: names of the label codes and of the id codes; None if these were integers.
+        query_ids, gallery_ids: [Q] and [N] int64, or None.
         query_groups: [Q] integers or strings, or None.
-        excluded: [Q] int64, the gallery item that is the query itself; -1 if none is.
-        query_rows, gallery_rows: [Q], [N] int64, the rows of these items among those that were given.
-        given: how many queries and gallery items were given, the ignored ones among them.
+        excluded: [Q] int64, index of the gallery item that is the query itself, or -1.
+        query_rows, gallery_rows: [Q] and [N] int64, the row of each item in the arrays that were given.
+        given: numbers of queries and gallery items that were given, ignored ones included.
         ignored_labels: as given, in ascending order.
-        judgements: in place of labels; None where there are none.
-        judged: the judged pairs of these items; None where there are none.
+        judgements: the relevance judgements; None if there are none.
+        judged: the judgements as pairs of item indices; None if there are none.
 
     Raises:
-        TypeError: labels, ids or groups of another kind.
-        ValueError: lengths that do not match, no query, an id that comes twice, one of the ids without the other, or
-            an ignored label that no item has.
+        TypeError: labels, ids or groups have a wrong type.
+        ValueError: lengths differ, there is no query, a gallery id is a duplicate, only one of the two id arrays is
+            given, or no item has an ignored label.
+
+    Example:
+        >>> import numpy as np
+        >>> from simplexfix.labelled import LabelledItems
+        >>> items = LabelledItems(["cat", "dog"], ["dog", "cat", "cat"])
+        >>> items.num_relevant
+        array([2, 1])
+        >>> v0 = items.version(np.eye(2), np.ones((3, 2)), name="v0")      # features by one model
+        >>> v0.gallery.width
+        2
     """
 
     query_ids: NDArray[np.int64] | None
@@ -112,21 +122,20 @@ class LabelledItems:
     def from_judgements(
         cls, judgements: RelevanceJudgements, query_ids: Ids, gallery_ids: Ids, *, query_groups: Ids | None = None
     ) -> LabelledItems:
-        """Queries and gallery items whose relevance is judged, in place of labels.
+        """Returns items with relevance judgements instead of labels.
 
-        Queries without a judgement are left out, as trec_eval leaves them out.  A gallery item with the id of the query
-        is left out of its search, as everywhere.
+        Queries without a judgement are left out, as in trec_eval.  The gallery item with the query's id is left out of
+        the query's search.
 
         Args:
-            judgements: of these items; each query and item that it names is one of them.
-            query_ids, gallery_ids: [Q], [N] integers or names; each id comes once.  They match as text: 7 and "7" are
-                the same id.
-            query_groups: as of `LabelledItems`.
+            judgements: judgements of these items; each id in them must be one of the ids below.
+            query_ids, gallery_ids: [Q] and [N] integers or names, unique.  They are compared as text: 7 equals "7".
+            query_groups: [Q] integers or names; rules of `upgrade_gate` can refer to a group.
 
         Raises:
-            TypeError: ids or groups of another kind, or no RelevanceJudgements.
-            ValueError: lengths that do not match, no query, an id that comes twice, judgements of ids that no row has,
-                or a query that is judged with the item of its own id.
+            TypeError: `judgements` is not a `RelevanceJudgements`, or ids or groups have a wrong type.
+            ValueError: lengths differ, there is no query, an id is a duplicate, a judged id has no row, or a query is
+                judged with the gallery item of the same id.
         """
         if not isinstance(judgements, RelevanceJudgements):
             raise TypeError(
@@ -205,21 +214,21 @@ class LabelledItems:
         prefixes: Ids = (),
         fingerprint: str | None = None,
     ) -> VersionFeatures:
-        """What one model extracted of these items.
+        """Returns the features that one model extracted of these items, as a `VersionFeatures`.
 
         Args:
-            query: [Q, d] floating, finite (in float32, in which all features are compared): a tensor, an array, a
-                memory-mapped file, or a column of vectors of pandas, pyarrow or Hugging Face datasets.  Rows of ignored
-                items are to be there.
-            gallery: [N, d], the same.
-            name: of the version, for reports and messages.
-            prefixes: widths, below d, of older versions whose galleries the leading dimensions of this version's
-                queries were trained to search, normalised again: `EmbeddingModel.prefixes`.
-            fingerprint: of the model, as `ModelIdentity.fingerprint`: a gate result then says which models it judged.
+            query: [Q, d] floating; values must be finite in float32, the dtype of all comparisons.  A tensor, an
+                array, a memory-mapped file, or a column of vectors of pandas, pyarrow or Hugging Face datasets.  Rows
+                of ignored items are included.
+            gallery: [N, d], likewise.
+            name: name of the version in reports and messages.
+            prefixes: widths below d of older versions.  The leading dimensions of this version's queries, normalised
+                again, can search galleries of these widths (`EmbeddingModel.prefixes`).
+            fingerprint: fingerprint of the model (`ModelIdentity.fingerprint`); gate results record it.
 
         Raises:
-            TypeError, ValueError: features that are not [rows, d] floating numbers, or not one row an item; prefixes
-                that are not integers in [1, d).
+            TypeError: features are not floating, or prefixes are not integers.
+            ValueError: features are not one row per item, or a prefix is outside [1, d).
         """
         from ._versions import VersionFeatures, read_prefixes
 
@@ -239,17 +248,20 @@ class LabelledItems:
         return VersionFeatures(self, parts[0], parts[1], name, prefixes=widths, fingerprint=fingerprint)
 
     def ignoring(self, labels: Sequence[int | str]) -> LabelledItems:
-        """These items without those of the given classes.
+        """Returns a copy of the items without some classes.
+
+        Args:
+            labels: labels of the classes to remove.
 
         Raises:
-            ValueError: a label that no item has, or no query is left.
+            ValueError: no item has one of the labels, or no query would be left.
         """
         out = copy(self)
         out._ignore(labels)
         return out
 
     def take(self, queries: NDArray[np.int64] | None = None, gallery: NDArray[np.int64] | None = None) -> LabelledItems:
-        """These queries and these gallery items, by their places here; None: all."""
+        """Returns the items at these indices; None for all of them."""
         out = copy(self)
         out._keep(queries, gallery)
         return out
@@ -259,12 +271,12 @@ class LabelledItems:
 
     @cached_property
     def gallery_classes(self) -> GalleryClasses:
-        """The classes of the gallery."""
+        """Classes of the gallery: ids, the class of each item, and sizes."""
         return GalleryClasses(*np.unique(self.gallery_labels, return_inverse=True, return_counts=True))
 
     @property
     def num_relevant(self) -> NDArray[np.int64]:
-        """[Q] gallery items of the query's class, or judged relevant to it, without itself."""
+        """Number of relevant gallery items of each query, [Q] int64; the query itself does not count."""
         if self.judged is not None:
             return self.judged.num_relevant
         if not len(self.gallery_labels):
@@ -277,13 +289,20 @@ class LabelledItems:
 
     @property
     def num_unjudged(self) -> int | None:
-        """Queries that were given without a judgement and left out; None where there are labels."""
+        """Number of queries that were left out because they have no judgement; None if there are labels."""
         if self.judgements is None:
             return None
         return self.given[0] - len(np.unique(self.judgements.query_ids))
 
     def grades(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """[Q, k] gallery places of each query, -1 for none -> [Q, k] judged grades, or 1 for the query's class."""
+        """Returns the relevance grades of ranked gallery items.
+
+        Args:
+            places: [Q, k] int64 indices of gallery items, -1 for no item.
+
+        Returns:
+            [Q, k] int64: the judged grade; with labels 1 for the query's class and 0 for others.
+        """
         if self.judged is None:
             alike = (self.gallery_labels[places] == self.query_labels[:, None]) & (places >= 0)
             return np.asarray(alike, dtype=np.int64)
@@ -300,7 +319,7 @@ class LabelledItems:
         return labels
 
     def _set_rows(self, queries: int, gallery: int) -> None:
-        """As many items as were given, without labels, ids, groups or judgements."""
+        """Initializes the rows of all given items; labels, ids, groups and judgements are unset."""
         self._query_labels = self._gallery_labels = self.label_names = None
         self.query_ids = self.gallery_ids = self.id_names = None
         self.judgements = self.judged = None
@@ -350,7 +369,7 @@ class LabelledItems:
         self.ignored_labels = tuple(sorted({*self.ignored_labels, *labels}, key=str))
 
     def _keep(self, queries: NDArray[np.int64] | None, gallery: NDArray[np.int64] | None) -> None:
-        """Nothing but these; all arrays become read-only."""
+        """Restricts the items to these indices and makes all arrays read-only."""
         self.__dict__.pop("gallery_classes", None)
         if self.judged is not None:
             self.judged = self.judged.take(queries, gallery)

@@ -1,4 +1,4 @@
-"""Relevance judgements of queries and gallery items by their ids: qrels, as of TREC and BEIR."""
+"""Relevance judgements (qrels) of pairs of queries and gallery items, in the formats of TREC and BEIR."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ _WHY = "ids are integers or names"
 
 
 class RelevanceJudgements:
-    """How relevant gallery items are to queries, by their ids.
+    """Relevance grades of M pairs of a query id and a gallery item id.
 
         judgements = RelevanceJudgements.load("qrels/test.tsv")
         items = LabelledItems.from_judgements(judgements, query_ids, gallery_ids)
 
-    A grade of 1 or more is relevant, and nDCG's gain is the grade.  A grade of 0 or less is judged and not relevant; an
-    item without a judgement is not relevant either.
+    An item is relevant if its grade is 1 or more; the gain in nDCG is the grade.  Items with a grade of 0 or less and
+    items without a judgement are not relevant.
 
     Args:
-        query_ids, item_ids: [M] integers or names, of queries and of gallery items; 7 and "7" are the same id.
+        query_ids, item_ids: [M] integers or names of queries and gallery items; 7 and "7" are the same id.
         grades: [M] integers.
-        source: what errors call these judgements.
+        source: name of these judgements in error messages.
 
     Attributes:
         query_ids, item_ids: [M] strings.
         grades: [M] int64.
 
     Raises:
-        TypeError: ids or grades of another kind.
-        ValueError: no judgement, lengths that differ, or a pair that is judged twice, by its ids and rows.
+        TypeError: ids are neither integers nor names, or grades are not integers.
+        ValueError: there is no judgement, lengths differ, or a pair is judged twice.
     """
 
     def __init__(self, query_ids: Ids, item_ids: Ids, grades: Ids, *, source: str = "judgements") -> None:
@@ -71,11 +71,18 @@ class RelevanceJudgements:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RelevanceJudgements:
-        """Reads a file of BEIR (tabs, a header query-id, corpus-id, score) or TREC (query, iteration, item, grade).
+        """Reads relevance judgements from a file of BEIR or TREC.
+
+        BEIR: tab-separated, with a header query-id, corpus-id, score.  TREC: query, iteration, item, grade.
+
+        Args:
+            path: text file in one of these formats.
 
         Raises:
-            FileNotFoundError, OSError: it is not there, or cannot be read.
-            ValueError: it is neither, a grade is no integer, or a pair is judged twice; by file and line.
+            FileNotFoundError: the file does not exist.
+            OSError: the file cannot be read.
+            ValueError: the format is unknown, a grade is not an integer, or a pair is judged twice; the message names
+                file and line.
         """
         path = Path(path)
         try:
@@ -97,20 +104,20 @@ class RelevanceJudgements:
 
     @classmethod
     def from_dict(cls, qrels: Mapping[str, Mapping[str, int]]) -> RelevanceJudgements:
-        """Of a mapping of query ids to mappings of item ids to grades, as BEIR, pytrec_eval and ranx hold them."""
+        """Returns the judgements of a mapping {query id: {item id: grade}}, the form of BEIR, pytrec_eval and ranx."""
         judged = [(query, item, grade) for query, of in qrels.items() for item, grade in of.items()]
         queries, items, grades = zip(*judged, strict=True) if judged else ((), (), ())
         return cls(queries, items, grades)
 
     def __len__(self) -> int:
-        """M."""
+        """Number of judgements, M."""
         return len(self.grades)
 
     def __repr__(self) -> str:
         return f"RelevanceJudgements of {len(np.unique(self.query_ids))} queries, {len(self)} pairs"
 
     def __eq__(self, other: object) -> bool:
-        """The same judgements in the same order."""
+        """Compares judgements and their order."""
         if other is self or not isinstance(other, RelevanceJudgements):
             return other is self
         return all(
@@ -122,10 +129,10 @@ class RelevanceJudgements:
 
 @dataclass(frozen=True, eq=False)
 class JudgedPairs:
-    """Judgements by the places of queries and gallery items.
+    """Judgements as pairs of indices of queries and gallery items.
 
     Attributes:
-        queries, items: [M] int64 places, ascending by query, then by item.
+        queries, items: [M] int64 indices, in ascending order of query, then of item.
         grades: [M] int64.
         num_queries, num_items: Q and N.
     """
@@ -140,10 +147,10 @@ class JudgedPairs:
     def match(
         cls, judgements: RelevanceJudgements, query_ids: NDArray[np.str_], gallery_ids: NDArray[np.str_]
     ) -> JudgedPairs:
-        """The judgements of these rows, whose ids come once.
+        """Maps the ids of judgements to row indices; ids of rows are unique.
 
         Raises:
-            ValueError: a judgement of an id that no row has.
+            ValueError: a judged id has no row.
         """
         places = []
         for part, rows, ids in (
@@ -175,7 +182,7 @@ class JudgedPairs:
         return cls(queries[order], items[order], grades[order], num_queries, num_items)
 
     def take(self, queries: NDArray[np.int64] | None, gallery: NDArray[np.int64] | None) -> JudgedPairs:
-        """The pairs of these queries and gallery items, by their new places; None: all."""
+        """Returns the pairs of these queries and gallery items under their new indices; None for all."""
         counts, new_places = [], []
         for count, at, old in ((self.num_queries, queries, self.queries), (self.num_items, gallery, self.items)):
             place = np.arange(count)
@@ -189,22 +196,22 @@ class JudgedPairs:
 
     @property
     def num_relevant(self) -> NDArray[np.int64]:
-        """[Q] items that are judged relevant."""
+        """Number of items that are judged relevant to each query, [Q]."""
         return np.bincount(self.queries[self.grades > 0], minlength=self.num_queries)
 
     @property
     def ideal_grades(self) -> NDArray[np.int64]:
-        """[Q, most relevant items of a query] grades of each query's relevant items, descending, then 0."""
+        """Grades of each query's relevant items in descending order, padded with 0: [Q, max(num_relevant, 1)]."""
         some = self.grades > 0
         queries, grades = self.queries[some], self.grades[some]
         first = np.searchsorted(queries, np.arange(self.num_queries))
         out = np.zeros((self.num_queries, max(1, int(self.num_relevant.max()))), dtype=np.int64)
-        # sorted by query, then by falling grade: queries ascend as before
+        # sorted by query, then by descending grade; `queries` is in ascending order already
         out[queries, np.arange(len(queries)) - first[queries]] = grades[np.lexsort((-grades, queries))]
         return out
 
     def find(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """[Q, k] gallery places of each query, -1 for none -> [Q, k] grades, 0 without a judgement."""
+        """Maps gallery indices [Q, k] (-1 for none) to grades [Q, k]; 0 for pairs without a judgement."""
         keys = self.queries * self.num_items + self.items
         if not len(keys):
             return np.zeros_like(places)
@@ -213,13 +220,13 @@ class JudgedPairs:
         return np.where((keys[at] == wanted) & (places >= 0), self.grades[at], 0)
 
     def relevant_items(self, query: int) -> NDArray[np.int64]:
-        """[R] places of the items that are judged relevant to one query."""
+        """Indices [R] of the items that are judged relevant to one query."""
         of = slice(*np.searchsorted(self.queries, [query, query + 1]))
         return self.items[of][self.grades[of] > 0]
 
 
 def id_names(column: NDArray[Any]) -> NDArray[np.str_]:
-    """Ids as strings: decimal integers, and names in Unicode's composed form (NFC)."""
+    """Converts ids to strings: integers to decimal text, names to Unicode's composed form (NFC)."""
     if column.dtype.kind != "U":
         return column.astype(str)
     found, places = np.unique(column, return_inverse=True)

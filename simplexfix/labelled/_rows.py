@@ -1,4 +1,4 @@
-"""[rows, d] features as callers have them, read in blocks: they may be mapped files larger than memory."""
+"""[rows, d] features in the caller's storage, read in blocks; they may be mapped files larger than memory."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from ._columns import Rows, read_features
 __all__ = ["FeatureRows", "row_slices", "row_squares", "to_float32", "unit_rows"]
 
 _Float = TypeVar("_Float", bound=np.floating)
-SLICE_BYTES = 64 << 20  # of float64, of `row_slices`
-_BLOCK_BYTES = 2**25  # of float32: past L2, so that calls cost nothing, and far below what a gallery takes
+SLICE_BYTES = 64 << 20  # float64 bytes per slice of `row_slices`
+_BLOCK_BYTES = 2**25  # float32 bytes per block: large enough to hide call overhead, small against a gallery
 
 
 class FeatureRows:
-    """[n, d] features under the name that the caller knows them by.
+    """[n, d] features, or a selection of their rows, with a name for error messages.
 
     Attributes:
-        name: for messages.
-        rows: as given: a tensor, an array or a mapped file.
-        at: [n] int64, which of these rows count; None: all of them.
+        name: name of the features in error messages.
+        rows: tensor, array or mapped file that was given.
+        at: [n] int64, indices of the selected rows; None for all rows.
 
     Raises:
-        TypeError, ValueError: as `read_features`.
+        TypeError, ValueError: `rows` are not features, as in `read_features`.
     """
 
     def __init__(self, name: str, rows: Rows) -> None:
@@ -51,7 +51,7 @@ class FeatureRows:
 
     @property
     def dtype(self) -> str:
-        """Its name, which tensors and arrays share."""
+        """Name of the dtype, such as "float32", the same for tensors and arrays."""
         dtype = self.rows.dtype
         return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else str(dtype.name)
 
@@ -65,7 +65,7 @@ class FeatureRows:
         return out
 
     def columns(self, stop: int, start: int = 0) -> FeatureRows:
-        """Columns [start, stop), the leading ones as a rule; itself where these are all."""
+        """Returns columns [start, stop); returns self if these are all columns."""
         if not start and stop >= self.width:
             return self
         out = copy(self)
@@ -73,14 +73,14 @@ class FeatureRows:
         return out
 
     def take(self, at: NDArray[np.int64]) -> FeatureRows:
-        """These rows, which are read when they are asked for."""
+        """Selects rows by index; data are read lazily."""
         out = copy(self)
         out.at = at if self.at is None else self.at[at]
         out._hashes = None if self._hashes is None else self._hashes[at]
         return out
 
     def gather(self, at: NDArray[np.int64]) -> NDArray[Any]:
-        """A copy of these rows in their own dtype, on the host; float32 for bfloat16, which NumPy lacks."""
+        """Copies rows to the host in their own dtype, or in float32 for bfloat16, which NumPy lacks."""
         taken = self.take(at)
         source = taken._source(0, len(at))
         if isinstance(source, Tensor):
@@ -89,10 +89,10 @@ class FeatureRows:
         return source.astype(np.float32) if source.dtype.name == "bfloat16" else np.asarray(source)
 
     def unit(self, at: NDArray[np.int64]) -> NDArray[np.float64]:
-        """[n, d] these rows, L2-normalised in float64 from their own dtype.
+        """Returns rows [n, d], L2-normalised in float64.
 
         Raises:
-            ValueError: a row holds nan or inf, by its number.
+            ValueError: a row holds nan or inf; the message names it.
         """
         rows = self.gather(at).astype(np.float64)
         bad = np.flatnonzero(~np.isfinite(np.abs(rows).max(axis=1)))
@@ -101,22 +101,22 @@ class FeatureRows:
         return unit_rows(rows)
 
     def block(self, begin: int, end: int) -> NDArray[np.float32]:
-        """Rows [begin, end) as dense float32; a view of the caller's numbers where they are that already.
+        """Returns rows [begin, end) as dense float32; a view if the rows have this layout and dtype already.
 
         Raises:
-            ValueError: a row holds nan or inf, or a number past float32's range, by its number.
+            ValueError: a row holds nan, inf or a number beyond float32's range; the message names it.
         """
         source = self._source(begin, end)
         block = to_float32(source)
         with np.errstate(over="ignore", invalid="ignore"):
-            suspects = np.flatnonzero(~np.isfinite(row_squares(block)))  # a finite row's may overflow too
+            suspects = np.flatnonzero(~np.isfinite(row_squares(block)))  # the square of a finite row may overflow too
         for row in suspects:
             if not np.isfinite(block[row]).all():
                 raise self._not_finite(begin, int(row), source[int(row)])
         return block
 
     def block_tensor(self, begin: int, end: int) -> Tensor:
-        """The same as a tensor, on the device of the rows; a copy of what is read-only, which torch does not know."""
+        """Like `block`, as a tensor on the rows' device; read-only arrays are copied, since torch has no such flag."""
         if not self.on_cpu:
             source = self._source(begin, end)
             assert isinstance(source, Tensor)
@@ -129,25 +129,26 @@ class FeatureRows:
         return torch.from_numpy(block if block.flags.writeable else block.copy())
 
     def whole(self) -> Tensor:
-        """All rows as `block_tensor` gives them."""
+        """Returns all rows as `block_tensor` does."""
         out = self.block_tensor(0, len(self))
         self.release()
         return out
 
     def blocks(self, rows: int | None = None) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        """(first row, block) one after the other; `rows` at a time, or as many as make 32 MiB."""
+        """Yields (first row, block) in order, `rows` rows per block, or 32 MiB per block for None."""
         rows = rows or max(1, _BLOCK_BYTES // (4 * self.width))
         for begin in range(0, len(self), rows):
             yield begin, self.block(begin, min(len(self), begin + rows))
         self.release()
 
     def hashes(self) -> NDArray[np.int64]:
-        """[n] of each row's float32 numbers, the same for the same bits within a process; 0 of a row that is all zero.
+        """Returns a hash of each row's float32 bits, [n] int64; 0 for a row of zeros.
 
-        Reads all rows once, and never again.
+        Hashes are comparable within one process.  They are computed on the first call, which reads all rows.
 
         Raises:
-            ValueError: as `block`; a row of float64 whose numbers are all below float32's range.
+            ValueError: a row holds nan, inf or a number beyond float32's range, or all numbers of a float64 row
+                underflow float32.
         """
         if self._hashes is None:
             hashes = np.zeros(len(self), dtype=np.int64)
@@ -162,11 +163,11 @@ class FeatureRows:
 
     @property
     def zero_rows(self) -> int:
-        """How many rows are all zero: they have no direction, and find what comes first."""
+        """Number of rows of zeros; such a row has no direction, so its cosine to every vector is 0."""
         return int((self.hashes() == 0).sum())
 
     def tensor(self) -> Tensor:
-        """All rows in their own dtype: the caller's tensor, or a copy of an array (torch has no read-only tensors)."""
+        """Returns all rows in their own dtype: the caller's tensor, or a copy of the caller's array."""
         source = self._source(0, len(self))
         if isinstance(source, Tensor):
             return source
@@ -177,14 +178,14 @@ class FeatureRows:
         return tensor
 
     def release(self) -> None:
-        """Takes a read-only mapped file's pages out of this process; they stay in the system's cache.
+        """Unmaps the resident pages of a read-only mapped file; they stay in the system's page cache.
 
-        Without it a pass over T versions ends with all of their bytes counted as this process's memory.
+        Otherwise a pass over T versions would end with all their bytes in this process's resident set.
         """
         root: object = self.rows
         while isinstance(root, np.ndarray):
             if isinstance(root, np.memmap) and root.mode != "r":
-                return  # a private mapping's changes would be lost with its pages
+                return  # dropping pages of a private mapping would lose its changes
             root = root.base
         if isinstance(root, mmap.mmap) and hasattr(root, "madvise"):
             root.madvise(mmap.MADV_DONTNEED)
@@ -193,7 +194,7 @@ class FeatureRows:
         if self.at is None:
             return self.rows[begin:end]
         at = self.at[begin:end]
-        if len(at) and np.array_equal(at, np.arange(at[0], at[0] + len(at))):  # nothing need be copied
+        if len(at) and np.array_equal(at, np.arange(at[0], at[0] + len(at))):  # contiguous rows are a view
             return self.rows[at[0] : at[0] + len(at)]
         return self.rows[torch.tensor(at, device=self.rows.device)] if isinstance(self.rows, Tensor) else self.rows[at]
 
@@ -210,12 +211,12 @@ class FeatureRows:
             raise ValueError(f"{self.name} row {row} holds numbers below float32's range alone: scale them up")
 
     def _given(self, row: int) -> int:
-        """The number of a row among those that the caller gave."""
+        """Index of a row in the array that was given."""
         return row if self.at is None else int(self.at[row])
 
 
 def to_float32(rows: Tensor | NDArray[Any]) -> NDArray[np.float32]:
-    """Dense float32 on the host, a view of rows that are that already; a number past float32's range becomes inf."""
+    """Returns rows as dense float32 on the host, as a view where possible; numbers beyond its range become inf."""
     if isinstance(rows, Tensor):
         numbers: NDArray[np.float32] = rows.detach().resolve_neg().float().cpu().contiguous().numpy()
         return numbers
@@ -224,16 +225,16 @@ def to_float32(rows: Tensor | NDArray[Any]) -> NDArray[np.float32]:
 
 
 def row_slices(count: int, width: int) -> Iterator[slice]:
-    """Slices of rows, each of at most SLICE_BYTES as float64, and of one row at least."""
+    """Yields slices of at least one row and at most SLICE_BYTES bytes in float64."""
     step = max(1, SLICE_BYTES // (8 * width))
     for begin in range(0, count, step):
         yield slice(begin, min(count, begin + step))
 
 
 def unit_rows(rows: NDArray[Any]) -> NDArray[np.float64]:
-    """Finite rows, L2-normalised in float64; a zero row stays zero."""
+    """Returns finite rows, L2-normalised in float64; a zero row stays zero."""
     unit = rows.astype(np.float64)
-    # by the largest number first: squares of float64 may overflow
+    # scale by the largest number first: squares of float64 may overflow
     largest = np.abs(unit).max(axis=1)
     unit /= np.where(largest > 0, largest, 1)[:, None]
     norm = np.sqrt(np.einsum("ij,ij->i", unit, unit))
@@ -242,6 +243,6 @@ def unit_rows(rows: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def row_squares(rows: NDArray[_Float]) -> NDArray[_Float]:
-    """[n] each row's product with itself, in the rows' own dtype, by the matrix product that is there for any NumPy."""
+    """Returns the squared L2 norm of each row, [n] in the rows' dtype, by a matmul that every NumPy version has."""
     squares: NDArray[_Float] = np.matmul(rows[:, None, :], rows[:, :, None])[:, 0, 0]
     return squares

@@ -1,4 +1,4 @@
-"""What one model extracted, with the items it was extracted of; and several versions of the same items."""
+"""Features of labelled items by one model version, and checks that several versions share their items."""
 
 from __future__ import annotations
 
@@ -24,16 +24,29 @@ __all__ = ["VersionFeatures", "check_versions", "check_widths", "ignoring", "rea
 
 @dataclass(frozen=True, eq=False)
 class VersionFeatures:
-    """Features of labelled items by one model; of `LabelledItems.version` or `VersionFeatures.load`.
+    """Features of labelled items by one model version.
+
+    Make one with `LabelledItems.version` (arrays) or `VersionFeatures.load` (files).
 
     Attributes:
-        items: the queries and the gallery.
-        query: [Q, d], as this model sends them.
-        gallery: [N, d], as this model extracted it; N may be 0 where it is one process's shard.
-        name: of the version, or None.
-        path: the file it is from, or None.
-        prefixes: widths of older versions whose galleries the leading dimensions of these queries search, ascending.
-        fingerprint: of the model, or None where it is unknown.
+        items: the queries and gallery items.
+        query: [Q, d] features of the queries.
+        gallery: [N, d] features of the gallery items; N may be 0 in one process's shard.
+        name: name of the version, or None.
+        path: file that the features were read from, or None.
+        prefixes: widths of older galleries that the leading dimensions of the queries can search, ascending.
+        fingerprint: fingerprint of the model, or None if unknown.
+
+    Example:
+        >>> import numpy as np
+        >>> from simplexfix.labelled import LabelledItems
+        >>> items = LabelledItems([0, 1], [1, 0, 0])
+        >>> rng = np.random.default_rng(0)
+        >>> v0 = items.version(rng.normal(size=(2, 8)), rng.normal(size=(3, 8)), name="v0")
+        >>> v1 = items.version(rng.normal(size=(2, 8)), rng.normal(size=(3, 8)), name="v1")
+        >>> pair = v0.searched_by(v1)                       # queries of v1, gallery of v0
+        >>> pair.query.width, len(pair.gallery)
+        (8, 3)
     """
 
     items: LabelledItems
@@ -54,23 +67,24 @@ class VersionFeatures:
         judgements: RelevanceJudgements | None = None,
         needs_labels: bool = True,
     ) -> VersionFeatures:
-        """Reads and checks the features, labels, ids and groups of one version: docs/formats.md.
+        """Reads and checks features, labels, ids and groups of one version; docs/formats.md specifies the formats.
 
-        `.npy` and `.safetensors` are mapped, not read; `.npz` and `.parquet` are read into memory.
+        `.npy` and `.safetensors` files are memory-mapped; `.npz` and `.parquet` files are read into memory.
 
         Args:
-            path: an `.npz` file, a folder of `.npy` files, a `.safetensors` file, a `.parquet` file, or a folder of
+            path: an `.npz` file, a folder of `.npy` files, a `.safetensors` file, a `.parquet` file, or a folder with
                 `query.parquet` and `gallery.parquet`.
-            name: None: that of the file without its suffix.
-            ignored_labels: as of `LabelledItems`.
-            judgements: in place of labels, which are not read then; the file must hold the ids of queries and gallery.
-            needs_labels: False: a file without labels is read as well, for `upgrade_gate` by agreement.
+            name: name of the version; None for the file name without its suffix.
+            ignored_labels: classes to remove, as in `LabelledItems`.
+            judgements: relevance judgements to use instead of labels.  Labels in the file are not read then, and the
+                file must hold ids of queries and gallery items.
+            needs_labels: False to read a file without labels too, for `upgrade_gate` by agreement.
 
         Raises:
-            FileNotFoundError, OSError: it cannot be opened.
-            FeatureFileError: an unreadable or truncated file; an array that is missing, or that is no features, labels,
-                ids or groups; rows that hold nan, inf or what float32 does not; by file, array and row.
-            ModuleNotFoundError: the package for `.safetensors`, or pyarrow for `.parquet`, is not installed.
+            FileNotFoundError, OSError: the file cannot be opened.
+            FeatureFileError: the file is damaged, an array is missing or invalid, or a row holds nan, inf or numbers
+                outside float32's range; the message names file, array and row.
+            ModuleNotFoundError: safetensors (for `.safetensors`) or pyarrow (for `.parquet`) is not installed.
         """
         path = Path(path)
         form = JUDGED if judgements is not None else VERSION if needs_labels else FEATURES
@@ -104,41 +118,44 @@ class VersionFeatures:
 
     @property
     def label(self) -> str:
-        """Where it is from, or its name, for messages."""
+        """Path of the version, or its name, for error messages."""
         return str(self.path or self.name)
 
     @property
     def zero_rows(self) -> tuple[int, int]:
-        """How many rows of query and gallery are all zero: they have no direction, and find what comes first."""
+        """Numbers of all-zero rows in query and gallery; such a row has cosine 0 to every vector."""
         return self.query.zero_rows, self.gallery.zero_rows
 
     @cached_property
     def bit_equal(self) -> int:
-        """How many queries have a gallery row of the same bits, which is not known by its id to be the query itself.
+        """Number of queries with a bitwise equal gallery row that is not excluded by its id.
 
-        Such a query most likely is the gallery's item: it finds itself, whatever the model.
+        Such a query is most likely a gallery item itself: it then finds itself at rank 1 with any model.
         """
         asked = self.query.hashes()
         unknown = (self.items.excluded < 0) & (asked != 0)
         return int(np.isin(asked[unknown], self.gallery.hashes()).sum())
 
     def searched_by(self, new: VersionFeatures, *, widths: str = "equal") -> VersionFeatures:
-        """The queries of another version of the same items, which search this one's gallery.
+        """Returns the queries of another version with the gallery of this one.
 
         Args:
-            new: the other version.
-            widths: "equal": versions of different width are refused, but where `new` has this version's among its
-                prefixes, and its leading dimensions search; "leading": all are compared on the leading dimensions that
-                both have.
+            new: another version of the same items.
+            widths: "equal" raises if the widths differ, unless this gallery's width is one of `new.prefixes`; then the
+                leading dimensions of the queries are used.  "leading" always compares the leading dimensions that both
+                versions have.
+
+        Returns:
+            A `VersionFeatures` with `new.query` and `self.gallery`, cut to a common width.
 
         Raises:
-            ValueError: versions of other items, or of another width; by name.
+            ValueError: the versions have different items, or different widths with `widths="equal"`.
         """
         old, new = check_versions((self, new), ("old", "new"))
         return old.pair(new, widths)
 
     def pair(self, new: VersionFeatures, widths: str) -> VersionFeatures:
-        """`searched_by` of versions that `check_versions` has checked."""
+        """`searched_by` without the check that both versions have the same items."""
         check_name("widths", widths, ("equal", "leading"))
         asked, held = new.query.width, self.gallery.width
         if widths == "equal" and not self.fits(new):
@@ -152,13 +169,13 @@ class VersionFeatures:
         return VersionFeatures(self.items, new.query.columns(width), self.gallery.columns(width), name=self.name)
 
     def fits(self, new: VersionFeatures) -> bool:
-        """Whether this gallery is as wide as the new version's queries, or as one of their prefixes."""
+        """Returns whether the queries of `new`, or one of their prefixes, have the width of this gallery."""
         return self.gallery.width in (new.query.width, *new.prefixes)
 
     def take(
         self, queries: NDArray[np.int64] | None = None, gallery: NDArray[np.int64] | None = None
     ) -> VersionFeatures:
-        """These queries and gallery items, by their places; None: all.  Rows are read when they are asked for."""
+        """Returns the version for the queries and gallery items at these indices (None: all); rows are read lazily."""
         return self._of(self.items.take(queries, gallery), queries, gallery)
 
     def _of(
@@ -172,7 +189,7 @@ class VersionFeatures:
         )
 
     def _called(self, role: str) -> VersionFeatures:
-        """Itself where it has a name; else under this one."""
+        """Returns the version with this name if it has none."""
         if self.name is not None or not role:
             return self
         query, gallery = self.query.renamed(f"{role}.query"), self.gallery.renamed(f"{role}.gallery")
@@ -196,7 +213,7 @@ def _items_of(arrays: Mapping[str, Any], judgements: RelevanceJudgements | None)
 
 
 def ignoring(versions: Sequence[VersionFeatures], labels: Sequence[int | str]) -> list[VersionFeatures]:
-    """Versions of the same items without those of some classes."""
+    """Returns versions of the same items without the items of some classes."""
     old = versions[0].items
     items = old.ignoring(labels)
     kept = [
@@ -209,19 +226,20 @@ def ignoring(versions: Sequence[VersionFeatures], labels: Sequence[int | str]) -
 def check_versions(
     versions: Sequence[VersionFeatures], roles: Sequence[str] | None = None, *, shards: bool = False
 ) -> list[VersionFeatures]:
-    """Versions of the same items, all with the same `items`, and under a name each.
+    """Checks that versions have the same items, and returns them with one shared `items` object and a name each.
 
-    Labels, and ids and groups where both have them, are all that says whether two versions are of the same items; what
-    only some have counts for all.
+    Two versions have the same items if their labels are equal, and also their ids and groups where both have these.
+    Ids or groups that only some versions have are used for all.
 
     Args:
-        versions: at least one.
-        roles: names for those that have none, "" to leave it so; None: v0, v1, ...
-        shards: whether galleries may be empty, as one process's part of them.
+        versions: at least one version.
+        roles: names for versions without a name, "" for none; None for v0, v1, ...
+        shards: whether galleries may be empty, as in one process's shard.
 
     Raises:
-        TypeError: something else than a version.
-        ValueError: no version, an empty gallery, or items that differ: both versions, the array and the first row.
+        TypeError: an entry is not a `VersionFeatures`.
+        ValueError: there is no version, a gallery is empty, or items differ; the message names both versions, the
+            array and the first differing row.
     """
     if not len(versions):
         raise ValueError("versions must hold at least one version")
@@ -248,7 +266,7 @@ def check_versions(
 
 
 def _joined(items: LabelledItems, grouped: LabelledItems) -> LabelledItems:
-    """Items with the groups of the same items."""
+    """Returns `items` with the groups of `grouped`, which describes the same items."""
     out = items.take()
     out.query_groups = grouped.query_groups
     return out
@@ -296,17 +314,18 @@ def _check_same_items(first: VersionFeatures, other: VersionFeatures) -> None:
 
 
 def check_widths(versions: Sequence[VersionFeatures], widths: str) -> None:
-    """Raises ValueError where a version cannot search its own gallery or that of a version before it."""
+    """Raises ValueError if a version's width does not allow it to search its own gallery or an older one."""
     for i, new in enumerate(versions):
         for old in versions[: i + 1]:
             old.pair(new, widths)
 
 
 def read_prefixes(prefixes: Ids, width: int) -> tuple[int, ...]:
-    """Prefixes of queries of that width, ascending.
+    """Returns the prefix widths of queries of that width, unique and ascending.
 
     Raises:
-        TypeError, ValueError: they are not integers in [1, width).
+        TypeError: a prefix is not an integer.
+        ValueError: a prefix is outside [1, width).
     """
     if not len(prefixes):
         return ()

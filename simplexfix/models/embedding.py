@@ -1,4 +1,4 @@
-"""A backbone and a head: what a version of a search service's model is."""
+"""A model version: a backbone and a head."""
 
 from __future__ import annotations
 
@@ -20,14 +20,30 @@ __all__ = ["EmbeddingModel"]
 
 
 class EmbeddingModel(nn.Module):
-    """Any backbone that returns a vector per item, and a head with `embed` and `loss`.
+    """One version of an embedding model: a backbone that returns a vector per item, and a head.
+
+        z = head.embed(backbone(input))
 
     Args:
-        backbone: [B, ...] inputs -> [B, f] features.
+        backbone: module that maps inputs [B, ...] to features [B, f].
         head: `SimplexHead`, or a module with the same `embed(features)` and `loss(features, target)`.
-        preprocessing: of `simplexfix.data`, what makes inputs of what there is: kept with the model in its folder;
-            whoever calls the model applies it.
-        class_names: None, or what class 0, 1, ... is called: kept with the model, too.
+        preprocessing: a preprocessing of `simplexfix.data` that turns raw data into inputs, or None.  It is saved with
+            the model; the caller applies it.
+        class_names: names of class 0, 1, ..., or None; saved with the model.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from simplexfix import SimplexHead
+        >>> from simplexfix.models import EmbeddingModel, FeatureMLP
+        >>> model = EmbeddingModel(FeatureMLP(16, [32]), SimplexHead(32, num_classes=10))
+        >>> stored = model.extract(torch.randn(100, 16))        # L2-normalised rows for the gallery
+        >>> stored.shape
+        torch.Size([100, 9])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     identity = model.save_pretrained(folder, version=1)
+        ...     loaded = EmbeddingModel.from_pretrained(folder)
+        >>> loaded.identity(version=1).why_not_search(identity)
+        []
     """
 
     class_names: tuple[str, ...] | None
@@ -48,18 +64,18 @@ class EmbeddingModel(nn.Module):
 
     @property
     def embedding_dim(self) -> int | None:
-        """Width of the embeddings; None where neither the head nor the backbone states it."""
+        """Width of the embeddings; None if neither head nor backbone has the attribute."""
         found = getattr(self.head, "embedding_dim", None) or getattr(self.backbone, "out_features", None)
         return found if isinstance(found, int) else None
 
     @property
     def prefixes(self) -> tuple[int, ...]:
-        """Widths of older versions whose galleries the leading dimensions of these embeddings search, ascending."""
+        """Widths of older galleries that the leading dimensions of these embeddings can search, ascending."""
         widths = {width for _, width in getattr(self.head, "ancestors", ())}
         return tuple(sorted(widths - {self.embedding_dim}))
 
     def forward(self, input: Tensor) -> Tensor:
-        """[B, ...] -> [B, d] embeddings, as training sees them."""
+        """Returns the embeddings [B, d] of inputs [B, ...], not normalised."""
         return self.head.embed(self.backbone(input))  # type: ignore[no-any-return, operator]
 
     @torch.no_grad()
@@ -71,26 +87,26 @@ class EmbeddingModel(nn.Module):
         workers: int = 0,
         width: int | None = None,
     ) -> Tensor:
-        """L2-normalised embeddings, as a gallery stores them; in evaluation mode.
+        """Returns L2-normalised embeddings for a gallery or for queries, computed in evaluation mode.
+
+            F.normalize(model.eval()(prepare(input))[:, :width])
 
         Args:
-            input: [N, ...]; or a map-style dataset whose items are tensors, or tuples that begin with one, of one
-                shape; or a `DataLoader`, of whose batches the same holds.  The model goes over 1024 rows at once, 128
-                of a dataset, and a loader's own batches.
-            prepare: makes inputs of what there is, batch by batch, as `preprocessing` does; None for inputs as they
-                are.
-            workers: processes that read a dataset's items ahead; 0 for none.
-            width: None for all dimensions; or one of `prefixes`, to search a gallery of that width: the leading
-                dimensions alone, normalised.  `ModelIdentity.search_width` returns it for a gallery's model.
+            input: [N, ...] tensor; or a map-style dataset whose items are tensors of equal shape, or tuples that begin
+                with one; or a `DataLoader` of such batches.  Batch sizes: 1024 rows of a tensor, 128 of a dataset.
+            prepare: function that turns a batch into inputs, such as `preprocessing`; None for the batch itself.
+            workers: number of processes that read a dataset's items; 0 for none.
+            width: None for all dimensions, or one of `prefixes` to search an older gallery of that width; only the
+                leading dimensions are then returned, normalised.  `ModelIdentity.search_width` returns this number.
 
         Returns:
-            [N, d], or [N, width], on the device of a tensor; of datasets and loaders on the CPU.
+            [N, d] or [N, width], on the device of an input tensor, on the CPU for datasets and loaders.
 
         Raises:
-            TypeError: another kind of input, as a dict or a list; names the remedy.
-            ChildProcessError: a process that reads items was ended, as for want of memory.
-            ValueError: no rows; a loader that shuffles, or leaves rows out; items of unlike shapes; a width that is
-                none of `prefixes`.
+            TypeError: `input` has another type, such as a dict or a list; the message says what to pass.
+            ChildProcessError: a reader process was killed, for example because memory ran out.
+            ValueError: there are no rows, a loader shuffles or drops rows, shapes of items differ, or `width` is not
+                one of `prefixes`.
         """
         if width is not None and width not in (*self.prefixes, self.embedding_dim):
             known = ", ".join(map(str, self.prefixes)) or "none"
@@ -109,53 +125,61 @@ class EmbeddingModel(nn.Module):
                     prepared = batch if prepare is None else prepare(batch)
                     rows.append(nn.functional.normalize(self(prepared.to(device))[:, :width], dim=1).to(kept))
         finally:
-            for module in training:  # one by one: a part that was frozen stays so
+            for module in training:  # only these: modules that were in evaluation mode before stay in it
                 module.training = True
         if not rows:
             raise ValueError(f"input must have a row, this {type(input).__name__} has none")
         return torch.cat(rows)
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, version: int = 0, name: str = "") -> ModelIdentity:
-        """Writes weights, head, slots, preprocessing, class names and version into a folder, as docs/formats.md says.
+        """Writes weights, head, slots, preprocessing, class names and version to a folder; format: docs/formats.md.
 
-        Parts that are compiled, or wrapped by DataParallel or DistributedDataParallel, are saved as the plain ones.
-
-        A model that was there is replaced; other files stay.  After an error or a crash the folder holds the model
-        that was there, whole, or the new one.
+        The model replaces an earlier one in the folder; other files stay.  After an error or a crash the folder holds
+        either the earlier model or the new one.  Modules that are compiled, or wrapped in DataParallel or
+        DistributedDataParallel, are saved unwrapped.
 
         Args:
-            folder: made if it is not there.
-            version, name: of the model, for those who search what it wrote.
+            folder: folder to write to; it is created if missing.
+            version, name: number (at least 0) and name of the version, recorded in its identity.
 
         Returns:
-            What a gallery must know of the model.
+            The identity of the model, for galleries that hold its embeddings.
 
         Raises:
-            TypeError: a head that is none of this package's, a preprocessing that is none, parts besides backbone and
-                head, or a state of the backbone that is neither tensors nor plain values.
-            ValueError: a negative version; the folder holds the `config.json` of something else; or a backbone of this
-                package was altered, so that its constructor's arguments no longer make it.
-            OSError: it cannot be written.
+            TypeError: the head or the preprocessing is not of this package, the model has other submodules than
+                backbone and head, or the backbone's state holds something else than tensors and plain values.
+            ValueError: `version` is negative, the folder holds a `config.json` of something else, or a backbone of this
+                package was modified so that its constructor cannot rebuild it.
+            OSError: the folder cannot be written.
         """
         return save_model(self, folder, version=version, name=name)
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], *, backbone: nn.Module | None = None) -> EmbeddingModel:
-        """The model that `save_pretrained` wrote: on the CPU, in evaluation mode, its embeddings the same to the bit.
+        """Returns the model that `save_pretrained` wrote, on the CPU and in evaluation mode.
+
+        Its embeddings are bitwise equal to those of the saved model.
 
         Args:
-            folder: a local one; nothing is downloaded and nothing unpickled.
-            backbone: made as the saved one was, which is loaded into it; None for those of `simplexfix.models`, which
-                are made again from their arguments.
+            folder: a local folder; nothing is downloaded or unpickled.
+            backbone: a backbone with the saved one's architecture, into which the weights are loaded; None for
+                backbones of `simplexfix.models`, which are rebuilt from their saved arguments.
 
         Raises:
             FileNotFoundError: there is no such folder.
-            ModelFolderError: it holds no model; it is damaged or was changed by hand, or of another format; or its
-                tensors do not fit the backbone: names what is missing, unexpected, or of another shape or dtype.
+            ModelFolderError: the folder holds no model, is damaged, was edited or has another format; or its tensors
+                do not fit the backbone, and the message lists missing, unexpected and mismatched ones.
         """
         parts = load_model(folder, backbone)
         return cls(parts[0], parts[1], preprocessing=parts[2], class_names=parts[3]).eval()
 
     def identity(self, *, version: int = 0, name: str = "") -> ModelIdentity:
-        """What `save_pretrained` would return, of the weights as they are now; errors of the model as there."""
+        """Returns the identity of the model with its present weights, as `save_pretrained` would.
+
+        Args:
+            version, name: as in `save_pretrained`.
+
+        Raises:
+            TypeError, ValueError: the model cannot be saved, as in `save_pretrained`.
+        """
         return identity_of(self, version=version, name=name)

@@ -1,4 +1,4 @@
-"""What a gallery must know of the model that wrote it, to refuse the queries of a stranger."""
+"""The identity of a model version, which a gallery compares before it accepts queries of another model."""
 
 from __future__ import annotations
 
@@ -15,32 +15,37 @@ from ..slots import SlotRegistry
 __all__ = ["ModelIdentity"]
 
 LEARNABLE = ("linear", "neighbours")  # kinds of heads without fixed vertices
-OCA = "oca"  # the kind of `OCAHead`
-FEATURES = "features"  # the kind of one without a classifier
+OCA = "oca"  # kind of `OCAHead`
+FEATURES = "features"  # kind of a head without a classifier
 _SHOWN = 12  # digits of a fingerprint in a message
-EXTERNAL = "external"  # the kind of a model that this package did not make
-ADAPTED = "adapter"  # an encoder behind an adapter
+EXTERNAL = "external"  # kind of a model that was not made by this package
+ADAPTED = "adapter"  # kind of an encoder followed by an adapter
 
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """Of one version of a model, in plain values: a gallery keeps `to_dict()` beside its vectors.
+    """Identity of one model version in plain values; a gallery stores `to_dict()` beside its vectors.
 
     Args:
-        fingerprint: SHA-256 of weights, backbone, head, slots and preprocessing, in hexadecimal: equal ones give equal
-            embeddings.
-        version: its number.
+        fingerprint: SHA-256 of weights, backbone, head, slots and preprocessing, in hexadecimal.  Models with equal
+            fingerprints give equal embeddings.
+        version: number of the version, at least 0.
         name: free text.
-        head: "simplex", "orthoplex", "cube"; "linear" or "neighbours" for a learnable classifier; "oca" for `OCAHead`;
-            "features" for none; "external" for a model of others; "adapter" for an encoder behind an adapter.
-        embedding_dim: width of its embeddings.
-        num_slots: K of the polytope; None without one.
-        slots: which class has which slot: (namespace, first class id, first slot, count, step) of each run of class
-            ids, as `SlotRegistry.to_dict` gives them.
-        codes_crc32: of a cube, which vertices its slots are.
-        ancestors: (fingerprint, width) of each older version, oldest first, whose gallery so many leading dimensions of
-            this model's queries search.
-        space: fingerprint of the model whose space an adapter maps this model's embeddings to; None: its own.
+        head: "simplex", "orthoplex" or "cube"; "linear" or "neighbours" for a learnable classifier; "oca" for
+            `OCAHead`; "features" for no classifier; "external" for a model of another vendor; "adapter" for an encoder
+            followed by an adapter.
+        embedding_dim: width of the embeddings.
+        num_slots: K of the polytope; None without a polytope.
+        slots: map from classes to slots as runs (namespace, first class id, first slot, count, step), as in
+            `SlotRegistry.to_dict`.
+        codes_crc32: CRC-32 of a cube head's codes, which identifies its vertices; None for other heads.
+        ancestors: (fingerprint, width) of older versions, oldest first.  The leading `width` dimensions of this model's
+            queries can search that version's gallery.
+        space: fingerprint of the model to whose space an adapter maps these embeddings; None for an own space.
+
+    Raises:
+        TypeError: `version` is not an integer, or `name` not a string.
+        ValueError: `version` is negative.
     """
 
     fingerprint: str
@@ -71,21 +76,22 @@ class ModelIdentity:
         adapter: str | None = None,
         space: ModelIdentity | None = None,
     ) -> ModelIdentity:
-        """The identity of a model that this package did not make, such as a vendor's.
+        """Returns the identity of a model that was not made by this package, such as a vendor's.
 
             fingerprint = sha256(json.dumps([name, revision, dim, adapter, space.fingerprint]))
 
         Args:
-            name: the model's name, as its vendor writes it.
-            revision: release, date or commit: another revision is another model.
-            dim: width of the embeddings, after the adapter where there is one; at least 1.
-            version: the number of this version, 0 or more.
-            adapter: fingerprint of the weights of an adapter behind the model, or None.
-            space: the model to whose space the adapter maps; None: to a space of its own.  Models of one space may
-                search each other.
+            name: the vendor's name of the model.
+            revision: release, date or commit; another revision is another model.
+            dim: width of the embeddings, after the adapter if there is one; at least 1.
+            version: number of this version, at least 0.
+            adapter: fingerprint of the adapter's weights; None without an adapter.
+            space: identity of the model to whose space the adapter maps; None for a new space.  Models that share a
+                space can search each other's galleries.
 
         Raises:
-            TypeError, ValueError: an argument is not as above; or a space without an adapter.
+            TypeError: an argument has the wrong type.
+            ValueError: a text is empty, a number is out of range, or `space` is given without `adapter`.
         """
         for what, value in (("name", name), ("revision", revision), ("adapter", adapter)):
             if not isinstance(value, str) and (what != "adapter" or value is not None):
@@ -110,24 +116,26 @@ class ModelIdentity:
         )
 
     def why_not_search(self, gallery: ModelIdentity) -> list[str]:
-        """What speaks against queries of this model in a gallery that was written by that one; nothing where it may.
+        """Returns the reasons why queries of this model cannot search that model's gallery; empty if they can.
 
-        The same model may, and one whose adapter maps to the same space.  So may one that has the gallery's model among
-        its `ancestors`, with a prefix of its queries (`search_width`).  Another one may where both were made around the
-        same vertices of the same polytope:
+        Queries can search the gallery in these cases:
 
-            head, num_slots, embedding_dim (and a cube's codes) are equal,
-            every class that both know has the same slot, no slot has two classes,
-            and there is a class that both know.
+            both models are the same, or their adapters map to the same space;
+            the gallery's model is one of this model's `ancestors` (with a prefix of the queries: `search_width`);
+            both models have the same fixed polytope: head, num_slots, embedding_dim and a cube's codes are equal,
+                each common class has the same slot, no slot has two classes, and there is a common class.
 
-        An encoder behind an adapter may search the galleries that it was fitted for: those of its old encoder, or those
-        that it has mapped itself.
+        An encoder followed by an adapter can search the galleries that the adapter was fitted for: those of the old
+        encoder, or those that the adapter has mapped.
 
-        That is what can be told without looking at an embedding, and it is needed, not sufficient: how well the queries
-        find is for `simplexfix.compatibility` to say.  With a learnable classifier nothing of the kind can be told.
+        The check reads no embedding.  It is necessary but not sufficient: `simplexfix.compatibility` measures the
+        quality of the search.  For two different models with learnable classifiers it always returns a reason.
+
+        Args:
+            gallery: identity of the model that wrote the gallery.
 
         Returns:
-            One sentence for each reason.
+            One sentence per reason.
         """
         if self.fingerprint == gallery.fingerprint:
             return []
@@ -176,19 +184,22 @@ class ModelIdentity:
         return reasons
 
     def search_width(self, gallery: ModelIdentity) -> int:
-        """How many leading dimensions of this model's queries search that gallery, normalised: all, or a prefix.
+        """Returns the number of leading query dimensions that search that gallery: all of them, or a prefix.
 
             queries = model.extract(images, width=model.identity().search_width(gallery))
 
+        Args:
+            gallery: identity of the model that wrote the gallery.
+
         Raises:
-            ValueError: the gallery may not be searched; names all reasons of `why_not_search`.
+            ValueError: the queries cannot search the gallery; the message lists the reasons of `why_not_search`.
         """
         if reasons := self.why_not_search(gallery):
             raise ValueError(f"this model's queries cannot search the gallery: {'; '.join(reasons)}")
         return gallery.embedding_dim
 
     def _why_no_prefix(self, gallery: ModelIdentity) -> list[str]:
-        """`why_not_search` of models whose spaces are compatible by training alone."""
+        """`why_not_search` for OCA models, which are compatible only with the ancestors they were trained from."""
         width = dict(self.ancestors).get(gallery.fingerprint)
         if width == gallery.embedding_dim:
             return []
@@ -203,16 +214,16 @@ class ModelIdentity:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; `from_dict` is its inverse."""
+        """Returns the identity as plain values for JSON; `from_dict` is the inverse."""
         runs, ancestors = ([list(entry) for entry in entries] for entries in (self.slots, self.ancestors))
         return {**asdict(self), "slots": runs, "ancestors": ancestors}
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> ModelIdentity:
-        """The identity that `to_dict` described.
+        """Returns the identity that `to_dict` described.
 
         Raises:
-            TypeError: a key is missing, or unknown.
+            TypeError: a key is missing or unknown.
             ValueError: two classes share a slot.
         """
         lists = {key: tuple(tuple(entry) for entry in saved.get(key, ())) for key in ("slots", "ancestors")}
@@ -227,7 +238,7 @@ class ModelIdentity:
 
 
 def _differing_slots(mine: SlotRegistry, theirs: SlotRegistry) -> list[str]:
-    """Of two registries of as many slots."""
+    """Reasons why two registries with the same number of slots do not agree."""
     reasons, agreed = [], [torch.empty(0, dtype=torch.int64)]
     for namespace in mine.namespaces:
         classes = mine.classes(namespace)

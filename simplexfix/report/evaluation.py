@@ -1,4 +1,4 @@
-"""The evaluation of model versions: every number is computed once and kept in an `EvaluationReport`."""
+"""Evaluation of model versions: `evaluate` computes every number once and returns an `EvaluationReport`."""
 
 from __future__ import annotations
 
@@ -37,22 +37,23 @@ from .verdict import Verdict, verdict
 
 __all__ = ["Counts", "Criteria", "EvaluationReport", "Upgrade", "evaluate"]
 
-BACKFILL_QUERIES = 5_000  # each of some 30 searches of whole galleries is by so many at most
-BACKFILL_BYTES = 4 * 2**30  # of float32, of the galleries that it holds whole
+BACKFILL_QUERIES = 5_000  # most queries per backfill curve; a curve takes about 30 searches of the whole gallery
+BACKFILL_BYTES = 4 * 2**30  # most float32 bytes of galleries for which curves are computed
 
 
 @dataclass(frozen=True)
 class Counts:
-    """How much there was to judge by.
+    """Numbers of items and classes in an evaluation.
+
+    Numbers of classes are None if the items have relevance judgements.
 
     Attributes:
-        queries, gallery: items.
-        classes: in the gallery; None where there are relevance judgements, as all numbers of classes.
-        classes_not_in_gallery: of queries only.
-        queries_of_classes_not_in_gallery: these queries, and those whose class has no item in the gallery but
-            themselves, or that no item is judged relevant to; no version can find them, and they count as wrong, or
-            score 0, for all.
-        classes_without_queries: of the gallery only; nothing is known of them.
+        queries, gallery: numbers of queries and gallery items.
+        classes: number of classes in the gallery.
+        classes_not_in_gallery: number of classes that only queries have.
+        queries_of_classes_not_in_gallery: number of queries without a relevant gallery item other than themselves;
+            they count as wrong, or score 0, for every version.
+        classes_without_queries: number of classes that only the gallery has; they are not evaluated.
     """
 
     queries: int
@@ -65,7 +66,13 @@ class Counts:
 
 @dataclass(frozen=True)
 class JudgementCounts:
-    """Attributes: pairs: judged pairs; relevant: those of grade 1 or more; queries_left_out: without a judgement."""
+    """Numbers of relevance judgements.
+
+    Attributes:
+        pairs: number of judged pairs.
+        relevant: number of pairs with a grade of 1 or more.
+        queries_left_out: number of queries without a judgement, which are left out.
+    """
 
     pairs: int
     relevant: int
@@ -74,12 +81,12 @@ class JudgementCounts:
 
 @dataclass(frozen=True)
 class QueriesInGallery:
-    """Queries that are gallery items themselves.
+    """Numbers of queries that are gallery items themselves.
 
     Attributes:
-        left_out_by_id: those that ids name: the item is left out of the query's search and of the mean of its class.
-        bit_equal: of each version, the other queries that have a gallery row of the same bits: most likely they find
-            themselves, which no model can do wrong.  Zero rows, which are counted apart, are not among them.
+        left_out_by_id: queries with the id of a gallery item, which is left out of the query's search and class mean.
+        bit_equal: for each version, number of other queries with a bitwise equal gallery row.  Such a query most
+            likely finds itself, with any model.  Rows of zeros do not count here.
     """
 
     left_out_by_id: int
@@ -91,7 +98,12 @@ class QueriesInGallery:
 
 @dataclass(frozen=True)
 class Ignored:
-    """Attributes: labels: that were ignored; queries, gallery: how many items of these labels were left out."""
+    """Classes that `ignored_labels` left out.
+
+    Attributes:
+        labels: the ignored labels.
+        queries, gallery: numbers of queries and gallery items that were left out.
+    """
 
     labels: tuple[int | str, ...]
     queries: int
@@ -103,14 +115,14 @@ class Ignored:
 
 @dataclass(frozen=True)
 class Criteria:
-    """The matrix in a few numbers; nan where there is no upgrade.
+    """Summary numbers of a compatibility matrix; numbers about upgrades are nan for a single version.
 
     Attributes:
-        ac: `average_compatibility`.
-        aa: `average_accuracy`.
-        aa_t: that of the first t versions, t = 1 .. T.
-        bc: `backward_compatibility`.
-        fc: `forward_compatibility`.
+        ac: average compatibility (`simplexfix.compatibility.average_compatibility`).
+        aa: average accuracy (`average_accuracy`).
+        aa_t: average accuracy of the first t versions, t = 1 .. T.
+        bc: backward compatibility (`backward_compatibility`).
+        fc: forward compatibility (`forward_compatibility`).
     """
 
     ac: float
@@ -121,7 +133,7 @@ class Criteria:
 
     @classmethod
     def of(cls, matrix: NDArray[np.float64]) -> Criteria:
-        """Those of a [T, T] matrix."""
+        """Returns the criteria of a compatibility matrix [T, T]."""
         return cls(
             ac=average_compatibility(matrix),
             aa=average_accuracy(matrix),
@@ -131,24 +143,24 @@ class Criteria:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """Under the papers' names; None for nan."""
+        """Returns the numbers under the papers' names, with None for nan."""
         values = {"AC": self.ac, "AA": self.aa, "AA_t": list(self.aa_t), "BC": self.bc, "FC": self.fc}
-        return {name: None if value != value else value for name, value in values.items()}  # nan alone is not itself
+        return {name: None if value != value else value for name, value in values.items()}  # nan != nan
 
 
 @dataclass(frozen=True)
 class Upgrade:
-    """Version `new` takes the place of `old` and searches its gallery, which stays as it was.
+    """Effect of replacing version `old` by `new`, with the gallery of `old` unchanged.
 
     Attributes:
-        old, new: versions, old < new.
-        before: C[old, old].
-        after: C[new, old].
+        old, new: indices of versions, old < new.
+        before: score C[old, old] of the old queries in the old gallery.
+        after: score C[new, old] of the new queries in the old gallery.
         gain: after - before.
-        low, high: the gain's interval, a paired bootstrap over the queries.
-        gains, losses: queries that the upgrade mends, and breaks; whose score it raises, and lowers.
+        low, high: confidence interval of the gain, by a paired bootstrap over the queries.
+        gains, losses: numbers of queries that become correct and incorrect, or whose score rises and falls.
         negative_flip_rate, positive_flip_rate: losses and gains as fractions of all queries.
-        p_value: of McNemar's exact test on gains and losses; of the randomization test where queries have scores.
+        p_value: p-value of McNemar's exact test on gains and losses, or of a randomization test for scores.
     """
 
     old: int
@@ -166,7 +178,7 @@ class Upgrade:
 
     @property
     def compatible(self) -> bool:
-        """The empirical compatibility criterion: the new queries find more in the old gallery than the old ones."""
+        """Empirical compatibility criterion: new queries score higher than old queries in the old gallery."""
         return self.gain > 0
 
     def as_dict(self) -> dict[str, Any]:
@@ -175,32 +187,34 @@ class Upgrade:
 
 @dataclass(frozen=True, eq=False)
 class EvaluationReport:
-    """What `evaluate` found; versions count from 0, oldest first.
+    """The result of `evaluate` for T versions, which are numbered from 0, oldest first.
+
+    The last upgrade replaces version T - 2 by T - 1 and keeps the gallery of T - 2.
 
     Attributes:
-        names, dimensions: of the versions.
-        prefixes: of the versions, by which they search older galleries.
-        protocol, widths, confidence: as asked for.
-        counts: of items and classes.
-        judgements: of relevance judgements; None where items have labels.
-        label_names: of classes by their numbers, where labels were names; else None.
-        queries_in_gallery: queries that may find themselves.
-        ignored: what `ignored_labels` left out.
-        matrix: [T, T] float64, C[i, j] = score of queries by version i on the gallery by version j, nan for j > i.
-        intervals: [T, T, 2] of each cell, nan for j > i.
-        upgrades: all T (T - 1) / 2, by `new`, then by `old`.
-        regressions: the worst queries of the last upgrade, from version T - 2 to T - 1 on the gallery of T - 2.
-        backfill: what version T - 1 finds while its rows replace those of T - 2 in the gallery, one curve per order, by
-            5,000 drawn queries where there are more; none for T = 1, and of galleries past 4 GiB.  In random order
-            alone where there are relevance judgements.
-        pairs: verification by the queries of T - 2 and of T - 1 against the gallery of T - 2; of one version where T =
-            1; None where all pairs are of one kind, and where there are relevance judgements.
-        violations: of the two inequalities by the last upgrade, by 5,000 drawn queries and 20,000 drawn gallery items
-            where there are more, the same ones in every call; None for T = 1, for versions of different width of which
-            the new one has no such prefix, and where there are relevance judgements.
-        inputs: the files of the versions, or their names.
-        zero_rows: [T, 2] rows of query and of gallery that are zero; they have no direction.
-        seed: of the bootstrap and of what was drawn.
+        names, dimensions: name and embedding width of each version.
+        prefixes: widths of older galleries that each version's queries can search.
+        protocol, widths, confidence: the arguments of `evaluate`.
+        counts: numbers of items and classes.
+        judgements: numbers of relevance judgements; None if the items have labels.
+        label_names: names of the label codes; None if labels were integers.
+        queries_in_gallery: numbers of queries that are gallery items.
+        ignored: classes and items that `ignored_labels` left out.
+        matrix: [T, T] float64; C[i, j] is the score of version i's queries in version j's gallery, nan for j > i.
+        intervals: [T, T, 2] float64, confidence interval of each cell, nan for j > i.
+        upgrades: all T (T - 1) / 2 upgrades, ordered by `new`, then by `old`.
+        regressions: queries that lose most by the last upgrade, worst first.
+        backfill: scores of version T - 1 while its rows replace those of T - 2 in the gallery, one curve per
+            replacement order (with relevance judgements the random order only), with at most 5,000 sampled queries.
+            Empty for T = 1 and for galleries beyond 4 GiB.
+        pairs: pair verification by the queries of T - 2 and of T - 1 in the gallery of T - 2, or of the only version.
+            None if there are no genuine or no impostor pairs, or with relevance judgements.
+        violations: violations of the two compatibility inequalities by the last upgrade, on at most 5,000 queries and
+            20,000 gallery items, in a fixed sample.  None for T = 1, with relevance judgements, or if the widths
+            differ and no prefix fits.
+        inputs: file of each version, or its name.
+        zero_rows: [T, 2], numbers of rows of zeros in query and gallery.
+        seed: seed of the bootstrap and of all samples.
     """
 
     names: tuple[str, ...]
@@ -227,31 +241,31 @@ class EvaluationReport:
 
     @property
     def has_scores(self) -> bool:
-        """Whether queries have scores in [0, 1], of a metric, and are not just right or wrong."""
+        """Whether queries have scores in [0, 1] of a ranking metric instead of hits."""
         return self.protocol not in PROTOCOLS
 
     def class_name(self, label: int) -> str:
-        """The name of a class where labels were names, else its number."""
+        """Returns the name of a class, or its number if labels were integers."""
         return str(label) if self.label_names is None else self.label_names[label]
 
     @property
     def verdict(self) -> Verdict:
-        """What the last upgrade does to the gallery that is in service."""
+        """The effect of the last upgrade on the deployed gallery, in words."""
         return verdict(self)
 
     @property
     def last_upgrade(self) -> Upgrade | None:
-        """From the version before the last to the last; None for T = 1."""
+        """Upgrade from version T - 2 to T - 1; None for T = 1."""
         return self.upgrades[-1] if self.upgrades else None
 
     @property
     def successive_upgrades(self) -> tuple[Upgrade, ...]:
-        """Those to the next version."""
+        """Upgrades from each version to the next."""
         return tuple(upgrade for upgrade in self.upgrades if upgrade.new == upgrade.old + 1)
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """What a reader must know of the scores: queries that find themselves, items left out, unrelated spaces."""
+        """Warnings about the scores: queries that find themselves, items left out, unrelated embedding spaces."""
         found = []
         for name, count in zip(self.names, self.queries_in_gallery.bit_equal, strict=True):
             if count:
@@ -289,14 +303,14 @@ class EvaluationReport:
 
     @property
     def _unrelated(self) -> list[tuple[int, int]]:
-        """Pairs (new, old) that find no more than chance, one in C classes, where both versions alone find more."""
+        """Pairs (new, old) with a score at chance level, 1 / C, though both versions alone score above it."""
         if not self.counts.classes:
             return []
         return unrelated_pairs(self.intervals[..., 0], 1 / self.counts.classes)
 
     @property
     def table(self) -> CompatibilityTable:
-        """The empirical compatibility criterion of every upgrade, and its margin."""
+        """Empirical compatibility criterion of every upgrade, with its margin."""
         return compatibility_table(self.matrix)
 
     @property
@@ -304,7 +318,7 @@ class EvaluationReport:
         return Criteria.of(self.matrix)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values under stable keys; None where there is nothing: above the diagonal, AC of one version."""
+        """Returns the report as JSON values under stable keys; undefined values are None (above the diagonal, nan)."""
         size, (compatible, margins) = len(self.matrix), self.table
         p_values = {(upgrade.new, upgrade.old): upgrade.p_value for upgrade in self.upgrades}
         pairs = [(i, j) for i in range(size) for j in range(size)]
@@ -351,31 +365,31 @@ class EvaluationReport:
         }
 
     def to_html(self, images: Mapping[str, Sequence[Path]] | None = None) -> str:
-        """The page: figures, tables and their explanation in one file that loads nothing from elsewhere.
+        """Returns the report as one self-contained HTML page with figures, tables and explanations.
 
         Args:
-            images: as of `save`.
+            images: as in `save`.
 
         Raises:
-            ModuleNotFoundError: matplotlib or Pillow is missing.
-            ValueError: as `save`.
+            ModuleNotFoundError: matplotlib or Pillow is not installed.
+            ValueError: `images` are wrong, as in `save`.
         """
         from .folder import files_of
 
         return files_of(self, images)["report.html"].decode()
 
     def save(self, folder: str | os.PathLike[str], images: Mapping[str, Sequence[Path]] | None = None) -> None:
-        """Writes report.json, report.html and figures; an older report in the folder is replaced as a whole.
+        """Writes report.json, report.html and figures to a folder; they replace an earlier report as a whole.
 
         Args:
-            folder: a new or empty folder, or one that holds a report and nothing else.
-            images: paths of the images of "query" and, besides, of "gallery", one per item as it was given: the page
-                shows the worst regressions by them.
+            folder: a new or empty folder, or one that holds only a report.
+            images: image paths under "query" and optionally "gallery", one per given item; the page then shows images
+                of the worst regressions.
 
         Raises:
-            ModuleNotFoundError: matplotlib or Pillow is missing.
-            OSError: the folder cannot be written; a report that was there is as before.
-            ValueError: the folder holds something else; images that are not one per item or cannot be read.
+            ModuleNotFoundError: matplotlib or Pillow is not installed.
+            OSError: the folder cannot be written; an earlier report is unchanged.
+            ValueError: the folder holds something else, there is not one path per item, or an image cannot be read.
         """
         from .folder import save
 
@@ -392,24 +406,43 @@ def evaluate(
     hits: Sequence[Sequence[Hits]] | None = None,
     seed: int = 0,
 ) -> EvaluationReport:
-    """Judges T versions by the same queries and gallery, from features and labels or relevance judgements alone.
+    """Evaluates T model versions on the same queries and gallery items, from their features.
 
-    Features are read as `compatibility_hits` reads them, T + T passes, and once more for rows that are in both; they
-    may be mapped files.
+    The features of each version are read once as queries and once as gallery, and once more to find bitwise equal
+    rows.  They may be memory-mapped files.
 
     Args:
-        versions: T of the same items, oldest first, of different names; one without a name is called v0, v1, ...
-        protocol: "nearest_class_mean", "instance", a metric of the ranking such as "ndcg@10", or such an object.
-        widths: "equal" or "leading", as of `compatibility_matrix`.
-        confidence: of intervals, in (0, 1).
-        ignored_labels: as of `LabelledItems`, beside those that the items ignore already.
-        hits: of these versions by this protocol, as of `compatibility_hits`, where processes found them together;
-            None: found here.
-        seed: of the bootstrap, and of queries and items that are drawn where there are many; in [0, 2^31).
+        versions: T versions of the same items, oldest first, with different names; missing names are v0, v1, ...
+        protocol: "nearest_class_mean", "instance", a ranking metric such as "ndcg@10", or the `Protocol` of one.
+        widths: "equal" or "leading", as in `compatibility_matrix`.
+        confidence: level of the confidence intervals, in (0, 1).
+        ignored_labels: classes to remove, in addition to those that the items ignore already.
+        hits: the result of `compatibility_hits` for these versions and this protocol, for example from several
+            processes; None to compute it here.
+        seed: seed of the bootstrap and of sampled queries and items, in [0, 2^31).
+
+    Returns:
+        The report; `report.save("folder")` writes JSON, figures and an HTML page.
 
     Raises:
-        TypeError, ValueError: as `compatibility_matrix`; names that are not T different ones; hits of
-            something else; an option out of range.
+        TypeError, ValueError: versions, protocol or widths are wrong, as in `compatibility_matrix`.
+        ValueError: names are not unique, `hits` do not fit the versions, or an option is out of range.
+
+    Example:
+        >>> import numpy as np
+        >>> from simplexfix.labelled import LabelledItems
+        >>> from simplexfix.report import evaluate
+        >>> rng, labels = np.random.default_rng(0), np.arange(80) % 4
+        >>> items = LabelledItems(labels, labels)
+        >>> def features(noise):
+        ...     return np.eye(4)[labels] + noise * rng.normal(size=(80, 4))
+        >>> v0 = items.version(features(0.8), features(0.8), name="v0")
+        >>> v1 = items.version(features(0.2), features(0.2), name="v1")
+        >>> report = evaluate([v0, v1])
+        >>> report.matrix.shape
+        (2, 2)
+        >>> report.last_upgrade.compatible                      # v1 scores higher than v0 in the gallery of v0
+        True
     """
     protocol = read_scored_protocol(protocol)
     check_confidence(confidence)

@@ -1,4 +1,4 @@
-"""Exact search and its scores.  Nothing here sees a model."""
+"""Exact search by cosine similarity, retrieval metrics and pair verification; works on features, not on models."""
 
 from ..functional import cosine_topk
 from . import metrics, verification

@@ -1,4 +1,4 @@
-"""Rows of a flat faiss index, and such an index of rows.  faiss is imported when it is needed: the extra `faiss`."""
+"""Converts rows to and from flat faiss indexes; faiss is optional (the extra `faiss`) and imported on first use."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-_TOLERANCE = 1e-3  # of a row's length of 1: far above what float32's rounding leaves
+_TOLERANCE = 1e-3  # largest deviation of a row's norm from 1; float32 rounding is far smaller
 
 
 def to_flat(ids: NDArray[np.int64], vectors: NDArray[np.float32]) -> Any:
-    """An IndexIDMap2 of an IndexFlatIP."""
+    """Returns an IndexIDMap2 of an IndexFlatIP with these rows and ids."""
     faiss = _import()
     index = faiss.IndexIDMap2(faiss.IndexFlatIP(vectors.shape[1]))
     index.add_with_ids(vectors, ids)
@@ -19,7 +19,7 @@ def to_flat(ids: NDArray[np.int64], vectors: NDArray[np.float32]) -> Any:
 
 
 def from_flat(index: Any) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """(ids, rows) of an IndexFlat, or of an IndexIDMap of one."""
+    """Returns (ids, rows) of an IndexFlat, or of an IndexIDMap of one."""
     faiss = _import()
     flat, ids = index, None
     if isinstance(index, faiss.IndexIDMap):

@@ -1,6 +1,6 @@
-"""The reference implementation of the library's index: the same calls, results, errors and file, in NumPy and torch.
+"""Reference implementation of the compiled index in NumPy and torch: same methods, results, errors and file format.
 
-Scores agree with the definition up to the order of the float64 sums.
+Scores agree with the definition up to the summation order in float64.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from numpy.typing import NDArray
 from .._files import write_whole
 from .._reference import unit_float32, unit_topk
 
-_HEADER = struct.Struct("<8sIIqqqI16s")  # and a checksum of these
+_HEADER = struct.Struct("<8sIIqqqI16s")  # followed by the CRC-32 of these fields
 _MAGIC, _VERSION = b"SFXINDEX", 1
 _DTYPES = ("float32", "bfloat16")
 _LARGEST_ID = 2**63 - 2
-_QUERIES = 256  # at a time, so that Ctrl-C does not have to wait for all
+_QUERIES = 256  # queries per chunk; Ctrl-C takes effect between chunks
 
 
 class _Rows(NamedTuple):
-    """What a search sees; a change puts another in its place."""
+    """Immutable state that a search reads; a change replaces it as a whole."""
 
-    vectors: NDArray[np.float32]  # [n, d], normalised; with bfloat16, numbers that bfloat16 has
+    vectors: NDArray[np.float32]  # [n, d], normalised; rounded to bfloat16 values for an index of bfloat16
     ids: NDArray[np.int64]
     next_id: int
 
@@ -104,7 +104,7 @@ class PlainIndex:
         blocks = torch.split(torch.from_numpy(rows.vectors[order]), 8192)
         parts = torch.split(unit_float32(torch.from_numpy(query)), _QUERIES)
         found = [unit_topk(part, blocks, k) for part in parts]
-        names = np.append(rows.ids[order], -1)  # the -1 of a place that nothing fills finds the last
+        names = np.append(rows.ids[order], -1)  # index -1 of an empty place selects the appended -1
         return torch.cat([part[0] for part in found]).numpy(), names[torch.cat([part[1] for part in found]).numpy()]
 
     def save(self, path: bytes) -> None:
@@ -120,7 +120,7 @@ class PlainIndex:
 
     @classmethod
     def load(cls, path: bytes, threads: int) -> PlainIndex:
-        descriptor = os.open(os.fsdecode(path), os.O_RDONLY | os.O_NONBLOCK)  # a pipe must not be waited for
+        descriptor = os.open(os.fsdecode(path), os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe must not block
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
             raise ValueError("it is not a regular file")
@@ -187,7 +187,7 @@ def _check_held(ids: NDArray[np.int64], held: NDArray[np.int64]) -> None:
 
 
 def _repeated(ids: NDArray[np.int64]) -> int | None:
-    """The lowest id that stands twice."""
+    """Returns the lowest duplicate id, or None."""
     found, counts = np.unique(ids, return_counts=True)
     return int(found[counts.argmax()]) if len(found) and counts.max() > 1 else None
 
@@ -196,7 +196,10 @@ _all: weakref.WeakSet[PlainIndex] = weakref.WeakSet()
 
 
 def _free_locks() -> None:
-    """In a forked child: the thread that held a lock does not exist there.  Rows are put in place as a whole."""
+    """Renews all locks in a forked child, where the threads that hold them do not exist.
+
+    The rows are consistent, because every change replaces them in one assignment.
+    """
     for index in _all:
         index._changing = threading.Lock()
 

@@ -1,4 +1,4 @@
-"""The processes that share a gallery: `torchrun` starts them, they check that all are alike, they end together."""
+"""The process group of a sharded gallery: `torchrun` starts the ranks; arguments are compared across them."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ _Read = TypeVar("_Read")
 
 
 class RankDiedError(RuntimeError):
-    """Another process of the group died, or did not answer in time: there is no result, on any rank."""
+    """Another process of the group died or did not answer in time; no rank has a result."""
 
 
 def shard_rows(n: int, rank: int, world_size: int) -> slice:
-    """The rows of one rank where n rows are shared out evenly, in rank order.
+    """Returns the slice of gallery rows that belongs to one rank, in an even split by rank order.
 
         slice(n * rank // world_size, n * (rank + 1) // world_size)
 
     Args:
-        n: rows of the whole gallery, at least 0.
+        n: number of rows of the whole gallery, at least 0.
         rank: in [0, world_size).
         world_size: number of processes.
 
     Raises:
-        TypeError: not integers.
-        ValueError: out of range.
+        TypeError: an argument is not an integer.
+        ValueError: an argument is out of range.
     """
     n, rank, world_size = (
         check_integer(name, value) for name, value in (("n", n), ("rank", rank), ("world_size", world_size))
@@ -52,29 +52,29 @@ def shard_rows(n: int, rank: int, world_size: int) -> slice:
 
 @contextmanager
 def process_group(*, timeout: timedelta = timedelta(minutes=30)) -> Iterator[dist.ProcessGroup]:
-    """The group of all processes that `torchrun` started, over gloo, from its environment; left on the way out.
+    """Context manager for the gloo process group of all processes that `torchrun` started.
 
         with process_group() as group:
             mine = shard_rows(len(gallery), group.rank(), group.size())
             scores, ids = sharded_cosine_topk(query, gallery[mine], k, group=group)
 
-    At the end of the block the ranks wait for each other, so that one that fails in it, on whatever, fails all.
+    The block ends with a barrier, so that an error on one rank fails all ranks.  Then the group is destroyed.
 
     Args:
-        timeout: how long a rank waits for the others, who may have more to do in between than it has.
+        timeout: longest wait for the other ranks in one exchange; allow for uneven work between exchanges.
 
     Raises:
-        ValueError: RANK, WORLD_SIZE, MASTER_ADDR or MASTER_PORT is not in the environment, or there is a group already.
-        RankDiedError: a process did not come, or is gone.
+        ValueError: RANK, WORLD_SIZE, MASTER_ADDR or MASTER_PORT is not in the environment, or a group exists already.
+        RankDiedError: another process did not join, or died.
     """
     if not dist.is_available() or not dist.is_gloo_available():
         raise ValueError(f"torch {torch.__version__} was built without gloo, by which processes share a gallery")
     try:
         dist.init_process_group("gloo", timeout=timeout)
-    except RuntimeError as error:  # ValueError says what the environment lacks
+    except RuntimeError as error:  # a ValueError names the missing environment variable and passes through
         raise RankDiedError(f"the processes did not come together: {error}") from error
-    # gloo's threads end with the group, and one that asks for the GIL of an interpreter that ends aborts the process:
-    # what a circle still holds (a caller's exception, by its traceback) goes while they may have it.
+    # A gloo thread that takes the GIL during interpreter shutdown aborts the process.  A reference cycle, such as an
+    # exception with its traceback, can keep the group and its threads alive until then; collect it before.
     atexit.register(gc.collect)
     try:
         ranks = Ranks(None)
@@ -85,20 +85,20 @@ def process_group(*, timeout: timedelta = timedelta(minutes=30)) -> Iterator[dis
 
 
 class ShardInfo(NamedTuple):
-    """What a rank tells the others of its shard before work begins."""
+    """Description of a rank's shard that all ranks exchange before the work begins."""
 
-    same: dict[str, object]  # what all must have alike, by the name that an error gives it
-    rows: int  # of its shard
-    classes: NDArray[np.int64] | None = None  # that its shard holds
-    leaves_out: bool = False  # whether its shard holds a query itself
+    same: dict[str, object]  # name -> value of properties that must be equal on all ranks
+    rows: int  # number of rows of the shard
+    classes: NDArray[np.int64] | None = None  # class ids in the shard
+    leaves_out: bool = False  # whether the shard holds an item that is also a query
 
 
 class Ranks:
-    """One process's view of its group.  Tensors travel through the host, on which gloo carries all it needs.
+    """Collective operations of this process in its group, on host tensors over gloo.
 
     Raises:
-        ValueError: no such group, or one without gloo.
-        RankDiedError: from every method, where a peer is gone.
+        ValueError: there is no process group, or it has no gloo backend.
+        RankDiedError: from every method, if a peer died.
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
@@ -119,10 +119,11 @@ class Ranks:
             raise ValueError(f'group must have gloo for the host\'s tensors, got {backends}; e.g. "cpu:gloo,cuda:nccl"')
 
     def agree(self, read: Callable[[], tuple[_Read, ShardInfo]]) -> tuple[_Read, list[ShardInfo]]:
-        """What this rank read, and the information of all ranks, in rank order; or the same error on every rank.
+        """Calls `read` on every rank; returns its result and the shard infos of all ranks in rank order.
 
         Raises:
-            TypeError, ValueError: that `read` raised on the first rank on which it did; ranks that are not alike.
+            TypeError, ValueError: on every rank, the error of the first rank whose `read` raised.
+            ValueError: a property in `same` differs between ranks.
         """
         mine: tuple[_Read, ShardInfo] | None = None
         refusal: tuple[bool, str] | None = None
@@ -138,7 +139,7 @@ class Ranks:
             if refused:
                 try:
                     raise (TypeError if refused[0] else ValueError)(f"rank {rank}: {refused[1]}") from cause
-                finally:  # its traceback holds this frame: a circle, in which gloo's threads outlive the group
+                finally:  # break the cycle of traceback and frame, which would keep gloo's threads alive
                     cause = None
         infos: list[ShardInfo] = [info for _, info in everyone]
         for name, expected in infos[0].same.items():
@@ -150,27 +151,27 @@ class Ranks:
         return mine[0], infos
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
-        """Everyone's tensor, in rank order; all of one shape and dtype."""
+        """All-gather: tensors of all ranks in rank order; shapes and dtypes must be equal."""
         parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.size)]
         with self._peers():
             dist.all_gather(parts, tensor.contiguous(), group=self.group)
         return parts
 
     def maximum(self, tensor: Tensor) -> Tensor:
-        """Element by element over the ranks, in place."""
+        """All-reduce with the elementwise maximum, in place."""
         with self._peers():
             dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
         return tensor
 
     def take_from_previous(self, tensor: Tensor) -> Tensor:
-        """What the rank before passed on, in place; the first keeps its own."""
+        """Receives the tensor from the previous rank, in place; rank 0 keeps its own."""
         if self.rank:
             with self._peers():
                 dist.recv(tensor, group=self.group, group_src=self.rank - 1)
         return tensor
 
     def pass_to_next(self, tensor: Tensor) -> None:
-        """The last keeps it."""
+        """Sends the tensor to the next rank; the last rank sends nothing."""
         if not self.is_last:
             with self._peers():
                 dist.send(tensor, group=self.group, group_dst=self.rank + 1)
@@ -180,19 +181,19 @@ class Ranks:
         return self.rank == self.size - 1
 
     def take_from_last(self, tensor: Tensor) -> Tensor:
-        """The last rank's tensor, in place."""
+        """Broadcasts the last rank's tensor, in place."""
         with self._peers():
             dist.broadcast(tensor, group=self.group, group_src=self.size - 1)
         return tensor
 
     def wait(self) -> None:
-        """Until all ranks have come here."""
+        """Barrier: blocks until all ranks have reached it."""
         with self._peers():
             dist.barrier(group=self.group)
 
     @contextmanager
     def _peers(self) -> Iterator[None]:
-        """All that gloo raises in our calls: a closed connection, or a wait that ran out."""
+        """Turns gloo's errors (closed connection, timeout) into `RankDiedError`."""
         try:
             yield
         except RuntimeError as error:

@@ -1,10 +1,10 @@
-"""The protocol "nearest_class_mean": is a query nearest to the template of its own class?
+"""The protocol "nearest_class_mean": a query is a hit if the nearest class template is that of its own class.
 
     template[c] = F.normalize(gallery[gallery_labels == c].mean(0))
     hit = argmax_c (query . template[c]) == query_label
 
-Features are compared in float32 and added in float64, row after row.  Where a gallery item is the query itself, by its
-id, the template of the item's class is made without it: the sum minus the row, which points where that mean does.
+Features are compared in float32 and summed in float64, in row order.  If a gallery item has the query's id, its class
+template leaves it out: sum minus row, which has the direction of that mean.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ CellHits: TypeAlias = Iterator[tuple[int, int, int, NDArray[np.bool_]]]
 Floats: TypeAlias = NDArray[np.float32]
 Ids: TypeAlias = NDArray[np.int64]
 
-_QUERY_ROWS = 4096  # a block of them is past L2, and so are its products with some versions' templates
-_GALLERY_ROWS = 128  # as float64 they stay in caches on their way into the sums
-_PRODUCT_COLUMNS = 1024  # templates of so many versions meet a block in one product
+_QUERY_ROWS = 4096  # queries per block: larger than L2, like the block's products with the templates
+_GALLERY_ROWS = 128  # gallery rows per block: in float64 they stay in cache until they are summed
+_PRODUCT_COLUMNS = 1024  # templates per matrix product with a block of queries
 
 
 def hits(version: VersionFeatures) -> NDArray[np.bool_]:
-    """[Q] the hits of one pair of queries and gallery: the definition, on the device of the features."""
+    """Hits [Q] of one pair of queries and gallery, by the definition, on the features' device."""
     items = version.items
     sums = class_sums(version.gallery, items.gallery_classes)
     own, templates = items.gallery_classes.find(items.query_labels), sums.float()
@@ -54,12 +54,14 @@ def hits(version: VersionFeatures) -> NDArray[np.bool_]:
 
 
 def matrix_hits(versions: Sequence[VersionFeatures]) -> CellHits:
-    """(query version, gallery version, first query, hits of a block of queries) of every cell with j <= i.
+    """Yields (query version i, gallery version j, first query, hits of a block of queries) for all cells with j <= i.
 
-    Templates are made once per gallery; each query row is read once, against all galleries' templates.  A product in
-    float32 decides where the own class's score is further from the best other's than it can err, then one in float64.
-    The rest, ties above all, is searched by `cosine_topk`, and so are queries that leave an item out: the answer is
-    that of `hits`.  Memory: 8 bytes per gallery, class and dimension, beside blocks; 16 where items are left out.
+    The result equals that of `hits`, at a lower cost.  Templates are computed once per gallery, and each query row is
+    read once and compared with the templates of all galleries.  A float32 product decides a query if the gap between
+    its own class and the best other class exceeds the error bound; a float64 product decides most of the others.
+    `cosine_topk` decides the remaining ones, mostly ties, and all queries with a left-out item.
+
+    Memory beside the blocks: 8 bytes per gallery, class and dimension; 16 if items are left out.
     """
     items = versions[0].items
     own = items.gallery_classes.find(items.query_labels)
@@ -95,13 +97,14 @@ def matrix_hits(versions: Sequence[VersionFeatures]) -> CellHits:
                         found[left_out] = _leave_one_out(asked, begin + left_out, exact[j], versions[j].gallery, items)
                     yield i, j, begin, found
         for of in versions[: i + 1]:
-            of.gallery.release()  # whose rows were read by their numbers
+            of.gallery.release()  # its rows were read by index
 
 
 def mixed_hits(old: VersionFeatures, new: VersionFeatures) -> Callable[[NDArray[np.bool_]], NDArray[np.bool_]]:
-    """[N] which rows are by the new model -> [Q] hits of the new queries in that gallery, of float32 features.
+    """Returns a function from [N] bool (rows by the new model) to the hits [Q] of new queries in that mixed gallery.
 
-    A template is as wide as its widest row: a class that has a row of the new model is compared on its dimensions.
+    Features are in float32.  A template is as wide as its widest row: a class with a row by the new model is compared
+    on the new model's dimensions.
     """
     items, mixture = old.items, Mixture.read(new.query, old.gallery, new.gallery)
     classes = items.gallery_classes
@@ -131,12 +134,13 @@ def mixed_hits(old: VersionFeatures, new: VersionFeatures) -> Callable[[NDArray[
 
 
 def class_sums(gallery: FeatureRows, classes: GalleryClasses) -> Tensor:
-    """[C, d] float64, on the device of the gallery: added row by row, in blocks as in one go.
+    """Returns the sum of each class's rows, [C, d] float64 on the gallery's device.
 
-    Each points where the class's mean does.
+    Rows are added in order, so that the result does not depend on the block size.  A sum has the direction of the
+    class mean.
 
     Raises:
-        ValueError: a class whose sum float32 does not hold.
+        ValueError: the sum of a class exceeds float32's range.
     """
     device = gallery.rows.device if isinstance(gallery.rows, Tensor) else torch.device("cpu")
     sums = torch.zeros(len(classes.ids), gallery.width, dtype=torch.float64, device=device)
@@ -154,15 +158,15 @@ def class_sums(gallery: FeatureRows, classes: GalleryClasses) -> Tensor:
 
 
 def row_scores(query: Tensor, rows: Tensor) -> Floats:
-    """[B] the score that a search gives each pair of rows: float64, rounded to float32."""
+    """Cosine [B] of each pair of rows with the rounding of a search: float64, rounded to float32."""
     q, r = (unit_float32(x).double().cpu().numpy() for x in (query, rows))
-    # row by row: a matrix product rounds differently with the number of rows
+    # one dot product per row: the rounding of a matrix product depends on the number of rows
     found: Floats = np.einsum("ij,ij->i", q, r).astype(np.float32)
     return found
 
 
 def _leave_one_out(asked: Tensor, at: Ids, sums: Tensor, rows: FeatureRows, items: LabelledItems) -> NDArray[np.bool_]:
-    """Hits of the queries with these numbers, whose item is left out of its class."""
+    """Hits of the queries with indices `at`; each one's gallery item is left out of its class."""
     itself, classes = items.excluded[at], items.gallery_classes
     of, own = classes.places[itself], classes.find(items.query_labels[at])
     width = min(asked.shape[1], rows.width)
@@ -182,16 +186,16 @@ def nearest_without(
     others: tuple[Tensor, Tensor],
     narrow: tuple[int, NDArray[np.bool_]] | None = None,
 ) -> Ids:
-    """[B] the place of each query's nearest class, where its own item is left out of the item's class; -1 for none.
+    """Returns the index of each query's nearest class, with the query's own item left out of its class; -1 for none.
 
     Args:
         asked: [B, w] queries.
-        rows: [B, w] the gallery rows that are the queries themselves.
-        sums: [C, w] float64 sums of classes, with all rows.
-        of: [B] the place of each row's class.
+        rows: [B, w], the gallery row that is the query itself.
+        sums: [C, w] float64, class sums with all rows.
+        of: [B] class index of each row.
         alone: [B] whether that class has no other row.
-        others: scores and places of each query's two nearest classes, with all rows.
-        narrow: a smaller width, and [B] of which queries the class without the item is compared on it.
+        others: scores and indices [B, 2] of the two nearest classes, with all rows.
+        narrow: a smaller width, and [B] bool: queries whose class without the item is compared on that width.
     """
     rest = (sums[torch.from_numpy(of).to(sums.device)] - rows.double()).float()
     score = row_scores(asked, rest)
@@ -207,7 +211,7 @@ def nearest_without(
 
 
 def _templates(sums: Floats, width: int) -> Floats:
-    """[classes, width] normalised over the dimensions that the two versions share, zero in the others."""
+    """Templates [classes, width], normalised over the dimensions that both versions have and zero in the others."""
     common = min(width, sums.shape[1])
     out = np.zeros((len(sums), width), dtype=np.float32)
     out[:, :common] = unit_float32(torch.from_numpy(np.ascontiguousarray(sums[:, :common]))).numpy()
@@ -215,28 +219,30 @@ def _templates(sums: Floats, width: int) -> Floats:
 
 
 def _stack(templates: list[Floats]) -> Floats:
-    """[classes, versions, d]; no copy of a single one, which may be large."""
+    """Stacks templates to [classes, versions, d]; a single array is returned as a view, since it may be large."""
     return np.stack(templates, axis=1) if len(templates) > 1 else templates[0][:, None]
 
 
 def _gaps(block: Floats, templates: Floats, own: Ids) -> tuple[NDArray[np.floating], NDArray[np.bool_]]:
-    """[versions, rows] own class's score less the best other's, and where its sign is sure.
+    """Returns the gap between the score of the own class and the best other score, and where its sign is certain.
 
     Args:
-        block: [rows, d].
-        templates: [classes, versions, d] unit rows in float32.
-        own: [rows] each row's class.
+        block: [rows, d] queries, float32 or float64.
+        templates: [classes, versions, d] unit rows.
+        own: [rows] class index of each query.
 
-    The scores' definition normalises a row, rounds that and the template, and the score, each by u |q| at most for
-    u = 2^-24; this product takes a template that may be off by one ulp in float32, and adds the rounding of d products
-    and sums in any order.  A gap is of two scores.  The small constant covers what underflows in products or in |q|
-    itself.
+    Returns:
+        Gaps [versions, rows], and [versions, rows] bool: |gap| exceeds the error bound.
+
+    By definition a score is rounded three times (normalised row, template, score), each by at most u |q| with
+    u = 2^-24.  Here the float32 template may be off by one ulp, and the dot product of d terms adds its own rounding
+    in any order.  A gap has twice the error of a score.  The small constant covers underflow in products and in |q|.
     """
     classes, versions, d = templates.shape
-    # Of float32 whatever torch's settings, which may allow products in bfloat16: NumPy's.
+    # The product runs in NumPy, always in the dtype of its operands; torch's settings may allow bfloat16.
     unit = 2.0**-24 if block.dtype == np.float32 else 2.0**-53
     relative_error = d * unit / (1 - d * unit) + 8 * 2.0**-24
-    with np.errstate(over="ignore", invalid="ignore"):  # ends as not sure
+    with np.errstate(over="ignore", invalid="ignore"):  # an overflow ends as "not certain"
         scores = (templates.reshape(-1, d) @ block.T).reshape(classes, versions, len(block))
         at = (own, np.arange(versions)[:, None], np.arange(len(block)))
         right = scores[at]
@@ -248,7 +254,7 @@ def _gaps(block: Floats, templates: Floats, own: Ids) -> tuple[NDArray[np.floati
 
 
 def _decide(block: Floats, templates: Floats, sums: Floats, own: Ids) -> NDArray[np.bool_]:
-    """[rows] hits of one version for rows that a product in float32 left open: one in float64 leaves next to none."""
+    """Hits [rows] of one version for rows that the float32 product left undecided; float64 decides almost all."""
     gaps, sure = _gaps(block.astype(np.float64), templates[:, None].astype(np.float64), own)
     found: NDArray[np.bool_] = gaps[0] > 0
     some = np.flatnonzero(~sure[0])

@@ -1,4 +1,4 @@
-"""An exact cosine index that is kept: rows come and go, with an id each, and it is written to a file."""
+"""An exact cosine index with ids: rows can be added and removed, and the index can be saved to a file."""
 
 from __future__ import annotations
 
@@ -23,34 +23,51 @@ _MAX_DIM = 2**31 - 2
 
 
 class CosineIndex:
-    """Finds, for each query, the k stored vectors nearest by cosine, exactly.
+    """An exact nearest-neighbour index: it returns the k stored vectors with the largest cosine similarity.
 
-        g = F.normalize(vectors)                    # in float64, rounded to float32, and to bfloat16 if so stored
+        g = F.normalize(vectors)                    # in float64, rounded to float32 (or bfloat16, as stored)
         q = F.normalize(query)                      # in float64, rounded to float32
         scores, rows = (q.double() @ g.double().T).float().topk(k)
         ids = ids[rows]
 
-    A score is the float64 dot product, rounded to float32; order is by score, then by lower id.  Batch, threads,
-    instruction set, and the order in which rows came, change nothing.  A zero vector scores 0.
+    A score is the float64 dot product, rounded to float32.  Results are ordered by descending score, then by ascending
+    id.  They do not depend on batch size, thread count, instruction set or the order of additions.  A zero vector
+    scores 0.
 
-    Beside each vector lies a copy in codes of eight bits, from which a first pass tells which rows cannot be among
-    the best.  Memory per row, in bytes: 5 d + 12 with float32, 3 d + 12 with bfloat16; 8 more unless the ids are 0, 1,
-    2, ...; about 40 more once ids are not ascending.  Any thread may call anything at any time: searches run beside
-    each other, changes alone; other Python threads run meanwhile.  Ctrl-C ends a call within a second, and nothing is
-    changed then.  An index is not copied or pickled: a second one is loaded from a file.
+    Memory: each vector has an 8-bit quantized copy, from which a first pass excludes most rows.  A row takes 5 d + 12
+    bytes with float32 and 3 d + 12 with bfloat16; 8 more unless the ids are 0, 1, 2, ...; about 40 more once ids are
+    not ascending.
 
-    A process may fork at any time.  The child has an index of its own with the same rows, whoever was searching or
-    saving in the parent.  Where another thread was adding or removing, the rows are lost in the child: every call
-    raises RuntimeError there.
+    Threads: all methods are thread-safe.  Searches run concurrently, changes run exclusively, and the GIL is released
+    meanwhile.  Ctrl-C ends a call within a second and leaves the index unchanged.
+
+    Processes: an index cannot be copied or pickled; load a second one from a file.  After a fork the child has its own
+    index with the same rows.  If another thread was adding or removing rows during the fork, every call in the child
+    raises RuntimeError.
 
     Args:
-        dim: d, 1 to 2^31 - 2.
-        dtype: how vectors are stored, "float32" or "bfloat16".  What is stored is what is searched: with "bfloat16"
-            the scores are exact for the rounded vectors, which differ from the given ones by up to 2^-9 of each number.
-        threads: what one call may use; None: as many as torch (`torch.get_num_threads()`).
+        dim: d, from 1 to 2^31 - 2.
+        dtype: storage of vectors, "float32" or "bfloat16".  With "bfloat16" scores are exact for the rounded vectors;
+            rounding changes each number by a relative error of at most 2^-9.
+        threads: most threads per call, from 1 to 1024; None for `torch.get_num_threads()`.
 
     Raises:
-        TypeError, ValueError: an argument is not as above.
+        TypeError: `dim` or `threads` is not an integer.
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> import numpy as np
+        >>> from simplexfix import CosineIndex
+        >>> index = CosineIndex(2)
+        >>> index.add(np.float32([[1, 0], [1, 1], [0, 2]]), ids=[10, 11, 12])
+        array([10, 11, 12])
+        >>> scores, ids = index.search(np.float32([[3, 0.1]]), k=2)
+        >>> ids
+        array([[10, 11]])
+        >>> index.remove([10])
+        1
+        >>> len(index)
+        2
     """
 
     def __init__(self, dim: int, *, dtype: str = "float32", threads: int | None = None) -> None:
@@ -59,20 +76,21 @@ class CosineIndex:
         self._index: Any = _kind()(dim, dtype, _threads(threads))
 
     def add(self, vectors: Rows, ids: Ids | None = None) -> NDArray[np.int64]:
-        """Adds rows: all of them or, after an error, none.
+        """Adds rows; after an error the index is unchanged.
 
         Args:
-            vectors: [n, dim] float32, float64, float16 or bfloat16, finite: an array, a CPU tensor, lists of numbers or
-                a column as of `VersionFeatures`.  float64 is rounded to float32 first.
-            ids: [n] integers in [0, 2^63 - 2], none of them twice nor in the index.  None: counted on from the highest
-                id that the index ever held, from 0 at first.
+            vectors: [n, dim] float32, float64, float16 or bfloat16, finite.  An array, a CPU tensor, lists of numbers,
+                or a column of vectors of pandas, pyarrow or Hugging Face datasets.  float64 is rounded to float32.
+            ids: [n] integers in [0, 2^63 - 2], unique and not in the index.  None for consecutive ids above the
+                highest id that the index ever held, starting at 0.
 
         Returns:
-            The ids [n] int64.
+            The ids [n] int64 of the new rows.
 
         Raises:
-            TypeError: not numbers of these kinds.
-            ValueError: wrong shape; a row that holds nan or inf, or an id that may not be, by name.
+            TypeError: vectors are not floating, or ids are not integers.
+            ValueError: the shape is wrong, a row holds nan or inf, or an id is out of range or a duplicate; the message
+                names the row or id.
         """
         rows = self._rows("vectors", vectors)
         names = None if ids is None else read_ids("ids", ids, "vectors", len(rows))
@@ -87,21 +105,23 @@ class CosineIndex:
         include: Ids | None = None,
         exclude: Ids | None = None,
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """The k best for each query, of all rows or of some, as if the index held no others.
+        """Returns the k best rows for each query, among all rows or a subset of ids.
 
         Args:
-            query: [Q, dim], as the vectors of `add`.
-            k: 1 to 2^31 - 1.
-            include: [n] integers, the ids that are searched; each in the index.
-            exclude: [n] integers, ids that are not searched; those that are not in the index are ignored.
+            query: [Q, dim] in any type that `add` accepts, finite.
+            k: from 1 to 2^31 - 1.
+            include: [n] integers; only rows with these ids are searched.  Each must be in the index.
+            exclude: [n] integers; rows with these ids are not searched.  Ids that are not in the index are ignored.
 
         Returns:
-            scores [Q, k] float32 descending and ids [Q, k] int64; where fewer than k rows are searched, score -inf
-            with id -1 follows.
+            scores [Q, k] float32 in descending order, and ids [Q, k] int64.  If fewer than k rows are searched, the
+            remaining places hold score -inf and id -1.
 
         Raises:
-            TypeError, ValueError: as `add`; or both include and exclude.
-            KeyError: an id to include is not in the index, by name.
+            TypeError: the query is not floating, or an id or k is not an integer.
+            ValueError: the shape is wrong, a row holds nan or inf, k is out of range, or both `include` and `exclude`
+                are given.
+            KeyError: an id of `include` is not in the index; the message names it.
         """
         k = _check_int("k", k, 2**31 - 1)
         if include is not None and exclude is not None:
@@ -117,7 +137,7 @@ class CosineIndex:
 
     @property
     def ids(self) -> NDArray[np.int64]:
-        """The ids [n] int64 of the rows, in the order in which they were added; a copy."""
+        """Ids [n] int64 of all rows in the order of addition; a copy."""
         ids: NDArray[np.int64] = self._index.ids
         return ids
 
@@ -126,55 +146,64 @@ class CosineIndex:
         return 0 <= id < 2**63 and id in self._index
 
     def vectors(self, ids: Ids) -> NDArray[np.float32]:
-        """What is stored: the normalised rows, rounded to the index's dtype.
+        """Returns stored vectors: normalised, and rounded to the index's dtype.
 
         Args:
             ids: [n] integers, each in the index.
 
         Returns:
-            [n, dim] float32, in the order of the ids.
+            [n, dim] float32, in the order of `ids`.
 
         Raises:
-            KeyError: an id is not in the index, by name.
+            KeyError: an id is not in the index; the message names it.
         """
         vectors: NDArray[np.float32] = self._index.vectors(read_integers("ids", ids))
         return vectors
 
     def remove(self, ids: Ids) -> int:
-        """Removes rows: all of these or, after an error, none.  Takes one pass over the rows behind the first of them.
+        """Removes rows; after an error the index is unchanged.
+
+        The cost is one pass over the rows behind the first removed row.  `add` without ids does not reuse removed ids.
 
         Args:
-            ids: [n] integers, each in the index and none twice.
+            ids: [n] integers, unique, each in the index.
 
         Returns:
-            n.  The ids are not given out again by `add` without ids.
+            n, the number of removed rows.
 
         Raises:
-            KeyError: an id is not in the index, by name.
-            ValueError: an id is given twice, by name.
+            KeyError: an id is not in the index; the message names it.
+            ValueError: an id is a duplicate; the message names it.
         """
         gone = read_integers("ids", ids)
         self._index.remove(gone)
         return len(gone)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the index to a file, which appears whole or not at all: docs/formats.md.
+        """Writes the index to a file atomically; docs/formats.md specifies the format.
 
-        A file that was there is replaced by one of the same mode; a symbolic link stays, and its target is replaced.
+        An existing file is replaced and keeps its mode.  A symbolic link stays, and its target is replaced.
+
+        Args:
+            path: a regular file, or a new one.
 
         Raises:
-            OSError: the file cannot be written, or the path is a directory, device, pipe or socket; what was there is
-                as before.
+            OSError: the file cannot be written, or the path is a directory, device, pipe or socket; an existing file
+                is unchanged.
         """
         self._index.save(_replaceable(path))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, threads: int | None = None) -> CosineIndex:
-        """Reads an index that `save` wrote.  Everything in the file is checked: it may come from anywhere.
+        """Reads an index that `save` wrote; untrusted files are safe, since every field is validated.
+
+        Args:
+            path: the file.
+            threads: as in the constructor.
 
         Raises:
             OSError: the file cannot be read.
-            ValueError: it is not such a file, or damaged; with the reason.
+            ValueError: the file is not an index, or damaged; the message gives the reason.
         """
         index = cls.__new__(cls)
         try:
@@ -184,9 +213,9 @@ class CosineIndex:
         return index
 
     def to_faiss(self) -> Any:
-        """A faiss index of the same rows and ids: an IndexIDMap2 of an IndexFlatIP.
+        """Returns a faiss IndexIDMap2 of an IndexFlatIP with the same rows and ids.
 
-        Its scores are cosines where the query is normalised, as by `faiss.normalize_L2`.
+        Its scores are cosines if queries are normalised, such as by `faiss.normalize_L2`.
 
         Raises:
             ModuleNotFoundError: faiss is not installed (`pip install 'simplexfix[faiss]'`).
@@ -196,19 +225,19 @@ class CosineIndex:
 
     @classmethod
     def from_faiss(cls, index: Any, *, dtype: str = "float32", threads: int | None = None) -> CosineIndex:
-        """An index of the rows and ids of a flat faiss index, whose rows are of length 1.
+        """Returns an index with the rows and ids of a flat faiss index of unit vectors.
 
-        With such rows cosine ranks as faiss does, by inner product or by L2.
+        For unit vectors the order by cosine equals faiss's order by inner product or L2 distance.
 
         Args:
             index: a faiss IndexFlat, IndexFlatIP or IndexFlatL2, or an IndexIDMap or IndexIDMap2 of one.
-            dtype, threads: as of `CosineIndex`.
+            dtype, threads: as in the constructor.
 
         Raises:
             ModuleNotFoundError: faiss is not installed (`pip install 'simplexfix[faiss]'`).
-            TypeError: it is not such an index.
-            ValueError: its metric is another; a row, by number, is not of length 1 up to 10^-3, or 0; an id that may
-                not be, by name.
+            TypeError: `index` has another type.
+            ValueError: the metric is neither inner product nor L2, the norm of a row is neither 0 nor within 10^-3 of
+                1, or an id is negative or a duplicate; the message names the row or id.
         """
         ids, vectors = _faiss.from_flat(index)
         made = cls(vectors.shape[1], dtype=dtype, threads=threads)
@@ -238,14 +267,14 @@ class CosineIndex:
 
     @property
     def nbytes(self) -> int:
-        """Memory that the rows take, in bytes, with what is set aside for more: it comes in pieces of about 1 MiB."""
+        """Memory of the rows in bytes, spare capacity included; memory is allocated in chunks of about 1 MiB."""
         return int(self._index.nbytes)
 
     def __repr__(self) -> str:
         return f"CosineIndex(dim={self.dim}, dtype={self.dtype!r}, threads={self.threads}) with {len(self)} rows"
 
     def _rows(self, name: str, rows: Rows) -> NDArray[np.float32]:
-        """A number past float32's range becomes inf, which the index refuses with its row."""
+        """Converts to float32; numbers beyond its range become inf, for which the index raises with their row."""
         given = read_features(name, np.asarray(rows) if isinstance(rows, (list, tuple)) else rows)
         if isinstance(given, torch.Tensor) and given.device.type != "cpu":
             raise ValueError(f"{name} must be on the CPU, got {given.device}; pass {name}.cpu()")
@@ -255,7 +284,7 @@ class CosineIndex:
 
 
 def _kind() -> Any:
-    """The class behind an index: the library's, or the reference implementation."""
+    """Returns the compiled index class, or the reference implementation without the library."""
     return PlainIndex if _native.library is None else _native.library.CosineIndex
 
 
@@ -282,7 +311,7 @@ _SPECIAL = {
 
 
 def _replaceable(path: str | os.PathLike[str]) -> bytes:
-    """The file to put in place: a link's target.  A rename onto anything but a regular file would destroy that."""
+    """Returns the path to replace, with links resolved; raises if it is not a regular file, which a rename destroys."""
     file = _file(path)
     target = os.path.realpath(file) if os.path.islink(file) else file
     try:
@@ -293,13 +322,13 @@ def _replaceable(path: str | os.PathLike[str]) -> bytes:
         kind = _SPECIAL.get(stat.S_IFMT(found.st_mode), "no regular file")
         number = errno.EISDIR if stat.S_ISDIR(found.st_mode) else errno.EINVAL
         raise OSError(number, f"an index is saved as a regular file, and this is {kind}", os.fspath(path))
-    if not os.path.exists(target):  # /proc/self/fd/N of a file that was deleted
+    if not os.path.exists(target):  # /proc/self/fd/N of a deleted file
         raise OSError(errno.ENOENT, "the link leads to a file that has no name any more", os.fspath(path))
     return target
 
 
 def _file(path: str | os.PathLike[str]) -> bytes:
     name = os.fsencode(path)
-    if b"\0" in name:  # C++ would end the path there: another file
+    if b"\0" in name:  # C++ would cut the path there and open another file
         raise ValueError("path: embedded null byte")
     return name

@@ -1,16 +1,16 @@
-"""Metrics of an exact search, as pure functions of its results.
+"""Retrieval metrics as pure functions of `RetrievalResults`.
 
-Of a query: rel[r] in {0, 1} says whether the item at rank r = 1, 2, ... is relevant, R = num_relevant how many items of
-the gallery are, hits(n) = rel[1] + ... + rel[n].  Relevant are items of the query's class, or those that were judged
-with a grade of 1 or more.  Ties were settled by the search: by score, then by lower gallery row.
+Notation for one query: rel[r] is 1 if the item at rank r = 1, 2, ... is relevant, else 0.  R = num_relevant is the
+number of relevant items in the gallery, and hits(n) = rel[1] + ... + rel[n].  An item is relevant if it has the query's
+class, or a judged grade of 1 or more.  The search orders equal scores by ascending gallery row.
 
-Everywhere `per_query=True` gives [Q] float64 instead of the mean over all queries.  A query with R = 0 (a class that
-the gallery lacks) counts 0 in every metric and is part of every mean: `results.queries_without_match` names them.
-Where a gallery has fewer than k items, the ranks after its end are not relevant.
+All metrics return the mean over all queries, or [Q] float64 values with `per_query=True`.  A query with R = 0 has the
+value 0 and counts in the mean; `results.queries_without_match` lists these queries.  If the gallery has fewer than k
+items, the missing ranks are not relevant.
 
-Results that were cut at k places cannot tell what lies beyond.  A metric that would have to know raises ValueError:
-a rank k beyond the cut, mAP while a relevant item is missing, mAP@R and R-precision while R is beyond the cut, MRR
-while a query's first relevant item is missing.  With `k` they end at that rank, as trec_eval's map_cut does.
+Results may hold only the first k ranks (a cut ranking).  A metric that depends on later ranks raises ValueError: any
+metric at a rank beyond the cut, mAP if a relevant item is missing, mAP@R and R-precision if R exceeds the cut, MRR if
+a query's first relevant item is missing.  mAP and MRR take a last rank `k`, like trec_eval's map_cut.
 """
 
 from __future__ import annotations
@@ -36,30 +36,66 @@ __all__ = [
 ]
 
 _Values = NDArray[np.float64]
-_BLOCK_PLACES = 2**22  # ranking places looked at at a time: their hits' ranks and weights are 8 bytes each
+_BLOCK_PLACES = 2**22  # ranks per block; each hit in them takes 8 bytes for its rank and 8 for its weight
 
 
 class _BeyondCutError(ValueError):
-    """What a metric must know lies after the last place that was kept."""
+    """A metric depends on ranks beyond the cut of the ranking."""
 
 
 def cmc(results: RetrievalResults, k: int = 1, *, per_query: bool = False) -> float | _Values:
-    """CMC@k, cumulative match characteristic: whether a relevant item is among the first k.
+    """Returns CMC@k, the cumulative match characteristic: whether one of the first k items is relevant.
 
-    CMC@k = [ hits(k) > 0 ]
+        CMC@k = 1 if hits(k) > 0 else 0
+
+    Args:
+        results: results of `RetrievalResults.search`.
+        k: last rank, at least 1.
+        per_query: whether to return one value per query.
+
+    Returns:
+        The mean in [0, 1], or [Q] float64.
+
+    Raises:
+        TypeError: `k` is not an integer.
+        ValueError: `k` is below 1 or beyond the cut.
     """
     depth = _cut(results, k)
     return _result(np.asarray(results.relevant[:, :depth].any(1), dtype=np.float64), per_query)
 
 
 def precision(results: RetrievalResults, k: int, *, per_query: bool = False) -> float | _Values:
-    """precision@k = hits(k) / k, also where the gallery has fewer than k items."""
+    """Returns precision@k, the fraction of relevant items among the first k.
+
+        precision@k = hits(k) / k                       # also if the gallery has fewer than k items
+
+    Args:
+        results, k, per_query: as in `cmc`.
+
+    Returns:
+        The mean in [0, 1], or [Q] float64.
+
+    Raises:
+        TypeError, ValueError: as in `cmc`.
+    """
     depth = _cut(results, k)
     return _result(np.asarray(_hits(results, depth) / k), per_query)
 
 
 def recall(results: RetrievalResults, k: int, *, per_query: bool = False) -> float | _Values:
-    """recall@k = hits(k) / R."""
+    """Returns recall@k, the fraction of a query's relevant items that are among the first k.
+
+        recall@k = hits(k) / R
+
+    Args:
+        results, k, per_query: as in `cmc`.
+
+    Returns:
+        The mean in [0, 1], or [Q] float64.
+
+    Raises:
+        TypeError, ValueError: as in `cmc`.
+    """
     depth = _cut(results, k)
     return _result(_over(_hits(results, depth), results.num_relevant), per_query)
 
@@ -67,12 +103,21 @@ def recall(results: RetrievalResults, k: int, *, per_query: bool = False) -> flo
 def mean_average_precision(
     results: RetrievalResults, k: int | None = None, *, per_query: bool = False
 ) -> float | _Values:
-    """mAP: the mean over a query's relevant items of the precision at their rank.
+    """Returns mAP, the mean average precision.
 
         AP = 1/R sum_{r <= k} rel[r] hits(r) / r
 
     Args:
-        k: the last rank that counts; items after it add 0, R stays.  None: the whole gallery.
+        results: results of `RetrievalResults.search`.
+        k: last rank of the sum; R does not depend on it.  None for the whole gallery.
+        per_query: whether to return one value per query.
+
+    Returns:
+        The mean in [0, 1], or [Q] float64.
+
+    Raises:
+        TypeError: `k` is not an integer.
+        ValueError: `k` is below 1 or beyond the cut, or `k` is None and the cut ranking lacks a relevant item.
     """
     depth = _cut(results, k) if k is not None else _all_found(results, "mAP")
     values = _sums(results, depth, lambda query, rank, hit: hit / rank)
@@ -80,9 +125,18 @@ def mean_average_precision(
 
 
 def mean_average_precision_at_r(results: RetrievalResults, *, per_query: bool = False) -> float | _Values:
-    """mAP@R: AP of each query's first R places.
+    """Returns mAP@R, the mean average precision over each query's first R ranks.
 
         AP@R = 1/R sum_{r <= R} rel[r] hits(r) / r
+
+    Args:
+        results, per_query: as in `cmc`.
+
+    Returns:
+        The mean in [0, 1], or [Q] float64.
+
+    Raises:
+        ValueError: a query's R is beyond the cut.
 
     Reference:
         Musgrave et al., "A Metric Learning Reality Check", arXiv 2003.08505.
@@ -94,7 +148,19 @@ def mean_average_precision_at_r(results: RetrievalResults, *, per_query: bool = 
 
 
 def r_precision(results: RetrievalResults, *, per_query: bool = False) -> float | _Values:
-    """R-precision = hits(R) / R."""
+    """Returns R-precision, the precision at each query's own rank R.
+
+        R-precision = hits(R) / R
+
+    Args:
+        results, per_query: as in `cmc`.
+
+    Returns:
+        The mean in [0, 1], or [Q] float64.
+
+    Raises:
+        ValueError: a query's R is beyond the cut.
+    """
     depth = _up_to_r(results, "R-precision")
     last = results.num_relevant
     values = _sums(results, depth, lambda query, rank, hit: (rank <= last[query]).astype(np.float64))
@@ -102,11 +168,21 @@ def r_precision(results: RetrievalResults, *, per_query: bool = False) -> float 
 
 
 def ndcg(results: RetrievalResults, k: int, *, per_query: bool = False) -> float | _Values:
-    """nDCG@k with linear gains: the judged grade, or 1 for an item of the query's class; 0 for all others.
+    """Returns nDCG@k, the normalised discounted cumulative gain, with linear gains.
 
-        nDCG@k = sum_{r <= k} gain[r] / log2(r + 1)  /  the same sum with the gains of all R items in falling order
+        DCG@k = sum_{r <= k} gain[r] / log2(r + 1)      # gain: judged grade, or 1 for the query's class; else 0
+        nDCG@k = DCG@k / DCG@k of the R relevant items in descending order of gain
 
-    That is trec_eval's ndcg_cut, and not the variant of gains 2^grade - 1.
+    This equals trec_eval's ndcg_cut, not the variant with gains 2^grade - 1.
+
+    Args:
+        results, k, per_query: as in `cmc`.
+
+    Returns:
+        The mean in [0, 1], or [Q] float64.
+
+    Raises:
+        TypeError, ValueError: as in `cmc`.
 
     Reference:
         Järvelin and Kekäläinen, "Cumulated gain-based evaluation of IR techniques", 2002.
@@ -117,7 +193,7 @@ def ndcg(results: RetrievalResults, k: int, *, per_query: bool = False) -> float
         gains = results.grades[:, :depth].clip(min=0)
         best = results.ideal_grades[:, :k]
         values = _over(gains @ discounts[:depth], best @ discounts[: best.shape[1]])
-        return _result(np.minimum(values, 1.0), per_query)  # sums of unlike lengths round differently
+        return _result(np.minimum(values, 1.0), per_query)  # the two sums round differently: the ratio may exceed 1
     ideal = np.concatenate([[0.0], np.cumsum(discounts)])[np.minimum(results.num_relevant, k)]
     gained = _sums(results, depth, lambda query, rank, hit: discounts[rank - 1])
     return _result(_over(gained, ideal), per_query)
@@ -126,12 +202,22 @@ def ndcg(results: RetrievalResults, k: int, *, per_query: bool = False) -> float
 def mean_reciprocal_rank(
     results: RetrievalResults, k: int | None = None, *, per_query: bool = False
 ) -> float | _Values:
-    """MRR: one over the rank of the first relevant item.
+    """Returns MRR, the mean reciprocal rank of the first relevant item.
 
         RR = 1 / min { r <= k : rel[r] = 1 },  0 if there is none
 
     Args:
-        k: the last rank that counts.  None: the whole gallery.
+        results: results of `RetrievalResults.search`.
+        k: last rank; None for the whole gallery.
+        per_query: whether to return one value per query.
+
+    Returns:
+        The mean in [0, 1], or [Q] float64.
+
+    Raises:
+        TypeError: `k` is not an integer.
+        ValueError: `k` is below 1 or beyond the cut, or `k` is None and the cut ranking lacks a query's first relevant
+            item.
     """
     depth = results.k if k is None else _cut(results, k)
     relevant = results.relevant[:, :depth]
@@ -143,15 +229,20 @@ def mean_reciprocal_rank(
 
 
 def summary(results: RetrievalResults, *, cutoffs: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
-    """The means of all metrics, under keys that stay as they are.
+    """Returns the means of all metrics as a dict with stable keys.
+
+    Args:
+        results: results of `RetrievalResults.search`.
+        cutoffs: ranks k of the metrics with a cutoff.
 
     Returns:
-        "cmc@k", "precision@k", "recall@k", "ndcg@k" for each cutoff k; "map", "map@r", "r_precision", "mrr"; and the
-        counts "queries" and "queries_without_match".  Of the four without a cutoff, those that results cut at k
-        places cannot tell are missing.
+        "cmc@k", "precision@k", "recall@k" and "ndcg@k" for each cutoff; "map", "map@r", "r_precision" and "mrr"; and
+        the counts "queries" and "queries_without_match".  Metrics without a cutoff are left out if a cut ranking does
+        not determine them.
 
     Raises:
-        ValueError: a cutoff below 1, or beyond the cut.
+        TypeError: a cutoff is not an integer.
+        ValueError: a cutoff is below 1 or beyond the cut.
     """
     out: dict[str, float] = {}
     at: dict[str, Callable[..., float | _Values]]
@@ -186,7 +277,7 @@ def _hits(results: RetrievalResults, depth: int) -> NDArray[np.int64]:
 
 
 def _over(values: NDArray[np.int64] | _Values, count: NDArray[np.int64] | _Values) -> _Values:
-    """values / count, 0 where the count is."""
+    """values / count, and 0 where count is 0."""
     return np.divide(values, count, out=np.zeros(len(values)), where=count > 0)
 
 
@@ -195,9 +286,9 @@ def _sums(
     depth: int,
     weight: Callable[[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]], _Values],
 ) -> _Values:
-    """[Q] the sum over each query's hits up to rank `depth` of weight(query, rank, which hit it is, from 1).
+    """Sums weight(query, rank, n) over each query's hits up to rank `depth`, [Q]; the hit is the query's n-th, from 1.
 
-    Works on the hits alone, of which there are few, and adds a query's in the order of their ranks.
+    Only hits are visited, since they are few.  A query's terms are added in rank order.
     """
     out = np.zeros(len(results))
     for begin, end in _blocks(len(results), depth):
@@ -215,7 +306,7 @@ def _blocks(queries: int, depth: int) -> Iterator[tuple[int, int]]:
 
 
 def _cut(results: RetrievalResults, k: int) -> int:
-    """The places to look at for rank k."""
+    """Checks k and returns the number of ranks to read: k, or fewer in a smaller gallery."""
     k = check_integer("k", k)
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")

@@ -1,4 +1,4 @@
-"""Galleries of which some rows are by an old model and some by a new one."""
+"""Mixed galleries: some rows are by an old model and some by a new one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Mixture", "mixed_search"]
 
 
 class Mixture(NamedTuple):
-    """Queries and both models' rows of a gallery, in float32 and whole.
+    """Queries and the gallery rows of both models, in memory as float32.
 
     Attributes:
         query: [Q, d].
@@ -36,7 +36,7 @@ class Mixture(NamedTuple):
         return min(self.old.shape[1], self.new.shape[1])
 
     def gallery(self, replaced: NDArray[np.bool_]) -> Tensor:
-        """[N, d_new] one matrix, where an old row has zeros beyond its own dimensions."""
+        """Returns the mixed gallery [N, d_new]; old rows are padded with zeros."""
         mixed = torch.zeros_like(self.new)
         mixed[:, : self.shared_width] = self.old[:, : self.shared_width]
         at = torch.from_numpy(np.array(replaced)).to(mixed.device)
@@ -45,9 +45,10 @@ class Mixture(NamedTuple):
 
 
 def mixed_search(query: Tensor, old: Tensor, new: Tensor, replaced: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`cosine_topk` of rows of which those at `replaced` are the new ones, each compared on what it has with the query.
+    """`cosine_topk` in a gallery that has new rows where `replaced` and old rows elsewhere.
 
-    Two searches, one ranking: a row's score does not depend on what else is in its gallery.
+    Each row is compared on the dimensions that it shares with the query.  Both kinds are searched separately and the
+    rankings merged, since a row's score does not depend on other rows.
     """
     scores, ids = [], []
     for rows, counts in ((old, ~replaced), (new, replaced)):
@@ -55,7 +56,7 @@ def mixed_search(query: Tensor, old: Tensor, new: Tensor, replaced: Tensor, k: i
         width = min(query.shape[1], rows.shape[1])
         found, places = cosine_topk(query[:, :width], rows[at, :width], k)
         scores.append(found)
-        ids.append(torch.cat([at, at.new_tensor([-1])])[places])  # place -1 is the last
+        ids.append(torch.cat([at, at.new_tensor([-1])])[places])  # index -1 selects the appended -1
     all_ids, by_row = torch.cat(ids, 1).sort(dim=1)
     all_scores, by_score = torch.cat(scores, 1).gather(1, by_row).sort(dim=1, descending=True, stable=True)
     return all_scores[:, :k].contiguous(), all_ids.gather(1, by_score)[:, :k].contiguous()

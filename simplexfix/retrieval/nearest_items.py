@@ -1,8 +1,8 @@
-"""The protocol "instance": is a query's nearest gallery item of its class (CMC@1)?
+"""The protocol "instance": a query is a hit if the nearest gallery item has its class (CMC@1).
 
     hit = gallery_labels[argmax_n (query . gallery[n])] == query_label
 
-Where a gallery item is the query itself, by its id, the nearest of the others counts.
+A gallery item with the query's own id is left out.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from .mixed import Mixture, mixed_search
 __all__ = ["hits", "matrix_hits", "mixed_hits", "nearest_other"]
 
 _QUERY_ROWS = 4096
-_INDEX_BYTES = 2**30  # of indexes that are held at a time
+_INDEX_BYTES = 2**30  # most bytes of all indexes in memory at once
 
 
 def hits(version: VersionFeatures) -> NDArray[np.bool_]:
-    """[Q] the hits of one pair of queries and gallery: the definition, on the device of the features."""
+    """Hits [Q] of one pair of queries and gallery, by the definition, on the features' device."""
     items = version.items
     k = _places(items)
     _, found = cosine_topk(version.query.whole(), version.gallery.whole(), k)
@@ -34,11 +34,11 @@ def hits(version: VersionFeatures) -> NDArray[np.bool_]:
 
 
 def matrix_hits(versions: Sequence[VersionFeatures]) -> CellHits:
-    """(query version, gallery version, first query, hits of a block of queries) of every cell with j <= i.
+    """Yields (query version i, gallery version j, first query, hits of a block of queries) for all cells with j <= i.
 
-    Each gallery is normalised and encoded once, into one index for each width shared with queries.  Of galleries whose
-    indexes take more than 1 GiB, as many as fit are held at a time, and queries are read once for each such group.  A
-    block of queries is normalised for each index, which is nothing beside its search.
+    Each gallery is normalised and indexed once per width that it shares with queries.  Indexes are held in groups of
+    at most 1 GiB, and queries are read once per group.  A block of queries is normalised again for each index; that
+    cost is small against the search.
     """
     items = versions[0].items
     queries, galleries = ([getattr(version, part) for version in versions] for part in ("query", "gallery"))
@@ -61,7 +61,7 @@ def matrix_hits(versions: Sequence[VersionFeatures]) -> CellHits:
 
 
 def mixed_hits(old: VersionFeatures, new: VersionFeatures) -> Callable[[NDArray[np.bool_]], NDArray[np.bool_]]:
-    """[N] which rows are by the new model -> [Q] hits of the new queries in that gallery, of float32 features."""
+    """Returns a function from [N] bool (rows by the new model) to the hits [Q] of new queries in that mixed gallery."""
     items, mixture = old.items, Mixture.read(new.query, old.gallery, new.gallery)
     k = _places(items)
 
@@ -74,10 +74,10 @@ def mixed_hits(old: VersionFeatures, new: VersionFeatures) -> Callable[[NDArray[
 
 
 def nearest_other(found: NDArray[np.int64], excluded: NDArray[np.int64]) -> NDArray[np.int64]:
-    """[Q] the first of each query's places that is not the one left out; -1 where there is none.
+    """Returns the best gallery row of each query that is not its excluded row, [Q]; -1 for none.
 
     Args:
-        found: [Q, k] gallery rows, best first; k is 2 where a row may be left out.
+        found: [Q, k] gallery rows, best first; k is 2 if a row may be excluded.
         excluded: [Q] gallery rows, -1 for none.
     """
     itself = (found[:, 0] == excluded) & (excluded >= 0)
@@ -85,7 +85,7 @@ def nearest_other(found: NDArray[np.int64], excluded: NDArray[np.int64]) -> NDAr
 
 
 def _places(items: LabelledItems) -> int:
-    """How many places must be searched for one that is not left out."""
+    """Number of ranks to search so that at least one is not excluded."""
     return 2 if (items.excluded >= 0).any() else 1
 
 
@@ -95,7 +95,7 @@ def _right(items: LabelledItems, nearest: NDArray[np.int64], rows: slice) -> NDA
 
 
 def _groups(sizes: list[int]) -> Iterator[tuple[int, int]]:
-    """[first, end) of neighbours that take _INDEX_BYTES together at most, of one at least."""
+    """Yields ranges [first, end) of consecutive sizes that sum to at most _INDEX_BYTES, with at least one entry."""
     first, taken = 0, 0
     for j, size in enumerate(sizes):
         if j > first and taken + size > _INDEX_BYTES:

@@ -1,4 +1,4 @@
-"""The table of protocols: how a search of labelled queries in a labelled gallery is scored, by cosine."""
+"""The table of evaluation protocols: rules that score a cosine search of labelled queries in a labelled gallery."""
 
 from __future__ import annotations
 
@@ -22,20 +22,22 @@ Hits = NDArray[np.bool_] | NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Protocol:
-    """How one version's queries are scored against a gallery: a row of `PROTOCOLS`, or one of your own by its score.
+    """A rule that scores queries against a gallery: a row of `PROTOCOLS`, or a custom one.
 
         mean_ap = Protocol("mean_ap", score=lambda v: mean_average_precision(RetrievalResults.search(v)))
 
     Args:
-        name: for reports.
-        score: a number, more is better, of queries and gallery in one `VersionFeatures`; None: the mean of `hits`.
-        hits: [Q] of the same: bool, which queries are right, or float64 in [0, 1], what each query scores.
-        matrix_hits: the hits of all cells of versions of the same items, in blocks, by one pass over each.
-        sharded_hits: `hits` where each process of a group has some of the gallery.
-        mixed_hits: old and new version -> ([N] which rows are new -> [Q] hits of the new queries).
+        name: name of the protocol in reports.
+        score: function of a `VersionFeatures` that returns a number, larger is better; None for the mean of `hits`.
+        hits: function of a `VersionFeatures` that returns [Q] bool (correct queries), or [Q] float64 in [0, 1].
+        matrix_hits: function of several versions that yields the hits of all cells in blocks, in one pass over each
+            version.
+        sharded_hits: like `hits`, where each process of a group holds a shard of the gallery.
+        mixed_hits: function of old and new version that returns a function from [N] bool (rows by the new model) to
+            the hits [Q] of the new queries.
 
     Raises:
-        TypeError: neither score nor hits.
+        TypeError: both `score` and `hits` are missing.
     """
 
     name: str
@@ -62,12 +64,12 @@ nearest_class_mean = Protocol(
     sharded_hits=sharded.nearest_class_mean_hits,
     mixed_hits=class_means.mixed_hits,
 )
-"""The fraction of queries whose nearest class template is that of their own class.
+"""The fraction of queries for which the nearest class template is that of their own class.
 
     template[c] = F.normalize(gallery[gallery_labels == c].mean(0))
     hits = argmax_c (query . template[c]) == query_labels
 
-A query whose class the gallery lacks counts as wrong.  Reference: arXiv 2405.02581; docs/math.md.
+A query counts as wrong if the gallery lacks its class.  Reference: arXiv 2405.02581; docs/math.md.
 """
 
 instance = Protocol(
@@ -83,14 +85,16 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType({p.name: p for p in (neares
 
 
 def read_protocol(protocol: str | Protocol, *, needs: str = "score") -> Protocol:
-    """The protocol of a name, or itself, if it has what a function needs: the name of a column of the table.
+    """Returns the protocol of a name, after a check that it has a required function.
 
-    A name of the table, or of a metric of the ranking: "ndcg@10", "map", "map@100", "mrr", "mrr@10", "recall@100",
-    "precision@5".  Such a protocol scores relevance judgements, or labels.
+    Args:
+        protocol: a name of `PROTOCOLS`; a ranking metric, such as "ndcg@10", "map", "map@100", "mrr", "mrr@10",
+            "recall@100" or "precision@5", which works with labels and with relevance judgements; or a `Protocol`.
+        needs: the attribute that must not be None.
 
     Raises:
-        TypeError: neither a name nor a Protocol.
-        ValueError: an unknown name; a protocol that lacks what is needed.
+        TypeError: `protocol` is neither a name nor a `Protocol`.
+        ValueError: the name is unknown, or the attribute is None.
     """
     if isinstance(protocol, str):
         metric = read_metric(protocol)
@@ -115,10 +119,11 @@ def read_protocol(protocol: str | Protocol, *, needs: str = "score") -> Protocol
 
 
 def read_scored_protocol(protocol: str | Protocol) -> Protocol:
-    """A protocol of the table, or of a metric of the ranking: those whose findings a report explains query by query.
+    """Returns a protocol of the table or of a ranking metric; only these give a report its per-query scores.
 
     Raises:
-        TypeError, ValueError: as `read_protocol`; a protocol of one's own.
+        TypeError, ValueError: as in `read_protocol`.
+        ValueError: `protocol` is a custom one.
     """
     protocol = read_protocol(protocol, needs="hits")
     return read_protocol(protocol.name, needs="hits")

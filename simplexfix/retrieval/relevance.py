@@ -1,6 +1,6 @@
-"""Metrics of a ranking as protocols: each query scores its value of nDCG, MAP, MRR, recall or precision, in [0, 1].
+"""Ranking metrics as protocols: the score of a query is its nDCG, MAP, MRR, recall or precision, in [0, 1].
 
-They need relevance judgements, or labels, of which each item of the query's class has the grade 1.
+They work with relevance judgements and with labels; with labels each item of the query's class has grade 1.
 """
 
 from __future__ import annotations
@@ -31,30 +31,30 @@ _METRICS: dict[str, Callable[..., float | Scores]] = {
     "precision": metrics.precision,
 }
 _OF_WHOLE_RANKING = ("map", "mrr")
-_BLOCK_PLACES = 2**24  # 350 MB of rankings with grades
+_BLOCK_PLACES = 2**24  # ranks per block: 350 MB with grades
 _NAME = re.compile(rf"({'|'.join(_METRICS)})(?:@([1-9][0-9]{{0,8}}))?")
 
 
 @dataclass(frozen=True)
 class RankingMetric:
-    """The columns of a protocol that scores a query by a metric of its ranking.
+    """The functions of a `Protocol` that scores each query by a ranking metric.
 
     Attributes:
-        metric: of `simplexfix.retrieval.metrics`.
-        k: the last rank that counts; None: the whole ranking.
+        metric: a function of `simplexfix.retrieval.metrics`.
+        k: last rank of the metric; None for the whole ranking.
     """
 
     metric: Callable[..., float | Scores]
     k: int | None
 
     def hits(self, version: VersionFeatures) -> Scores:
-        """[Q] float64 of one pair of queries and gallery."""
+        """Scores [Q] float64 of one pair of queries and gallery."""
         return np.concatenate(
             [self._of(RetrievalResults.search(version.take(block), k=self.k)) for block in self._blocks(version.items)]
         )
 
     def mixed_hits(self, old: VersionFeatures, new: VersionFeatures) -> Callable[[NDArray[np.bool_]], Scores]:
-        """[N] which rows are by the new model -> [Q] float64 of the new queries in that gallery."""
+        """Returns a function from [N] bool (rows by the new model) to the scores [Q] of new queries in that gallery."""
         items, mixture = old.items, Mixture.read(new.query, old.gallery, new.gallery)
         galleries = mixture.old, mixture.new
 
@@ -71,7 +71,7 @@ class RankingMetric:
         return hits_of
 
     def _blocks(self, items: LabelledItems) -> Iterator[NDArray[np.int64]]:
-        """Neighbouring queries whose rankings are held at a time: whole ones may be long."""
+        """Yields blocks of query indices whose rankings fit into memory together."""
         count = len(items.query_rows)
         size = max(1, _BLOCK_PLACES // search_depth(items, self.k))
         for begin in range(0, count, size):
@@ -84,7 +84,7 @@ class RankingMetric:
 
 
 def read_metric(name: str) -> RankingMetric | None:
-    """The metric of a name, such as "ndcg@10" or "map"; None where there is none."""
+    """Returns the metric of a name, such as "ndcg@10" or "map"; None for an unknown name."""
     found = _NAME.fullmatch(name)
     if found is None or (found[2] is None and found[1] not in _OF_WHOLE_RANKING):
         return None

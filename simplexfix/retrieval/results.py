@@ -1,4 +1,4 @@
-"""What an exact search found, with what was relevant: retrieved once, then every metric is a function of it."""
+"""The rankings of an exact search with the relevance of each item; every metric is a function of them."""
 
 from __future__ import annotations
 
@@ -13,28 +13,42 @@ from ..labelled import LabelledItems, VersionFeatures, check_versions
 
 __all__ = ["RetrievalResults", "nearest_places", "search_depth"]
 
-# Of one search: 200 MB of ranking and 256 MB of queries, against the gallery's being normalised anew for each.
+# Sizes of one search: at most 200 MB of ranking and 256 MB of queries.  Each search normalises the gallery again, so
+# fewer and larger searches are faster.
 _BLOCK_PLACES = 2**24
 _BLOCK_NUMBERS = 2**26
 
 
 @dataclass(frozen=True, eq=False)
 class RetrievalResults:
-    """The ranking of a gallery for each query, by `cosine_topk`: by score, then by lower gallery row.
+    """The ranking of the gallery for each query, in descending order of cosine, then in ascending order of row.
 
-    An item is relevant to a query of its class, or with a judged grade of 1 or more.  All arrays are read-only.  Memory
-    is 13 bytes per query and place, and 21 where there are grades.
+    An item is relevant if it has the query's class, or a judged grade of 1 or more.  All arrays are read-only.  Memory
+    is 13 bytes per query and rank, or 21 with grades.
 
     Attributes:
-        positions: [Q, k] int64 gallery rows as they were given, best first; -1 where the gallery has no more.
-        scores: [Q, k] float32 cosines, descending; -inf where positions is -1.
+        positions: [Q, k] int64 gallery rows, best first; -1 past the end of the gallery.
+        scores: [Q, k] float32 cosines in descending order; -inf where `positions` is -1.
         relevant: [Q, k] bool.
-        num_relevant: [Q] int64, relevant items in the whole gallery, without what was excluded.
-        num_candidates: [Q] int64, gallery items in all, without what was excluded.
-        excluded: [Q] int64, the gallery row that is the query itself, by id, and was left out; -1 if none was.
-        gallery_ids: [N] int64 as given (numbers of names; -1 for ignored items), or None.
-        grades: [Q, k] int64 judged grades, 0 without a judgement; None where there are labels.
-        ideal_grades: [Q, M] int64 grades of all relevant items of each query, descending, then 0; or None.
+        num_relevant: [Q] int64, relevant items in the whole gallery, without the excluded row.
+        num_candidates: [Q] int64, gallery items, without the excluded row.
+        excluded: [Q] int64, the gallery row with the query's own id, which is left out; -1 for none.
+        gallery_ids: [N] int64 ids that were given (codes of names; -1 for ignored items), or None.
+        grades: [Q, k] int64 judged grades, 0 without a judgement; None with labels.
+        ideal_grades: [Q, M] int64 grades of each query's relevant items, descending, padded with 0; None with labels.
+
+    Example:
+        >>> import torch
+        >>> from simplexfix.labelled import LabelledItems
+        >>> from simplexfix.retrieval import RetrievalResults, metrics
+        >>> items = LabelledItems([0, 1], [0, 1, 1])
+        >>> version = items.version(torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.1]]))
+        >>> results = RetrievalResults.search(version)
+        >>> results.positions
+        array([[0, 2, 1],
+               [1, 2, 0]])
+        >>> metrics.mean_average_precision(results)
+        1.0
     """
 
     positions: NDArray[np.int64]
@@ -49,20 +63,20 @@ class RetrievalResults:
 
     @classmethod
     def search(cls, version: VersionFeatures, *, k: int | None = None) -> RetrievalResults:
-        """Searches every query in the gallery, exactly.
+        """Searches the gallery exactly for every query.
 
-            scores, positions = cosine_topk(query, gallery, k)      # without the row whose id is the query's
+            scores, positions = cosine_topk(query, gallery, k)      # without the row that has the query's id
             relevant = gallery_labels[positions] == query_labels[:, None]       # or judged grades >= 1
 
         Args:
-            version: queries and gallery; `old.searched_by(new)` for the new queries in the old gallery.  Where its
-                items have ids, the gallery item with the id of the query is left out of its ranking and of every count.
-            k: places to keep.  None: the full ranking, N places (N - 1 if every query excludes an item), which mAP
-                and the like need; metrics say which of them a cut ranking still allows.
+            version: queries and gallery; pass `old.searched_by(new)` to search the old gallery with new queries.  If
+                the items have ids, the gallery item with the query's id is left out of its ranking and counts.
+            k: number of ranks to keep, at least 1.  None for the full ranking of N ranks (N - 1 if every query
+                excludes an item).  mAP and other metrics may need it; `simplexfix.retrieval.metrics` lists which.
 
         Raises:
-            TypeError: not a version.
-            ValueError: query and gallery of different width, no gallery, k below 1, nan or inf (by row).
+            TypeError: `version` is not a `VersionFeatures`, or `k` is not an integer.
+            ValueError: the widths differ, the gallery is empty, k is below 1, or a row holds nan or inf.
         """
         (version,) = check_versions([version], [""])
         pair = version.pair(version, "equal")
@@ -76,12 +90,12 @@ class RetrievalResults:
     def of_ranking(
         cls, items: LabelledItems, scores: NDArray[np.float32], places: NDArray[np.int64]
     ) -> RetrievalResults:
-        """The results of a search that was made elsewhere.
+        """Builds results from the ranking of another search.
 
         Args:
-            items: queries and gallery.
-            scores: [Q, depth] descending, of `search_depth(items, k)` places.
-            places: [Q, depth] of the gallery items that count, a query itself among them; -1 after the last.
+            items: queries and gallery items.
+            scores: [Q, depth] float32 in descending order; depth is `search_depth(items, k)`.
+            places: [Q, depth] int64 indices of gallery items, the query itself included; -1 past the end.
         """
         excluded = items.excluded
         out = excluded >= 0
@@ -105,7 +119,7 @@ class RetrievalResults:
         return results
 
     def __len__(self) -> int:
-        """Q."""
+        """Number of queries, Q."""
         return len(self.positions)
 
     @property
@@ -114,19 +128,19 @@ class RetrievalResults:
 
     @property
     def is_full(self) -> bool:
-        """Whether every query's ranking goes to the end of the gallery."""
+        """Whether every query's ranking covers the whole gallery."""
         return bool((self.num_candidates <= self.k).all())
 
     @property
     def ids(self) -> NDArray[np.int64]:
-        """[Q, k] the given ids of what was found, -1 where there is nothing more; `positions` without given ids."""
+        """Ids [Q, k] of the ranked items, -1 past the end; equal to `positions` if the items have no ids."""
         if self.gallery_ids is None:
             return self.positions
         return np.where(self.positions >= 0, self.gallery_ids[self.positions], -1)
 
     @property
     def queries_without_match(self) -> NDArray[np.int64]:
-        """Numbers of the queries with nothing relevant in the gallery.  Every metric gives them 0 and counts them."""
+        """Indices of queries without a relevant gallery item; every metric gives them the value 0."""
         return np.flatnonzero(self.num_relevant == 0)
 
     def __repr__(self) -> str:
@@ -158,9 +172,9 @@ def _search(pair: VersionFeatures, depth: int) -> tuple[NDArray[np.float32], NDA
 
 
 def search_depth(items: LabelledItems, k: int | None) -> int:
-    """Places to search for the first k, or all, that are no query itself.
+    """Returns the number of ranks to search so that k (None: all) remain after each query's own item is left out.
 
-    A gallery of nothing but the query itself leaves one place, which stays empty.
+    It is at least 1: if the gallery holds only the query itself, the one remaining rank is empty.
     """
     out, gallery = items.excluded >= 0, len(items.gallery_rows)
     candidates = gallery - int(out.all())
@@ -168,7 +182,7 @@ def search_depth(items: LabelledItems, k: int | None) -> int:
 
 
 def _given(places: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The rows that were given, of places among those that count; -1 stays."""
+    """Maps indices of items that are not ignored to rows of the given array; -1 stays -1."""
     return np.where(places >= 0, rows[places], -1)
 
 
@@ -183,10 +197,10 @@ def _ids_of_given(items: LabelledItems) -> NDArray[np.int64] | None:
 def _leave_out(
     scores: NDArray[np.float32], positions: NDArray[np.int64], excluded: NDArray[np.int64], k: int
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """The first k places without the excluded row."""
+    """Returns the first k ranks without the excluded row."""
     if positions.shape[1] == k:
         return scores, positions
     gone = (positions == excluded[:, None]) & (excluded >= 0)[:, None]
-    gone[~gone.any(1), -1] = True  # the last place, which was fetched in its stead
+    gone[~gone.any(1), -1] = True  # rows without an excluded item drop the extra last rank
     keep = ~gone
     return scores[keep].reshape(-1, k), positions[keep].reshape(-1, k)

@@ -1,12 +1,12 @@
-"""Exact search in a gallery that one machine does not hold: each rank of a process group has some of its rows.
+"""Exact search in a gallery that is sharded over the ranks of a process group.
 
-Rank r holds the rows [n_0 + ... + n_(r-1), n_0 + ... + n_r) of the gallery, its shard, possibly none; all ranks have
-the same queries and call the same function.  Every rank gets the result, with the bits that one process with the whole
-gallery gets from the function without "sharded" in its name, where the compiled library runs on all of them
-(plain PyTorch's matrix product may differ in the last bit with the number of rows).
+Rank r holds the rows [n_0 + ... + n_(r-1), n_0 + ... + n_r) of the gallery; a shard may be empty.  All ranks have the
+same queries and call the same function, and every rank gets the whole result.  With the compiled library the result is
+bitwise equal to that of one process with the whole gallery.  In plain PyTorch the last bit may differ, because the
+rounding of a matrix product depends on its number of rows.
 
-Before any work the ranks tell each other what they were given.  Bad input on one of them, and input in which they
-differ, is one and the same error on all.  A rank that dies is a `RankDiedError` on the others.
+The ranks exchange a description of their arguments first.  Invalid or differing arguments raise the same error on all
+ranks.  If a rank dies, the others raise `RankDiedError`.
 """
 
 from __future__ import annotations
@@ -29,38 +29,39 @@ from .nearest_items import nearest_other
 
 __all__ = ["instance_hits", "nearest_class_mean_hits", "sharded_cosine_topk"]
 
-# Of one search: 200 MB of all ranks' places and 256 MB of queries, against the shard's being normalised anew for each.
+# Sizes of one search: at most 200 MB of all ranks' candidates and 256 MB of queries.  Each search normalises the shard
+# again, so fewer and larger searches are faster.
 _BLOCK_PLACES = 2**24
 _BLOCK_NUMBERS = 2**26
-_SUM_NUMBERS = 2**20  # rows that are added at a time, in float64
-_SUM_COLUMNS = 256  # that pass along the ranks together: while one rank adds these, the rank before adds the next
+_SUM_NUMBERS = 2**20  # float64 numbers per block of rows that are summed
+_SUM_COLUMNS = 256  # columns per pipeline step: while a rank adds these, the previous rank adds the next ones
 
 
 def sharded_cosine_topk(
     query: Rows, shard: Rows, k: int, *, group: dist.ProcessGroup | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The k rows nearest to each query by cosine, exactly, of all ranks' shards.
+    """Returns the k rows of all shards with the largest cosine similarity to each query; the search is exact.
 
         scores, ids = cosine_topk(query, torch.cat(shards), k)
 
-    Only scores and ids travel, k of each per query and rank; memory beside them is bounded.
+    Ranks exchange only k scores and ids per query and rank; further memory is bounded.
 
     Args:
-        query: [Q, d] tensor or array of floating numbers, finite, the same on every rank.  float64 is rounded to
-            float32.
-        shard: [n, d], dtype and device of the query, finite; n differs between ranks and may be 0.
-        k: at least 1.  Where the gallery has fewer rows, id -1 with score -inf follows.
-        group: gloo processes; None: all.  On GPUs the default backend, "cpu:gloo,cuda:nccl", does.
+        query: [Q, d] floating tensor or array, finite, the same on every rank.  float64 is rounded to float32.
+        shard: [n, d] in the dtype and on the device of the query, finite; n may differ between ranks and may be 0.
+        k: from 1 to 2^31 - 1.  If k exceeds the number of rows, the remaining places hold id -1 and score -inf.
+        group: process group with a gloo backend; None for all processes.  On GPUs torch's default backend,
+            "cpu:gloo,cuda:nccl", has it.
 
     Returns:
-        scores [Q, k] float32 descending; ids [Q, k] int64, rows of the whole gallery; both on the device of the query.
-        Ties are ordered by lower id.  No gradient flows.
+        scores [Q, k] float32 in descending order, and ids [Q, k] int64, rows of the whole gallery; both on the query's
+        device.  Equal scores are ordered by ascending id.  They have no gradient.
 
     Raises:
-        TypeError, ValueError: on every rank, as `cosine_topk` on any of them, by its number and the row in its shard;
-            ranks that differ in d, dtype, k or the queries (these by CRC-32).
-        ValueError: no process group, or one without gloo.
-        RankDiedError: a rank is gone.
+        TypeError, ValueError: on every rank, if `cosine_topk` would raise on one of them; the message names the rank
+            and the row of its shard.  Also if ranks differ in d, dtype, k or the queries (compared by CRC-32).
+        ValueError: there is no process group, or the group has no gloo backend.
+        RankDiedError: another rank died or did not answer in time.
     """
     ranks = Ranks(group)
 
@@ -79,19 +80,20 @@ def sharded_cosine_topk(
 
 
 def instance_hits(version: VersionFeatures, group: dist.ProcessGroup | None = None) -> NDArray[np.bool_]:
-    """Which queries' nearest item, by cosine, of all ranks' shards has their label.
+    """Returns the hits of protocol "instance": whether the nearest item of all shards has the query's label.
 
     Args:
-        version: the same queries on every rank, and this rank's shard as the gallery, which may be empty but not on
-            all ranks.  Ids, where given, are those of the shard's items.
+        version: the same queries on every rank, and this rank's shard as the gallery.  A shard may be empty, but not
+            all of them.  Gallery ids, if given, are those of the shard's items.
         group: as in `sharded_cosine_topk`.
 
     Returns:
-        [Q] bool on the host, on every rank.
+        [Q] bool on the host, the same on every rank.
 
     Raises:
-        TypeError, ValueError: on every rank: no rows, and as `sharded_cosine_topk`.
-        RankDiedError: a rank is gone.
+        TypeError, ValueError: on every rank, as in `sharded_cosine_topk`.
+        ValueError: all shards are empty.
+        RankDiedError: another rank died or did not answer in time.
     """
     ranks = Ranks(group)
 
@@ -118,26 +120,27 @@ def instance_hits(version: VersionFeatures, group: dist.ProcessGroup | None = No
 
 
 def nearest_class_mean_hits(version: VersionFeatures, group: dist.ProcessGroup | None = None) -> NDArray[np.bool_]:
-    """Which queries are nearest to the template of their own class, over all ranks' shards.
+    """Returns the hits of protocol "nearest_class_mean" over all shards.
 
-    The sums of the classes pass along the ranks, each of which adds its rows one by one: the order of one process.
-    They are added on the host.  Then each rank searches its part of the queries.  Rows that are left out of their
-    class travel to all ranks, a block of queries at a time.
+    The class sums pass from rank to rank on the host, and each rank adds its rows in order; this is the summation
+    order of one process.  Then each rank searches its share of the queries.  Rows that are left out of their class are
+    sent to all ranks, in blocks of queries.
 
     Args:
-        version, group: as of `instance_hits`; device of query and shard may differ.
+        version, group: as in `instance_hits`; query and shard may be on different devices.
 
     Returns:
-        [Q] bool on the host, on every rank.
+        [Q] bool on the host, the same on every rank.
 
     Raises:
-        TypeError, ValueError, RankDiedError: as there; a class whose sum float32 does not hold.
+        TypeError, ValueError, RankDiedError: as in `instance_hits`.
+        ValueError: the sum of a class exceeds float32's range.
     """
     ranks = Ranks(group)
 
     def read() -> tuple[tuple[LabelledItems, Tensor, FeatureRows], ShardInfo]:
         queries, rows, items, same = _read_shard("sharded_hits of nearest_class_mean", version)
-        for _ in rows.blocks():  # nan and inf
+        for _ in rows.blocks():  # raises for nan and inf
             pass
         searched = queries.whole()
         same |= {"queries and labels": _checksum(searched, items.query_labels)}
@@ -168,7 +171,7 @@ def nearest_class_mean_hits(version: VersionFeatures, group: dist.ProcessGroup |
     right = (ids[:, 0].cpu().numpy() == own) & (own >= 0)
     if leaves_out:
         _leave_out(ranks, queries, rows, items, gallery, sums, own, mine, right)
-    found = torch.zeros(-(-len(queries) // ranks.size), dtype=torch.uint8)  # gloo gathers tensors of one length
+    found = torch.zeros(-(-len(queries) // ranks.size), dtype=torch.uint8)  # gloo gathers tensors of equal length
     found[: len(right)] = torch.from_numpy(right)
     whole = [hits[: part.stop - part.start] for hits, part in zip(ranks.gather(found), parts, strict=True)]
     return torch.cat(whole).bool().numpy()
@@ -185,7 +188,7 @@ def _leave_out(
     mine: slice,
     right: NDArray[np.bool_],
 ) -> None:
-    """Judges anew the queries of this rank's part whose item, on any rank, is left out of its class."""
+    """Recomputes hits of this rank's queries whose own gallery item, on any rank, is left out of its class."""
     size = max(1, _BLOCK_NUMBERS // queries.shape[1])
     for begin in range(0, len(queries), size):
         excluded = items.excluded[begin : begin + size]
@@ -217,7 +220,7 @@ def _read_shard(
     (checked,) = check_versions([version], [""], shards=True)
     queries, rows, items = version.query, version.gallery, checked.items
     same = _common(call, queries, rows)
-    # names are numbered with those of the shard: the numbers must mean the same everywhere
+    # names are coded per shard, so all ranks must have the same names for equal codes
     for kind, names in (("labels", items.label_names), ("ids", items.id_names)):
         same[f"names of {kind}"] = names and f"{len(names)} of CRC-32 {zlib.crc32(chr(0).join(names).encode()):08x}"
     same["query_ids"] = None if items.query_ids is None else f"CRC-32 {zlib.crc32(items.query_ids.data):08x}"
@@ -225,7 +228,7 @@ def _read_shard(
 
 
 def _common(call: str, queries: FeatureRows, rows: FeatureRows) -> dict[str, object]:
-    """What must be alike on all ranks, of features of one width."""
+    """Checks that query and shard have one width; returns the properties that must be equal on all ranks."""
     if queries.width != rows.width:
         raise ValueError(f"query and shard must have the same number of columns, got {queries.width} and {rows.width}")
     shape = [len(queries), queries.width]
@@ -233,7 +236,7 @@ def _common(call: str, queries: FeatureRows, rows: FeatureRows) -> dict[str, obj
 
 
 def _alike(queries: FeatureRows, rows: FeatureRows) -> tuple[Tensor, Tensor]:
-    """Both in float32, all finite, of one dtype and on one device as `cosine_topk` wants them."""
+    """Returns both in float32 after the checks of `cosine_topk`: finite, of one dtype, on one device."""
     if queries.dtype != rows.dtype:
         raise TypeError(f"query and shard must have the same dtype, got {queries.dtype} and {rows.dtype}")
     first, second = (features.whole() for features in (queries, rows))
@@ -243,7 +246,7 @@ def _alike(queries: FeatureRows, rows: FeatureRows) -> tuple[Tensor, Tensor]:
 
 
 def _checksum(queries: Tensor, labels: NDArray[np.int64] | None = None) -> str:
-    """CRC-32: three times as fast as hashing, and queries differ by mistake, not by design."""
+    """CRC-32 of the queries and labels; it detects mistakes and is three times as fast as a cryptographic hash."""
     value = zlib.crc32(queries.cpu().contiguous().numpy().data)
     return f"{value if labels is None else zlib.crc32(labels.data, value):08x}"
 
@@ -256,10 +259,10 @@ def _counts(infos: list[ShardInfo]) -> list[int]:
 
 
 def _search(ranks: Ranks, queries: Tensor, rows: Tensor, k: int, counts: list[int]) -> tuple[Tensor, Tensor]:
-    """`cosine_topk` of all shards, on the host; `counts` are their rows."""
+    """`cosine_topk` over all shards, on the host; `counts` are their numbers of rows."""
     scores = torch.full((len(queries), k), -math.inf)
     ids = torch.full((len(queries), k), -1)
-    depth = min(k, max(counts))  # what any rank can give
+    depth = min(k, max(counts))  # the most rows that one shard can return
     if not depth:
         return scores, ids
     kept = min(k, depth * ranks.size)
@@ -268,7 +271,8 @@ def _search(ranks: Ranks, queries: Tensor, rows: Tensor, k: int, counts: list[in
         block = slice(begin, begin + size)
         near, places = (found.cpu() for found in cosine_topk(queries[block], rows, depth))
         places[places >= 0] += sum(counts[: ranks.rank])
-        # In rank order ids rise from part to part, and those of one score within each: a stable sort keeps ties so.
+        # Ids ascend from shard to shard, and equal scores have ascending ids within a shard: a stable sort keeps the
+    # order of ties.
         merged, order = torch.cat(ranks.gather(near), 1).sort(dim=1, descending=True, stable=True)
         scores[block, :kept] = merged[:, :kept]
         ids[block, :kept] = torch.cat(ranks.gather(places), 1).gather(1, order[:, :kept])
@@ -276,7 +280,7 @@ def _search(ranks: Ranks, queries: Tensor, rows: Tensor, k: int, counts: list[in
 
 
 def _sums_over_ranks(ranks: Ranks, rows: FeatureRows, index: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
-    """[classes, d]: the sums of all shards' rows by class, in float64 row after row, rounded to this dtype."""
+    """Sums all shards' rows by class, in row order in float64; returns [classes, d] rounded to `dtype`."""
     out = torch.empty(classes, rows.width, dtype=dtype)
     for first in range(0, rows.width, _SUM_COLUMNS):
         last = min(rows.width, first + _SUM_COLUMNS)

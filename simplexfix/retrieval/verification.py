@@ -1,16 +1,16 @@
-"""Pair verification: are two items of one class, judged by a score and a threshold?  All pairs, none of them held.
+"""Pair verification: a threshold on the cosine decides whether two items have the same class.
 
-A pair is a query and a gallery item, genuine if they are of one class and an impostor otherwise; it is accepted where
-its score >= threshold.
+A pair is a query and a gallery item.  It is genuine if both have the same class, else an impostor.  It is accepted if
+its score is at least the threshold t.  All pairs are counted, and none is stored.
 
-    TAR(t) = fraction of the genuine pairs that are accepted       FAR(t) = fraction of the impostors that are
+    TAR(t) = fraction of genuine pairs that are accepted
+    FAR(t) = fraction of impostor pairs that are accepted
     FRR(t) = 1 - TAR(t)
 
-Scores are those of a search: the cosine of the float32 rows, each normalised, in float64, rounded to float32 (but for
-the last bit of one score in about 2^28, where float64 sums in another order).  A sum that float64 cannot tell from a
-threshold counts as that threshold, so that a cosine of 0 is accepted at 0 whatever order its products cancel in.
-Pairs are counted between neighbouring thresholds 2^-16 apart, from -1 to 1: at each of those thresholds every rate here
-is exact.
+Scores are those of `cosine_topk`, except for the last bit of about one score in 2^28, since float64 sums here have
+another order.  A sum within the float64 rounding error below a threshold counts as that threshold.  So a cosine of 0 is
+accepted at t = 0 in every summation order.  Scores are counted in bins of width 2^-16 from -1 to 1; at each bin edge
+all rates are exact.
 """
 
 from __future__ import annotations
@@ -42,19 +42,22 @@ __all__ = [
     "tar_at_far",
 ]
 
-STEPS = 2**16  # thresholds between 0 and 1; a power of two, so that to scale a score by it rounds nothing
-BINS = 2 * STEPS + 1  # of scores: [-1, -1 + 2^-16), ..., [1, ...), where what rounding leaves outside joins the ends
-_QUERY_ROWS, _GALLERY_ROWS = 1024, 4096  # of one product: 32 MB of float64
+STEPS = 2**16  # bins between scores 0 and 1; a power of two, so that scaling a score by it is exact
+# Score bins [-1, -1 + 2^-16), ..., [1, ...).  Scores that round to below -1 or above 1 count in the end bins.
+BINS = 2 * STEPS + 1
+_QUERY_ROWS, _GALLERY_ROWS = 1024, 4096  # rows of one product: 32 MB of float64
 
 
 @dataclass(frozen=True, eq=False)
 class VerificationResults:
-    """How many pairs score how high.  Arrays are read-only; memory is 2 MB, whatever the number of pairs.
+    """Histograms of the scores of genuine and impostor pairs.
+
+    Arrays are read-only.  Memory is 2 MB for any number of pairs.
 
     Attributes:
-        genuine: [BINS] int64, pairs of one class whose score lies in each bin.
-        impostor: [BINS] int64, the others.
-        excluded: pairs of an item with itself, by id, that were left out.
+        genuine: [BINS] int64, number of genuine pairs per score bin.
+        impostor: [BINS] int64, number of impostor pairs per score bin.
+        excluded: number of pairs of an item with itself (equal ids), which are left out.
     """
 
     genuine: NDArray[np.int64]
@@ -63,17 +66,17 @@ class VerificationResults:
 
     @classmethod
     def compare(cls, version: VersionFeatures) -> VerificationResults:
-        """Scores every query with every gallery item, in blocks.
+        """Scores every query against every gallery item, in blocks.
 
             scores = F.normalize(query) @ F.normalize(gallery).T
-            genuine, impostor = (histogram(scores[same]) for same in (equal, ~equal))
-            # with equal = query_labels[:, None] == gallery_labels
+            equal = query_labels[:, None] == gallery_labels
+            genuine, impostor = histogram(scores[equal]), histogram(scores[~equal])
 
         Args:
-            version: as of `RetrievalResults.search`; an item is no pair with itself.
+            version: queries and gallery, as in `RetrievalResults.search`.  Pairs of an item with itself are left out.
 
         Raises:
-            TypeError, ValueError: as there.
+            TypeError, ValueError: as in `RetrievalResults.search`.
         """
         counts = np.zeros(2 * BINS + 1, dtype=np.int64)
         for _, bins, same in bin_pairs(version):
@@ -93,10 +96,14 @@ class VerificationResults:
         return int(self.impostor.sum())
 
     def at(self, threshold: float) -> OperatingPoint:
-        """Both rates at a threshold, rounded up to a multiple of 2^-16.
+        """Returns TAR and FAR at a threshold.
+
+        Args:
+            threshold: a cosine; it is rounded up to a multiple of 2^-16.
 
         Raises:
-            TypeError, ValueError: not a number, nan, or no pair of one of the two kinds.
+            TypeError: `threshold` is not a number.
+            ValueError: `threshold` is nan, or there are no genuine or no impostor pairs.
         """
         check_number("threshold", threshold)
         if threshold != threshold:
@@ -104,14 +111,14 @@ class VerificationResults:
         return self.at_bin(int(np.clip(np.ceil(threshold * STEPS) + STEPS, 0, BINS)))
 
     def at_bin(self, bin: int) -> OperatingPoint:
-        """The rates where what lies in this bin and above is accepted; BINS accepts nothing."""
+        """Returns the rates if scores in this bin and above are accepted; bin BINS accepts nothing."""
         self.require_both()
         tar = int(self.genuine[bin:].sum()) / self.num_genuine
         far = int(self.impostor[bin:].sum()) / self.num_impostor
         return OperatingPoint(threshold_of(bin), tar, far)
 
     def require_both(self) -> None:
-        """Raises ValueError where a rate would be a fraction of no pairs."""
+        """Raises ValueError if there are no genuine or no impostor pairs, so that a rate is undefined."""
         for kind, count in (("one class", self.num_genuine), ("two classes", self.num_impostor)):
             if not count:
                 raise ValueError(f"there is no pair of items of {kind}, and so no such rate")
@@ -121,7 +128,7 @@ class VerificationResults:
 
 
 class OperatingPoint(NamedTuple):
-    """A threshold on the score, and the true- and false-accept rate there."""
+    """A threshold with its true-accept rate (TAR) and false-accept rate (FAR)."""
 
     threshold: float
     tar: float
@@ -129,7 +136,7 @@ class OperatingPoint(NamedTuple):
 
 
 class RocCurve(NamedTuple):
-    """[points] float64 each, by descending threshold: the first is inf, which accepts nothing."""
+    """Arrays [points] float64 in descending order of threshold; the first threshold is inf, which accepts nothing."""
 
     thresholds: NDArray[np.float64]
     tar: NDArray[np.float64]
@@ -137,12 +144,17 @@ class RocCurve(NamedTuple):
 
     @property
     def area(self) -> float:
-        """The area under TAR over FAR, by trapezoids; on any number of threads the same."""
+        """Returns the area under the curve by the trapezoidal rule; it does not depend on the number of threads."""
         return float((np.diff(self.far) * (self.tar[1:] + self.tar[:-1])).sum() / 2)
 
 
 class ScoreHistogram(NamedTuple):
-    """edges: [bins + 1] float64 from -1 to 1; genuine, impostor: [bins] int64; the last bin holds its upper end."""
+    """Pair counts per score bin.
+
+    Attributes:
+        edges: [bins + 1] float64 from -1 to 1.
+        genuine, impostor: [bins] int64; the last bin includes its upper edge.
+    """
 
     edges: NDArray[np.float64]
     genuine: NDArray[np.int64]
@@ -150,8 +162,13 @@ class ScoreHistogram(NamedTuple):
 
 
 class CrossValidation(NamedTuple):
-    """accuracy: mean over folds; standard_error: of that mean, nan for a single one; accuracies and thresholds:
-    [folds] float64."""
+    """Result of `cross_validated_accuracy`.
+
+    Attributes:
+        accuracy: mean over folds.
+        standard_error: standard error of the mean; nan for a single fold.
+        accuracies, thresholds: [folds] float64.
+    """
 
     accuracy: float
     standard_error: float
@@ -160,12 +177,12 @@ class CrossValidation(NamedTuple):
 
 
 def threshold_of(bin: int) -> float:
-    """The least score of a bin."""
+    """Returns the lower edge of a bin."""
     return (bin - STEPS) / STEPS
 
 
 def accept_rates(results: VerificationResults) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """[BINS + 1] TAR and FAR at the least score of each bin, and above all of them."""
+    """Returns TAR and FAR, [BINS + 1] each, at the lower edge of each bin and above the last bin."""
     results.require_both()
     tar, far = (
         np.append(np.cumsum(counts[::-1])[::-1], 0) / counts.sum() for counts in (results.genuine, results.impostor)
@@ -174,10 +191,13 @@ def accept_rates(results: VerificationResults) -> tuple[NDArray[np.float64], NDA
 
 
 def roc_curve(results: VerificationResults) -> RocCurve:
-    """TAR over FAR at every threshold where either changes.
+    """Returns the ROC curve: TAR and FAR at every threshold where one of them changes.
+
+    Args:
+        results: results of `VerificationResults.compare`.
 
     Raises:
-        ValueError: no pair of one of the two kinds.
+        ValueError: there are no genuine or no impostor pairs.
     """
     tar, far = accept_rates(results)
     used = np.flatnonzero(results.genuine + results.impostor)[::-1]
@@ -186,19 +206,19 @@ def roc_curve(results: VerificationResults) -> RocCurve:
 
 
 def tar_at_far(results: VerificationResults, far: float) -> OperatingPoint:
-    """The lowest threshold, of multiples of 2^-16, whose FAR is at most `far`, and both rates there.
+    """Returns the lowest threshold with a false-accept rate of at most `far`, and both rates at it.
 
-    A threshold between two multiples might accept more genuine pairs, by those of one bin at most; of a model that has
-    collapsed, whose scores all lie within 2^-16, none would be left.
+    The threshold is a multiple of 2^-16.  A threshold between two multiples could accept at most the genuine pairs of
+    one bin more.  If a model has collapsed, so that all scores lie in one bin, no pair is accepted.
 
     Args:
-        results: of `VerificationResults.compare`.
-        far: in [0, 1]; 0 accepts no impostor at all.
+        results: results of `VerificationResults.compare`.
+        far: in [0, 1]; 0 accepts no impostor pair.
 
     Raises:
-        TypeError: `far` is no number.
-        ValueError: outside of [0, 1]; above 0, but less than one impostor pair, which these pairs cannot tell from 0;
-            or no pair of one of the two kinds.
+        TypeError: `far` is not a number.
+        ValueError: `far` is outside [0, 1]; it is above 0 but less than one impostor pair; or there are no genuine or
+            no impostor pairs.
     """
     check_number("far", far)
     if not 0 <= far <= 1:
@@ -213,26 +233,30 @@ def tar_at_far(results: VerificationResults, far: float) -> OperatingPoint:
 
 
 def equal_error_rate(results: VerificationResults) -> OperatingPoint:
-    """The operating point where FAR and FRR are nearest to each other, the lowest threshold of equals.
+    """Returns the operating point with the smallest |FAR - FRR|; the lowest threshold if several have it.
 
-    The equal error rate is `(far + 1 - tar) / 2` there, which is either of them wherever they meet.
+        equal error rate = (far + 1 - tar) / 2          # FAR and FRR themselves where they are equal
+
+    Args:
+        results: results of `VerificationResults.compare`.
 
     Raises:
-        ValueError: no pair of one of the two kinds.
+        ValueError: there are no genuine or no impostor pairs.
     """
     tar, far = accept_rates(results)
     return results.at_bin(int(np.abs(far - (1 - tar)).argmin()))
 
 
 def score_histogram(results: VerificationResults, bins: int = 100) -> ScoreHistogram:
-    """Counts in wider bins, for pictures.
+    """Returns pair counts in wider bins, for plots.
 
     Args:
-        results: of `VerificationResults.compare`.
-        bins: from 1 to 2^17; edges are rounded to multiples of 2^-16.
+        results: results of `VerificationResults.compare`.
+        bins: number of bins, from 1 to 2^17; edges are rounded to multiples of 2^-16.
 
     Raises:
-        TypeError, ValueError: not such a number.
+        TypeError: `bins` is not an integer.
+        ValueError: `bins` is out of range.
     """
     bins = check_integer("bins", bins)
     if not 1 <= bins <= 2 * STEPS:
@@ -243,18 +267,19 @@ def score_histogram(results: VerificationResults, bins: int = 100) -> ScoreHisto
 
 
 def pair_scores(first: Rows, second: Rows) -> NDArray[np.float32]:
-    """Scores of given pairs.
+    """Returns the cosine of each pair of rows.
 
         scores = (F.normalize(first) * F.normalize(second)).sum(1)
 
     Args:
-        first, second: [P, d] rows of each pair, as of `RetrievalResults.search`.
+        first, second: [P, d] floating, finite: tensors, arrays, memory-mapped files or columns of vectors.
 
     Returns:
         [P] float32.
 
     Raises:
-        TypeError, ValueError: as there, or unlike shapes.
+        TypeError: rows are not floating.
+        ValueError: the shapes differ, or a row holds nan or inf.
     """
     a, b = FeatureRows("first", first), FeatureRows("second", second)
     if (len(a), a.width) != (len(b), b.width):
@@ -270,24 +295,25 @@ def pair_scores(first: Rows, second: Rows) -> NDArray[np.float32]:
 def cross_validated_accuracy(
     scores: ArrayLike | Tensor, same: ArrayLike | Tensor, *, folds: int | Ids = 10
 ) -> CrossValidation:
-    """The accuracy of a list of pairs by cross-validation, as of Labeled Faces in the Wild.
+    """Returns the verification accuracy on a list of pairs by cross-validation, as in Labeled Faces in the Wild.
 
         for f in folds:
             threshold[f] = argmax over t of mean( (scores >= t) == same )      on the pairs of all other folds
             accuracy[f]  = mean( (scores >= threshold[f]) == same )            on the pairs of f
 
     Args:
-        scores: [P] finite numbers, higher for pairs that are more alike.
-        same: [P] bool, whether a pair is of one class.
-        folds: how many of neighbouring pairs, as equal in size as can be, at least 2; or [P] integers, the fold of
-            each pair.
+        scores: [P] finite numbers, higher for more similar pairs.
+        same: [P] bool, whether a pair has one class.
+        folds: number of folds of consecutive pairs, at least 2, as equal in size as possible; or [P] integers, the
+            fold of each pair.
 
     Returns:
-        With the threshold, of the scores of the other folds and inf, the lowest of the best.
+        Accuracies and thresholds of the folds.  Candidate thresholds are the scores of the other folds and inf; the
+        lowest of the best is taken.
 
     Raises:
-        TypeError, ValueError: lengths that differ, a score that is nan or inf, `same` not bool, or fewer than two folds
-            or fewer pairs than folds.
+        TypeError: `same` is not bool, or `folds` is not an integer.
+        ValueError: lengths differ, a score is nan or inf, or there are fewer than two folds or fewer pairs than folds.
 
     Reference:
         Huang et al., "Labeled Faces in the Wild", 2007; 10 folds.
@@ -326,15 +352,15 @@ def _fold_of_each_pair(folds: int | Ids, count: int) -> NDArray[np.int64]:
 def _best_threshold(scores: NDArray[np.float64], same: NDArray[np.bool_]) -> float:
     order = np.argsort(scores)
     candidates, first = np.unique(scores[order], return_index=True)
-    below = np.append(0, np.cumsum(np.where(same[order], -1, 1)))  # right minus wrong of what is rejected
+    below = np.append(0, np.cumsum(np.where(same[order], -1, 1)))  # correct minus wrong decisions on the rejected pairs
     gain = below[np.append(first, len(scores))]
     return float(np.append(candidates, np.inf)[gain.argmax()])
 
 
 def bin_pairs(version: VersionFeatures) -> Iterator[tuple[slice, NDArray[np.int64], NDArray[np.bool_]]]:
-    """(which queries, [rows, columns] bins, [rows, columns] whether of one class).
+    """Yields (slice of queries, bins [rows, columns], [rows, columns] bool: same class) for blocks of pairs.
 
-    The bin of a pair that is left out is 2 BINS, and it is of two classes.
+    A pair that is left out has bin 2 BINS and counts as of different classes.
     """
     (version,) = check_versions([version], [""])
     pair = version.pair(version, "equal")
@@ -345,7 +371,7 @@ def bin_pairs(version: VersionFeatures) -> Iterator[tuple[slice, NDArray[np.int6
         for first in range(0, len(gallery), _GALLERY_ROWS):
             columns = slice(first, min(len(gallery), first + _GALLERY_ROWS))
             g = unit_float32(gallery.block_tensor(columns.start, columns.stop)).double()
-            # a product rounds differently in each shape; where its sum belongs on a threshold, it may fall below
+            # Rounding depends on the product's shape: a score on a bin edge may fall below it, so add the error bound.
             steps = (q @ g.T).add_(_error(q.shape[1])).float().mul_(STEPS).floor_().clamp_(-STEPS, STEPS)
             bins = steps.to(torch.int64).add_(STEPS).cpu().numpy()
             same = items.query_labels[rows, None] == items.gallery_labels[columns]
@@ -359,7 +385,7 @@ def bin_pairs(version: VersionFeatures) -> Iterator[tuple[slice, NDArray[np.int6
 
 
 def _error(d: int) -> float:
-    """What a float64 sum of d products of unit rows errs by at most, in any order."""
+    """Error bound of a float64 dot product of two unit rows of d numbers, in any summation order."""
     return 1.01 * (d + 4) * 2.0**-53
 
 
