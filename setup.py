@@ -84,7 +84,7 @@ def cuda_targets(nvcc):
             f"the CUDA kernels need GPU architectures from 80 on (bfloat16 in tensor cores), got {' '.join(old)}"
         )
     if not archs:
-        raise SystemExit(f"{nvcc} knows none of the GPU architectures {want}, only {' '.join(known)}")
+        raise SystemExit(f"{nvcc} supports none of the GPU architectures {want}, only {' '.join(known)}")
     flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     return " ".join(archs), [*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
 
@@ -153,7 +153,7 @@ class NinjaBuildExt(build_ext):
             subprocess.check_call([Path(ninja.BIN_DIR) / "ninja", "-C", tmp])
         except subprocess.CalledProcessError:
             raise SystemExit(
-                f"simplexfix's kernels did not compile; the compiler's own words stand above. {REMEDY}"
+                f"simplexfix's kernels did not compile; the compiler's errors are above. {REMEDY}"
             ) from None
 
 

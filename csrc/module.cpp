@@ -87,7 +87,7 @@ void bind_interrupts(py::module_& m) {
     }
   });
   m.def("raise_interrupt", raise_interrupt,
-        "Raises what a signal's handler raised during the last operator that it ended; nothing if there is no such.");
+        "Raises the exception of a signal handler that ended the last operator; returns None if there is none.");
 }
 
 py::array_t<float> array_of(std::vector<float>&& numbers, int64_t columns) {
@@ -218,9 +218,10 @@ PYBIND11_MODULE(_C, m) {
                         "cpu_isa_levels"_a = simplexfix::cpu::isa_levels(), "cuda_archs"_a = SIMPLEXFIX_CUDA_ARCHS,
                         "cuda_usable"_a = cuda_usable);
       },
-      "What was built and what of it runs here; cuda_usable: kernels built in, and a CUDA build of torch loaded.");
+      "Facts about the build.  cuda_usable: it has CUDA kernels, and the loaded torch is a CUDA build.");
 #ifdef SIMPLEXFIX_WITH_CUDA
   m.def("cuda_versions", &simplexfix::cuda_versions,
-        "Of the CUDA runtime built in, and the newest that the driver serves, 0 without one; 13000 is 13.0.");
+        "Returns the version of the linked CUDA runtime, and the newest that the driver supports (0 without one).  "
+        "13000 is 13.0.");
 #endif
 }

@@ -110,7 +110,7 @@ def test_pure_python_wheel(sdist: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"CXX": "false"}, "kernels did not compile; the compiler's own words stand above. SIMPLEXFIX_NATIVE=0"),
+        ({"CXX": "false"}, "kernels did not compile; the compiler's errors are above. SIMPLEXFIX_NATIVE=0"),
         ({"CXX": "no-such-compiler"}, "the C++ compiler no-such-compiler was not found. SIMPLEXFIX_NATIVE=0"),
         (
             {"SIMPLEXFIX_CUDA": "1", "CUDA_HOME": "/nowhere", "PATH": os.path.dirname(sys.executable)},

@@ -80,7 +80,10 @@ def test_a_handler_that_returns_ends_nothing(tmp_path: Path) -> None:
 @needs_library
 def test_a_handler_may_read_the_index_that_it_interrupts(tmp_path: Path) -> None:
     result = interrupted("handler_that_uses_the_index", tmp_path)
-    refused = "a signal handler called the index within a call of it that the signal interrupted"
+    refused = (
+        "a signal handler called this index during a call of it that the signal interrupted, "
+        "and one of the two calls changes the index: call it after the handler"
+    )
     assert result["handler"] == ["50000", refused, refused]
     assert (result["ended"], result["rows"], result["new"]) == ("KeyboardInterrupt", 50_000, [50_000])
 

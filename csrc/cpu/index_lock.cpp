@@ -27,7 +27,9 @@ IndexLock::Guard::Guard(IndexLock& lock, Access access, Interrupt& interrupt)
   for (const Guard* held = outer_; held; held = held->outer_) {
     if (&held->lock_ != &lock) continue;
     if (access == Access::kWrite || held->access_ == Access::kWrite)
-      throw std::runtime_error("a signal handler called the index within a call of it that the signal interrupted");
+      throw std::runtime_error(
+          "a signal handler called this index during a call of it that the signal interrupted, "
+          "and one of the two calls changes the index: call it after the handler");
     reads_already = true;
   }
   std::unique_lock own(lock.mutex_);

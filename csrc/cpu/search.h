@@ -1,16 +1,16 @@
 // Exact top-k by cosine, free of torch. Every score is the fp64 dot product of dot.inc, rounded to fp32. core/ranking.h
-// defines the order. With a gallery in codes (gallery_codes.h), only those rows are scored whose upper bound allows
-// them among the best.
+// defines the order. Codes of the gallery (gallery_codes.h), if given, yield an upper bound of each row's score. Then
+// only those rows are scored whose bound reaches the cutoff, a bound that follows from the best k scores so far.
 //
-// Mapping: a task is a block of queries against a split of the gallery. It reads the split in panels of 64 rows. Rows
-// whose bounds reach the cutoff become candidates of the query (candidates.h). When a list is full, its best k are
-// scored, which raises the cutoff and drops most of the others. The remaining candidates are scored at the end. If most
-// rows pass, the next rows are all scored, as without codes.
+// Mapping: a task is a block of queries against a split, a contiguous range of gallery rows. It reads the split in
+// panels of 64 rows. Rows whose bounds reach the cutoff become candidates of the query (candidates.h). When a list of
+// candidates is full, its best k are scored, which raises the cutoff and drops most of the others. The remaining
+// candidates are scored at the end. If most rows pass, the next rows are all scored, as without codes.
 //
 // Sample: the first panel of each 16 is read before the others, and of these panels one in 16 before the rest. The
 // sample yields a speculative cutoff, a score that k rows reach with p > 0.999, so that few rows pass from there on. If
-// fewer than k rows reach it after all, the query is searched again without. That happens to rows in an order that
-// correlates with the sample.
+// fewer than k rows reach it after all, the query is searched again without this cutoff. That happens if the order of
+// the rows correlates with the sample.
 //
 // Bytes: a task reads the codes of its split once (1 byte per number), and the row of each candidate that is scored.
 // With a mask only some rows are searched, as if the gallery had no others.

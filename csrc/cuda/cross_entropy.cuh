@@ -1,11 +1,11 @@
 // Cross-entropy against a polytope's fixed vertices on the GPU: the loss of every row and, if requested, dL/dz.
 //
-// SimplexLoss, OrthoplexLoss and CubeLoss, in files of their own, define what a polytope computes from a row. The
-// kernels here move the rows and synchronize the threads. They sweep a row three times:
+// A class Loss defines the math of a polytope: SimplexLoss, OrthoplexLoss or CubeLoss, each in a file of its own. The
+// kernels here move the rows and synchronize the threads. They sweep a row three times. Sweeps 1 and 2 are reductions
+// over the types Loss::Sums and Loss::Terms; the functions combine() of these types merge the results of two lanes.
 //
-//   1  loss.accumulate(&sums, j, z_j)     merge the Sums of all lanes;  loss.set_sums(sums): scale and largest logit
-//   2  loss.accumulate(&terms, j, z_j)    loss.finalize(&terms); merge the Terms of all lanes;
-//                                         loss.compute_loss(sums, terms)
+//   1  loss.accumulate(&sums, j, z_j)     merge all lanes; loss.set_sums(sums) computes scale and largest logit
+//   2  loss.accumulate(&terms, j, z_j)    loss.finalize(&terms); merge all lanes; loss.compute_loss(sums, terms)
 //   3  dL/dz_j = loss.gradient(j, z_j)
 //
 // With normalize the gradient is projected, which needs z . g. That is linear in Sums and Terms, so it takes no sweep

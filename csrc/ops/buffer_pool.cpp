@@ -41,7 +41,8 @@ class BufferPool {
     const size_t align = wanted >= 2 * kHugePage ? kHugePage : kAlign;
     const size_t rounded = (wanted + align - 1) / align * align;
     void* memory = std::aligned_alloc(align, rounded);
-    if (!memory) throw std::runtime_error(message("not enough memory for a gradient of ", size, " bytes"));
+    if (!memory)
+      throw std::runtime_error(message("cannot allocate ", size, " bytes of memory for a loss or a gradient"));
 #ifdef __linux__
     if (align == kHugePage) madvise(memory, rounded, MADV_HUGEPAGE);  // a hint: failure does no harm
 #endif

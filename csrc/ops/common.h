@@ -83,8 +83,14 @@ inline Tensor as_contiguous(const Tensor& tensor) {
 // Returns z [B, d] with the d numbers of each row contiguous; the row stride may be anything.
 inline Tensor with_dense_rows(const Tensor& z) { return z.size(1) <= 1 || z.stride(1) == 1 ? z : as_contiguous(z); }
 
+inline std::string shape_of(const Tensor& tensor) {
+  std::string text;
+  for (int64_t i = 0; i < tensor.dim(); ++i) text += (i ? ", " : "") + std::to_string(tensor.size(i));
+  return "[" + text + "]";
+}
+
 inline void check_rows(const Tensor& z, const char* name) {
-  SIMPLEXFIX_CHECK(z.dim() == 2, name, " must have 2 dimensions, got ", z.dim());
+  SIMPLEXFIX_CHECK(z.dim() == 2, name, " must have 2 dimensions, got ", shape_of(z));
   SIMPLEXFIX_CHECK(is_floating(z.scalar_type()), name, " must be floating, got ",
                    torch::headeronly::toString(z.scalar_type()));
   SIMPLEXFIX_CHECK(z.size(1) >= 1 && z.size(1) < (int64_t(1) << 31) - 1, name,
@@ -137,7 +143,7 @@ struct Operator<F> {
       if (!std::strstr(error.what(), "API call failed")) throw;
       throw std::runtime_error(torch_exception_get_what_without_backtrace
                                    ? torch_exception_get_what_without_backtrace()
-                                   : "torch failed, for want of memory most likely: its own words stand on stderr");
+                                   : "a call of torch failed, mostly for lack of memory; torch's message is on stderr");
     }
   }
 };

@@ -66,14 +66,14 @@ inline CrossEntropyCall check_cross_entropy(const CrossEntropyArguments& given, 
   const int64_t rows = z.size(0), d = z.size(1);
   const ScalarType type = z.scalar_type(), accumulate = accumulate_type(type);
   SIMPLEXFIX_CHECK(target.dim() == 1 && target.size(0) == rows, "target must have shape [", rows, "], got ",
-                   target.dim(), " dimensions, ", target.numel(), " elements");
+                   shape_of(target));
   SIMPLEXFIX_CHECK(target.scalar_type() == ScalarType::Long, "target must be int64, got ",
                    torch::headeronly::toString(target.scalar_type()));
   SIMPLEXFIX_CHECK(target.device() == z.device(), "target and z are on different devices");
   SIMPLEXFIX_CHECK(scale > 0 && scale <= std::numeric_limits<double>::max(), "scale must be positive and finite, got ",
                    scale);
   SIMPLEXFIX_CHECK(margin_kind >= 0 && margin_kind <= 2, "margin_kind must be 0, 1 or 2, got ", margin_kind);
-  SIMPLEXFIX_CHECK(margin_kind == 0 || normalize, "a margin needs normalize");
+  SIMPLEXFIX_CHECK(margin_kind == 0 || normalize, "margin needs normalize=True: it is a margin on cosines");
   SIMPLEXFIX_CHECK(smoothing >= 0 && smoothing <= 1, "label_smoothing must lie in [0, 1], got ", smoothing);
   SIMPLEXFIX_CHECK(reduction >= 0 && reduction <= 2, "reduction must be 0, 1 or 2, got ", reduction);
   SIMPLEXFIX_CHECK(loss_dtype == type || loss_dtype == accumulate, "loss_dtype must be ",
@@ -81,7 +81,7 @@ inline CrossEntropyCall check_cross_entropy(const CrossEntropyArguments& given, 
                    torch::headeronly::toString(loss_dtype));
   if (weight) {
     SIMPLEXFIX_CHECK(weight->dim() == 1 && weight->size(0) == slots, "weight must have shape [", slots, "], got ",
-                     weight->dim(), " dimensions, ", weight->numel(), " elements");
+                     shape_of(*weight));
     SIMPLEXFIX_CHECK(weight->scalar_type() == accumulate, "weight must be ", torch::headeronly::toString(accumulate),
                      ", got ", torch::headeronly::toString(weight->scalar_type()));
     SIMPLEXFIX_CHECK(weight->device() == z.device(), "weight and z are on different devices");

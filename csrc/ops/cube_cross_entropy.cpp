@@ -15,7 +15,8 @@ struct CubeLoss {
         slots(number_of_slots(z)) {}
 
   void check(const CrossEntropyCall& call) const {
-    SIMPLEXFIX_CHECK(!call.weight || call.smoothing == 0, "weight and label_smoothing exclude each other");
+    SIMPLEXFIX_CHECK(!call.weight || call.smoothing == 0,
+                     "weight and label_smoothing exclude each other: drop one of them");
     if (!codes || call.d % 64 == 0 || !call.z.is_cpu()) return;
     // Check only the rows in use: checking the whole table would cost more than the loss.
     const int64_t *labels = data<int64_t>(call.target), *table = data<int64_t>(*codes);
@@ -43,8 +44,8 @@ struct CubeLoss {
       SIMPLEXFIX_CHECK(d <= 62, "without codes z must have at most 62 columns, got ", d);
       return int64_t(1) << d;
     }
-    SIMPLEXFIX_CHECK(codes->dim() == 2 && codes->size(1) == words, "codes must have shape [C, ", words,
-                     "] for features of ", d, " columns");
+    SIMPLEXFIX_CHECK(codes->dim() == 2 && codes->size(1) == words, "codes must have shape [C, ", words, "] for d = ", d,
+                     ", got ", shape_of(*codes));
     SIMPLEXFIX_CHECK(codes->scalar_type() == ScalarType::Long, "codes must be int64, got ",
                      torch::headeronly::toString(codes->scalar_type()));
     SIMPLEXFIX_CHECK(codes->device() == z.device(), "codes and z are on different devices");

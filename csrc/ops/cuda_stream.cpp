@@ -27,7 +27,9 @@ StreamGetter stream_getter() {
 
 template <typename F>
 F* loaded(F* function, const char* name) {
-  if (!function) throw std::runtime_error(message("this torch is built without CUDA: no ", name));
+  if (!function)
+    throw std::runtime_error(
+        message("the loaded torch is a CPU build without ", name, ": install a CUDA build of torch"));
   return function;
 }
 }  // namespace
@@ -42,13 +44,13 @@ std::pair<int, int> cuda_versions() {
 }
 
 int32_t cuda_device(const Tensor& tensor, const char* name) {
-  SIMPLEXFIX_CHECK(tensor.is_cuda(), name, " is not on a GPU, as other arguments are");
+  SIMPLEXFIX_CHECK(tensor.is_cuda(), name, " is not on a GPU, but other arguments are: move all to one device");
   return tensor.get_device_index();
 }
 
 void* current_cuda_stream(int32_t device) {
   void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(loaded(stream_getter(), "current stream")(device, &stream));
+  TORCH_ERROR_CODE_CHECK(loaded(stream_getter(), "CUDA streams")(device, &stream));
   return stream;
 }
 
@@ -56,9 +58,9 @@ void cuda_matrix_product(const Tensor& out, const Tensor& a, const Tensor& b, bo
   static const auto mm = reinterpret_cast<decltype(&aoti_torch_cuda_mm_out)>(find("aoti_torch_cuda_mm_out"));
   static const auto addmm = reinterpret_cast<decltype(&aoti_torch_cuda_addmm_out)>(find("aoti_torch_cuda_addmm_out"));
   if (add) {
-    TORCH_ERROR_CODE_CHECK(loaded(addmm, "addmm")(out.get(), out.get(), a.get(), b.get(), 1, 1));
+    TORCH_ERROR_CODE_CHECK(loaded(addmm, "CUDA addmm")(out.get(), out.get(), a.get(), b.get(), 1, 1));
   } else {
-    TORCH_ERROR_CODE_CHECK(loaded(mm, "mm")(out.get(), a.get(), b.get()));
+    TORCH_ERROR_CODE_CHECK(loaded(mm, "CUDA mm")(out.get(), a.get(), b.get()));
   }
 }
 

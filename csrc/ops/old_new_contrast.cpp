@@ -39,21 +39,26 @@ ContrastCall check_contrast(const Tensor& anchors, const Tensor& candidates, con
     const char* name = rows == &anchors ? "anchors" : "candidates";
     check_rows(*rows, name);
     SIMPLEXFIX_CHECK(rows->scalar_type() == type && rows->size(1) == anchors.size(1),
-                     "anchors and candidates must have the same dtype and number of columns");
+                     "anchors and candidates must have the same dtype and number of columns, got ",
+                     torch::headeronly::toString(type), " ", shape_of(anchors), " and ",
+                     torch::headeronly::toString(rows->scalar_type()), " ", shape_of(*rows));
     SIMPLEXFIX_CHECK(
         classes->dim() == 1 && classes->size(0) == rows->size(0) && classes->scalar_type() == ScalarType::Long, name,
-        "' classes must be int64 and have shape [", rows->size(0), "]");
+        "' classes must be int64 and have shape [", rows->size(0), "], got ",
+        torch::headeronly::toString(classes->scalar_type()), " ", shape_of(*classes));
     SIMPLEXFIX_CHECK(rows->device() == anchors.device() && classes->device() == anchors.device(),
                      "anchors, candidates and their classes are on different devices");
   }
   const int64_t n = anchors.size(0), count = candidates.size(0);
-  SIMPLEXFIX_CHECK(first_positive >= 0 && first_positive + n <= count, "anchors ", first_positive, " to ",
-                   first_positive + n - 1, " have no candidates of their own among ", count);
+  SIMPLEXFIX_CHECK(first_positive >= 0 && first_positive + n <= count,
+                   "candidates must include one for each anchor from row first_positive on: expected ", n,
+                   " rows from row ", first_positive, " on, got ", count, " candidates");
   SIMPLEXFIX_CHECK(negatives >= 0 && negatives <= 2, "negatives must be 0, 1 or 2, got ", negatives);
-  SIMPLEXFIX_CHECK(count < (int64_t(1) << 31), "at most 2^31 - 1 candidates, got ", count);
+  SIMPLEXFIX_CHECK(count < (int64_t(1) << 31), "candidates must have at most 2^31 - 1 rows, got ", count);
   if (upstream)
     SIMPLEXFIX_CHECK(upstream->dim() == 1 && upstream->size(0) == n && upstream->scalar_type() == accumulate_type(type),
-                     "upstream must have shape [", n, "] in the accumulating dtype");
+                     "upstream must be ", torch::headeronly::toString(accumulate_type(type)), " and have shape [", n,
+                     "], got ", torch::headeronly::toString(upstream->scalar_type()), " ", shape_of(*upstream));
   ContrastCall call{.anchors = with_dense_rows(anchors),
                     .candidates = with_dense_rows(candidates),
                     .anchor_class = as_contiguous(anchor_class),

@@ -19,7 +19,7 @@ ScaleCall check(const Tensor& gradient, const Tensor& upstream) {
   check_rows(gradient, "gradient");
   const bool one = upstream.dim() == 0;
   SIMPLEXFIX_CHECK(one || (upstream.dim() == 1 && upstream.size(0) == gradient.size(0)),
-                   "upstream must be a scalar or have shape [", gradient.size(0), "]");
+                   "upstream must be a scalar or have shape [", gradient.size(0), "], got ", shape_of(upstream));
   SIMPLEXFIX_CHECK(upstream.scalar_type() == accumulate_type(gradient.scalar_type()), "upstream must be ",
                    torch::headeronly::toString(accumulate_type(gradient.scalar_type())), ", got ",
                    torch::headeronly::toString(upstream.scalar_type()));

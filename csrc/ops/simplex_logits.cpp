@@ -26,8 +26,10 @@ LogitsCall check(const Tensor& z, const Tensor* gradient, double scale) {
   if (rows > 1) call.z_stride = call.z.stride(0);
   if (gradient) {
     SIMPLEXFIX_CHECK(gradient->dim() == 2 && gradient->size(0) == rows && gradient->size(1) == d + 1,
-                     "gradient must have shape [", rows, ", ", d + 1, "]");
-    SIMPLEXFIX_CHECK(gradient->scalar_type() == z.scalar_type(), "gradient and z differ in dtype");
+                     "gradient must have shape [", rows, ", ", d + 1, "], got ", shape_of(*gradient));
+    SIMPLEXFIX_CHECK(gradient->scalar_type() == z.scalar_type(), "gradient must have the dtype of z, ",
+                     torch::headeronly::toString(z.scalar_type()), ", got ",
+                     torch::headeronly::toString(gradient->scalar_type()));
     SIMPLEXFIX_CHECK(gradient->device() == z.device(), "gradient and z are on different devices");
     call.gradient = as_contiguous(*gradient);
   }
