@@ -1,4 +1,4 @@
-"""Data sets and augmentation.  Nothing here downloads anything."""
+"""Data sets, preprocessing and augmentation.  No function downloads anything."""
 
 from .augment import Normalize, RandomCropFlip, RandomWarp
 from .cifar import CIFAR100_MEAN, CIFAR100_STD, Cifar, CifarFileError, load_cifar10, load_cifar100

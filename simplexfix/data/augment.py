@@ -1,4 +1,4 @@
-"""Augmentation of whole batches on the device where they are, from a generator of one's own."""
+"""Augmentation of batches on their own device, with an explicit random generator."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ _BUMPS = 4  # a grid of 4 x 4 control points
 
 @dataclass(frozen=True)
 class RandomWarp:
-    """Random affine maps with smooth elastic bends, one per image; what comes from outside is 0.
+    """Random affine maps with smooth elastic deformations, one per image; pixels from outside the image are 0.
 
-    A sampled point is `A (x, y) + t + sum_c e_c b_c(x, y)`, in coordinates from -1 to 1, with rotation, shear and
-    log-scale in A and shift t uniform up to the given limits, and e_c normal at 16 control points with
-    bicubic bumps b_c.
+        source(x, y) = A (x, y) + t + sum_c e_c b_c(x, y)       # coordinates from -1 to 1
+
+    A consists of a rotation, a shear and a scale.  Their parameters and the shift t are uniform up to the given limits.
+    The e_c are normal at 16 control points, and the b_c are bicubic bumps.
 
     Args:
-        rotate: radians.
-        log_scale: of each axis.
-        shear: of the horizontal axis along the vertical one.
-        shift: in half widths of the image.
-        elastic: standard deviation at each control point, in half widths.
+        rotate: largest rotation in radians.
+        log_scale: largest logarithm of the scale of each axis.
+        shear: largest shear of the horizontal axis along the vertical one.
+        shift: largest shift in half widths of the image.
+        elastic: standard deviation at each control point, in half widths of the image.
     """
 
     rotate: float = 0.2
@@ -40,7 +41,15 @@ class RandomWarp:
     elastic: float = 0.08
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """uint8 or floating [B, H, W] -> float32 [B, 1, H, W], warped."""
+        """Warps images.
+
+        Args:
+            images: [B, H, W] uint8 or floating.
+            generator: source of all random numbers.
+
+        Returns:
+            [B, 1, H, W] float32.
+        """
         b, height, width = images.shape
 
         def uniform(limit: float) -> Tensor:
@@ -59,13 +68,15 @@ class RandomWarp:
 
 @dataclass(frozen=True)
 class Normalize:
-    """Pixels as a network takes them, without augmentation: `(x / 255 - mean) / std` by channel.
+    """Per-channel normalisation of pixels, without augmentation.
+
+        (x / 255 - mean) / std
 
     Args:
-        mean, std: one number for each channel, for pixels in [0, 1].
+        mean, std: one number per channel, for pixels in [0, 1].
 
     Raises:
-        ValueError: of different lengths, or a std that is not positive.
+        ValueError: the lengths differ, or a std is not positive.
     """
 
     mean: tuple[float, ...]
@@ -78,25 +89,24 @@ class Normalize:
             )
 
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 [B, C, H, W] -> float32 [B, C, H, W]."""
+        """Normalises images [B, C, H, W] uint8 to float32."""
         _check_pixels(images, len(self.mean))
         return (images - _by_channel(self.mean, images.device)) / _by_channel(self.std, images.device)
 
 
 @dataclass(frozen=True)
 class RandomCropFlip:
-    """The usual augmentation of 32-pixel photographs: a shifted cut, mirrored or not, one per image, then normalised.
+    """Random crop with zero padding and random horizontal flip, then normalisation: the usual CIFAR augmentation.
 
-    An image is padded with black (0) on all sides, and a piece of its own size is cut out of that, from anywhere with
-    equal chance.  Sizes do not change.
+    Crops have the size of the image and a uniform position, drawn per image.
 
     Args:
-        normalize: what follows.
-        padding: pixels on each side.
-        flip: chance of left and right being exchanged.
+        normalize: normalisation of the result.
+        padding: width of the padding in pixels, at least 0.
+        flip: probability of a horizontal flip, in [0, 1].
 
     Raises:
-        ValueError: a negative padding, or a chance outside [0, 1].
+        ValueError: the padding is negative, or the probability is outside [0, 1].
     """
 
     normalize: Normalize
@@ -108,17 +118,17 @@ class RandomCropFlip:
             raise ValueError(f"padding must be 0 or more and flip in [0, 1], got {self.padding} and {self.flip}")
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """uint8 [B, C, H, W] -> float32 [B, C, H, W]; the generator is on the CPU, the images anywhere."""
+        """Augments images [B, C, H, W] uint8 to float32; the generator is on the CPU, the images on any device."""
         _check_pixels(images, len(self.normalize.mean))
         b, _, height, width = images.shape
         down, right = torch.randint(2 * self.padding + 1, (2, b, 1), generator=generator)
         mirrored = torch.rand(b, 1, generator=generator) < self.flip
         x = torch.arange(width).expand(b, -1)
-        rows = to_device_async(torch.arange(height) + down, images.device)  # [B, H] of the padded image
+        rows = to_device_async(torch.arange(height) + down, images.device)  # [B, H] rows of the padded image
         columns = to_device_async(x.where(~mirrored, width - 1 - x) + right, images.device)  # [B, W]
         padded = F.pad(images, (self.padding,) * 4)
         image = torch.arange(b, device=images.device).view(-1, 1, 1)
-        # advanced indices on both sides of a slice: channels come last, and are put back
+        # NumPy-style indices on both sides of a slice move the channels to the end; permute moves them back
         cut = padded[image, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
         return self.normalize(cut)
 
@@ -133,13 +143,13 @@ def _check_pixels(images: Tensor, channels: int) -> None:
 
 @functools.cache
 def _by_channel(numbers: tuple[float, ...], device: torch.device) -> Tensor:
-    """[1, C, 1, 1], for pixels up to 255."""
+    """Numbers per channel as [1, C, 1, 1], scaled to pixels up to 255."""
     return torch.tensor(numbers, device="cpu").view(1, -1, 1, 1).mul(255).to(device)
 
 
 @functools.cache
 def _basis(height: int, width: int) -> Tensor:
-    """[3 + 16, H * W]: x, y and 1 at every pixel, then the bumps of the control points."""
+    """Basis functions [3 + 16, H * W] at every pixel: x, y, 1, and the bumps of the control points."""
     down = (2 * torch.arange(height) + 1) / height - 1
     right = (2 * torch.arange(width) + 1) / width - 1
     y, x = torch.meshgrid(down, right, indexing="ij")

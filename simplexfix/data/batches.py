@@ -1,4 +1,4 @@
-"""Batches of all there is, in order: of a tensor, a dataset or a loader."""
+"""Iterates over all rows of a tensor, a dataset or a loader in order, in batches."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from .dataset_rows import DatasetRows, first_of, type_name
 __all__ = ["batches_of"]
 
 _ROWS = 1024
-_DATASET_ROWS = 128  # which are in memory several times: those that processes read ahead
+_DATASET_ROWS = 128  # rows per batch of a dataset; small, because prefetched batches take memory too
 
 
 def batches_of(input: Tensor | Dataset[Any] | DataLoader[Any], *, workers: int = 0) -> Iterator[Tensor]:
-    """All rows in order.
+    """Yields all rows in order, in batches.
 
     Args:
-        input: [N, ...]; a map-style dataset; or a loader, whose batches are tensors or begin with one.
-        workers: processes that read a dataset ahead; of a tensor none does.
+        input: a tensor [N, ...]; a map-style dataset; or a loader whose batches are tensors or tuples that begin with
+            one.
+        workers: number of processes that read a dataset; ignored for a tensor.
 
     Raises:
-        TypeError: something else.
-        ValueError: workers for a loader, or a loader that shuffles or leaves rows out.
+        TypeError: `input` has another type.
+        ValueError: `workers` is given with a loader, or a loader shuffles or drops rows.
     """
     if isinstance(input, Tensor):
         return iter(torch.split(input, _ROWS))
@@ -57,7 +58,7 @@ def _loaded(loader: DataLoader[Any]) -> Iterator[Tensor]:
 
 
 def _check_all_in_order(loader: DataLoader[Any]) -> None:
-    """Row i of the embeddings must be item i."""
+    """Raises unless the loader yields all items in order: row i of the embeddings must be item i."""
     inner = getattr(loader.batch_sampler, "sampler", loader.sampler)
     if isinstance(inner, (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)):
         raise ValueError("the DataLoader shuffles: embeddings would not be in the order of the items; shuffle=False")

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 in the binary version that their author publishes."""
+"""Reads CIFAR-10 and CIFAR-100 from the binary version that their author publishes."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ PIXELS = 3 * SIDE * SIDE
 SPLITS = ("train", "test")
 PUBLISHED = "https://www.cs.toronto.edu/~kriz/cifar.html"
 
-# of the training images of CIFAR-100, by channel, for pixels in [0, 1]
+# statistics of CIFAR-100's training images per channel, for pixels in [0, 1]
 CIFAR100_MEAN = (0.5071, 0.4867, 0.4408)
 CIFAR100_STD = (0.2675, 0.2565, 0.2761)
 
 
 class CifarFileError(ValueError):
-    """A file is not of the binary version of CIFAR, or damaged; the message names it."""
+    """A file does not have CIFAR's binary format or is damaged; the message names the file."""
 
 
 @dataclass(frozen=True, eq=False)
 class Cifar:
-    """Images of one split, in the order of the files.
+    """Images and labels of one split, in file order.
 
     Attributes:
-        images: uint8 [N, 3, 32, 32]: red, green, blue.
-        labels: int64 [N] class ids, for CIFAR-100 of the fine classes.
-        class_names: the name of class 0, 1, ...
-        coarse_labels: int64 [N] superclass ids of CIFAR-100; None for CIFAR-10.
+        images: [N, 3, 32, 32] uint8, channels red, green, blue.
+        labels: [N] int64 class ids; for CIFAR-100 those of the fine classes.
+        class_names: names of class 0, 1, ...
+        coarse_labels: [N] int64 superclass ids of CIFAR-100; None for CIFAR-10.
     """
 
     images: NDArray[np.uint8]
@@ -48,20 +48,20 @@ class Cifar:
 def load_cifar10(
     path: str | os.PathLike[str], split: str = "train", *, batches: Sequence[int] = (1, 2, 3, 4, 5)
 ) -> Cifar:
-    """CIFAR-10: 50,000 training and 10,000 test images of 10 classes.
+    """Reads CIFAR-10: 50,000 training and 10,000 test images of 10 classes.
 
-    A file is records of 3,073 bytes: the class, then 1,024 bytes each of red, green and blue, row by row.  It may hold
-    fewer than the 10,000 records that it is published with, but no part of one.
+    A file consists of records of 3,073 bytes: the class, then 1,024 bytes each of red, green and blue in row order.  A
+    file may hold fewer than the published 10,000 records, but only whole ones.
 
     Args:
-        path: the folder `cifar-10-batches-bin`, or one that holds it.
+        path: the folder `cifar-10-batches-bin`, or its parent.
         split: "train" or "test".
-        batches: which files `data_batch_1.bin` ... of the training images, where not all are wanted.
+        batches: numbers of the training files `data_batch_N.bin` to read, from 1 to 5.
 
     Raises:
-        FileNotFoundError: a file is missing; says where the data is published and what is expected.
-        CifarFileError: a file of another size, or a label out of range, by record.
-        ValueError: an unknown split, or batches out of 1 to 5 or twice.
+        FileNotFoundError: a file is missing; the message says where the data is published.
+        CifarFileError: a file has a wrong size, or a label is out of range; the message names the record.
+        ValueError: the split is unknown, or a batch number is out of range or a duplicate.
 
     Reference:
         Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", technical report, 2009.
@@ -77,18 +77,18 @@ def load_cifar10(
 
 
 def load_cifar100(path: str | os.PathLike[str], split: str = "train") -> Cifar:
-    """CIFAR-100: 50,000 training and 10,000 test images of 100 classes.
+    """Reads CIFAR-100: 50,000 training and 10,000 test images of 100 classes.
 
-    A file is records of 3,074 bytes: superclass, class, then 1,024 bytes each of red, green and blue, row by row.  It
-    may hold fewer records than it is published with, but no part of one.
+    A file consists of records of 3,074 bytes: superclass, class, then 1,024 bytes each of red, green and blue in row
+    order.  A file may hold fewer records than published, but only whole ones.
 
     Args:
-        path: the folder `cifar-100-binary`, or one that holds it.
+        path: the folder `cifar-100-binary`, or its parent.
         split: "train" or "test".
 
     Raises:
-        FileNotFoundError, CifarFileError: as `load_cifar10`.
-        ValueError: an unknown split.
+        FileNotFoundError, CifarFileError: as in `load_cifar10`.
+        ValueError: the split is unknown.
 
     Reference:
         Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", technical report, 2009.
@@ -123,7 +123,7 @@ def _names(file: Path, classes: int) -> tuple[str, ...]:
 
 
 def _records(file: Path, classes: tuple[int, ...]) -> NDArray[np.uint8]:
-    """[N, labels + 3072], of so many classes each label."""
+    """Reads records [N, labels + 3072] and checks labels; `classes` holds the number of classes of each label."""
     width = len(classes) + PIXELS
     found = np.fromfile(file, dtype=np.uint8)
     if not len(found) or len(found) % width:

@@ -1,4 +1,4 @@
-"""Rows of map-style datasets, read when they are needed."""
+"""Rows of map-style datasets, read lazily."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ __all__ = ["DatasetRows", "bytes_of", "first_of", "type_name"]
 
 
 class DatasetRows(Dataset[Tensor]):
-    """Inputs [N, ...] that are rows of map-style datasets, each read when it is needed.
+    """Inputs [N, ...] from rows of map-style datasets, read lazily.
 
     Each item has its own seed for the global generators of torch, NumPy and `random`.  So an item does not depend on
-    the process that reads it.  Reading leaves these generators as they were.
+    the process that reads it.  Reading restores these generators.
 
     Args:
-        datasets: each item is a tensor, an array, or a tuple that begins with one.
-        rows: [N, 2] int64: the number of the dataset, and the number of the item in it.
+        datasets: map-style datasets; an item is a tensor, an array, or a tuple that begins with one.
+        rows: [N, 2] int64: index of the dataset, and index of the item in it.
         kind: shape and dtype of every item.
     """
 
@@ -44,11 +44,13 @@ class DatasetRows(Dataset[Tensor]):
 
     @classmethod
     def of(cls, dataset: Dataset[Any]) -> DatasetRows:
-        """All rows of a dataset; reads its first item for shape and dtype.  DatasetRows are returned as they are.
+        """Returns all rows of a dataset; a `DatasetRows` is returned unchanged.
+
+        The first item is read for shape and dtype.
 
         Raises:
-            TypeError: it is not map-style, or its items are no tensors.
-            ValueError: it is empty.
+            TypeError: the dataset is not map-style, or its items are not tensors.
+            ValueError: the dataset is empty.
         """
         if isinstance(dataset, DatasetRows):
             return dataset
@@ -90,10 +92,10 @@ class DatasetRows(Dataset[Tensor]):
         return DatasetRows(self.datasets, self.rows[rows], self.kind)
 
     def joined(self, other: DatasetRows) -> DatasetRows:
-        """The rows of both, one after the other.
+        """Concatenates the rows of both.
 
         Raises:
-            ValueError: items are of another shape or dtype.
+            ValueError: shapes or dtypes of items differ.
         """
         if self.kind != other.kind:
             kinds = " and ".join(f"{list(shape)} {dtype}" for shape, dtype in (self.kind, other.kind))
@@ -104,13 +106,14 @@ class DatasetRows(Dataset[Tensor]):
         return DatasetRows(datasets, torch.cat([self.rows, rows]), self.kind)
 
     def read(self, seeds: Sequence[int] | None = None) -> Tensor:
-        """Reads all rows: [N, ...].
+        """Reads all rows, [N, ...].
 
         Args:
-            seeds: one for each row; None takes the number of the item in its dataset.
+            seeds: one seed per row; None for the index of the item in its dataset.
 
         Raises:
-            TypeError, ValueError: an item is no tensor, or of another shape or dtype than the first one.
+            TypeError: an item is not a tensor.
+            ValueError: an item has another shape or dtype than the first one.
         """
         rows = self.rows.tolist()
         found = []
@@ -127,12 +130,12 @@ class DatasetRows(Dataset[Tensor]):
         return torch.stack(found) if found else torch.empty(self.shape, dtype=self.dtype)
 
     def batches(self, size: int, *, workers: int) -> Generator[Tensor, None, None]:
-        """All inputs in order, `size` rows at a time; `workers` processes read ahead."""
+        """Yields all inputs in order, `size` rows per batch, prefetched by `workers` processes."""
         starts = range(0, len(self), size)
         return read_ahead(partial(_read_slice, self, size), starts, workers=workers)
 
     def contents(self) -> Iterator[bytes]:
-        """Bytes that identify each row: `dataset.content(row)` if the dataset has that method, else the input's."""
+        """Yields bytes that identify each row: `dataset.content(row)` if that method exists, else the input's bytes."""
         for at, (number, row) in enumerate(self.rows.tolist()):
             content = getattr(self.datasets[number], "content", None)
             yield content(row) if content else bytes_of(self[at : at + 1].read())
@@ -167,12 +170,12 @@ def _input_of(dataset: Dataset[Any], row: int) -> Tensor:
 
 
 def first_of(item: Any) -> Any:
-    """The input of an item or a batch that may have a label, too."""
+    """Returns the input of an item or batch, which may be a tuple of input and label."""
     return item[0] if isinstance(item, (tuple, list)) and item else item
 
 
 def type_name(item: Any) -> str:
-    """The type of an item and of what it holds, for messages."""
+    """Returns the type of an item and of its entries, for error messages."""
     if isinstance(item, Mapping):
         return f"{type(item).__name__} of {', '.join(map(str, item)) or 'nothing'}"
     if isinstance(item, (tuple, list)):
@@ -181,5 +184,5 @@ def type_name(item: Any) -> str:
 
 
 def bytes_of(tensor: Tensor) -> Any:
-    """The bytes of a tensor as a buffer, for a checksum."""
+    """Returns the bytes of a tensor as a buffer, for a checksum."""
     return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

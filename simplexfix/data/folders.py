@@ -1,4 +1,4 @@
-"""A folder of images per class, read with Pillow."""
+"""Image folders with one subfolder per class, read with Pillow."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ __all__ = ["ImageFolder", "ImageFolderDataset", "find_images", "load_image_folde
 
 @dataclass(frozen=True, eq=False)
 class ImageFolder:
-    """Images of all classes, in memory: 3 * size^2 bytes each.
+    """Images of all classes in memory, 3 * size^2 bytes each.
 
     Attributes:
-        images: uint8 [N, 3, size, size]: red, green, blue.
-        labels: int64 [N]: positions in `class_names`.
-        class_names: of the class folders, sorted; as `ImageFolderDataset` makes them.
-        files: [N] where each image is from, sorted within its class.
+        images: [N, 3, size, size] uint8, channels red, green, blue.
+        labels: [N] int64, indices into `class_names`.
+        class_names: sorted names of the classes, as in `ImageFolderDataset`.
+        files: [N] path of each image, sorted within its class.
     """
 
     images: NDArray[np.uint8]
@@ -40,32 +40,31 @@ class ImageFolder:
 
 
 class ImageFolderDataset(Dataset[tuple[Tensor, int]]):
-    """The images `path/CLASS/.../IMAGE` for every folder CLASS, each decoded when it is taken.
+    """A map-style dataset of the images `path/CLASS/.../IMAGE`, decoded lazily.
 
-    An image is turned upright by its EXIF orientation, converted to RGB (transparency is dropped), scaled, bicubic with
-    antialiasing, for its shorter side to be `size`, and its middle is cut out.  Of an animation the first frame counts.
-    Files beside the class folders, and whatever begins with a dot, are passed over.  Links are followed.
+    An image is rotated by its EXIF orientation and converted to RGB; an alpha channel is dropped.  It is resized
+    (bicubic, antialiased) so that the shorter side is `size`, and cropped at the centre.  Animations give their first
+    frame.  Files beside the class folders and names that begin with a dot are ignored.  Symbolic links are followed.
 
-        name of a class = name of its folder in Unicode form NFC, without blanks around it
+    The name of a class is its folder's name in Unicode form NFC, without surrounding blanks.  Folders with equal names
+    form one class.  Bytes of a name that are not UTF-8 are written as `\\xNN`.
 
-    Folders with one name make one class.  Bytes of a folder's name that are not UTF-8 are written as `\\xNN`.
-
-    All files are looked up at once, about 10 us each.  Reading an item may still raise ImageFileError.
+    The constructor checks all files, about 10 us each.  Reading an item may still raise ImageFileError.
 
     Args:
-        path: the folder of class folders.
-        size: side of the images in pixels.
+        path: the folder that holds the class folders.
+        size: side of the images in pixels, at least 1.
 
     Attributes:
-        files: [N] where each image is, sorted within its class.
-        targets: int64 [N]: positions in `class_names`.
-        class_names: sorted.
+        files: [N] path of each image, sorted within its class.
+        targets: [N] int64, indices into `class_names`.
+        class_names: sorted names of the classes.
 
     Raises:
-        FileNotFoundError: no such folder, or no class folder in it.
-        ImageFileError: a class without images, or without a name; a file that is no image by its suffix, is empty, or
-            cannot be read; a link to nothing, or to a folder that it lies in.
-        ValueError: a size below 1.
+        FileNotFoundError: the folder does not exist or holds no class folder.
+        ImageFileError: a class has no images or an empty name; a file has no image suffix, is empty or cannot be read;
+            or a link is dangling or leads to a folder around it.
+        ValueError: `size` is below 1.
         ModuleNotFoundError: Pillow is not installed.
     """
 
@@ -84,35 +83,35 @@ class ImageFolderDataset(Dataset[tuple[Tensor, int]]):
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """uint8 [3, size, size] and its label."""
+        """Returns the image [3, size, size] uint8 and its label."""
         return torch.from_numpy(read_rgb(self.files[index], self.size)), int(self.targets[index])
 
     def content(self, index: int) -> bytes:
-        """The bytes of the file: what tells one image from another without decoding it."""
+        """Returns the bytes of the file, which identify the image without decoding."""
         try:
             return Path(self.files[index]).read_bytes()
         except OSError as error:
             raise ImageFileError(f"{self.files[index]} cannot be read: {error.strerror}") from None
 
     def in_memory(self) -> ImageFolder:
-        """All images, decoded by as many threads as there are processors."""
+        """Decodes all images, with one thread per processor."""
         images = np.empty((len(self), 3, self.size, self.size), dtype=np.uint8)
-        with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
+        with ThreadPoolExecutor() as pool:  # Pillow releases the GIL while it decodes
             for i, (image, _) in enumerate(pool.map(self.__getitem__, range(len(self)))):
                 images[i] = image
         return ImageFolder(images, self.targets.numpy(), self.class_names, tuple(map(Path, self.files)))
 
 
 def load_image_folder(path: str | os.PathLike[str], *, size: int) -> ImageFolder:
-    """Decodes all images of a folder at once, as `ImageFolderDataset` reads them one by one.
+    """Reads all images of a folder into memory; see `ImageFolderDataset` for layout and preprocessing.
 
     Args:
-        path: the folder of class folders.
-        size: side of the images in pixels.
+        path: the folder that holds the class folders.
+        size: side of the images in pixels, at least 1.
 
     Raises:
-        FileNotFoundError, ImageFileError, ValueError, ModuleNotFoundError: as `ImageFolderDataset`; ImageFileError
-            also for an image that is damaged, or whose pixels are not of 8 bits.
+        FileNotFoundError, ImageFileError, ValueError, ModuleNotFoundError: as in `ImageFolderDataset`.
+        ImageFileError: an image is damaged, or its pixels have more than 8 bits.
     """
     return ImageFolderDataset(path, size=size).in_memory()
 
@@ -142,7 +141,7 @@ def find_images(path: str | os.PathLike[str]) -> list[str]:
 
 
 def _find_classes(root: str) -> dict[str, list[str]]:
-    """Class name -> its files, both sorted."""
+    """Returns a dict from class name to files, both sorted."""
     if not os.path.isdir(root):
         raise FileNotFoundError(f"{root} is no folder; expected one with a folder of images for each class")
     above = (_identity(os.stat(root)),)
@@ -164,12 +163,12 @@ def _find_classes(root: str) -> dict[str, list[str]]:
 
 
 def _find_files(folder: str, found: os.stat_result, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
-    """All below, in the order of the parts of their paths.
+    """Yields all files below a folder, sorted by the components of their paths.
 
     Args:
-        folder: its path.
-        found: what the folder, or what it links to, is.
-        above: identities of the folders that it lies in.
+        folder: path of the folder.
+        found: stat result of the folder, or of its target if it is a link.
+        above: device and inode of each folder around it, to detect cycles of links.
     """
     if _identity(found) in above:
         raise ImageFileError(
@@ -193,7 +192,7 @@ def _find_files(folder: str, found: os.stat_result, above: tuple[tuple[int, int]
 
 
 def _entries(folder: str) -> list[os.DirEntry[str]]:
-    """Sorted, without those that begin with a dot."""
+    """Returns the sorted entries of a folder, without names that begin with a dot."""
     try:
         with os.scandir(folder) as entries:
             return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
@@ -202,7 +201,7 @@ def _entries(folder: str) -> list[os.DirEntry[str]]:
 
 
 def _stat(entry: os.DirEntry[str]) -> os.stat_result:
-    """Of what a link points to."""
+    """Returns the stat result of an entry; links are followed."""
     try:
         return entry.stat()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What a network takes of what there is: plain values, so that a model's folder can keep them."""
+"""Preprocessings: they turn raw data into network inputs, and their plain parameters are saved with a model."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ __all__ = ["Drawings", "Photographs", "Preprocessing", "Tokens", "Vectors"]
 
 @dataclass(frozen=True)
 class Vectors:
-    """Features that another network has extracted, as they are.
+    """Preprocessing for features of another network: a check and a cast to float32.
 
     Args:
-        width: of a row.
+        width: number of columns.
     """
 
     width: int
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """Floating [B, width] -> float32 [B, width]."""
+        """Casts floating rows [B, width] to float32."""
         if not rows.is_floating_point() or rows.shape[1:] != (self.width,):
             raise ValueError(f"rows must be floating [B, {self.width}], got {_describe(rows)}")
         return rows.float()
@@ -31,16 +31,16 @@ class Vectors:
 
 @dataclass(frozen=True)
 class Drawings:
-    """Ink as 1 or more, paper as 0.
+    """Preprocessing for drawings: ink is 1 or more, paper is 0.
 
     Args:
-        side: of the images in pixels.
+        side: side of the images in pixels.
     """
 
     side: int
 
     def __call__(self, images: Tensor) -> Tensor:
-        """[B, side, side] -> float32 [B, 1, side, side]."""
+        """Converts images [B, side, side] to float32 [B, 1, side, side]."""
         if images.shape[1:] != (self.side, self.side):
             raise ValueError(f"images must be [B, {self.side}, {self.side}], got {_describe(images)}")
         return images.float().unsqueeze(1)
@@ -48,18 +48,18 @@ class Drawings:
 
 @dataclass(frozen=True)
 class Photographs:
-    """Pixels of images of one size; `load_image_folder` and others bring them to it.
+    """Preprocessing for photographs of one size, such as `load_image_folder` returns.
 
     Args:
-        side: of the images in pixels.
-        normalize: what follows.
+        side: side of the images in pixels.
+        normalize: normalisation of the pixels.
     """
 
     side: int
     normalize: Normalize
 
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 [B, C, side, side] -> float32 [B, C, side, side]."""
+        """Normalises images [B, C, side, side] uint8 to float32."""
         if images.shape[2:] != (self.side, self.side):
             raise ValueError(f"images must be uint8 [B, C, {self.side}, {self.side}], got {_describe(images)}")
         return self.normalize(images)
@@ -67,16 +67,16 @@ class Photographs:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Texts as a tokenizer has cut them (`simplexfix.models.token_ids`).
+    """Preprocessing for tokenized texts (`simplexfix.models.token_ids`): a check of shape and dtype.
 
     Args:
-        length: tokens of a row, padding among them.
+        length: tokens per row, padding included.
     """
 
     length: int
 
     def __call__(self, ids: Tensor) -> Tensor:
-        """int64 [B, length], unchanged."""
+        """Returns ids [B, length] int64 unchanged."""
         if ids.dtype != torch.int64 or ids.shape[1:] != (self.length,):
             raise ValueError(f"ids must be int64 [B, {self.length}], got {_describe(ids)}")
         return ids

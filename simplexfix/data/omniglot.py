@@ -1,4 +1,4 @@
-"""Omniglot: handwritten characters of eight alphabets, shipped inside the package."""
+"""Omniglot: handwritten characters of eight alphabets, included in the package."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class Omniglot:
     """Drawings of 242 characters by 20 people each.
 
     Attributes:
-        images: uint8 [242, 20, 28, 28], ink 1 and paper 0. Drawing `n` of every character of one
-            alphabet is by the same person; other alphabets were drawn by other people.
-        alphabet_of: int64 [242], the position of each character's alphabet in `alphabets`.
+        images: [242, 20, 28, 28] uint8, ink 1 and paper 0.  Drawings with the same second index in one alphabet are by
+            the same person; different alphabets have different people.
+        alphabet_of: [242] int64, index of each character's alphabet in `alphabets`.
         alphabets: the 8 names, sorted.
-        characters: the 242 names, `"Greek/character01"`, sorted.
+        characters: the 242 names, such as `"Greek/character01"`, sorted.
     """
 
     images: NDArray[np.uint8]
@@ -30,13 +30,13 @@ class Omniglot:
 
 
 def load_omniglot() -> Omniglot:
-    """The two small background sets of Omniglot, at 28 x 28 pixels.
+    """Reads the two small background sets of Omniglot at 28 x 28 pixels.
 
-    They were reduced from 105 x 105 by `tools/pack_omniglot.py`. MIT License, Copyright (c) 2015
-    Brenden Lake; the notice is in `omniglot-LICENSE.txt`, beside the data.
+    `tools/pack_omniglot.py` reduced the images from 105 x 105 pixels.  MIT License, Copyright (c) 2015 Brenden Lake;
+    the notice is in `omniglot-LICENSE.txt`, beside the data.
 
     Returns:
-        A fresh `Omniglot`: its arrays are the caller's own.
+        A new `Omniglot`; the caller may change its arrays.
 
     Reference:
         Lake, Salakhutdinov and Tenenbaum, "Human-level concept learning through probabilistic program

@@ -1,4 +1,4 @@
-"""Processes that read items ahead of their use."""
+"""Prefetching: worker processes read items before they are used."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _T = TypeVar("_T")
 
 
 def read_ahead(read: Callable[[_R], _T], requests: Iterable[_R], *, workers: int) -> Generator[_T, None, None]:
-    """`map(read, requests)` in order; `workers` processes call `read` ahead of the consumer.
+    """Yields `map(read, requests)` in order; `workers` processes prefetch the results.
 
     Args:
-        read: gives the same result in every process.
-        requests: arguments of the calls; arrays rather than tensors, which torch would send through shared memory.
-        workers: 0 calls `read` in this process.  Workers exit when the iterator is closed, and within about 5 s after
-            this process was killed.
+        read: function whose result does not depend on the process.
+        requests: arguments of the calls; use arrays, since torch would send tensors through shared memory.
+        workers: number of processes; 0 calls `read` in this process.  Workers exit when the iterator is closed, and
+            about 5 s after this process is killed.
 
     Raises:
         ImageFileError: `read` raised it.  Other errors keep their type; their message has the worker's traceback.
@@ -40,7 +40,7 @@ def read_ahead(read: Callable[[_R], _T], requests: Iterable[_R], *, workers: int
         collate_fn=_as_it_is,
         num_workers=workers,
         worker_init_fn=_begin,
-        generator=torch.Generator(),  # or it would draw from the global one
+        generator=torch.Generator(),  # otherwise the loader draws from the global generator
     )
     for found in loader:
         if isinstance(found, ImageFileError):
@@ -73,7 +73,7 @@ class _Reader(Dataset[Any], Generic[_R, _T]):
     def __getitem__(self, request: Any) -> _T | ImageFileError:
         try:
             return self.read(request)
-        except ImageFileError as error:  # its message says all
+        except ImageFileError as error:  # without a traceback: the message is complete
             return error
 
 

@@ -1,4 +1,4 @@
-"""Small plain networks, those of other libraries, and the pair of backbone and head that is a version of a model."""
+"""Embedding models: backbones, heads, and model versions that are saved to folders with an identity."""
 
 from .convnet import SmallConvNet
 from .embedding import EmbeddingModel

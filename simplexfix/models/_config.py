@@ -1,7 +1,8 @@
-"""A folder of `config.json` and one safetensors file, each part with its checksum: what models and adapters share.
+"""The folder format of models and adapters: `config.json` and one safetensors file, with checksums.
 
-The weights come first, under a name made of their checksum; then `config.json`, which names them, takes the place of
-the one before by a rename; then the old weights go.  So at every moment the folder holds one whole model.
+Writing takes three steps.  The weights are written under a name that contains their checksum.  A rename replaces
+`config.json`, which holds that name.  Then the old weights are deleted.  So the folder holds a complete model at every
+moment.
 """
 
 from __future__ import annotations
@@ -30,22 +31,22 @@ __all__ = [
     "write_model_folder",
 ]
 
-_NAME_PARTS = ("version", "class_names")  # the same model under other names gives the same embeddings
+_NAME_PARTS = ("version", "class_names")  # names do not change embeddings, so the fingerprint leaves them out
 
 
 class ModelFolderError(ValueError):
-    """A folder holds no model, or not as it was written, or not one of this backbone; the message says what."""
+    """A folder holds no model, was changed after it was written, or does not fit the backbone."""
 
 
 @dataclass(frozen=True)
 class FolderFormat:
-    """What a `config.json` holds beside format, checksums and the name of the weights.
+    """The keys of one kind of `config.json`, beside format, checksums and the name of the weights.
 
     Args:
-        kind: "model" or "adapter", of which format, file names and messages are made.
-        number: of the format.
-        parts: keys with a checksum each.
-        optional: keys of parts that may be missing.
+        kind: "model" or "adapter"; it is part of format, file names and messages.
+        number: number of the format.
+        parts: keys that have a checksum.
+        optional: keys among `parts` that may be missing.
     """
 
     kind: str
@@ -63,11 +64,11 @@ class FolderFormat:
 
     @property
     def left_behind(self) -> re.Pattern[str]:
-        """What a killed `write_whole` leaves."""
+        """Pattern of temporary files that a killed `write_whole` leaves."""
         return re.compile(rf"({self.weights.pattern}|config\.json)\.\d+-\d+\.tmp")
 
     def parts_of(self, config: Mapping[str, Any]) -> tuple[str, ...]:
-        """Those with a checksum."""
+        """Returns the keys of a config that have a checksum."""
         return (*self.parts, *(name for name in self.optional if name in config))
 
 
@@ -78,14 +79,14 @@ ADAPTER = FolderFormat("adapter", 1, ("adapter", "encoders", "version"))
 def write_model_folder(
     folder: Path, config: dict[str, Any], state: Mapping[str, Any], written: FolderFormat
 ) -> dict[str, Any]:
-    """Writes the parts and tensors, in the place of those that were there; other files stay.
+    """Writes config and tensors to a folder and replaces an earlier model; other files stay.
 
     Returns:
         The config with its checksums.
 
     Raises:
         ModelFolderError: the folder holds the `config.json` of something else.
-        OSError: it cannot be written.
+        OSError: the folder cannot be written.
     """
     content, checksum = encoded(state)
     config = add_checksums(config, checksum, written)
@@ -117,7 +118,7 @@ def check_writable(folder: Path, written: FolderFormat) -> None:
 
 
 def add_checksums(config: Mapping[str, Any], weights: str, written: FolderFormat) -> dict[str, Any]:
-    """The config with format, checksums and fingerprint, of weights with this checksum."""
+    """Returns the config with format, checksums and fingerprint; `weights` is the checksum of the weights."""
     out = {"format": written.name, "format_number": written.number, **config}
     out["weights"] = f"{written.kind}-{weights[:16]}.safetensors"
     out["sha256"] = {**{part: _checksum(out[part]) for part in written.parts_of(out)}, "weights": weights}
@@ -126,11 +127,11 @@ def add_checksums(config: Mapping[str, Any], weights: str, written: FolderFormat
 
 
 def read_config(folder: Path, *formats: FolderFormat) -> dict[str, Any]:
-    """As it was written: every part gives its checksum.
+    """Reads `config.json` and verifies the checksum of every part.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ModelFolderError: it holds nothing of these formats, or was changed; says what.
+        ModelFolderError: the folder holds nothing of these formats, or `config.json` was changed.
     """
     kinds = " or ".join(written.kind for written in formats)
     if not folder.is_dir():
@@ -172,10 +173,10 @@ def read_config(folder: Path, *formats: FolderFormat) -> dict[str, Any]:
 
 
 def read_weights(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The tensors that `read_config`'s config names.
+    """Reads the tensors of a config and verifies their checksum.
 
     Raises:
-        ModelFolderError: they are missing, damaged or others.
+        ModelFolderError: the tensors are missing, damaged or different ones.
     """
     weights = folder / config["weights"]
     try:
@@ -202,7 +203,7 @@ def _check_ours(file: Path, written: FolderFormat) -> None:
 
 
 def _clear(folder: Path, names: re.Pattern[str], *, but: str = "") -> None:
-    """Removes the weights of models before, or files that killed processes left half written."""
+    """Deletes files that match: weights of earlier models, or temporary files of killed processes."""
     for path in list(folder.iterdir()):
         if names.fullmatch(path.name) and path.name != but:
             path.unlink()
@@ -214,5 +215,5 @@ def _checksum(value: Any) -> str:
 
 
 def _fingerprint(checksums: Mapping[str, str]) -> str:
-    """Of all parts but the names."""
+    """SHA-256 over the checksums of all parts except names."""
     return _checksum({part: checksum for part, checksum in checksums.items() if part not in _NAME_PARTS})

@@ -1,4 +1,4 @@
-"""A small plain convolutional network for small drawings."""
+"""A small convolutional network for 28 x 28 drawings."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ __all__ = ["SmallConvNet"]
 
 
 class SmallConvNet(nn.Module):
-    """[B, 1, 28, 28] images -> [B, out_features] features, batch-normalised.
+    """A convolutional network that maps images [B, 1, 28, 28] to batch-normalised features [B, out_features].
 
-    Three 3 x 3 convolutions at 14, 14 and 7 pixels a side (the first sees 2 x 2 pixels as channels, which
-    quarters its work on a CPU), each followed by batch normalisation and ReLU, then one linear layer.
+    It has three 3 x 3 convolutions at 14, 14 and 7 pixels per side, each with batch normalisation and ReLU, then a
+    linear layer.  Blocks of 2 x 2 pixels are the input channels, which costs a quarter of the time on a CPU.
 
     Args:
-        width: channels of the first convolution; the last has twice as many.
-        out_features: width of the features.
+        width: channels of the first convolution, at least 1; the last one has twice as many.
+        out_features: width of the features, at least 1.
+
+    Raises:
+        ValueError: a number is not positive.
     """
 
     def __init__(self, width: int, out_features: int) -> None:

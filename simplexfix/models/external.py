@@ -1,4 +1,4 @@
-"""Networks of other libraries, by name, without their classifier."""
+"""Backbones of timm and torchvision, by name, without their classifier."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ LIBRARIES = ("timm", "torchvision")
 
 
 def external_backbone(name: str, *, pretrained: bool = False, in_channels: int = 3) -> nn.Module:
-    """The network `timm:NAME` or `torchvision:NAME`: [B, in_channels, H, W] -> [B, out_features].
+    """Returns a network of timm or torchvision that maps [B, in_channels, H, W] to [B, out_features].
 
-    Its last linear layer, the classifier, is left out; `out_features` is what that layer took.
+    The classifier, the last linear layer, is removed; `out_features` is the width of its input.
 
     Args:
-        name: the library, a colon, and the library's own name for the network.
-        pretrained: with the library's default weights, which it downloads where its cache does not have them.
-        in_channels: of the images; torchvision's networks take 3.
+        name: "timm:NAME" or "torchvision:NAME".
+        pretrained: whether to load the library's default weights; the library downloads them unless they are cached.
+        in_channels: channels of the images; torchvision's networks take 3.
 
     Raises:
-        ValueError: no such library or network, a network that ends in no linear layer, or channels that it cannot take.
+        ValueError: library or network is unknown, the network does not end in a linear layer, or the number of
+            channels is not supported.
         ModuleNotFoundError: the library is not installed.
     """
     library, colon, network = name.partition(":")
@@ -35,7 +36,7 @@ def external_backbone(name: str, *, pretrained: bool = False, in_channels: int =
         if not module.is_model(network):
             raise ValueError(f"timm has no network {network!r}; timm.list_models() lists what there is")
         model: Any = module.create_model(network, pretrained=pretrained, num_classes=0, in_chans=in_channels)
-        # some end in a layer between pooling and classifier, which stays
+        # some networks have a layer between pooling and classifier; it stays
         model.out_features = getattr(model, "head_hidden_size", model.num_features)
         return model  # type: ignore[no-any-return]
     if in_channels != 3:

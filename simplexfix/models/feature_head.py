@@ -1,4 +1,4 @@
-"""The head of an encoder that has no classifier."""
+"""The head of an encoder without a classifier."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["FeatureHead"]
 
 
 class FeatureHead(nn.Module):
-    """No classifier and no weights: the features are the embedding.
+    """A head without classifier and weights: the embedding is the features.
 
     Args:
         embedding_dim: width of the features.
@@ -19,11 +19,11 @@ class FeatureHead(nn.Module):
         self.embedding_dim = embedding_dim
 
     def embed(self, features: Tensor) -> Tensor:
-        """[B, embedding_dim], unchanged."""
+        """Returns the features [B, embedding_dim] unchanged."""
         return features
 
     def forward(self, features: Tensor) -> Tensor:
-        """[B, embedding_dim], unchanged."""
+        """Returns the features [B, embedding_dim] unchanged."""
         return features
 
     def extra_repr(self) -> str:

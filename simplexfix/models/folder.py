@@ -1,4 +1,4 @@
-"""A model in a folder: `config.json` says what it is, a safetensors file holds its weights."""
+"""Saves and loads models: `config.json` describes the model, a safetensors file holds its weights."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ if TYPE_CHECKING:
 
 __all__ = ["BACKBONES", "ModelFolderError", "identity_of", "load_model", "read_identity", "save_model"]
 
-_NAMES = "class_names"  # a part that may be missing
-_NAMED = 8  # tensors in one message
+_NAMES = "class_names"  # key of an optional part
+_NAMED = 8  # most tensors that one message lists
 
-# What is made again from its folder alone: every argument of its constructor is an attribute of the same name.
+# Backbones that can be rebuilt from a folder: every constructor argument is an attribute of the same name.
 BACKBONES: dict[str, type[nn.Module]] = {
     kind.__name__: kind for kind in (FeatureLinear, FeatureMLP, ResNet18, SmallConvNet)
 }
@@ -58,21 +58,22 @@ _HEADS = {
     "simplex": SimplexHead,
 }
 _SLOTLESS = (*LEARNABLE, FEATURES, OCA)
-_TRAINING = ("head.objective.", "head.queue.")  # tensors of OCAHead and NeighbourHead that no embedding depends on
+# training state of OCAHead and NeighbourHead; embeddings do not depend on it
+_TRAINING = ("head.objective.", "head.queue.")
 _PREPROCESSING = {kind.__name__: kind for kind in (Drawings, Normalize, Photographs, Tokens, Vectors)}
 
 
 def save_model(model: EmbeddingModel, folder: str | os.PathLike[str], *, version: int, name: str) -> ModelIdentity:
-    """`EmbeddingModel.save_pretrained`."""
+    """Implements `EmbeddingModel.save_pretrained`."""
     config, state = _parts(model, version, name)
-    _identity(add_checksums(config, "", MODEL))  # its errors before anything is written
+    _identity(add_checksums(config, "", MODEL))  # raises errors before anything is written
     return _identity(write_model_folder(Path(folder), config, state, MODEL))
 
 
 def load_model(
     folder: str | os.PathLike[str], backbone: nn.Module | None
 ) -> tuple[nn.Module, nn.Module, Preprocessing | None, Sequence[str] | None]:
-    """Backbone, head, preprocessing and class names, for `EmbeddingModel.from_pretrained`."""
+    """Reads backbone, head, preprocessing and class names for `EmbeddingModel.from_pretrained`."""
     folder = Path(folder)
     config = read_config(folder, MODEL)
     state = read_weights(folder, config)
@@ -99,24 +100,27 @@ def load_model(
 
 
 def read_identity(folder: str | os.PathLike[str]) -> ModelIdentity:
-    """Of the model, or the adapter, in a folder; the weights are not read.
+    """Returns the identity of the model or adapter in a folder, without reading its weights.
+
+    Args:
+        folder: a folder that `save_pretrained` wrote.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ModelFolderError: it holds no model, or its `config.json` is of another format or was changed; says what.
+        ModelFolderError: the folder holds no model, or `config.json` has another format or was changed.
     """
     config = read_config(Path(folder), MODEL, ADAPTER)
     return _identity(config) if config["format"] == MODEL.name else adapter_identity(config)
 
 
 def identity_of(model: EmbeddingModel, *, version: int, name: str) -> ModelIdentity:
-    """`EmbeddingModel.identity`."""
+    """Implements `EmbeddingModel.identity`."""
     config, state = _parts(model, version, name)
     return _identity(add_checksums(config, fingerprint(state), MODEL))
 
 
 def _parts(model: EmbeddingModel, version: int, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What `config.json` says, but for the checksums, and the tensors."""
+    """Returns the contents of `config.json` without checksums, and the tensors."""
     backbone, head, preprocessing = unwrapped(model.backbone), unwrapped(model.head), model.preprocessing
     kind = next((kind for kind, made in _HEADS.items() if type(head) is made), None)
     if kind is None:
@@ -141,7 +145,7 @@ def _parts(model: EmbeddingModel, version: int, name: str) -> tuple[dict[str, An
         "preprocessing": _plain(preprocessing),
         **({} if model.class_names is None else {_NAMES: list(model.class_names)}),
     }
-    if config["backbone"]["kind"] in BACKBONES:  # what could not be read back is refused now
+    if config["backbone"]["kind"] in BACKBONES:  # raises now if it could not be rebuilt later
         with torch.device("meta"):
             made = _backbone(config["backbone"])
         _check_fit("what its arguments make", made, _below("backbone.", state), dtypes=False)
@@ -161,7 +165,7 @@ def _backbone(spec: Mapping[str, Any]) -> nn.Module:
         raise ValueError(f"the backbone is a {spec['class']}, which only you can make: pass backbone=")
     if spec["kind"] not in BACKBONES:
         raise ValueError(f"backbone of kind {spec['kind']!r} is unknown; known: {', '.join(BACKBONES)}")
-    with torch.random.fork_rng(devices=[]):  # for weights that are overwritten
+    with torch.random.fork_rng(devices=[]):  # initial weights are overwritten; keep the global generator
         return BACKBONES[spec["kind"]](**spec["arguments"])
 
 
@@ -198,7 +202,8 @@ def _head_spec(head: Any) -> dict[str, Any]:
         "scale": head.scale,
         "margin": None if head.margin is None else list(head.margin),
     }
-    if head.junction.bias is not None:  # left out otherwise: the fingerprint of a model without one stays what it was
+    # omitted without a bias, so that fingerprints of older models stay the same
+    if head.junction.bias is not None:
         spec["bias"] = True
     if isinstance(head, CubeHead):
         spec["codes_crc32"] = decode_state(head.get_extra_state())["codes_crc32"]
@@ -231,12 +236,12 @@ def _head(config: Mapping[str, Any]) -> nn.Module:
             options["embedding_dim"] = spec["embedding_dim"]
         slots = SlotRegistry.from_dict(config["slots"])
         head: nn.Module = _HEADS[kind].from_slots(slots, spec["in_features"], **options)  # type: ignore[attr-defined]
-        head.set_extra_state(_extra_state(config)["_extra_state"])  # are its vertices those of the saved one?
+        head.set_extra_state(_extra_state(config)["_extra_state"])  # raises if the saved head has other vertices
         return head
 
 
 def _extra_state(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The head's part of a state_dict that `config.json` holds."""
+    """Returns the head's extra state for a state_dict, from `config.json`."""
     spec = config["head"]
     if spec["kind"] in _SLOTLESS:
         return {}
@@ -260,7 +265,7 @@ def _identity(config: Mapping[str, Any]) -> ModelIdentity:
 
 
 def adapter_identity(config: Mapping[str, Any]) -> ModelIdentity:
-    """Of an encoder and its adapter, from the adapter's `config.json`."""
+    """Returns the identity of an encoder with its adapter, from the adapter's `config.json`."""
     old = config["encoders"]["old"]
     return ModelIdentity(
         fingerprint=config["fingerprint"],
@@ -273,7 +278,7 @@ def adapter_identity(config: Mapping[str, Any]) -> ModelIdentity:
 
 
 def _plain(value: Any) -> Any:
-    """For JSON; a dataclass becomes its class's name and its fields."""
+    """Converts a value to JSON; a dataclass becomes its class name and fields."""
     if is_dataclass(value):
         return {
             "kind": type(value).__name__,
@@ -287,7 +292,7 @@ def _plain(value: Any) -> Any:
 
 
 def _restored(spec: Any) -> Any:
-    """The preprocessing that `_plain` has described."""
+    """Rebuilds the preprocessing that `_plain` described."""
     if isinstance(spec, list):
         return tuple(_restored(entry) for entry in spec)
     if not isinstance(spec, dict):
@@ -302,7 +307,7 @@ def _below(prefix: str, state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_fit(what: str, module: nn.Module, saved: Mapping[str, Any], *, dtypes: bool) -> None:
-    """Names every tensor that one has and the other lacks, or has in another shape, or if asked, dtype."""
+    """Raises with a list of all missing, unexpected and mismatched tensors (by shape; with `dtypes` also by dtype)."""
     own = module.state_dict()
     other: list[str] = []
     for key, value in saved.items():
@@ -327,7 +332,7 @@ def _check_fit(what: str, module: nn.Module, saved: Mapping[str, Any], *, dtypes
 
 
 def _cast(module: nn.Module, saved: Mapping[str, Any]) -> None:
-    """Every tensor to the dtype it was saved in, in the layout that its constructor chose."""
+    """Casts every tensor to its saved dtype and keeps the memory layout that the constructor chose."""
     for key, tensor in module.state_dict(keep_vars=True).items():
         if isinstance(tensor, Tensor):
             tensor.data = tensor.data.to(saved[key].dtype)

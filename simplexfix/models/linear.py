@@ -1,4 +1,4 @@
-"""The ordinary classifier, learnable and growing with its classes."""
+"""A learnable linear classifier that grows with the number of classes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ __all__ = ["LinearHead", "check_known"]
 
 
 class LinearHead(nn.Module):
-    """A learnable classifier on the features, which are the embedding themselves.
+    """A learnable linear classifier; the embedding is the features themselves.
+
+        logits = W h + b                                        # scale=None
+        logits = scale * F.normalize(W) @ F.normalize(h)        # with a scale; b is neither used nor trained
 
     Args:
         in_features: width of the features.
-        scale: None for plain logits `W h + b`; else logits are `scale` times the cosines of features and rows
-            of W, and b stays as it is.
+        scale: positive factor on the cosines; None for plain logits.
     """
 
     def __init__(self, in_features: int, *, scale: float | None = None) -> None:
@@ -32,31 +34,34 @@ class LinearHead(nn.Module):
         return self.classifier.in_features
 
     def embed(self, features: Tensor) -> Tensor:
-        """[B, in_features], unchanged."""
+        """Returns the features [B, in_features] unchanged."""
         return features
 
     def forward(self, features: Tensor) -> Tensor:
-        """[B, in_features] -> [B, C] logits of the classes there are."""
+        """Returns the logits [B, C] of features [B, in_features], C the present number of classes."""
         if self.scale is None:
             return self.classifier(features)  # type: ignore[no-any-return]
         return self.scale * F.linear(F.normalize(features), F.normalize(self.classifier.weight))
 
     def loss(self, features: Tensor, target: Tensor) -> Tensor:
-        """Cross-entropy over the classes there are.
+        """Returns the mean cross-entropy over the present classes.
 
         Args:
-            features: [B, in_features].
-            target: [B] int64 class ids, or -100 for rows that do not count.
+            features: [B, in_features] floating.
+            target: [B] int64 class ids, or -100 for ignored rows.
+
+        Returns:
+            A scalar.
 
         Raises:
-            ValueError: a label has no class, on the CPU.
+            ValueError: a label has no class (only checked on the CPU).
         """
         check_known(target, self.num_classes, "head.grow")
         return F.cross_entropy(self(features), target)
 
     @torch.no_grad()
     def grow(self, classes: int) -> None:
-        """Adds freshly initialised rows up to `classes`; the old rows stay."""
+        """Adds newly initialised rows until there are `classes`; existing rows do not change."""
         old, kept = self.classifier, self.num_classes
         if classes > kept:
             self.classifier = nn.Linear(old.in_features, classes).to(old.weight)
@@ -67,7 +72,7 @@ class LinearHead(nn.Module):
 
 
 def check_known(target: Tensor, classes: int, remedy: str) -> None:
-    """Raises ValueError where a label has no class, on the CPU; `remedy` is the function that adds classes."""
+    """Raises ValueError if a label has no class (only on the CPU); `remedy` names the function that adds classes."""
     if is_readable(target) and target.numel() and target.max().item() >= classes:
         row = int((target >= classes).nonzero()[0])
         raise ValueError(

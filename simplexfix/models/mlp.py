@@ -1,4 +1,4 @@
-"""Linear maps and fully connected layers on features that another network, frozen, has extracted."""
+"""Linear maps and multilayer perceptrons on features that a frozen network extracted."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ __all__ = ["FeatureLinear", "FeatureMLP"]
 
 
 class FeatureMLP(nn.Module):
-    """[B, in_features] -> [B, out_features]: for each width Linear, batch normalisation and ReLU; nothing for none.
+    """A multilayer perceptron on features: Linear, batch normalisation and ReLU for each hidden width.
 
-    With no hidden layers a head's junction is all that is trained: a linear map of the features.
+    It maps [B, in_features] to [B, out_features].  Without hidden layers it is the identity; then training fits only
+    the head's junction, a linear map of the features.
 
     Args:
-        in_features: width of what comes in.
-        hidden: widths of the layers; `out_features` is the last, or `in_features` if there is none.
+        in_features: width of the input features, at least 1.
+        hidden: widths of the layers; `out_features` is the last one, or `in_features` without layers.
 
     Raises:
         ValueError: a width is not positive.
@@ -41,12 +42,12 @@ class FeatureMLP(nn.Module):
 
 
 class FeatureLinear(nn.Module):
-    """[B, in_features] -> [B, in_features]: W x + b, from W = I and b = 0 on.
+    """A linear map of features, W x + b, initialised with W = I and b = 0.
 
-    Its training begins in the space of the features, as fine-tuning the network that made them would.
+    Training starts in the space of the features, like fine-tuning of the network that extracted them.
 
     Args:
-        in_features: width of the features, and of what is returned.
+        in_features: width of input and output.
     """
 
     def __init__(self, in_features: int) -> None:

@@ -1,4 +1,4 @@
-"""A head that classifies by nearest neighbours, in the batch and in a queue of features."""
+"""A head that classifies by nearest neighbours in the batch and in a queue of recent features."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from ..neighbours import asnn_loss, nnp_loss
 __all__ = ["NeighbourHead"]
 
 _LOSSES = ("asnn", "nnp")
-_RADIUS = 4.0  # at first
-_BOUNDS = tuple(math.log(math.expm1(radius)) for radius in (1.0, 16.0))  # of the raw radius
+_RADIUS = 4.0  # initial radius
+_BOUNDS = tuple(math.log(math.expm1(radius)) for radius in (1.0, 16.0))  # bounds of the parameter before softplus
 
 
 class FeatureQueue(nn.Module):
-    """The newest rows of features and their class ids, without gradient: a ring buffer.
+    """A ring buffer of the most recent feature rows and their class ids, without gradient.
 
     Args:
-        size: rows that it holds, 0 or more.
+        size: capacity in rows, at least 0.
         dim: width of the features.
     """
 
@@ -37,12 +37,12 @@ class FeatureQueue(nn.Module):
     def __init__(self, size: int, dim: int) -> None:
         super().__init__()
         self.register_buffer("features", torch.zeros(size, dim))
-        self.register_buffer("labels", torch.full((size,), -1))  # of rows that are empty
+        self.register_buffer("labels", torch.full((size,), -1))  # -1 marks an empty row
         self.register_buffer("position", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
     def add(self, rows: Tensor, labels: Tensor) -> None:
-        """Replaces the oldest rows; one that is not finite, as where float16 overflowed, is taken in as empty."""
+        """Replaces the oldest rows; a row that is not finite (float16 overflow) is stored as empty."""
         size = len(self.labels)
         rows, labels = rows.detach()[-size:], labels[-size:]
         if not size or not len(labels):
@@ -60,23 +60,23 @@ class FeatureQueue(nn.Module):
 
 
 class NeighbourHead(nn.Module):
-    """A classifier by nearest neighbours: no weights for classes, and no fixed vertices.
+    """A nearest-neighbour classifier without class weights and without fixed vertices.
 
-    Neighbours come from the batch and from a queue of the newest rows, detached, which every loss in training mode
-    adds its batch to.  Class sizes, and for "nnp" mean and standard deviation, are those of batch and queue together.
-    The queue is part of the state that a training goes on from, and no part of a model folder.  It has no ids of
-    items: an item that comes again while its older features are in the queue may have those for a neighbour.
+    Neighbours are rows of the batch and of a queue with the most recent rows, which have no gradient.  In training mode
+    every loss adds its batch to the queue.  Class sizes, and mean and standard deviation of "nnp", are computed over
+    batch and queue.  Checkpoints include the queue; model folders do not.  The queue stores no item ids, so an item
+    that appears again can have its own older features as a neighbour.
 
     Args:
         in_features: width of the features.
-        embedding_dim: width of the embedding, by a junction without bias; None for the features themselves.
-        loss: "asnn" or "nnp", of `simplexfix.neighbours`.
-        neighbours: of the loss.
-        queue: rows that it holds, 0 for the batch alone.
-        alpha: of "nnp".
+        embedding_dim: width of the embedding, computed by a junction without bias; None for the features themselves.
+        loss: "asnn" or "nnp", the loss of `simplexfix.neighbours`.
+        neighbours: number of neighbours, at least 1.
+        queue: capacity of the queue in rows; 0 for the batch only.
+        alpha: weight of same-class neighbours in "nnp", positive.
 
     Raises:
-        TypeError, ValueError: an unknown loss, or a number out of its range.
+        TypeError, ValueError: the loss is unknown, or a number is out of range.
     """
 
     def __init__(
@@ -102,32 +102,37 @@ class NeighbourHead(nn.Module):
 
     @property
     def radius(self) -> Tensor:
-        """Scalar in [1, 16]: softplus of the parameter."""
+        """Radius of the sphere, a scalar in [1, 16]: softplus of the trained parameter."""
         assert self.raw_radius is not None
         return F.softplus(self.raw_radius)
 
     def embed(self, features: Tensor) -> Tensor:
-        """[B, in_features] -> [B, embedding_dim]."""
+        """Returns the embeddings [B, embedding_dim] of features [B, in_features]."""
         return features if self.junction is None else self.junction(features)
 
     def forward(self, features: Tensor) -> Tensor:
-        """The embedding: there are no logits without neighbours."""
+        """Returns the embeddings; this head has no logits."""
         return self.embed(features)
 
     def loss(self, features: Tensor, target: Tensor, *, group: dist.ProcessGroup | None = None) -> Tensor:
-        """`embedding_loss` of the embedding of these features [B, in_features]."""
+        """Returns `embedding_loss` of the embeddings of features [B, in_features]."""
         return self.embedding_loss(self.embed(features), target, group=group)
 
     def embedding_loss(self, z: Tensor, target: Tensor, *, group: dist.ProcessGroup | None = None) -> Tensor:
-        """The neighbour loss of a batch; in training mode the queue takes the batch in.
+        """Returns the neighbour loss of a batch; in training mode the batch is added to the queue.
 
         Args:
-            z: [B, embedding_dim].
-            target: [B] int64 class ids; rows with a negative one do not count.
-            group: processes whose batches, all of B rows, are one; every one's queue then holds the rows of all.
+            z: [B, embedding_dim] floating.
+            target: [B] int64 class ids; rows with negative ids are ignored.
+            group: process group whose batches, each of B rows, form one batch.  Each process's queue then holds the
+                rows of all.
+
+        Returns:
+            A scalar.
 
         Raises:
-            TypeError, ValueError: as the losses of `simplexfix.neighbours`; unlike batches in the group.
+            TypeError, ValueError: as in the losses of `simplexfix.neighbours`.
+            ValueError: batches of the group differ in shape or dtype.
         """
         z = z.to(accumulate_dtype(z.dtype))
         rows, labels, first = z, target, 0
@@ -135,7 +140,7 @@ class NeighbourHead(nn.Module):
             first = _gather.rank_of(z, group) * len(z)
             rows, labels = _gather.all_rows(z, group), _gather.all_rows(target, group)
         if self.training and self.raw_radius is not None:
-            # a clamp of the radius itself would have no gradient beyond its bounds, and never come back
+            # Clamp the parameter: a clamp of the radius has no gradient beyond its bounds and would get stuck there.
             with torch.no_grad():
                 self.raw_radius.clamp_(*_BOUNDS)
         pool = torch.cat([rows, self.queue.features.to(z.dtype)])
@@ -145,16 +150,19 @@ class NeighbourHead(nn.Module):
         return loss
 
     def queued_loss(self, z: Tensor, target: Tensor) -> Tensor:
-        """The neighbour loss of embeddings by another model, whose neighbours are in this one's queue alone.
+        """Returns the neighbour loss of another model's embeddings, with neighbours from this head's queue only.
 
-        Rows of classes that the queue lacks are left out.  No gradient flows to this head.
+        Rows whose class is not in the queue are ignored.  This head gets no gradient.
 
         Args:
-            z: [B, embedding_dim].
+            z: [B, embedding_dim] floating.
             target: [B] int64 class ids.
 
+        Returns:
+            A scalar.
+
         Raises:
-            ValueError: the queue is empty, on the CPU.
+            ValueError: the queue is empty (only checked on the CPU).
         """
         labels = self.queue.labels
         if not len(labels) or (is_readable(labels) and labels.max() < 0):

@@ -1,4 +1,4 @@
-"""The head of OCA: embeddings that grow from version to version and keep the older ones as their leading dimensions."""
+"""The head of OCA: each version adds dimensions, and the leading ones stay compatible with older versions."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ ROTATIONS = ("none", "orthogonal", "orthogonal_bias")
 
 
 class OCAObjective(nn.Module):
-    """The parts that `simplexfix.methods.oca_loss` trains beside the embedding; no deployed version has them.
+    """Training-only parts of `simplexfix.methods.oca_loss`; deployed models do not have them.
 
     Args:
-        embedding_dim: d.
-        num_classes: C.
+        embedding_dim: d, width of the embeddings.
+        num_classes: C, number of classes.
         prefix: width of the old version's embeddings; None without an old version, and then there is no rotation.
         rotation: "orthogonal", "orthogonal_bias" or "none".
 
     Attributes:
-        classifier: linear layer of weight W [C, d] without bias.
-        rotation: None, or a linear layer whose weight Q [d, d] is orthogonal and begins as the identity.
-        prototypes: None, or the buffer P [C, prefix], zero until `OCA.read_old` fills it.
+        classifier: linear layer with weight W [C, d], without bias.
+        rotation: None, or a linear layer with an orthogonal weight Q [d, d], initially the identity.
+        prototypes: None, or the buffer P [C, prefix]; `OCA.read_old` sets it, before that it is zero.
     """
 
     prototypes: Tensor | None
@@ -39,27 +39,27 @@ class OCAObjective(nn.Module):
             nn.init.eye_(made.weight)
             if made.bias is not None:
                 nn.init.zeros_(made.bias)
-            # matrix_exp, torch's default, takes 12 times as long: 133 ms of a step at d = 320, on one thread
+            # torch's default, matrix_exp, takes 12 times as long: 133 ms per step at d = 320 on one thread
             self.rotation = orthogonal(made, orthogonal_map="cayley")
         self.register_buffer("prototypes", None if prefix is None else torch.zeros(num_classes, prefix))
 
 
 class OCAHead(nn.Module):
-    """A learnable junction whose leading dimensions are trained to search the galleries of older versions.
+    """A learnable junction; its leading output dimensions are trained to search galleries of older versions.
 
-        embed(features) = features A^T
+        embed(features) = features @ A.T
 
     Args:
         in_features: width of the backbone's features.
-        embedding_dim: d, rows of A.
-        ancestors: (fingerprint, width) of each older version, oldest first: the gallery of that one is searched by
-            so many leading dimensions of this head's embeddings.
+        embedding_dim: d, number of rows of A.
+        ancestors: (fingerprint, width) of each older version, oldest first.  The leading `width` dimensions of the
+            embeddings search that version's gallery.
 
     Attributes:
-        objective: None, or what the version is trained with: neither embeddings nor model folders need it.
+        objective: training-only parts, or None; embeddings and model folders do not need them.
 
     Raises:
-        ValueError: a width that is not positive, or an ancestor wider than the embeddings.
+        ValueError: a width is not positive, or an ancestor is wider than the embeddings.
     """
 
     def __init__(self, in_features: int, embedding_dim: int, *, ancestors: Sequence[tuple[str, int]] = ()) -> None:
@@ -76,15 +76,19 @@ class OCAHead(nn.Module):
         return self.junction.out_features
 
     def embed(self, features: Tensor) -> Tensor:
-        """[B, in_features] -> [B, d], not normalised."""
+        """Returns the embeddings [B, d] of features [B, in_features], not normalised."""
         return self.junction(features)  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def widen(self, embedding_dim: int, ancestors: Sequence[tuple[str, int]]) -> None:
-        """Adds freshly initialised rows up to `embedding_dim`; the rows that are there stay.
+        """Adds newly initialised rows to A until there are `embedding_dim`; existing rows do not change.
+
+        Args:
+            embedding_dim: new d, at least the present one.
+            ancestors: (fingerprint, width) of each older version, oldest first.
 
         Raises:
-            ValueError: there are more rows already, or an ancestor is wider.
+            ValueError: A has more rows already, or an ancestor is wider than the embeddings.
         """
         old = self.junction
         if embedding_dim < old.out_features:

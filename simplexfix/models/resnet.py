@@ -1,4 +1,4 @@
-"""ResNet-18 for small photographs, in both forms of its stem."""
+"""ResNet-18 for small photographs, with the stem for ImageNet or for CIFAR."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ _STEMS = ("cifar", "imagenet")
 
 
 class ResNet18(nn.Module):
-    """[B, 3, H, W] images -> [B, 8 width] features: the mean over the last feature map.
+    """ResNet-18 without its classifier: it maps images [B, in_channels, H, W] to features [B, 8 width].
 
-    Four stages of two residual blocks of two 3 x 3 convolutions each, of 1, 2, 4 and 8 times `width` channels; each
-    stage after the first halves height and width.
+    The features are the mean over the last feature map.  Four stages have 1, 2, 4 and 8 times `width` channels, and two
+    residual blocks of two 3 x 3 convolutions each.  Each stage after the first halves height and width.
 
         stem       first layers                              side of the stages for 32-pixel images
         imagenet   7 x 7 of stride 2, 3 x 3 max-pool of 2     8, 4, 2, 1
         cifar      3 x 3 of stride 1                          32, 16, 8, 4
 
-    so "imagenet" is the cheaper one, by a factor of 15.  Parameters are named as torchvision names those of its
-    `resnet18`, whose weights "imagenet" of width 64 loads but for `fc`; it starts as that one does, from He's normal
-    distribution by outputs.
+    "imagenet" is cheaper by a factor of 15.  Parameter names are those of torchvision's `resnet18`; with stem
+    "imagenet" and width 64 its weights can be loaded, except `fc`.  Initialisation is the same as there: He's normal
+    distribution, scaled by fan-out.
 
     Args:
         stem: "imagenet" or "cifar".
         width: channels of the first stage; 64 in the paper.
-        in_channels: of the images.
+        in_channels: channels of the images.
 
     Raises:
-        ValueError: an unknown stem, or a width that is not positive.
+        ValueError: the stem is unknown, or a number is not positive.
 
     Reference:
         He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, arXiv 1512.03385.
@@ -62,8 +62,8 @@ class ResNet18(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        # In channels last, oneDNN writes past its memory in the gradient of a 1 x 1 convolution of stride 2 that takes
-        # fewer channels than one of its blocks has, 8 or 16: github.com/uxlfoundation/oneDNN/issues/6035
+        # In channels_last oneDNN writes out of bounds in the gradient of a 1 x 1 convolution of stride 2 with fewer
+        # input channels than its block size of 8 or 16: github.com/uxlfoundation/oneDNN/issues/6035
         self._layout = torch.channels_last if width >= 16 else torch.contiguous_format
         self.to(memory_format=self._layout)  # type: ignore[call-overload]
 
@@ -77,7 +77,7 @@ class ResNet18(nn.Module):
 
 
 class _Block(nn.Module):
-    """relu(x' + bn(conv(relu(bn(conv(x)))))), with x' = x, or a 1 x 1 convolution of it where shapes change."""
+    """relu(x' + bn(conv(relu(bn(conv(x)))))); x' is x, or a 1 x 1 convolution of x if the shape changes."""
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()

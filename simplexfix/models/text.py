@@ -1,4 +1,4 @@
-"""Transformers that encode texts, in Hugging Face's format."""
+"""Text encoders: transformers in Hugging Face's format."""
 
 from __future__ import annotations
 
@@ -12,36 +12,35 @@ from torch import Tensor, nn
 
 __all__ = ["TextEncoder", "token_ids"]
 
-_ROWS = 64  # that go through the network at once where there is no gradient
+_ROWS = 64  # most texts per forward pass without gradient
 
 
 class TextEncoder(nn.Module):
-    """[B, L] token ids -> [B, out_features]: the mean of the last layer's features over the tokens of each text.
+    """A transformer with mean pooling: it maps token ids [B, L] to features [B, out_features].
 
-        feature = 1 / |t| sum_{l in t} h_l,    t the tokens that are not padding
+        feature = 1 / |t| sum_{l in t} h_l              # t: tokens that are not padding, h: last hidden layer
 
-    The network is given the columns that hold a token, as many as the longest text of the batch needs.  Without
-    gradient it takes texts of similar length together, 64 at a time.  The last bits of a feature depend on the length
-    to which its batch is padded.
+    Inputs are cut to the longest text of the batch.  Without gradient, texts of similar length run together in batches
+    of 64.  The last bits of a feature depend on the padded length of its batch.
 
     Args:
-        folder: a local folder with configuration and weights; sentence_transformers writes such folders.  Nothing is
+        folder: a local folder with configuration and weights, such as sentence_transformers writes.  Nothing is
             downloaded.
 
     Attributes:
         out_features: width of the features.
-        padding: the token id of padding.
+        padding: token id of padding.
 
     Raises:
         FileNotFoundError: there is no such folder.
         ModuleNotFoundError: transformers is not installed.
-        OSError, ValueError: by transformers, where the folder holds no network.
+        OSError, ValueError: transformers cannot load a network from the folder.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         super().__init__()
         self.network = _transformers(folder).AutoModel.from_pretrained(os.fspath(folder), local_files_only=True)
-        self.network.pooler = None  # it has no part in the mean, and DistributedDataParallel refuses unused weights
+        self.network.pooler = None  # unused by mean pooling, and DistributedDataParallel raises for unused weights
         self.out_features = int(self.network.config.hidden_size)
         self.padding = int(self.network.config.pad_token_id or 0)
 
@@ -54,7 +53,7 @@ class TextEncoder(nn.Module):
 
     def _means(self, input: Tensor) -> Tensor:
         token = input != self.padding
-        longest = max(1, int(token.sum(1).max())) if len(input) else 1  # waits for the device
+        longest = max(1, int(token.sum(1).max())) if len(input) else 1  # synchronizes with a GPU
         input, token = input[:, :longest], token[:, :longest]
         states: Tensor = self.network(input_ids=input, attention_mask=token.long()).last_hidden_state
         counted = token.unsqueeze(2).to(states.dtype)
@@ -62,18 +61,19 @@ class TextEncoder(nn.Module):
 
 
 def token_ids(folder: str | os.PathLike[str], texts: Sequence[str], length: int) -> Tensor:
-    """Texts as the tokenizer of a `TextEncoder`'s folder cuts them, padded at the end.
+    """Tokenizes texts for a `TextEncoder`, padded at the end.
 
     Args:
-        folder: as of `TextEncoder`, with a tokenizer.
+        folder: folder of the `TextEncoder`, with a tokenizer.
         texts: N texts.
-        length: tokens of a row, the special ones among them; what is longer is cut off.
+        length: tokens per text, special tokens included, at least 1; longer texts are truncated.
 
     Returns:
-        [N, length] int64.
+        [N, length] int64 token ids.
 
     Raises:
-        FileNotFoundError, ModuleNotFoundError, OSError, ValueError: as `TextEncoder`; a length below 1.
+        FileNotFoundError, ModuleNotFoundError, OSError: as in `TextEncoder`.
+        ValueError: `length` is below 1, or transformers cannot load a tokenizer.
     """
     if length < 1:
         raise ValueError(f"length must be at least 1 token, got {length}")
@@ -87,7 +87,7 @@ def token_ids(folder: str | os.PathLike[str], texts: Sequence[str], length: int)
 
 
 def _transformers(folder: str | os.PathLike[str]) -> Any:
-    """The library, once the folder is there: it would look for a missing one on the network."""
+    """Imports transformers after a check that the folder exists; it would try to download a missing one."""
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"{os.fspath(folder)} is no folder; text encoders are read from local folders")
     try:

@@ -16,13 +16,13 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def plain_names(module: nn.Module) -> dict[str, str]:
-    """Maps each name of the state_dict to the name that its tensor has where no module is wrapped."""
+    """Maps each name of the state_dict to the name of its tensor in the unwrapped module."""
     found = []
     for name, part in module.named_modules(remove_duplicate=False):
         outer, inner = f"{name}." if name else "", _inner(part)
         if inner is not None:
             found.append((f"{outer}{inner}.", outer))
-    found.sort(key=lambda pair: len(pair[0]), reverse=True)  # from the innermost on
+    found.sort(key=lambda pair: len(pair[0]), reverse=True)  # innermost first
     names = {}
     for key in module.state_dict():
         plain = key
