@@ -60,6 +60,8 @@ VARIANTS = {
     "batch-256": ("schedule.batch=256", "schedule.learning_rate=0.02"),
     "rate-0.003": ("schedule.learning_rate=0.003",),
 }
+# with classification by neighbours, classes take no slots
+CHANGE_PRETRAINING = ("tasks.replacements", "method.normalize", "method.scale", "method.classification")
 FIRST = "nearest_class_mean"
 
 
@@ -68,8 +70,8 @@ def trained(
 ) -> dict[str, Any]:
     """Matrices and criteria of the search, from the run's report."""
     place = runs / f"seed-{seed}"
-    # whatever pre-training depends on is in the name of where it is kept
-    apart = [c for c in changes if c.startswith(("tasks.replacements", "method.normalize", "method.scale"))]
+    # the folder's name has all changes that pre-training depends on
+    apart = [c for c in changes if c.startswith(CHANGE_PRETRAINING)]
     shared = pretraining / f"seed-{seed}" / "-".join(["pretraining", *apart])
     file = place / folder / "report.json"
     if not file.exists():
