@@ -103,6 +103,52 @@ def judge(chain: Chain, items: Items, classes: Tensor, protocol: str) -> dict[st
     }
 
 
+def moves(chain: Chain, items: Items, classes: Tensor, *, pairs: int = 200_000) -> list[dict[str, Any]]:
+    """How far queries of these classes move at each upgrade, and what the bounds of docs/math.md say of their scores.
+
+    For each pair of versions: quantiles of d, how far a query moves; the mean and the largest move of a score, in units
+    of d; the fraction of scores further than d from a threshold that lies halfway between the mean scores of the same
+    and of other classes; and, of drawn pairs of gallery items, the fractions whose order is sure by 2 d, whose order is
+    sure by d times their distance, and whose order stays.
+    """
+    rows, asked = torch.isin(items.gallery_labels, classes), torch.isin(items.query_labels, classes)
+    same = items.query_labels[asked][:, None] == items.gallery_labels[rows]
+    queries = [encoder.query[asked] for encoder in items.encoders]
+    rng = np.random.default_rng(0)
+    i, j, k = (torch.from_numpy(rng.integers(0, size, pairs)) for size in (len(same), *2 * (same.shape[1],)))
+    found = []
+    for new, old in chain.adapters:
+        gallery = chain.gallery(old, items.encoders[old].gallery[rows]).double()
+        before = chain.gallery(old, queries[old]).double()
+        after = chain.query(new, old, queries).double()
+        d = (after - before).norm(dim=1)
+        scores, moved = before @ gallery.T, after @ gallery.T
+        ratio = (moved - scores).abs() / d[:, None]
+        threshold = (scores[same].mean() + scores[~same].mean()) / 2
+        margin = (scores[i, j] - scores[i, k]).abs()
+        distance = (gallery[j] - gallery[k]).norm(dim=1)
+        stays = (scores[i, j] > scores[i, k]) == (moved[i, j] > moved[i, k])
+        by_items = margin > d[i] * distance
+        assert stays[by_items].all()
+        shares = {
+            "score beyond d of the threshold": (scores - threshold).abs() > d[:, None],
+            "order sure by 2 d": margin > 2 * d[i],
+            "order sure by d times distance": by_items,
+            "order stays": stays,
+        }
+        found.append(
+            {
+                "new": new,
+                "old": old,
+                "d": d.quantile(d.new_tensor([0.1, 0.5, 0.9])).tolist(),
+                "mean move": float(ratio.mean()),
+                "largest move": float(ratio.max()),
+                **{name: float(share.double().mean()) for name, share in shares.items()},
+            }
+        )
+    return found
+
+
 def split(labels: Tensor, unseen: int, seed: int) -> tuple[Tensor, Tensor]:
     """Seen and unseen class ids, sorted, drawn by the seed."""
     classes = torch.unique(labels)
@@ -180,6 +226,12 @@ def report(
     results, chosen = compare(
         items, unseen=unseen, seeds=arguments.seeds, sample=arguments.sample, folds=arguments.folds
     )
+    seen, others = split(items.gallery_labels, unseen, arguments.seeds[0])
+    chain = fit_chain(WhitenedProcrustes(0.6), **items.fitted(seen, arguments.sample, arguments.seeds[0]))
+    moved = moves(chain, items, others)
+    print("\nMoves of unseen queries by whitened procrustes, g = 0.6")
+    for row in moved:
+        print(", ".join(f"{name} {np.round(value, 3)}" for name, value in row.items()))
     print(f"\nRows: versions {', '.join(encoders)}; columns: whose gallery.  {unseen} unseen classes.")
     for protocol in PROTOCOLS:
         print(f"\n{protocol}, %\n{table(results, protocol)}")
@@ -193,6 +245,7 @@ def report(
             "folds": arguments.folds,
             "methods": {name: method.described() for name, method in METHODS.items()},
             "results": results,
+            "moves": moved,
             "selected": chosen,
         }
         arguments.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
@@ -37,11 +37,14 @@ class Moments:
 
     def mean(self, version: int) -> Tensor:
         """[f]."""
-        return self._sums(version)[0]
+        if ("mean", version) not in self._made:
+            for _ in self._blocks(version):
+                pass
+        return self._made["mean", version]  # type: ignore[return-value]
 
     def gram(self, version: int) -> Tensor:
         """[f, f]."""
-        return self._sums(version)[1]
+        return self._sums(version)[0]
 
     def cross(self, version: int, other: int) -> Tensor:
         """[f_version, f_other]."""
@@ -49,7 +52,7 @@ class Moments:
 
     def covariance(self, version: int) -> Tensor:
         """[f, f]."""
-        return self._sums(version)[2]
+        return self._sums(version)[1]
 
     def whitening(self, version: int, g: float) -> Tensor:
         """[f, f], symmetric.
@@ -78,38 +81,51 @@ class Moments:
         """What `make` returns, computed at the first call with this key; for sums of one method's own."""
         return self._once(("method", *key), make)
 
-    def _sums(self, version: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _blocks(self, *which: int) -> Iterator[tuple[tuple[Tensor, ...], Tensor | None]]:
+        """Those of the features; after a whole pass the means of these versions are known."""
+        features = self.features
+        unknown = [(at, i) for at, i in enumerate(which) if ("mean", i) not in self._made]
+        totals = {i: torch.zeros(features.width(i), dtype=torch.float64, device=features.device) for _, i in unknown}
+        squares = dict.fromkeys(totals, 0.0)
+        for rows, labels in features.blocks(*which):
+            for at, i in unknown:
+                totals[i] += rows[at].sum(0)
+                squares[i] += float(rows[at].square().sum())
+            yield rows, labels
+        for i, total in totals.items():
+            mean = total / len(features)
+            if not squares[i] / len(features) - float(mean @ mean) > _LEAST_VARIANCE:
+                raise ValueError(
+                    f"{features.versions[i].name}: all {len(features)} rows have the same direction, or are zero; no "
+                    "adapter can be fitted: check what the encoder was given"
+                )
+            self._made["mean", i] = mean
+
+    def _sums(self, version: int) -> tuple[Tensor, Tensor]:
         return self._once(("sums", version), lambda: self._sum(version))
 
-    def _sum(self, version: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _sum(self, version: int) -> tuple[Tensor, Tensor]:
         features, f = self.features, self.features.width(version)
-        total = torch.zeros(f, dtype=torch.float64, device=features.device)
         gram = torch.zeros(f, f, dtype=torch.float64, device=features.device)
         labelled_gram = torch.zeros_like(gram) if features.labels is not None else None
         of_class = torch.zeros(features.num_classes, f, dtype=torch.float64, device=features.device)
-        for (x,), labels in features.blocks(version):
-            total += x.sum(0)
+        for (x,), labels in self._blocks(version):
             product = x.T @ x
             gram += product
             if labels is not None and labelled_gram is not None:
                 labelled_gram += product
                 of_class.index_add_(0, labels, x)
-        mean = total / len(features)
+        mean = self.mean(version)
         gram -= len(features) * torch.outer(mean, mean)
-        if not gram.trace() > _LEAST_VARIANCE * len(features):
-            raise ValueError(
-                f"{features.versions[version].name}: all {len(features)} rows have the same direction, or are zero; no "
-                "adapter can be fitted: check what the encoder was given"
-            )
         if labelled_gram is None:
-            return mean, gram, gram / len(features)
+            return gram, gram / len(features)
         sizes = torch.bincount(torch.from_numpy(features.labels), minlength=features.num_classes).to(of_class)
         between = of_class / sizes.sqrt()[:, None]
-        return mean, gram, (labelled_gram - between.T @ between) / features.num_items
+        return gram, (labelled_gram - between.T @ between) / features.num_items
 
     def _cross(self, version: int, other: int) -> Tensor:
         out: Tensor | float = 0.0
-        for (x, y), _ in self.features.blocks(version, other):
+        for (x, y), _ in self._blocks(version, other):
             out = out + x.T @ y
         assert isinstance(out, Tensor)
         return out - len(self.features) * torch.outer(self.mean(version), self.mean(other))

@@ -128,9 +128,9 @@ class PairedFeatures:
             for begin in range(0, len(versions[0]), step):
                 end = min(len(versions[0]), begin + step)
                 rows = tuple(self._unit(versions[i].block_tensor(begin, end), torch.float64) for i in which)
+                for i in which:  # else a mapped file counts as this process's memory by the end of the pass
+                    versions[i].release()
                 yield rows, None if labels is None else torch.from_numpy(labels[begin:end]).to(self.device)
-            for i in which:
-                versions[i].release()
 
     def gather(self, version: int, at: Tensor) -> Tensor:
         """[n, f] unit rows in float32 by their numbers; those past the items are of the sample."""
