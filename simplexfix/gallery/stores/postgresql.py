@@ -82,13 +82,14 @@ class PostgresStore:
         schema = sql.Identifier(place.name)
         with store._writing("create the gallery") as connection:
             connection.execute("select pg_advisory_xact_lock(%s)", [_LOCK])
-            held = "select relname from pg_class where relnamespace = to_regnamespace(%s) order by relname limit 1"
+            held = (
+                "select relname from pg_class where relnamespace = to_regnamespace(%s) "
+                "order by relname <> 'state', relname limit 1"
+            )
             there = connection.execute(held, [schema.as_string(connection)]).fetchone()
             if there:
-                raise FileExistsError(
-                    f"schema {place.name} of {place.shown} holds {there[0]}: Gallery.open opens a gallery, and a new "
-                    "one needs another name"
-                )
+                what = "a gallery, which Gallery.open opens" if there[0] == "state" else there[0]
+                raise FileExistsError(f"schema {place.name} of {place.shown} holds {what}: give a new one another name")
             connection.execute("create extension if not exists vector")
             connection.execute(sql.SQL("create schema if not exists {}").format(schema))
             find_extension(connection, place)
@@ -376,7 +377,9 @@ class PostgresStore:
                 f"connection broke before it answered: all of it was done, or nothing; look, and call again ({error})"
             ) from error
         except psycopg.Error as error:
-            reason = error.diag.message_primary or "; ".join(str(error).split("\n")) or type(error).__name__
+            reason = (
+                error.diag.message_primary or "; ".join(map(str.strip, str(error).splitlines())) or type(error).__name__
+            )
             raise failure(self.url, what, rows, reason) from error
 
 
