@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -127,7 +128,9 @@ def test_names_are_quoted_and_several_galleries_share_a_database(url: str) -> No
 
 
 def test_places_with_something_else_and_other_formats(url: str, gallery: Gallery) -> None:
-    with pytest.raises(FileExistsError, match=r"schema photos_\w+ of .* holds .*: Gallery.open opens a gallery"):
+    with pytest.raises(
+        FileExistsError, match=r"schema photos_\w+ of .* holds a gallery, which Gallery.open opens: give"
+    ):
         Gallery.create(url, model=A)
     with sql(url) as connection:
         connection.execute("update state set format = 2")
@@ -140,7 +143,20 @@ def test_places_with_something_else_and_other_formats(url: str, gallery: Gallery
     database, name = url.split("#")
     with psycopg.connect(database, autocommit=True) as connection:
         connection.execute(f"create schema {name}_mine")
+        connection.execute(f"create schema {name}_full create table {name}_full.shops (id integer)")
     Gallery.create(f"{url}_mine", model=A)  # an administrator may make the schema
+    with pytest.raises(FileExistsError, match=r"holds shops: give a new one another name"):
+        Gallery.create(f"{url}_full", model=A)
+
+
+def test_without_psycopg_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [
+        name for name in sys.modules if name.startswith("simplexfix.gallery.stores.") and "postgresql" in name
+    ]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    with pytest.raises(ModuleNotFoundError, match=r"needs psycopg: pip install 'simplexfix\[postgresql\]'"):
+        Gallery.open("postgresql://me@127.0.0.1:1/photos#shop")
 
 
 # a server that stops

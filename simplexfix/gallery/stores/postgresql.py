@@ -7,7 +7,6 @@ and are ordered here exactly, so that scores and ties are those of every other s
 from __future__ import annotations
 
 import json
-import math
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,18 +18,16 @@ from numpy.typing import NDArray
 from psycopg import sql
 
 from .._state import Change, State
-from ._common import absent_id, as_json, failure, stamped, taken_id, too_wide
+from ._common import absent_id, as_json, failure, stamped, taken_id
 from ._postgresql_connections import Connection, Connections, LostCommitError, find_extension
-from ._postgresql_copy import MOST_NUMBERS, copied_rows, copied_vectors, given_vectors, searchable, stacked, text_of
+from ._postgresql_copy import MOST_NUMBERS, copied_rows, copied_vectors, given_vectors, stacked
+from ._postgresql_search import array_of, fields_of, search
 from ._postgresql_url import Place, read_url
-from ._rerank import Ranking, rerank
-from ._versions_index import merge_rankings
 from .base import Counts, StoredRows, StoreError
 
 __all__ = ["PostgresStore"]
 
 _FORMAT = 1
-_SPARE = 16  # candidates beside the k best: float32 may order what is nearly equal otherwise
 _CHUNK = 4096  # rows that are read at a time
 _AMONG = "id = any(%s::bigint[])"
 _LOCK = 0x53465847  # "SFXG": of creations, one at a time
@@ -85,13 +82,14 @@ class PostgresStore:
         schema = sql.Identifier(place.name)
         with store._writing("create the gallery") as connection:
             connection.execute("select pg_advisory_xact_lock(%s)", [_LOCK])
-            held = "select relname from pg_class where relnamespace = to_regnamespace(%s) order by relname limit 1"
+            held = (
+                "select relname from pg_class where relnamespace = to_regnamespace(%s) "
+                "order by relname <> 'state', relname limit 1"
+            )
             there = connection.execute(held, [schema.as_string(connection)]).fetchone()
             if there:
-                raise FileExistsError(
-                    f"schema {place.name} of {place.shown} holds {there[0]}: Gallery.open opens a gallery, and a new "
-                    "one needs another name"
-                )
+                what = "a gallery, which Gallery.open opens" if there[0] == "state" else there[0]
+                raise FileExistsError(f"schema {place.name} of {place.shown} holds {what}: give a new one another name")
             connection.execute("create extension if not exists vector")
             connection.execute(sql.SQL("create schema if not exists {}").format(schema))
             find_extension(connection, place)
@@ -178,14 +176,14 @@ class PostgresStore:
         try:
             with self._writing("add", len(ids)) as connection:
                 allow(self._held(connection))
-                rows = copied_rows(ids[order], version, texts, [_fields(text) for text in texts])
+                rows = copied_rows(ids[order], version, texts, [fields_of(text) for text in texts])
                 _copy(connection, "rows (id, version, payload, fields)", rows)
                 _copy_vectors(connection, ids[order], version, vectors[order])
         except StoreError as error:
             if isinstance(error.__cause__, psycopg.errors.UniqueViolation):
                 with self._reading("read rows") as connection:
                     query = f"select id from rows where {_AMONG} limit 1"
-                    for (id_,) in connection.execute(query, [_array(ids.tolist())]):
+                    for (id_,) in connection.execute(query, [array_of(ids.tolist())]):
                         raise taken_id(id_) from None
             raise
 
@@ -199,14 +197,14 @@ class PostgresStore:
     ) -> int:
         with self._writing("replace", len(ids)) as connection:
             allow(self._held(connection))
-            given = _array(ids.tolist())
+            given = array_of(ids.tolist())
             versions = dict(_lock_rows(connection, given))
             if len(versions) < len(ids):
                 leased = {id_ for (id_,) in connection.execute(f"select id from leases where {_AMONG}", [given])}
                 if error := absent_id(id_ for id_ in ids.tolist() if id_ not in versions and id_ not in leased):
                     raise error
             at = np.array([versions.get(id_, version) != version for id_ in ids.tolist()], dtype=bool)
-            some = _array(ids[at].tolist())
+            some = array_of(ids[at].tolist())
             connection.execute(
                 f"with gone as (delete from vectors where {_AMONG} returning id, vector, bits) "
                 "insert into replaced (id, version, replaced_by, payload, fields, vector, bits) "
@@ -221,7 +219,7 @@ class PostgresStore:
                     "update rows set version = %s, payload = new.payload, fields = new.fields "
                     "from unnest(%s::bigint[], %s::text[], %s::jsonb[]) as new (id, payload, fields) "
                     "where rows.id = new.id",
-                    [version, some, texts, [_fields(text) for text in texts]],
+                    [version, some, texts, [fields_of(text) for text in texts]],
                 )
             _copy_vectors(connection, ids[at], version, vectors[at])
             connection.execute(f"delete from leases where {_AMONG}", [given])
@@ -232,7 +230,7 @@ class PostgresStore:
     def remove(self, ids: NDArray[np.int64]) -> None:
         with self._writing("remove", len(ids)) as connection:
             self._held(connection)
-            given = _array(ids.tolist())
+            given = array_of(ids.tolist())
             there = {id_ for id_, _ in _lock_rows(connection, given)}
             if error := absent_id(id_ for id_ in ids.tolist() if id_ not in there):
                 raise error
@@ -245,9 +243,9 @@ class PostgresStore:
         with self._reading("search") as connection:
             state = self._seen[1] if self._seen else self._now(connection)
             try:
-                return _search(connection, state, queries, k, where)
+                return search(connection, state, queries, k, where)
             except psycopg.errors.DataException:  # vectors of another width have come since
-                return _search(connection, self._now(connection), queries, k, where)
+                return search(connection, self._now(connection), queries, k, where)
 
     def read(self, ids: NDArray[np.int64] | None) -> StoredRows:
         columns = "rows.id, rows.version, payload, bits, vector_send(vector)"
@@ -264,7 +262,7 @@ class PostgresStore:
             self._writing("read rows") as connection,
             connection.cursor("reading", binary=True) as cursor,  # the server's, which sends some rows at a time
         ):
-            cursor.execute(query, None if ids is None else [_array(ids.tolist())])
+            cursor.execute(query, None if ids is None else [array_of(ids.tolist())])
             while chunk := cursor.fetchmany(_CHUNK):
                 chunks.append(given_vectors([row[4] for row in chunk], [row[3] for row in chunk]))
                 found += [row[:3] for row in chunk]
@@ -285,7 +283,7 @@ class PostgresStore:
                 found = connection.execute(
                     "select given.id, version from unnest(%s::bigint[]) with ordinality as given (id, place) "
                     "left join rows using (id) order by place",
-                    [_array(order.tolist())],
+                    [array_of(order.tolist())],
                 ).fetchall()
                 if error := absent_id(id_ for id_, held in found if held is None):
                     raise error
@@ -315,7 +313,7 @@ class PostgresStore:
             returning id
         """
         with self._writing("lease rows", durable=False) as connection:
-            given = [_array(ids.tolist()), version, limit, worker, seconds]
+            given = [array_of(ids.tolist()), version, limit, worker, seconds]
             leased = {id_ for (id_,) in connection.execute(query, given)}
             return ids[[id_ in leased for id_ in ids.tolist()]]
 
@@ -333,7 +331,7 @@ class PostgresStore:
         try:
             with self._connections.transaction(durable=False) as connection:
                 connection.execute("set local lock_timeout = '10ms'")
-                connection.execute(query, [_array(ids.tolist()), _array(times.tolist())])
+                connection.execute(query, [array_of(ids.tolist()), array_of(times.tolist())])
         except (psycopg.Error, LostCommitError):  # counts are hints: a search does not fail for them
             return False
         return True
@@ -379,89 +377,10 @@ class PostgresStore:
                 f"connection broke before it answered: all of it was done, or nothing; look, and call again ({error})"
             ) from error
         except psycopg.Error as error:
-            reason = error.diag.message_primary or "; ".join(str(error).split("\n")) or type(error).__name__
+            reason = (
+                error.diag.message_primary or "; ".join(map(str.strip, str(error).splitlines())) or type(error).__name__
+            )
             raise failure(self.url, what, rows, reason) from error
-
-
-def _search(
-    connection: Connection,
-    state: State,
-    queries: NDArray[np.float32],
-    k: int,
-    where: Mapping[str, tuple[Any, ...]] | None,
-) -> Ranking:
-    widths = {version: member.identity.embedding_dim for version, member in state.live.items()}
-    width = queries.shape[1]
-    for version in [version for version in widths if widths[version] > width]:
-        if _row(connection, "select exists(select from rows where version = %s)", [version])[0]:
-            raise too_wide(width, version, widths[version])
-    narrow = sorted(set(widths.values()) - {width})
-    given: dict[str, Any] = {"candidates": k + _SPARE}
-    query = "%(query)s::vector"
-    if narrow:
-        cases = " ".join(f"when version = any(%(of_{w})s::integer[]) then %(query_{w})s::vector" for w in narrow)
-        query = f"case {cases} else {query} end"
-        for w in narrow:
-            given[f"of_{w}"] = _array(version for version in widths if widths[version] == w)
-    # A zero vector has no angle, which pgvector calls NaN and we a cosine of 0.
-    statement = f"""
-        select id, version, bits, vector_send(vector) from (
-          select id from vectors where {_condition(where, given)}
-          order by coalesce(nullif(vector <=> {query}, 'NaN'), 1), id limit %(candidates)s
-        ) as best join vectors using (id)
-    """
-    rankings = []
-    for exact, normal in zip(queries, searchable(queries)[0], strict=True):
-        given["query"] = text_of(normal)
-        for w in narrow:
-            given[f"query_{w}"] = text_of(searchable(exact[None, :w])[0][0])
-        found = connection.execute(statement, given, binary=True).fetchall()
-        groups: dict[int, list[tuple[Any, ...]]] = {}
-        for row in found:
-            groups.setdefault(len(row[3]), []).append(row)
-        rankings.append(merge_rankings([_rerank(exact, k, rows) for rows in groups.values()], 1, k))
-    if not rankings:
-        return merge_rankings([], 0, k)
-    scores, ids, versions = (np.concatenate(column) for column in zip(*rankings, strict=True))
-    return scores, ids, versions
-
-
-def _rerank(query: NDArray[np.float32], k: int, rows: list[tuple[Any, ...]]) -> Ranking:
-    ids, versions, bits, values = zip(*rows, strict=True)
-    return rerank(query, k, np.array(ids), np.array(versions), given_vectors(values, bits))
-
-
-def _condition(where: Mapping[str, tuple[Any, ...]] | None, given: dict[str, Any]) -> str:
-    """What rows must be for this filter; its values go into `given`."""
-    if not where:
-        return "true"
-    conditions = []
-    for number, (key, values) in enumerate(where.items()):
-        # text that PostgreSQL cannot hold is in no row's fields
-        given[f"key_{number}"] = key if _is_storable(key) else ""
-        wanted = [as_json(value) for value in values if _is_storable(value)] if _is_storable(key) else []
-        given[f"values_{number}"] = _array(wanted)
-        conditions.append(f"fields -> %(key_{number})s::text = any(%(values_{number})s::jsonb[])")
-    return f"id in (select id from rows where {' and '.join(conditions)})"
-
-
-def _fields(payload: str) -> str:
-    """What filters see of a payload: the keys with plain values."""
-    if "[" not in payload and payload.find("{", 1) < 0 and "\\u" not in payload:
-        return payload
-    plain = {
-        key: value
-        for key, value in json.loads(payload).items()
-        if not isinstance(value, (dict, list)) and _is_storable(key) and _is_storable(value)
-    }
-    return as_json(plain)
-
-
-def _is_storable(value: Any) -> bool:
-    """Whether jsonb can hold it: Unicode without the character 0, finite numbers."""
-    if isinstance(value, str):
-        return "\0" not in value and value == value.encode(errors="ignore").decode()
-    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _lock_rows(connection: Connection, ids: str) -> list[tuple[int, int]]:
@@ -550,15 +469,3 @@ def _row(connection: Connection, query: str, given: list[Any] | None = None) -> 
 
 def _ids(ids: Iterable[int]) -> NDArray[np.int64]:
     return np.array(list(ids), dtype=np.int64)
-
-
-def _array(values: Iterable[int | str]) -> str:
-    """An array of SQL, as text: the server reads it faster than Python makes a typed one."""
-    return "{" + ",".join(map(_element, values)) + "}"
-
-
-def _element(value: int | str) -> str:
-    if isinstance(value, int):
-        return str(value)
-    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{escaped}"'

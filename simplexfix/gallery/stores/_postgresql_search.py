@@ -1,0 +1,120 @@
+"""A search in PostgreSQL: a scan by pgvector for candidates, which are ordered exactly here, and filters on payload."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .._state import State
+from ._common import as_json, too_wide
+from ._postgresql_connections import Connection
+from ._postgresql_copy import given_vectors, searchable, text_of
+from ._rerank import Ranking, rerank
+from ._versions_index import merge_rankings
+
+__all__ = ["array_of", "fields_of", "search"]
+
+_SPARE = 16  # candidates beside the k best: float32 may order what is nearly equal otherwise
+
+
+def search(
+    connection: Connection,
+    state: State,
+    queries: NDArray[np.float32],
+    k: int,
+    where: Mapping[str, tuple[Any, ...]] | None,
+) -> Ranking:
+    """As `Store.search`.
+
+    Args:
+        state: in which the widths of versions are; psycopg.errors.DataException where rows have others.
+    """
+    widths = {version: member.identity.embedding_dim for version, member in state.live.items()}
+    width = queries.shape[1]
+    for version in [version for version in widths if widths[version] > width]:
+        if connection.execute("select from rows where version = %s limit 1", [version]).fetchone() is not None:
+            raise too_wide(width, version, widths[version])
+    narrow = sorted({narrower for narrower in widths.values() if narrower < width})
+    given: dict[str, Any] = {"candidates": k + _SPARE}
+    query = "%(query)s::vector"
+    if narrow:
+        cases = " ".join(f"when version = any(%(of_{w})s::integer[]) then %(query_{w})s::vector" for w in narrow)
+        query = f"case {cases} else {query} end"
+        for w in narrow:
+            given[f"of_{w}"] = array_of(version for version in widths if widths[version] == w)
+    # A zero vector has no angle, which pgvector calls NaN and we a cosine of 0.
+    statement = f"""
+        select id, version, bits, vector_send(vector) from (
+          select id from vectors where {_condition(where, given)}
+          order by coalesce(nullif(vector <=> {query}, 'NaN'), 1), id limit %(candidates)s
+        ) as best join vectors using (id)
+    """
+    rankings = []
+    for exact, normal in zip(queries, searchable(queries)[0], strict=True):
+        given["query"] = text_of(normal)
+        for w in narrow:
+            given[f"query_{w}"] = text_of(searchable(exact[None, :w])[0][0])
+        found = connection.execute(statement, given, binary=True).fetchall()
+        groups: dict[int, list[tuple[Any, ...]]] = {}
+        for row in found:
+            groups.setdefault(len(row[3]), []).append(row)
+        rankings.append(merge_rankings([_rerank(exact, k, rows) for rows in groups.values()], 1, k))
+    if not rankings:
+        return merge_rankings([], 0, k)
+    scores, ids, versions = (np.concatenate(column) for column in zip(*rankings, strict=True))
+    return scores, ids, versions
+
+
+def _rerank(query: NDArray[np.float32], k: int, rows: list[tuple[Any, ...]]) -> Ranking:
+    ids, versions, bits, values = zip(*rows, strict=True)
+    return rerank(query, k, np.array(ids), np.array(versions), given_vectors(values, bits))
+
+
+def _condition(where: Mapping[str, tuple[Any, ...]] | None, given: dict[str, Any]) -> str:
+    """What rows must be for this filter; its values go into `given`."""
+    if not where:
+        return "true"
+    conditions = []
+    for number, (key, values) in enumerate(where.items()):
+        # text that PostgreSQL cannot hold is in no row's fields
+        given[f"key_{number}"] = key if _is_storable(key) else ""
+        wanted = [as_json(value) for value in values if _is_storable(value)] if _is_storable(key) else []
+        given[f"values_{number}"] = array_of(wanted)
+        conditions.append(f"fields -> %(key_{number})s::text = any(%(values_{number})s::jsonb[])")
+    return f"id in (select id from rows where {' and '.join(conditions)})"
+
+
+def fields_of(payload: str) -> str:
+    """What filters see of a payload: the keys with plain values."""
+    if "[" not in payload and payload.find("{", 1) < 0 and "\\u" not in payload:
+        return payload
+    plain = {
+        key: value
+        for key, value in json.loads(payload).items()
+        if not isinstance(value, (dict, list)) and _is_storable(key) and _is_storable(value)
+    }
+    return as_json(plain)
+
+
+def _is_storable(value: Any) -> bool:
+    """Whether jsonb can hold it: Unicode without the character 0, finite numbers."""
+    if isinstance(value, str):
+        return "\0" not in value and value == value.encode(errors="ignore").decode()
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def array_of(values: Iterable[int | str]) -> str:
+    """An array of SQL, as text: the server reads it faster than Python makes a typed one."""
+    return "{" + ",".join(map(_element, values)) + "}"
+
+
+def _element(value: int | str) -> str:
+    if isinstance(value, int):
+        return str(value)
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
