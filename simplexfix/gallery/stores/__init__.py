@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 from .._state import State
@@ -12,20 +11,36 @@ from .folder import FolderStore
 
 __all__ = ["Counts", "Store", "StoreError", "StoredRows", "create_store", "open_store"]
 
+_URLS = "the path of a folder"
+
 
 def create_store(url: str | os.PathLike[str], state: State, event: dict[str, Any]) -> Store:
     """A new store with this state, and this event as the first of its history."""
-    return FolderStore.create(_folder(url), state, event)
+    text = _text(url)
+    return _kind(text).create(text, state, event)
 
 
 def open_store(url: str | os.PathLike[str]) -> Store:
-    return FolderStore.open(_folder(url))
+    text = _text(url)
+    return _kind(text).open(text)
 
 
-def _folder(url: str | os.PathLike[str]) -> Path:
+def _text(url: str | os.PathLike[str]) -> str:
     text = os.fspath(url)
     if not isinstance(text, str) or not text:
-        raise TypeError(f"url must be the path of a folder, got {url!r}")
-    if "://" in text or "#" in text:
-        raise ValueError(f"url must be the path of a folder, without :// and #, got {text!r}: there is no other store")
-    return Path(text)
+        raise TypeError(f"url must be {_URLS}, got {url!r}")
+    return text
+
+
+def _kind(url: str) -> type[Store]:
+    """The store of a url.  A store that needs packages is imported here, where its form of url is recognized."""
+    scheme, has_scheme, _ = url.partition("://")
+    # `postgresql://...`, `postgres://...`: PostgreSQL
+
+    # `http://...`, `https://...`, and without a scheme `FILE.db#NAME`: Milvus
+
+    if has_scheme:  # the rest may hold a password
+        raise ValueError(f"url must be {_URLS}, got {scheme}://...: there is no such store")
+    if "#" in url:
+        raise ValueError(f"url must be {_URLS}, which has no #, got {url!r}")
+    return FolderStore

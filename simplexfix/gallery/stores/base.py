@@ -57,6 +57,26 @@ class Store(Protocol):
 
     url: str
 
+    @classmethod
+    def create(cls, url: str, state: State, event: dict[str, Any]) -> Store:
+        """A new gallery with this state, and this event as the first of its history.
+
+        Raises:
+            FileExistsError: a gallery, or something else, is there.
+            StoreError: the place cannot be written.
+        """
+        ...
+
+    @classmethod
+    def open(cls, url: str) -> Store:
+        """The gallery that is there.
+
+        Raises:
+            FileNotFoundError: there is none.
+            StoreError: it cannot be read, is damaged, or of another format.
+        """
+        ...
+
     def state(self) -> State: ...
 
     def change(self, decide: Callable[[State, Mapping[int, int]], Change]) -> dict[str, Any]:

@@ -73,13 +73,14 @@ class FolderStore:
         self._seen_state: tuple[int, int] | None = None
 
     @classmethod
-    def create(cls, folder: Path, state: State, event: dict[str, Any]) -> FolderStore:
+    def create(cls, url: str, state: State, event: dict[str, Any]) -> FolderStore:
         """A new gallery in a new or empty folder.
 
         Raises:
             FileExistsError: something is in the folder.
             StoreError, OSError: it cannot be written.
         """
+        folder = Path(url)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / _FILE
         others = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith(_FILE))
@@ -105,13 +106,14 @@ class FolderStore:
         return store
 
     @classmethod
-    def open(cls, folder: Path) -> FolderStore:
+    def open(cls, url: str) -> FolderStore:
         """The gallery in a folder.
 
         Raises:
             FileNotFoundError: there is none.
             StoreError: the file is damaged, of something else, or of another format.
         """
+        folder = Path(url)
         path = folder / _FILE
         if not path.is_file():
             raise FileNotFoundError(f"{folder} holds no gallery: it has no {_FILE}; Gallery.create makes one")
