@@ -22,6 +22,7 @@ INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 _EXTRAS = {
     "PIL": "cli",
     "matplotlib": "cli",
+    "psycopg": "postgresql",
     "pyarrow": "parquet",
     "rich": "cli",
     "safetensors": "safetensors",

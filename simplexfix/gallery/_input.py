@@ -64,9 +64,11 @@ def read_payload(payload: Payload | None, count: int) -> list[str] | None:
             if key in RESERVED:
                 raise ValueError(f"payload row {row} has the key {key!r}, which the gallery itself uses: rename it")
         try:
-            texts.append(json.dumps(entry, ensure_ascii=False, allow_nan=False, separators=(",", ":")))
+            text = json.dumps(entry, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+            text.encode()  # half a surrogate pair is no text
         except (TypeError, ValueError) as error:
             raise ValueError(f"payload row {row} is no JSON object: {error}") from None
+        texts.append(text)
     return texts
 
 

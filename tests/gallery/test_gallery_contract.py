@@ -495,6 +495,7 @@ def test_a_model_is_checked_again_where_the_rows_are_written(gallery: Gallery, m
         ({"payload": {"a": [1]}}, ValueError, "vectors has 2 rows, column 'a' of payload has 1"),
         ({"payload": [{}, {"a": float("nan")}]}, ValueError, "payload row 1 is no JSON object"),
         ({"payload": [{"a": {1, 2}}, {}]}, ValueError, "payload row 0 is no JSON object"),
+        ({"payload": [{}, {"a": "\ud800"}]}, ValueError, "payload row 1 is no JSON object"),
     ],
 )
 def test_bad_rows_are_refused_and_nothing_is_added(gallery: Gallery, changes, kind, message: str) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gallery_stores import A, B, url, vectors
+from gallery_stores import A, B, settle, url, vectors
 
 from simplexfix.gallery import Gallery, StoreError
 
@@ -37,6 +37,7 @@ class Child:
             code = 1
             try:
                 os.close(read)
+                os.environ["PGAPPNAME"] = f"child {os.getpid()}"  # of its connections to PostgreSQL
                 call(lambda line: os.write(write, f"{line}\n".encode()))
                 code = 0
             except BaseException:
@@ -56,7 +57,10 @@ class Child:
         """All its lines, and its exit code, negative for a signal."""
         lines = self._lines.read().split()
         self._lines.close()
-        return lines, os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        if code < 0:
+            settle(f"child {self.pid}")
+        return lines, code
 
 
 # killed at any moment
@@ -158,16 +162,16 @@ def test_killed_at_any_moment_nothing_acknowledged_is_lost_and_nothing_is_half_d
         child.line()
         return child
 
-    child, begun = start(f"{url}-whole"), time.monotonic()
+    child, begun = start(f"{url}_whole"), time.monotonic()
     assert child.end() == (["done"] * len(STEPS), 0)
     whole = time.monotonic() - begun
-    with Gallery.open(f"{url}-whole") as gallery:
+    with Gallery.open(f"{url}_whole") as gallery:
         assert is_after(gallery, len(STEPS))
         assert not is_after(gallery, len(STEPS) - 1)
     draw = np.random.default_rng()
     in_the_middle = 0
     for attempt in range(KILLS):
-        place = f"{url}-{attempt}"
+        place = f"{url}_{attempt}"
         child = start(place)
         time.sleep(draw.uniform(0, whole))
         child.kill()
@@ -226,7 +230,7 @@ def test_killed_at_a_statement_of_a_call_it_is_whole_or_not_there(tmp_path, kind
 
 def test_a_killed_creation_is_made_again(url: str) -> None:
     for attempt in range(KILLS):
-        place = f"{url}-{attempt}"
+        place = f"{url}_{attempt}"
         child = Child(lambda say, place=place: (say("go"), Gallery.create(place, model=A), say("made")))
         child.line()
         time.sleep(np.random.default_rng().uniform(0, 0.02))

@@ -11,7 +11,7 @@ from .folder import FolderStore
 
 __all__ = ["Counts", "Store", "StoreError", "StoredRows", "create_store", "open_store"]
 
-_URLS = "the path of a folder"
+_URLS = "the path of a folder, or postgresql://USER@HOST:PORT/DATABASE#NAME"
 
 
 def create_store(url: str | os.PathLike[str], state: State, event: dict[str, Any]) -> Store:
@@ -35,7 +35,14 @@ def _text(url: str | os.PathLike[str]) -> str:
 def _kind(url: str) -> type[Store]:
     """The store of a url.  A store that needs packages is imported here, where its form of url is recognized."""
     scheme, has_scheme, _ = url.partition("://")
-    # `postgresql://...`, `postgres://...`: PostgreSQL
+    if scheme in ("postgresql", "postgres") and has_scheme:
+        try:
+            from .postgresql import PostgresStore
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "a gallery in PostgreSQL needs psycopg: pip install 'simplexfix[postgresql]'", name=error.name
+            ) from error
+        return PostgresStore
 
     # `http://...`, `https://...`, and without a scheme `FILE.db#NAME`: Milvus
 

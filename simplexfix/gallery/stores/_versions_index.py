@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...retrieval import CosineIndex
+from ._common import too_wide
 
 __all__ = ["VersionsIndex", "merge_rankings"]
 
@@ -64,10 +65,7 @@ class VersionsIndex:
         rankings = []
         for version, part in self._parts.items():
             if part.dim > queries.shape[1]:
-                raise ValueError(
-                    f"queries are {queries.shape[1]} wide and rows of version {version} are {part.dim}: search with a "
-                    "model of at least that width"
-                )
+                raise too_wide(queries.shape[1], version, part.dim)
             if include is not None and version not in include:
                 continue
             found = part.search(queries[:, : part.dim], k, None if include is None else include[version])

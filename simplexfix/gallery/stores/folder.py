@@ -13,7 +13,6 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._state import Change, State
+from ._common import SEVERAL_WIDTHS, absent_id, as_json, failure, stamped, taken_id
 from ._sqlite import Connection
 from ._versions_index import VersionsIndex
 from .base import Counts, StoredRows, StoreError
@@ -99,7 +99,7 @@ class FolderStore:
             with store._writer.writing() as connection:
                 for statement in _statements(_SCHEMA):
                     connection.execute(statement)
-                connection.execute("insert into state values (?, 0)", [_json(state.to_dict())])
+                connection.execute("insert into state values (?, 0)", [as_json(state.to_dict())])
                 _record(connection, event)
                 connection.execute(f"pragma application_id={_APPLICATION}")
                 connection.execute(f"pragma user_version={_FORMAT}")  # last, so that half a gallery is none
@@ -146,7 +146,7 @@ class FolderStore:
                 event["old_rows_deleted"] = _drop(connection, change.drop)
             if change.state.serving[-1] != before.serving[-1]:
                 connection.execute("delete from leases")
-            connection.execute("update state set body = ?", [_json(change.state.to_dict())])
+            connection.execute("update state set body = ?", [as_json(change.state.to_dict())])
             return _record(connection, event)
 
     def history(self) -> list[dict[str, Any]]:
@@ -172,15 +172,12 @@ class FolderStore:
     ) -> None:
         with self._named("add", len(ids)), self._writer.writing() as connection:
             allow(_read_state(connection))
-            given = _json(ids.tolist())
+            given = as_json(ids.tolist())
             there = connection.execute(
                 "select rows.id from json_each(?) as given join rows on rows.id = given.value limit 1", [given]
             ).fetchone()
             if there:
-                raise ValueError(
-                    f"id {there[0]} is in the gallery already: `replace` puts a newer model's vector in its place, "
-                    "`remove` deletes the row"
-                )
+                raise taken_id(there[0])
             change = _next_change(connection)
             keys = _add_vectors(connection, vectors)
             connection.executemany(
@@ -202,7 +199,7 @@ class FolderStore:
     ) -> int:
         with self._named("replace", len(ids)), self._writer.writing() as connection:
             allow(_read_state(connection))
-            given = _json(ids.tolist())
+            given = as_json(ids.tolist())
             versions = dict(
                 connection.execute(
                     "select id, version from rows where id in (select value from json_each(?))", [given]
@@ -213,16 +210,17 @@ class FolderStore:
                 leased = {
                     id_
                     for (id_,) in connection.execute(
-                        "select id from leases where id in (select value from json_each(?))", [_json(absent)]
+                        "select id from leases where id in (select value from json_each(?))", [as_json(absent)]
                     )
                 }
-                _check_there([id_ for id_ in absent if id_ not in leased])
+                if error := absent_id(id_ for id_ in absent if id_ not in leased):
+                    raise error
             at = [row for row, id_ in enumerate(ids.tolist()) if versions.get(id_, version) != version]
             some = ids[at].tolist()
             connection.execute(
                 "insert into old (id, version, replaced_by, key, payload) "
                 "select id, version, ?, key, payload from rows where id in (select value from json_each(?))",
-                [version, _json(some)],
+                [version, as_json(some)],
             )
             keys = _add_vectors(connection, vectors[at])
             change = _next_change(connection)
@@ -241,7 +239,7 @@ class FolderStore:
 
     def remove(self, ids: NDArray[np.int64]) -> None:
         with self._named("remove", len(ids)), self._writer.writing() as connection:
-            given = _json(ids.tolist())
+            given = as_json(ids.tolist())
             _check_held(connection, given)
             change = _next_change(connection)
             for table in ("rows", "old"):
@@ -277,7 +275,7 @@ class FolderStore:
                 query = f"select {columns} from rows join vectors using (key) order by rows.id"
                 found = connection.execute(query).fetchall()
             else:
-                given = _json(ids.tolist())
+                given = as_json(ids.tolist())
                 _check_held(connection, given)
                 found = connection.execute(
                     f"select {columns} from json_each(?) as given join rows on rows.id = given.value "
@@ -295,7 +293,7 @@ class FolderStore:
         with self._named("list rows"), self._reader.reading() as connection:
             given: Sequence[Any] = [version]
             if not isinstance(order, str):
-                given = [_json(order.tolist()), version]
+                given = [as_json(order.tolist()), version]
                 _check_held(connection, given[0])
                 query = (
                     "select rows.id from json_each(?) as given join rows on rows.id = given.value "
@@ -318,7 +316,7 @@ class FolderStore:
                 "select rows.id from json_each(?) as given join rows on rows.id = given.value "
                 "left join leases on leases.id = rows.id "
                 "where version != ? and coalesce(until, 0) <= ? order by given.key limit ?",
-                [_json(ids.tolist()), version, now, limit],
+                [as_json(ids.tolist()), version, now, limit],
             ).fetchall()
             connection.executemany(
                 "insert or replace into leases values (?, ?, ?)", [(id_, worker, now + seconds) for (id_,) in found]
@@ -393,9 +391,7 @@ class FolderStore:
         except (sqlite3.Error, OSError) as error:
             if isinstance(error, FileExistsError):
                 raise
-            count = "" if rows is None else f" {rows} rows"
-            nothing = "" if rows is None else f"; none of the {rows} rows was taken, and the call can be repeated"
-            raise StoreError(f"the gallery in {self.url} cannot {what}{count}: {error}{nothing}") from error
+            raise failure(self.url, what, rows, error) from error
 
 
 def _statements(script: str) -> Iterator[str]:
@@ -408,17 +404,13 @@ def _statements(script: str) -> Iterator[str]:
             statement = ""
 
 
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-
-
 def _read_state(connection: sqlite3.Connection) -> State:
     return State.from_dict(json.loads(connection.execute("select body from state").fetchone()[0]))
 
 
 def _record(connection: sqlite3.Connection, event: dict[str, Any]) -> dict[str, Any]:
-    event = {"at": datetime.now(timezone.utc).isoformat(timespec="seconds"), **event}
-    connection.execute("insert into history (body) values (?)", [_json(event)])
+    event = stamped(event)
+    connection.execute("insert into history (body) values (?)", [as_json(event)])
     return event
 
 
@@ -491,12 +483,8 @@ def _check_held(connection: sqlite3.Connection, ids: str) -> None:
     absent = connection.execute(
         "select given.value from json_each(?) as given where given.value not in (select id from rows) limit 1", [ids]
     ).fetchone()
-    _check_there([] if absent is None else [absent[0]])
-
-
-def _check_there(absent: Sequence[int]) -> None:
-    if absent:
-        raise KeyError(f"id {absent[0]} is not in the gallery")
+    if error := absent_id(absent or ()):
+        raise error
 
 
 def _vectors(ids: Sequence[int], checksums: Sequence[int], blobs: Sequence[bytes]) -> NDArray[np.float32]:
@@ -505,5 +493,5 @@ def _vectors(ids: Sequence[int], checksums: Sequence[int], blobs: Sequence[bytes
         if zlib.crc32(blob) != checksum:
             raise sqlite3.DatabaseError(f"the vector of id {id_} is damaged: it does not give its checksum")
     if len({len(blob) for blob in blobs}) > 1:
-        raise ValueError("these rows are by models of several widths: read those of one version at a time")
+        raise ValueError(SEVERAL_WIDTHS)
     return np.frombuffer(b"".join(blobs), dtype="<f4").reshape(len(blobs), -1 if blobs else 0)

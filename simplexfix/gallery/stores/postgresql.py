@@ -1,0 +1,564 @@
+"""A gallery in a PostgreSQL database with pgvector: a schema of its own, and each call one transaction.
+
+The server ranks by a scan over all rows, in float32.  A few more rows than are asked for come back with their vectors,
+and are ordered here exactly, so that scores and ties are those of every other store.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import psycopg
+from numpy.typing import NDArray
+from psycopg import sql
+
+from .._state import Change, State
+from ._common import absent_id, as_json, failure, stamped, taken_id, too_wide
+from ._postgresql_connections import Connection, Connections, LostCommitError, find_extension
+from ._postgresql_copy import MOST_NUMBERS, copied_rows, copied_vectors, given_vectors, searchable, stacked, text_of
+from ._postgresql_url import Place, read_url
+from ._rerank import Ranking, rerank
+from ._versions_index import merge_rankings
+from .base import Counts, StoredRows, StoreError
+
+__all__ = ["PostgresStore"]
+
+_FORMAT = 1
+_SPARE = 16  # candidates beside the k best: float32 may order what is nearly equal otherwise
+_CHUNK = 4096  # rows that are read at a time
+_AMONG = "id = any(%s::bigint[])"
+_LOCK = 0x53465847  # "SFXG": of creations, one at a time
+
+# `vectors` is apart from `rows` so that a search reads nothing else, and counting reads no vectors.  Vectors of up to
+# 2,000 numbers stay in their pages (toast_tuple_target).  `payload` is the text that was given, `fields` what filters
+# see of it: jsonb changes numbers such as 1e300.
+_SCHEMA = f"""
+create table state (format integer not null default {_FORMAT}, stamp uuid not null, body text not null);
+create table models (version integer primary key, fingerprint text not null);
+create table history (number bigint generated always as identity primary key, body text not null);
+create function history_stays() returns trigger language plpgsql
+  as $$ begin raise exception 'the history is append-only'; end $$;
+create trigger history_stays before update or delete or truncate on history execute function history_stays();
+create table rows (
+  id bigint primary key, version integer not null references models, payload text not null, fields jsonb not null
+);
+create index rows_by_version on rows (version, id);
+create table vectors (id bigint primary key, version integer not null, vector vector not null, bits bytea)
+  with (toast_tuple_target = 8160);
+create table replaced (
+  number bigint generated always as identity primary key, id bigint not null, version integer not null,
+  replaced_by integer not null, payload text not null, fields jsonb not null, vector vector not null, bits bytea
+);
+create index replaced_by_id on replaced (id);
+create index replaced_by_version on replaced (replaced_by, version);
+create table leases (id bigint primary key, worker text not null, until timestamptz not null);
+create table hits (id bigint primary key, times bigint not null);
+"""
+
+
+class PostgresStore:
+    """See `Store`.  Calls that write hold a lock on `state` against changes of the state until they are committed."""
+
+    def __init__(self, place: Place) -> None:
+        self.url = place.shown
+        self._connections = Connections(place)
+        self._seen: tuple[uuid.UUID, State] | None = None  # the last state that was read, and its stamp
+
+    @classmethod
+    def create(cls, url: str, state: State, event: dict[str, Any]) -> PostgresStore:
+        """A new gallery, in a schema that is not there yet, or is empty.
+
+        Raises:
+            FileExistsError: something is in the schema.
+            StoreError: the database refuses it.
+            ValueError: the url, or a model's width, is not possible here.
+        """
+        place = read_url(url)
+        _check_widths(state)
+        store = cls(place)
+        schema = sql.Identifier(place.name)
+        with store._writing("create the gallery") as connection:
+            connection.execute("select pg_advisory_xact_lock(%s)", [_LOCK])
+            held = "select relname from pg_class where relnamespace = to_regnamespace(%s) order by relname limit 1"
+            there = connection.execute(held, [schema.as_string(connection)]).fetchone()
+            if there:
+                raise FileExistsError(
+                    f"schema {place.name} of {place.shown} holds {there[0]}: Gallery.open opens a gallery, and a new "
+                    "one needs another name"
+                )
+            connection.execute("create extension if not exists vector")
+            connection.execute(sql.SQL("create schema if not exists {}").format(schema))
+            find_extension(connection, place)
+            connection.execute(_SCHEMA)
+            connection.execute(
+                "insert into state (stamp, body) values (gen_random_uuid(), %s)", [as_json(state.to_dict())]
+            )
+            _add_models(connection, state)
+            _record(connection, event)
+        return store
+
+    @classmethod
+    def open(cls, url: str) -> PostgresStore:
+        """The gallery of this name.
+
+        Raises:
+            FileNotFoundError: there is none.
+            StoreError: the database cannot be reached, or the gallery is of another format.
+        """
+        place = read_url(url)
+        store = cls(place)
+        with store._reading("open the gallery") as connection:
+            table = sql.Identifier(place.name, "state")
+            if connection.execute("select to_regclass(%s)", [table.as_string(connection)]).fetchone() == (None,):
+                raise FileNotFoundError(f"{place.shown} holds no gallery; Gallery.create makes one")
+            (found,) = _row(connection, "select format from state")
+        if found != _FORMAT:
+            raise StoreError(f"{place.shown} is no gallery of format {_FORMAT}, it is of format {found}")
+        return store
+
+    def state(self) -> State:
+        with self._reading("read the state") as connection:
+            return self._now(connection)
+
+    def change(self, decide: Callable[[State, Mapping[int, int]], Change]) -> dict[str, Any]:
+        with self._writing("change the state") as connection:
+            connection.execute("lock table state in exclusive mode")
+            before = self._now(connection)
+            change = decide(before, _counted(connection, "rows"))
+            event = dict(change.event)
+            _check_widths(change.state)
+            _add_models(connection, change.state)
+            if change.restore is not None:
+                event["rows_restored"] = _restore(connection, change.restore)
+                event["rows_that_stay"] = _counted(connection, "rows").get(change.restore, 0)
+            if change.drop is not None:
+                dropped = connection.execute("delete from replaced where version = %s", [change.drop])
+                event["old_rows_deleted"] = dropped.rowcount
+            if change.state.serving[-1] != before.serving[-1]:
+                connection.execute("delete from leases")
+            if change.state is not before:
+                connection.execute(
+                    "update state set stamp = gen_random_uuid(), body = %s", [as_json(change.state.to_dict())]
+                )
+            return _record(connection, event)
+
+    def history(self) -> list[dict[str, Any]]:
+        with self._reading("read the history") as connection:
+            return [json.loads(body) for (body,) in connection.execute("select body from history order by number")]
+
+    def counts(self) -> Counts:
+        with self._reading("count rows") as connection:
+            count = "select json_object_agg(version, n) from (select version, count(*) as n from {} group by 1) as each"
+            leased = (
+                "select count(*) from leases where until > clock_timestamp() and exists "
+                "(select from rows where rows.id = leases.id)"
+            )
+            rows, old, number = _row(
+                connection, f"select ({count.format('rows')}), ({count.format('replaced')}), ({leased})"
+            )
+            rows, old = ({int(version): n for version, n in (each or {}).items()} for each in (rows, old))
+            return Counts(rows, old, number)
+
+    def add(
+        self,
+        ids: NDArray[np.int64],
+        vectors: NDArray[np.float32],
+        version: int,
+        payload: list[str] | None,
+        allow: Callable[[State], None],
+    ) -> None:
+        order = np.argsort(ids)  # so that two calls that add the same ids do not wait for each other
+        texts = ["{}"] * len(ids) if payload is None else [payload[row] for row in order]
+        try:
+            with self._writing("add", len(ids)) as connection:
+                allow(self._held(connection))
+                rows = copied_rows(ids[order], version, texts, [_fields(text) for text in texts])
+                _copy(connection, "rows (id, version, payload, fields)", rows)
+                _copy_vectors(connection, ids[order], version, vectors[order])
+        except StoreError as error:
+            if isinstance(error.__cause__, psycopg.errors.UniqueViolation):
+                with self._reading("read rows") as connection:
+                    query = f"select id from rows where {_AMONG} limit 1"
+                    for (id_,) in connection.execute(query, [_array(ids.tolist())]):
+                        raise taken_id(id_) from None
+            raise
+
+    def replace(
+        self,
+        ids: NDArray[np.int64],
+        vectors: NDArray[np.float32],
+        version: int,
+        payload: list[str] | None,
+        allow: Callable[[State], None],
+    ) -> int:
+        with self._writing("replace", len(ids)) as connection:
+            allow(self._held(connection))
+            given = _array(ids.tolist())
+            versions = dict(_lock_rows(connection, given))
+            if len(versions) < len(ids):
+                leased = {id_ for (id_,) in connection.execute(f"select id from leases where {_AMONG}", [given])}
+                if error := absent_id(id_ for id_ in ids.tolist() if id_ not in versions and id_ not in leased):
+                    raise error
+            at = np.array([versions.get(id_, version) != version for id_ in ids.tolist()], dtype=bool)
+            some = _array(ids[at].tolist())
+            connection.execute(
+                f"with gone as (delete from vectors where {_AMONG} returning id, vector, bits) "
+                "insert into replaced (id, version, replaced_by, payload, fields, vector, bits) "
+                "select id, version, %s, payload, fields, vector, bits from gone join rows using (id)",
+                [some, version],
+            )
+            if payload is None:
+                connection.execute(f"update rows set version = %s where {_AMONG}", [version, some])
+            else:
+                texts = [payload[row] for row in np.flatnonzero(at)]
+                connection.execute(
+                    "update rows set version = %s, payload = new.payload, fields = new.fields "
+                    "from unnest(%s::bigint[], %s::text[], %s::jsonb[]) as new (id, payload, fields) "
+                    "where rows.id = new.id",
+                    [version, some, texts, [_fields(text) for text in texts]],
+                )
+            _copy_vectors(connection, ids[at], version, vectors[at])
+            connection.execute(f"delete from leases where {_AMONG}", [given])
+            if at.any() and _is_last(connection, version):
+                _record(connection, {"event": "backfill finished", "version": version})
+            return int(at.sum())
+
+    def remove(self, ids: NDArray[np.int64]) -> None:
+        with self._writing("remove", len(ids)) as connection:
+            self._held(connection)
+            given = _array(ids.tolist())
+            there = {id_ for id_, _ in _lock_rows(connection, given)}
+            if error := absent_id(id_ for id_ in ids.tolist() if id_ not in there):
+                raise error
+            for table in ("rows", "vectors", "replaced", "hits"):
+                connection.execute(f"delete from {table} where {_AMONG}", [given])
+
+    def search(
+        self, queries: NDArray[np.float32], k: int, where: Mapping[str, tuple[Any, ...]] | None
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
+        with self._reading("search") as connection:
+            state = self._seen[1] if self._seen else self._now(connection)
+            try:
+                return _search(connection, state, queries, k, where)
+            except psycopg.errors.DataException:  # vectors of another width have come since
+                return _search(connection, self._now(connection), queries, k, where)
+
+    def read(self, ids: NDArray[np.int64] | None) -> StoredRows:
+        columns = "rows.id, rows.version, payload, bits, vector_send(vector)"
+        if ids is None:
+            query = f"select {columns} from rows join vectors using (id) order by rows.id"
+        else:
+            query = (
+                f"select {columns} from unnest(%s::bigint[]) with ordinality as given (id, place) "
+                "join rows using (id) join vectors using (id) order by place"
+            )
+        found: list[tuple[Any, ...]] = []
+        chunks: list[NDArray[np.float32]] = []
+        with (
+            self._writing("read rows") as connection,
+            connection.cursor("reading", binary=True) as cursor,  # the server's, which sends some rows at a time
+        ):
+            cursor.execute(query, None if ids is None else [_array(ids.tolist())])
+            while chunk := cursor.fetchmany(_CHUNK):
+                chunks.append(given_vectors([row[4] for row in chunk], [row[3] for row in chunk]))
+                found += [row[:3] for row in chunk]
+        if ids is not None and len(found) < len(ids):
+            there = {row[0] for row in found}
+            if error := absent_id(id_ for id_ in ids.tolist() if id_ not in there):
+                raise error
+        return StoredRows(
+            np.array([row[0] for row in found], dtype=np.int64),
+            np.array([row[1] for row in found], dtype=np.int64),
+            stacked(chunks),
+            [json.loads(row[2]) for row in found],
+        )
+
+    def stale(self, version: int, order: str | NDArray[np.int64]) -> NDArray[np.int64]:
+        with self._reading("list rows") as connection:
+            if not isinstance(order, str):
+                found = connection.execute(
+                    "select given.id, version from unnest(%s::bigint[]) with ordinality as given (id, place) "
+                    "left join rows using (id) order by place",
+                    [_array(order.tolist())],
+                ).fetchall()
+                if error := absent_id(id_ for id_, held in found if held is None):
+                    raise error
+                return _ids(row[0] for row in found if row[1] != version)
+            query = "select id from rows where version <> %s order by id"
+            if order == "traffic":
+                query = (
+                    "select rows.id from rows left join hits using (id) where version <> %s "
+                    "order by coalesce(times, 0) desc, rows.id"
+                )
+            return _ids(id_ for (id_,) in connection.execute(query, [version]))
+
+    def claim(self, ids: NDArray[np.int64], limit: int, version: int, worker: str, seconds: float) -> NDArray[np.int64]:
+        # A row that another worker locks is left out.  Its lease may be committed after this statement has looked for
+        # leases, and stays where it is then: `on conflict` sees it.
+        query = """
+            with free as (
+              select rows.id from unnest(%s::bigint[]) with ordinality as given (id, place) join rows using (id)
+              where version <> %s and not exists (
+                select from leases where leases.id = rows.id and until > clock_timestamp()
+              )
+              order by place limit %s for update of rows skip locked
+            )
+            insert into leases select id, %s, clock_timestamp() + make_interval(secs => %s) from free
+            on conflict (id) do update set worker = excluded.worker, until = excluded.until
+              where leases.until <= clock_timestamp()
+            returning id
+        """
+        with self._writing("lease rows", durable=False) as connection:
+            given = [_array(ids.tolist()), version, limit, worker, seconds]
+            leased = {id_ for (id_,) in connection.execute(query, given)}
+            return ids[[id_ in leased for id_ in ids.tolist()]]
+
+    def release(self, worker: str) -> None:
+        with self._writing("end leases", durable=False) as connection:
+            connection.execute("delete from leases where worker = %s", [worker])
+
+    def count_hits(self, ids: NDArray[np.int64], times: NDArray[np.int64]) -> bool:
+        query = """
+            insert into hits
+            select id, found.times from unnest(%s::bigint[], %s::bigint[]) as found (id, times) join rows using (id)
+            order by id
+            on conflict (id) do update set times = hits.times + excluded.times
+        """
+        try:
+            with self._connections.transaction(durable=False) as connection:
+                connection.execute("set local lock_timeout = '10ms'")
+                connection.execute(query, [_array(ids.tolist()), _array(times.tolist())])
+        except (psycopg.Error, LostCommitError):  # counts are hints: a search does not fail for them
+            return False
+        return True
+
+    def close(self) -> None:
+        self._connections.close()
+
+    def _now(self, connection: Connection) -> State:
+        """The state; its body is read only if it has changed."""
+        seen = self._seen
+        stamp, body = _row(
+            connection,
+            "select stamp, case when stamp is distinct from %s::uuid then body end from state",
+            [seen and seen[0]],
+        )
+        if seen is None or body is not None:
+            seen = self._seen = stamp, State.from_dict(json.loads(body))
+        return seen[1]
+
+    def _held(self, connection: Connection) -> State:
+        """The state, which nobody changes before the transaction ends."""
+        connection.execute("lock table state in row share mode")
+        return self._now(connection)
+
+    @contextmanager
+    def _reading(self, what: str) -> Iterator[Connection]:
+        with self._connected(what), self._connections.one() as connection:
+            yield connection
+
+    @contextmanager
+    def _writing(self, what: str, rows: int | None = None, *, durable: bool = True) -> Iterator[Connection]:
+        with self._connected(what, rows), self._connections.transaction(durable=durable) as connection:
+            yield connection
+
+    @contextmanager
+    def _connected(self, what: str, rows: int | None = None) -> Iterator[None]:
+        """PostgreSQL's errors with the store, the call and the rows in their message."""
+        try:
+            yield
+        except LostCommitError as error:
+            raise StoreError(
+                f"the gallery in {self.url} was asked to {what}{'' if rows is None else f' {rows} rows'}, and the "
+                f"connection broke before it answered: all of it was done, or nothing; look, and call again ({error})"
+            ) from error
+        except psycopg.Error as error:
+            reason = error.diag.message_primary or "; ".join(str(error).split("\n")) or type(error).__name__
+            raise failure(self.url, what, rows, reason) from error
+
+
+def _search(
+    connection: Connection,
+    state: State,
+    queries: NDArray[np.float32],
+    k: int,
+    where: Mapping[str, tuple[Any, ...]] | None,
+) -> Ranking:
+    widths = {version: member.identity.embedding_dim for version, member in state.live.items()}
+    width = queries.shape[1]
+    for version in [version for version in widths if widths[version] > width]:
+        if _row(connection, "select exists(select from rows where version = %s)", [version])[0]:
+            raise too_wide(width, version, widths[version])
+    narrow = sorted(set(widths.values()) - {width})
+    given: dict[str, Any] = {"candidates": k + _SPARE}
+    query = "%(query)s::vector"
+    if narrow:
+        cases = " ".join(f"when version = any(%(of_{w})s::integer[]) then %(query_{w})s::vector" for w in narrow)
+        query = f"case {cases} else {query} end"
+        for w in narrow:
+            given[f"of_{w}"] = _array(version for version in widths if widths[version] == w)
+    # A zero vector has no angle, which pgvector calls NaN and we a cosine of 0.
+    statement = f"""
+        select id, version, bits, vector_send(vector) from (
+          select id from vectors where {_condition(where, given)}
+          order by coalesce(nullif(vector <=> {query}, 'NaN'), 1), id limit %(candidates)s
+        ) as best join vectors using (id)
+    """
+    rankings = []
+    for exact, normal in zip(queries, searchable(queries)[0], strict=True):
+        given["query"] = text_of(normal)
+        for w in narrow:
+            given[f"query_{w}"] = text_of(searchable(exact[None, :w])[0][0])
+        found = connection.execute(statement, given, binary=True).fetchall()
+        groups: dict[int, list[tuple[Any, ...]]] = {}
+        for row in found:
+            groups.setdefault(len(row[3]), []).append(row)
+        rankings.append(merge_rankings([_rerank(exact, k, rows) for rows in groups.values()], 1, k))
+    if not rankings:
+        return merge_rankings([], 0, k)
+    scores, ids, versions = (np.concatenate(column) for column in zip(*rankings, strict=True))
+    return scores, ids, versions
+
+
+def _rerank(query: NDArray[np.float32], k: int, rows: list[tuple[Any, ...]]) -> Ranking:
+    ids, versions, bits, values = zip(*rows, strict=True)
+    return rerank(query, k, np.array(ids), np.array(versions), given_vectors(values, bits))
+
+
+def _condition(where: Mapping[str, tuple[Any, ...]] | None, given: dict[str, Any]) -> str:
+    """What rows must be for this filter; its values go into `given`."""
+    if not where:
+        return "true"
+    conditions = []
+    for number, (key, values) in enumerate(where.items()):
+        # text that PostgreSQL cannot hold is in no row's fields
+        given[f"key_{number}"] = key if _is_storable(key) else ""
+        wanted = [as_json(value) for value in values if _is_storable(value)] if _is_storable(key) else []
+        given[f"values_{number}"] = _array(wanted)
+        conditions.append(f"fields -> %(key_{number})s::text = any(%(values_{number})s::jsonb[])")
+    return f"id in (select id from rows where {' and '.join(conditions)})"
+
+
+def _fields(payload: str) -> str:
+    """What filters see of a payload: the keys with plain values."""
+    if "[" not in payload and payload.find("{", 1) < 0 and "\\u" not in payload:
+        return payload
+    plain = {
+        key: value
+        for key, value in json.loads(payload).items()
+        if not isinstance(value, (dict, list)) and _is_storable(key) and _is_storable(value)
+    }
+    return as_json(plain)
+
+
+def _is_storable(value: Any) -> bool:
+    """Whether jsonb can hold it: Unicode without the character 0, finite numbers."""
+    if isinstance(value, str):
+        return "\0" not in value and value == value.encode(errors="ignore").decode()
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _lock_rows(connection: Connection, ids: str) -> list[tuple[int, int]]:
+    """Ids and versions of the rows that are there, which nobody changes before the transaction ends.
+
+    By id, so that of two calls that lock the same rows one waits for the other.
+    """
+    query = f"select id, version from rows where {_AMONG} order by id for update"
+    return [(id_, version) for id_, version in connection.execute(query, [ids])]
+
+
+def _is_last(connection: Connection, version: int) -> bool:
+    """Whether, once this transaction is committed, all rows are of this version.
+
+    Two calls that replace the last rows at the same time do not see each other's: the second one waits here.
+    """
+    free = "select exists(select from (select from rows where version <> %s limit 1 for update skip locked) as one)"
+    if _row(connection, free, [version])[0]:
+        return False
+    connection.execute("lock table history in share row exclusive mode")
+    return not _row(connection, "select exists(select from rows where version <> %s)", [version])[0]
+
+
+def _restore(connection: Connection, version: int) -> int:
+    """Puts back what rows of this version replaced."""
+    query = """
+        with back as (
+          delete from replaced using rows
+          where rows.id = replaced.id and rows.version = replaced.replaced_by and replaced.replaced_by = %s
+            and not exists (
+              select from replaced as later where later.id = replaced.id and later.number > replaced.number
+            )
+          returning replaced.*
+        ), restored_vectors as (
+          update vectors set version = back.version, vector = back.vector, bits = back.bits
+          from back where vectors.id = back.id
+        )
+        update rows set version = back.version, payload = back.payload, fields = back.fields
+        from back where rows.id = back.id
+    """
+    return connection.execute(query, [version]).rowcount
+
+
+def _add_models(connection: Connection, state: State) -> None:
+    for version, member in state.models.items():
+        connection.execute(
+            "insert into models values (%s, %s) on conflict do nothing", [version, member.identity.fingerprint]
+        )
+
+
+def _check_widths(state: State) -> None:
+    for version, member in state.models.items():
+        if member.identity.embedding_dim > MOST_NUMBERS:
+            raise ValueError(
+                f"pgvector stores vectors of up to {MOST_NUMBERS} numbers, and version {version} makes "
+                f"{member.identity.embedding_dim}: take another store"
+            )
+
+
+def _copy(connection: Connection, table: str, chunks: Iterable[bytes]) -> None:
+    with connection.cursor() as cursor, cursor.copy(f"copy {table} from stdin (format binary)") as copy:
+        for chunk in chunks:
+            copy.write(chunk)
+
+
+def _copy_vectors(connection: Connection, ids: NDArray[np.int64], version: int, vectors: NDArray[np.float32]) -> None:
+    _copy(connection, "vectors (id, version, vector, bits)", copied_vectors(ids, version, vectors))
+
+
+def _record(connection: Connection, event: dict[str, Any]) -> dict[str, Any]:
+    event = stamped(event)
+    connection.execute("insert into history (body) values (%s)", [as_json(event)])
+    return event
+
+
+def _counted(connection: Connection, table: str) -> dict[int, int]:
+    found = connection.execute(f"select version, count(*) from {table} group by version")
+    return dict(found.fetchall())
+
+
+def _row(connection: Connection, query: str, given: list[Any] | None = None) -> tuple[Any, ...]:
+    row = connection.execute(query, given).fetchone()
+    assert row is not None
+    return row
+
+
+def _ids(ids: Iterable[int]) -> NDArray[np.int64]:
+    return np.array(list(ids), dtype=np.int64)
+
+
+def _array(values: Iterable[int | str]) -> str:
+    """An array of SQL, as text: the server reads it faster than Python makes a typed one."""
+    return "{" + ",".join(map(_element, values)) + "}"
+
+
+def _element(value: int | str) -> str:
+    if isinstance(value, int):
+        return str(value)
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
