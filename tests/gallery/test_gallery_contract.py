@@ -249,6 +249,58 @@ def test_after_a_rollback_all_stored_bits_are_as_before(gallery: Gallery) -> Non
     assert {id_: row for id_, row in facts(gallery).items() if id_ != 70} == before
 
 
+def test_every_bit_of_a_float32_comes_back(url: str) -> None:
+    draw = np.random.default_rng(0)
+    rows = draw.integers(0, 2**32, size=(300, DIM), dtype=np.uint32).view(np.float32)
+    rows[~np.isfinite(rows)] = -0.0  # of all sizes, among them numbers below float32's normal range
+    rows[:3] = [[0.0] * DIM, [-0.0] * DIM, [1e-45] * DIM]
+    rows[3], rows[4] = 3e38, np.where(IDS[:DIM] % 2, 3e38, -1e-45)
+    gallery = Gallery.create(url, model=A)
+    gallery.add(range(300), rows, model=A)
+    gallery.admit(B, force="test")
+    gallery.replace(range(300), rows[::-1], model=B)
+    assert gallery.read().vectors.tobytes() == rows[::-1].tobytes()
+    gallery.rollback()
+    assert gallery.read().vectors.tobytes() == rows.tobytes()
+    scores, ids = gallery.mirror().search(rows, 5)
+    hits = gallery.search(rows, 5, model=A)
+    np.testing.assert_array_equal(hits.ids, ids)
+    np.testing.assert_array_equal(hits.scores, scores)
+
+
+def test_versions_of_several_widths_are_one_ranking(url: str) -> None:
+    """A wider model's queries are compared with narrow rows on their leading dimensions."""
+    wide = ModelIdentity("ab" * 32, 1, "", "oca", DIM + 7, ancestors=((A.fingerprint, DIM),))
+    rows = np.random.default_rng(0).standard_normal((40, DIM + 7)).astype(np.float32)
+    gallery = Gallery.create(url, model=A)
+    gallery.add(IDS, rows[:, :DIM], model=A)
+    other = Gallery.open(url)
+    assert other.search(rows[:1, :DIM], 1, model=A).ids == 0
+    gallery.admit(wide, force="test")
+    assert other.search(rows, 1, model=wide).ids.ravel().tolist() == IDS.tolist()
+    gallery.replace(IDS[::2], rows[::2], model=wide)
+    found = [
+        cosine_topk(torch.from_numpy(rows[:, :width]), torch.from_numpy(rows[first::2, :width]), 20)
+        for first, width in ((0, DIM + 7), (1, DIM))
+    ]
+    scores = np.concatenate([part[0].numpy() for part in found], axis=1)
+    ids = np.concatenate([2 * part[1].numpy() + first for first, part in enumerate(found)], axis=1)
+    order = np.lexsort((ids, -scores), axis=1)
+    for each in (gallery, other):
+        hits = each.search(rows, 40, model=wide)
+        np.testing.assert_array_equal(hits.ids, np.take_along_axis(ids, order, axis=1))
+        np.testing.assert_array_equal(hits.scores, np.take_along_axis(scores, order, axis=1))
+        with pytest.raises(
+            ValueError, match=r"queries are 33 wide and rows of version 1 are 40: search with a model of"
+        ):
+            each.search(rows[:, :DIM], 1, model=A)
+        with pytest.raises(ValueError, match="these rows are by models of several widths: read those of one version"):
+            each.read()
+    gallery.rollback()
+    assert other.search(rows[:, :DIM], 1, model=A).ids.ravel().tolist() == IDS.tolist()
+    np.testing.assert_array_equal(gallery.read().vectors, rows[:, :DIM])
+
+
 def test_old_vectors_go_with_retire_alone(gallery: Gallery) -> None:
     upgraded(gallery, IDS[:30])
     for version, message in (

@@ -1,0 +1,267 @@
+"""The PostgreSQL store alone: urls and passwords, a server that stops, what the database itself refuses."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gallery_stores import A, B, postgresql_database, postgresql_url, vectors
+
+from simplexfix.gallery import Gallery, StoreError
+
+psycopg = pytest.importorskip("psycopg", reason="PostgreSQL needs psycopg")
+IDS = np.arange(40)
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return postgresql_url(tmp_path)
+
+
+@pytest.fixture
+def gallery(url: str) -> Gallery:
+    made = Gallery.create(url, model=A)
+    made.add(IDS, vectors(IDS), model=A)
+    return made
+
+
+@contextmanager
+def sql(url: str) -> Iterator[Any]:
+    """A connection whose tables are the gallery's."""
+    database, name = url.split("#")
+    with psycopg.connect(database, autocommit=True) as connection:
+        connection.execute(f"set search_path to {name}, public")
+        yield connection
+
+
+@contextmanager
+def stopped() -> Iterator[None]:
+    server = postgresql_database()[1]
+    server.stop()
+    try:
+        yield
+    finally:
+        server.start()
+
+
+# urls
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://me:s3cret@127.0.0.1:1/photos#no-name",
+        "postgresql://me:s3cret@127.0.0.1:1/photos",
+        "postgresql://me:s3cret@127.0.0.1:1/photos#",
+        "postgresql://me:s3cret@127.0.0.1:1/photos#public",
+        "postgresql://me:s3cret@127.0.0.1:1/photos#pg_photos",
+        "postgresql://me:s3cret@127.0.0.1:1/photos#" + 64 * "x",
+        "postgresql://me:s3cret@127.0.0.1:1/photos?nothing=s3cret#photos",
+        "postgresql://me:s3@cret@127.0.0.1:1/photos#photos",
+        "postgresql://me:s3/cret@127.0.0.1:1/photos#photos",
+        "postgresql://me:s3#cret@127.0.0.1:1/photos",
+        "postgresql://me:s3%cret@127.0.0.1:1/photos#photos",
+        "postgresql://me:s3cret@127.0.0.1:port/photos#photos",
+    ],
+)
+def test_urls_that_are_refused_are_not_quoted(url: str) -> None:
+    """A password that is not encoded may be anywhere in them."""
+    for call in (Gallery.open, lambda url: Gallery.create(url, model=A)):
+        with pytest.raises(ValueError, match="url must be postgresql://USER@HOST:PORT/DATABASE#NAME") as error:
+            call(url)
+        assert "s3" not in str(error.value)
+        assert "cret" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("postgresql://me:s3cret@127.0.0.1:1/photos#shop", "postgresql://me@127.0.0.1:1/photos#shop"),
+        ("postgresql://me:s3cret?@127.0.0.1:1/photos#shop", "postgresql://me@127.0.0.1:1/photos#shop"),
+        ("postgres://[::1]:1/photos?password=s3cret&user=me#shop", "postgresql://me@[::1]:1/photos#shop"),
+        (
+            "postgresql://me:s3cret@/photos?host=/nowhere&sslpassword=s3cret#shop",
+            "postgresql://me@/photos?host=/nowhere#shop",
+        ),
+        (
+            "postgresql://me:s3cret@127.0.0.1:1,127.0.0.1:2/photos#shop",
+            "postgresql://me@/photos?host=127.0.0.1,127.0.0.1&port=1,2#shop",
+        ),
+    ],
+)
+def test_errors_name_the_store_without_its_password(url: str, shown: str) -> None:
+    from simplexfix.gallery.stores._postgresql_url import read_url
+
+    with pytest.raises(StoreError, match=r"the gallery in .* cannot open the gallery: .*connection") as error:
+        Gallery.open(url)
+    assert shown in str(error.value)
+    assert "s3cret" not in str(error.value)
+    again = read_url(shown)  # for whoever has the password in PGPASSWORD
+    assert again.shown == shown
+
+
+def test_the_password_of_an_open_gallery_is_not_shown(url: str) -> None:
+    gallery = Gallery.create(url.replace("postgres:@", "postgres:s3cret@"), model=A)  # the server asks for none
+    assert gallery.url == url.replace("postgres:@", "postgres@")
+    assert "s3cret" not in f"{gallery!r} {gallery.status()} {gallery.history()}"
+    assert Gallery.open(gallery.url).model == A
+
+
+def test_names_are_quoted_and_several_galleries_share_a_database(url: str) -> None:
+    database, name = url.split("#")
+    names = [f"{name}_Select", f"{name}_select"]
+    for at, other in enumerate(names):
+        Gallery.create(f"{database}#{other}", model=A).add([at], vectors([at]), model=A)
+    assert [Gallery.open(f"{database}#{other}").read().ids.tolist() for other in names] == [[0], [1]]
+    with pytest.raises(FileNotFoundError, match=f"#{name} holds no gallery; Gallery.create makes one"):
+        Gallery.open(url)
+
+
+def test_places_with_something_else_and_other_formats(url: str, gallery: Gallery) -> None:
+    with pytest.raises(FileExistsError, match=r"schema photos_\w+ of .* holds .*: Gallery.open opens a gallery"):
+        Gallery.create(url, model=A)
+    with sql(url) as connection:
+        connection.execute("update state set format = 2")
+    with pytest.raises(StoreError, match="is no gallery of format 1, it is of format 2"):
+        Gallery.open(url)
+    with sql(url) as connection:
+        connection.execute("alter table vectors rename to aside")
+    with pytest.raises(StoreError, match='cannot search: relation "vectors" does not exist'):
+        gallery.search(vectors([1]), 1, model=A)
+    database, name = url.split("#")
+    with psycopg.connect(database, autocommit=True) as connection:
+        connection.execute(f"create schema {name}_mine")
+    Gallery.create(f"{url}_mine", model=A)  # an administrator may make the schema
+
+
+# a server that stops
+
+
+def test_a_server_that_stops_is_an_error_and_the_gallery_goes_on(url: str, gallery: Gallery) -> None:
+    acknowledged, failed = [], []
+    stop = threading.Event()
+
+    def work(first: int) -> None:
+        while not stop.is_set():
+            ids = np.arange(first, first + 50)
+            try:
+                gallery.add(ids, vectors(ids), model=A)
+                acknowledged.append(first)
+            except StoreError as error:
+                failed.append((first, str(error)))
+                time.sleep(0.05)
+            first += 50
+
+    workers = [threading.Thread(target=work, args=(first,)) for first in (100, 1_000_000)]
+    for worker in workers:
+        worker.start()
+    time.sleep(0.3)
+    with stopped():
+        time.sleep(0.1)
+        with pytest.raises(StoreError, match=rf"the gallery in {gallery.url.replace('?', '.')} cannot read the state"):
+            gallery.search(vectors([1]), 1, model=A)
+    assert gallery.search(vectors([1]), 1, model=A).ids == 1
+    count = len(acknowledged)
+    while len(acknowledged) < count + 4:
+        time.sleep(0.01)
+    stop.set()
+    for worker in workers:
+        worker.join()
+    there = set(gallery.read().ids.tolist())
+    assert failed
+    for _, message in failed:
+        assert gallery.url in message
+        assert any(words in message for words in ("cannot read the state", "none of the 50 rows", "or nothing"))
+    for first in acknowledged:
+        assert there.issuperset(range(first, first + 50))
+    for first, message in failed:
+        found = len(there.intersection(range(first, first + 50)))
+        assert found == 0 or (found == 50 and "or nothing" in message)
+
+
+def test_idle_connections_of_a_server_that_was_restarted_are_not_used(gallery: Gallery) -> None:
+    gallery.status()
+    with stopped():
+        pass
+    assert gallery.search(vectors([1]), 1, model=A).ids == 1
+
+
+# what the database keeps
+
+
+def test_the_database_refuses_unknown_versions_and_edits_of_the_history(url: str, gallery: Gallery) -> None:
+    with sql(url) as connection:
+        with pytest.raises(psycopg.errors.ForeignKeyViolation):
+            connection.execute("update rows set version = 7 where id = 3")
+        for edit in ("update history set body = ''", "delete from history", "truncate history"):
+            with pytest.raises(psycopg.errors.RaiseException, match="the history is append-only"):
+                connection.execute(edit)
+
+
+def test_payload_that_jsonb_cannot_hold_comes_back(gallery: Gallery) -> None:
+    payload = [
+        {"name": "a\0b", "n": 1},
+        {"big": 1e300, "n": 1, "list": [1e-7, {"n": 2}], "text": 'quote " and \\ and é'},
+        {"a\0": 1, "n": 2},
+    ]
+    gallery.add([50, 51, 52], vectors([50, 51, 52]), model=A, payload=payload)
+    read = gallery.read([50, 51, 52]).payload
+    assert read == payload
+    assert [type(read[1]["big"]), list(read[1])] == [float, list(payload[1])]
+    for where, found in (
+        ({"n": 1}, [50, 51]),
+        ({"n": [1, float("nan"), float("inf"), "\ud800", "a\0b"]}, [50, 51]),
+        ({"name": "a\0b"}, []),
+        ({"a\0": 1}, []),
+        ({"big": 1e300}, [51]),
+        ({"list": [1e-7]}, []),
+        ({"text": 'quote " and \\ and é'}, [51]),
+    ):
+        hits = gallery.search(vectors([50]), 3, model=A, where=where)
+        assert sorted(hits.ids[hits.ids >= 0].tolist()) == found, where
+
+
+def test_the_last_of_two_workers_records_the_end_of_a_backfill(gallery: Gallery) -> None:
+    """Neither sees that the other is about to replace the last rows."""
+    for _ in range(5):
+        gallery.admit(B, force="test")
+        barrier = threading.Barrier(2)
+
+        def replace(ids: np.ndarray, barrier: threading.Barrier = barrier) -> None:
+            barrier.wait()
+            gallery.replace(ids, vectors(ids, 1), model=B)
+
+        workers = [threading.Thread(target=replace, args=(ids,)) for ids in (IDS[:20], IDS[20:])]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        assert gallery.history()[-1]["event"] == "backfill finished"
+        assert gallery.history()[-2]["event"] == "admitted"
+        gallery.rollback()
+
+
+def test_threads_take_few_connections(url: str, gallery: Gallery) -> None:
+    threads = [threading.Thread(target=gallery.search, args=(vectors([1]), 1), kwargs={"model": A}) for _ in range(30)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    gallery.close()
+    query = "select count(*) from pg_stat_activity where application_name = 'simplexfix'"
+    with sql(url) as connection:
+        before = connection.execute(query).fetchone()[0]
+        gallery.search(vectors([1]), 1, model=A)
+        gallery.status()
+        assert connection.execute(query).fetchone()[0] == before + 1
+        gallery.close()
+        deadline = time.monotonic() + 5
+        while connection.execute(query).fetchone()[0] > before:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
