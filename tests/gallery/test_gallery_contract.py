@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -506,6 +507,55 @@ def test_threads_find_every_row_while_others_replace_and_roll_back(gallery: Gall
             reader.join()
     assert not missed
     assert searches[0] > 20
+
+
+def at_once(*calls: Callable[[], object]) -> list[object]:
+    """What calls return or raise that begin at the same time, each in its thread."""
+    barrier, results = threading.Barrier(len(calls)), [None] * len(calls)
+
+    def take(at: int) -> None:
+        barrier.wait()
+        try:
+            results[at] = calls[at]()
+        except Exception as error:
+            results[at] = error
+
+    threads = [threading.Thread(target=take, args=(at,)) for at in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def test_calls_about_the_same_rows_at_the_same_time_take_turns(gallery: Gallery) -> None:
+    new = np.arange(100, 140)
+    for ids in (new, new + 40):
+        results = at_once(*[lambda ids=ids[::way]: gallery.add(ids, vectors(ids), model=A) for way in (1, -1, 1, -1)])
+        assert sorted(type(result).__name__ for result in results) == ["NoneType"] + 3 * ["ValueError"], results
+    for _ in range(3):
+        upgraded(gallery)
+        results = at_once(
+            *[lambda ids=IDS[::way]: gallery.replace(ids, vectors(ids, 1), model=B) for way in (1, -1, 1, -1)]
+        )
+        assert sorted(results) == [0, 0, 0, 40]
+        assert gallery.status()["versions"][0]["old_rows"] == 40
+        results = at_once(gallery.rollback, gallery.rollback, lambda: gallery.replace(new, vectors(new, 1), model=B))
+        assert sorted(type(result).__name__ for result in results[:2]) == ["ValueError", "dict"], results
+        assert results[2] == 40 or isinstance(results[2], StrangerError)
+        assert facts(gallery)[3][:2] == (0, vectors([3]).tobytes())
+        assert {version for version, *_ in facts(gallery).values()} == {0}
+    results = at_once(*[lambda: gallery.remove(new)] * 3)
+    assert sorted(type(result).__name__ for result in results) == ["KeyError", "KeyError", "NoneType"], results
+
+
+def test_the_last_of_several_workers_records_the_end_of_a_backfill(gallery: Gallery) -> None:
+    """Neither sees that the other is about to replace the last rows."""
+    for _ in range(5):
+        upgraded(gallery)
+        at_once(*[lambda ids=IDS[first::2]: gallery.replace(ids, vectors(ids, 1), model=B) for first in range(2)])
+        assert [event["event"] for event in gallery.history()[-2:]] == ["admitted", "backfill finished"]
+        gallery.rollback()
 
 
 def test_a_model_is_checked_again_where_the_rows_are_written(gallery: Gallery, monkeypatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -11,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gallery_stores import A, B, postgresql_database, postgresql_url, vectors
+from gallery_stores import A, postgresql_database, postgresql_url, vectors
 
 from simplexfix.gallery import Gallery, StoreError
 
@@ -227,26 +229,6 @@ def test_payload_that_jsonb_cannot_hold_comes_back(gallery: Gallery) -> None:
         assert sorted(hits.ids[hits.ids >= 0].tolist()) == found, where
 
 
-def test_the_last_of_two_workers_records_the_end_of_a_backfill(gallery: Gallery) -> None:
-    """Neither sees that the other is about to replace the last rows."""
-    for _ in range(5):
-        gallery.admit(B, force="test")
-        barrier = threading.Barrier(2)
-
-        def replace(ids: np.ndarray, barrier: threading.Barrier = barrier) -> None:
-            barrier.wait()
-            gallery.replace(ids, vectors(ids, 1), model=B)
-
-        workers = [threading.Thread(target=replace, args=(ids,)) for ids in (IDS[:20], IDS[20:])]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-        assert gallery.history()[-1]["event"] == "backfill finished"
-        assert gallery.history()[-2]["event"] == "admitted"
-        gallery.rollback()
-
-
 def test_threads_take_few_connections(url: str, gallery: Gallery) -> None:
     threads = [threading.Thread(target=gallery.search, args=(vectors([1]), 1), kwargs={"model": A}) for _ in range(30)]
     for thread in threads:
@@ -265,3 +247,27 @@ def test_threads_take_few_connections(url: str, gallery: Gallery) -> None:
         while connection.execute(query).fetchone()[0] > before:
             assert time.monotonic() < deadline
             time.sleep(0.01)
+
+
+def test_a_forked_process_does_not_hold_the_locks_of_a_killed_one(url: str, gallery: Gallery) -> None:
+    read, write = os.pipe()
+    killed = os.fork()
+    if killed == 0:
+        with Gallery.open(url)._store._writing("test") as connection:
+            connection.execute("lock table state in exclusive mode")
+            forked = os.fork()
+            if forked:
+                os.write(write, str(forked).encode())
+            time.sleep(60)
+            os._exit(0)
+    forked = int(os.read(read, 100))
+    try:
+        os.kill(killed, signal.SIGKILL)
+        os.waitpid(killed, 0)
+        begun = time.monotonic()
+        gallery.add([50], vectors([50]), model=A)
+        assert time.monotonic() - begun < 30
+    finally:
+        os.kill(forked, signal.SIGKILL)
+        os.close(read)
+        os.close(write)
