@@ -152,6 +152,16 @@ def test_a_mixed_gallery_is_one_ranking_with_ties_by_lower_id(url: str) -> None:
     np.testing.assert_array_equal(hits.scores, scores)
 
 
+def test_a_zero_vector_has_a_cosine_of_0(url: str) -> None:
+    gallery = Gallery.create(url, model=A)
+    away = -np.ones((50, DIM), "f") * np.arange(1, 51, dtype="f")[:, None]
+    gallery.add(range(50), away, model=A)
+    gallery.add([90, 80], np.zeros((2, DIM), "f"), model=A)
+    hits = gallery.search(np.concatenate([np.ones((1, DIM), "f"), np.zeros((1, DIM), "f")]), 3, model=A)
+    assert hits.ids.tolist() == [[80, 90, 0], [0, 1, 2]]
+    np.testing.assert_allclose(hits.scores, [[0, 0, -1], [0, 0, 0]], rtol=0, atol=1e-6)
+
+
 def test_a_filter_on_payload_searches_the_matching_rows_alone(gallery: Gallery) -> None:
     upgraded(gallery, IDS[::4])
     everything = gallery.search(vectors([7]), 40, model=B)
@@ -529,10 +539,15 @@ def at_once(*calls: Callable[[], object]) -> list[object]:
 
 
 def test_calls_about_the_same_rows_at_the_same_time_take_turns(gallery: Gallery) -> None:
-    new = np.arange(100, 140)
-    for ids in (new, new + 40):
-        results = at_once(*[lambda ids=ids[::way]: gallery.add(ids, vectors(ids), model=A) for way in (1, -1, 1, -1)])
+    new = np.arange(100, 5100)
+    for ids in (new, new + 5000):
+        rows = np.ones((len(ids), DIM), "f")
+        results = at_once(
+            *[lambda ids=ids[::way], rows=rows: gallery.add(ids, rows, model=A) for way in (1, -1, 1, -1)]
+        )
         assert sorted(type(result).__name__ for result in results) == ["NoneType"] + 3 * ["ValueError"], results
+    gallery.remove(np.arange(140, 10_100))
+    new = np.arange(100, 140)
     for _ in range(3):
         upgraded(gallery)
         results = at_once(

@@ -16,6 +16,7 @@ import pytest
 from gallery_stores import A, postgresql_database, postgresql_url, vectors
 
 from simplexfix.gallery import Gallery, StoreError
+from simplexfix.models import ModelIdentity
 
 psycopg = pytest.importorskip("psycopg", reason="PostgreSQL needs psycopg")
 IDS = np.arange(40)
@@ -227,6 +228,16 @@ def test_payload_that_jsonb_cannot_hold_comes_back(gallery: Gallery) -> None:
     ):
         hits = gallery.search(vectors([50]), 3, model=A, where=where)
         assert sorted(hits.ids[hits.ids >= 0].tolist()) == found, where
+
+
+def test_a_model_of_another_width_may_come_between_the_check_and_the_search(url: str, gallery: Gallery) -> None:
+    other = Gallery.open(url)
+    other.search(vectors([1]), 1, model=A)
+    wide = ModelIdentity("ab" * 32, 1, "", "oca", 40, ancestors=((A.fingerprint, 33),))
+    gallery.admit(wide, force="test")
+    gallery.replace([1], np.ones((1, 40), "f"), model=wide)
+    with pytest.raises(ValueError, match="queries are 33 wide and rows of version 1 are 40"):
+        other._store.search(vectors([1]), 1, None)
 
 
 def test_threads_take_few_connections(url: str, gallery: Gallery) -> None:
