@@ -1,6 +1,6 @@
 """How rows of one version lie in a Milvus collection, and which of them a snapshot of the gallery holds.
 
-A row is written once: a replaced row stays, and `died` and `by` say which change and which version took its place.
+A replaced row stays: `died` and `by` say which change and which version took its place, `gone` which one removed it.
 What a change has written counts from its commit on, and never if it was not committed.
 """
 
@@ -19,9 +19,8 @@ from numpy.typing import NDArray
 
 __all__ = ["FIELDS", "LIVES", "NEVER", "Record", "matching", "pack", "tokens", "unpack"]
 
-NEVER = 2**62  # `died` of a row that is in the gallery
+NEVER = 2**62  # `died` and `gone` of a row that is in the gallery
 ADDED = -1  # `replaces` of a row that took no other's place
-REMOVED = -2  # `by` of a row that `remove` deleted
 ZERO = -10_000  # `scale` of the zero vector, which has no cosine
 _LONGEST = 65_535  # bytes of a text
 
@@ -32,6 +31,7 @@ FIELDS: list[tuple[str, str, dict[str, Any]]] = [
     ("replaces", "INT64", {}),  # the version whose row it replaced
     ("died", "INT64", {}),
     ("by", "INT64", {}),
+    ("gone", "INT64", {}),  # the change that removed it, whether or not it had died
     ("scale", "INT64", {}),  # of the vector: the stored one, times 2 to this power, is the given one
     ("bits", "VARCHAR", {"max_length": _LONGEST}),  # the given one, where that product would round
     ("payload", "VARCHAR", {"max_length": _LONGEST}),
@@ -97,11 +97,11 @@ class Record:
     def dead(self, version: int) -> str:
         """Rows that were replaced and are kept."""
         again = [f"not ({each})" for each in self._alive_again()]
-        return " and ".join([self._valid(version), f"died <= {self.change}", f"by != {REMOVED}", *again])
+        return " and ".join([self._valid(version), f"died <= {self.change}", *again])
 
     def garbage(self, version: int, before: float) -> str:
         """Rows that nobody sees: not committed, removed, or made void by a rollback before this time."""
-        conditions = [f"(by == {REMOVED} and died <= {self.change}{self._committed('died')})"]
+        conditions = [f"(gone <= {self.change}{self._committed('gone')})"]
         if self.never:
             conditions.append(f"born in {list(self.never)}")
         for change, kept, at in self.undone.get(version, ()):
@@ -110,9 +110,10 @@ class Record:
         return " or ".join(conditions)
 
     def _valid(self, version: int) -> str:
-        """Rows of committed changes that no rollback made void."""
+        """Rows of committed changes that nobody removed and no rollback made void."""
         rollbacks = [f"({_survives(change, kept)})" for change, kept, _ in self.undone.get(version, ())]
-        return " and ".join([f"born <= {self.change}{self._committed('born')}", *rollbacks])
+        stays = f"(gone > {self.change} or gone in {list(self.never)})" if self.never else f"gone > {self.change}"
+        return " and ".join([f"born <= {self.change}{self._committed('born')}", stays, *rollbacks])
 
     def _alive_again(self) -> list[str]:
         """Rows whose end was not committed, or undone by a rollback."""
@@ -164,6 +165,7 @@ def pack(
         rows.append(
             {
                 "key": keys[at], "id": id_, "born": born, "replaces": replaces[at], "died": NEVER, "by": ADDED,
+                "gone": NEVER,
                 "scale": ZERO if zero[at] else int(powers[at]), "bits": bits, "payload": payload[at], "facts": facts,
                 "vector": scaled[at],
             }

@@ -63,8 +63,14 @@ class Turn:
 
     def end(self, version: int, rows: list[dict[str, Any]], by: int) -> None:
         """Marks rows of a version as those of the past from this change on; `by`: the version that replaces them."""
-        ended = [{**row, "died": self.change, "by": by} for row in rows]
-        self._write(self._snapshots.connection.upsert, version, ended)
+        self._mark(version, [{**row, "died": self.change, "by": by} for row in rows])
+
+    def remove(self, version: int, rows: list[dict[str, Any]]) -> None:
+        """Marks rows of a version, of the gallery or of the past, as gone from this change on."""
+        self._mark(version, [{**row, "gone": self.change} for row in rows])
+
+    def _mark(self, version: int, rows: list[dict[str, Any]]) -> None:
+        self._write(self._snapshots.connection.upsert, version, rows)
         self.commits |= bool(rows)
 
     def _write(self, request: Callable[..., int], version: int, rows: list[dict[str, Any]]) -> None:

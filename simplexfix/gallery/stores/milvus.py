@@ -25,7 +25,7 @@ from .._state import RETIRED, Change, State
 from ._common import SEVERAL_WIDTHS, absent_id, failure, stamped, taken_id
 from ._milvus_client import Connection, chunks, split_url
 from ._milvus_register import Register, UnknownError
-from ._milvus_rows import REMOVED, Record, matching, unpack
+from ._milvus_rows import Record, matching, unpack
 from ._milvus_search import Searcher
 from ._milvus_snapshot import Snapshot, Snapshots
 from ._milvus_turn import Turn, taken
@@ -207,7 +207,7 @@ class MilvusStore:
                 for version in {**now.record.rows, **now.record.old}:
                     for counted, where in (("rows", now.record.live(version)), ("old", now.record.dead(version))):
                         rows = now.fetch(version, ids.tolist(), where)
-                        turn.end(version, rows, REMOVED)
+                        turn.remove(version, rows)
                         turn.record = turn.record.counted(counted, {version: -len(rows)})
                         gone.setdefault(version, []).extend(row["key"] for row in rows)
             with suppress(StoreError):  # no reader sees them any more; the next change deletes what this one left
