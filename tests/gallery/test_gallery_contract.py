@@ -434,7 +434,7 @@ def test_order_by_traffic_needs_counts(gallery: Gallery) -> None:
 def test_workers_share_the_rows_and_take_over_from_one_that_died(url: str, gallery: Gallery) -> None:
     upgraded(gallery)
     other = Gallery.open(url)
-    died = gallery.stale(batch=16, lease=0.3)
+    died = gallery.stale(batch=16, lease=1.0)
     lost = next(died)
     assert other.status()["leased"] == 16
     mine = []

@@ -11,7 +11,9 @@ from .folder import FolderStore
 
 __all__ = ["Counts", "Store", "StoreError", "StoredRows", "create_store", "open_store"]
 
-_URLS = "the path of a folder, or postgresql://USER@HOST:PORT/DATABASE#NAME"
+_URLS = (
+    "the path of a folder, FILE.db#NAME or http://HOST:PORT#NAME (Milvus), or postgresql://USER@HOST:PORT/DATABASE#NAME"
+)
 
 
 def create_store(url: str | os.PathLike[str], state: State, event: dict[str, Any]) -> Store:
@@ -44,7 +46,16 @@ def _kind(url: str) -> type[Store]:
             ) from error
         return PostgresStore
 
-    # `http://...`, `https://...`, and without a scheme `FILE.db#NAME`: Milvus
+    if (scheme in ("http", "https") and has_scheme) or (not has_scheme and ".db#" in url):
+        try:
+            import pymilvus  # noqa: F401
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "a gallery in Milvus needs pymilvus: pip install 'simplexfix[milvus]'", name=error.name
+            ) from error
+        from .milvus import MilvusStore
+
+        return MilvusStore
 
     if has_scheme:  # the rest may hold a password
         raise ValueError(f"url must be {_URLS}, got {scheme}://...: there is no such store")

@@ -1,0 +1,292 @@
+"""One connection to Milvus: a file by milvus-lite, or a server; opened at its first use, and closed with its last user.
+
+Reads see every write up to a timestamp of the server (`stamp`), which each write returns: they wait until the server
+has caught up with it, and no longer.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from .base import StoreError
+
+__all__ = ["Connection", "GoneError", "chunks", "split_url"]
+
+SECONDS = 20.0  # for one request
+_MESSAGE = 8 << 20  # bytes of one request or answer; servers take 64 MiB
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9]*(?:_[A-Za-z0-9]+)*")
+_NOT_FOUND = 100  # Milvus's code for a collection that is not there
+
+
+class GoneError(StoreError):
+    """A collection is not there."""
+
+
+def split_url(url: str) -> tuple[str, str, str]:
+    """The address, the name of the gallery, and the url without user and password.
+
+    Raises:
+        ValueError: it has another form.
+    """
+    address, _, name = url.partition("#")
+    scheme, server, rest = address.rpartition("://")
+    shown = f"{scheme}{server}{rest.rpartition('@')[2] if server else rest}#{name}"
+    if not _NAME.fullmatch(name) or len(name) > 64:
+        raise ValueError(
+            "the part of a url after # is the name of the gallery: at most 64 letters, digits and single _ between "
+            f"them, a letter first; got {shown!r}"
+        )
+    return address, name, shown
+
+
+def chunks(items: Sequence[Any], size: int) -> Iterator[Any]:
+    for first in range(0, len(items), size):
+        yield items[first : first + size]
+
+
+class Connection:
+    """What the store needs of a `MilvusClient`, for any number of threads.
+
+    Attributes:
+        shown: the address without user and password, for messages.
+        alone: whether no other process can be connected: a file is one process's at a time.
+    """
+
+    def __init__(self, address: str, shown: str) -> None:
+        self.shown = shown
+        self.alone = "://" not in address
+        self._address = os.path.abspath(address) if self.alone else address
+        self._client: Any = None
+        self._finish: Any = None
+        self._lock = threading.RLock()
+        # milvus-lite has no locks of its own between a write and other requests
+        self._turn = _turn_of(self._address) if self.alone else None
+        self._pid = os.getpid()
+
+    def check_there(self) -> None:
+        """Raises FileNotFoundError for a file that is not there: the client would make one."""
+        if self.alone and not os.path.exists(self._address):
+            raise FileNotFoundError(f"{self.shown} holds no gallery: there is no such file; Gallery.create makes one")
+
+    # requests
+
+    def names(self) -> list[str]:
+        """The names of all collections."""
+        return self._call(lambda client: client.list_collections(timeout=SECONDS))  # type: ignore[no-any-return]
+
+    def rename(self, old: str, new: str) -> None:
+        """Raises GoneError where `old` is not there: of several that rename it, one succeeds."""
+        self._call(lambda client: client.rename_collection(old, new, timeout=SECONDS))
+
+    def drop(self, name: str) -> None:
+        self._call(lambda client: client.drop_collection(name, timeout=SECONDS))
+
+    def create(self, name: str, fields: Sequence[tuple[str, str, dict[str, Any]]], metric: str | None = None) -> None:
+        """Makes a collection unless it is there, with an exact index where it has a metric, and loads it."""
+        from pymilvus import DataType
+
+        def make(client: Any) -> None:
+            if not client.has_collection(name, timeout=SECONDS):
+                schema = client.create_schema(auto_id=False, enable_dynamic_field=False)
+                for at, (field, kind, options) in enumerate(fields):
+                    given = {key: DataType[value] if key == "element_type" else value for key, value in options.items()}
+                    schema.add_field(field, DataType[kind], is_primary=at == 0, **given)
+                client.create_collection(name, schema=schema, num_shards=1, timeout=SECONDS)
+            if metric is not None and not client.list_indexes(name, field_name="vector"):
+                index = client.prepare_index_params()
+                index.add_index("vector", index_type="FLAT", metric_type=metric)
+                client.create_index(name, index_params=index, sync=False, timeout=SECONDS)
+
+        self._call(make)
+        if metric is not None:
+            self.load(name)
+
+    def load(self, name: str) -> None:
+        """Blocks until the collection can be searched.  A server loads it for everybody, and once."""
+
+        def loaded(client: Any) -> bool:
+            return client.get_load_state(name, timeout=SECONDS)["state"].name == "Loaded"  # type: ignore[no-any-return]
+
+        if self._call(loaded):
+            return
+        self._call(lambda client: client.load_collection(name, _async=True, timeout=SECONDS))
+        while not self._call(loaded):
+            time.sleep(0.02)
+
+    def insert(self, name: str, rows: Sequence[dict[str, Any]], row_bytes: int = 1024) -> int:
+        """Adds rows whose keys are new; each request is whole or not there.  Returns the stamp of the last one."""
+        return self._write("insert_rows", name, rows, row_bytes)
+
+    def upsert(self, name: str, rows: Sequence[dict[str, Any]], row_bytes: int = 1024) -> int:
+        """Puts whole rows in place of those with the same keys: a server keeps nothing of the old ones."""
+        return self._write("upsert_rows", name, rows, row_bytes)
+
+    def delete(self, name: str, key: str, keys: Sequence[int | str]) -> int:
+        stamp = 0
+        for some in chunks(keys, 4096):
+            expression = f"{key} in {_listed(some)}"
+            stamp = max(stamp, self._call(_deletion(name, expression)).timestamp)
+        return stamp
+
+    def query(self, name: str, where: str, fields: Sequence[str], stamp: int) -> list[dict[str, Any]]:
+        """All rows for which the expression holds."""
+        found = self._call(
+            lambda client: client.query(
+                name,
+                filter=where,
+                output_fields=list(fields),
+                consistency_level="Customized",
+                guarantee_timestamp=stamp or 1,
+                timeout=SECONDS,
+            )
+        )
+        return list(found)
+
+    def query_in(
+        self, name: str, field: str, values: Sequence[int | str], where: str, fields: Sequence[str], stamp: int,
+        size: int = 4096,
+    ) -> list[dict[str, Any]]:  # fmt: skip
+        """Rows whose field has one of these values, and for which the expression holds."""
+        found: list[dict[str, Any]] = []
+        for some in chunks(values, size):
+            condition = f"{field} in {_listed(some)}" + (f" and {where}" if where else "")
+            found += self.query(name, condition, fields, stamp)
+        return found
+
+    def search(self, name: str, queries: Any, limit: int, where: str, fields: Sequence[str], stamp: int) -> Any:
+        """For each query a list of `id`, `distance` and `entity`, by falling score."""
+        return self._call(
+            lambda client: client.search(
+                name,
+                data=list(queries),
+                limit=limit,
+                filter=where,
+                output_fields=list(fields),
+                consistency_level="Customized",
+                guarantee_timestamp=stamp or 1,
+                timeout=SECONDS,
+            )
+        )
+
+    def close(self) -> None:
+        with self._lock:
+            if self._client is not None:
+                self._client, finish = None, self._finish
+                finish()
+
+    @property
+    def ended(self) -> bool:
+        """Whether it was closed as garbage, before what still holds it."""
+        return self._client is not None and not self._finish.alive
+
+    # the connection itself
+
+    def _write(self, call: str, name: str, rows: Sequence[dict[str, Any]], row_bytes: int) -> int:
+        stamp = 0
+        for some in chunks(rows, max(1, _MESSAGE // row_bytes)):
+            stamp = max(stamp, self._call(_writing(call, name, some)).timestamp)
+        return stamp
+
+    def _call(self, request: Callable[[Any], Any]) -> Any:
+        import grpc
+        from pymilvus import MilvusException
+
+        try:
+            client = self._open()
+            with self._turn or _no_turn:
+                return request(client)
+        except (MilvusException, grpc.RpcError, grpc.FutureTimeoutError, OSError) as error:
+            if isinstance(error, FileNotFoundError):
+                raise
+            kind = GoneError if getattr(error, "code", None) == _NOT_FOUND else StoreError
+            raise kind(getattr(error, "message", "") or str(error)) from error
+
+    def _open(self) -> Any:
+        if os.getpid() != self._pid:
+            raise StoreError(
+                f"the gallery in {self.shown} was opened before this process was forked, and Milvus's client does not "
+                'survive that: start processes with the method "spawn" or "forkserver"'
+            )
+        with self._lock:
+            if self._client is None:
+                from pymilvus import MilvusClient
+
+                if self.alone:
+                    _check_free(self._address, self.shown)
+                self._client = MilvusClient(self._address, timeout=SECONDS)
+                self._finish = weakref.finalize(self, _end, self._client, self._address, self.alone, self._pid)
+                if self.alone:
+                    with _users_lock:
+                        _users[self._address] = _users.get(self._address, 0) + 1
+            return self._client
+
+
+_users: dict[str, int] = {}  # of the files that this process has open
+_turns: dict[str, threading.RLock] = {}
+_users_lock = threading.RLock()
+
+
+def _turn_of(file: str) -> threading.RLock:
+    with _users_lock:
+        return _turns.setdefault(file, threading.RLock())
+
+
+class _NoTurn:
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+_no_turn = _NoTurn()
+
+
+def _end(client: Any, address: str, alone: bool, pid: int) -> None:
+    if os.getpid() != pid:  # a forked child: the connection is the parent's
+        return
+    client.close()
+    if alone:
+        from milvus_lite.server_manager import server_manager_instance
+
+        with _users_lock:
+            _users[address] -= 1
+            if not _users[address]:
+                server_manager_instance.release_server(address)
+
+
+def _check_free(file: str, shown: str) -> None:
+    """Raises StoreError where another process has the file: milvus-lite's own error does not say so."""
+    with _users_lock:
+        lock = Path(file, "LOCK")
+        if _users.get(file) or not lock.is_file():
+            return
+        with lock.open() as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise StoreError(
+                    f"the gallery in {shown} is open in another process: a file of Milvus Lite belongs to one process "
+                    "at a time; close it there, or use a Milvus server for several"
+                ) from None
+
+
+# The public methods of `MilvusClient` do not return the time of a write; those of its connection do.
+
+
+def _writing(call: str, name: str, rows: Sequence[dict[str, Any]]) -> Callable[[Any], Any]:
+    return lambda client: getattr(client._get_connection(), call)(name, rows, timeout=SECONDS)
+
+
+def _deletion(name: str, where: str) -> Callable[[Any], Any]:
+    return lambda client: client._get_connection().delete(name, where, timeout=SECONDS)
+
+
+def _listed(values: Sequence[int | str]) -> str:
+    return "[" + ", ".join(str(v) if isinstance(v, int) else f'"{v}"' for v in values) + "]"

@@ -1,0 +1,190 @@
+"""The one thing that writers on Milvus change in turns: the name of an empty collection.
+
+Milvus has no transactions, but of several clients that rename a collection exactly one succeeds.  The name holds the
+number of the last committed change, so that a commit is one rename: it happens or not, and it fails for a writer whose
+turn was taken away.
+
+    NAME__at_{change}_{stamp}_{tried}                    nobody writes
+    NAME__at_{change}_{stamp}_{tried}__by_{writer}_{n}   a writer prepares change `tried`
+
+A killed writer leaves a name that does not change; after `DEAD_SECONDS` another one takes its turn, under a higher
+number, and what the first one has written stays invisible for good.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import time
+import uuid
+from dataclasses import dataclass
+
+from ._milvus_client import Connection, GoneError
+from .base import StoreError
+
+__all__ = ["Position", "Register", "UnknownError"]
+
+
+class UnknownError(StoreError):
+    """A change was committed or not."""
+
+
+DEAD_SECONDS = 30.0  # without a sign of life; a writer gives one more often, and stops by itself after half of it
+_WAIT_SECONDS = 120.0  # for others to end their turns
+_POLL_SECONDS = 0.02
+_PROCESS = uuid.uuid4().hex[:12]
+
+
+def _begin_anew() -> None:
+    global _PROCESS
+    _PROCESS = uuid.uuid4().hex[:12]
+
+
+os.register_at_fork(after_in_child=_begin_anew)
+
+
+@dataclass(frozen=True)
+class Position:
+    """What the name says.
+
+    Attributes:
+        change: the last committed change; 0: the gallery is not complete.
+        stamp: a read that waits for it sees everything that was committed.
+        tried: the highest number that a writer has used.
+        writer: whose turn it is; "" for nobody's.
+        beats: how often that one has given a sign of life.
+    """
+
+    change: int
+    stamp: int
+    tried: int
+    writer: str = ""
+    beats: int = 0
+
+    def name(self, gallery: str) -> str:
+        free = f"{gallery}__at_{self.change}_{self.stamp}_{self.tried}"
+        return f"{free}__by_{self.writer}_{self.beats}" if self.writer else free
+
+
+class Register:
+    """The turns of one gallery, for one store; the store's threads take turns before."""
+
+    def __init__(self, connection: Connection, gallery: str) -> None:
+        self._connection = connection
+        self._gallery = gallery
+        self._pattern = re.compile(rf"{gallery}__at_(\d+)_(\d+)_(\d+)(?:__by_([0-9a-f]+)_(\d+))?")
+        self._store = uuid.uuid4().hex[:12]
+        self._mine: Position | None = None
+        self._seen = 0.0  # when the last sign of life was given
+        self.lock = threading.RLock()
+
+    def create(self) -> None:
+        """Makes it unless it is there."""
+        if self.find() is None:
+            self._connection.create(
+                Position(0, 0, 0).name(self._gallery),
+                [("key", "INT64", {}), ("vector", "FLOAT_VECTOR", {"dim": 2})],
+            )
+
+    def find(self) -> Position | None:
+        """The position; None where there is no gallery of this name."""
+        found = [match for name in self._connection.names() if (match := self._pattern.fullmatch(name))]
+        if not found:
+            return None
+        positions = [Position(int(m[1]), int(m[2]), int(m[3]), m[4] or "", int(m[5] or 0)) for m in found]
+        return max(positions, key=lambda position: (position.change, position.tried))
+
+    def read(self) -> Position:
+        found = self.find()
+        if found is None:
+            raise GoneError(f"there is no collection {self._gallery}__at_...")
+        return found
+
+    def begin(self, *, wait: float = _WAIT_SECONDS) -> Position | None:
+        """Takes the turn, and returns the position with the number of the change to prepare; None after `wait`."""
+        writer = _PROCESS + self._store
+        seen: Position | None = None
+        since = begun = time.monotonic()
+        while True:
+            now, position = time.monotonic(), self.read()
+            if position != seen:
+                seen, since = position, now
+            dead = now - since > DEAD_SECONDS or position.writer == writer
+            # nobody else has the file open: who wrote before is dead
+            dead |= self._connection.alone and not position.writer.startswith(_PROCESS)
+            if not position.writer or dead:
+                mine = Position(position.change, position.stamp, position.tried + 1, writer)
+                if self._rename(position, mine):
+                    return mine
+            if now - begun > wait:
+                return None
+            time.sleep(_POLL_SECONDS)
+
+    def beat(self) -> None:
+        """Gives a sign of life if one is due.  A writer calls it before each of its requests.
+
+        Raises:
+            StoreError: the turn was lost, or this process stood still for so long that it may have been.
+        """
+        assert self._mine is not None
+        late = time.monotonic() - self._seen
+        if late < DEAD_SECONDS / 10:
+            return
+        mine = self._mine
+        after = Position(mine.change, mine.stamp, mine.tried, mine.writer, mine.beats + 1)
+        if late > DEAD_SECONDS / 2 or not (self._rename(mine, after) or self.read() == after):
+            raise StoreError(
+                f"this process stood still for {late:.0f} seconds while it wrote, and another one may write now; "
+                "nothing was done, and the call can be repeated"
+            )
+
+    def commit(self, stamp: int) -> None:
+        """Makes the change that was prepared the last one.
+
+        Raises:
+            StoreError: another writer has taken the turn; or it is unknown whether the change was committed.
+        """
+        assert self._mine is not None
+        mine = self._mine
+        self._end(mine, Position(mine.tried, max(stamp, mine.stamp), mine.tried))
+
+    def give_up(self, stamp: int, *, tried: bool) -> None:
+        """Ends the turn without a change; `tried`: rows under its number may have been written."""
+        mine = self._mine
+        if mine is None:
+            return
+        self._end(mine, Position(mine.change, max(stamp, mine.stamp), mine.tried - (not tried)))
+
+    def _end(self, mine: Position, after: Position) -> None:
+        try:
+            if self._rename(mine, after):
+                return
+            error: StoreError | None = None
+        except StoreError as lost:  # the answer was lost, and perhaps not the request
+            error = lost
+        for _ in range(5):
+            try:
+                now = self.read()
+                if now.change >= after.change and now != mine:  # the client repeats requests by itself
+                    return
+                if now != mine:
+                    error = None
+                    break
+                if self._rename(mine, after):
+                    return
+            except StoreError as again:
+                error = again
+            time.sleep(0.2)
+        if error is None:
+            raise StoreError("another process has taken the turn of this one, which it held to be dead")
+        raise UnknownError(f"the answer was lost; look whether it was done before you repeat it: {error}") from error
+
+    def _rename(self, before: Position, after: Position) -> bool:
+        try:
+            self._connection.rename(before.name(self._gallery), after.name(self._gallery))
+        except GoneError:
+            return False
+        self._mine = after if after.writer else None
+        self._seen = time.monotonic()
+        return True

@@ -1,0 +1,221 @@
+"""How rows of one version lie in a Milvus collection, and which of them a snapshot of the gallery holds.
+
+A replaced row stays: `died` and `by` say which change and which version took its place, `gone` which one removed it.
+What a change has written counts from its commit on, and never if it was not committed.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["FIELDS", "LIVES", "NEVER", "Record", "matching", "pack", "tokens", "unpack"]
+
+NEVER = 2**62  # `died` and `gone` of a row that is in the gallery
+ADDED = -1  # `replaces` of a row that took no other's place
+ZERO = -10_000  # `scale` of the zero vector, which has no cosine
+_LONGEST = 65_535  # bytes of a text
+
+FIELDS: list[tuple[str, str, dict[str, Any]]] = [
+    ("key", "INT64", {}),
+    ("id", "INT64", {}),
+    ("born", "INT64", {}),  # the change that wrote it
+    ("replaces", "INT64", {}),  # the version whose row it replaced
+    ("died", "INT64", {}),
+    ("by", "INT64", {}),
+    ("gone", "INT64", {}),  # the change that removed it, whether or not it had died
+    ("scale", "INT64", {}),  # of the vector: the stored one, times 2 to this power, is the given one
+    ("bits", "VARCHAR", {"max_length": _LONGEST}),  # the given one, where that product would round
+    ("payload", "VARCHAR", {"max_length": _LONGEST}),
+    ("facts", "ARRAY", {"element_type": "VARCHAR", "max_capacity": 4096, "max_length": 32}),  # what `where` finds
+]
+LIVES = [name for name, _, _ in FIELDS]
+
+
+Rollback: TypeAlias = "tuple[int, tuple[int, ...], float]"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a committed change leaves for readers, beside rows.
+
+    Attributes:
+        change: its number.
+        state: the change whose record holds the state of the gallery.
+        epoch: the change since which the same model serves; leases of others are over.
+        never: changes that were not committed.
+        undone: by version, [change, retired versions, time] of rollbacks: rows of this version that replaced others
+            before that change are void, and those that they replaced live, but for rows of versions that were retired.
+        rows, old, zeros: by version, rows that are searched; that were replaced; and zero vectors, at most.
+    """
+
+    change: int = 0
+    state: int = 0
+    epoch: int = 0
+    never: tuple[int, ...] = ()
+    undone: Mapping[int, tuple[Rollback, ...]] = field(default_factory=dict)
+    rows: Mapping[int, int] = field(default_factory=dict)
+    old: Mapping[int, int] = field(default_factory=dict)
+    zeros: Mapping[int, int] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        return json.dumps(self.__dict__, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Record:
+        saved = json.loads(text)
+        for name in ("rows", "old", "zeros", "undone"):
+            saved[name] = {int(version): value for version, value in saved[name].items()}
+        saved["undone"] = {
+            version: tuple((change, tuple(kept), at) for change, kept, at in rollbacks)
+            for version, rollbacks in saved["undone"].items()
+        }
+        return cls(**{**saved, "never": tuple(saved["never"])})
+
+    def counted(self, name: str, numbers: Mapping[int, int]) -> Record:
+        """With these numbers added to `rows`, `old` or `zeros`."""
+        merged = dict(getattr(self, name))
+        for version, number in numbers.items():
+            merged[version] = merged.get(version, 0) + number
+        changes: dict[str, Any] = {name: {version: number for version, number in merged.items() if number}}
+        return replace(self, **changes)
+
+    # expressions over the rows of one version
+
+    def live(self, version: int) -> str:
+        """Rows that are in the gallery."""
+        return f"{self._valid(version)} and ({' or '.join([f'died > {self.change}', *self._alive_again()])})"
+
+    def dead(self, version: int) -> str:
+        """Rows that were replaced and are kept."""
+        again = [f"not ({each})" for each in self._alive_again()]
+        return " and ".join([self._valid(version), f"died <= {self.change}", *again])
+
+    def garbage(self, version: int, before: float) -> str:
+        """Rows that nobody sees: not committed, removed, or made void by a rollback before this time."""
+        conditions = [f"(gone <= {self.change}{self._committed('gone')})"]
+        if self.never:
+            conditions.append(f"born in {list(self.never)}")
+        for change, kept, at in self.undone.get(version, ()):
+            if at < before:
+                conditions.append(f"not ({_survives(change, kept)})")
+        return " or ".join(conditions)
+
+    def _valid(self, version: int) -> str:
+        """Rows of committed changes that nobody removed and no rollback made void."""
+        rollbacks = [f"({_survives(change, kept)})" for change, kept, _ in self.undone.get(version, ())]
+        stays = f"(gone > {self.change} or gone in {list(self.never)})" if self.never else f"gone > {self.change}"
+        return " and ".join([f"born <= {self.change}{self._committed('born')}", stays, *rollbacks])
+
+    def _alive_again(self) -> list[str]:
+        """Rows whose end was not committed, or undone by a rollback."""
+        never = [f"died in {list(self.never)}"] if self.never else []
+        return [*never, *(f"(by == {by} and died < {rules[-1][0]})" for by, rules in self.undone.items())]
+
+    def _committed(self, name: str) -> str:
+        return f" and {name} not in {list(self.never)}" if self.never else ""
+
+
+def _survives(change: int, kept: Sequence[int]) -> str:
+    """Rows that a rollback left: of later changes, that were added, or whose predecessors were gone."""
+    return f"born > {change} or replaces == {ADDED}" + (f" or replaces in {list(kept)}" if kept else "")
+
+
+def pack(
+    keys: Sequence[int], ids: NDArray[np.int64], vectors: NDArray[np.float32], payload: Sequence[str], born: int,
+    replaces: Sequence[int],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """New rows.
+
+    Raises:
+        ValueError: a payload, or a vector's exact bits, are longer than Milvus takes.
+    """
+    largest = np.abs(vectors).max(axis=1, initial=0)
+    powers = np.frexp(largest)[1].astype(np.int64) - 1
+    with np.errstate(under="ignore"):
+        scaled = np.ldexp(vectors.astype(np.float64), -powers[:, None]).astype(np.float32)  # the largest in [1, 2)
+        again = np.ldexp(scaled.astype(np.float64), powers[:, None]).astype(np.float32)
+    exact = (again.view(np.uint32) == vectors.view(np.uint32)).all(axis=1)
+    zero = largest == 0
+    scaled[zero, :1] = 1.0
+    exact &= ~zero | (vectors.view(np.uint32) == 0).all(axis=1)  # but for a zero with a sign
+    rows = []
+    for at, id_ in enumerate(ids.tolist()):
+        bits = "" if exact[at] else base64.b64encode(vectors[at].astype("<f4").tobytes()).decode()
+        if len(bits) > _LONGEST:
+            raise ValueError(
+                f"vectors row {at} has {len(vectors[at])} numbers that differ by more than float32's exponents: Milvus "
+                "cannot keep its bits"
+            )
+        if len(payload[at].encode()) > _LONGEST:
+            raise ValueError(
+                f"payload row {at} has {len(payload[at].encode())} bytes as JSON; Milvus takes at most {_LONGEST}"
+            )
+        facts = tokens(json.loads(payload[at]))
+        if len(facts) > 4096:
+            raise ValueError(f"payload row {at} has {len(facts)} keys with plain values; Milvus takes at most 4096")
+        rows.append(
+            {
+                "key": keys[at], "id": id_, "born": born, "replaces": replaces[at], "died": NEVER, "by": ADDED,
+                "gone": NEVER,
+                "scale": ZERO if zero[at] else int(powers[at]), "bits": bits, "payload": payload[at], "facts": facts,
+                "vector": scaled[at],
+            }
+        )  # fmt: skip
+    return rows
+
+
+def unpack(rows: Sequence[Mapping[str, Any]]) -> NDArray[np.float32]:
+    """[n, d] the vectors as they were given, of rows of one version."""
+    if not rows:
+        return np.zeros((0, 0), dtype=np.float32)
+    stored = np.array([row["vector"] for row in rows], dtype=np.float32).reshape(len(rows), -1)
+    powers = np.array([row["scale"] for row in rows], dtype=np.int64)
+    zero = powers == ZERO
+    with np.errstate(under="ignore"):
+        given = np.ldexp(stored.astype(np.float64), np.where(zero, 0, powers)[:, None]).astype(np.float32)
+    given[zero] = 0
+    for at, row in enumerate(rows):
+        if row["bits"]:
+            given[at] = np.frombuffer(base64.b64decode(row["bits"]), dtype="<f4")
+    return given
+
+
+def tokens(payload: Mapping[str, Any]) -> list[str]:
+    """One short text for each key with a plain value: equal where key, kind and value are.
+
+    Milvus's own conditions on JSON tell neither null from a missing key nor a number from a bool, and differ between
+    its two forms; a token needs no quotes either.
+    """
+    return [
+        _token(key, value) for key, value in payload.items() if value is None or isinstance(value, (str, int, float))
+    ]
+
+
+def matching(where: Mapping[str, tuple[Any, ...]]) -> str:
+    """The expression for rows whose payload has one of the values under each key."""
+    conditions = []
+    for key, values in where.items():
+        any_of = ", ".join(f'"{_token(key, value)}"' for value in values)
+        conditions.append(f"array_contains_any(facts, [{any_of}])" if values else "key < 0")
+    return " and ".join(conditions)
+
+
+def _token(key: str, value: Any) -> str:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        try:
+            number = value if -(2**63) <= value < 2**63 else float(value)
+        except OverflowError:
+            number = math.inf
+        # 2 and 2.0 are the same number
+        exact = math.isfinite(number) and number == int(number)
+        value = ["number", str(int(number)) if exact else repr(number)]
+    return hashlib.blake2b(json.dumps([key, value]).encode(), digest_size=16).hexdigest()

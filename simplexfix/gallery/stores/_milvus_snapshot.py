@@ -1,0 +1,126 @@
+"""The gallery as of one committed change, whatever is written meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from .._state import State
+from ._milvus_client import Connection, GoneError
+from ._milvus_meta import Meta
+from ._milvus_register import Position, Register
+from ._milvus_rows import FIELDS, LIVES, Record
+from .base import StoreError
+
+__all__ = ["Snapshot", "Snapshots"]
+
+_T = TypeVar("_T")
+
+
+class Snapshots:
+    """The snapshots of one gallery, for one store."""
+
+    def __init__(self, connection: Connection, register: Register, gallery: str) -> None:
+        self.connection, self.register, self.gallery = connection, register, gallery
+        self.meta = Meta(connection, gallery)
+        self.loaded: set[str] = set()  # collections that are there and can be searched
+        self._record: Record | None = None  # the last ones that were read or written
+        self._state: tuple[int, State] | None = None
+
+    def read(self, call: Callable[[Snapshot], _T]) -> _T:
+        """The call on the last committed change; again where others have meanwhile deleted what it reads."""
+        for _ in range(20):
+            position = self.register.read()
+            try:
+                snapshot = self.at(position)
+                if snapshot is not None:
+                    return call(snapshot)
+            except GoneError:
+                if self.register.read().change == position.change:
+                    raise
+        raise StoreError("it changes faster than this process reads it")
+
+    def at(self, position: Position) -> Snapshot | None:
+        """None: the record is deleted, because there are newer ones."""
+        if not position.change:
+            return Snapshot(self, Record(), position.stamp)
+        self._load([self.meta.name])
+        record = self._record
+        if record is None or record.change != position.change:
+            record = self.meta.record(position.change, position.stamp)
+            if record is None:
+                return None
+            self._record = record
+        self._load([self.rows_of(version) for version in {**record.rows, **record.old}])
+        return Snapshot(self, record, position.stamp)
+
+    def state_of(self, record: Record, stamp: int) -> State:
+        found = self._state
+        if found is None or found[0] != record.state:
+            found = self._state = record.state, self.meta.state(record.state, stamp)
+        return found[1]
+
+    def keep(self, record: Record, state: State | None) -> None:
+        """What this store has committed."""
+        self._record = record
+        if state is not None:
+            self._state = record.state, state
+
+    def rows_of(self, version: int) -> str:
+        """The name of the collection with the rows of a version."""
+        return f"{self.gallery}__v{version}"
+
+    def make_rows(self, version: int, state: State) -> None:
+        """Makes the collection of a version unless it is there."""
+        name = self.rows_of(version)
+        if name not in self.loaded:
+            width = state.models[version].identity.embedding_dim
+            self.connection.create(name, [*FIELDS, ("vector", "FLOAT_VECTOR", {"dim": width})], "COSINE")
+            self.loaded.add(name)
+
+    def _load(self, names: Iterable[str]) -> None:
+        for name in names:
+            if name not in self.loaded:
+                self.connection.load(name)
+                self.loaded.add(name)
+
+
+class Snapshot:
+    """Reads of one change.
+
+    Attributes:
+        record: of the change.
+        stamp: reads wait for this time of the server.
+    """
+
+    def __init__(self, all_: Snapshots, record: Record, stamp: int) -> None:
+        self.record, self.stamp = record, stamp
+        self.connection, self.meta, self.rows_of = all_.connection, all_.meta, all_.rows_of
+        self._all = all_
+
+    @property
+    def state(self) -> State:
+        return self._all.state_of(self.record, self.stamp)
+
+    def versions_of(self, ids: list[int]) -> dict[int, int]:
+        """The version of each of these ids that is in the gallery."""
+        found: dict[int, int] = {}
+        for version in self.record.rows:
+            where = self.record.live(version)
+            rows = self.connection.query_in(self.rows_of(version), "id", ids, where, ["id"], self.stamp, 8192)
+            found |= {row["id"]: version for row in rows}
+        return found
+
+    def ids_of(self, version: int) -> list[int]:
+        where = self.record.live(version)
+        return [row["id"] for row in self.connection.query(self.rows_of(version), where, ["id"], self.stamp)]
+
+    def rows(self, ids: list[int] | None) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+        """By version, whole rows that are in the gallery: of these ids, or all."""
+        for version in self.record.rows:
+            wanted = self.ids_of(version) if ids is None else ids
+            yield version, self.fetch(version, wanted, self.record.live(version))
+
+    def fetch(self, version: int, ids: Sequence[int], where: str) -> list[dict[str, Any]]:
+        """Whole rows of a version."""
+        return self.connection.query_in(self.rows_of(version), "id", ids, where, [*LIVES, "vector"], self.stamp, 1024)

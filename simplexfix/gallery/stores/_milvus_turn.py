@@ -1,0 +1,122 @@
+"""One writer's turn: it prepares a change under a number that no reader knows, and commits it by one rename."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .._state import State
+from ._milvus_client import chunks
+from ._milvus_rows import ADDED, Record, pack
+from ._milvus_snapshot import Snapshot, Snapshots
+from .base import StoreError
+
+__all__ = ["Turn", "taken"]
+
+_KEYS = 1 << 24  # of rows of one change
+_BYTES = 8 << 20  # of one request
+
+
+class Turn:
+    """What a writer has prepared.
+
+    Attributes:
+        change: its number.
+        before: the gallery as of the last change.
+        record: of this change.
+        state, event: what it writes beside; None for the state of before, and for nothing.
+        commits: whether there is anything to commit.
+    """
+
+    def __init__(self, snapshots: Snapshots, before: Snapshot, change: int) -> None:
+        never = (*before.record.never, *range(before.record.change + 1, change))
+        self.change, self.before = change, before
+        self.record: Record = replace(before.record, change=change, never=never)
+        self.state: State | None = None
+        self.event: dict[str, Any] | None = None
+        self.commits = False
+        self.stamp = before.stamp
+        self.tried = False  # whether rows under its number may be there
+        self._snapshots, self._register = snapshots, snapshots.register
+
+    def wrote(self, stamp: int) -> None:
+        self.stamp = max(self.stamp, stamp)
+
+    def insert(
+        self, ids: NDArray[np.int64], vectors: NDArray[np.float32], version: int, payload: list[str],
+        replaces: list[int] | None = None,
+    ) -> None:  # fmt: skip
+        """Adds rows; `replaces`: the version of the row that each one replaces."""
+        if len(ids) >= _KEYS:
+            raise ValueError(f"Milvus takes at most {_KEYS - 1} rows at a time here, got {len(ids)}")
+        keys = range(self.change * _KEYS, self.change * _KEYS + len(ids))
+        rows = pack(keys, ids, vectors, payload, self.change, replaces or [ADDED] * len(ids))
+        self._write(self._snapshots.connection.insert, version, rows)
+        zeros = int((vectors == 0).all(axis=1).sum())
+        self.record = self.record.counted("rows", {version: len(ids)}).counted("zeros", {version: zeros})
+        self.commits |= bool(len(ids))
+
+    def end(self, version: int, rows: list[dict[str, Any]], by: int) -> None:
+        """Marks rows of a version as those of the past from this change on; `by`: the version that replaces them."""
+        self._mark(version, [{**row, "died": self.change, "by": by} for row in rows])
+
+    def remove(self, version: int, rows: list[dict[str, Any]]) -> None:
+        """Marks rows of a version, of the gallery or of the past, as gone from this change on."""
+        self._mark(version, [{**row, "gone": self.change} for row in rows])
+
+    def _mark(self, version: int, rows: list[dict[str, Any]]) -> None:
+        self._write(self._snapshots.connection.upsert, version, rows)
+        self.commits |= bool(rows)
+
+    def _write(self, request: Callable[..., int], version: int, rows: list[dict[str, Any]]) -> None:
+        if not rows:
+            return
+        size = 4 * len(rows[0]["vector"]) + 512 + max(4 * len(row["payload"]) + len(row["bits"]) for row in rows)
+        for some in chunks(rows, max(1, _BYTES // size)):
+            self._register.beat()
+            self.tried = True
+            self.wrote(request(self._snapshots.rows_of(version), some, size))
+
+    def commit(self) -> None:
+        if not self.commits:
+            self._register.give_up(self.stamp, tried=self.tried)
+            return
+        self._register.beat()
+        self.tried = True
+        self.wrote(self._snapshots.meta.write(self.record, self.state, self.event))
+        self._register.commit(self.stamp)
+        self._snapshots.keep(self.record, self.state)
+
+
+@contextmanager
+def taken(snapshots: Snapshots, *, wait: float | None = None) -> Iterator[Turn]:
+    """This writer's turn; what it has prepared is committed at the end, or, after an error, never.
+
+    Args:
+        wait: seconds for others to end theirs; None: as long as they give signs of life.
+    """
+    register = snapshots.register
+    if not register.lock.acquire(timeout=-1 if wait is None else wait):
+        raise StoreError("another thread writes")
+    try:
+        mine = register.begin() if wait is None else register.begin(wait=wait)
+        if mine is None:
+            raise StoreError("others write, and none of them has ended in time")
+        turn: Turn | None = None
+        try:
+            before = snapshots.at(mine)
+            assert before is not None, "only the one whose turn it is deletes records"
+            turn = Turn(snapshots, before, mine.tried)
+            yield turn
+            turn.commit()
+        except BaseException:
+            with suppress(StoreError):  # Milvus may be gone; this store can take its own turn again
+                register.give_up(turn.stamp if turn else 0, tried=turn is not None and turn.tried)
+            raise
+    finally:
+        register.lock.release()

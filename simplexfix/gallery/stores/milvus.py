@@ -1,0 +1,341 @@
+"""A gallery in Milvus: a file by milvus-lite (`FILE.db#NAME`) or a server (`http://HOST:PORT#NAME`), with one client.
+
+Milvus has no transactions.  Here a change writes rows and entries under a number that no reader knows yet, in any
+number of requests, and one rename makes the number known (`_milvus_register`).  A reader takes the number from the same
+name: what it reads is the gallery as of that change, whatever is written meanwhile.  The number of a killed writer is
+never known.
+
+Every version has a collection, of its width; what leaves the gallery by `replace` stays in it, marked, until `retire`.
+Milvus proposes candidates by its float32 scores, and their exact order is computed here.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .._state import RETIRED, Change, State
+from ._common import SEVERAL_WIDTHS, absent_id, failure, stamped, taken_id
+from ._milvus_client import Connection, chunks, split_url
+from ._milvus_register import Register, UnknownError
+from ._milvus_rows import Record, matching, unpack
+from ._milvus_search import Searcher
+from ._milvus_snapshot import Snapshot, Snapshots
+from ._milvus_turn import Turn, taken
+from .base import Counts, StoredRows, StoreError
+
+__all__ = ["MilvusStore"]
+
+_GARBAGE_SECONDS = 60.0  # longer than a search that began before a rollback
+
+
+class MilvusStore:
+    """See `Store`."""
+
+    def __init__(self, url: str) -> None:
+        address, gallery, self.url = split_url(url)
+        self._connection = Connection(address, self.url)
+        self._snapshots = Snapshots(self._connection, Register(self._connection, gallery), gallery)
+        self._meta = self._snapshots.meta
+
+    @classmethod
+    def create(cls, url: str, state: State, event: dict[str, Any]) -> MilvusStore:
+        """A new gallery.
+
+        Raises:
+            FileExistsError: there is one of this name.
+            StoreError: Milvus failed, or is not there.
+        """
+        store = cls(url)
+        with store._named("create the gallery"):
+            store._snapshots.register.create()
+            with taken(store._snapshots) as turn:
+                if turn.before.record.change:
+                    raise FileExistsError(f"{store.url} holds a gallery, which Gallery.open opens: give another name")
+                store._meta.create()
+                store._snapshots.make_rows(state.served_by.identity.version, state)
+                turn.record = replace(turn.record, state=turn.change, epoch=turn.change)
+                turn.state, turn.event, turn.commits = state, stamped(event), True
+        return store
+
+    @classmethod
+    def open(cls, url: str) -> MilvusStore:
+        """The gallery of this name.
+
+        Raises:
+            FileNotFoundError: there is none.
+            StoreError: Milvus failed, or is not there.
+        """
+        store = cls(url)
+        with store._named("open the gallery"):
+            store._connection.check_there()
+            position = store._snapshots.register.find()
+            if position is None or not position.change:
+                made = "" if position is None else "its creation was interrupted; "
+                raise FileNotFoundError(f"{store.url} holds no gallery: {made}Gallery.create makes one")
+        return store
+
+    # reading
+
+    def state(self) -> State:
+        with self._named("read the state"):
+            return self._snapshots.read(lambda now: now.state)
+
+    def history(self) -> list[dict[str, Any]]:
+        with self._named("read the history"):
+            return self._snapshots.read(lambda now: self._meta.history(now.record, now.stamp))
+
+    def counts(self) -> Counts:
+        def count(now: Snapshot) -> Counts:
+            leased = self._meta.leases(now.record.epoch, now.stamp, now=time.time())
+            return Counts(dict(now.record.rows), dict(now.record.old), len(now.versions_of(sorted(leased))))
+
+        with self._named("count rows"):
+            return self._snapshots.read(count)
+
+    def search(
+        self, queries: NDArray[np.float32], k: int, where: Mapping[str, tuple[Any, ...]] | None
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
+        condition = "" if where is None else matching(where)
+        with self._named("search"):
+            return self._snapshots.read(lambda now: Searcher(now, condition).search(queries, k))
+
+    def read(self, ids: NDArray[np.int64] | None) -> StoredRows:
+        def read(now: Snapshot) -> StoredRows:
+            wanted = None if ids is None else ids.tolist()
+            found: dict[int, tuple[int, Any, str]] = {}
+            for version, rows in now.rows(wanted):
+                for row, vector in zip(rows, unpack(rows), strict=True):
+                    found[row["id"]] = version, vector, row["payload"]
+            order = sorted(found) if wanted is None else wanted
+            _check_there(id_ for id_ in order if id_ not in found)
+            widths = {len(found[id_][1]) for id_ in order}
+            if len(widths) > 1:
+                raise ValueError(SEVERAL_WIDTHS)
+            vectors = np.array([found[id_][1] for id_ in order], dtype=np.float32)
+            return StoredRows(
+                np.array(order, dtype=np.int64),
+                np.array([found[id_][0] for id_ in order], dtype=np.int64),
+                vectors.reshape(len(order), max(widths, default=0)),
+                [json.loads(found[id_][2]) for id_ in order],
+            )
+
+        with self._named("read rows"):
+            return self._snapshots.read(read)
+
+    def stale(self, version: int, order: str | NDArray[np.int64]) -> NDArray[np.int64]:
+        def stale(now: Snapshot) -> NDArray[np.int64]:
+            if not isinstance(order, str):
+                versions = now.versions_of(order.tolist())
+                _check_there(id_ for id_ in order.tolist() if id_ not in versions)
+                return np.array([id_ for id_ in order.tolist() if versions[id_] != version], dtype=np.int64)
+            found = sorted(id_ for other in now.record.rows if other != version for id_ in now.ids_of(other))
+            if order == "traffic" and found:
+                hits = self._meta.hits(now.stamp)
+                found.sort(key=lambda id_: (-hits.get(id_, 0), id_))
+            return np.array(found, dtype=np.int64)
+
+        with self._named("list rows"):
+            return self._snapshots.read(stale)
+
+    # writing
+
+    def change(self, decide: Callable[[State, Mapping[int, int]], Change]) -> dict[str, Any]:
+        with self._named("change the state"):
+            with taken(self._snapshots) as turn:
+                before = turn.before.state
+                change = decide(before, turn.before.record.rows)
+                event = dict(change.event)
+                if change.restore is not None:
+                    event["rows_restored"] = _restore(turn, change.restore)
+                    event["rows_that_stay"] = turn.record.rows.get(change.restore, 0)
+                if change.drop is not None:
+                    _check_droppable(turn, change.drop)
+                    event["old_rows_deleted"] = turn.record.old.get(change.drop, 0)
+                    turn.record = turn.record.counted("old", {change.drop: -event["old_rows_deleted"]})
+                epoch = turn.change if change.state.serving[-1] != before.serving[-1] else turn.record.epoch
+                turn.record = replace(turn.record, state=turn.change, epoch=epoch)
+                turn.event = event = stamped(event)
+                turn.state, turn.commits = change.state, True
+            if change.state.serving != before.serving:
+                with suppress(StoreError):  # the change is committed; the next one deletes what this one left
+                    self._clean(turn.record, change.state, turn.stamp)
+            return event
+
+    def add(
+        self, ids: NDArray[np.int64], vectors: NDArray[np.float32], version: int, payload: list[str] | None,
+        allow: Callable[[State], None],
+    ) -> None:  # fmt: skip
+        with self._named("add", len(ids)):
+            self._make_rows(version, allow)
+            with taken(self._snapshots) as turn:
+                allow(turn.before.state)
+                there = turn.before.versions_of(ids.tolist())
+                if there:
+                    raise taken_id(min(there))
+                turn.insert(ids, vectors, version, payload or ["{}"] * len(ids))
+
+    def replace(
+        self, ids: NDArray[np.int64], vectors: NDArray[np.float32], version: int, payload: list[str] | None,
+        allow: Callable[[State], None],
+    ) -> int:  # fmt: skip
+        with self._named("replace", len(ids)):
+            self._make_rows(version, allow)
+            with taken(self._snapshots) as turn:
+                allow(turn.before.state)
+                number = _replace(turn, ids, vectors, version, payload)
+                turn.wrote(self._meta.delete(["lease"], ids.tolist()))
+                others = any(rows for other, rows in turn.record.rows.items() if other != version)
+                if number and not others:
+                    turn.event = stamped({"event": "backfill finished", "version": version})
+                return number
+
+    def remove(self, ids: NDArray[np.int64]) -> None:
+        with self._named("remove", len(ids)):
+            gone: dict[int, list[int]] = {}
+            with taken(self._snapshots) as turn:
+                now = turn.before
+                there = now.versions_of(ids.tolist())
+                _check_there(id_ for id_ in ids.tolist() if id_ not in there)
+                for version in {**now.record.rows, **now.record.old}:
+                    for counted, where in (("rows", now.record.live(version)), ("old", now.record.dead(version))):
+                        rows = now.fetch(version, ids.tolist(), where)
+                        turn.remove(version, rows)
+                        turn.record = turn.record.counted(counted, {version: -len(rows)})
+                        gone.setdefault(version, []).extend(row["key"] for row in rows)
+            with suppress(StoreError):  # no reader sees them any more; the next change deletes what this one left
+                for version, keys in gone.items():
+                    self._connection.delete(self._snapshots.rows_of(version), "key", keys)
+                self._meta.delete(["hits"], ids.tolist())
+
+    def claim(self, ids: NDArray[np.int64], limit: int, version: int, worker: str, seconds: float) -> NDArray[np.int64]:
+        with self._named("lease rows"), taken(self._snapshots) as turn:
+            now, mine, epoch = time.time(), [], turn.before.record.epoch
+            held = self._meta.leases(epoch, turn.stamp, now=now)
+            free = [id_ for id_ in ids.tolist() if id_ not in held]
+            for some in chunks(free, max(2 * limit, 1024)):
+                versions = turn.before.versions_of(some)
+                mine += [id_ for id_ in some if versions.get(id_, version) != version]
+                if len(mine) >= limit:
+                    break
+            if mine[:limit]:
+                turn.wrote(self._meta.lease(mine[:limit], epoch, worker, now + seconds))
+            return np.array(mine[:limit], dtype=np.int64)
+
+    def release(self, worker: str) -> None:
+        if self._connection.ended:  # by the garbage collector: leases end by themselves
+            return
+        with self._named("end leases"):
+            self._snapshots.read(lambda now: self._meta.release(worker, now.stamp))
+
+    def count_hits(self, ids: NDArray[np.int64], times: NDArray[np.int64]) -> bool:
+        try:
+            with self._named("count hits"), taken(self._snapshots, wait=0.0) as turn:
+                turn.wrote(self._meta.add_hits(ids, times, turn.stamp))
+        except StoreError:  # counts are hints: a search does not fail for them
+            return False
+        return True
+
+    def close(self) -> None:
+        self._snapshots.loaded.clear()
+        self._connection.close()
+
+    def _make_rows(self, version: int, allow: Callable[[State], None]) -> None:
+        """Makes the collection of a version, before the turn: a server takes seconds for it."""
+        state = self._snapshots.read(lambda now: now.state)
+        allow(state)
+        self._snapshots.make_rows(version, state)
+
+    def _clean(self, record: Record, state: State, stamp: int) -> None:
+        """Deletes what no reader sees any more."""
+        there = set(self._connection.names())
+        for version, member in state.models.items():
+            name = self._snapshots.rows_of(version)
+            if name not in there:
+                continue
+            if member.standing == RETIRED:
+                self._snapshots.loaded.discard(name)
+                self._connection.drop(name)
+            elif name in self._snapshots.loaded:
+                where = record.garbage(version, time.time() - _GARBAGE_SECONDS)
+                found = self._connection.query(name, where, ["key"], stamp)
+                self._connection.delete(name, "key", [row["key"] for row in found])
+        self._meta.forget(record.change - 16, stamp)
+
+    @contextmanager
+    def _named(self, what: str, rows: int | None = None) -> Iterator[None]:
+        """Milvus's errors with the store, the call and the rows in their message."""
+        try:
+            yield
+        except UnknownError as error:
+            raise StoreError(f"the gallery in {self.url} was to {what}: {error}") from error
+        except StoreError as error:
+            if self.url in str(error):
+                raise
+            raise failure(self.url, what, rows, error) from error
+
+
+def _replace(
+    turn: Turn, ids: NDArray[np.int64], vectors: NDArray[np.float32], version: int, payload: list[str] | None
+) -> int:
+    now, wanted = turn.before, ids.tolist()
+    versions = now.versions_of(wanted)
+    absent = [id_ for id_ in wanted if id_ not in versions]
+    if absent:
+        leased = now.meta.leased(absent, now.record.epoch, now.stamp)
+        _check_there(id_ for id_ in absent if id_ not in leased)
+    at = [row for row, id_ in enumerate(wanted) if versions.get(id_, version) != version]
+    texts: dict[int, str] = {}
+    for old in sorted({versions[wanted[row]] for row in at}):
+        rows = now.fetch(old, [wanted[row] for row in at if versions[wanted[row]] == old], now.record.live(old))
+        texts |= {row["id"]: row["payload"] for row in rows}
+        turn.end(old, rows, version)
+        turn.record = turn.record.counted("rows", {old: -len(rows)}).counted("old", {old: len(rows)})
+    if at:
+        kept = [texts[wanted[row]] if payload is None else payload[row] for row in at]
+        turn.insert(ids[at], vectors[at], version, kept, [versions[wanted[row]] for row in at])
+    return len(at)
+
+
+def _restore(turn: Turn, version: int) -> int:
+    """Undoes all replacements by a version, by a rule that readers apply from this change on: no row is written."""
+    now, record = turn.before, turn.record
+    models, live = now.state.models, now.state.live
+    retired = tuple(sorted(set(models) - set(live)))
+    rollbacks = [each for each in record.undone.get(version, ()) if each[1] != retired]
+    rollbacks.append((turn.change, retired, time.time()))
+    record = replace(record, undone={**record.undone, version: tuple(rollbacks)})
+    number = 0
+    for other in now.record.old:
+        where = f"{now.record.dead(other)} and by == {version}"
+        back = len(now.connection.query(now.rows_of(other), where, ["key"], now.stamp))
+        record = record.counted("rows", {other: back}).counted("old", {other: -back})
+        number += back
+    turn.record = record.counted("rows", {version: -number})
+    return number
+
+
+def _check_droppable(turn: Turn, version: int) -> None:
+    """Rows of this version that stand between kept older rows and newer ones must not go before the older ones."""
+    now = turn.before
+    older = [other for other in now.record.old if other != version]
+    if older and version in now.record.old:
+        where = f"{now.record.dead(version)} and replaces in {older}"
+        if now.connection.query(now.rows_of(version), where, ["key"], now.stamp):
+            raise ValueError(
+                f"rows of version {version} have replaced older ones, of version {', '.join(map(str, older))}, which "
+                "are kept: on Milvus the older version is retired first"
+            )
+
+
+def _check_there(absent: Iterable[int]) -> None:
+    error = absent_id(absent)
+    if error is not None:
+        raise error

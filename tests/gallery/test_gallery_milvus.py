@@ -1,0 +1,404 @@
+"""Galleries in Milvus: what its two forms need beyond the contract, and parts of the contract on a real server.
+
+`SIMPLEXFIX_MILVUS_SERVER=1 pytest tests/gallery` runs all of it on a server, which takes minutes: a server takes
+seconds to load a new collection.  In place of 1 it may be the url of a server that runs.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gallery_stores import A, B, gate_of, milvus_lite_url, milvus_server, vectors
+from test_gallery_contract import facts
+
+from simplexfix.gallery import Gallery, StoreError
+
+pytest.importorskip("pymilvus", reason="Milvus needs pymilvus")
+
+from simplexfix.gallery.stores import _milvus_client, _milvus_register, _milvus_rows, _milvus_search, milvus
+
+IDS = np.arange(40)
+
+
+@pytest.fixture
+def lite(tmp_path: Path) -> str:
+    return milvus_lite_url(tmp_path)
+
+
+@pytest.fixture
+def gallery(lite: str) -> Gallery:
+    made = Gallery.create(lite, model=A)
+    made.add(IDS, vectors(IDS), model=A, payload={"shop": IDS % 3})
+    return made
+
+
+# a change is committed by one rename
+
+
+def requests_of(gallery: Gallery, monkeypatch: pytest.MonkeyPatch, fails: int = -1, kind: type = StoreError) -> list:
+    """The requests to Milvus from now on; the one of this number fails before it is sent."""
+    sent: list[int] = []
+    call = _milvus_client.Connection._call
+
+    def counted(connection: object, request: object) -> object:
+        sent.append(len(sent))
+        if sent[-1] == fails:
+            raise kind("the plug was pulled")
+        return call(connection, request)
+
+    monkeypatch.setattr(_milvus_client.Connection, "_call", counted)
+    return sent
+
+
+@pytest.mark.parametrize("kind", ["add", "replace", "remove", "rollback", "retire"])
+def test_a_call_whose_nth_request_fails_is_whole_or_not_there(tmp_path: Path, monkeypatch, kind: str) -> None:
+    def prepared(name: str) -> Gallery:
+        gallery = Gallery.create(str(tmp_path / f"{name}.db#photos"), model=A)
+        gallery.add(IDS, vectors(IDS), model=A)
+        if kind != "add":
+            gallery.admit(B, gate_of(A, B))
+            gallery.replace(
+                IDS[: 40 if kind == "retire" else 20], vectors(IDS[: 40 if kind == "retire" else 20], 1), model=B
+            )
+        return gallery
+
+    def take(gallery: Gallery) -> None:
+        if kind == "add":
+            gallery.add([50, 51], vectors([50, 51]), model=A)
+        elif kind == "replace":
+            gallery.replace([18, 19, 20, 21], vectors([18, 19, 20, 21], 1), model=B)
+        elif kind == "remove":
+            gallery.remove([3, 30])
+        elif kind == "rollback":
+            gallery.rollback()
+        else:
+            gallery.retire(0)
+
+    def seen(gallery: Gallery) -> object:
+        status = gallery.status()
+        hits = gallery.search(vectors([3]), 60, model=gallery.model)
+        return (
+            facts(gallery),
+            [(v["rows"], v["old_rows"], v["standing"]) for v in status["versions"]],
+            sorted(hits.ids[0]),
+        )
+
+    with prepared("whole") as gallery:
+        before = seen(gallery)
+        with monkeypatch.context() as patch:
+            sent = requests_of(gallery, patch)
+            take(gallery)
+        after = seen(gallery)
+    assert before != after
+    with prepared("cut") as gallery:
+        for fails in range(len(sent)):
+            with monkeypatch.context() as patch:
+                requests_of(gallery, patch, fails)
+                refused = None
+                try:
+                    take(gallery)
+                except StoreError as error:
+                    refused = str(error)
+            if refused is None:
+                break  # only deleting what nobody sees failed
+            assert "cut.db#photos cannot" in refused
+            assert seen(gallery) == before
+        else:
+            take(gallery)
+        assert seen(gallery) == after
+        assert fails >= 3
+
+
+def test_a_writer_that_stood_still_loses_its_turn_and_writes_nothing(lite: str, gallery: Gallery, monkeypatch) -> None:
+    """Another one takes the turn; both use one process here, so the second must hold the first to be dead."""
+    monkeypatch.setattr(_milvus_register, "DEAD_SECONDS", 0.2)
+    before, other = facts(gallery), Gallery.open(lite)
+    pack, waits = _milvus_rows.pack, [0.5]
+
+    def slow(*arguments: object) -> object:
+        rows = pack(*arguments)
+        if waits:
+            waits.pop()
+            other.add([70], vectors([70]), model=A)
+        return rows
+
+    monkeypatch.setattr("simplexfix.gallery.stores._milvus_turn.pack", slow)
+    with pytest.raises(StoreError, match=r"cannot add 1 rows: this process stood still for .* seconds while it wrote"):
+        gallery.add([60], vectors([60]), model=A)
+    assert set(facts(gallery)) == {*before, 70}
+    gallery.add([60], vectors([60]), model=A)
+    assert set(facts(other)) == {*before, 60, 70}
+
+
+def test_of_several_writers_that_take_a_turn_one_gets_it(lite: str, gallery: Gallery) -> None:
+    others = [Gallery.open(lite) for _ in range(4)]
+
+    def write(at: int) -> None:
+        for step in range(5):
+            others[at].add([100 + 10 * at + step], vectors([100 + 10 * at + step]), model=A)
+
+    threads = [threading.Thread(target=write, args=(at,)) for at in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(facts(gallery)) == [*range(40), *(100 + 10 * at + step for at in range(4) for step in range(5))]
+    record = gallery._store._snapshots.read(lambda now: now.record)
+    assert record.rows == {0: 60}
+    assert record.never == ()
+
+
+def test_what_rollbacks_leave_is_deleted_later_and_never_found(gallery: Gallery, monkeypatch) -> None:
+    store = gallery._store
+    before = facts(gallery)
+
+    def stored(version: int) -> int:
+        return len(store._connection.query(f"photos__v{version}", "key >= 0", ["key"], 0))
+
+    for _ in range(2):
+        gallery.admit(B, force="test")
+        gallery.replace(IDS[:25], vectors(IDS[:25], 1), model=B)
+        gallery.rollback()
+        assert facts(gallery) == before
+    assert stored(1) == 50
+    monkeypatch.setattr(milvus, "_GARBAGE_SECONDS", -1.0)
+    gallery.admit(B, force="test")
+    assert stored(1) == 0
+    assert facts(gallery) == before
+
+
+def test_a_version_between_two_others_is_retired_after_the_older_one(gallery: Gallery) -> None:
+    from gallery_stores import C
+
+    gallery.admit(B, force="test")
+    gallery.replace(IDS, vectors(IDS, 1), model=B)
+    gallery.admit(C, force="test")
+    gallery.replace(IDS, vectors(IDS, 2), model=C)
+    with pytest.raises(ValueError, match=r"rows of version 1 have replaced older ones, of version 0, which are kept"):
+        gallery.retire(1)
+    gallery.retire(0)
+    assert gallery.retire(1)["old_rows_deleted"] == 40
+    assert [version["rows"] for version in gallery.status()["versions"]] == [0, 0, 40]
+
+
+# search
+
+
+def test_conditions_with_hostile_keys_and_values(lite: str) -> None:
+    """Nothing of a payload is part of an expression."""
+    texts = ['"] or id >= 0 or facts in ["', "'; drop", "\\", "%", "_", "\n", "", "{}", "a\tb", "é", "e\u0301", "😀"]
+    values = [
+        *(*texts, "1", "true", "null", "nan"),
+        *(None, True, False, 0, 1, 1.0, -0.0, 0.5, -1, 2**53 + 1, 2.0**53, 2**63, 2.0**63, 10**400, 1e300),
+    ]
+    keys = [text for text in texts if '"' not in text and "\\" not in text] + ["facts", "key", "born", "a.b", "$meta"]
+    payload = [{keys[at % len(keys)]: value, "n": at} for at, value in enumerate(values)]
+    ids = np.arange(len(values))
+    gallery = Gallery.create(lite, model=A)
+    gallery.add(ids, vectors(ids), model=A, payload=payload)
+
+    def equal(stored: object, value: object) -> bool:
+        same = type(stored) is type(value) or not {type(stored), type(value)} - {int, float}
+        return same and stored == value
+
+    for key in keys:
+        for value in values:
+            found = gallery.search(vectors([0]), 40, model=A, where={key: value}).ids
+            expected = [at for at, row in enumerate(payload) if key in row and equal(row[key], value)]
+            assert sorted(found[found >= 0].tolist()) == expected, {key: value}
+    assert gallery.search(vectors([0]), 1, model=A, where={"n": [3, "x"], keys[3]: [payload[3][keys[3]], 1]}).ids == 3
+    assert gallery.search(vectors([0]), 1, model=A, where={"n": float("nan")}).ids == -1
+
+
+def test_more_ties_than_are_fetched_are_fetched(lite: str, monkeypatch) -> None:
+    gallery = Gallery.create(lite, model=A)
+    order = np.random.default_rng(0).permutation(90)
+    rows = np.repeat(vectors([1]), 90, axis=0) * (2.0 ** (order % 5))[:, None].astype(np.float32)
+    gallery.add(order, rows, model=A)
+    queries = np.concatenate([vectors([1, 2]), np.zeros((1, rows.shape[1]), np.float32)])
+    for limit in (16_384, 20):  # by Milvus, and by reading all rows
+        monkeypatch.setattr(_milvus_search, "_LIMIT", limit)
+        for k in (1, 5, 30):
+            hits = gallery.search(queries, k, model=A)
+            np.testing.assert_array_equal(hits.ids, np.broadcast_to(np.arange(k), (3, k)))
+
+
+def test_long_payloads_and_many_keys_are_refused_before_anything_is_written(gallery: Gallery) -> None:
+    before = facts(gallery)
+    for payload, message in (
+        ({"text": "é" * 40_000}, "payload row 1 has 80011 bytes as JSON; Milvus takes at most 65535"),
+        (
+            {f"{at}": at for at in range(4097)},
+            "payload row 1 has 4097 keys with plain values; Milvus takes at most 4096",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gallery.add([60, 61], vectors([60, 61]), model=A, payload=[{}, payload])
+    assert facts(gallery) == before
+    gallery.add([60], vectors([60]), model=A, payload=[{"text": "é" * 32_000}])
+    assert gallery.read([60]).payload == [{"text": "é" * 32_000}]
+
+
+# one process at a time; urls
+
+
+def test_a_file_that_another_process_has_open_is_named(lite: str, gallery: Gallery) -> None:
+    script = (
+        "import sys; from simplexfix.gallery import Gallery\ntry: Gallery.open(sys.argv[1]).status()\n"
+        "except Exception as error: print(type(error).__name__, error)"
+    )
+    answer = subprocess.run([sys.executable, "-c", script, lite], capture_output=True, text=True, check=True).stdout
+    assert answer.startswith(f"StoreError the gallery in {lite} is open in another process: a file of Milvus Lite"), (
+        answer
+    )
+    gallery.close()
+    answer = subprocess.run([sys.executable, "-c", script, lite], capture_output=True, text=True, check=True).stdout
+    assert answer == ""
+    assert len(gallery.read().ids) == 40  # opens it again
+
+
+def test_a_forked_child_is_told_to_be_spawned(gallery: Gallery) -> None:
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            gallery.read()
+        except StoreError as error:
+            os.write(write, str(error).encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    os.waitpid(pid, 0)
+    assert 'does not survive that: start processes with the method "spawn" or "forkserver"' in os.fdopen(read).read()
+    assert len(gallery.read().ids) == 40
+
+
+def test_places_without_a_gallery(tmp_path: Path, lite: str, gallery: Gallery) -> None:
+    file = lite.partition("#")[0]
+    for call, kind, message in (
+        (
+            lambda: Gallery.open(f"{file}#other"),
+            FileNotFoundError,
+            r"#other holds no gallery: Gallery\.create makes one",
+        ),
+        (lambda: Gallery.open(str(tmp_path / "none.db#photos")), FileNotFoundError, "there is no such file"),
+        (lambda: Gallery.create(lite, model=A), FileExistsError, "holds a gallery, which Gallery.open opens"),
+        (lambda: Gallery.open(f"{file}#a__b"), ValueError, "at most 64 letters, digits and single _ between them"),
+        (lambda: Gallery.open("http://me:secret@localhost:1#7"), ValueError, "got 'http://localhost:1#7'"),
+        (
+            lambda: Gallery.open("http://me:secret@localhost:1#photos"),
+            StoreError,
+            "the gallery in http://localhost:1#pho",
+        ),
+    ):
+        with pytest.raises(kind, match=message) as caught:
+            call()
+        assert "secret" not in str(caught.value)
+    assert not (tmp_path / "none.db").exists()
+    other = Gallery.create(f"{file}#other", model=B)
+    other.add([1], vectors([1]), model=B)
+    assert (len(other.read().ids), len(gallery.read().ids)) == (1, 40)
+
+
+# a real server
+
+
+@pytest.fixture(scope="module")
+def server():
+    return milvus_server()
+
+
+def test_a_gallery_on_a_server_lives_through_an_upgrade_beside_queries(server) -> None:
+    """The life of a gallery with two stores of two connections, searched all the time, and the server killed once."""
+    url = f"{server.url}#photos_{uuid.uuid4().hex[:8]}"
+    gallery, worker = Gallery.create(url, model=A), None
+    rows = vectors(IDS)
+    rows[5] = rows[20]
+    rows[8] = 2 * rows[20]
+    rows[9] = 0
+    rows[11] = 1e38 * rows[12] / np.abs(rows[12]).max()
+    rows[13] = 1e-42
+    gallery.add(IDS, rows, model=A, payload={"shop": IDS % 3, "name": [None] * 40})
+    before, queries = facts(gallery), np.concatenate([rows[[20, 12, 9, 13]], vectors([500])])
+    assert [before[id_][1] for id_ in IDS.tolist()] == [row.tobytes() for row in rows]
+
+    def ranked(where: dict | None = None) -> None:
+        """As an exact index ranks the same rows."""
+        hits = gallery.search(queries, 40, model=gallery.model)
+        scores, ids = gallery.mirror().search(queries, 40)
+        np.testing.assert_array_equal(hits.ids, ids)
+        np.testing.assert_array_equal(hits.scores, scores)
+
+    ranked()
+    hits = gallery.search(queries, 40, model=A, where={"shop": [1, "x"], "name": None})
+    assert sorted(hits.ids[0][:13].tolist()) == IDS[IDS % 3 == 1].tolist()
+    gallery.admit(B, gate_of(A, B))
+    stop, missed, searches, reader = threading.Event(), [], [0], Gallery.open(url)
+
+    def look() -> None:
+        while not stop.is_set():
+            found = reader.search(vectors([3], 1), 40, model=A).ids[0]
+            searches[0] += 1
+            if sorted(found.tolist()) != IDS.tolist():
+                missed.append(found)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        worker = Gallery.open(url)
+        shared: list[list[int]] = [[], []]
+
+        def work(at: int) -> None:
+            mine = (gallery, worker)[at]
+            for batch in mine.stale(batch=4):
+                assert mine.replace(batch, vectors(batch, 1), model=B) == len(batch)
+                shared[at] += batch.tolist()
+
+        workers = [threading.Thread(target=work, args=(at,)) for at in range(2)]
+        for each in workers:
+            each.start()
+        for each in workers:
+            each.join()
+        assert sorted(shared[0] + shared[1]) == IDS.tolist()
+        assert worker.status()["stale"] == worker.status()["leased"] == 0
+        gallery.rollback()
+        assert facts(worker) == before
+    finally:
+        stop.set()
+        thread.join()
+    assert not missed
+    assert searches[0] > 5
+    print(f"{searches[0]} searches beside two workers and a rollback: no row was missed")
+    ranked()
+
+    server.kill()
+    for call in (lambda: gallery.add([60], vectors([60]), model=A), gallery.status):
+        with pytest.raises(StoreError, match=url):
+            call()
+    server.start()
+    until = time.monotonic() + 120
+    while True:
+        try:
+            assert facts(gallery) == before
+            gallery.add([60], vectors([60]), model=A)
+            break
+        except StoreError:
+            assert time.monotonic() < until
+            time.sleep(0.5)
+    assert set(facts(worker)) == {*IDS.tolist(), 60}
+    gallery.remove([60])
+    gallery.admit(B, force="again")
+    gallery.replace(IDS, vectors(IDS, 1), model=B)
+    assert gallery.retire(0)["old_rows_deleted"] == 40
+    assert [event["event"] for event in worker.history()][-3:] == ["admitted", "backfill finished", "retired"]
+    ranked()
+    for each in (gallery, worker, reader):
+        each.close()
