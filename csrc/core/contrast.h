@@ -1,8 +1,9 @@
-// The scalar math of one row of the old/new contrast, shared by the CPU and CUDA kernels.
+// The old/new contrast compares features of one model (anchors) with features of another (candidates); see
+// docs/math.md. This file has the scalar math of one row, that is of one anchor, for the CPU and CUDA kernels.
 //
 //   s_j        mu (anchor . candidate_j) / (|anchor| |candidate_j|)
 //   N          the candidates whose class differs from the anchor's
-//   own        the anchor's own candidate, which has its class
+//   own        the candidate of the anchor's own image, which has its class
 //
 //   zero_mask  loss = -s_own + log(sum over N of exp(s_j) + number of candidates outside N)
 //   remove     loss = -s_own + log(sum over N of exp(s_j)), or -s_own if N is empty

@@ -11,7 +11,6 @@
 //
 // The last inequality has a margin of 2^-20. It covers all other errors: the rounding of scores to float (scores that
 // differ by more than 2^-23 keep their order), of the double sums, and of the bounds themselves.
-// by more than 2^-23 stay in order), their double sums, and the float arithmetic on the bounds.
 #pragma once
 #include "types.h"
 

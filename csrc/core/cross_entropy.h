@@ -1,5 +1,9 @@
-// The scalar math shared by the cross-entropies of all polytopes, for the CPU and CUDA kernels: options, margins, and
-// the loss and the label's gradient from a row's softmax sums.
+// Cross-entropy against a fixed classifier: the class vectors are the K vertices of a regular polytope in R^d, a
+// simplex, an orthoplex or a cube. Slot c is the class of vertex c. A row z [d] of features has the logits l_c = scale
+// * z . v_c, or scale * cosine with normalize.
+//
+// This file has the scalar math that all polytopes share, for the CPU and CUDA kernels: options, margins, and the loss
+// and the label's gradient from a row's softmax sums.
 #pragma once
 #include <cmath>
 #include <cstdint>

@@ -1,7 +1,7 @@
 // The scalar math of one row of cube cross-entropy. The K = 2^d vertices are s / sqrt(d), s in {-1, 1}^d, all of them
-// in the softmax. The sum over vertices factorizes into a product over coordinates. Let s be the label's signs, f =
-// scale / sqrt(d), divided by |z| with normalize, and x_j = -2 f s_j z_j:
+// in the softmax. The sum over vertices factorizes into a product over coordinates. With s the label's signs:
 //
+//   f = scale / sqrt(d), divided by |z| with normalize;  x_j = -2 f s_j z_j
 //   gap = logsumexp(l) - l_y = sum_j log(1 + exp(x_j))                                   without a margin
 //   dL/dz_j = s_j * (constant - coefficient * sigmoid(x_j))
 //

@@ -10,8 +10,9 @@
 // The CUDA kernels sweep the row once for each of the three (cuda/cross_entropy.cuh). The CPU kernel does both
 // reductions in one sweep (cpu/simplex_cross_entropy.inc).
 //
-// The maximum and the sum of exponentials skip the label. A margin shifts its logit; and without it a confident row
-// keeps the full relative precision of its small loss and small gradient (no 1 - p).
+// The maximum and the sum of exponentials skip the label, because a margin shifts its logit. Also, a confident row has
+// a small loss and a small gradient. They keep full relative precision because they are computed from the sum over the
+// other classes, and not from 1 - p.
 #pragma once
 #include <cmath>
 #include <cstdint>

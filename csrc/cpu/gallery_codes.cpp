@@ -13,10 +13,10 @@ constexpr size_t kChunkBytes = size_t(1) << 18;
 // range of a gallery's codes; they are stored plus 128, because the products need them unsigned
 constexpr int kRange = 127;
 
-// The first pass rounds its upper bound. The bound is a float sum of dot * scale_r * scale_q, offset and error * norm_q
-// in at most eight operations, so its error is below 2^-21 of the sum of their magnitudes. |coded y| <= 2 |y|, because
-// a code is not 0 only where the number is at least half a step. So 2^-19 |coded x| |y| more in the error, and the
-// 2^-20 that round_up adds to each term, cover this rounding.
+// The first pass rounds its upper bound. The bound is a float sum of dot * scale_r * scale_q, offset and error *
+// norm_q. It takes at most eight operations, so its error is below 2^-21 of the sum of their magnitudes. |coded y| <= 2
+// |y|, because a code is not 0 only where the number is at least half a step. So 2^-19 |coded x| |y| more in the error,
+// and the 2^-20 that round_up adds to each term, cover this rounding.
 constexpr double kDotSlack = 0x1p-19;
 }  // namespace
 

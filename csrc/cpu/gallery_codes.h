@@ -2,7 +2,7 @@
 // that bound its score with any query. Free of torch.
 //
 // A row g is stored as x = g - center, coded as scale * codes with codes in [-127, 127]. center is a mean of rows, or
-// zero if that mean is short. Embeddings share a large common part; without it less is rounded to codes. For a query q
+// zero if that mean is short. Embeddings share a large common part; subtracting it leaves less to round. For a query q
 // with y = q - center, coded likewise,
 //
 //   q.g = q.center + x.center + y.x,

@@ -65,7 +65,7 @@ struct ContrastArgs {
   int64_t candidates;
   const ClassIndex<A>*anchor_class, *candidate_class;
   const A *anchor_scale, *candidate_scale;  // 1 / norm
-  A mu;
+  A mu;                                     // factor of the cosines, an inverse temperature
   Negatives negatives;
   int64_t first_positive;  // candidate first_positive + i is row i's own
   A* loss;                 // [rows]
@@ -119,15 +119,15 @@ struct CodeSummary {
 constexpr int64_t kPanelRows = 64;
 struct CodePanel {
   const uint8_t* codes;                 // [groups][kPanelRows][4]
-  const float *scale, *offset, *error;  // [kPanelRows]
+  const float *scale, *offset, *error;  // [kPanelRows], terms of the bound that codes.inc states
 };
 
 // Queries in codes, with their cutoffs for one panel.
 struct CodeQueries {
   const int8_t* codes;  // [n][stride], four numbers to a group
   int64_t stride, n;
-  const int32_t* start;  // -128 times the sum of a query's codes, which cancels the panel's offset of 128
-  const float *scale, *norm, *cutoff;
+  const int32_t* start;                // -128 times the sum of a query's codes, which cancels the panel's offset of 128
+  const float *scale, *norm, *cutoff;  // [n]
 };
 
 // The format of a gallery's rows.

@@ -19,9 +19,9 @@ constexpr int64_t kMaxBlockResults = int64_t(1) << 18;
 constexpr int64_t kTasksPerThread = 2;      // balances the load; each task reads the gallery and finds a cutoff anew
 constexpr int64_t kMinSplit = 4096;         // gallery rows that pay for a task of their own
 constexpr int64_t kStep = 16 * kPanelRows;  // rows between two reads of the other tasks' cutoffs
-constexpr int64_t kSparseSteps = 16;        // one step in these has its first panel in the sparse sample
-// If a mask leaves fewer than one row in these, rows are scored without codes. Measured at d = 128: both ways take
-// equally long at one row in 38.
+constexpr int64_t kSparseSteps = 16;        // every 16th step has its first panel in the sparse sample
+// If a mask leaves fewer than 1 / kMaskedRows of the rows, these are scored without codes. Measured at d = 128: both
+// ways take equally long at 1 / 38.
 constexpr int64_t kMaskedRows = 32;
 static_assert(kPanelRows == 64, "a word of a mask is a panel");
 // A candidate list is rescored at its limit. At first this is kListPerWanted candidates per wanted row, plus
@@ -29,7 +29,8 @@ static_assert(kPanelRows == 64, "a word of a mask is a panel");
 // less than half full, the limit grows up to kListGrowth times that.
 constexpr int64_t kListPerWanted = 8, kListSlack = 512;
 constexpr size_t kListGrowth = 4;
-// If more than one row in these stays a candidate, bounds cost more than they save: score the next rows without codes.
+// If more than 1 / kMostPass of the rows stay candidates, bounds cost more than they save: score the next rows without
+// codes.
 constexpr int64_t kMostPass = 4;
 // Standard deviations, and rows, by which rank_in() exceeds the expected rank of the k-th best in a sample.
 constexpr int64_t kSigmas = 3, kRankSlack = 3;
@@ -84,8 +85,8 @@ struct Search::Scratch {
 };
 
 struct Search::Task : Scratch {
-  const float* query;  // [queries, d]
-  int64_t queries, g0, g1;
+  const float* query;           // [queries, d]
+  int64_t queries, g0, g1;      // the split is rows [g0, g1)
   TopK* best;                   // [queries]
   std::atomic<float>* highest;  // [queries]: the highest k-th best score of any task
   bool assumes;                 // whether to assume that the k-th best of all reaches rank_in() in the sample

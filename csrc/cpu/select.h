@@ -10,8 +10,8 @@ namespace simplexfix::cpu {
 template <typename T, typename Before>
 void select_nth(T* first, int64_t nth, T* last, Before before) {
   constexpr int64_t kSmall = 32;
-  // Each round splits the range at the median of three. Their random places make a bad split unlikely for any order of
-  // the input. If many rounds don't shrink the range (equal elements), std::nth_element takes over.
+  // Each round splits the range at the median of three elements, whose random places make a bad split unlikely for any
+  // order of the input. If many rounds don't shrink the range (equal elements), std::nth_element takes over.
   uint32_t random = 1;
   for (int round = 0; round < 24 && last - first > kSmall; ++round) {
     T* three[3];

@@ -135,8 +135,7 @@ __global__ void __launch_bounds__(Team<kThreads>::kBlock, kBlocks<T, Team<kThrea
       continue;
     }
     const T* g_z = p.z + row * p.z_stride;
-    // same alignment as g_z, for vector copies
-    T* s_z = s_rows + Rows::index() * staged_size<T>(d) + misalignment(g_z);
+    T* s_z = s_rows + Rows::index() * staged_size<T>(d) + misalignment(g_z);  // aligned as g_z, for vectors
     Loss loss(row_of(p, row, 0), p.constants, g_z);
     map_row<kThreads>(g_z, s_z, d, misalignment(g_z), true, [](int, T x) { return x; });
     sync_team<kThreads>();  // the sweeps below read what other threads have copied

@@ -126,7 +126,7 @@ __device__ __forceinline__ void ldmatrix(uint32_t (&r)[2], const void* s_row SIM
 }
 
 // sums += a b, for T = __nv_bfloat16 or __half. Products are exact. The rounding of the sum of 17 terms depends on the
-// GPU (the emulator adds one by one in float), so no result may depend on its bits.
+// GPU, so no result may depend on its bits. (The emulator adds one by one in float.)
 template <typename T>
 __device__ __forceinline__ void mma(float (&sums)[4], const uint32_t (&a)[4],
                                     const uint32_t (&b)[2] SIMPLEXFIX_AND_CALLER) {
