@@ -214,7 +214,7 @@ def _read(pillow: tuple[Any, Any], size: int, file: str) -> NDArray[np.uint8]:
     image_module, operations = pillow
     try:
         with image_module.open(file) as opened:
-            if opened.mode[0] in "IF":  # 32-bit pixels: Pillow would clip them at 255
+            if opened.mode[0] in "IF":  # 16-bit or 32-bit pixels: Pillow would clip them at 255
                 raise ValueError(f"pixels must be of 8 bits, got mode {opened.mode}")
             upright = operations.exif_transpose(opened).convert("RGB")
     except (OSError, ValueError, SyntaxError, EOFError, image_module.DecompressionBombError) as error:
