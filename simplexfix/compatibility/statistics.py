@@ -197,7 +197,7 @@ def randomization_test(
 
     Reference:
         Smucker, Allan and Carterette, "A Comparison of Statistical Significance Tests for Information Retrieval
-        Evaluation", CIKM 2007; for random patterns Phipson and Smyth, "Permutation P-values Should Never Be Zero", 2010.
+        Evaluation", CIKM 2007.  Phipson and Smyth, "Permutation P-values Should Never Be Zero", 2010.
     """
     old, new = read_both(before, after)
     numbers = check_options(0.95, resamples, generator)
