@@ -272,7 +272,7 @@ def _search(ranks: Ranks, queries: Tensor, rows: Tensor, k: int, counts: list[in
         near, places = (found.cpu() for found in cosine_topk(queries[block], rows, depth))
         places[places >= 0] += sum(counts[: ranks.rank])
         # Ids ascend from shard to shard, and equal scores have ascending ids within a shard: a stable sort keeps the
-    # order of ties.
+        # order of ties.
         merged, order = torch.cat(ranks.gather(near), 1).sort(dim=1, descending=True, stable=True)
         scores[block, :kept] = merged[:, :kept]
         ids[block, :kept] = torch.cat(ranks.gather(places), 1).gather(1, order[:, :kept])
