@@ -1,8 +1,8 @@
 """simplexfix: stationary, and therefore compatible, representations.
 
-Swap the embedding model, keep the index.
+A new version of an embedding model can search the index that an older version filled.
 
-Public names are imported at first use, so `import simplexfix` alone imports neither torch nor the compiled library.
+Public names are imported on first use: `import simplexfix` alone imports neither torch nor the compiled library.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
-        return importlib.import_module(f"{__name__}.{name}")  # which also sets the attribute
+        return importlib.import_module(f"{__name__}.{name}")  # it also sets the attribute
     if name in _HOMES:
         value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     elif name == "__version__":

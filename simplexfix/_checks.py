@@ -1,4 +1,4 @@
-"""Checks of what users pass: every message says the name, what was expected, what came, and the remedy."""
+"""Argument checks: every message names the argument, the expected value, the given value and the remedy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ._native import is_readable
 
-# Names of options and the numbers by which the native operators know them.
+# Names of options and their codes in the native operators.
 MARGINS = {"cosine": 1, "angular": 2}
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 NEGATIVES = {"zero_mask": 0, "remove": 1, "infonce": 2}
@@ -35,7 +35,11 @@ def check_tensor(name: str, tensor: Tensor) -> None:
 
 
 def check_integer(name: str, value: SupportsIndex) -> int:
-    """The value as an int: it may be NumPy's, or another library's."""
+    """Returns an integer of Python, NumPy or another library as an int.
+
+    Raises:
+        TypeError: `value` is not an integer.
+    """
     if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
         return cast(int, value)
     try:
@@ -47,7 +51,7 @@ def check_integer(name: str, value: SupportsIndex) -> int:
 
 
 def check_number(name: str, value: float) -> None:
-    if not isinstance(value, (float, int, Real)):  # the first two at once, Real by a search
+    if not isinstance(value, (float, int, Real)):  # float and int first: checking the abstract class is slower
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
 
 
@@ -75,7 +79,7 @@ def check_pair(name: str, first: Tensor, other_name: str, other: Tensor) -> None
 
 
 def check_new_and_old(name: str, new: Tensor, old: Tensor) -> None:
-    """Features of the same images by two models; `name` is what the caller calls the new ones."""
+    """Checks features of the same items by two models; `name` is the argument name of the new ones."""
     check_rows(name, new)
     check_rows("old", old)
     check_pair(name, new, "old", old)
@@ -169,7 +173,7 @@ def check_fraction(name: str, value: float) -> None:
 
 
 def check_codes(codes: Tensor, d: int, z: Tensor | None = None) -> None:
-    """Bit tables of cube vertices in d dimensions; on the device of z."""
+    """Checks the bit table of cube vertices in d dimensions; it must be on the device of z."""
     check_tensor("codes", codes)
     if codes.dtype != torch.int64:
         raise TypeError(f"codes must be int64, got {codes.dtype}; simplexfix.polytopes.cube_codes makes them")
@@ -180,7 +184,10 @@ def check_codes(codes: Tensor, d: int, z: Tensor | None = None) -> None:
 
 
 def check_bits(codes: Tensor, d: int, rows: Tensor | None = None) -> None:
-    """Refuses codes made for more dimensions, where they can be looked at; `rows` says which rows these are."""
+    """Raises if codes have bits beyond d (only if they are readable without synchronizing).
+
+    `rows` maps rows of `codes` to the row numbers for the message.
+    """
     if d % 64 == 0 or not is_readable(codes):
         return
     beyond = codes[:, -1] >> (d % 64) != 0

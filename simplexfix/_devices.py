@@ -1,4 +1,4 @@
-"""Copies that nobody waits for."""
+"""Asynchronous copies to a device."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["to_device_async"]
 
 
 def to_device_async(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor on a device; to a GPU from pinned memory, or the host would wait until it is there."""
+    """Copies a tensor to a device; copies to a GPU use pinned memory, since other copies block the host."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""Files, and folders of them, that appear whole or not at all; and text files as people save them."""
+"""Atomic writes of files and folders, and reading of text files with a byte-order mark."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 __all__ = ["read_text", "write_folder", "write_whole"]
 
-# UTF-32 first: its mark begins with that of UTF-16
+# UTF-32 first: its little-endian mark begins with that of UTF-16
 _MARKS = {
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
@@ -25,11 +25,11 @@ _MARKS = {
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """The text of a file in UTF-8, or in an encoding that a byte-order mark at its start names; without the mark.
+    """Reads a text file in UTF-8, or in the encoding of its byte-order mark; the mark is removed.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is not such text.
+        OSError: the file cannot be read.
+        ValueError: the file is not text in that encoding.
     """
     content = Path(path).read_bytes()
     encoding = next((name for mark, name in _MARKS.items() if content.startswith(mark)), "utf-8")
@@ -38,33 +38,34 @@ def read_text(path: str | os.PathLike[str]) -> str:
         text = content.decode(encoding)
     except UnicodeDecodeError as error:
         raise ValueError(f"it is not text in {encoding.upper().removesuffix('-SIG')}: {error}; {remedy}") from None
-    if "\0" in text:  # of UTF-16 without a mark every second byte is 0
+    if "\0" in text:  # in UTF-16 without a mark every second byte of ASCII text is 0
         raise ValueError(f"it holds zero bytes, as UTF-16 without a byte-order mark does; {remedy}")
     return text
 
 
-_BEGIN = 64  # bytes of a target's name that the temporary one begins with
+_BEGIN = 64  # bytes of the target's name at the start of a temporary name
 
 
 def write_whole(path: str | bytes | os.PathLike[str], content: bytes | Iterable[bytes]) -> None:
-    """Writes a file that appears whole or not at all; after an error or a crash the file is as it was before.
+    """Writes a file atomically: after an error or a crash an earlier file is unchanged.
 
-    The content is written to a temporary file in the same folder, synchronized, and renamed.  A file that was there
-    keeps its mode, and a symbolic link stays and its target is replaced.  A device, a pipe and a descriptor of this
-    process (/dev/stdout, /dev/fd/3) stay what they are: the content is written into them.
+    The content is written to a temporary file in the same folder, synchronized, and renamed.  An earlier file's mode is
+    kept.  A symbolic link stays, and its target is replaced.  For a device, a pipe or a descriptor of this process
+    (/dev/stdout, /dev/fd/3) the content is written into it, without a rename.
 
     Args:
-        content: bytes, or chunks that are made while the file is written.
+        path: path of the file.
+        content: bytes, or an iterable of chunks that is consumed during the write.
 
     Raises:
-        OSError: it cannot be written; names the path.
+        OSError: the file cannot be written; the error holds the path.
     """
     path = os.fsencode(path)
     chunks = (content,) if isinstance(content, bytes) else content
     try:
         if not _written_into(path, chunks):
             target = os.path.realpath(path)
-            if os.path.islink(target):  # links in a circle
+            if os.path.islink(target):  # a cycle of links
                 raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
             _replace(target, chunks)
     except OSError as error:
@@ -76,7 +77,7 @@ def _written_into(path: bytes, chunks: Iterable[bytes]) -> bool:
     descriptor = _own_descriptor(path)
     mode = os.stat(path).st_mode if descriptor is None and os.path.exists(path) else 0
     if descriptor is not None:
-        opened = os.dup(descriptor)  # opened again, a regular file would be written from its start
+        opened = os.dup(descriptor)  # reopening a regular file would reset the offset to its start
     elif stat.S_ISCHR(mode) or stat.S_ISFIFO(mode):
         opened = os.open(path, os.O_WRONLY)
     elif mode and not stat.S_ISREG(mode):
@@ -90,8 +91,8 @@ def _written_into(path: bytes, chunks: Iterable[bytes]) -> bool:
 
 
 def _own_descriptor(path: bytes) -> int | None:
-    """n, if the path leads to /proc/self/fd/n; a rename cannot replace the file of such a link."""
-    for _ in range(40):  # links that the kernel follows
+    """Returns n if the path leads to /proc/self/fd/n, whose file a rename cannot replace; else None."""
+    for _ in range(40):  # the kernel follows at most 40 links
         folder, name = os.path.split(path)
         folder = os.path.realpath(folder or b".")
         if re.fullmatch(rb"/proc/%d(/task/\d+)?/fd" % os.getpid(), folder) and name.isdigit():
@@ -106,11 +107,11 @@ def _own_descriptor(path: bytes) -> int | None:
 def _replace(path: bytes, chunks: Iterable[bytes]) -> None:
     temporary = _beside(path, b"tmp")
     try:
-        # the mode first: what others may not read is never there for them
+        # set the mode at creation, so that a private file is never readable by others
         mode = os.stat(path).st_mode & 0o777 if os.path.exists(path) else None
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
         with open(os.open(temporary, flags, 0o666 if mode is None else mode), "wb") as file:
-            if mode is not None:  # what the umask took away as well
+            if mode is not None:  # restore bits that the umask removed
                 os.fchmod(file.fileno(), mode)
             for chunk in chunks:
                 file.write(chunk)
@@ -125,15 +126,20 @@ def _replace(path: bytes, chunks: Iterable[bytes]) -> None:
 
 
 def write_folder(path: str | os.PathLike[str], files: Mapping[str, bytes]) -> None:
-    """A folder of these files, named by their paths in it, in the place of the one that was there, which is deleted.
+    """Writes a folder of files; it replaces an earlier folder, which is deleted.
 
-    Written beside, synced, exchanged by two renames: after an error the folder is as it was before, and a crash between
-    the two leaves both whole, under other names.  It keeps its mode.
+    The new folder is written beside the old one, synchronized, and exchanged by two renames.  After an error the old
+    folder is unchanged.  A crash between the renames leaves both folders complete, under other names.  The mode of an
+    earlier folder is kept.
+
+    Args:
+        path: path of the folder.
+        files: content of each file by its path in the folder.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the folder cannot be written.
     """
-    path = Path(os.path.realpath(path))  # what a link points to is replaced, not the link
+    path = Path(os.path.realpath(path))  # replace the target of a link, not the link
     hidden = os.fsencode(path.with_name(f".{path.name}"))
     made, aside = (Path(os.fsdecode(_beside(hidden, ending))) for ending in (b"tmp", b"old"))
     try:
@@ -161,12 +167,12 @@ def write_folder(path: str | os.PathLike[str], files: Mapping[str, bytes]) -> No
 
 
 def _beside(path: bytes, ending: bytes) -> bytes:
-    """A path in the same folder for this thread alone: its name begins as the target's, and is short for every target.
+    """Returns a temporary path in the target's folder that is unique to this thread and begins like the target's name.
 
-    A target's name may be as long as the file system allows: 255 bytes, or 143 where names are encrypted.
+    The name is short, since a target's name may have the maximum length (255 bytes, or 143 with encrypted names).
     """
     folder, name = os.path.split(path)
-    begin = name[:_BEGIN].decode("utf-8", "ignore").encode()  # no part of a character
+    begin = name[:_BEGIN].decode("utf-8", "ignore").encode()  # drop a character that is cut in half
     return os.path.join(folder, b"%s.%d-%d.%s" % (begin, os.getpid(), threading.get_ident(), ending))
 
 

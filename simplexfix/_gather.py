@@ -1,4 +1,4 @@
-"""Rows of all processes of a group, differentiable: for losses that compare rows across a global batch."""
+"""Differentiable all-gather of rows, for losses that compare rows across a global batch."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 def rank_of(rows: Tensor, group: dist.ProcessGroup) -> int:
-    """This process's place in the group, once all agree on the shape and dtype of their rows.
+    """Returns this process's rank in the group, after a check that all processes have rows of one shape and dtype.
 
     Raises:
-        ValueError: on every process, where one's rows differ in number, width or dtype.
+        ValueError: on every process, if shapes or dtypes differ.
     """
     mine = (list(rows.shape), str(rows.dtype))
     everyone: list[Any] = [None] * dist.get_world_size(group)
@@ -24,12 +24,12 @@ def rank_of(rows: Tensor, group: dist.ProcessGroup) -> int:
 
 
 def all_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[B, ...] of each of W processes -> [W B, ...] in the order of their ranks, on all of them."""
+    """All-gathers rows [B, ...] of W processes to [W B, ...] in rank order."""
     return _AllRows.apply(rows, group)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _AllRows(torch.autograd.Function):
-    """Backward: every process's gradient of these rows, added up on the process they came from."""
+    """All-gather; the backward pass sums all processes' gradients of a row on the row's own process."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -42,6 +42,6 @@ class _AllRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        whole = gradient.contiguous().clone()  # what autograd hands out is not ours to add to
+        whole = gradient.contiguous().clone()  # copy: autograd's tensor must not be changed in place
         dist.all_reduce(whole, group=ctx.group)  # gloo has no reduce_scatter
         return whole.chunk(dist.get_world_size(ctx.group))[dist.get_rank(ctx.group)].clone(), None

@@ -1,4 +1,4 @@
-"""The compiled library: loaded once, here, or known to be missing, with the reason and the remedy."""
+"""Loads the compiled library once; if it cannot be loaded, `missing` holds the reason and the remedy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch  # before the library: it loads the libtorch that the library is resolved against
+import torch  # first: it loads libtorch, which the library links to
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
@@ -57,7 +57,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
 
 
 def _libraries_of_other_pythons() -> list[str]:
-    """Names of compiled libraries beside this file."""
+    """Returns the names of compiled libraries in this folder."""
     return sorted(path.name for path in Path(__file__).parent.glob("_C.*") if path.suffix in (".so", ".pyd"))
 
 
@@ -65,18 +65,22 @@ library, missing = _load()
 
 
 def build_info() -> dict[str, Any]:
-    """What was compiled and what of it runs here; empty without the library."""
+    """Returns facts about the build and about the features usable on this machine; empty without the library."""
     return library.build_info() if library is not None else {}
 
 
 def raise_interrupt(error: RuntimeError) -> None:
-    """Raises KeyboardInterrupt, or what else a signal's handler raised, where that is why an operator ended."""
+    """Raises KeyboardInterrupt, or another exception of a signal handler, if a signal ended the operator."""
     if library is not None and "interrupted by a signal" in str(error):
         library.raise_interrupt()
 
 
 def why_not_cuda(device: int | None = None) -> str | None:
-    """Why CUDA tensors, of one GPU or of the current one, run in plain PyTorch; None where the kernels serve them."""
+    """Returns the reason why CUDA tensors run in plain PyTorch; None if the kernels support them.
+
+    Args:
+        device: index of the GPU; None for the current one.
+    """
     info = build_info()
     if not info:
         return "there is no compiled library"
@@ -99,7 +103,7 @@ def why_not_cuda(device: int | None = None) -> str | None:
 
 
 def cuda_versions() -> tuple[int, int]:
-    """Of the runtime built in, and the newest that the driver serves; 13000 is 13.0.  Of a library with CUDA only."""
+    """Returns the CUDA versions of the built-in runtime and of the driver (13000 is 13.0); needs a CUDA build."""
     return library.cuda_versions()  # type: ignore[union-attr, no-any-return]
 
 
@@ -108,9 +112,15 @@ def _dotted(version: int) -> str:
 
 
 def runs_on(capability: tuple[int, int], archs: str, *, translates: bool = True) -> bool:
-    """Whether a GPU runs the machine code for one of `archs`, "80 90", or the driver translates the PTX of the last.
+    """Returns whether a GPU can run a build: its machine code for one architecture, or the PTX of the last one.
 
-    A driver runs machine code of any toolkit of its major version, and translates PTX of none newer than itself.
+    A driver runs machine code of any toolkit with its own major version, but compiles PTX only of toolkits that are not
+    newer than the driver.
+
+    Args:
+        capability: compute capability of the GPU.
+        archs: architectures of the build, such as "80 90".
+        translates: whether the driver can compile the PTX.
     """
     built = [divmod(int(arch), 10) for arch in archs.split()]
     of_its_kind = ((major, minor) for major, minor in built if major == capability[0])
@@ -121,9 +131,9 @@ _serves_gpu: dict[int | None, bool] = {}
 
 
 def _serves(device: int | None) -> bool:
-    """Whether the kernels serve a GPU; says once for each where not."""
-    if device not in _serves_gpu:  # asked in every call: what follows is for the first alone
-        if not torch.cuda.is_available():  # a fake tensor: traced for a GPU elsewhere
+    """Returns whether the kernels support a GPU; warns once per GPU if they do not."""
+    if device not in _serves_gpu:  # cached, since every call needs the answer
+        if not torch.cuda.is_available():  # a fake tensor, traced on a machine without a GPU
             return bool(build_info().get("cuda_archs"))
         reason = why_not_cuda(device)
         _serves_gpu[device] = reason is None
@@ -137,10 +147,10 @@ _serves._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def has_kernels(tensor: Tensor) -> bool:
-    """Whether the library serves this tensor: its device, and no transform that only plain PyTorch knows.
+    """Returns whether the library has kernels for this tensor.
 
-    Under `torch.func` (grad, vmap, jvp, ...), forward-mode differentiation and export to ONNX the reference
-    implementation takes over.
+    It has none under `torch.func` (grad, vmap, jvp, ...), forward-mode differentiation and export to ONNX; then the
+    reference implementation runs.
     """
     if _exports_to_onnx():
         return False
@@ -153,19 +163,19 @@ def has_kernels(tensor: Tensor) -> bool:
 
 
 def _exports_to_onnx() -> bool:
-    """True during an export to ONNX, which has none of the library's operators."""
-    if torch.compiler.is_dynamo_compiling() or "torch.onnx" not in sys.modules:  # an import that takes a while
+    """Returns whether an export to ONNX is running, which does not support the library's operators."""
+    if torch.compiler.is_dynamo_compiling() or "torch.onnx" not in sys.modules:  # importing it is slow
         return False
     return torch.onnx.is_in_onnx_export()
 
 
 def is_transformed() -> bool:
-    """Whether a `torch.func` transform or forward-mode differentiation is under way."""
+    """Returns whether a `torch.func` transform or forward-mode differentiation is active."""
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def is_readable(tensor: Tensor) -> bool:
-    """Whether its values can be looked at: there are some, and without waiting for a GPU to have made them."""
+    """Returns whether the tensor has values that can be read without synchronizing with a GPU."""
     return (
         tensor.is_cpu
         and not torch.compiler.is_compiling()

@@ -1,6 +1,6 @@
-"""The operators of the library as torch sees them: shapes for tracing, gradients.
+"""Autograd functions and fake (shape) implementations of the library's operators.
 
-Functions here take what `simplexfix.functional` has checked, and only where the library is loaded.
+`simplexfix.functional` has checked the arguments.  The functions require the compiled library.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def cross_entropy(
     reduction: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The loss in `dtype`; `polytope` is "simplex", "orthoplex" or "cube", which alone has codes."""
+    """Returns the loss in `dtype`; `polytope` is "simplex", "orthoplex" or "cube"; only the cube has codes."""
     kind, size = (0, 0.0) if margin is None else (MARGINS[margin[0]], margin[1])
     if weight is not None:
         weight = weight.detach().to(accumulate_dtype(z.dtype))
@@ -39,8 +39,8 @@ def cross_entropy(
     arguments = (*first, *options, REDUCTIONS[reduction])
     if z.requires_grad and torch.is_grad_enabled():
         if z.dtype == torch.float16 and reduction == "mean":
-            # The saved gradient must not carry 1 / B: a float16 would round it to nothing before the scale of a
-            # GradScaler comes from above.
+            # The saved gradient must not include 1 / B: in float16 it would underflow before the backward pass
+            # multiplies it by GradScaler's scale.
             summing = (*first, *options, REDUCTIONS["sum"])
             total = _Loss.apply(z, polytope, summing, torch.float32)  # type: ignore[no-untyped-call]
             return (total / _counted(target, weight, ignore_index)).to(dtype)  # type: ignore[no-any-return]
@@ -53,11 +53,11 @@ def _loss_operator(polytope: str) -> Callable[..., Any]:
 
 
 def _counted(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
-    """What a mean divides by: the rows that count, by their weights."""
+    """Denominator of a mean: the sum of the weights of all rows that are not ignored."""
     counts = target != ignore_index
     if weight is None:
         return counts.sum()
-    slot = target.where(counts, 0).clamp(0, len(weight) - 1)  # one out of range has a nan loss, on a GPU
+    slot = target.where(counts, 0).clamp(0, len(weight) - 1)  # on a GPU a target out of range has a nan loss
     return weight[slot].where(counts, 0.0).sum()
 
 
@@ -77,13 +77,13 @@ def contrast_rows(
     negatives: str,
     reduction: str,
 ) -> Tensor:
-    """The loss in the accumulating dtype.  At most one of anchors and candidates requires a gradient."""
+    """Returns the loss in `accumulate_dtype`.  At most one of anchors and candidates requires a gradient."""
     arguments = (anchor_class, candidate_class, first_positive, mu, NEGATIVES[negatives])
     differentiable = anchors.requires_grad or candidates.requires_grad
     if not differentiable or not torch.is_grad_enabled():
         op = torch.ops.simplexfix.old_new_contrast.default
         rows = op(anchors, candidates, *arguments, None, False)[0]
-    elif reduction == "none" or anchors.dtype == torch.float16:  # in float16 a saved 1 / B would be rounded to nothing
+    elif reduction == "none" or anchors.dtype == torch.float16:  # in float16 a saved factor 1 / B would underflow
         rows = _ContrastRows.apply(anchors, candidates, arguments)  # type: ignore[no-untyped-call]
     else:
         weight = 1.0 / len(anchors) if reduction == "mean" and len(anchors) else 1.0
@@ -98,12 +98,11 @@ def cosine_topk(query: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]
     return torch.ops.simplexfix.cosine_topk.default(query, gallery, k)  # type: ignore[no-any-return]
 
 
-# Gradients are autograd.Functions rather than torch.library.register_autograd: a quarter of the cost of a call,
-# and torch.compile traces them as well.
+# autograd.Function costs a quarter of torch.library.register_autograd per call, and torch.compile traces it as well.
 
 
 def _refuse_second_derivative() -> None:
-    """The gradient is a constant to autograd: a derivative of it would silently lack terms."""
+    """Raises for double backward: autograd treats the saved gradient as a constant and would omit terms silently."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
             "simplexfix's kernels have no second derivative, which create_graph=True asks for; "
@@ -112,7 +111,7 @@ def _refuse_second_derivative() -> None:
 
 
 class _Loss(torch.autograd.Function):
-    """The forward pass writes the gradient too; the backward pass scales it by what comes from above."""
+    """The forward pass also computes the gradient; the backward pass multiplies it by the upstream gradient."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, polytope: str, arguments: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
@@ -122,8 +121,8 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
-        # Mostly upstream is the 1 of `loss.backward()`.  On the CPU, where that can be seen, the saved tensor itself is
-        # returned.  While it is saved, autograd holds it twice and so copies it into a leaf's .grad.
+        # Usually upstream is the 1 of `loss.backward()`.  On the CPU this is checked, and the saved tensor itself is
+        # returned.  Autograd copies it into a leaf's .grad, because the saved reference still exists.
         _refuse_second_derivative()
         (gradient,) = ctx.saved_tensors
         if not _is_one(upstream):
@@ -133,7 +132,7 @@ class _Loss(torch.autograd.Function):
 
 
 def _is_one(upstream: Tensor) -> bool:
-    """Whether that is known without waiting for a GPU, and outside of any tracing."""
+    """Returns whether upstream is 1; false if reading it would synchronize with a GPU, or while tracing."""
     return (
         not torch.compiler.is_compiling()
         and type(upstream) is Tensor
@@ -159,7 +158,7 @@ class _Logits(torch.autograd.Function):
 
 
 class _ContrastSum(torch.autograd.Function):
-    """weight times the sum of all rows' losses, whose gradient is made beside them."""
+    """weight * sum of all rows' losses; the forward pass also computes the gradient."""
 
     @staticmethod
     def forward(ctx: Any, anchors: Tensor, candidates: Tensor, arguments: tuple[Any, ...], weight: float) -> Tensor:
@@ -181,7 +180,7 @@ class _ContrastSum(torch.autograd.Function):
 
 
 class _ContrastRows(torch.autograd.Function):
-    """Every row's loss; the backward pass knows what comes from above and computes the block products again."""
+    """Losses of all rows; the backward pass recomputes the block products, weighted by the upstream gradient."""
 
     @staticmethod
     def forward(ctx: Any, anchors: Tensor, candidates: Tensor, arguments: tuple[Any, ...]) -> Tensor:
@@ -213,7 +212,7 @@ class _TopK(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         _refuse_second_derivative()
         query, gallery, scores, ids = ctx.saved_tensors
-        found = ids >= 0  # the others are padding: id -1, score -inf
+        found = ids >= 0  # other places are padding: id -1, score -inf
         weight = upstream.masked_fill(~found, 0.0).unsqueeze(-1)
         score = scores.masked_fill(~found, 0.0).unsqueeze(-1)
         rows = ids.clamp_min(0)

@@ -1,7 +1,7 @@
-"""The reference implementation of every operator in plain PyTorch: same signature, same results, no speed.
+"""The reference implementation of every operator in plain PyTorch, with the same signatures and results.
 
-It runs where the library was not built, it is the truth of the tests (in float64) and the baseline
-of the benchmarks.  Arguments were checked by `simplexfix.functional`.
+It runs where the library was not built.  Tests compare with it in float64, and benchmarks use it as the baseline.
+`simplexfix.functional` has checked the arguments.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from ._checks import check_bits
 from ._native import is_readable, is_transformed
 from .polytopes import cube_signs, simplex_constants
 
-CUBE_BLOCK = 4096  # vertices of a cube whose signs are held at a time
+CUBE_BLOCK = 4096  # most cube vertices whose signs are in memory at once
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for anything narrower: what sums and losses are kept in."""
+    """Returns the dtype of sums and losses: float64 for float64, float32 for narrower dtypes."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def no_autocast(tensor: Tensor) -> AbstractContextManager[None]:
-    """Keeps the dtype that the reference implementation chose; autocast does not apply to meta tensors."""
+    """Disables autocast for the tensor's device; autocast does not apply to the meta device."""
     return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
 
 
 def unit_rows(z: Tensor) -> Tensor:
-    """Rows divided by their L2 norm; a zero row stays zero, with a zero gradient."""
+    """Divides rows by their L2 norm; a zero row stays zero and has a zero gradient."""
     square = z.square().sum(-1, keepdim=True)
     zero = square == 0
-    # not rsqrt, whose derivative, square^-1.5, leaves float32 long before the square does
+    # not rsqrt: its derivative, square^-1.5, overflows float32 for small rows
     return torch.where(zero, 0.0, z / torch.where(zero, 1.0, square).sqrt())
 
 
 def check_targets(z: Tensor, target: Tensor, slots: int, ignore_index: int) -> Tensor:
-    """z [B, d] as it is, or an error; where targets cannot be looked at, nan in the rows of those out of range."""
+    """Returns z [B, d], or raises for a target out of range; if targets are not readable, such rows become nan."""
     bad = ((target < 0) | (target >= slots)) & (target != ignore_index)
     if not is_readable(target):
         return z * torch.ones_like(target, dtype=z.dtype).masked_fill(bad, math.nan).unsqueeze(-1)
@@ -88,7 +88,7 @@ def cube_logits(z: Tensor, codes: Tensor, *, normalize: bool = False, scale: flo
         x = unit_rows(x)
     x = scale / math.sqrt(d) * x
     with no_autocast(z):
-        # the signs of a block of vertices at a time: all of them may be far more than z and the logits together
+        # block by block: the signs of all vertices may need far more memory than z and the logits together
         blocks = [x @ cube_signs(block, d, x.dtype).T for block in torch.split(codes, CUBE_BLOCK)]
     return torch.cat(blocks, -1).to(z.dtype)
 
@@ -104,7 +104,7 @@ def _cross_entropy(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
-    """The loss of logits at scale 1, in their dtype; those of a target out of range are nan."""
+    """Cross-entropy of unscaled logits, in their dtype; `check_targets` has set rows of invalid targets to nan."""
     counts, target = target != ignore_index, target.clamp(0, logits.shape[-1] - 1)
     if margin is not None:
         index = target.unsqueeze(-1)
@@ -154,21 +154,21 @@ def cube_cross_entropy(
     counts = target != ignore_index
     label = target.where(counts, 0).clamp(0, slots - 1)
     x = x.where(counts.unsqueeze(-1), 0.0)
-    x = x + 0.0 * x  # inf to nan, as it is in any softmax
+    x = x + 0.0 * x  # inf becomes nan, as in a softmax
     if normalize:
         x = unit_rows(x)
     code = label.unsqueeze(-1) if codes is None else codes[label]
     if codes is not None:
         check_bits(code.where(counts.unsqueeze(-1), 0), d, label)
     own = cube_signs(code, d, x.dtype) * x / math.sqrt(d)
-    flips = -2 * scale * own  # how much a vertex gains on the label's by each coordinate in which it differs
-    gap = _softplus(flips).sum(-1)  # logsumexp - the label's logit
+    flips = -2 * scale * own  # logit of a vertex minus the label's, per differing coordinate
+    gap = _softplus(flips).sum(-1)  # logsumexp minus the label's logit
     with_margin = cosine = own.sum(-1)
     if margin is not None:
         with_margin = _with_margin(cosine, *margin)
         gap = _softplus(_log_expm1(gap, flips) + scale * (cosine - with_margin))
     rows = (1 - label_smoothing) * gap
-    if label_smoothing > 0:  # the vertices sum to zero, and so do their logits but for the margin
+    if label_smoothing > 0:  # vertices sum to zero, so logits do as well, up to the margin
         rows = rows + label_smoothing * (gap + scale * with_margin + scale * (cosine - with_margin) * 0.5**d)
     factor = torch.ones_like(rows) if weight is None else weight.to(rows.dtype)[label]
     rows = (factor * rows).where(counts, 0.0)
@@ -178,12 +178,12 @@ def cube_cross_entropy(
 
 
 def _softplus(x: Tensor) -> Tensor:
-    """log(1 + exp(x)) to full relative precision, where F.softplus turns linear above 20."""
+    """log(1 + exp(x)) to full relative precision; F.softplus is linear above 20."""
     return torch.logaddexp(x, torch.zeros_like(x))
 
 
 def _log_expm1(gap: Tensor, flips: Tensor) -> Tensor:
-    """log(exp(gap) - 1), gap = sum_j softplus(flips_j); a gap too small to tell is the sum of exp(flips_j)."""
+    """log(exp(gap) - 1) for gap = sum_j softplus(flips_j); for gap below eps this is logsumexp(flips)."""
     tiny = gap < torch.finfo(gap.dtype).eps
     safe = gap.where(~tiny, 1.0)
     return torch.where(tiny, flips.logsumexp(-1), safe + (-torch.expm1(-safe)).log())
@@ -203,7 +203,7 @@ def contrast_rows(
     mu: float,
     negatives: str,
 ) -> Tensor:
-    """-s_own + log of the anchor's denominator for each anchor; anchor i's own candidate is first_positive + i."""
+    """Contrastive loss of each anchor: log(denominator) - s_own; anchor i's own candidate is first_positive + i."""
     dtype = accumulate_dtype(anchors.dtype)
     with no_autocast(anchors):
         similarity = mu * (unit_rows(anchors.to(dtype)) @ unit_rows(candidates.to(dtype)).T)
@@ -220,23 +220,24 @@ def contrast_rows(
 
 
 def cosine_topk(query: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Scores as the library defines them, up to the order of the float64 sums."""
+    """`simplexfix.functional.cosine_topk`, up to the summation order in float64."""
     for name, rows in (("query", query), ("gallery", gallery)):
-        looks = not (torch.compiler.is_compiling() or is_transformed() or rows.is_meta)  # at a GPU's too, and waits
+        # also on a GPU, which synchronizes
+        looks = not (torch.compiler.is_compiling() or is_transformed() or rows.is_meta)
         if looks and not rows.isfinite().all():
             raise ValueError(f"{name} row {int((~rows.isfinite()).any(1).nonzero()[0])} holds nan or inf")
     return unit_topk(unit_float32(query), map(unit_float32, torch.split(gallery, 8192)), k)
 
 
 def unit_float32(rows: Tensor) -> Tensor:
-    """Normalised in float64 and rounded: what a search compares."""
+    """Normalises rows in float64 and rounds them to float32, as a search does."""
     return unit_rows(rows.double()).float()
 
 
 def unit_topk(q: Tensor, blocks: Iterable[Tensor], k: int) -> tuple[Tensor, Tensor]:
-    """The same for rows that are normalised already; the gallery comes in blocks."""
+    """`cosine_topk` of rows that are normalised already, with the gallery in blocks."""
     q = q.double()
-    # The best k so far, of lower ids, stand before each block's scores: a stable sort keeps the order of ties.
+    # The running best k have lower ids and come before each block's scores: a stable sort orders ties by id.
     scores = q.new_full((len(q), k), -math.inf, dtype=torch.float32)
     ids = torch.full_like(scores, -1, dtype=torch.int64)
     start = 0

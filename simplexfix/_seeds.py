@@ -1,4 +1,4 @@
-"""Seeds for every place that draws, and generators that are afterwards as they were."""
+"""Seeds, and context managers that restore the global random generators."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ import torch
 
 __all__ = ["kept_generators", "mixed_seed", "renew_lock", "seed_generators", "seeded"]
 
-_GLOBAL_GENERATOR = threading.RLock()  # what makes a network may train one
+_GLOBAL_GENERATOR = threading.RLock()  # reentrant: a function that builds a network may train another one inside
 
 
 def mixed_seed(seed: int, *counters: int) -> int:
-    """A seed of its own for every tuple of counters."""
+    """Returns an independent seed for each tuple of counters."""
     return int(np.random.SeedSequence([seed, *counters]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """torch's generator of the CPU, which makes new weights, at a seed; as it was afterwards, one thread at a time."""
+    """Seeds torch's CPU generator, which initialises weights, and restores it afterwards; one thread at a time."""
     with _GLOBAL_GENERATOR, torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would leave those of the GPUs at it
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs' generators for good
         yield
 
 
 @contextmanager
 def kept_generators(seed: int) -> Iterator[None]:
-    """As `seeded`, with those of NumPy and `random`, which datasets draw from, too."""
+    """Like `seeded`, also for the generators of NumPy and `random`, which datasets may use."""
     with seeded(seed):
         states = random.getstate(), np.random.get_state()
         seed_generators(seed)
@@ -42,13 +42,13 @@ def kept_generators(seed: int) -> Iterator[None]:
 
 
 def seed_generators(seed: int) -> None:
-    """torch's of the CPU, NumPy's and that of `random`."""
+    """Seeds torch's CPU generator, NumPy's and that of `random`."""
     torch.default_generator.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
 
 
 def renew_lock() -> None:
-    """Replaces the lock in a forked process: the thread that held it does not exist there."""
+    """Replaces the lock in a forked process, where the thread that may hold it does not exist."""
     global _GLOBAL_GENERATOR
     _GLOBAL_GENERATOR = threading.RLock()

@@ -1,4 +1,4 @@
-"""States on disk: whole or not there, checked when read, and never pickled."""
+"""States in files: written atomically, verified by checksum, never pickled."""
 
 from __future__ import annotations
 
@@ -17,47 +17,47 @@ from ._files import write_whole
 __all__ = ["CheckpointError", "encoded", "fingerprint", "read_state", "safetensors", "write_state"]
 
 _FORMAT = "1"
-_KEY = "simplexfix"  # of the metadata
+_KEY = "simplexfix"  # key in the file's metadata
 _PLAIN = (str, int, bool, type(None))
 
 
 class CheckpointError(ValueError):
-    """A file is no checkpoint, or not as it was written; the message names it."""
+    """A file is not a checkpoint, or was changed after it was written; the message names the file."""
 
 
 def write_state(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
-    """One safetensors file: the tensors, and in its metadata the rest as JSON, a format version and a checksum.
+    """Writes a state to one safetensors file; the metadata holds values other than tensors as JSON, and a checksum.
 
-    Equal states make equal files.  The file appears whole or not at all, and has reached the disk on return.  Tensors
-    are written contiguous and come back so, on the CPU; what shared memory does so no more.
+    Equal states give equal files.  The write is atomic and has reached the disk on return.  Tensors are stored
+    contiguous and are read back contiguous on the CPU; tensors that shared memory no longer do.
 
     Args:
-        path: of the file, whose folder is there.
-        state: nested mappings, lists and tuples of tensors, strings, numbers (nan and inf too) and None; keys are
-            strings or integers, and all of it comes back with its type.
+        path: path of the file; its folder must exist.
+        state: nested mappings, lists and tuples of tensors, strings, numbers (also nan and inf) and None, with strings
+            or integers as keys.  All types are preserved.
 
     Raises:
-        TypeError: something else is in the state; names its place.
-        OSError: it cannot be written.
+        TypeError: the state holds something else; the message names the place.
+        OSError: the file cannot be written.
     """
     write_whole(path, encoded(state)[0])
 
 
 def encoded(state: Mapping[str, Any]) -> tuple[bytes, str]:
-    """The file of `write_state`, and its checksum, which is the state's `fingerprint`."""
+    """Returns the bytes of `write_state`'s file and their checksum, the state's `fingerprint`."""
     save = safetensors().torch.save
     text, tensors = _taken_apart(state)
     checksum = _checksum(text, tensors)
-    # one entry: of several, safetensors writes the order by chance, and equal states would be unequal files
+    # one metadata entry: safetensors writes several in random order, and equal states must give equal files
     return save(tensors, {_KEY: f"{_FORMAT} {checksum} {text}"}), checksum
 
 
 def read_state(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What `write_state` was given.
+    """Reads the state that `write_state` wrote.
 
     Raises:
-        CheckpointError: the file is truncated, damaged, of another format, or something else.
-        OSError: it cannot be read.
+        CheckpointError: the file is truncated, damaged, has another format or is not a checkpoint.
+        OSError: the file cannot be read.
     """
     library = safetensors()
     os.stat(path)
@@ -80,12 +80,12 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def fingerprint(state: Mapping[str, Any]) -> str:
-    """SHA-256 of a state that `write_state` could write."""
+    """Returns the SHA-256 of a state, as `write_state` would store it."""
     return _checksum(*_taken_apart(state))
 
 
 def safetensors() -> Any:
-    """The library, or an error that says how to get it."""
+    """Imports safetensors; raises with the install command if it is missing."""
     try:
         import safetensors.torch
     except ModuleNotFoundError as error:
@@ -101,12 +101,12 @@ def _taken_apart(state: Mapping[str, Any]) -> tuple[str, dict[str, Tensor]]:
 
 
 def _plain(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
-    """What JSON can say of it; a tensor goes into `tensors` under its place and leaves that name.
+    """Converts a value to JSON; a tensor is stored in `tensors` under its place and replaced by that name.
 
-    Whatever JSON has no word for is an object with one key that starts with "$".
+    A value without a JSON type becomes an object with one key that starts with "$".
     """
     if isinstance(value, Tensor):
-        # a copy: safetensors refuses memory that two names share
+        # a copy: safetensors raises for tensors that share memory
         tensors[place] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
         return {"$tensor": place}
     if isinstance(value, _PLAIN):
@@ -146,7 +146,7 @@ def _restored(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of the JSON and of each tensor's name, dtype, shape and bytes, in the order of names."""
+    """SHA-256 of the JSON and of each tensor's name, dtype, shape and bytes, sorted by name."""
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         tensor = tensors[name]

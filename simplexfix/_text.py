@@ -1,4 +1,4 @@
-"""Text of users, such as names of files, for terminals and pages."""
+"""Escapes text of users, such as file names, for terminals and pages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["listed", "printable"]
 
 
 def printable(name: str | Path) -> str:
-    """The name with bytes that are no UTF-8 and control characters escaped."""
+    """Returns the name with control characters and bytes that are not UTF-8 escaped."""
     text = str(name).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 

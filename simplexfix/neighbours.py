@@ -1,4 +1,4 @@
-"""Classification losses over nearest neighbours: NNP as published, and ASNN, an approximation of ours."""
+"""Nearest-neighbour classification losses: NNP as published, and an approximation of ASNN."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ._reference import accumulate_dtype, no_autocast
 
 __all__ = ["asnn_loss", "nnp_loss"]
 
-_LEAST_VARIANCE = 1e-12  # of a dimension, so that one without any spread is not divided by 0
+_LEAST_VARIANCE = 1e-12  # lower bound of a dimension's variance; avoids division by 0
 
 
 def asnn_loss(
@@ -28,38 +28,40 @@ def asnn_loss(
     first: int | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """Negative log-probability of the row's class among its nearest neighbours on a sphere.
+    """Returns the negative log-probability of each row's class among its nearest neighbours on a sphere.
 
-        z = radius * F.normalize(features);  z_j likewise of pool row j
-        N_i = the `neighbours` rows of the pool nearest to i, without i; and i's nearest of its class if none is there
+        z = radius * F.normalize(features);  z_j = radius * F.normalize(pool[j])
+        N_i = the `neighbours` nearest pool rows of i, without i; plus i's nearest row of its class if N_i has none
         w_c = mean class size / size of class c                                    # counted in the pool
         p_i = sum_{j in N_i, y_j = y_i} w_j exp(-|z_i - z_j|^2) / sum_{j in N_i} w_j exp(-|z_i - z_j|^2)
         loss = -sum_i w_i log p_i / sum_i w_i
 
-    This is not the authors' ASNN, of which the abstract alone is known to us: features on a sphere of learnable radius,
-    pairs from nearest neighbours, a probability over the neighbourhood.  It is our approximation of that.
+    This approximates the authors' ASNN, of which only the abstract was available: features on a sphere with a learnable
+    radius, pairs from nearest neighbours, and a probability over the neighbourhood.
 
-    |z_i - z_j|^2 = 2 radius^2 (1 - cos): radius^2 is an inverse temperature.  The choice of neighbours is not
-    differentiated.  Rows whose class has no other row in the pool are left out; where none is left the loss is 0.
-    Distances and log-sum-exp are in float32 at least, under autocast too.  With a pool that is the batch, no more rows
-    than `neighbours` and classes of equal size this is neighbourhood component analysis.
+    Since |z_i - z_j|^2 = 2 radius^2 (1 - cos), radius^2 is an inverse temperature.  The selection of neighbours has no
+    gradient.  Rows whose class has no other row in the pool are ignored; if all rows are ignored, the loss is 0.
+    Distances and log-sum-exp are computed in float32 or float64, also under autocast.  If the pool is the batch, with
+    at most `neighbours` rows and classes of equal size, this is neighbourhood components analysis.
 
     Args:
         features: [B, d] floating.
-        target: [B] int64 class ids; rows with a negative one do not count.
-        pool: [P, d] rows that neighbours are taken from, P >= 1; None for the features themselves.
-        pool_target: [P] int64 class ids; rows with a negative one are nobody's neighbours.
-        radius: of the sphere, positive; a scalar tensor, which may be trained, or a number.
-        neighbours: at least 1.
-        first: where in the pool the features begin, so that no row is its own neighbour; None if they are not in it.
-        group: processes whose losses are averaged: the weights are then normalised over all of them.
+        target: [B] int64 class ids; rows with negative ids are ignored.
+        pool: [P, d] floating, candidate neighbours, P >= 1; None for the features themselves.
+        pool_target: [P] int64 class ids; rows with negative ids are no candidates.
+        radius: radius of the sphere, positive; a number, or a scalar tensor that may be trained.
+        neighbours: number of neighbours, at least 1.
+        first: row of the pool where the features begin, so that no row is its own neighbour; None if the pool does not
+            contain them.
+        group: process group whose losses are averaged; weights are normalised over all its processes.
 
     Returns:
-        Scalar, float32 or float64, 0 or more.
+        A scalar, float32 or float64, at least 0.
 
     Raises:
         TypeError: a tensor has the wrong dtype.
-        ValueError: wrong shapes, a pool without its targets, `neighbours` below 1, or `first` outside the pool.
+        ValueError: a shape is wrong, only one of `pool` and `pool_target` is given, `neighbours` is below 1, or `first`
+            is outside the pool.
 
     Reference:
         Zhang et al., IEEE TAI 2024, doi 10.1109/TAI.2024.3477436 (approximated).  Goldberger et al., "Neighbourhood
@@ -70,7 +72,8 @@ def asnn_loss(
         rows, pool = F.normalize(_wide(features), dim=1), _wide(pool)
         pool_weights, weights = _class_weights(pool_target, target, rows.dtype)
         with torch.no_grad():
-            norms = torch.linalg.vector_norm(pool, dim=1).clamp(min=1e-12)  # as F.normalize, which would copy the pool
+            # norms as in F.normalize, which would copy the pool
+            norms = torch.linalg.vector_norm(pool, dim=1).clamp(min=1e-12)
             apart = _masked(-(rows @ pool.T) / norms, pool_target, first)
             same = target[:, None] == pool_target
             nearest = apart.topk(min(neighbours, len(pool)), largest=False)
@@ -80,12 +83,12 @@ def asnn_loss(
             same = same.gather(1, near) & chosen
             counted = same.any(1)
             chosen[:, -1] &= ~same[:, :-1].any(1)
-            # a row that is left out gets log p = 0 from finite terms: its gradient is 0, and not nan
+            # an ignored row gets log p = 0 from finite terms, so that its gradient is 0 and not nan
             chosen |= ~counted[:, None]
             same |= ~counted[:, None]
             weights = weights * counted
             logs = pool_weights.where(pool_weights > 0, 1).log()[near]
-        # only neighbours are normalised with a gradient: that of the whole pool would be most of the time
+        # normalise only neighbours with gradient: a gradient of the whole pool would dominate the time
         cosines = torch.einsum("bd,bnd->bn", rows, F.normalize(pool[near], dim=2))
         logits = (logs - 2 * radius**2 * (1 - cosines)).masked_fill(~chosen, -math.inf)
         losses = logits.logsumexp(1) - logits.masked_fill(~same, -math.inf).logsumexp(1)
@@ -106,30 +109,31 @@ def nnp_loss(
     alpha: float = 1.0,
     first: int | None = None,
 ) -> Tensor:
-    """Nearest neighbour partitioning: similarity to near rows of other classes, less that to near ones of the same.
+    """Returns the NNP loss: similarity to near rows of other classes minus similarity to near rows of the own class.
 
-        x = (features - mean) / std, both of the pool;  x_j likewise of pool row j
+        x = (features - pool.mean(0)) / pool.std(0);  x_j likewise for pool row j
         h(x) = F.normalize(x) * (1 - exp(-|x| / 2)) / (1 + exp(-|x| / 2))
         s_ij = 2 - |h(x_i) - h(x_j)|
         w_c = mean class size / size of class c                                    # counted in the pool
-        N_i = the nearest rows of the pool without i, until their weights add up to `neighbours`
+        N_i = the nearest pool rows without i, until their weights sum to `neighbours`
         loss = 1/B sum_i w_i (sum_{j in N_i, y_j != y_i} w_j s_ij - alpha sum_{j in N_i, y_j = y_i} w_j s_ij)
 
-    The published F is B times this, with the whole training set for batch and pool.  The loss may be negative.  The
-    choice of neighbours is not differentiated, mean and std are.
+    The published objective F is B times this loss, with the whole training set as batch and pool.  The loss may be
+    negative.  The selection of neighbours has no gradient; mean and standard deviation have one.
 
     Args:
         features: [B, d] floating.
-        target: [B] int64 class ids; rows with a negative one do not count.
-        pool, pool_target, first: of `asnn_loss`.
-        neighbours: at least 1.
+        target: [B] int64 class ids; rows with negative ids are ignored.
+        pool, pool_target, first: as in `asnn_loss`.
+        neighbours: sum of the neighbours' weights, at least 1.
         alpha: weight of the neighbours of the same class, positive.
 
     Returns:
-        Scalar, float32 or float64.
+        A scalar, float32 or float64.
 
     Raises:
-        TypeError, ValueError: as `asnn_loss`, and `alpha` not positive and finite.
+        TypeError, ValueError: as in `asnn_loss`.
+        ValueError: `alpha` is not positive and finite.
 
     Reference:
         Wang et al., "Nearest Neighbor Partitioning", IEEE TNNLS 28(10), 2017, doi 10.1109/TNNLS.2016.2580570.
@@ -163,7 +167,7 @@ def _checked(
     neighbours: int,
     first: int | None,
 ) -> tuple[Tensor, Tensor, int | None]:
-    """The pool, its targets, and where in it the features begin."""
+    """Checks the arguments; returns the pool, its targets and the pool row where the features begin."""
     check_rows("features", features)
     check_target(target, features)
     if check_integer("neighbours", neighbours) < 1:
@@ -198,12 +202,12 @@ def _wide(rows: Tensor) -> Tensor:
 
 
 def _squashed(x: Tensor) -> Tensor:
-    """h(x) into the unit ball: (1 - exp(-r / 2)) / (1 + exp(-r / 2)) = tanh(r / 4)."""
+    """h(x), a map into the unit ball: (1 - exp(-r / 2)) / (1 + exp(-r / 2)) = tanh(r / 4) for r = |x|."""
     return F.normalize(x, dim=1) * torch.tanh(torch.linalg.vector_norm(x, dim=1, keepdim=True) / 4)
 
 
 def _masked(apart: Tensor, pool_target: Tensor, first: int | None) -> Tensor:
-    """[B, P] distances, or what orders alike; infinite to rows that are nobody's neighbour and to the row itself."""
+    """Sets distances [B, P] (or other keys with the same order) to inf for non-candidates and for the row itself."""
     apart = apart.masked_fill_(pool_target < 0, math.inf)
     if first is not None:
         apart.diagonal(first).fill_(math.inf)
@@ -211,9 +215,9 @@ def _masked(apart: Tensor, pool_target: Tensor, first: int | None) -> Tensor:
 
 
 def _class_weights(pool_target: Tensor, target: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Mean class size / size of its class, of pool rows and of batch rows; 0 for rows that do not count.
+    """Returns weights of pool rows and of batch rows: mean class size / size of the row's class; 0 if ignored.
 
-    Sorted labels are searched, for a count of distinct values would wait for a GPU.
+    Class sizes come from a search in sorted labels; `unique` would synchronize with a GPU.
     """
     ordered = pool_target.sort().values
 

@@ -1,4 +1,4 @@
-"""Features and labels in single files, beside those of versions."""
+"""Reads features and labels from single files or from files of a version."""
 
 from __future__ import annotations
 
@@ -16,10 +16,14 @@ __all__ = ["read_labels", "read_rows"]
 
 
 def read_rows(path: Path) -> tuple[FeatureRows, VersionFeatures | None]:
-    """The rows of an .npy file; or a version's gallery, and the version.
+    """Reads the rows of an .npy file, or a version and the rows of its gallery.
+
+    Returns:
+        The rows, and the version or None.
 
     Raises:
-        OSError, FeatureFileError: it cannot be read, or holds no features; names it.
+        OSError: the file cannot be read.
+        FeatureFileError: the file holds no features; the message names it.
     """
     if path.suffix != ".npy":
         version = VersionFeatures.load(path)
@@ -34,7 +38,7 @@ def read_rows(path: Path) -> tuple[FeatureRows, VersionFeatures | None]:
 
 
 def read_labels(path: Path) -> NDArray[Any]:
-    """[N] of an .npy file, or the lines of a text."""
+    """Reads labels [N] from an .npy file, or from a text file with one label per line."""
     if path.suffix == ".npy":
         return map_array(path.parent, path.stem)
     try:

@@ -1,4 +1,4 @@
-"""A compatibility matrix on a terminal."""
+"""Draws a compatibility matrix on a terminal."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["heat_map", "marks"]
 
 
 def marks(terminal: Any) -> dict[bool, str]:
-    """Of compatible upgrades and of others, in the terminal's encoding."""
+    """Returns the marks of compatible (True) and other upgrades (False) in the terminal's encoding."""
     return {True: "+", False: "-"} if terminal.options.ascii_only else {True: "✓", False: "✗"}
 
 
@@ -27,14 +27,16 @@ def heat_map(
     width: int | None = None,
     scale: tuple[float, float] | None = None,
 ) -> Any:
-    """The matrix as rich's text: percent with a decimal, whole percent, or colours alone, as the width allows.
+    """Returns the matrix as rich text.
+
+    Depending on the width, cells show percent with a decimal, whole percent, or only colours.
 
     Args:
         matrix: [T, T] scores in [0, 1], nan above the diagonal.
-        names: of the T versions.
-        terminal: rich's console that prints it.
-        width: in characters; None for the terminal's.
-        scale: scores of the first colour and of the last; None for the least and the largest of the matrix.
+        names: names of the T versions.
+        terminal: rich's console that prints the text.
+        width: width in characters; None for the terminal's width.
+        scale: scores of the first and of the last colour; None for the smallest and the largest of the matrix.
     """
     from rich.text import Text
 

@@ -1,4 +1,4 @@
-"""Ctrl-C, which code of other libraries may swallow or turn into another error."""
+"""Handling of Ctrl-C, which other libraries may swallow or turn into another error."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Interrupts"]
 
 
 class Interrupts:
-    """Counts the interrupts of a `with` statement; each raises KeyboardInterrupt, as without it."""
+    """Context manager that counts interrupts; each still raises KeyboardInterrupt."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -20,7 +20,7 @@ class Interrupts:
 
     def __enter__(self) -> Interrupts:
         self._before = signal.getsignal(signal.SIGINT)
-        # another handler, or none for a command in the background, stays; only the main thread may set one
+        # Keep any other handler (a background command ignores SIGINT); only the main thread may set one.
         self._counts = (
             self._before is signal.default_int_handler and threading.current_thread() is threading.main_thread()
         )
@@ -34,7 +34,7 @@ class Interrupts:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """The first interrupt is raised at the end: an import of torch may swallow it, and then runs on."""
+        """Delays the first interrupt to the end of the block, since an import of torch may swallow the exception."""
         self._held = True
         try:
             yield

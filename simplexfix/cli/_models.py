@@ -1,4 +1,4 @@
-"""Identities of models, as a command line names them."""
+"""Reads identities of models that are given on the command line."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ __all__ = ["read_model"]
 
 
 def read_model(path: Path) -> ModelIdentity:
-    """The identity of a model's folder, or the one in a `.json` file.
+    """Reads the identity of the model in a folder, or the identity in a `.json` file.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it holds no model or identity.
+        OSError: the path cannot be read.
+        ValueError: the path holds neither a model nor an identity.
     """
     if path.is_dir():
         return read_identity(path)

@@ -1,4 +1,4 @@
-"""The demo's own picture: nearest neighbours before and after the replacement."""
+"""The demo's picture of nearest neighbours before and after the model replacement."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ NEIGHBOURS, QUERIES = 5, 6
 
 @default_style({})
 def save_neighbours(path: Path, runs: Mapping[str, Path], query: Items, gallery: Items, *, seed: int) -> None:
-    """Some queries and their nearest items of the v0 gallery, by v2 and by its replacement v3.
+    """Draws some queries with their nearest items in the v0 gallery, found by v2 and by its replacement v3.
 
     Args:
-        path: of the picture, PNG.
-        runs: title -> folder of a run.
+        path: path of the PNG file.
+        runs: folder of each run by its title.
         query, gallery: drawings [N, 28, 28] and their classes.
-        seed: of the queries that are shown.
+        seed: seed of the selection of queries.
     """
     generator = torch.Generator().manual_seed(seed)
     chosen = query.take(torch.randperm(len(query.labels), generator=generator)[:QUERIES])
@@ -60,7 +60,7 @@ def save_neighbours(path: Path, runs: Mapping[str, Path], query: Items, gallery:
 
 
 def _found(runs: Mapping[str, Path], query: Items, gallery: Items) -> Iterator[tuple[str, Tensor]]:
-    """Title and [QUERIES, NEIGHBOURS] gallery rows of each panel."""
+    """Yields the title of each panel and the found gallery rows [QUERIES, NEIGHBOURS]."""
     for title, folder in runs.items():
         v0, v2, v3 = (EmbeddingModel.from_pretrained(folder / f"task-{t:02d}" / "model") for t in (0, 2, 3))
         stored = v0.extract(gallery.inputs, prepare=v0.preprocessing)

@@ -1,4 +1,4 @@
-"""How far a run is, on a terminal or in a file."""
+"""Shows the progress of a run: bars on a terminal, lines in a file."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ._terminal import console
 
 __all__ = ["bars", "counted", "progress_on"]
 
-_SECONDS = 30.0  # between two lines of one stage
+_SECONDS = 30.0  # shortest time between two lines of a stage
 
 
 @contextmanager
 def progress_on(stream: TextIO) -> Iterator[Callable[[Progress], None]]:
-    """For `train_run`: by the first process, a bar for each stage on a terminal, lines elsewhere."""
+    """Yields the progress callback for `train_run`; only the first process prints."""
     shown = _Bars(stream) if stream.isatty() else _Lines(stream)
     try:
         yield shown if processes.rank() == 0 else lambda progress: None
@@ -57,7 +57,7 @@ def counted(stream: TextIO, what: str, total: int) -> Iterator[Callable[[int], N
 
 
 def bars(stream: TextIO) -> Any:
-    """A `rich.progress.Progress` whose tasks have a field `figures`, text behind the bar."""
+    """Returns a `rich.progress.Progress`; its tasks have a field `figures`, the text after the bar."""
     from rich import progress
 
     return progress.Progress(
@@ -72,13 +72,15 @@ def bars(stream: TextIO) -> Any:
 
 
 class _Bars:
-    """One for each stage, which stays as it ended; loss and speed are those of the log, which alone waits for the
-    device."""
+    """Progress bars, one per stage; finished bars stay visible.
+
+    Loss and speed come from lines of the log, so that the bars cause no additional synchronization with the device.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
         self.stage = ""
-        self.bar: Any = None  # one at a time: a terminal has fewer lines than a run may have stages
+        self.bar: Any = None  # only the current one is live: a run may have more stages than a terminal has lines
 
     def __call__(self, progress: Progress) -> None:
         if progress.stage != self.stage:
@@ -97,7 +99,7 @@ class _Bars:
 
 
 class _Lines:
-    """One as each stage begins and ends, and now and then in between."""
+    """Progress lines: at the start and end of each stage, and at most every 30 seconds in between."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
@@ -127,5 +129,5 @@ class _Lines:
 
 def _figures(progress: Progress, speed: float) -> str:
     assert progress.line is not None
-    loss = progress.line.get("loss")  # missing where it overflowed in float16
+    loss = progress.line.get("loss")  # missing after an overflow in float16
     return f"loss {'-' if loss is None else format(loss, '.4g')}, {speed * progress.batch:.0f} items/s"

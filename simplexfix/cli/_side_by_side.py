@@ -1,4 +1,4 @@
-"""Runs in processes of their own, each with one thread: a seed gives the same numbers whatever the cores."""
+"""Trains several runs in parallel processes with one thread each, so that results do not depend on the cores."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ Chain = Mapping[str, RunConfig]
 def train_side_by_side(
     chains: Sequence[Chain], folder: Path, *, on_step: Callable[[str, Progress], None]
 ) -> dict[str, dict[str, Any]]:
-    """The reports of all runs; whatever ends this call early ends the processes.
+    """Trains all runs and returns their reports by name; an exception terminates all processes.
 
     Args:
-        chains: name -> configuration of runs that come one after the other; each chain has a process.
-        folder: in it each run has the folder of its name.
-        on_step: called with a run's name after each of its steps.
+        chains: each chain maps names to configurations of runs that one process trains in order.
+        folder: folder that gets a subfolder with the name of each run.
+        on_step: function that is called with a run's name and progress after each of its steps.
 
     Raises:
-        ChildProcessError: a process was ended from outside.
-        OSError: as of `train_run`.
-        RuntimeError: a run failed otherwise; the message holds its traceback.
+        ChildProcessError: a process was killed.
+        OSError: as in `train_run`.
+        RuntimeError: a run failed with another error; the message holds its traceback.
     """
-    context = multiprocessing.get_context("spawn")  # a forked process would have torch's locks, but not its threads
+    context = multiprocessing.get_context("spawn")  # a forked process would copy torch's locks without its threads
     processes: dict[Any, SpawnProcess] = {}
     reports: dict[str, dict[str, Any]] = {}
     try:
         for chain in chains:
             receiver, sender = context.Pipe(duplex=False)
             process = context.Process(target=_train, args=(sender, chain, folder), daemon=True)
-            # the new process inherits the mask: Ctrl-C is for this one, which ends the others
+            # The new process inherits this mask: only this process handles Ctrl-C, and it terminates the others.
             before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
                 process.start()
@@ -89,7 +89,7 @@ def _train(sender: Connection, chain: Chain, folder: Path) -> None:
         for name, config in chain.items():
             send(train_run(config, folder / name, on_step=send))
     except BrokenPipeError:
-        return  # the process that waited is gone
+        return  # the parent process is gone
     except OSError as error:
         send(error)
     except Exception:

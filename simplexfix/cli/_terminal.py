@@ -1,4 +1,7 @@
-"""Standard output and error, whose encoding, reader or disk never changes an exit code, and text for them."""
+"""Standard output and error streams whose writes never raise, and text for them.
+
+A missing character, a closed pipe or a full disk must not change a command's exit code.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +34,8 @@ class _Descriptor(io.FileIO):
 def standard_streams() -> Iterator[None]:
     """Replaces sys.stdout and sys.stderr by streams of the same encoding whose writes never raise.
 
-    A character that the encoding lacks is escaped, as `\\u65e5`.  Streams that are no descriptors of this process, such
-    as those of a test, only get the escapes.  `write_error` returns what a stream could not write.
+    A character that the encoding lacks is escaped, as `\\u65e5`.  Streams without a file descriptor of this process,
+    such as those of a test, only get the escapes.  `write_error` returns the first error of a stream.
     """
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = _safe(sys.stdout), _safe(sys.stderr)
@@ -45,7 +48,7 @@ def standard_streams() -> Iterator[None]:
 
 
 def write_error(stream: TextIO) -> OSError | None:
-    """Flushes the stream; the error of its first failed write, None after a reader that left."""
+    """Flushes the stream and returns the error of its first failed write; None for a closed pipe."""
     stream.flush()
     raw = getattr(getattr(stream, "buffer", None), "raw", None)
     error = raw.error if isinstance(raw, _Descriptor) else None
@@ -53,7 +56,7 @@ def write_error(stream: TextIO) -> OSError | None:
 
 
 def _safe(stream: TextIO | None) -> TextIO:
-    if stream is None:  # closed before Python started
+    if stream is None:  # the descriptor was closed before Python started
         return open(os.devnull, "w", encoding="utf-8")
     if not isinstance(stream, io.TextIOWrapper):
         return stream
@@ -70,18 +73,18 @@ def _safe(stream: TextIO | None) -> TextIO:
 
 
 def console(stream: TextIO) -> Any:
-    """rich's console on a stream, as wide as the terminal; COLUMNS counts where it is above 0."""
+    """Returns rich's console on a stream, with the width of the terminal, or COLUMNS if that is above 0."""
     from rich.console import Console
 
     return Console(file=stream, highlight=False, soft_wrap=True, width=shutil.get_terminal_size().columns)
 
 
 def criteria_text(criteria: Mapping[str, Any]) -> str:
-    """AC and AA of a report."""
+    """Returns the average compatibility (AC) and average accuracy (AA, in percent) of a report as text."""
     ac = "-" if criteria["AC"] is None else f"{criteria['AC']:.2f}"
     return f"AC {ac} AA {100 * criteria['AA']:.1f}"
 
 
 def in_flags(error: Exception) -> str:
-    """The message of a library's error, with Python's options replaced by those of the command line."""
+    """Returns an error message with Python's options replaced by those of the command line."""
     return str(error).replace('widths="leading"', "--truncate")

@@ -1,4 +1,4 @@
-"""Judging an upgrade: from features and labels only, without any training."""
+"""Measures how compatible model versions are, from features and labels only, without training."""
 
 from .agreement import topk_agreement
 from .backfill import BackfillCurve, backfill_curve, mixed_topk

@@ -1,4 +1,4 @@
-"""Galleries between two versions: what a search finds while rows of the old model are replaced by rows of the new."""
+"""Backfilling: search quality while gallery rows of the old model are replaced by rows of the new model."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ __all__ = ["BackfillCurve", "backfill_curve", "mixed_topk"]
 
 @dataclass(frozen=True, eq=False)
 class BackfillCurve:
-    """What `backfill_curve` found.  All arrays are read-only.
+    """The result of `backfill_curve`; all arrays are read-only.
 
     Attributes:
-        fractions: [S] float64, of the gallery's rows by the new model: 0, ..., 1.
-        scores: [S] float64, M at each.
-        hits: [S, Q] bool, which queries were right, or float64, what each scored; None where the protocol has only a
-            score.
-        order: [N] int64, the gallery rows, as they were given, in the order in which they are replaced.
-        order_name: what was asked for; "given" for a permutation.
-        protocol: its name.
-        queries: Q.
-        absent: how many of them have no relevant item in the gallery but themselves; they count as wrong, or score 0.
+        fractions: [S] float64, fraction of gallery rows by the new model at each step, from 0 to 1.
+        scores: [S] float64, score M at each step.
+        hits: [S, Q] bool (correct queries) or float64 (scores of queries); None if the protocol has only a score.
+        order: [N] int64, gallery rows in the order of their replacement.
+        order_name: name of the order; "given" for a permutation.
+        protocol: name of the protocol.
+        queries: Q, number of queries.
+        absent: number of queries without a relevant gallery item other than themselves; they count as wrong, or
+            score 0.
     """
 
     fractions: NDArray[np.float64]
@@ -47,16 +47,16 @@ class BackfillCurve:
 
     @property
     def area(self) -> float:
-        """The integral of M over the fraction, by trapezoids: the mean score of a backfill at constant speed."""
+        """Integral of the score over the fraction, by trapezoids: the mean score of a backfill at constant speed."""
         return float(np.diff(self.fractions) @ (self.scores[1:] + self.scores[:-1]) / 2)
 
     @property
     def above_line(self) -> float:
-        """What the order is worth: the area minus that of the straight line between the ends, `(M(0) + M(1)) / 2`."""
+        """Benefit of the order: the area minus that of a straight line between the ends, `(M(0) + M(1)) / 2`."""
         return self.area - float(self.scores[0] + self.scores[-1]) / 2
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values under stable keys; the permutation and the hits, which are long, stay out."""
+        """Returns JSON values under stable keys, without the long arrays `order` and `hits`."""
         return {
             "protocol": self.protocol,
             "order": self.order_name,
@@ -80,35 +80,39 @@ def backfill_curve(
     widths: str = "equal",
     generator: np.random.Generator | None = None,
 ) -> BackfillCurve:
-    """The score of the new model's queries while the gallery is re-extracted, row by row, until all of it is new.
+    """Returns the score of the new model's queries while the gallery is re-extracted step by step.
 
         for t in range(steps + 1):
             replaced = order[: t * N // steps]                      # fractions[t] = len(replaced) / N
             gallery = old.gallery.clone();  gallery[replaced] = new.gallery[replaced]
             scores[t] = protocol.score(items.version(new.query, gallery))
 
-    Every step is a search of its own, exact; the ends are the protocol on the two pure galleries.  Means of classes are
-    of the rows as they are, so where one model's are longer they weigh more: normalise both before where that is not
-    meant.  An item that is a query itself, by its id, is left out as everywhere.
+    Each step is an exact search; the first and the last are the protocol on the old and on the new gallery.  Class
+    means use rows without normalisation, so a model with longer rows has more weight; normalise both models' rows to
+    avoid that.  A gallery item with the query's own id is left out.
 
-    With widths="leading" and models of different width, "instance" compares each row on the dimensions that it shares
-    with the query, as `mixed_topk`.  "nearest_class_mean" adds up what the rows of a class have in each dimension, and
-    a template is as wide as its widest row.  The ends are again those of the pure galleries.
+    With widths="leading" and different widths, "instance" compares each row on the dimensions that it shares with the
+    query, as in `mixed_topk`.  "nearest_class_mean" sums the rows of a class in each dimension, so a template is as
+    wide as its widest row.
 
     Args:
-        old: by the model whose gallery is in service.
-        new: by the one that replaces it, of the same items.
-        order: "random"; "farthest_from_class_mean" or "lowest_margin", as the functions of these names say of the old
-            gallery with labels; or [N] row numbers, each once.
-        protocol: "nearest_class_mean", "instance", a metric of the ranking such as "ndcg@10", or such an object; or,
-            for one width, a `Protocol` of your own.
-        steps: S - 1, at least 1; a gallery with fewer rows takes one step per row.
-        widths: "equal" or "leading", as of `compatibility_matrix`.
-        generator: of the random order; None: `np.random.default_rng(0)`.
+        old: version whose gallery is deployed.
+        new: version that replaces it, of the same items.
+        order: "random"; "farthest_from_class_mean" or "lowest_margin", the results of the functions with these names;
+            or [N] row numbers, a permutation.
+        protocol: "nearest_class_mean", "instance", a ranking metric such as "ndcg@10", or a `Protocol`.  A protocol
+            without `mixed_hits` requires equal widths.
+        steps: number of steps S - 1, at least 1; at most one step per gallery row is taken.
+        widths: "equal" or "leading", as in `compatibility_matrix`.
+        generator: generator of the random order; None for `np.random.default_rng(0)`.
+
+    Returns:
+        The curve with S = steps + 1 points.
 
     Raises:
-        TypeError, ValueError: versions that do not fit each other, nan or inf (by row), an order that is no
-            permutation, or an option that is not as above.
+        TypeError: an argument has the wrong type.
+        ValueError: the versions do not fit each other, a row holds nan or inf, the order is not a permutation, or an
+            option is out of range.
 
     Reference:
         Jaeckle et al., "FastFill: Efficient Compatible Model Update", ICLR 2023, for curve and area.
@@ -161,30 +165,33 @@ def mixed_topk(
     queries: str = "new",
     widths: str = "equal",
 ) -> tuple[Tensor, Tensor]:
-    """The k rows nearest to each query in a gallery of which some rows are by the new model: one ranking, exact.
+    """Returns the k nearest rows of each query in a gallery of old and new rows, in one exact ranking.
 
         gallery = torch.where(replaced[:, None], new.gallery, old.gallery)
         scores, ids = cosine_topk(query, gallery, k)
 
-    With widths="leading" a query and a row are compared on the dimensions that both have, w = min(d_query, d_row) of
-    them, each normalised over these:
+    With widths="leading" a query and a row are compared on their w = min(d_query, d_row) common leading dimensions:
 
         score = F.normalize(query[i, :w]) . F.normalize(row[:w])
 
-    So queries by either model can search a gallery on its way from one width to another.  No item is left out.
+    So queries by either model can search a gallery during a change of width.  Items with the query's id are not left
+    out.
 
     Args:
-        old, new: versions of the same items; rows that do not count are to be finite too (zeros will do).
-        replaced: [N] bool, which rows are by the new model, of all that were given.
-        k: at least 1.  Where the gallery has fewer rows, id -1 with score -inf follows.
-        queries: by which model, "new" or "old".
-        widths: "equal" or "leading".
+        old, new: versions of the same items.  Rows of both must be finite, also those that the gallery does not use
+            (use zeros for rows that are not extracted yet).
+        replaced: [N] bool, true for gallery rows by the new model; one per given row.
+        k: at least 1.  If k exceeds N, the remaining places hold id -1 and score -inf.
+        queries: model of the queries, "new" or "old".
+        widths: "equal" or "leading", as in `compatibility_matrix`.
 
     Returns:
-        scores [Q, k] float32 descending, ids [Q, k] int64, gallery rows as given; order is by score, then by lower row.
+        scores [Q, k] float32 in descending order, and ids [Q, k] int64, gallery rows; equal scores are ordered by
+        ascending row.
 
     Raises:
-        TypeError, ValueError: as `backfill_curve`; `replaced` is not bool or not one per row, or k below 1.
+        TypeError, ValueError: versions or options are wrong, as in `backfill_curve`.
+        ValueError: `replaced` has a wrong shape, or k is below 1.
     """
     check_name("queries", queries, ("new", "old"))
     old, new = check_versions((old, new), ("old", "new"))
@@ -198,13 +205,13 @@ def mixed_topk(
     mixture = Mixture.read(by.query, old.gallery, new.gallery)
     device = mixture.old.device
     scores, places = mixed_search(*mixture, torch.from_numpy(is_new[rows]).to(device), k)
-    return scores, torch.tensor([*rows, -1], device=device)[places]  # place -1 is the last
+    return scores, torch.tensor([*rows, -1], device=device)[places]  # index -1 selects the appended -1
 
 
 def _measure(
     protocol: Protocol, old: VersionFeatures, new: VersionFeatures
 ) -> Callable[[NDArray[np.bool_]], Hits | float]:
-    """The hits, or the score, as a function of which rows are replaced."""
+    """Returns a function from [N] bool (replaced rows) to the hits, or to the score of protocols without hits."""
     if protocol.mixed_hits is not None:
         return protocol.mixed_hits(old, new)
     if old.gallery.width != new.gallery.width:

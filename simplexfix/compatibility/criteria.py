@@ -1,7 +1,7 @@
-"""Criteria of a compatibility matrix, and of one upgrade's queries, as plain functions.
+"""Criteria of a compatibility matrix, and of the queries of one upgrade.
 
-A compatibility matrix is `C[i, j] = M(query by model i, gallery by model j)` for `j <= i`, any score M of
-which more is better; what stands above the diagonal is never read.  Versions count from 0.
+A compatibility matrix holds `C[i, j] = M(queries by model i, gallery by model j)` for `j <= i`, for any score M where
+larger is better.  Entries above the diagonal are never read.  Versions are numbered from 0.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ TIES = ("incompatible", "compatible")
 
 
 class CompatibilityTable(NamedTuple):
-    """The empirical compatibility criterion of every upgrade, row = query model, column = gallery model.
+    """The empirical compatibility criterion of every upgrade; rows are query models, columns gallery models.
 
     Attributes:
-        compatible: [T, T] bool; False on and above the diagonal, where there is no upgrade.
+        compatible: [T, T] bool; false on and above the diagonal, where there is no upgrade.
         margins: [T, T] float64, `C[i, j] - C[j, j]` below the diagonal, nan elsewhere.
     """
 
@@ -45,19 +45,19 @@ class CompatibilityTable(NamedTuple):
 
 
 def average_compatibility(matrix: ArrayLike, *, ties: str = "incompatible") -> float:
-    """AC: the fraction of upgrades that satisfy the empirical compatibility criterion.
+    """Returns average compatibility (AC), the fraction of upgrades that satisfy the empirical compatibility criterion.
 
         AC = 2 / (T (T - 1)) * #{ i > j : C[i, j] > C[j, j] }
 
     Args:
         matrix: [T, T], or T rows of lengths 1, 2, ..., T.
-        ties: what C[i, j] == C[j, j] counts as, "incompatible" or "compatible".
+        ties: "incompatible" or "compatible", the verdict for C[i, j] == C[j, j].
 
     Returns:
-        In [0, 1]; nan for T = 1, which has no upgrade.
+        A number in [0, 1]; nan for T = 1, which has no upgrade.
 
     Raises:
-        ValueError: not a lower triangle of numbers, or an unknown `ties`.
+        ValueError: `matrix` is not a lower triangle of numbers, or `ties` is unknown.
 
     Reference:
         Biondi et al., arXiv 2405.02581.
@@ -68,16 +68,18 @@ def average_compatibility(matrix: ArrayLike, *, ties: str = "incompatible") -> f
 
 
 def compatibility_table(matrix: ArrayLike, *, ties: str = "incompatible") -> CompatibilityTable:
-    """ECC: which upgrades find more in an old gallery than the model that made it, and by how much.
+    """Returns the empirical compatibility criterion (ECC) of each upgrade, and its margin.
+
+    An upgrade is compatible if the new model's queries score higher in the old gallery than the old model's queries.
 
         ECC[i, j] = C[i, j] > C[j, j]        margins[i, j] = C[i, j] - C[j, j]        for j < i
 
     Args:
         matrix: [T, T], or T rows of lengths 1, 2, ..., T.
-        ties: what C[i, j] == C[j, j] counts as, "incompatible" or "compatible".
+        ties: "incompatible" or "compatible", the verdict for C[i, j] == C[j, j].
 
     Raises:
-        ValueError: not a lower triangle of numbers, or an unknown `ties`.
+        ValueError: `matrix` is not a lower triangle of numbers, or `ties` is unknown.
 
     Reference:
         Shen et al., "Towards Backward-Compatible Representation Learning", 2020.
@@ -86,19 +88,21 @@ def compatibility_table(matrix: ArrayLike, *, ties: str = "incompatible") -> Com
     c = lower_triangle(matrix)
     upgrade = np.tri(len(c), k=-1, dtype=bool)
     own = np.broadcast_to(np.diag(c), c.shape)
-    better = c >= own if ties == "compatible" else c > own  # never where c is nan, above the diagonal
+    better = c >= own if ties == "compatible" else c > own  # comparisons with nan, above the diagonal, are false
     return CompatibilityTable(better & upgrade, np.where(upgrade, c - own, np.nan))
 
 
 def average_accuracy(matrix: ArrayLike, *, upto: int | None = None) -> float:
-    """AA: the mean of the lower triangle with its diagonal, in the unit of the matrix.
+    """Returns average accuracy (AA), the mean of the lower triangle with its diagonal, in the unit of the matrix.
+
+        AA_t = 2 / (t (t + 1)) * sum_{j <= i < t} C[i, j]
 
     Args:
         matrix: [T, T], or T rows of lengths 1, 2, ..., T.
-        upto: t for AA_t, the mean over the leading t x t block; T if None.
+        upto: t of AA_t, the mean over the leading t x t block; None for T.
 
     Raises:
-        ValueError: not a lower triangle of numbers, or `upto` outside [1, T].
+        ValueError: `matrix` is not a lower triangle of numbers, or `upto` is outside [1, T].
     """
     c = lower_triangle(matrix)
     size = len(c) if upto is None else upto
@@ -108,36 +112,48 @@ def average_accuracy(matrix: ArrayLike, *, upto: int | None = None) -> float:
 
 
 def backward_compatibility(matrix: ArrayLike) -> float:
-    """BC: what the last model's queries gain on the old galleries over the models that made them.
+    """Returns backward compatibility (BC), the mean gain of the last model's queries in the old galleries.
 
-    BC = mean over i < T - 1 of  C[T - 1, i] - C[i, i]                nan for T = 1
+        BC = mean over i < T - 1 of  C[T - 1, i] - C[i, i]                # nan for T = 1
+
+    Args:
+        matrix: [T, T], or T rows of lengths 1, 2, ..., T.
+
+    Raises:
+        ValueError: `matrix` is not a lower triangle of numbers.
     """
     c = lower_triangle(matrix)
     return float(np.mean(c[-1, :-1] - np.diag(c)[:-1])) if len(c) > 1 else math.nan
 
 
 def forward_compatibility(matrix: ArrayLike) -> float:
-    """FC: what each model's queries gain on the gallery of the version before over its own gallery.
+    """Returns forward compatibility (FC): the mean score in the previous gallery minus that in the own gallery.
 
-    FC = mean over i >= 1 of  C[i, i - 1] - C[i, i]                   nan for T = 1
+        FC = mean over i >= 1 of  C[i, i - 1] - C[i, i]                   # nan for T = 1
+
+    Args:
+        matrix: [T, T], or T rows of lengths 1, 2, ..., T.
+
+    Raises:
+        ValueError: `matrix` is not a lower triangle of numbers.
     """
     c = lower_triangle(matrix)
     return float(np.mean(np.diag(c, -1) - np.diag(c)[1:])) if len(c) > 1 else math.nan
 
 
 def negative_flip_rate(before: ArrayLike | torch.Tensor, after: ArrayLike | torch.Tensor) -> float:
-    """NFR: the fraction of queries that the upgrade breaks.
+    """Returns the negative flip rate (NFR), the fraction of queries that become wrong by the upgrade.
 
-        NFR = mean( before & ~after )           of scores in [0, 1]: mean( after < before )
+        NFR = mean(before & ~after)             # for scores: mean(after < before)
 
     Args:
-        before: [Q] bool, which queries were right, as `simplexfix.retrieval.nearest_class_mean.hits` gives; or floating
-            in [0, 1], what each query scored, as the hits of "ndcg@10"; Q >= 1.
-        after: [Q] of the same kind, the same queries after the upgrade.
+        before: [Q] bool, true for correct queries, such as the hits of `simplexfix.retrieval.nearest_class_mean`; or
+            [Q] floating scores in [0, 1], such as the hits of "ndcg@10".  Q >= 1.
+        after: [Q] of the same kind, for the same queries after the upgrade.
 
     Raises:
-        TypeError: neither booleans nor floating numbers, or one of each.
-        ValueError: not one value per query, no query, or a score outside [0, 1].
+        TypeError: the values are neither bool nor floating, or their kinds differ.
+        ValueError: there is not one value per query, no query, or a score outside [0, 1].
 
     Reference:
         Yan et al., "Positive-Congruent Training: Towards Regression-Free Model Updates", CVPR 2021.
@@ -147,23 +163,35 @@ def negative_flip_rate(before: ArrayLike | torch.Tensor, after: ArrayLike | torc
 
 
 def positive_flip_rate(before: ArrayLike | torch.Tensor, after: ArrayLike | torch.Tensor) -> float:
-    """The fraction of queries that the upgrade mends: `mean( ~before & after )`, of scores `mean( after > before )`.
+    """Returns the positive flip rate, the fraction of queries that become correct by the upgrade.
 
-    Arguments and errors as of `negative_flip_rate`; of hits, this minus that is the gain in accuracy.
+        mean(~before & after)                   # for scores: mean(after > before)
+
+    For hits the gain in accuracy is the positive minus the negative flip rate.
+
+    Args:
+        before, after: as in `negative_flip_rate`.
+
+    Raises:
+        TypeError, ValueError: as in `negative_flip_rate`.
     """
     gains, _, queries = flips(before, after)
     return gains / queries
 
 
 def compatibility_tax(unconstrained: float, compatible: float) -> float:
-    """What compatibility costs: the score of a new model trained without it, minus that of the compatible one.
+    """Returns the cost of compatible training: the score of an unconstrained model minus that of the compatible one.
 
         tax = M(unconstrained on its own gallery) - M(compatible on its own gallery)
 
-    Negative where the compatible model is the better one.
+    It is negative if the compatible model is better.
+
+    Args:
+        unconstrained, compatible: finite scores M.
 
     Raises:
-        TypeError, ValueError: a score is not a finite number.
+        TypeError: a score is not a number.
+        ValueError: a score is not finite.
     """
     for name, score in (("unconstrained", unconstrained), ("compatible", compatible)):
         check_number(name, score)
@@ -173,17 +201,20 @@ def compatibility_tax(unconstrained: float, compatible: float) -> float:
 
 
 def flips(before: ArrayLike | torch.Tensor, after: ArrayLike | torch.Tensor) -> tuple[int, int, int]:
-    """How many queries score more after the upgrade, how many score less, and how many there are.
+    """Returns the numbers of queries that score higher after the upgrade, that score lower, and of all queries.
+
+    Args:
+        before, after: as in `negative_flip_rate`.
 
     Raises:
-        TypeError, ValueError: as `negative_flip_rate`.
+        TypeError, ValueError: as in `negative_flip_rate`.
     """
     old, new = read_both(before, after)
     return int((new > old).sum()), int((new < old).sum()), len(old)
 
 
 def mean_gain(before: NDArray[Any], after: NDArray[Any]) -> float:
-    """`mean(after) - mean(before)`; of hits, the difference of the counts over Q, which is rounded once."""
+    """Returns `mean(after) - mean(before)`; for hits the difference of counts over Q, which is rounded only once."""
     if after.dtype != np.bool_:
         return float(after.mean() - before.mean())
     gains, losses, queries = flips(before, after)
@@ -193,10 +224,10 @@ def mean_gain(before: NDArray[Any], after: NDArray[Any]) -> float:
 def read_both(
     before: ArrayLike | torch.Tensor, after: ArrayLike | torch.Tensor
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]] | tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """What the same queries score before and after, both bool or both float64.
+    """Checks and returns the hits or scores of the same queries before and after, both bool or both float64.
 
     Raises:
-        TypeError, ValueError: as `negative_flip_rate`.
+        TypeError, ValueError: as in `negative_flip_rate`.
     """
     old, new = read_query_scores("before", before), read_query_scores("after", after)
     if old.dtype != new.dtype:
@@ -207,10 +238,10 @@ def read_both(
 
 
 def lower_triangle(matrix: ArrayLike | Sequence[Sequence[float]]) -> NDArray[np.float64]:
-    """[T, T] float64 with nan above the diagonal.
+    """Returns a compatibility matrix as [T, T] float64 with nan above the diagonal.
 
     Raises:
-        ValueError: neither square nor T rows of lengths 1 .. T, or a nan on or below the diagonal.
+        ValueError: `matrix` is neither square nor T rows of lengths 1 to T, or holds nan on or below the diagonal.
     """
     rows = [np.asarray(row, dtype=np.float64) for row in matrix]  # type: ignore[union-attr]
     size = len(rows)

@@ -1,4 +1,4 @@
-"""How many pairs break the two inequalities of compatibility: all pairs, in blocks, exactly."""
+"""Exact counts of the pairs that violate the two inequalities of backward compatibility."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ..labelled import FeatureRows, VersionFeatures, check_versions, row_slices
 
 __all__ = ["Violations", "inequality_violations"]
 
-# A tile of 256 x 4096 float32 differences is 4 MB, and stays in the last level of cache between its passes.
+# A tile of 256 x 4096 float32 differences is 4 MB and stays in the last-level cache between passes.
 TILE_ROWS, TILE_COLUMNS = 256, 4096
-SAMPLE = 5_000, 20_000  # queries and gallery items of a report: seconds, for fractions that err by 0.01 or so
+SAMPLE = 5_000, 20_000  # queries and gallery items in a report: fractions within about 0.01, in seconds
 
 
 @dataclass(frozen=True)
 class Violations:
-    """Counts of pairs, and of those that break their inequality."""
+    """Numbers of same-class and other-class pairs, and of those that violate their inequality."""
 
     same_pairs: int
     same_violations: int
@@ -29,42 +29,42 @@ class Violations:
 
     @property
     def same(self) -> float:
-        """The fraction of same-class pairs that break (1); nan where there is none."""
+        """Fraction of same-class pairs that violate (1); nan without such pairs."""
         return self.same_violations / self.same_pairs if self.same_pairs else math.nan
 
     @property
     def other(self) -> float:
-        """The fraction of other-class pairs that break (2); nan where there is none."""
+        """Fraction of other-class pairs that violate (2); nan without such pairs."""
         return self.other_violations / self.other_pairs if self.other_pairs else math.nan
 
     def as_dict(self) -> dict[str, Any]:
-        """None for nan."""
+        """Returns counts and fractions for JSON, with None for nan."""
         rates = {"same": self.same, "other": self.other}
         return {**asdict(self), **{name: None if math.isnan(rate) else rate for name, rate in rates.items()}}
 
 
 def inequality_violations(old: VersionFeatures, new: VersionFeatures) -> Violations:
-    """Counts the pairs of query i and gallery item j that the upgrade moves the wrong way.
+    """Counts the pairs of a query i and a gallery item j whose similarity the upgrade changes in the wrong direction.
 
-        s_new = new.query @ old.gallery.T,  s_old = old.query @ old.gallery.T       rows L2-normalised, in float64
-        (1)  y_i  = y_j  is broken where  s_new[i, j] < s_old[i, j]
-        (2)  y_i != y_j  is broken where  s_new[i, j] > s_old[i, j]
+        s_new = new.query @ old.gallery.T,  s_old = old.query @ old.gallery.T       # rows L2-normalised, in float64
+        (1)  y_i  = y_j  is violated if  s_new[i, j] < s_old[i, j]
+        (2)  y_i != y_j  is violated if  s_new[i, j] > s_old[i, j]
 
-    Differences up to 4 (d + 4) 2^-53, which float64 cannot tell from 0, are ties, and ties break nothing.
+    Differences up to 4 (d + 4) 2^-53 are within the rounding error of float64; they count as ties, and ties violate
+    nothing.  Pairs of an item with itself (equal ids) are left out.
 
-    The difference is the product of `new - old` with the gallery: one float32 matrix product in place of two, its sign
-    certain where it exceeds the bound of its error, `(d + 3) 2^-24 |new - old|`.  All other pairs are done again in
-    float64, so the counts are those of float64 throughout.  Memory beside the arguments: about 250 MB, whatever their
-    length.
+    The difference is computed as the product of `new - old` with the gallery, one float32 matrix product instead of
+    two.  Its sign is certain above the error bound `(d + 3) 2^-24 |new - old|`.  The other pairs are recomputed in
+    float64, so the counts equal those in float64.  The memory is about 250 MB for any number of rows.
 
     Args:
-        old: by the model in service, whose gallery stays.
-        new: by the one that replaces it, of the same items and of the same width, or with that among its prefixes.  A
-            pair of an item with itself, by their ids, is left out.
+        old: deployed version, whose gallery is kept.
+        new: version that replaces it, of the same items.  Its width equals that of `old`, or `old`'s width is one of
+            its prefixes.
 
     Raises:
-        TypeError: not versions.
-        ValueError: versions of other items or of different width, a row with nan or inf, by name.
+        TypeError: an argument is not a `VersionFeatures`.
+        ValueError: items or widths differ, or a row holds nan or inf.
 
     Reference:
         Shen et al., "Towards Backward-Compatible Representation Learning", 2020, equations 1 and 2.
@@ -74,7 +74,7 @@ def inequality_violations(old: VersionFeatures, new: VersionFeatures) -> Violati
     items, gallery = old.items, old.gallery
     labels = items.query_labels, items.gallery_labels
 
-    # Sorted by class, the same-class pairs of a tile are a rectangle per class.
+    # After sorting by class, the same-class pairs of a tile are one rectangle per class.
     query_order, gallery_order = (np.argsort(y, kind="stable") for y in labels)
     query_classes, gallery_classes = labels[0][query_order], labels[1][gallery_order]
     counts = np.zeros(2, dtype=np.int64)
@@ -100,7 +100,7 @@ def inequality_violations(old: VersionFeatures, new: VersionFeatures) -> Violati
 
 
 def sampled_violations(old: VersionFeatures, new: VersionFeatures) -> Violations:
-    """`inequality_violations` of all pairs of `SAMPLE` queries and items, the same ones in every call."""
+    """`inequality_violations` of a fixed random sample of `SAMPLE` queries and gallery items."""
     generator = np.random.default_rng(0)
     drawn = [
         np.sort(generator.choice(count, most, replace=False)) if count > most else None
@@ -110,7 +110,7 @@ def sampled_violations(old: VersionFeatures, new: VersionFeatures) -> Violations
 
 
 def _tie(d: int) -> float:
-    """Both unit rows, their difference and the float64 product err by less than this."""
+    """Error bound of the difference in float64: both unit rows, their difference and the product."""
     return 4 * (d + 4) * 2.0**-53
 
 
@@ -120,16 +120,19 @@ def _violations(
     move_classes: NDArray[np.int64],
     target_classes: NDArray[np.int64],
 ) -> NDArray[np.int64]:
-    """[2]: same-class pairs of negative product, other-class pairs of positive product.  Classes ascend."""
+    """Counts [2] of same-class pairs with a negative product and of other-class pairs with a positive product.
+
+    Rows are sorted by class.
+    """
     d = moves.shape[1]
     tie = _tie(d)
     length = np.sqrt(np.einsum("ij,ij->i", moves, moves))
-    moved = length > tie  # a query that stays where it was is all ties
+    moved = length > tie  # an unchanged query has only ties
     if not moved.all():
         moves, move_classes, length = moves[moved], move_classes[moved], length[moved]
     small_moves, small_targets = moves.astype(np.float32), targets.astype(np.float32)
-    # d products and sums and the rounding of both factors; 1.01 for the products of roundings, 1e-30 for flushed
-    # denormals.  np.matmul, and not torch, whose float32 products may be told to run in bfloat16.
+    # Error bound of d products and sums and of the rounding of both factors; 1.01 covers products of rounding errors,
+    # 1e-30 flushed denormals.  It holds for np.matmul; torch's settings may allow bfloat16 in float32 products.
     bounds = (1.01 * (d + 3) * 2.0**-24 * length + tie + 1e-30).astype(np.float32)[:, None]
     counts = np.zeros(2, dtype=np.int64)
     tile = np.empty((TILE_ROWS, TILE_COLUMNS), dtype=np.float32)
@@ -155,7 +158,7 @@ def _violations(
 def _exact_products(
     moves: NDArray[np.float64], targets: NDArray[np.float64], i: NDArray[Any], j: NDArray[Any]
 ) -> NDArray[np.float64]:
-    """moves[i] . targets[j]: gathered where they are few, else from the whole product."""
+    """Dot products moves[i] . targets[j]: one by one if they are few, else from the whole matrix product."""
     if len(i) > moves.shape[0] * targets.shape[0] // 32:
         product: NDArray[np.float64] = (moves @ targets.T)[i, j]
         return product
@@ -168,7 +171,7 @@ def _exact_products(
 
 
 def _rectangles(rows: NDArray[np.int64], columns: NDArray[np.int64]) -> list[tuple[slice, slice]]:
-    """Where ascending classes of rows meet the same of columns."""
+    """Returns the rectangles of equal class for rows and columns that are sorted by class."""
     classes, first = np.unique(rows, return_index=True)
     ends = [*first[1:].tolist(), len(rows)]
     left, right = (np.searchsorted(columns, classes, side).tolist() for side in ("left", "right"))
@@ -186,7 +189,7 @@ def _same_class_pairs(query_labels: NDArray[np.int64], gallery_labels: NDArray[n
 def _violations_of_pairs(
     new: FeatureRows, old: FeatureRows, gallery: FeatureRows, pairs: NDArray[np.int64], alike: NDArray[np.bool_]
 ) -> NDArray[np.int64]:
-    """[2] as `_violations`, of pairs alone."""
+    """Counts [2] as in `_violations`, for a list of pairs."""
     tie = _tie(new.width)
     counts = np.zeros(2, dtype=np.int64)
     for part in row_slices(pairs.shape[1], new.width):

@@ -1,4 +1,4 @@
-"""The compatibility matrix of model versions, from features and labels alone."""
+"""The compatibility matrix of model versions, computed from features and labels."""
 
 from __future__ import annotations
 
@@ -16,34 +16,33 @@ __all__ = ["compatibility_hits", "compatibility_matrix"]
 def compatibility_matrix(
     versions: Sequence[VersionFeatures], protocol: str | Protocol = "nearest_class_mean", *, widths: str = "equal"
 ) -> NDArray[np.float64]:
-    """Scores every version's queries on its own gallery and on those of the versions before.
+    """Returns the compatibility matrix: the score of every version's queries in its own and in all older galleries.
 
-        C[i, j] = protocol.score(versions[j].searched_by(versions[i]))    for j <= i, else nan
+        C[i, j] = protocol.score(versions[j].searched_by(versions[i]))    # for j <= i, else nan
 
-    With "nearest_class_mean" each gallery is averaged once and each query read once; with "instance" each gallery is
-    normalised and encoded once.  Both read features in blocks, so that they may be mapped files larger than memory.
-    Any other protocol is called for each cell.
+    "nearest_class_mean" averages each gallery once and reads each query once; "instance" normalises and indexes each
+    gallery once.  Both read features in blocks, so mapped files may be larger than memory.  Any other protocol is
+    called once per cell.
 
     Args:
-        versions: T of the same items, oldest first.  All features are compared in float32.
-        protocol: a name or an object of `simplexfix.retrieval.PROTOCOLS`; a metric of the ranking, such as "ndcg@10" or
-            "map"; or a `Protocol` of your own.
-        widths: "equal": versions of different width are refused, but for a newer one with the older one's width among
-            its `prefixes`, whose queries are cut to it; "leading": all are compared on the leading dimensions that both
-            have, min(d_i, d_j) of them.
+        versions: T versions of the same items, oldest first.  Features are compared in float32.
+        protocol: a name of `simplexfix.retrieval.PROTOCOLS`, a ranking metric such as "ndcg@10" or "map", or a
+            `Protocol`.
+        widths: "equal" raises if widths differ, unless the older width is one of the newer version's `prefixes`; then
+            its queries are cut to that width.  "leading" compares the min(d_i, d_j) leading dimensions.
 
     Returns:
         [T, T] float64, nan above the diagonal.
 
     Raises:
-        TypeError: not versions, or not a protocol.
-        ValueError: no version, versions of other items or of different width, or a row that holds nan or inf; by name.
+        TypeError: an entry is not a `VersionFeatures`, or `protocol` is neither a name nor a `Protocol`.
+        ValueError: there is no version, items or widths differ, or a row holds nan or inf; the message names it.
     """
     protocol = read_protocol(protocol)
     versions = _read(versions, widths)
     size, count = len(versions), len(versions[0].items.query_rows)
     matrix = np.full((size, size), np.nan)
-    # features on a GPU are left to the protocol, which searches there
+    # features on a GPU are scored cell by cell, by the protocol's search on that GPU
     on_cpu = all(rows.on_cpu for version in versions for rows in (version.query, version.gallery))
     if protocol.matrix_hits is not None and on_cpu:
         right = np.zeros((size, size), dtype=np.int64)
@@ -61,16 +60,22 @@ def compatibility_matrix(
 def compatibility_hits(
     versions: Sequence[VersionFeatures], protocol: str | Protocol = "nearest_class_mean", *, widths: str = "equal"
 ) -> list[list[Hits]]:
-    """Which queries are right in each cell: what intervals, tests and flips are made from, from the same T + T passes.
+    """Returns the hits of every cell of the compatibility matrix, for intervals, tests and flip rates.
 
-    Arguments and errors as of `compatibility_matrix`, whose cells are the means; memory T (T + 1) / 2 * Q bytes.
+        compatibility_matrix(...)[i, j] == hits[i][j].mean()
+
+    The memory is T (T + 1) / 2 * Q bytes, or 8 times as much for float64 scores.
+
+    Args:
+        versions, protocol, widths: as in `compatibility_matrix`.
 
     Returns:
-        T rows of lengths 1, 2, ..., T: hits[i][j], [Q], of queries by version i on the gallery by version j: bool, or
-        float64 in [0, 1] where the protocol scores queries, as "ndcg@10" does (8 times the memory).
+        T rows of lengths 1, 2, ..., T.  hits[i][j] is [Q] for queries of version i in the gallery of version j: bool,
+        or float64 in [0, 1] for ranking metrics such as "ndcg@10".
 
     Raises:
-        ValueError: a protocol without hits.
+        TypeError, ValueError: as in `compatibility_matrix`.
+        ValueError: the protocol has no hits.
     """
     protocol = read_protocol(protocol, needs="hits")
     versions = _read(versions, widths)
@@ -87,7 +92,7 @@ def compatibility_hits(
 
 
 def _read(versions: Sequence[VersionFeatures], widths: str) -> list[VersionFeatures]:
-    """Checked before anything is computed; rows are looked at as they are read."""
+    """Checks items and widths of the versions before any computation; rows are checked later, as they are read."""
     checked = check_versions(versions)
     check_widths(checked, widths)
     return checked

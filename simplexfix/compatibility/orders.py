@@ -1,6 +1,6 @@
-"""Which rows of a gallery to re-extract first.
+"""Backfill orders: the order in which gallery rows are re-extracted.
 
-An order must be chosen before anything is extracted anew: these need the old features and the labels, nothing else.
+An order must be chosen before re-extraction, so these functions use only the old features and the labels.
 """
 
 from __future__ import annotations
@@ -20,50 +20,60 @@ from .statistics import check_generator
 __all__ = ["farthest_from_class_mean", "lowest_margin"]
 
 ORDERS = ("random", "farthest_from_class_mean", "lowest_margin")
-_BLOCK_NUMBERS = 2**23  # 64 MB of float64 for each of the rows and their templates
+_BLOCK_NUMBERS = 2**23  # numbers per block: 64 MB of float64 for the rows, and as much for their templates
 
 
 def farthest_from_class_mean(old: VersionFeatures) -> NDArray[np.int64]:
-    """The order that replaces outliers first: by distance from the template of the row's own class.
+    """Returns the backfill order that replaces outliers first, by distance from the own class template.
 
         template[c] = F.normalize(old.gallery[gallery_labels == c].mean(0))
         distance = 1 - F.normalize(old.gallery) . template[gallery_labels]          # farthest first
 
-    Rows of equal distance, to float32, come by lower row.
+    Rows with equal distances in float32 are ordered by ascending row.
 
     Args:
-        old: the version whose gallery is replaced; its queries are not read.
+        old: version whose gallery is replaced; its queries are not read.
 
     Returns:
-        [N] int64 row numbers as they were given, a permutation of those that are not ignored.
+        [N] int64, a permutation of the rows that are not ignored.
 
     Raises:
-        TypeError, ValueError: as `backfill_curve`.
+        TypeError: `old` is not a `VersionFeatures`.
+        ValueError: the items have no labels, or a row holds nan or inf.
     """
     return old.items.gallery_rows[_ascending(_own_scores(*_with_templates(old)))]
 
 
 def lowest_margin(old: VersionFeatures) -> NDArray[np.int64]:
-    """The order that replaces first what the old model puts nearest to, or into, another class.
+    """Returns the backfill order that first replaces rows which the old model places near or in another class.
 
         margin = row . template[own class]  -  max over other classes c of  row . template[c]       # lowest first
 
-    Rows and templates are normalised, the templates as in `farthest_from_class_mean`; rows of equal margin come by
-    lower row, and so do all where there is one class.  Arguments, result and errors as there.
+    Rows and templates are normalised, as in `farthest_from_class_mean`.  Rows with equal margins are ordered by
+    ascending row; with a single class this applies to all rows.
+
+    Args:
+        old: version whose gallery is replaced; its queries are not read.
+
+    Returns:
+        [N] int64, a permutation of the rows that are not ignored.
+
+    Raises:
+        TypeError, ValueError: as in `farthest_from_class_mean`.
     """
     rows, index, sums = _with_templates(old)
     scores, nearest = cosine_topk(rows, sums, 2)
-    other = torch.where(nearest[:, 0] == index, scores[:, 1], scores[:, 0])  # -inf where there is one class
+    other = torch.where(nearest[:, 0] == index, scores[:, 1], scores[:, 0])  # -inf if there is only one class
     return old.items.gallery_rows[_ascending(_own_scores(rows, index, sums).double() - other.double())]
 
 
 def read_order(
     order: str | Ids, old: VersionFeatures, generator: np.random.Generator | None
 ) -> tuple[str, NDArray[np.int64]]:
-    """An order's name, "given" for a permutation, and the [N] places of its rows among those that count.
+    """Returns the name of an order ("given" for a permutation) and the indices [N] of its rows among items not ignored.
 
     Raises:
-        TypeError, ValueError: neither a name nor a permutation, or no generator.
+        TypeError, ValueError: `order` is neither a name nor a permutation, or `generator` is not a generator.
     """
     count, given = len(old.gallery), old.items.gallery_rows
     if not isinstance(order, str):
@@ -82,7 +92,7 @@ def read_order(
 
 
 def _with_templates(old: VersionFeatures) -> tuple[Tensor, Tensor, Tensor]:
-    """[N, d] rows, [N] the place of each row's class, [C, d] sums of classes."""
+    """Returns rows [N, d], the class index of each row [N], and class sums [C, d]."""
     (old,) = check_versions([old], ["old"])
     rows = old.gallery.whole()
     classes = old.items.gallery_classes
@@ -90,7 +100,7 @@ def _with_templates(old: VersionFeatures) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _own_scores(rows: Tensor, index: Tensor, sums: Tensor) -> Tensor:
-    """[N] float32 cosine of each row with the template of its class, as a search would give it."""
+    """Cosine [N] of each row with its class template, rounded to float32 as in a search."""
     templates = _reference.unit_float32(sums)
     scores = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
     step = max(1, _BLOCK_NUMBERS // rows.shape[1])

@@ -1,4 +1,4 @@
-"""What an upgrade does to a service that accepts matches above a threshold: pairs before and after, by their scores."""
+"""Effect of an upgrade on pair verification: scores of genuine and impostor pairs before and after."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from .thresholds import ThresholdMove, upgrade_threshold
 
 __all__ = ["PairReport", "VersionPairs", "compare_pairs"]
 
-QUERIES, ITEMS = 2_000, 10_000  # drawn where there are more: six passes over 20 million pairs are seconds
+QUERIES, ITEMS = 2_000, 10_000  # largest sample; six passes over 20 million pairs take seconds
 FARS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
-KEPT_FAR = 1e-3  # at which the service's threshold is taken to be
-POINTS = 121  # of the curve, by equal factors of FAR
+KEPT_FAR = 1e-3  # false-accept rate of the assumed service threshold
+POINTS = 121  # points of the ROC curve, equally spaced in log(FAR)
 HISTOGRAM_BINS = 100
 
 
 @dataclass(frozen=True, eq=False)
 class VersionPairs:
-    """One version's queries against the gallery.
+    """Pair verification of one version's queries in the gallery.
 
     Attributes:
-        results: counts of all pairs by score.
-        area: under the ROC curve.
-        equal_error: the point where FAR and FRR are nearest to each other.
-        points: for each FAR of `fars`, the lowest threshold that stays below it.
-        fars: 0.1, 0.01, ..., as far as there are ten impostor pairs to tell it by.
-        curve_far, curve_tar: TAR over FAR at equal factors of FAR.
+        results: histograms of the scores of all pairs.
+        area: area under the ROC curve.
+        equal_error: operating point with the smallest |FAR - FRR|.
+        points: for each rate in `fars`, the lowest threshold whose FAR does not exceed it.
+        fars: 0.1, 0.01, ..., down to a rate of at least ten impostor pairs.
+        curve_far, curve_tar: ROC curve at points equally spaced in log(FAR).
     """
 
     results: VerificationResults
@@ -54,7 +54,7 @@ class VersionPairs:
         return (self.equal_error.far + 1 - self.equal_error.tar) / 2
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values under stable keys."""
+        """Returns JSON values under stable keys."""
         histogram = score_histogram(self.results, HISTOGRAM_BINS)
         return {
             "genuine": self.results.num_genuine,
@@ -71,13 +71,13 @@ class VersionPairs:
 
 @dataclass(frozen=True, eq=False)
 class PairReport:
-    """What `compare_pairs` found, on one gallery, that of the old version.
+    """The result of `compare_pairs`: pair verification in the gallery of the old version.
 
     Attributes:
-        queries, gallery: items that were compared: all, or as many as were drawn.
-        before: by the old version's queries.
-        after: by the new version's; None where there is one version.
-        threshold: what keeps a FAR of 1e-3; None where there is one version, or too few impostor pairs to tell.
+        queries, gallery: numbers of compared queries and gallery items.
+        before: verification with the old version's queries.
+        after: verification with the new version's queries; None for a single version.
+        threshold: the threshold that keeps a FAR of 1e-3; None for a single version or with too few impostor pairs.
     """
 
     queries: int
@@ -87,7 +87,7 @@ class PairReport:
     threshold: ThresholdMove | None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values under stable keys."""
+        """Returns JSON values under stable keys."""
         return {
             "queries": self.queries,
             "gallery": self.gallery,
@@ -104,22 +104,22 @@ def compare_pairs(
     confidence: float = 0.95,
     generator: np.random.Generator | None = None,
 ) -> PairReport | None:
-    """Verification by the old queries and by the new ones, against the gallery as it is in service.
+    """Compares pair verification with the old and with the new queries in the old gallery.
 
-    Of more than 2,000 queries and 10,000 items so many are drawn, without replacement.
+    At most 2,000 queries and 10,000 gallery items are used, sampled without replacement.
 
     Args:
-        old: whose gallery is searched.
-        new: of the same items; None: one version alone.  Where widths differ, the leading dimensions that queries and
-            gallery have are compared.
-        confidence: of the threshold's interval.
-        generator: of what is drawn and of the bootstrap; None: `np.random.default_rng(0)`.
+        old: version whose gallery is searched.
+        new: version of the same items that replaces it, or None.  If widths differ, the leading dimensions that
+            queries and gallery share are compared.
+        confidence: level of the threshold's confidence interval, in (0, 1).
+        generator: generator of the samples and of the bootstrap; None for `np.random.default_rng(0)`.
 
     Returns:
-        None where all pairs are of one kind: of one class, or of two.
+        The report, or None if there are no genuine or no impostor pairs.
 
     Raises:
-        TypeError, ValueError: as `upgrade_threshold`.
+        TypeError, ValueError: as in `upgrade_threshold`.
     """
     generator = np.random.default_rng(0) if generator is None else generator
     versions = check_versions([v for v in (old, new) if v is not None], ("old", "new")[: 1 + (new is not None)])
@@ -148,7 +148,8 @@ def compare_pairs(
 def _summarise(results: VerificationResults) -> VersionPairs:
     curve = roc_curve(results)
     limits = np.geomspace(1 / results.num_impostor, 1, POINTS)
-    last = np.searchsorted(curve.far, limits, side="right") - 1  # the lowest threshold whose FAR stays below
+    # the lowest thresholds whose FAR does not exceed the limits
+    last = np.searchsorted(curve.far, limits, side="right") - 1
     fars = tuple(far for far in FARS if far * results.num_impostor >= 10)
     return VersionPairs(
         results=results,

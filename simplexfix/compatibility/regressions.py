@@ -1,4 +1,4 @@
-"""Queries that an upgrade breaks, the most confidently wrong first: what a person looks at before a release."""
+"""Regressions: queries that an upgrade makes wrong, in descending order of confidence, for review before a release."""
 
 from __future__ import annotations
 
@@ -25,18 +25,17 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Regression:
-    """One query that was right before the upgrade and is wrong after it, or that scores less, on the same gallery.
+    """A query that was correct before an upgrade and is wrong after it, or whose score falls, in the same gallery.
 
     Attributes:
-        query: its row among the queries that were given.
-        label: its class; None where items have relevance judgements, as `found_label`.
-        found_label: the class that the new model finds.
-        score: cosine of the new query and what is found: a class's template, or the first item.
-        own_score: cosine of the new query and its own class's template, or nearest relevant item.
-        found_item: the gallery row, of those given, that is found, or that is nearest to the query among those of the
-            class found.
-        own_item: the gallery row nearest to the query among the relevant ones, those of its own class.
-        before, after: what the query scored; 1 and 0 where it was right and is wrong.
+        query: row of the query.
+        label: class of the query; None with relevance judgements.
+        found_label: class that the new model's query is nearest to; None with relevance judgements.
+        score: cosine of the new query to the nearest class template, or to the nearest item.
+        own_score: cosine of the new query to its own class template, or to the nearest relevant item.
+        found_item: gallery row of the nearest item, or of the nearest item of class `found_label`.
+        own_item: gallery row of the nearest relevant item.
+        before, after: scores of the query; 1 and 0 for hits.
     """
 
     query: int
@@ -51,7 +50,7 @@ class Regression:
 
     @property
     def margin(self) -> float:
-        """How confidently wrong: `score - own_score`, in [0, 2] but for rounding; 0 if the first item is relevant."""
+        """Confidence of the error, `score - own_score`, in [0, 2] up to rounding; 0 if the nearest item is relevant."""
         return self.score - self.own_score
 
     def as_dict(self) -> dict[str, Any]:
@@ -67,27 +66,29 @@ def worst_regressions(
     protocol: str | Protocol = "nearest_class_mean",
     limit: int = 100,
 ) -> tuple[Regression, ...]:
-    """The queries with `before & ~after`, or `after < before`, by falling loss, then by falling margin, then by row.
+    """Returns the queries that lose by an upgrade, in descending order of loss, then of margin, then by row.
 
-        loss[q] = before[q] - after[q]                              1 for all where queries are right or wrong
+        loses[q] = before[q] & ~after[q]                            # for scores: after[q] < before[q]
+        loss[q] = before[q] - after[q]                              # 1 for hits
         nearest_class_mean  margin[q] = max_{c != y_q} q . template[c] - q . template[y_q]
         others              margin[q] = max_n q . gallery[n] - max_{n relevant to q} q . gallery[n]
 
-    All rows normalised; scores in float64 from features in float32, templates as of the protocol.  A gallery item that
-    is the query itself, by its id, is left out of both.
+    Rows are normalised, and scores are computed in float64 from float32 features, with the protocol's templates.  A
+    gallery item with the query's own id is left out.
 
     Args:
-        old: whose gallery is searched, as the upgrade leaves it.
-        new: whose queries search; wider than the gallery or narrower: the leading dimensions that both have.
-        before: [Q] bool, which queries were right, or float64 in [0, 1], what each scored; each of those that lose must
-            have a relevant item in the gallery.
+        old: version whose gallery is searched.
+        new: version whose queries search it; if widths differ, the shared leading dimensions are used.
+        before: [Q] bool, true for correct queries, or [Q] float64 scores in [0, 1].  A query that loses must have a
+            relevant gallery item.
         after: [Q] of the same kind, after the upgrade, by the same protocol.
-        protocol: "nearest_class_mean", "instance", or a metric of the ranking, such as "ndcg@10".
-        limit: of how many at most; at least 0.
+        protocol: "nearest_class_mean", "instance", or a ranking metric such as "ndcg@10".
+        limit: most queries to return, at least 0.
 
     Raises:
-        TypeError, ValueError: versions or hits that do not fit each other, by name; a query that was right and whose
-            class the gallery lacks.
+        TypeError: an argument has the wrong type.
+        ValueError: versions or hits do not fit each other, or `before` marks a query as correct whose class the
+            gallery lacks.
     """
     name = read_scored_protocol(protocol).name
     if check_integer("limit", limit) < 0:
@@ -135,7 +136,7 @@ def worst_regressions(
 
 
 class _Search:
-    """Scores of chosen queries, in blocks: the gallery may be a mapped file and one class may be most of it."""
+    """Scores of selected queries, in blocks: the gallery may be a mapped file, and one class may be most of it."""
 
     def __init__(self, version: VersionFeatures) -> None:
         self.queries, self.gallery = version.query, version.gallery
@@ -144,12 +145,12 @@ class _Search:
 
     @cached_property
     def members(self) -> list[Integers]:
-        """Gallery rows of each class."""
+        """Gallery rows per class."""
         classes = self.all_items.gallery_classes
         return np.split(np.argsort(classes.places, kind="stable"), np.cumsum(classes.sizes)[:-1])
 
     def templates(self, lost: Integers) -> tuple[Integers, Floats, Floats]:
-        """Each query's best other class, its score, and the own class's."""
+        """Returns each query's best other class, the score of that class, and the score of the own class."""
         classes = self.all_items.gallery_classes
         sums = class_sums(self.gallery, classes).cpu()
         unit = unit_rows(sums.float().numpy())
@@ -167,7 +168,7 @@ class _Search:
         return classes.ids[found], score, own_score
 
     def _leave_out(self, scores: Floats, queries: Floats, at: Integers, sums: torch.Tensor) -> None:
-        """Scores of the classes that a query is an item of, without it."""
+        """Replaces the score of a class that contains the query itself by the score without the query, in place."""
         itself = self.excluded[at]
         some = np.flatnonzero(itself >= 0)
         if not len(some):
@@ -180,7 +181,7 @@ class _Search:
         scores[some, of] = np.where(alone, -np.inf, np.einsum("ij,ij->i", queries[some], rest))
 
     def items(self, lost: Integers) -> tuple[Integers, Floats, Floats]:
-        """Each query's nearest item, its score, and that of the nearest relevant one."""
+        """Returns each query's nearest item, its score, and the score of the nearest relevant item."""
         found, score, own_score = np.zeros_like(lost), np.full(len(lost), -np.inf), np.empty(len(lost))
         k = 2 if (self.excluded[lost] >= 0).any() else 1
         for block in row_slices(len(self.gallery), self.width):
@@ -193,7 +194,7 @@ class _Search:
                 better = (near > score[rows]) & (at >= 0)
                 score[rows] = np.where(better, near, score[rows])
                 found[rows] = np.where(better, block.start + at, found[rows])
-        for rows in row_slices(len(lost), self.width):  # what float32 chose, as float64 sees it
+        for rows in row_slices(len(lost), self.width):  # scores in float64 of the items that float32 selected
             unit = self._unit(self.queries, lost[rows])
             score[rows] = np.einsum("ij,ij->i", unit, self._unit(self.gallery, found[rows]))
         if self.all_items.judgements is not None:
@@ -207,7 +208,7 @@ class _Search:
         return found, score, own_score
 
     def nearest_relevant(self, query: np.integer[Any]) -> tuple[float, int]:
-        """Score and gallery row of the nearest item that is relevant to one query."""
+        """Returns score and gallery row of the nearest item that is relevant to one query."""
         at = np.array([query])
         judged = self.all_items.judged
         if judged is None:
@@ -217,7 +218,7 @@ class _Search:
         return float(scores[0]), int(rows[0])
 
     def nearest_of_class(self, at: Integers, label: np.integer[Any]) -> tuple[Floats, Integers]:
-        """Score and gallery row of each query's nearest item among those of a class, of the first where some tie."""
+        """Returns score and gallery row of each query's nearest item of a class; ties go to the lower row."""
         return self._nearest_among(at, self.members[int(np.searchsorted(self.all_items.gallery_classes.ids, label))])
 
     def _nearest_among(self, at: Integers, members: Integers) -> tuple[Floats, Integers]:

@@ -1,14 +1,14 @@
-"""How sure one may be of a cell and of an upgrade: intervals and paired tests, from what each query scores.
+"""Confidence intervals and paired significance tests for evaluation scores, from the hits or scores of queries.
 
-What is resampled are queries; the gallery is taken as it is.  Resampling Q queries with replacement and counting the
-right ones *is* a binomial draw, and counting gains and losses of an upgrade a multinomial one, so that a resample costs
-O(1) and not O(Q), with exactly the distribution of the bootstrap.  Queries whose scores are numbers in [0, 1], as those
-of nDCG, are drawn one by one.
+Queries are resampled; the gallery is fixed.  For hits a resample is one draw: the number of correct queries among Q
+resampled ones is binomial, and the numbers of gains and losses of an upgrade are multinomial.  So a resample costs
+O(1) instead of O(Q) and has exactly the bootstrap's distribution.  For scores in [0, 1], such as nDCG, queries are
+drawn one by one.
 
-Intervals are percentile intervals: a fraction of hits is its own binomial maximum-likelihood estimate, without bias,
-its interval stays in [0, 1], and BCa's two corrections are differences of lattice points here, undefined where all
-queries agree.  Where they do all agree, every resample is the same and the interval has no width:
-`exact_interval` and `mcnemar_test` hold for any number of queries.
+Intervals are percentile intervals.  For a fraction of hits they stay in [0, 1], and the estimate is unbiased.  The two
+corrections of BCa would be differences of lattice points, and undefined if all queries agree.  If all queries agree,
+every resample is the same and the interval has width 0; `exact_interval` and `mcnemar_test` are valid for any number of
+queries.
 """
 
 from __future__ import annotations
@@ -37,20 +37,26 @@ __all__ = [
     "randomization_test",
 ]
 
-_BLOCK_NUMBERS = 2**22  # drawn at a time
-_EXACT_QUERIES = 13  # 2^13 sign patterns are fewer than 10,000 samples of them
+_BLOCK_NUMBERS = 2**22  # random numbers per block
+_EXACT_QUERIES = 13  # up to 13 queries all sign patterns are enumerated: 2^13 is less than 10,000 samples
 Hits = ArrayLike | torch.Tensor
 
 
 class Interval(NamedTuple):
-    """Ends of a two-sided interval."""
+    """Lower and upper end of a two-sided confidence interval."""
 
     low: float
     high: float
 
 
 class McNemar(NamedTuple):
-    """Attributes: gains: queries wrong before and right after; losses: the other way; p_value: two-sided."""
+    """Result of McNemar's test.
+
+    Attributes:
+        gains: number of queries that become correct.
+        losses: number of queries that become wrong.
+        p_value: two-sided p-value.
+    """
 
     gains: int
     losses: int
@@ -64,20 +70,20 @@ def bootstrap_interval(
     resamples: int = 10_000,
     generator: np.random.Generator | None = None,
 ) -> Interval:
-    """The percentile interval of a fraction of hits, or of a mean score.
+    """Returns the bootstrap percentile interval of a fraction of hits, or of a mean score.
 
         resampled = [ mean(hits[generator.integers(Q, size=Q)]) for _ in range(resamples) ]
         interval = quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])
 
     Args:
-        hits: [Q] bool, which queries were right, or floating in [0, 1], what each query scored; Q >= 1.
-        confidence: in (0, 1).
-        resamples: at least 1.
-        generator: None: `np.random.default_rng(0)`, the same numbers at every call.
+        hits: [Q] bool, true for correct queries, or [Q] floating scores in [0, 1]; Q >= 1.
+        confidence: level of the interval, in (0, 1).
+        resamples: number of resamples, at least 1.
+        generator: source of random numbers; None for `np.random.default_rng(0)`, the same numbers in every call.
 
     Raises:
-        TypeError: hits are neither bool nor floating, or an option is not a number.
-        ValueError: not one value per query, no query, or an option out of its range.
+        TypeError: hits are neither bool nor floating, or an option has the wrong type.
+        ValueError: there is not one value per query, no query, or an option is out of range.
 
     Reference:
         Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13.
@@ -97,9 +103,14 @@ def bootstrap_gain(
     resamples: int = 10_000,
     generator: np.random.Generator | None = None,
 ) -> Interval:
-    """The percentile interval of `mean(after) - mean(before)`, both of the same resampled queries.
+    """Returns the bootstrap percentile interval of `mean(after) - mean(before)`, with the same resampled queries.
 
-    Arguments and errors as of `bootstrap_interval` and `negative_flip_rate`.
+    Args:
+        before, after: as in `negative_flip_rate`.
+        confidence, resamples, generator: as in `bootstrap_interval`.
+
+    Raises:
+        TypeError, ValueError: as in `bootstrap_interval` and `negative_flip_rate`.
     """
     old, new = read_both(before, after)
     numbers = check_options(confidence, resamples, generator)
@@ -118,18 +129,18 @@ def bootstrap_cells(
     resamples: int = 10_000,
     generator: np.random.Generator | None = None,
 ) -> NDArray[np.float64]:
-    """The interval of each cell of a compatibility matrix.
+    """Returns the bootstrap percentile interval of each cell of a compatibility matrix.
 
     Args:
-        hits: T rows of lengths 1, 2, ..., T, as of the matrix: hits[i][j], [Q] bool or floating, of queries by model i
-            on the gallery by model j.
-        confidence, resamples, generator: as of `bootstrap_interval`.
+        hits: T rows of lengths 1, 2, ..., T, from `compatibility_hits`.
+        confidence, resamples, generator: as in `bootstrap_interval`.
 
     Returns:
         [T, T, 2] float64, low and high; nan above the diagonal.
 
     Raises:
-        TypeError, ValueError: as `bootstrap_interval`; not a lower triangle.
+        TypeError, ValueError: as in `bootstrap_interval`.
+        ValueError: `hits` are not a lower triangle.
     """
     rows = _triangle(hits)
     numbers = check_options(confidence, resamples, generator)
@@ -141,17 +152,17 @@ def bootstrap_cells(
 
 
 def mcnemar_test(before: Hits, after: Hits) -> McNemar:
-    """McNemar's exact test, the sign test of paired hits: might gains and losses be a fair coin's?
+    """Returns McNemar's exact test of paired hits, with the hypothesis that gains and losses are equally likely.
 
         n = gains + losses,  m = min(gains, losses)
-        p_value = min(1, 2 * sum_{k <= m} binomial(n, k) / 2^n)           1 where n = 0
+        p_value = min(1, 2 * sum_{k <= m} binomial(n, k) / 2^n)           # 1 for n = 0
 
     Args:
-        before: [Q] bool, which queries were right.
+        before: [Q] bool, true for correct queries.
         after: [Q] bool, the same queries after the upgrade.
 
     Raises:
-        TypeError, ValueError: as `negative_flip_rate`.
+        TypeError, ValueError: as in `negative_flip_rate`.
 
     Reference:
         McNemar, "Note on the sampling error of the difference between correlated proportions", 1947.
@@ -163,35 +174,36 @@ def mcnemar_test(before: Hits, after: Hits) -> McNemar:
 def randomization_test(
     before: Hits, after: Hits, *, resamples: int = 10_000, generator: np.random.Generator | None = None
 ) -> float:
-    """The paired randomization test of a difference of means: might before and after be exchanged, query by query?
+    """Returns the p-value of the paired randomization test, with the hypothesis that before and after are exchangeable.
 
         d = after - before
         p_value = fraction of sign patterns s in {-1, 1}^Q with |sum_q s_q d_q| >= |sum_q d_q|
 
-    Over all patterns where at most 13 queries change their score; else over `resamples` drawn ones, with
-    (1 + count) / (1 + resamples), which rejects a true hypothesis no more often than it says.  Of 0/1 scores it is
-    McNemar's exact test.
+    If at most 13 queries change their score, all patterns are enumerated.  Else `resamples` random patterns are used,
+    and the p-value is (1 + count) / (1 + resamples); the test's type I error then does not exceed its level.  For 0/1
+    scores with all patterns it equals McNemar's exact test.
 
     Args:
-        before, after: [Q] floating in [0, 1], what the same queries score; Q >= 1.
-        resamples: at least 1.
-        generator: None: `np.random.default_rng(0)`.
+        before, after: [Q] floating scores in [0, 1] of the same queries; Q >= 1.
+        resamples: number of random patterns, at least 1.
+        generator: source of random numbers; None for `np.random.default_rng(0)`.
 
     Returns:
-        Two-sided; 1 where no score changes.
+        The two-sided p-value; 1 if no score changes.
 
     Raises:
-        TypeError, ValueError: as `negative_flip_rate`; resamples below 1.
+        TypeError, ValueError: as in `negative_flip_rate`.
+        ValueError: `resamples` is below 1.
 
     Reference:
         Smucker, Allan and Carterette, "A Comparison of Statistical Significance Tests for Information Retrieval
-        Evaluation", CIKM 2007; for the drawn ones Phipson and Smyth, "Permutation P-values Should Never Be Zero", 2010.
+        Evaluation", CIKM 2007.  Phipson and Smyth, "Permutation P-values Should Never Be Zero", 2010.
     """
     old, new = read_both(before, after)
     numbers = check_options(0.95, resamples, generator)
     moved = np.subtract(new, old, dtype=np.float64)
     moved = moved[moved != 0]
-    # sums of another order differ by rounding, and count as equal
+    # rounding depends on the summation order: sums within it count as equal
     least = abs(moved.sum()) - 1e-12 * np.abs(moved).sum()
     if len(moved) <= _EXACT_QUERIES:
         sums = np.zeros(1)
@@ -206,16 +218,22 @@ def randomization_test(
 
 
 def paired_p_value(before: Hits, after: Hits, generator: np.random.Generator) -> float:
-    """Of McNemar's exact test where queries are right or wrong; of the randomization test where they have scores."""
+    """Returns the p-value of McNemar's exact test for hits, or of the randomization test for scores."""
     if read_both(before, after)[0].dtype == np.bool_:
         return mcnemar_test(before, after).p_value
     return randomization_test(before, after, generator=generator)
 
 
 def mcnemar_tests(hits: Sequence[Sequence[Hits]]) -> NDArray[np.float64]:
-    """[T, T] p-values, `mcnemar_test(hits[j][j], hits[i][j])` for i > j, nan elsewhere.
+    """Returns the p-values [T, T] of McNemar's test for all upgrades.
 
-    Arguments and errors as of `bootstrap_cells`.
+        mcnemar_test(hits[j][j], hits[i][j]).p_value        # for i > j, else nan
+
+    Args:
+        hits: T rows of lengths 1, 2, ..., T of [Q] bool, from `compatibility_hits`.
+
+    Raises:
+        TypeError, ValueError: as in `bootstrap_cells`.
     """
     rows = _triangle(hits)
     tests = np.full((len(rows), len(rows)), np.nan)
@@ -226,19 +244,20 @@ def mcnemar_tests(hits: Sequence[Sequence[Hits]]) -> NDArray[np.float64]:
 
 
 def exact_interval(successes: int, trials: int, *, confidence: float = 0.95) -> Interval:
-    """The interval of a fraction by Clopper and Pearson, which covers the true one at least as often as it says.
+    """Returns the Clopper-Pearson interval of a fraction; its coverage is at least the confidence level.
 
-        low:  the p with P(X >= successes) = (1 - confidence) / 2       0 where successes = 0
-        high: the p with P(X <= successes) = (1 - confidence) / 2       1 where successes = trials
-        X of the binomial distribution of `trials` and p
+        low:  the p with P(X >= successes) = (1 - confidence) / 2       # 0 for successes = 0
+        high: the p with P(X <= successes) = (1 - confidence) / 2       # 1 for successes = trials
+        X ~ Binomial(trials, p)
 
     Args:
-        successes: 0 to trials.
+        successes: from 0 to `trials`.
         trials: at least 1.
-        confidence: in (0, 1).
+        confidence: level of the interval, in (0, 1).
 
     Raises:
-        TypeError, ValueError: not such numbers.
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range.
 
     Reference:
         Clopper and Pearson, "The use of confidence or fiducial limits", 1934.
@@ -247,14 +266,14 @@ def exact_interval(successes: int, trials: int, *, confidence: float = 0.95) -> 
     if not 0 <= successes <= trials or trials < 1:
         raise ValueError(f"successes of trials must be 0 to trials, trials >= 1, got {successes} of {trials}")
     tail = (1 - check_confidence(confidence)) / 2
-    # P(X <= k) falls with p, from 1 to 0; the low end counts failures
+    # P(X <= k) decreases with p from 1 to 0; the low end follows from the number of failures
     high = 1.0 if successes == trials else _solve(successes, trials, tail)
     low = 0.0 if successes == 0 else 1.0 - _solve(trials - successes, trials, tail)
     return Interval(low, high)
 
 
 def _solve(k: int, n: int, tail: float) -> float:
-    """The p with P(X <= k) = tail, by bisection to the last bits."""
+    """Solves P(X <= k) = tail for p by bisection, to float64 precision."""
     low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2
@@ -266,14 +285,14 @@ def _solve(k: int, n: int, tail: float) -> float:
 
 
 def _at_most(k: int, n: int, p: float) -> float:
-    """P(X <= k), X binomial of n and p."""
+    """P(X <= k) for X ~ Binomial(n, p)."""
     if k >= n or p <= 0:
         return 1.0
     if p >= 1:
         return 0.0
-    if k > n * p:  # the other tail is the smaller one: fewer terms, and no cancellation in it
+    if k > n * p:  # the upper tail is smaller: fewer terms and no cancellation
         return 1.0 - _at_most(n - k - 1, n, 1 - p)
-    # from the largest term down, each from the one before, until they no longer count
+    # add terms in descending order, each computed from the previous one, until they are below rounding
     log_binomial = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
     term = math.exp(log_binomial + k * math.log(p) + (n - k) * math.log1p(-p))
     total, odds = 0.0, (1 - p) / p
@@ -285,7 +304,7 @@ def _at_most(k: int, n: int, p: float) -> float:
 
 
 def _resampled_means(values: NDArray[np.float64], resamples: int, numbers: np.random.Generator) -> NDArray[np.float64]:
-    """[resamples] means of as many values, drawn with replacement."""
+    """Means [resamples] of bootstrap samples: len(values) values drawn with replacement."""
     means = np.empty(resamples)
     step = max(1, _BLOCK_NUMBERS // len(values))
     for begin in range(0, resamples, step):
@@ -307,7 +326,7 @@ def check_confidence(confidence: float) -> float:
 
 
 def check_generator(generator: np.random.Generator | None) -> np.random.Generator:
-    """The generator; for None one that gives the same numbers at every call."""
+    """Returns the generator, or for None a new one with seed 0, so that every call gives the same numbers."""
     if generator is None:
         return np.random.default_rng(0)
     if not isinstance(generator, np.random.Generator):

@@ -1,7 +1,7 @@
-"""Thresholds on the score: what an upgrade does to them, and what keeps them in place.
+"""Score thresholds: how an upgrade changes their error rates, and which new threshold keeps the false-accept rate.
 
-A service that accepts a match where its score >= threshold breaks without an error when the model moves: the new
-model's scores lie elsewhere, and the old threshold lets in more strangers, or fewer friends.
+A service may accept a match if its score is at least a threshold.  A new model has another score distribution, so the
+old threshold accepts more impostors or fewer genuine matches, without any error message.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from .statistics import Interval, check_options, percentiles
 
 __all__ = ["Calibration", "ThresholdMove", "calibrate_scores", "upgrade_threshold"]
 
-_EDGES = 256  # thresholds that a resample chooses from
-_SPAN = 4.0  # they cover false-accept rates from a fourth of the old one to four times it
+_EDGES = 256  # candidate thresholds of a resample
+_SPAN = 4.0  # candidates cover false-accept rates from 1 / 4 of the old rate to 4 times the old rate
 _RESAMPLES_AT_A_TIME = 64
 
 
 @dataclass(frozen=True)
 class ThresholdMove:
-    """What `upgrade_threshold` found.
+    """The result of `upgrade_threshold`.
 
     Attributes:
-        before: threshold and rates of the old queries.
-        unmoved: rates of the new queries at the same threshold.
-        after: threshold and rates of the new queries where their FAR is at most that of before.
-        interval: of the threshold of `after`.
-        far_interval: of the FAR of `unmoved`.
-        tar_before_interval: of the TAR of `before`.
-        tar_after_interval: of the TAR of `after`, with the doubt about its threshold.
+        before: old threshold, and rates of the old queries at it.
+        unmoved: rates of the new queries at the old threshold.
+        after: lowest threshold at which the new queries' FAR is at most `before.far`, and rates at it.
+        interval: confidence interval of the threshold of `after`.
+        far_interval: confidence interval of the FAR of `unmoved`.
+        tar_before_interval: confidence interval of the TAR of `before`.
+        tar_after_interval: confidence interval of the TAR of `after`; it includes the uncertainty of the threshold.
     """
 
     before: OperatingPoint
@@ -55,7 +55,7 @@ class ThresholdMove:
     tar_after_interval: Interval
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values under stable keys."""
+        """Returns JSON values under stable keys."""
         return {field.name: getattr(self, field.name)._asdict() for field in fields(self)}
 
 
@@ -72,32 +72,35 @@ def upgrade_threshold(
     resamples: int = 2000,
     generator: np.random.Generator | None = None,
 ) -> ThresholdMove:
-    """The threshold that keeps the old false-accept rate when the new model's queries come.
+    """Returns the threshold at which the new model's queries have at most the old false-accept rate.
 
         before = rates of (old.query, old.gallery) at `threshold`, or at the lowest threshold with FAR <= far
         after  = rates of (new.query, gallery) at the lowest threshold with FAR <= before.far
 
-    The intervals are a percentile bootstrap over queries, each with all its pairs, old and new of the same draw: pairs
-    of one query depend on each other, and to resample pairs would promise far too much.  So do queries of one identity:
-    name them in `query_groups`, which are drawn whole, or intervals are too narrow.  The old threshold is taken as the
-    service's, also where it was found from `far`.  The ends are two of 257 thresholds between those at which the new
-    FAR is 4 times and a fourth of the old one; where a resample needs one beyond, it counts as the end.  The gallery is
-    taken as it is.
+    Confidence intervals are percentile intervals of a bootstrap over queries.  A resampled query brings all its pairs,
+    old and new ones.  Pairs of one query are dependent, so resampling pairs would give intervals that are far too
+    narrow.  Queries of one identity are dependent as well: put them into one group of `query_groups`, which is
+    resampled as a whole.  The old threshold and the gallery are fixed, also if the threshold was found from `far`.
+
+    Each resample selects one of 257 candidate thresholds, which cover new FARs from 1 / 4 of the old FAR to 4 times the
+    old FAR.  A threshold beyond them counts as the nearest candidate.
 
     Args:
-        old: by the model in service.
-        new: by the one that replaces it, of the same items.  A pair of an item with itself, by their ids, is left out.
-        threshold: the service's, rounded up to a multiple of 2^-16; or
-        far: the false-accept rate at which it was put.  One of the two.
-        gallery: which the new queries search, "old", or "new" for an upgrade that re-extracts.
-        query_groups: [Q] integers, which queries are drawn together, such as `query_labels` where classes are people;
-            at least 2.  None: each by itself.  The items' groups, which may be few and large, are not taken for them.
-        widths: "equal" or "leading", as of `compatibility_matrix`.
-        confidence, resamples, generator: as of `bootstrap_interval`.
+        old: deployed version.
+        new: version that replaces it, of the same items.  Pairs of an item with itself (equal ids) are left out.
+        threshold: threshold of the service, rounded up to a multiple of 2^-16.  Give `threshold` or `far`, not both.
+        far: false-accept rate at which the service's threshold was set, in [0, 1].
+        gallery: "old" if the new queries search the old gallery, "new" if the gallery is re-extracted.
+        query_groups: [Q] integers, at least 2 different ones; queries with equal numbers are resampled together, such
+            as `query_labels` if classes are people.  None for independent queries.  The groups of the items are not
+            used for this.
+        widths: "equal" or "leading", as in `compatibility_matrix`.
+        confidence, resamples, generator: as in `bootstrap_interval`.
 
     Raises:
-        TypeError, ValueError: versions that do not fit each other; both or neither of threshold and far;
-            no impostor pair that the old threshold accepts, whose rate no one could keep; an option out of range.
+        TypeError: an argument has the wrong type.
+        ValueError: the versions do not fit each other, both or neither of `threshold` and `far` are given, the old
+            threshold accepts no impostor pair, so that its FAR is unknown, or an option is out of range.
     """
     if (threshold is None) == (far is None):
         raise ValueError("give one of threshold and far: the service's threshold, or its false-accept rate")
@@ -119,7 +122,7 @@ def upgrade_threshold(
     first, last = int((rates <= _SPAN * before.far).argmax()), int((rates <= before.far / _SPAN).argmax())
     edges = np.unique(np.append(np.linspace(first, last, _EDGES).astype(np.int64), kept))
 
-    # as many rows as groups: impostors and genuine pairs of each, accepted and in all
+    # per group: numbers of impostor and genuine pairs, accepted at each candidate and in total
     was = _accepted(old, np.array([held]), groups)
     now = _accepted(new, np.append(edges, held), groups)
     drawn = was.shape[1]
@@ -128,7 +131,7 @@ def upgrade_threshold(
         number = min(_RESAMPLES_AT_A_TIME, resamples - begin)
         weights = rng.multinomial(drawn, np.full(drawn, 1 / drawn), size=number).astype(np.float64)
         old_false, old_true, new_false, new_true = (weights @ counts for counts in (*was, *now))
-        # of the same pairs, so that counts compare as rates do
+        # old and new have the same pairs, so comparing counts is comparing rates
         enough = new_false[:, :-2] <= old_false[:, :1]
         enough[:, -1] = True
         chosen = enough.argmax(1)
@@ -143,7 +146,7 @@ def upgrade_threshold(
         for column, value in zip(columns, values, strict=True):
             column.append(value)
     thresholds, unmoved, *tars = (np.concatenate(column) for column in columns)
-    tars = [tar[np.isfinite(tar)] for tar in tars]  # a draw without a genuine pair says nothing of them
+    tars = [tar[np.isfinite(tar)] for tar in tars]  # the TAR of a resample without genuine pairs is undefined
     if not len(tars[0]):
         raise ValueError(f"none of {resamples} resamples has a genuine pair: give more resamples, or smaller groups")
     return ThresholdMove(
@@ -159,12 +162,12 @@ def upgrade_threshold(
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """A score's probability of being a genuine match: linear between these points, constant beyond the ends.
+    """A map from scores to probabilities of a genuine match, linear between points and constant outside of them.
 
     Attributes:
         scores: [points] float64, ascending.
-        probabilities: [points] float64, never descending.
-        prior: the fraction of genuine pairs that they are for.
+        probabilities: [points] float64, non-decreasing.
+        prior: fraction of genuine pairs for which the probabilities hold.
     """
 
     scores: NDArray[np.float64]
@@ -172,7 +175,13 @@ class Calibration:
     prior: float
 
     def __call__(self, scores: ArrayLike) -> NDArray[np.float64]:
-        """Probabilities, in the shape of `scores`.
+        """Returns the probabilities of scores.
+
+        Args:
+            scores: finite numbers, any shape.
+
+        Returns:
+            float64 in the shape of `scores`.
 
         Raises:
             ValueError: a score is nan or inf.
@@ -184,19 +193,21 @@ class Calibration:
 
 
 def calibrate_scores(results: VerificationResults, *, prior: float | None = None) -> Calibration:
-    """Isotonic regression of "genuine" on the score: what a score of each model means, in probabilities.
+    """Returns the calibration of scores to probabilities of a genuine match, by isotonic regression.
 
-        minimise  sum over pairs of  weight * (p(score) - genuine)^2     over p that never fall with the score
+        minimise  sum over pairs of  weight * (p(score) - genuine)^2     over non-decreasing functions p
 
-    Scores of two models are not comparable, calibrated ones are.  Pairs of a bin, 2^-16 wide, count at its middle.
+    Scores of two models are not comparable; calibrated scores are.  A pair counts at the centre of its score bin of
+    width 2^-16.
 
     Args:
-        results: of `VerificationResults.compare`, of pairs that the models were not trained on.
-        prior: the fraction of genuine pairs where the probabilities are to hold, in (0, 1): weights make it so.  None:
-            as in `results`, where all pairs with a gallery are impostors but a few.
+        results: results of `VerificationResults.compare` on pairs that the model was not trained on.
+        prior: fraction of genuine pairs for which the probabilities should hold, in (0, 1); pairs are weighted
+            accordingly.  None for the fraction in `results`, where almost all pairs are impostors.
 
     Raises:
-        TypeError, ValueError: a prior outside of (0, 1), or no pair of one of the two kinds.
+        TypeError: `prior` is not a number.
+        ValueError: `prior` is outside (0, 1), or there are no genuine or no impostor pairs.
         ModuleNotFoundError: scikit-learn is not installed (`pip install 'simplexfix[calibration]'`).
 
     Reference:
@@ -209,7 +220,7 @@ def calibrate_scores(results: VerificationResults, *, prior: float | None = None
     check_number("prior", prior)
     if not 0 < prior < 1:
         raise ValueError(f"prior is a fraction of genuine pairs and must lie in (0, 1), got {prior}")
-    from sklearn.isotonic import IsotonicRegression  # an extra
+    from sklearn.isotonic import IsotonicRegression  # optional package
 
     used = np.flatnonzero(results.genuine + results.impostor)
     genuine = results.genuine[used] * (prior / results.num_genuine)
@@ -220,7 +231,7 @@ def calibrate_scores(results: VerificationResults, *, prior: float | None = None
 
 
 def _groups(query_groups: Ids | None, items: LabelledItems) -> NDArray[np.int64]:
-    """[Q] the number of each query's group, from 0."""
+    """Returns the group of each query, [Q], numbered from 0."""
     if query_groups is None:
         return np.arange(len(items.query_labels))
     given = read_ids("query_groups", query_groups, "old.query", items.given[0])
@@ -231,10 +242,10 @@ def _groups(query_groups: Ids | None, items: LabelledItems) -> NDArray[np.int64]
 
 
 def _accepted(given: VersionFeatures, edges: NDArray[np.int64], groups: NDArray[np.int64]) -> NDArray[np.float64]:
-    """[2, G, E + 1] impostor and genuine pairs of each group: accepted at each edge, a bin, and above; and in all."""
+    """Counts impostor and genuine pairs per group: [2, G, E + 1], accepted at each of E edges (bins), then in total."""
     order = np.argsort(edges, kind="stable")
     count = len(edges)
-    size = count + 2  # by how many edges a pair reaches, 0 to E; the last are pairs that are left out
+    size = count + 2  # bins for the number of edges that a pair reaches, 0 to E, and one for pairs that are left out
     reached = np.searchsorted(edges[order], np.arange(2 * BINS + 1), side="right")
     reached[2 * BINS] = size - 1
     per_group = np.zeros((int(groups.max()) + 1, 2, size), dtype=np.int64)

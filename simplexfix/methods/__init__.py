@@ -1,4 +1,4 @@
-"""Methods that train compatible models, one small file each behind the protocol of `base`."""
+"""Training methods for compatible models, one file per method; `base` defines their interface."""
 
 from .asnn import ASNN
 from .base import Method, ReadsOldEmbeddings

@@ -1,4 +1,4 @@
-"""ASNN and NNP: classification by nearest neighbours, alone or in place of another method's cross-entropy."""
+"""ASNN and NNP: nearest-neighbour classification, alone or instead of another method's cross-entropy."""
 
 from __future__ import annotations
 
@@ -13,28 +13,29 @@ __all__ = ["ASNN"]
 
 
 class ASNN:
-    """Classification by nearest neighbours on new and remembered items; the old model plays no part.
+    """Nearest-neighbour classification on new and rehearsed items; the old model is not used.
 
-    `loss="asnn"` is not the authors' method, of which only the abstract is known to us, but our approximation of it;
-    `loss="nnp"` is its published predecessor, over batch and queue in place of the whole training set
-    (`simplexfix.neighbours`).  `FD`, `BCT` and `HOC` take an `ASNN` as `classification`, in place of cross-entropy.
+    `loss="asnn"` approximates the authors' method, of which only the abstract was available.  `loss="nnp"` is its
+    published predecessor, computed over batch and queue instead of the whole training set.  Both losses are in
+    `simplexfix.neighbours`.  `FD`, `BCT` and `HOC` accept an `ASNN` as `classification` instead of cross-entropy.
 
-    There is no hook for the training set: class sizes, and mean and standard deviation of "nnp", are those of the batch
-    and the queue.  `add_classes`, which a trainer calls before each task, empties the queue: the features of the task
-    before are another model's.
+    Class sizes, and mean and standard deviation of "nnp", are computed over batch and queue, since methods do not see
+    the whole training set.  A trainer calls `add_classes` before each task, which empties the queue, because its
+    features come from another model.
 
     Args:
         loss: "asnn" or "nnp".
-        neighbours: of each row.
-        queue: rows of the newest features that neighbours come from besides the batch; 0 for the batch alone.
-        alpha: of "nnp", weight of neighbours of the same class.
-        group: processes whose batches are one.
+        neighbours: number of neighbours per row, at least 1.
+        queue: number of recent feature rows that are candidates beside the batch; 0 for the batch only.
+        alpha: weight of same-class neighbours in "nnp", positive.
+        group: process group whose batches form one batch; None for this process alone.
 
     Raises:
-        TypeError, ValueError: an unknown loss, or a number out of its range.
+        TypeError, ValueError: the loss is unknown, or a number is out of range.
 
     Reference:
-        Of `simplexfix.neighbours.asnn_loss` and `nnp_loss`.
+        Zhang et al., IEEE TAI 2024, doi 10.1109/TAI.2024.3477436 (approximated); Wang et al., "Nearest Neighbor
+        Partitioning", IEEE TNNLS 28(10), 2017.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class ASNN:
         group: dist.ProcessGroup | None = None,
     ) -> None:
         check_options(loss, neighbours, queue, alpha)
-        # not `loss`, which is the function that a trainer calls
+        # the attribute cannot be called `loss`, the name of the method that a trainer calls
         self.kind = loss
         self.neighbours = neighbours
         self.queue = queue
@@ -55,7 +56,12 @@ class ASNN:
         self.group = group
 
     def head(self, in_features: int, embedding_dim: int | None = None) -> NeighbourHead:
-        """A new head; the embedding is the features, or of the given width by a junction."""
+        """Returns a new head.
+
+        Args:
+            in_features: width of the features.
+            embedding_dim: width of the embedding, computed by a junction; None for the features themselves.
+        """
         return NeighbourHead(
             in_features,
             embedding_dim,
@@ -66,10 +72,10 @@ class ASNN:
         )
 
     def add_classes(self, model: EmbeddingModel, classes: range) -> None:
-        """Empties the queue; a network that was pre-trained on the simplex keeps its junction, in a head of this kind.
+        """Empties the queue.  A `SimplexHead` of a pre-trained model is replaced by a new head with the same junction.
 
         Raises:
-            TypeError: the model has a head of another kind.
+            TypeError: the head is neither a `NeighbourHead` nor a `SimplexHead` without bias.
         """
         if isinstance(model.head, SimplexHead) and model.head.junction.bias is None:
             junction: nn.Linear = model.head.junction
@@ -86,5 +92,5 @@ class ASNN:
         return self.classify(model.head, model.backbone(input), target)
 
     def classify(self, head: nn.Module, features: Tensor, target: Tensor) -> Tensor:
-        """The classification term of these features."""
+        """Returns the classification term of a loss for these features."""
         return head.loss(features, target, group=self.group)  # type: ignore[no-any-return, operator]

@@ -1,4 +1,4 @@
-"""Experience replay: a learnable linear classifier that grows with its classes."""
+"""Experience replay (ER): a learnable linear classifier that grows with the number of classes."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ __all__ = ["ER"]
 
 
 class ER:
-    """Cross-entropy through a learnable head on new and remembered items; the old model plays no part.
+    """Cross-entropy of a learnable linear classifier on new and rehearsed items; the old model is not used.
 
     Args:
-        scale: of `LinearHead`.
+        scale: as in `LinearHead`.
     """
 
-    # in place of cross-entropy; FD and BCT set it only where it is given: checkpoints record the object's attributes,
-    # and those of before have no such one
+    # Replaces cross-entropy if set.  FD and BCT set the attribute only if it is given: checkpoints record instance
+    # attributes, and older checkpoints do not have this one.
     classification: ASNN | None = None
 
     def __init__(self, *, scale: float | None = None) -> None:

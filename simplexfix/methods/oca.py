@@ -1,4 +1,4 @@
-"""OCA: new embeddings whose leading dimensions are aligned with the old model's class means."""
+"""OCA (orthogonal compatible aligned): the leading dimensions are aligned with the old model's class means."""
 
 from __future__ import annotations
 
@@ -28,40 +28,41 @@ def oca_loss(
     label_smoothing: float = 0.1,
     normalize_prototypes: bool = False,
 ) -> Tensor:
-    """Cross-entropy in all dimensions, and alignment of the leading ones with class means of the old embeddings.
+    """Returns the OCA loss: cross-entropy in all dimensions, and alignment of the leading ones with old class means.
 
         h    = F.normalize(z);  h_c = F.normalize(h[:, :d_o])
-        P    = objective.prototypes                       [C, d_o]
-        h_o  = objective.rotation(h)                      h Q^T (+ b); h itself without a rotation
+        P    = objective.prototypes                       # [C, d_o]
+        h_o  = objective.rotation(h)                      # h Q^T (+ b); h itself without a rotation
         loss = weights[0] * cross_entropy(h_o W^T / temperature, target, label_smoothing)
              + weights[1] * cross_entropy(h_c P^T / temperature, target, label_smoothing)
              + weights[2] * mean(1 - cos(h_c, P[target]))
 
-    Without prototypes there is no old version, and the loss is `cross_entropy(h W^T / temperature, target,
-    label_smoothing)` alone, of weight 1.  A zero row normalises to zero.  Computed in float32 at least, under autocast
-    too.
+    Without an old version there are no prototypes, and the loss is `cross_entropy(h W^T / temperature, target,
+    label_smoothing)` with weight 1.  A zero row normalises to zero.  The loss is computed in float32 or float64, also
+    under autocast.
 
     Args:
-        z: [B, d] embeddings.
+        z: [B, d] floating embeddings.
         target: [B] int64 class ids in [0, C).
-        objective: W, Q and P.
-        weights: of the three terms, each 0 or more.
-        temperature: of both cross-entropies.
-        label_smoothing: of both, in [0, 1].
-        normalize_prototypes: whether the rows of P are normalised for the second term; the third does not depend on it.
+        objective: module that holds W, Q and P.
+        weights: weights of the three terms, each at least 0.
+        temperature: temperature of both cross-entropies, positive.
+        label_smoothing: label smoothing of both, in [0, 1].
+        normalize_prototypes: whether to normalise the rows of P in the second term; the third one always does.
 
     Returns:
-        Scalar.
+        A scalar.
 
     Raises:
-        TypeError, ValueError: a target that is not [B] int64 class ids of the classifier, on the CPU by row.
+        TypeError: `target` is not int64.
+        ValueError: `target` is not [B], or on the CPU holds an id outside [0, C).
 
     Reference:
         Ricci et al., arXiv 2408.08793.
     """
     check_target(target, z)
     check_known(target, objective.classifier.out_features, "OCA.add_classes")
-    with no_autocast(z):  # 8 bits would be left of cosines near 1
+    with no_autocast(z):  # bfloat16 has only 8 significant bits for cosines near 1
         h = F.normalize(z.to(accumulate_dtype(z.dtype)))
         turned = h if objective.rotation is None else objective.rotation(h)
         classify = F.cross_entropy(objective.classifier(turned) / temperature, target, label_smoothing=label_smoothing)
@@ -77,25 +78,25 @@ def oca_loss(
 
 
 class OCA:
-    """Orthogonal compatible aligned features: `oca_loss`, in embeddings that grow by `extra` with each version.
+    """Trains with `oca_loss`; each version adds `extra` dimensions to the embeddings.
 
-    The embeddings of version t have d_t = d_{t-1} + extra dimensions.  Their first d_{t-1}, normalised again, search
-    the gallery of version t - 1, the first d_{t-2} that of version t - 2, and so on.  The prototypes of a task are the
-    class means of the old version's unit embeddings, over all its items and the remembered ones; classes that the old
-    version never saw have one too.
+    Version t has d_t = d_{t-1} + extra dimensions.  Its first d_{t-1} dimensions, normalised again, search the gallery
+    of version t - 1, its first d_{t-2} that of version t - 2, and so on.  The prototypes of a task are the class means
+    of the old version's unit embeddings of new and rehearsed items, also for classes that are new to the old version.
 
-    The old version is not run in a step.  Classifier and rotation begin anew with each version, for deployed models do
-    not have them: a training from a model folder is that from the model in memory.  The junction keeps its rows.
+    The old version does not run during training steps.  The junction keeps its rows from version to version.
+    Classifier and rotation are initialised anew, since deployed models do not have them.  So training from a model
+    folder equals training from the model in memory.
 
     Args:
-        embedding_dim: d_0, of the first version.
-        extra: dimensions that each later version adds, 0 or more.
-        weights, temperature, label_smoothing, normalize_prototypes: of `oca_loss`.
+        embedding_dim: d_0, width of the first version, at least 1.
+        extra: number of dimensions that each later version adds, at least 0.
+        weights, temperature, label_smoothing, normalize_prototypes: as in `oca_loss`.
         rotation: "orthogonal", "orthogonal_bias" as in the authors' code, or "none".
 
     Raises:
-        TypeError, ValueError: an option out of range; in `Trainer.fit`: a model whose head is no `OCAHead`, or a class
-            without an item.
+        TypeError, ValueError: an option is out of range.  `Trainer.fit` raises if the head is not an `OCAHead`, or if a
+            class has no item.
 
     Reference:
         Ricci et al., "Backward-Compatible Aligned Representations via an Orthogonal Transformation Layer",
@@ -141,7 +142,7 @@ class OCA:
         self._begin(_head_of(model), classes.stop, prefix=None)
 
     def fit_to_old(self, model: EmbeddingModel, old: EmbeddingModel) -> None:
-        """Widens the model's embeddings to those of the old version and `extra` more; the old one is an ancestor."""
+        """Widens the embeddings to the old version's width plus `extra`, and records the old version as an ancestor."""
         head, width = _head_of(model), old.embedding_dim
         if width is None:
             raise ValueError(
@@ -165,7 +166,7 @@ class OCA:
                 f"OCA needs an item of every class for its prototypes, and {len(missing)} have none "
                 f"({listed(missing)}): keep a memory of earlier classes"
             )
-        sums = torch.zeros(objective.prototypes.shape, dtype=torch.float64)  # on the CPU the order of a sum is fixed
+        sums = torch.zeros(objective.prototypes.shape, dtype=torch.float64)  # the summation order is fixed on the CPU
         sums.index_add_(0, labels, embeddings.double())
         objective.prototypes.copy_(sums / counts[:, None])
 

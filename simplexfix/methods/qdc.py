@@ -1,4 +1,4 @@
-"""QDC: contrastive fine-tuning of an encoder of queries and documents, held to the encoder before by distillation."""
+"""QDC (query drift compensation): contrastive fine-tuning of a text encoder with distillation from the old encoder."""
 
 from __future__ import annotations
 
@@ -19,26 +19,25 @@ __all__ = ["QDC", "info_nce"]
 
 
 def info_nce(query: Tensor, document: Tensor, *, scale: float = 50.0, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Cross-entropy of each query's positive document among all documents.
+    """Returns the InfoNCE loss: cross-entropy of each query's positive document among all documents.
 
-        loss = 1/B sum_i [ log sum_j exp(scale q_i . d_j) - scale q_i . d_{i n} ]
+        loss = 1/B sum_i [ log sum_j exp(scale q_i . d_j) - scale q_i . d_{i n} ]     # q, d: L2-normalised rows
 
-    with q and d the rows divided by their norms, and n documents for each query.  The sum runs over the documents of
-    all processes of the group.  Gradients reach the documents of other processes: the mean over processes is the loss
-    of the whole batch.
+    There are n documents per query.  The inner sum runs over the documents of all processes of the group.  Gradients
+    flow to documents of other processes, so the mean over processes is the loss of the global batch.
 
     Args:
         query: [B, d] floating.
-        document: [B n, d] of the same dtype: rows i n to i n + n - 1 are of query i, its positive first, then its hard
-            negatives.
+        document: [B n, d] in the same dtype.  Rows i n to i n + n - 1 belong to query i: its positive document, then
+            its hard negatives.
         scale: inverse temperature, positive.
-        group: processes whose documents are gathered; None for this process's alone.
+        group: process group whose documents are gathered; None for this process alone.
 
     Returns:
-        Scalar, of float32 at least.
+        A scalar, float32 or float64.
 
     Raises:
-        TypeError, ValueError: shapes, dtypes or devices that do not fit; processes with batches of unlike shapes.
+        TypeError, ValueError: shapes, dtypes or devices do not fit, or batches of the group differ in shape.
     """
     check_rows("query", query)
     check_rows("document", document)
@@ -55,33 +54,32 @@ def info_nce(query: Tensor, document: Tensor, *, scale: float = 50.0, group: dis
     if group is not None:
         positive = positive + rank_of(document, group) * len(document)
         document = all_rows(document, group)
-    with no_autocast(query):  # of bfloat16, logits up to 50 would have steps of 0.25
+    with no_autocast(query):  # in bfloat16, logits up to 50 would be rounded to multiples of 0.25
         return F.cross_entropy(scale * query @ document.T, positive)
 
 
 class QDC:
-    """InfoNCE between queries and documents, and distillation to the old encoder where there is one.
+    """InfoNCE between queries and documents, plus distillation from the old encoder.
 
         loss = info_nce(q, d) + weight * L_kd
-        L_kd = mean(1 - q . q_old) + mean(1 - d . d_old)
+        L_kd = mean(1 - q . q_old) + mean(1 - d . d_old)        # 0 without an old encoder
 
-    with q and d the unit embeddings of the batch's queries and of all its documents, hard negatives too, and q_old and
-    d_old the old encoder's of the same, without gradient.  L_kd is 0 without an old encoder.  The drift of the queries
-    is measured after the training (`simplexfix.adapters.QueryDrift`).
+    q and d are the unit embeddings of the batch's queries and of all its documents, hard negatives included.  q_old and
+    d_old are those of the old encoder, without gradient.  The query drift is measured after training
+    (`simplexfix.adapters.QueryDrift`).
 
-    An input is a query with its documents, [B, 2 + n, ...]: query, positive document, n hard negatives.  The target is
-    not read.  A document that is relevant to another query of the batch counts as a negative of that, as in the
-    authors' code.
+    Inputs are [B, 2 + n, ...]: per row a query, its positive document and n hard negatives.  The target is not used.  A
+    document that is relevant to another query of the batch still counts as that query's negative, as in the authors'
+    code.
 
     Args:
-        weight: of the distillation, 0 or more; 0 for none, and then the old encoder is not run.  The authors' code
-            multiplies InfoNCE by the number of processes: its weight of 1 is 1 / processes here.
-        scale: of `info_nce`.
-        group: of `info_nce`.
+        weight: weight of the distillation, at least 0.  With 0 the old encoder does not run.  The authors' code
+            multiplies InfoNCE by the number of processes P, so its weight 1 corresponds to 1 / P here.
+        scale, group: as in `info_nce`.
 
     Raises:
-        TypeError, ValueError: a weight that is negative or infinite, a scale that is not positive; in `loss`: inputs
-            without documents, or an old encoder of another width.
+        TypeError, ValueError: `weight` is negative or infinite, or `scale` is not positive.  `loss` raises for inputs
+            without documents and for an old encoder of another width.
 
     Reference:
         Goswami et al., "Query Drift Compensation: Enabling Compatibility in Continual Learning of Retrieval Embedding
@@ -101,7 +99,7 @@ class QDC:
         return FeatureHead(in_features)
 
     def add_classes(self, model: EmbeddingModel, classes: range) -> None:
-        """There is no classifier."""
+        """Does nothing: there is no classifier."""
 
     def loss(self, model: EmbeddingModel, input: Tensor, target: Tensor, old: EmbeddingModel | None) -> Tensor:
         if input.ndim < 3 or input.shape[1] < 2:

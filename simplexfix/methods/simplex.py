@@ -1,4 +1,4 @@
-"""Cross-entropy through the fixed d-simplex: stationary features."""
+"""Cross-entropy with the fixed d-simplex classifier, which makes features stationary."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ __all__ = ["Simplex"]
 
 
 class Simplex:
-    """The fixed simplex classifier on new and remembered items; the old model plays no part.
+    """Cross-entropy of the fixed simplex classifier on new and rehearsed items; the old model is not used.
 
     Args:
-        slots: the registry that all versions and replacements share: one class, one slot, for good.
-        namespace: under which the classes are known there.
-        normalize, scale, margin: of `simplexfix.SimplexHead`.
+        slots: registry that all versions and replacements share; it gives each class a permanent slot.
+        namespace: namespace of the classes in the registry.
+        normalize, scale, margin: as in `simplexfix.functional.simplex_cross_entropy`.
 
     Raises:
-        ValueError: scale or margin is out of range, or a margin without normalisation.
+        ValueError: `scale` or `margin` is out of range, or a margin is given without `normalize`.
 
     Reference:
         arXiv 2405.02581.
@@ -54,7 +54,7 @@ class Simplex:
     def add_classes(self, model: EmbeddingModel, classes: range) -> None:
         known = set(self.slots.classes(self.namespace).tolist())
         self.slots.add(self.namespace, [class_id for class_id in classes if class_id not in known])
-        # a version keeps what was known when it was made
+        # each version has a copy of the registry as it was when the version was made
         device = model.head.junction.weight.device  # type: ignore[union-attr]
         model.head.slots = copy.deepcopy(self.slots).to(device)  # type: ignore[arg-type]
 
@@ -62,5 +62,5 @@ class Simplex:
         return model.head.loss(model.backbone(input), self._slots(target))  # type: ignore[no-any-return, operator]
 
     def _slots(self, target: Tensor) -> Tensor:
-        """Of class ids; on a device that would have to be waited for, -1 for strangers, whose loss there is nan."""
+        """Maps class ids to slots.  On a GPU unknown classes give -1, whose loss is nan, to avoid synchronizing."""
         return self.slots.lookup(self.namespace, target, missing=None if target.is_cpu else -1)

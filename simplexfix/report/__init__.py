@@ -1,4 +1,4 @@
-"""Reports: everything measured of model versions at once, as JSON, figures and one page of HTML."""
+"""Evaluation reports of model versions, as JSON, figures and one HTML page."""
 
 from .evaluation import Counts, Criteria, EvaluationReport, Ignored, QueriesInGallery, Upgrade, evaluate
 from .verdict import Verdict

@@ -1,4 +1,4 @@
-"""Colours of the evaluation report, for terminal, figures and page, on light ground and on dark."""
+"""Colour themes of the evaluation report, light and dark, for terminal, figures and page."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["DARK", "LIGHT", "Theme", "readable", "shade"]
 
 @dataclass(frozen=True)
 class Theme:
-    """`scale`: the heat map's colours from the least score to the most; the more, the further from the ground."""
+    """Colours of one theme; `scale` holds the heat map's colours from the lowest to the highest score."""
 
     ground: str
     ink: str
@@ -47,7 +47,7 @@ DARK = Theme(
 
 
 def shade(theme: Theme, fraction: float) -> str:
-    """The scale's colour at a place in [0, 1]."""
+    """Returns the colour of the scale at a position in [0, 1], interpolated linearly."""
     at = min(max(fraction, 0.0), 1.0) * (len(theme.scale) - 1)
     low = min(int(at), len(theme.scale) - 2)
     pairs = zip(_channels(theme.scale[low]), _channels(theme.scale[low + 1]), strict=True)
@@ -55,7 +55,7 @@ def shade(theme: Theme, fraction: float) -> str:
 
 
 def readable(ground: str) -> str:
-    """Black or white, whichever contrasts more with the ground: 4.58 to 1 at least, where the two are equal."""
+    """Returns black or white, whichever has the higher contrast with the background; at least 4.58 : 1."""
     luminance = _luminance(ground)
     return "#000000" if (luminance + 0.05) / 0.05 > 1.05 / (luminance + 0.05) else "#ffffff"
 

@@ -1,4 +1,4 @@
-"""The evaluation report's figures, each on light ground, for slides, and on dark, for the page at night."""
+"""Figures of the evaluation report, each in a light and a dark theme."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from .evaluation import EvaluationReport
 
 __all__ = ["Drawn", "Shown", "draw", "draw_matrices", "load_sheet"]
 
-SHOWN = 24  # regressions as images
-PIXELS = 160  # of an image's longer side
-_FAMILY = "DejaVu Sans"  # comes with matplotlib
+SHOWN = 24  # most regressions that are shown as images
+PIXELS = 160  # longer side of a thumbnail
+_FAMILY = "DejaVu Sans"  # included in matplotlib
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A figure as SVG, or PNG where it shows photographs, and what it shows in words."""
+    """A figure as SVG (PNG if it shows photographs) in both themes, with a description in words."""
 
     light: bytes
     dark: bytes
@@ -48,14 +48,14 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Shown:
-    """A regression and its images: "query", and of the gallery "found" and "own"."""
+    """A regression with its images: "query", and the gallery items "found" and "own"."""
 
     regression: Regression
     images: dict[str, Image.Image]
 
 
 def draw(report: EvaluationReport, sheet: Sequence[Shown]) -> dict[str, Drawn]:
-    """File name -> figure."""
+    """Draws all figures of a report; returns them by file name."""
     figures = {"matrix.svg": _both(lambda theme: _matrix(report, theme), _matrix_words(report))}
     if report.upgrades:
         verbs = "improves and worsens" if report.has_scores else "mends and breaks"
@@ -77,10 +77,10 @@ def draw(report: EvaluationReport, sheet: Sequence[Shown]) -> dict[str, Drawn]:
 
 
 def load_sheet(regressions: Sequence[Regression], paths: Mapping[str, Sequence[Path]]) -> list[Shown]:
-    """The worst regressions with their images; only these are opened.
+    """Reads the images of the worst regressions, and no others.
 
     Raises:
-        ValueError: an image that cannot be read, by its path.
+        ValueError: an image cannot be read; the message names its path.
     """
     shown = []
     for regression in regressions[:SHOWN]:
@@ -107,13 +107,13 @@ def _both(make: Callable[[Theme], Figure], words: str, kind: str = "svg") -> Dra
 
 
 def _encode(make: Callable[[Theme], Figure], theme: Theme, kind: str) -> bytes:
-    # no date and a fixed salt: the same report is the same bytes
+    # no date and a fixed salt, so that equal reports have equal bytes
     options: dict[Any, Any] = {
         "svg.hashsalt": "simplexfix",
         "svg.fonttype": "path",
         "font.family": _FAMILY,
         "font.size": 8.5,
-        "text.parse_math": False,  # names of versions are text, dollars and all
+        "text.parse_math": False,  # a dollar sign in a version name is plain text
         "text.color": theme.ink,
         "axes.labelcolor": theme.muted,
         "axes.edgecolor": theme.grid,
@@ -136,7 +136,7 @@ def _encode(make: Callable[[Theme], Figure], theme: Theme, kind: str) -> bytes:
 
 @contextmanager
 def default_style(options: dict[Any, Any]) -> Iterator[None]:
-    """matplotlib's own defaults with these options; a user's matplotlibrc changes no figure."""
+    """Applies matplotlib's built-in defaults and these options, so that a user's matplotlibrc has no effect."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(options)
@@ -161,10 +161,10 @@ def _matrix(report: EvaluationReport, theme: Theme) -> Figure:
 
 
 def draw_matrices(grid: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> bytes:
-    """PNG of several sequences of versions side by side, all matrices on one scale of colours.
+    """Returns a PNG with the matrices of several version sequences, on one colour scale.
 
     Args:
-        grid: search -> method -> what `evaluate` returned as a dict; a row for each search, a column for each method.
+        grid: search -> method -> `EvaluationReport.as_dict()`; one row per search and one column per method.
     """
     matrices = [np.array(entry["matrix"], dtype=float) for row in grid.values() for entry in row.values()]
     scale = float(np.nanmin(matrices)), float(np.nanmax(matrices))
@@ -192,7 +192,7 @@ def draw_matrices(grid: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> bytes:
 def _heat_map(
     axes: Any, matrix: NDArray[np.float64], names: Sequence[str], theme: Theme, scale: tuple[float, float]
 ) -> Any:
-    """Draws the cells with their scores in percent; `scale`: the scores of the first colour and of the last."""
+    """Draws the cells with their scores in percent; `scale` holds the scores of the first and of the last colour."""
     size, (low, high) = len(matrix), scale
     colours = LinearSegmentedColormap.from_list("scores", theme.scale)
     spread = high - low or 1.0
@@ -294,7 +294,7 @@ def _backfill(report: EvaluationReport, theme: Theme) -> Figure:
 
 
 def _pairs(report: EvaluationReport, theme: Theme) -> list[tuple[str, VersionPairs, str]]:
-    """Name, pairs and colour of the last upgrade's versions."""
+    """Name, pair verification and colour of each version of the last upgrade."""
     pairs = report.pairs
     assert pairs is not None
     if pairs.after is None:
@@ -309,7 +309,7 @@ def _roc(report: EvaluationReport, theme: Theme) -> Figure:
         label = f"{_short(name)}: equal error {100 * pairs.equal_error_rate:.2f} %"
         axes.plot(pairs.curve_far, 100 * pairs.curve_tar, color=colour, linewidth=2, label=label)
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")  # the usual one writes mathematics
+    axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")  # the default formatter uses math text
     axes.xaxis.set_minor_formatter(lambda *_: "")
     axes.set_xlabel("false-accept rate")
     axes.set_ylabel("true-accept rate, percent")
@@ -382,7 +382,7 @@ def _sheet(report: EvaluationReport, sheet: Sequence[Shown], theme: Theme) -> Fi
 
 
 def _short(name: str) -> str:
-    """At most 14 characters, from the end; what no installed font has is escaped: "\\u65b0" for U+65B0."""
+    """Returns the last 14 characters of a name; characters that no installed font has are escaped, as "\\u65b0"."""
     drawn = [c if _family_of(c) else c.encode("unicode_escape").decode() for c in name]
     if sum(map(len, drawn)) <= 14:
         return "".join(drawn)
@@ -392,7 +392,7 @@ def _short(name: str) -> str:
 
 
 def _choose_fonts(figure: Figure) -> None:
-    """Gives each text that needs it a list of families, of which matplotlib takes the first that has a glyph."""
+    """Sets a list of font families where a text needs it; matplotlib takes the first one that has a glyph."""
     ticks = [label for axes in figure.axes for label in (*axes.get_xticklabels(), *axes.get_yticklabels())]
     for text in {*figure.findobj(Text), *ticks}:
         others = {_family_of(c) for c in text.get_text()} - {_FAMILY, None}
@@ -402,7 +402,7 @@ def _choose_fonts(figure: Figure) -> None:
 
 @functools.cache
 def _family_of(character: str) -> str | None:
-    """The usual family, or the first installed one by name that has the character; of control characters none has."""
+    """Returns the default family or the first installed one, by name, that has the character; None if none has it."""
     if unicodedata.category(character) in ("Cc", "Cn", "Cs"):
         return None
     found = (family for family, file in _installed().items() if ord(character) in _characters(file))
@@ -411,8 +411,8 @@ def _family_of(character: str) -> str | None:
 
 @functools.cache
 def _installed() -> dict[str, str]:
-    """Family -> its upright file nearest to regular weight; the usual family first, the others by name."""
-    # matplotlib's last resort has a box for every code point
+    """Maps each family to its upright font file nearest to regular weight; the default family first, then by name."""
+    # leave out matplotlib's Last Resort font, which has a box for every code point
     entries = [
         entry
         for entry in font_manager.fontManager.ttflist
@@ -432,7 +432,7 @@ def _characters(file: str) -> Collection[int]:
 
 @contextmanager
 def _no_font_log() -> Iterator[None]:
-    """matplotlib logs of a family that has no file of regular weight, though it draws with the one there is."""
+    """Silences matplotlib's log about families without a regular weight; it uses the available weight anyway."""
     log = logging.getLogger("matplotlib.font_manager")
     level = log.level
     log.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""A report as a folder: report.json, report.html and figures, exchanged as a whole for the report that was there."""
+"""Writes a report folder: report.json, report.html and figures, which replace an earlier report as a whole."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 __all__ = ["check_replaceable", "content_of", "files_of", "save"]
 
-MADE_BY = "simplexfix evaluate"  # marks a report.json as ours
+MADE_BY = "simplexfix evaluate"  # identifies a report.json as written by this package
 FIGURES = ("matrix.svg", "flips.svg", "backfill.svg", "roc.svg", "scores.svg", "regressions.png")
 
 
 def content_of(report: EvaluationReport) -> dict[str, Any]:
-    """What report.json holds."""
+    """Returns the content of report.json."""
     return {
         "made_by": MADE_BY,
         "simplexfix": __version__,
@@ -34,7 +34,7 @@ def content_of(report: EvaluationReport) -> dict[str, Any]:
 
 
 def files_of(report: EvaluationReport, images: Mapping[str, Sequence[Path]] | None) -> dict[str, bytes]:
-    """The files of the folder by their names; `EvaluationReport.save` describes `images`."""
+    """Returns the files of the folder by name; `images` as in `EvaluationReport.save`."""
     from . import figures, page
 
     _check_images(report, images or {})
@@ -50,22 +50,22 @@ def files_of(report: EvaluationReport, images: Mapping[str, Sequence[Path]] | No
 
 
 def save(report: EvaluationReport, folder: Path, images: Mapping[str, Sequence[Path]] | None) -> None:
-    """`EvaluationReport.save`."""
+    """Implements `EvaluationReport.save`."""
     check_replaceable(folder)
     files = files_of(report, images)
-    check_replaceable(folder)  # drawing takes seconds
+    check_replaceable(folder)  # first, since drawing takes seconds
     write_folder(folder, files)
 
 
 def check_replaceable(folder: Path) -> None:
-    """The folder is missing, empty, or holds a report and nothing else.
+    """Checks that a folder is missing, empty, or holds only a report, so that it may be replaced.
 
     Raises:
-        ValueError: something else is there.
-        OSError: the folder around it is missing; links lead in a circle.
+        ValueError: the folder holds something else, or the path is a file.
+        OSError: the parent folder is missing, or symbolic links form a cycle.
     """
     if not folder.exists():
-        target = Path(os.path.realpath(folder))  # Path.resolve raises RuntimeError for links in a circle
+        target = Path(os.path.realpath(folder))  # Path.resolve raises RuntimeError for cycles of links
         if target.is_symlink():
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(folder))
         target.parent.stat()

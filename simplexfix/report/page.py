@@ -1,7 +1,7 @@
-"""The report as one page of HTML: nothing is loaded from elsewhere, and no script runs.
+"""Renders the report as one self-contained HTML page without scripts.
 
-The template is report.html.jinja; this file formats numbers and encodes images for it.  Each number of report.json
-stands in a `<data>` element whose value is the number itself, every digit of it.
+The template is report.html.jinja; this file formats numbers and encodes images for it.  Each number of report.json is
+in a `<data>` element, whose `value` has all its digits.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .figures import ORDER_WORDS, Drawn, Shown
 
 __all__ = ["render"]
 
-NUMBERED = 12  # versions whose cells have room for a decimal and a mark
+NUMBERED = 12  # up to this number of versions, cells of the matrix show a decimal and a mark
 REGRESSION_HEAD = ("query", "class", "found class", "score", "own class’s", "margin", "found item", "own item")
 SCORE_HEAD = (
     "query",
@@ -42,11 +42,12 @@ SCORE_HEAD = (
 def render(
     report: EvaluationReport, content: Mapping[str, Any], figures: Mapping[str, Drawn], sheet: Sequence[Shown]
 ) -> str:
-    """The page.
+    """Returns the HTML page.
 
     Args:
-        content: what report.json holds.
-        figures: by file name.
+        report: the report.
+        content: content of report.json.
+        figures: figures by file name.
         sheet: regressions with their images.
     """
     environment = Environment(
@@ -94,8 +95,8 @@ def render(
 
 class _Cell(NamedTuple):
     value: float
-    name: str  # of the <data> element
-    kind: str  # "own", or whether the upgrade is compatible: "yes" or "no"
+    name: str  # name of the <data> element
+    kind: str  # "own" on the diagonal, else "yes" or "no": whether the upgrade is compatible
     style: str
     hint: str
 
@@ -119,7 +120,7 @@ def _heat_cell(report: EvaluationReport, i: int, j: int, fraction: float) -> _Ce
 
 
 def _pairs_versions(report: EvaluationReport) -> list[tuple[str, Any]]:
-    """Names and pairs of the last upgrade's versions."""
+    """Names and pair verifications of the last upgrade's versions."""
     pairs = report.pairs
     if pairs is None:
         return []
@@ -134,7 +135,7 @@ def _pairs_heads(report: EvaluationReport) -> list[str]:
 
 
 def _threshold(report: EvaluationReport) -> dict[str, Any] | None:
-    """What the upgrade does to a service's threshold."""
+    """Values of the section on the upgrade's effect on a service's threshold."""
     if report.pairs is None or report.pairs.threshold is None:
         return None
     move, old, new = report.pairs.threshold, report.names[-2], report.names[-1]
@@ -156,7 +157,7 @@ def _ends(interval: Interval, times: float, digits: int) -> str:
 
 
 def _criteria(report: EvaluationReport) -> list[tuple[str, float, str, str, str]]:
-    """Name, value, the value in figures, its meaning and its formula."""
+    """Rows of the criteria table: name, value, formatted value, meaning and formula."""
     c = report.criteria
     rows = [
         (
@@ -192,7 +193,7 @@ def _criteria(report: EvaluationReport) -> list[tuple[str, float, str, str, str]
 
 
 def _data(shown: Any, value: float, name: str = "") -> Markup:
-    """The text of a number, and the number itself as JSON writes it."""
+    """Returns a `<data>` element with the shown text, and the number in JSON notation as its value."""
     number = float(value)
     called = Markup(' id="{}"').format(name) if name else ""
     text = "null" if math.isnan(number) else repr(number)

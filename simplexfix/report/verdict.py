@@ -1,4 +1,4 @@
-"""What the last upgrade of a report means for a service, in words."""
+"""The verdict on the last upgrade of a report, in words."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ __all__ = ["Verdict", "verdict"]
 
 
 class Verdict(NamedTuple):
-    """The last upgrade in words.
+    """The verdict on the last upgrade.
 
     Attributes:
         tone: "good", "unsure" or "bad".
-        words: one sentence.
-        then: what that means for the service.
+        words: the verdict in one sentence.
+        then: its consequence for the service.
     """
 
     tone: str
@@ -25,7 +25,7 @@ class Verdict(NamedTuple):
 
 
 def verdict(report: EvaluationReport) -> Verdict:
-    """The verdict on the last upgrade: good or bad where interval and exact test agree at the report's confidence."""
+    """Returns the verdict: good or bad if interval and test agree at the report's confidence level, else unsure."""
     upgrade = report.last_upgrade
     if upgrade is None:
         score = f"{100 * report.matrix[0, 0]:.1f} %"
