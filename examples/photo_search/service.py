@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import threading
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -138,16 +139,15 @@ class Service:
 
     def _backfill(self) -> None:
         model, identity = self.models[1], self.identities[1]
-        batches = self.gallery.stale(batch=BATCH)
-        for batch in batches:
-            rows = torch.from_numpy(self.drawings[batch])
-            try:
-                self.gallery.replace(batch, model.extract(rows, prepare=model.preprocessing), model=identity)
-            except StrangerError:  # another process has rolled back
-                break
-            if self._stop.wait(self._pause):
-                break
-        batches.close()
+        with closing(self.gallery.stale(batch=BATCH)) as batches:  # ends the leases after an error, too
+            for batch in batches:
+                rows = torch.from_numpy(self.drawings[batch])
+                try:
+                    self.gallery.replace(batch, model.extract(rows, prepare=model.preprocessing), model=identity)
+                except StrangerError:  # another process has rolled back
+                    return
+                if self._stop.wait(self._pause):
+                    return
 
     @staticmethod
     def _rows(status: dict[str, Any], version: int) -> int:
