@@ -70,7 +70,7 @@ def train(images: Tensor, slots: SlotRegistry, width: int, steps: int, old: Embe
         features = model.backbone(batch)
         loss = model.head(features, slots.lookup("default", target))
         if old is not None:
-            held = target < KNOWN  # HOC is for what the old version knows
+            held = target < len(old.head.slots)  # HOC is for what the old version knows
             loss = 0.5 * loss + 0.5 * model.head.hoc_loss(features[held], old.extract(batch[held]), target[held])
         optimizer.zero_grad()
         loss.backward()

@@ -89,6 +89,43 @@ def test_the_method_of_ones_own_trains_and_its_page_runs(tmp_path, monkeypatch) 
     assert names["own"].images.shape == (1, 3, 32, 32)
 
 
+def test_the_snippets_of_the_evaluation_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a version that finds more than the one before; half of the queries are gallery items themselves."""
+    from simplexfix.retrieval import Protocol
+
+    monkeypatch.chdir(tmp_path)
+    draw, query_labels, gallery_labels = np.random.default_rng(0), np.arange(300) % 6, np.arange(200) % 6
+    names: dict[str, Any] = {
+        "query_labels": query_labels, "gallery_labels": gallery_labels, "Protocol": Protocol,
+        "query_ids": np.arange(300) + 100, "gallery_ids": np.arange(200),
+    }  # fmt: skip
+    for name, noise in (("old", 0.8), ("new", 0.4)):
+        for part, labels in (("query", query_labels), ("gallery", gallery_labels)):
+            rows = np.eye(8)[labels] + noise * draw.standard_normal((len(labels), 8))
+            names[f"{name}_{part}"] = rows.astype(np.float32)
+    judged = [f"{query + 100}\t{item}\t1" for query in range(300) for item in (query % 6, query % 6 + 6)]
+    Path("qrels.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *judged]))
+    text = (ROOT / "docs" / "evaluation.md").read_text()
+    first, second = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    exec(compile(first, "docs/evaluation.md", "exec"), names)
+    assert names["result"].passed
+    assert names["report"].matrix[1][0] > names["report"].matrix[0][0]
+    assert (tmp_path / "report" / "report.html").is_file()
+    assert names["recall"] > 0.05
+    own = re.search(r"`(Protocol\(.*\))`", text)
+    cmc = eval(own[1], names)
+    assert names["upgrade_gate"](names["v0"], names["v1"], protocol=cmc).scores["new_on_old"] > 0.9
+    assert names["backfill_curve"](names["v0"], names["v1"], protocol=cmc).protocol == "CMC"
+    with pytest.raises(
+        ValueError, match="the Protocol 'CMC' of your own, which compatibility_matrix, upgrade_gate and"
+    ):
+        names["evaluate"]([names["v0"], names["v1"]], protocol=cmc)
+    exec(compile(second, "docs/evaluation.md", "exec"), names)
+    assert names["report"].protocol == "ndcg@10"
+    assert names["ndcg"].shape == (300,)
+    assert 0 < names["ndcg"].mean() < 1
+
+
 def test_the_life_of_a_gallery_runs_as_its_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On two versions on one simplex; the first one sees half of the features."""
     monkeypatch.chdir(tmp_path)

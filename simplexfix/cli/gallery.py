@@ -23,6 +23,7 @@ from ..labelled import load_vectors
 from ..models import ModelIdentity
 from ._embedder import Embedder
 from ._gallery_inputs import PATH, FileRows, FolderImages, image_items, is_images, payloads, read_table
+from ._gallery_text import status_text
 from ._models import read_model
 from ._progress import counted
 
@@ -260,51 +261,10 @@ def _text(arguments: argparse.Namespace, result: dict[str, Any]) -> str:
         )
     if action == "retire":
         return f"version {result['version']} is retired, its {result['old_rows_deleted']} old vectors are deleted"
-    return _table(result)
+    return status_text(result)
 
 
 def _hit(id_: int, score: float, version: int, threshold: float | None, path: object) -> str:
     below = " below its threshold" if threshold is not None and score < threshold else ""
     named = "" if path is None else f" {printable(str(path))}"
     return f"{id_}{named} {score:.4f} v{version}{below}"
-
-
-def _table(status: dict[str, Any]) -> str:
-    back = status["rolls_back_to"]
-    lines = [
-        f"{printable(status['url'])}: {status['rows']} rows, {status['stale']} stale, {status['leased']} leased"
-        + ("; backfills are paused" if status["paused"] else ""),
-        f"version {status['serving']} serves since {status['since']}; "
-        + ("there is no rollback" if back is None else f"rollback leads to version {back}"),
-    ]
-    head = ("version", "name", "standing", "rows", "old rows", "width", "fingerprint")
-    table = [head] + [
-        (
-            str(entry["version"]),
-            printable(entry["name"]),
-            entry["standing"],
-            str(entry["rows"]),
-            str(entry["old_rows"]),
-            str(entry["embedding_dim"]),
-            entry["fingerprint"][:12],
-        )
-        for entry in status["versions"]
-    ]
-    widths = [max(len(row[column]) for row in table) for column in range(len(head))]
-    lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
-    lines += [
-        f"threshold of queries of version {entry['queries']} on vectors of version {entry['vectors']}: "
-        + ("none" if entry["threshold"] is None else f"{entry['threshold']:.5f}")
-        for entry in status["thresholds"]
-    ]
-    lines += [_event(event) for event in status.get("history", ())]
-    return "\n".join(lines)
-
-
-def _event(event: dict[str, Any]) -> str:
-    """One line; the gate result and the identity are in the JSON."""
-    facts = {key: value for key, value in event.items() if key not in ("at", "event", "model", "gate", "thresholds")}
-    if event.get("gate") is not None:
-        facts["gate"] = "passed" if event["gate"]["passed"] else "failed"
-    shown = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in facts.items() if value is not None)
-    return printable(f"{event['at']}  {event['event']}" + (f": {shown}" if shown else ""))

@@ -126,4 +126,9 @@ def read_scored_protocol(protocol: str | Protocol) -> Protocol:
         ValueError: `protocol` is a custom one.
     """
     protocol = read_protocol(protocol, needs="hits")
+    if protocol.name not in PROTOCOLS and read_metric(protocol.name) is None:
+        raise ValueError(
+            f"protocol must be a name here, {', '.join(map(repr, PROTOCOLS))} or a metric ({METRIC_NAMES}), got the "
+            f"Protocol {protocol.name!r} of your own, which compatibility_matrix, upgrade_gate and backfill_curve take"
+        )
     return read_protocol(protocol.name, needs="hits")

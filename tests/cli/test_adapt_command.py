@@ -247,18 +247,17 @@ def test_a_gallery_of_the_old_encoder_admits_the_adapter(files, capsys) -> None:
     for name, rows in (("stored", old), ("again", new)):
         np.savez(files / f"{name}.npz", vectors=rows, ids=np.arange(600))
     assert main(["gallery", "create", shop, "--model", model]) == 0
-    assert main(["gallery", "add", shop, str(files / "stored.npz"), "--model", model]) == 0
+    assert main(["gallery", "add", shop, "--vectors", str(files / "stored.npz"), "--model", model]) == 0
     assert main(adapt(files, "--old-model", model, "--name", "vendor/embed 2")) == 0
     assert not Adapter.from_pretrained(out).maps_gallery  # else it has a space of its own
     assert main(["gallery", "admit", shop, "--model", out, "--force", "a test"]) == 0
-    for source, result in (("new.npy", "queries.npy"), ("again.npz", "vectors.npz")):
-        assert main(["embed", out, str(files / source), str(files / result)]) == 0
-    capsys.readouterr()
-    assert main(["gallery", "search", shop, str(files / "queries.npy"), "--model", out, "-k", "3", "--json"]) == 0
-    hits = json.loads(capsys.readouterr().out)
+    assert main(["embed", out, str(files / "new.npy"), str(files / "queries.npy")]) == 0
     _, expected = cosine_topk(Adapter.from_pretrained(out)(torch.from_numpy(new)), torch.from_numpy(old), 3)
-    assert hits["ids"] == expected.tolist()
-    assert main(["gallery", "backfill", shop, str(files / "vectors.npz"), "--model", out]) == 0
+    for option, name in (("--inputs", "new.npy"), ("--vectors", "queries.npy")):
+        capsys.readouterr()
+        assert main(["gallery", "search", shop, option, str(files / name), "--model", out, "-k", "3", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["ids"] == expected.tolist()
+    assert main(["gallery", "backfill", shop, "--inputs", str(files / "again.npz"), "--model", out]) == 0
     assert main(["gallery", "rollback", shop]) == 0
 
 

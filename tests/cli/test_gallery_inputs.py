@@ -193,8 +193,9 @@ def test_workers_share_rows_and_a_pause_is_said(shop: Path, capsys: pytest.Captu
         others.close()
     assert run("rollback shop") == 0
     assert run("admit shop --model v1 --force again") == 0
-    assert run("pause shop") == 0
     capsys.readouterr()
+    assert run("pause shop") == 0
+    assert capsys.readouterr().out.startswith("shop: 12 rows; backfills are paused\nversion 1 (v1) serves since ")
     assert run("backfill shop --inputs photos --model v1") == 1
     assert capsys.readouterr().out == (
         "replaced 0 rows; 12 rows are stale; backfills are paused: `simplexfix gallery resume shop` lets them run\n"

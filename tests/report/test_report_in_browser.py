@@ -3,48 +3,25 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from browsers import DESK, PHONE, chromium, emulate, too_wide, unreadable
 
 from simplexfix.cli import main
 
 pytest.importorskip("matplotlib", reason="pip install 'simplexfix[cli]'")
 pytest.importorskip("rich", reason="pip install 'simplexfix[cli]'")
 image_module = pytest.importorskip("PIL.Image", reason="pip install 'simplexfix[cli]'")
-webdriver = pytest.importorskip("selenium.webdriver", reason="pip install selenium")
-
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-DRIVER = shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(not BROWSER or not DRIVER, reason="needs chromium and chromedriver")
-
-FLAGS = (
-    "--headless=new",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--disable-dev-shm-usage",
-)
-PHONE, DESK = 390, 1280
 
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory) -> Iterator[Any]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    yield driver
-    driver.quit()
+    with chromium(tmp_path_factory.mktemp("profile")) as driver:
+        yield driver
 
 
 @pytest.fixture(scope="module", params=[1, 3, 31])
@@ -76,12 +53,7 @@ def report(request, tmp_path_factory) -> Path:
 
 
 def show(browser: Any, report: Path, width: int = DESK, scheme: str = "light") -> None:
-    for log in ("browser", "performance"):
-        browser.get_log(log)
-    metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    emulate(browser, width, scheme)
     browser.get((report / "report.html").as_uri())
     browser.execute_script("for (const d of document.querySelectorAll('details')) d.open = true")
 
@@ -151,15 +123,7 @@ def test_the_numbers_are_those_of_the_json(browser, report) -> None:
 @pytest.mark.parametrize("width", [PHONE, DESK])
 def test_nothing_is_wider_than_the_window(browser, report, width: int) -> None:
     show(browser, report, width=width)
-    page, window = browser.execute_script(
-        "return [document.documentElement.scrollWidth, document.documentElement.clientWidth]"
-    )
-    assert page <= window
-    wide = browser.execute_script(
-        """return [...document.querySelectorAll('main *')].filter(e => !e.closest('.scroll')
-        && e.getBoundingClientRect().right > innerWidth + 0.5).map(e => e.outerHTML.slice(0, 120))"""
-    )
-    assert wide == []
+    assert too_wide(browser) == []
     # what is wider scrolls by itself, and is not cut off
     cut = browser.execute_script(
         """return [...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth
@@ -168,32 +132,10 @@ def test_nothing_is_wider_than_the_window(browser, report, width: int) -> None:
     assert cut == 0
 
 
-CONTRAST = """
-const channel = c => { c /= 255; return c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4; };
-const parse = text => text.match(/[\\d.]+/g).map(Number);
-const luminance = c => 0.2126 * channel(c[0]) + 0.7152 * channel(c[1]) + 0.0722 * channel(c[2]);
-const ground = e => {
-  for (; e; e = e.parentElement) {
-    const c = parse(getComputedStyle(e).backgroundColor);
-    if (c.length < 4 || c[3] > 0) return c;
-  }
-  return [255, 255, 255];
-};
-const low = [];
-for (const e of document.querySelectorAll('main *')) {
-  if (![...e.childNodes].some(n => n.nodeType === 3 && n.textContent.trim())) continue;
-  const [a, b] = [luminance(parse(getComputedStyle(e).color)), luminance(ground(e))];
-  const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-  if (ratio < 4.5) low.push([ratio, e.outerHTML.slice(0, 120)]);
-}
-return low;
-"""
-
-
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_text_can_be_read(browser, report, scheme: str) -> None:
     """4.5 to 1 at least, WCAG 2.2 AA."""
     show(browser, report, scheme=scheme)
     dark = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
     assert (dark == "rgb(14, 19, 27)") == (scheme == "dark")
-    assert browser.execute_script(CONTRAST) == []
+    assert unreadable(browser) == []
