@@ -68,8 +68,10 @@ def trained(
 ) -> dict[str, Any]:
     """Matrices and criteria of the search, from the run's report."""
     place = runs / f"seed-{seed}"
-    # whatever pre-training depends on is in the name of where it is kept
-    apart = [c for c in changes if c.startswith(("tasks.replacements", "method.normalize", "method.scale"))]
+    # whatever pre-training depends on is in the name of where it is kept: with a classification the tasks' classes take
+    # no slots, so that later pre-trainings have others
+    depends = ("tasks.replacements.", "method.normalize", "method.scale", "method.classification")
+    apart = [c for c in changes if c.startswith(depends)]
     shared = pretraining / f"seed-{seed}" / "-".join(["pretraining", *apart])
     file = place / folder / "report.json"
     if not file.exists():
