@@ -93,7 +93,7 @@ class Gallery:
         """A new, empty gallery, which this model serves.
 
         Args:
-            url: the path of a new or empty folder.
+            url: the path of a new or empty folder, or FILE.db#NAME or http://HOST:PORT#NAME of Milvus.
             model: the first model: `EmbeddingModel.identity`, `read_identity(folder)` or `ModelIdentity.external`.
             threshold: the least score of a match, a cosine in [-1, 1]; None: the gallery has no thresholds.
             count_traffic: whether searches are counted, for `stale(order="traffic")`: a write every five seconds.
