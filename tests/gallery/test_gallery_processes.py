@@ -14,6 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.reduction import DupFd
 from typing import Any
 
@@ -56,7 +57,8 @@ class Child:
         self._lines = os.fdopen(read)
 
     def kill(self) -> None:
-        os.kill(self.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it has ended
+            os.kill(self.pid, signal.SIGKILL)
 
     def line(self) -> str:
         return self._lines.readline()
