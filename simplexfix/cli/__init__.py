@@ -23,6 +23,7 @@ _EXTRAS = {
     "PIL": "cli",
     "matplotlib": "cli",
     "psycopg": "postgresql",
+    "pymilvus": "milvus",
     "pyarrow": "parquet",
     "rich": "cli",
     "safetensors": "safetensors",

@@ -94,8 +94,8 @@ class Gallery:
         """A new, empty gallery, which this model serves.
 
         Args:
-            url: the path of a new or empty folder, or postgresql://USER@HOST:PORT/DATABASE#NAME with the name of a new
-                gallery.
+            url: the path of a new or empty folder; or, with the NAME of a new gallery,
+                postgresql://USER@HOST:PORT/DATABASE#NAME, FILE.db#NAME (Milvus Lite) or http://HOST:PORT#NAME (Milvus).
             model: the first model: `EmbeddingModel.identity`, `read_identity(folder)` or `ModelIdentity.external`.
             threshold: the least score of a match, a cosine in [-1, 1]; None: the gallery has no thresholds.
             count_traffic: whether searches are counted, for `stale(order="traffic")`: a write every five seconds.

@@ -14,6 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.reduction import DupFd
 from typing import Any
 
@@ -56,7 +57,8 @@ class Child:
         self._lines = os.fdopen(read)
 
     def kill(self) -> None:
-        os.kill(self.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it has ended
+            os.kill(self.pid, signal.SIGKILL)
 
     def line(self) -> str:
         return self._lines.readline()
@@ -95,6 +97,11 @@ def fresh_children(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     """For Milvus, whose client does not survive a fork."""
     if "milvus" in request.node.name:
         monkeypatch.setattr(Child, "fresh", True)
+
+
+def kills() -> int:
+    """Fewer for Milvus, where a life takes seconds."""
+    return KILLS if not Child.fresh else max(2, KILLS // 4)
 
 
 def of_several_processes(url: str) -> str:
@@ -210,7 +217,7 @@ def test_killed_at_any_moment_nothing_acknowledged_is_lost_and_nothing_is_half_d
         assert not is_after(gallery, len(STEPS) - 1)
     draw = np.random.default_rng()
     in_the_middle = 0
-    for attempt in range(KILLS):
+    for attempt in range(kills()):
         place = f"{url}_{attempt}"
         child = start(place)
         time.sleep(draw.uniform(0, whole))
@@ -225,7 +232,7 @@ def test_killed_at_any_moment_nothing_acknowledged_is_lost_and_nothing_is_half_d
         assert child.end()[1] == 0
         with Gallery.open(place) as gallery:
             assert is_after(gallery, len(STEPS))
-    assert in_the_middle > KILLS // 3
+    assert in_the_middle > kills() // 3
 
 
 @pytest.mark.parametrize("kind", ["add", "replace", "remove", "rollback", "retire"])
@@ -272,7 +279,7 @@ def test_a_killed_creation_is_made_again(url: str) -> None:
     begun = time.monotonic()
     Gallery.create(f"{url}_whole", model=A).close()
     whole = time.monotonic() - begun
-    for attempt in range(KILLS):
+    for attempt in range(kills()):
         place = f"{url}_{attempt}"
         child = Child(lambda say, place=place: (say("go"), Gallery.create(place, model=A), say("made")))
         child.line()
@@ -360,6 +367,8 @@ def test_a_worker_that_is_killed_leaves_its_rows_to_the_others(url: str) -> None
 
 def test_a_gallery_that_is_open_survives_a_fork(url: str) -> None:
     """In both processes, also while another thread searches."""
+    if Child.fresh:
+        pytest.skip("Milvus's client does not survive a fork: test_a_forked_child_is_told_to_be_spawned")
     gallery = Gallery.create(url, model=A, count_traffic=True)
     gallery.add(range(100), ALL[0][:100], model=A)
     gallery.search(ALL[0][:1], 1, model=A)

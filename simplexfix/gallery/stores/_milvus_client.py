@@ -18,7 +18,7 @@ from typing import Any
 
 from .base import StoreError
 
-__all__ = ["Connection", "GoneError", "chunks", "split_url"]
+__all__ = ["SECONDS", "Connection", "GoneError", "chunks", "split_url"]
 
 SECONDS = 20.0  # for one request
 _MESSAGE = 8 << 20  # bytes of one request or answer; servers take 64 MiB

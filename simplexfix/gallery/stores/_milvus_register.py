@@ -20,7 +20,7 @@ import time
 import uuid
 from dataclasses import dataclass
 
-from ._milvus_client import Connection, GoneError
+from ._milvus_client import SECONDS, Connection, GoneError
 from .base import StoreError
 
 __all__ = ["Position", "Register", "UnknownError"]
@@ -163,7 +163,8 @@ class Register:
             error: StoreError | None = None
         except StoreError as lost:  # the answer was lost, and perhaps not the request
             error = lost
-        for _ in range(5):
+        until = time.monotonic() + SECONDS
+        while time.monotonic() < until:
             try:
                 now = self.read()
                 if now.change >= after.change and now != mine:  # the client repeats requests by itself
