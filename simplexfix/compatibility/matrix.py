@@ -66,7 +66,7 @@ def compatibility_hits(
     Arguments and errors as of `compatibility_matrix`, whose cells are the means; memory T (T + 1) / 2 * Q bytes.
 
     Returns:
-        T rows of lengths 1, 2, ..., T: hits[i][j], [Q], of queries by version i on the gallery by version j: bool, or
+        T rows of lengths 1, 2, ..., T: `hits[i][j]`, [Q], of queries by version i on the gallery by version j: bool, or
         float64 in [0, 1] where the protocol scores queries, as "ndcg@10" does (8 times the memory).
 
     Raises:

@@ -121,7 +121,7 @@ def bootstrap_cells(
     """The interval of each cell of a compatibility matrix.
 
     Args:
-        hits: T rows of lengths 1, 2, ..., T, as of the matrix: hits[i][j], [Q] bool or floating, of queries by model i
+        hits: T rows of lengths 1, 2, ..., T, as of the matrix: `hits[i][j]`, [Q] bool or floating, of queries by model i
             on the gallery by model j.
         confidence, resamples, generator: as of `bootstrap_interval`.
 
