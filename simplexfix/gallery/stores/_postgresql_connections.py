@@ -56,20 +56,18 @@ class Connections:
                 connection.close()
 
     @contextmanager
-    def transaction(self, *, durable: bool = True) -> Iterator[Connection]:
+    def transaction(self, first: str = "") -> Iterator[Connection]:
         """One transaction, which is committed at the end, or, after an error, undone.
 
         Args:
-            durable: False: a power failure may undo it, a killed process does not.
+            first: a statement that it begins with, sent in one message with the beginning.
 
         Raises:
             LostCommitError: the connection broke at the end.
         """
         with self.one() as connection:
-            connection.execute("begin")
             try:
-                if not durable:
-                    connection.execute("set local synchronous_commit = off")
+                connection.execute(f"begin; {first}")
                 yield connection
             except BaseException:
                 if connection.info.transaction_status in (TransactionStatus.INTRANS, TransactionStatus.INERROR):

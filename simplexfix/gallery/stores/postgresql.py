@@ -29,6 +29,10 @@ __all__ = ["PostgresStore"]
 
 _FORMAT = 1
 _CHUNK = 4096  # rows that are read at a time
+# Statements that a transaction begins with.
+_KEEPS_STATE = "lock table state in row share mode"  # nobody changes the state until it ends
+_CHANGES_STATE = "lock table state in exclusive mode"  # it waits for those that keep it
+_MAY_BE_LOST = "set local synchronous_commit = off"  # in a power failure; not where a process is killed
 _AMONG = "id = any(%s::bigint[])"
 _LOCK = 0x53465847  # "SFXG": of creations, one at a time
 
@@ -56,6 +60,23 @@ create index replaced_by_id on replaced (id);
 create index replaced_by_version on replaced (replaced_by, version);
 create table leases (id bigint primary key, worker text not null, until timestamptz not null);
 create table hits (id bigint primary key, times bigint not null);
+"""
+
+# Every part of the statement reads the tables as they were before it.
+_REPLACE = """
+with new as (
+  select * from unnest(%(ids)s::bigint[], %(payload)s::text[], %(fields)s::jsonb[]) as new (id, payload, fields)
+), gone as (
+  delete from vectors using new where vectors.id = new.id returning vectors.id, vector, bits
+), kept as (
+  insert into replaced (id, version, replaced_by, payload, fields, vector, bits)
+  select id, version, %(version)s, payload, fields, vector, bits from gone join rows using (id)
+), ended as (
+  delete from leases where id = any(%(given)s::bigint[])
+)
+update rows set version = %(version)s,
+  payload = coalesce(new.payload, rows.payload), fields = coalesce(new.fields, rows.fields)
+from new where rows.id = new.id
 """
 
 
@@ -125,8 +146,7 @@ class PostgresStore:
             return self._now(connection)
 
     def change(self, decide: Callable[[State, Mapping[int, int]], Change]) -> dict[str, Any]:
-        with self._writing("change the state") as connection:
-            connection.execute("lock table state in exclusive mode")
+        with self._writing("change the state", first=_CHANGES_STATE) as connection:
             before = self._now(connection)
             change = decide(before, _counted(connection, "rows"))
             event = dict(change.event)
@@ -174,8 +194,8 @@ class PostgresStore:
         order = np.argsort(ids)  # so that two calls that add the same ids do not wait for each other
         texts = ["{}"] * len(ids) if payload is None else [payload[row] for row in order]
         try:
-            with self._writing("add", len(ids)) as connection:
-                allow(self._held(connection))
+            with self._writing("add", len(ids), first=_KEEPS_STATE) as connection:
+                allow(self._now(connection))
                 rows = copied_rows(ids[order], version, texts, [fields_of(text) for text in texts])
                 _copy(connection, "rows (id, version, payload, fields)", rows)
                 _copy_vectors(connection, ids[order], version, vectors[order])
@@ -195,8 +215,8 @@ class PostgresStore:
         payload: list[str] | None,
         allow: Callable[[State], None],
     ) -> int:
-        with self._writing("replace", len(ids)) as connection:
-            allow(self._held(connection))
+        with self._writing("replace", len(ids), first=_KEEPS_STATE) as connection:
+            allow(self._now(connection))
             given = array_of(ids.tolist())
             versions = dict(_lock_rows(connection, given))
             if len(versions) < len(ids):
@@ -204,32 +224,17 @@ class PostgresStore:
                 if error := absent_id(id_ for id_ in ids.tolist() if id_ not in versions and id_ not in leased):
                     raise error
             at = np.array([versions.get(id_, version) != version for id_ in ids.tolist()], dtype=bool)
-            some = array_of(ids[at].tolist())
-            connection.execute(
-                f"with gone as (delete from vectors where {_AMONG} returning id, vector, bits) "
-                "insert into replaced (id, version, replaced_by, payload, fields, vector, bits) "
-                "select id, version, %s, payload, fields, vector, bits from gone join rows using (id)",
-                [some, version],
-            )
-            if payload is None:
-                connection.execute(f"update rows set version = %s where {_AMONG}", [version, some])
-            else:
-                texts = [payload[row] for row in np.flatnonzero(at)]
-                connection.execute(
-                    "update rows set version = %s, payload = new.payload, fields = new.fields "
-                    "from unnest(%s::bigint[], %s::text[], %s::jsonb[]) as new (id, payload, fields) "
-                    "where rows.id = new.id",
-                    [version, some, texts, [fields_of(text) for text in texts]],
-                )
+            texts = None if payload is None else [payload[row] for row in np.flatnonzero(at)]
+            fields = None if texts is None else [fields_of(text) for text in texts]
+            moved = {"given": given, "ids": array_of(ids[at].tolist()), "payload": texts, "fields": fields}
+            connection.execute(_REPLACE, {**moved, "version": version})
             _copy_vectors(connection, ids[at], version, vectors[at])
-            connection.execute(f"delete from leases where {_AMONG}", [given])
             if at.any() and _is_last(connection, version):
                 _record(connection, {"event": "backfill finished", "version": version})
             return int(at.sum())
 
     def remove(self, ids: NDArray[np.int64]) -> None:
-        with self._writing("remove", len(ids)) as connection:
-            self._held(connection)
+        with self._writing("remove", len(ids), first=_KEEPS_STATE) as connection:
             given = array_of(ids.tolist())
             there = {id_ for id_, _ in _lock_rows(connection, given)}
             if error := absent_id(id_ for id_ in ids.tolist() if id_ not in there):
@@ -312,13 +317,13 @@ class PostgresStore:
               where leases.until <= clock_timestamp()
             returning id
         """
-        with self._writing("lease rows", durable=False) as connection:
+        with self._writing("lease rows", first=_MAY_BE_LOST) as connection:
             given = [array_of(ids.tolist()), version, limit, worker, seconds]
             leased = {id_ for (id_,) in connection.execute(query, given)}
             return ids[[id_ in leased for id_ in ids.tolist()]]
 
     def release(self, worker: str) -> None:
-        with self._writing("end leases", durable=False) as connection:
+        with self._writing("end leases", first=_MAY_BE_LOST) as connection:
             connection.execute("delete from leases where worker = %s", [worker])
 
     def count_hits(self, ids: NDArray[np.int64], times: NDArray[np.int64]) -> bool:
@@ -329,8 +334,7 @@ class PostgresStore:
             on conflict (id) do update set times = hits.times + excluded.times
         """
         try:
-            with self._connections.transaction(durable=False) as connection:
-                connection.execute("set local lock_timeout = '10ms'")
+            with self._connections.transaction(f"{_MAY_BE_LOST}; set local lock_timeout = '10ms'") as connection:
                 connection.execute(query, [array_of(ids.tolist()), array_of(times.tolist())])
         except (psycopg.Error, LostCommitError):  # counts are hints: a search does not fail for them
             return False
@@ -351,19 +355,14 @@ class PostgresStore:
             seen = self._seen = stamp, State.from_dict(json.loads(body))
         return seen[1]
 
-    def _held(self, connection: Connection) -> State:
-        """The state, which nobody changes before the transaction ends."""
-        connection.execute("lock table state in row share mode")
-        return self._now(connection)
-
     @contextmanager
     def _reading(self, what: str) -> Iterator[Connection]:
         with self._connected(what), self._connections.one() as connection:
             yield connection
 
     @contextmanager
-    def _writing(self, what: str, rows: int | None = None, *, durable: bool = True) -> Iterator[Connection]:
-        with self._connected(what, rows), self._connections.transaction(durable=durable) as connection:
+    def _writing(self, what: str, rows: int | None = None, *, first: str = "") -> Iterator[Connection]:
+        with self._connected(what, rows), self._connections.transaction(first) as connection:
             yield connection
 
     @contextmanager
@@ -421,6 +420,7 @@ def _restore(connection: Connection, version: int) -> int:
         update rows set version = back.version, payload = back.payload, fields = back.fields
         from back where rows.id = back.id
     """
+    connection.execute("analyze rows, replaced")  # right after a backfill the planner takes many rows for a few
     return int(connection.execute(query, [version]).rowcount)
 
 
