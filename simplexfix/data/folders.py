@@ -154,8 +154,8 @@ def _find_files(folder: os.DirEntry[str], found: os.stat_result, above: tuple[tu
     """
     if _identity(found) in above:
         raise ImageFileError(
-            f"{folder.path} links to {os.path.realpath(folder.path)}, a folder that it lies in: its files would come "
-            "again without end; remove the link"
+            f"{folder.path} links to {os.path.realpath(folder.path)}, a folder that it lies in: following it would "
+            "never end; remove the link"
         )
     for entry in _entries(folder.path):
         inner = _stat(entry)

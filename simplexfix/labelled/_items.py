@@ -284,8 +284,8 @@ class LabelledItems:
     def _labels(self, labels: NDArray[np.int64] | None) -> NDArray[np.int64]:
         if labels is None:
             raise ValueError(
-                "these items have relevance judgements in place of labels, which this needs; protocols of a ranking, "
-                "such as 'ndcg@10', need none"
+                "labels are required, but these items have relevance judgements instead; a ranking metric as protocol, "
+                "such as 'ndcg@10', needs no labels"
             )
         return labels
 
