@@ -105,8 +105,8 @@ def _refuse_second_derivative() -> None:
     """Raises for double backward: autograd treats the saved gradient as a constant and would omit terms silently."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
-            "simplexfix's kernels have no second derivative, which create_graph=True asks for; "
-            "SIMPLEXFIX_NATIVE=0 runs plain PyTorch, which has"
+            "simplexfix's kernels have no second derivative, which create_graph=True requires; set SIMPLEXFIX_NATIVE=0 "
+            "to run plain PyTorch, which has one"
         )
 
 

@@ -73,7 +73,7 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Any]:
     except library.SafetensorError as error:
         raise CheckpointError(f"{os.fspath(path)} cannot be read, it may be truncated or damaged: {error}") from error
     if _checksum(text, tensors) != checksum:
-        raise CheckpointError(f"{os.fspath(path)} is damaged: what it holds does not give its checksum")
+        raise CheckpointError(f"{os.fspath(path)} is damaged: its checksum does not match")
     state = _restored(json.loads(text), tensors)
     assert isinstance(state, dict)
     return state

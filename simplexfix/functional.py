@@ -279,7 +279,7 @@ def cube_cross_entropy(
         check_codes(codes, z.shape[-1], z)
     elif z.shape[-1] > 62:
         raise ValueError(
-            f"without codes d must be at most 62, so that a target is the number of a vertex, got {z.shape[-1]}; "
+            f"without codes d must be at most 62, since the target is a vertex number below 2^d, got {z.shape[-1]}; "
             "pass codes=simplexfix.polytopes.cube_codes(num_classes, d)"
         )
     if weight is not None and label_smoothing:

@@ -427,7 +427,9 @@ class _PolytopeHead(nn.Module):
     def _saved_slots(self, state: dict[str, Any]) -> SlotRegistry:
         saved = state.get("polytope", "simplex")
         if saved != self._polytope:
-            raise ValueError(f"the saved head is of a {saved}, this one of a {self._polytope}: other vertices")
+            raise ValueError(
+                f"the saved head must be a {self._polytope} head like this one, got a {saved} head with other vertices"
+            )
         registry = SlotRegistry.from_dict(state)
         if registry.num_slots != self.num_slots:
             raise ValueError(f"the saved head has {registry.num_slots} slots, this one {self.num_slots}")
@@ -461,8 +463,8 @@ def decode_state(state: Tensor | dict[str, Any]) -> dict[str, Any]:
     checksum, _, text = content.partition(b" ")
     if checksum != f"{zlib.crc32(text):08x}".encode():
         raise ValueError(
-            "the saved head's _extra_state is damaged: its bytes do not give their checksum; a mean of state_dicts is "
-            "possible of heads with the same classes alone"
+            "the saved head's _extra_state is damaged: its checksum does not match; state_dicts can be averaged only "
+            "if their heads have the same classes"
         )
     decoded: dict[str, Any] = json.loads(text)
     return decoded
@@ -717,8 +719,8 @@ class CubeHead(_PolytopeHead):
         slots = super()._saved_slots(state)
         if (crc32 := state.get("codes_crc32")) != self._fingerprint:
             raise ValueError(
-                f"the saved head has codes of crc32 {crc32}, this one {self._fingerprint}: its features are "
-                "stationary about other vertices"
+                f"the saved head must have cube codes of crc32 {self._fingerprint} like this head, got crc32 {crc32}: "
+                "its features belong to other vertices"
             )
         return slots
 

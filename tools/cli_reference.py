@@ -60,7 +60,10 @@ def section(name: str, summary: str, parser: argparse.ArgumentParser) -> Iterato
         if group.required:
             needed.append("(" + " | ".join(written(action) for action in group._group_actions) + ")")
     yield "```text\n" + " ".join(["simplexfix", name, *placed, *needed, "[OPTION ...]"]) + "\n```\n"
-    rows = [f"| `{written(action)}` | {(action.help or f'default: {action.default}').replace('|', chr(92) + '|')} |" for action in actions]
+    rows = [
+        f"| `{written(action)}` | {(action.help or f'default: {action.default}').replace('|', chr(92) + '|')} |"
+        for action in actions
+    ]
     yield "\n".join(["| argument | meaning |", "| --- | --- |", *rows]) + "\n"
 
 

@@ -101,7 +101,9 @@ def worst_regressions(
     lost = np.flatnonzero(now < scored)
     lacking = lost[items.num_relevant[lost] == 0]
     if len(lacking):
-        raise ValueError(f"before says that query {lacking[0]} was right, whose class the gallery lacks")
+        raise ValueError(
+            f"before marks query {lacking[0]} as correct, but the gallery has no item that is relevant to it"
+        )
     if not len(lost) or not limit:
         return ()
     search = _Search(old.pair(new, "leading"))

@@ -349,5 +349,5 @@ def _triangle(hits: Sequence[Sequence[Hits]]) -> list[list[NDArray[Any]]]:
     for i, row in enumerate(rows):
         for j, cell in enumerate(row):
             if cell.shape != rows[0][0].shape:
-                raise ValueError(f"hits[{i}][{j}] is of {len(cell)} queries, hits[0][0] of {len(rows[0][0])}")
+                raise ValueError(f"hits[{i}][{j}] must have {len(rows[0][0])} queries like hits[0][0], got {len(cell)}")
     return rows

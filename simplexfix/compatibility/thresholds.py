@@ -113,8 +113,8 @@ def upgrade_threshold(
     before = tar_at_far(old_results, far) if threshold is None else old_results.at(threshold)  # type: ignore[arg-type]
     if before.far == 0:
         raise ValueError(
-            f"no impostor pair is accepted at the threshold {before.threshold:.5f}, so that its false-accept rate is "
-            f"unknown but for being below 1 in {old_results.num_impostor}: compare more items, or give a lower one"
+            f"no impostor pair is accepted at the threshold {before.threshold:.5f}: its false-accept rate is only "
+            f"known to be below 1 in {old_results.num_impostor}; compare more items, or give a lower threshold"
         )
     held = round(before.threshold * STEPS) + STEPS
     _, rates = accept_rates(new_results)
@@ -237,7 +237,7 @@ def _groups(query_groups: Ids | None, items: LabelledItems) -> NDArray[np.int64]
     given = read_ids("query_groups", query_groups, "old.query", items.given[0])
     found, groups = np.unique(given[items.query_rows], return_inverse=True)
     if len(found) < 2:
-        raise ValueError("query_groups must be at least 2: one says nothing of how they differ")
+        raise ValueError("query_groups must hold at least 2 different groups, got 1: groups are resampled as a whole")
     return groups
 
 

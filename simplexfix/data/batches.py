@@ -61,6 +61,10 @@ def _check_all_in_order(loader: DataLoader[Any]) -> None:
     """Raises unless the loader yields all items in order: row i of the embeddings must be item i."""
     inner = getattr(loader.batch_sampler, "sampler", loader.sampler)
     if isinstance(inner, (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)):
-        raise ValueError("the DataLoader shuffles: embeddings would not be in the order of the items; shuffle=False")
+        raise ValueError(
+            "the DataLoader shuffles: embeddings would not be in the order of the items; pass shuffle=False"
+        )
     if loader.drop_last or getattr(loader.batch_sampler, "drop_last", False):
-        raise ValueError("the DataLoader has drop_last=True: the last items would have no embeddings; drop_last=False")
+        raise ValueError(
+            "the DataLoader has drop_last=True: the last items would have no embeddings; pass drop_last=False"
+        )

@@ -172,8 +172,8 @@ def _find_files(folder: str, found: os.stat_result, above: tuple[tuple[int, int]
     """
     if _identity(found) in above:
         raise ImageFileError(
-            f"{folder} links to {os.path.realpath(folder)}, a folder that it lies in: its files would come "
-            "again without end; remove the link"
+            f"{folder} links to {os.path.realpath(folder)}, a folder that it lies in: following it would never end; "
+            "remove the link"
         )
     for entry in _entries(folder):
         inner = _stat(entry)

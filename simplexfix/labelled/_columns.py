@@ -289,7 +289,7 @@ def _of_arrow(name: str, column: Any) -> NDArray[Any]:
         return np.empty(0, dtype=np.int64)
     widths = {array.shape[1:] for array in arrays}
     if len(widths) > 1:
-        raise ValueError(f"{name} holds vectors of unlike lengths, {listed(sorted(w[0] for w in widths if w))}")
+        raise ValueError(f"{name} holds vectors of different lengths, {listed(sorted(w[0] for w in widths if w))}")
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
@@ -346,7 +346,7 @@ def _stacked(name: str, array: NDArray[Any]) -> NDArray[Any]:
 
 def _unlike(name: str, row: int, length: int, first: int, first_length: int) -> ValueError:
     return ValueError(
-        f"{name} holds vectors of unlike lengths, {first_length} numbers in row {first} and {length} in row {row}: "
+        f"{name} holds vectors of different lengths, {first_length} numbers in row {first} and {length} in row {row}: "
         "np.stack needs one length"
     )
 

@@ -200,7 +200,9 @@ def find_versions(folder: str | os.PathLike[str]) -> list[Path]:
     found.sort(key=_natural)
     for first, second in itertools.pairwise(found):
         if _natural(first) == _natural(second):
-            raise FeatureFileError(f"{first} and {second}: which is older? Name the versions one by one, oldest first")
+            raise FeatureFileError(
+                f"{first} and {second}: their names define no order; list the versions one by one, oldest first"
+            )
     return found
 
 
@@ -273,7 +275,7 @@ def _read_npz(path: Path, form: _Form) -> dict[str, NDArray[Any]]:
                 # Check the size before allocating, in Python's integers: a damaged header may hold any shape.
                 size = member.tell() + int(np.prod(shape, dtype=object)) * dtype.itemsize
             if size != info.file_size:
-                raise ValueError(f"{info.filename} has {info.file_size} bytes, its header speaks of shape {shape}")
+                raise ValueError(f"{info.filename} has {info.file_size} bytes, its header declares shape {shape}")
             with archive.open(info) as member:
                 arrays[key] = np.lib.format.read_array(member, allow_pickle=False)
     return arrays

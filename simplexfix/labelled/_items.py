@@ -313,8 +313,8 @@ class LabelledItems:
             raise ValueError("these items have no labels, which this needs; protocol 'agreement@10' needs none")
         if labels is None:
             raise ValueError(
-                "these items have relevance judgements in place of labels, which this needs; protocols of a ranking, "
-                "such as 'ndcg@10', need none"
+                "labels are required, but these items have relevance judgements instead; a ranking metric as protocol, "
+                "such as 'ndcg@10', needs no labels"
             )
         return labels
 

@@ -195,11 +195,13 @@ def _check_ours(file: Path, written: FolderFormat) -> None:
         config = json.loads(file.read_bytes())
     except ValueError as error:
         raise ModelFolderError(
-            f"{file} cannot be read, it may be damaged: {error}; delete it for the {written.kind} to be written again, "
-            "or take another folder if it is of something else"
+            f"{file} cannot be read, it may be damaged: {error}; delete it if it is an old {written.kind}, or use "
+            "another folder if it is something else"
         ) from None
     if not isinstance(config, dict) or config.get("format") != written.name:
-        raise ModelFolderError(f"{file} is of something else and would be lost; take another folder")
+        raise ModelFolderError(
+            f"{file} was not written by save_pretrained and would be overwritten; use another folder"
+        )
 
 
 def _clear(folder: Path, names: re.Pattern[str], *, but: str = "") -> None:

@@ -162,7 +162,9 @@ def _backbone_spec(backbone: nn.Module) -> dict[str, Any]:
 
 def _backbone(spec: Mapping[str, Any]) -> nn.Module:
     if spec["kind"] == "other":
-        raise ValueError(f"the backbone is a {spec['class']}, which only you can make: pass backbone=")
+        raise ValueError(
+            f"the backbone is a {spec['class']}, which is not of simplexfix: pass an instance as backbone="
+        )
     if spec["kind"] not in BACKBONES:
         raise ValueError(f"backbone of kind {spec['kind']!r} is unknown; known: {', '.join(BACKBONES)}")
     with torch.random.fork_rng(devices=[]):  # initial weights are overwritten; keep the global generator

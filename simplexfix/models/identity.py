@@ -159,14 +159,12 @@ class ModelIdentity:
             reasons.append(f"the gallery's model has a head of kind {gallery.head!r}, this one {self.head!r}")
         elif self.head in LEARNABLE:
             reasons.append(
-                "both have learnable classifiers, and are not the same model: no fixed vertices say that they share a "
-                "space"
+                "both are different models with learnable classifiers: only fixed vertices guarantee a shared space"
             )
         elif self.head == FEATURES:
             reasons.append(
-                "neither has a classifier, and they are not the same model: no fixed vertices say that they share a "
-                "space; simplexfix.adapters.QueryDrift moves queries of a fine-tuned encoder to the space of the one "
-                "before"
+                "both are different models without a classifier: only fixed vertices guarantee a shared space; "
+                "simplexfix.adapters.QueryDrift maps queries of a fine-tuned encoder to the previous encoder's space"
             )
         elif self.head == EXTERNAL:
             reasons.append(

@@ -167,8 +167,8 @@ class NeighbourHead(nn.Module):
         labels = self.queue.labels
         if not len(labels) or (is_readable(labels) and labels.max() < 0):
             raise ValueError(
-                "the queue holds no features, as that of a model from a folder: take the version that training "
-                "returned, of a head with queue of at least 1 row"
+                "the queue is empty; model folders do not store it: use the version that training returned, with a "
+                "queue of at least 1 row"
             )
         z = z.to(accumulate_dtype(z.dtype))
         known = (target[:, None] == labels).any(1)

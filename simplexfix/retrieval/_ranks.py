@@ -72,7 +72,7 @@ def process_group(*, timeout: timedelta = timedelta(minutes=30)) -> Iterator[dis
     try:
         dist.init_process_group("gloo", timeout=timeout)
     except RuntimeError as error:  # a ValueError names the missing environment variable and passes through
-        raise RankDiedError(f"the processes did not come together: {error}") from error
+        raise RankDiedError(f"the processes could not form a group: {error}") from error
     # A gloo thread that takes the GIL during interpreter shutdown aborts the process.  A reference cycle, such as an
     # exception with its traceback, can keep the group and its threads alive until then; collect it before.
     atexit.register(gc.collect)
@@ -199,5 +199,5 @@ class Ranks:
         except RuntimeError as error:
             raise RankDiedError(
                 f"rank {self.rank} of {self.size} lost a peer, which died or did not answer in time; there is no "
-                f"result, and this rank ends too.  The peer's own output says why.  ({error})"
+                f"result, and this rank ends too.  See the peer's output for the reason.  ({error})"
             ) from error

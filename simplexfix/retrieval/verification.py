@@ -121,7 +121,7 @@ class VerificationResults:
         """Raises ValueError if there are no genuine or no impostor pairs, so that a rate is undefined."""
         for kind, count in (("one class", self.num_genuine), ("two classes", self.num_impostor)):
             if not count:
-                raise ValueError(f"there is no pair of items of {kind}, and so no such rate")
+                raise ValueError(f"a rate needs pairs of both kinds, got no pair of items of {kind}")
 
     def __repr__(self) -> str:
         return f"VerificationResults of {self.num_genuine} genuine and {self.num_impostor} impostor pairs"

@@ -77,7 +77,7 @@ def test_another_adapter_takes_its_place_and_nothing_else_does(tmp_path) -> None
     other = tmp_path / "other"
     other.mkdir()
     (other / "config.json").write_text("{}")
-    with pytest.raises(ModelFolderError, match="is of something else and would be lost"):
+    with pytest.raises(ModelFolderError, match="was not written by save_pretrained and would be overwritten"):
         Procrustes().fit(y, x).save_pretrained(other)
     with pytest.raises(ModelFolderError, match="is of no adapter that save_pretrained has written"):
         Adapter.from_pretrained(other)

@@ -165,7 +165,7 @@ def test_damaged_and_strange_files_are_refused(tmp_path: Path) -> None:
     content = bytearray(file.read_bytes())
     content[-3] ^= 1
     file.write_bytes(content)
-    with pytest.raises(CheckpointError, match="does not give its checksum"):
+    with pytest.raises(CheckpointError, match="its checksum does not match"):
         QueryDrift.load(file)
     write_state(file, {"kind": "something", "sums": torch.ones(1)})
     with pytest.raises(CheckpointError, match="must hold a 'simplexfix query drift' of format 1, it holds 'something'"):

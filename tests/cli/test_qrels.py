@@ -79,7 +79,7 @@ def test_labels_may_be_scored_by_a_metric(folder: Path, capsys: pytest.CaptureFi
         ("1\t7\t1", (), "qrels.tsv judges 1 ids that no row of gallery_ids has: '7'"),
         ("1\t1000\t1\n1\t1000\t2", (), "qrels.tsv must judge each pair once, got query '1' with item '1000'"),
         ("1\t1000\thigh", (), "qrels.tsv line 2 must hold an integer grade, got 'high'"),
-        ("1\t1000\t1", ("--protocol", "nearest_class_mean"), "relevance judgements in place of labels"),
+        ("1\t1000\t1", ("--protocol", "nearest_class_mean"), "relevance judgements instead"),
         ("1\t1000\t1", ("--protocol", "ndcg"), "protocol must be one of 'nearest_class_mean', 'instance', or a metric"),
         ("1\t1000\t1", ("--ignored-label", "3"), "ignored_labels needs labels"),
     ],

@@ -204,7 +204,7 @@ def test_unanimous_queries() -> None:
         (
             lambda: mcnemar_tests([[[True]], [[True], [True, False]]]),
             ValueError,
-            r"hits\[1\]\[1\] is of 2 queries, hits\[0\]\[0\] of 1",
+            r"hits\[1\]\[1\] must have 1 queries like hits\[0\]\[0\], got 2",
         ),
         (lambda: exact_interval(3, 2), ValueError, "got 3 of 2"),
         (lambda: exact_interval(0, 0), ValueError, "got 0 of 0"),

@@ -109,7 +109,7 @@ def bad_features():
     yield (
         lambda: objects([np.ones(2), np.ones(3)]),
         ValueError,
-        "unlike lengths, 2 numbers in row 0 and 3 in row 1: np.st",
+        "different lengths, 2 numbers in row 0 and 3 in row 1: np.st",
     )
     yield lambda: objects([np.ones(2), None]), ValueError, "query row 1 is missing: drop such rows"
     yield (

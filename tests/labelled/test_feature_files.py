@@ -201,7 +201,7 @@ def test_headers_that_lie(tmp_path) -> None:
             path = save(tmp_path / "f.npz", {key: value for key, value in arrays().items() if key != "query"})
             with zipfile.ZipFile(path, "a", compression) as archive:
                 archive.writestr("query.npy", content)
-            with pytest.raises(FeatureFileError, match=r"its header speaks of shape"):
+            with pytest.raises(FeatureFileError, match=r"its header declares shape"):
                 load_features(path)
         folder = save(tmp_path / f"f{shape[0]}", arrays())
         (folder / "query.npy").write_bytes(content)

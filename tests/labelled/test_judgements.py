@@ -114,7 +114,7 @@ def test_what_needs_labels_says_so() -> None:
         lambda: items.gallery_labels,
         lambda: items.gallery_classes,
     ):
-        with pytest.raises(ValueError, match=r"relevance judgements in place of labels, which this needs.*'ndcg@10'"):
+        with pytest.raises(ValueError, match=r"relevance judgements instead.*'ndcg@10'"):
             call()
     with pytest.raises(ValueError, match="ignored_labels needs labels"):
         items.ignoring([1])

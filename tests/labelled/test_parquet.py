@@ -98,7 +98,7 @@ def bad_tables():
         ("no vector", {"vector": None}, "query has no column of lists of numbers, .*; it has item_id, label, note"),
         ("two lists", {"other": [[1.0]] * 6}, "query has several columns of lists, other, vector: call one embedding"),
         ("missing", {"vector": [*QUERY[:5], None]}, "query row 5 is missing"),
-        ("ragged", {"vector": [*QUERY[:5], QUERY[5][:2]]}, "unlike lengths, 4 numbers in row 0 and 2 in row 5"),
+        ("ragged", {"vector": [*QUERY[:5], QUERY[5][:2]]}, "different lengths, 4 numbers in row 0 and 2 in row 5"),
         ("integers", {"vector": [[1, 2, 3, 4]] * 6}, "query must be float32, float64 or float16, got int64"),
         ("label gap", {"label": [0, 1, 2, None, 1, 2]}, "query_labels row 3 is missing"),
         ("float label", {"label": [0.0, 1.5, 2, 0, 1, 2]}, "query_labels must be integers, got float64"),

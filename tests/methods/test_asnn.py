@@ -408,7 +408,7 @@ ROWS, LABELS = torch.randn(4, 3), torch.tensor([0, 0, 1, 1])
         (
             lambda: BCT(classification=ASNN()).loss(model_of(ASNN(), 5), *BATCH, model_of(ASNN(), 3)),
             ValueError,
-            "the queue holds no features, as that of a model from a folder: take the version that training returned",
+            "the queue is empty; model folders do not store it: use the version that training returned",
         ),
         (
             lambda: BCT(classification=ASNN()).loss(model_of(ASNN(), 5), *BATCH, model_of(ER(), 3)),

@@ -70,7 +70,12 @@ def test_what_there_is_is_prepared_by_the_batch(model) -> None:
         ([ROWS[0], ROWS[1]], {}, TypeError, "got list of Tensor; torch.stack makes a tensor of inputs"),
         ((), {}, TypeError, "got tuple of nothing; torch.stack"),
         (ROWS.numpy(), {}, TypeError, "got ndarray; torch.as_tensor makes a tensor of an array"),
-        (DataLoader(TensorDataset(ROWS), shuffle=True), {}, ValueError, "the DataLoader shuffles: .*; shuffle=False"),
+        (
+            DataLoader(TensorDataset(ROWS), shuffle=True),
+            {},
+            ValueError,
+            "the DataLoader shuffles: .*; pass shuffle=False",
+        ),
         (DataLoader(TensorDataset(ROWS), 50, drop_last=True), {}, ValueError, "drop_last=True: the last items"),
         (
             DataLoader(TensorDataset(ROWS), batch_sampler=BatchSampler(SequentialSampler(ROWS), 7, True)),

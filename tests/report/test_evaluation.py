@@ -321,7 +321,11 @@ BAD_REGRESSIONS = [
     ({"protocol": "nearest"}, ValueError, "protocol must be one of"),
     ({"before": np.ones(3, bool), "after": np.ones(3, bool)}, ValueError, "of the 200 queries, got 3"),
     ({"before": np.ones(QUERIES)}, TypeError, "both bool or both floating, got float64 and bool"),
-    ({"query_labels": np.full(QUERIES, 77)}, ValueError, "query 0 was right, whose class the gallery lacks"),
+    (
+        {"query_labels": np.full(QUERIES, 77)},
+        ValueError,
+        "before marks query 0 as correct, but the gallery has no item",
+    ),
 ]
 
 

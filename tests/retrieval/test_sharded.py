@@ -355,7 +355,7 @@ def test_a_rank_that_never_comes(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in environment(0, 2, free_port()).items():
         monkeypatch.setenv(name, value)
     with (
-        pytest.raises(RankDiedError, match="the processes did not come together"),
+        pytest.raises(RankDiedError, match="the processes could not form a group"),
         process_group(timeout=timedelta(seconds=1)),
     ):
         pass
