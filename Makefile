@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup build lint format test test-gpu bench bench-gpu sanitize mutants machine-code docs
+.PHONY: setup build lint format test test-gpu bench bench-gpu sanitize mutants machine-code docs site
 
 setup:
 	$(PYTHON) -m venv .venv
@@ -17,6 +17,7 @@ lint:
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python tools/prose.py
 	git ls-files 'csrc/*' 'tests/native/*' | grep -E '\.(cpp|h|inc|cu|cuh)$$' | xargs $(BIN)/clang-format --dry-run -Werror
 
 format:
@@ -60,3 +61,7 @@ mutants:  # every planted bug must make a test fail
 docs:  # draws the figures of the README and tests the snippets of all pages
 	$(BIN)/simplexfix demo --out demo && cp demo/matrices.png docs/figures/
 	$(BIN)/pytest tests/test_docs.py
+
+site:  # the documentation site, into build/site: strict, without the network
+	$(BIN)/pip install -q 'zensical>=0.0.73' 'mkdocstrings[python]>=1'
+	$(BIN)/zensical build --strict

@@ -261,7 +261,7 @@ def test_a_cube_refuses_the_state_of_other_codes() -> None:
     model, other = head_of("cube"), head_of("cube", 0)
     state = model.state_dict()
     state["_extra_state"] = encode_state({**decode_state(state["_extra_state"]), "codes_crc32": 1})
-    with pytest.raises(ValueError, match="the saved head must have cube codes of crc32 .*, got crc32 1"):
+    with pytest.raises(ValueError, match=r"the saved head must have cube codes of crc32 .*, got crc32 1"):
         other.load_state_dict(state)
     assert not len(other.slots)
     with pytest.raises(ValueError, match="the saved head has 16 slots, this one 20"):

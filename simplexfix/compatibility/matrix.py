@@ -70,8 +70,8 @@ def compatibility_hits(
         versions, protocol, widths: as in `compatibility_matrix`.
 
     Returns:
-        T rows of lengths 1, 2, ..., T.  hits[i][j] is [Q] for queries of version i in the gallery of version j: bool,
-        or float64 in [0, 1] for ranking metrics such as "ndcg@10".
+        T rows of lengths 1, 2, ..., T.  `hits[i][j]` is [Q] for queries of version i in the gallery of version j.  Its
+        dtype is bool, or float64 in [0, 1] for ranking metrics such as "ndcg@10".
 
     Raises:
         TypeError, ValueError: as in `compatibility_matrix`.
