@@ -261,7 +261,7 @@ def test_a_cube_refuses_the_state_of_other_codes() -> None:
     model, other = head_of("cube"), head_of("cube", 0)
     state = model.state_dict()
     state["_extra_state"] = encode_state({**decode_state(state["_extra_state"]), "codes_crc32": 1})
-    with pytest.raises(ValueError, match=r"the saved head must have cube codes of crc32 .*, got crc32 1"):
+    with pytest.raises(ValueError, match=r"must have cube codes of crc32 \d+ like this head, got crc32 1"):
         other.load_state_dict(state)
     assert not len(other.slots)
     with pytest.raises(ValueError, match="the saved head has 16 slots, this one 20"):
@@ -511,7 +511,7 @@ def test_a_head_of_another_polytope_is_refused_and_meta_codes_are_made_anew() ->
     cube = CubeHead(16, 10, embedding_dim=5)
     for other in (OrthoplexHead(16, 10), SimplexHead(16, 10)):
         state = {**cube.state_dict(), "junction.weight": other.junction.weight.detach()}
-        with pytest.raises((ValueError, RuntimeError), match="is of a cube"):
+        with pytest.raises((ValueError, RuntimeError), match="got a cube head"):
             other.load_state_dict(state)
     empty = CubeHead(16, 10, embedding_dim=5, device="meta").to_empty(device="cpu")
     empty.codes.fill_(-1)

@@ -249,7 +249,7 @@ GOOD = {
         ({"query_labels": LABELS + 0.5}, TypeError, "query_labels must be integers"),
         ({"query_groups": [1, 2]}, ValueError, r"old.query has 20 rows, query_groups has shape \[2\]"),
         ({"query_groups": LABELS + 0.5}, TypeError, "query_groups must be integers"),
-        ({"query_groups": LABELS * 0}, ValueError, "query_groups must be at least 2"),
+        ({"query_groups": LABELS * 0}, ValueError, "query_groups must hold at least 2 different groups"),
         ({"confidence": 1.0}, ValueError, "confidence must lie between 0 and 1"),
         ({"resamples": 0}, ValueError, "resamples must be at least 1"),
         ({"generator": 0}, TypeError, "generator must be a numpy.random.Generator"),
