@@ -42,6 +42,8 @@ METHODS = {
     "hoc-all-junction": ("hoc", "tasks.hoc_reference=all", *JUNCTION),
     "hoc-denoised": ("hoc", "tasks.hoc_reference=deployed_or_replacement", "tasks.denoise=0.5"),
     "hoc-all-denoised": ("hoc", "tasks.hoc_reference=all", "tasks.denoise=0.5"),
+    "hoc-aligned": ("hoc", "method.classification=asnn", "tasks.align=older"),
+    "hoc-all-aligned": ("hoc", "method.classification=asnn", "tasks.hoc_reference=all", "tasks.align=older"),
     "fd-all": ("fd", "tasks.hoc_reference=all"),
 }
 DEFAULT = ("er", "fd", "bct", "oca", "simplex", "hoc", "asnn", "hoc-asnn")

@@ -3,6 +3,7 @@
 from .checkpoint import CheckpointError, Checkpoints, CheckpointWarning, read_state, write_state
 from .config import ConfigError, overridden, read_config, read_mapping
 from .items import Items, RowBatches
+from .junction import aligned_with_older
 from .locks import FolderInUseError
 from .loggers import Progress
 from .presets import PRESETS
@@ -44,6 +45,7 @@ __all__ = [
     "TasksConfig",
     "Trainer",
     "TrainerConfig",
+    "aligned_with_older",
     "class_incremental",
     "class_order",
     "dataset_sequence",

@@ -1,14 +1,22 @@
-"""The junction of a replacement, turned in closed form into the space of the deployed version."""
+"""Junctions turned in closed form: a replacement's before it is trained, a version's after it."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from ..adapters._moments import polar
+from ..models import EmbeddingModel, NeighbourHead
 from ..polytopes import simplex_prototypes
+from .items import Items
 
-__all__ = ["JUNCTIONS", "aligned_junction"]
+__all__ = ["ALIGN", "JUNCTIONS", "aligned_junction", "aligned_with_older"]
+
+ALIGN = ("none", "older")
 
 JUNCTIONS = ("aligned", "kept")
 
@@ -36,12 +44,91 @@ def aligned_junction(weight: Tensor, own: Tensor, held: Tensor, slots: Tensor) -
     Returns:
         [d, f], of the dtype and on the device of `weight`; computed in float64.
     """
+
+    def pairs() -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(0, len(own), _ROWS):
+            rows = slice(start, start + _ROWS)
+            vertices = simplex_prototypes(own.shape[1] + 1, slots[rows], dtype=torch.float64)
+            yield own[rows], _VERTEX_WEIGHT * vertices + (1 - _VERTEX_WEIGHT) * held[rows].double()
+
+    return _turned(weight, pairs())
+
+
+def aligned_with_older(
+    version: EmbeddingModel,
+    older: Sequence[EmbeddingModel],
+    *parts: Items,
+    prepare: Callable[[Tensor], Tensor] | None = None,
+    workers: int = 0,
+) -> EmbeddingModel:
+    """A copy of a version, its junction turned so that its embeddings lie nearest to those of all older versions.
+
+        T_i = n(sum_v n(v(x_i)))                                          v in older
+        R   = argmin over isometries of mean |n(z_i) R - T_i|^2           parts weigh alike, whatever their size
+            = U V^T of the SVD of sum_parts 1/N_part sum_i n(z_i)^T T_i
+        new weight = R^T weight
+
+    R is an isometry: the version searches its own gallery as before.  Older galleries are searched in a better
+    direction.  It is for heads that classify by neighbours, which any isometry leaves as they are; the vertices of a
+    simplex and a learned classifier stand still, and would classify turned embeddings worse.  Each older version embeds
+    all items once, but for the embeddings that `Items.references` has.
+
+    Args:
+        version: with a `NeighbourHead` that has a junction.
+        older: versions of the same width, each as it is searched, so itself turned already.
+        parts: items, such as a task's new ones and remembered ones; empty ones do not count.
+        prepare: as `EmbeddingModel.extract`; None for each version's own `preprocessing`.
+        workers: as `EmbeddingModel.extract`.
+
+    Returns:
+        The copy, in evaluation mode and with an empty queue; computed in float64.
+
+    Raises:
+        TypeError: the head is no `NeighbourHead` with a junction.
+        ValueError: there is no older version or no item, or an older version has another width.
+    """
+    if not isinstance(version.head, NeighbourHead) or version.head.junction is None:
+        raise TypeError(
+            "version must have a NeighbourHead with a junction, as HOC with a classification by neighbours trains, got "
+            f"{type(version.head).__name__}: the classifier of other heads would not turn with the embeddings"
+        )
+    widths = [model.embedding_dim for model in older]
+    if not widths or set(widths) != {version.embedding_dim}:
+        raise ValueError(
+            f"older must be one or more versions with embeddings as wide as version's, {version.embedding_dim}, "
+            f"got widths {widths}"
+        )
+    parts = tuple(part for part in parts if len(part.labels))
+    if not parts:
+        raise ValueError("parts must hold items that all versions embed, got none")
+
+    def extract(model: EmbeddingModel, part: Items) -> Tensor:
+        return model.extract(part.inputs, prepare=prepare or model.preprocessing, workers=workers).cpu()
+
+    def pairs() -> Iterator[tuple[Tensor, Tensor]]:
+        for part in parts:
+            stored = [] if part.references is None else list(part.references.cpu().unbind(1))
+            target = torch.zeros(len(part.labels), version.embedding_dim or 0, dtype=torch.float64)
+            for rows in stored[: len(older)]:
+                target += rows
+            for model in older[len(stored) :]:
+                target += extract(model, part)
+            yield extract(version, part), normalize(target) / len(target)
+
+    turned = copy.deepcopy(version).eval()
+    assert isinstance(turned.head, NeighbourHead)
+    assert turned.head.junction is not None
+    with torch.no_grad():
+        turned.head.junction.weight.copy_(_turned(version.head.junction.weight, pairs()))
+    turned.head.queue.clear()  # its rows are of before
+    return turned
+
+
+def _turned(weight: Tensor, pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """[d, f] R^T weight, R the isometry with the largest sum of tr(R^T own^T target) over pairs of rows [N, d]."""
     basis, inner = torch.linalg.qr(weight.detach().double().cpu())  # z lies in f of the d dimensions
     cross = torch.zeros(basis.shape[1], len(weight), dtype=torch.float64)
-    for start in range(0, len(own), _ROWS):
-        rows = slice(start, start + _ROWS)
-        vertices = simplex_prototypes(own.shape[1] + 1, slots[rows], dtype=torch.float64)
-        targets = _VERTEX_WEIGHT * vertices + (1 - _VERTEX_WEIGHT) * held[rows].double()
-        cross += (own[rows].double() @ basis).T @ targets
+    for own, target in pairs:
+        cross += (own.double() @ basis).T @ target
     turned: Tensor = (polar(cross).T @ inner).to(weight)
     return turned

@@ -220,6 +220,7 @@ def fit(
         replacement_junction=config.tasks.replacement_junction,
         replacement_frozen=config.tasks.replacement_frozen,
         denoise=config.tasks.denoise,
+        align=config.tasks.align,
         folder=run.folder,
         on_step=lambda t, step: run.watch(f"task {t}", f"task-{t:02d}", schedules[t], step),
     )

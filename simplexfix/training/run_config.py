@@ -14,7 +14,7 @@ from ..models import FeatureLinear, FeatureMLP, ResNet18, SmallConvNet, TextEnco
 from ..models.external import LIBRARIES
 from ..retrieval import PROTOCOLS
 from .config import check_fits
-from .junction import JUNCTIONS
+from .junction import ALIGN, JUNCTIONS
 from .loggers import LOGGERS
 from .method_config import ER_PRETRAINED, SIMPLEX, MethodConfig
 from .rehearsal import SELECTIONS
@@ -68,6 +68,7 @@ _OF_TASKS = {
             "replacement_junction",
             "replacement_frozen",
             "denoise",
+            "align",
         ),
         _CLASSIFYING,
     ),
@@ -250,6 +251,7 @@ class TasksConfig:
         hoc_reference: of `train_versions`, for HOC; "all" for FD, too.  Other methods hold on to the deployed version.
         replacement_junction, replacement_frozen: of `train_versions`; "aligned" is of hoc and simplex.
         denoise: of `train_versions`, for hoc, and fd by cosine.
+        align: of `train_versions`; "older" is of hoc with a classification by neighbours.
     """
 
     kind: str = "class_incremental"
@@ -267,6 +269,7 @@ class TasksConfig:
     replacement_junction: str = "kept"
     replacement_frozen: float = 0.0
     denoise: float = 0.0
+    align: str = "none"
 
     def __post_init__(self) -> None:
         check_name("kind", self.kind, (*_CLASSIFYING, "retrieval_sequence"))
@@ -287,6 +290,7 @@ class TasksConfig:
         if not 0 <= self.replacement_frozen < 1:
             raise ValueError(f"replacement_frozen is a fraction of steps, in [0, 1), got {self.replacement_frozen}")
         check_fraction("denoise", self.denoise)
+        check_name("align", self.align, ALIGN)
         if self.memory_per_class < 0:
             raise ValueError(f"memory_per_class must be 0 or more, got {self.memory_per_class}")
         if 0 in self.replacements and self.replacements[0].source == "tasks":
@@ -375,6 +379,11 @@ class RunConfig:
             raise ValueError(
                 'tasks.replacement_junction="aligned" is of method.name="hoc" or "simplex" with the simplex '
                 f'cross-entropy, got "{self.method.name}" with "{self.method.classification}"; take "kept"'
+            )
+        if self.tasks.align == "older" and (self.method.name != "hoc" or self.method.classification == "cross_entropy"):
+            raise ValueError(
+                'tasks.align="older" is of method.name="hoc" with classification="asnn" or "nnp", whose classifier '
+                f'turns with the embeddings, got "{self.method.name}" with "{self.method.classification}"; take "none"'
             )
         incremental = len(self.tasks.counts or self.tasks.sets) > 1
         if self.method.name == "oca" and incremental and not self.tasks.memory_per_class:

@@ -17,12 +17,12 @@ from torch.utils.data import Dataset
 
 from .._checks import check_name
 from .._seeds import mixed_seed, seeded
-from ..methods import Method, ReadsOldEmbeddings
+from ..methods import HOC, Method, ReadsOldEmbeddings
 from ..models import EmbeddingModel
 from . import processes
-from .checkpoint import read_state, write_state
+from .checkpoint import fingerprint, read_state, write_state
 from .items import Items
-from .junction import JUNCTIONS
+from .junction import ALIGN, JUNCTIONS, aligned_with_older
 from .references import with_references
 from .resume import check_resumable, describe
 from .schedule import Schedule
@@ -137,6 +137,7 @@ def train_versions(
     replacement_junction: str = "kept",
     replacement_frozen: float = 0.0,
     denoise: float = 0.0,
+    align: str = "none",
     folder: str | os.PathLike[str] | None = None,
     on_step: Callable[[int, int], None] = lambda task, step: None,
 ) -> Iterator[EmbeddingModel]:
@@ -175,13 +176,19 @@ def train_versions(
         replacement_frozen: fraction of the steps in which the backbone of such a replacement keeps its weights.
         denoise: of every version with an old model (`Trainer.fit`); stored embeddings of "all" are drawn to the class
             means of their own version.
+        align: "none"; or "older", each version from the second on is turned after its training, in closed form, so
+            that its embeddings of the task's new items and of remembered ones, half and half, lie nearest to those of
+            all older versions (`aligned_with_older`).  It is the turned one that is deployed, rehearsed, fine-tuned
+            and held on to.  The older versions stay in memory, and each embeds those items once a task.  For HOC with
+            a `classification` by neighbours.
         folder: of the run.
         on_step: called after every step with the task's number and its own (`Trainer.fit`).
 
     Raises:
         ValueError: a number of schedules that is not that of tasks, a replacement for no task, an unknown reference,
             "replacement" where that has no trained head, or a head whose embeddings are of another width; "all" without
-            rehearsal, or with a method that it cannot act on; an "aligned" junction with "replacement".
+            rehearsal, or with a method that it cannot act on; an "aligned" junction with "replacement"; `align` of
+            another method than HOC with a classification by neighbours, or of a folder that began without.
     """
     check_name("hoc_reference", hoc_reference, REFERENCES)
     if hoc_reference == "all" and rehearsal is None:
@@ -189,6 +196,12 @@ def train_versions(
     for option, chosen in (('hoc_reference="all"', hoc_reference == "all"), ("denoise", denoise != 0)):
         if chosen:
             _check_directions(option, trainer.method)
+    check_name("align", align, ALIGN)
+    if align == "older" and not (isinstance(trainer.method, HOC) and trainer.method.classification is not None):
+        raise ValueError(
+            'align="older" turns embeddings away from a classifier that does not turn with them; it is of HOC with a '
+            f'classification by neighbours, got {describe(trainer.method)["type"]}; give that, or "none"'
+        )
     replacements = replacements or {}
     schedules = [schedule] * len(tasks) if isinstance(schedule, Schedule) else list(schedule)
     if len(schedules) != len(tasks):
@@ -204,7 +217,19 @@ def train_versions(
         )
     begin = {"junction": replacement_junction, "frozen": replacement_frozen}
     return _versions(
-        trainer, tasks, start, schedules, seed, rehearsal, replacements, hoc_reference, begin, denoise, folder, on_step
+        trainer,
+        tasks,
+        start,
+        schedules,
+        seed,
+        rehearsal,
+        replacements,
+        hoc_reference,
+        begin,
+        denoise,
+        align,
+        folder,
+        on_step,
     )
 
 
@@ -219,12 +244,13 @@ def _versions(
     hoc_reference: str,
     begin: Mapping[str, Any],
     denoise: float,
+    align: str,
     folder: str | os.PathLike[str] | None,
     on_step: Callable[[int, int], None],
 ) -> Iterator[EmbeddingModel]:
     version: EmbeddingModel | None = None
     memory: Items | None = None
-    versions: list[EmbeddingModel] = []  # of which remembered items have embeddings
+    versions: list[EmbeddingModel] = []  # so far, where they are asked for embeddings again
     for t, (task, schedule) in enumerate(zip(tasks, schedules, strict=True)):
         parent, old = version, version
         if t in replacements or parent is None:
@@ -263,12 +289,47 @@ def _versions(
                 folder=place,
                 on_step=partial(on_step, t),
             )
-        if hoc_reference == "all":
+        version = _aligned(version, versions, task, memory, trainer, align, place)
+        if hoc_reference == "all" or align == "older":
             versions.append(version)
         if rehearsal is not None and t + 1 < len(tasks):
-            embed = partial(with_references, versions=versions, trainer=trainer) if versions else None
+            embed = partial(with_references, versions=versions, trainer=trainer) if hoc_reference == "all" else None
             memory = _remembered(version, task, memory, rehearsal, mixed_seed(seed, t, 2), place, embed)
         yield version
+
+
+def _aligned(
+    version: EmbeddingModel,
+    older: Sequence[EmbeddingModel],
+    task: Task,
+    memory: Items | None,
+    trainer: Trainer,
+    align: str,
+    folder: Path | None,
+) -> EmbeddingModel:
+    """The version as it is deployed.  The turned junction is written down: its bits may differ between machines."""
+    file = None if folder is None else folder / "aligned.safetensors"
+    there = file is not None and processes.broadcast(file.exists())
+    if not there and (align == "none" or not older):
+        return version
+    started_with = {"align": align, "version": fingerprint(version.state_dict())}
+    if file is not None and there:
+        saved = read_state(file)
+        check_resumable(saved["facts"], started_with, str(file))
+        weight = saved["weight"]
+    else:
+        parts = [task.items] if memory is None else [task.items, memory]
+
+        def act() -> Tensor:
+            turned = aligned_with_older(version, older, *parts, prepare=trainer.preprocessing, workers=trainer.workers)
+            return turned.head.junction.weight.detach().cpu()  # type: ignore[union-attr, operator]
+
+        weight = processes.run_on_rank0(act)
+        if file is not None and processes.rank() == 0:
+            write_state(file, {"facts": started_with, "weight": weight})
+    version.head.load_state_dict({"junction.weight": weight}, strict=False)
+    version.head.queue.clear()  # type: ignore[union-attr, operator]
+    return version
 
 
 def _with_head(made: nn.Module, trainer: Trainer, before: EmbeddingModel | None) -> EmbeddingModel:

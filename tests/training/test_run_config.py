@@ -64,6 +64,8 @@ FEATURES = {
         ),
         (["protocols=[]"], "protocols must name at least one"),
         (["tasks.replacement_frozen=1.0"], r"replacement_frozen is a fraction of steps, in \[0, 1\), got 1.0"),
+        (["tasks.align=newer"], "tasks: align must be one of 'none', 'older', got 'newer'"),
+        (["tasks.align=older"], 'tasks.align="older" is of .* got "hoc" with "cross_entropy"; take "none"'),
         (["tasks.denoise=2"], r"tasks: denoise must lie in \[0, 1\], got 2.0"),
         (["method.name=er", "tasks.denoise=0.5"], 'tasks.denoise is of unit embeddings, .* got "er" and "cosine"'),
         (["tasks.replacement_junction=new"], "replacement_junction must be one of 'aligned', 'kept', got 'new'"),
