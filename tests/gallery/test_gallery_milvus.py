@@ -13,6 +13,7 @@ import threading
 import time
 import uuid
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -136,6 +137,25 @@ def test_a_writer_that_stood_still_loses_its_turn_and_writes_nothing(lite: str, 
     assert set(facts(gallery)) == {*before, 70}
     gallery.add([60], vectors([60]), model=A)
     assert set(facts(other)) == {*before, 60, 70}
+
+
+def test_a_writer_that_waits_for_a_collection_gives_signs_of_life(lite: str, monkeypatch) -> None:
+    """A server takes seconds to load one, and more under load."""
+    from pymilvus import MilvusClient
+
+    monkeypatch.setattr(_milvus_register, "DEAD_SECONDS", 1.0)
+    begun: dict[str, float] = {}
+    state = MilvusClient.get_load_state
+
+    def late(client: MilvusClient, name: str, **options: object) -> object:
+        if time.monotonic() < begun.setdefault(name, time.monotonic()) + 0.8:
+            return {"state": SimpleNamespace(name="Loading")}
+        return state(client, name, **options)
+
+    monkeypatch.setattr(MilvusClient, "get_load_state", late)
+    gallery = Gallery.create(lite, model=A)
+    gallery.add(IDS, vectors(IDS), model=A)
+    assert len(begun) == 2
 
 
 def test_of_several_writers_that_take_a_turn_one_gets_it(lite: str, gallery: Gallery) -> None:

@@ -18,12 +18,16 @@ from typing import Any
 
 from .base import StoreError
 
-__all__ = ["SECONDS", "Connection", "GoneError", "chunks", "split_url"]
+__all__ = ["SECONDS", "Connection", "GoneError", "chunks", "no_beat", "split_url"]
 
 SECONDS = 20.0  # for one request
 _MESSAGE = 8 << 20  # bytes of one request or answer; servers take 64 MiB
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9]*(?:_[A-Za-z0-9]+)*")
 _NOT_FOUND = 100  # Milvus's code for a collection that is not there
+
+
+def no_beat() -> None:
+    """For readers, and calls that are short."""
 
 
 class GoneError(StoreError):
@@ -89,7 +93,13 @@ class Connection:
     def drop(self, name: str) -> None:
         self._call(lambda client: client.drop_collection(name, timeout=SECONDS))
 
-    def create(self, name: str, fields: Sequence[tuple[str, str, dict[str, Any]]], metric: str | None = None) -> None:
+    def create(
+        self,
+        name: str,
+        fields: Sequence[tuple[str, str, dict[str, Any]]],
+        metric: str | None = None,
+        beat: Callable[[], None] = no_beat,
+    ) -> None:
         """Makes a collection unless it is there, with an exact index where it has a metric, and loads it."""
         from pymilvus import DataType
 
@@ -107,10 +117,15 @@ class Connection:
 
         self._call(make)
         if metric is not None:
-            self.load(name)
+            self.load(name, beat)
 
-    def load(self, name: str) -> None:
-        """Blocks until the collection can be searched.  A server loads it for everybody, and once."""
+    def load(self, name: str, beat: Callable[[], None]) -> None:
+        """Blocks until the collection can be searched.  A server loads it for everybody, and once.
+
+        A writer gives its sign of life by `beat`, which is called every 20 ms: loading can take longer than the time
+        after which a silent writer loses its turn.
+        """
+        beat()
 
         def loaded(client: Any) -> bool:
             return client.get_load_state(name, timeout=SECONDS)["state"].name == "Loaded"  # type: ignore[no-any-return]
@@ -119,6 +134,7 @@ class Connection:
             return
         self._call(lambda client: client.load_collection(name, _async=True, timeout=SECONDS))
         while not self._call(loaded):
+            beat()
             time.sleep(0.02)
 
     def insert(self, name: str, rows: Sequence[dict[str, Any]], row_bytes: int = 1024) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from .._state import State
-from ._milvus_client import Connection, GoneError
+from ._milvus_client import Connection, GoneError, no_beat
 from ._milvus_meta import Meta
 from ._milvus_register import Position, Register
 from ._milvus_rows import FIELDS, LIVES, Record
@@ -40,18 +40,18 @@ class Snapshots:
                     raise
         raise StoreError("it changes faster than this process reads it")
 
-    def at(self, position: Position) -> Snapshot | None:
+    def at(self, position: Position, beat: Callable[[], None] = no_beat) -> Snapshot | None:
         """None: the record is deleted, because there are newer ones."""
         if not position.change:
             return Snapshot(self, Record(), position.stamp)
-        self._load([self.meta.name])
+        self._load([self.meta.name], beat)
         record = self._record
         if record is None or record.change != position.change:
             record = self.meta.record(position.change, position.stamp)
             if record is None:
                 return None
             self._record = record
-        self._load([self.rows_of(version) for version in {**record.rows, **record.old}])
+        self._load([self.rows_of(version) for version in {**record.rows, **record.old}], beat)
         return Snapshot(self, record, position.stamp)
 
     def state_of(self, record: Record, stamp: int) -> State:
@@ -70,18 +70,18 @@ class Snapshots:
         """The name of the collection with the rows of a version."""
         return f"{self.gallery}__v{version}"
 
-    def make_rows(self, version: int, state: State) -> None:
+    def make_rows(self, version: int, state: State, beat: Callable[[], None] = no_beat) -> None:
         """Makes the collection of a version unless it is there."""
         name = self.rows_of(version)
         if name not in self.loaded:
             width = state.models[version].identity.embedding_dim
-            self.connection.create(name, [*FIELDS, ("vector", "FLOAT_VECTOR", {"dim": width})], "COSINE")
+            self.connection.create(name, [*FIELDS, ("vector", "FLOAT_VECTOR", {"dim": width})], "COSINE", beat)
             self.loaded.add(name)
 
-    def _load(self, names: Iterable[str]) -> None:
+    def _load(self, names: Iterable[str], beat: Callable[[], None]) -> None:
         for name in names:
             if name not in self.loaded:
-                self.connection.load(name)
+                self.connection.load(name, beat)
                 self.loaded.add(name)
 
 

@@ -109,7 +109,7 @@ def taken(snapshots: Snapshots, *, wait: float | None = None) -> Iterator[Turn]:
             raise StoreError("others write, and none of them has ended in time")
         turn: Turn | None = None
         try:
-            before = snapshots.at(mine)
+            before = snapshots.at(mine, register.beat)
             assert before is not None, "only the one whose turn it is deletes records"
             turn = Turn(snapshots, before, mine.tried)
             yield turn

@@ -59,8 +59,9 @@ class MilvusStore:
             with taken(store._snapshots) as turn:
                 if turn.before.record.change:
                     raise FileExistsError(f"{store.url} holds a gallery, which Gallery.open opens: give another name")
-                store._meta.create()
-                store._snapshots.make_rows(state.served_by.identity.version, state)
+                beat = store._snapshots.register.beat
+                store._meta.create(beat)
+                store._snapshots.make_rows(state.served_by.identity.version, state, beat)
                 turn.record = replace(turn.record, state=turn.change, epoch=turn.change)
                 turn.state, turn.event, turn.commits = state, stamped(event), True
         return store
@@ -232,8 +233,8 @@ class MilvusStore:
     def release(self, worker: str) -> None:
         if self._connection.ended:  # by the garbage collector: leases end by themselves
             return
-        with self._named("end leases"):
-            self._snapshots.read(lambda now: self._meta.release(worker, now.stamp))
+        with self._named("end leases"), taken(self._snapshots) as turn:  # so that the next one to lease sees it
+            turn.wrote(self._meta.release(worker, turn.stamp))
 
     def count_hits(self, ids: NDArray[np.int64], times: NDArray[np.int64]) -> bool:
         try:
