@@ -1,4 +1,4 @@
-"""What a batch is held to: the deployed version's embeddings, stored ones of remembered items, denoised ones."""
+"""The old model of a training step: the deployed version, with stored or denoised embeddings."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ __all__ = ["HeldVersion", "class_means", "denoised"]
 
 
 class HeldVersion(EmbeddingModel):
-    """The deployed version, whose embeddings of a batch may be denoised, and of remembered items be stored ones.
+    """The deployed version as a method sees it, with two changes: denoised embeddings, and stored ones.
 
     Args:
-        deployed: in evaluation mode.
+        deployed: the version, in evaluation mode.
         denoise: eta of `denoised`.
-        means: [C, d] of its classes, or None for embeddings as they are.
+        means: [C, d] means of its embeddings by class; None leaves embeddings as they are.
     """
 
     def __init__(self, deployed: EmbeddingModel, denoise: float, means: Tensor | None) -> None:
@@ -28,7 +28,7 @@ class HeldVersion(EmbeddingModel):
         self.hold(torch.empty(0), None)
 
     def hold(self, target: Tensor, remembered: Tensor | None) -> None:
-        """Sets the class ids [B] of the next batch, and of its last rows the embeddings, where those are stored."""
+        """Sets the class ids [B] of the next batch, and the stored embeddings of its last rows, or None."""
         self.target = target
         self.remembered = remembered
 
@@ -42,7 +42,7 @@ class HeldVersion(EmbeddingModel):
 
 
 def class_means(rows: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """[classes, ...] means of the rows [N, ...] of each class, summed in float64; 0 for a class without any."""
+    """[classes, ...] means of rows [N, ...] by class, summed in float64; 0 for a class without rows."""
     sums = torch.zeros(classes, *rows.shape[1:], dtype=torch.float64).index_add_(0, labels, rows.double())
     counts = torch.bincount(labels, minlength=classes).clamp(min=1)
     return (sums / counts.view(-1, *[1] * (rows.ndim - 1))).to(rows)

@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
 from .._devices import to_device_async
+from ..data import Preprocessing
 from ..data.dataset_rows import DatasetRows, bytes_of
+from ..models import EmbeddingModel
 
-__all__ = ["Items", "RowBatches"]
+__all__ = ["Items", "RowBatches", "embeddings_of"]
 
 _FINGERPRINT_ROWS = 4096
 
@@ -27,7 +29,7 @@ class Items:
         inputs: a tensor [N, ...], or `simplexfix.data.DatasetRows`, which has its `shape` and `dtype`.
         labels: [N].
         class_names: None, or the names of class 0, 1, ...
-        references: None, or [N, V, d] unit embeddings of the items by versions 0 .. V - 1 (`train_versions`).
+        references: None, or [N, V, d]: the items' unit embeddings by versions 0 .. V - 1 (`train_versions`).
     """
 
     inputs: Any
@@ -75,7 +77,7 @@ class Items:
         )
 
     def joined(self, other: Items) -> Items:
-        """Both; names are those of whom has more, where they agree, and references stay where both have them."""
+        """The items of both.  Names are the longer list where they agree; references stay if both have them."""
         labels = torch.cat([self.labels, other.labels])
         mine, theirs = sorted((self.class_names or (), other.class_names or ()), key=len)
         names = theirs if theirs and theirs[: len(mine)] == mine else None
@@ -96,8 +98,8 @@ class Items:
     def fingerprint(self) -> dict[str, Any]:
         """Shape, dtype and a checksum of all labels and of 4096 rows of inputs, evenly spread (all, if not more).
 
-        Of a dataset's row the bytes of the input count, or `dataset.content(row)` where it has that.  References, where
-        there are any, count whole.
+        A dataset's row enters by the bytes of its input, or by `dataset.content(row)` where that exists.  References
+        enter whole.
         """
         step = max(1, -(-len(self.labels) // _FINGERPRINT_ROWS))
         digest = hashlib.sha256(bytes_of(self.labels))
@@ -137,6 +139,16 @@ def _integers(labels: Any) -> Tensor:
             f"labels must be integers, got {kind}; of names np.unique(names, return_inverse=True)[1] makes them"
         )
     return found.to("cpu", torch.int64)
+
+
+def embeddings_of(items: Items, model: EmbeddingModel, *, preprocessing: Preprocessing | None, workers: int) -> Tensor:
+    """[N, d] unit embeddings of items by a model, without augmentation, on the CPU.
+
+    Args:
+        preprocessing: of the trainer; None for that of the model.
+        workers: processes that read the items.
+    """
+    return model.extract(items.inputs, prepare=preprocessing or model.preprocessing, workers=workers).cpu()
 
 
 class RowBatches:

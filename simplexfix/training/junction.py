@@ -1,18 +1,20 @@
-"""Junctions turned in closed form: a replacement's before it is trained, a version's after it."""
+"""Rotation of junctions in closed form: of a replacement before its training, of a version after it."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..adapters._moments import polar
+from ..data import Preprocessing
 from ..models import EmbeddingModel, NeighbourHead
 from ..polytopes import simplex_prototypes
-from .items import Items
+from .items import Items, embeddings_of
 
 __all__ = ["ALIGN", "JUNCTIONS", "aligned_junction", "aligned_with_older"]
 
@@ -25,24 +27,24 @@ _ROWS = 8192  # at a time, in float64
 
 
 def aligned_junction(weight: Tensor, own: Tensor, held: Tensor, slots: Tensor) -> Tensor:
-    """The junction, turned so that its embeddings lie nearest to the deployed version's.
+    """Turns a junction so that its embeddings lie nearest to those of the deployed version.
 
         T_i = lam t_{y_i} + (1 - lam) u_i                lam = 0.3
         R   = U V^T of the SVD of sum_i n(z_i)^T T_i     rotates z, a row, to z R
         new weight = R^T weight
 
-    with z_i the embeddings as they are and u_i the deployed version's.  R is an isometry: a replacement searches its
-    own gallery as before.  It is the map of `simplexfix.adapters.SimplexJunction` without whitening and centring, which
-    the deployed version's embeddings do not have.
+    z_i are the embeddings by this junction, u_i those by the deployed version, and t the vertices.  R is an isometry:
+    the replacement searches its own gallery as before.  This is the map of `simplexfix.adapters.SimplexJunction`
+    without whitening and centring: embeddings of the deployed version have neither.
 
     Args:
-        weight: [d, f] of the junction.
+        weight: [d, f] weight of the junction.
         own: [N, d] unit rows n(z_i) of items.
         held: [N, d] unit rows u_i of the same items.
-        slots: [N] int64 of their classes, of d + 1.
+        slots: [N] int64, slots of their classes, in [0, d].
 
     Returns:
-        [d, f], of the dtype and on the device of `weight`; computed in float64.
+        The new weight [d, f], in the dtype and on the device of `weight`; computed in float64.
     """
 
     def pairs() -> Iterator[tuple[Tensor, Tensor]]:
@@ -58,33 +60,33 @@ def aligned_with_older(
     version: EmbeddingModel,
     older: Sequence[EmbeddingModel],
     *parts: Items,
-    prepare: Callable[[Tensor], Tensor] | None = None,
+    preprocessing: Preprocessing | None = None,
     workers: int = 0,
 ) -> EmbeddingModel:
-    """A copy of a version, its junction turned so that its embeddings lie nearest to those of all older versions.
+    """Returns a copy of a version whose junction is turned towards the embeddings of all older versions.
 
         T_i = n(sum_v n(v(x_i)))                                          v in older
-        R   = argmin over isometries of mean |n(z_i) R - T_i|^2           parts weigh alike, whatever their size
+        R   = argmin over isometries of mean |n(z_i) R - T_i|^2           every part has the same weight
             = U V^T of the SVD of sum_parts 1/N_part sum_i n(z_i)^T T_i
         new weight = R^T weight
 
-    R is an isometry: the version searches its own gallery as before.  Older galleries are searched in a better
-    direction.  It is for heads that classify by neighbours, which any isometry leaves as they are; the vertices of a
-    simplex and a learned classifier stand still, and would classify turned embeddings worse.  Each older version embeds
-    all items once, but for the embeddings that `Items.references` has.
+    R is an isometry, so the version's search of its own gallery stays as it is, and its queries fit older galleries
+    better.  The head must classify by neighbours, which an isometry does not change.  The vertices of a simplex and a
+    learned classifier would not turn with the embeddings.  Each older version embeds all items once, except those whose
+    embeddings are in `Items.references`.
 
     Args:
-        version: with a `NeighbourHead` that has a junction.
-        older: versions of the same width, each as it is searched, so itself turned already.
-        parts: items, such as a task's new ones and remembered ones; empty ones do not count.
-        prepare: as `EmbeddingModel.extract`; None for each version's own `preprocessing`.
-        workers: as `EmbeddingModel.extract`.
+        version: a model with a `NeighbourHead` that has a junction.
+        older: the older versions as they are deployed, oldest first, of the same width.
+        parts: sets of items, such as a task's new ones and the remembered ones; empty sets are ignored.
+        preprocessing: of all versions; None for each version's own.
+        workers: number of processes that read items, as in `EmbeddingModel.extract`.
 
     Returns:
-        The copy, in evaluation mode and with an empty queue; computed in float64.
+        The copy, in evaluation mode and with an empty queue; the weight is computed in float64.
 
     Raises:
-        TypeError: the head is no `NeighbourHead` with a junction.
+        TypeError: the head is not a `NeighbourHead` with a junction.
         ValueError: there is no older version or no item, or an older version has another width.
     """
     if not isinstance(version.head, NeighbourHead) or version.head.junction is None:
@@ -102,8 +104,7 @@ def aligned_with_older(
     if not parts:
         raise ValueError("parts must hold items that all versions embed, got none")
 
-    def extract(model: EmbeddingModel, part: Items) -> Tensor:
-        return model.extract(part.inputs, prepare=prepare or model.preprocessing, workers=workers).cpu()
+    extract = partial(embeddings_of, preprocessing=preprocessing, workers=workers)
 
     def pairs() -> Iterator[tuple[Tensor, Tensor]]:
         for part in parts:
@@ -112,20 +113,20 @@ def aligned_with_older(
             for rows in stored[: len(older)]:
                 target += rows
             for model in older[len(stored) :]:
-                target += extract(model, part)
-            yield extract(version, part), normalize(target) / len(target)
+                target += extract(part, model)
+            yield extract(part, version), normalize(target) / len(target)
 
     turned = copy.deepcopy(version).eval()
     assert isinstance(turned.head, NeighbourHead)
     assert turned.head.junction is not None
     with torch.no_grad():
         turned.head.junction.weight.copy_(_turned(version.head.junction.weight, pairs()))
-    turned.head.queue.clear()  # its rows are of before
+    turned.head.queue.clear()  # its rows were embedded before the turn
     return turned
 
 
 def _turned(weight: Tensor, pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """[d, f] R^T weight, R the isometry with the largest sum of tr(R^T own^T target) over pairs of rows [N, d]."""
+    """R^T weight [d, f], where the isometry R maximizes the sum of tr(R^T own^T target) over pairs of rows [N, d]."""
     basis, inner = torch.linalg.qr(weight.detach().double().cpu())  # z lies in f of the d dimensions
     cross = torch.zeros(basis.shape[1], len(weight), dtype=torch.float64)
     for own, target in pairs:

@@ -10,24 +10,22 @@ from torch import Tensor
 
 from ..models import EmbeddingModel
 from . import processes
-from .items import Items
+from .items import Items, embeddings_of
 from .trainer import Trainer
 
 __all__ = ["with_references"]
 
 
 def with_references(items: Items, *, versions: Sequence[EmbeddingModel], trainer: Trainer) -> Items:
-    """The items with `references` by all versions: those that they have are kept, the later versions' are added.
+    """Adds the embeddings by later versions to the `references` of items.
 
-    The first of several processes extracts them, without augmentation.
+    The first of several processes extracts them.
     """
     have = 0 if items.references is None else items.references.shape[1]
 
     def extracted() -> list[Tensor]:
         return [
-            version.extract(
-                items.inputs, prepare=trainer.preprocessing or version.preprocessing, workers=trainer.workers
-            ).cpu()
+            embeddings_of(items, version, preprocessing=trainer.preprocessing, workers=trainer.workers)
             for version in versions[have:]
         ]
 

@@ -248,10 +248,10 @@ class TasksConfig:
         pretraining_folder: where pre-trained networks and their logs are kept, for runs of other methods to use: in
             `simplex` those of hoc and simplex, in `linear` those of er, fd, bct, oca, asnn and nnp; None for the run's
             folder.
-        hoc_reference: of `train_versions`, for HOC; "all" for FD, too.  Other methods hold on to the deployed version.
-        replacement_junction, replacement_frozen: of `train_versions`; "aligned" is of hoc and simplex.
-        denoise: of `train_versions`, for hoc, and fd by cosine.
-        align: of `train_versions`; "older" is of hoc with a classification by neighbours.
+        hoc_reference: as in `train_versions`, for hoc; "all" also for fd.  Other methods use the deployed version.
+        replacement_junction, replacement_frozen: as in `train_versions`; "aligned" needs hoc or simplex.
+        denoise: as in `train_versions`, for hoc, and fd by cosine.
+        align: as in `train_versions`; "older" needs hoc with a classification by neighbours.
     """
 
     kind: str = "class_incremental"
@@ -406,7 +406,7 @@ class RunConfig:
 
     @property
     def hoc_reference(self) -> str:
-        """Of `train_versions`, for this method."""
+        """The `hoc_reference` of `train_versions` that this method gets."""
         reference = self.tasks.hoc_reference
         return reference if self.method.name == "hoc" or (self.method.name, reference) == ("fd", "all") else "deployed"
 

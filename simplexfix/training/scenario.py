@@ -166,21 +166,21 @@ def train_versions(
         hoc_reference: the old model where a replacement comes in: the "deployed" version before it, whose gallery is
             there, of which the first replacement of all has none; the "replacement" as it came, as in the authors'
             code; or "deployed_or_replacement": the former where there is one, else the latter.  "all": the former
-            where there is one, else the replacement if it comes with a trained head; and in every task, remembered
-            items are held to their embeddings by one of all older versions, which each batch draws uniformly.  These
-            are kept with the memory, [N, versions, d] float32 without augmentation; the older versions are not run in
-            a step, but stay in memory to embed what is remembered next.  It acts on methods whose loss calls
-            `old(input)`, as HOC and FD by cosine.
-        replacement_junction: of a replacement that follows a deployed version: "kept" as it came, or "aligned" with
-            that version in closed form (`Trainer.fit`).
+            where there is one, else the replacement if it has a trained head.  In every task, each batch also draws one
+            older version uniformly, and holds its remembered items to their embeddings by that version.  These
+            embeddings are stored with the memory, [N, versions, d] float32, without augmentation.  A step does not run
+            the older versions, but they stay in memory to embed the items that are remembered next.  "all" acts on
+            methods whose loss calls `old(input)`, such as HOC and FD by cosine.
+        replacement_junction: "kept" leaves the junction of a replacement that follows a deployed version as it is;
+            "aligned" turns it towards that version in closed form (`Trainer.fit`).
         replacement_frozen: fraction of the steps in which the backbone of such a replacement keeps its weights.
-        denoise: of every version with an old model (`Trainer.fit`); stored embeddings of "all" are drawn to the class
-            means of their own version.
-        align: "none"; or "older", each version from the second on is turned after its training, in closed form, so
-            that its embeddings of the task's new items and of remembered ones, half and half, lie nearest to those of
-            all older versions (`aligned_with_older`).  It is the turned one that is deployed, rehearsed, fine-tuned
-            and held on to.  The older versions stay in memory, and each embeds those items once a task.  For HOC with
-            a `classification` by neighbours.
+        denoise: `denoise` of `Trainer.fit`, for every version with an old model.  Stored embeddings of "all" are moved
+            towards the class means of their own version.
+        align: "none" or "older".  "older" turns every version from the second on after its training, in closed form,
+            towards the embeddings of all older versions (`aligned_with_older`).  New and remembered items have half of
+            the weight each.  The turned version is deployed, chooses the remembered items, is fine-tuned next, and is
+            the next old model.  Older versions stay in memory, and each embeds those items once a task.  It needs HOC
+            with a `classification` by neighbours.
         folder: of the run.
         on_step: called after every step with the task's number and its own (`Trainer.fit`).
 
@@ -250,7 +250,7 @@ def _versions(
 ) -> Iterator[EmbeddingModel]:
     version: EmbeddingModel | None = None
     memory: Items | None = None
-    versions: list[EmbeddingModel] = []  # so far, where they are asked for embeddings again
+    versions: list[EmbeddingModel] = []  # so far; filled only if they must embed items again
     for t, (task, schedule) in enumerate(zip(tasks, schedules, strict=True)):
         parent, old = version, version
         if t in replacements or parent is None:
@@ -307,7 +307,7 @@ def _aligned(
     align: str,
     folder: Path | None,
 ) -> EmbeddingModel:
-    """The version as it is deployed.  The turned junction is written down: its bits may differ between machines."""
+    """The version as it is deployed.  The folder stores the turned junction, whose bits may differ between machines."""
     file = None if folder is None else folder / "aligned.safetensors"
     there = file is not None and processes.broadcast(file.exists())
     if not there and (align == "none" or not older):
@@ -321,7 +321,9 @@ def _aligned(
         parts = [task.items] if memory is None else [task.items, memory]
 
         def act() -> Tensor:
-            turned = aligned_with_older(version, older, *parts, prepare=trainer.preprocessing, workers=trainer.workers)
+            turned = aligned_with_older(
+                version, older, *parts, preprocessing=trainer.preprocessing, workers=trainer.workers
+            )
             return turned.head.junction.weight.detach().cpu()  # type: ignore[union-attr, operator]
 
         weight = processes.run_on_rank0(act)
@@ -362,7 +364,7 @@ def _remembered(
     """The memory after a task: of its classes what rehearsal takes of old and new items, of others what there was.
 
     It is written down: what a network finds worth remembering may differ from machine to machine.  Of datasets the rows
-    are, of those that there were to choose from.  `embed` adds references to items, which are written down, too.
+    are, of those that there were to choose from.  `embed` adds references to items; the file stores them too.
     """
     file = None if folder is None else folder / "memory.safetensors"
     started_with = {"seed": seed, "rehearsal": describe(rehearsal)}

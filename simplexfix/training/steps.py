@@ -59,8 +59,8 @@ class _Loss(nn.Module):
 class _PartReader:
     """Reads the inputs and labels of one part of a batch, in this process or another one.
 
-    With them come the embeddings of its remembered items, where the memory has references: those by one older version,
-    which the step draws.
+    If the memory has references, it also returns the embeddings of the part's remembered items by one older version,
+    which is drawn for each step.
     """
 
     items: Items
@@ -96,7 +96,7 @@ class Steps:
         model: trained in place, on the device.
         method, old, items, memory, schedule, seed: of `Trainer.fit`.
         augment, device, precision, ema, compile, workers: of `Trainer`.
-        frozen: so many first steps leave the backbone's weights alone.
+        frozen: number of first steps in which the backbone keeps its weights.
         denoise, means: of `HeldVersion`.
     """
 
@@ -187,7 +187,7 @@ class Steps:
 
     @torch.no_grad()
     def begin_from(self, parameter: nn.Parameter, value: Tensor) -> None:
-        """Sets a parameter before the first step, in the mean of the weights too."""
+        """Sets a parameter, and its mean over steps, before the first step."""
         parameter.copy_(value)
         for p, mean in zip(self.model.parameters(), self.mean, strict=self.ema is not None):
             mean.copy_(p)

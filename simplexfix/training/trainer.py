@@ -31,7 +31,7 @@ from ..models import EmbeddingModel
 from . import processes
 from .checkpoint import Checkpoints, CheckpointWarning, fingerprint, read_state, write_state
 from .held import class_means, denoised
-from .items import Items
+from .items import Items, embeddings_of
 from .junction import JUNCTIONS, aligned_junction
 from .locks import folder_lock
 from .resume import check_resumable, describe
@@ -142,11 +142,11 @@ class Trainer:
             seed: of batches, augmentation and new weights.
             memory: remembered items of earlier classes, half of every batch.
             old: the deployed version whose gallery is to stay searchable; it is not trained.
-            junction: "kept", the parent's; or "aligned", turned into the space of `old` before the first step, in
-                closed form from the embeddings of all items and remembered ones (`aligned_junction`).
+            junction: "kept" begins with the parent's junction.  "aligned" turns it towards `old` before the first step,
+                in closed form, from the embeddings of new and remembered items (`aligned_junction`).
             frozen: fraction of the steps, in [0, 1), in which the backbone keeps its weights and the head alone learns.
-            denoise: eta, in [0, 1]: embeddings by `old` are drawn to the mean of their class, n((1 - eta) u + eta m),
-                with m over all items and remembered ones; 0 for embeddings as they are.  It acts on methods whose loss
+            denoise: eta, in [0, 1].  Embeddings u by `old` move towards the mean m of their class over new and
+                remembered items: n((1 - eta) u + eta m).  0 leaves them as they are.  It acts on methods whose loss
                 calls `old(input)`.
             folder: of this one version; None to keep nothing.
             on_step: called after every step with its number, the last being `schedule.steps`; what the step logged is
@@ -297,14 +297,14 @@ class Trainer:
         """[N, d] unit embeddings of all items and remembered ones, without augmentation, and [N] labels; on the CPU."""
         parts = [part for part in (items, memory) if part is not None and len(part.labels)]
         prepare = self.preprocessing or preprocessing
-        found = [model.extract(part.inputs, prepare=prepare, workers=self.workers).cpu() for part in parts]
+        found = [embeddings_of(part, model, preprocessing=prepare, workers=self.workers) for part in parts]
         return torch.cat(found), torch.cat([part.labels.cpu() for part in parts])
 
     def _class_means(self, old: EmbeddingModel, items: Items, memory: Items | None, classes: int) -> Tensor:
         return class_means(*self._embeddings(old, items, memory, old.preprocessing), classes)
 
     def _begin(self, run: Steps, old: EmbeddingModel | None, items: Items, memory: Items | None, junction: str) -> None:
-        """What is computed once from the old version's embeddings of all items, in the first process for all."""
+        """Calls `read_old` and aligns the junction, once, in the first process for all."""
         method = self.method
         if old is None or not (junction == "aligned" or isinstance(method, ReadsOldEmbeddings)):
             return

@@ -40,7 +40,9 @@ def test_a_version_is_turned_by_the_isometry_nearest_to_the_older_ones(width: in
     """As SciPy's in all dimensions; a version's own similarities stay, and it stays itself."""
     *older, version = models(width)
     before = version.head.junction.weight.detach().clone()
+    version.head.queue.add(torch.ones(4, width), torch.zeros(4, dtype=torch.int64))
     made = aligned_with_older(version, older, NEW, REMEMBERED)
+    assert (made.head.queue.labels == -1).all()  # its rows were embedded before the turn
     rows, targets = [], []
     for part in (NEW, REMEMBERED):
         root = len(part.labels) ** -0.5  # the parts weigh alike
@@ -102,6 +104,7 @@ def test_the_deployed_version_is_the_turned_one(tmp_path: Path, reference: str) 
             expected = torch.stack([version.extract(state["inputs"]) for version in made[: t + 1]], 1)
             torch.testing.assert_close(state["references"], expected)
     for t in (1, 2):
+        assert (made[t].head.queue.labels == -1).all()
         again = aligned_with_older(made[t], made[:t], *parts[t - 1])  # nothing is left to turn
         torch.testing.assert_close(again.extract(NEW.inputs), made[t].extract(NEW.inputs), rtol=0, atol=1e-5)
     trained = read_state(tmp_path / "task-01" / "version.safetensors")["model"]["head.junction.weight"]
