@@ -16,7 +16,7 @@ constexpr int64_t kMaxQueryBlock = 252;  // a multiple of 6, the number of queri
 // Maximum of a block's queries times k. It bounds the candidates: at worst 32 k + 2048 of 8 bytes per query (see
 // kListGrowth).
 constexpr int64_t kMaxBlockResults = int64_t(1) << 18;
-constexpr int64_t kTasksPerThread = 2;      // balances the load; each task reads the gallery and finds a cutoff anew
+constexpr int64_t kTasksPerThread = 2;      // balances the load; each task reads the gallery and finds its own cutoff
 constexpr int64_t kMinSplit = 4096;         // fewest gallery rows that are worth a task
 constexpr int64_t kStep = 16 * kPanelRows;  // rows between two reads of the other tasks' cutoffs
 constexpr int64_t kSparseSteps = 16;        // every 16th step has its first panel in the sparse sample
@@ -242,7 +242,7 @@ void Search::refresh(Task& task, int64_t q) {
   state.cutoff = task.codes->cutoff(q, any);
 }
 
-// Scores rows [begin, end) for the queries whose bounds do not help there.
+// Scores all rows [begin, end) for the queries whose bounds exclude too few rows there.
 void Search::score_all(Task& task, int64_t begin, int64_t end) {
   const int64_t d = rows_.d;
   std::vector<int64_t>& dense = task.dense;
