@@ -222,7 +222,7 @@ def contrast_rows(
 def cosine_topk(query: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """`simplexfix.functional.cosine_topk`, up to the summation order in float64."""
     for name, rows in (("query", query), ("gallery", gallery)):
-        # also on a GPU, which synchronizes
+        # values are checked on a GPU too, where that synchronizes
         looks = not (torch.compiler.is_compiling() or is_transformed() or rows.is_meta)
         if looks and not rows.isfinite().all():
             raise ValueError(f"{name} row {int((~rows.isfinite()).any(1).nonzero()[0])} holds nan or inf")

@@ -16,6 +16,6 @@ def printable(name: str | Path) -> str:
 
 
 def listed(values: Iterable[Any]) -> str:
-    """The values in their order, for a message: the first 12, "nothing" where there are none."""
+    """Joins values for a message: at most the first 12, followed by "..."; "nothing" if there are none."""
     texts = list(map(str, values))
     return (", ".join(texts[:12]) + (", ..." if len(texts) > 12 else "")) or "nothing"

@@ -322,8 +322,9 @@ def old_new_contrast(
         remove:     -s_ii + log(sum_j exp(s_ij) over differs)           # a row without negatives: -s_ii
         infonce:    -s_ii + log(exp(s_ii) + sum_j exp(s_ij) over differs)
 
-    The B x B similarities are computed in float32 blocks of 16 MiB (or of 128 B bytes on a CPU, 512 B bytes on a GPU,
-    where that is larger).  On a GPU `torch.set_float32_matmul_precision` sets the precision of the products.
+    The kernels compute the similarities in blocks of at most 2^22 numbers (16 MiB in float32), or of 32 rows on a CPU
+    and 128 rows on a GPU where that is more.  On a GPU `torch.set_float32_matmul_precision` sets the precision of the
+    products.
 
     Args:
         new: [B, d] floating, features by the model in training, any scale.
@@ -377,7 +378,7 @@ def _contrast(
     negatives: str,
     reduction: str,
 ) -> Tensor:
-    """One direction of the contrast, in the dtype of `accumulate_dtype`."""
+    """Loss of one direction of the contrast, in `accumulate_dtype` of the features."""
     if _native.has_kernels(anchors):
         return _ops.contrast_rows(anchors, candidates, target, classes, first, mu, negatives, reduction)
     rows = _reference.contrast_rows(anchors, candidates, target, classes, first, mu=mu, negatives=negatives)

@@ -362,7 +362,7 @@ class _PolytopeHead(nn.Module):
 
             self(features)[..., self.slots.used()].topk(k)    # computed block by block
 
-        At most 2^21 logits are in memory at a time.
+        Rows are processed in blocks of at most 2^21 logits, or of one row.
 
         Args:
             features: [..., in_features], in the junction's dtype.

@@ -3,7 +3,7 @@
 //
 //   s_j        mu (anchor . candidate_j) / (|anchor| |candidate_j|)
 //   N          the candidates whose class differs from the anchor's
-//   own        the candidate of the anchor's own image, which has its class
+//   own        the candidate that is the same item as the anchor, and so has its class
 //
 //   zero_mask  loss = -s_own + log(sum over N of exp(s_j) + number of candidates outside N)
 //   remove     loss = -s_own + log(sum over N of exp(s_j)), or -s_own if N is empty

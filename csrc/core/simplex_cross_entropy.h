@@ -26,7 +26,8 @@ template <typename A>
 struct RowSums {
   A sum;      // sum_j z_j
   A squares;  // sum_j z_j^2, with normalize
-  // max z_i over i < d other than the label, -inf if there is none; or a number so near that no exp over- or underflows
+  // max z_i over i < d other than the label, -inf if there is none; or a number near enough that the sum of
+  // exponentials relative to it stays within float's range
   A largest;
   A weighted;  // sum_j w_j z_j over j < d, with class weights and smoothing
 };

@@ -76,7 +76,8 @@ struct ContrastArgs {
 template <typename T>
 struct PanelView {
   const T* first;
-  // stride: elements from one row of A (column of B) to the next. k_stride: elements from one k to the next. One is 1.
+  // stride: elements from one row of A (column of B) to the next. k_stride: elements from one k to the next. One of
+  // them is 1.
   int64_t stride, k_stride;
 
   PanelView from(int64_t i, int64_t k) const { return {first + i * stride + k * k_stride, stride, k_stride}; }

@@ -15,10 +15,10 @@
 
 namespace simplexfix::cpu {
 
-// Numbers to write that pay for a thread: about 50 us, the time to start one.
+// Fewest numbers to write per thread: this takes about 50 us, as long as starting a thread.
 constexpr int64_t kNumbersPerThread = int64_t(1) << 17;
 
-// Returns the number of threads that the work pays for, at most `most`.
+// Returns the number of threads that are worth starting for the work, at most `most`.
 inline int64_t threads_for(double numbers, double per_thread, int64_t most) {
   return int64_t(std::clamp(numbers / per_thread, 1.0, double(most)));
 }

@@ -16,8 +16,8 @@ constexpr int64_t kMaxQueryBlock = 252;  // a multiple of 6, the number of queri
 // Maximum of a block's queries times k. It bounds the candidates: at worst 32 k + 2048 of 8 bytes per query (see
 // kListGrowth).
 constexpr int64_t kMaxBlockResults = int64_t(1) << 18;
-constexpr int64_t kTasksPerThread = 2;      // balances the load; each task reads the gallery and finds a cutoff anew
-constexpr int64_t kMinSplit = 4096;         // gallery rows that pay for a task of their own
+constexpr int64_t kTasksPerThread = 2;      // balances the load; each task reads the gallery and finds its own cutoff
+constexpr int64_t kMinSplit = 4096;         // fewest gallery rows that are worth a task
 constexpr int64_t kStep = 16 * kPanelRows;  // rows between two reads of the other tasks' cutoffs
 constexpr int64_t kSparseSteps = 16;        // every 16th step has its first panel in the sparse sample
 // If a mask leaves fewer than 1 / kMaskedRows of the rows, these are scored without codes. Measured at d = 128: both
@@ -89,11 +89,11 @@ struct Search::Task : Scratch {
   int64_t queries, g0, g1;      // the split is rows [g0, g1)
   TopK* best;                   // [queries]
   std::atomic<float>* highest;  // [queries]: the highest k-th best score of any task
-  bool assumes;                 // whether to assume that the k-th best of all reaches rank_in() in the sample
+  bool assumes;                 // whether sample passes set a speculative cutoff, at rank_in()
   std::optional<QueryCodes> codes = {};
-  int64_t wanted = 0;    // best rows that the current pass looks for
+  int64_t wanted = 0;    // number of best rows that the current pass collects
   size_t max_limit = 0;  // maximum limit of the lists
-  int64_t seen = 0;      // rows that the current pass has seen
+  int64_t seen = 0;      // rows that the current pass has read
 };
 
 Search::Search(const float* query, int64_t queries, const GalleryRows& rows, const GalleryCodes* codes, int64_t k,
@@ -209,10 +209,10 @@ void Search::sweep_pass(Task& task, Pass pass) {
   }
 }
 
-// Returns the sample rank that the global k-th best reaches with p > 0.999. A sample of this fraction of all rows holds
-// a binomial number of the k best. In fewer than one in 10^3 searches it exceeds its mean by kSigmas standard
-// deviations and kRankSlack. A larger rank would let more rows pass for every query, which costs more than repeating
-// one search in 10^3.
+// Returns a rank r: with p > 0.999 the k-th best score of all rows is at least the r-th best score in the sample. A
+// sample of this fraction of all rows holds a binomial number of the k best. In fewer than one in 10^3 searches it
+// exceeds its mean by kSigmas standard deviations and kRankSlack. A larger rank would let more rows pass for every
+// query, which costs more than repeating one search in 10^3.
 int64_t Search::rank_in(double fraction) const {
   const double expected = double(k_) * std::min(1.0, fraction);
   return std::min(k_, int64_t(expected + double(kSigmas) * std::sqrt(expected)) + kRankSlack);
@@ -242,7 +242,7 @@ void Search::refresh(Task& task, int64_t q) {
   state.cutoff = task.codes->cutoff(q, any);
 }
 
-// Scores rows [begin, end) for the queries whose bounds do not help there.
+// Scores all rows [begin, end) for the queries whose bounds exclude too few rows there.
 void Search::score_all(Task& task, int64_t begin, int64_t end) {
   const int64_t d = rows_.d;
   std::vector<int64_t>& dense = task.dense;

@@ -46,7 +46,7 @@ class Search {
   // Returns whether the bounds can leave out any of n rows.
   static bool can_use_codes(int64_t n, int64_t d, int64_t k);
 
-  // Returns the number of threads that the search pays for, at most `most`.
+  // Returns the number of threads that are worth starting for the search, at most `most`.
   static int64_t threads_for(int64_t queries, const GalleryRows& rows, int64_t most);
 
   // Tasks may run in any order on any threads.

@@ -67,9 +67,9 @@ __device__ __forceinline__ void sweep_vectors(const T* in, int d, F f) {
 }
 
 // out[j] = f(j, in[j]) for j < d. If in and out have the same misalignment, it moves 16 bytes at a time, with up to
-// Vector::kSize - 1 single elements before and after. Otherwise it moves single elements. `alike` says which, and
-// `start` is the misalignment. The caller computes both from global addresses only, so that the compiler can
-// still infer which pointers are into shared memory.
+// Vector::kSize - 1 single elements before and after. Otherwise it moves single elements. `alike` selects the
+// first case, and `start` is the misalignment. The caller computes both from global addresses only, so that the
+// compiler can still infer which pointers are into shared memory.
 template <int kThreads, typename T, typename Index, typename F>
 __device__ __forceinline__ void map_row(const T* in, T* out, Index d, int start, bool alike, F f) {
   constexpr Index n = Vector<T>::kSize;

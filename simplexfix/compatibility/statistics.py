@@ -203,7 +203,7 @@ def randomization_test(
     numbers = check_options(0.95, resamples, generator)
     moved = np.subtract(new, old, dtype=np.float64)
     moved = moved[moved != 0]
-    # rounding depends on the summation order: sums within it count as equal
+    # rounding depends on the summation order: sums that differ by no more count as equal
     least = abs(moved.sum()) - 1e-12 * np.abs(moved).sum()
     if len(moved) <= _EXACT_QUERIES:
         sums = np.zeros(1)

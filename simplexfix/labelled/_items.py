@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["GalleryClasses", "LabelledItems"]
 
-_WHY_LABELS = "class ids are integers from end to end, for a float32 holds none above 2^24 exactly"
+_WHY_LABELS = "class ids are integers from end to end, for a float32 does not hold every integer above 2^24"
 _WHY_IDS = "ids are integers from end to end"
 _WHY_GROUPS = "groups are integers or strings"
 
@@ -174,14 +174,15 @@ class LabelledItems:
         gallery_ids: Ids | None = None,
         query_groups: Ids | None = None,
     ) -> LabelledItems:
-        """Queries and gallery items of which nothing is known but, maybe, ids and groups.
+        """Returns items without labels and relevance judgements; ids and groups are optional.
 
         Args:
             num_queries, num_gallery: Q and N, at least 1.
-            query_ids, gallery_ids, query_groups: as of `LabelledItems`.
+            query_ids, gallery_ids, query_groups: as in `LabelledItems`.
 
         Raises:
-            TypeError, ValueError: as `LabelledItems`; fewer than 1 item.
+            TypeError, ValueError: as in `LabelledItems`.
+            ValueError: a number of items is below 1.
         """
         for name, count in (("num_queries", num_queries), ("num_gallery", num_gallery)):
             if check_integer(name, count) < 1:

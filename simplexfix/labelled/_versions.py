@@ -197,7 +197,7 @@ class VersionFeatures:
 
 
 def _items_of(arrays: Mapping[str, Any], judgements: RelevanceJudgements | None) -> LabelledItems:
-    """The items of a version's arrays."""
+    """Builds the items from a version's arrays."""
     if judgements is not None:
         return LabelledItems.from_judgements(
             judgements, arrays["query_ids"], arrays["gallery_ids"], query_groups=arrays.get("query_groups")

@@ -19,7 +19,7 @@ class ASNN:
     published predecessor, computed over batch and queue instead of the whole training set.  Both losses are in
     `simplexfix.neighbours`.  `FD`, `BCT` and `HOC` accept an `ASNN` as `classification` instead of cross-entropy.
 
-    Class sizes, and mean and standard deviation of "nnp", are computed over batch and queue, since methods do not see
+    Class sizes, and mean and standard deviation of "nnp", are computed over batch and queue, since methods do not have
     the whole training set.  A trainer calls `add_classes` before each task, which empties the queue, because its
     features come from another model.
 

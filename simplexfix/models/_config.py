@@ -101,10 +101,12 @@ def write_model_folder(
 
 
 def check_writable(folder: Path, written: FolderFormat) -> None:
-    """Before hours of work: the folder can be written, and holds nothing of another kind.  Leaves nothing behind.
+    """Checks, before a long computation, that the folder can be written and holds nothing of another kind.
+
+    It leaves no file and creates no folder.
 
     Raises:
-        ModelFolderError, OSError: as `write_model_folder`.
+        ModelFolderError, OSError: as in `write_model_folder`.
     """
     file = folder / "config.json"
     if file.exists():

@@ -78,7 +78,8 @@ class ModelIdentity:
     ) -> ModelIdentity:
         """Returns the identity of a model that was not made by this package, such as a vendor's.
 
-            fingerprint = sha256(json.dumps([name, revision, dim, adapter, space.fingerprint]))
+            target = space.space or space.fingerprint           # None without a space
+            fingerprint = sha256(json.dumps([name, revision, dim, adapter, target]))
 
         Args:
             name: the vendor's name of the model.

@@ -408,8 +408,8 @@ def evaluate(
 ) -> EvaluationReport:
     """Evaluates T model versions on the same queries and gallery items, from their features.
 
-    The features of each version are read once as queries and once as gallery, and once more to find bitwise equal
-    rows.  They may be memory-mapped files.
+    `compatibility_hits` reads the features, one more pass finds bitwise equal rows, and the numbers of the last upgrade
+    take further passes over its two versions.  Features may be memory-mapped files.
 
     Args:
         versions: T versions of the same items, oldest first, with different names; missing names are v0, v1, ...

@@ -28,7 +28,7 @@ CellHits: TypeAlias = Iterator[tuple[int, int, int, NDArray[np.bool_]]]
 Floats: TypeAlias = NDArray[np.float32]
 Ids: TypeAlias = NDArray[np.int64]
 
-_QUERY_ROWS = 4096  # queries per block: larger than L2, like the block's products with the templates
+_QUERY_ROWS = 4096  # queries per block; a block and its products with the templates exceed the L2 cache
 _GALLERY_ROWS = 128  # gallery rows per block: in float64 they stay in cache until they are summed
 _PRODUCT_COLUMNS = 1024  # templates per matrix product with a block of queries
 

@@ -151,14 +151,14 @@ class RetrievalResults:
 
 
 def nearest_places(pair: VersionFeatures, k: int) -> NDArray[np.int64]:
-    """[Q, k] places of the gallery items nearest to each query, without the query itself; -1 after the last."""
+    """Returns gallery indices [Q, k]: each query's nearest items, without the query itself; -1 past the end."""
     scores, places = _search(pair, search_depth(pair.items, k))
     excluded = pair.items.excluded
     return _leave_out(scores, places, excluded, places.shape[1] - int((excluded >= 0).any()))[1]
 
 
 def _search(pair: VersionFeatures, depth: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """[Q, depth] scores and places of a search by blocks of queries."""
+    """Returns scores and gallery indices, [Q, depth] each; queries are searched in blocks."""
     queries = pair.query
     found = np.empty((len(queries), depth), dtype=np.float32)
     places = np.empty((len(queries), depth), dtype=np.int64)
