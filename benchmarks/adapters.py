@@ -8,10 +8,10 @@ Part "fit": float32 unit rows of the same N items by two encoders, D dimensions 
     procrustes    ours maps the files; scipy.linalg.orthogonal_procrustes gets both in memory
     ridge         ours maps the files; sklearn.linear_model.Ridge(solver="cholesky", fit_intercept=False, copy_X=False)
 
-Ours normalises and centres the rows as well; peers do neither.  Every fit runs in a process of its own, candidates take
-turns, and the time is the least of the rounds; peers' leaves out reading the files.  Memory is the peak of the process
-less what it had before it had any rows.  The error of a map W is |W - T|_F / |T|_F, with T the same equation by NumPy
-in float64 over blocks of rows, with means for ours and without for peers.
+Ours also normalises and centres the rows; peers do neither.  Each fit runs in its own process, candidates are
+interleaved, and the time is the minimum over the rounds.  The time of peers excludes reading the files.  Memory is the
+peak of the process minus its memory before it read any rows.  The error of a map W is |W - T|_F / |T|_F; NumPy computes
+T by the same equation in float64 over blocks of rows, centred for ours and not centred for peers.
 
 Part "adapt": `simplexfix adapt` on 20,000 pairs of 1,280 dimensions, wall time of the whole command.
 """
@@ -43,9 +43,9 @@ ADAPT_ROWS, ADAPT_WIDTH, ADAPT_CLASSES = 20_000, 1_280, 100
 
 
 def write_pairs(folder: Path, rows: int, width: int, *, classes: int = 0) -> None:
-    """old.npy and new.npy, unit rows: two noisy linear views of 64 hidden numbers of each item.
+    """Writes old.npy and new.npy with unit rows: two noisy linear views of 64 hidden numbers of each item.
 
-    With classes, labels.npy too: the hidden numbers of a class lie around its own.
+    With classes it also writes labels.npy, and the hidden numbers of a class have a common centre.
     """
     rng = np.random.default_rng(0)
     views = [rng.standard_normal((64, width), dtype=np.float32) for _ in range(2)]
@@ -70,7 +70,7 @@ def write_pairs(folder: Path, rows: int, width: int, *, classes: int = 0) -> Non
 
 
 def truth(folder: Path) -> dict[str, Any]:
-    """In float64: the map of each method by us and by its peer, and the peer's penalty."""
+    """Computes in float64 the map of each method for ours and for its peer, and the peer's penalty."""
     files = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("new", "old")]
     count, width = files[0].shape
     gram, cross = np.zeros((2, width, width))
@@ -92,7 +92,7 @@ def truth(folder: Path) -> dict[str, Any]:
 
 
 def fit(name: str, folder: Path, penalty: float) -> dict[str, Any]:
-    """Seconds, peak bytes and the map of one candidate; runs in a process of its own."""
+    """Returns seconds, peak bytes and the map of one candidate; must run in a new process."""
     method, by = name.split(": ")
     files = [folder / f"{part}.npy" for part in ("old", "new")]
     call: Callable[[], NDArray[Any]]
@@ -121,7 +121,7 @@ def fit(name: str, folder: Path, penalty: float) -> dict[str, Any]:
             return lambda: ridge.fit(new, old).coef_.T
 
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, VmHWM
     before = _status("VmRSS")
     call = load()
     start = time.perf_counter()
@@ -130,7 +130,7 @@ def fit(name: str, folder: Path, penalty: float) -> dict[str, Any]:
 
 
 def child(name: str, folder: Path, penalty: float, threads: int) -> dict[str, Any]:
-    """`fit` in a new process."""
+    """Runs `fit` in a new process."""
     weight = folder / "weight.npy"
     arguments = ["--fit", name, "--work", str(folder), "--penalty", repr(penalty), "--threads", str(threads)]
     done = subprocess.run(

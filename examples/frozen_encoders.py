@@ -104,12 +104,15 @@ def judge(chain: Chain, items: Items, classes: Tensor, protocol: str) -> dict[st
 
 
 def moves(chain: Chain, items: Items, classes: Tensor, *, pairs: int = 200_000) -> list[dict[str, Any]]:
-    """How far queries of these classes move at each upgrade, and what the bounds of docs/math.md say of their scores.
+    """Measures how far an adapter moves the queries of these classes, and how tight the bounds of docs/math.md are.
 
-    For each pair of versions: quantiles of d, how far a query moves; the mean and the largest move of a score, in units
-    of d; the fraction of scores further than d from a threshold that lies halfway between the mean scores of the same
-    and of other classes; and, of drawn pairs of gallery items, the fractions whose order is sure by 2 d, whose order is
-    sure by d times their distance, and whose order stays.
+    d is the distance between a query before and after an upgrade.  For each pair of versions the result has
+
+    - quantiles of d, and the mean and the largest change of a score in units of d,
+    - the fraction of scores that are further than d from a threshold, which lies halfway between the mean scores of
+      equal and of different classes,
+    - fractions of drawn pairs of gallery items: those with an order that 2 d guarantees, those with an order that d
+      times their distance guarantees, and those with an order that stays.
     """
     rows, asked = torch.isin(items.gallery_labels, classes), torch.isin(items.query_labels, classes)
     same = items.query_labels[asked][:, None] == items.gallery_labels[rows]
@@ -130,7 +133,7 @@ def moves(chain: Chain, items: Items, classes: Tensor, *, pairs: int = 200_000) 
         stays = (scores[i, j] > scores[i, k]) == (moved[i, j] > moved[i, k])
         by_items = margin > d[i] * distance
         assert stays[by_items].all()
-        shares = {
+        fractions = {
             "score beyond d of the threshold": (scores - threshold).abs() > d[:, None],
             "order sure by 2 d": margin > 2 * d[i],
             "order sure by d times distance": by_items,
@@ -143,7 +146,7 @@ def moves(chain: Chain, items: Items, classes: Tensor, *, pairs: int = 200_000) 
                 "d": d.quantile(d.new_tensor([0.1, 0.5, 0.9])).tolist(),
                 "mean move": float(ratio.mean()),
                 "largest move": float(ratio.max()),
-                **{name: float(share.double().mean()) for name, share in shares.items()},
+                **{name: float(holds.double().mean()) for name, holds in fractions.items()},
             }
         )
     return found

@@ -1,12 +1,13 @@
-"""The life of a gallery of drawings through three upgrades: admit, search at once, backfill, roll back, go on, retire.
+"""Three upgrades of a gallery of drawings: admit, search at once, backfill, roll back, admit again, retire.
 
 python examples/upgrade_a_gallery.py [--out DIR] [--steps N]
 
 v0 learns 100 handwritten characters of the packaged Omniglot; its gallery holds six drawings of each of 120.  Each
 upgrade begins with that gallery:
 
-- HOC: v1, a wider network that learns all 120 characters, is held to v0 by HOC while it is trained.
-- Procrustes and MLP: such a network learns alone; an adapter, fitted on 1,200 drawings, maps its vectors to v0's space.
+- HOC: v1, a wider network that learns all 120 characters, is trained by HOC to be compatible with v0.
+- Procrustes and MLP: such a network is trained without v0; an adapter, fitted on 1,200 drawings, maps its vectors to
+  v0's space.
 
 Every score is the fraction of 480 other drawings whose nearest gallery item is of their character.  With matplotlib
 DIR/life.png shows the scores over each life.
@@ -38,7 +39,7 @@ ROWS = 72  # of a batch of the backfill
 
 @dataclass(frozen=True)
 class Encoder:
-    """What makes the vectors of a version: [n, 1, 28, 28] drawings -> [n, d]."""
+    """The model of a version: `embed` maps drawings [n, 1, 28, 28] to vectors [n, d]."""
 
     identity: ModelIdentity
     embed: Callable[[Tensor], Tensor]
@@ -46,7 +47,7 @@ class Encoder:
 
 @dataclass
 class Life:
-    """Scores of the serving version; the time is 1 for each backfill, and REST before and between them."""
+    """Scores of the serving version over time; a backfill takes 1 unit of time, and each rest around it REST units."""
 
     name: str
     times: list[float] = field(default_factory=list)
@@ -57,7 +58,7 @@ REST = 0.2
 
 
 def train(images: Tensor, slots: SlotRegistry, width: int, steps: int, old: EmbeddingModel | None) -> EmbeddingModel:
-    """A network on [C, n, 1, 28, 28] drawings of characters 0 to C - 1, held to the old version where there is one."""
+    """Trains a network on drawings [C, n, 1, 28, 28] of characters 0 to C - 1, by HOC if there is an old version."""
     torch.manual_seed(width)
     model = EmbeddingModel(
         SmallConvNet(width, FEATURES), SimplexHead.from_slots(slots, FEATURES, normalize=True, scale=12.0)
@@ -70,7 +71,7 @@ def train(images: Tensor, slots: SlotRegistry, width: int, steps: int, old: Embe
         features = model.backbone(batch)
         loss = model.head(features, slots.lookup("default", target))
         if old is not None:
-            held = target < len(old.head.slots)  # HOC is for what the old version knows
+            held = target < len(old.head.slots)  # HOC applies to the characters of the old version
             loss = 0.5 * loss + 0.5 * model.head.hoc_loss(features[held], old.extract(batch[held]), target[held])
         optimizer.zero_grad()
         loss.backward()
@@ -91,7 +92,7 @@ class Shop:
 
     Args:
         old: v0.
-        photos, queries: [n, 1, 28, 28] drawings, those of a character one after the other.
+        photos, queries: drawings [n, 1, 28, 28], grouped by character.
     """
 
     def __init__(self, old: Encoder, photos: Tensor, queries: Tensor) -> None:
@@ -104,7 +105,7 @@ class Shop:
         return encoder.embed(self.queries), encoder.embed(self.photos)
 
     def upgrade(self, name: str, folder: Path, new: Encoder) -> Life:
-        """From v0's gallery to one without v0, by way of a rollback."""
+        """Upgrades a gallery of v0, rolls back, upgrades it again and retires v0; returns the scores."""
         life, versions = Life(name), {0: self.old_features, 1: self.features(new)}
         v0, v1 = self.old.identity, new.identity
         gallery = Gallery.create(folder, model=v0, threshold=0.7)
@@ -120,7 +121,7 @@ class Shop:
             return right
 
         def rest() -> None:
-            """The score as it is, for a while."""
+            """Adds a rest with a constant score."""
             begun = life.times[-1] if life.times else 0.0
             life.times += [begun, begun + REST]
             life.scores.append(score())

@@ -34,7 +34,7 @@ SOURCES = (
 SUFFIXES = {".py", ".md", ".cpp", ".h", ".inc", ".cu", ".cuh", ".jinja"}
 MOST_WORDS = 30
 MOST_CHARACTERS = 72
-FIRST_COMMIT = "41e90bf4e6"  # the last one before the rule
+LAST_COMMIT_BEFORE = "41e90bf4e6"  # of the rule on subjects
 PRIVATE = {  # word -> the term for it
     r"twins?": "reference implementation",
     r"past the caches": "by non-temporal stores",
@@ -78,8 +78,8 @@ def private_words() -> Iterator[str]:
 
 
 def long_subjects() -> Iterator[str]:
-    """None where there is no git, or a clone without the first commit."""
-    log = ["git", "-C", str(ROOT), "log", "--no-merges", "--format=%h %s", f"{FIRST_COMMIT}..HEAD"]
+    """Yields nothing without git, or in a clone without the first commit."""
+    log = ["git", "-C", str(ROOT), "log", "--no-merges", "--format=%h %s", f"{LAST_COMMIT_BEFORE}..HEAD"]
     done = subprocess.run(log, capture_output=True, text=True)
     for line in done.stdout.splitlines():
         commit, _, subject = line.partition(" ")

@@ -1,4 +1,4 @@
-"""The page and its four calls over HTTP, by the standard library: a thread for each request."""
+"""Serves the page and its four calls over HTTP with the standard library, one thread per request."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from service import ImageFileError, RefusedError, Service
+from service import RefusedError, Service
+
+from simplexfix.data import ImageFileError
 
 HERE = Path(__file__).resolve().parent
 FILES = {
@@ -21,7 +23,7 @@ POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src '
 
 
 class Handler(BaseHTTPRequestHandler):
-    timeout = 20  # seconds without a byte
+    timeout = 20  # seconds without a byte until a connection is closed
     server: Server
 
     def do_GET(self) -> None:
@@ -66,7 +68,7 @@ class Handler(BaseHTTPRequestHandler):
             self._error(400, str(error))
 
     def _body(self) -> bytes | None:
-        """What was sent; None after an error that was answered."""
+        """Returns the body of the request, or None after an error response."""
         length = self.headers.get("Content-Length", "")
         if not length.isdecimal():
             self._error(411, "Content-Length must say how long the image is")
@@ -98,7 +100,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: the terminal shows the address alone."""
+        """Logs nothing: the terminal shows only the address."""
 
 
 class Server(ThreadingHTTPServer):

@@ -1,4 +1,4 @@
-"""What the page shows and does, over one gallery: search, upgrade, backfill, rollback.  Any thread may call it."""
+"""The operations of the page on one gallery: search, upgrade, backfill, rollback.  Any thread may call them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from simplexfix.compatibility import GateResult
-from simplexfix.data import ImageFileError, load_omniglot, read_images
+from simplexfix.data import load_omniglot, read_images
 from simplexfix.gallery import AdmissionError, Gallery, StrangerError
 from simplexfix.models import EmbeddingModel, read_identity
 
@@ -22,15 +22,15 @@ Image.MAX_IMAGE_PIXELS = 16_000_000  # of an upload; twice as many are refused
 
 
 class RefusedError(ValueError):
-    """What cannot be done as things are now; the message is for the page."""
+    """A request that cannot be served in the present state; the page shows the message."""
 
 
 class Service:
-    """The gallery holds all state: a service that is started again goes on where the last one was.
+    """Search and upgrades.  The gallery holds all state, so that a restarted service resumes.
 
     Args:
-        folder: as `prepare` wrote it.
-        pause: seconds between two batches of a backfill, for the progress to be seen.
+        folder: folder that `prepare` has written.
+        pause: seconds between two batches of a backfill, so that the progress is visible.
     """
 
     def __init__(self, folder: Path, pause: float = 0.1) -> None:
@@ -45,16 +45,16 @@ class Service:
             for query, vector, threshold in json.loads((folder / "thresholds.json").read_text())
         }
         self._pause = pause
-        self._changes = threading.Lock()  # of the model that serves, and of the worker
+        self._changes = threading.Lock()  # held to change the model that serves, or the worker
         self._worker: threading.Thread | None = None
         self._stop = threading.Event()
 
     def search(self, content: bytes) -> dict[str, Any]:
-        """The nearest drawings to an image file.
+        """Returns the nearest drawings to an image file.
 
         Raises:
-            ImageFileError: it is no image.
-            RefusedError: nothing is drawn on it.
+            ImageFileError: the content is no image.
+            RefusedError: nothing is drawn on the image.
         """
         ink = on_clean_paper(read_images([io.BytesIO(content)], self.models[0].preprocessing))
         serves = self.gallery.model
@@ -77,7 +77,7 @@ class Service:
         }
 
     def drawing(self, id_: int) -> bytes | None:
-        """A drawing of the gallery as a PNG."""
+        """Returns a drawing of the gallery as PNG, None if there is no such drawing."""
         if not 0 <= id_ < len(self.drawings):
             return None
         content = io.BytesIO()
@@ -102,7 +102,7 @@ class Service:
         }
 
     def upgrade(self) -> None:
-        """Makes the new version serve, and begins to replace the old vectors, or goes on with that."""
+        """Makes the new version serve, and starts or resumes the backfill."""
         with self._changes:
             if self.gallery.model.version == 0:
                 try:
@@ -116,7 +116,7 @@ class Service:
             self._worker.start()
 
     def rollback(self) -> None:
-        """Brings the old version and its vectors back."""
+        """Makes the old version serve again, and restores its vectors."""
         with self._changes:
             self._end_worker()
             if self.gallery.status()["rolls_back_to"] is None:
@@ -124,7 +124,7 @@ class Service:
             self.gallery.rollback()
 
     def stop(self) -> None:
-        """Ends the backfill after its batch; `upgrade` goes on with it."""
+        """Stops the backfill after its current batch; `upgrade` resumes it."""
         with self._changes:
             self._end_worker()
 
@@ -139,7 +139,7 @@ class Service:
 
     def _backfill(self) -> None:
         model, identity = self.models[1], self.identities[1]
-        with closing(self.gallery.stale(batch=BATCH)) as batches:  # ends the leases after an error, too
+        with closing(self.gallery.stale(batch=BATCH)) as batches:  # also returns the leases after an error
             for batch in batches:
                 rows = torch.from_numpy(self.drawings[batch])
                 try:
@@ -155,16 +155,13 @@ class Service:
 
 
 def on_clean_paper(ink: torch.Tensor) -> torch.Tensor:
-    """[1, 28, 28] with ink from 0 to 1, whatever the lightness of the paper and of the pen.
+    """Scales ink [1, 28, 28] to [0, 1] for any lightness of paper and pen.
 
     Raises:
-        RefusedError: it is of one lightness.
+        RefusedError: all pixels have nearly the same lightness.
     """
     paper = ink.median()  # most of a drawing is paper
-    ink = ink - paper if ink.max() - paper >= paper - ink.min() else paper - ink  # light on dark, as well
+    ink = ink - paper if ink.max() - paper >= paper - ink.min() else paper - ink  # inverts a light pen on dark paper
     if ink.max() < 0.05:
         raise RefusedError("nothing is drawn on this image")
     return (ink / ink.max()).clamp(0, 1)
-
-
-__all__ = ["ImageFileError", "RefusedError", "Service", "on_clean_paper"]

@@ -82,13 +82,13 @@ class Moments:
         return self._once(("method", *key), make)
 
     def _blocks(self, *which: int) -> Iterator[tuple[tuple[Tensor, ...], Tensor | None]]:
-        """Those of the features; after a whole pass the means of these versions are known."""
+        """Yields the blocks of `features.blocks`; a complete pass also stores the means of these versions."""
         features = self.features
-        unknown = [(at, i) for at, i in enumerate(which) if ("mean", i) not in self._made]
-        totals = {i: torch.zeros(features.width(i), dtype=torch.float64, device=features.device) for _, i in unknown}
+        missing = [(at, i) for at, i in enumerate(which) if ("mean", i) not in self._made]
+        totals = {i: torch.zeros(features.width(i), dtype=torch.float64, device=features.device) for _, i in missing}
         squares = dict.fromkeys(totals, 0.0)
         for rows, labels in features.blocks(*which):
-            for at, i in unknown:
+            for at, i in missing:
                 totals[i] += rows[at].sum(0)
                 squares[i] += float(rows[at].square().sum())
             yield rows, labels

@@ -128,7 +128,7 @@ class PairedFeatures:
             for begin in range(0, len(versions[0]), step):
                 end = min(len(versions[0]), begin + step)
                 rows = tuple(self._unit(versions[i].block_tensor(begin, end), torch.float64) for i in which)
-                for i in which:  # else a mapped file counts as this process's memory by the end of the pass
+                for i in which:  # otherwise all read pages of a mapped file would stay in this process's memory
                     versions[i].release()
                 yield rows, None if labels is None else torch.from_numpy(labels[begin:end]).to(self.device)
 

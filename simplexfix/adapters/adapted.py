@@ -1,4 +1,4 @@
-"""What an adapter makes of two versions' features, to be judged as an upgrade."""
+"""Applies an adapter to the features of two versions, so that the gate can judge it as an upgrade."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ _ROWS = 4096
 def adapted_version(
     adapter: Adapter, old: VersionFeatures, new: VersionFeatures, *, fingerprint: str | None = None
 ) -> VersionFeatures:
-    """The new queries and the old gallery as the adapter maps them: how a service with it searches.
+    """Maps the new queries and the old gallery as a service with this adapter does.
 
-        query = adapter(new.query)          or adapter(new.query, old.query), where both encoders run
+        query = adapter(new.query)          or adapter(new.query, old.query) if it needs both encoders
         gallery = adapter.gallery(old.gallery)
 
     Args:
-        adapter: fitted on other items, if a result is to hold for new queries.
-        old, new: of the same items, by the two encoders themselves.
-        fingerprint: of the adapter, as of the identity that `Adapter.save_pretrained` returns.
+        adapter: adapter that was fitted on other items; otherwise the result does not hold for new queries.
+        old, new: features of the same items by the old and the new encoder.
+        fingerprint: fingerprint of the adapter, from the identity that `Adapter.save_pretrained` returns.
 
     Returns:
-        For `upgrade_gate(old, new, adapted=...)`; `old.gallery` itself where stored vectors stay as they are.
+        A version for `upgrade_gate(old, new, adapted=...)`.  Its gallery is `old.gallery` itself if the adapter
+        leaves stored vectors as they are.
 
     Raises:
-        TypeError, ValueError: versions of other items, or of other widths than the adapter was fitted on.
+        TypeError, ValueError: the versions have different items, or other widths than the adapter was fitted on.
     """
     old, new = check_versions((old, new), ("old", "new"))
     asked = (new.query,) if adapter.alpha is None else (new.query, old.query)
     query = _mapped(adapter, asked)
     gallery = _mapped(adapter.gallery, (old.gallery,)) if adapter.maps_gallery else old.gallery
-    items = old.items
     return VersionFeatures(
-        items,
+        old.items,
         FeatureRows("adapted.query", query),
         gallery if isinstance(gallery, FeatureRows) else FeatureRows("adapted.gallery", gallery),
         name="adapted",

@@ -172,7 +172,7 @@ class AdapterMethod(ABC):
     Attributes:
         name: for tables and files.
         needs_labels: whether it cannot do without classes.
-        maps_gallery: whether its adapters map stored vectors, too.
+        maps_gallery: whether its adapters also map stored vectors.
     """
 
     name: ClassVar[str]

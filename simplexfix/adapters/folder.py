@@ -42,7 +42,7 @@ def save_adapter(
 
 
 def check_adapter_folder(folder: str | os.PathLike[str]) -> None:
-    """Raises what `Adapter.save_pretrained` would raise for this folder, before an adapter is fitted."""
+    """Raises the errors of `Adapter.save_pretrained` for this folder, so that a caller can check it before a fit."""
     check_writable(Path(folder), ADAPTER)
 
 

@@ -12,7 +12,7 @@ __all__ = ["AffineMap", "LowRankMap", "ResidualMap", "unit"]
 
 
 def unit(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows divided by their L2 norm; a zero row stays zero.  In float64: float32 holds no square of 1e20."""
+    """Divides rows by their L2 norm, in float64, since the square of 1e20 overflows float32; a zero row stays zero."""
     return unit_rows(rows.double()).to(dtype)
 
 

@@ -149,8 +149,8 @@ def select_adapter(
             simplex junction with a grid of shrinkages, then HOC steps from the best junction.
         query_encoders: "new": the new encoder alone runs at query time; "both": the old one as well, and slerp with a
             grid of alpha from the two best adapters is a candidate.
-        stored_vectors: "map": methods that map stored vectors are candidates as well; "keep": those alone that leave
-            the gallery as it is.
+        stored_vectors: "map": methods that map stored vectors are candidates, too; "keep": only methods that leave the
+            gallery as it is.
         protocol: "nearest_class_mean", "instance", or one with hits; with labels only.
         folds: 1 to 3, how many thirds are held out in turn: more take longer and are surer.
         confidence: of the intervals, in (0, 1).

@@ -258,7 +258,7 @@ def _gate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--new-model", type=Path, metavar="MODEL", help="the same of the model that is to replace it")
     parser.add_argument(
         "--agreement",
-        type=_places,
+        type=_positive,
         nargs="?",
         const=10,
         metavar="K",
@@ -336,12 +336,6 @@ def _add_comparison(parser: argparse.ArgumentParser) -> None:
         metavar="LABEL",
         help="label of junk, whose items and queries are left out; may be repeated",
     )
-
-
-def _places(text: str) -> int:
-    if text.isdecimal() and 0 < int(text) < 10**6:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text}")
 
 
 def _seed(text: str) -> int:

@@ -23,13 +23,13 @@ __all__ = ["Embedder"]
 
 
 class Embedder:
-    """On a GPU where there is one.
+    """Embeds with the model or adapter in a folder, on a GPU if there is one.
 
     Args:
-        folder: of the model or adapter.
+        folder: folder of the model or adapter.
 
     Raises:
-        ValueError, OSError: the folder holds neither, or only what Python can complete.
+        ValueError, OSError: the folder holds neither, or a model that only Python code can load.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -56,7 +56,7 @@ class Embedder:
             self._embed = lambda input: model.extract(input, prepare=model.preprocessing)
 
     def features(self, rows: FeatureRows) -> NDArray[np.float32]:
-        """[n, d] of features [n, f]."""
+        """Embeds features [n, f]: [n, d]."""
         return self._checked(rows.name, rows.whole())
 
     def images(self, files: Sequence[Path]) -> tuple[list[int], NDArray[np.float32], list[ImageFileError]]:
@@ -78,7 +78,7 @@ class Embedder:
             except ImageFileError as error:
                 return error
 
-        with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
+        with ThreadPoolExecutor() as pool:  # Pillow releases the GIL while it decodes
             found = list(pool.map(attempt, files))
         images = {at: image for at, image in enumerate(found) if not isinstance(image, ImageFileError)}
         errors = [image for image in found if isinstance(image, ImageFileError)]
@@ -91,6 +91,6 @@ class Embedder:
         try:
             with torch.inference_mode():
                 vectors: NDArray[np.float32] = self._embed(input.to(self.device)).cpu().numpy()
-        except RuntimeError as error:  # of torch, where there is no preprocessing that would name what it takes
+        except RuntimeError as error:  # torch raises it for a wrong shape if no preprocessing has checked the input
             raise ValueError(f"the model in {self.folder} cannot embed {name} {list(input.shape)}: {error}") from None
         return vectors

@@ -1,10 +1,11 @@
-"""What `simplexfix gallery` adds, searches and backfills with: files of vectors or features, and folders of images."""
+"""Inputs of `simplexfix gallery`: files of vectors or features, folders of images, and tables of payload."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -22,17 +23,17 @@ from ._embedder import Embedder
 
 __all__ = ["PATH", "FileRows", "FolderImages", "ImageItem", "image_items", "is_images", "payloads", "read_table"]
 
-PATH = "path"  # the payload's key for where an image is, in its folder
-_ROWS = 4096  # whose payload is read at a time
+PATH = "path"  # payload key of an image's path relative to its folder
+_ROWS = 4096  # rows per read of payload
 
 
 def is_images(path: Path) -> bool:
-    """Whether it is a folder of images, and not one of .npy files."""
+    """Returns whether the path is a folder of images; a folder of .npy files is not."""
     return path.is_dir() and not (path / "vectors.npy").exists()
 
 
 class FileRows:
-    """The vectors in a file, by id; embedded features where there is an embedder."""
+    """The vectors of a file, accessed by id; an embedder computes them from the file's features."""
 
     def __init__(self, path: Path, embedder: Embedder | None) -> None:
         rows, ids = load_vectors(path)
@@ -47,7 +48,7 @@ class FileRows:
         return self._vectors(self._rows)
 
     def vectors(self, gallery: Gallery, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], Any]:
-        """Those of the ids that the file has, and their vectors."""
+        """Returns the ids that the file has, and their vectors."""
         if not len(self.ids):
             return ids[:0], None
         place = self._order[np.searchsorted(self.ids, ids, sorter=self._order).clip(max=len(self.ids) - 1)]
@@ -59,10 +60,10 @@ class FileRows:
 
 
 class FolderImages:
-    """The images in a folder, each named by the payload of its row.
+    """The images in a folder; the payload of a row has the path of its image.
 
     Attributes:
-        unreadable: messages about files that are damaged or not there, as `complain` got them.
+        unreadable: messages about files that are damaged or missing; `complain` is called with each of them.
     """
 
     def __init__(self, folder: Path, embedder: Embedder, complain: Callable[[str], None]) -> None:
@@ -72,14 +73,14 @@ class FolderImages:
         self._complain = complain
 
     def vectors(self, gallery: Gallery, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], Any]:
-        """Those of the ids whose images can be read, and their vectors."""
+        """Returns the ids whose images can be read, and their vectors."""
         paths = [payload.get(PATH) for payload in payloads(gallery, ids)]
         named = [at for at, path in enumerate(paths) if _is_inside(path)]
         kept, vectors = self.embed([str(paths[at]) for at in named])
         return ids[[named[at] for at in kept]], vectors
 
     def embed(self, paths: Sequence[str]) -> tuple[list[int], NDArray[np.float32]]:
-        """Positions of the images that can be read, and their vectors."""
+        """Returns the positions of the images that can be read, and their vectors."""
         kept, vectors, errors = self._embedder.images([self._folder / path for path in paths])
         for error in errors:
             self._complain(str(error))
@@ -89,30 +90,30 @@ class FolderImages:
 
 @dataclass(frozen=True)
 class ImageItem:
-    """An image that is to be added; its payload has its path."""
+    """An image to add; its payload has its path."""
 
     id: int
     payload: dict[str, Any]
 
 
 def image_items(gallery: Gallery, folder: Path, table: Path | None) -> tuple[list[ImageItem], int]:
-    """The images that the gallery lacks, and how many it has already, by their paths.
+    """Returns the images whose paths the gallery lacks, and the number of images that it has already.
 
-    Ids are those of the table; without them the numbers above the largest id of the gallery, in the order of the paths.
+    Ids are those of the table.  Without them, the images get the numbers after the largest id of the gallery, in order.
 
     Raises:
-        OSError, ImageFileError: as `find_images`.
-        ValueError: rows of the table without a path, or with one outside the folder; some with and some without an id;
-            paths or ids twice; an id of another row of the gallery.
+        OSError, ImageFileError: as in `find_images`.
+        ValueError: a row of the table has no path, or a path outside the folder; only some rows have an id; a path or
+            an id is given twice; or an id is that of another row of the gallery.
     """
     rows: list[dict[str, Any]] = [{PATH: path} for path in find_images(folder)] if table is None else read_table(table)
     paths = [row.get(PATH) for row in rows]
     for number, path in enumerate(paths):
         if not _is_inside(path):
             raise ValueError(f"{table} row {number} must have a {PATH} in {folder}, without .. in it, got {path!r}")
-    if len(set(paths)) < len(paths):
-        twice = next(path for path in paths if paths.count(path) > 1)
-        raise ValueError(f"{table} has the {PATH} {twice!r} twice")
+    twice = [path for path, times in Counter(paths).items() if times > 1]
+    if twice:
+        raise ValueError(f"{table} has the {PATH} {twice[0]!r} twice")
     stored = gallery.ids()
     there = {
         payload[PATH]: id_
@@ -137,11 +138,11 @@ def image_items(gallery: Gallery, folder: Path, table: Path | None) -> tuple[lis
 
 
 def read_table(path: Path) -> list[dict[str, Any]]:
-    """Rows of a .json list of objects, or of a .csv table, in which a column of integers or of numbers becomes that.
+    """Reads rows from a .json list of objects or a .csv table; columns of numbers in a .csv table become numbers.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is neither; names the file.
+        OSError: the file cannot be read.
+        ValueError: the file is neither; the message names it.
     """
     try:
         text = read_text(path)
@@ -154,13 +155,13 @@ def read_table(path: Path) -> list[dict[str, Any]]:
 
 
 def payloads(gallery: Gallery, ids: NDArray[np.int64]) -> list[dict[str, Any]]:
-    """Of each row; empty of one that was removed meanwhile."""
+    """Returns the payload of each row; it is empty if the row was removed meanwhile."""
     found: list[dict[str, Any]] = []
     for begin in range(0, len(ids), _ROWS):
         some = ids[begin : begin + _ROWS]
         try:
             found += gallery.read(some).payload
-        except (KeyError, ValueError):  # a row was removed, or rows are of several widths
+        except (KeyError, ValueError):  # a row was removed, or the rows have different widths
             for id_ in some:
                 try:
                     found += gallery.read([id_]).payload
@@ -187,7 +188,7 @@ def _csv_rows(text: str) -> list[dict[str, Any]]:
 
 
 def _numbers(column: list[str]) -> list[Any]:
-    """Integers or finite floats where all values are such, written as JSON writes them: 007 stays text."""
+    """Converts a column to integers or finite floats if all its values are JSON numbers; 007 is none and stays text."""
     try:
         values = [json.loads(value, parse_constant=_refuse) for value in column]
     except ValueError:

@@ -1,4 +1,4 @@
-"""A gallery's status and history in words, for a terminal."""
+"""Formats a gallery's status and history for a terminal."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from .._text import printable
 
 __all__ = ["history_lines", "status_text"]
 
-_WORKER = 8  # digits of a worker's name
+_WORKER = 8  # characters that are printed of a worker's name
 
 
 def status_text(status: dict[str, Any]) -> str:
-    """Who serves, how far the backfill is, a row for each version, thresholds, and the history where it is given."""
+    """Returns the serving version, the progress of the backfill, tables of versions and thresholds, and any history."""
     serving, back = status["serving"], status["rolls_back_to"]
     name = next(entry["name"] for entry in status["versions"] if entry["version"] == serving)
     lines = [
@@ -55,7 +55,7 @@ def status_text(status: dict[str, Any]) -> str:
 
 
 def history_lines(history: Sequence[dict[str, Any]]) -> list[str]:
-    """One for each event, and one below an admission for each rule of its gate."""
+    """Returns a line for each event; below an admission stands a line for each rule of its gate."""
     names = {event["version"]: event["model"]["name"] for event in history if "model" in event}
     lines = []
     for event in history:

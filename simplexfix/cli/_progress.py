@@ -29,10 +29,10 @@ def progress_on(stream: TextIO) -> Iterator[Callable[[Progress], None]]:
 
 @contextmanager
 def counted(stream: TextIO, what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal, a line now and then elsewhere, for a loop over rows.
+    """Shows the progress of a loop over rows: a bar on a terminal, at most a line every 30 seconds elsewhere.
 
     Yields:
-        What takes the number of rows that are done.
+        A function to call with the number of rows that are done.
     """
     if stream.isatty():
         with bars(stream) as shown:

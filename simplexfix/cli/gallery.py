@@ -1,4 +1,7 @@
-"""Keeps a gallery through upgrades of its model: exit code 0, 1 where rows or images were left, 2 on bad input."""
+"""Keeps a gallery through upgrades of its model.
+
+The exit code is 1 if rows stay stale or images cannot be read, 2 on bad input, and 0 otherwise.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +31,8 @@ from ._models import read_model
 from ._progress import counted
 
 INCOMPLETE, BAD_INPUT = 1, 2
-_QUERIES = 256  # images in memory at a time
-_SECONDS = 1.0  # between two looks at how far all workers are
+_QUERIES = 256  # images of queries that are in memory at a time
+_SECONDS = 1.0  # shortest time between two reads of the gallery's progress
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -66,7 +69,7 @@ def _add(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _add_images(gallery: Gallery, arguments: argparse.Namespace, embedder: Embedder) -> dict[str, Any]:
-    """Batch by batch, each of which stays after an error or Ctrl-C."""
+    """Adds the images in batches; after an error or Ctrl-C the batches before it stay in the gallery."""
     items, there = image_items(gallery, arguments.inputs, arguments.payload)
     images, added = FolderImages(arguments.inputs, embedder, _complain), 0
     with counted(sys.stderr, "add", len(items)) as show:
@@ -99,11 +102,11 @@ def _search(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _queries(arguments: argparse.Namespace, embedder: Embedder | None) -> tuple[list[Any], Any]:
-    """What each query is called, and their vectors."""
+    """Returns a name for each query, and the vectors of the queries."""
     path = arguments.vectors or arguments.inputs
     if embedder is not None and (is_images(path) or path.suffix.lower() in SUFFIXES):
-        names = find_images(path) if path.is_dir() else [path.name]
-        files = [path / name for name in names] if path.is_dir() else [path]
+        folder, names = (path, find_images(path)) if path.is_dir() else (path.parent, [path.name])
+        files = [folder / name for name in names]
         vectors = []
         for begin in range(0, len(files), _QUERIES):
             _, some, errors = embedder.images(files[begin : begin + _QUERIES])
@@ -149,14 +152,14 @@ def _backfill(arguments: argparse.Namespace) -> dict[str, Any]:
             counted(sys.stderr, "backfill", stale) as show,
             closing(gallery.stale(order=arguments.order, batch=arguments.batch)) as batches,
         ):
-            looked = time.monotonic()
+            shown = time.monotonic()
             for batch in batches:
                 known, vectors = source.vectors(gallery, batch)
                 left += len(batch) - len(known)
                 if len(known):
                     replaced += gallery.replace(known, vectors, model=model)
-                if time.monotonic() - looked >= _SECONDS:  # other workers replace rows, too
-                    looked = time.monotonic()
+                if time.monotonic() - shown >= _SECONDS:
+                    shown = time.monotonic()  # the gallery also counts the rows that other workers have replaced
                     show(stale - gallery.status()["stale"])
             status = gallery.status()
             show(stale - status["stale"])
@@ -201,7 +204,7 @@ _ACTIONS = {
 
 
 def _model(arguments: argparse.Namespace) -> tuple[Embedder | None, ModelIdentity]:
-    """Of --model; what embeds --inputs where these are given."""
+    """Returns the identity of --model, and with --inputs the embedder of its folder."""
     if arguments.inputs is None:
         return None, read_model(arguments.model)
     embedder = Embedder(arguments.model)
@@ -220,7 +223,7 @@ def _parsed(text: str, name: str) -> Any:
 
 
 def _plain(values: NDArray[Any]) -> list[Any]:
-    """For JSON, which has no inf and no nan: None in their place."""
+    """Returns lists for JSON, with None for inf and nan."""
     plain = values.astype(object)
     plain[~np.isfinite(values)] = None
     rows: list[Any] = plain.tolist()

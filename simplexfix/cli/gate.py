@@ -2,7 +2,7 @@
 
 Each of OLD and NEW is a file or folder that `VersionFeatures.load` reads, of one model, over the same items; with
 query_groups where rules are per group.  Without rules: the new queries must find more in the old gallery than the old
-ones did (ECC), at 95 % confidence.  With --agreement no labels are needed.
+ones did (ECC), at 95 % confidence.  --agreement needs no labels.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ._models import read_model
 from ._terminal import in_flags
 
 PASSED, FAILED, BAD_INPUT = 0, 1, 2
-DRAWN = 5_000  # queries of one file of items
+DRAWN = 5_000  # largest number of items of an .npy file that are queries
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -62,21 +62,10 @@ def _judge(arguments: argparse.Namespace) -> GateResult:
         raise ValueError(
             "a rule of kind max_tax needs features of a model trained without compatibility: --unconstrained"
         )
-    old, new, unconstrained = (
-        None
-        if path is None
-        else _items_alone(path, arguments.seed)
-        if path.suffix == ".npy" and arguments.agreement is not None
-        else VersionFeatures.load(
-            path,
-            ignored_labels=arguments.ignored_labels,
-            judgements=judgements,
-            needs_labels=arguments.agreement is None,
-        )
-        for path in (arguments.old, arguments.new, arguments.unconstrained)
-    )
-    assert old is not None
-    assert new is not None
+    old, new = (_version(path, arguments, judgements) for path in (arguments.old, arguments.new))
+    unconstrained = None
+    if arguments.unconstrained is not None:
+        unconstrained = _version(arguments.unconstrained, arguments, judgements)
     if arguments.old_model is not None:
         old = replace(old, fingerprint=read_model(arguments.old_model).fingerprint)
     if arguments.new_model is not None:
@@ -94,8 +83,19 @@ def _judge(arguments: argparse.Namespace) -> GateResult:
     )
 
 
+def _version(path: Path, arguments: argparse.Namespace, judgements: RelevanceJudgements | None) -> VersionFeatures:
+    if path.suffix == ".npy" and arguments.agreement is not None:
+        return _items_alone(path, arguments.seed)
+    return VersionFeatures.load(
+        path,
+        ignored_labels=arguments.ignored_labels,
+        judgements=judgements,
+        needs_labels=arguments.agreement is None,
+    )
+
+
 def _items_alone(path: Path, seed: int) -> VersionFeatures:
-    """Each item of a file of features is searched for by drawn ones of them, which leave themselves out."""
+    """Reads features of items: all items are the gallery, and up to DRAWN of them are queries for the other items."""
     rows, _ = read_rows(path)
     count = len(rows)
     drawn = np.sort(np.random.default_rng(seed).permutation(count)[:DRAWN])

@@ -1,4 +1,4 @@
-"""Without labels: how much of the ranking in a re-extracted gallery the new queries find in the old one."""
+"""Agreement, a score without labels: the fraction of the top k in a re-extracted gallery that the old gallery gives."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ _NAME = re.compile(r"agreement@([0-9]{1,9})")
 
 
 def topk_agreement(found: VersionFeatures, reference: VersionFeatures, *, k: int = 10) -> NDArray[np.float64]:
-    """How much of each query's top k of one search is in the top k of another.
+    """Returns the fraction of each query's top k that two searches have in common.
 
         agreement[q] = | top-k(found.query[q], found.gallery) and top-k(reference.query[q], reference.gallery) | / k
 
     Args:
         found: queries and the gallery that they search; `old.searched_by(new)` for new queries in the old gallery.
-        reference: of the same items, as the new version with the gallery that it has extracted itself.
-        k: places that are compared, at least 1 and less than the gallery has items.
+        reference: version of the same items to compare with, such as the new queries with their own gallery.
+        k: number of places to compare, at least 1 and less than the number of gallery items.
 
     Returns:
-        [Q] in [0, 1]: an item with the id of the query is in neither ranking.
+        [Q] in [0, 1].  An item with the id of the query is in neither ranking.
 
     Raises:
-        TypeError, ValueError: versions of other items, by name; k out of its range.
+        TypeError, ValueError: the versions have different items, or k is out of range; the message names the argument.
     """
     found, reference = check_versions((found, reference), ("found", "reference"))
     hits = agreement_protocol(reference, check_integer("k", k)).hits
@@ -40,16 +40,16 @@ def topk_agreement(found: VersionFeatures, reference: VersionFeatures, *, k: int
 
 
 def read_agreement(protocol: object) -> int | None:
-    """k of "agreement@k"; None: the protocol is of another kind."""
+    """Returns k of "agreement@k", and None for other protocols."""
     name = _NAME.fullmatch(protocol) if isinstance(protocol, str) else None
     return None if name is None else int(name[1])
 
 
 def agreement_protocol(reference: VersionFeatures, k: int) -> Protocol:
-    """What queries score by their agreement with the reference's search of its own gallery.
+    """Returns the protocol that scores queries by their agreement with the reference's search of its own gallery.
 
     Raises:
-        ValueError: as `topk_agreement`.
+        ValueError: k is out of range, as in `topk_agreement`.
     """
     items = reference.items
     others = len(items.gallery_rows) - int((items.excluded >= 0).any())
@@ -63,8 +63,12 @@ def agreement_protocol(reference: VersionFeatures, k: int) -> Protocol:
 
 
 def overlap(found: NDArray[np.int64], other: NDArray[np.int64]) -> NDArray[np.float64]:
-    """[Q] fraction of each row's numbers that the other's row holds, too; [Q, k] each, 0 or more, unlike in a row."""
-    # numbers of unlike rows must differ; then one search finds those of all rows
+    """Returns the fraction of each row's entries that the other's row has, too: [Q].
+
+    Args:
+        found, other: [Q, k] non-negative integers, distinct within each row.
+    """
+    # A different offset for each row makes all entries distinct, so that one call of isin compares all rows.
     apart = np.arange(len(found))[:, None] * (1 + max(found.max(initial=0), other.max(initial=0)))
     shared: NDArray[np.float64] = np.isin(found + apart, other + apart).mean(axis=1)
     return shared

@@ -1,4 +1,4 @@
-"""Whether a new model may go into service: rules, what was measured for each, and by how much it passed or failed."""
+"""The upgrade gate: rules for a new model, the measured value of each, and the margin by which it passes or fails."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .unrelated import unrelated_pairs
 
 __all__ = ["DEFAULT_RULES", "GateResult", "Outcome", "Rule", "upgrade_gate"]
 
-# kind -> what is measured, whether more of it is better, and the galleries that it may be asked of
+# kind -> the measured quantity, whether more of it is better, and the galleries that it applies to
 KINDS: Mapping[str, tuple[str, bool, tuple[str, ...]]] = {
     "ecc": ("gain of the new queries on the old gallery", True, ("old",)),
     "max_nfr": ("negative flip rate", False, ("old", "new")),
@@ -50,7 +50,7 @@ class Rule:
 
     A protocol that scores queries by numbers in [0, 1], such as "ndcg@10", breaks a query whose score falls.  With
     "agreement@10" the score is the fraction of the 10 nearest items that the new model finds in a gallery of its own;
-    rules then are of the old gallery.
+    all rules then apply to the old gallery.
 
     Args:
         kind: one of these four.
@@ -169,16 +169,16 @@ class GateResult:
             "new_on_new" and "unconstrained".
         queries, gallery: numbers of items.
         absent: queries with no relevant item in the gallery but themselves; they count as wrong, or score 0, for every
-            model.  0 where agreement is the score.
+            model.  It is 0 for agreement.
         unjudged: queries without a relevance judgement, which were left out; None where there are no judgements.
         bit_equal: of the old version and the new one, queries that have a gallery row of the same bits and no id that
             says so: most likely they find themselves.
         excluded: gallery items that are a query themselves, by their ids, and were left out of its search.
-        unrelated: whether new queries find no more in the old gallery than chance does, though each model finds more in
-            its own: one item in as many as there are classes, or of agreement k in as many as there are items.  False
-            where an adapter maps them, and where there are relevance judgements.
-        fingerprints: of the old model and of the new one, or of the adapter with it, as their features had them; None
-            where unknown.
+        unrelated: whether the new queries score at chance in the old gallery, while each model scores above chance in
+            its own gallery.  Chance is 1 / classes, or k / gallery items for agreement.  It is False with an adapter
+            and with relevance judgements.
+        fingerprints: fingerprints of the old model and of the new one, or of the adapter, as stored in their features;
+            None if unknown.
     """
 
     outcomes: tuple[Outcome, ...]
@@ -256,13 +256,13 @@ def upgrade_gate(
     unconstrained: VersionFeatures | None = None,
     generator: np.random.Generator | None = None,
 ) -> GateResult:
-    """Judges an upgrade by rules, from features and labels alone, or from features alone.
+    """Judges an upgrade by rules, from features with or without labels.
 
         score of (queries, gallery) = mean over queries of the protocol's hits
         "agreement@k": | top-k(query, gallery) and top-k(new query, new gallery) | / k
 
-    Agreement needs no labels: how much of what a full re-extraction would find is found in the gallery as it is.  The
-    new gallery then is a sample that was re-extracted, and the old one the same items.
+    Agreement needs no labels.  It is the fraction of the results of a full re-extraction that the current gallery
+    gives.  Both galleries then hold the same sample of items, the new one re-extracted.
 
     Args:
         old: by the model in service.
@@ -270,11 +270,11 @@ def upgrade_gate(
             there are none, the classes are the groups; items with relevance judgements have no classes.
         rules: none given: `ecc` at 95 % confidence.
         protocol: "nearest_class_mean", "instance", a metric of the ranking such as "ndcg@10", or such an object, with
-            hits; or "agreement@10" or of another number.
+            hits; or "agreement@k", such as "agreement@10".
         widths: "equal": features that are searched in each other must be of one width; "leading": the wider are cut to
             the leading dimensions of the narrower, as models made for it allow.
-        adapted: new queries and the old gallery as an adapter maps them (`simplexfix.adapters.adapted_version`), of the
-            same items, which then search and are searched in their place.
+        adapted: the new queries and the old gallery as an adapter maps them (`simplexfix.adapters.adapted_version`).
+            They replace both where new queries search the old gallery.
         unconstrained: by a model trained without compatibility, of the same items: what `max_tax` compares with.
         generator: of the bootstrap; None: `np.random.default_rng(0)`.
 
@@ -388,7 +388,7 @@ def _judge(rule: Rule, group: str | None, before: Hits, after: Hits, generator: 
 
 
 def _chance(items: LabelledItems, k: int | None) -> float | None:
-    """What queries score that find items at random; None where that is not known."""
+    """Returns the score of queries that find items at random, or None if it is unknown."""
     if k is not None:
         return k / len(items.gallery_rows)
     return 1 / len(items.gallery_classes.ids) if items.has_labels else None

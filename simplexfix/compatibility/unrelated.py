@@ -1,4 +1,4 @@
-"""Whether two models' spaces have nothing to do with each other, by the scores of their searches."""
+"""Detects unrelated spaces of two models by the scores of their searches."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ __all__ = ["unrelated_pairs", "unrelated_remark"]
 
 
 def unrelated_pairs(low: ArrayLike, chance: float) -> list[tuple[int, int]]:
-    """Pairs (new, old) whose score is at chance, while both versions score above it in their own galleries.
+    """Returns the pairs (new, old) whose score is at chance, while each version scores above chance in its own gallery.
 
     Args:
-        low: [T, T] low ends of the intervals of a compatibility matrix; those above the diagonal are not read.
+        low: [T, T] lower interval ends of a compatibility matrix; entries above the diagonal are not read.
         chance: score of queries that find items at random.
     """
     above = np.asarray(low) > chance
@@ -21,10 +21,10 @@ def unrelated_pairs(low: ArrayLike, chance: float) -> list[tuple[int, int]]:
 
 
 def unrelated_remark(pairs: str) -> str:
-    """A sentence for those who read a report.
+    """Returns a remark for reports.
 
     Args:
-        pairs: whose queries in whose gallery.
+        pairs: queries and galleries that it is about, such as "the new queries in the old gallery".
     """
     return (
         f"The scores of {pairs} are at chance, and those of each version in its own gallery are not: the spaces are "

@@ -117,14 +117,14 @@ def load_image_folder(path: str | os.PathLike[str], *, size: int) -> ImageFolder
 
 
 def find_images(path: str | os.PathLike[str]) -> list[str]:
-    """Paths of all images in a folder, and in the folders in it, relative to it and with slashes, in their order.
+    """Returns the paths of all images in a folder and its subfolders, relative to the folder and sorted.
 
-    Whatever begins with a dot is passed over.  Links are followed.
+    Names that begin with a dot are ignored.  Symbolic links are followed.
 
     Raises:
-        FileNotFoundError: no such folder.
-        ImageFileError: no images; a file that is no image by its suffix, is empty, or cannot be read; a name that is
-            not UTF-8; a link to nothing, or to a folder that it lies in.
+        FileNotFoundError: the folder does not exist.
+        ImageFileError: there are no images; a file has no image suffix, is empty or cannot be read; a name is not
+            UTF-8; or a link is dangling or leads to a folder around it.
     """
     root = os.fspath(path)
     if not os.path.isdir(root):

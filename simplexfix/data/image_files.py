@@ -1,4 +1,4 @@
-"""Image files, read with Pillow as a network's preprocessing takes them."""
+"""Reads image files with Pillow into the form that a network's preprocessing takes."""
 
 from __future__ import annotations
 
@@ -22,37 +22,37 @@ SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".t
 
 
 class ImageFileError(ValueError):
-    """A file among the images is none, or damaged; the message names it."""
+    """A file is damaged or is no image; the message names it."""
 
 
 def read_images(files: Sequence[ImageSource], preprocessing: Preprocessing | None) -> Tensor:
-    """Images of any size, as this preprocessing takes them.
+    """Reads images of any size into the form that a preprocessing takes.
 
-    Every image is turned upright by its EXIF orientation, scaled for its shorter side to be `side`, and its middle is
-    cut out.  For `Photographs` it becomes red, green and blue; for `Drawings` a dark pixel is ink and a light or
-    transparent one is paper:
+    An image is rotated by its EXIF orientation, resized so that the shorter side is `side`, and cropped at the centre.
+    For `Photographs` it is converted to RGB.  For `Drawings` dark pixels become ink, and light or transparent ones
+    paper:
 
         ink = 1 - grey / 255
 
     Args:
-        files: at least one; paths, or open binary files.
-        preprocessing: of an `EmbeddingModel`.
+        files: at least one path or open binary file.
+        preprocessing: preprocessing of an `EmbeddingModel`.
 
     Returns:
         uint8 [B, 3, side, side] for `Photographs`, float32 [B, side, side] in [0, 1] for `Drawings`.
 
     Raises:
-        ImageFileError: a file is no image, or damaged, or its pixels are not of 8 bits; names it.
-        ValueError: a preprocessing that takes no images, or states no size.
+        ImageFileError: a file is no image, is damaged, or has pixels of more than 8 bits; the message names it.
+        ValueError: the preprocessing takes no images, or states no size.
         ModuleNotFoundError: Pillow is not installed.
     """
     read = image_reader(preprocessing)
-    with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
+    with ThreadPoolExecutor() as pool:  # Pillow releases the GIL while it decodes
         return torch.from_numpy(np.stack(list(pool.map(read, files))))
 
 
 def image_reader(preprocessing: Preprocessing | None) -> Callable[[ImageSource], NDArray[Any]]:
-    """What reads one file for this preprocessing; errors as of `read_images`."""
+    """Returns a function that reads one file for this preprocessing; errors are those of `read_images`."""
     import_pillow()
     if isinstance(preprocessing, Photographs):
         return partial(read_rgb, size=preprocessing.side)
@@ -66,7 +66,7 @@ def image_reader(preprocessing: Preprocessing | None) -> Callable[[ImageSource],
 
 
 def import_pillow() -> tuple[Any, Any]:
-    """Its modules Image and ImageOps."""
+    """Returns Pillow's modules Image and ImageOps."""
     try:
         from PIL import Image, ImageOps
     except ModuleNotFoundError as error:
@@ -77,17 +77,17 @@ def import_pillow() -> tuple[Any, Any]:
 
 
 def read_rgb(file: ImageSource, size: int) -> NDArray[np.uint8]:
-    """[3, size, size]; transparency is dropped."""
+    """Reads an image as RGB: [3, size, size]; an alpha channel is dropped."""
     return np.ascontiguousarray(_fitted(file, size, lambda image: image.convert("RGB")).transpose(2, 0, 1))
 
 
 def _read_ink(file: ImageSource, size: int) -> NDArray[np.float32]:
-    """[size, size]."""
+    """Reads a drawing as ink: [size, size] in [0, 1]."""
     return ((255 - _fitted(file, size, _on_paper)) / 255).astype(np.float32)
 
 
 def _on_paper(image: Any) -> Any:
-    """Grey, with white where it is transparent."""
+    """Converts an image to grey on a white background."""
     module, _ = import_pillow()
     seen = image.convert("RGBA")
     return module.alpha_composite(module.new("RGBA", seen.size, "white"), seen).convert("L")
@@ -97,7 +97,7 @@ def _fitted(file: ImageSource, size: int, convert: Callable[[Any], Any]) -> NDAr
     module, operations = import_pillow()
     try:
         with module.open(file) as opened:
-            if opened.mode[0] in "IF":  # which Pillow would cut off at 255
+            if opened.mode[0] in "IF":  # Pillow would clip such pixels at 255
                 raise ValueError(f"pixels must be of 8 bits, got mode {opened.mode}")
             upright = convert(operations.exif_transpose(opened))
     except (OSError, ValueError, SyntaxError, EOFError, module.DecompressionBombError) as error:
