@@ -108,7 +108,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_fits(files, capsy
     if kind == "of a model":
         out.mkdir()
         (out / "config.json").write_text("{}")
-        message = "is of something else and would be lost; take another folder"
+        message = "config.json was not written by save_pretrained and would be overwritten; use another folder"
     elif kind == "sealed":  # as a mount that is read-only: permissions do not bind root
 
         def refuse(dir):
