@@ -2,8 +2,8 @@
 
 const at = (id) => document.getElementById(id);
 const canvas = at("canvas"), pen = canvas.getContext("2d");
-let query = null; // the image that was searched last: it is searched again while vectors are replaced
-let searches = 0; // an answer that a later search has overtaken is dropped
+let query = null; // the image of the last search, which is repeated while vectors are replaced
+let searches = 0; // number of the last search; responses to earlier ones are dropped
 let polling = null;
 
 async function call(path, body) {
@@ -31,7 +31,7 @@ function place(event) {
 }
 
 function paint(image) {
-  const side = Math.min(image.width, image.height); // the middle, as the search takes it
+  const side = Math.min(image.width, image.height); // crops at the centre, as the search does
   const [left, top] = [(image.width - side) / 2, (image.height - side) / 2];
   clearCanvas();
   pen.drawImage(image, left, top, side, side, 0, 0, canvas.width, canvas.height);
@@ -73,9 +73,9 @@ at("clear").addEventListener("click", () => {
 
 at("file").addEventListener("change", () => {
   const [file] = at("file").files;
-  at("file").value = ""; // the same file may be opened again
+  at("file").value = ""; // otherwise opening the same file again would fire no event
   if (!file) return;
-  createImageBitmap(file).then(paint, () => {}); // what is no image is told by the search
+  createImageBitmap(file).then(paint, () => {}); // if it is no image, the search reports the error
   search(file, `Searching by ${file.name}.`);
 });
 

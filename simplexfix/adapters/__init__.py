@@ -1,4 +1,4 @@
-"""Maps between encoders that nobody trains: new queries search a gallery that an old encoder extracted."""
+"""Maps between frozen encoders, with which new queries search a gallery that an old encoder extracted."""
 
 from .adapted import adapted_version
 from .base import Adapter, AdapterMethod

@@ -34,9 +34,9 @@ __all__ = ["Judged", "Selection", "select_adapter", "select_chain"]
 
 QUERY_ENCODERS = ("new", "both")
 STORED_VECTORS = ("map", "keep")
-PARTS = 3  # of the classes, or items, one is held out at a time
+PARTS = 3  # parts of the classes, or of the items; one at a time is held out
 RESAMPLES = 1000
-TOP = 10  # of agreement
+TOP = 10  # places that agreement compares
 SHRINKAGE = (0.1, 0.3, 0.6)
 STEPS = (30, 60, 120)
 ALPHAS = tuple(round(0.1 * step, 1) for step in range(1, 10))

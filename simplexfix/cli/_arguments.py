@@ -96,7 +96,7 @@ def _adapt(parser: argparse.ArgumentParser) -> None:
         "--stored-vectors",
         choices=("map", "keep"),
         default="map",
-        help="keep: leave out methods that map the stored vectors, too (default: map)",
+        help="keep: leave out methods that also map the stored vectors (default: map)",
     )
     parser.add_argument("--protocol", choices=("nearest_class_mean", "instance"), default="nearest_class_mean")
     parser.add_argument("--folds", type=int, default=1, help="1 to 3 thirds that are held out in turn (default: 1)")
@@ -167,7 +167,10 @@ def _gallery(parser: argparse.ArgumentParser) -> None:
     def action(name: str, summary: str) -> argparse.ArgumentParser:
         added = actions.add_parser(name, help=summary, description=summary)
         added.add_argument(
-            "url", metavar="URL", help="folder of the gallery, or postgresql://USER@HOST:PORT/DATABASE#NAME"
+            "url",
+            metavar="URL",
+            help="folder of the gallery, FILE.db#NAME or http://HOST:PORT#NAME (Milvus), or "
+            "postgresql://USER@HOST:PORT/DATABASE#NAME",
         )
         added.add_argument("--json", action="store_true", help="print one JSON object")
         return added
@@ -181,8 +184,8 @@ def _gallery(parser: argparse.ArgumentParser) -> None:
         "--payload",
         type=Path,
         metavar="FILE",
-        help=".json list of objects or .csv table, one for each vector in order; of images each has the path in the "
-        "folder, and may have the id",
+        help=".json list of objects, or .csv table, with a row for each vector in order; for images a row has the path "
+        "in the folder, and may have the id",
     )
     search = action("search", "Searches rows of all versions as one ranking.")
     search.add_argument("-k", type=int, default=10, help="hits for each query (default: 10)")
@@ -216,9 +219,9 @@ def _gallery(parser: argparse.ArgumentParser) -> None:
             "--inputs",
             type=Path,
             metavar="PATH",
-            help=f"what the model embeds: a folder of images{also}; or a file of features as of --vectors",
+            help=f"inputs that the model embeds: a folder of images{also}; or features, in a file as for --vectors",
         )
-        part.add_argument("--model", type=Path, required=True, help=f"which made or makes the vectors: {model}")
+        part.add_argument("--model", type=Path, required=True, help=f"model of the vectors: {model}")
     for part, rows in ((add, "images"), (backfill, "rows")):
         part.add_argument("--batch", type=_positive, default=256, metavar="N", help=f"{rows} at a time (default: 256)")
     action("rollback", "Makes the model before serve again, with its vectors.")
@@ -262,11 +265,14 @@ def _gate(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const=10,
         metavar="K",
-        help="judge without labels, by how many of the K (10) items that a query by the new model finds in its own "
-        "gallery are found in the old one; OLD and NEW may be .npy files of [N, d] features of the same items",
+        help="judge without labels, by the fraction of the K (10) nearest items in the new gallery that a query also "
+        "finds in the old one; OLD and NEW may be .npy files with [N, d] features of the same items",
     )
     parser.add_argument(
-        "--adapter", type=Path, metavar="FOLDER", help="of `simplexfix adapt`: it maps the new queries, as in service"
+        "--adapter",
+        type=Path,
+        metavar="FOLDER",
+        help="adapter of `simplexfix adapt`, which maps the new queries as in service",
     )
     parser.add_argument(
         "--unconstrained", type=Path, help="features by a model trained without compatibility: for the tax"

@@ -1,4 +1,4 @@
-"""Fits read mapped files in blocks: rows that were read do not stay in the process."""
+"""Fits read mapped files in blocks, and release the memory of rows that were read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _paired.BLOCK_BYTES = 2**21
 def status(key):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
 small = [np.random.default_rng(0).standard_normal((300, 128)).astype(np.float32)] * 2
-Ridge().fit(*small)  # libraries set their memory aside
+Ridge().fit(*small)  # libraries allocate their buffers
 open("/proc/self/clear_refs", "w").write("5")
 before = status("VmRSS")
 Ridge().fit(*(np.load(name, mmap_mode="r") for name in sys.argv[1:]))

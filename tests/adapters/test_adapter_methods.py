@@ -48,7 +48,7 @@ def name(method: AdapterMethod) -> str:
     return method.name
 
 
-LENGTHS = (1e-30, 1e-15, 1e15, 1e30)  # their squares leave float32
+LENGTHS = (1e-30, 1e-15, 1e15, 1e30)  # the squares of the first and the last are out of float32's range
 
 
 def world(old: int = 10, new: int = 10, items: int = ITEMS, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -367,12 +367,12 @@ def test_lengths_of_rows_have_no_part_in_it(method: AdapterMethod) -> None:
     given = [torch.from_numpy(rows) for rows in (new, old)]
     lengths = torch.tensor(LENGTHS)[torch.arange(ITEMS) % len(LENGTHS), None]
     scaled = [rows * lengths for rows in given]
-    # a fit of such rows: float32 rounds them otherwise, and Adam's steps with them
+    # The fit of scaled rows: float32 rounds them differently, which also changes Adam's steps.
     adapter = method.fit(*(rows.numpy() for rows in reversed(scaled)), labels=labels)
     close = {"rtol": 0, "atol": 1e-3 if "steps" in method.described() else 1e-4}
     query = expected(given[0], given[1] if both else None)
     torch.testing.assert_close(adapter(given[0], given[1] if both else None), query, **close)
-    # and its application
+    # The application to scaled rows.
     torch.testing.assert_close(expected(scaled[0], scaled[1] if both else None), query, rtol=0, atol=1e-5)
     if expected.maps_gallery:
         torch.testing.assert_close(expected.gallery(scaled[1]), expected.gallery(given[1]), rtol=0, atol=1e-5)

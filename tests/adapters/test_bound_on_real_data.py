@@ -1,4 +1,4 @@
-"""The bounds of docs/math.md on real texts and images, by simple encoders that need no packages of weights."""
+"""The bounds of docs/math.md on real texts and images, with simple encoders that need no trained weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CLASSES, UNSEEN = 12, 5
 
 @pytest.fixture(scope="module", params=["texts", "images"])
 def items(request, data_folder) -> Items:
-    """Three encoders each, of which the second holds the first, as of docs/replacing.md's texts."""
+    """Three encoders for each data set; the first has the leading dimensions of the second, as in docs/replacing.md."""
     labels, encoded = {"texts": _texts, "images": _images}[request.param](data_folder)
     asks = np.arange(len(labels)) % 4 == 0
     sides = [Encoded(*(torch.from_numpy(x[at].astype(np.float32)) for at in (~asks, asks))) for x in encoded]
@@ -79,7 +79,7 @@ def test_no_score_moves_by_more_than_its_query(items: Items, method) -> None:
     for row in moves(chain, items, unseen, pairs=20_000):
         print(method.name, {name: np.round(value, 3) for name, value in row.items()})
         assert 0.1 < row["largest move"] <= 1 + 1e-9
-        # what is sure by the rough bound is sure by the finer one, and that does stay
+        # The finer bound guarantees every order that the coarse one does, and guaranteed orders stay.
         assert row["order sure by 2 d"] <= row["order sure by d times distance"] < row["order stays"] <= 1
-        if row["new"] == 1:  # between encoders that are alike some pairs are sure
+        if row["new"] == 1:  # between similar encoders the bound guarantees some orders
             assert row["order sure by d times distance"] > 0.005

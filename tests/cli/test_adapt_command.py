@@ -108,8 +108,8 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_fits(files, capsy
     if kind == "of a model":
         out.mkdir()
         (out / "config.json").write_text("{}")
-        message = "is of something else and would be lost; take another folder"
-    elif kind == "sealed":  # as a mount that is read-only: permissions do not bind root
+        message = "config.json was not written by save_pretrained and would be overwritten; use another folder"
+    elif kind == "sealed":  # like a read-only mount: permissions do not restrict root
 
         def refuse(dir):
             raise OSError(30, "Read-only file system", str(dir / "x"))
@@ -148,7 +148,7 @@ def test_a_full_disk_leaves_the_adapter_that_was_there(files, capsys, monkeypatc
     assert read_identity(files / "out") == identity
     assert Adapter.from_pretrained(files / "out").method == {"name": "procrustes"}
     monkeypatch.undo()
-    WhitenedProcrustes().fit(old, new).save_pretrained(files / "out")  # what was left behind goes
+    WhitenedProcrustes().fit(old, new).save_pretrained(files / "out")  # removes files of the failed run
     assert len(list((files / "out").iterdir())) == 2
 
 

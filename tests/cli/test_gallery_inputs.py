@@ -132,7 +132,7 @@ def test_images_that_cannot_be_read_are_named_and_left(shop: Path, capsys: pytes
     assert re.search(r"^simplexfix gallery: photos/a/00\.png cannot be read, it may be truncated", said.err, re.M)
     assert run("search shop --inputs photos --model v0") == 2
     assert "photos/a/00.png cannot be read" in capsys.readouterr().err
-    with Gallery.open("shop") as gallery:  # no image, and one that lies elsewhere
+    with Gallery.open("shop") as gallery:  # a row without an image, and one with a path outside the folder
         rows = np.ones((2, 8), np.float32)
         gallery.add([50, 51], rows, model=gallery.model, payload=[{}, {"path": "../v0/config.json"}])
     Path("photos/b/01.png").unlink()
@@ -188,7 +188,7 @@ def test_workers_share_rows_and_a_pause_is_said(shop: Path, capsys: pytest.Captu
         others = other.stale(batch=4, lease=0.3)
         assert len(next(others)) == 4
         capsys.readouterr()
-        assert run("backfill shop --inputs photos --model v1 --batch 5") == 0  # 8 rows, then those whose lease is over
+        assert run("backfill shop --inputs photos --model v1 --batch 5") == 0  # 8 rows, then 4 after their lease ends
         assert capsys.readouterr().out == "replaced 12 rows; no row is stale\n"
         others.close()
     assert run("rollback shop") == 0

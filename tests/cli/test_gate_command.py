@@ -65,7 +65,7 @@ def test_unrelated_spaces_are_named_with_the_remedy(files, capsys, monkeypatch) 
     report = json.loads(capsys.readouterr().out)
     assert report["unrelated_spaces"] is False
     assert set(report["scores"]) == {"old_on_old", "new_on_old"}
-    # one that scores at chance in its own gallery too is just bad
+    # a model that also scores at chance in its own gallery is bad, not unrelated
     np.savez(files / "bad.npz", **{**features(4.0), **{
         part: np.random.default_rng(count).normal(size=(count, WIDTH)).astype(np.float32)
         for part, count in (("query", 300), ("gallery", 200))

@@ -1,4 +1,4 @@
-"""The gate without labels: how much of a re-extracted ranking new queries find in the old gallery."""
+"""The gate without labels: the fraction of a re-extracted ranking that new queries find in the old gallery."""
 
 from __future__ import annotations
 

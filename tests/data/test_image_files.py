@@ -1,4 +1,4 @@
-"""Image files of any folder, as a network's preprocessing takes them."""
+"""Finding image files in folders, and reading them for a network's preprocessing."""
 
 from __future__ import annotations
 
