@@ -521,7 +521,7 @@ def test_places_without_a_gallery_and_with_something_else(tmp_path) -> None:
             ValueError,
             "must be .*, got redis:",
         ),
-        (lambda: Gallery.open("there#photos"), ValueError, "which has no #, got 'there#photos'"),
+        (lambda: Gallery.open("there#photos"), ValueError, "the path of a folder has no #, got 'there#photos'"),
         (lambda: Gallery.open(""), TypeError, "url must be the path of a folder"),
         (lambda: Gallery.create(tmp_path / "new", model="v0"), TypeError, "model must be a ModelIdentity, got str"),
         (lambda: Gallery.create(tmp_path / "new", model=A, threshold=3), ValueError, r"must lie in \[-1, 1\], got 3"),
