@@ -138,6 +138,25 @@ def test_a_writer_that_stood_still_loses_its_turn_and_writes_nothing(lite: str, 
     assert set(facts(other)) == {*before, 60, 70}
 
 
+def test_a_writer_whose_turn_was_taken_never_reports_a_commit(lite: str, gallery: Gallery, monkeypatch) -> None:
+    """Its turn ends between its last sign of life and its commit, and the other store commits a later change."""
+    monkeypatch.setattr(_milvus_register, "DEAD_SECONDS", 0.2)
+    before, other = facts(gallery), Gallery.open(lite)
+    commit = _milvus_register.Register.commit
+
+    def late(register: _milvus_register.Register, stamp: int) -> None:
+        monkeypatch.setattr(_milvus_register.Register, "commit", commit)
+        other.add([70], vectors([70]), model=A)
+        commit(register, stamp)
+
+    monkeypatch.setattr(_milvus_register.Register, "commit", late)
+    with pytest.raises(
+        StoreError, match=r"was to add: .*look whether it was done .*: another process has written since"
+    ):
+        gallery.add([60], vectors([60]), model=A)
+    assert set(facts(gallery)) == {*before, 70}
+
+
 def test_a_writer_that_waits_for_a_collection_gives_signs_of_life(lite: str, monkeypatch) -> None:
     """A server takes seconds to load a collection, and more on a busy machine."""
     from pymilvus import MilvusClient

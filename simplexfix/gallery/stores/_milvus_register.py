@@ -167,11 +167,14 @@ class Register:
         while time.monotonic() < until:
             try:
                 now = self.read()
-                if now.change >= after.change and now != mine:  # a request that the client repeated by itself
-                    return
                 if now != mine:
-                    error = None
-                    break
+                    if now.change < after.change:
+                        error = None
+                        break
+                    if mine.change < after.change < now.change:  # a later change followed this one, or replaced it
+                        error = StoreError("another process has written since")
+                        break
+                    return  # the client had repeated the request by itself
                 if self._rename(mine, after):
                     return
             except StoreError as again:
