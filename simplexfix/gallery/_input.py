@@ -20,7 +20,7 @@ Where: TypeAlias = "Mapping[str, _Plain | Sequence[_Plain]]"
 
 RESERVED = ("id", "vector", "version")  # columns of stores
 _LARGEST_ID = 2**63 - 2
-_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))  # dumps makes one for each row
+_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))  # dumps builds one for each row
 
 
 def read_vectors(name: str, vectors: Rows, model: ModelIdentity) -> NDArray[np.float32]:
@@ -66,7 +66,7 @@ def read_payload(payload: Payload | None, count: int) -> list[str] | None:
                 raise ValueError(f"payload row {row} has the key {key!r}, which the gallery itself uses: rename it")
         try:
             text = _JSON.encode(entry)
-            text.encode()  # half a surrogate pair is no text
+            text.encode()  # a lone surrogate raises ValueError
         except (TypeError, ValueError) as error:
             raise ValueError(f"payload row {row} is no JSON object: {error}") from None
         texts.append(text)

@@ -27,7 +27,7 @@ from .stores import Store, StoredRows, create_store, open_store
 __all__ = ["Gallery", "Hits"]
 
 ORDERS = ("random", "traffic")
-_NO_VERSION = -1  # of no row: versions count from 0
+_NO_VERSION = -1  # no row has it: versions count from 0
 _WINDOW = 16  # batches that a worker looks through for rows that nobody has
 _POLL_SECONDS = 0.2  # between two polls for rows that are leased to other workers
 
@@ -245,8 +245,8 @@ class Gallery:
 
         Workers, threads or processes, share the rows: each batch is leased to the worker that got it, and comes again
         where that one has not replaced it in time.  The loop ends when every row is replaced, was given to this worker
-        and not replaced, or when the gallery is paused or another model serves; a new loop goes on there.  Its `close`
-        ends the leases at once, as `contextlib.closing` calls it after an error.
+        and not replaced, or when the gallery is paused or another model serves; a new loop goes on there.  `close`
+        of the generator ends the leases at once; `contextlib.closing` calls it, also after an error.
 
         Args:
             order: "random"; "traffic", rows that searches found most often first (`count_traffic` of `create`); or

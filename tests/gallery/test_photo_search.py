@@ -41,7 +41,7 @@ ROWS = 4840
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """After hardly any training, with the gate of a better upgrade; `failed.json` is the gate of this one."""
+    """A folder after two steps of training, with a gate that passes; `failed.json` is its own gate, which fails."""
     folder = tmp_path_factory.mktemp("photo") / "search"
     prepare.prepare(folder, 2)
     (folder / "gate.json").rename(folder / "failed.json")
@@ -51,7 +51,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Page:
-    """A service at work, and calls to it."""
+    """A running service and its page, and calls to them."""
 
     def __init__(self, folder: Path, pause: float) -> None:
         self.service = Service(folder, pause)
@@ -216,7 +216,7 @@ def test_the_command_serves_until_ctrl_c(prepared: Path, tmp_path: Path) -> None
 
 
 def test_the_page_in_a_browser(serve, tmp_path) -> None:
-    """Draws, upgrades, watches the progress, opens an image with a bad name, rolls back; on a phone and at night."""
+    """Draws, upgrades, watches the progress, opens an image with a hostile name, rolls back; also narrow and dark."""
     page = serve(pause=0.03)
     evil = tmp_path / "<img src=x onerror=alert(1)>.png"
     evil.write_bytes(drawn(page, 3000))

@@ -35,7 +35,7 @@ def _text(url: str | os.PathLike[str]) -> str:
 
 
 def _kind(url: str) -> type[Store]:
-    """The store of a url.  A store that needs packages is imported here, where its form of url is recognized."""
+    """The class of store for a url.  A store with optional dependencies is imported for a url of its form alone."""
     scheme, has_scheme, _ = url.partition("://")
     if scheme in ("postgresql", "postgres") and has_scheme:
         try:
@@ -60,5 +60,5 @@ def _kind(url: str) -> type[Store]:
     if has_scheme:  # the rest may hold a password
         raise ValueError(f"url must be {_URLS}, got {scheme}://...: there is no such store")
     if "#" in url:
-        raise ValueError(f"url must be {_URLS}, which has no #, got {url!r}")
+        raise ValueError(f"url must be {_URLS}; the path of a folder has no #, got {url!r}")
     return FolderStore

@@ -1,4 +1,4 @@
-"""What every store writes and reports in the same form."""
+"""JSON, times and errors that all stores have in common."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from .base import StoreError
 
-__all__ = ["SEVERAL_WIDTHS", "absent_id", "as_json", "failure", "stamped", "taken_id", "too_wide"]
+__all__ = ["SEVERAL_WIDTHS", "as_json", "check_present", "failure", "stamped", "taken_id", "too_wide"]
 
 SEVERAL_WIDTHS = "these rows are by models of several widths: read those of one version at a time"
 
@@ -19,12 +19,12 @@ def as_json(value: Any) -> str:
 
 
 def stamped(event: dict[str, Any]) -> dict[str, Any]:
-    """The event of the history, with the time."""
+    """The event with the current time."""
     return {"at": datetime.now(timezone.utc).isoformat(timespec="seconds"), **event}
 
 
 def failure(url: str, call: str, rows: int | None, reason: object) -> StoreError:
-    """The error of a call of which nothing was done."""
+    """The error for a call that changed nothing."""
     count = "" if rows is None else f" {rows} rows"
     nothing = "" if rows is None else f"; none of the {rows} rows was taken, and the call can be repeated"
     return StoreError(f"the gallery in {url} cannot {call}{count}: {reason}{nothing}")
@@ -37,9 +37,10 @@ def taken_id(id_: int) -> ValueError:
     )
 
 
-def absent_id(absent: Iterable[int]) -> KeyError | None:
-    """The error for the first of these ids; None without one."""
-    return next((KeyError(f"id {id_} is not in the gallery") for id_ in absent), None)
+def check_present(absent: Iterable[int]) -> None:
+    """Raises KeyError for the first of these ids, which the gallery lacks."""
+    for id_ in absent:
+        raise KeyError(f"id {id_} is not in the gallery")
 
 
 def too_wide(queries: int, version: int, width: int) -> ValueError:

@@ -1,7 +1,7 @@
-"""One connection to Milvus: a file by milvus-lite, or a server; opened at its first use, and closed with its last user.
+"""One connection to Milvus, either a file (milvus-lite) or a server.  It opens at its first use.
 
-Reads see every write up to a timestamp of the server (`stamp`), which each write returns: they wait until the server
-has caught up with it, and no longer.
+Each write returns a timestamp of the server, the `stamp`.  A read takes a stamp and blocks until the server has applied
+all writes up to it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +24,22 @@ __all__ = ["SECONDS", "Connection", "GoneError", "chunks", "no_beat", "split_url
 SECONDS = 20.0  # for one request
 _MESSAGE = 8 << 20  # bytes of one request or answer; servers take 64 MiB
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9]*(?:_[A-Za-z0-9]+)*")
-_NOT_FOUND = 100  # Milvus's code for a collection that is not there
+_NOT_FOUND = 100  # Milvus's code for a collection that does not exist
 
 
 def no_beat() -> None:
-    """For readers, and calls that are short."""
+    """Gives no sign of life: for readers and short calls."""
 
 
 class GoneError(StoreError):
-    """A collection is not there."""
+    """A collection does not exist."""
 
 
 def split_url(url: str) -> tuple[str, str, str]:
     """The address, the name of the gallery, and the url without user and password.
 
     Raises:
-        ValueError: it has another form.
+        ValueError: the url has another form.
     """
     address, _, name = url.partition("#")
     scheme, server, rest = address.rpartition("://")
@@ -57,11 +58,11 @@ def chunks(items: Sequence[Any], size: int) -> Iterator[Any]:
 
 
 class Connection:
-    """What the store needs of a `MilvusClient`, for any number of threads.
+    """Requests to a `MilvusClient`, from any number of threads.
 
     Attributes:
         shown: the address without user and password, for messages.
-        alone: whether no other process can be connected: a file is one process's at a time.
+        alone: whether no other process can be connected: one process at a time may open a file.
     """
 
     def __init__(self, address: str, shown: str) -> None:
@@ -71,12 +72,12 @@ class Connection:
         self._client: Any = None
         self._finish: Any = None
         self._lock = threading.RLock()
-        # milvus-lite has no locks of its own between a write and other requests
-        self._turn = _turn_of(self._address) if self.alone else None
+        # milvus-lite does not lock a write against other requests
+        self._turn = _turn_of(self._address) if self.alone else nullcontext()
         self._pid = os.getpid()
 
     def check_there(self) -> None:
-        """Raises FileNotFoundError for a file that is not there: the client would make one."""
+        """Raises FileNotFoundError for a file that does not exist: the client would create it."""
         if self.alone and not os.path.exists(self._address):
             raise FileNotFoundError(f"{self.shown} holds no gallery: there is no such file; Gallery.create makes one")
 
@@ -87,7 +88,7 @@ class Connection:
         return self._call(lambda client: client.list_collections(timeout=SECONDS))  # type: ignore[no-any-return]
 
     def rename(self, old: str, new: str) -> None:
-        """Raises GoneError where `old` is not there: of several that rename it, one succeeds."""
+        """Raises GoneError if `old` does not exist: of several clients that rename it, one succeeds."""
         self._call(lambda client: client.rename_collection(old, new, timeout=SECONDS))
 
     def drop(self, name: str) -> None:
@@ -100,7 +101,7 @@ class Connection:
         metric: str | None = None,
         beat: Callable[[], None] = no_beat,
     ) -> None:
-        """Makes a collection unless it is there, with an exact index where it has a metric, and loads it."""
+        """Creates a collection unless it exists.  With a metric it has an exact index, and is loaded."""
         from pymilvus import DataType
 
         def make(client: Any) -> None:
@@ -120,9 +121,9 @@ class Connection:
             self.load(name, beat)
 
     def load(self, name: str, beat: Callable[[], None]) -> None:
-        """Blocks until the collection can be searched.  A server loads it for everybody, and once.
+        """Blocks until the collection can be searched.  A server loads a collection once, for all clients.
 
-        A writer gives its sign of life by `beat`, which is called every 20 ms: loading can take longer than the time
+        A writer gives its signs of life by `beat`, which is called every 20 ms: loading can take longer than the time
         after which a silent writer loses its turn.
         """
         beat()
@@ -138,11 +139,11 @@ class Connection:
             time.sleep(0.02)
 
     def insert(self, name: str, rows: Sequence[dict[str, Any]], row_bytes: int = 1024) -> int:
-        """Adds rows whose keys are new; each request is whole or not there.  Returns the stamp of the last one."""
+        """Adds rows with new keys in one or more atomic requests.  Returns the stamp of the last one."""
         return self._write("insert_rows", name, rows, row_bytes)
 
     def upsert(self, name: str, rows: Sequence[dict[str, Any]], row_bytes: int = 1024) -> int:
-        """Puts whole rows in place of those with the same keys: a server keeps nothing of the old ones."""
+        """Replaces the rows with the same keys as a whole: a server does not keep fields that are left out."""
         return self._write("upsert_rows", name, rows, row_bytes)
 
     def delete(self, name: str, key: str, keys: Sequence[int | str]) -> int:
@@ -178,7 +179,7 @@ class Connection:
         return found
 
     def search(self, name: str, queries: Any, limit: int, where: str, fields: Sequence[str], stamp: int) -> Any:
-        """For each query a list of `id`, `distance` and `entity`, by falling score."""
+        """For each query a list of `id`, `distance` and `entity`, highest score first."""
         return self._call(
             lambda client: client.search(
                 name,
@@ -200,7 +201,7 @@ class Connection:
 
     @property
     def ended(self) -> bool:
-        """Whether it was closed as garbage, before what still holds it."""
+        """Whether the garbage collector has closed the connection before the store that holds it."""
         return self._client is not None and not self._finish.alive
 
     # the connection itself
@@ -217,7 +218,7 @@ class Connection:
 
         try:
             client = self._open()
-            with self._turn or _no_turn:
+            with self._turn:
                 return request(client)
         except (MilvusException, grpc.RpcError, grpc.FutureTimeoutError, OSError) as error:
             if isinstance(error, FileNotFoundError):
@@ -245,7 +246,7 @@ class Connection:
             return self._client
 
 
-_users: dict[str, int] = {}  # of the files that this process has open
+_users: dict[str, int] = {}  # connections of this process, by file
 _turns: dict[str, threading.RLock] = {}
 _users_lock = threading.RLock()
 
@@ -253,15 +254,6 @@ _users_lock = threading.RLock()
 def _turn_of(file: str) -> threading.RLock:
     with _users_lock:
         return _turns.setdefault(file, threading.RLock())
-
-
-class _NoTurn:
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None: ...
-
-
-_no_turn = _NoTurn()
 
 
 def _end(client: Any, address: str, alone: bool, pid: int) -> None:
@@ -278,7 +270,7 @@ def _end(client: Any, address: str, alone: bool, pid: int) -> None:
 
 
 def _check_free(file: str, shown: str) -> None:
-    """Raises StoreError where another process has the file: milvus-lite's own error does not say so."""
+    """Raises StoreError if another process has the file open: milvus-lite's own error does not name this cause."""
     with _users_lock:
         lock = Path(file, "LOCK")
         if _users.get(file) or not lock.is_file():
@@ -293,7 +285,7 @@ def _check_free(file: str, shown: str) -> None:
                 ) from None
 
 
-# The public methods of `MilvusClient` do not return the time of a write; those of its connection do.
+# The public methods of `MilvusClient` do not return the timestamp of a write; those of its connection do.
 
 
 def _writing(call: str, name: str, rows: Sequence[dict[str, Any]]) -> Callable[[Any], Any]:

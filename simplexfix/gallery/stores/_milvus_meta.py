@@ -1,4 +1,4 @@
-"""What a gallery on Milvus keeps beside rows, in one collection: changes, states, history, leases and counts."""
+"""The collection of a gallery on Milvus that is not rows: changes, states, history, leases and counts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _FIELDS: list[tuple[str, str, dict[str, Any]]] = [
 
 
 class Meta:
-    """Entries of changes are written once, under their number, before the commit; leases and counts often."""
+    """Entries of a change are written once, before its commit; leases and counts are overwritten."""
 
     def __init__(self, connection: Connection, gallery: str) -> None:
         self._connection = connection
@@ -41,7 +41,7 @@ class Meta:
     # changes
 
     def write(self, record: Record, state: State | None, event: dict[str, Any] | None) -> int:
-        """Everything of one change, in one request."""
+        """Writes all entries of one change; returns the stamp."""
         entries = _texts("commit", record.change, record.to_json())
         if state is not None:
             entries += _texts("state", record.change, as_json(state.to_dict()))
@@ -50,7 +50,7 @@ class Meta:
         return self._connection.insert(self.name, entries, 65_536)
 
     def record(self, change: int, stamp: int) -> Record | None:
-        """None: it was deleted, because there are newer ones."""
+        """The record of a change; None if it was deleted because there are newer ones."""
         text = self._text("commit", change, stamp)
         return None if text is None else Record.from_json(text)
 
@@ -81,12 +81,12 @@ class Meta:
     # leases
 
     def leases(self, epoch: int, stamp: int, *, now: float) -> set[int]:
-        """The ids that workers have."""
+        """The ids with a lease that runs."""
         where = f'kind == "lease" and number == {epoch} and until > {now!r}'
         return {entry["item"] for entry in self._connection.query(self.name, where, ["item"], stamp)}
 
     def leased(self, ids: Sequence[int], epoch: int, stamp: int) -> set[int]:
-        """Those of these ids that were leased and not replaced, whether or not their time is over."""
+        """Those of these ids that have a lease, whether or not it still runs; `replace` deletes leases."""
         keys = [f"lease/{id_}" for id_ in ids]
         found = self._connection.query_in(self.name, "key", keys, f"number == {epoch}", ["item"], stamp)
         return {entry["item"] for entry in found}

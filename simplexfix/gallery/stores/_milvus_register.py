@@ -1,14 +1,13 @@
-"""The one thing that writers on Milvus change in turns: the name of an empty collection.
+"""The register of a gallery on Milvus: an empty collection whose name holds the number of the last committed change.
 
-Milvus has no transactions, but of several clients that rename a collection exactly one succeeds.  The name holds the
-number of the last committed change, so that a commit is one rename: it happens or not, and it fails for a writer whose
-turn was taken away.
+Milvus has no transactions, but of several clients that rename a collection exactly one succeeds.  So a commit is one
+rename: it is atomic, and it fails for a writer that has lost its turn.
 
     NAME__at_{change}_{stamp}_{tried}                    nobody writes
     NAME__at_{change}_{stamp}_{tried}__by_{writer}_{n}   a writer prepares change `tried`
 
-A killed writer leaves a name that does not change; after `DEAD_SECONDS` another one takes its turn, under a higher
-number, and what the first one has written stays invisible for good.
+A writer renames the collection regularly, as its sign of life.  If the name does not change for `DEAD_SECONDS`, another
+writer takes the turn under a higher number.  What the dead one has written then stays invisible for good.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ __all__ = ["Position", "Register", "UnknownError"]
 
 
 class UnknownError(StoreError):
-    """A change was committed or not."""
+    """It is unknown whether a change was committed."""
 
 
-DEAD_SECONDS = 30.0  # without a sign of life; a writer gives one more often, and stops by itself after half of it
+DEAD_SECONDS = 30.0  # without a sign of life; a writer gives ten in this time, and gives up after half of it
 _WAIT_SECONDS = 120.0  # for others to end their turns
 _POLL_SECONDS = 0.02
 _PROCESS = uuid.uuid4().hex[:12]
@@ -46,14 +45,14 @@ os.register_at_fork(after_in_child=_begin_anew)
 
 @dataclass(frozen=True)
 class Position:
-    """What the name says.
+    """The content of the name.
 
     Attributes:
         change: the last committed change; 0: the gallery is not complete.
-        stamp: a read that waits for it sees everything that was committed.
+        stamp: a read with this stamp returns everything that was committed.
         tried: the highest number that a writer has used.
-        writer: whose turn it is; "" for nobody's.
-        beats: how often that one has given a sign of life.
+        writer: the one that has the turn; "" for none.
+        beats: how many signs of life that writer has given.
     """
 
     change: int
@@ -68,7 +67,7 @@ class Position:
 
 
 class Register:
-    """The turns of one gallery, for one store; the store's threads take turns before."""
+    """The turns of one gallery, for one store.  A thread of the store holds `lock` during its turn."""
 
     def __init__(self, connection: Connection, gallery: str) -> None:
         self._connection = connection
@@ -80,7 +79,7 @@ class Register:
         self.lock = threading.RLock()
 
     def create(self) -> None:
-        """Makes it unless it is there."""
+        """Creates the collection unless it exists."""
         if self.find() is None:
             self._connection.create(
                 Position(0, 0, 0).name(self._gallery),
@@ -102,7 +101,7 @@ class Register:
         return found
 
     def begin(self, *, wait: float = _WAIT_SECONDS) -> Position | None:
-        """Takes the turn, and returns the position with the number of the change to prepare; None after `wait`."""
+        """Takes the turn.  Returns the position with the number of the change to prepare; None after `wait` seconds."""
         writer = _PROCESS + self._store
         seen: Position | None = None
         since = begun = time.monotonic()
@@ -111,7 +110,7 @@ class Register:
             if position != seen:
                 seen, since = position, now
             dead = now - since > DEAD_SECONDS or position.writer == writer
-            # nobody else has the file open: who wrote before is dead
+            # no other process has the file open: a writer of another process is dead
             dead |= self._connection.alone and not position.writer.startswith(_PROCESS)
             if not position.writer or dead:
                 mine = Position(position.change, position.stamp, position.tried + 1, writer)
@@ -125,7 +124,7 @@ class Register:
         """Gives a sign of life if one is due.  A writer calls it before each of its requests.
 
         Raises:
-            StoreError: the turn was lost, or this process stood still for so long that it may have been.
+            StoreError: the turn was lost, or this process stood still so long that another one may have taken it.
         """
         assert self._mine is not None
         late = time.monotonic() - self._seen
@@ -140,17 +139,18 @@ class Register:
             )
 
     def commit(self, stamp: int) -> None:
-        """Makes the change that was prepared the last one.
+        """Commits the change that was prepared.
 
         Raises:
-            StoreError: another writer has taken the turn; or it is unknown whether the change was committed.
+            StoreError: another writer has taken the turn.
+            UnknownError: it is unknown whether the change was committed.
         """
         assert self._mine is not None
         mine = self._mine
         self._end(mine, Position(mine.tried, max(stamp, mine.stamp), mine.tried))
 
     def give_up(self, stamp: int, *, tried: bool) -> None:
-        """Ends the turn without a change; `tried`: rows under its number may have been written."""
+        """Ends the turn without a change; `tried`: whether rows may have been written under its number."""
         mine = self._mine
         if mine is None:
             return
@@ -161,17 +161,20 @@ class Register:
             if self._rename(mine, after):
                 return
             error: StoreError | None = None
-        except StoreError as lost:  # the answer was lost, and perhaps not the request
+        except StoreError as lost:  # the server may have renamed it, although no answer came
             error = lost
         until = time.monotonic() + SECONDS
         while time.monotonic() < until:
             try:
                 now = self.read()
-                if now.change >= after.change and now != mine:  # the client repeats requests by itself
-                    return
                 if now != mine:
-                    error = None
-                    break
+                    if now.change < after.change:
+                        error = None
+                        break
+                    if mine.change < after.change < now.change:  # a later change followed this one, or replaced it
+                        error = StoreError("another process has written since")
+                        break
+                    return  # the client had repeated the request by itself
                 if self._rename(mine, after):
                     return
             except StoreError as again:

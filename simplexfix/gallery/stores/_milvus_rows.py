@@ -1,7 +1,7 @@
-"""How rows of one version lie in a Milvus collection, and which of them a snapshot of the gallery holds.
+"""Rows of one version in a Milvus collection, and the expressions that select those of a snapshot.
 
-A replaced row stays: `died` and `by` say which change and which version took its place, `gone` which one removed it.
-What a change has written counts from its commit on, and never if it was not committed.
+A replaced row stays in its collection.  `died` is the change that replaced it, `by` the version of the new row, and
+`gone` the change that removed it.  A number counts from the commit of its change on; without a commit it never counts.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 __all__ = ["FIELDS", "LIVES", "NEVER", "Record", "matching", "pack", "tokens", "unpack"]
 
 NEVER = 2**62  # `died` and `gone` of a row that is in the gallery
-ADDED = -1  # `replaces` of a row that took no other's place
+ADDED = -1  # `replaces` of a row that replaced none; `by` of one that was not replaced
 ZERO = -10_000  # `scale` of the zero vector, which has no cosine
-_LONGEST = 65_535  # bytes of a text
+_LONGEST = 65_535  # text in Milvus, in bytes
 
 FIELDS: list[tuple[str, str, dict[str, Any]]] = [
     ("key", "INT64", {}),
@@ -31,11 +31,11 @@ FIELDS: list[tuple[str, str, dict[str, Any]]] = [
     ("replaces", "INT64", {}),  # the version whose row it replaced
     ("died", "INT64", {}),
     ("by", "INT64", {}),
-    ("gone", "INT64", {}),  # the change that removed it, whether or not it had died
-    ("scale", "INT64", {}),  # of the vector: the stored one, times 2 to this power, is the given one
-    ("bits", "VARCHAR", {"max_length": _LONGEST}),  # the given one, where that product would round
+    ("gone", "INT64", {}),  # the change that removed it, replaced or not
+    ("scale", "INT64", {}),  # the given vector is the stored one times 2 to this power
+    ("bits", "VARCHAR", {"max_length": _LONGEST}),  # the given vector in base64, if that product would round
     ("payload", "VARCHAR", {"max_length": _LONGEST}),
-    ("facts", "ARRAY", {"element_type": "VARCHAR", "max_capacity": 4096, "max_length": 32}),  # what `where` finds
+    ("facts", "ARRAY", {"element_type": "VARCHAR", "max_capacity": 4096, "max_length": 32}),  # tokens, for filters
 ]
 LIVES = [name for name, _, _ in FIELDS]
 
@@ -45,16 +45,17 @@ Rollback: TypeAlias = "tuple[int, tuple[int, ...], float]"
 
 @dataclass(frozen=True)
 class Record:
-    """What a committed change leaves for readers, beside rows.
+    """What readers need of a committed change to select its rows.
 
     Attributes:
         change: its number.
         state: the change whose record holds the state of the gallery.
         epoch: the change since which the same model serves; leases of others are over.
         never: changes that were not committed.
-        undone: by version, [change, retired versions, time] of rollbacks: rows of this version that replaced others
-            before that change are void, and those that they replaced live, but for rows of versions that were retired.
-        rows, old, zeros: by version, rows that are searched; that were replaced; and zero vectors, at most.
+        undone: by version, (change, retired versions, time) of each rollback.  Rows of this version that replaced
+            others before that change are void, unless those were of a retired version; the others live again.
+        rows, old: by version, how many rows are searched, and how many were replaced and are kept.
+        zeros: by version, an upper bound of the number of zero vectors.
     """
 
     change: int = 0
@@ -81,7 +82,7 @@ class Record:
         return cls(**{**saved, "never": tuple(saved["never"])})
 
     def counted(self, name: str, numbers: Mapping[int, int]) -> Record:
-        """With these numbers added to `rows`, `old` or `zeros`."""
+        """A copy with these numbers added to `rows`, `old` or `zeros`."""
         merged = dict(getattr(self, name))
         for version, number in numbers.items():
             merged[version] = merged.get(version, 0) + number
@@ -100,7 +101,7 @@ class Record:
         return " and ".join([self._valid(version), f"died <= {self.change}", *again])
 
     def garbage(self, version: int, before: float) -> str:
-        """Rows that nobody sees: not committed, removed, or made void by a rollback before this time."""
+        """Rows that no reader selects: not committed, removed, or made void by a rollback before this time."""
         conditions = [f"(gone <= {self.change}{self._committed('gone')})"]
         if self.never:
             conditions.append(f"born in {list(self.never)}")
@@ -116,7 +117,7 @@ class Record:
         return " and ".join([f"born <= {self.change}{self._committed('born')}", stays, *rollbacks])
 
     def _alive_again(self) -> list[str]:
-        """Rows whose end was not committed, or undone by a rollback."""
+        """Rows whose replacement was not committed, or was undone by a rollback."""
         never = [f"died in {list(self.never)}"] if self.never else []
         return [*never, *(f"(by == {by} and died < {rules[-1][0]})" for by, rules in self.undone.items())]
 
@@ -125,7 +126,7 @@ class Record:
 
 
 def _survives(change: int, kept: Sequence[int]) -> str:
-    """Rows that a rollback left: of later changes, that were added, or whose predecessors were gone."""
+    """Rows that a rollback keeps: of later changes, added ones, and those that replaced rows of versions `kept`."""
     return f"born > {change} or replaces == {ADDED}" + (f" or replaces in {list(kept)}" if kept else "")
 
 
@@ -136,7 +137,7 @@ def pack(
     """New rows.
 
     Raises:
-        ValueError: a payload, or a vector's exact bits, are longer than Milvus takes.
+        ValueError: a payload, or the exact bits of a vector, exceed a limit of Milvus.
     """
     largest = np.abs(vectors).max(axis=1, initial=0)
     powers = np.frexp(largest)[1].astype(np.int64) - 1
@@ -146,7 +147,7 @@ def pack(
     exact = (again.view(np.uint32) == vectors.view(np.uint32)).all(axis=1)
     zero = largest == 0
     scaled[zero, :1] = 1.0
-    exact &= ~zero | (vectors.view(np.uint32) == 0).all(axis=1)  # but for a zero with a sign
+    exact &= ~zero | (vectors.view(np.uint32) == 0).all(axis=1)  # -0.0 needs its bits
     rows = []
     for at, id_ in enumerate(ids.tolist()):
         bits = "" if exact[at] else base64.b64encode(vectors[at].astype("<f4").tobytes()).decode()
@@ -190,10 +191,10 @@ def unpack(rows: Sequence[Mapping[str, Any]]) -> NDArray[np.float32]:
 
 
 def tokens(payload: Mapping[str, Any]) -> list[str]:
-    """One short text for each key with a plain value: equal where key, kind and value are.
+    """A hash of key, kind and value for each key with a plain value.
 
     Milvus's own conditions on JSON tell neither null from a missing key nor a number from a bool, and differ between
-    its two forms; a token needs no quotes either.
+    Milvus Lite and a server.  A hash needs no quotes in an expression.
     """
     return [
         _token(key, value) for key, value in payload.items() if value is None or isinstance(value, (str, int, float))

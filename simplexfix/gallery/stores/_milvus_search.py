@@ -1,8 +1,7 @@
-"""The exact ranking of a snapshot: Milvus proposes candidates, and their scores and order are computed here.
+"""The exact ranking of a snapshot: candidates come from Milvus, and their scores and order are computed here.
 
-Milvus's scores are float32 and differ between its two forms, it orders ties as it likes, and the server leaves out zero
-vectors.  So more candidates than asked for are fetched, and more again until those that were not cannot be among the
-best.
+Milvus's scores are float32 and differ between Milvus Lite and a server, ties come in any order, and a server leaves out
+zero vectors.  So a search fetches more candidates than k, until no row that was not fetched can be among the k best.
 """
 
 from __future__ import annotations
@@ -17,12 +16,13 @@ from ._milvus_client import chunks
 from ._milvus_rows import ZERO, unpack
 from ._milvus_snapshot import Snapshot
 from ._versions_index import VersionsIndex
+from .base import Ranking
 
 __all__ = ["Searcher"]
 
-_LIMIT = 16_384  # of a search by Milvus
-_MORE = 8  # candidates beyond those that are asked for
-_ERROR = 1e-5  # of a score by Milvus, at most
+_LIMIT = 16_384  # hits of one search by Milvus
+_MORE = 8  # candidates beyond k
+_ERROR = 1e-5  # error bound of a score by Milvus
 _BYTES = 16 << 20  # of the vectors of one answer
 _FIELDS = ["id", "scale", "bits", "vector"]
 
@@ -37,9 +37,7 @@ class Searcher:
         self.zeros = {version for version in record.rows if record.zeros.get(version, 0)}
         self.where = {version: " and ".join(filter(None, [record.live(version), condition])) for version in record.rows}
 
-    def search(
-        self, queries: NDArray[np.float32], k: int
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
+    def search(self, queries: NDArray[np.float32], k: int) -> Ranking:
         """As `Store.search`."""
         for version, width in self.widths.items():
             if width > queries.shape[1]:
@@ -53,7 +51,7 @@ class Searcher:
 
 
 class _Block:
-    """The search of a few queries."""
+    """The search of a block of queries."""
 
     def __init__(self, searcher: Searcher, queries: NDArray[np.float32], k: int) -> None:
         self._all = searcher
@@ -61,9 +59,9 @@ class _Block:
         self._index = VersionsIndex()
         self._seen: dict[int, set[int]] = {version: set() for version in searcher.widths}
 
-    def ranking(self) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
+    def ranking(self) -> Ranking:
         limit = self._k + _MORE
-        # the most that a row that was not fetched can score, by version and query
+        # upper bound of the scores of rows that were not fetched, by version and query
         bound = {version: np.full(len(self._queries), np.inf) for version in self._seen}
         for version in self._seen:
             self._take_zeros(version, bound[version])
@@ -76,7 +74,7 @@ class _Block:
             for version, some in missing.items():
                 if not len(some):
                     continue
-                if limit > _LIMIT:  # more ties than Milvus gives
+                if limit > _LIMIT:  # more ties than a search returns
                     self._take_all(version)
                     bound[version][:] = -np.inf
                 else:
@@ -84,7 +82,7 @@ class _Block:
             limit = min(4 * limit, _LIMIT) if limit < _LIMIT else _LIMIT + 1
 
     def _take_best(self, version: int, some: NDArray[np.int64], limit: int) -> NDArray[np.float64]:
-        """Takes the best rows for some queries; returns the bound of the others."""
+        """Fetches the best rows for some queries; returns the bound for all other rows."""
         queries = self._queries[some, : self._all.widths[version]].astype(np.float64)
         units = (queries / np.linalg.norm(queries, axis=1, keepdims=True)).astype(np.float32)
         where = self._all.where[version]
@@ -101,7 +99,7 @@ class _Block:
         return np.array([hits[-1]["distance"] + _ERROR if len(hits) >= limit else -np.inf for hits in answers])
 
     def _take_zeros(self, version: int, bound: NDArray[np.float64]) -> None:
-        """Takes what scores 0: for zero queries the lowest ids of all, for others those of zero vectors."""
+        """Fetches rows that score 0: for zero queries the lowest ids of all rows, for others those of zero vectors."""
         width = self._all.widths[version]
         of_zeros = ~self._queries[:, :width].any(axis=1)
         where = self._all.where[version]

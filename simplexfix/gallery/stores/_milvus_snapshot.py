@@ -23,12 +23,12 @@ class Snapshots:
     def __init__(self, connection: Connection, register: Register, gallery: str) -> None:
         self.connection, self.register, self.gallery = connection, register, gallery
         self.meta = Meta(connection, gallery)
-        self.loaded: set[str] = set()  # collections that are there and can be searched
-        self._record: Record | None = None  # the last ones that were read or written
-        self._state: tuple[int, State] | None = None
+        self.loaded: set[str] = set()  # collections that exist and can be searched
+        self._record: Record | None = None  # the last one, cached
+        self._state: tuple[int, State] | None = None  # the last one, cached, and its change
 
     def read(self, call: Callable[[Snapshot], _T]) -> _T:
-        """The call on the last committed change; again where others have meanwhile deleted what it reads."""
+        """Calls it on the last committed change; again if other writers have deleted what it reads."""
         for _ in range(20):
             position = self.register.read()
             try:
@@ -41,7 +41,7 @@ class Snapshots:
         raise StoreError("it changes faster than this process reads it")
 
     def at(self, position: Position, beat: Callable[[], None] = no_beat) -> Snapshot | None:
-        """None: the record is deleted, because there are newer ones."""
+        """The snapshot of a change; None if its record was deleted because there are newer ones."""
         if not position.change:
             return Snapshot(self, Record(), position.stamp)
         self._load([self.meta.name], beat)
@@ -61,7 +61,7 @@ class Snapshots:
         return found[1]
 
     def keep(self, record: Record, state: State | None) -> None:
-        """What this store has committed."""
+        """Caches what this store has committed."""
         self._record = record
         if state is not None:
             self._state = record.state, state
@@ -71,7 +71,7 @@ class Snapshots:
         return f"{self.gallery}__v{version}"
 
     def make_rows(self, version: int, state: State, beat: Callable[[], None] = no_beat) -> None:
-        """Makes the collection of a version unless it is there."""
+        """Creates the collection of a version unless it exists."""
         name = self.rows_of(version)
         if name not in self.loaded:
             width = state.models[version].identity.embedding_dim
@@ -90,7 +90,7 @@ class Snapshot:
 
     Attributes:
         record: of the change.
-        stamp: reads wait for this time of the server.
+        stamp: timestamp of the server up to which reads return all writes.
     """
 
     def __init__(self, all_: Snapshots, record: Record, stamp: int) -> None:

@@ -1,4 +1,4 @@
-"""One writer's turn: it prepares a change under a number that no reader knows, and commits it by one rename."""
+"""One writer's turn: it writes a change under a number that no reader selects yet, and commits it by one rename."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from .base import StoreError
 
 __all__ = ["Turn", "taken"]
 
-_KEYS = 1 << 24  # of rows of one change
+_KEYS = 1 << 24  # for the rows of one change
 _BYTES = 8 << 20  # of one request
 
 
 class Turn:
-    """What a writer has prepared.
+    """The change that a writer prepares.
 
     Attributes:
         change: its number.
         before: the gallery as of the last change.
         record: of this change.
-        state, event: what it writes beside; None for the state of before, and for nothing.
+        state, event: the new state, and the event for the history; None for none.
         commits: whether there is anything to commit.
     """
 
@@ -62,11 +62,11 @@ class Turn:
         self.commits |= bool(len(ids))
 
     def end(self, version: int, rows: list[dict[str, Any]], by: int) -> None:
-        """Marks rows of a version as those of the past from this change on; `by`: the version that replaces them."""
+        """Marks rows of a version as replaced from this change on; `by`: the version that replaces them."""
         self._mark(version, [{**row, "died": self.change, "by": by} for row in rows])
 
     def remove(self, version: int, rows: list[dict[str, Any]]) -> None:
-        """Marks rows of a version, of the gallery or of the past, as gone from this change on."""
+        """Marks rows of a version, live or replaced, as removed from this change on."""
         self._mark(version, [{**row, "gone": self.change} for row in rows])
 
     def _mark(self, version: int, rows: list[dict[str, Any]]) -> None:
@@ -95,7 +95,7 @@ class Turn:
 
 @contextmanager
 def taken(snapshots: Snapshots, *, wait: float | None = None) -> Iterator[Turn]:
-    """This writer's turn; what it has prepared is committed at the end, or, after an error, never.
+    """This writer's turn.  Its change is committed at the end, or after an error never.
 
     Args:
         wait: seconds for others to end theirs; None: as long as they give signs of life.

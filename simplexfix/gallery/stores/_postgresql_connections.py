@@ -1,4 +1,4 @@
-"""Connections to PostgreSQL: one for each call that runs, kept for later calls, never shared with a forked process."""
+"""A pool of connections to PostgreSQL: one for each running call, never shared with a forked process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Connection: TypeAlias = "psycopg.Connection[tuple[Any, ...]]"
 
 _IDLE = 8  # connections that are kept for later calls
 
-# The gallery's schema comes first, then the one that the extension is in, wherever an administrator has put it.
+# The gallery's schema comes first, then the schema of the extension, which an administrator may have chosen.
 _PATH = """
 select set_config('search_path', quote_ident(%s) || ', ' || coalesce((
   select quote_ident(nspname) from pg_extension join pg_namespace on pg_namespace.oid = extnamespace
@@ -35,7 +35,7 @@ class LostCommitError(Exception):
 
 
 class Connections:
-    """Any number of threads use them; a call that finds no idle connection opens one."""
+    """The pool, for any number of threads; a call that finds no idle connection opens one."""
 
     def __init__(self, place: Place) -> None:
         self._place = place
@@ -44,7 +44,7 @@ class Connections:
 
     @contextmanager
     def one(self) -> Iterator[Connection]:
-        """A connection in autocommit mode.  One whose transaction did not end is closed afterwards."""
+        """A connection in autocommit mode.  It is closed afterwards if its transaction did not end."""
         connection = self._take()
         try:
             yield connection
@@ -60,10 +60,10 @@ class Connections:
         """One transaction, which is committed at the end, or, after an error, undone.
 
         Args:
-            first: a statement that it begins with, sent in one message with the beginning.
+            first: its first statement, sent in one message with `begin`.
 
         Raises:
-            LostCommitError: the connection broke at the end.
+            LostCommitError: the connection broke during the commit.
         """
         with self.one() as connection:
             try:
@@ -78,7 +78,7 @@ class Connections:
             except psycopg.Error as error:
                 if connection.closed:
                     raise LostCommitError(error) from error
-                raise  # the server answered, and has undone all
+                raise  # the server answered, and has rolled it back
 
     def close(self) -> None:
         """Closes the idle connections; a later call opens new ones."""
@@ -104,12 +104,12 @@ class Connections:
 
 
 def find_extension(connection: Connection, place: Place) -> None:
-    """Makes names mean the gallery's tables and pgvector's types, until the connection ends."""
+    """Sets `search_path` to the gallery's tables and pgvector's types, for the whole session."""
     connection.execute(_PATH, [place.name])
 
 
 def _is_silent(connection: Connection) -> bool:
-    """Whether the server has sent nothing since the last call: it says so when it stops."""
+    """Whether the server has sent nothing since the last call: it sends a message when it stops."""
     poll = select.poll()
     poll.register(connection.fileno(), select.POLLIN)
     return not poll.poll(0)
@@ -121,14 +121,14 @@ _inherited: list[Connection] = []
 
 
 def _after_fork_in_child() -> None:
-    """Closes the child's copies of the sockets, without a word to the server.
+    """Closes the child's copies of the sockets without a message to the server.
 
-    A copy would hold a killed parent's transactions, and their locks, open.
+    A copy would keep the transactions of a killed parent open, with their locks.
     """
     for connection in _open:
         if not connection.closed:
             os.close(connection.fileno())
-        _inherited.append(connection)  # not deleted: psycopg would try to close it
+        _inherited.append(connection)  # a reference: psycopg's destructor would close the socket
     _open.clear()
     for connections in _all:
         connections._idle.clear()

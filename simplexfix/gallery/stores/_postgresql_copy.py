@@ -1,4 +1,4 @@
-"""Vectors as pgvector's values, and rows in PostgreSQL's binary format of COPY, by NumPy for many rows at a time."""
+"""Vectors as pgvector's values, and rows in PostgreSQL's binary format of COPY, many rows at a time."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _NULL = -1
 
 
 def searchable(vectors: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Vectors of the same directions whose squares float32 sums without overflow and underflow; and [n] which differ.
+    """Vectors of the same directions, scaled so that their squares sum without overflow or underflow; [n] which differ.
 
-    pgvector sums in float32.  Vectors of ordinary length stay as they are, and so do zero ones.
+    pgvector sums in float32.  Zero vectors, and vectors of ordinary length, stay as they are.
     """
     largest = np.abs(vectors).max(axis=1, initial=0.0)
     extreme = (largest > 0) & ((largest < 1e-12) | (largest > 1e12))
@@ -33,12 +33,12 @@ def searchable(vectors: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArr
 
 
 def text_of(vector: NDArray[np.float32]) -> str:
-    """A value of pgvector's."""
+    """A vector as text for pgvector."""
     return f"[{','.join(map(repr, vector.tolist()))}]"
 
 
 def copied_vectors(ids: NDArray[np.int64], version: int, vectors: NDArray[np.float32]) -> Iterator[bytes]:
-    """Of the columns id, version, vector and bits, which is null where the vector itself holds the given bits."""
+    """For the columns id, version, vector and bits; bits are null where the vector holds the given numbers."""
     yield _BEGIN
     for first in range(0, len(ids), _CHUNK):
         given = vectors[first : first + _CHUNK]
@@ -70,7 +70,7 @@ def _records(
 
 
 def copied_rows(ids: NDArray[np.int64], version: int, payload: Sequence[str], fields: Sequence[str]) -> Iterator[bytes]:
-    """Of the columns id, version, payload (text) and fields (jsonb)."""
+    """For the columns id, version, payload (text) and fields (jsonb)."""
     yield _BEGIN
     begin, size = struct.Struct(">hiqiii"), struct.Struct(">ib")
     for first in range(0, len(ids), _CHUNK):
@@ -80,7 +80,7 @@ def copied_rows(ids: NDArray[np.int64], version: int, payload: Sequence[str], fi
             text, json = whole.encode(), plain.encode()
             chunk += begin.pack(4, 8, id_, 4, version, len(text))
             chunk += text
-            chunk += size.pack(1 + len(json), 1)  # the format of jsonb is 1
+            chunk += size.pack(1 + len(json), 1)  # version 1 of jsonb's binary format
             chunk += json
         yield bytes(chunk)
     yield _END

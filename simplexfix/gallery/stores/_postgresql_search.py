@@ -1,4 +1,4 @@
-"""A search in PostgreSQL: a scan by pgvector for candidates, which are ordered exactly here, and filters on payload."""
+"""A search in PostgreSQL: a scan by pgvector for candidates, their exact order, and filters on payload."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from ...functional import cosine_topk
 from .._state import State
 from ._common import as_json, too_wide
 from ._postgresql_connections import Connection
 from ._postgresql_copy import given_vectors, searchable, text_of
-from ._rerank import Ranking, rerank
 from ._versions_index import merge_rankings
+from .base import Ranking
 
 __all__ = ["array_of", "fields_of", "search"]
 
-_SPARE = 16  # candidates beside the k best: float32 may order what is nearly equal otherwise
+_SPARE = 16  # candidates beyond k: float32 may order nearly equal cosines in another way
 
 
 def search(
@@ -32,7 +34,10 @@ def search(
     """As `Store.search`.
 
     Args:
-        state: in which the widths of versions are; psycopg.errors.DataException where rows have others.
+        state: has the widths of versions.
+
+    Raises:
+        psycopg.errors.DataException: rows have other widths.
     """
     widths = {version: member.identity.embedding_dim for version, member in state.live.items()}
     width = queries.shape[1]
@@ -47,7 +52,7 @@ def search(
         query = f"case {cases} else {query} end"
         for w in narrow:
             given[f"of_{w}"] = array_of(version for version in widths if widths[version] == w)
-    # A zero vector has no angle, which pgvector calls NaN and we a cosine of 0.
+    # A zero vector has a cosine of 0 here, and a distance of NaN in pgvector.
     statement = f"""
         select id, version, bits, vector_send(vector) from (
           select id from vectors where {_condition(where, given)}
@@ -71,17 +76,27 @@ def search(
 
 
 def _rerank(query: NDArray[np.float32], k: int, rows: list[tuple[Any, ...]]) -> Ranking:
+    """[1, k] the ranking of candidates of one width, with the score bits of `cosine_topk`.
+
+    Args:
+        query: [d]; narrower vectors are compared with its leading dimensions.
+        rows: id, version, bits and vector of each candidate.
+    """
+    rows = sorted(rows, key=lambda row: row[0])  # cosine_topk orders equal scores by row
     ids, versions, bits, values = zip(*rows, strict=True)
-    return rerank(query, k, np.array(ids), np.array(versions), given_vectors(values, bits))
+    vectors = given_vectors(values, bits)
+    narrow = torch.from_numpy(query[None, : vectors.shape[1]])
+    scores, at = (found.numpy() for found in cosine_topk(narrow, torch.from_numpy(vectors), k))
+    return scores, np.where(at >= 0, np.array(ids)[at], -1), np.where(at >= 0, np.array(versions)[at], -1)
 
 
 def _condition(where: Mapping[str, tuple[Any, ...]] | None, given: dict[str, Any]) -> str:
-    """What rows must be for this filter; its values go into `given`."""
+    """The SQL condition of a filter; its values go into `given`."""
     if not where:
         return "true"
     conditions = []
     for number, (key, values) in enumerate(where.items()):
-        # text that PostgreSQL cannot hold is in no row's fields
+        # no row's fields have text that PostgreSQL cannot store
         given[f"key_{number}"] = key if _is_storable(key) else ""
         wanted = [as_json(value) for value in values if _is_storable(value)] if _is_storable(key) else []
         given[f"values_{number}"] = array_of(wanted)
@@ -90,7 +105,7 @@ def _condition(where: Mapping[str, tuple[Any, ...]] | None, given: dict[str, Any
 
 
 def fields_of(payload: str) -> str:
-    """What filters see of a payload: the keys with plain values."""
+    """The part of a payload that filters read: the keys with plain values."""
     if "[" not in payload and payload.find("{", 1) < 0 and "\\u" not in payload:
         return payload
     plain = {
@@ -102,14 +117,14 @@ def fields_of(payload: str) -> str:
 
 
 def _is_storable(value: Any) -> bool:
-    """Whether jsonb can hold it: Unicode without the character 0, finite numbers."""
+    """Whether jsonb can store it: Unicode without the character 0, finite numbers."""
     if isinstance(value, str):
         return "\0" not in value and value == value.encode(errors="ignore").decode()
     return not isinstance(value, float) or math.isfinite(value)
 
 
 def array_of(values: Iterable[int | str]) -> str:
-    """An array of SQL, as text: the server reads it faster than Python makes a typed one."""
+    """An SQL array as text: the server parses it faster than Python builds a typed one."""
     return "{" + ",".join(map(_element, values)) + "}"
 
 

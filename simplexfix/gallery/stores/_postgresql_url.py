@@ -21,8 +21,8 @@ class Place:
     """Where a gallery is.
 
     Attributes:
-        conninfo: of the database, for libpq; it may hold a password.
-        name: of the gallery, and of its schema.
+        conninfo: the connection string of the database, for libpq; it may hold a password.
+        name: the name of the gallery and of its schema.
         shown: the url without secrets.
     """
 
@@ -37,7 +37,7 @@ def read_url(url: str) -> Place:
     Errors do not quote the url: a password that is not encoded may stand in any part of it.
 
     Raises:
-        ValueError: another form, or a name that cannot be one.
+        ValueError: the url has another form, or the name is not allowed.
     """
     conninfo, _, name = url.rpartition("#")
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,62}", name) or name in _RESERVED or name.startswith("pg_"):
@@ -57,7 +57,7 @@ def read_url(url: str) -> Place:
 
 
 def _shown(parts: dict[str, str]) -> str:
-    """A url of the same database for whoever has the password elsewhere, as in PGPASSWORD or ~/.pgpass."""
+    """A url of the same database without secrets; it opens where PGPASSWORD or ~/.pgpass has the password."""
     rest = {key: value for key, value in parts.items() if "password" not in key and "secret" not in key}
     user, database = (quote(rest.pop(key, ""), safe="") for key in ("user", "dbname"))
     place = ""

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ...retrieval import CosineIndex
 from ._common import too_wide
+from .base import Ranking
 
 __all__ = ["VersionsIndex", "merge_rankings"]
 
@@ -58,9 +59,7 @@ class VersionsIndex:
             self._parts[version] = _Part(vectors.shape[1])
         self._parts[version].put(ids, vectors)
 
-    def search(
-        self, queries: NDArray[np.float32], k: int, include: Mapping[int, NDArray[np.int64]] | None
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
+    def search(self, queries: NDArray[np.float32], k: int, include: Mapping[int, NDArray[np.int64]] | None) -> Ranking:
         """As `Store.search`; `include`: by version, the ids that are searched."""
         rankings = []
         for version, part in self._parts.items():
@@ -115,9 +114,7 @@ class _Part:
         return np.fromiter(self._dead, dtype=np.int64, count=len(self._dead))
 
 
-def merge_rankings(
-    rankings: list[tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]], queries: int, k: int
-) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
+def merge_rankings(rankings: list[Ranking], queries: int, k: int) -> Ranking:
     """The k best of several rankings [Q, *] of scores, ids and versions, by score, then by lower id."""
     if len(rankings) == 1:
         return rankings[0]

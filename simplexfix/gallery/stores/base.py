@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .._state import Change, State
 
-__all__ = ["Counts", "Store", "StoreError", "StoredRows"]
+__all__ = ["Counts", "Ranking", "Store", "StoreError", "StoredRows"]
+
+Ranking: TypeAlias = "tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]"  # scores, ids and versions
 
 
 class StoreError(RuntimeError):
@@ -120,9 +122,7 @@ class Store(Protocol):
         """Deletes rows and what they replaced; KeyError for an id that is not there."""
         ...
 
-    def search(
-        self, queries: NDArray[np.float32], k: int, where: Mapping[str, tuple[Any, ...]] | None
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
+    def search(self, queries: NDArray[np.float32], k: int, where: Mapping[str, tuple[Any, ...]] | None) -> Ranking:
         """[Q, k] scores, ids and versions, by score, then by lower id; -inf, -1 and -1 where there are no more."""
         ...
 

@@ -20,10 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._state import Change, State
-from ._common import SEVERAL_WIDTHS, absent_id, as_json, failure, stamped, taken_id
+from ._common import SEVERAL_WIDTHS, as_json, check_present, failure, stamped, taken_id
 from ._sqlite import Connection
 from ._versions_index import VersionsIndex
-from .base import Counts, StoredRows, StoreError
+from .base import Counts, Ranking, StoredRows, StoreError
 
 __all__ = ["FolderStore"]
 
@@ -213,8 +213,7 @@ class FolderStore:
                         "select id from leases where id in (select value from json_each(?))", [as_json(absent)]
                     )
                 }
-                if error := absent_id(id_ for id_ in absent if id_ not in leased):
-                    raise error
+                check_present(id_ for id_ in absent if id_ not in leased)
             at = [row for row, id_ in enumerate(ids.tolist()) if versions.get(id_, version) != version]
             some = ids[at].tolist()
             connection.execute(
@@ -252,9 +251,7 @@ class FolderStore:
                 connection.execute(f"delete from {table} where id in (select value from json_each(?))", [given])
             connection.execute("insert or replace into removed select value, ? from json_each(?)", [change, given])
 
-    def search(
-        self, queries: NDArray[np.float32], k: int, where: Mapping[str, tuple[Any, ...]] | None
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
+    def search(self, queries: NDArray[np.float32], k: int, where: Mapping[str, tuple[Any, ...]] | None) -> Ranking:
         with self._named("search"), ExitStack() as stack:
             # Whoever takes rows over holds the reader's lock: between here and the search nobody does.
             with self._reader.lock:
@@ -385,7 +382,7 @@ class FolderStore:
 
     @contextmanager
     def _named(self, what: str, rows: int | None = None) -> Iterator[None]:
-        """SQLite's errors with the store, the call and the rows in their message."""
+        """Raises SQLite's errors as StoreError, with the store, the call and the rows in the message."""
         try:
             yield
         except (sqlite3.Error, OSError) as error:
@@ -483,8 +480,7 @@ def _check_held(connection: sqlite3.Connection, ids: str) -> None:
     absent = connection.execute(
         "select given.value from json_each(?) as given where given.value not in (select id from rows) limit 1", [ids]
     ).fetchone()
-    if error := absent_id(absent or ()):
-        raise error
+    check_present(absent or ())
 
 
 def _vectors(ids: Sequence[int], checksums: Sequence[int], blobs: Sequence[bytes]) -> NDArray[np.float32]:

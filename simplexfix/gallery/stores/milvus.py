@@ -1,19 +1,18 @@
 """A gallery in Milvus: a file by milvus-lite (`FILE.db#NAME`) or a server (`http://HOST:PORT#NAME`), with one client.
 
-Milvus has no transactions.  Here a change writes rows and entries under a number that no reader knows yet, in any
-number of requests, and one rename makes the number known (`_milvus_register`).  A reader takes the number from the same
-name: what it reads is the gallery as of that change, whatever is written meanwhile.  The number of a killed writer is
-never known.
+Milvus has no transactions.  A change writes rows and entries under a new number, in any number of requests.  One rename
+then publishes that number (`_milvus_register`).  A reader takes the last published number, and reads the gallery as of
+that change, whatever is written meanwhile.  The number of a killed writer is never published.
 
-Every version has a collection, of its width; what leaves the gallery by `replace` stays in it, marked, until `retire`.
-Milvus proposes candidates by its float32 scores, and their exact order is computed here.
+Every version has a collection of its width.  Rows that `replace` replaces stay there, marked, until `retire`.  Milvus
+finds candidates by its float32 scores, and their exact order is computed here.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
@@ -22,14 +21,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._state import RETIRED, Change, State
-from ._common import SEVERAL_WIDTHS, absent_id, failure, stamped, taken_id
+from ._common import SEVERAL_WIDTHS, check_present, failure, stamped, taken_id
 from ._milvus_client import Connection, chunks, split_url
 from ._milvus_register import Register, UnknownError
 from ._milvus_rows import Record, matching, unpack
 from ._milvus_search import Searcher
 from ._milvus_snapshot import Snapshot, Snapshots
 from ._milvus_turn import Turn, taken
-from .base import Counts, StoredRows, StoreError
+from .base import Counts, Ranking, StoredRows, StoreError
 
 __all__ = ["MilvusStore"]
 
@@ -101,9 +100,7 @@ class MilvusStore:
         with self._named("count rows"):
             return self._snapshots.read(count)
 
-    def search(
-        self, queries: NDArray[np.float32], k: int, where: Mapping[str, tuple[Any, ...]] | None
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
+    def search(self, queries: NDArray[np.float32], k: int, where: Mapping[str, tuple[Any, ...]] | None) -> Ranking:
         condition = "" if where is None else matching(where)
         with self._named("search"):
             return self._snapshots.read(lambda now: Searcher(now, condition).search(queries, k))
@@ -116,7 +113,7 @@ class MilvusStore:
                 for row, vector in zip(rows, unpack(rows), strict=True):
                     found[row["id"]] = version, vector, row["payload"]
             order = sorted(found) if wanted is None else wanted
-            _check_there(id_ for id_ in order if id_ not in found)
+            check_present(id_ for id_ in order if id_ not in found)
             widths = {len(found[id_][1]) for id_ in order}
             if len(widths) > 1:
                 raise ValueError(SEVERAL_WIDTHS)
@@ -135,7 +132,7 @@ class MilvusStore:
         def stale(now: Snapshot) -> NDArray[np.int64]:
             if not isinstance(order, str):
                 versions = now.versions_of(order.tolist())
-                _check_there(id_ for id_ in order.tolist() if id_ not in versions)
+                check_present(id_ for id_ in order.tolist() if id_ not in versions)
                 return np.array([id_ for id_ in order.tolist() if versions[id_] != version], dtype=np.int64)
             found = sorted(id_ for other in now.record.rows if other != version for id_ in now.ids_of(other))
             if order == "traffic" and found:
@@ -166,7 +163,7 @@ class MilvusStore:
                 turn.event = event = stamped(event)
                 turn.state, turn.commits = change.state, True
             if change.state.serving != before.serving:
-                with suppress(StoreError):  # the change is committed; the next one deletes what this one left
+                with suppress(StoreError):  # the change is committed; the next one deletes what is left
                     self._clean(turn.record, change.state, turn.stamp)
             return event
 
@@ -174,29 +171,23 @@ class MilvusStore:
         self, ids: NDArray[np.int64], vectors: NDArray[np.float32], version: int, payload: list[str] | None,
         allow: Callable[[State], None],
     ) -> None:  # fmt: skip
-        with self._named("add", len(ids)):
-            self._make_rows(version, allow)
-            with taken(self._snapshots) as turn:
-                allow(turn.before.state)
-                there = turn.before.versions_of(ids.tolist())
-                if there:
-                    raise taken_id(min(there))
-                turn.insert(ids, vectors, version, payload or ["{}"] * len(ids))
+        with self._writing("add", len(ids), version, allow) as turn:
+            there = turn.before.versions_of(ids.tolist())
+            if there:
+                raise taken_id(min(there))
+            turn.insert(ids, vectors, version, payload or ["{}"] * len(ids))
 
     def replace(
         self, ids: NDArray[np.int64], vectors: NDArray[np.float32], version: int, payload: list[str] | None,
         allow: Callable[[State], None],
     ) -> int:  # fmt: skip
-        with self._named("replace", len(ids)):
-            self._make_rows(version, allow)
-            with taken(self._snapshots) as turn:
-                allow(turn.before.state)
-                number = _replace(turn, ids, vectors, version, payload)
-                turn.wrote(self._meta.delete(["lease"], ids.tolist()))
-                others = any(rows for other, rows in turn.record.rows.items() if other != version)
-                if number and not others:
-                    turn.event = stamped({"event": "backfill finished", "version": version})
-                return number
+        with self._writing("replace", len(ids), version, allow) as turn:
+            number = _replace(turn, ids, vectors, version, payload)
+            turn.wrote(self._meta.delete(["lease"], ids.tolist()))
+            others = any(rows for other, rows in turn.record.rows.items() if other != version)
+            if number and not others:
+                turn.event = stamped({"event": "backfill finished", "version": version})
+            return number
 
     def remove(self, ids: NDArray[np.int64]) -> None:
         with self._named("remove", len(ids)):
@@ -204,14 +195,14 @@ class MilvusStore:
             with taken(self._snapshots) as turn:
                 now = turn.before
                 there = now.versions_of(ids.tolist())
-                _check_there(id_ for id_ in ids.tolist() if id_ not in there)
+                check_present(id_ for id_ in ids.tolist() if id_ not in there)
                 for version in {**now.record.rows, **now.record.old}:
                     for counted, where in (("rows", now.record.live(version)), ("old", now.record.dead(version))):
                         rows = now.fetch(version, ids.tolist(), where)
                         turn.remove(version, rows)
                         turn.record = turn.record.counted(counted, {version: -len(rows)})
                         gone.setdefault(version, []).extend(row["key"] for row in rows)
-            with suppress(StoreError):  # no reader sees them any more; the next change deletes what this one left
+            with suppress(StoreError):  # no reader selects them any more; a later change deletes what is left
                 for version, keys in gone.items():
                     self._connection.delete(self._snapshots.rows_of(version), "key", keys)
                 self._meta.delete(["hits"], ids.tolist())
@@ -231,9 +222,9 @@ class MilvusStore:
             return np.array(mine[:limit], dtype=np.int64)
 
     def release(self, worker: str) -> None:
-        if self._connection.ended:  # by the garbage collector: leases end by themselves
+        if self._connection.ended:  # by the garbage collector; the leases expire
             return
-        with self._named("end leases"), taken(self._snapshots) as turn:  # so that the next one to lease sees it
+        with self._named("end leases"), taken(self._snapshots) as turn:  # its stamp: later claims read the deletion
             turn.wrote(self._meta.release(worker, turn.stamp))
 
     def count_hits(self, ids: NDArray[np.int64], times: NDArray[np.int64]) -> bool:
@@ -248,14 +239,22 @@ class MilvusStore:
         self._snapshots.loaded.clear()
         self._connection.close()
 
-    def _make_rows(self, version: int, allow: Callable[[State], None]) -> None:
-        """Makes the collection of a version, before the turn: a server takes seconds for it."""
-        state = self._snapshots.read(lambda now: now.state)
-        allow(state)
-        self._snapshots.make_rows(version, state)
+    @contextmanager
+    def _writing(self, what: str, rows: int, version: int, allow: Callable[[State], None]) -> Iterator[Turn]:
+        """A turn that writes rows of a version.
+
+        The collection of the version is made before the turn, because a server takes seconds for it.
+        """
+        with self._named(what, rows):
+            state = self._snapshots.read(lambda now: now.state)
+            allow(state)
+            self._snapshots.make_rows(version, state)
+            with taken(self._snapshots) as turn:
+                allow(turn.before.state)
+                yield turn
 
     def _clean(self, record: Record, state: State, stamp: int) -> None:
-        """Deletes what no reader sees any more."""
+        """Deletes what no reader selects any more."""
         there = set(self._connection.names())
         for version, member in state.models.items():
             name = self._snapshots.rows_of(version)
@@ -272,7 +271,7 @@ class MilvusStore:
 
     @contextmanager
     def _named(self, what: str, rows: int | None = None) -> Iterator[None]:
-        """Milvus's errors with the store, the call and the rows in their message."""
+        """Raises Milvus's errors as StoreError, with the store, the call and the rows in the message."""
         try:
             yield
         except UnknownError as error:
@@ -291,7 +290,7 @@ def _replace(
     absent = [id_ for id_ in wanted if id_ not in versions]
     if absent:
         leased = now.meta.leased(absent, now.record.epoch, now.stamp)
-        _check_there(id_ for id_ in absent if id_ not in leased)
+        check_present(id_ for id_ in absent if id_ not in leased)
     at = [row for row, id_ in enumerate(wanted) if versions.get(id_, version) != version]
     texts: dict[int, str] = {}
     for old in sorted({versions[wanted[row]] for row in at}):
@@ -324,7 +323,7 @@ def _restore(turn: Turn, version: int) -> int:
 
 
 def _check_droppable(turn: Turn, version: int) -> None:
-    """Rows of this version that stand between kept older rows and newer ones must not go before the older ones."""
+    """Raises ValueError if rows of this version have replaced older ones that are kept: those are retired first."""
     now = turn.before
     older = [other for other in now.record.old if other != version]
     if older and version in now.record.old:
@@ -334,9 +333,3 @@ def _check_droppable(turn: Turn, version: int) -> None:
                 f"rows of version {version} have replaced older ones, of version {', '.join(map(str, older))}, which "
                 "are kept: on Milvus the older version is retired first"
             )
-
-
-def _check_there(absent: Iterable[int]) -> None:
-    error = absent_id(absent)
-    if error is not None:
-        raise error

@@ -1,7 +1,7 @@
 """A gallery in a PostgreSQL database with pgvector: a schema of its own, and each call one transaction.
 
-The server ranks by a scan over all rows, in float32.  A few more rows than are asked for come back with their vectors,
-and are ordered here exactly, so that scores and ties are those of every other store.
+The server scans all rows and ranks them in float32.  It returns a few more rows than k with their vectors.  They are
+ordered exactly here, so that scores and ties are those of every other store.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from numpy.typing import NDArray
 from psycopg import sql
 
 from .._state import Change, State
-from ._common import absent_id, as_json, failure, stamped, taken_id
+from ._common import as_json, check_present, failure, stamped, taken_id
 from ._postgresql_connections import Connection, Connections, LostCommitError, find_extension
 from ._postgresql_copy import MOST_NUMBERS, copied_rows, copied_vectors, given_vectors, stacked
 from ._postgresql_search import array_of, fields_of, search
 from ._postgresql_url import Place, read_url
-from .base import Counts, StoredRows, StoreError
+from .base import Counts, Ranking, StoredRows, StoreError
 
 __all__ = ["PostgresStore"]
 
 _FORMAT = 1
 _CHUNK = 4096  # rows that are read at a time
-# Statements that a transaction begins with.
-_KEEPS_STATE = "lock table state in row share mode"  # nobody changes the state until it ends
-_CHANGES_STATE = "lock table state in exclusive mode"  # it waits for those that keep it
-_MAY_BE_LOST = "set local synchronous_commit = off"  # in a power failure; not where a process is killed
+# First statements of transactions.
+_KEEPS_STATE = "lock table state in row share mode"  # the state does not change until the transaction ends
+_CHANGES_STATE = "lock table state in exclusive mode"  # blocks until transactions that keep the state have ended
+_MAY_BE_LOST = "set local synchronous_commit = off"  # by a power failure, not by a killed process
 _AMONG = "id = any(%s::bigint[])"
 _LOCK = 0x53465847  # "SFXG": of creations, one at a time
 
 # `vectors` is apart from `rows` so that a search reads nothing else, and counting reads no vectors.  Vectors of up to
-# 2,000 numbers stay in their pages (toast_tuple_target).  `payload` is the text that was given, `fields` what filters
-# see of it: jsonb changes numbers such as 1e300.
+# 2,000 numbers stay in their pages (toast_tuple_target).  `payload` is the given text, and filters read `fields`: jsonb
+# alone would change numbers such as 1e300.
 _SCHEMA = f"""
 create table state (format integer not null default {_FORMAT}, stamp uuid not null, body text not null);
 create table models (version integer primary key, fingerprint text not null);
@@ -86,7 +86,7 @@ class PostgresStore:
     def __init__(self, place: Place) -> None:
         self.url = place.shown
         self._connections = Connections(place)
-        self._seen: tuple[uuid.UUID, State] | None = None  # the last state that was read, and its stamp
+        self._seen: tuple[uuid.UUID, State] | None = None  # stamp and state, cached
 
     @classmethod
     def create(cls, url: str, state: State, event: dict[str, Any]) -> PostgresStore:
@@ -191,7 +191,7 @@ class PostgresStore:
         payload: list[str] | None,
         allow: Callable[[State], None],
     ) -> None:
-        order = np.argsort(ids)  # so that two calls that add the same ids do not wait for each other
+        order = np.argsort(ids)  # two calls that add the same ids then cannot deadlock
         texts = ["{}"] * len(ids) if payload is None else [payload[row] for row in order]
         try:
             with self._writing("add", len(ids), first=_KEEPS_STATE) as connection:
@@ -221,8 +221,7 @@ class PostgresStore:
             versions = dict(_lock_rows(connection, given))
             if len(versions) < len(ids):
                 leased = {id_ for (id_,) in connection.execute(f"select id from leases where {_AMONG}", [given])}
-                if error := absent_id(id_ for id_ in ids.tolist() if id_ not in versions and id_ not in leased):
-                    raise error
+                check_present(id_ for id_ in ids.tolist() if id_ not in versions and id_ not in leased)
             at = np.array([versions.get(id_, version) != version for id_ in ids.tolist()], dtype=bool)
             texts = None if payload is None else [payload[row] for row in np.flatnonzero(at)]
             fields = None if texts is None else [fields_of(text) for text in texts]
@@ -237,19 +236,16 @@ class PostgresStore:
         with self._writing("remove", len(ids), first=_KEEPS_STATE) as connection:
             given = array_of(ids.tolist())
             there = {id_ for id_, _ in _lock_rows(connection, given)}
-            if error := absent_id(id_ for id_ in ids.tolist() if id_ not in there):
-                raise error
+            check_present(id_ for id_ in ids.tolist() if id_ not in there)
             for table in ("rows", "vectors", "replaced", "hits"):
                 connection.execute(f"delete from {table} where {_AMONG}", [given])
 
-    def search(
-        self, queries: NDArray[np.float32], k: int, where: Mapping[str, tuple[Any, ...]] | None
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
+    def search(self, queries: NDArray[np.float32], k: int, where: Mapping[str, tuple[Any, ...]] | None) -> Ranking:
         with self._reading("search") as connection:
             state = self._seen[1] if self._seen else self._now(connection)
             try:
                 return search(connection, state, queries, k, where)
-            except psycopg.errors.DataException:  # vectors of another width have come since
+            except psycopg.errors.DataException:  # rows of another width were added since
                 return search(connection, self._now(connection), queries, k, where)
 
     def read(self, ids: NDArray[np.int64] | None) -> StoredRows:
@@ -265,7 +261,7 @@ class PostgresStore:
         chunks: list[NDArray[np.float32]] = []
         with (
             self._writing("read rows") as connection,
-            connection.cursor("reading", binary=True) as cursor,  # the server's, which sends some rows at a time
+            connection.cursor("reading", binary=True) as cursor,  # on the server, which sends some rows at a time
         ):
             cursor.execute(query, None if ids is None else [array_of(ids.tolist())])
             while chunk := cursor.fetchmany(_CHUNK):
@@ -273,8 +269,7 @@ class PostgresStore:
                 found += [row[:3] for row in chunk]
         if ids is not None and len(found) < len(ids):
             there = {row[0] for row in found}
-            if error := absent_id(id_ for id_ in ids.tolist() if id_ not in there):
-                raise error
+            check_present(id_ for id_ in ids.tolist() if id_ not in there)
         return StoredRows(
             np.array([row[0] for row in found], dtype=np.int64),
             np.array([row[1] for row in found], dtype=np.int64),
@@ -290,8 +285,7 @@ class PostgresStore:
                     "left join rows using (id) order by place",
                     [array_of(order.tolist())],
                 ).fetchall()
-                if error := absent_id(id_ for id_, held in found if held is None):
-                    raise error
+                check_present(id_ for id_, held in found if held is None)
                 return _ids(row[0] for row in found if row[1] != version)
             query = "select id from rows where version <> %s order by id"
             if order == "traffic":
@@ -302,8 +296,8 @@ class PostgresStore:
             return _ids(id_ for (id_,) in connection.execute(query, [version]))
 
     def claim(self, ids: NDArray[np.int64], limit: int, version: int, worker: str, seconds: float) -> NDArray[np.int64]:
-        # A row that another worker locks is left out.  Its lease may be committed after this statement has looked for
-        # leases, and stays where it is then: `on conflict` sees it.
+        # A row that another worker locks is left out.  That worker's lease may be committed after this statement has
+        # read the leases: `on conflict` finds it, and keeps it.
         query = """
             with free as (
               select rows.id from unnest(%s::bigint[]) with ordinality as given (id, place) join rows using (id)
@@ -367,7 +361,7 @@ class PostgresStore:
 
     @contextmanager
     def _connected(self, what: str, rows: int | None = None) -> Iterator[None]:
-        """PostgreSQL's errors with the store, the call and the rows in their message."""
+        """Raises PostgreSQL's errors as StoreError, with the store, the call and the rows in the message."""
         try:
             yield
         except LostCommitError as error:
@@ -383,9 +377,9 @@ class PostgresStore:
 
 
 def _lock_rows(connection: Connection, ids: str) -> list[tuple[int, int]]:
-    """Ids and versions of the rows that are there, which nobody changes before the transaction ends.
+    """Ids and versions of those of these rows that exist; they are locked until the transaction ends.
 
-    By id, so that of two calls that lock the same rows one waits for the other.
+    They are locked by id, so that two calls with the same rows cannot deadlock.
     """
     query = f"select id, version from rows where {_AMONG} order by id for update"
     return [(id_, version) for id_, version in connection.execute(query, [ids])]
@@ -394,7 +388,7 @@ def _lock_rows(connection: Connection, ids: str) -> list[tuple[int, int]]:
 def _is_last(connection: Connection, version: int) -> bool:
     """Whether, once this transaction is committed, all rows are of this version.
 
-    Two calls that replace the last rows at the same time do not see each other's: the second one waits here.
+    Of two calls that replace the last rows at the same time, neither reads the other's: the second one blocks here.
     """
     free = "select exists(select from (select from rows where version <> %s limit 1 for update skip locked) as one)"
     if _row(connection, free, [version])[0]:
@@ -404,7 +398,7 @@ def _is_last(connection: Connection, version: int) -> bool:
 
 
 def _restore(connection: Connection, version: int) -> int:
-    """Puts back what rows of this version replaced."""
+    """Restores the rows that rows of this version have replaced; returns how many."""
     query = """
         with back as (
           delete from replaced using rows
@@ -420,7 +414,9 @@ def _restore(connection: Connection, version: int) -> int:
         update rows set version = back.version, payload = back.payload, fields = back.fields
         from back where rows.id = back.id
     """
-    connection.execute("analyze rows, replaced")  # right after a backfill the planner takes many rows for a few
+    # A precaution: a rollback of 10,240 rows once took 2.0 s of CPU time in place of 0.3 s.  That was not reproduced,
+    # and its cause is not known; old statistics of these tables, which a backfill has just changed, would explain it.
+    connection.execute("analyze rows, replaced")
     return int(connection.execute(query, [version]).rowcount)
 
 
