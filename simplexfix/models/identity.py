@@ -165,7 +165,7 @@ class ModelIdentity:
         elif self.head == FEATURES:
             reasons.append(
                 "both are different models without a classifier: only fixed vertices guarantee a shared space; "
-                "simplexfix.adapters.QueryDrift maps queries of a fine-tuned encoder to the previous encoder's space"
+                "simplexfix.adapters.QueryDrift moves queries of a fine-tuned encoder to the previous encoder's space"
             )
         elif self.head == EXTERNAL:
             reasons.append(
