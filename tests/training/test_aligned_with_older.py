@@ -1,4 +1,4 @@
-"""Versions that are turned in closed form to all older ones, after their training."""
+"""Tests versions that are rotated towards all older ones in closed form after training."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def models(width: int, count: int = 3) -> list[EmbeddingModel]:
 
 @pytest.mark.parametrize("width", [6, 19])
 def test_a_version_is_turned_by_the_isometry_nearest_to_the_older_ones(width: int) -> None:
-    """As SciPy's in all dimensions; a version's own similarities stay, and it stays itself."""
+    """The isometry is SciPy's in all dimensions; similarities within the version, and the given version, stay."""
     *older, version = models(width)
     before = version.head.junction.weight.detach().clone()
     version.head.queue.add(torch.ones(4, width), torch.zeros(4, dtype=torch.int64))
@@ -45,7 +45,7 @@ def test_a_version_is_turned_by_the_isometry_nearest_to_the_older_ones(width: in
     assert (made.head.queue.labels == -1).all()  # its rows were embedded before the turn
     rows, targets = [], []
     for part in (NEW, REMEMBERED):
-        root = len(part.labels) ** -0.5  # the parts weigh alike
+        root = len(part.labels) ** -0.5  # both parts have the same weight
         rows.append(root * version.extract(part.inputs).double())
         targets.append(root * normalize(sum(model.extract(part.inputs) for model in older)).double())
     own, target = torch.cat(rows), torch.cat(targets)
@@ -57,7 +57,7 @@ def test_a_version_is_turned_by_the_isometry_nearest_to_the_older_ones(width: in
 
 
 def test_stored_embeddings_stand_for_the_older_versions() -> None:
-    """Those of the first so many; what was not stored is embedded."""
+    """Stored embeddings are used for the first versions; the others embed the items."""
     *older, version = models(19)
     expected = aligned_with_older(version, older, NEW, REMEMBERED).head.junction.weight
     stored = replace(REMEMBERED, references=older[0].extract(REMEMBERED.inputs)[:, None])
@@ -94,7 +94,7 @@ def same(some: list[EmbeddingModel], others: list[EmbeddingModel]) -> bool:
 
 @pytest.mark.parametrize("reference", ["all", "deployed"])
 def test_the_deployed_version_is_the_turned_one(tmp_path: Path, reference: str) -> None:
-    """In memory, as parent of the next, and in stored embeddings."""
+    """The turned version is deployed: it is returned, it is the next parent, and stored embeddings are by it."""
     made = sequence(tmp_path, hoc_reference=reference)
     parts: list[list[Items]] = [[TASKS[1].items], [TASKS[2].items]]
     for t in (0, 1):
@@ -105,7 +105,7 @@ def test_the_deployed_version_is_the_turned_one(tmp_path: Path, reference: str) 
             torch.testing.assert_close(state["references"], expected)
     for t in (1, 2):
         assert (made[t].head.queue.labels == -1).all()
-        again = aligned_with_older(made[t], made[:t], *parts[t - 1])  # nothing is left to turn
+        again = aligned_with_older(made[t], made[:t], *parts[t - 1])  # the alignment changes nothing more
         torch.testing.assert_close(again.extract(NEW.inputs), made[t].extract(NEW.inputs), rtol=0, atol=1e-5)
     trained = read_state(tmp_path / "task-01" / "version.safetensors")["model"]["head.junction.weight"]
     assert (trained - made[1].head.junction.weight).abs().max() > 1e-3
@@ -113,7 +113,7 @@ def test_the_deployed_version_is_the_turned_one(tmp_path: Path, reference: str) 
 
 @pytest.mark.parametrize("moment", ["step 9", "step 12", "turning", "turned"])
 def test_a_stopped_sequence_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch, moment: str) -> None:
-    """In a task, at its end, in the middle of a turn, and after it."""
+    """The sequence stops in a task, at its end, during an alignment, and after it."""
     whole = sequence()
     steps = []
 
@@ -133,7 +133,7 @@ def test_a_stopped_sequence_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch
     assert (tmp_path / "task-01" / "aligned.safetensors").exists() == (moment == "turned")
     assert same(whole, sequence(tmp_path))
     monkeypatch.setattr("simplexfix.training.scenario.aligned_with_older", None)
-    assert same(whole, sequence(tmp_path))  # a finished one is read
+    assert same(whole, sequence(tmp_path))  # a finished alignment is read
 
 
 def test_a_folder_of_turned_versions_is_refused_without(tmp_path: Path) -> None:
