@@ -266,7 +266,7 @@ def codes_on(device: torch.device, polytope: str, d: int) -> dict[str, Tensor]:
 
 
 def calls() -> Iterator[tuple[str, Callable[..., tuple[Tensor, ...]], int]]:
-    """Yields (name, function(z, old, target), d) for all kinds of staged rows, and rows in chunks, all deterministic."""
+    """Yields (name, function(z, old, target), d) for staged rows of all kinds and chunked rows; all deterministic."""
     for polytope in POLYTOPES:
         for d in (40, 1023, 8000, 30000):
 
