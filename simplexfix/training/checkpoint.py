@@ -21,10 +21,6 @@ class CheckpointWarning(UserWarning):
 class Checkpoints:
     """The newest checkpoints of one training in a folder, by step.
 
-        checkpoints = Checkpoints("run", keep=2)
-        checkpoints.save(step, {"model": model.state_dict()})
-        step, state = checkpoints.newest() or (0, None)
-
     Args:
         folder: is created if it is missing.
         keep: number of checkpoints to keep, at least 1; the older ones serve if the newest is damaged.
@@ -32,6 +28,15 @@ class Checkpoints:
     Raises:
         ValueError: `keep` is below 1.
         ModuleNotFoundError: safetensors is missing.
+
+    Example:
+        >>> import tempfile
+        >>> import torch
+        >>> from simplexfix.training import Checkpoints
+        >>> checkpoints = Checkpoints(tempfile.mkdtemp(), keep=2)
+        >>> path = checkpoints.save(5, {"weight": torch.ones(2)})
+        >>> checkpoints.newest()
+        (5, {'weight': tensor([1., 1.])})
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, keep: int = 3) -> None:

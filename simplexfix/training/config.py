@@ -55,9 +55,6 @@ def read_mapping(path: Path) -> dict[str, Any]:
 def overridden(content: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
     """Returns a configuration with some values replaced, as the command line does.
 
-        overridden({"trainer": {"ema": 0.9}}, ["trainer.ema=0.99", "seed=1"])
-        # {"trainer": {"ema": 0.99}, "seed": 1}
-
     Args:
         content: a configuration, as `read_mapping` returns it; it is not changed.
         assignments: "key=value" or "key.sub=value", applied in order.  A value is parsed as JSON; if it is no JSON it
@@ -69,6 +66,11 @@ def overridden(content: Mapping[str, Any], assignments: Sequence[str]) -> dict[s
 
     Raises:
         ConfigError: an assignment has no "=", or its key lies below a key that holds a value.
+
+    Example:
+        >>> from simplexfix.training import overridden
+        >>> overridden({"trainer": {"ema": 0.9}}, ["trainer.ema=0.99", "seed=1"])
+        {'trainer': {'ema': 0.99}, 'seed': 1}
     """
     result = {key: dict(value) if isinstance(value, Mapping) else value for key, value in content.items()}
     for assignment in assignments:
@@ -117,8 +119,6 @@ def _as_written(name: str, level: Mapping[Any, Any]) -> Any:
 def read_config(kind: type[_T], content: Mapping[str, Any], place: str = "") -> _T:
     """Returns a dataclass with the values of a configuration; fields that are dataclasses are read recursively.
 
-        config = read_config(RunConfig, read_mapping(Path("run.yaml")))
-
     Values must have the annotated types; only an integer may stand for a float.
 
     Args:
@@ -132,6 +132,12 @@ def read_config(kind: type[_T], content: Mapping[str, Any], place: str = "") -> 
     Raises:
         ConfigError: a key is unknown (the message suggests the most similar one) or missing, a value has another type,
             or the dataclass rejects a value.
+
+    Example:
+        >>> from simplexfix.training import RunConfig, read_config
+        >>> content = {"tasks": {"counts": [60, 40]}, "schedule": {"steps": 120, "learning_rate": 0.003}}
+        >>> read_config(RunConfig, content).tasks.counts
+        (60, 40)
     """
     assert is_dataclass(kind)
     hints = typing.get_type_hints(kind)

@@ -25,13 +25,18 @@ _FINGERPRINT_ROWS = 4096
 class Items:
     """Labelled items: inputs in memory or read lazily, and class ids.
 
-        items = Items(torch.randn(100, 16), torch.arange(100) % 5)
-
     Args:
         inputs: [N, ...] tensor of any dtype, or `simplexfix.data.DatasetRows`, which has its `shape` and `dtype`.
         labels: [N] int64 class ids.
         class_names: None, or the names of classes 0, 1, ...
         references: None, or [N, V, d] float32: the items' unit embeddings by versions 0 .. V - 1 (`train_versions`).
+
+    Example:
+        >>> import torch
+        >>> from simplexfix.training import Items
+        >>> items = Items(torch.randn(12, 4), torch.arange(12) % 4)
+        >>> items.take(torch.tensor([0, 5])).labels
+        tensor([0, 1])
     """
 
     inputs: Any
@@ -164,9 +169,6 @@ class RowBatches:
 
     Each epoch is a new random permutation of all rows.  A batch may span two epochs.
 
-        batches = RowBatches(100, 32, seed=0)
-        rows = next(batches)
-
     Args:
         rows: number of rows, at least 1.
         size: rows in a batch, at least 1.
@@ -174,6 +176,12 @@ class RowBatches:
 
     Raises:
         ValueError: `rows` or `size` is below 1.
+
+    Example:
+        >>> from simplexfix.training import RowBatches
+        >>> batches = RowBatches(4, 3, seed=0)
+        >>> sorted([*next(batches).tolist(), *next(batches).tolist()][:4])
+        [0, 1, 2, 3]
     """
 
     def __init__(self, rows: int, size: int, *, seed: int) -> None:

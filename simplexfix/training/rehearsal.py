@@ -21,8 +21,6 @@ SELECTIONS = ("random", "herding")
 def random_rows(labels: Ids, per_class: int, generator: np.random.Generator) -> Tensor:
     """Returns `per_class` random rows of each class; all rows of a class with no more.
 
-        rows = random_rows([7, 7, 7, 4], 2, np.random.default_rng(0))  # [3, a, b]: one row of 4, two of 7
-
     Args:
         labels: [N] integer class ids.
         per_class: rows of each class, at least 1.
@@ -35,6 +33,12 @@ def random_rows(labels: Ids, per_class: int, generator: np.random.Generator) -> 
     Raises:
         TypeError: labels or `per_class` are not integers.
         ValueError: labels are not [N], or `per_class` is below 1.
+
+    Example:
+        >>> import numpy as np
+        >>> from simplexfix.training import random_rows
+        >>> random_rows([7, 7, 7, 4], 2, np.random.default_rng(0))
+        tensor([3, 2, 0])
     """
     check_budget(per_class)
     ids = read_ids("labels", labels, "labels", len(labels))
@@ -67,6 +71,12 @@ def herding_rows(features: Rows, labels: Ids, per_class: int) -> Tensor:
     Reference:
         Rebuffi et al., "iCaRL: Incremental Classifier and Representation Learning", CVPR 2017, arXiv 1611.07725,
         algorithm 4.
+
+    Example:
+        >>> import numpy as np
+        >>> from simplexfix.training import herding_rows
+        >>> herding_rows(np.array([[1.0, 0.0], [1.0, 0.4], [1.0, 0.5]]), [7, 7, 7], 2)
+        tensor([1, 0])
     """
     check_budget(per_class)
     held = FeatureRows("features", features)
@@ -106,6 +116,15 @@ class Rehearsal:
     Raises:
         TypeError: `per_class` is not an integer, or the generator is of another kind.
         ValueError: `per_class` is below 1, or the selection is unknown.
+
+    Example:
+        >>> import numpy as np
+        >>> import torch
+        >>> from simplexfix.training import Rehearsal
+        >>> memory = Rehearsal(2, generator=np.random.default_rng(0))
+        >>> memory.add_class(7, torch.randn(10, 4))
+        >>> memory.classes, len(memory), memory.sample(3).labels.tolist()
+        ([7], 2, [7, 7, 7])
     """
 
     def __init__(self, per_class: int, *, selection: str = "random", generator: np.random.Generator) -> None:

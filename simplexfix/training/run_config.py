@@ -349,8 +349,6 @@ class TrainerConfig:
 class RunConfig:
     """The configuration of a run; a run depends only on this and the data.
 
-        config = RunConfig(TasksConfig(counts=(60, 40)), Schedule(120, 3e-3))
-
     Args:
         tasks: the sequence of tasks.
         schedule: of every task without its own schedule.
@@ -360,6 +358,12 @@ class RunConfig:
 
     Raises:
         ValueError: an option is out of range, or two options exclude each other; the message names them.
+
+    Example:
+        >>> from simplexfix.training import RunConfig, Schedule, TasksConfig
+        >>> config = RunConfig(TasksConfig(counts=(60, 40)), Schedule(120, 3e-3))
+        >>> config.method.name
+        'hoc'
     """
 
     tasks: TasksConfig

@@ -81,9 +81,6 @@ class BalancedSampler:
 
     So a state may be saved by one number of processes and loaded by another.
 
-        sampler = BalancedSampler(1000, 200, 64, seed=0)
-        new, remembered = next(sampler)  # [32] and [32] int64
-
     Args:
         new: number of new rows, at least 1.
         remembered: number of remembered rows; 0 for no memory.
@@ -94,6 +91,12 @@ class BalancedSampler:
     Raises:
         ValueError: a number is out of range, or a half cannot be split evenly over the processes: the mean of their
             gradients would not be the gradient of the batch.
+
+    Example:
+        >>> from simplexfix.training import BalancedSampler
+        >>> new, remembered = next(BalancedSampler(1000, 200, 64, seed=0))
+        >>> new.shape, remembered.shape
+        (torch.Size([32]), torch.Size([32]))
     """
 
     def __init__(self, new: int, remembered: int, batch: int, *, seed: int, rank: int = 0, world: int = 1) -> None:

@@ -64,6 +64,12 @@ def class_order(labels: Tensor, *, seed: int) -> Tensor:
 
     Returns:
         [C] int64 distinct class ids of `labels`; entry i has id i in the scenario.
+
+    Example:
+        >>> import torch
+        >>> from simplexfix.training import class_order
+        >>> class_order(torch.tensor([5, 5, 9, 7]), seed=0)
+        tensor([9, 5, 7])
     """
     classes = torch.unique(labels)
     order: Tensor = classes[torch.from_numpy(np.random.default_rng(seed).permutation(len(classes)))]
@@ -72,8 +78,6 @@ def class_order(labels: Tensor, *, seed: int) -> Tensor:
 
 def class_incremental(items: Items | Dataset[Any], counts: Sequence[int], *, seed: int) -> list[Task]:
     """Splits items into tasks with new classes each, in the order of `class_order`.
-
-        tasks = class_incremental(items, [10, 5, 5], seed=0)  # three tasks; tasks[1].classes == range(15)
 
     Args:
         items: N labelled items, or a map-style dataset (`Items.from_dataset`).
@@ -86,6 +90,14 @@ def class_incremental(items: Items | Dataset[Any], counts: Sequence[int], *, see
     Raises:
         TypeError: the dataset is not map-style, or its labels are not integers.
         ValueError: a count is below 1, or the sum exceeds the number of classes.
+
+    Example:
+        >>> import torch
+        >>> from simplexfix.training import Items, class_incremental
+        >>> items = Items(torch.randn(12, 4), torch.arange(12) % 4)
+        >>> tasks = class_incremental(items, [2, 1], seed=0)
+        >>> [(task.classes, len(task.items.labels)) for task in tasks]
+        [(range(0, 2), 6), (range(0, 3), 3)]
     """
     items = Items.of(items)
     order = class_order(items.labels, seed=seed)
@@ -113,6 +125,14 @@ def instance_incremental(items: Items | Dataset[Any], parts: int, *, seed: int) 
     Raises:
         TypeError: the dataset is not map-style, or its labels are not integers.
         ValueError: `parts` is out of range.
+
+    Example:
+        >>> import torch
+        >>> from simplexfix.training import Items, instance_incremental
+        >>> items = Items(torch.randn(12, 4), torch.arange(12) % 4)
+        >>> tasks = instance_incremental(items, 3, seed=0)
+        >>> [(task.classes, len(task.items.labels)) for task in tasks]
+        [(range(0, 4), 4), (range(0, 4), 4), (range(0, 4), 4)]
     """
     items = Items.of(items)
     order = class_order(items.labels, seed=seed)
@@ -138,6 +158,13 @@ def dataset_sequence(sets: Sequence[Items | Dataset[Any]], *, seed: int) -> list
     Raises:
         TypeError: a dataset is not map-style, or its labels are not integers.
         ValueError: `sets` is empty, or shapes or dtypes differ.
+
+    Example:
+        >>> import torch
+        >>> from simplexfix.training import Items, dataset_sequence
+        >>> items = Items(torch.randn(12, 4), torch.arange(12) % 4)
+        >>> [task.classes for task in dataset_sequence([items, items], seed=0)]
+        [range(0, 4), range(0, 8)]
     """
     parts = [Items.of(items) for items in sets]
     kinds = {(tuple(items.inputs.shape[1:]), items.inputs.dtype) for items in parts}

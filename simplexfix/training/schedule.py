@@ -24,8 +24,6 @@ class Schedule:
 
     f is `final_learning_rate`.  Every version starts the schedule again.
 
-        schedule = Schedule(1000, 1e-3, batch=256)
-
     Args:
         steps: number of optimizer steps, at least 1.
         learning_rate: its maximum, above 0.
@@ -41,6 +39,12 @@ class Schedule:
 
     Raises:
         ValueError: a number is out of range, the optimizer is unknown, or `momentum` is set for "adamw".
+
+    Example:
+        >>> from simplexfix.training import Schedule
+        >>> schedule = Schedule(100, 0.1)
+        >>> [round(schedule.at(step), 3) for step in (0, 9, 50, 99)]
+        [0.01, 0.098, 0.05, 0.0]
     """
 
     steps: int
