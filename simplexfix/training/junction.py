@@ -1,4 +1,4 @@
-"""Rotation of junctions in closed form: for a replacement before its training, for a version after it."""
+"""Rotation of junctions in closed form: of a replacement before its training, of a version after it."""
 
 from __future__ import annotations
 
