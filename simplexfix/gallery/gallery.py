@@ -162,8 +162,8 @@ class Gallery:
             queries: [Q, d] finite, as the model makes them.
             k: at least 1.
             model: which made them, admitted and not retired.
-            where: payload key -> value, or list of values of which the row has one; all keys must hold.  Strings,
-                numbers, bools and None.
+            where: payload key -> value, or list of values of which the row has one; all keys must hold.  Text
+                without U+0000, finite numbers, bools and None; integers beyond 64 bits are compared as float64.
 
         Raises:
             StrangerError: the model may not search.

@@ -184,6 +184,42 @@ def test_a_filter_on_payload_searches_the_matching_rows_alone(gallery: Gallery) 
     assert gallery.search(vectors([7]), 1, model=B, where={"a b": None, "flag": [True, "x"]}).ids == 100
 
 
+def test_a_filter_finds_the_same_keys_and_values_in_every_store(url: str) -> None:
+    """Text is compared character by character; numbers as integers within 64 bits, and beyond them as float64."""
+    texts = [
+        '"] or id >= 0 or facts in ["', "'; drop", "\\", "\\u0061", "%", "_", "\n", "", "{}", "a\tb", "é", "e\u0301",
+        "😀", "1", "true", "null", "\x7f", "a.b", "$", "#", "[0]", "*",
+    ]  # fmt: skip
+    numbers = [
+        *(0, 1, -0.0, 0.5, -1, 1.0, 2**53 + 1, 2.0**53, 2**62, 2.0**62, -(2**63), 2**63, 2**63 + 1, 2.0**63),
+        *(10**300, 1e300, 5e-324),
+    ]
+    values = [None, True, False, *texts, *numbers]
+    rows = [{"a": value} for value in values] + [{key: 7} for key in (*texts, "facts", "key", "born", "$meta")]
+    never = [{"a": "1\0"}, {"a\0": 7}, {"a": 10**400}, {"a": [1, True, None]}, {"a": {"b": 1}}, {'"\0': 7}]
+    ids = np.arange(len(rows) + len(never))
+    gallery = Gallery.create(url, model=A)
+    gallery.add(ids, vectors(ids), model=A, payload=rows + never)
+    assert gallery.read().payload == rows + never
+
+    def compared(value: object) -> tuple[str, object]:
+        if type(value) not in (int, float):
+            return type(value).__name__, value
+        return "number", value if -(2**63) <= value < 2**63 else float(value)
+
+    def found(where: dict[str, object]) -> list[int]:
+        hits = gallery.search(vectors([0]), len(ids), model=A, where=where)
+        return sorted(hits.ids[hits.ids >= 0].tolist())
+
+    for ((key, value),) in (row.items() for row in rows):
+        expected = [at for at, row in enumerate(rows) if key in row and compared(row[key]) == compared(value)]
+        assert found({key: value}) == expected, {key: value}
+    expected = [
+        at for at, value in enumerate(values) if compared(value) in (("number", 0), ("number", 1), ("str", "1"))
+    ]
+    assert found({"a": [*range(3000), *map(str, range(3000))]}) == expected
+
+
 def test_thresholds_are_of_the_pair_of_versions_and_applied_per_row(url: str) -> None:
     gallery = Gallery.create(url, model=A, threshold=0.5)
     gallery.add(IDS, vectors(IDS), model=A)
@@ -647,7 +683,17 @@ def test_bad_queries_are_refused(gallery: Gallery) -> None:
         (vectors([1]), 1.5, None, TypeError, "k must be an integer, got float"),
         (vectors([1]), 1, ["shop"], TypeError, "where must be a mapping"),
         (vectors([1]), 1, {"shop": {}}, TypeError, r"where\['shop'\] must be a string, a number, a bool or None"),
-        (vectors([1]), 1, {'a"b': 1}, ValueError, 'where must have names without " and'),
+        (vectors([1]), 1, {3: 1}, TypeError, "where must have strings as keys, got 3"),
+        (vectors([1]), 1, {"a\0": 1}, ValueError, r"a key of where, 'a\\x00', must be text without U\+0000"),
+        (vectors([1]), 1, {"a": ["b", "a\ud800"]}, ValueError, r"where\['a'\] must be text without .* lone surrogates"),
+        (vectors([1]), 1, {"a": float("nan")}, ValueError, r"where\['a'\] must be a finite number in .*, got nan"),
+        (
+            vectors([1]),
+            1,
+            {"a": [1, 10**5000]},
+            ValueError,
+            "finite number in float64's range, got an integer beyond it",
+        ),
     ):
         with pytest.raises(kind, match=message):
             gallery.search(queries, k, model=A, where=where)

@@ -252,9 +252,6 @@ def test_payload_that_jsonb_cannot_hold_comes_back(gallery: Gallery) -> None:
     assert [type(read[1]["big"]), list(read[1])] == [float, list(payload[1])]
     for where, found in (
         ({"n": 1}, [50, 51]),
-        ({"n": [1, float("nan"), float("inf"), "\ud800", "a\0b"]}, [50, 51]),
-        ({"name": "a\0b"}, []),
-        ({"a\0": 1}, []),
         ({"big": 1e300}, [51]),
         ({"list": [1e-7]}, []),
         ({"text": 'quote " and \\ and é'}, [51]),

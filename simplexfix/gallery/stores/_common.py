@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from datetime import datetime, timezone
 from typing import Any
 
 from .base import StoreError
 
-__all__ = ["SEVERAL_WIDTHS", "as_json", "check_present", "failure", "stamped", "taken_id", "too_wide"]
+__all__ = ["SEVERAL_WIDTHS", "as_json", "check_present", "comparable", "failure", "stamped", "taken_id", "too_wide"]
 
 SEVERAL_WIDTHS = "these rows are by models of several widths: read those of one version at a time"
 
 
 def as_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def comparable(number: float) -> float:
+    """The number as filters compare it: an int within 64 bits, or else a float; infinite beyond float64's range."""
+    if not -(2**63) <= number < 2**63:
+        try:
+            number = float(number)
+        except OverflowError:
+            return math.inf
+    return int(number) if float(number).is_integer() and -(2**63) <= number < 2**63 else number
 
 
 def stamped(event: dict[str, Any]) -> dict[str, Any]:

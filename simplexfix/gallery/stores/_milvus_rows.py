@@ -9,13 +9,14 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ._common import comparable
 
 __all__ = ["FIELDS", "LIVES", "NEVER", "Record", "matching", "pack", "tokens", "unpack"]
 
@@ -212,11 +213,6 @@ def matching(where: Mapping[str, tuple[Any, ...]]) -> str:
 
 def _token(key: str, value: Any) -> str:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        try:
-            number = value if -(2**63) <= value < 2**63 else float(value)
-        except OverflowError:
-            number = math.inf
-        # 2 and 2.0 are the same number
-        exact = math.isfinite(number) and number == int(number)
-        value = ["number", str(int(number)) if exact else repr(number)]
+        number = comparable(value)
+        value = ["number", str(int(number)) if float(number).is_integer() else repr(number)]
     return hashlib.blake2b(json.dumps([key, value]).encode(), digest_size=16).hexdigest()
