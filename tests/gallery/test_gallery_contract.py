@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
+from datetime import datetime
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from gallery_stores import DIM, STRANGER, A, B, C, gate_of, url, vectors
+from gallery_stores import DIM, STRANGER, A, B, C, gate_of, short_lease, url, vectors
 
 from simplexfix.functional import cosine_topk
 from simplexfix.gallery import AdmissionError, Gallery, StrangerError, _traffic
@@ -470,9 +472,20 @@ def test_order_by_traffic_needs_counts(gallery: Gallery) -> None:
 def test_workers_share_the_rows_and_take_over_from_one_that_died(url: str, gallery: Gallery) -> None:
     upgraded(gallery)
     other = Gallery.open(url)
-    died = gallery.stale(batch=16, lease=1.0)
+    slow = gallery.stale(batch=3, lease=600)
+    next(slow)
+    died = gallery.stale(batch=16, lease=short_lease(url))
     lost = next(died)
-    assert other.status()["leased"] == 16
+    status = other.status()
+    assert status["leased"] == 19
+    assert [each["rows"] for each in status["workers"]] == [16, 3]  # that of the lease that ends first, and `slow`
+    first, second = gallery.history()[-2:]
+    assert [each["worker"] for each in status["workers"]] == [second["worker"], first["worker"]]
+    assert second["worker"].split("/")[1] == str(os.getpid())
+    for worker, event, seconds in zip(status["workers"], (second, first), (short_lease(url), 600), strict=True):
+        began, ends = (datetime.fromisoformat(text) for text in (event["at"], worker["until"]))
+        assert abs((ends - began).total_seconds() - seconds) < 60
+    slow.close()
     mine = []
     for batch in other.stale(batch=16, lease=60):
         mine.append(batch)
@@ -482,6 +495,7 @@ def test_workers_share_the_rows_and_take_over_from_one_that_died(url: str, galle
     assert sorted(mine[-1].tolist()) == sorted(lost.tolist())
     assert gallery.replace(lost, vectors(lost, 1), model=B) == 0  # it was not dead but slow
     assert gallery.status()["stale"] == gallery.status()["leased"] == 0
+    assert gallery.status()["workers"] == []
 
 
 def test_a_pause_a_rollback_and_the_end_of_a_loop(gallery: Gallery) -> None:

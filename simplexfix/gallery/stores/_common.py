@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Iterable
 from datetime import datetime, timezone
 from typing import Any
 
 from .base import StoreError
 
-__all__ = ["SEVERAL_WIDTHS", "as_json", "check_present", "comparable", "failure", "stamped", "taken_id", "too_wide"]
+__all__ = [
+    "SEVERAL_WIDTHS", "as_json", "check_present", "comparable", "failure", "stamped", "taken_id", "time_text",
+    "too_wide",
+]  # fmt: skip
 
 SEVERAL_WIDTHS = "these rows are by models of several widths: read those of one version at a time"
 
@@ -31,7 +35,12 @@ def comparable(number: float) -> float:
 
 def stamped(event: dict[str, Any]) -> dict[str, Any]:
     """The event with the current time."""
-    return {"at": datetime.now(timezone.utc).isoformat(timespec="seconds"), **event}
+    return {"at": time_text(time.time()), **event}
+
+
+def time_text(seconds: float) -> str:
+    """A time in UTC as ISO 8601, of seconds since 1970."""
+    return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="seconds")
 
 
 def failure(url: str, call: str, rows: int | None, reason: object) -> StoreError:

@@ -80,10 +80,11 @@ class Meta:
 
     # leases
 
-    def leases(self, epoch: int, stamp: int, *, now: float) -> set[int]:
-        """The ids with a lease that runs."""
+    def leases(self, epoch: int, stamp: int, *, now: float) -> dict[int, tuple[str, float]]:
+        """By id, the worker and the end of each lease that runs."""
         where = f'kind == "lease" and number == {epoch} and until > {now!r}'
-        return {entry["item"] for entry in self._connection.query(self.name, where, ["item"], stamp)}
+        found = self._connection.query(self.name, where, ["item", "body", "until"], stamp)
+        return {entry["item"]: (entry["body"], entry["until"]) for entry in found}
 
     def leased(self, ids: Sequence[int], epoch: int, stamp: int) -> set[int]:
         """Those of these ids that have a lease, whether or not it still runs; `replace` deletes leases."""

@@ -23,7 +23,7 @@ from .._state import Change, State
 from ._common import SEVERAL_WIDTHS, as_json, check_present, comparable, failure, stamped, taken_id
 from ._sqlite import Connection
 from ._versions_index import VersionsIndex
-from .base import Counts, Ranking, StoredRows, StoreError
+from .base import Counts, Leased, Ranking, StoredRows, StoreError
 
 __all__ = ["FolderStore"]
 
@@ -155,11 +155,14 @@ class FolderStore:
 
     def counts(self) -> Counts:
         with self._named("count rows"), self._reader.reading() as connection:
-            leased = "select count(*) from leases where until > ? and id in (select id from rows)"
+            leased = (
+                "select worker, count(*), max(until) from leases where until > ? and id in (select id from rows) "
+                "group by worker order by 3, worker"
+            )
             return Counts(
                 _counted(connection, "rows"),
                 _counted(connection, "old"),
-                connection.execute(leased, [time.time()]).fetchone()[0],
+                [Leased(*row) for row in connection.execute(leased, [time.time()])],
             )
 
     def add(
