@@ -6,6 +6,7 @@ seconds to load a new collection.  The url of a running server may stand in plac
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from simplexfix.gallery import Gallery, StoreError
 pytest.importorskip("pymilvus", reason="Milvus needs pymilvus")
 
 from simplexfix.gallery.stores import _milvus_client, _milvus_register, _milvus_rows, _milvus_search, milvus
+from simplexfix.gallery.stores._milvus_rows import Record
 
 IDS = np.arange(40)
 
@@ -226,6 +228,23 @@ def test_a_version_between_two_others_is_retired_after_the_older_one(gallery: Ga
 
 
 # search
+
+
+def test_a_newer_format_is_refused_and_a_gallery_without_a_number_is_read(lite: str, monkeypatch) -> None:
+    gallery = Gallery.create(lite, model=A)
+    with monkeypatch.context() as patched:
+        patched.setattr(Record, "to_json", lambda record: json.dumps(vars(record)))  # as the first release
+        gallery.add([1], vectors([1]), model=A)
+    other = Gallery.open(lite)
+    assert other.search(vectors([1]), 1, model=A).ids == 1
+    with monkeypatch.context() as patched:
+        patched.setattr(_milvus_rows, "_FORMAT", 2)
+        gallery.add([2], vectors([2]), model=A)
+    message = "of format 2, and this release reads formats up to 1: install a newer simplexfix"
+    for call in (lambda: Gallery.open(lite), other.history, lambda: other.add([3], vectors([3]), model=A)):
+        with pytest.raises(StoreError, match=message) as caught:
+            call()
+        assert lite in str(caught.value)
 
 
 def test_more_ties_than_are_fetched_are_fetched(lite: str, monkeypatch) -> None:

@@ -17,9 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._common import comparable
+from .base import StoreError
 
 __all__ = ["FIELDS", "LIVES", "NEVER", "Record", "matching", "pack", "tokens", "unpack"]
 
+_FORMAT = 1  # of all collections of a gallery
 NEVER = 2**62  # `died` and `gone` of a row that is in the gallery
 ADDED = -1  # `replaces` of a row that replaced none; `by` of one that was not replaced
 ZERO = -10_000  # `scale` of the zero vector, which has no cosine
@@ -69,11 +71,17 @@ class Record:
     zeros: Mapping[int, int] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        return json.dumps(self.__dict__, separators=(",", ":"))
+        return json.dumps({"format": _FORMAT, **self.__dict__}, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> Record:
+        """Raises StoreError if a newer release has written it."""
         saved = json.loads(text)
+        found = saved.pop("format", 1)  # the first galleries have no number
+        if found > _FORMAT:
+            raise StoreError(
+                f"it is of format {found}, and this release reads formats up to {_FORMAT}: install a newer simplexfix"
+            )
         for name in ("rows", "old", "zeros", "undone"):
             saved[name] = {int(version): value for version, value in saved[name].items()}
         saved["undone"] = {

@@ -71,7 +71,7 @@ class MilvusStore:
 
         Raises:
             FileNotFoundError: there is none.
-            StoreError: Milvus failed, or is not there.
+            StoreError: Milvus failed, or is not there, or the gallery is of a newer format.
         """
         store = cls(url)
         with store._named("open the gallery"):
@@ -80,6 +80,7 @@ class MilvusStore:
             if position is None or not position.change:
                 made = "" if position is None else "its creation was interrupted; "
                 raise FileNotFoundError(f"{store.url} holds no gallery: {made}Gallery.create makes one")
+            store._snapshots.read(lambda now: now.record)  # checks the format
         return store
 
     # reading
