@@ -58,9 +58,10 @@ def read_payload(payload: Payload | None, count: int) -> list[str] | None:
         raise ValueError(f"vectors has {count} rows, payload has {len(objects)}")
     texts = []
     for row, entry in enumerate(objects):
-        if entry is not None and not isinstance(entry, Mapping):
-            raise TypeError(f"payload row {row} must be a mapping or None, got {type(entry).__name__}")
-        entry = dict(entry or {})
+        if type(entry) is not dict:  # isinstance of Mapping takes as long as the JSON of a small row
+            if entry is not None and not isinstance(entry, Mapping):
+                raise TypeError(f"payload row {row} must be a mapping or None, got {type(entry).__name__}")
+            entry = dict(entry or {})
         for key in entry:
             if not isinstance(key, str):
                 raise TypeError(f"payload row {row} has the key {key!r}, keys must be strings")
@@ -68,7 +69,7 @@ def read_payload(payload: Payload | None, count: int) -> list[str] | None:
                 raise ValueError(f"payload row {row} has the key {key!r}, which the gallery itself uses: rename it")
         try:
             text = _JSON.encode(entry)
-            text.encode()  # a lone surrogate raises ValueError
+            text.isascii() or text.encode()  # a lone surrogate raises ValueError
         except (TypeError, ValueError) as error:
             raise ValueError(f"payload row {row} is no JSON object: {error}; None stands for a missing value") from None
         texts.append(text)
