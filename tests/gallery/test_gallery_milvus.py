@@ -230,6 +230,18 @@ def test_a_version_between_two_others_is_retired_after_the_older_one(gallery: Ga
 # search
 
 
+def test_leases_end_at_once_although_a_deletion_has_no_stamp(gallery: Gallery, monkeypatch) -> None:
+    gallery.admit(B, gate_of(A, B))
+    worker = gallery.stale(batch=40)
+    next(worker)
+    assert gallery.status()["leased"] == 40
+    # as a server, which applies it some time later
+    monkeypatch.setattr(_milvus_client.Connection, "delete", lambda connection, name, key, keys: 0)
+    worker.close()
+    assert gallery.status()["leased"] == 0
+    assert len(next(gallery.stale(batch=40))) == 40
+
+
 def test_a_newer_format_is_refused_and_a_gallery_without_a_number_is_read(lite: str, monkeypatch) -> None:
     gallery = Gallery.create(lite, model=A)
     with monkeypatch.context() as patched:
