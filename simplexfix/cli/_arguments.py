@@ -112,13 +112,14 @@ def _embed(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="IN",
         help=".npy file of inputs, a row for each item; or .npz, .safetensors or .parquet file or folder of .npy files "
-        "with vectors [N, d] and, optionally, ids [N]",
+        "with vectors [N, d] and, optionally, ids [N]; or a folder of images, or an image",
     )
     parser.add_argument(
         "output",
         type=Path,
         metavar="OUT",
-        help=".npy file of [N, d] unit float32 rows; or .npz file of them as vectors, with the ids of IN",
+        help=".npy file of [N, d] unit float32 rows; or .npz file of them as vectors, with the ids of IN or the paths "
+        "of images",
     )
     parser.add_argument(
         "--gallery",
@@ -358,7 +359,7 @@ VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "adapt": ("Fits an adapter from a new encoder to an old one's gallery: exit code 1 if none is worth it.", _adapt),
     "demo": ("Trains four versions on handwriting, replaces the model and searches the old galleries.", _demo),
     "doctor": ("Says what is installed, which kernels run on this machine, and why others do not.", _doctor),
-    "embed": ("Applies a model or an adapter to a file of features.", _embed),
+    "embed": ("Applies a model to features or images, or an adapter to features.", _embed),
     "evaluate": ("Judges model versions by their features and labels alone, and writes a report.", _evaluate),
     "gallery": ("Keeps a gallery through upgrades of its model: create, search, admit, backfill, roll back.", _gallery),
     "gate": ("Judges an upgrade by rules: exit code 0 if it passes, 1 if a rule fails, 2 on bad input.", _gate),

@@ -19,7 +19,14 @@ from ..labelled import FeatureRows
 from ..models import EmbeddingModel, ModelIdentity, read_identity
 from ..models.identity import ADAPTED
 
-__all__ = ["Embedder"]
+__all__ = ["Embedder", "features_only"]
+
+
+def features_only(adapter: Path) -> ValueError:
+    return ValueError(
+        f"the adapter in {adapter} takes features, not images: embed the images with its encoder, and give the file of "
+        "features"
+    )
 
 
 class Embedder:
@@ -33,10 +40,6 @@ class Embedder:
     """
 
     def __init__(self, folder: Path) -> None:
-        if not folder.is_dir():
-            raise ValueError(
-                f"--inputs needs the folder of the model, got the file {folder}; or embed, and give --vectors"
-            )
         self.folder = folder
         self.identity: ModelIdentity = read_identity(folder)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -66,10 +69,7 @@ class Embedder:
             Positions of the k files that can be read, their vectors [k, d], and the errors of the others.
         """
         if self.identity.head == ADAPTED:
-            raise ValueError(
-                f"the adapter in {self.folder} takes features, not images: embed the images with its encoder, and give "
-                "the file of features"
-            )
+            raise features_only(self.folder)
         read = image_reader(self.preprocessing)
 
         def attempt(file: Path) -> NDArray[Any] | ImageFileError:

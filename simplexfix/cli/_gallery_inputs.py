@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -16,20 +16,46 @@ from numpy.typing import NDArray
 
 from .._files import read_text
 from ..data import find_images
+from ..data.image_files import SUFFIXES
 from ..gallery import Gallery
 from ..gallery._input import read_new_ids
 from ..labelled import FeatureRows, load_vectors
 from ._embedder import Embedder
 
-__all__ = ["PATH", "FileRows", "FolderImages", "ImageItem", "image_items", "is_images", "payloads", "read_table"]
+__all__ = [
+    "PATH", "FileRows", "FolderImages", "ImageItem", "embedded_images", "image_items", "image_names", "is_images",
+    "payloads", "read_table",
+]  # fmt: skip
 
 PATH = "path"  # payload key of an image's path relative to its folder
 _ROWS = 4096  # rows per read of payload
+_IMAGES = 256  # that are in memory at a time
 
 
 def is_images(path: Path) -> bool:
     """Returns whether the path is a folder of images; a folder of .npy files is not."""
     return path.is_dir() and not (path / "vectors.npy").exists()
+
+
+def image_names(path: Path) -> list[str] | None:
+    """Returns the name of an image, or those of all images in a folder, sorted; None for a path of vectors."""
+    if is_images(path):
+        return find_images(path)
+    return [path.name] if path.suffix.lower() in SUFFIXES and not path.is_dir() else None
+
+
+def embedded_images(path: Path, names: Sequence[str], embedder: Embedder) -> Iterator[NDArray[np.float32]]:
+    """Yields the vectors of the images that `image_names` has found, block by block.
+
+    Raises:
+        ImageFileError: an image cannot be read.
+    """
+    folder = path if path.is_dir() else path.parent
+    for begin in range(0, len(names), _IMAGES):
+        _, vectors, errors = embedder.images([folder / name for name in names[begin : begin + _IMAGES]])
+        if errors:
+            raise errors[0]
+        yield vectors
 
 
 class FileRows:

@@ -9,8 +9,6 @@ from .._text import printable
 
 __all__ = ["history_lines", "status_text"]
 
-_WORKER = 8  # characters that are printed of a worker's name
-
 
 def status_text(status: dict[str, Any]) -> str:
     """Returns the serving version, the progress of the backfill, tables of versions and thresholds, and any history."""
@@ -28,6 +26,11 @@ def status_text(status: dict[str, Any]) -> str:
         lines.append(
             f"backfill: {done} of {status['rows']} rows are by version {serving} ({100 * done // status['rows']} %), "
             f"{status['stale']} are stale, and workers have {status['leased']} of them"
+        )
+    if status["workers"]:
+        lines += _table(
+            ("worker", "rows", "lease ends"),
+            [(printable(each["worker"]), each["rows"], each["until"]) for each in status["workers"]],
         )
     lines += _table(
         ("version", "name", "standing", "rows", "old rows", "width", "fingerprint"),
@@ -80,7 +83,7 @@ def _event(event: dict[str, Any], names: dict[int, str]) -> str:
         return f"admitted: {version} serves in place of version {event['before']}; {'; '.join(reasons)}"
     if kind == "backfill":
         return (
-            f"backfill: worker {event['worker'][:_WORKER]} began, {event['stale']} rows were stale for {version}, "
+            f"backfill: worker {event['worker']} began, {event['stale']} rows were stale for {version}, "
             f"order {event['order']}"
         )
     if kind == "backfill finished":

@@ -1,4 +1,4 @@
-"""Applies a model or an adapter to a file of features, block by block; the output is written atomically."""
+"""Applies a model or an adapter to features or images, block by block; the output is written atomically."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -22,30 +22,50 @@ from ..adapters.maps import unit
 from ..labelled import FeatureFileError, FeatureRows, load_vectors, map_array
 from ..models import EmbeddingModel, read_identity
 from ..models.identity import ADAPTED
+from ._embedder import Embedder, features_only
+from ._gallery_inputs import embedded_images, image_names
 from ._terminal import in_flags
 
 ROWS = 4096
+_Embedded: TypeAlias = (
+    "tuple[int, Iterator[NDArray[np.float32]], dict[str, NDArray[Any]]]"  # rows, blocks, other arrays
+)
 
 
 def run(arguments: argparse.Namespace) -> int:
     try:
-        sources, ids, embed = _inputs(arguments)
+        names = image_names(arguments.input)
+        count, blocks, beside = _of_features(arguments) if names is None else _of_images(arguments, names)
         form = arguments.output.suffix
         if form not in (".npy", ".npz"):
             raise ValueError(f"OUT must be an .npy or .npz file, got {arguments.output}")
-        blocks = _blocks(arguments.input, sources, embed)
-        write_whole(arguments.output, _npy(blocks, len(sources[0])) if form == ".npy" else _npz(blocks, ids, sources))
+        checked = _checked(arguments.input, blocks)
+        write_whole(arguments.output, _npy(checked, count) if form == ".npy" else _npz(checked, count, beside))
     except (ValueError, TypeError) as error:
         print(f"simplexfix embed: {printable(in_flags(error))}", file=sys.stderr)
         return 2
     return 0
 
 
+def _of_images(arguments: argparse.Namespace, names: list[str]) -> _Embedded:
+    if read_identity(arguments.model).head == ADAPTED:
+        raise features_only(arguments.model)
+    if arguments.old is not None or arguments.gallery:
+        raise _for_adapters(arguments.model)
+    blocks = embedded_images(arguments.input, names, Embedder(arguments.model))
+    return len(names), blocks, {"paths": np.array(names)}
+
+
+def _of_features(arguments: argparse.Namespace) -> _Embedded:
+    sources, ids, embed = _inputs(arguments)
+    return len(sources[0]), _blocks(sources, embed), {} if ids is None else {"ids": ids}
+
+
 def _inputs(arguments: argparse.Namespace) -> tuple[list[Any], NDArray[np.int64] | None, Callable[..., Tensor]]:
     """Returns the rows of IN (and of --old), the ids of IN, and a function that maps a block of rows."""
     adapter = Adapter.from_pretrained(arguments.model) if read_identity(arguments.model).head == ADAPTED else None
     if adapter is None and (arguments.old is not None or arguments.gallery):
-        raise ValueError(f"--old and --gallery are for adapters, {arguments.model} holds a model")
+        raise _for_adapters(arguments.model)
     rows: Any
     if adapter is None and arguments.input.suffix == ".npy":
         rows, ids = map_array(arguments.input.parent, arguments.input.stem), None  # of any shape
@@ -68,14 +88,24 @@ def _inputs(arguments: argparse.Namespace) -> tuple[list[Any], NDArray[np.int64]
     return [rows, old], ids, adapter
 
 
-def _blocks(path: Path, sources: list[Any], embed: Callable[..., Tensor]) -> Iterator[NDArray[np.float32]]:
+def _for_adapters(model: Path) -> ValueError:
+    return ValueError(f"--old and --gallery are for adapters, {model} holds a model")
+
+
+def _blocks(sources: list[Any], embed: Callable[..., Tensor]) -> Iterator[NDArray[np.float32]]:
     for begin in range(0, len(sources[0]), ROWS):
         with torch.inference_mode():
-            out = embed(*(_tensor(rows, begin, begin + ROWS) for rows in sources)).numpy()
+            yield embed(*(_tensor(rows, begin, begin + ROWS) for rows in sources)).numpy()
+
+
+def _checked(path: Path, blocks: Iterator[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
+    begin = 0
+    for out in blocks:
         bad = np.flatnonzero(~np.isfinite(out).all(axis=1))
         if len(bad):
             raise ValueError(f"{path} row {begin + bad[0]} is embedded as nan or inf: is the row itself finite?")
         yield out
+        begin += len(out)
 
 
 def _tensor(rows: Any, begin: int, end: int) -> Tensor:
@@ -96,18 +126,18 @@ def _npy(blocks: Iterator[NDArray[np.float32]], count: int) -> Iterator[bytes]:
         yield block.astype("<f4", copy=False).tobytes()
 
 
-def _npz(blocks: Iterator[NDArray[np.float32]], ids: NDArray[np.int64] | None, sources: list[Any]) -> Iterator[bytes]:
-    """Yields the bytes of an .npz file with `vectors` and, if there are any, `ids`, in chunks."""
+def _npz(blocks: Iterator[NDArray[np.float32]], count: int, beside: dict[str, NDArray[Any]]) -> Iterator[bytes]:
+    """Yields the chunks of an .npz file with `vectors` and the other arrays."""
     out = _Unseekable()
     with zipfile.ZipFile(out, "w") as archive:
         with archive.open("vectors.npy", "w", force_zip64=True) as member:
-            for chunk in _npy(blocks, len(sources[0])):
+            for chunk in _npy(blocks, count):
                 member.write(chunk)
                 yield out.taken()
-        if ids is not None:
+        for name, array in beside.items():
             content = io.BytesIO()
-            np.save(content, ids)
-            archive.writestr("ids.npy", content.getvalue())
+            np.save(content, array)
+            archive.writestr(f"{name}.npy", content.getvalue())
     yield out.taken()
 
 

@@ -19,19 +19,26 @@ from numpy.typing import NDArray
 from .._files import read_text, write_whole
 from .._text import printable
 from ..compatibility import GateResult
-from ..data import find_images
-from ..data.image_files import SUFFIXES
 from ..gallery import Gallery, StoreError
 from ..labelled import load_vectors
 from ..models import ModelIdentity
 from ._embedder import Embedder
-from ._gallery_inputs import PATH, FileRows, FolderImages, image_items, is_images, payloads, read_table
+from ._gallery_inputs import (
+    PATH,
+    FileRows,
+    FolderImages,
+    embedded_images,
+    image_items,
+    image_names,
+    is_images,
+    payloads,
+    read_table,
+)
 from ._gallery_text import status_text
 from ._models import read_model
 from ._progress import counted
 
 INCOMPLETE, BAD_INPUT = 1, 2
-_QUERIES = 256  # images of queries that are in memory at a time
 _SECONDS = 1.0  # shortest time between two reads of the gallery's progress
 
 
@@ -104,16 +111,9 @@ def _search(arguments: argparse.Namespace) -> dict[str, Any]:
 def _queries(arguments: argparse.Namespace, embedder: Embedder | None) -> tuple[list[Any], Any]:
     """Returns a name for each query, and the vectors of the queries."""
     path = arguments.vectors or arguments.inputs
-    if embedder is not None and (is_images(path) or path.suffix.lower() in SUFFIXES):
-        folder, names = (path, find_images(path)) if path.is_dir() else (path.parent, [path.name])
-        files = [folder / name for name in names]
-        vectors = []
-        for begin in range(0, len(files), _QUERIES):
-            _, some, errors = embedder.images(files[begin : begin + _QUERIES])
-            if errors:
-                raise errors[0]
-            vectors.append(some)
-        return names, np.concatenate(vectors)
+    names = None if embedder is None else image_names(path)
+    if embedder is not None and names is not None:
+        return names, np.concatenate(list(embedded_images(path, names, embedder)))
     rows, _ = load_vectors(path)
     return list(range(len(rows))), rows.tensor() if embedder is None else embedder.features(rows)
 
@@ -207,6 +207,10 @@ def _model(arguments: argparse.Namespace) -> tuple[Embedder | None, ModelIdentit
     """Returns the identity of --model, and with --inputs the embedder of its folder."""
     if arguments.inputs is None:
         return None, read_model(arguments.model)
+    if not arguments.model.is_dir():
+        raise ValueError(
+            f"--inputs needs the folder of the model, got the file {arguments.model}; or embed, and give --vectors"
+        )
     embedder = Embedder(arguments.model)
     return embedder, embedder.identity
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from ..labelled import FeatureRows, Ids, Rows, read_ids, read_integers
 from ..models import ModelIdentity
+from .stores._common import comparable
 
 __all__ = ["Payload", "Where", "read_new_ids", "read_payload", "read_vectors", "read_where"]
 
@@ -56,9 +58,10 @@ def read_payload(payload: Payload | None, count: int) -> list[str] | None:
         raise ValueError(f"vectors has {count} rows, payload has {len(objects)}")
     texts = []
     for row, entry in enumerate(objects):
-        if entry is not None and not isinstance(entry, Mapping):
-            raise TypeError(f"payload row {row} must be a mapping or None, got {type(entry).__name__}")
-        entry = dict(entry or {})
+        if type(entry) is not dict:  # isinstance of Mapping takes as long as the JSON of a small row
+            if entry is not None and not isinstance(entry, Mapping):
+                raise TypeError(f"payload row {row} must be a mapping or None, got {type(entry).__name__}")
+            entry = dict(entry or {})
         for key in entry:
             if not isinstance(key, str):
                 raise TypeError(f"payload row {row} has the key {key!r}, keys must be strings")
@@ -66,9 +69,9 @@ def read_payload(payload: Payload | None, count: int) -> list[str] | None:
                 raise ValueError(f"payload row {row} has the key {key!r}, which the gallery itself uses: rename it")
         try:
             text = _JSON.encode(entry)
-            text.encode()  # a lone surrogate raises ValueError
+            text.isascii() or text.encode()  # a lone surrogate raises ValueError
         except (TypeError, ValueError) as error:
-            raise ValueError(f"payload row {row} is no JSON object: {error}") from None
+            raise ValueError(f"payload row {row} is no JSON object: {error}; None stands for a missing value") from None
         texts.append(text)
     return texts
 
@@ -76,9 +79,11 @@ def read_payload(payload: Payload | None, count: int) -> list[str] | None:
 def read_where(where: Where | None) -> dict[str, tuple[str | int | float | bool | None, ...]] | None:
     """Key -> the values that it may have.
 
+    Numbers are `comparable`, and finite.
+
     Raises:
         TypeError: not a mapping of plain values, or of sequences of them.
-        ValueError: a key with a quote or a backslash.
+        ValueError: a number or a text that no filter finds.
     """
     if where is None:
         return None
@@ -86,17 +91,30 @@ def read_where(where: Where | None) -> dict[str, tuple[str | int | float | bool 
         raise TypeError(f'where must be a mapping, such as {{"shop": 3}}, got {type(where).__name__}')
     conditions = {}
     for key, wanted in where.items():
-        if not isinstance(key, str) or '"' in key or "\\" in key:
-            raise ValueError(f'where must have names without " and \\ as keys, got {key!r}')
-        values = tuple(wanted) if isinstance(wanted, (list, tuple, set, frozenset)) else (wanted,)
-        for value in values:
-            if value is not None and not isinstance(value, (str, int, float)):
-                raise TypeError(
-                    f"where[{key!r}] must be a string, a number, a bool or None, or a list of them, got "
-                    f"{type(value).__name__}"
-                )
-        conditions[key] = values
+        if not isinstance(key, str):
+            raise TypeError(f"where must have strings as keys, got {key!r}")
+        values = wanted if isinstance(wanted, (list, tuple, set, frozenset)) else (wanted,)
+        _searchable(f"a key of where, {key!r},", key)
+        conditions[key] = tuple(_searchable(f"where[{key!r}]", value) for value in values)
     return conditions
+
+
+def _searchable(name: str, value: _Plain) -> _Plain:
+    """The value as filters compare it."""
+    if isinstance(value, str):
+        if "\0" in value or value != value.encode(errors="ignore").decode():
+            raise ValueError(f"{name} must be text without U+0000 and lone surrogates, got {value!r}")
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        number = comparable(value)
+        if not math.isfinite(number):
+            got = value if isinstance(value, float) else "an integer beyond it"  # of any number of digits
+            raise ValueError(f"{name} must be a finite number in float64's range, got {got}")
+        return number
+    elif value is not None and not isinstance(value, bool):
+        raise TypeError(
+            f"{name} must be a string, a number, a bool or None, or a list of them, got {type(value).__name__}"
+        )
+    return value
 
 
 def _objects(payload: Any, count: int) -> Sequence[Any]:

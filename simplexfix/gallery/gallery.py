@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import socket
 import time
 import uuid
 from collections.abc import Callable, Generator, Mapping
@@ -23,6 +25,7 @@ from ._input import Payload, Where, read_new_ids, read_payload, read_vectors, re
 from ._state import Change, State, Thresholds
 from ._traffic import Traffic
 from .stores import Store, StoredRows, create_store, open_store
+from .stores._common import time_text
 
 __all__ = ["Gallery", "Hits"]
 
@@ -162,8 +165,8 @@ class Gallery:
             queries: [Q, d] finite, as the model makes them.
             k: at least 1.
             model: which made them, admitted and not retired.
-            where: payload key -> value, or list of values of which the row has one; all keys must hold.  Strings,
-                numbers, bools and None.
+            where: payload key -> value, or list of values of which the row has one; all keys must hold.  Text
+                without U+0000, finite numbers, bools and None; integers beyond 64 bits are compared as float64.
 
         Raises:
             StrangerError: the model may not search.
@@ -354,9 +357,10 @@ class Gallery:
 
         Returns:
             `url`; `serving`, the version; `since` when; `rolls_back_to`, a version or None; `paused`; `rows`, and of
-            them `stale` and `leased` to workers; `versions`, a list of `version`, `name`, `fingerprint`,
-            `embedding_dim`, `standing`, `rows` and `old_rows`, which were replaced and are kept; `thresholds`, a list
-            of `queries`, `vectors` and `threshold`; `counts_traffic`.
+            them `stale` and `leased` to workers; `workers`, a list of `worker`, its `rows`, and `until`, when its lease
+            ends, the earliest first; `versions`, a list of `version`, `name`, `fingerprint`, `embedding_dim`,
+            `standing`, `rows` and `old_rows`, which were replaced and are kept; `thresholds`, a list of `queries`,
+            `vectors` and `threshold`; `counts_traffic`.
         """
         state, counts, history = self._store.state(), self._store.counts(), self._store.history()
         serving = state.serving[-1]
@@ -369,7 +373,10 @@ class Gallery:
             "paused": state.paused,
             "rows": sum(counts.rows.values()),
             "stale": sum(number for version, number in counts.rows.items() if version != serving),
-            "leased": counts.leased,
+            "leased": sum(each.rows for each in counts.leased),
+            "workers": [
+                {"worker": each.worker, "rows": each.rows, "until": time_text(each.until)} for each in counts.leased
+            ],
             "versions": [
                 {
                     "version": version,
@@ -453,7 +460,7 @@ class Gallery:
         self, name: str, order: str | NDArray[np.int64], batch: int, lease: float
     ) -> Generator[NDArray[np.int64], None, None]:
         state = self._store.state()
-        target, worker = state.serving[-1], uuid.uuid4().hex
+        target, worker = state.serving[-1], _worker_name()
         mine: list[NDArray[np.int64]] = []  # what this worker was given
         try:
             while True:
@@ -484,6 +491,12 @@ class Gallery:
         finally:
             if mine:
                 self._store.release(worker)
+
+
+def _worker_name() -> str:
+    """HOST/PROCESS/RANDOM: an operator finds the process of a worker by it."""
+    host = re.sub(r"[^A-Za-z0-9.-]", "_", socket.gethostname())  # it becomes a part of expressions in Milvus
+    return f"{host}/{os.getpid()}/{uuid.uuid4().hex[:8]}"
 
 
 def _begin_backfill(version: int, order: str, rows: int, worker: str) -> Callable[[State, Mapping[int, int]], Change]:

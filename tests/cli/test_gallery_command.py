@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from simplexfix.cli import main
+from simplexfix.gallery import Gallery
 from simplexfix.models import ModelIdentity
 
 WIDTH, ROWS = 16, 60
@@ -70,6 +72,13 @@ def test_the_life_of_a_gallery(files: Path, capsys: pytest.CaptureFixture[str]) 
     assert told("rollback shop")["rows_restored"] == ROWS
     assert run("admit shop --model new.json --force again") == 0
     capsys.readouterr()
+    with Gallery.open("shop") as gallery, closing(gallery.stale(batch=9)) as batches:
+        next(batches)
+        (worker,) = gallery.status()["workers"]
+        assert run("status shop") == 0
+        out = capsys.readouterr().out
+        assert "60 are stale, and workers have 9 of them\nworker " in out
+        assert re.search(rf"\n{worker['worker']}  9     {re.escape(worker['until'])}\nversion  name", out)
     assert told("pause shop")["paused"]
     assert run("backfill shop --vectors new.npz --model new.json") == 1
     assert run("resume shop") == 0
@@ -82,8 +91,8 @@ def test_the_life_of_a_gallery(files: Path, capsys: pytest.CaptureFixture[str]) 
     assert "; there is no rollback\nversion  name            standing  rows  old rows  width  fingerprint\n" in out
     assert f"\n1        vendor/embed 2  serves    60    0         16     {NEW.fingerprint[:12]}\n" in out
     history = "\n".join(out.splitlines()[5:])
-    workers = re.findall(r"worker ([0-9a-f]{8}) ", history)
-    assert len(set(workers)) == 3
+    workers = re.findall(r"worker (\S+/[0-9]+/[0-9a-f]{8}) ", history)
+    assert len(set(workers)) == 4
     old, new = "version 0 (vendor/embed 1)", "version 1 (vendor/embed 2)"
     assert re.sub(r"20\S+\+00:00  ", "", history).splitlines() == [
         f"created: {old} serves",
@@ -94,9 +103,10 @@ def test_the_life_of_a_gallery(files: Path, capsys: pytest.CaptureFixture[str]) 
         f"backfill finished: every row is by {new}",
         f"rolled back: version 0 serves in place of {new}; 60 rows are restored",
         f"admitted: {new} serves in place of version 0; by force: again",
+        f"backfill: worker {workers[2]} began, 60 rows were stale for {new}, order random",
         "paused",
         "resumed",
-        f"backfill: worker {workers[2]} began, 60 rows were stale for {new}, order random",
+        f"backfill: worker {workers[3]} began, 60 rows were stale for {new}, order random",
         f"backfill finished: every row is by {new}",
         f"retired: {old}; 60 old vectors are deleted",
     ]

@@ -16,7 +16,7 @@ import torch
 
 from simplexfix import SimplexHead, SlotRegistry
 from simplexfix.adapters import Procrustes
-from simplexfix.cli import _embedder, _progress, main
+from simplexfix.cli import _embedder, _gallery_inputs, _progress, main
 from simplexfix.data import Drawings, load_omniglot, read_images
 from simplexfix.gallery import Gallery
 from simplexfix.models import EmbeddingModel, FeatureMLP, ModelIdentity, SmallConvNet
@@ -243,6 +243,43 @@ def test_features_are_embedded_by_models_and_adapters(tmp_path: Path, monkeypatc
     ):
         assert run(text) == 2, text
         assert message in capsys.readouterr().err, text
+
+
+def test_embed_takes_images_as_the_gallery_does(shop: Path, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(_gallery_inputs, "_IMAGES", 5)
+    assert run("add shop --inputs photos --model v0") == 0
+    assert main(["embed", "v0", "photos", "all.npz"]) == 0
+    with np.load("all.npz") as saved:
+        assert sorted(saved) == ["paths", "vectors"]
+        vectors = saved["vectors"]
+        assert saved["paths"].tolist() == list(stored())
+        np.testing.assert_allclose(vectors, [row[2] for row in stored().values()], atol=1e-6)
+    assert main(["embed", "v0", "photos/b/03.png", "one.npy"]) == 0
+    np.testing.assert_allclose(np.load("one.npy"), vectors[[7]], atol=1e-6)
+    capsys.readouterr()
+    assert run("search shop --vectors one.npy --model v0 -k 1") == 0
+    assert capsys.readouterr().out.startswith("query 0: 7 b/03.png 1.0000 v0")
+    slots = SlotRegistry(9)
+    slots.add("default", range(4))
+    EmbeddingModel(FeatureMLP(6), SimplexHead.from_slots(slots, 6)).save_pretrained("mlp", version=0)
+    Procrustes().fit(*np.random.default_rng(0).standard_normal((2, 60, 6), np.float32)).save_pretrained("adapter")
+    Path("empty").mkdir()
+    for command, message in (
+        ("embed mlp photos no.npy", "Photographs or Drawings, which state the size; this one's is none"),
+        ("gallery search shop --inputs photos --model mlp", "Photographs or Drawings, which state the size; this"),
+        ("embed adapter photos no.npy", "the adapter in adapter takes features, not images"),
+        ("embed v0 photos no.npy --gallery", "--old and --gallery are for adapters, v0 holds a model"),
+        ("embed v0 photos no.txt", "OUT must be an .npy or .npz file, got no.txt"),
+        ("embed v0 empty no.npy", "empty has no images; expected .bmp"),
+        ("gallery search shop --inputs empty --model v0", "empty has no images; expected .bmp"),
+    ):
+        assert main(command.split()) == 2, command
+        assert message in capsys.readouterr().err, command
+    Path("photos/a/00.png").write_bytes(b"no image")
+    for command in ("embed v0 photos no.npy", "gallery search shop --inputs photos --model v0"):
+        assert main(command.split()) == 2
+        assert "photos/a/00.png cannot be read, it may be truncated or damaged" in capsys.readouterr().err
+    assert not Path("no.npy").exists()
 
 
 def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:

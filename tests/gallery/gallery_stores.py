@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,18 @@ def milvus_lite_url(tmp_path: Path) -> str:
 def milvus_server_url(tmp_path: Path) -> str:
     given = os.environ.get("SIMPLEXFIX_MILVUS_SERVER", "")
     return f"{given if '://' in given else milvus_server().url}#photos_{uuid.uuid4().hex[:8]}"
+
+
+def drop_collections(url: str) -> None:
+    """Drops those of a gallery: each one that is loaded takes memory and CPU time of the server."""
+    from pymilvus import MilvusClient
+
+    address, name = url.split("#")
+    client = MilvusClient(address)
+    for collection in client.list_collections():
+        if collection.startswith(f"{name}__"):
+            client.drop_collection(collection)
+    client.close()
 
 
 def milvus_server() -> MilvusServer:
@@ -158,8 +170,16 @@ if os.environ.get("SIMPLEXFIX_MILVUS_SERVER"):  # a collection takes seconds the
 
 
 @pytest.fixture(params=list(STORES))
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return STORES[request.param](tmp_path)
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    place = STORES[request.param](tmp_path)
+    yield place
+    if request.param == "milvus-server":
+        drop_collections(place)
+
+
+def short_lease(url: str) -> float:
+    """Seconds in which a store makes some ten calls, also on a busy machine."""
+    return 20.0 if url.startswith("http") else 4.0 if ".db#" in url else 1.0
 
 
 def model(version: int, classes: tuple[int, ...] = (0, 1, 2, 3)) -> ModelIdentity:

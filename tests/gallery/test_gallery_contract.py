@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
+from datetime import datetime
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from gallery_stores import DIM, STRANGER, A, B, C, gate_of, url, vectors
+from gallery_stores import DIM, STRANGER, A, B, C, gate_of, short_lease, url, vectors
 
 from simplexfix.functional import cosine_topk
 from simplexfix.gallery import AdmissionError, Gallery, StrangerError, _traffic
@@ -182,6 +184,42 @@ def test_a_filter_on_payload_searches_the_matching_rows_alone(gallery: Gallery) 
         np.testing.assert_array_equal(np.isinf(hits.scores), hits.ids < 0)
     gallery.add([100], vectors([100]), model=B, payload=[{"a b": None, "flag": True}])
     assert gallery.search(vectors([7]), 1, model=B, where={"a b": None, "flag": [True, "x"]}).ids == 100
+
+
+def test_a_filter_finds_the_same_keys_and_values_in_every_store(url: str) -> None:
+    """Text is compared character by character; numbers as integers within 64 bits, and beyond them as float64."""
+    texts = [
+        '"] or id >= 0 or facts in ["', "'; drop", "\\", "\\u0061", "%", "_", "\n", "", "{}", "a\tb", "é", "e\u0301",
+        "😀", "1", "true", "null", "\x7f", "a.b", "$", "#", "[0]", "*",
+    ]  # fmt: skip
+    numbers = [
+        *(0, 1, -0.0, 0.5, -1, 1.0, 2**53 + 1, 2.0**53, 2**62, 2.0**62, -(2**63), 2**63, 2**63 + 1, 2.0**63),
+        *(10**300, 1e300, 5e-324),
+    ]
+    values = [None, True, False, *texts, *numbers]
+    rows = [{"a": value} for value in values] + [{key: 7} for key in (*texts, "facts", "key", "born", "$meta")]
+    never = [{"a": "1\0"}, {"a\0": 7}, {"a": 10**400}, {"a": [1, True, None]}, {"a": {"b": 1}}, {'"\0': 7}]
+    ids = np.arange(len(rows) + len(never))
+    gallery = Gallery.create(url, model=A)
+    gallery.add(ids, vectors(ids), model=A, payload=rows + never)
+    assert gallery.read().payload == rows + never
+
+    def compared(value: object) -> tuple[str, object]:
+        if type(value) not in (int, float):
+            return type(value).__name__, value
+        return "number", value if -(2**63) <= value < 2**63 else float(value)
+
+    def found(where: dict[str, object]) -> list[int]:
+        hits = gallery.search(vectors([0]), len(ids), model=A, where=where)
+        return sorted(hits.ids[hits.ids >= 0].tolist())
+
+    for ((key, value),) in (row.items() for row in rows):
+        expected = [at for at, row in enumerate(rows) if key in row and compared(row[key]) == compared(value)]
+        assert found({key: value}) == expected, {key: value}
+    expected = [
+        at for at, value in enumerate(values) if compared(value) in (("number", 0), ("number", 1), ("str", "1"))
+    ]
+    assert found({"a": [*range(3000), *map(str, range(3000))]}) == expected
 
 
 def test_thresholds_are_of_the_pair_of_versions_and_applied_per_row(url: str) -> None:
@@ -434,9 +472,20 @@ def test_order_by_traffic_needs_counts(gallery: Gallery) -> None:
 def test_workers_share_the_rows_and_take_over_from_one_that_died(url: str, gallery: Gallery) -> None:
     upgraded(gallery)
     other = Gallery.open(url)
-    died = gallery.stale(batch=16, lease=1.0)
+    slow = gallery.stale(batch=3, lease=600)
+    next(slow)
+    died = gallery.stale(batch=16, lease=short_lease(url))
     lost = next(died)
-    assert other.status()["leased"] == 16
+    status = other.status()
+    assert status["leased"] == 19
+    assert [each["rows"] for each in status["workers"]] == [16, 3]  # that of the lease that ends first, and `slow`
+    first, second = gallery.history()[-2:]
+    assert [each["worker"] for each in status["workers"]] == [second["worker"], first["worker"]]
+    assert second["worker"].split("/")[1] == str(os.getpid())
+    for worker, event, seconds in zip(status["workers"], (second, first), (short_lease(url), 600), strict=True):
+        began, ends = (datetime.fromisoformat(text) for text in (event["at"], worker["until"]))
+        assert abs((ends - began).total_seconds() - seconds) < 60
+    slow.close()
     mine = []
     for batch in other.stale(batch=16, lease=60):
         mine.append(batch)
@@ -446,6 +495,7 @@ def test_workers_share_the_rows_and_take_over_from_one_that_died(url: str, galle
     assert sorted(mine[-1].tolist()) == sorted(lost.tolist())
     assert gallery.replace(lost, vectors(lost, 1), model=B) == 0  # it was not dead but slow
     assert gallery.status()["stale"] == gallery.status()["leased"] == 0
+    assert gallery.status()["workers"] == []
 
 
 def test_a_pause_a_rollback_and_the_end_of_a_loop(gallery: Gallery) -> None:
@@ -647,7 +697,17 @@ def test_bad_queries_are_refused(gallery: Gallery) -> None:
         (vectors([1]), 1.5, None, TypeError, "k must be an integer, got float"),
         (vectors([1]), 1, ["shop"], TypeError, "where must be a mapping"),
         (vectors([1]), 1, {"shop": {}}, TypeError, r"where\['shop'\] must be a string, a number, a bool or None"),
-        (vectors([1]), 1, {'a"b': 1}, ValueError, 'where must have names without " and'),
+        (vectors([1]), 1, {3: 1}, TypeError, "where must have strings as keys, got 3"),
+        (vectors([1]), 1, {"a\0": 1}, ValueError, r"a key of where, 'a\\x00', must be text without U\+0000"),
+        (vectors([1]), 1, {"a": ["b", "a\ud800"]}, ValueError, r"where\['a'\] must be text without .* lone surrogates"),
+        (vectors([1]), 1, {"a": float("nan")}, ValueError, r"where\['a'\] must be a finite number in .*, got nan"),
+        (
+            vectors([1]),
+            1,
+            {"a": [1, 10**5000]},
+            ValueError,
+            "finite number in float64's range, got an integer beyond it",
+        ),
     ):
         with pytest.raises(kind, match=message):
             gallery.search(queries, k, model=A, where=where)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
+import time
 from collections.abc import Iterable
 from datetime import datetime, timezone
 from typing import Any
 
 from .base import StoreError
 
-__all__ = ["SEVERAL_WIDTHS", "as_json", "check_present", "failure", "stamped", "taken_id", "too_wide"]
+__all__ = [
+    "SEVERAL_WIDTHS", "as_json", "check_present", "comparable", "failure", "stamped", "taken_id", "time_text",
+    "too_wide",
+]  # fmt: skip
 
 SEVERAL_WIDTHS = "these rows are by models of several widths: read those of one version at a time"
 
@@ -18,9 +23,24 @@ def as_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
+def comparable(number: float) -> float:
+    """The number as filters compare it: an int within 64 bits, or else a float; infinite beyond float64's range."""
+    if not -(2**63) <= number < 2**63:
+        try:
+            number = float(number)
+        except OverflowError:
+            return math.inf
+    return int(number) if float(number).is_integer() and -(2**63) <= number < 2**63 else number
+
+
 def stamped(event: dict[str, Any]) -> dict[str, Any]:
     """The event with the current time."""
-    return {"at": datetime.now(timezone.utc).isoformat(timespec="seconds"), **event}
+    return {"at": time_text(time.time()), **event}
+
+
+def time_text(seconds: float) -> str:
+    """A time in UTC as ISO 8601, of seconds since 1970."""
+    return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="seconds")
 
 
 def failure(url: str, call: str, rows: int | None, reason: object) -> StoreError:

@@ -147,6 +147,7 @@ class Connection:
         return self._write("upsert_rows", name, rows, row_bytes)
 
     def delete(self, name: str, key: str, keys: Sequence[int | str]) -> int:
+        """Deletes rows.  Returns the stamp, which is 0 on a server: reads with an earlier stamp may return the rows."""
         stamp = 0
         for some in chunks(keys, 4096):
             expression = f"{key} in {_listed(some)}"

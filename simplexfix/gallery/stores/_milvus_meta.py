@@ -80,10 +80,11 @@ class Meta:
 
     # leases
 
-    def leases(self, epoch: int, stamp: int, *, now: float) -> set[int]:
-        """The ids with a lease that runs."""
+    def leases(self, epoch: int, stamp: int, *, now: float) -> dict[int, tuple[str, float]]:
+        """By id, the worker and the end of each lease that runs."""
         where = f'kind == "lease" and number == {epoch} and until > {now!r}'
-        return {entry["item"] for entry in self._connection.query(self.name, where, ["item"], stamp)}
+        found = self._connection.query(self.name, where, ["item", "body", "until"], stamp)
+        return {entry["item"]: (entry["body"], entry["until"]) for entry in found}
 
     def leased(self, ids: Sequence[int], epoch: int, stamp: int) -> set[int]:
         """Those of these ids that have a lease, whether or not it still runs; `replace` deletes leases."""
@@ -97,8 +98,12 @@ class Meta:
 
     def release(self, worker: str, stamp: int) -> int:
         where = f'kind == "lease" and body == "{worker}"'
-        found = self._connection.query(self.name, where, ["key"], stamp)
-        return self._connection.delete(self.name, "key", [entry["key"] for entry in found])
+        found = self._connection.query(self.name, where, ["key", "number", "item"], stamp)
+        # a server gives a deletion no stamp, so that a later read might still return the leases: first they end
+        ended = [_entry(entry["key"], "lease", entry["number"], entry["item"], worker, 0.0) for entry in found]
+        stamp = self._connection.upsert(self.name, ended, 256)
+        self._connection.delete(self.name, "key", [entry["key"] for entry in found])
+        return stamp
 
     def delete(self, kinds: Iterable[str], ids: Sequence[int]) -> int:
         return self._connection.delete(self.name, "key", [f"{kind}/{id_}" for kind in kinds for id_ in ids])

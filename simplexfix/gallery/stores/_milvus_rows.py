@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
@@ -17,8 +16,12 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from ._common import comparable
+from .base import StoreError
+
 __all__ = ["FIELDS", "LIVES", "NEVER", "Record", "matching", "pack", "tokens", "unpack"]
 
+_FORMAT = 1  # of all collections of a gallery
 NEVER = 2**62  # `died` and `gone` of a row that is in the gallery
 ADDED = -1  # `replaces` of a row that replaced none; `by` of one that was not replaced
 ZERO = -10_000  # `scale` of the zero vector, which has no cosine
@@ -68,11 +71,17 @@ class Record:
     zeros: Mapping[int, int] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        return json.dumps(self.__dict__, separators=(",", ":"))
+        return json.dumps({"format": _FORMAT, **self.__dict__}, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> Record:
+        """Raises StoreError if a newer release has written it."""
         saved = json.loads(text)
+        found = saved.pop("format", 1)  # the first galleries have no number
+        if found > _FORMAT:
+            raise StoreError(
+                f"it is of format {found}, and this release reads formats up to {_FORMAT}: install a newer simplexfix"
+            )
         for name in ("rows", "old", "zeros", "undone"):
             saved[name] = {int(version): value for version, value in saved[name].items()}
         saved["undone"] = {
@@ -212,11 +221,6 @@ def matching(where: Mapping[str, tuple[Any, ...]]) -> str:
 
 def _token(key: str, value: Any) -> str:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        try:
-            number = value if -(2**63) <= value < 2**63 else float(value)
-        except OverflowError:
-            number = math.inf
-        # 2 and 2.0 are the same number
-        exact = math.isfinite(number) and number == int(number)
-        value = ["number", str(int(number)) if exact else repr(number)]
+        number = comparable(value)
+        value = ["number", str(int(number)) if float(number).is_integer() else repr(number)]
     return hashlib.blake2b(json.dumps([key, value]).encode(), digest_size=16).hexdigest()

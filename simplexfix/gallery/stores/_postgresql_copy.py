@@ -15,7 +15,7 @@ __all__ = ["MOST_NUMBERS", "copied_rows", "copied_vectors", "given_vectors", "se
 MOST_NUMBERS = 16_000  # pgvector's limit
 
 _BEGIN, _END = b"PGCOPY\n\xff\r\n\0" + bytes(8), b"\xff\xff"
-_CHUNK = 4096  # rows
+_CHUNK = 256  # rows: the server stores one chunk while the next one is made here
 _NULL = -1
 
 
@@ -77,7 +77,8 @@ def copied_rows(ids: NDArray[np.int64], version: int, payload: Sequence[str], fi
         chunk = bytearray()
         some = slice(first, first + _CHUNK)
         for id_, whole, plain in zip(ids[some].tolist(), payload[some], fields[some], strict=True):
-            text, json = whole.encode(), plain.encode()
+            text = whole.encode()
+            json = text if plain is whole else plain.encode()
             chunk += begin.pack(4, 8, id_, 4, version, len(text))
             chunk += text
             chunk += size.pack(1 + len(json), 1)  # version 1 of jsonb's binary format

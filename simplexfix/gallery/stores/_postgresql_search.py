@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from ...functional import cosine_topk
 from .._state import State
-from ._common import as_json, too_wide
+from ._common import as_json, comparable, too_wide
 from ._postgresql_connections import Connection
 from ._postgresql_copy import given_vectors, searchable, text_of
 from ._versions_index import merge_rankings
@@ -21,6 +22,7 @@ from .base import Ranking
 
 __all__ = ["array_of", "fields_of", "search"]
 
+_LARGE = re.compile(r"e\+|\d{19}")  # a number that `comparable` changes has one of these in its JSON
 _SPARE = 16  # candidates beyond k: float32 may order nearly equal cosines in another way
 
 
@@ -96,31 +98,28 @@ def _condition(where: Mapping[str, tuple[Any, ...]] | None, given: dict[str, Any
         return "true"
     conditions = []
     for number, (key, values) in enumerate(where.items()):
-        # no row's fields have text that PostgreSQL cannot store
-        given[f"key_{number}"] = key if _is_storable(key) else ""
-        wanted = [as_json(value) for value in values if _is_storable(value)] if _is_storable(key) else []
-        given[f"values_{number}"] = array_of(wanted)
+        given[f"key_{number}"] = key
+        given[f"values_{number}"] = array_of(as_json(value) for value in values)
         conditions.append(f"fields -> %(key_{number})s::text = any(%(values_{number})s::jsonb[])")
     return f"id in (select id from rows where {' and '.join(conditions)})"
 
 
 def fields_of(payload: str) -> str:
-    """The part of a payload that filters read: the keys with plain values."""
-    if "[" not in payload and payload.find("{", 1) < 0 and "\\u" not in payload:
+    """The part of a payload that filters read: the keys with plain values, numbers as they are compared."""
+    if not ("[" in payload or payload.find("{", 1) > 0 or "\\u" in payload or _LARGE.search(payload)):
         return payload
-    plain = {
-        key: value
-        for key, value in json.loads(payload).items()
-        if not isinstance(value, (dict, list)) and _is_storable(key) and _is_storable(value)
-    }
-    return as_json(plain)
+    fields = {}
+    for key, value in json.loads(payload).items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            value = comparable(value)
+        if not isinstance(value, (dict, list)) and _is_storable(key) and _is_storable(value):
+            fields[key] = value
+    return as_json(fields)
 
 
 def _is_storable(value: Any) -> bool:
-    """Whether jsonb can store it: Unicode without the character 0, finite numbers."""
-    if isinstance(value, str):
-        return "\0" not in value and value == value.encode(errors="ignore").decode()
-    return not isinstance(value, float) or math.isfinite(value)
+    """Whether jsonb can store it: text without U+0000, finite numbers."""
+    return "\0" not in value if isinstance(value, str) else not isinstance(value, float) or math.isfinite(value)
 
 
 def array_of(values: Iterable[int | str]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from .._state import Change, State
 
-__all__ = ["Counts", "Ranking", "Store", "StoreError", "StoredRows"]
+__all__ = ["Counts", "Leased", "Ranking", "Store", "StoreError", "StoredRows"]
 
 Ranking: TypeAlias = "tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]"  # scores, ids and versions
 
@@ -38,17 +38,31 @@ class StoredRows:
 
 
 @dataclass(frozen=True)
+class Leased:
+    """Rows that a worker of a backfill has at the moment.
+
+    Attributes:
+        rows: how many.
+        until: when the last of its leases ends, in seconds since 1970.
+    """
+
+    worker: str
+    rows: int
+    until: float
+
+
+@dataclass(frozen=True)
 class Counts:
     """Numbers of rows.
 
     Attributes:
         rows, old: by version, those that are searched, and those that were replaced and are kept for a rollback.
-        leased: those that workers of a backfill have at the moment.
+        leased: by worker, the one whose leases end first before the others.
     """
 
     rows: Mapping[int, int]
     old: Mapping[int, int]
-    leased: int
+    leased: Sequence[Leased]
 
 
 class Store(Protocol):

@@ -20,10 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._state import Change, State
-from ._common import SEVERAL_WIDTHS, as_json, check_present, failure, stamped, taken_id
+from ._common import SEVERAL_WIDTHS, as_json, check_present, comparable, failure, stamped, taken_id
 from ._sqlite import Connection
 from ._versions_index import VersionsIndex
-from .base import Counts, Ranking, StoredRows, StoreError
+from .base import Counts, Leased, Ranking, StoredRows, StoreError
 
 __all__ = ["FolderStore"]
 
@@ -155,11 +155,14 @@ class FolderStore:
 
     def counts(self) -> Counts:
         with self._named("count rows"), self._reader.reading() as connection:
-            leased = "select count(*) from leases where until > ? and id in (select id from rows)"
+            leased = (
+                "select worker, count(*), max(until) from leases where until > ? and id in (select id from rows) "
+                "group by worker order by 3, worker"
+            )
             return Counts(
                 _counted(connection, "rows"),
                 _counted(connection, "old"),
-                connection.execute(leased, [time.time()]).fetchone()[0],
+                [Leased(*row) for row in connection.execute(leased, [time.time()])],
             )
 
     def add(
@@ -457,23 +460,44 @@ def _drop(connection: sqlite3.Connection, version: int) -> int:
 
 def _matching(connection: sqlite3.Connection, where: Mapping[str, tuple[Any, ...]]) -> dict[int, NDArray[np.int64]]:
     """By version, the ids of rows whose payload has one of the values under each key."""
-    conditions, given = [], []
-    for key, values in where.items():
-        path, any_of = f'$."{key}"', []
+    condition = """exists (
+      select 1 from json_each(payload) as field where key = :key_{0} and case type
+        when 'text' then atom in (select value from json_each(:texts_{0}))
+        when 'integer' then atom in (select value from json_each(:numbers_{0}))
+        when 'real' then atom in (select value from json_each(:numbers_{0}))
+        else type in (select value from json_each(:literals_{0}))
+      end
+    )"""
+    given: dict[str, str] = {"null_character": r"\u0000"}
+    for at, (key, values) in enumerate(where.items()):
+        kinds: dict[str, list[Any]] = {"texts": [], "numbers": [], "literals": []}
         for value in values:
             if value is None or isinstance(value, bool):
-                any_of.append("json_type(payload, ?) = ?")
-                given += [path, {None: "null", True: "true", False: "false"}[value]]
+                kinds["literals"].append(as_json(value))
             else:
-                kinds = "('text')" if isinstance(value, str) else "('integer', 'real')"
-                any_of.append(f"(json_type(payload, ?) in {kinds} and json_extract(payload, ?) = ?)")
-                given += [path, path, value]
-        conditions.append(f"({' or '.join(any_of) or '0'})")
-    query = f"select version, id from rows where {' and '.join(conditions) or '1'}"
+                kinds["texts" if isinstance(value, str) else "numbers"].append(value)
+        given |= {f"key_{at}": key} | {f"{kind}_{at}": as_json(some) for kind, some in kinds.items()}
+    conditions = " and ".join(condition.format(at) for at in range(len(where))) or "1"
+    query = (
+        f"select version, id, case when instr(payload, :null_character) then payload end from rows where {conditions}"
+    )
     found: dict[int, list[int]] = {}
-    for version, id_ in connection.execute(query, given):
-        found.setdefault(version, []).append(id_)
+    for version, id_, payload in connection.execute(query, given):
+        if payload is None or _is_match(json.loads(payload), where):
+            found.setdefault(version, []).append(id_)
     return {version: np.array(ids, dtype=np.int64) for version, ids in found.items()}
+
+
+def _is_match(payload: Mapping[str, Any], where: Mapping[str, tuple[Any, ...]]) -> bool:
+    """Whether the payload has one of the values under each key.  SQLite ends keys and text at U+0000."""
+
+    def kind_and_value(value: Any) -> tuple[bool, Any]:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return isinstance(value, bool), comparable(value) if is_number else value
+
+    return all(
+        key in payload and kind_and_value(payload[key]) in map(kind_and_value, values) for key, values in where.items()
+    )
 
 
 def _check_held(connection: sqlite3.Connection, ids: str) -> None:

@@ -28,7 +28,7 @@ from ._milvus_rows import Record, matching, unpack
 from ._milvus_search import Searcher
 from ._milvus_snapshot import Snapshot, Snapshots
 from ._milvus_turn import Turn, taken
-from .base import Counts, Ranking, StoredRows, StoreError
+from .base import Counts, Leased, Ranking, StoredRows, StoreError
 
 __all__ = ["MilvusStore"]
 
@@ -71,7 +71,7 @@ class MilvusStore:
 
         Raises:
             FileNotFoundError: there is none.
-            StoreError: Milvus failed, or is not there.
+            StoreError: Milvus failed, or is not there, or the gallery is of a newer format.
         """
         store = cls(url)
         with store._named("open the gallery"):
@@ -80,6 +80,7 @@ class MilvusStore:
             if position is None or not position.change:
                 made = "" if position is None else "its creation was interrupted; "
                 raise FileNotFoundError(f"{store.url} holds no gallery: {made}Gallery.create makes one")
+            store._snapshots.read(lambda now: now.record)  # checks the format
         return store
 
     # reading
@@ -94,8 +95,14 @@ class MilvusStore:
 
     def counts(self) -> Counts:
         def count(now: Snapshot) -> Counts:
-            leased = self._meta.leases(now.record.epoch, now.stamp, now=time.time())
-            return Counts(dict(now.record.rows), dict(now.record.old), len(now.versions_of(sorted(leased))))
+            leases = self._meta.leases(now.record.epoch, now.stamp, now=time.time())
+            ends: dict[str, list[float]] = {}
+            for id_ in now.versions_of(sorted(leases)):
+                worker, until = leases[id_]
+                ends.setdefault(worker, []).append(until)
+            leased = [Leased(worker, len(each), max(each)) for worker, each in ends.items()]
+            leased.sort(key=lambda each: (each.until, each.worker))
+            return Counts(dict(now.record.rows), dict(now.record.old), leased)
 
         with self._named("count rows"):
             return self._snapshots.read(count)

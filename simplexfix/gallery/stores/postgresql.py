@@ -23,7 +23,7 @@ from ._postgresql_connections import Connection, Connections, LostCommitError, f
 from ._postgresql_copy import MOST_NUMBERS, copied_rows, copied_vectors, given_vectors, stacked
 from ._postgresql_search import array_of, fields_of, search
 from ._postgresql_url import Place, read_url
-from .base import Counts, Ranking, StoredRows, StoreError
+from .base import Counts, Leased, Ranking, StoredRows, StoreError
 
 __all__ = ["PostgresStore"]
 
@@ -174,14 +174,16 @@ class PostgresStore:
         with self._reading("count rows") as connection:
             count = "select json_object_agg(version, n) from (select version, count(*) as n from {} group by 1) as each"
             leased = (
-                "select count(*) from leases where until > clock_timestamp() and exists "
-                "(select from rows where rows.id = leases.id)"
+                "select worker, count(*) as n, extract(epoch from max(until))::float8 as until from leases "
+                "where until > clock_timestamp() and exists (select from rows where rows.id = leases.id) "
+                "group by worker order by until, worker"
             )
-            rows, old, number = _row(
+            leased = f"select json_agg(json_build_array(worker, n, until)) from ({leased}) as each"
+            rows, old, workers = _row(
                 connection, f"select ({count.format('rows')}), ({count.format('replaced')}), ({leased})"
             )
             rows, old = ({int(version): n for version, n in (each or {}).items()} for each in (rows, old))
-            return Counts(rows, old, number)
+            return Counts(rows, old, [Leased(*worker) for worker in workers or ()])
 
     def add(
         self,
