@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 from .._checks import check_features, check_fraction, check_rows, shape
 from ..labelled import Ids
 from ..models import ModelIdentity
+from ..models._config import ADAPTER
+from ..models.card import card
+from ..models.hub import folder_of, push
 from ._arc import slerp
 from ._moments import Moments
 from ._paired import Features, PairedFeatures
@@ -141,17 +145,65 @@ class Adapter(nn.Module):
         return save_adapter(self, folder, version=version, name=name, old=old, new=new)
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str]) -> Adapter:
-        """The adapter that `save_pretrained` wrote: on the CPU, in evaluation mode, its embeddings the same to the bit.
+    def from_pretrained(cls, source: str | os.PathLike[str], *, revision: str | None = None) -> Adapter:
+        """The adapter that `save_pretrained` or `push_to_hub` wrote: on the CPU, in evaluation mode.
+
+        Its embeddings are the same to the bit.  Nothing is unpickled, and no code is downloaded.
 
         Args:
-            folder: a local one; nothing is downloaded and nothing unpickled.
+            source, revision: a local folder, or a repository of the Hugging Face hub, as in
+                `EmbeddingModel.from_pretrained`.
 
         Raises:
-            FileNotFoundError: there is no such folder.
+            FileNotFoundError: there is neither such a folder nor such a repository or revision.
+            ConnectionError: the hub cannot be reached or a download broke off, and the cache does not have the files.
             ModelFolderError: it holds no adapter; it is damaged, was changed by hand, or is of another format.
+            ValueError: `revision` is given for a local folder.
         """
-        return cls(**load_adapter(folder)).eval()
+        return cls(**load_adapter(folder_of(source, revision, ADAPTER))).eval()
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        version: int = 0,
+        name: str = "",
+        old: str | None = None,
+        new: str | None = None,
+        private: bool | None = None,
+        license: str | None = None,
+        earlier: Sequence[ModelIdentity] = (),
+        evaluation: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Publishes the adapter, with a card, in a repository of the Hugging Face hub (the extra `hub`).
+
+        Args:
+            repo_id, private, license, earlier, evaluation: as in `EmbeddingModel.push_to_hub`.
+            version, name, old, new: as in `save_pretrained`.
+
+        Returns:
+            The commit's hash, which `from_pretrained` takes as `revision`.
+
+        Raises:
+            ConnectionError, ModelFolderError, ModuleNotFoundError, PermissionError, TypeError, ValueError: as in
+                `EmbeddingModel.push_to_hub`.
+        """
+
+        def text(identity: ModelIdentity, full_id: str) -> str:
+            load = (
+                "from simplexfix.adapters import Adapter\n\n"
+                f'adapter = Adapter.from_pretrained("{full_id}")\n'
+                f"queries = adapter(features{'' if self.alpha is None else ', old_features'})  # unit rows"
+                + ("\nvectors = adapter.gallery(stored)  # once" if self.maps_gallery else "")
+            )
+            return card(
+                identity, full_id, load=load, pipeline_tag=None, license=license, earlier=earlier, evaluation=evaluation
+            )
+
+        def save(folder: Path) -> ModelIdentity:
+            return self.save_pretrained(folder, version=version, name=name, old=old, new=new)
+
+        return push(repo_id, ADAPTER, save, text, private=private)
 
     def identity(
         self, *, version: int = 0, name: str = "", old: str | None = None, new: str | None = None

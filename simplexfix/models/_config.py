@@ -25,6 +25,7 @@ __all__ = [
     "FolderFormat",
     "ModelFolderError",
     "add_checksums",
+    "check_ours",
     "check_writable",
     "read_config",
     "read_weights",
@@ -110,7 +111,7 @@ def check_writable(folder: Path, written: FolderFormat) -> None:
     """
     file = folder / "config.json"
     if file.exists():
-        _check_ours(file, written)
+        check_ours(file.read_bytes(), str(file), written, other="another folder")
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     try:
         with tempfile.TemporaryFile(dir=there):
@@ -137,7 +138,7 @@ def read_config(folder: Path, *formats: FolderFormat) -> dict[str, Any]:
     """
     kinds = " or ".join(written.kind for written in formats)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is no folder; models are read from local folders, nothing is downloaded")
+        raise FileNotFoundError(f"{folder} is no folder; expected one that save_pretrained has written")
     file = folder / "config.json"
     if not file.exists():
         raise ModelFolderError(f"{folder} holds no {kinds}: it has no config.json")
@@ -192,18 +193,27 @@ def read_weights(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     return state
 
 
-def _check_ours(file: Path, written: FolderFormat) -> None:
+def check_ours(content: bytes, name: str, written: FolderFormat, *, other: str) -> None:
+    """Checks that a `config.json` may be overwritten.
+
+    Args:
+        content: bytes of the file.
+        name: name of the file, for messages.
+        written: format that will be written.
+        other: a place to use instead, for messages.
+
+    Raises:
+        ModelFolderError: the file is of something else.
+    """
     try:
-        config = json.loads(file.read_bytes())
+        config = json.loads(content)
     except ValueError as error:
         raise ModelFolderError(
-            f"{file} cannot be read, it may be damaged: {error}; delete it if it is an old {written.kind}, or use "
-            "another folder if it is something else"
+            f"{name} cannot be read, it may be damaged: {error}; delete it if it is an old {written.kind}, or use "
+            f"{other} if it is something else"
         ) from None
     if not isinstance(config, dict) or config.get("format") != written.name:
-        raise ModelFolderError(
-            f"{file} was not written by save_pretrained and would be overwritten; use another folder"
-        )
+        raise ModelFolderError(f"{name} was not written by save_pretrained and would be overwritten; use {other}")
 
 
 def _clear(folder: Path, names: re.Pattern[str], *, but: str = "") -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +14,12 @@ from torch.utils.data import DataLoader, Dataset
 from ..data.batches import batches_of
 from ..data.inputs import Preprocessing
 from ..data.reading import lost_readers_named
-from .folder import identity_of, load_model, save_model
+from ._config import MODEL
+from .card import card, pipeline_tag_of
+from .folder import BACKBONES, identity_of, load_model, save_model
+from .hub import folder_of, push
 from .identity import ModelIdentity
+from .wrapped import unwrapped
 
 __all__ = ["EmbeddingModel"]
 
@@ -155,23 +160,85 @@ class EmbeddingModel(nn.Module):
         return save_model(self, folder, version=version, name=name)
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str], *, backbone: nn.Module | None = None) -> EmbeddingModel:
-        """Returns the model that `save_pretrained` wrote, on the CPU and in evaluation mode.
+    def from_pretrained(
+        cls, source: str | os.PathLike[str], *, backbone: nn.Module | None = None, revision: str | None = None
+    ) -> EmbeddingModel:
+        """Returns the model that `save_pretrained` or `push_to_hub` wrote, on the CPU and in evaluation mode.
 
-        Its embeddings are bitwise equal to those of the saved model.
+        Its embeddings are bitwise equal to those of the saved model.  Nothing is unpickled, and no code is downloaded.
 
         Args:
-            folder: a local folder; nothing is downloaded or unpickled.
+            source: a local folder; or, as a string, "owner/name" of a repository on the Hugging Face hub, if there is
+                no such folder.  Its `config.json` and weights are downloaded into the cache of huggingface_hub, unless
+                they are there.
             backbone: a backbone with the saved one's architecture, into which the weights are loaded; None for
                 backbones of `simplexfix.models`, which are rebuilt from their saved arguments.
+            revision: branch, tag or commit hash of the repository; None for its main branch.
 
         Raises:
-            FileNotFoundError: there is no such folder.
+            FileNotFoundError: there is neither such a folder nor such a repository or revision.
+            ConnectionError: the hub cannot be reached or a download broke off, and the cache does not have the files.
             ModelFolderError: the folder holds no model, is damaged, was edited or has another format; or its tensors
                 do not fit the backbone, and the message lists missing, unexpected and mismatched ones.
+            ValueError: `revision` is given for a local folder.
         """
-        parts = load_model(folder, backbone)
+        parts = load_model(folder_of(source, revision, MODEL), backbone)
         return cls(parts[0], parts[1], preprocessing=parts[2], class_names=parts[3]).eval()
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        version: int = 0,
+        name: str = "",
+        private: bool | None = None,
+        license: str | None = None,
+        earlier: Sequence[ModelIdentity] = (),
+        evaluation: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Publishes the model, with a card, in a repository of the Hugging Face hub (the extra `hub`).
+
+        One commit replaces the model and the card that were there; other files stay.  The token is that of
+        `hf auth login` or HF_TOKEN.
+
+        Args:
+            repo_id: "owner/name", or "name" for the user who is logged in; the repository is created if missing.
+            version, name: as in `save_pretrained`.
+            private: visibility of a new repository; None for the owner's default, which may be public.
+            license: the hub's name of a license, such as "mit"; None to leave it out.
+            earlier: identities of earlier versions; the card's table says which of their galleries this model's queries
+                may search.  `ancestors` of the model are in the table anyway.
+            evaluation: `EvaluationReport.as_dict()` or `GateResult.as_dict()` for the card's scores; None for none.
+
+        Returns:
+            The commit's hash, which `from_pretrained` takes as `revision`.
+
+        Raises:
+            ConnectionError: the hub cannot be reached or refused the files.
+            ModelFolderError: the repository holds the `config.json` of something else.
+            ModuleNotFoundError: huggingface_hub is not installed.
+            PermissionError: the token may not write there.
+            TypeError, ValueError: the model cannot be saved, as in `save_pretrained`; `evaluation` is of another form,
+                or of another model.
+        """
+        backbone = unwrapped(self.backbone)
+        given = "" if type(backbone) in BACKBONES.values() else f", backbone={type(backbone).__name__}(...)"
+
+        def text(identity: ModelIdentity, full_id: str) -> str:
+            load = (
+                "from simplexfix.models import EmbeddingModel\n\n"
+                f'model = EmbeddingModel.from_pretrained("{full_id}"{given})\n'
+                "embeddings = model.extract(inputs, prepare=model.preprocessing)  # unit rows"
+            )
+            tag = pipeline_tag_of(backbone, self.preprocessing)
+            return card(
+                identity, full_id, load=load, pipeline_tag=tag, license=license, earlier=earlier, evaluation=evaluation
+            )
+
+        def save(folder: Path) -> ModelIdentity:
+            return self.save_pretrained(folder, version=version, name=name)
+
+        return push(repo_id, MODEL, save, text, private=private)
 
     def identity(self, *, version: int = 0, name: str = "") -> ModelIdentity:
         """Returns the identity of the model with its present weights, as `save_pretrained` would.

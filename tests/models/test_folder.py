@@ -519,9 +519,9 @@ def with_more() -> EmbeddingModel:
         (lambda p: small().save_pretrained(p, version=1.5), TypeError, "version must be an integer, got float"),
         (lambda p: small().save_pretrained(p, name=3), TypeError, "name must be a string, got int"),
         (
-            lambda p: EmbeddingModel.from_pretrained("google/vit"),
+            lambda p: EmbeddingModel.from_pretrained(p / "none"),
             FileNotFoundError,
-            "google/vit is no folder; models are read from local folders, nothing is downloaded",
+            "none is no folder; expected one that save_pretrained has written",
         ),
         (lambda p: EmbeddingModel.from_pretrained(p), ModelFolderError, "holds no model: it has no config.json"),
     ],
