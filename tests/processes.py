@@ -22,8 +22,20 @@ from typing import Any, NamedTuple
 import torch
 
 CONTEXT = multiprocessing.get_context("forkserver")
+# All tests of a process share one server, which imports what any of them needs and is installed.  torch imports
+# torch._dynamo with the first optimizer, which takes more than a second.
 CONTEXT.set_forkserver_preload(
-    ["pytest", "torch.distributed", "simplexfix.training", "simplexfix.cli.evaluate", "simplexfix.cli.gate"]
+    [
+        "pytest",
+        "torch._dynamo",
+        "torch.distributed",
+        "simplexfix.training",
+        "simplexfix.cli.evaluate",
+        "simplexfix.cli.gate",
+        "simplexfix.report.figures",
+        "pymilvus",
+        "milvus_lite.adapter.grpc.server",
+    ]
 )
 
 
