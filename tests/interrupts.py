@@ -1,4 +1,4 @@
-"""A long call that a signal is to end: python interrupts.py CASE.  Prints "ready", then how the call ended, as JSON.
+"""Long calls that a signal is to end: python interrupts.py CASE.  Prints "ready", then how the call ended, as JSON.
 
 Each call would take at least several times as long as test_interrupts.py lets it.
 """
@@ -21,7 +21,6 @@ import torch
 import simplexfix
 from simplexfix import CosineIndex
 
-torch.set_num_threads(2)
 rng = np.random.default_rng(0)
 NATIVE = simplexfix._native.library is not None
 
@@ -205,6 +204,11 @@ def child() -> dict[str, Any]:
     return results[0]
 
 
-if __name__ == "__main__":
-    print(json.dumps(globals()[sys.argv[1]]()), flush=True)
+def main(case: str) -> None:
+    torch.set_num_threads(2)
+    print(json.dumps(globals()[case]()), flush=True)
     os._exit(0)  # not before a daemon's search has ended, otherwise
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
