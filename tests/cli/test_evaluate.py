@@ -519,6 +519,7 @@ def test_output_is_plain_where_the_terminal_is(models) -> None:
     assert done.stdout.decode("ascii").count("+ finds more") == 1
 
 
+@pytest.mark.usefixtures("drawn")
 def test_matplotlib_missing_is_named_with_its_remedy(models, capsys, monkeypatch) -> None:
     for name in [name for name in sys.modules if name.startswith(("matplotlib", "simplexfix.cli._"))]:
         monkeypatch.delitem(sys.modules, name)
