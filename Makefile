@@ -26,7 +26,7 @@ format:
 	git ls-files 'csrc/*' 'tests/native/*' | grep -E '\.(cpp|h|inc|cu|cuh)$$' | xargs $(BIN)/clang-format -i
 
 test:
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto
 
 # compute-sanitizer checks only our kernels, except initcheck, which must also see the writes of torch's kernels.
 test-gpu: build  # compares the GPU with the CPU; then runs every kernel once under compute-sanitizer, if installed

@@ -19,6 +19,8 @@ from torch import Tensor
 from simplexfix.cli.doctor import diagnose
 
 Call = Callable[[], Any]
+SLOW = 3.0  # seconds of a call, from which on it is measured once
+LONGEST = 10.0  # seconds of all rounds of a case, unless one round takes longer
 
 
 def interleave(
@@ -28,24 +30,31 @@ def interleave(
 
     On a GPU the time is that between two CUDA events, so slow launches count.
 
-    Every round has a turn of each candidate, so all have the same noise.  A turn repeats a quick call for 20 ms twice
-    and times the second part, when caches and allocators are in the candidate's own state.  After faiss had read its
-    50 MB, our search took a dozen calls until its index was in the last-level cache again.
+    In every round each has its turn, so all meet the same noise.  A turn repeats a quick call for 20 ms twice and times
+    the second, when caches and allocators are as the candidate itself leaves them: after faiss had read its 50 MB, our
+    search took a dozen calls to have its index in the last cache again.
+
+    A call of more than SLOW seconds is timed once after its first, and takes no turns.  There are `least` rounds, or
+    fewer where they would take more than LONGEST seconds.
     """
     _time = {"cpu": _clock, "cuda": _events}[device]
     repeats = {}
     total = 0.0
+    times: dict[str, list[float]] = {name: [] for name in candidates}
     for name, call in candidates.items():
         call()  # warms caches, compiles
-        once = min(_time(call, 1) for _ in range(2))
+        once = _time(call, 1)
+        if once > SLOW:
+            times[name].append(once)
+            continue
+        once = min(once, _time(call, 1))
         repeats[name] = max(1, int(20e-3 / max(once, 1e-9)))
         total += once * 2 * repeats[name]
-    rounds = max(least, min(200, int(seconds / total)))
-    times: dict[str, list[float]] = {name: [] for name in candidates}
+    rounds = max(min(least, int(LONGEST / total)), min(200, int(seconds / total)), 1) if repeats else 0
     for _ in range(rounds):
-        for name, call in candidates.items():
-            _time(call, repeats[name])
-            times[name].append(_time(call, repeats[name]))
+        for name, count in repeats.items():
+            _time(candidates[name], count)
+            times[name].append(_time(candidates[name], count))
     return {name: sorted(spent)[len(spent) // 10] for name, spent in times.items()}
 
 
@@ -115,7 +124,9 @@ def peak_memory(case: Any, name: str) -> int:
         call()
         return torch.cuda.max_memory_allocated() - before
     fields = {field.name: getattr(case, field.name) for field in dataclasses.fields(case)}
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+    context = multiprocessing.get_context("forkserver")  # its server imports torch once for all candidates
+    context.set_forkserver_preload(["torch._dynamo", "cases.contrast", "cases.logits", "cases.loss", "cases.search"])
+    with ProcessPoolExecutor(1, mp_context=context) as process:
         return process.submit(_peak_memory, type(case), fields, name).result()
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from cases import contrast, logits, loss, search, training
-from measure import captured, interleave, machine_card, peak_memory
+from measure import SLOW, captured, interleave, machine_card, peak_memory
 
 PARTS = {
     "loss": loss.CASES,
@@ -38,8 +38,8 @@ def measure(case: Any, seconds: float, compiled: bool, with_memory: bool = True)
     if isinstance(case, search.IndexCase):  # the memory of a search is negligible beside its index
         memory, unit = case.memory(), "of fp32"
     else:
-        measured = list(case.candidates(compiled=False)) if with_memory else []
-        if case.device == "cuda":  # these have their own allocators
+        measured = [name for name in case.candidates(compiled=False) if times[name] <= SLOW] if with_memory else []
+        if case.device == "cuda":  # these have allocators of their own
             measured = [name for name in measured if not name.startswith(("faiss", "cuVS"))]
         memory, unit = {name: peak_memory(case, name) / 2**20 for name in measured}, "MiB"
     return {

@@ -3,9 +3,13 @@ compare within one run."""
 
 from __future__ import annotations
 
-from functools import cache
+from collections import Counter
+from functools import cache, partial
+from typing import Any
 
+import measure
 import pytest
+import run
 from cases import contrast, logits, loss, search, training
 
 CASES = {case.name: case for case in (*loss.CASES, *logits.CASES, *contrast.CASES, *search.CASES, *training.CASES[:1])}
@@ -27,3 +31,45 @@ def test_speed(benchmark, case: str, name: str) -> None:
     benchmark(candidates(case)[name])
     benchmark.extra_info["error"] = errors(case)[name]
     assert errors(case)[name] < (0.02 if name == "simplexfix" else 1.0)
+
+
+class SlowPeer:
+    """A case whose peer takes 100 seconds a call and ours a millisecond, by a clock of its own."""
+
+    name, device, error_name = "a slow peer", "cpu", "error"
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: Counter[str] = Counter()
+        self.now = 0.0
+        monkeypatch.setattr(measure.time, "perf_counter", lambda: self.now)
+
+    def call(self, name: str, seconds: float) -> None:
+        self.calls[name] += 1
+        self.now += seconds
+
+    def candidates(self, compiled: bool = True) -> dict[str, Any]:
+        return {name: partial(self.call, name, seconds) for name, seconds in (("simplexfix", 1e-3), ("peer", 100.0))}
+
+    def limits(self) -> dict[str, Any]:
+        return {}
+
+    def errors(self) -> dict[str, float]:
+        return {"simplexfix": 0.0, "peer": 0.0}
+
+
+def test_a_slow_peer_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After its first call, and its memory not at all: torch's bfloat16 products took minutes a call with AVX2."""
+    weighed: list[str] = []
+    monkeypatch.setattr(run, "peak_memory", lambda case, name: weighed.append(name) or 0)
+    case = SlowPeer(monkeypatch)
+    result = run.measure(case, 2.0, compiled=False)
+    assert case.calls["peer"] == 2
+    assert case.calls["simplexfix"] > 1000
+    assert result["times ours"]["peer"] == pytest.approx(1e5)
+    assert weighed == ["simplexfix"]
+
+
+def test_the_rounds_of_a_case_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = SlowPeer(monkeypatch)
+    measure.interleave({"peer": partial(case.call, "peer", 2.0)}, seconds=2.0)
+    assert case.now == 2.0 * (3 + 2 * 2)  # two rounds, each of which calls it twice

@@ -1,4 +1,4 @@
-"""The header of every run names the tested build of simplexfix."""
+"""Options, order and fixtures of all tests; the header of every run names the simplexfix that is tested."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,14 +19,23 @@ from simplexfix.retrieval._plain_index import PlainIndex
 ROOT = Path(__file__).resolve().parents[1]
 
 
+# Files that take longest: with `-n auto` they begin first, so that no process is left alone with one at the end.
+LONGEST = (
+    "test_gallery_contract.py", "test_gallery_processes.py", "test_install.py", "test_cuda_kernels.py",
+    "test_instruction_sets.py", "test_gallery_milvus.py", "test_demo.py", "test_evaluate.py", "test_terminals.py",
+)  # fmt: skip
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--emulated-cuda", action="store_true", help="CUDA operators on CPU tensors: tests/native")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cpu_only: what CUDA operators promise otherwise, or not")
-    # a shell sets this for `pytest &`; processes that tests start inherit it
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    if "PYTEST_XDIST_WORKER" in os.environ:  # as many of these processes as cores: no threads beside
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        torch.set_num_threads(1)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's `pytest &`; processes that tests start inherit it
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.getoption("--emulated-cuda"):
         sys.path.append(str(ROOT / "tests" / "native"))
@@ -35,7 +45,18 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.ops.simplexfix = torch.ops.simplexfix_emulated
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Each process runs whole files, for the fixtures of their modules, in the order of the collection."""
+    from xdist.scheduler import LoadFileScheduling
+
+    config.option.loadscopereorder = False  # else the files with the fewest tests begin last
+    return LoadFileScheduling(config, log)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     if config.getoption("--emulated-cuda"):
         for item in items:
             if item.get_closest_marker("cpu_only"):

@@ -58,6 +58,10 @@ GALLERIES = (
 )  # fmt: skip
 
 
+# d: one group of codes and less, whole vectors and tails, many; n: one panel, several tasks, splits whose lists fill
+SIZES = [(1, 1300), (3, 5000), (8, 700), (63, 9000), (64, 4097), (129, 3000), (1023, 1500)]
+
+
 def hard_gallery(kind: str, n: int, d: int, rng: np.random.Generator) -> Floats:
     """Returns rows with loose bounds, equal or nearly equal scores, or numbers at the ends of their range."""
     z = rng.standard_normal((n, d)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Forks during a computation: python forks.py CASE.
+"""A process that forks while it is at work: python forks.py CASE...  Prints all children's results as JSON.
 
 Prints each child's result as a JSON list. Children are killed after LIMIT seconds; test_forks.py runs this with its own
 limit.
@@ -238,4 +238,4 @@ def workers() -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(list(globals()[sys.argv[1]]())))
+    print(json.dumps({case: list(globals()[case]()) for case in sys.argv[1:]}))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import assert_same_bits, needs_library
+from processes import free_port, run_ranks
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 
@@ -139,10 +139,7 @@ def loss_of_a_rank(rank: int, size: int, port: int) -> None:
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
 def test_gradients_of_two_processes_are_those_of_one() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(loss_of_a_rank, (2, port), nprocs=2)
+    run_ranks(loss_of_a_rank, 2, free_port())
 
 
 def test_the_loss_of_the_cube_is_over_all_vertices() -> None:

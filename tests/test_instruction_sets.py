@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from multiprocessing.pool import AsyncResult, ThreadPool
 from pathlib import Path
 
 import pytest
+import search_digests
 from conftest import needs_library
 
 from simplexfix import _native
@@ -36,18 +38,22 @@ def suite(environment: dict[str, str], chosen: str, *tests: str) -> subprocess.C
     )
 
 
-def at_level(level: str) -> subprocess.CompletedProcess[str]:
-    tests = ["test_topk.py", "retrieval/test_exact_search.py", "retrieval/test_index.py::test_definition"]
-    if level != "avx512vnni":  # there are no VNNI kernels for losses; avx512's run instead
-        tests += ["test_cross_entropy.py", "test_logits.py", "test_contrast.py"]
-    return suite({"SIMPLEXFIX_ISA": level}, "not gathered", *tests)
+def losses_at(level: str) -> subprocess.CompletedProcess[str]:
+    """Without what no level changes: processes of torch, the memory of a process."""
+    tests = ["test_cross_entropy.py", "test_logits.py", "test_contrast.py"]
+    return suite({"SIMPLEXFIX_ISA": level}, "not gathered and not memory", *tests)
+
+
+def searches_at(level: str) -> subprocess.CompletedProcess[str]:
+    return run({"SIMPLEXFIX_ISA": level, "OMP_NUM_THREADS": "1"}, "search_digests.py")
 
 
 def without_the_library() -> subprocess.CompletedProcess[str]:
+    """CosineIndex alone: test_index.py runs its tests with the reference implementation, too."""
     tests = ["cross_entropy", "logits", "contrast", "topk", "heads", "bad_input"]
-    # left out: tests of bitwise equality and of tiny losses, which only the kernels guarantee
-    chosen = "not threads and not definition and not small_loss and not strid"
-    paths = [*(f"test_{name}.py" for name in tests), "retrieval/test_index.py"]
+    # left out: promises about bits, and about tiny losses, that only the kernels make; processes of torch
+    chosen = "not threads and not definition and not small_loss and not strid and not gathered and not two_processes"
+    paths = [*(f"test_{name}.py" for name in tests), "retrieval/test_index.py::test_reference_implementation"]
     return suite({"SIMPLEXFIX_NATIVE": "0"}, chosen, *paths)
 
 
@@ -63,27 +69,28 @@ def passed(done: subprocess.CompletedProcess[str]) -> None:
 
 
 @needs_library
-@pytest.mark.parametrize("level", LEVELS[:-1])
-def test_operators_at_a_lower_level(runs: Callable[..., AsyncResult], level: str) -> None:
-    """Runs the numeric tests at every level below the best; on a machine without AVX the levels coincide."""
-    others = [runs(at_level, other) for other in LEVELS[:-1]]
-    runs(without_the_library)
-    passed(others[LEVELS.index(level)].get())
+@pytest.mark.parametrize("level", [level for level in LEVELS[:-1] if "vnni" not in level])
+def test_losses_at_a_lower_level(runs: Callable[..., AsyncResult], level: str) -> None:
+    """The whole numeric suite again below the best level; on a machine without AVX the levels coincide.
+
+    The losses have no VNNI kernels.
+    """
+    passed(runs(losses_at, level).get())
 
 
 @needs_library
-def test_search_gives_the_same_bits_at_every_level() -> None:
-    code = (
-        "import hashlib, torch, simplexfix.functional as SF; torch.manual_seed(0)\n"
-        "found = [SF.cosine_topk(torch.randn(9, d), torch.randn(5000, d), 20) for d in (1, 7, 64, 129, 1023)]\n"
-        "print(hashlib.sha256(b''.join(t.numpy().tobytes() for pair in found for t in pair)).hexdigest())\n"
-        "from simplexfix import _native; print(_native.build_info()['cpu_isa'])"
-    )
-    prints = {level: run({"SIMPLEXFIX_ISA": level}, "-c", code).stdout.split() for level in LEVELS}
-    assert len({digest for digest, _ in prints.values()}) == 1, prints
-    for level, (_, used) in prints.items():
-        assert LEVELS.index(used) <= LEVELS.index(level)
-    assert prints["base"][1] == "base"
+def test_search_gives_the_same_bits_at_every_level(runs: Callable[..., AsyncResult]) -> None:
+    """The best level's are compared with the definition by test_exact_search.py and test_index.py."""
+    expected = search_digests.digests()
+    others = {level: runs(searches_at, level) for level in LEVELS[:-1]}
+    for level, other in others.items():
+        done = other.get()
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout)
+        assert LEVELS.index(found["level"]) <= LEVELS.index(level)
+        different = [name for name, digest in found["digests"].items() if digest != expected[name]]
+        assert not different, f"{level}: {different}"
+        assert level != "base" or found["level"] == "base"
 
 
 @needs_library

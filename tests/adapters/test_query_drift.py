@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from processes import run_ranks
 from torch import nn
 
 from simplexfix.adapters import QueryDrift
@@ -215,7 +216,7 @@ def drift_of_a_rank(rank: int, size: int, rendezvous: str) -> None:
 
 @pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch without gloo processes")
 def test_two_processes_add_up(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(drift_of_a_rank, (2, str(tmp_path / "rendezvous")), nprocs=2)
+    run_ranks(drift_of_a_rank, 2, str(tmp_path / "rendezvous"))
 
 
 NAN = features(4)

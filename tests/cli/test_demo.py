@@ -14,7 +14,7 @@ import pytest
 from simplexfix.cli import demo, main
 
 pytest.importorskip("rich", reason="pip install 'simplexfix[cli]'")
-pytest.importorskip("matplotlib", reason="pip install 'simplexfix[cli]'")
+matplotlib = pytest.importorskip("matplotlib", reason="pip install 'simplexfix[cli]'")
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,9 @@ def test_words_and_tables(tmp_path, capsys, monkeypatch) -> None:
     shortened = demo._shortened
     tiny = {"first": 2, "pretraining": 2, "others": 2}
     monkeypatch.setattr(demo, "_shortened", lambda config, **steps: shortened(config, **tiny))
-    assert main(["demo", "--quick", "--out", str(tmp_path)]) == 0
+    with matplotlib.rc_context({"text.usetex": True, "figure.dpi": 7}):  # as of a user's matplotlibrc
+        assert main(["demo", "--quick", "--out", str(tmp_path)]) == 0
+    assert all((tmp_path / name).stat().st_size > 10_000 for name in ("matrices.png", "neighbours.png"))
     text = capsys.readouterr().out
     for words in (
         "d-simplex with HOC",

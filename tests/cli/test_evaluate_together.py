@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-import socket
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch.distributed as dist
+from processes import Command, free_port
 
-from simplexfix.cli import main
+from simplexfix.cli import evaluate, main
 
 pytest.importorskip("matplotlib", reason="pip install 'simplexfix[cli]'")
 pytest.importorskip("rich", reason="pip install 'simplexfix[cli]'")
@@ -41,38 +40,22 @@ def models(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def ranks(folder: Path, size: int, *flags: str, inputs: dict[int, str] | None = None) -> list[tuple[int, str, str]]:
-    """Returns exit code, output and errors of each process, started as torchrun starts them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
+def ranks(
+    folder: Path,
+    size: int,
+    *flags: str,
+    inputs: dict[int, str] | None = None,
+    before: Callable[[], None] | None = None,
+) -> list[tuple[int, str, str]]:
+    """Exit code, output and errors of each process, with the environment that torchrun gives it."""
+    group = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    started = []
     for rank in range(size):
-        environment = {
-            **os.environ,
-            "RANK": str(rank),
-            "WORLD_SIZE": str(size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join((str(folder), str(Path(__file__).resolve().parents[2]))),
-        }
-        given = (inputs or {}).get(rank, "models")
-        command = [sys.executable, "-m", "simplexfix", "evaluate", given, "--truncate", *flags]
-        processes.append(
-            subprocess.Popen(
-                command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            )
-        )
-    done = []
-    try:
-        for process in processes:
-            out, errors = process.communicate(timeout=240)
-            done.append((process.returncode, out, errors))
-    finally:
-        for process in processes:
-            process.kill()
-    return done
+        arguments = ["evaluate", (inputs or {}).get(rank, "models"), "--truncate", *flags]
+        environment = {**group, "RANK": str(rank)}
+        started.append(Command(*arguments, folder=folder, environment=environment, before=before))
+    done = [process.wait() for process in started]
+    return [(code, out.decode(), errors.decode()) for code, out, errors in done]
 
 
 @pytest.mark.parametrize(("size", "protocol"), [(2, "nearest_class_mean"), (4, "instance")])
@@ -115,15 +98,15 @@ def test_what_only_the_writer_meets_ends_all(models) -> None:
     assert sorted(path.name for path in (models / "report").iterdir()) == ["notes.txt"]
 
 
+def kill_the_writer() -> None:
+    """Lets the process of rank 0 end where it would write the report."""
+    if os.environ["RANK"] == "0":
+        evaluate._write = lambda *_: os._exit(9)
+
+
 def test_a_rank_that_dies_ends_all_with_a_message(models) -> None:
-    """The writer is killed after the search, while the other rank waits for it."""
-    (models / "sitecustomize.py").write_text(
-        "import os\n"
-        "if os.environ['RANK'] == '0':\n"
-        "    import simplexfix.cli.evaluate as evaluate\n"
-        "    evaluate._write = lambda *_: os._exit(9)\n"
-    )
-    done = ranks(models, 2)
+    """The writer is killed after the search, while the other waits for it."""
+    done = ranks(models, 2, before=kill_the_writer)
     assert [code for code, *_ in done] == [9, 2], done
     assert done[1][2].startswith("simplexfix evaluate: rank 1: ")
     assert "Traceback" not in done[1][2]

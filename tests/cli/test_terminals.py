@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from processes import Command, Done, command
 from small_run import configuration, short, written_features
 
 import simplexfix
@@ -43,7 +44,6 @@ def folder(tmp_path_factory) -> Path:
 def verb(name: str, out: Path) -> list[str]:
     """A command of this verb that ends with exit code 0."""
     return {
-        "demo": ["demo", "--quick", "--out", str(out)],
         "doctor": ["doctor"],
         "evaluate": ["evaluate", "é日本0.npz", "é日本1.npz", "--out", str(out)],
         "gate": ["gate", "--old", "é日本0.npz", "--new", "é日本1.npz", "--rules", "rules.json"],
@@ -56,17 +56,22 @@ def verb(name: str, out: Path) -> list[str]:
 VERBS = ["doctor", "evaluate", "gate", "runs", "train", "--help"]
 
 
-def run(folder: Path, arguments: list[str], tail: str = "", **environment: str) -> subprocess.CompletedProcess[bytes]:
-    """The command in a shell, whose exit code is the command's."""
+def interpreter(folder: Path, arguments: list[str], tail: str = "", **environment: str) -> Done:
+    """The command in a shell and an interpreter of its own; the shell's exit code is the command's."""
     command = f'set -o pipefail; "$0" -m simplexfix "$@" {tail}; exit ${{PIPESTATUS[0]}}'
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return subprocess.run(
+    done = subprocess.run(
         ["bash", "-c", command, sys.executable, *arguments],
         cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **environment},
         capture_output=True,
         check=False,
     )
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+def forked(folder: Path, arguments: list[str], stdout: str = "file", stderr: str = "file", **environment: str) -> Done:
+    return command(*arguments, folder=folder, environment=environment, stdout=stdout, stderr=stderr)
 
 
 ASCII = {"PYTHONIOENCODING": "ascii:strict"}
@@ -74,14 +79,15 @@ C_LOCALE = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
 
 
 @pytest.mark.parametrize(
-    ("name", "environment"),
+    ("run", "name", "environment"),
     [
-        *[(name, environment) for name in ("evaluate", "gate", "runs", "train") for environment in (ASCII, C_LOCALE)],
-        ("gate", {"PYTHONIOENCODING": "latin-1"}),
-        ("evaluate", {"PYTHONIOENCODING": "cp1252"}),
+        *[(interpreter, name, C_LOCALE) for name in ("evaluate", "runs", "train")],  # names of files are ASCII, too
+        *[(forked, name, ASCII) for name in ("gate", "runs", "train")],
+        (forked, "gate", {"PYTHONIOENCODING": "latin-1"}),
+        (forked, "evaluate", {"PYTHONIOENCODING": "cp1252"}),
     ],
 )
-def test_no_encoding_changes_an_exit_code(folder, tmp_path, name: str, environment: dict[str, str]) -> None:
+def test_no_encoding_changes_an_exit_code(folder, tmp_path, run, name: str, environment: dict[str, str]) -> None:
     done = run(folder, verb(name, tmp_path / "out"), **environment)
     assert done.returncode == 0, done.stderr.decode("utf8", "replace")
     assert b"Traceback" not in done.stderr
@@ -89,24 +95,40 @@ def test_no_encoding_changes_an_exit_code(folder, tmp_path, name: str, environme
         assert b"\\u65e5\\u672c" in done.stdout
 
 
-@pytest.mark.parametrize(("name", "unbuffered"), [*[(name, "1") for name in VERBS], ("evaluate", "")])
-def test_a_reader_that_leaves_changes_nothing(folder, tmp_path, name: str, unbuffered: str) -> None:
-    done = run(folder, verb(name, tmp_path / "out"), "| true", PYTHONUNBUFFERED=unbuffered)
+@pytest.mark.parametrize(
+    ("run", "left", "name", "unbuffered"),
+    [
+        *[(forked, "left", name, "1") for name in VERBS],
+        (forked, "left", "evaluate", ""),
+        *[(interpreter, "| true", name, "") for name in ("--help", "runs")],
+    ],
+)
+def test_a_reader_that_leaves_changes_nothing(folder, tmp_path, run, left: str, name: str, unbuffered: str) -> None:
+    done = run(folder, verb(name, tmp_path / "out"), left, PYTHONUNBUFFERED=unbuffered)
     assert (done.returncode, done.stderr.count(b"Error")) == (0, 0), done.stderr.decode()
     if name == "evaluate":
         assert (tmp_path / "out" / "report.html").exists()
 
 
 def test_a_reader_of_messages_that_leaves_changes_nothing(folder, tmp_path) -> None:
-    done = run(folder, verb("train", tmp_path / "out"), "2> >(true) > said; sleep 0.1", PYTHONUNBUFFERED="1")
+    done = forked(folder, verb("train", tmp_path / "out"), stderr="left", PYTHONUNBUFFERED="1")
     assert done.returncode == 0
-    assert (folder / "said").read_text().endswith("holds versions, logs and report.json\n")
+    assert done.stdout.endswith(b"holds versions, logs and report.json\n")
 
 
 @full_disk
-@pytest.mark.parametrize(("name", "unbuffered"), [*[(name, "") for name in VERBS], ("evaluate", "1")])
-def test_a_full_disk_under_standard_output_is_bad_input(folder, tmp_path, name: str, unbuffered: str) -> None:
-    done = run(folder, verb(name, tmp_path / "out"), "> /dev/full", PYTHONUNBUFFERED=unbuffered)
+@pytest.mark.parametrize(
+    ("run", "full", "name", "unbuffered"),
+    [
+        *[(forked, "full", name, "") for name in VERBS],
+        (forked, "full", "evaluate", "1"),
+        *[(interpreter, "> /dev/full", name, "") for name in ("--help", "runs")],
+    ],
+)
+def test_a_full_disk_under_standard_output_is_bad_input(
+    folder, tmp_path, run, full: str, name: str, unbuffered: str
+) -> None:
+    done = run(folder, verb(name, tmp_path / "out"), full, PYTHONUNBUFFERED=unbuffered)
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.decode().splitlines() if "standard output" in line]
     program = "simplexfix" if name == "--help" else f"simplexfix {name}"
@@ -116,23 +138,26 @@ def test_a_full_disk_under_standard_output_is_bad_input(folder, tmp_path, name: 
 
 @full_disk
 @pytest.mark.parametrize(
-    ("name", "tail"), [("train", "2> /dev/full"), ("train", "2>&- >&-"), ("evaluate", "2>&-"), ("gate", ">&-")]
+    ("run", "name", "streams"),
+    [
+        (forked, "train", {"stderr": "full"}),
+        (forked, "evaluate", {"stderr": "closed"}),
+        (forked, "gate", {"stdout": "closed"}),
+        (interpreter, "train", {"tail": "2>&- >&-"}),
+    ],
 )
-def test_streams_that_are_full_or_closed_change_nothing(folder, tmp_path, name: str, tail: str) -> None:
-    assert run(folder, verb(name, tmp_path / "out"), tail).returncode == 0
+def test_streams_that_are_full_or_closed_change_nothing(
+    folder, tmp_path, run, name: str, streams: dict[str, str]
+) -> None:
+    assert run(folder, verb(name, tmp_path / "out"), **streams).returncode == 0
 
 
-def test_a_backend_of_a_notebook_is_passed_over(folder, tmp_path) -> None:
-    backend = "module://backend_that_is_not_installed"
-    done = run(folder, verb("evaluate", tmp_path / "out"), MPLBACKEND=backend)
-    assert done.returncode == 0, done.stderr.decode()
-
-
-def test_settings_of_matplotlib_are_passed_over(folder, tmp_path) -> None:
+def test_settings_of_matplotlib_and_the_backend_of_a_notebook_are_passed_over(folder, tmp_path) -> None:
+    """test_demo.py has the settings for the figures of the demo."""
     (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfigure.dpi: 7\n")
-    for name in ("evaluate", "demo"):
-        done = run(folder, verb(name, tmp_path / name), MATPLOTLIBRC=str(tmp_path))
-        assert done.returncode == 0, done.stderr
+    settings = {"MATPLOTLIBRC": str(tmp_path), "MPLBACKEND": "module://backend_that_is_not_installed"}
+    done = interpreter(folder, verb("evaluate", tmp_path / "out"), **settings)
+    assert done.returncode == 0, done.stderr.decode()
 
 
 @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
@@ -145,7 +170,8 @@ def test_a_variable_of_torchrun_that_is_no_number_is_named(folder, tmp_path, mon
 
 def test_any_width_prints_everything(folder, tmp_path) -> None:
     printed = {
-        columns: run(folder, verb("evaluate", tmp_path / "out"), COLUMNS=columns).stdout for columns in ("80", "0", "1")
+        columns: forked(folder, verb("evaluate", tmp_path / "out"), COLUMNS=columns).stdout
+        for columns in ("80", "0", "1")
     }
     assert printed["0"] == printed["80"]  # the width is unknown there
     assert b"AC" in printed["80"]
@@ -203,30 +229,24 @@ def test_ctrl_c_says_in_one_line_how_to_go_on(folder, tmp_path, name: str, remed
     if name == "train":
         command = ["train", str(configuration(tmp_path, folder / "features")), "--out", str(tmp_path / "out")]
         command.append("schedule.steps=100000")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "simplexfix", *command],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-    )
+    process = Command(*command, folder=folder)
     log = tmp_path / "out" / "task-00" / "log.jsonl"
     while not (log.exists() and log.read_text().count("\n") > 2 if name == "train" else (tmp_path / "out").exists()):
-        assert process.poll() is None
+        assert not process.has_ended(), process.wait()
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 130, said
+    done = process.wait(timeout=60)
+    said = done.stderr.decode()
+    assert done.returncode == 130, said
     assert said.splitlines()[-1] == f"simplexfix {name}: interrupted; {remedy}"
     assert "Traceback" not in said
     if name == "train":
         lines = log.read_text()
-        again = subprocess.Popen([sys.executable, "-m", "simplexfix", *command], stderr=subprocess.DEVNULL)
+        again = Command(*command, folder=folder)
         try:  # the same command trains from there
             waited = time.monotonic() + 60
             while log.read_text().count("\n") <= lines.count("\n") and time.monotonic() < waited:
-                assert again.poll() is None
+                assert not again.has_ended(), again.wait()
                 time.sleep(0.05)
         finally:
             again.kill()
@@ -284,7 +304,7 @@ def test_the_grammar_knows_every_preset_and_verb() -> None:
 
 def test_json_is_the_same_in_any_encoding(folder, tmp_path) -> None:
     texts = [
-        run(folder, [*verb("gate", tmp_path), "--json"], PYTHONIOENCODING=encoding).stdout
+        forked(folder, [*verb("gate", tmp_path), "--json"], PYTHONIOENCODING=encoding).stdout
         for encoding in ("utf-8", "ascii")
     ]
     assert texts[0] == texts[1]

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import resource
 import shutil
@@ -22,6 +21,7 @@ import cloudpickle
 import numpy as np
 import pytest
 from gallery_stores import A, B, settle, url, vectors
+from processes import CONTEXT
 
 from simplexfix.gallery import Gallery, StoreError
 
@@ -42,9 +42,7 @@ class Child:
     def __init__(self, call: Callable[[Callable[[object], None]], None]) -> None:
         read, write = os.pipe()
         if Child.fresh:
-            fresh = multiprocessing.get_context("forkserver")
-            fresh.set_forkserver_preload(["gallery_stores", "pymilvus", "milvus_lite.adapter.grpc.server"])
-            process = fresh.Process(target=run_fresh, args=(cloudpickle.dumps(call), DupFd(write)))
+            process = CONTEXT.Process(target=run_fresh, args=(cloudpickle.dumps(call), DupFd(write)))
             process.start()
             self.pid, self._exit_code = process.pid, lambda: (process.join(), process.exitcode)[1]
         else:

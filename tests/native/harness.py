@@ -37,7 +37,7 @@ TSAN = ["-O1", "-fsanitize=thread"]
 # TSan finds a race in any order of the threads, so one order and two dtypes are enough.
 FEW = ["--small", "--order", "forward", "--dtype", "float", "--dtype", "bfloat16"]
 LAYERS = {
-    "plain": Layer(["-O1"]),
+    "plain": Layer(["-O1", "-fPIC"]),  # as build_ops: the kernels are compiled once for both
     "asan": Layer(["-O1", *ASAN], ["--order", "forward"]),  # addresses do not depend on the order
     "tsan": Layer(TSAN, FEW),
     "ptx": Layer(["-O1"], ["--ptx"], ptx=True),
@@ -229,7 +229,7 @@ def build_ops(jobs: int = 1) -> Path:
     work = [(compile_source, source) for source in kernels]
     work += [(compile_front, source) for source in [*fronts, HERE / "emulator" / "emulated_stream.cpp"]]
     with ThreadPool(jobs) as pool:
-        objects = pool.map(lambda item: item[0](item[1], ["-O1", "-fPIC"]), work, chunksize=1)
+        objects = pool.map(lambda item: item[0](item[1], LAYERS["plain"].flags), work, chunksize=1)
     name = f"libops-{digest(*objects)}.so"
     return make(CACHE / name, [CXX, "-shared", *objects, f"-L{folder / 'lib'}", "-ltorch_cpu"])
 

@@ -1,6 +1,6 @@
 """Tests that the search through codes equals the definition bit for bit on every kind of gallery.
 
-tests/test_instruction_sets.py runs this file at every level; tests/native/core/test_search.cpp tests the core alone.
+tests/test_instruction_sets.py compares the results of all levels; tests/native/test_search.cpp the core alone.
 """
 
 from __future__ import annotations
@@ -9,14 +9,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import needs_library
-from exact_search import GALLERIES, definition, hard_gallery, queries_for
+from exact_search import GALLERIES, SIZES, definition, hard_gallery, queries_for
 
 import simplexfix.functional as SF
 
 pytestmark = needs_library
-
-# d: less than one group of codes, whole vectors and tails, several groups; n: one panel, several tasks, full lists
-SIZES = [(1, 1300), (3, 5000), (8, 700), (63, 9000), (64, 4097), (129, 3000), (1023, 1500)]
 
 
 def topk(query, gallery, k):

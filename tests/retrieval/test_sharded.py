@@ -5,9 +5,9 @@ from __future__ import annotations
 import gc
 import os
 import re
-import socket
 import subprocess
 import sys
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -22,16 +22,19 @@ import torch
 import torch.distributed as dist
 from conftest import needs_library
 from exact_search import hard_gallery, queries_for
+from processes import Child, free_port, run_ranks
 from torch import Tensor
 from versions import pair, versions
 
 import simplexfix
 from simplexfix.compatibility import compatibility_matrix
+from simplexfix.labelled import LabelledItems
 from simplexfix.retrieval import (
     PROTOCOLS,
     Protocol,
     RankDiedError,
     cosine_topk,
+    nearest_class_mean,
     process_group,
     shard_rows,
     sharded,
@@ -54,12 +57,6 @@ def whole_hits(name: str, *arguments: Any, **ids: Any) -> np.ndarray:
 
 
 means, items = (partial(sharded_hits, name) for name in ("nearest_class_mean", "instance"))
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def environment(rank: int, size: int, port: int) -> dict[str, str]:
@@ -290,65 +287,50 @@ def work_of_a_rank(rank: int, size: int, port: int) -> None:
 @needs_library
 @pytest.mark.parametrize("size", [2, 4])
 def test_sharded_is_whole_to_the_bit(size: int) -> None:
-    torch.multiprocessing.spawn(work_of_a_rank, (size, free_port()), nprocs=size)
+    run_ranks(work_of_a_rank, size, free_port())
 
 
-DIES = """
-import os, sys, time
-from datetime import timedelta
-import torch, torch.distributed as dist
-from simplexfix.labelled import LabelledItems
-from simplexfix.retrieval import nearest_class_mean, process_group
-rank, how = int(os.environ["RANK"]), sys.argv[1]
-rows, labels = torch.eye(8), torch.arange(8)
-version = LabelledItems(labels, labels).version(rows, rows)
-with process_group() as group:
-    hurried = dist.new_group(timeout=timedelta(seconds=2))
-    nearest_class_mean.sharded_hits(version, None)
-    print("ready", flush=True)
-    if how == "is killed":
-        while True:
-            nearest_class_mean.sharded_hits(version, None)
-    if rank == 1:
-        if how == "raises":
-            raise MemoryError("no room for the shard")
-        time.sleep(600)
-    if how == "hangs":
-        nearest_class_mean.sharded_hits(version, hurried)
-"""
+def search_until_a_rank_dies(how: str) -> None:
+    rows, labels = torch.eye(8), torch.arange(8)
+    version = LabelledItems(labels, labels).version(rows, rows)
+    with process_group() as group:
+        hurried = dist.new_group(timeout=timedelta(seconds=2))
+        nearest_class_mean.sharded_hits(version, None)
+        print("ready", flush=True)
+        if how == "is killed":
+            while True:
+                nearest_class_mean.sharded_hits(version, None)
+        if group.rank() == 1:
+            if how == "raises":
+                raise MemoryError("no room for the shard")
+            time.sleep(600)
+        if how == "hangs":
+            nearest_class_mean.sharded_hits(version, hurried)
 
 
 @pytest.mark.parametrize("how", ["is killed", "raises", "hangs"])
-def test_a_rank_that_dies_ends_the_others_with_a_message(how: str) -> None:
-    """The surviving rank is in a search, waits at the end, or has reached the timeout."""
-    port, here = free_port(), Path(__file__).parent
-    source = str(Path(simplexfix.__file__).parents[1])
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", DIES, how],
-            env={**os.environ, **environment(rank, 2, port), "PYTHONPATH": source},
-            cwd=here,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+def test_a_rank_that_dies_ends_the_others_with_a_message(how: str, tmp_path: Path) -> None:
+    """The other is in the midst of a search, waits at the end for all, or has waited for its time."""
+    port = free_port()
+    survivor, dies = (
+        Child(search_until_a_rank_dies, how, folder=tmp_path, environment=environment(rank, 2, port))
         for rank in range(2)
-    ]
-    survivor, dies = processes
+    )
     try:
-        assert dies.stdout is not None
-        assert dies.stdout.readline() == "ready\n"
+        while dies.printed() != b"ready\n":
+            assert not dies.has_ended(), dies.wait()
+            time.sleep(0.01)
         if how == "is killed":
             dies.kill()
-        _, said = survivor.communicate(timeout=60)
-        assert survivor.returncode == 1
-        assert "RankDiedError: rank 0 of 2 lost a peer, which died or did not answer in time" in said
+        done = survivor.wait(timeout=60)
+        assert done.returncode == 1
+        assert b"RankDiedError: rank 0 of 2 lost a peer, which died or did not answer in time" in done.stderr
         if how == "raises":
-            assert "MemoryError: no room for the shard" in dies.communicate(timeout=60)[1]
+            assert b"MemoryError: no room for the shard" in dies.wait(timeout=60).stderr
     finally:
-        for process in processes:
+        for process in (survivor, dies):
             process.kill()
-            process.communicate()
+            process.wait()
 
 
 def test_a_rank_that_never_comes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,8 @@ import retrieval_jobs as jobs
 import torch
 import yaml
 from conftest import ROOT
-from test_trainer import PROCESSES, lines, same, weights
+from processes import CONTEXT
+from test_trainer import lines, same, weights
 
 from simplexfix.adapters import QueryDrift
 from simplexfix.cli import main
@@ -141,7 +142,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(data, whole, tmp_path, 
 
 
 def test_two_processes_train_as_one_with_the_documents_of_both(data, whole, tmp_path) -> None:
-    started = [PROCESSES.Process(target=jobs.in_group, args=(rank, 2, tmp_path, data)) for rank in range(2)]
+    started = [CONTEXT.Process(target=jobs.in_group, args=(rank, 2, tmp_path, data)) for rank in range(2)]
     for process in started:
         process.start()
     for process in started:

@@ -14,7 +14,8 @@ import jobs
 import numpy as np
 import pytest
 import torch
-from test_trainer import PROCESSES, done, lines, together
+from processes import CONTEXT
+from test_trainer import done, lines, together
 
 from simplexfix.models import EmbeddingModel, NeighbourHead, OCAHead
 from simplexfix.training import (
@@ -164,7 +165,7 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_report(data, tmp_path) ->
     whole, kills = time.monotonic() - began, 0
     for run in (tmp_path / name for name in "abcd"):
         for _ in range(3):
-            process = PROCESSES.Process(target=train_run, args=(config, run))
+            process = CONTEXT.Process(target=train_run, args=(config, run))
             process.start()
             process.join(draw.uniform(0, whole))
             process.kill()

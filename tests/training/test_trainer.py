@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import random
 import signal
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from pathlib import Path
 import jobs
 import pytest
 import torch
+from processes import CONTEXT
 
 from simplexfix import SimplexHead
 from simplexfix._seeds import seeded
@@ -22,11 +22,6 @@ from simplexfix.methods import ER
 from simplexfix.models import EmbeddingModel
 from simplexfix.training import CheckpointWarning, Items, Schedule, Trainer, read_state, write_state
 from simplexfix.training.trainer import _fingerprint as fingerprint_of
-
-# A server that has loaded torch forks a process for each job within milliseconds. It never runs a backward pass, after
-# which torch forbids forking.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["torch", "torch.distributed", "simplexfix.training", "jobs"])
 
 KINDS = {
     "float32": {},
@@ -44,7 +39,7 @@ KINDS = {
 
 
 def done(job: Callable[..., None], *arguments: object) -> int | None:
-    process = PROCESSES.Process(target=job, args=arguments)
+    process = CONTEXT.Process(target=job, args=arguments)
     process.start()
     process.join(60)
     return process.exitcode
@@ -113,7 +108,7 @@ def group(folder: Path, name: str, options: dict, *, world: int = 2, die_at: int
 
 
 def together(job: Callable[..., None], *arguments: object, world: int = 2) -> list[int | None]:
-    processes = [PROCESSES.Process(target=job, args=(rank, world, *arguments)) for rank in range(world)]
+    processes = [CONTEXT.Process(target=job, args=(rank, world, *arguments)) for rank in range(world)]
     for process in processes:
         process.start()
     for process in processes:
