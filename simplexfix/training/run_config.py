@@ -265,9 +265,9 @@ class TasksConfig:
     rehearsal: str = "random"
     replacements: dict[int, ReplacementConfig] = field(default_factory=dict)
     pretraining_folder: str | None = None
-    hoc_reference: str = "deployed"
-    replacement_junction: str = "kept"
-    replacement_frozen: float = 0.0
+    hoc_reference: str | None = None
+    replacement_junction: str | None = None
+    replacement_frozen: float | None = None
     denoise: float = 0.0
     align: str = "none"
 
@@ -285,9 +285,11 @@ class TasksConfig:
         if self.epochs is not None and self.epochs < 1:
             raise ValueError(f"epochs must be at least 1, got {self.epochs}")
         check_name("rehearsal", self.rehearsal, SELECTIONS)
-        check_name("hoc_reference", self.hoc_reference, REFERENCES)
-        check_name("replacement_junction", self.replacement_junction, JUNCTIONS)
-        if not 0 <= self.replacement_frozen < 1:
+        if self.hoc_reference is not None:
+            check_name("hoc_reference", self.hoc_reference, REFERENCES)
+        if self.replacement_junction is not None:
+            check_name("replacement_junction", self.replacement_junction, JUNCTIONS)
+        if self.replacement_frozen is not None and not 0 <= self.replacement_frozen < 1:
             raise ValueError(f"replacement_frozen is a fraction of steps, in [0, 1), got {self.replacement_frozen}")
         check_fraction("denoise", self.denoise)
         check_name("align", self.align, ALIGN)
@@ -405,10 +407,10 @@ class RunConfig:
         self._check_retrieval()
 
     @property
-    def hoc_reference(self) -> str:
+    def hoc_reference(self) -> str | None:
         """The `hoc_reference` of `train_versions` that this method gets."""
         reference = self.tasks.hoc_reference
-        return reference if self.method.name == "hoc" or (self.method.name, reference) == ("fd", "all") else "deployed"
+        return reference if self.method.name == "hoc" or (self.method.name, reference) == ("fd", "all") else None
 
     def _check_retrieval(self) -> None:
         chosen = {

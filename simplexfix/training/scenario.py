@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from .._checks import check_name
 from .._seeds import mixed_seed, seeded
+from ..heads import SimplexHead
 from ..methods import HOC, Method, ReadsOldEmbeddings
 from ..models import EmbeddingModel
 from . import processes
@@ -133,9 +134,9 @@ def train_versions(
     seed: int,
     rehearsal: _Selection | None = None,
     replacements: Mapping[int, Callable[[], nn.Module]] | None = None,
-    hoc_reference: str = "deployed",
-    replacement_junction: str = "kept",
-    replacement_frozen: float = 0.0,
+    hoc_reference: str | None = None,
+    replacement_junction: str | None = None,
+    replacement_frozen: float | None = None,
     denoise: float = 0.0,
     align: str = "none",
     folder: str | os.PathLike[str] | None = None,
@@ -170,10 +171,13 @@ def train_versions(
             older version uniformly, and holds its remembered items to their embeddings by that version.  These
             embeddings are stored with the memory, [N, versions, d] float32, without augmentation.  A step does not run
             the older versions, but they stay in memory to embed the items that are remembered next.  "all" acts on
-            methods whose loss calls `old(input)`, such as HOC and FD by cosine.
+            methods whose loss calls `old(input)`, such as HOC and FD by cosine.  None: "all" for HOC with rehearsal,
+            else "deployed".
         replacement_junction: "kept" leaves the junction of a replacement that follows a deployed version as it is;
-            "aligned" turns it towards that version in closed form (`Trainer.fit`).
-        replacement_frozen: fraction of the steps in which the backbone of such a replacement keeps its weights.
+            "aligned" turns it towards that version in closed form (`Trainer.fit`).  None: "aligned" for HOC with the
+            simplex cross-entropy and another reference than "replacement", where the junction has no bias; else "kept".
+        replacement_frozen: fraction of the steps in which the backbone of such a replacement keeps its weights.  None:
+            0.1 with an "aligned" junction, else 0.
         denoise: `denoise` of `Trainer.fit`, for every version with an old model.  Stored embeddings of "all" are moved
             towards the class means of their own version.
         align: "none" or "older".  "older" turns every version from the second on after its training, in closed form,
@@ -190,6 +194,8 @@ def train_versions(
             rehearsal, or with a method that it cannot act on; an "aligned" junction with "replacement"; `align` of
             another method than HOC with a classification by neighbours, or of a folder that began without.
     """
+    if hoc_reference is None:
+        hoc_reference = "all" if isinstance(trainer.method, HOC) and rehearsal is not None else "deployed"
     check_name("hoc_reference", hoc_reference, REFERENCES)
     if hoc_reference == "all" and rehearsal is None:
         raise ValueError('hoc_reference="all" is of remembered items, and rehearsal is None; give one, or "deployed"')
@@ -209,13 +215,14 @@ def train_versions(
     strangers = sorted(set(replacements) - set(range(len(tasks))))
     if strangers:
         raise ValueError(f"replacements must be for tasks 0 to {len(tasks) - 1}, got {strangers}")
-    check_name("replacement_junction", replacement_junction, JUNCTIONS)
+    if replacement_junction is not None:
+        check_name("replacement_junction", replacement_junction, JUNCTIONS)
     if replacement_junction == "aligned" and hoc_reference == "replacement":
         raise ValueError(
             'replacement_junction="aligned" is aligned to the deployed version, and hoc_reference="replacement" holds '
             'a replacement to itself; take "kept", or another reference'
         )
-    begin = {"junction": replacement_junction, "frozen": replacement_frozen}
+    begin = partial(_begin, trainer.method, hoc_reference, replacement_junction, replacement_frozen)
     return _versions(
         trainer,
         tasks,
@@ -242,7 +249,7 @@ def _versions(
     rehearsal: _Selection | None,
     replacements: Mapping[int, Callable[[], nn.Module]],
     hoc_reference: str,
-    begin: Mapping[str, Any],
+    begin: Callable[[EmbeddingModel], dict[str, Any]],
     denoise: float,
     align: str,
     folder: str | os.PathLike[str] | None,
@@ -285,7 +292,7 @@ def _versions(
                 memory=memory,
                 old=old,
                 denoise=denoise,
-                **(begin if t in replacements and version is not None else {}),
+                **(begin(parent) if t in replacements and version is not None else {}),
                 folder=place,
                 on_step=partial(on_step, t),
             )
@@ -296,6 +303,19 @@ def _versions(
             embed = partial(with_references, versions=versions, trainer=trainer) if hoc_reference == "all" else None
             memory = _remembered(version, task, memory, rehearsal, mixed_seed(seed, t, 2), place, embed)
         yield version
+
+
+def _begin(
+    method: Method, reference: str, junction: str | None, frozen: float | None, replacement: EmbeddingModel
+) -> dict[str, Any]:
+    """The options of `Trainer.fit` for a replacement that follows a deployed version."""
+    if junction is None:
+        head = replacement.head
+        fits = isinstance(method, HOC) and isinstance(head, SimplexHead) and head.junction.bias is None
+        junction = "aligned" if fits and reference != "replacement" else "kept"
+    if frozen is None:
+        frozen = 0.1 if junction == "aligned" else 0.0
+    return {"junction": junction, "frozen": frozen}
 
 
 def _aligned(
