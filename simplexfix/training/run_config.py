@@ -251,7 +251,7 @@ class TasksConfig:
         hoc_reference: as in `train_versions`, for hoc; "all" also for fd.  Other methods use the deployed version.
         replacement_junction, replacement_frozen: as in `train_versions`; "aligned" needs hoc or simplex.
         denoise: as in `train_versions`, for hoc, and fd by cosine.
-        align: as in `train_versions`; "older" needs hoc with a classification by neighbours.
+        align: as in `train_versions`; "older" is not for oca.
     """
 
     kind: str = "class_incremental"
@@ -269,7 +269,7 @@ class TasksConfig:
     replacement_junction: str | None = None
     replacement_frozen: float | None = None
     denoise: float = 0.0
-    align: str = "none"
+    align: str | None = None
 
     def __post_init__(self) -> None:
         check_name("kind", self.kind, (*_CLASSIFYING, "retrieval_sequence"))
@@ -292,7 +292,8 @@ class TasksConfig:
         if self.replacement_frozen is not None and not 0 <= self.replacement_frozen < 1:
             raise ValueError(f"replacement_frozen is a fraction of steps, in [0, 1), got {self.replacement_frozen}")
         check_fraction("denoise", self.denoise)
-        check_name("align", self.align, ALIGN)
+        if self.align is not None:
+            check_name("align", self.align, ALIGN)
         if self.memory_per_class < 0:
             raise ValueError(f"memory_per_class must be 0 or more, got {self.memory_per_class}")
         if 0 in self.replacements and self.replacements[0].source == "tasks":
@@ -382,10 +383,10 @@ class RunConfig:
                 'tasks.replacement_junction="aligned" is of method.name="hoc" or "simplex" with the simplex '
                 f'cross-entropy, got "{self.method.name}" with "{self.method.classification}"; take "kept"'
             )
-        if self.tasks.align == "older" and (self.method.name != "hoc" or self.method.classification == "cross_entropy"):
+        if self.tasks.align == "older" and self.method.name == "oca":
             raise ValueError(
-                'tasks.align="older" is of method.name="hoc" with classification="asnn" or "nnp", whose classifier '
-                f'turns with the embeddings, got "{self.method.name}" with "{self.method.classification}"; take "none"'
+                'tasks.align="older" rotates all dimensions, and method.name="oca" has prefixes for older galleries; '
+                'take "none"'
             )
         incremental = len(self.tasks.counts or self.tasks.sets) > 1
         if self.method.name == "oca" and incremental and not self.tasks.memory_per_class:

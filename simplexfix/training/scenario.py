@@ -23,7 +23,7 @@ from ..models import EmbeddingModel
 from . import processes
 from .checkpoint import fingerprint, read_state, write_state
 from .items import Items
-from .junction import ALIGN, JUNCTIONS, aligned_with_older
+from .junction import ALIGN, JUNCTIONS, aligned_with_older, rotated
 from .references import with_references
 from .resume import check_resumable, describe
 from .schedule import Schedule
@@ -138,7 +138,7 @@ def train_versions(
     replacement_junction: str | None = None,
     replacement_frozen: float | None = None,
     denoise: float = 0.0,
-    align: str = "none",
+    align: str | None = None,
     folder: str | os.PathLike[str] | None = None,
     on_step: Callable[[int, int], None] = lambda task, step: None,
 ) -> Iterator[EmbeddingModel]:
@@ -180,19 +180,20 @@ def train_versions(
             0.1 with an "aligned" junction, else 0.
         denoise: `denoise` of `Trainer.fit`, for every version with an old model.  Stored embeddings of "all" are moved
             towards the class means of their own version.
-        align: "none" or "older".  "older" turns every version from the second on after its training, in closed form,
-            towards the embeddings of all older versions (`aligned_with_older`).  New and remembered items have half of
-            the weight each.  The turned version is deployed, chooses the remembered items, is fine-tuned next, and is
-            the next old model.  Older versions stay in memory, and each embeds those items once a task.  It needs HOC
-            with a `classification` by neighbours.
+        align: "none" or "older".  "older" rotates the embeddings of every version from the second on after its
+            training, in closed form, towards those of all older versions (`aligned_with_older`).  New and remembered
+            items have half of the weight each.  The rotated versions are yielded.  Training, rehearsal and stored
+            embeddings use them without their rotations.  Older versions stay in memory, and each embeds those items
+            once a task.  None: "older" for HOC with another reference than "replacement", else "none".
         folder: of the run.
         on_step: called after every step with the task's number and its own (`Trainer.fit`).
 
     Raises:
         ValueError: a number of schedules that is not that of tasks, a replacement for no task, an unknown reference,
             "replacement" where that has no trained head, or a head whose embeddings are of another width; "all" without
-            rehearsal, or with a method that it cannot act on; an "aligned" junction with "replacement"; `align` of
-            another method than HOC with a classification by neighbours, or of a folder that began without.
+            rehearsal, or with a method that it cannot act on; an "aligned" junction with "replacement"; an `align`
+            that is not the one a folder began with.
+        TypeError: `align` of versions with prefixes, as OCA's.
     """
     if hoc_reference is None:
         hoc_reference = "all" if isinstance(trainer.method, HOC) and rehearsal is not None else "deployed"
@@ -202,12 +203,9 @@ def train_versions(
     for option, chosen in (('hoc_reference="all"', hoc_reference == "all"), ("denoise", denoise != 0)):
         if chosen:
             _check_directions(option, trainer.method)
+    if align is None:
+        align = "older" if isinstance(trainer.method, HOC) and hoc_reference != "replacement" else "none"
     check_name("align", align, ALIGN)
-    if align == "older" and not (isinstance(trainer.method, HOC) and trainer.method.classification is not None):
-        raise ValueError(
-            'align="older" turns embeddings away from a classifier that does not turn with them; it is of HOC with a '
-            f'classification by neighbours, got {describe(trainer.method)["type"]}; give that, or "none"'
-        )
     replacements = replacements or {}
     schedules = [schedule] * len(tasks) if isinstance(schedule, Schedule) else list(schedule)
     if len(schedules) != len(tasks):
@@ -257,7 +255,8 @@ def _versions(
 ) -> Iterator[EmbeddingModel]:
     version: EmbeddingModel | None = None
     memory: Items | None = None
-    versions: list[EmbeddingModel] = []  # so far; filled only if they must embed items again
+    trained: list[EmbeddingModel] = []  # versions so far, without rotations; filled only if they must embed items again
+    deployed: list[EmbeddingModel] = []  # the same with their rotations
     for t, (task, schedule) in enumerate(zip(tasks, schedules, strict=True)):
         parent, old = version, version
         if t in replacements or parent is None:
@@ -296,13 +295,14 @@ def _versions(
                 folder=place,
                 on_step=partial(on_step, t),
             )
-        version = _aligned(version, versions, task, memory, trainer, align, place)
+        aligned = _aligned(version, deployed, task, memory, trainer, align, place)
         if hoc_reference == "all" or align == "older":
-            versions.append(version)
+            trained.append(version)
+            deployed.append(aligned)
         if rehearsal is not None and t + 1 < len(tasks):
-            embed = partial(with_references, versions=versions, trainer=trainer) if hoc_reference == "all" else None
+            embed = partial(with_references, versions=trained, trainer=trainer) if hoc_reference == "all" else None
             memory = _remembered(version, task, memory, rehearsal, mixed_seed(seed, t, 2), place, embed)
-        yield version
+        yield aligned
 
 
 def _begin(
@@ -327,8 +327,8 @@ def _aligned(
     align: str,
     folder: Path | None,
 ) -> EmbeddingModel:
-    """The version as it is deployed.  The folder stores the turned junction, whose bits may differ between machines."""
-    file = None if folder is None else folder / "aligned.safetensors"
+    """The version as it is deployed.  The folder stores the rotation, whose bits may differ between machines."""
+    file = None if folder is None else folder / "rotation.safetensors"
     there = file is not None and processes.broadcast(file.exists())
     if not there and (align == "none" or not older):
         return version
@@ -336,22 +336,20 @@ def _aligned(
     if file is not None and there:
         saved = read_state(file)
         check_resumable(saved["facts"], started_with, str(file))
-        weight = saved["weight"]
+        rotation: Tensor = saved["rotation"]
     else:
         parts = [task.items] if memory is None else [task.items, memory]
 
         def act() -> Tensor:
-            turned = aligned_with_older(
+            aligned = aligned_with_older(
                 version, older, *parts, preprocessing=trainer.preprocessing, workers=trainer.workers
             )
-            return turned.head.junction.weight.detach().cpu()  # type: ignore[union-attr, operator]
+            return aligned.rotation.cpu()  # type: ignore[union-attr]
 
-        weight = processes.run_on_rank0(act)
+        rotation = processes.run_on_rank0(act)
         if file is not None and processes.rank() == 0:
-            write_state(file, {"facts": started_with, "weight": weight})
-    version.head.load_state_dict({"junction.weight": weight}, strict=False)
-    version.head.queue.clear()  # type: ignore[union-attr, operator]
-    return version
+            write_state(file, {"facts": started_with, "rotation": rotation})
+    return rotated(version, rotation.to(trainer.device))
 
 
 def _with_head(made: nn.Module, trainer: Trainer, before: EmbeddingModel | None) -> EmbeddingModel:

@@ -135,7 +135,7 @@ class Trainer:
         every checkpoint and is set from it; at the beginning it is as the caller left it (`train_versions` seeds it).
 
         Args:
-            parent: the version before, a replacement, or a fresh network.
+            parent: the version before, a replacement, or a fresh network.  Its rotation is left out.
             items: new inputs and class ids, or a map-style dataset that `Items.from_dataset` takes.
             schedule: budget and learning rate.
             classes: all class ids so far, 0 up to the last.
@@ -223,6 +223,7 @@ class Trainer:
         with alone:
             with seeded(seed):
                 model = copy.deepcopy(parent)
+                model.rotation = None
                 self.method.add_classes(model, classes)
                 if old is not None and isinstance(self.method, ReadsOldEmbeddings):
                     self.method.fit_to_old(model, old)
