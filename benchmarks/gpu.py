@@ -1,11 +1,11 @@
 """All CUDA kernels against torch eager, torch.compile, dense losses and other searches, and this GPU's own limits.
 
 python benchmarks/gpu.py [--out FILE] [--seconds S] [--no-compile]     (on a machine with a GPU; under ten minutes)
-python benchmarks/gpu.py --device cpu --quick                           (tries the script itself, says nothing of GPUs)
+python benchmarks/gpu.py --device cpu --quick                           (tests only the script)
 
-Times are between CUDA events, candidates take turns, errors stand beside speeds.  "simplexfix, CUDA graph" is the same
-call without Python, dispatch and launches.  liger-kernel, cut-cross-entropy, faiss-gpu and cuvs take part where they
-are installed.  Writes benchmarks/results/gpu-NAME.json.
+Times are between CUDA events, candidates are interleaved, and every speed has its error.  "simplexfix, CUDA graph" is
+the same call without Python, dispatch and launches.  liger-kernel, cut-cross-entropy, faiss-gpu and cuvs are measured
+if they are installed.  Results are written to benchmarks/results/gpu-NAME.json.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PEERS = {
 HALF = torch.bfloat16
 
 
-# (B, K, dtype) of the losses and the logits, rows of the contrast, (Q, N, d) of the search: each kernel's regimes
+# each kernel's regimes: (B, K, dtype) of losses and logits, rows of the contrast, (Q, N, d) of the search
 LOSSES = [(512, 1024, torch.float32), (4096, 1024, HALF), (256, 8192, torch.float32), (256, 65536, HALF)]
 LOSSES.append((16, 2**20, torch.float32))
 CONTRASTS = [256, 1024, 2048, 4096, 8192]
@@ -44,7 +44,7 @@ SEARCHES.append((10_000, 100_000, 512))
 
 
 def all_cases(device: str) -> list[Callable[[], Any]]:
-    """Made one after the other, so that no two take the GPU's memory at once."""
+    """Returns functions that create the cases, so that only one at a time uses the GPU's memory."""
     return [
         *(lambda p=p, s=s: loss.LossCase(*s, device, p) for p in ("simplex", "orthoplex", "cube") for s in LOSSES),
         *(lambda s=s: logits.LogitsCase(*s, device) for s in LOSSES),
@@ -54,7 +54,7 @@ def all_cases(device: str) -> list[Callable[[], Any]]:
 
 
 def quick_cases(device: str) -> list[Callable[[], Any]]:
-    """One small case of each kind."""
+    """Returns one small case of each kind."""
     return [
         *(lambda p=p: loss.LossCase(8, 64, device=device, polytope=p) for p in ("simplex", "orthoplex", "cube")),
         lambda: logits.LogitsCase(8, 64, device=device),
@@ -64,7 +64,7 @@ def quick_cases(device: str) -> list[Callable[[], Any]]:
 
 
 def rates(device: str, quick: bool) -> dict[str, float]:
-    """What this machine reaches: a copy that no cache holds, a product of square matrices."""
+    """Measures this machine's bandwidth (a copy larger than the caches) and its rate of matrix products."""
     numbers, side = (2**16, 128) if quick else (2**28, 8192)
     a, b = (torch.randn(side, side, device=device).to(HALF) for _ in range(2))
     calls = {"copy": copy_in_place(numbers, device=device), "product": lambda: a @ b}
@@ -76,10 +76,11 @@ def rates(device: str, quick: bool) -> dict[str, float]:
 
 
 def gpu_card() -> dict[str, str]:
-    """Driver and clocks as nvidia-smi says them, where it can be asked."""
+    """Returns driver and clocks from nvidia-smi, if it is available."""
     fields = ["name", "driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu"]
     command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
-    command.append(f"--id=GPU-{torch.cuda.get_device_properties(0).uuid}")  # CUDA_VISIBLE_DEVICES counts otherwise
+    # the index would depend on CUDA_VISIBLE_DEVICES
+    command.append(f"--id=GPU-{torch.cuda.get_device_properties(0).uuid}")
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
     except (OSError, subprocess.SubprocessError) as error:
@@ -117,7 +118,7 @@ def main() -> int:
         try:
             results["cases"].append(measure(case, seconds, compiled, with_memory=on_gpu))
             show(results["cases"][-1], case.error_name)
-        except Exception as error:  # the other cases are worth having
+        except Exception as error:  # the other cases still run
             failed += 1
             results["cases"].append({"case": case.name, "failed": f"{type(error).__name__}: {error}"})
             print(f"\n{case.name}\n  FAILED {type(error).__name__}: {error}")

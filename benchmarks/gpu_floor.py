@@ -1,7 +1,7 @@
 """The table "On a GPU" of docs/performance.md: what kernels move and compute, and the times that published peaks allow.
 
 python benchmarks/gpu_floor.py            prints the table; nothing in it was measured
-python benchmarks/gpu_floor.py --check    holds REGISTERS against the built library (tests/native/machine_code.py)
+python benchmarks/gpu_floor.py --check    compares REGISTERS with the built library (tests/native/machine_code.py)
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ class Gpu:
     """Published peaks, and the shared memory of an SM."""
 
     architecture: int
-    bandwidth: float  # bytes a second
-    matrix: float  # operations a second, bfloat16, dense
+    bandwidth: float  # bytes per second
+    matrix: float  # dense bfloat16 operations per second
     shared: int  # bytes
 
 
 H100 = Gpu(90, 3.35e12, 989e12, 228 << 10)  # SXM
 A100 = Gpu(80, 2.04e12, 312e12, 164 << 10)  # SXM, 80 GB
 
-# Built by CUDA 13.0: registers a thread on sm_90 and sm_80, bytes of static shared memory a block; the most of the
-# sweeps of a row in chunks.
+# Built by CUDA 13.0: registers per thread on sm_90 and on sm_80, and bytes of static shared memory per block; for rows
+# in chunks the maximum over the sweeps.
 REGISTERS = {
     "contrast_rows<float>": (40, 40, 160),
     "cross_entropy<CubeLoss<float>, __nv_bfloat16, 128>": (64, 63, 128),
@@ -53,7 +53,7 @@ REGISTERS = {
     "sweep_tiles<false>": (126, 128, 20480),
 }
 
-# Additions, multiplications, comparisons and exponentials for one number, read off the sweeps without options.
+# additions, multiplications, comparisons and exponentials per number, counted in the sweeps without options
 LOSS_OPERATIONS = {"Simplex": 17, "Orthoplex": 24, "Cube": 33}
 LOGITS_OPERATIONS, CONTRAST_OPERATIONS = 8, 10
 
@@ -68,17 +68,20 @@ class Row:
     operations: float
     kernel: str
     threads: int
-    dynamic: int = 0  # bytes of shared memory of a block
-    products: bool = False  # whether the operations are tensor cores', and so have a published peak here
-    in_l2: bool = False  # whether what is moved need not come from memory
+    dynamic: int = 0  # bytes of dynamic shared memory per block
+    products: bool = False  # whether the operations run on tensor cores, whose peak is published
+    in_l2: bool = False  # whether the data can stay in L2
 
     def floor(self, gpu: Gpu) -> float:
-        """Seconds."""
+        """Returns the lower bound of the time, in seconds."""
         return max(self.moved / gpu.bandwidth, self.operations / gpu.matrix if self.products else 0.0)
 
     def occupancy(self, gpu: Gpu) -> float:
-        """The fraction of an SM's 64 warps for which it has registers (four times 16 Ki, to warps by 256) and shared
-        memory (1 KiB more to a block than it asks for, by 128 bytes): compute capabilities 8.0 and 9.0."""
+        """Returns the fraction of an SM's 64 warps that fit its registers and shared memory.
+
+        For compute capabilities 8.0 and 9.0: an SM has four banks of 16 Ki registers, which warps get in units of 256.
+        A block gets 1 KiB of shared memory in addition, in units of 128 bytes.
+        """
         on_90, on_80, static = REGISTERS[self.kernel]
         warps = self.threads // 32
         of_warp = ceil((on_80 if gpu.architecture == 80 else on_90) * 32 / 256) * 256
@@ -100,7 +103,7 @@ def losses() -> Iterator[Row]:
         for b, k, dtype in LOSSES:
             d = {"Simplex": k - 1, "Orthoplex": k // 2, "Cube": k}[polytope]
             n, name = dtype.itemsize, "__nv_bfloat16" if dtype.itemsize == 2 else "float"
-            staged = (d + 32 // n - 2) // (16 // n) * 16  # bytes: staged_size() in csrc/cuda/cross_entropy.cuh
+            staged = (d + 32 // n - 2) // (16 // n) * 16  # bytes, as staged_size() in csrc/cuda/cross_entropy.cuh
             threads = 128 if staged <= 16 << 10 else 512  # no size here is short enough for a warp
             if staged <= 44 << 10:
                 kernel = f"cross_entropy<{polytope}Loss<float>, {name}, {threads}>"
@@ -138,14 +141,14 @@ def table() -> str:
 
 
 def registers_built() -> dict[str, tuple[int, int, int]]:
-    """REGISTERS of the built library; of a kernel in several sweeps the most."""
+    """Returns REGISTERS for the built library; for a kernel with several sweeps the maximum."""
     sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "native"))
     import machine_code
 
     found: dict[str, tuple[int, int, int]] = {}
     for kernel, by in machine_code.usage(machine_code.built_library()).items():
         name = re.sub(r", \(Sweep\)\d", "", kernel)
-        used = (by["90"].registers, by["80"].registers, by["80"].shared)  # on sm_90 it counts the reserved KiB too
+        used = (by["90"].registers, by["80"].registers, by["80"].shared)  # on sm_90 it includes the reserved KiB
         found[name] = tuple(map(max, used, found.get(name, used)))
     return found
 

@@ -21,7 +21,7 @@ QUERIES, K, PIECE = 100, 10, 100_000
 
 
 def seconds(call: object, repeats: int) -> float:
-    """The best of some: on a shared machine noise only adds."""
+    """Returns the minimum of several measurements: on a shared machine noise only adds time."""
     times = []
     for _ in range(repeats):
         start = time.perf_counter()

@@ -3,11 +3,12 @@
 python benchmarks/matrix.py [--versions 2 4 8] [--queries 50000] [--rows 10000] [--d 1023] [--classes 10]
                             [--threads N] [--no-straightforward] [--folder DIR] [--out FILE]
 
-Straightforward: for each cell read both files, normalise the queries, average and normalise the gallery per class,
-and search with faiss; with NumPy's norm and division, and with faiss.normalize_L2 in place.  All methods read the same
-.npy files, once before the clock starts, so that they come from the system's cache, and each runs in a process of its
-own, whose peak of memory counts mapped pages too.  The files hold T * (queries + rows) * d * 4 bytes; --distinct D
-makes D files per kind that versions share in turn, for a T whose files the cache would not hold.
+The straightforward method reads both files for each cell, normalises the queries, averages and normalises the gallery
+per class, and searches with faiss.  It is measured with NumPy's norm and division, and with faiss.normalize_L2 in
+place.  All methods read the same .npy files, once before the clock starts, so that they come from the system's cache.
+Each method runs in its own process, whose peak memory includes mapped pages.  The files hold
+T * (queries + rows) * d * 4 bytes.  If the cache is too small for a T, --distinct D creates D files per kind, which
+versions share in turn.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ except ModuleNotFoundError:
 
 
 def write_versions(folder: Path, distinct: int, queries: int, rows: int, d: int, classes: int) -> None:
-    """Class centers that drift from version to version, and noise: a matrix with other numbers in each cell."""
+    """Writes versions whose class centers drift, with noise, so that every cell has another value."""
     rng = np.random.default_rng(0)
     centers = rng.standard_normal((classes, d), dtype=np.float32)
     for kind, count in (("query", queries), ("gallery", rows)):
@@ -96,11 +97,11 @@ METHODS = {
 
 
 def measured(method: str, folder: Path, versions: int, distinct: int, threads: int) -> tuple[float, float, np.ndarray]:
-    """Seconds, MiB of the process at its peak, and the matrix."""
+    """Returns seconds, peak memory in MiB, and the matrix."""
     torch.set_num_threads(threads)
     if faiss is not None:
         faiss.omp_set_num_threads(threads)
-    METHODS[method](folder, 1, distinct)  # libraries load their threads and kernels
+    METHODS[method](folder, 1, distinct)  # libraries start their threads and load their kernels
     start = time.perf_counter()
     matrix = METHODS[method](folder, versions, distinct)
     return time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, matrix
@@ -129,7 +130,7 @@ def main() -> None:
             folder.mkdir(parents=True, exist_ok=True)
             write_versions(folder, distinct, a.queries, a.rows, a.d, a.classes)
         for path in folder.glob("*.npy"):
-            with path.open("rb") as file:  # into the system's cache
+            with path.open("rb") as file:  # reads the files into the system's cache
                 while file.read(2**24):
                     pass
         for versions in a.versions:

@@ -1,4 +1,4 @@
-"""Timing on shared, noisy machines: candidates take turns in one run, and only ratios are told."""
+"""Timing on shared, noisy machines: candidates are interleaved in one run, and only their ratios are reported."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ Call = Callable[[], Any]
 def interleave(
     candidates: dict[str, Call], *, seconds: float = 1.0, least: int = 5, device: str = "cpu"
 ) -> dict[str, float]:
-    """Seconds of each candidate, the first decile of its rounds: on a shared machine noise only adds.
+    """Returns the seconds per call of each candidate: the first decile of its rounds, since noise only adds time.
 
-    On a GPU they are between two CUDA events: what is launched is waited for, and so is a slow launch.
+    On a GPU the time is that between two CUDA events, so slow launches count.
 
-    In every round each has its turn, so all meet the same noise.  A turn repeats a quick call for 20 ms twice and times
-    the second, when caches and allocators are as the candidate itself leaves them: after faiss had read its 50 MB, our
-    search took a dozen calls to have its index in the last cache again.
+    Every round has a turn of each candidate, so all have the same noise.  A turn repeats a quick call for 20 ms twice
+    and times the second part, when caches and allocators are in the candidate's own state.  After faiss had read its
+    50 MB, our search took a dozen calls until its index was in the last-level cache again.
     """
     _time = {"cpu": _clock, "cuda": _events}[device]
     repeats = {}
@@ -67,10 +67,10 @@ def _events(call: Call, repeats: int) -> float:
 
 
 def captured(call: Call) -> Call:
-    """The call as a CUDA graph: its kernels alone, without Python, dispatch and launches."""
+    """Captures the call as a CUDA graph, which runs the kernels without Python, dispatch and launches."""
     beside = torch.cuda.Stream()
     beside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(beside):  # capturing wants calls that have run elsewhere before
+    with torch.cuda.stream(beside):  # a capture requires earlier calls on another stream
         for _ in range(3):
             call()
     torch.cuda.current_stream().wait_stream(beside)
@@ -81,8 +81,11 @@ def captured(call: Call) -> Call:
 
 
 def gradient_step(function: Callable[[Tensor], Tensor], z: Tensor, upstream: Tensor | None = None) -> Call:
-    """function(z) and its gradient.  z is a new leaf in every call: autograd runs a node on the stream that made it,
-    and what was made before a CUDA graph's capture cannot take part in it."""
+    """Returns a call that computes function(z) and its gradient.
+
+    z is a new leaf in every call.  Autograd runs a node on the stream that created it, so a leaf from before a CUDA
+    graph's capture cannot be part of the graph.
+    """
 
     def step() -> Tensor:
         leaf = z.detach().requires_grad_()
@@ -92,15 +95,18 @@ def gradient_step(function: Callable[[Tensor], Tensor], z: Tensor, upstream: Ten
 
 
 def gradient_errors(steps: dict[str, Call], truth: Call) -> dict[str, float]:
-    """Largest error of each gradient against float64, relative to its largest entry."""
+    """Returns the largest error of each gradient against float64, relative to the largest entry."""
     expected = truth()
     scale = expected.abs().max()
     return {name: float((step().double() - expected).abs().max() / scale) for name, step in steps.items()}
 
 
 def peak_memory(case: Any, name: str) -> int:
-    """Bytes that one call of a case's candidate takes at its peak, beyond what was there before: of torch's allocator
-    on a GPU, else of a process of its own, whose memory no other candidate has touched.  Linux only."""
+    """Returns the peak memory in bytes that one call of a candidate adds.
+
+    On a GPU it is that of torch's allocator.  On the CPU (Linux only) the call runs in a new process, whose memory no
+    other candidate has used.
+    """
     if case.device == "cuda":
         call = case.candidates(compiled=False)[name]
         call()
@@ -115,8 +121,8 @@ def peak_memory(case: Any, name: str) -> int:
 
 def _peak_memory(cls: type, fields: dict[str, Any], name: str) -> int:
     call = cls(**fields).candidates(compiled=False)[name]
-    ctypes.CDLL(None).malloc_trim(0)  # what setting up left free would hide a part of the call's memory
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    ctypes.CDLL(None).malloc_trim(0)  # memory that was freed during setup would hide a part of the call's memory
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _status("VmRSS")
     call()
     return _status("VmHWM") - before
@@ -128,13 +134,13 @@ def _status(key: str) -> int:
 
 
 def copy_in_place(numbers: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Call:
-    """Reads and writes `numbers` numbers, as a gradient that is written where its input was read would."""
+    """Returns a copy that reads and writes `numbers` numbers: the traffic of a gradient that overwrites its input."""
     source, target = (torch.ones(numbers, dtype=dtype, device=device) for _ in range(2))
     return lambda: target.copy_(source)
 
 
 def machine_card() -> dict[str, object]:
-    """Where and with what the numbers were taken."""
+    """Returns facts about the machine and the build of a measurement."""
     model = "unknown"
     info = Path("/proc/cpuinfo")
     if info.is_file():

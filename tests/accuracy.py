@@ -1,13 +1,15 @@
-"""How near a result must be to the truth: at most twice the error of the naive computation in the same dtype,
-plus a floor.  All floors live here."""
+"""The error bound of tests: at most twice the error of the naive computation in the same dtype, plus a floor.
+
+All floors are defined here.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-# A few units in the last place of a number of the result's own size, for where the naive computation happens to be
-# exact.  float64 has no wider truth than itself: its floor covers the rounding of a whole row's sums.
+# Floors in units of the last place, for cases where the naive computation happens to be exact. float64 has no wider
+# reference: its floor covers the rounding of a row's sums.
 FLOORS = {torch.float64: 1e-13, torch.float32: 5e-7, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
@@ -30,7 +32,7 @@ def assert_accurate(ours: Tensor, naive: Tensor, truth: Tensor, *, what: str = "
 
 
 def features(kind: str, rows: int, d: int, *, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    """Inputs of the shapes that real ones have."""
+    """Inputs from the distributions that real features have."""
     generator = torch.Generator().manual_seed(seed)
     z = torch.randn(rows, d, generator=generator, dtype=torch.float64)
     if kind == "heavy tail":
@@ -39,10 +41,10 @@ def features(kind: str, rows: int, d: int, *, dtype: torch.dtype, seed: int = 0)
         z = torch.zeros_like(z).scatter_(1, torch.randint(d, (rows, 1), generator=generator), 20.0)
     elif kind == "near-duplicates":
         z = z[:1] + 1e-3 * z
-    elif kind == "confident":  # each row at 30 times a vertex: tiny losses
+    elif kind == "confident":  # each row is 30 times a vertex: tiny losses
         z = 1e-2 * z
         z[torch.arange(rows), torch.arange(rows) % d] += 30.0
-    elif kind == "offset":  # a large common part, which the simplex takes away
+    elif kind == "offset":  # a large common offset, which the simplex logits cancel
         z = z + 100.0
     elif kind != "normal":
         raise ValueError(kind)

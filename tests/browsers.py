@@ -1,4 +1,4 @@
-"""Chromium without a window, for pages that are tested in a real browser."""
+"""Headless Chromium for tests of pages in a real browser."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _FLAGS = (
 
 @contextmanager
 def chromium(profile: Path) -> Iterator[Any]:
-    """A driver with logs of console and network; skips the test where selenium or Chromium is missing."""
+    """Returns a driver with logs of console and network; skips the test if selenium or Chromium is missing."""
     webdriver = pytest.importorskip("selenium.webdriver", reason="pip install selenium")
     if not BROWSER or not DRIVER:
         pytest.skip("needs chromium and chromedriver")
@@ -45,7 +45,7 @@ def chromium(profile: Path) -> Iterator[Any]:
 
 
 def emulate(browser: Any, width: int, scheme: str = "light") -> None:
-    """The width of the window, and the colours that the user prefers; forgets what was logged."""
+    """Sets the window width and the preferred colour scheme, and clears the logs."""
     for log in ("browser", "performance"):
         browser.get_log(log)
     metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
@@ -55,7 +55,7 @@ def emulate(browser: Any, width: int, scheme: str = "light") -> None:
 
 
 def too_wide(browser: Any) -> list[str]:
-    """What is wider than the window and does not scroll by itself."""
+    """Returns the elements that are wider than the window and do not scroll by themselves."""
     found: list[str] = browser.execute_script(
         """const page = document.documentElement;
         const wide = [...document.querySelectorAll('main *')].filter(e => !e.closest('.scroll')
@@ -66,7 +66,7 @@ def too_wide(browser: Any) -> list[str]:
 
 
 def unreadable(browser: Any) -> list[Any]:
-    """Texts whose contrast is below 4.5 to 1, WCAG 2.2 AA."""
+    """Returns the texts whose contrast is below 4.5 to 1 (WCAG 2.2 AA)."""
     found: list[Any] = browser.execute_script(_CONTRAST)
     return found
 

@@ -1,4 +1,4 @@
-"""Which simplexfix is tested stands in the header of every run."""
+"""The header of every run names the tested build of simplexfix."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cpu_only: what CUDA operators promise otherwise, or not")
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's `pytest &`; processes that tests start inherit it
+    # a shell sets this for `pytest &`; processes that tests start inherit it
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.getoption("--emulated-cuda"):
         sys.path.append(str(ROOT / "tests" / "native"))
@@ -51,7 +52,7 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 @pytest.fixture(scope="session")
 def data_folder() -> Path:
-    """Real data for development; no user has or needs it."""
+    """The folder of real data for development; tests that need it are skipped elsewhere."""
     folder = Path(os.environ.get("SIMPLEXFIX_DATA", ROOT.parent / "shared" / "data"))
     if not folder.is_dir():
         pytest.skip(f"no data folder at {folder}; SIMPLEXFIX_DATA names another")
@@ -63,13 +64,13 @@ needs_library = pytest.mark.skipif(_native.library is None, reason="the compiled
 
 @pytest.fixture(params=[pytest.param("library", marks=needs_library), "plain"])
 def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every test with it holds for the library's index and for its reference implementation."""
+    """Runs a test for the compiled index and for its reference implementation."""
     if request.param == "plain":
         monkeypatch.setattr(index_module, "_kind", lambda: PlainIndex)
     return str(request.param)
 
 
 def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    """To the bit for the library, nearly for its reference: how torch sums a row depends on the tensor's shape."""
+    """Compares bits; for the reference implementation allows rounding, since torch's row sums depend on the shape."""
     exact = {"rtol": 0, "atol": 0} if _native.library is not None else {}
     torch.testing.assert_close(actual, expected, equal_nan=True, **exact)

@@ -1,4 +1,4 @@
-"""The exact search by its definition, in plain NumPy, to the bit; and galleries that are hard on it."""
+"""The definition of exact search in plain NumPy, bitwise equal to the kernels, and difficult galleries."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Floats = NDArray[np.float32]
 
 
 def _total(products_of: Iterator[NDArray[np.float64]]) -> NDArray[np.float64]:
-    """A sum in eight partial sums (j mod 8), added in one fixed order: docs/numerics.md."""
+    """A sum of eight partial sums (j mod 8), added in one fixed order: docs/numerics.md."""
     s = sum(products_of)
     return ((s[..., 0] + s[..., 4]) + (s[..., 2] + s[..., 6])) + ((s[..., 1] + s[..., 5]) + (s[..., 3] + s[..., 7]))
 
@@ -28,7 +28,7 @@ def unit(rows: Floats) -> Floats:
 
 
 def to_bfloat16(rows: Floats) -> Floats:
-    """Rounded to nearest, ties to even, and back in float32."""
+    """Rounds to bfloat16 (nearest, ties to even) and returns float32."""
     bits = rows.view(np.uint32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
 
@@ -36,7 +36,7 @@ def to_bfloat16(rows: Floats) -> Floats:
 def definition(
     query: Floats, gallery: Floats, k: int, ids: NDArray[np.int64] | None = None, dtype: str = "float32"
 ) -> tuple[Floats, NDArray[np.int64]]:
-    """Scores and ids [Q, k] by the definition alone: every score, then one sort."""
+    """Returns scores and ids [Q, k] by the definition: every score, then one sort."""
     g = unit(gallery)
     q8, g8 = _in_eights(unit(query)), _in_eights(to_bfloat16(g) if dtype == "bfloat16" else g)
     scores = np.full((len(query), k), -np.inf, dtype=np.float32)
@@ -59,21 +59,21 @@ GALLERIES = (
 
 
 def hard_gallery(kind: str, n: int, d: int, rng: np.random.Generator) -> Floats:
-    """Rows on which bounds are loose, scores equal or nearly so, or numbers at the ends of their range."""
+    """Returns rows with loose bounds, equal or nearly equal scores, or numbers at the ends of their range."""
     z = rng.standard_normal((n, d)).astype(np.float32)
     if kind == "normal":
         return z
-    if kind == "one-hot":  # in three lengths: many exact ties, scores of 0, 1 and -1 alone
+    if kind == "one-hot":  # three lengths per direction: many exact ties, and only scores of 0, 1 and -1
         return np.eye(d, dtype=np.float32)[rng.integers(0, d, n)] * rng.choice([-1, 1, 2], (n, 1)).astype(np.float32)
     if kind == "duplicates":
         return z[rng.integers(0, max(1, n // 50), n)]
     if kind == "one row":
         return np.repeat(z[:1], n, 0)
-    if kind.startswith("clusters"):  # gaps down to below what codes, and then float32, can tell apart
+    if kind.startswith("clusters"):  # gaps below the resolution of codes, then of float32
         return z[rng.integers(0, min(n, 7), n)] + np.float32(kind.split()[1]) * z
     if kind == "one cluster":
         return z[:1] + np.float32(1e-4) * z
-    if kind == "a crowd and others":  # codes of the crowd are short, those of the others long
+    if kind == "a crowd and others":  # most rows have short codes, the others long ones
         return np.where(rng.random((n, 1)) < 0.9, z[:1] + np.float32(0.1) * z, z)
     if kind == "numbers of all sizes":
         return (z * 10.0 ** rng.uniform(-30, 30, (n, d))).clip(-1e38, 1e38).astype(np.float32)
@@ -81,16 +81,17 @@ def hard_gallery(kind: str, n: int, d: int, rng: np.random.Generator) -> Floats:
         return (z * 10.0 ** rng.uniform(-40, 37, (n, 1))).astype(np.float32)
     if kind == "denormals":
         return z * np.float32(1e-41)
-    if kind == "spike":  # one number that takes the whole scale of a code, in four rows of five
+    if kind == "spike":  # in four of five rows one number determines the scale of the code
         z[np.arange(n) % 5 > 0, 0] = 1e20
         return z
     if kind == "zeros":
         z[::3] = 0
         return z
-    if kind in ("rising", "falling"):  # each row better than those before, or worse: cutoffs always or never move
+    # each row is better than those before, or worse: the cutoff always or never changes
+    if kind in ("rising", "falling"):
         near = np.linspace(0, 1, n, dtype=np.float32)[:: 1 if kind == "rising" else -1, None]
         return (1 - near) * z + near * z[:1] * 3
-    if kind == "runs":  # 64 neighbours together, the same ones in each 1024: no few of the rows stand for all
+    if kind == "runs":  # 64 neighbours are contiguous, the same ones in each 1024: no sample is representative
         return z[np.arange(n) // 64 % 16] + np.float32(0.1) * z
     if kind == "signs":
         return rng.integers(-1, 2, (n, d)).astype(np.float32)
@@ -100,7 +101,7 @@ def hard_gallery(kind: str, n: int, d: int, rng: np.random.Generator) -> Floats:
 
 
 def queries_for(gallery: Floats, count: int, rng: np.random.Generator) -> Floats:
-    """Rows of the gallery, rows near them, their opposites, others and a zero row."""
+    """Returns rows of the gallery, rows near them, their opposites, others and a zero row."""
     n, d = gallery.shape
     rows = unit(gallery)
     third = count // 3

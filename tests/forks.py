@@ -1,6 +1,7 @@
-"""A process that forks while it is at work: python forks.py CASE.  Prints what each child said, as a JSON list.
+"""Forks during a computation: python forks.py CASE.
 
-Children are killed when they take longer than LIMIT; test_forks.py runs this, with a limit of its own.
+Prints each child's result as a JSON list. Children are killed after LIMIT seconds; test_forks.py runs this with its own
+limit.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import simplexfix.functional as SF
 from simplexfix import CosineIndex, _native
 
 LIMIT = 15.0
-# torch's own threads: a child that runs the reference implementation would hang on them
+# torch's own threads: a child that runs the reference implementation would deadlock
 torch.set_num_threads(2 if _native.library else 1)
 
 rng = np.random.default_rng(0)
@@ -34,7 +35,7 @@ searched = CosineIndex(64, threads=2)
 
 
 def in_child(task: Callable[[], Any], limit: float = LIMIT) -> str:
-    """What the task returns in a forked child, or its error, or "hangs"."""
+    """Returns the task's result in a forked child, or its error, or "hangs"."""
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -57,7 +58,7 @@ def in_child(task: Callable[[], Any], limit: float = LIMIT) -> str:
 
 @contextmanager
 def busy(*tasks: Callable[[], Any]) -> Iterator[None]:
-    """Threads that repeat the tasks."""
+    """Starts threads that repeat the tasks."""
     stop = threading.Event()
 
     def repeat(task: Callable[[], Any]) -> None:
@@ -100,7 +101,7 @@ def index_tasks(index: CosineIndex) -> list[Callable[[], Any]]:
 
 
 def readers() -> Iterator[str]:
-    """Threads search and save."""
+    """Threads search and save during the fork."""
     index = CosineIndex(64, threads=2)
     index.add(vectors)
     tasks = index_tasks(index)
@@ -112,7 +113,7 @@ def readers() -> Iterator[str]:
 
 
 def writers() -> Iterator[str]:
-    """A thread adds and removes: where the fork meets a change the child gets an error."""
+    """A thread adds and removes; a child that is forked during a change gets an error."""
     index = CosineIndex(64, threads=2)
     index.add(vectors)
     searches = index_tasks(index)[0]
@@ -130,7 +131,7 @@ def writers() -> Iterator[str]:
                 said.add("ok")
             except RuntimeError as error:
                 said.add(str(error))
-        calls.clear()  # with the index, whose memory may be inconsistent
+        calls.clear()  # the index's memory may be inconsistent too
         return " ".join(sorted(said))
 
     with busy(changes):
@@ -139,7 +140,7 @@ def writers() -> Iterator[str]:
 
 
 def waiting() -> Iterator[str]:
-    """A thread waits for a search to end, to add; nothing is changed yet."""
+    """A thread waits for a search to end before it adds; nothing has changed yet."""
     index = CosineIndex(64, threads=1)
     index.add(vectors)
     tasks = index_tasks(index)
@@ -147,14 +148,14 @@ def waiting() -> Iterator[str]:
     others = [threading.Thread(target=index.search, args=(many, 10)), threading.Thread(target=index.add, args=(query,))]
     for other in others:
         other.start()
-        time.sleep(1)  # the search first looks at all of its queries
+        time.sleep(1)  # the search first reads all of its queries
     yield from map(in_child, tasks)
     yield "ok" if others[1].is_alive() else "the search was too short"
     for other in others:
         other.join()
 
 
-# Made before a fork, and of sizes that are worth threads.  torch's own operators on such sizes hang in a child.
+# Created before a fork, with sizes that use several threads. torch's own operators hang in a child at such sizes.
 draw = torch.Generator().manual_seed(0)
 features = torch.randn(700, 255, generator=draw).requires_grad_()
 old_features, upstream = torch.randn(700, 255, generator=draw), torch.randn(700, 256, generator=draw)
@@ -164,7 +165,7 @@ bits, bit_classes = torch.randn(30_000, 8, generator=draw).requires_grad_(), tor
 
 
 def operators() -> list[bytes]:
-    """The bits of each operator's results."""
+    """Returns the bits of each operator's results."""
     results = []
 
     def run(value: torch.Tensor, gradient: torch.Tensor) -> None:
@@ -197,7 +198,7 @@ def after_operators() -> Iterator[str]:
 
 
 def beside_operators() -> Iterator[str]:
-    """Threads make and give back the memory of gradients."""
+    """Threads allocate and free gradient buffers during the fork."""
     z, target = torch.randn(4000, 63), torch.arange(4000) % 64
     expected = operators()
 
@@ -210,7 +211,7 @@ def beside_operators() -> Iterator[str]:
 
 
 def item(at: int) -> int:
-    """What a worker does: a loss, and a search."""
+    """One item of a worker: a loss and a search."""
     row = torch.from_numpy(query[at : at + 1]).requires_grad_()
     SF.simplex_cross_entropy(row, torch.tensor([at % 64])).backward()
     return int(searched.search(query[at : at + 1], 1)[1][0, 0])

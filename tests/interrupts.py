@@ -1,6 +1,7 @@
-"""A long call that a signal is to end: python interrupts.py CASE.  Prints "ready", then how the call ended, as JSON.
+"""A long call that a signal ends: python interrupts.py CASE.
 
-Each call would take at least several times as long as test_interrupts.py lets it.
+Prints "ready", then how the call ended, as JSON. Each call would take several times as long as test_interrupts.py
+allows.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def save() -> dict[str, Any]:
     os.unlink("other")
 
     def saves() -> None:
-        while True:  # one alone may be too short
+        while True:  # one call may be too short
             index.save("other")
             os.unlink("other")
 
@@ -176,7 +177,7 @@ def handler_that_uses_the_index() -> dict[str, Any]:
 
 
 def child() -> dict[str, Any]:
-    """A thread that is not the main one forks: in the child it is."""
+    """A thread other than the main one forks; in the child it is the main thread."""
     _, call = long_search()
     results: list[dict[str, Any]] = []
 
@@ -207,4 +208,4 @@ def child() -> dict[str, Any]:
 
 if __name__ == "__main__":
     print(json.dumps(globals()[sys.argv[1]]()), flush=True)
-    os._exit(0)  # not before a daemon's search has ended, otherwise
+    os._exit(0)  # otherwise not before a daemon's search has ended

@@ -1,4 +1,4 @@
-"""Every public function of `functional`: bad input and the message it gets."""
+"""Tests bad input to every public function of `functional`, with the expected message."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ CASES = [
 
 @needs_library
 def test_memory_that_is_not_there_is_told_in_torchs_words() -> None:
-    """And not by the place of torch's header where the library was built."""
+    """The message has no path of torch's headers on the build machine."""
     one = torch.zeros(2**12, 1)
     with pytest.raises(RuntimeError, match=r"allocate|lack of memory") as raised:
         SF.cosine_topk(one, one, 2**30)

@@ -1,4 +1,4 @@
-"""Old/new contrast and HOC against loops written from method.md, section 3."""
+"""Tests the old/new contrast and HOC against loops written from the equations."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ import simplexfix.functional as SF
 from simplexfix import _reference
 
 FORMS = ("zero_mask", "remove", "infonce")
-TARGETS = torch.tensor([3, 3, 7, 2**40, 3, 7, -5])  # classes of three, two and one
+TARGETS = torch.tensor([3, 3, 7, 2**40, 3, 7, -5])  # classes of three, two and one rows
 
 
 def by_loop(new, old, target, *, mu=10.0, negatives="zero_mask", anchor="old"):
-    """Row by row, in Python floats."""
+    """Computes the loss row by row in Python floats."""
     u, v = old.double(), new.double()
     u, v = u / u.norm(dim=1, keepdim=True), v / v.norm(dim=1, keepdim=True)
     if anchor == "symmetric":
@@ -31,7 +31,7 @@ def by_loop(new, old, target, *, mu=10.0, negatives="zero_mask", anchor="old"):
         return (pair[0] + pair[1]) / 2
     rows = []
     for i in range(len(target)):
-        # anchors are old features and the sum runs over new ones, or the other way round
+        # anchors are old features and the sum runs over new ones, or the reverse
         s = [float(u[i] @ v[j]) if anchor == "old" else float(u[j] @ v[i]) for j in range(len(target))]
         inside = sum(math.exp(mu * s[j]) for j in range(len(target)) if target[j] != target[i])
         if negatives == "zero_mask":
@@ -66,7 +66,7 @@ def test_formats(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("negatives", FORMS)
 def test_one_class_only_is_finite(negatives: str) -> None:
-    """No negatives at all: never -inf or nan, and a gradient that is finite too."""
+    """Without negatives the loss is neither -inf nor nan, and its gradient is finite."""
     new = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
     old = torch.randn(4, 6, dtype=torch.float64)
     rows = SF.old_new_contrast(new, old, torch.zeros(4, dtype=torch.int64), negatives=negatives, reduction="none")
@@ -101,7 +101,7 @@ def test_hoc_is_the_mixture(reduction: str) -> None:
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 def test_weight_and_ignore_index_of_hoc_are_of_its_cross_entropy(reduction: str) -> None:
-    """The contrast is over every image of the batch: those without a label are of one class of their own there."""
+    """The contrast covers every image of the batch; ignored rows form one class of their own in it."""
     z, old = (features("normal", 7, 5, dtype=torch.float64, seed=seed) for seed in (0, 1))
     target, weight = torch.tensor([0, 0, 9, 1, 9, 5, 2]), torch.rand(6, generator=torch.Generator().manual_seed(2))
     loss = SF.hoc_loss(z, old, target, lambda_=0.3, weight=weight, ignore_index=9, reduction=reduction)
@@ -115,13 +115,13 @@ def test_weight_and_ignore_index_of_hoc_are_of_its_cross_entropy(reduction: str)
         "sum": 0.3 * rows.sum() + 0.7 * contrast.sum(),
     }
     torch.testing.assert_close(loss, expected[reduction], rtol=1e-12, atol=1e-12)
-    assert SF.hoc_loss(z, old, torch.full((7,), -100)).isnan()  # as torch: a mean over no row
+    assert SF.hoc_loss(z, old, torch.full((7,), -100)).isnan()  # as in torch: a mean over no rows
     assert SF.hoc_loss(z, old, torch.full((7,), -100), reduction="sum").isfinite()
 
 
 @pytest.mark.parametrize(("new_dtype", "old_dtype"), [("bfloat16", "float32"), ("float32", "bfloat16")])
 def test_under_autocast_the_old_features_may_be_of_another_dtype(new_dtype: str, old_dtype: str) -> None:
-    """They were extracted before, or outside of autocast, whose choice the dtype of the new ones is."""
+    """Old features were extracted outside of autocast; the new ones have autocast's dtype."""
     z = features("normal", 7, 5, dtype=getattr(torch, new_dtype)).requires_grad_()
     old, target = features("normal", 7, 5, dtype=getattr(torch, old_dtype), seed=1), torch.tensor([0, 0, 5, 1, 0, 5, 2])
     for loss in (SF.hoc_loss, SF.old_new_contrast):
@@ -147,7 +147,7 @@ def loss_and_gradient(function, new, old, target, upstream, **options):
     return loss.detach(), torch.autograd.grad(loss, new, upstream.to(loss.dtype).expand(loss.shape))[0]
 
 
-# below a vector, tails of every width, one row; 2200 rows: several blocks of anchors and chunks of candidates
+# fewer columns than a vector, all tail widths, one row; 2200 rows: several blocks of anchors and chunks
 @pytest.mark.parametrize(("rows", "d"), [(1, 2), (2, 3), (37, 17), (130, 65), (2200, 33)])
 @pytest.mark.parametrize("negatives", FORMS)
 @pytest.mark.parametrize("anchor", ["old", "new", "symmetric"])
@@ -158,7 +158,7 @@ def test_against_the_reference_in_float64(rows: int, d: int, negatives: str, anc
     for dtype in DTYPES if rows < 2000 else (torch.float32,):
         new, old = (features("normal", rows, d, dtype=dtype, seed=seed) for seed in (0, 1))
         if rows > 2:
-            new[rows // 3] = old[rows // 3]  # an easy row: a small loss under infonce
+            new[rows // 3] = old[rows // 3]  # an easy row: its loss is small with infonce
         for reduction in ("none", "mean", "sum") if rows < 2000 else ("mean",):
             shape = [rows] if reduction == "none" else []
             upstream = torch.randn(shape, dtype=torch.float64, generator=generator)
@@ -204,7 +204,7 @@ def test_float16_gradients_survive_a_gradient_scaler() -> None:
 
 @needs_library
 def test_the_reference_is_not_what_runs_and_memory_stays_below_a_tenth() -> None:
-    """Beside its results the operator holds blocks: less than a tenth of a B x B matrix, in a process of its own."""
+    """The operator allocates blocks besides its results: less than a tenth of a B x B matrix, in its own process."""
     code = """
 import ctypes, torch, simplexfix.functional as SF
 status = lambda key: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key + ":"))
@@ -220,7 +220,7 @@ print((status("VmHWM") - before) / 1024)
 """
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("peak memory is read from Linux' /proc")
-    here = Path(__file__).parent  # from the repository's own folder Python would import the source, without the library
+    here = Path(__file__).parent  # in the repository's folder Python would import the source, without the library
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=here)
     mebibytes = float(done.stdout) - 8192 * 64 * 4 / 2**20  # the gradient is a result
     assert mebibytes < 0.1 * 8192**2 * 4 / 2**20
@@ -229,7 +229,7 @@ print((status("VmHWM") - before) / 1024)
 @needs_library
 @pytest.mark.parametrize("anchor", ["old", "new"])
 def test_loss_and_gradient_are_the_same_on_any_number_of_threads(anchor: str, pytestconfig: pytest.Config) -> None:
-    """Several blocks of anchors, and candidates beyond a chunk of the products."""
+    """Several blocks of anchors, and more candidates than one chunk of the products."""
     if pytestconfig.getoption("--emulated-cuda"):
         pytest.skip("a GPU's matrix products are torch's")
     new, old = (features("normal", 1100, 40, dtype=torch.float32, seed=seed) for seed in (0, 1))
@@ -277,7 +277,7 @@ def contrast_of_a_rank(rank: int, size: int, port: int, unequal: bool) -> None:
 @pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
 @pytest.mark.parametrize("unequal", [False, True])
 def test_gathered_batches_are_one_batch(unequal: bool) -> None:
-    """Two processes with half the rows each, gradients averaged: the loss and gradient of one with all rows."""
+    """Two processes with half of the rows each, and averaged gradients, have the loss and gradient of one process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,4 +1,4 @@
-"""Closed forms of the three polytopes against their matrices: values, gradients, options, formats."""
+"""Tests the closed forms of the three polytopes against their matrices: values, gradients, options and layouts."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from simplexfix.polytopes import cube_codes, cube_prototypes, orthoplex_prototyp
 POLYTOPES = ("simplex", "orthoplex", "cube")
 OPERATORS = {name: getattr(SF, f"{name}_cross_entropy") for name in POLYTOPES}
 REFERENCES = {name: getattr(_reference, f"{name}_cross_entropy") for name in POLYTOPES}
-ENUMERATED = 12  # the most dimensions of a cube whose 2^d vertices are all written down
+ENUMERATED = 12  # largest dimension of a cube whose 2^d vertices fit into a matrix
 
 
 def slots_of(polytope: str, d: int) -> int:
-    """Classes of a sample: the cube's are all its vertices, or 100 of them where they are too many."""
+    """Returns the number of classes of a sample: for the cube all vertices, or 100 if there are too many."""
     return {"simplex": d + 1, "orthoplex": 2 * d}.get(polytope) or (2**d if d <= ENUMERATED else 100)
 
 
 def options_of(polytope: str, d: int) -> dict[str, Any]:
-    """What the operator has to be told besides: the cube's vertices, anywhere, all bits of d in use."""
+    """Returns further options of the operator: codes of random cube vertices that use all bits of d."""
     if polytope != "cube" or d <= ENUMERATED:
         return {}
     words = torch.randint(-(2**62), 2**62, (100, -(-d // 64)), generator=torch.Generator().manual_seed(7))
@@ -101,11 +101,11 @@ def reference_in_the_dtype_of_z(polytope: str):
 
 def labels(rows: int, slots: int, seed: int = 1) -> torch.Tensor:
     target = torch.randint(slots, (rows,), generator=torch.Generator().manual_seed(seed))
-    target[0], target[-1] = 0, slots - 1  # the first vertex and the last, which has a formula of its own
+    target[0], target[-1] = 0, slots - 1  # the first vertex and the last, which has its own formula
     return target
 
 
-# below one vector, tails of every vector width, whole vectors, whole unrolled blocks, the paper's size
+# less than one vector, tails of every vector width, whole vectors, whole unrolled blocks, the paper's size
 @pytest.mark.parametrize("polytope", POLYTOPES)
 @pytest.mark.parametrize("d", [1, 2, 3, 4, 7, 12, 15, 16, 32, 64, 65, 79, 129, 1023])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -116,7 +116,7 @@ def test_sizes(polytope: str, d: int, dtype: torch.dtype) -> None:
 
 
 def test_many_classes() -> None:
-    """K = 65537: past 16 bits, and past the first level of cache; the truth is the reference in float64."""
+    """K = 65537 exceeds 16 bits and the L1 cache; the truth is the reference implementation in float64."""
     z = features("normal", 3, 65536, dtype=torch.float32)
     target = torch.tensor([0, 65536, 40000])
     for dtype in (torch.float32, torch.bfloat16):
@@ -140,7 +140,7 @@ def test_many_classes() -> None:
 @pytest.mark.parametrize("d", [2048, 2049, 2050, 4096, 4999])
 @pytest.mark.parametrize("options", [{}, {"normalize": True, "scale": 30.0}, {"label_smoothing": 0.1, "weight": 1}])
 def test_rows_of_several_tiles(polytope: str, d: int, options: dict[str, Any]) -> None:
-    """The CPU kernels take a row in tiles of 2048, each with a largest logit of its own: labels at their ends."""
+    """The CPU kernels split a row into tiles of 2048 with a largest logit each; labels lie at the ends of tiles."""
     slots = slots_of(polytope, d)
     target = torch.tensor([0, 2047, 2048, d - 1, slots - 1, d // 2, d // 2 + 2048])
     if polytope == "cube":
@@ -150,7 +150,7 @@ def test_rows_of_several_tiles(polytope: str, d: int, options: dict[str, Any]) -
         options = {"weight": weight} if polytope == "cube" else {**options, "weight": weight}
     for kind in ("normal", "heavy tail", "confident", "offset"):
         z = features(kind, len(target), d, dtype=torch.float64)
-        z[1, :2048] -= 500  # a tile whose exponentials vanish beside another's
+        z[1, :2048] -= 500  # a tile whose exponentials vanish beside those of another
         z[2] = 0
         for dtype in (torch.float64, torch.float32, torch.bfloat16):
             check(
@@ -165,7 +165,7 @@ def test_rows_of_several_tiles(polytope: str, d: int, options: dict[str, Any]) -
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("d", [1, 2, 129, 4999])  # the last in three tiles
+@pytest.mark.parametrize("d", [1, 2, 129, 4999])  # 4999 gives three tiles
 def test_logits_of_any_size(d: int, dtype: torch.dtype) -> None:
     """The CPU kernel takes exponentials as they come, but for tiles whose sum tells that these may not do: logits about
     those bounds, on both sides of them in one row, and so large that no rounding to a power of two is meant."""
@@ -185,7 +185,7 @@ def test_logits_of_any_size(d: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("scale", [200.0, 3e3, 1e6, 1e12, 1e30])
 def test_logits_that_are_all_alike_or_all_far_below(scale: float, dtype: torch.dtype) -> None:
-    """Where logits are huge, so is what their rounding leaves; and a margin may put all far below the reference."""
+    """The rounding error of huge logits is huge too, and a margin may put all logits far below the reference."""
     same = torch.full((1, 8), 3.3, dtype=dtype)
     loss = OPERATORS["orthoplex"](same, torch.tensor([3]), normalize=True, scale=scale)
     assert float(loss) == pytest.approx(math.log(8), rel=1e-5)
@@ -203,7 +203,8 @@ def test_a_small_loss_beside_large_logits(own: float, other: float) -> None:
     z[0, 0], z[0, 1] = own, other
     loss, gradient = both(OPERATORS["simplex"], z, torch.tensor([0]))
     w = simplex_prototypes(9, dtype=torch.float64)
-    p = (z.double() @ w.T)[0].sub((z.double() @ w.T)[0, 0]).exp()  # relative to the label's: float64 has room for all
+    # relative to the label's logit: float64 represents all of them
+    p = (z.double() @ w.T)[0].sub((z.double() @ w.T)[0, 0]).exp()
     others = p[1:].sum()
     p[0] = -others
     assert float(loss) == pytest.approx(float(others.log1p()), rel=2e-5, abs=1e-30)
@@ -222,7 +223,7 @@ def test_smoothing_of_logits_near_the_end_of_the_format() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_distributions(polytope: str, kind: str, dtype: torch.dtype) -> None:
-    for d in (12, 129):  # the first: every vertex of the cube written down
+    for d in (12, 129):  # the first case uses the matrix of all cube vertices
         z = features(kind, 33, d, dtype=dtype)
         target = labels(33, slots_of(polytope, d))
         for normalize in (False, True):
@@ -263,7 +264,7 @@ def test_angular_margin_beyond_pi(polytope: str) -> None:
 @needs_library
 @pytest.mark.parametrize("polytope", POLYTOPES)
 def test_a_row_at_its_own_vertex_keeps_its_small_loss(polytope: str) -> None:
-    """log1p, not log(1 + tiny): at cosine 1 and such scales the loss is 1e-24, which 1 - p would lose."""
+    """log1p, not log(1 + tiny): at cosine 1 and these scales the loss is 1e-24, which 1 - p would lose."""
     d, scale = {"simplex": (63, 60.0), "orthoplex": (64, 60.0), "cube": (10, 300.0)}[polytope]
     w = prototypes(polytope, d, torch.float64)
     loss = OPERATORS[polytope](w, torch.arange(len(w)), scale=scale, reduction="none")
@@ -282,10 +283,11 @@ def test_a_margin_brings_back_a_loss_too_small_to_hold(dtype: torch.dtype, margi
 
     The truth is the reference implementation in float64, which takes the logarithm of the sum there; the matrix
     gives 0 for most."""
-    scale, tolerance = (2500.0, 1e-9) if dtype == torch.float64 else (250.0, 2e-3)  # logits hold scale * epsilon
+    # the error of logits is scale * epsilon
+    scale, tolerance = (2500.0, 1e-9) if dtype == torch.float64 else (250.0, 2e-3)
     w = prototypes("cube", 4, torch.float64)
     z, target = (w + 0.02 * features("normal", 16, 4, dtype=torch.float64)).to(dtype), torch.arange(16)
-    for factor in (0.03, 0.1, 0.3, 0.8, 1.0, 1.3):  # on both sides of where the kernel changes its formula
+    for factor in (0.03, 0.1, 0.3, 0.8, 1.0, 1.3):  # on both sides of the threshold between the kernel's formulas
         options = {"normalize": True, "scale": factor * scale, "margin": margin, "reduction": "none"}
         loss, gradient = both(SF.cube_cross_entropy, z, target, **options)
         true_loss, true_gradient = both(_reference.cube_cross_entropy, z.double(), target, **options)
@@ -308,7 +310,7 @@ def test_a_cubes_target_is_the_vertex_number_or_its_row_of_codes() -> None:
 @pytest.mark.cpu_only
 def test_codes_with_bits_beyond_the_features_are_refused() -> None:
     z = features("normal", 9, 62, dtype=torch.float32)
-    beyond = torch.tensor([[0], [2**62]])  # is refused in rows that are wanted: those alone are looked at
+    beyond = torch.tensor([[0], [2**62]])  # raises only if the row of codes is used
     assert SF.cube_cross_entropy(z, torch.zeros(9, dtype=torch.int64), codes=beyond).isfinite()
     with pytest.raises(ValueError, match="codes row 1 has bits beyond d = 62"):
         SF.cube_cross_entropy(z, torch.ones(9, dtype=torch.int64), codes=beyond)
@@ -327,7 +329,7 @@ def test_ignored_rows(polytope: str) -> None:
     assert torch.equal(gradient[kept], part_gradient)
     if _native.library is not None:
         assert not gradient[2].any()
-    # a class in use may be the one to ignore, as in torch
+    # as in torch, an ignored class may be a class in use
     z[2, 0] = 1.0
     loss, gradient = both(f, z, target.abs(), ignore_index=3)
     expected = both(partial(dense, polytope=polytope), z.double(), target.abs(), ignore_index=3)[0]
@@ -400,7 +402,7 @@ def test_zero_rows_and_nan_rows(polytope: str) -> None:
 
 
 @pytest.mark.parametrize("polytope", POLYTOPES)
-@pytest.mark.parametrize(("rows", "d"), [(300, 513), (130, 16400)])  # the second is written by non-temporal stores
+@pytest.mark.parametrize(("rows", "d"), [(300, 513), (130, 16400)])  # the second case uses non-temporal stores
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])
@@ -439,11 +441,11 @@ def test_memory_of_gradients_is_used_again_and_never_shared() -> None:
         return torch.autograd.grad(SF.simplex_cross_entropy(z, target, scale=scale), z)[0]
 
     place = gradient(1.0).data_ptr()
-    assert gradient(2.0).data_ptr() == place  # the first is gone
-    held = [gradient(float(scale)) for scale in range(1, 30)]  # more than are kept
+    assert gradient(2.0).data_ptr() == place  # the first one is freed
+    held = [gradient(float(scale)) for scale in range(1, 30)]  # more than the pool stores
     assert len({g.data_ptr() for g in held}) == len(held)
     copies = [g.clone() for g in held]
-    view = held[7][3]  # keeps its memory after the tensor itself
+    view = held[7][3]  # keeps its memory alive after the tensor itself
     expected = view.clone()
     del held[5:10]
     again = [gradient(float(scale)) for scale in range(40, 60)]
@@ -451,13 +453,13 @@ def test_memory_of_gradients_is_used_again_and_never_shared() -> None:
         assert torch.equal(g, copy)
     assert torch.equal(view, expected)
     del held, again
-    with ThreadPoolExecutor(4) as pool:  # several threads take and give back at once
+    with ThreadPoolExecutor(4) as pool:  # several threads allocate and free at once
         for found in pool.map(gradient, [1.0, 2.0, 3.0] * 40):
             assert any(torch.equal(found, copy) for copy in copies[:3])
 
 
 def test_backward_twice_and_grad_of_a_leaf() -> None:
-    """The saved gradient survives what users do to .grad: accumulate, zero, run backward again."""
+    """The saved gradient survives changes of .grad: accumulation, zeroing, a second backward pass."""
     z = torch.randn(4, 9, requires_grad=True)
     target = torch.tensor([0, 9, 4, 2])
     loss = SF.simplex_cross_entropy(z, target)
@@ -509,7 +511,7 @@ def test_the_reference_in_float64_is_the_truth(polytope: str) -> None:
 
 
 def test_the_cube_of_all_vertices_agrees_with_its_classes() -> None:
-    """cube_codes chooses among the vertices that a target without codes numbers."""
+    """cube_codes selects among the vertices, which targets without codes number."""
     z, target, codes = features("normal", 30, 10, dtype=torch.float64), labels(30, 40), cube_codes(40, 10)
     expected = both(partial(dense, polytope="cube"), z, codes[target, 0], scale=4.0)
     for ours, truth in zip(both(SF.cube_cross_entropy, z, target, codes=codes, scale=4.0), expected, strict=True):
@@ -518,7 +520,7 @@ def test_the_cube_of_all_vertices_agrees_with_its_classes() -> None:
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_float16_gradients_survive_a_gradient_scaler(weighted: bool) -> None:
-    """1 / B is taken after the scale from above: most of these gradients would be zero in float16 otherwise."""
+    """1 / B is applied after the upstream scale: otherwise most of these gradients would be zero in float16."""
     z = features("normal", 256, 4095, dtype=torch.float16)
     target = labels(256, 4096)
     target[5] = -100

@@ -1,4 +1,4 @@
-"""Which GPUs the library serves, and that the others are told of, once.  No test here needs a GPU."""
+"""Tests which GPUs the library supports, and the warning, once, for others. No test here needs a GPU."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from simplexfix.cli.doctor import diagnose
     ("capability", "archs", "runs", "untranslated"),
     [
         ((8, 0), "80 90", True, True),
-        ((8, 6), "80 90", True, True),  # code for an older one of the same kind
+        ((8, 6), "80 90", True, True),  # code for an older GPU of the same major version
         ((8, 0), "86", False, False),
         ((9, 0), "80 120", False, False),
         ((10, 0), "80 90", True, False),  # by PTX
@@ -34,7 +34,7 @@ def test_architectures(capability: tuple[int, int], archs: str, runs: bool, untr
 
 @pytest.fixture
 def gpu_of_7_5(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A torch with a GPU that no build of the library serves."""
+    """Simulates a GPU that no build of the library supports."""
     if _native.library is None:
         pytest.skip(f"no library: {_native.missing}")
     info = {**_native.build_info(), "cuda_archs": "80 90", "cuda_usable": True}
@@ -48,7 +48,7 @@ def gpu_of_7_5(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class OnGpu:
-    """As much of a CUDA tensor as dispatch looks at."""
+    """The attributes of a CUDA tensor that dispatch reads."""
 
     device, is_cuda = torch.device("cuda", 0), True
 
@@ -96,7 +96,7 @@ def test_versions_are_those_of_the_toolkit_and_the_driver() -> None:
 
 @needs_library
 def test_fake_tensors_are_traced_for_a_gpu_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU the operators are traced where they were built, the references elsewhere; shapes are the same."""
+    """Without a GPU, operators are traced as built and references are used elsewhere; shapes are the same."""
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     built = _native.build_info()

@@ -1,4 +1,4 @@
-"""The pages tell the truth: snippets run, links lead somewhere, promises name tests that exist."""
+"""Tests the pages: snippets run, links exist, and promises name existing tests."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_snippets_of_the_readme_run_in_order() -> None:
 
 
 def test_commands_of_the_readme_run_word_for_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a model that gets better and stays in its space."""
+    """Runs the commands on a model that improves and stays in its space."""
     rng = np.random.default_rng(0)
     labels = {"query_labels": rng.integers(8, size=400), "gallery_labels": rng.integers(8, size=200)}
     clean = {name[:-7]: np.eye(16)[ids] for name, ids in labels.items()}
@@ -59,7 +59,7 @@ def test_commands_of_the_readme_run_word_for_word(tmp_path: Path, monkeypatch: p
 
 
 def test_the_method_of_ones_own_trains_and_its_page_runs(tmp_path, monkeypatch) -> None:
-    """The snippets of docs/methods.md in order: a second version that finds items in the first one's gallery."""
+    """Runs the snippets of docs/methods.md in order: a second version finds items in the first one's gallery."""
     image = pytest.importorskip("PIL.Image", reason="the page reads a folder of images")
     draw = np.random.default_rng(0)
     centres, labels = draw.normal(size=(10, 12)), np.arange(400) % 10
@@ -77,7 +77,7 @@ def test_the_method_of_ones_own_trains_and_its_page_runs(tmp_path, monkeypatch) 
     for block in blocks:
         exec(compile(block, "docs/methods.md", "exec"), names)
     first, last = names["versions"]
-    ids = class_order(names["labels"], seed=0).argsort()[labels]  # as the tasks count them
+    ids = class_order(names["labels"], seed=0).argsort()[labels]  # class ids as the tasks count them
     _, slots = last.head.predict(last.backbone(features))
     assert (slots[:, 0] == last.head.slots.lookup("default", ids)).double().mean() > 0.9
     known = ids < 6  # to both
@@ -91,7 +91,7 @@ def test_the_method_of_ones_own_trains_and_its_page_runs(tmp_path, monkeypatch) 
 
 
 def test_the_snippets_of_the_evaluation_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a version that finds more than the one before; half of the queries are gallery items themselves."""
+    """Runs the snippets on a version that is better than the one before; half of the queries are gallery items."""
     from simplexfix.retrieval import Protocol
 
     monkeypatch.chdir(tmp_path)
@@ -128,7 +128,7 @@ def test_the_snippets_of_the_evaluation_page_run(tmp_path: Path, monkeypatch: py
 
 
 def test_the_life_of_a_gallery_runs_as_its_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On two versions on one simplex; the first one sees half of the features."""
+    """Runs the page on two versions with one simplex; the first one sees half of the features."""
     monkeypatch.chdir(tmp_path)
     draw, slots = torch.Generator().manual_seed(0), SlotRegistry(32)
     slots.add("default", range(10))
@@ -157,7 +157,7 @@ def test_the_life_of_a_gallery_runs_as_its_page_says(tmp_path: Path, monkeypatch
         "labelled_items": features(train), "load": lambda batch: photos[batch // 3],
     }  # fmt: skip
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "gallery.md").read_text(), re.M | re.S)
-    # what needs a server runs in tests/gallery
+    # snippets that need a server run in tests/gallery
     blocks = [block for block in blocks if "postgresql://" not in block and "http://" not in block]
     assert len(blocks) == 5
     for block in blocks[:3]:
@@ -213,7 +213,7 @@ def test_the_example_in_the_docstring_prints_what_it_says(name: str) -> None:
 
 
 def test_names_of_the_package_exist() -> None:
-    """`simplexfix.x.y` in pages and docstrings, so that what moved is renamed there, too."""
+    """`simplexfix.x.y` in pages and docstrings exists, so renamed objects are renamed there too."""
     sources = [*PAGES, ROOT / "CHANGELOG.md", *(ROOT / "simplexfix").rglob("*.py")]
     missing = set()
     for name in {found for path in sources for found in re.findall(r"`(simplexfix(?:\.\w+)+)", path.read_text())}:
@@ -249,7 +249,7 @@ def test_the_configurations_of_the_training_page_are_some() -> None:
 
 
 def test_the_program_of_the_training_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With one step in place of five thousand."""
+    """Runs the program with one step instead of five thousand."""
     monkeypatch.chdir(tmp_path)
     block, *_ = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "training.md").read_text(), re.M | re.S)
     assert "Schedule(5000," in block
@@ -302,7 +302,7 @@ def blocks_of(page: str, language: str) -> list[str]:
 def test_the_tutorial_for_search_engineers_runs_word_for_word(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every command succeeds, and prints the lines that the page shows; times and fingerprints aside."""
+    """Every command succeeds and prints the lines that the page shows, except times and fingerprints."""
     monkeypatch.chdir(tmp_path)
     (files,) = blocks_of("tutorials/search_engineer.md", "python")
     exec(compile(files, "search_engineer.md", "exec"), {})
@@ -313,7 +313,7 @@ def test_the_tutorial_for_search_engineers_runs_word_for_word(
             commands.append(command.split()[0])
             assert main(shlex.split(command)) == 0, command
             printed = capsys.readouterr().out.splitlines()
-            if commands[-1] == "gallery":  # their lines hold no figure that depends on the machine's rounding
+            if commands[-1] == "gallery":  # these lines hold no number that depends on the machine's rounding
                 words = {" ".join(line.split()[:2]) for line in printed}
                 assert {" ".join(line.split()[:2]) for line in expected if line != "..."} <= words, command
     assert commands == ["gallery", "gallery", "adapt", "gate", *["gallery"] * 5]
@@ -325,12 +325,12 @@ def test_the_tutorial_for_trainers_runs_word_for_word(tmp_path: Path, monkeypatc
     for block in blocks_of("tutorials/trainer.md", "python"):
         exec(compile(block, "trainer.md", "exec"), names)
     matrix = names["matrix"]
-    assert matrix[1, 1] > matrix[1, 0] > matrix[0, 0]  # as the page's table
+    assert matrix[1, 1] > matrix[1, 0] > matrix[0, 0]  # the page's table
     assert set(names["hits"].versions.ravel().tolist()) == {0}  # new queries, old vectors
     assert (tmp_path / "drawings").is_dir()
 
 
-# public names that other packages of the house use, and no user has a reason to
+# public names that only other packages of simplexfix use
 _OF_THE_HOUSE = {
     "simplexfix.labelled": {
         "FeatureRows", "GalleryClasses", "Ids", "Rows", "check_versions", "check_widths", "ignoring", "is_version",
@@ -351,7 +351,7 @@ def test_the_reference_has_every_public_name(page: Path) -> None:
         assert page.read_text() == generated.stdout, "python tools/cli_reference.py > docs/reference/cli.md"
         return
     package = page.stem if page.stem == "simplexfix" else f"simplexfix.{page.stem}"
-    listed = {  # a name that two packages export is on the page of one
+    listed = {  # a name that two packages export is on the page of one of them
         name.rsplit(".", 1)[1]
         for other in page.parent.glob("*.md")
         for name in re.findall(r"^::: (\S+)$", other.read_text(), re.MULTILINE)

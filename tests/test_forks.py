@@ -1,4 +1,4 @@
-"""A child that was forked while its parent was at work gets results or an error, within seconds: forks.py."""
+"""Tests that a child that was forked during a computation gets results or an error within seconds (forks.py)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_child_works(case: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("case", ["readers", "writers"])
 def test_a_child_works_with_the_reference(case: str, tmp_path: Path) -> None:
-    """A change puts new rows in place of the old ones: no child sees a half of one."""
+    """A change replaces old rows by new ones: no child sees only half of a change."""
     assert set(run(case, tmp_path, native=False)) == {"ok"}
 
 

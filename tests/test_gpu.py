@@ -38,7 +38,7 @@ from simplexfix.training.steps import Steps
 
 if _native.library is None:
     pytest.skip(f"no kernels: {_native.missing}", allow_module_level=True)
-CPU_OPERATORS = torch._ops._OpNamespace("simplexfix")  # --emulated-cuda puts others in their place
+CPU_OPERATORS = torch._ops._OpNamespace("simplexfix")  # --emulated-cuda replaces the operators of torch.ops.simplexfix
 
 
 @pytest.fixture
@@ -46,13 +46,13 @@ def gpu() -> str:
     usable = diagnose()["CUDA usable"]
     if not usable.startswith("yes"):
         pytest.skip(f"no GPU that simplexfix can use: {usable}")
-    torch.set_float32_matmul_precision("highest")  # some images of torch come with TF32 on
+    torch.set_float32_matmul_precision("highest")  # some distributions of torch enable TF32
     return "cuda"
 
 
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> str:
-    """Where the CUDA operators are: on a GPU, or emulated on the CPU."""
+    """Returns the device of the CUDA operators: a GPU, or the CPU if they are emulated."""
     return "cpu" if request.config.getoption("--emulated-cuda") else request.getfixturevalue("gpu")
 
 
@@ -65,7 +65,7 @@ def cpu_kernels() -> Iterator[None]:
 
 @contextmanager
 def nothing_waited_for(device: str) -> Iterator[None]:
-    """Whatever makes torch wait for the GPU is an error."""
+    """Raises for every synchronization with the GPU."""
     if device == "cpu":
         yield
         return
@@ -96,7 +96,7 @@ def on_cpu(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any
 
 
 def agree(device: str, function: Callable[..., tuple[Tensor, ...]], *arguments: Any, **options: Any) -> None:
-    """function's results on the device err at most twice as much as on the CPU, whose truth is in float64."""
+    """Checks that the device's errors are at most twice those of the CPU; the truth is the CPU in float64."""
     expected = on_cpu(function, *arguments, **options)
     truth = on_cpu(function, *wide(arguments), **wide(options))
     found = function(*moved(arguments, device), **moved(options, device))
@@ -106,7 +106,7 @@ def agree(device: str, function: Callable[..., tuple[Tensor, ...]], *arguments: 
 
 
 def with_gradient(loss: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ...]]:
-    """(loss, gradient) of z: that from above differs by row, is exact in every dtype and made on the device."""
+    """Returns a function (loss, gradient) of z; the upstream gradient differs by row and is exact in every dtype."""
 
     def both(z: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, ...]:
         z = z.detach().requires_grad_()
@@ -135,7 +135,7 @@ def test_operators(device: str, op, arguments) -> None:
         agree(device, call, *arguments)
 
 
-# a warp to a row, a block of 128, one of 512, chunks; beside each the last size of the one before
+# kernels: a warp per row, a block of 128, a block of 512, chunks; sizes at both sides of each limit
 @pytest.mark.parametrize("polytope", POLYTOPES)
 @pytest.mark.parametrize("d", [1, 7, 12, 256, 257, 1023, 4089, 4090, 11257, 22600, 70000])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -143,7 +143,7 @@ def test_losses_of_all_sizes(device: str, polytope: str, d: int, dtype: torch.dt
     z, target = features("normal", 5, d, dtype=dtype), labels(5, slots_of(polytope, d))
     target[2] = -100
     for options in ({}, {"normalize": True, "scale": 16.0, "reduction": "none"}):
-        if options and d == 1:  # normalised numbers in one dimension are signs, with no gradient to compare
+        if options and d == 1:  # in one dimension normalised numbers are signs, without a gradient
             continue
         agree(device, with_gradient(OPERATORS[polytope]), z, target, **options_of(polytope, d), **options)
 
@@ -217,7 +217,7 @@ def same_search(device: str, query: Tensor, gallery: Tensor, k: int) -> None:
 
 @pytest.mark.parametrize("kind", GALLERIES)
 def test_search_to_the_bit(device: str, kind: str) -> None:
-    for n, d, k in ((700, 33, 10), (1500, 8, 100), (300, 129, 290)):  # the last: no first pass
+    for n, d, k in ((700, 33, 10), (1500, 8, 100), (300, 129, 290)):  # the last size has no first pass
         rng = np.random.default_rng(n)
         gallery = hard_gallery(kind, n, d, rng)
         same_search(device, *(torch.from_numpy(x) for x in (queries_for(gallery, 20, rng), gallery)), k)
@@ -256,17 +256,17 @@ def test_heads(device: str, kind: str, options: dict[str, Any]) -> None:
         torch.testing.assert_close(ours.cpu(), cpu, rtol=1e-4, atol=1e-5)
 
 
-# ---- what a GPU does besides: every operator once, by name
+# ---- other properties of a GPU: every operator once, by name
 
 
 @cache
 def codes_on(device: torch.device, polytope: str, d: int) -> dict[str, Tensor]:
-    """Copied once, before anything is captured or watched."""
+    """Copies the codes once, before a graph is captured or synchronization is forbidden."""
     return {name: codes.to(device) for name, codes in options_of(polytope, d).items()}
 
 
 def calls() -> Iterator[tuple[str, Callable[..., tuple[Tensor, ...]], int]]:
-    """(name, function(z, old, target), d): staged rows of all kinds and rows in chunks; results repeat to the bit."""
+    """Yields (name, function(z, old, target), d) for staged rows of all kinds and chunked rows; all deterministic."""
     for polytope in POLYTOPES:
         for d in (40, 1023, 8000, 30000):
 
@@ -293,7 +293,7 @@ def inputs(d: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def assert_same(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], name: str) -> None:
-    """To the bit but for the contrast, whose products are cuBLAS's."""
+    """Compares bits, except for the contrast, whose products are cuBLAS's."""
     for ours, theirs in zip(found, expected, strict=True):
         if name.startswith("contrast"):
             torch.testing.assert_close(ours.cpu(), theirs.cpu(), rtol=1e-4, atol=1e-5)
@@ -306,7 +306,7 @@ CALLS = pytest.mark.parametrize(("name", "call", "d"), list(calls()), ids=[name 
 
 @CALLS
 def test_each_kernel_once(device: str, name: str, call, d: int) -> None:
-    """What compute-sanitizer watches; and twice gives the same bits."""
+    """compute-sanitizer runs this test; two calls give the same bits."""
     arguments = moved(inputs(d), device)
     first = call(*arguments)
     assert all(x.isfinite().all() for x in first)
@@ -325,7 +325,7 @@ def test_nothing_is_waited_for(device: str, name: str, call, d: int) -> None:
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 @pytest.mark.parametrize("method", [HOC(SlotRegistry(32), lambda_=0.5), BCT(), ASNN()], ids=["hoc", "bct", "asnn"])
 def test_a_step_waits_for_nothing(device: str, method: Method, precision: str) -> None:
-    """From rows of items on the host to the optimizer."""
+    """The step starts from rows on the host and includes the optimizer."""
     backbone = ResNet18("cifar", width=4, in_channels=3)
     model = EmbeddingModel(backbone, method.head(backbone.out_features))
     method.add_classes(model, range(8))
@@ -346,7 +346,7 @@ def test_a_step_waits_for_nothing(device: str, method: Method, precision: str) -
         compile=False,
         workers=0,
     )
-    steps.advance()  # sends the means of channels and the slots of classes, and makes the optimizer's state
+    steps.advance()  # the first step sends channel means and slots, and creates the optimizer's state
     with nothing_waited_for(device):
         steps.advance()
         steps.advance()
@@ -375,7 +375,7 @@ def test_graphs_replay_with_other_inputs(gpu: str, name: str, call, d: int) -> N
 
 @CALLS
 def test_side_streams(gpu: str, name: str, call, d: int) -> None:
-    """Inputs that the stream is late to fill: a kernel on another stream would see nan, or targets out of range."""
+    """The stream fills the inputs late: a kernel on another stream would read nan, or targets out of range."""
     values = moved(inputs(d), gpu)
     expected = call(*values)
     late = [torch.full_like(x, math.nan if x.is_floating_point() else -1) for x in values]
@@ -398,7 +398,8 @@ def test_a_second_device(gpu: str, name: str, call, d: int) -> None:
     found = call(*(x.to("cuda:1") for x in values))
     assert {x.device.index for x in found} == {1}
     assert torch.cuda.current_device() == 0
-    for ours, theirs in zip(found, call(*moved(values, "cuda:0")), strict=True):  # it may be of another kind
+    # the second GPU may be of another kind
+    for ours, theirs in zip(found, call(*moved(values, "cuda:0")), strict=True):
         torch.testing.assert_close(ours.cpu(), theirs.cpu(), rtol=1e-4, atol=1e-5)
 
 
@@ -408,11 +409,11 @@ def test_a_second_device(gpu: str, name: str, call, d: int) -> None:
 @pytest.mark.parametrize(
     "view",
     [
-        lambda z: z[:, :40],  # rows further apart than they are long
+        lambda z: z[:, :40],  # the row stride exceeds the row's length
         lambda z: z[::3],
-        lambda z: z.T,  # columns apart: made dense
-        lambda z: z[:1].expand(5, -1),  # all rows the same memory
-        lambda z: z[:, 1:42],  # rows that start off any vector boundary
+        lambda z: z.T,  # a column stride: the operator copies it
+        lambda z: z[:1].expand(5, -1),  # all rows share memory
+        lambda z: z[:, 1:42],  # rows are not aligned to vectors
     ],
 )
 def test_strides(device: str, view) -> None:
@@ -428,7 +429,7 @@ def test_strides(device: str, view) -> None:
 
 
 def test_nothing(device: str) -> None:
-    """No rows at all, or none that count: as on the CPU."""
+    """No rows, or only ignored rows, give the CPU's result."""
     none, empty = torch.empty(0, dtype=torch.int64), torch.empty(0, 6)
     ignored = torch.full((3,), -100)
     for reduction in ("none", "mean", "sum"):
@@ -449,7 +450,7 @@ def test_nothing(device: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_bad_target_is_nan_and_nothing_is_waited_for(device: str, polytope: str, dtype: torch.dtype) -> None:
     loss = OPERATORS.get(polytope, SF.cube_cross_entropy)
-    for d in (4, 300, 30000):  # the kernels of short rows, of long ones, and of chunks
+    for d in (4, 300, 30000):  # the kernels of short rows, of long rows, and of chunks
         codes = torch.arange(5)[:, None].repeat(1, -(-d // 64)).to(device)
         if polytope == "cube" and d > 62:
             continue
@@ -459,7 +460,7 @@ def test_a_bad_target_is_nan_and_nothing_is_waited_for(device: str, polytope: st
         if polytope == "cube":
             target[1] = 2**d
         ones = torch.ones(4, device=device, dtype=dtype)
-        loss(z, target, reduction="none", **options)  # what a first call loads
+        loss(z, target, reduction="none", **options)  # the first call may synchronize to load kernels
         with nothing_waited_for(device):
             rows = loss(z, target, reduction="none", **options)
             (gradient,) = torch.autograd.grad(rows, z, ones)
@@ -521,7 +522,7 @@ def test_messages_say_shape_and_device(device: str) -> None:
 
 @pytest.mark.parametrize(("rows", "d"), [(2**15 + 8, 2**16), (2**20 + 8, 2**11)], ids=["swept rows", "rows that stay"])
 def test_more_than_2_31_numbers(gpu: str, rows: int, d: int) -> None:
-    """Indices past int32: the last rows of a tensor of 4 GiB are as they are alone."""
+    """Indices exceed int32: the last rows of a 4 GiB tensor have the results that they have alone."""
     if torch.cuda.mem_get_info()[0] < 8 * rows * d:
         pytest.skip("takes 16 GiB of GPU memory")
     z = torch.randn(rows, d, device=gpu, dtype=torch.bfloat16)

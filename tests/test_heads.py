@@ -1,4 +1,4 @@
-"""Heads: drop-in for nn.Linear, nothing of size K x d, growth that changes nothing."""
+"""Tests heads as replacements of nn.Linear: no K x d matrix, and growth without side effects."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_forward_with_a_target_is_the_loss(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 def test_hoc_loss_has_the_options_of_the_head(kind: str, reduction: str) -> None:
-    """And nothing else: `normalize`, `scale` and `margin` need not be said again."""
+    """hoc_loss uses the head's `normalize`, `scale` and `margin`."""
     model = head_of(kind, normalize=True, scale=9.0, margin=("cosine", 0.2))
     x, target = torch.randn(6, 6), torch.tensor([0, 9, 3, 3, -100, 1])
     old, weight = torch.randn(6, model.embedding_dim), torch.rand(16)
@@ -112,7 +112,7 @@ def test_a_margin_may_come_from_json() -> None:
 
 
 def loss_of_a_rank(rank: int, size: int, port: int) -> None:
-    """Half of a batch in each of two processes, and the gradient of one with the whole."""
+    """Each of two processes has half of a batch; the gradient is that of one process with the whole batch."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=size)
     torch.set_num_threads(1)
@@ -122,7 +122,8 @@ def loss_of_a_rank(rank: int, size: int, port: int) -> None:
             x, target = torch.randn(12, 6), torch.arange(12) % 10
             model, whole = head_of(kind, scale=2.0), head_of(kind, scale=2.0)
             if rank:
-                torch.nn.init.zeros_(model.junction.weight)  # DistributedDataParallel sends the first one's
+                # DistributedDataParallel broadcasts the first process's weights
+                torch.nn.init.zeros_(model.junction.weight)
             together = DistributedDataParallel(model)
             mine = slice(rank * 12 // size, (rank + 1) * 12 // size)
             for _ in range(2):
@@ -177,7 +178,7 @@ def test_predict_is_the_topk_of_forward_whatever_the_blocks(kind: str, monkeypat
             scores, classes = model.predict(x, k)
             assert torch.equal(classes, used[expected.indices[:, :k]])
             torch.testing.assert_close(scores, expected.values[:, :k])
-            if kind != "cube":  # whose products depend on the block in their last bit
+            if kind != "cube":  # the last bit of the cube's products depends on the block
                 assert_same_bits(scores, expected.values[:, :k])
     assert model.predict(x[:0], 3)[1].shape == (0, 3)
     assert torch.equal(model.predict(x.view(4, 10, 6), 3)[1], model.predict(x, 3)[1].view(4, 10, 3))
@@ -192,7 +193,7 @@ def test_predict_gives_ties_to_the_lower_slot(kind: str, monkeypatch) -> None:
     assert classes.tolist() == [list(range(7))] * 3
     assert not scores.any()
     torch.nn.init.zeros_(model.junction.weight)
-    model.junction.weight.data[0, 0] = 1.0  # all but slots 0 and its opposite tie in the orthoplex
+    model.junction.weight.data[0, 0] = 1.0  # in the orthoplex all slots tie, except 0 and its opposite
     x = F.one_hot(torch.tensor([0]), 6).float()
     expected = model(x).sort(dim=1, descending=True, stable=True)
     assert torch.equal(model.predict(x, 9)[1], expected.indices[:, :9])
@@ -296,8 +297,8 @@ print((after - before) / 1024)
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from Linux' /proc")
 @needs_library
 def test_a_million_slots_fit_in_memory() -> None:
-    """16 rows of z and of its gradient are 64 MiB each, the copy in .grad as well; logits would be 64 MiB more each."""
-    here = Path(__file__).parent  # from the repository's own folder Python would import the source, without the library
+    """z, its gradient and the copy in .grad take 64 MiB each for 16 rows; logits would take 64 MiB more each."""
+    here = Path(__file__).parent  # in the repository's folder Python would import the source, without the library
     done = subprocess.run([sys.executable, "-c", _MILLION], capture_output=True, text=True, check=False, cwd=here)
     assert done.returncode == 0, done.stderr
     assert 64 < float(done.stdout) < 300
@@ -361,7 +362,7 @@ def test_any_integer_is_a_count(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_head_made_on_meta_is_as_any_other_once_it_has_memory(kind: str) -> None:
-    """In the ways in which modules come from the meta device."""
+    """A head can be created on the meta device and get memory in each way that torch offers."""
     model, x = head_of(kind), torch.randn(3, 6)
     model.grow(12)
     state = model.state_dict()
@@ -381,7 +382,7 @@ def test_a_head_made_on_meta_is_as_any_other_once_it_has_memory(kind: str) -> No
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_labels_without_a_class_are_refused(kind: str) -> None:
-    """They would train a vertex that a later class is given."""
+    """Training on them would use up the vertex of a later class."""
     model, x = head_of(kind), torch.randn(4, 6)
     model.slots.add("fine", range(3), end="high")  # slots 15, 14, 13
     for label in (10, 12, 16, 2**40):
@@ -395,7 +396,7 @@ def test_labels_without_a_class_are_refused(kind: str) -> None:
         with pytest.raises(ValueError, match=rf"target row 2 has label {label}"):
             model.loss(x.view(2, 2, 6), target.view(2, 2))
         assert model.loss(x, target, ignore_index=label).isfinite()
-    with pytest.raises(ValueError, match="target row 1 has label 12"):  # among others at the high end alone
+    with pytest.raises(ValueError, match="target row 1 has label 12"):  # together with classes at the high end only
         model.loss(x, torch.tensor([14, 12, 15, 13]))
     with pytest.raises(ValueError, match="target out of range: row 1 has slot -1"):
         model.loss(x, torch.tensor([0, -1, 2, 3]))
@@ -409,7 +410,7 @@ def test_labels_without_a_class_are_refused(kind: str) -> None:
 
 
 def test_a_later_namespace_gets_slots_that_nobody_has_trained() -> None:
-    """Label 12 of 10 classes: the class that is added third would get a vertex that features are drawn to."""
+    """Label 12 with 10 classes: training would draw features to the vertex of the third class added later."""
     model = head(normalize=True, scale=9.0)
     x = torch.randn(8, 6)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -439,7 +440,7 @@ def test_a_head_without_classes_refuses_every_label() -> None:
 
 
 def test_where_labels_cannot_be_read_they_are_not_checked() -> None:
-    """As the loss's docstring says: under torch.compile, torch.func, on fake and meta tensors."""
+    """Labels are not checked under torch.compile and torch.func, and on fake and meta tensors."""
     model, x, target = head(), torch.randn(3, 6), torch.tensor([0, 12, 1])
     expected = SF.simplex_cross_entropy(model.embed(x), target)
     torch.testing.assert_close(torch.compile(model.loss, fullgraph=True)(x, target), expected)

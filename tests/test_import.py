@@ -1,4 +1,4 @@
-"""What `import simplexfix` loads, and what it says of a compiled library that it cannot load."""
+"""Tests which modules `import simplexfix` loads, and its messages if the compiled library cannot be loaded."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def run(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_public_names_load_no_compiler() -> None:
-    """torch._dynamo takes as long as all of torch."""
+    """torch._dynamo takes as long to import as all of torch."""
     program = "from simplexfix import *\nimport sys\nprint('torch._dynamo' in sys.modules, SimplexHead, CosineIndex)"
     assert run(program).stdout.startswith("False <class 'simplexfix.heads.SimplexHead'>")
 
@@ -51,7 +51,7 @@ def test_rooms_are_attributes() -> None:
 
 
 def test_the_mark_of_a_constant_is_that_of_torch() -> None:
-    """`_native` sets it by hand: torch's decorator would import torch._dynamo."""
+    """`_native` sets the attribute itself, since torch's decorator would import torch._dynamo."""
 
     def marked() -> None: ...
 
@@ -64,7 +64,7 @@ def test_a_library_of_another_python_is_named(tmp_path) -> None:
     shutil.copytree(PACKAGE, tmp_path / "simplexfix", ignore=shutil.ignore_patterns("_C.*", "__pycache__"))
     (tmp_path / "simplexfix" / "_C.cpython-399-x86_64-linux-gnu.so").touch()
     program = (
-        "import sys\n"  # without an editable install's finder, which would find the library of the working tree
+        "import sys\n"  # removes an editable install's finder, which would find the library of the working tree
         "sys.meta_path = [finder for finder in sys.meta_path if 'ditable' not in repr(finder)]\n"
         "from simplexfix import _native\nprint(_native.missing)"
     )
@@ -102,5 +102,5 @@ def test_imports_point_one_way(room: str) -> None:
 
 
 def named(node: ast.ImportFrom) -> list[str]:
-    """The modules of the package that `from ..a.b import c` or `from .. import a` names."""
+    """Returns the package's modules that `from ..a.b import c` or `from .. import a` names."""
     return [node.module.partition(".")[0]] if node.module else [alias.name for alias in node.names]

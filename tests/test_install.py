@@ -1,4 +1,4 @@
-"""From an sdist to a wheel to a fresh environment: with the library, without it, and where it cannot be built."""
+"""Tests sdist, wheel and new environment: with the library, without it, and where it cannot be built."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def sdist(tmp_path_factory) -> Path:
 
 
 def fresh_environment(folder: Path, wheel: Path) -> Path:
-    """A new environment that has the wheel, and sees this one's torch and numpy behind it."""
+    """Returns a new environment with the wheel, in which this environment's torch and numpy are visible."""
     venv.create(folder, with_pip=False)
     python = folder / "bin" / "python"
     packages = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
@@ -91,7 +91,7 @@ def test_sdist_to_wheel_to_fresh_environment(sdist: Path, tmp_path: Path) -> Non
     assert "none-any" not in wheel.name
     python = fresh_environment(tmp_path / "env", wheel)
     said = run(python, "-c", USE_EVERYTHING).splitlines()
-    assert said[0] == "[0, 1, 2, 3] "  # kernels there, no CUDA among them
+    assert said[0] == "[0, 1, 2, 3] "  # CPU kernels are present, CUDA kernels are not
     assert said[1] == "(242, 20, 28, 28)"
     assert said[2].startswith(str(tmp_path / "env"))
     assert "is a CPU build" in run(python, "-m", "simplexfix", "doctor")

@@ -1,4 +1,4 @@
-"""Every instruction-set level that this machine has, and the reference implementation, by forcing each in turn."""
+"""Runs the tests at each instruction-set level of this machine, and with the reference implementation."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def suite(environment: dict[str, str], chosen: str, *tests: str) -> subprocess.C
 
 def at_level(level: str) -> subprocess.CompletedProcess[str]:
     tests = ["test_topk.py", "retrieval/test_exact_search.py", "retrieval/test_index.py::test_definition"]
-    if level != "avx512vnni":  # of the losses there are no VNNI kernels: they are those of avx512
+    if level != "avx512vnni":  # there are no VNNI kernels for losses; avx512's run instead
         tests += ["test_cross_entropy.py", "test_logits.py", "test_contrast.py"]
     return suite({"SIMPLEXFIX_ISA": level}, "not gathered", *tests)
 
 
 def without_the_library() -> subprocess.CompletedProcess[str]:
     tests = ["cross_entropy", "logits", "contrast", "topk", "heads", "bad_input"]
-    # left out: promises about bits, and about tiny losses, that only the kernels make
+    # left out: tests of bitwise equality and of tiny losses, which only the kernels guarantee
     chosen = "not threads and not definition and not small_loss and not strid"
     paths = [*(f"test_{name}.py" for name in tests), "retrieval/test_index.py"]
     return suite({"SIMPLEXFIX_NATIVE": "0"}, chosen, *paths)
@@ -53,7 +53,7 @@ def without_the_library() -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def runs() -> Iterator[Callable[..., AsyncResult]]:
-    """Starts what is wanted as soon as the first asks; as many at a time as there are cores."""
+    """Starts each run on first request, in the background; at most one run per core at a time."""
     with ThreadPool(len(os.sched_getaffinity(0))) as pool:
         yield cache(lambda function, *arguments: pool.apply_async(function, arguments))
 
@@ -65,7 +65,7 @@ def passed(done: subprocess.CompletedProcess[str]) -> None:
 @needs_library
 @pytest.mark.parametrize("level", LEVELS[:-1])
 def test_operators_at_a_lower_level(runs: Callable[..., AsyncResult], level: str) -> None:
-    """The whole numeric suite again below the best level; on a machine without AVX the levels coincide."""
+    """Runs the numeric tests at every level below the best; on a machine without AVX the levels coincide."""
     others = [runs(at_level, other) for other in LEVELS[:-1]]
     runs(without_the_library)
     passed(others[LEVELS.index(level)].get())

@@ -1,4 +1,4 @@
-"""Ctrl-C ends a long search, addition, loading or saving within a second and changes nothing: interrupts.py."""
+"""Tests that Ctrl-C ends a long search, addition, load or save within a second and changes nothing (interrupts.py)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STOPPED = {"ended": "KeyboardInterrupt", "said": ""}
 
 
 def interrupted(case: str, folder: Path, native: bool = True, delay: float = 0.5) -> dict[str, Any]:
-    """How the case's call ended after a real signal, and "seconds" from the signal on."""
+    """Returns how the case's call ended after a real signal, and the "seconds" since the signal."""
     environment = {**os.environ, "SIMPLEXFIX_NATIVE": "1" if native else "0"}
     command = [sys.executable, SCRIPT, case]
     with subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True) as process:
@@ -54,7 +54,7 @@ def test_a_long_call_ends(case: str, expected: dict[str, Any], tmp_path: Path) -
     result = interrupted(case, tmp_path, delay=0.1 if case in ("add", "load") else 0.5)
     seconds = result.pop("seconds")
     assert result == {**STOPPED, **expected}
-    assert seconds < 1.5  # a second, and what a busy machine adds
+    assert seconds < 1.5  # one second, and the delay of a busy machine
 
 
 def test_a_long_search_of_the_reference_ends(tmp_path: Path) -> None:

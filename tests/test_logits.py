@@ -1,4 +1,4 @@
-"""Closed-form logits against the matrix, and what carries them into torch."""
+"""Tests closed-form logits against the matrix, and their integration into torch."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def check(z, truth=dense, naive=dense, **options):
 def test_sizes(num_classes: int, dtype: torch.dtype) -> None:
     z = features("normal", 6, num_classes - 1, dtype=dtype)
     check(z, scale=3.0)
-    if num_classes > 2:  # normalised numbers in one dimension are signs, with no gradient to compare
+    if num_classes > 2:  # in one dimension normalised numbers are signs, without a gradient
         check(z, normalize=True, scale=3.0)
 
 

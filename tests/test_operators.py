@@ -1,4 +1,4 @@
-"""What torch asks of an operator: schema, tracing, gradients, compilation, repeatable bits."""
+"""Tests torch's requirements on operators: schema, tracing, gradients, compilation, determinism."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_loss_gradcheck(polytope, normalize, margin, label_smoothing, reduction)
     weight = torch.rand({"simplex": 10, "orthoplex": 18, "cube": 512}[polytope], dtype=torch.float64)
     if polytope == "cube" and label_smoothing:
         weight = None  # refused: tests/test_bad_input.py
-    factors = torch.randn(4, dtype=torch.float64)  # a random gradient from above for every row
+    factors = torch.randn(4, dtype=torch.float64)  # a random upstream gradient for every row
 
     def loss(z):
         options = {"margin": margin, "weight": weight, "label_smoothing": label_smoothing, "reduction": reduction}
@@ -234,10 +234,10 @@ LOSSES = {
 @pytest.mark.parametrize("polytope", LOSSES)
 @pytest.mark.parametrize("options", [{}, {"normalize": True, "margin": ("angular", 0.1)}, {"ignore_index": 0}])
 def test_a_target_out_of_range_is_nan_where_it_cannot_be_looked_at(polytope: str, options: dict, monkeypatch) -> None:
-    torch.compiler.reset()  # which counts how often a function was compiled, over all tests
+    torch.compiler.reset()  # counts the compilations of a function, over all tests
     loss = LOSSES[polytope]
     z, target = torch.randn(4, 4), torch.tensor([1, 2**40, -7, 0])
-    monkeypatch.setattr(_native, "library", None)  # the compiled reference implementation: the operators look
+    monkeypatch.setattr(_native, "library", None)  # the compiled reference implementation; the operators read targets
 
     def rows(z, target):
         return loss(z, target, reduction="none", **options)
@@ -262,8 +262,8 @@ def test_a_target_out_of_range_is_nan_where_it_cannot_be_looked_at(polytope: str
 
 @pytest.mark.parametrize("polytope", LOSSES)
 def test_a_target_on_a_gpu_is_not_waited_for(polytope: str) -> None:
-    """Fake tensors have no values that anyone could look at."""
-    # a torch without CUDA knows no index of them, which the cube needs
+    """Fake tensors have no values that could be read."""
+    # a torch without CUDA does not support indexing by CUDA tensors, which the cube needs
     device = "cuda" if polytope in ("simplex", "orthoplex") or torch.cuda.is_available() else "meta"
     with FakeTensorMode():
         z, target = torch.empty(3, 4, device=device), torch.empty(3, device=device, dtype=torch.int64)

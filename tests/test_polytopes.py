@@ -1,4 +1,4 @@
-"""The deployed construction, to sign and order; orthoplex and cube."""
+"""Tests that vertices match those of deployed models in sign and order; tests orthoplex and cube."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ BY_HAND = {
 
 
 def deployed(num_classes: int) -> torch.Tensor:
-    """The construction as deployed models make it, step by step: method.md, section 2."""
+    """Computes the vertices step by step, as deployed models do."""
     d = num_classes - 1
     t = torch.cat([torch.eye(d), torch.full((1, d), (1 - math.sqrt(1 + d)) / d)]).double()
     t[-1] = (1 - math.sqrt(1 + d)) / d
@@ -86,13 +86,13 @@ def test_orthoplex_vertices_are_the_axes_and_their_opposites() -> None:
 
 
 def distances(codes: torch.Tensor, d: int) -> torch.Tensor:
-    """Hamming distances of all pairs."""
+    """Returns Hamming distances of all pairs."""
     signs = cube_signs(codes, d, torch.float64)
     return (d - signs @ signs.T) / 2
 
 
 def griesmer(bits: int, d: int) -> int:
-    """The Griesmer bound: no linear code of this many message bits and length d has a larger distance."""
+    """The Griesmer bound: the largest distance of a linear code with this number of message bits and length d."""
     distance = 0
     while sum(-(-(distance + 1) // 2**i) for i in range(bits)) <= d:
         distance += 1
@@ -125,7 +125,7 @@ def test_codes_keep_their_distance(classes: int, d: int, least: int) -> None:
     bits = (classes - 1).bit_length()
     print(f"{classes} classes in {d} dimensions: distance {reached}, bounds {griesmer(bits, d)}")
     assert reached >= least
-    if classes == 2**bits:  # fewer classes are some of the codewords, which may lie further apart
+    if classes == 2**bits:  # fewer classes are a subset of the codewords, which may have a larger distance
         assert reached <= griesmer(bits, d)
         assert reached <= d * classes / (2 * (classes - 1))  # Plotkin's bound, by the mean distance
     w = cube_prototypes(codes, d, dtype=torch.float64)
@@ -144,7 +144,7 @@ def test_codes_of_a_million_classes_are_all_different() -> None:
     assert codes.shape == (2**20, 2)
     assert codes.unique(dim=0).shape == codes.shape
     weights = sum(((codes >> j) & 1).sum(1) for j in range(64))
-    assert int(weights[1:].min()) >= 17  # linear: the least weight is the least distance
+    assert int(weights[1:].min()) >= 17  # the code is linear: the minimum weight is the minimum distance
 
 
 def test_every_bit_of_a_word_is_a_coordinate() -> None:

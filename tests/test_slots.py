@@ -1,4 +1,4 @@
-"""Slots are given once, from either end, and never collide."""
+"""Tests slots: each is assigned once, from either end, without collisions."""
 
 from __future__ import annotations
 
@@ -123,4 +123,4 @@ def test_bad_input(act, error: type[Exception], message: str) -> None:
     slots.add("old", [1, 2, 3])
     with pytest.raises(error, match=message):
         act(slots)
-    assert slots.to_dict() == {"format": 1, "num_slots": 8, "runs": [["old", 1, 0, 3, 1]]}  # nothing half-done
+    assert slots.to_dict() == {"format": 1, "num_slots": 8, "runs": [["old", 1, 0, 3, 1]]}  # nothing has changed

@@ -1,4 +1,4 @@
-"""`write_whole`: what a file, a link, a device, a pipe and a descriptor are after it."""
+"""Tests `write_whole` on a file, a link, a device, a pipe and a descriptor."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_link_stays_and_its_target_is_replaced(tmp_path) -> None:
     assert (tmp_path / "second").is_symlink()
     assert target.read_bytes() == CONTENT
     assert target.stat().st_mode & 0o777 == 0o640
-    assert target.stat().st_ino != before  # a new file by rename: whole, or the old one
+    assert target.stat().st_ino != before  # a new file replaces the old one by rename
     assert sorted(os.listdir(tmp_path / "folder")) == ["target"]
 
 
@@ -69,7 +69,7 @@ def test_a_device_is_written_into(tmp_path) -> None:
 
 @root
 def test_a_block_device_is_refused(tmp_path) -> None:
-    os.mknod(tmp_path / "disk", stat.S_IFBLK | 0o666, os.makedev(250, 250))  # of no driver
+    os.mknod(tmp_path / "disk", stat.S_IFBLK | 0o666, os.makedev(250, 250))  # a device without a driver
     with pytest.raises(OSError, match=r"not a regular file, character device or pipe.*disk"):
         write_whole(tmp_path / "disk", CONTENT)
     assert stat.S_ISBLK(os.stat(tmp_path / "disk").st_mode)
@@ -101,7 +101,7 @@ def test_a_folder_and_a_socket_are_refused(tmp_path) -> None:
 @pytest.mark.parametrize("kind", ["file", "pipe"])
 @pytest.mark.parametrize("target", ["/dev/fd/{}", "/proc/self/fd/{}", "link", "chain"])
 def test_a_descriptor_is_written_into_where_it_stands(tmp_path, target: str, kind: str) -> None:
-    """In a child, whose descriptor is a file that has a line already, or a pipe."""
+    """Writes in a child whose descriptor is a file with one line, or a pipe."""
     program = (
         "import os, sys\nfrom simplexfix._files import write_whole\n"
         "descriptor = int(sys.argv[2])\n"

@@ -1,4 +1,4 @@
-"""A head's state is tensors: what others save, cast, average and load."""
+"""Tests that a head's state consists of tensors, which other code saves, casts, averages and loads."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def head_of(kind: str, num_classes: int = 5, num_slots: int = 12, **options) -> 
 def model_of(kind: str, num_classes: int = 5) -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), head_of(kind, num_classes))
-    model(torch.randn(16, 4))  # statistics of a batch
+    model(torch.randn(16, 4))  # batch statistics
     return model.eval()
 
 
@@ -48,7 +48,7 @@ def test_a_state_dict_holds_tensors_alone(kind: str) -> None:
     assert all(type(value) is torch.Tensor for value in state.values())
     extra = state["2._extra_state"]
     assert (extra.dtype, extra.ndim, extra.device.type) == (torch.uint8, 1, "cpu")
-    checksum, _, text = bytes(extra.tolist()).partition(b" ")  # as docs/formats.md says
+    checksum, _, text = bytes(extra.tolist()).partition(b" ")  # format: docs/formats.md
     assert int(checksum, 16) == zlib.crc32(text)
     saved = json.loads(text)
     assert saved["polytope"] == kind
@@ -68,7 +68,7 @@ def test_state_dicts_from_before_they_held_tensors_load(kind: str) -> None:
     again = model_of(kind, 0)
     again.load_state_dict({**state, "2._extra_state": old})
     assert_same(again, model)
-    if kind == "simplex":  # the first ones had no polytope
+    if kind == "simplex":  # the first release stored no polytope
         del old["polytope"]
         again.load_state_dict({**state, "2._extra_state": old})
         assert_same(again, model)
@@ -90,13 +90,14 @@ def test_cast_and_averaged_state_dicts_load(kind: str, dtype: torch.dtype) -> No
     mean = {key: ((state[key].float() + other[key].float()) / 2).to(state[key].dtype) for key in state}
     again.load_state_dict(mean)
     assert again[-1].num_classes == 5
-    drawn = {key: 0.999 * state[key].float() + 0.001 * other[key].float() for key in state}  # not quite integers
+    # the bytes are not exactly integers
+    drawn = {key: 0.999 * state[key].float() + 0.001 * other[key].float() for key in state}
     again.load_state_dict(drawn)
     assert again[-1].num_classes == 5
 
 
 def test_the_mean_of_heads_with_other_classes_is_refused() -> None:
-    """Bytes of 5 and of 7 classes have those of 6 as their mean."""
+    """The bytes of 5 and of 7 classes average to those of 6."""
     model, other = model_of("simplex", 5), model_of("simplex", 7)
     state, grown = model.state_dict(), other.state_dict()
     mean = {key: ((state[key].double() + grown[key].double()) / 2).to(state[key].dtype) for key in state}
@@ -130,7 +131,7 @@ def test_an_averaged_model_grows_with_its_original(kind: str, use_buffers: bool,
 
 
 def test_copies_of_a_registry_go_their_own_ways() -> None:
-    """What is not written into its journal by others changes a copy no more than ever."""
+    """Copies change independently, unless other code writes into a journal."""
     slots = SlotRegistry(16)
     slots.add("a", range(3))
     copied = copy.deepcopy(slots)
@@ -142,7 +143,7 @@ def test_copies_of_a_registry_go_their_own_ways() -> None:
 
 
 def test_a_journal_that_is_none_changes_nothing() -> None:
-    """Memory of other registries, of nothing, and the mean of two that do not continue each other."""
+    """Journals of other registries, empty memory, and the mean of two registries that do not continue each other."""
     slots, longer, stranger = SlotRegistry(16), SlotRegistry(16), SlotRegistry(17)
     for registry in (slots, longer, stranger):
         registry.add("a", range(3))
@@ -157,14 +158,14 @@ def test_a_journal_that_is_none_changes_nothing() -> None:
     assert slots.to_dict() == before
     clone = copy.deepcopy(slots)
     clone.add("d", [1])
-    slots._apply(lambda _: clone._journal.clone())  # as to_empty may leave it, where a journal lay before
+    slots._apply(lambda _: clone._journal.clone())  # as to_empty may leave it where another journal was
     assert slots.to_dict() == before
-    slots._journal.copy_(clone._journal)  # and after all these a journal is read again
+    slots._journal.copy_(clone._journal)  # afterwards a valid journal is read again
     assert slots.to_dict() == clone.to_dict()
 
 
 def test_a_long_journal() -> None:
-    """Thousands of runs, whose journal is beyond its first size."""
+    """Thousands of runs exceed the journal's first buffer."""
     slots = SlotRegistry(4000)
     slots.add("scattered", range(0, 3000, 3))
     copied = copy.deepcopy(slots)
@@ -172,7 +173,7 @@ def test_a_long_journal() -> None:
     assert len(copied._journal) > len(slots._journal)
     averaged = AveragedModel(slots, use_buffers=True)
     averaged.update_parameters(slots)
-    with pytest.raises(RuntimeError, match="size"):  # as docs/training.md says: of another capacity
+    with pytest.raises(RuntimeError, match="size"):  # buffers of different sizes cannot be averaged (docs/training.md)
         averaged.update_parameters(copied)
     slots._journal = torch.zeros_like(copied._journal).copy_(copied._journal)
     assert slots.to_dict() == copied.to_dict()
@@ -210,14 +211,14 @@ def test_accelerate_saves_and_loads_a_state(kind: str, tmp_path: Path) -> None:
             accelerator.save_state(str(tmp_path))
         else:
             accelerator.load_state(str(tmp_path))
-        trained_a_step(model, optimizer)  # with the momentum that was saved
+        trained_a_step(model, optimizer)  # with the saved momentum
         models.append(model)
         accelerator.free_memory()
     assert_same(*models)
 
 
 class Tiny(nn.Module):
-    """What transformers' Trainer calls: keyword arguments in, a mapping with the loss out."""
+    """A model for transformers' Trainer: keyword arguments in, a mapping with the loss out."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -229,7 +230,7 @@ class Tiny(nn.Module):
 
 
 def test_the_trainer_of_transformers_resumes(tmp_path: Path) -> None:
-    """From its checkpoint after two of four steps, to the weights of a training that was not stopped."""
+    """Resumes from a checkpoint after two of four steps; the weights equal those of an uninterrupted training."""
     library = pytest.importorskip("transformers", reason="transformers is not installed")
     pytest.importorskip("accelerate", reason="accelerate is not installed")
     rows = [{"inputs": row, "labels": i % 7} for i, row in enumerate(torch.randn(16, 4))]
@@ -254,7 +255,7 @@ def test_the_trainer_of_transformers_resumes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_mixin_of_the_hub_saves_and_loads(kind: str, tmp_path: Path) -> None:
-    """Its configuration is the constructor's arguments as JSON, in which a margin is a list."""
+    """The configuration holds the constructor's arguments as JSON, in which a margin is a list."""
     hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
     pytest.importorskip("safetensors", reason="safetensors is not installed")
     parent = {"simplex": SimplexHead, "orthoplex": OrthoplexHead, "cube": CubeHead}[kind]
@@ -274,7 +275,7 @@ def test_the_mixin_of_the_hub_saves_and_loads(kind: str, tmp_path: Path) -> None
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dynamo", [True, False])
 def test_logits_and_embeddings_are_written_as_onnx(kind: str, dynamo: bool, tmp_path: Path) -> None:
-    """By both exporters; the file is run by onnx's own reference implementation."""
+    """Exports with both exporters, and runs the file with onnx's reference implementation."""
     onnx = pytest.importorskip("onnx", reason="onnx is not installed")
     if dynamo:
         pytest.importorskip("onnxscript", reason="onnxscript is not installed")
@@ -291,7 +292,7 @@ def test_logits_and_embeddings_are_written_as_onnx(kind: str, dynamo: bool, tmp_
             model.eval(), (X,), str(path), input_names=["x"], dynamo=dynamo, opset_version=18, verbose=False, **shapes
         )
         onnx.checker.check_model(str(path))
-        rows = torch.randn(7, 4)  # another number of rows than it was traced with
+        rows = torch.randn(7, 4)  # another number of rows than at the export
         (found,) = ReferenceEvaluator(str(path)).run(None, {"x": rows.numpy()})
         torch.testing.assert_close(torch.from_numpy(found), model(rows).detach(), rtol=1e-5, atol=1e-5)
     assert not torch.onnx.is_in_onnx_export()

@@ -1,4 +1,4 @@
-"""Text of users in messages."""
+"""Tests the escaping of user text in messages."""
 
 from __future__ import annotations
 

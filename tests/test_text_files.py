@@ -1,4 +1,4 @@
-"""Text files as people save them: every reader of the package takes a byte-order mark, and names what is no text."""
+"""Tests that all readers of text files accept a byte-order mark, and reject files that are not text."""
 
 from __future__ import annotations
 

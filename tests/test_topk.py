@@ -1,4 +1,4 @@
-"""Exact search: the definition, its order, its edges."""
+"""Tests exact search: the definition, the order of results, and edge cases."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from simplexfix import _reference
 
 
 def exact(query: torch.Tensor, gallery: torch.Tensor, k: int) -> tuple[list[list[float]], list[list[int]]]:
-    """The definition in rational arithmetic: normalised rows in float32, exact dot products, rounded once."""
+    """Computes the definition in rational arithmetic: float32 unit rows, exact dot products, rounded once."""
 
     def unit(rows):
         rows = rows.double()
@@ -44,7 +44,7 @@ def test_definition(kind: str, d: int) -> None:
     assert ids.tolist() == expected_ids
 
 
-# one query and many (blocks of 32), galleries of one panel, several, and enough to be split over tasks
+# one query and many (blocks of 32); galleries of one panel, several, and enough for several tasks
 @pytest.mark.parametrize(
     ("queries", "rows", "d", "k"), [(1, 20000, 33, 7), (70, 3000, 129, 50), (33, 9001, 16, 1), (5, 600, 1023, 600)]
 )

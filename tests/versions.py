@@ -1,4 +1,4 @@
-"""Versions for tests, of loose arrays."""
+"""Versions of separate arrays, for tests."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from simplexfix.labelled import LabelledItems, VersionFeatures
 
 
 def pair(query, query_labels, gallery, gallery_labels, **ids) -> VersionFeatures:
-    """Queries and a gallery."""
+    """Returns a version of queries and gallery."""
     return LabelledItems(query_labels, gallery_labels, **ids).version(query, gallery)
 
 
 def versions(queries, galleries, query_labels, gallery_labels, **ids) -> list[VersionFeatures]:
-    """One version for each of the queries and galleries."""
+    """Returns one version for each pair of queries and gallery."""
     items = LabelledItems(query_labels, gallery_labels, **ids)
     return [items.version(*rows) for rows in zip(queries, galleries, strict=True)]
 
 
 def upgrade(old_query, new_query, query_labels, gallery, gallery_labels, *, new_gallery=None, **ids):
-    """Old and new version, of which only the old gallery is searched unless a new one is given."""
+    """Returns an old and a new version; without a new gallery both have the old one."""
     items = LabelledItems(query_labels, gallery_labels, **ids)
     old = items.version(old_query, gallery)
     return old, items.version(new_query, gallery if new_gallery is None else new_gallery)

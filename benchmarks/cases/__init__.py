@@ -1,1 +1,1 @@
-"""What is measured: each case sets its data up once and gives time, bytes and error from it."""
+"""Benchmark cases: each one is set up once and measured for time, memory and error."""

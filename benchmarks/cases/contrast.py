@@ -20,7 +20,7 @@ def plain(new: Tensor, old: Tensor, target: Tensor, negatives: str) -> Tensor:
 
 @dataclass
 class ContrastCase:
-    """B rows of 100 classes; the gradient to the new features."""
+    """B rows of 100 classes; the gradient is that of the new features."""
 
     rows: int
     d: int
@@ -55,7 +55,7 @@ class ContrastCase:
         return gradient_step(lambda new: loss(new, self.old, self.target), self.new)
 
     def limits(self) -> dict[str, Callable[[], object]]:
-        """The two matrix products, of which neither can be left out."""
+        """The two matrix products, which every implementation needs."""
         u, v = F.normalize(self.old), F.normalize(self.new)
 
         def products() -> None:

@@ -20,7 +20,7 @@ Logits = Callable[[Tensor], Tensor]
 
 @dataclass
 class LogitsCase:
-    """B rows, K slots; a random gradient from above."""
+    """B rows and K slots, with a random upstream gradient."""
 
     rows: int
     num_classes: int
@@ -54,7 +54,7 @@ class LogitsCase:
         return gradient_step(logits, self.z, self.upstream)
 
     def limits(self) -> dict[str, Callable[[], object]]:
-        """z read and the logits written, then their gradient read and that of z written: the least."""
+        """The minimum traffic: z is read and the logits written; their gradient is read and that of z written."""
         return {"copy bandwidth": copy_in_place(2 * self.z.numel(), self.dtype, self.device)}
 
     def errors(self) -> dict[str, float]:

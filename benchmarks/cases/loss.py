@@ -25,7 +25,7 @@ except ImportError:
     linear_cross_entropy = None
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-DENSE_LIMIT = 2**27  # elements of W that still fit a benchmark
+DENSE_LIMIT = 2**27  # largest number of elements of W in a benchmark
 
 
 def dense(w: Tensor) -> Loss:
@@ -33,19 +33,19 @@ def dense(w: Tensor) -> Loss:
 
 
 def fused_dense(w: Tensor) -> dict[str, Loss]:
-    """Losses that hold W but never all logits, as far as they are installed: both are Triton's, for GPUs."""
+    """Returns the installed losses that store W and never all logits; both use Triton and need a GPU."""
     found: dict[str, Loss] = {}
     if LigerFusedLinearCrossEntropyLoss is not None:
         liger = LigerFusedLinearCrossEntropyLoss()
         found["dense, Liger"] = lambda z, target: liger(w, z, target)
-    if linear_cross_entropy is not None and w.dtype in (torch.bfloat16, torch.float16):  # it takes no others
+    if linear_cross_entropy is not None and w.dtype in (torch.bfloat16, torch.float16):  # it supports only these dtypes
         found["dense, cut-cross-entropy"] = lambda z, target: linear_cross_entropy(z, w, target)
     return found
 
 
 @dataclass
 class LossCase:
-    """B rows, K slots; random features and targets of one seed.
+    """B rows and K slots, with random features and targets.
 
     The cube has K dimensions, a multiple of 64, and 100 of its 2^K vertices have classes.
     """
@@ -88,7 +88,7 @@ class LossCase:
         return found
 
     def _runs(self, name: str, loss: Loss) -> bool:
-        """Whether a peer takes these sizes: theirs to decide, and to say why not."""
+        """Returns whether a peer runs at these sizes, and prints its error if it does not."""
         try:
             self._step(loss)()
         except Exception as error:
@@ -103,7 +103,7 @@ class LossCase:
         return gradient_step(lambda z: loss(z, self.target), self.z)
 
     def limits(self) -> dict[str, Callable[[], object]]:
-        """z read, as much written: the least that loss and gradient can move."""
+        """The minimum traffic of loss and gradient: z is read, and as many bytes are written."""
         return {"copy bandwidth": copy_in_place(self.z.numel(), self.dtype, self.device)}
 
     def errors(self) -> dict[str, float]:

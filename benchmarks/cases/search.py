@@ -1,4 +1,4 @@
-"""Exact search: ours against faiss, cuVS, usearch and torch, with the fraction of places that differ from float64."""
+"""Exact search: ours against faiss, cuVS, usearch and torch, with the fraction of ranks that differ from float64."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ except ModuleNotFoundError:
 
 
 def gpu_peers(q: torch.Tensor, g: torch.Tensor, k: int) -> dict[str, Callable[[], torch.Tensor]]:
-    """Those that are installed; both work on torch's tensors where they are."""
+    """Returns the installed peers; both use torch's tensors in place."""
     found: dict[str, Callable[[], torch.Tensor]] = {}
     if hasattr(faiss, "GpuIndexFlatIP"):
-        importlib.import_module("faiss.contrib.torch_utils")  # teaches faiss tensors, and torch's stream
+        importlib.import_module("faiss.contrib.torch_utils")  # makes faiss accept tensors, and use torch's stream
         index = faiss.GpuIndexFlatIP(faiss.StandardGpuResources(), q.shape[1])
         index.add(g)
         found["faiss GpuIndexFlatIP"] = lambda: index.search(q, k)[1]
     if brute_force is not None:
-        torch.cuda.synchronize()  # its stream is not torch's; its calls wait for their own end
+        torch.cuda.synchronize()  # it has its own stream; its calls wait until they have finished
         rows = brute_force.build(g, metric="inner_product")
         found["cuVS brute_force"] = lambda: torch.as_tensor(brute_force.search(rows, q, k)[1], device=q.device)
     return found
@@ -46,7 +46,7 @@ def gpu_peers(q: torch.Tensor, g: torch.Tensor, k: int) -> dict[str, Callable[[]
 
 @dataclass
 class SearchCase:
-    """Gaussian rows; the peers get normalised rows and an index built beforehand, ours the raw gallery."""
+    """Gaussian rows. Peers get normalised rows and an index that is built in advance, ours the raw gallery."""
 
     queries: int
     rows: int
@@ -80,14 +80,14 @@ class SearchCase:
         return found
 
     def limits(self) -> dict[str, Callable[[], object]]:
-        """On a GPU the first pass at its least: one product in bfloat16, of which it makes two."""
+        """The minimum of the first pass on a GPU: one bfloat16 product, of which the pass computes two."""
         if self.device == "cpu":
             return {}
         q, g = self.query.bfloat16(), self.gallery.bfloat16()
         return {"bfloat16 matrix product": lambda: q @ g.T}
 
     def errors(self) -> dict[str, float]:
-        """Share of places in the ranking that differ from the float64 definition."""
+        """Fraction of ranks that differ from the float64 definition."""
         _, truth = _reference.cosine_topk(self.query, self.gallery, self.k)
         return {name: float((search() != truth).double().mean()) for name, search in self.candidates().items()}
 
@@ -113,7 +113,7 @@ def unit_rows(kind: str, rows: int, d: int) -> tuple[np.ndarray, np.ndarray]:
 
 @lru_cache(maxsize=1)
 def indexes(kind: str, rows: int, d: int) -> dict[str, object]:
-    """Built once for all cases of the same rows."""
+    """Returns the indexes of these rows; all cases share them."""
     _, gallery = unit_rows(kind, rows, d)
     found: dict[str, object] = {}
     for name, dtype in (("simplexfix", "float32"), ("simplexfix bfloat16", "bfloat16")):
@@ -127,7 +127,7 @@ def indexes(kind: str, rows: int, d: int) -> dict[str, object]:
 
 @dataclass
 class IndexCase:
-    """CosineIndex against indexes of others, all built beforehand from normalised rows."""
+    """CosineIndex against other indexes, all built in advance from normalised rows."""
 
     kind: str  # "Gaussian" or "clusters"
     queries: int
@@ -150,7 +150,7 @@ class IndexCase:
         found = {}
         for name, index in indexes(self.kind, self.rows, self.d).items():
             found[name] = lambda index=index: torch.from_numpy(index.search(q, k)[1])
-        if usearch is not None and self.queries == 1:  # seconds for a thousand
+        if usearch is not None and self.queries == 1:  # takes seconds for 1,000 queries
             g = unit_rows(self.kind, self.rows, self.d)[1]
             options = {"metric": usearch.MetricKind.IP, "exact": True, "threads": torch.get_num_threads()}
             found["usearch exact"] = lambda: torch.from_numpy(
@@ -159,22 +159,22 @@ class IndexCase:
         return found
 
     def limits(self) -> dict[str, Callable[[], object]]:
-        """The first pass at its least: its products in int8 by torch, or for one query the bytes of the codes."""
+        """The minimum of the first pass: its products in int8 by torch, or for one query reading the codes."""
         if self.queries == 1:
             return {"copy bandwidth": copy_in_place(self.rows * self.d // 2, torch.int8)}
         if torch.backends.cpu.get_cpu_capability() != "AVX512":
-            return {}  # torch multiplies int8 number by number there, 50 times as slowly as we do
+            return {}  # here torch multiplies int8 numbers one by one, 50 times as slowly as our kernel
         q, g = (torch.ones(n, self.d, dtype=torch.int8) for n in (self.queries, self.rows))
         return {"int8 matrix product": lambda: torch._int_mm(q, g.T)}
 
     def memory(self) -> dict[str, float]:
-        """Bytes of the index over those of the vectors in float32."""
+        """Memory of the index as a multiple of its vectors in float32."""
         plain = 4 * self.rows * self.d
         ours = indexes(self.kind, self.rows, self.d)
         return {name: index.nbytes / plain for name, index in ours.items() if isinstance(index, CosineIndex)}
 
     def errors(self) -> dict[str, float]:
-        """Share of places, of the first 50 queries, that differ from the float64 definition for these rows."""
+        """Fraction of ranks of the first 50 queries that differ from the float64 definition."""
         q, g = (torch.from_numpy(x) for x in unit_rows(self.kind, self.rows, self.d))
         _, truth = _reference.cosine_topk(q[: min(50, self.queries)], g, self.k)
         return {

@@ -16,7 +16,7 @@ from simplexfix.polytopes import simplex_prototypes
 
 
 def blocks(num_classes: int) -> tuple[Tensor, ...]:
-    """Slots, a part at a time: prototypes are made in float64, all at once of more memory than what is measured."""
+    """Returns the slots in blocks: prototypes are computed in float64, and all at once would dominate the memory."""
     return torch.arange(num_classes).split(256)
 
 
@@ -29,7 +29,7 @@ def matrix(num_classes: int, device: str) -> Tensor:
 
 @dataclass
 class TrainingStepCase:
-    """A batch, K slots; ours against the same step with the simplex as a matrix: z W^T, then cross-entropy."""
+    """A batch and K slots; ours against the same step with the simplex as a matrix (z W^T, then cross-entropy)."""
 
     rows: int
     num_classes: int
@@ -51,7 +51,7 @@ class TrainingStepCase:
         return EmbeddingModel(backbone, SimplexHead(backbone.out_features, self.num_classes)).to(self.device)
 
     def losses(self) -> dict[str, Callable[[EmbeddingModel], Tensor]]:
-        w: list[Tensor] = []  # made by the first call: whoever measures ours alone has no matrix in memory
+        w: list[Tensor] = []  # created by the first call, so that measurements of ours have no matrix in memory
 
         def dense(model: EmbeddingModel) -> Tensor:
             if not w:
@@ -67,12 +67,12 @@ class TrainingStepCase:
         return {name: self.step(loss) for name, loss in self.losses().items()}
 
     def limits(self) -> dict[str, Callable[[], Any]]:
-        """The step without a classifier: what no loss can take away."""
+        """The step without a classifier, a lower bound for any loss."""
         return {"the step without a loss": self.step(lambda model: model(self.images).sum())}
 
     def step(self, loss: Callable[[EmbeddingModel], Tensor]) -> Callable[[], Any]:
         model = self.model()
-        # of next to no length: a sum, or one batch again and again, would drive the weights to nan
+        # a tiny rate: the sum as a loss, or one repeated batch, would drive the weights to nan
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9, fused=True)
 
         def call() -> None:
@@ -84,7 +84,7 @@ class TrainingStepCase:
 
     @torch.no_grad()
     def errors(self) -> dict[str, float]:
-        """Of the first step's loss, relative to that in float64 of the same network."""
+        """Errors of the first step's loss, relative to the loss of the same network in float64."""
         z = self.model().double()(self.images.double())
         parts = (simplex_prototypes(self.num_classes, slots, dtype=z.dtype) for slots in blocks(self.num_classes))
         truth = F.cross_entropy(torch.cat([z @ w.to(self.device).T for w in parts], 1), self.target)

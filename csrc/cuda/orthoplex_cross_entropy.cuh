@@ -20,8 +20,8 @@ __device__ __forceinline__ OrthoplexSums<A> from_lane_xor(const OrthoplexSums<A>
   return {from_lane_xor(v.squares, mask), from_lane_xor(v.largest, mask), from_lane_xor(v.weighted, mask)};
 }
 
-// Sums over all coordinates but the label's, with e+ = exp(l - largest) of +z_j and e- of -z_j. sum_exp_others: sum of
-// e+ + e-. dot: sum of (e+ - e-) z_j.
+// Sums over all coordinates j except the label's, with l_j = factor z_j, e+ = exp(l_j - largest) and e- = exp(-l_j -
+// largest). sum_exp_others: sum of e+ + e-. dot: sum of (e+ - e-) z_j.
 template <typename A>
 struct OrthoplexTerms {
   A sum_exp_others, dot;
@@ -51,6 +51,7 @@ class OrthoplexLoss {
 
   __device__ static Sums no_sums() { return {A(0), A(-INFINITY), A(0)}; }
 
+  // x is z_j in this function, in the other accumulate, and in gradient.
   __device__ void accumulate(Sums* sums, int j, A x) const {
     const A magnitude = std::fabs(x);
     sums->squares += x * x;

@@ -1,4 +1,4 @@
-"""The grammar of the command line.  It imports neither torch nor NumPy: help and bad arguments are answered at once."""
+"""The arguments of the command line.  It imports neither torch nor NumPy, so help and errors appear at once."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ PRESET_NAMES = ("omniglot", "cl2r", "iamcl2r-7", "iamcl2r-31", "cpu-small", "pap
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments of one verb, whose name is `verb`.
+    """Parses the arguments of one verb; the result's `verb` is its name.
 
     Raises:
-        SystemExit: 0 after --help and --version, 2 where the arguments are wrong.
+        SystemExit: 0 after --help and --version, 2 if the arguments are wrong.
     """
     parser = argparse.ArgumentParser(
         prog="simplexfix", description="Compatible representations: swap your embedding model, keep your index."
@@ -41,7 +41,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 class _Version(argparse.Action):
-    """Reads the version only where it is asked for."""
+    """Prints the version; the package is imported only for this option."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         from .. import __version__
@@ -353,7 +353,7 @@ def _seed(text: str) -> int:
     raise argparse.ArgumentTypeError(f"must be an integer in [0, 2^31), got {text}")
 
 
-# name: summary, adds its arguments to a parser; simplexfix/cli/NAME.py has run(arguments) -> exit code
+# name -> (summary, function that adds arguments to a parser); simplexfix/cli/NAME.py has run(arguments) -> exit code
 VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "adapt": ("Fits an adapter from a new encoder to an old one's gallery: exit code 1 if none is worth it.", _adapt),
     "demo": ("Trains four versions on handwriting, replaces the model and searches the old galleries.", _demo),

@@ -1,7 +1,7 @@
-"""Fits an adapter from a new encoder to an old one's gallery, chosen on items that were held out of its fit.
+"""Fits adapters from a new encoder to an old encoder's gallery and selects the best one on held-out items.
 
-Exit code 0 where the new queries find more in the old gallery than the old encoder does, 1 where no candidate is shown
-to be better than keeping the old encoder, 2 on bad input.  The best candidate is written to the folder in both cases.
+Exit codes: 0 if adapted new queries find more in the old gallery than old queries; 1 if no candidate is significantly
+better than the old encoder; 2 for bad input.  With 0 and 1 the best candidate is written to the folder.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _encoders(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `save_pretrained`: version, name, and the fingerprints of both encoders."""
+    """Returns the arguments of `Adapter.save_pretrained`: version, name, and the fingerprints of both encoders."""
     old, new = (None if path is None else read_model(path) for path in (arguments.old_model, arguments.new_model))
     number = arguments.number
     if number is None:

@@ -1,9 +1,10 @@
 """Trains four versions on handwriting, replaces the model, and searches the old galleries, in a minute or two.
 
-The preset `omniglot` by three methods, with the same data, budget and networks: the fixed simplex with HOC, the fixed
-simplex alone, and experience replay (ER) with an ordinary learnable classifier.  A small convolutional network learns
-the characters of six alphabets in steps: v0 from scratch, v1 and v2 fine-tuned, and then a wider network, trained anew
-on all characters so far, takes its place: v3.  The galleries of v0, v1 and v2 stay as they were.
+It trains the preset `omniglot` by three methods with the same data, budget and networks: the fixed simplex with HOC,
+the fixed simplex alone, and experience replay (ER) with an ordinary learnable classifier.  A small convolutional
+network learns the characters of six alphabets in steps.  v0 is trained from scratch, v1 and v2 are fine-tuned.  v3
+replaces them by a wider network that was trained from scratch on all earlier characters.  The galleries of v0, v1 and
+v2 are not embedded again.
 """
 
 from __future__ import annotations
@@ -86,13 +87,13 @@ def _configs(seed: int, *, quick: bool) -> dict[str, RunConfig]:
     preset = replace(PRESETS["omniglot"], seed=seed, trainer=TrainerConfig(device="cpu"))
     if quick:
         preset = _shortened(preset, first=60, pretraining=90, others=30)
-    # the same simplex without an old model; and a classifier of its own, whose scale was tuned apart
+    # the same simplex without an old model; a learnable classifier, with its own tuned scale
     others = {"simplex": preset.method.pretraining(), "er": MethodConfig("er", scale=8.0)}
     return {"hoc": preset, **{name: replace(preset, method=method) for name, method in others.items()}}
 
 
 def _shortened(config: RunConfig, *, first: int, pretraining: int, others: int) -> RunConfig:
-    """The same story in so many steps."""
+    """Returns the configuration with these numbers of steps."""
     tasks = config.tasks
     replacements = {
         t: replace(plan, schedule=plan.schedule and replace(plan.schedule, steps=pretraining))
@@ -111,7 +112,7 @@ def _with_pretraining(config: RunConfig, folder: Path) -> RunConfig:
 
 
 def _steps(chain: list[RunConfig]) -> int:
-    """Of runs that differ in their method alone, of which the first pre-trains for all."""
+    """Returns the number of steps of runs that differ only in their method; the first one pre-trains for all."""
     tasks, own = chain[0].tasks, chain[0].schedule
     pretraining = sum(plan.schedule.steps for plan in tasks.replacements.values() if plan.schedule is not None)
     return pretraining + len(chain) * sum(tasks.schedules.get(t, own).steps for t in range(len(tasks.counts)))
@@ -130,7 +131,7 @@ def _described(config: RunConfig) -> list[str]:
 
 
 def _summary(report: Mapping[str, Any]) -> dict[str, Any]:
-    """Search -> protocol -> matrix, AC, AA, and of each older gallery the fraction of accuracy that is left."""
+    """Returns search -> protocol -> matrix, AC, AA, and the fraction of accuracy that is left on each older gallery."""
     return {
         search: {
             protocol: {
@@ -172,7 +173,7 @@ def _print(report: dict[str, Any], reports: Mapping[str, Any], out: Path, second
 
 
 def _in_words(scores: dict[str, Any]) -> str:
-    """What became of the v0 gallery when v3, the replacement, searched it."""
+    """Describes the results of v3, the replacement, in the gallery of v0."""
     sentences = []
     for search in SEARCHES:
         result = scores[search]["nearest_class_mean"]
@@ -185,7 +186,7 @@ def _in_words(scores: dict[str, Any]) -> str:
 
 
 def _verdict(kept: float) -> str:
-    """In words, the fraction of the old accuracy that is left."""
+    """Describes the fraction of the old accuracy that is left."""
     for least, words in ((1.0, "as good as ever"), (0.75, "still searchable"), (0.25, "damaged")):
         if kept >= least:
             return words

@@ -1,4 +1,4 @@
-"""Says what is installed, which kernels run on this machine, and why others do not."""
+"""Prints the installed versions, the kernels that this machine can run, and the reason why others cannot run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def diagnose() -> dict[str, Any]:
-    """The diagnosis in the order a reader wants it; plain JSON values."""
+    """Returns the diagnosis as JSON values, the most important ones first."""
     info = _native.build_info()
     found: dict[str, Any] = {
         "simplexfix": _version("simplexfix"),

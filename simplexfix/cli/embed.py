@@ -1,4 +1,4 @@
-"""Applies a model or an adapter to a file of features, block by block: the output appears whole or not at all."""
+"""Applies a model or an adapter to a file of features, block by block; the output is written atomically."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _inputs(arguments: argparse.Namespace) -> tuple[list[Any], NDArray[np.int64] | None, Callable[..., Tensor]]:
-    """The rows of IN and of --old, the ids of IN, and what maps a block of them."""
+    """Returns the rows of IN (and of --old), the ids of IN, and a function that maps a block of rows."""
     adapter = Adapter.from_pretrained(arguments.model) if read_identity(arguments.model).head == ADAPTED else None
     if adapter is None and (arguments.old is not None or arguments.gallery):
         raise ValueError(f"--old and --gallery are for adapters, {arguments.model} holds a model")
@@ -86,7 +86,7 @@ def _tensor(rows: Any, begin: int, end: int) -> Tensor:
 
 
 def _npy(blocks: Iterator[NDArray[np.float32]], count: int) -> Iterator[bytes]:
-    """The chunks of an .npy file of all rows."""
+    """Yields the bytes of an .npy file with all rows, in chunks."""
     for at, block in enumerate(blocks):
         if not at:
             header = io.BytesIO()
@@ -97,7 +97,7 @@ def _npy(blocks: Iterator[NDArray[np.float32]], count: int) -> Iterator[bytes]:
 
 
 def _npz(blocks: Iterator[NDArray[np.float32]], ids: NDArray[np.int64] | None, sources: list[Any]) -> Iterator[bytes]:
-    """The chunks of an .npz file with `vectors` and, where there are any, `ids`."""
+    """Yields the bytes of an .npz file with `vectors` and, if there are any, `ids`, in chunks."""
     out = _Unseekable()
     with zipfile.ZipFile(out, "w") as archive:
         with archive.open("vectors.npy", "w", force_zip64=True) as member:
@@ -112,7 +112,7 @@ def _npz(blocks: Iterator[NDArray[np.float32]], ids: NDArray[np.int64] | None, s
 
 
 class _Unseekable(io.RawIOBase):
-    """A file that hands on what was written: zipfile then writes sizes and checksums behind the data."""
+    """A file without seek, whose content is taken in chunks; zipfile then writes sizes and checksums after the data."""
 
     def __init__(self) -> None:
         self._chunks: list[bytes] = []

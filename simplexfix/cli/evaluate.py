@@ -1,8 +1,8 @@
-"""Judges model versions from features and labels alone, and writes a report: numbers, figures, one page of HTML.
+"""Evaluates model versions from features and labels, and writes a report: numbers, figures, one page of HTML.
 
-Each version is a file or folder that `VersionFeatures.load` reads, over the same items, oldest version first; or one
-folder holds them all, and their names give the order.  Needs the extra `cli` for figures.  Under `torchrun` each
-process searches its part of every gallery, and the first one writes the report, which is the same.
+Each version is a file or folder for `VersionFeatures.load`.  All versions have the same items, and the oldest comes
+first.  One folder may hold all versions; their names then give the order.  Figures need the extra `cli`.  Under
+`torchrun` each process searches its part of every gallery, and the first one writes the same report.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ def _of_torchrun(name: str, default: str) -> int:
 
 
 def _evaluate_together(arguments: argparse.Namespace, ranks: Ranks) -> None:
-    """Each rank searches its rows of every gallery; the first one has the rest to do, and the others wait for it.
+    """Searches on all ranks, each in its rows of every gallery; the first rank writes the report.
 
-    What fails there fails all, with the same words.
+    An error on one rank is raised on all, with the same message.
     """
 
     if arguments.protocol not in PROTOCOLS:
@@ -101,7 +101,7 @@ class _Input(NamedTuple):
 
 
 def _read(arguments: argparse.Namespace, *, first: bool = True) -> _Input:
-    """All that is given, checked; `first`: on the process that writes."""
+    """Reads and checks all inputs; `first` is True on the process that writes."""
     check_confidence(arguments.confidence)
     read_protocol(arguments.protocol)
     judgements = None if arguments.qrels is None else RelevanceJudgements.load(arguments.qrels)
@@ -137,7 +137,7 @@ def _read(arguments: argparse.Namespace, *, first: bool = True) -> _Input:
 
 
 def _hits_of_ranks(versions: Sequence[VersionFeatures], protocol: str, ranks: Ranks) -> list[list[Hits]]:
-    """What `compatibility_hits` finds, each rank in its rows of the galleries, in float32 as there."""
+    """Returns the hits of `compatibility_hits`, computed by all ranks in float32, each in its rows of the galleries."""
     find = PROTOCOLS[protocol].sharded_hits
     assert find is not None
     mine = np.arange(len(versions[0].gallery))[shard_rows(len(versions[0].gallery), ranks.rank, ranks.size)]
@@ -162,14 +162,14 @@ def _write(arguments: argparse.Namespace, given: _Input, hits: list[list[Hits]] 
 
 
 def version_paths(given: Sequence[Path]) -> list[Path]:
-    """The versions' files, oldest first: as given, or those in the one folder given, if that is no version itself."""
+    """Returns the paths of the versions, oldest first; a single folder that is no version stands for its content."""
     if len(given) > 1 or not given[0].is_dir() or is_version(given[0]):
         return list(given)
     return find_versions(given[0])
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
-    """What tells the files apart: stems, else names, else whole paths."""
+    """Returns distinct names: the stems of the files, else their names, else their paths."""
     for names in ([path.name if path.is_dir() else path.stem for path in paths], [path.name for path in paths]):
         names = [printable(name) for name in names]
         if len(set(names)) == len(paths) and all(names):
@@ -182,10 +182,10 @@ def short_names(paths: Sequence[Path]) -> list[str]:
 
 
 def _read_paths(file: Path, part: str, count: int) -> list[Path]:
-    """One image path per line, relative to the file's folder.
+    """Reads image paths, one per line, relative to the file's folder.
 
     Raises:
-        ValueError: not text, or not one line per item.
+        ValueError: the file is not text, or the number of lines differs from the number of items.
     """
     try:
         lines = read_text(file).splitlines()

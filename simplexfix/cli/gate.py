@@ -1,8 +1,8 @@
-"""Judges an upgrade by rules, for a pipeline: exit code 0 where it passes, 1 where a rule fails, 2 on bad input.
+"""Judges an upgrade by rules, for a pipeline: exit code 0 if it passes, 1 if a rule fails, 2 for bad input.
 
-Each of OLD and NEW is a file or folder that `VersionFeatures.load` reads, of one model, over the same items; with
-query_groups where rules are per group.  Without rules: the new queries must find more in the old gallery than the old
-ones did (ECC), at 95 % confidence.  --agreement needs no labels.
+OLD and NEW are files or folders for `VersionFeatures.load`, one per model, with the same items; rules per group need
+query_groups.  The default rule is the ECC at 95 % confidence: the new queries find more in the old gallery than the old
+queries.  --agreement needs no labels.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def _parse(path: Path) -> Any:
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A key given twice would leave a rule with the last of its values, without a word."""
+    """Returns the pairs as a dict; raises for duplicate keys, of which JSON would silently use the last."""
     entries = dict(pairs)
     if len(entries) != len(pairs):
         raise ValueError(f"a key comes twice in {{{', '.join(key for key, _ in pairs)}}}")
@@ -232,6 +232,6 @@ def _markdown(result: GateResult) -> str:
 
 
 def _cell(text: str) -> str:
-    """Names of groups are data: a bar, a line end or a tag in one must not break the table."""
+    """Escapes text for a cell of a Markdown table: names of groups may have bars, line ends or tags."""
     escaped = printable(text).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
     return " ".join(escaped.split())

@@ -1,4 +1,4 @@
-"""Lists the runs in a folder: how far each is, what it reached, and in what their configurations differ."""
+"""Lists the runs in a folder: progress, scores, and the differences between their configurations."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _summary(folder: Path) -> dict[str, Any]:
-    """Of a damaged run its name, and on stderr what is damaged: the others are listed all the same."""
+    """Returns a run's row in the list; for a damaged run prints the error to stderr and returns the name."""
     summary: dict[str, Any] = {"name": folder.resolve().name, "state": "damaged: run.json", "scores": {}}
     summary |= {"config": None, "data": None}
     try:
@@ -53,7 +53,7 @@ def _summary(folder: Path) -> dict[str, Any]:
 
 
 def _read_scores(report: Path) -> dict[str, Any]:
-    """Search, protocol, criterion, in the order of `searches_of`."""
+    """Returns search -> protocol -> criterion -> value, in the order of `searches_of`."""
     try:
         content = json.loads(report.read_bytes())
         if "versions" not in content:
@@ -70,7 +70,7 @@ def _read_scores(report: Path) -> dict[str, Any]:
 
 
 def _progress(folder: Path, config: Mapping[str, Any]) -> str:
-    """The stage that it is at, and the last line of that."""
+    """Returns the current stage and its last logged step."""
     done = len(list(folder.glob("task-*/version.safetensors")))
     shared, method = config.get("tasks", {}).get("pretraining_folder"), config.get("method", {}).get("name")
     stages = [
@@ -89,7 +89,7 @@ def _progress(folder: Path, config: Mapping[str, Any]) -> str:
 
 
 def _scores(scores: dict[str, Any]) -> str:
-    """Those of the first search: of validation, where there is one, for to choose by others is to learn from them."""
+    """Returns the scores of the first search, which is validation if there is one: choices must not use test data."""
     for search, protocols in scores.items():
         entries = [f"{name.replace('_', ' ')} {criteria_text(entry)}" for name, entry in protocols.items()]
         return f"{search}: {'; '.join(entries)}"

@@ -1,4 +1,4 @@
-"""Trains the versions of a configuration, or goes on where that was stopped, and judges them by the matrix."""
+"""Trains the versions of a configuration, or resumes a stopped run, and evaluates them at the end."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BAD_INPUT = 2
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Under torchrun, one of its processes."""
+    """Runs the verb; under torchrun every process calls it."""
     try:
         config = _config(arguments)
         if arguments.print_config:
@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
         with _group(), progress_on(sys.stderr) as show:
             report = train_run(config, folder, on_step=show)
             first = processes.rank() == 0
-    except CheckpointError as error:  # of what is finished: a damaged one of what is in training is passed over
+    except CheckpointError as error:  # a finished version is damaged; damaged checkpoints are skipped
         remedy = "delete it and call again: what it held is made again, the same on the same machine"
         print(f"simplexfix train: {error}; {remedy}", file=sys.stderr)
         return BAD_INPUT
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"simplexfix train: {error}", file=sys.stderr)
         return BAD_INPUT
     except ModuleNotFoundError as error:
-        if error.name not in LIBRARIES:  # which are no extras of ours
+        if error.name not in LIBRARIES:  # a package that no extra installs
             raise
         print(f"simplexfix train: {error}", file=sys.stderr)
         return BAD_INPUT
@@ -76,7 +76,7 @@ def _config(arguments: argparse.Namespace) -> RunConfig:
 
 @contextmanager
 def _group() -> Iterator[None]:
-    """The processes that torchrun started, where it did."""
+    """Context manager for the process group, if torchrun started this process."""
     if "RANK" not in os.environ or not dist.is_torchelastic_launched():
         yield
         return

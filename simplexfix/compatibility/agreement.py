@@ -32,6 +32,17 @@ def topk_agreement(found: VersionFeatures, reference: VersionFeatures, *, k: int
 
     Raises:
         TypeError, ValueError: the versions have different items, or k is out of range; the message names the argument.
+
+    Example:
+        >>> import numpy as np
+        >>> from simplexfix.compatibility import topk_agreement
+        >>> from simplexfix.labelled import LabelledItems
+        >>> items = LabelledItems([0, 1], [0, 0, 1])
+        >>> gallery = np.array([[1.0, 0.1], [0.9, 0.3], [0.2, 1.0]])
+        >>> old = items.version(np.array([[1.0, 0.0], [1.0, 0.9]]), gallery)
+        >>> new = items.version(np.array([[1.0, 0.1], [0.1, 1.0]]), gallery)
+        >>> topk_agreement(old.searched_by(new), new, k=2)
+        array([1., 1.])
     """
     found, reference = check_versions((found, reference), ("found", "reference"))
     hits = agreement_protocol(reference, check_integer("k", k)).hits

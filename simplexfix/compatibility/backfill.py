@@ -116,6 +116,17 @@ def backfill_curve(
 
     Reference:
         Jaeckle et al., "FastFill: Efficient Compatible Model Update", ICLR 2023, for curve and area.
+
+    Example:
+        >>> import numpy as np
+        >>> from simplexfix.compatibility import backfill_curve
+        >>> from simplexfix.labelled import LabelledItems
+        >>> items = LabelledItems([0, 1], [0, 0, 1])
+        >>> gallery = np.array([[1.0, 0.1], [0.9, 0.3], [0.2, 1.0]])
+        >>> old = items.version(np.array([[1.0, 0.0], [1.0, 0.9]]), gallery)
+        >>> new = items.version(np.array([[1.0, 0.1], [0.1, 1.0]]), gallery)
+        >>> backfill_curve(old, new, protocol="instance", steps=3).scores
+        array([1., 1., 1., 1.])
     """
     protocol = read_protocol(protocol)
     old, new = check_versions((old, new), ("old", "new"))
@@ -192,6 +203,18 @@ def mixed_topk(
     Raises:
         TypeError, ValueError: versions or options are wrong, as in `backfill_curve`.
         ValueError: `replaced` has a wrong shape, or k is below 1.
+
+    Example:
+        >>> import numpy as np
+        >>> from simplexfix.compatibility import mixed_topk
+        >>> from simplexfix.labelled import LabelledItems
+        >>> items = LabelledItems([0, 1], [0, 0, 1])
+        >>> gallery = np.array([[1.0, 0.1], [0.9, 0.3], [0.2, 1.0]])
+        >>> old = items.version(np.array([[1.0, 0.0], [1.0, 0.9]]), gallery)
+        >>> new = items.version(np.array([[1.0, 0.1], [0.1, 1.0]]), gallery)
+        >>> scores, ids = mixed_topk(old, new, [True, False, False], 2)
+        >>> ids.tolist()
+        [[0, 1], [2, 1]]
     """
     check_name("queries", queries, ("new", "old"))
     old, new = check_versions((old, new), ("old", "new"))

@@ -61,6 +61,11 @@ def average_compatibility(matrix: ArrayLike, *, ties: str = "incompatible") -> f
 
     Reference:
         Biondi et al., arXiv 2405.02581.
+
+    Example:
+        >>> from simplexfix.compatibility import average_compatibility
+        >>> average_compatibility([[0.5], [0.75, 1.0]])
+        1.0
     """
     compatible = compatibility_table(matrix, ties=ties).compatible
     upgrades = np.tril_indices(len(compatible), -1)
@@ -83,6 +88,12 @@ def compatibility_table(matrix: ArrayLike, *, ties: str = "incompatible") -> Com
 
     Reference:
         Shen et al., "Towards Backward-Compatible Representation Learning", 2020.
+
+    Example:
+        >>> from simplexfix.compatibility import compatibility_table
+        >>> table = compatibility_table([[0.5], [0.75, 1.0]])
+        >>> bool(table.compatible[1, 0]), float(table.margins[1, 0])
+        (True, 0.25)
     """
     check_name("ties", ties, TIES)
     c = lower_triangle(matrix)
@@ -103,6 +114,11 @@ def average_accuracy(matrix: ArrayLike, *, upto: int | None = None) -> float:
 
     Raises:
         ValueError: `matrix` is not a lower triangle of numbers, or `upto` is outside [1, T].
+
+    Example:
+        >>> from simplexfix.compatibility import average_accuracy
+        >>> average_accuracy([[0.5], [0.75, 1.0]])
+        0.75
     """
     c = lower_triangle(matrix)
     size = len(c) if upto is None else upto
@@ -121,6 +137,11 @@ def backward_compatibility(matrix: ArrayLike) -> float:
 
     Raises:
         ValueError: `matrix` is not a lower triangle of numbers.
+
+    Example:
+        >>> from simplexfix.compatibility import backward_compatibility
+        >>> backward_compatibility([[0.5], [0.75, 1.0]])
+        0.25
     """
     c = lower_triangle(matrix)
     return float(np.mean(c[-1, :-1] - np.diag(c)[:-1])) if len(c) > 1 else math.nan
@@ -136,6 +157,11 @@ def forward_compatibility(matrix: ArrayLike) -> float:
 
     Raises:
         ValueError: `matrix` is not a lower triangle of numbers.
+
+    Example:
+        >>> from simplexfix.compatibility import forward_compatibility
+        >>> forward_compatibility([[0.5], [0.75, 1.0]])
+        -0.25
     """
     c = lower_triangle(matrix)
     return float(np.mean(np.diag(c, -1) - np.diag(c)[1:])) if len(c) > 1 else math.nan
@@ -157,6 +183,11 @@ def negative_flip_rate(before: ArrayLike | torch.Tensor, after: ArrayLike | torc
 
     Reference:
         Yan et al., "Positive-Congruent Training: Towards Regression-Free Model Updates", CVPR 2021.
+
+    Example:
+        >>> from simplexfix.compatibility import negative_flip_rate
+        >>> negative_flip_rate([True, True, False, False], [True, False, True, False])
+        0.25
     """
     _, losses, queries = flips(before, after)
     return losses / queries
@@ -174,6 +205,11 @@ def positive_flip_rate(before: ArrayLike | torch.Tensor, after: ArrayLike | torc
 
     Raises:
         TypeError, ValueError: as in `negative_flip_rate`.
+
+    Example:
+        >>> from simplexfix.compatibility import positive_flip_rate
+        >>> positive_flip_rate([True, True, False, False], [True, False, True, True])
+        0.5
     """
     gains, _, queries = flips(before, after)
     return gains / queries
@@ -192,6 +228,11 @@ def compatibility_tax(unconstrained: float, compatible: float) -> float:
     Raises:
         TypeError: a score is not a number.
         ValueError: a score is not finite.
+
+    Example:
+        >>> from simplexfix.compatibility import compatibility_tax
+        >>> compatibility_tax(0.75, 0.5)
+        0.25
     """
     for name, score in (("unconstrained", unconstrained), ("compatible", compatible)):
         check_number(name, score)

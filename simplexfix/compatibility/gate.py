@@ -35,7 +35,7 @@ KINDS: Mapping[str, tuple[str, bool, tuple[str, ...]]] = {
     "max_tax": ("compatibility tax", False, ("new",)),
     "min_recall": ("score of the new queries", True, ("old", "new")),
 }
-SHOWN_CONFIDENCE = 0.95  # of the interval beside a rule that is judged by its value alone
+SHOWN_CONFIDENCE = 0.95  # of the reported interval if the rule has no confidence
 EACH_GROUP = "*"
 
 
@@ -43,26 +43,30 @@ EACH_GROUP = "*"
 class Rule:
     """One condition on an upgrade.
 
-        ecc         M(new queries, old gallery) - M(old queries, old gallery) > limit        limit 0 unless given
-        max_nfr     fraction of queries right by (old queries, old gallery), wrong by (new queries, `gallery`) <= limit
+        ecc         M(new queries, old gallery) - M(old queries, old gallery) > limit
+        max_nfr     fraction of queries that are right with (old queries, old gallery) and wrong with
+                    (new queries, `gallery`) <= limit
         max_tax     M(unconstrained queries and gallery) - M(new queries and gallery) <= limit
         min_recall  M(new queries, `gallery`) >= limit
 
-    A protocol that scores queries by numbers in [0, 1], such as "ndcg@10", breaks a query whose score falls.  With
-    "agreement@10" the score is the fraction of the 10 nearest items that the new model finds in a gallery of its own;
-    all rules then apply to the old gallery.
+    M is the mean over queries of the protocol's hits or scores.  If a protocol has scores in [0, 1], such as "ndcg@10",
+    `max_nfr` counts queries whose score falls.  With "agreement@10" the score is the fraction of the 10 nearest items
+    that the new model also finds in its own gallery; all rules then apply to the old gallery.
+
+        Rule("max_nfr", 0.02, confidence=0.95)
 
     Args:
-        kind: one of these four.
-        limit: a fraction, in [-1, 1].
-        confidence: None: the measured value is compared with the limit.  Else the worse end of its two-sided interval
-            is, and `ecc` with a limit of 0 or more also requires p <= 1 - confidence in an exact paired test,
-            which very few queries cannot: McNemar's of right and wrong queries, `randomization_test` of scores.
-        gallery: "old", as the upgrade leaves it, or "new", re-extracted; None: the first that `kind` allows.
-        group: None: all queries; "*": the rule holds for each group apart; else for the group of this name.
+        kind: "ecc", "max_nfr", "max_tax" or "min_recall".
+        limit: a fraction, in [-1, 1]; required except for "ecc", where the default is 0.
+        confidence: in (0, 1): the worse end of a two-sided interval must satisfy the condition.  "ecc" with a limit of
+            at least 0 also requires p <= 1 - confidence in an exact paired test, which very few queries cannot reach:
+            `mcnemar_test` for hits, `randomization_test` for scores.  None compares the measured value.
+        gallery: "old" for the unchanged gallery, "new" for the re-extracted one; None for the first that `kind` allows.
+        group: name of a group of queries; "*" applies the rule to each group; None to all queries together.
 
     Raises:
-        TypeError, ValueError: not as above, by name.
+        TypeError: `limit` is not a number, or `group` is not a string.
+        ValueError: `kind` or `gallery` is unknown, or a number is missing or out of range.
     """
 
     kind: str
@@ -100,19 +104,18 @@ DEFAULT_RULES = (Rule("ecc", confidence=0.95),)
 
 @dataclass(frozen=True)
 class Outcome:
-    """One rule, on one group of queries.
+    """The result of one rule on one group of queries.
 
     Attributes:
-        rule: as given; `rule.group` of "*" stands for each.
-        group: the group of this outcome, None for all queries.
-        queries: how many there are in it.
-        value: what was measured.
-        low, high: its two-sided interval, at the rule's confidence, or at 95 % where it has none: a paired bootstrap
-            over the queries for `ecc`, `max_tax`, and `min_recall` of scores; Clopper and Pearson's for `max_nfr`, and
-            for `min_recall` of right and wrong queries.
-        p_value: for `ecc`, of McNemar's exact test, or of `randomization_test` where queries have scores; None for
-            others.
-        margin: how far the number that is compared, value or end of interval, lies inside the limit; negative outside.
+        rule: the rule; its `group` may be "*".
+        group: the group of this outcome; None for all queries.
+        queries: number of queries in the group.
+        value: the measured value, a fraction.
+        low, high: two-sided interval of the value, at the rule's confidence or at 95 %.  It is a paired bootstrap over
+            queries for "ecc", "max_tax", and "min_recall" of scores; it is Clopper-Pearson's for "max_nfr", and for
+            "min_recall" of hits.
+        p_value: for "ecc", of `mcnemar_test` for hits or `randomization_test` for scores; None for other rules.
+        margin: distance of the compared number (value or end of the interval) from the limit; negative beyond it.
         passed: whether the rule holds.
     """
 
@@ -128,21 +131,21 @@ class Outcome:
 
     @property
     def measured(self) -> str:
-        """What was measured, in words."""
+        """The measured quantity, in words."""
         what = KINDS[self.rule.kind][0]
         where = f" on the {self.rule.gallery} gallery" if self.rule.kind in ("max_nfr", "min_recall") else ""
         return what + where + (f", group {self.group}" if self.group is not None else "")
 
     @property
     def demand(self) -> str:
-        """The rule, in words."""
+        """The required value, in words."""
         sign = ">" if self.rule.kind == "ecc" else ">=" if KINDS[self.rule.kind][1] else "<="
         sure = f" at {100 * self.rule.confidence:g} % confidence" if self.rule.confidence is not None else ""
         return f"{sign} {_percent(self.rule.limit or 0.0)}{sure}"
 
     @property
     def verdict(self) -> str:
-        """passed, or by how much it failed."""
+        """Returns "passed", or the distance by which the rule failed, in words."""
         if self.passed:
             return "passed"
         if self.margin == 0:
@@ -161,19 +164,20 @@ class Outcome:
 
 @dataclass(frozen=True)
 class GateResult:
-    """What `upgrade_gate` found.
+    """The result of `upgrade_gate`.
 
     Attributes:
-        outcomes: one per rule, and per group where a rule asks for each.
-        scores: M by (queries, gallery): "old_on_old", "new_on_old" and, where a rule or `unrelated` needed it,
+        outcomes: one per rule; one per rule and group for rules with group "*".
+        scores: M by queries and gallery: "old_on_old", "new_on_old" and, if a rule or `unrelated` needed them,
             "new_on_new" and "unconstrained".
-        queries, gallery: numbers of items.
-        absent: queries with no relevant item in the gallery but themselves; they count as wrong, or score 0, for every
-            model.  It is 0 for agreement.
-        unjudged: queries without a relevance judgement, which were left out; None where there are no judgements.
-        bit_equal: of the old version and the new one, queries that have a gallery row of the same bits and no id that
-            says so: most likely they find themselves.
-        excluded: gallery items that are a query themselves, by their ids, and were left out of its search.
+        protocol: name of the protocol.
+        queries, gallery: numbers of queries and gallery items.
+        absent: number of queries without a relevant gallery item other than themselves; they count as wrong, or score
+            0, for every model.  It is 0 for agreement.
+        unjudged: number of queries without a relevance judgement, which were left out; None without judgements.
+        bit_equal: for the old and the new version, number of queries with a bitwise equal gallery row that is not
+            excluded by its id; most likely they find themselves.
+        excluded: number of queries whose own gallery item, by id, was left out of their search.
         unrelated: whether the new queries score at chance in the old gallery, while each model scores above chance in
             its own gallery.  Chance is 1 / classes, or k / gallery items for agreement.  It is False with an adapter
             and with relevance judgements.
@@ -199,7 +203,7 @@ class GateResult:
         return all(outcome.passed for outcome in self.outcomes)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values under stable keys."""
+        """Returns JSON values under stable keys; `from_dict` is the inverse."""
         return {
             "passed": self.passed,
             "protocol": self.protocol,
@@ -216,10 +220,10 @@ class GateResult:
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> GateResult:
-        """The result that `as_dict` described.
+        """Returns the result that `as_dict` described.
 
         Raises:
-            ValueError: a key is missing or unknown, or a verdict is not what the numbers beside it say.
+            ValueError: a key is missing or unknown, or a verdict contradicts the numbers.
         """
         try:
             outcomes = tuple(_outcome(entry) for entry in saved["rules"])
@@ -264,23 +268,29 @@ def upgrade_gate(
     Agreement needs no labels.  It is the fraction of the results of a full re-extraction that the current gallery
     gives.  Both galleries then hold the same sample of items, the new one re-extracted.
 
+        result = upgrade_gate(old, new, [Rule("ecc", confidence=0.95), Rule("max_nfr", 0.02)])
+        result.passed, [outcome.verdict for outcome in result.outcomes]
+
     Args:
-        old: by the model in service.
-        new: by the one that is to replace it, of the same items.  Groups of rules are the items' `query_groups`; where
-            there are none, the classes are the groups; items with relevance judgements have no classes.
-        rules: none given: `ecc` at 95 % confidence.
-        protocol: "nearest_class_mean", "instance", a metric of the ranking such as "ndcg@10", or such an object, with
-            hits; or "agreement@k", such as "agreement@10".
-        widths: "equal": features that are searched in each other must be of one width; "leading": the wider are cut to
-            the leading dimensions of the narrower, as models made for it allow.
-        adapted: the new queries and the old gallery as an adapter maps them (`simplexfix.adapters.adapted_version`).
-            They replace both where new queries search the old gallery.
-        unconstrained: by a model trained without compatibility, of the same items: what `max_tax` compares with.
-        generator: of the bootstrap; None: `np.random.default_rng(0)`.
+        old: version of the deployed model.
+        new: version of the model that replaces it, of the same items.  Groups of rules are the items' `query_groups`,
+            or the classes without them.  Items with relevance judgements have no classes.
+        rules: at least one; the default is "ecc" at 95 % confidence.
+        protocol: "nearest_class_mean", "instance", a ranking metric such as "ndcg@10", "agreement@k", or a `Protocol`
+            with hits.
+        widths: "equal" raises if the widths differ; "leading" cuts the wider features to the leading dimensions.
+        adapted: new queries and old gallery after an adapter (`simplexfix.adapters.adapted_version`); they are used for
+            searches of new queries in the old gallery.
+        unconstrained: version of a model that was trained without compatibility, of the same items, for "max_tax".
+        generator: of the bootstrap; None for `np.random.default_rng(0)`.
+
+    Returns:
+        The outcomes of all rules, and the scores.
 
     Raises:
-        TypeError, ValueError: versions that do not fit each other, by name; no rules; a rule that asks for what is not
-            there.
+        TypeError: an argument has the wrong type.
+        ValueError: versions do not fit each other, there are no rules, or a rule needs a version, groups or a gallery
+            that are not given.
 
     Reference:
         docs/math.md; the criterion is that of Shen et al., "Towards Backward-Compatible Representation Learning", 2020.
@@ -308,7 +318,7 @@ def upgrade_gate(
     find = protocol.hits
     assert find is not None
     groups = _groups(items) if any(rule.group is not None for rule in rules) else np.empty(0, dtype=str)
-    # of one seed for each outcome: it must not depend on what other rules there are
+    # every outcome uses the same seed, so that it does not depend on other rules
     seed = int(check_generator(generator).integers(2**63))
 
     found: dict[str, Hits] = {}
@@ -351,13 +361,13 @@ def upgrade_gate(
 
 
 def _outcome(entry: Mapping[str, Any]) -> Outcome:
-    """The outcome that its `as_dict` described; the texts are derived again."""
+    """Returns the outcome that `as_dict` described; the texts are computed again."""
     values = {key: value for key, value in entry.items() if key not in ("measured", "demand", "verdict")}
     return Outcome(**{**values, "rule": Rule(**values["rule"])})
 
 
 def _compared(rule: Rule, value: float, low: float, high: float) -> float:
-    """The number that the limit is held against: the value, or the worse end of its interval."""
+    """Returns the number that is compared with the limit: the value, or the worse end of its interval."""
     if rule.confidence is None:
         return value
     return low if KINDS[rule.kind][1] else high
@@ -382,7 +392,7 @@ def _judge(rule: Rule, group: str | None, before: Hits, after: Hits, generator: 
     margin = compared - limit if more_is_better else limit - compared
     passed = margin > 0 if rule.kind == "ecc" else margin >= 0
     if p_value is not None and rule.confidence is not None and limit >= 0:
-        # a bootstrap of very few queries that agree has an interval without width; the exact test does not fall for it
+        # the bootstrap interval of very few equal queries has no width; the exact test still gives a large p
         passed = passed and p_value <= 1 - rule.confidence
     return Outcome(rule, group, count, value, interval.low, interval.high, p_value, margin, passed)
 

@@ -68,6 +68,17 @@ def inequality_violations(old: VersionFeatures, new: VersionFeatures) -> Violati
 
     Reference:
         Shen et al., "Towards Backward-Compatible Representation Learning", 2020, equations 1 and 2.
+
+    Example:
+        >>> import numpy as np
+        >>> from simplexfix.compatibility import inequality_violations
+        >>> from simplexfix.labelled import LabelledItems
+        >>> items = LabelledItems([0, 1], [0, 0, 1])
+        >>> gallery = np.array([[1.0, 0.1], [0.9, 0.3], [0.2, 1.0]])
+        >>> old = items.version(np.array([[1.0, 0.0], [1.0, 0.9]]), gallery)
+        >>> new = items.version(np.array([[1.0, 0.1], [0.1, 1.0]]), gallery)
+        >>> inequality_violations(old, new)
+        Violations(same_pairs=3, same_violations=0, other_pairs=3, other_violations=1)
     """
     old, new = check_versions((old, new), ("old", "new"))
     new, old = old.pair(new, "equal"), old.pair(old, "equal")

@@ -37,6 +37,18 @@ def compatibility_matrix(
     Raises:
         TypeError: an entry is not a `VersionFeatures`, or `protocol` is neither a name nor a `Protocol`.
         ValueError: there is no version, items or widths differ, or a row holds nan or inf; the message names it.
+
+    Example:
+        >>> import numpy as np
+        >>> from simplexfix.compatibility import compatibility_matrix
+        >>> from simplexfix.labelled import LabelledItems
+        >>> items = LabelledItems([0, 1], [0, 0, 1])
+        >>> gallery = np.array([[1.0, 0.1], [0.9, 0.3], [0.2, 1.0]])
+        >>> old = items.version(np.array([[1.0, 0.0], [1.0, 0.9]]), gallery)
+        >>> new = items.version(np.array([[1.0, 0.1], [0.1, 1.0]]), gallery)
+        >>> compatibility_matrix([old, new])
+        array([[0.5, nan],
+               [1. , 1. ]])
     """
     protocol = read_protocol(protocol)
     versions = _read(versions, widths)
@@ -76,6 +88,17 @@ def compatibility_hits(
     Raises:
         TypeError, ValueError: as in `compatibility_matrix`.
         ValueError: the protocol has no hits.
+
+    Example:
+        >>> import numpy as np
+        >>> from simplexfix.compatibility import compatibility_hits
+        >>> from simplexfix.labelled import LabelledItems
+        >>> items = LabelledItems([0, 1], [0, 0, 1])
+        >>> gallery = np.array([[1.0, 0.1], [0.9, 0.3], [0.2, 1.0]])
+        >>> old = items.version(np.array([[1.0, 0.0], [1.0, 0.9]]), gallery)
+        >>> new = items.version(np.array([[1.0, 0.1], [0.1, 1.0]]), gallery)
+        >>> compatibility_hits([old, new])[1][0]
+        array([ True,  True])
     """
     protocol = read_protocol(protocol, needs="hits")
     versions = _read(versions, widths)

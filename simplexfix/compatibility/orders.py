@@ -40,6 +40,14 @@ def farthest_from_class_mean(old: VersionFeatures) -> NDArray[np.int64]:
     Raises:
         TypeError: `old` is not a `VersionFeatures`.
         ValueError: the items have no labels, or a row holds nan or inf.
+
+    Example:
+        >>> import numpy as np
+        >>> from simplexfix.compatibility import farthest_from_class_mean
+        >>> from simplexfix.labelled import LabelledItems
+        >>> items = LabelledItems([0], [0, 0, 0])
+        >>> farthest_from_class_mean(items.version(np.ones((1, 2)), np.array([[1.0, 0.1], [1.0, 0.0], [0.0, 1.0]])))
+        array([2, 1, 0])
     """
     return old.items.gallery_rows[_ascending(_own_scores(*_with_templates(old)))]
 
@@ -60,6 +68,14 @@ def lowest_margin(old: VersionFeatures) -> NDArray[np.int64]:
 
     Raises:
         TypeError, ValueError: as in `farthest_from_class_mean`.
+
+    Example:
+        >>> import numpy as np
+        >>> from simplexfix.compatibility import lowest_margin
+        >>> from simplexfix.labelled import LabelledItems
+        >>> items = LabelledItems([0], [0, 0, 1])
+        >>> lowest_margin(items.version(np.ones((1, 2)), np.array([[1.0, 0.0], [1.0, 0.9], [0.0, 1.0]])))
+        array([1, 2, 0])
     """
     rows, index, sums = _with_templates(old)
     scores, nearest = cosine_topk(rows, sums, 2)

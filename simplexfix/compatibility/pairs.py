@@ -120,6 +120,17 @@ def compare_pairs(
 
     Raises:
         TypeError, ValueError: as in `upgrade_threshold`.
+
+    Example:
+        >>> import numpy as np
+        >>> from simplexfix.compatibility import compare_pairs
+        >>> from simplexfix.labelled import LabelledItems
+        >>> rng, labels = np.random.default_rng(0), np.arange(60) % 3
+        >>> items = LabelledItems(labels, labels)
+        >>> rows = np.eye(3)[labels] + 0.4 * rng.standard_normal((60, 3))
+        >>> report = compare_pairs(items.version(rows, rows), None)
+        >>> round(report.before.area, 2), report.before.fars
+        (0.91, (0.1, 0.01))
     """
     generator = np.random.default_rng(0) if generator is None else generator
     versions = check_versions([v for v in (old, new) if v is not None], ("old", "new")[: 1 + (new is not None)])

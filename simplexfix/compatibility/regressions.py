@@ -89,6 +89,17 @@ def worst_regressions(
         TypeError: an argument has the wrong type.
         ValueError: versions or hits do not fit each other, or `before` marks a query as correct whose class the
             gallery lacks.
+
+    Example:
+        >>> import numpy as np
+        >>> from simplexfix.compatibility import worst_regressions
+        >>> from simplexfix.labelled import LabelledItems
+        >>> items = LabelledItems([0, 1], [0, 0, 1])
+        >>> gallery = np.array([[1.0, 0.1], [0.9, 0.3], [0.2, 1.0]])
+        >>> old = items.version(np.array([[1.0, 0.0], [0.0, 1.0]]), gallery)
+        >>> new = items.version(np.array([[1.0, 0.0], [1.0, 0.3]]), gallery)
+        >>> [(r.query, round(r.margin, 2)) for r in worst_regressions(old, new, [True, True], [True, False])]
+        [(1, 0.53)]
     """
     name = read_scored_protocol(protocol).name
     if check_integer("limit", limit) < 0:

@@ -87,6 +87,13 @@ def bootstrap_interval(
 
     Reference:
         Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13.
+
+    Example:
+        >>> import numpy as np
+        >>> from simplexfix.compatibility import bootstrap_interval
+        >>> interval = bootstrap_interval(np.arange(100) < 70)
+        >>> round(interval.low, 2), round(interval.high, 2)
+        (0.61, 0.79)
     """
     scores = read_query_scores("hits", hits)
     numbers = check_options(confidence, resamples, generator)
@@ -111,6 +118,13 @@ def bootstrap_gain(
 
     Raises:
         TypeError, ValueError: as in `bootstrap_interval` and `negative_flip_rate`.
+
+    Example:
+        >>> import numpy as np
+        >>> from simplexfix.compatibility import bootstrap_gain
+        >>> interval = bootstrap_gain(np.arange(100) < 70, np.arange(100) < 80)
+        >>> round(interval.low, 2), round(interval.high, 2)
+        (0.05, 0.16)
     """
     old, new = read_both(before, after)
     numbers = check_options(confidence, resamples, generator)
@@ -141,6 +155,13 @@ def bootstrap_cells(
     Raises:
         TypeError, ValueError: as in `bootstrap_interval`.
         ValueError: `hits` are not a lower triangle.
+
+    Example:
+        >>> import numpy as np
+        >>> from simplexfix.compatibility import bootstrap_cells
+        >>> hits = np.arange(100) < 70
+        >>> bootstrap_cells([[hits], [hits, hits]]).shape
+        (2, 2, 2)
     """
     rows = _triangle(hits)
     numbers = check_options(confidence, resamples, generator)
@@ -166,6 +187,13 @@ def mcnemar_test(before: Hits, after: Hits) -> McNemar:
 
     Reference:
         McNemar, "Note on the sampling error of the difference between correlated proportions", 1947.
+
+    Example:
+        >>> import numpy as np
+        >>> from simplexfix.compatibility import mcnemar_test
+        >>> test = mcnemar_test(np.arange(9) < 2, np.arange(9) < 8)
+        >>> test.gains, test.losses, round(test.p_value, 5)
+        (6, 0, 0.03125)
     """
     gains, losses, _ = flips(read_hits("before", before), read_hits("after", after))
     return McNemar(gains, losses, min(1.0, 2 * _at_most(min(gains, losses), gains + losses, 0.5)))
@@ -198,6 +226,11 @@ def randomization_test(
     Reference:
         Smucker, Allan and Carterette, "A Comparison of Statistical Significance Tests for Information Retrieval
         Evaluation", CIKM 2007.  Phipson and Smyth, "Permutation P-values Should Never Be Zero", 2010.
+
+    Example:
+        >>> from simplexfix.compatibility import randomization_test
+        >>> randomization_test([0.2, 0.4, 0.5], [0.6, 0.9, 0.7])
+        0.25
     """
     old, new = read_both(before, after)
     numbers = check_options(0.95, resamples, generator)
@@ -234,6 +267,14 @@ def mcnemar_tests(hits: Sequence[Sequence[Hits]]) -> NDArray[np.float64]:
 
     Raises:
         TypeError, ValueError: as in `bootstrap_cells`.
+
+    Example:
+        >>> import numpy as np
+        >>> from simplexfix.compatibility import mcnemar_tests
+        >>> worse, better = np.arange(9) < 2, np.arange(9) < 8
+        >>> mcnemar_tests([[worse], [better, better]])
+        array([[    nan,     nan],
+               [0.03125,     nan]])
     """
     rows = _triangle(hits)
     tests = np.full((len(rows), len(rows)), np.nan)
@@ -261,6 +302,12 @@ def exact_interval(successes: int, trials: int, *, confidence: float = 0.95) -> 
 
     Reference:
         Clopper and Pearson, "The use of confidence or fiducial limits", 1934.
+
+    Example:
+        >>> from simplexfix.compatibility import exact_interval
+        >>> interval = exact_interval(5, 100)
+        >>> round(interval.low, 3), round(interval.high, 3)
+        (0.016, 0.113)
     """
     trials, successes = check_integer("trials", trials), check_integer("successes", successes)
     if not 0 <= successes <= trials or trials < 1:

@@ -101,6 +101,18 @@ def upgrade_threshold(
         TypeError: an argument has the wrong type.
         ValueError: the versions do not fit each other, both or neither of `threshold` and `far` are given, the old
             threshold accepts no impostor pair, so that its FAR is unknown, or an option is out of range.
+
+    Example:
+        >>> import numpy as np
+        >>> from simplexfix.compatibility import upgrade_threshold
+        >>> from simplexfix.labelled import LabelledItems
+        >>> rng, labels = np.random.default_rng(0), np.arange(60) % 3
+        >>> items = LabelledItems(labels, labels)
+        >>> rows = np.eye(3)[labels] + 0.4 * rng.standard_normal((60, 3))
+        >>> old = items.version(rows + 0.4 * rng.standard_normal((60, 3)), rows)
+        >>> move = upgrade_threshold(old, items.version(rows, rows), far=0.05)
+        >>> move.after.far <= move.before.far <= 0.05
+        True
     """
     if (threshold is None) == (far is None):
         raise ValueError("give one of threshold and far: the service's threshold, or its false-accept rate")

@@ -14,46 +14,48 @@ __all__ = ["Method", "ReadsOldEmbeddings"]
 class Method(Protocol):
     """A method that trains model versions one after the other.
 
-    A trainer builds each network with `head`, tells it of new classes with `add_classes`, and minimises
-    `loss`.
+    A trainer calls `head` for each new backbone, `add_classes` before each training, and minimises `loss`.
     """
 
     def head(self, in_features: int) -> nn.Module:
-        """A new head on features of this width.
+        """Returns a new head for features of this width.
 
-        Its embeddings are as wide in every version, but for methods whose `fit_to_old` widens them.
+        All versions have the same embedding width, unless `fit_to_old` widens it.
         """
         ...
 
     def add_classes(self, model: EmbeddingModel, classes: range) -> None:
-        """Makes room for classes that the model has not seen; ids count up without a gap."""
+        """Adds new classes to the model's head; `classes` is the range of all class ids so far, from 0."""
         ...
 
     def loss(self, model: EmbeddingModel, input: Tensor, target: Tensor, old: EmbeddingModel | None) -> Tensor:
-        """Scalar loss of a batch of inputs and class ids [B] int64; `old` is the deployed version, frozen."""
+        """Returns the scalar loss of a batch of inputs [B, ...] and class ids [B] int64.
+
+        `old` is the deployed version, in evaluation mode; None for the first version.
+        """
         ...
 
 
 @runtime_checkable
 class ReadsOldEmbeddings(Protocol):
-    """A method that learns from the old version's embeddings of a task's items, read once before the first step.
+    """A method that uses the old version's embeddings of a task's items, computed once before the first step.
 
-    `Trainer.fit` calls both where there is an old version.
+    `Trainer.fit` calls both functions if there is an old version.
     """
 
     def fit_to_old(self, model: EmbeddingModel, old: EmbeddingModel) -> None:
-        """Gives the new model its shapes, after `add_classes`; also where weights of a checkpoint are loaded next."""
+        """Sets the shapes of the new model, after `add_classes` and before a checkpoint is loaded."""
         ...
 
     def read_old(self, model: EmbeddingModel, embeddings: Tensor, labels: Tensor) -> None:
-        """Stores in buffers of the model what the loss needs, for checkpoints to hold it.
+        """Computes buffers of the model that the loss needs; checkpoints store them.
 
-        Called once for a task, by the first of several processes; the others receive its buffers.
+        It is called once per task, by the first of several processes; the others receive its buffers.
 
         Args:
-            model: the new one, in the shapes of `fit_to_old`.
-            embeddings: [N, d_o] unit rows by the old version in evaluation mode, without augmentation, of the new
-                items, then of the remembered ones; on the CPU.
-            labels: [N] int64, on the CPU.
+            model: the new model, with the shapes of `fit_to_old`.
+            embeddings: [N, d_o] unit rows on the CPU, by the old version without augmentation: first of the new items,
+                then of the remembered ones.
+            labels: [N] int64 class ids on the CPU.
         """
         ...

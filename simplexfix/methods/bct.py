@@ -22,25 +22,26 @@ class BCT(ER):
         loss      = cross_entropy(logits(h), y) + weight * influence
         influence = 1 / |S| sum_{i in S} cross_entropy(old_logits(h_i), y_i),    S = {i : y_i is of the old classes}
 
-    with h_i the new features, and `old_logits` the old model's own classifier, which is not trained.  Rows of classes
-    that it lacks are left out; where no row is left, and without an old model, the influence is 0 and has no gradient.
-    The old backbone is not run.
+    h_i are the new features, and `old_logits` is the old model's classifier, which is not trained.  The sum is over the
+    rows whose class it has.  Without such rows, and without an old model, the influence is 0 and has no gradient.  The
+    old backbone is not run.
 
     With a `classification` by nearest neighbours, the old classifier is the old model's queue of its newest features
     (`NeighbourHead.queued_loss`): the influence is the neighbour loss of h_i with its neighbours there.
 
-    Of several processes, or parts of a batch, each takes the mean over its own rows: that is the batch's where all hold
-    as many rows of old classes, as they do where these are the remembered half.
+    With several processes, or parts of a batch, the mean is over each one's own rows.  It equals the mean of the batch
+    if all have equally many rows of old classes, as they do if these are the remembered half.
+
+        method = BCT(weight=1.0)
 
     Args:
-        weight: of the influence loss.
-        scale: of `LinearHead`; the old classifier keeps the one that it was trained with.
-        classification: None, or what takes the place of cross-entropy, in both terms.
+        weight: of the influence loss, above 0.
+        scale: of `LinearHead`; the old classifier keeps the scale of its training.
+        classification: replaces the cross-entropy in both terms; None for cross-entropy.
 
     Raises:
-        ValueError: a weight that is not positive and finite; in `loss`: the old classifier is of features of another
-            width.
-        TypeError: in `loss`: the old model's head is no `LinearHead`.
+        ValueError: the weight is not positive and finite; in `loss`: the old classifier has another feature width.
+        TypeError: in `loss`: the old model's head is no `LinearHead`, or no `NeighbourHead` with `classification`.
 
     Reference:
         Shen et al., "Towards Backward-Compatible Representation Learning", CVPR 2020, arXiv 2003.11942: the variant
@@ -80,11 +81,11 @@ class BCT(ER):
             )
         if isinstance(old, NeighbourHead):
             return old.queued_loss(features, target)
-        # without its parameters' gradients, whether or not the caller has turned them off
+        # no gradients of its parameters, whatever their requires_grad
         frozen = {name: parameter.detach() for name, parameter in old.named_parameters()}
         logits = functional_call(old, frozen, (features,))
         known = target < old.num_classes
-        # a masked sum, not the mean of chosen rows: that would be nan over none, and a device would be waited for
+        # a masked sum: the mean of selected rows would be nan without rows, and selecting would synchronize
         return F.cross_entropy(
             logits, target.where(known, _IGNORED), ignore_index=_IGNORED, reduction="sum"
         ) / known.sum().clamp(min=1)

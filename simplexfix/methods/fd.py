@@ -18,25 +18,27 @@ _DISTANCES = ("cosine", "l2")
 
 
 class FD(ER):
-    """Experience replay with each new feature drawn to the old model's of the same item.
+    """Experience replay with a distance between the new and the old model's features of each item.
 
         loss = cross_entropy(logits(h), y) + weight / B * sum_i D(h_i, u_i)
 
         cosine    D(h, u) = 1 - h . u / (|h| |u|)
         l2        D(h, u) = |h - u|^2
 
-    with h_i the new features, u_i the old model's (no gradient), over new and remembered items alike; cross-entropy
-    alone without an old model.  A zero feature has cosine 0 with any other.  Distances are of float32 at least.
+    h_i are the new features, u_i the old model's (without gradient), of new and remembered items.  Without an old model
+    the loss is the cross-entropy.  The cosine of a zero feature is 0.  Distances are computed in float32 or wider.
+
+        method = FD(weight=1.0, distance="cosine")
 
     Args:
-        weight: of the distance.
+        weight: of the distance, above 0.
         distance: "cosine" or "l2".
         scale: of `LinearHead`.
-        classification: None, or what takes the place of cross-entropy.
+        classification: replaces the cross-entropy; None for cross-entropy.
 
     Raises:
-        ValueError: an unknown distance, or a weight that is not positive and finite; in `loss`: the old features are
-            of another width.
+        ValueError: the distance is unknown, or the weight is not positive and finite; in `loss`: the old features have
+            another width.
 
     Reference:
         cosine: Hou et al., "Learning a Unified Classifier Incrementally via Rebalancing", CVPR 2019 (less-forget

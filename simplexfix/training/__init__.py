@@ -1,4 +1,4 @@
-"""Training: a user of the library like any other; what it does, a loop of one's own can do."""
+"""Training of model versions.  It uses public functions only, so a custom loop can do the same."""
 
 from .checkpoint import CheckpointError, Checkpoints, CheckpointWarning, read_state, write_state
 from .config import ConfigError, overridden, read_config, read_mapping

@@ -1,4 +1,4 @@
-"""The last few states of one training, by step."""
+"""Checkpoints of one training: its newest states, by step."""
 
 from __future__ import annotations
 
@@ -15,30 +15,48 @@ __all__ = ["CheckpointError", "CheckpointWarning", "Checkpoints", "fingerprint",
 
 
 class CheckpointWarning(UserWarning):
-    """A checkpoint was passed over."""
+    """A damaged checkpoint was skipped, or a training resumes under conditions that change its random numbers."""
 
 
 class Checkpoints:
-    """The last few states of one training in a folder, by step.
+    """The newest checkpoints of one training in a folder, by step.
 
     Args:
-        folder: made if it is not there.
-        keep: how many of the newest stay; older ones are a way back when the newest turns out to be damaged.
+        folder: is created if it is missing.
+        keep: number of checkpoints to keep, at least 1; the older ones serve if the newest is damaged.
 
     Raises:
         ValueError: `keep` is below 1.
+        ModuleNotFoundError: safetensors is missing.
+
+    Example:
+        >>> import tempfile
+        >>> import torch
+        >>> from simplexfix.training import Checkpoints
+        >>> checkpoints = Checkpoints(tempfile.mkdtemp(), keep=2)
+        >>> path = checkpoints.save(5, {"weight": torch.ones(2)})
+        >>> checkpoints.newest()
+        (5, {'weight': tensor([1., 1.])})
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, keep: int = 3) -> None:
         if keep < 1:
             raise ValueError(f"keep must be at least 1, got {keep}")
-        safetensors()  # rather here than after the first hours
+        safetensors()  # raises if it is missing: here, not at the first save
         self.folder = Path(folder)
         self.keep = keep
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def save(self, step: int, state: Mapping[str, Any]) -> Path:
-        """Written as `write_state` does, then the oldest go."""
+        """Writes a checkpoint by `write_state` and deletes the oldest ones.
+
+        Args:
+            step: its number, at least 0.
+            state: tensors and plain values, nested.
+
+        Returns:
+            The path of the file.
+        """
         path = self.folder / f"step-{step:09d}.safetensors"
         write_state(path, state)
         for _, old in self._steps()[self.keep :]:
@@ -46,10 +64,10 @@ class Checkpoints:
         return path
 
     def newest(self) -> tuple[int, dict[str, Any]] | None:
-        """Step and state of the newest that is as it was written, or None.
+        """Returns step and state of the newest undamaged checkpoint, or None if there is none.
 
         Warns:
-            CheckpointWarning: for each newer one that is not; names file and reason.
+            CheckpointWarning: a newer checkpoint is damaged; the message names file and reason.
         """
         for step, path in self._steps():
             try:
@@ -59,15 +77,15 @@ class Checkpoints:
         return None
 
     def read(self, step: int) -> dict[str, Any]:
-        """The state of one step; errors as `read_state`."""
+        """Returns the state of one step; raises as `read_state`."""
         return read_state(self.folder / f"step-{step:09d}.safetensors")
 
     def clear(self) -> None:
-        """Removes them all, and what killed processes left in the middle of writing: the training is done."""
+        """Deletes all checkpoints, and temporary files of killed processes."""
         for path in [path for _, path in self._steps()] + list(self.folder.glob("*.safetensors.*.tmp")):
             path.unlink(missing_ok=True)  # another process may do the same
 
     def _steps(self) -> list[tuple[int, Path]]:
-        """Newest first."""
+        """Returns step and path of each checkpoint, newest first."""
         found = [(re.fullmatch(r"step-(\d+)\.safetensors", path.name), path) for path in self.folder.iterdir()]
         return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)

@@ -1,4 +1,4 @@
-"""Configuration: one file, typed, and no word in it that nobody reads."""
+"""Typed configuration files; unknown or unused keys are errors."""
 
 from __future__ import annotations
 
@@ -20,15 +20,22 @@ _T = TypeVar("_T")
 
 
 class ConfigError(ValueError):
-    """A configuration says something that it cannot; the message names the place."""
+    """A configuration is invalid; the message names the key."""
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """What a .json, .yaml or .yml file says; YAML needs PyYAML.
+    """Reads a .json, .yaml or .yml file.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        The content as nested dicts, lists and values.
 
     Raises:
-        ConfigError: it cannot be read, names a key twice, or holds no mapping.
-        OSError: it is not there.
+        ConfigError: the file cannot be parsed, has a duplicate key, or holds no mapping.
+        OSError: the file cannot be opened.
+        ModuleNotFoundError: the file is YAML and PyYAML is missing.
     """
     try:
         text = read_text(path)
@@ -46,12 +53,24 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def overridden(content: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
-    """The content with `key.sub=value` put in, one after the other; a value is JSON, and else a string.
+    """Returns a configuration with some values replaced, as the command line does.
 
-    A number keeps its text, for `read_config` where a string is wanted: a folder may be called 2024.
+    Args:
+        content: a configuration, as `read_mapping` returns it; it is not changed.
+        assignments: "key=value" or "key.sub=value", applied in order.  A value is parsed as JSON; if it is no JSON it
+            is a string.  `read_config` turns a number back into its text where a string is expected, such as a folder
+            with the name 2024.
+
+    Returns:
+        A new mapping.
 
     Raises:
-        ConfigError: an assignment without "=", or below a key that holds a value.
+        ConfigError: an assignment has no "=", or its key lies below a key that holds a value.
+
+    Example:
+        >>> from simplexfix.training import overridden
+        >>> overridden({"trainer": {"ema": 0.9}}, ["trainer.ema=0.99", "seed=1"])
+        {'trainer': {'ema': 0.99}, 'seed': 1}
     """
     result = {key: dict(value) if isinstance(value, Mapping) else value for key, value in content.items()}
     for assignment in assignments:
@@ -93,18 +112,32 @@ def _written(kind: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def _as_written(name: str, level: Mapping[Any, Any]) -> Any:
-    """The key of that name: YAML reads those of digits as numbers."""
+    """Returns the key with this name: YAML parses keys of digits as numbers."""
     return next((key for key in level if str(key) == name), name)
 
 
 def read_config(kind: type[_T], content: Mapping[str, Any], place: str = "") -> _T:
-    """A dataclass of that content; fields that are dataclasses are read in the same way.
+    """Returns a dataclass with the values of a configuration; fields that are dataclasses are read recursively.
 
-    Types are those of the annotations: an integer will do for a float, nothing else for anything else.
+    Values must have the annotated types; only an integer may stand for a float.
+
+    Args:
+        kind: the dataclass, such as `RunConfig`.
+        content: its values by field name.
+        place: prefix of keys in error messages, such as "trainer.".
+
+    Returns:
+        An instance of `kind`.
 
     Raises:
-        ConfigError: an unknown key, with the nearest known one; a key that is missing; a value of another type; what
-            the dataclass itself refuses.
+        ConfigError: a key is unknown (the message suggests the most similar one) or missing, a value has another type,
+            or the dataclass rejects a value.
+
+    Example:
+        >>> from simplexfix.training import RunConfig, read_config
+        >>> content = {"tasks": {"counts": [60, 40]}, "schedule": {"steps": 120, "learning_rate": 0.003}}
+        >>> read_config(RunConfig, content).tasks.counts
+        (60, 40)
     """
     assert is_dataclass(kind)
     hints = typing.get_type_hints(kind)
@@ -129,16 +162,21 @@ def read_config(kind: type[_T], content: Mapping[str, Any], place: str = "") -> 
 
 
 def plain(config: Any) -> dict[str, Any]:
-    """A dataclass as JSON gives it back."""
+    """Returns a dataclass as JSON values."""
     content: dict[str, Any] = json.loads(json.dumps(asdict(config)))
     return content
 
 
 def check_fits(options: Any, choice: str, belongs: Mapping[str, Sequence[str]]) -> None:
-    """Of a dataclass: an option that belongs to other values of `choice` must be at its default, for nobody reads it.
+    """Checks that options which the chosen value of `choice` does not use have their defaults.
+
+    Args:
+        options: a dataclass.
+        choice: name of the field that decides, such as "kind".
+        belongs: option name -> the values of `choice` that use it; other options are always used.
 
     Raises:
-        ValueError: one is not; names it, and what it belongs to.
+        ValueError: an unused option has another value; the message names it and the values that use it.
     """
     chosen = getattr(options, choice).partition(":")[0]
     for option in fields(options):
@@ -186,7 +224,7 @@ def _typed(value: Any, hint: Any, place: str) -> Any:
 
 
 def _number(key: Any) -> Any:
-    """Keys of JSON are strings."""
+    """Converts a key of digits to an integer: JSON keys are strings."""
     return int(key) if isinstance(key, str) and key.isdecimal() else key
 
 
@@ -200,7 +238,7 @@ def _name(hint: Any) -> str:
 
 
 def _hint_of_yaml(value: Any, hint: Any) -> str:
-    """YAML 1.1 reads 1e-3 as text."""
+    """Returns a hint for numbers such as 1e-3, which YAML 1.1 parses as text."""
     if hint is float and isinstance(value, str):
         try:
             return f"; YAML reads that as text, write {float(value)}"

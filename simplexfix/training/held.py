@@ -12,12 +12,12 @@ __all__ = ["HeldVersion", "class_means", "denoised"]
 
 
 class HeldVersion(EmbeddingModel):
-    """The deployed version as a method sees it, with two changes: denoised embeddings, and stored ones.
+    """The deployed version as the old model of a method, with optionally denoised or stored embeddings.
 
     Args:
         deployed: the version, in evaluation mode.
-        denoise: eta of `denoised`.
-        means: [C, d] means of its embeddings by class; None leaves embeddings as they are.
+        denoise: eta of `denoised`, in [0, 1].
+        means: [C, d] means of its embeddings by class; None for no denoising.
     """
 
     def __init__(self, deployed: EmbeddingModel, denoise: float, means: Tensor | None) -> None:
@@ -33,7 +33,7 @@ class HeldVersion(EmbeddingModel):
         self.remembered = remembered
 
     def forward(self, input: Tensor) -> Tensor:
-        """[B, ...] -> [B, d]."""
+        """Returns the embeddings [B, d] of inputs [B, ...]; the last rows are the stored embeddings, if any."""
         rows = len(input) - (0 if self.remembered is None else len(self.remembered))
         new = super().forward(input[:rows])
         if self.means is not None:
@@ -42,13 +42,25 @@ class HeldVersion(EmbeddingModel):
 
 
 def class_means(rows: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """[classes, ...] means of rows [N, ...] by class, summed in float64; 0 for a class without rows."""
+    """Returns means [classes, ...] of rows [N, ...] by class, summed in float64; 0 for a class without rows."""
     sums = torch.zeros(classes, *rows.shape[1:], dtype=torch.float64).index_add_(0, labels, rows.double())
     counts = torch.bincount(labels, minlength=classes).clamp(min=1)
     return (sums / counts.view(-1, *[1] * (rows.ndim - 1))).to(rows)
 
 
 def denoised(rows: Tensor, labels: Tensor, means: Tensor, denoise: float) -> Tensor:
-    """n((1 - eta) n(u_i) + eta m_{y_i}): rows u [N, ..., d], class ids y [N], means m [C, ..., d]; eta is `denoise`."""
+    """Moves unit rows towards the means of their classes.
+
+        n((1 - eta) n(u_i) + eta m_{y_i})        n(v) = v / |v|
+
+    Args:
+        rows: u, [N, ..., d].
+        labels: y, [N] int64 class ids.
+        means: m, [C, ..., d].
+        denoise: eta, in [0, 1].
+
+    Returns:
+        [N, ..., d] unit rows in the dtype of `means`.
+    """
     unit = normalize(rows.to(means.dtype), dim=-1)
     return normalize(torch.lerp(unit, means[labels], denoise), dim=-1)

@@ -1,4 +1,4 @@
-"""Labelled items, in memory or read when they are needed, and the order in which training sees them."""
+"""Labelled items, in memory or read lazily, and the order in which training uses them."""
 
 from __future__ import annotations
 
@@ -23,13 +23,20 @@ _FINGERPRINT_ROWS = 4096
 
 @dataclass(frozen=True, eq=False)
 class Items:
-    """Inputs [N, ...] of any dtype, in memory or rows of datasets, and their class ids [N] int64.
+    """Labelled items: inputs in memory or read lazily, and class ids.
 
     Args:
-        inputs: a tensor [N, ...], or `simplexfix.data.DatasetRows`, which has its `shape` and `dtype`.
-        labels: [N].
-        class_names: None, or the names of class 0, 1, ...
-        references: None, or [N, V, d]: the items' unit embeddings by versions 0 .. V - 1 (`train_versions`).
+        inputs: [N, ...] tensor of any dtype, or `simplexfix.data.DatasetRows`, which has its `shape` and `dtype`.
+        labels: [N] int64 class ids.
+        class_names: None, or the names of classes 0, 1, ...
+        references: None, or [N, V, d] float32: the items' unit embeddings by versions 0 .. V - 1 (`train_versions`).
+
+    Example:
+        >>> import torch
+        >>> from simplexfix.training import Items
+        >>> items = Items(torch.randn(12, 4), torch.arange(12) % 4)
+        >>> items.take(torch.tensor([0, 5])).labels
+        tensor([0, 1])
     """
 
     inputs: Any
@@ -39,16 +46,17 @@ class Items:
 
     @classmethod
     def from_dataset(cls, dataset: Dataset[Any], labels: Tensor | Sequence[int] | None = None) -> Items:
-        """Items of a map-style dataset, read when they are needed.
+        """Returns the items of a map-style dataset, whose inputs are read lazily.
 
         Args:
-            dataset: an item is a tensor, or a tuple that begins with one, all of one shape and dtype.
-            labels: [N] class ids; None for `dataset.targets`, which torchvision's data sets have, also below
-                `torch.utils.data.Subset` and `ConcatDataset`.  Names are those of `dataset.class_names` or `classes`.
+            dataset: each item is a tensor, or a tuple that begins with one, all of one shape and dtype.  Class names
+                are those of `dataset.class_names` or `dataset.classes`.
+            labels: [N] class ids; None for `dataset.targets`, which torchvision's data sets have, also inside
+                `torch.utils.data.Subset` and `ConcatDataset`.
 
         Raises:
             TypeError: the dataset is not map-style, or labels are not integers.
-            ValueError: it is empty, its labels are not known, or not one for each item.
+            ValueError: the dataset is empty, has no targets, or the number of labels differs from N.
         """
         inputs = DatasetRows.of(dataset)
         found = _targets(dataset) if labels is None else _integers(labels)
@@ -64,11 +72,11 @@ class Items:
 
     @classmethod
     def of(cls, given: Items | Dataset[Any]) -> Items:
-        """As they are, or `from_dataset`."""
+        """Returns items unchanged, and a dataset by `from_dataset`."""
         return given if isinstance(given, Items) else cls.from_dataset(given)
 
     def take(self, rows: Tensor) -> Items:
-        """These rows; of datasets nothing is read."""
+        """Returns the items at these indices [n] int64; inputs of datasets are not read."""
         return Items(
             self.inputs[to_device_async(rows, self.inputs.device)],
             self.labels[to_device_async(rows, self.labels.device)],
@@ -77,7 +85,11 @@ class Items:
         )
 
     def joined(self, other: Items) -> Items:
-        """The items of both.  Names are the longer list where they agree; references stay if both have them."""
+        """Concatenates two sets of items.
+
+        The names are the longer list if the shorter one is its beginning, else None.  References stay if both have
+        them.
+        """
         labels = torch.cat([self.labels, other.labels])
         mine, theirs = sorted((self.class_names or (), other.class_names or ()), key=len)
         names = theirs if theirs and theirs[: len(mine)] == mine else None
@@ -92,14 +104,13 @@ class Items:
         return Items(first.joined(second), labels, names, references)
 
     def read(self, seeds: Sequence[int] | None = None) -> Tensor:
-        """The inputs in memory; seeds as `DatasetRows.read`."""
+        """Returns all inputs as a tensor; `seeds` as in `simplexfix.data.DatasetRows.read`."""
         return self.inputs if isinstance(self.inputs, Tensor) else self.inputs.read(seeds)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Shape, dtype and a checksum of all labels and of 4096 rows of inputs, evenly spread (all, if not more).
+        """Returns shape, dtype and a checksum of the labels, the references, and up to 4096 evenly spaced inputs.
 
-        A dataset's row enters by the bytes of its input, or by `dataset.content(row)` where that exists.  References
-        enter whole.
+        The checksum of a dataset's row is that of its input's bytes, or of `dataset.content(row)` if that exists.
         """
         step = max(1, -(-len(self.labels) // _FINGERPRINT_ROWS))
         digest = hashlib.sha256(bytes_of(self.labels))
@@ -113,7 +124,7 @@ class Items:
 
 
 def _targets(dataset: Any) -> Tensor | None:
-    """[N], where a dataset has them."""
+    """Returns a dataset's labels [N], or None if it has none."""
     if isinstance(dataset, Subset):
         inner = _targets(dataset.dataset)
         return None if inner is None else inner[torch.as_tensor(dataset.indices)]
@@ -142,25 +153,35 @@ def _integers(labels: Any) -> Tensor:
 
 
 def embeddings_of(items: Items, model: EmbeddingModel, *, preprocessing: Preprocessing | None, workers: int) -> Tensor:
-    """[N, d] unit embeddings of items by a model, without augmentation, on the CPU.
+    """Returns unit embeddings [N, d] of items by a model, without augmentation, on the CPU.
 
     Args:
+        items: N items.
+        model: any version, on any device.
         preprocessing: of the trainer; None for that of the model.
-        workers: processes that read the items.
+        workers: number of processes that read the items.
     """
     return model.extract(items.inputs, prepare=preprocessing or model.preprocessing, workers=workers).cpu()
 
 
 class RowBatches:
-    """Endless batches of `size` row numbers: every row once, in random order, before any comes again.
+    """Endless iterator over batches of row indices, [size] int64.
+
+    Each epoch is a new random permutation of all rows.  A batch may span two epochs.
 
     Args:
-        rows: how many there are.
-        size: of a batch.
-        seed: of the order.
+        rows: number of rows, at least 1.
+        size: rows in a batch, at least 1.
+        seed: of the permutations.
 
     Raises:
-        ValueError: no rows, or batches of none.
+        ValueError: `rows` or `size` is below 1.
+
+    Example:
+        >>> from simplexfix.training import RowBatches
+        >>> batches = RowBatches(4, 3, seed=0)
+        >>> sorted([*next(batches).tolist(), *next(batches).tolist()][:4])
+        [0, 1, 2, 3]
     """
 
     def __init__(self, rows: int, size: int, *, seed: int) -> None:
@@ -181,10 +202,10 @@ class RowBatches:
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it is."""
+        """Returns the state of the generator and the rest of the permutation, for a checkpoint."""
         return {"generator": self._generator.get_state(), "left": self._left}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from there."""
+        """Restores the state; the next batch is the one that would have followed."""
         self._generator.set_state(state["generator"])
         self._left = state["left"]

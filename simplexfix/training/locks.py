@@ -1,4 +1,4 @@
-"""One training in a folder at a time: two would write one log, and remove each other's checkpoints."""
+"""Lock of a training's folder: two trainings would write to one log and delete each other's checkpoints."""
 
 from __future__ import annotations
 
@@ -25,13 +25,18 @@ class FolderInUseError(ValueError):
 
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Holds a folder by its log, by the first process for all, until left or until that dies, of whatever.
+    """Context manager that locks a folder; the first process holds the lock for its group, on the file `log.jsonl`.
+
+    The system releases the lock if the process dies.
+
+    Args:
+        folder: is created if it is missing.
 
     Raises:
-        FolderInUseError: another process, or another group of them, holds it; on every process.
+        FolderInUseError: another process or group holds the lock; raised on every process.
 
     Warns:
-        CheckpointWarning: the file system has no locks.
+        CheckpointWarning: the file system does not support locks.
     """
     first = processes.rank() == 0
     if first:
@@ -57,7 +62,7 @@ def _close_in_forked_processes() -> None:
 
 
 def _refusal(file: BinaryIO, folder: Path) -> str | None:
-    """What there is to say against holding it."""
+    """Locks the file; returns the error message if another process holds the lock, else None."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,7 +1,7 @@
 """Copies of a training's log: TensorBoard, Weights & Biases, a progress bar.
 
-Trainings write to `log.jsonl` of each stage alone, which has every step once however often a training was stopped.  On
-resume the log is replayed from the start: no line is lost or duplicated in the copies.
+A stage of training writes only `log.jsonl`, which has each logged step once, also after stops.  On resume the log is
+replayed from the start: no line is lost or duplicated in the copies.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ _WANDB_NAME = 128  # characters at most
 
 @dataclass(frozen=True)
 class Progress:
-    """One step of a run.
+    """One finished step of a run, for progress callbacks.
 
     Args:
-        stage: in words.
-        step, steps: its number, from 1 on, and the last one's.
-        batch: rows of each.
-        line: what the log has to say of it, where that has a line for it.
+        stage: title of the stage, such as "task 0".
+        step: number of the step, from 1.
+        steps: number of steps in the stage.
+        batch: rows in a step.
+        line: the newest line of the log, if the step wrote one; else None.
     """
 
     stage: str
@@ -40,32 +41,36 @@ class Progress:
 
 
 class Logger(Protocol):
-    """Who wants a copy of the log."""
+    """Receives a copy of the log."""
 
     def begin(self, stage: str, finished: bool) -> None:
-        """The lines of this stage follow, from the first on; an earlier process may have passed some on already, and
-        if that finished the stage all of them."""
+        """Begins a stage.  All its lines follow, also those that an earlier process passed on already.
+
+        Args:
+            stage: its name, such as "task-00".
+            finished: whether an earlier process finished the stage, and so passed on all lines.
+        """
         ...
 
     def log(self, line: Line) -> None:
-        """One line of the stage that was begun last."""
+        """Receives one line of the current stage."""
         ...
 
     def end(self) -> None:
-        """The stage has no more lines; what was passed on is safe from the death of the process after this."""
+        """Ends the current stage; its lines must be durable when this returns."""
         ...
 
     def close(self) -> None:
-        """No more stages, or an error."""
+        """Ends the run, also after an error."""
         ...
 
 
 class RunLog:
-    """Reads the logs of a run's stages while they grow.
+    """Reads the logs of a run's stages while they grow, and passes the lines to loggers.
 
     Args:
-        places: the folder of each stage, in the order in which they come.
-        loggers: who wants a copy.
+        places: the folder of each stage, in order.
+        loggers: receive the lines.
     """
 
     def __init__(self, places: Mapping[str, Path], loggers: Sequence[Logger] = ()) -> None:
@@ -76,9 +81,9 @@ class RunLog:
         self.done: set[str] = set()
 
     def follow(self, stage: str, *, last: bool) -> Line | None:
-        """Passes on what is new in a stage's log, and returns the newest line.
+        """Passes the new lines of a stage's log to the loggers; returns the newest one, or None.
 
-        To be called first when the stage's training has begun, which cuts off what a killed one had logged too far.
+        Call it only after the stage's training has begun: a resumed training first truncates its log.
         """
         if stage != self.stage:
             self.catch_up(before=stage)
@@ -89,7 +94,7 @@ class RunLog:
         return lines[-1] if lines else None
 
     def catch_up(self, *, before: str | None = None) -> None:
-        """Passes on the logs of stages that earlier processes finished; of all, or of those before one."""
+        """Passes the logs of finished stages to the loggers: all stages, or those before one."""
         for stage, place in self.places.items():
             if stage == before:
                 return
@@ -130,7 +135,7 @@ class RunLog:
 
 
 class _TensorBoard:
-    """A TensorBoard run for each stage, `tensorboard/STAGE` in the run's folder, with the stage's steps."""
+    """Writes one TensorBoard run per stage to `tensorboard/STAGE` in the run's folder."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         self.folder = folder / "tensorboard"
@@ -140,7 +145,7 @@ class _TensorBoard:
         self.writer = None
         place = self.folder / stage
         if not (finished and any(place.glob("events.*"))):
-            # from step 0 on, what is in older files counts no more
+            # purge_step=0: TensorBoard ignores the events of older files
             self.writer = _summary_writer()(str(place), purge_step=0)
 
     def log(self, line: Line) -> None:
@@ -159,10 +164,10 @@ class _TensorBoard:
 
 
 class _WandB:
-    """One run of Weights & Biases for a whole run, its id kept in `wandb-id`; metrics are `STAGE/loss` and so on.
+    """Sends all stages to one run of Weights & Biases; metrics are `STAGE/loss` and so on.
 
-    Steps are counted over all stages in lines of the log; those that the run has already are not sent again.  Where and
-    how (project, entity, offline) is for wandb's own environment variables to say.
+    The file `wandb-id` holds the id of that run.  Its steps are the line numbers over all stages; lines that it already
+    has are not sent again.  Project, entity and offline mode are set by wandb's environment variables.
     """
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
@@ -216,7 +221,7 @@ def _wandb() -> Any:
     return wandb
 
 
-# name -> what makes it of a run's folder and record, and what it needs
+# name -> (constructor from the run's folder and record, function that imports its package)
 LOGGERS: dict[str, tuple[Callable[[Path, Mapping[str, Any]], Logger], Callable[[], Any]]] = {
     "tensorboard": (_TensorBoard, _summary_writer),
     "wandb": (_WandB, _wandb),
@@ -224,10 +229,10 @@ LOGGERS: dict[str, tuple[Callable[[Path, Mapping[str, Any]], Logger], Callable[[
 
 
 def check_loggers(names: Sequence[str]) -> None:
-    """Before a run begins.
+    """Checks that the packages of these loggers are installed.
 
     Raises:
-        ModuleNotFoundError: a package is missing; names the extra that brings it.
+        ModuleNotFoundError: a package is missing; the message has the install command.
     """
     for name in names:
         LOGGERS[name][1]()

@@ -1,4 +1,4 @@
-"""The part of a run's configuration that is the method."""
+"""The configuration of a run's training method."""
 
 from __future__ import annotations
 
@@ -38,23 +38,29 @@ _BELONGS = {
 
 @dataclass(frozen=True)
 class MethodConfig:
-    """A method of `simplexfix.methods`, and its options.
+    """A method of `simplexfix.methods` and its options.
+
+    An option that the chosen method does not use must have its default.
 
     Args:
-        name: "er", "fd", "bct" or "oca", with a learnable classifier; "asnn" or "nnp", by nearest neighbours; "simplex"
-            or "hoc", with the fixed one; "qdc", for retrieval data sets, with none.
-        slots: K of the simplex.
-        normalize: of the simplex; a learnable classifier with a scale is always normalised.
-        scale: of the logits; None for plain ones, and for 50 of qdc.  Without logits, as by neighbours, of
-            pre-training alone.
-        weight: of FD's distance, of BCT's influence loss, and of QDC's distillation, of which 0 is none.
-        distance: of FD.
-        lambda_, mu, negatives, anchor: of `hoc_loss`.
-        gather: negatives of HOC, documents of QDC from all processes.
-        classification: of fd, bct and hoc: "cross_entropy", or "asnn" or "nnp" in its place.  Replacements are
-            pre-trained by cross-entropy all the same.
-        neighbours, queue, alpha: of `ASNN`, alone or as classification.
-        embedding_dim, extra, weights, temperature, label_smoothing, normalize_prototypes, rotation: of `OCA`.
+        name: "er", "fd", "bct" or "oca" (learnable classifier), "asnn" or "nnp" (nearest neighbours), "simplex" or
+            "hoc" (fixed simplex), or "qdc" (retrieval data sets, no classifier).
+        slots: K, the number of slots of the simplex.
+        normalize: whether the simplex normalises embeddings; a learnable classifier with a scale always does.
+        scale: factor of the logits, above 0; None for 1, or for 50 with "qdc".  With a classification by neighbours it
+            is the factor of pre-training only.
+        weight: weight of FD's distance or BCT's influence loss, above 0, or of QDC's distillation, 0 for none.
+        distance: "cosine" or "l2", as in `simplexfix.methods.FD`.
+        lambda_, mu, negatives, anchor: as in `simplexfix.functional.hoc_loss`.
+        gather: whether HOC's negatives and QDC's documents come from all processes.
+        classification: first term of fd, bct and hoc: "cross_entropy", "asnn" or "nnp".  Replacements are pre-trained
+            by cross-entropy in any case.
+        neighbours, queue, alpha: as in `simplexfix.methods.ASNN`.
+        embedding_dim, extra, weights, temperature, label_smoothing, normalize_prototypes, rotation: as in
+            `simplexfix.methods.OCA`.
+
+    Raises:
+        ValueError: a name is unknown, an option is out of range, or an option is set that the method does not use.
     """
 
     name: str = "hoc"
@@ -96,7 +102,7 @@ class MethodConfig:
         self.method(SlotRegistry(self.slots), "default")  # which checks the values
 
     def _neighbours(self) -> ASNN | None:
-        """Classification by neighbours, alone or of another method."""
+        """Returns the classification by neighbours of the method or of its first term, or None."""
         loss = self.name if self.name in _NEIGHBOURS else self.classification
         if loss not in _NEIGHBOURS:
             return None
@@ -136,7 +142,7 @@ class MethodConfig:
         scale = 1.0 if self.scale is None else self.scale
         if self.name == "simplex":
             return Simplex(slots, namespace, normalize=self.normalize, scale=scale)
-        cross_entropy = neighbours is None  # else normalisation and scale are of pre-training
+        cross_entropy = neighbours is None  # otherwise normalize and scale are options of pre-training only
         return HOC(
             slots,
             namespace,
@@ -151,16 +157,16 @@ class MethodConfig:
         )
 
     def pretraining(self) -> MethodConfig:
-        """What this one is where there is no old model: pre-training that methods may share."""
+        """Returns the method that pre-trains replacements; several methods can share its networks."""
         if self.name in ER_PRETRAINED:
             return MethodConfig("er", scale=self.scale)
         return MethodConfig("simplex", slots=self.slots, normalize=self.normalize, scale=self.scale)
 
     def goes_on_with(self, source: str) -> bool:
-        """Whether a replacement that was pre-trained on this source keeps its head: else its backbone gets a new one.
+        """Returns whether a replacement keeps the head of its pre-training on this source; else it gets a new head.
 
-        The vertices of a simplex are those of any classes; a linear classifier must have learned the same ones.  OCA,
-        and classification by neighbours without a simplex, have heads that ER does not train.
+        A simplex head fits any classes.  A linear head fits only the classes that it was trained on.  OCA, and
+        classification by neighbours without a simplex, have heads that ER does not train.
         """
         linear = self.name in ("er", "fd", "bct") and self.classification == "cross_entropy"
         return self.name in SIMPLEX or (linear and source == "tasks")

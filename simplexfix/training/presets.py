@@ -17,14 +17,14 @@ from .schedule import Schedule
 
 __all__ = ["PRESETS"]
 
-# The authors' protocol.  Replacements are pre-trained on `data.pretraining`: ImageNet at 32 pixels, a folder of images
-# for every class; how long is our choice, the rest theirs.
+# The authors' protocol.  Replacements are pre-trained on `data.pretraining`, a folder with ImageNet at 32 pixels.  Only
+# the length of pre-training is our choice.
 _PAPER = RunConfig(
     data=DataConfig(kind="cifar", path="data", per_class=300),
     model=ModelConfig(kind="resnet18"),
     tasks=TasksConfig(counts=(10, *[15] * 6), epochs=70, hoc_reference="replacement"),
     schedule=Schedule(
-        1,  # in place of which come the epochs
+        1,  # replaced by the epochs
         1e-3,
         warmup=0.0,
         weight_decay=5e-4,
@@ -58,8 +58,8 @@ def _paper_half() -> RunConfig:
 _NARROW = ModelConfig(kind="resnet18", width=32)
 
 PRESETS = {
-    # `simplexfix demo` runs this one and two other methods: four versions, the last a wider network that was trained
-    # anew on all characters so far and then fine-tuned
+    # `simplexfix demo` runs this preset and two other methods: four versions; the last is a wider network that was
+    # trained from scratch on all earlier characters and then fine-tuned
     "omniglot": RunConfig(
         tasks=TasksConfig(
             counts=(60, 40, 40, 45),
@@ -73,8 +73,8 @@ PRESETS = {
     "cl2r": _PAPER,
     "iamcl2r-7": _iamcl2r((10, *[15] * 6), (0, 2, 4)),
     "iamcl2r-31": _iamcl2r((10, *[3] * 30), (0, 10, 20)),
-    # iamcl2r-7 for two cores, where er, fd, bct, simplex and hoc of a seed take 25 to 40 minutes together: half of
-    # CIFAR-100 for the tasks, the other half for pre-training
+    # iamcl2r-7 for two cores: one seed of er, fd, bct, simplex and hoc takes 25 to 40 minutes.  The tasks use half of
+    # CIFAR-100, pre-training the other half.
     "cpu-small": RunConfig(
         data=DataConfig(kind="cifar", path="data", per_class=300, query_batches=(1,)),
         model=_NARROW,
@@ -86,7 +86,7 @@ PRESETS = {
         ),
         schedule=Schedule(1, 1e-2, weight_decay=5e-4, optimizer="sgd"),
     ),
-    # iamcl2r-7 for one core and a few hours: tasks, budget and optimizer are the paper's.  Half the channels, 200
-    # classes of Tiny-ImageNet at 32 pixels for pre-training, 10,000 queries, and float32 are not.
+    # iamcl2r-7 for one core and a few hours.  Tasks, budget and optimizer are the paper's.  Differences: half the
+    # channels, pre-training on 200 classes of Tiny-ImageNet at 32 pixels, 10,000 queries, and float32.
     "paper-half": _paper_half(),
 }

@@ -1,4 +1,4 @@
-"""One of several processes, or the only one: the same calls for both."""
+"""Collective operations that also work without a process group."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def barrier() -> None:
 
 
 def broadcast(value: Any) -> Any:
-    """The first process's value, on all of them."""
+    """Returns the first process's value on every process."""
     if not dist.is_initialized():
         return value
     values = [value]
@@ -36,7 +36,7 @@ def broadcast(value: Any) -> Any:
 
 
 def run_on_rank0(act: Callable[[], _T]) -> _T:
-    """What the first process finds, on all of them: the others wait as long as it takes, past their group's timeout."""
+    """Calls `act` on the first process and returns its result on every one; the group's timeout does not apply."""
     if not dist.is_initialized():
         return act()
     group = dist.new_group(backend="gloo", timeout=timedelta(days=365))
@@ -49,7 +49,7 @@ def run_on_rank0(act: Callable[[], _T]) -> _T:
 
 
 def gathered(value: Any) -> list[Any]:
-    """Every process's value, in the order of their ranks."""
+    """Returns the values of all processes in rank order."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()

@@ -17,9 +17,14 @@ __all__ = ["with_references"]
 
 
 def with_references(items: Items, *, versions: Sequence[EmbeddingModel], trainer: Trainer) -> Items:
-    """Adds the embeddings by later versions to the `references` of items.
+    """Returns items whose `references` also have the embeddings by later versions.
 
     The first of several processes extracts them.
+
+    Args:
+        items: with the references of the first versions, or none.
+        versions: all versions so far, oldest first.
+        trainer: its preprocessing and workers are used.
     """
     have = 0 if items.references is None else items.references.shape[1]
 

@@ -1,4 +1,4 @@
-"""What is remembered of earlier classes: a few items each, drawn at random or near the class mean."""
+"""Rehearsal memory: a few items of each earlier class, drawn at random or chosen near the class mean."""
 
 from __future__ import annotations
 
@@ -19,19 +19,26 @@ SELECTIONS = ("random", "herding")
 
 
 def random_rows(labels: Ids, per_class: int, generator: np.random.Generator) -> Tensor:
-    """Of each class `per_class` rows, drawn at random, or all where it has no more.
+    """Returns `per_class` random rows of each class; all rows of a class with no more.
 
     Args:
-        labels: [N] class ids.
-        per_class: at least 1.
-        generator: decides; one draw whatever the classes are.
+        labels: [N] integer class ids.
+        per_class: rows of each class, at least 1.
+        generator: source of the permutation; one permutation is drawn, whatever the classes are.
 
     Returns:
-        [n] int64 rows, class after class in ascending order of ids.  The rows of a smaller budget are the first of
+        [n] int64 row indices, grouped by class in ascending order of ids.  A smaller budget gives the first rows of
         each class.
 
     Raises:
-        TypeError, ValueError: labels are not [N] integers, or `per_class` is below 1.
+        TypeError: labels or `per_class` are not integers.
+        ValueError: labels are not [N], or `per_class` is below 1.
+
+    Example:
+        >>> import numpy as np
+        >>> from simplexfix.training import random_rows
+        >>> random_rows([7, 7, 7, 4], 2, np.random.default_rng(0))
+        tensor([3, 2, 0])
     """
     check_budget(per_class)
     ids = read_ids("labels", labels, "labels", len(labels))
@@ -41,29 +48,35 @@ def random_rows(labels: Ids, per_class: int, generator: np.random.Generator) -> 
 
 
 def herding_rows(features: Rows, labels: Ids, per_class: int) -> Tensor:
-    """Of each class the `per_class` rows whose mean stays nearest to that of the class, chosen one by one.
+    """Returns rows of each class whose mean approximates the class mean, chosen greedily (herding).
 
         x_i = features_i / |features_i|,    m = mean of x over the class
-        k-th choice = argmin_i | m - (x_i + sum of the k - 1 chosen) / k |     over those not yet chosen
+        k-th choice = argmin_i | m - (x_i + sum of the k - 1 chosen) / k |     over rows not yet chosen
 
-    in float64; of equals the first row.  Means are not normalised again.  A zero feature stays zero.
+    Sums are in float64, and ties go to the lower row.  Means are not normalised again.  A zero feature stays zero.
 
     Args:
         features: [N, d] floating, finite.
-        labels: [N] class ids.
-        per_class: at least 1; a class of no more rows is taken whole, in this order.
+        labels: [N] integer class ids.
+        per_class: rows of each class, at least 1; smaller classes are returned as a whole, in the order of choice.
 
     Returns:
-        [n] int64 rows, class after class in ascending order of ids, within a class as chosen: the rows of a smaller
-        budget are the first of each class.
+        [n] int64 row indices, grouped by class in ascending order of ids, each class in the order of choice.  A smaller
+        budget gives the first rows of each class.
 
     Raises:
-        TypeError, ValueError: not [N, d] floating features with one integer label each, nan or inf (by row), or
-            `per_class` below 1.
+        TypeError: features are not floating, or labels or `per_class` are not integers.
+        ValueError: shapes do not fit, a feature is nan or inf (the message names its row), or `per_class` is below 1.
 
     Reference:
         Rebuffi et al., "iCaRL: Incremental Classifier and Representation Learning", CVPR 2017, arXiv 1611.07725,
         algorithm 4.
+
+    Example:
+        >>> import numpy as np
+        >>> from simplexfix.training import herding_rows
+        >>> herding_rows(np.array([[1.0, 0.0], [1.0, 0.4], [1.0, 0.5]]), [7, 7, 7], 2)
+        tensor([1, 0])
     """
     check_budget(per_class)
     held = FeatureRows("features", features)
@@ -89,19 +102,29 @@ def herding_rows(features: Rows, labels: Ids, per_class: int) -> Tensor:
 
 
 class Rehearsal:
-    """A memory of a few items of each class, for a loop of one's own.
+    """A memory of a few items of each class, for a custom training loop.
 
         memory = Rehearsal(20, selection="herding", generator=np.random.default_rng(0))
-        memory.add_class(7, inputs, features)      # at the end of the task that brought it
+        memory.add_class(7, inputs, features)      # at the end of the task with class 7
         batch = new_items.joined(memory.sample(64))
 
     Args:
         per_class: items of each class, at least 1.
         selection: "random" (`random_rows`) or "herding" (`herding_rows`).
-        generator: of `numpy.random.default_rng`, for this memory alone: what is drawn, here and in `sample`.
+        generator: from `numpy.random.default_rng`; it must not be used elsewhere.  It draws items and batches.
 
     Raises:
-        TypeError, ValueError: a budget below 1, an unknown selection, or another kind of generator.
+        TypeError: `per_class` is not an integer, or the generator is of another kind.
+        ValueError: `per_class` is below 1, or the selection is unknown.
+
+    Example:
+        >>> import numpy as np
+        >>> import torch
+        >>> from simplexfix.training import Rehearsal
+        >>> memory = Rehearsal(2, generator=np.random.default_rng(0))
+        >>> memory.add_class(7, torch.randn(10, 4))
+        >>> memory.classes, len(memory), memory.sample(3).labels.tolist()
+        ([7], 2, [7, 7, 7])
     """
 
     def __init__(self, per_class: int, *, selection: str = "random", generator: np.random.Generator) -> None:
@@ -123,35 +146,36 @@ class Rehearsal:
 
     @property
     def classes(self) -> list[int]:
-        """Ids of the classes that are remembered, ascending."""
+        """Ids of the classes in memory, ascending."""
         found: list[int] = [] if self._items is None else torch.unique(self._items.labels).tolist()
         return found
 
     def items(self) -> Items:
-        """All that is remembered, classes in the order in which they came, items in that in which they were chosen.
+        """Returns all items in memory: classes in order of addition, the items of a class in order of choice.
 
         Raises:
-            ValueError: nothing is.
+            ValueError: the memory is empty.
         """
         if self._items is None:
             raise ValueError("nothing is remembered yet; add_class comes first")
         return self._items
 
     def add_class(self, class_id: int, inputs: Tensor | DatasetRows, features: Rows | None = None) -> None:
-        """Remembers a class by the best of its items.
+        """Adds a class: selects up to `per_class` of its items and stores them.
 
-        Of a class that comes back with new items, pass the old ones along:
+        If a class gets new items later, choose again among stored and new ones:
         `add_class(c, torch.cat([memory.pop_class(c), inputs]), ...)`.
 
         Args:
-            class_id: not remembered yet.
-            inputs: [N, ...], N >= 1, all of this class, of the shape and dtype of those of other classes; of
-                `DatasetRows` the chosen rows are remembered, and read when they are needed.
-            features: [N, d] of these inputs by the model of now; for herding, and for that only.
+            class_id: a class that is not in memory.
+            inputs: [N, ...], N >= 1, all of this class, with the shape and dtype of other classes' inputs.  Rows of
+                `DatasetRows` are stored as row indices and read lazily.
+            features: [N, d] floating, of these inputs by the current model; required for "herding", else None.
 
         Raises:
-            TypeError, ValueError: a class that is remembered; inputs of another shape or dtype, or none; features
-                that are missing, not wanted, or not one row for each input.
+            TypeError: `class_id` is not an integer, or features are not floating.
+            ValueError: the class is in memory already, inputs are empty or differ in shape or dtype, or features are
+                missing, not used by this selection, or not one row per input.
         """
         class_id = check_integer("class_id", class_id)
         if class_id in self.classes:
@@ -181,10 +205,10 @@ class Rehearsal:
         self._hold(chosen if self._items is None else self._items.joined(chosen))
 
     def pop_class(self, class_id: int) -> Tensor | DatasetRows:
-        """Forgets a class and returns its inputs, in the order in which they were chosen.
+        """Removes a class and returns its inputs [n, ...] in order of choice.
 
         Raises:
-            ValueError: it is not remembered.
+            ValueError: the class is not in memory.
         """
         if self._items is None or class_id not in self.classes:
             raise ValueError(f"class {class_id} is not remembered")
@@ -195,12 +219,12 @@ class Rehearsal:
         return inputs
 
     def sample(self, count: int) -> Items:
-        """The next `count` items: every one once, in random order, before any comes again.
+        """Returns the next `count` items of an endless sequence of random permutations of the memory.
 
-        After a class was added or popped all are drawn anew.
+        A change of the memory starts a new permutation.
 
         Raises:
-            ValueError: nothing is remembered, or `count` is below 1.
+            ValueError: the memory is empty, or `count` is below 1.
         """
         items = self.items()
         if count < 1:
@@ -211,7 +235,7 @@ class Rehearsal:
         return items.take(rows)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, in tensors and plain values; `write_state` takes it.  Of datasets the inputs are read for it."""
+        """Returns the state as tensors and plain values for `write_state`; inputs of datasets are read into it."""
         return {
             "per_class": self.per_class,
             "selection": self.selection,
@@ -222,10 +246,10 @@ class Rehearsal:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Becomes what it was, in place of all it holds.
+        """Replaces the memory by a saved state.
 
         Raises:
-            ValueError: the state is of another budget or selection.
+            ValueError: the state has another `per_class` or selection.
         """
         for name in ("per_class", "selection"):
             if state[name] != getattr(self, name):

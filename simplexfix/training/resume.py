@@ -1,4 +1,4 @@
-"""What a training was started with, in plain values for its checkpoints, and where two such differ."""
+"""Descriptions of a training's configuration for its checkpoints, and their comparison on resume."""
 
 from __future__ import annotations
 
@@ -20,11 +20,16 @@ _ABSENT = object()
 
 
 def describe(value: Any) -> Any:
-    """Plain values that tell one configuration of an object from another, the same in every process.
+    """Describes an object's configuration in JSON values that are equal in every process.
 
-    Of a dataclass its fields, of an object with `to_dict` what that says, of a tensor or an array its shape, its dtype
-    and a checksum, of another object its class and its attributes that do not begin with "_"; of a function its name
-    alone, of a `functools.partial` of it what that binds too.
+    | object                  | description                                              |
+    | ----------------------- | -------------------------------------------------------- |
+    | dataclass               | class and fields                                         |
+    | object with `to_dict`   | the result of `to_dict`                                  |
+    | tensor, array           | shape, dtype and checksum                                |
+    | function, class         | qualified name                                           |
+    | `functools.partial`     | function and bound arguments                             |
+    | other                   | class and the attributes that do not begin with "_"      |
     """
     if value is None or isinstance(value, (str, int, float, bool)):
         return value
@@ -54,7 +59,7 @@ def describe(value: Any) -> Any:
     if is_dataclass(value):
         return {**name, **{field.name: describe(getattr(value, field.name)) for field in fields(value)}}
     public = {key: entry for key, entry in sorted(getattr(value, "__dict__", {}).items()) if not key.startswith("_")}
-    # processes of a group are not configuration: a training may go on with others
+    # a process group is not configuration: a training may resume with another one
     return {**name, **{key: describe(entry) for key, entry in public.items() if key != "group"}}
 
 
@@ -63,7 +68,7 @@ def _checksum(shape: Sequence[int], dtype: str, content: bytes) -> dict[str, Any
 
 
 def differences(then: Any, now: Any, place: str = "") -> list[str]:
-    """Where two descriptions differ, as "key.sub: was A, is B"."""
+    """Returns the differences of two descriptions, each as "key.sub: was A, is B"."""
     if isinstance(then, Mapping) and isinstance(now, Mapping):
         keys = list(then) + [key for key in now if key not in then]
         return [
@@ -80,9 +85,15 @@ def differences(then: Any, now: Any, place: str = "") -> list[str]:
 
 
 def check_resumable(then: Mapping[str, Any], now: Mapping[str, Any], what: str) -> None:
-    """
+    """Checks that a training may resume, which requires equal descriptions.
+
+    Args:
+        then: description at its start.
+        now: description of this call.
+        what: file or folder, for the message.
+
     Raises:
-        ValueError: the two differ; names every place.
+        ValueError: the descriptions differ; the message lists all differences.
     """
     found = differences(then, now)
     if found:
@@ -97,11 +108,11 @@ def _shown(value: Any) -> str:
 
 
 def read_run_record(file: Path) -> dict[str, Any]:
-    """The `run.json` of a run: under "config" and "data" what it is of.
+    """Reads the `run.json` of a run; "config" holds its configuration, "data" the fingerprint of its data.
 
     Raises:
-        ValueError: it is damaged; names it, and what helps.
-        OSError: it cannot be read.
+        ValueError: the file is damaged; the message names it and the remedy.
+        OSError: the file cannot be read.
     """
     try:
         record = json.loads(file.read_bytes())

@@ -1,4 +1,4 @@
-"""A sequence of retrieval data sets: what each version learns of them, and what it finds in the indexes so far."""
+"""Runs over a sequence of retrieval data sets: their training pairs, and searches in the indexes of all versions."""
 
 from __future__ import annotations
 
@@ -32,19 +32,20 @@ METRIC = "ndcg@10"
 
 
 def pair_items(found: RetrievalSet, documents: Tensor, queries: Tensor, *, negatives: int) -> Items:
-    """Every query of training with each of its relevant documents, as `simplexfix.methods.QDC` takes them.
+    """Returns all pairs of a training query and a relevant document, in the layout of `simplexfix.methods.QDC`.
 
     Args:
         found: the data set.
         documents: [N, ...] inputs of its documents.
         queries: [Q, ...] inputs of its queries, of the same shape and dtype.
-        negatives: n, the first so many hard negatives of each query.
+        negatives: n, the number of hard negatives per query, the first ones of the file.
 
     Returns:
-        Inputs [P, 2 + n, ...] of P relevance judgements above 0, and for labels the row of each one's document.
+        Items with inputs [P, 2 + n, ...] (query, document, negatives) for P judgements above 0; labels are the rows of
+        the relevant documents.
 
     Raises:
-        ValueError: a query has fewer hard negatives; names it.
+        ValueError: a query has fewer than n hard negatives; the message names it.
     """
     query_rows, document_rows = _row_numbers(found.query_ids), _row_numbers(found.document_ids)
     rows: list[list[int]] = []
@@ -62,7 +63,7 @@ def pair_items(found: RetrievalSet, documents: Tensor, queries: Tensor, *, negat
 
 
 def training_queries(found: RetrievalSet) -> list[str]:
-    """Ids of the queries of training that have a relevant document, each once."""
+    """Returns the ids of training queries with a relevant document, without duplicates."""
     return _once(query for query, _ in _relevant_pairs(found.train))
 
 
@@ -81,14 +82,14 @@ def _row_numbers(ids: Sequence[str]) -> dict[str, int]:
 
 @dataclass(frozen=True, eq=False)
 class SearchedSet:
-    """One data set as it is searched, and as drift is measured on it.
+    """The inputs of one data set for searches and for measuring drift.
 
     Args:
         name: of the data set.
         documents: [N, ...] inputs of the corpus.
-        queries: [Q, ...] inputs of the queries of test.
+        queries: [Q, ...] inputs of the test queries.
         items: the ids of both and their judgements.
-        train_queries: [M, ...] inputs of all queries of training, each once.
+        train_queries: [M, ...] inputs of all training queries, without duplicates.
     """
 
     name: str
@@ -99,7 +100,7 @@ class SearchedSet:
 
     @classmethod
     def of(cls, name: str, found: RetrievalSet, documents: Tensor, queries: Tensor) -> SearchedSet:
-        """Of a data set and the inputs of all its documents and queries."""
+        """Returns the inputs for a data set, given the inputs of all its documents and queries."""
         rows = _row_numbers(found.query_ids)
         test = _once(found.test.query_ids.tolist())
         at, train_at = (torch.tensor([rows[id_] for id_ in ids]) for ids in (test, training_queries(found)))
@@ -107,18 +108,18 @@ class SearchedSet:
         return cls(name, documents, queries[at], items, queries[train_at])
 
     def score(self, queries: Tensor, documents: Tensor) -> float:
-        """nDCG@10 of embeddings [Q, d] and [N, d] of the queries and the documents, by exact cosine search."""
+        """Returns nDCG@10 of exact cosine search, from embeddings of queries [Q, d] and documents [N, d]."""
         return read_protocol(METRIC).score(self.items.version(queries, documents))
 
 
 @dataclass(frozen=True, eq=False)
 class RetrievalData:
-    """What a run over retrieval data sets learns and searches; the surface of `run_data.RunData` that a run needs.
+    """The data of a run over retrieval data sets, with the interface of `run_data.RunData`.
 
     Attributes:
-        tasks: what versions learn: `pair_items` of one data set each.
+        tasks: one per data set, with the items of `pair_items`.
         searched: the data set of each task.
-        prepare: makes inputs of the rows of a data set.
+        prepare: preprocessing of rows.
     """
 
     tasks: list[Task]
@@ -128,11 +129,11 @@ class RetrievalData:
 
     @property
     def inputs(self) -> int:
-        """Numbers in a row: features, or tokens."""
+        """Width of a row: number of features, or of tokens."""
         return int(self.searched[0].queries.shape[-1])
 
     def fingerprint(self) -> dict[str, object]:
-        """Of all inputs and judgements."""
+        """Returns a fingerprint of all inputs and judgements."""
         parts: dict[str, object] = {f"task {t}": task.items.fingerprint() for t, task in enumerate(self.tasks)}
         for t, found in enumerate(self.searched):
             for name in ("documents", "queries", "train_queries"):
@@ -144,7 +145,7 @@ class RetrievalData:
         return parts
 
     def first_inputs(self, count: int) -> Tensor:
-        """The first so many queries that are trained on."""
+        """Returns the inputs of the first `count` training queries."""
         return self.searched[0].train_queries[:count]
 
     def class_names(self) -> dict[str, list[str]]:
@@ -156,10 +157,11 @@ class RetrievalData:
 
 
 def load_retrieval_data(config: RunConfig) -> RetrievalData:
-    """Reads the sets of `tasks.sets`, folders in `data.path`.
+    """Reads the data sets of `tasks.sets`, which are folders in `data.path`.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_retrieval_set` and `pair_items`; sets of features of unlike widths.
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged, a query has too few hard negatives, or features of two sets differ in width.
     """
     assert config.data.path is not None
     tasks, searched = [], []
@@ -192,18 +194,17 @@ def _same(rows: Any) -> Tensor:
 
 
 class RetrievalJudge:
-    """What each version finds in the index that each version built of its own data set, and with its queries moved.
+    """Judges all versions of a sequence of retrieval data sets, with and without drift compensation.
 
         C[t, j] = nDCG@10 of the test queries of set j by version t in the index of set j by version j,    j <= t
 
-    Indexes stay as their version built them.  "ndcg@10" searches with the queries as they are, "ndcg@10_compensated"
-    with `QueryDrift.compensate`.
+    No index is built again.  "ndcg@10" searches with unchanged queries, "ndcg@10_compensated" with queries after
+    `QueryDrift.compensate`.
 
     Args:
         data: of the run.
         extract: (version, inputs) -> [N, d] unit embeddings on the CPU.
-        folder: of the run: from the second task on `drift.safetensors` goes into a task's folder, with all steps
-            so far.
+        folder: of the run.  From the second task on, `drift.safetensors` in a task's folder holds all drifts so far.
     """
 
     def __init__(self, data: RetrievalData, extract: Callable[[EmbeddingModel, Tensor], Tensor], folder: Path) -> None:
@@ -216,7 +217,7 @@ class RetrievalJudge:
         self.last: EmbeddingModel | None = None
 
     def add(self, t: int, version: EmbeddingModel) -> None:
-        """Version t, in evaluation mode: builds the index of its data set, and measures the drift of its queries."""
+        """Builds the index of data set t by version t (in evaluation mode), and measures the drift of its queries."""
         found = self.data.searched[t]
         self.indexes.append(self.extract(version, found.documents))
         self.queries.append([self.extract(version, earlier.queries) for earlier in self.data.searched[: t + 1]])
@@ -229,8 +230,7 @@ class RetrievalJudge:
         self.last = version
 
     def report(self) -> dict[str, Any]:
-        """Plain JSON values: the matrices under "search", and beside them what the last version finds in indexes that
-        it has built anew."""
+        """Returns JSON values: the matrices under "search", and the last version's scores in indexes of its own."""
         assert self.drift is not None
         assert self.last is not None
         size = len(self.indexes)
@@ -258,5 +258,5 @@ def _entry(matrix: NDArray[np.float64]) -> dict[str, Any]:
 
 
 def _number(value: float) -> float | None:
-    """JSON has no nan."""
+    """Returns None for nan, which JSON lacks."""
     return None if math.isnan(value) else value

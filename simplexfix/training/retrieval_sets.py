@@ -19,15 +19,15 @@ __all__ = ["RetrievalSet", "load_retrieval_set"]
 
 @dataclass(frozen=True, eq=False)
 class RetrievalSet:
-    """What can be searched, what is searched for, and what is relevant.
+    """Corpus, queries and relevance judgements of one data set.
 
     Args:
-        document_ids: of the corpus, in its order.
-        documents: title and text of each, or [N, d] features.
-        query_ids: of all queries, those of training and of test.
-        queries: the text of each, or [Q, d] features.
+        document_ids: N ids, in the order of the corpus.
+        documents: N texts (title and text), or features [N, d].
+        query_ids: Q ids of training and test queries.
+        queries: Q texts, or features [Q, d].
         train, test: judgements of these queries and documents; a grade above 0 is relevant.
-        hard_negatives: query id -> ids of documents that are near it and not relevant; empty where there are none.
+        hard_negatives: query id -> ids of irrelevant documents near it; empty if there are none.
     """
 
     document_ids: tuple[str, ...]
@@ -40,23 +40,23 @@ class RetrievalSet:
 
 
 def load_retrieval_set(folder: Path, *, features: bool = False) -> RetrievalSet:
-    """Reads a folder.
+    """Reads a retrieval data set from a folder.
 
-        corpus.jsonl[.gz]           {"_id": ..., "title": ..., "text": ...} a line; the title may be missing
-        queries.jsonl[.gz]          {"_id": ..., "text": ...} a line
+        corpus.jsonl[.gz]           {"_id": ..., "title": ..., "text": ...} per line; the title is optional
+        queries.jsonl[.gz]          {"_id": ..., "text": ...} per line
         qrels/train.tsv, test.tsv   query-id, corpus-id, score; or qrels_train.tsv, qrels_test.tsv
-        hard_negatives.tsv          query-id, corpus-id, score, nearest first; may be missing; the score is not read
-        corpus.npy, queries.npy     with `features`: a row for each line of the .jsonl file, whose ids are read
+        hard_negatives.tsv          query-id, corpus-id, score, nearest first; optional; the score is not read
+        corpus.npy, queries.npy     with `features`: one row per line of the .jsonl file
 
-    The .tsv files are those of `RelevanceJudgements.load`.
+    The .tsv files have the format of `simplexfix.labelled.RelevanceJudgements.load`.
 
     Args:
         folder: of one data set.
-        features: rows in place of texts.
+        features: whether to read features instead of texts.
 
     Raises:
-        FileNotFoundError: a file is missing; names it.
-        ValueError: a file is damaged, names a query or a document that is not there, or nothing is relevant.
+        FileNotFoundError: a file is missing; the message names it.
+        ValueError: a file is damaged or has an unknown query or document id, or no judgement is above 0.
     """
     corpus, queries = _texts(folder, "corpus"), _texts(folder, "queries")
     train, test = (
@@ -84,7 +84,7 @@ def load_retrieval_set(folder: Path, *, features: bool = False) -> RetrievalSet:
 
 
 def _texts(folder: Path, name: str) -> dict[str, str]:
-    """Of each id, in the order of lines: its title and its text."""
+    """Returns the title and text of each id, in the order of lines."""
     file = _first_of(folder, f"{name}.jsonl", f"{name}.jsonl.gz")
     found: dict[str, str] = {}
     with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else open(file, encoding="utf-8") as lines:

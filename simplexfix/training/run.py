@@ -1,4 +1,4 @@
-"""One run from its configuration: data, pre-training, versions, and how they judge each other at the end."""
+"""One run from its configuration: data, pre-training, versions, and their evaluation at the end."""
 
 from __future__ import annotations
 
@@ -48,24 +48,32 @@ def train_run(
     *,
     on_step: Callable[[Progress], None] = lambda progress: None,
 ) -> dict[str, Any]:
-    """Trains all versions and judges them; called again with the same folder it goes on where it was stopped.
+    """Trains and evaluates all versions of a run; with the same folder, a stopped run resumes.
 
-    In the folder: `run.json` (resolved configuration, fingerprint of the data), a folder for each pre-training and
-    each task (`Trainer.fit`), in a task's the folder `model`, which `EmbeddingModel.from_pretrained` reads, and at the
-    end `report.json`, which is returned: under "versions" where each model is, and its fingerprint; under the name of
-    each search, and under "validation" where items were held out, for each protocol what `simplexfix.report.evaluate`
-    returns (`searches_of`).  Of a retrieval sequence a task's folder has `drift.safetensors`, which
-    `simplexfix.adapters.QueryDrift` reads, too, and the report is that of `RetrievalJudge`.
+        report = train_run(PRESETS["omniglot"], "runs/omniglot")
+        report["unseen"]["instance"]["matrix"]  # [T][T], None above the diagonal
+
+    The folder has these entries:
+
+        run.json                    configuration with all defaults, fingerprint of the data
+        pretraining-NN/, task-NN/   files of `Trainer.fit`
+        task-NN/model/              the version, for `EmbeddingModel.from_pretrained`
+        task-NN/drift.safetensors   retrieval sequences: drifts so far, for `simplexfix.adapters.QueryDrift.load`
+        report.json                 written at the end
 
     Args:
-        config: read by `simplexfix.training.config.read_config`, or made.
-        folder: of this run alone.
-        on_step: called after every step.
+        config: from `read_config` or `PRESETS`, or constructed.
+        folder: of this run only.
+        on_step: called with a `Progress` after every step.
+
+    Returns:
+        The content of report.json.  "versions" has folder and fingerprint of each model.  Every search of `DataConfig`,
+        and "validation" if items were held out, maps a protocol to the values of `simplexfix.report.evaluate`.
 
     Raises:
-        ValueError: the folder is of another configuration or other data; names what differs.  Networks of different
-            widths by a method without a junction.  A device that is not there.
-        FileNotFoundError: data that is not there.
+        ValueError: the folder belongs to another configuration or other data (the message lists the differences),
+            networks of a method without a junction have different widths, or the device cannot be used.
+        FileNotFoundError: data is missing.
         ModuleNotFoundError: a package that a logger needs is missing.
     """
     check_loggers(config.trainer.loggers)
@@ -81,11 +89,11 @@ def train_run(
     check_slots(config, run.data.tasks[-1].classes.stop)
 
     def remembered(version: EmbeddingModel, items: Items, generator: np.random.Generator) -> Tensor:
-        return remember(run, version, items, generator)  # the name of this function is in the file of each memory
+        return remember(run, version, items, generator)  # memory files store the name of this function
 
     versions = fit(run, remembered if config.tasks.remembers else None)
-    agree_on(folder, facts)  # now that nothing is left that would refuse the configuration
-    judge = _judge(run, names)  # of the first process
+    agree_on(folder, facts)  # the first write: all checks of the configuration have passed
+    judge = _judge(run, names)  # only the first process uses it
     saved: list[dict[str, str]] = []
 
     def add(t: int, version: EmbeddingModel) -> None:
@@ -111,7 +119,7 @@ def train_run(
 
 
 class _Watch:
-    """Passes every step on, with the line that the log has of it."""
+    """Calls `on_step` for every step, with the line of the log if the step wrote one."""
 
     def __init__(self, config: RunConfig, on_step: Callable[[Progress], None]) -> None:
         self.log: RunLog | None = None
@@ -127,12 +135,12 @@ class _Watch:
 
 @dataclass(frozen=True, eq=False)
 class _Run:
-    """Configuration, data and devices that all functions of a run share.
+    """State that all functions of a run share.
 
     Args:
         config, folder, data: of the run.
-        device: that can be used here.
-        slots: of pre-training and of the tasks, which add their classes.
+        device: a device that works on this machine.
+        slots: registry to which pre-training and tasks add their classes.
         watch: called after every step.
     """
 
@@ -153,11 +161,11 @@ class _Run:
         return Trainer(method, augment=self.data.augment, preprocessing=self.data.prepare, **options)
 
     def pretraining(self) -> Path:
-        """The folder of pre-trained networks."""
+        """Returns the folder of pre-trained networks."""
         return pretraining_folder(self.folder, self.config.tasks.pretraining_folder, self.config.method.name)
 
     def places(self) -> dict[str, Path]:
-        """The folder of each stage, in their order."""
+        """Returns the folder of each stage, in order."""
         places = {}
         for t in range(len(self.data.tasks)):
             if t in self.config.tasks.replacements:
@@ -167,7 +175,7 @@ class _Run:
 
 
 def pretrain(run: _Run, t: int) -> nn.Module:
-    """The network that takes over at task t: pre-trained, or as it comes."""
+    """Returns the replacement at task t, pre-trained if its configuration has a schedule."""
     config, plan = run.config, run.config.tasks.replacements[t]
     if plan.schedule is None:
         return plan.model.backbone(run.data.inputs)
@@ -201,7 +209,7 @@ def pretrain(run: _Run, t: int) -> nn.Module:
 def fit(
     run: _Run, remembered: Callable[[EmbeddingModel, Items, np.random.Generator], Tensor] | None
 ) -> Iterator[EmbeddingModel]:
-    """The version of each task, as it is done."""
+    """Yields the version of each task when it is trained."""
     config, tasks = run.config, run.data.tasks
     schedules = []
     for t, task in enumerate(tasks):
@@ -227,7 +235,7 @@ def fit(
 
 
 def remember(run: _Run, version: EmbeddingModel, items: Items, generator: np.random.Generator) -> Tensor:
-    """Rows of the items that rehearsal keeps."""
+    """Returns the rows of items that rehearsal stores."""
     tasks = run.config.tasks
     if tasks.rehearsal == "herding":
         return herding_rows(extract(run, version, items.inputs), items.labels, tasks.memory_per_class)
@@ -235,12 +243,12 @@ def remember(run: _Run, version: EmbeddingModel, items: Items, generator: np.ran
 
 
 def extract(run: _Run, version: EmbeddingModel, inputs: Any) -> Tensor:
-    """[N, d] embeddings on the CPU, of the inputs of items."""
+    """Returns the embeddings [N, d] of inputs on the CPU."""
     return version.extract(inputs, prepare=run.data.prepare, workers=run.workers).cpu()
 
 
 def save(run: _Run, t: int, version: EmbeddingModel) -> dict[str, str]:
-    """Writes a version's folder; its entry in the report."""
+    """Writes a version's folder and returns its entry in the report."""
     place = f"task-{t:02d}/model"
     version.class_names = run.data.names_of(t)
     identity = version.save_pretrained(run.folder / place, version=t, name=f"{run.config.method.name}, task {t}")
@@ -248,7 +256,7 @@ def save(run: _Run, t: int, version: EmbeddingModel) -> dict[str, str]:
 
 
 class _Judge(Protocol):
-    """Judges all versions of a run, which come one after the other."""
+    """Evaluates the versions of a run; `add` is called once per version, in order."""
 
     def add(self, t: int, version: EmbeddingModel) -> None: ...
 
@@ -262,13 +270,13 @@ def _judge(run: _Run, names: dict[str, list[str]]) -> _Judge:
 
 
 class _LabelledJudge:
-    """By labelled items: for each search all protocols.
+    """Evaluates versions on labelled items, by all protocols for each search.
 
     Args:
         data: of the run.
-        extract: (version, inputs) -> embeddings.
-        protocols: names.
-        names: of classes.
+        extract: (version, inputs) -> embeddings [N, d].
+        protocols: names of protocols.
+        names: class names by search.
     """
 
     def __init__(
@@ -302,7 +310,7 @@ class _LabelledJudge:
 
 
 def searches_of(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Of a run's report: search -> protocol -> what `evaluate` returned; "validation" first, where there is one."""
+    """Returns the searches of a run's report: search -> protocol -> values of `evaluate`; "validation" comes first."""
     searches: dict[str, dict[str, Any]] = {
         name: entry for name, entry in report.items() if isinstance(entry, dict) and name != "class_names"
     }
@@ -310,7 +318,7 @@ def searches_of(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _waited_for(fit: Callable[[], EmbeddingModel]) -> EmbeddingModel:
-    """In a folder that other runs train in, too: what one of them has finished all read."""
+    """Calls `fit` until no other run trains in the shared folder; `fit` then reads what that run finished."""
     told = False
     while True:
         try:
@@ -323,5 +331,5 @@ def _waited_for(fit: Callable[[], EmbeddingModel]) -> EmbeddingModel:
 
 
 def _schedule(schedule: Schedule, epochs: int | None, items: int, rows: int) -> Schedule:
-    """Of that many passes over the items, of which a step sees so many rows."""
+    """Returns the schedule with its steps set to `epochs` passes over the items, `rows` new items per step."""
     return schedule if epochs is None else replace(schedule, steps=epochs * -(-items // rows))

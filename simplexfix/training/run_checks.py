@@ -1,4 +1,4 @@
-"""What would fail a run later is refused before it writes anything; what began it is written down, or compared."""
+"""Checks before a run writes anything, and the record of a run that a resumed run is compared with."""
 
 from __future__ import annotations
 
@@ -27,13 +27,17 @@ from .schedule import Schedule
 
 __all__ = ["agree_on", "check_batches", "check_networks", "check_slots", "usable_device"]
 
-# options that a run that goes on may change: how it runs, and where data is whose fingerprint is the same
+# options that a resumed run may change; paths only if the data has the same fingerprint
 _FREE = ("protocols", *(f"trainer.{key}" for key in ("device", "keep", "log_every", "loggers", "save_every")))
 _PLACES = ("data.path", "data.pretraining", "model.path", "tasks.pretraining_folder")
 
 
 def usable_device(name: str | None) -> str:
-    """That one, if it can be used here, or the GPU of this process where there is one."""
+    """Returns the device after a check that it works; for None this process's GPU, or the CPU if there is none.
+
+    Raises:
+        ValueError: the device cannot be used on this machine.
+    """
     gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
         torch.zeros(1, device=name or gpu).item()
@@ -44,7 +48,11 @@ def usable_device(name: str | None) -> str:
 
 
 def check_batches(config: RunConfig, tasks: int) -> None:
-    """Those of all stages can be shared out."""
+    """Checks that the batches of all stages can be split evenly over processes and parts.
+
+    Raises:
+        ValueError: a batch cannot, or a schedule is for a task that does not exist.
+    """
     plan = config.tasks
     strangers = sorted(set(plan.schedules) - set(range(tasks)))
     if strangers:
@@ -56,15 +64,15 @@ def check_batches(config: RunConfig, tasks: int) -> None:
 
 
 def check_networks(config: RunConfig, inputs: int, prepared: Tensor) -> None:
-    """All make rows of a few inputs, take the rows of a part of a batch, and give embeddings of one width.
+    """Checks all networks of a run: accepted inputs, output width, rows per part of a batch, and embedding width.
 
     Args:
         config: of the run.
-        inputs: what `ModelConfig.backbone` takes.
-        prepared: a few inputs as networks take them.
+        inputs: argument of `ModelConfig.backbone`.
+        prepared: a few preprocessed inputs.
 
     Raises:
-        ValueError: one does not; names its place in the configuration.
+        ValueError: a network fails a check; the message names its key in the configuration.
     """
     plans = {f"tasks.replacements.{t}.model": plan for t, plan in config.tasks.replacements.items()}
     models = {name: plan.model for name, plan in plans.items()}
@@ -96,7 +104,7 @@ def check_networks(config: RunConfig, inputs: int, prepared: Tensor) -> None:
         with torch.device("meta"):
             head = method.head(widths[name])
         dimensions[name] = head.embedding_dim  # type: ignore[assignment]
-    # a head with a junction makes embeddings of one width of any features
+    # with a junction the embedding width does not depend on the feature width
     if len(set(dimensions.values())) > 1:
         raise ValueError(
             f"{config.method.name.upper()} has no junction, all its networks must give features of one width: "
@@ -105,7 +113,11 @@ def check_networks(config: RunConfig, inputs: int, prepared: Tensor) -> None:
 
 
 def check_slots(config: RunConfig, classes: int) -> None:
-    """The simplex has room for the tasks' classes and those of pre-training."""
+    """Checks that the simplex has a slot for each class of the tasks and of pre-training.
+
+    Raises:
+        ValueError: there are too few slots.
+    """
     others = max((plan.classes for plan in config.tasks.replacements.values()), default=0)
     if config.method.name in SIMPLEX and classes + others > config.method.slots:
         raise ValueError(
@@ -115,13 +127,18 @@ def check_slots(config: RunConfig, classes: int) -> None:
 
 
 def agree_on(folder: Path, record: dict[str, Any]) -> None:
-    """Writes down what this run is of, or compares it with what was written: but for how it runs and is judged, and
-    for where data is that has the same fingerprint."""
+    """Writes the record of a run to `run.json`, or compares it with the record that is there.
+
+    Options in `_FREE` may differ, and paths in `_PLACES` if the data has the same fingerprint.
+
+    Raises:
+        ValueError: another option or the data differ; the message lists the differences.
+    """
     file = folder / "run.json"
     if processes.broadcast(file.exists()):
         then = read_run_record(file)
-        # a later release may know more options: the run began with what are their defaults now; one that cannot be
-        # read any more differs from any that can, and the comparison says where
+        # a record of an earlier release lacks newer options, which get their defaults; a record that this release
+        # cannot read stays as it is, and the comparison lists the differences
         with suppress(ConfigError):
             then["config"] = plain(read_config(RunConfig, then["config"]))
         if then.get("simplexfix") != __version__ and processes.rank() == 0:
@@ -135,7 +152,7 @@ def agree_on(folder: Path, record: dict[str, Any]) -> None:
             _set_free(then["config"], record["config"], _PLACES)
             if record["config"]["data"]["workers"] is not None and then["config"]["data"].get("workers") is not None:
                 _set_free(then["config"], record["config"], ["data.workers"])
-        now = {key: value for key, value in record.items() if key != "class_names"}  # which its ids are called by
+        now = {key: value for key, value in record.items() if key != "class_names"}
         then = {key: value for key, value in then.items() if key != "class_names"}
         check_resumable({**then, "simplexfix": __version__}, now, str(file))
     elif processes.rank() == 0:
@@ -145,7 +162,7 @@ def agree_on(folder: Path, record: dict[str, Any]) -> None:
 
 
 def _set_free(then: dict[str, Any], now: dict[str, Any], keys: Sequence[str]) -> None:
-    """Gives options that may change their values of now."""
+    """Copies the values of these options from `now` to `then`, so that they compare equal."""
     for key in keys:
         part, _, name = key.rpartition(".")
         if part:

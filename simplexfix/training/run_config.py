@@ -1,4 +1,4 @@
-"""What a run is: the dataclasses that its configuration file is read into."""
+"""The configuration of a run, as dataclasses."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ __all__ = [
 DATA = ("cifar", "features", "images", "omniglot", "retrieval")
 NETWORKS = ("convnet", "linear", "mlp", "resnet18", "text")
 
-# Which options are of which choices alone; of the others everybody reads something.
+# option -> the choices that use it; all choices use the other options
 _LABELLED = ("cifar", "features", "images", "omniglot")
 _OF_DATA = {
     **dict.fromkeys(("per_class", "validation"), _LABELLED),
@@ -77,10 +77,10 @@ _OF_TASKS = {
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is learned and what is searched: versions are judged by each search, which has a name in the report.
+    """The training data of a run and its searches, by which the report judges all versions.
 
-        kind       in path                                               searches
-        omniglot   nothing: it comes inside the package                  "seen": other drawings of the first task's
+        kind       in path                                               searches, by their names in the report
+        omniglot   no path: it is part of the package                    "seen": other drawings of the first task's
                                                                          characters; "unseen": two alphabets that no
                                                                          version learned
         features   train [N, d], train_labels [N] and query, gallery,    "search": query, gallery
@@ -89,24 +89,27 @@ class DataConfig:
                                                                          images
         images     folders train, query and gallery, each with a         "search": query, gallery
                    folder of images for every class
-        retrieval  a folder for each of `tasks.sets`, in BEIR's layout   the corpus of each set, by its queries of test
+        retrieval  a folder for each of `tasks.sets`, in BEIR's layout   the test queries of each set in its corpus
                    (`load_retrieval_set`)
 
     Args:
         kind, path: as in the table.
-        per_class: the first so many training items of each class; None for all.
-        validation: fraction of the rest of each class, drawn by the seed, that is never trained on: the report judges
-            all versions by it, too, so that nothing has to be chosen by the search data.
-        query_batches: of cifar: which of the five files of training images are searched with.
-        size: side that images are scaled to, in pixels.
-        mean, std: of the channels of cifar and images, for pixels in [0, 1]; a network with pretrained weights wants
-            those that it was trained with.
-        workers: of images: None to decode all of them first and hold them in memory, 3 * size^2 bytes each; or how many
-            processes decode them while the run needs them, 0 for the one that trains.
-        tokens: of retrieval with a text encoder: longest query and document; what is longer is cut off.
-        hard_negatives: of retrieval: for each query of training, the first so many of hard_negatives.tsv.
-        pretraining: None, or a folder of images for every class, of cifar and images: what replacements are
-            pre-trained on, in place of classes that no task brings.
+        per_class: number of training items of each class, the first ones of the data; None for all.
+        validation: fraction of each class, in [0, 1), that is held out of training, drawn by the seed.  The report also
+            judges versions by these items, so that no choice depends on the search data.
+        query_batches: cifar only: numbers (1 to 5) of the files of training images that serve as queries.
+        size: images only: side in pixels to which images are scaled.
+        mean, std: cifar and images only: of each channel, for pixels in [0, 1].  A network with pretrained weights
+            needs the values of its own training.
+        workers: images only: None decodes all images first and keeps them in memory, 3 * size^2 bytes each.  A number
+            of processes decodes them lazily; 0 decodes in the training process.
+        tokens: retrieval with a text encoder only: tokens per text, at least 1; longer texts are cut off.
+        hard_negatives: retrieval only: number of negatives per training query, the first ones of hard_negatives.tsv.
+        pretraining: cifar and images only: None, or a folder of images for every class, on which replacements are
+            pre-trained instead of on classes that no task uses.
+
+    Raises:
+        ValueError: a name is unknown, an option is out of range, or an option is set that `kind` does not use.
     """
 
     kind: str = "omniglot"
@@ -141,9 +144,9 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A backbone.
+    """The backbone of a model.
 
-        kind                        what                            takes
+        kind                        network                         inputs
         convnet                     `SmallConvNet`                  drawings of omniglot
         linear                      `FeatureLinear`                 features
         mlp                         `FeatureMLP`                    features
@@ -153,12 +156,15 @@ class ModelConfig:
 
     Args:
         kind: as in the table.
-        width: channels of the first layers of convnet (None: 16) and resnet18 (None: 64).
-        features: width of what convnet returns.
-        hidden: layers of mlp.
-        stem: of resnet18, "imagenet" or "cifar".
-        path: of text, the folder of the encoder in Hugging Face's format.
-        pretrained: another library's network with its default weights, which that downloads where it must.
+        width: convnet and resnet18 only: channels of the first layers; None for 16 and 64.
+        features: convnet only: width of its output.
+        hidden: mlp only: widths of the hidden layers.
+        stem: resnet18 only: "imagenet" or "cifar".
+        path: text only: folder of the encoder in Hugging Face's format.
+        pretrained: timm and torchvision only: whether to load the library's default weights; it may download them.
+
+    Raises:
+        ValueError: a name is unknown, "text" has no path, or an option is set that `kind` does not use.
     """
 
     kind: str = "convnet"
@@ -177,10 +183,10 @@ class ModelConfig:
             raise ValueError('path is where the encoder is, of kind="text"')
 
     def backbone(self, inputs: int) -> nn.Module:
-        """A new one, with `out_features`.
+        """Returns a new network with the attribute `out_features`.
 
         Args:
-            inputs: numbers in a row of features, or channels of an image.
+            inputs: number of features in a row, or of channels of an image.
         """
         if self.kind == "convnet":
             return SmallConvNet(self.width or 16, self.features)
@@ -197,17 +203,19 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ReplacementConfig:
-    """A network that takes over, and how it is pre-trained.
+    """A replacement: its network and its pre-training.
 
     Args:
-        model: the network that takes over.
-        classes: that it is pre-trained on, of source="apart": the first so many in the seed's order; 0 for a network
-            that comes as it is.
-        schedule: of pre-training.
-        epochs: None, or passes over its items, in place of the schedule's steps.
-        source: of its items: "apart", classes that no task brings, or those of `data.pretraining`; or "tasks", all
-            items of the tasks before, for a network that is trained anew on all that was known.  Its classes keep their
-            slots, and the linear classifier of er, fd and bct is kept.
+        model: the network.
+        classes: number of classes of pre-training with source="apart", the first ones in the seed's order; 0 for no
+            pre-training.
+        schedule: of pre-training; None for no pre-training.
+        epochs: passes over the items of pre-training, instead of the schedule's steps; None for the steps.
+        source: items of pre-training.  "apart": classes that no task uses, or those of `data.pretraining`.  "tasks":
+            all items of the earlier tasks; classes keep their slots, and er, fd and bct keep the linear classifier.
+
+    Raises:
+        ValueError: `source` is unknown, "tasks" has no schedule, or only one of `classes` and `schedule` is given.
     """
 
     model: ModelConfig
@@ -229,25 +237,26 @@ class ReplacementConfig:
 
 @dataclass(frozen=True)
 class TasksConfig:
-    """What versions learn one after the other.
+    """The sequence of tasks, one per version.
 
     Args:
         kind: "class_incremental" with `counts`, "instance_incremental" with `parts`, "dataset_sequence" or
             "retrieval_sequence" with `sets`.
-        sets: names, a task each, of what is read in place of "train": a folder of images for every class, or features
-            as NAME.npy and NAME_labels.npy.  All classes of a set are new, whatever they are called.  Of a retrieval
-            sequence, folders of retrieval data sets.
-        pretraining_from: None, or the class id from which on classes are for pre-training; None for what the counts
-            leave over in the seed's order.
-        epochs: None, or passes over a task's new items, in place of the schedule's steps.
-        schedules: task number -> its schedule, where that is not the run's: a first version that learns from scratch
-            may need more than those that are fine-tuned.
-        memory_per_class: items that rehearsal keeps; 0 for no memory.
-        rehearsal: which: "random", or "herding", those whose mean feature is nearest to that of the class.
-        replacements: task number -> what takes over there.
-        pretraining_folder: where pre-trained networks and their logs are kept, for runs of other methods to use: in
+        counts: number of new classes of each task.
+        parts: number of tasks into which the items of each class are split.
+        sets: name of each task's data set, which is read instead of "train": a folder of images for every class, or
+            features NAME.npy and NAME_labels.npy.  Classes of different sets are different, also if their names are
+            equal.  For a retrieval sequence, names of folders of retrieval data sets.
+        pretraining_from: first class id that is reserved for pre-training; None for the classes that `counts` leave
+            over, in the seed's order.
+        epochs: passes over a task's new items, instead of the schedule's steps; None for the steps.
+        schedules: task number -> schedule; other tasks have the run's schedule.
+        memory_per_class: number of items of each class that rehearsal stores; 0 for no memory.
+        rehearsal: their choice: "random" (`random_rows`) or "herding" (`herding_rows`).
+        replacements: task number -> network that replaces the current one before this task.
+        pretraining_folder: folder in which runs of several methods share pre-trained networks and their logs: in
             `simplex` those of hoc and simplex, in `linear` those of er, fd, bct, oca, asnn and nnp; None for the run's
-            folder.
+            own folder.
         hoc_reference: as in `train_versions`, for hoc; "all" also for fd.  Other methods use the deployed version.
         replacement_junction, replacement_frozen: as in `train_versions`; "aligned" needs hoc or simplex.
         denoise: as in `train_versions`, for hoc, and fd by cosine.
@@ -301,16 +310,21 @@ class TasksConfig:
 
     @property
     def remembers(self) -> bool:
-        """Whether rehearsal keeps items; a retrieval sequence has none."""
+        """Whether rehearsal stores items; a retrieval sequence has no memory."""
         return self.memory_per_class > 0 and self.kind in _CLASSIFYING
 
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """Of `Trainer`; device None is the GPU of this process where there is one.
+    """Options of `Trainer`.
 
     Args:
-        loggers: who has a copy of the logs while they grow: "tensorboard", "wandb", or both.
+        device: a device of torch; None for this process's GPU, or the CPU if there is none.
+        precision, ema, compile, save_every, keep, log_every: as in `Trainer`.
+        loggers: receive a copy of the logs during training: "tensorboard", "wandb", or both.
+
+    Raises:
+        ValueError: the device or a logger is unknown.
     """
 
     device: str | None = None
@@ -333,10 +347,23 @@ class TrainerConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that a run depends on, but for the data itself.
+    """The configuration of a run; a run depends only on this and the data.
 
     Args:
-        protocols: by which versions are judged at the end, of `simplexfix.report.evaluate`.
+        tasks: the sequence of tasks.
+        schedule: of every task without its own schedule.
+        data, model, method, trainer: options of the parts.
+        protocols: names of `simplexfix.retrieval.PROTOCOLS`, by which versions are judged at the end.
+        seed: of splits, weights, batches and memory, at least 0.
+
+    Raises:
+        ValueError: an option is out of range, or two options exclude each other; the message names them.
+
+    Example:
+        >>> from simplexfix.training import RunConfig, Schedule, TasksConfig
+        >>> config = RunConfig(TasksConfig(counts=(60, 40)), Schedule(120, 3e-3))
+        >>> config.method.name
+        'hoc'
     """
 
     tasks: TasksConfig
@@ -441,5 +468,5 @@ class RunConfig:
 
 
 def pretraining_folder(run: Path, shared: str | None, method: str) -> Path:
-    """Where the run in that folder keeps what it pre-trains: its own, or one for all methods with such a head."""
+    """Returns the folder of pre-trained networks: the run's own, or the shared one for this method's kind of head."""
     return run if shared is None else Path(shared, "linear" if method in ER_PRETRAINED else "simplex")

@@ -1,4 +1,4 @@
-"""The items of a run: what its configuration names, read, split into tasks, and what is held out."""
+"""The items of a run: reads them as configured, splits them into tasks, and holds some out for validation."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ _PARTS = ((0, "query"), (1, "gallery"))
 
 @dataclass(frozen=True, eq=False)
 class RunData:
-    """What a run learns and searches.
+    """The data of a run on labelled items.
 
     Attributes:
-        tasks: what versions learn.
-        pretraining: items of the classes that replacements are pre-trained on, 0, 1, ... in the seed's order.
-        searched: name -> (query, gallery): those of `DataConfig`, and "validation" where items of the tasks are held
-            out: those among the trained ones.
-        augment: of training: (inputs, generator) -> what the network takes.
-        prepare: of extraction, the same without augmentation.
+        tasks: one per version.
+        pretraining: items for pre-training replacements; their classes are 0, 1, ... in the seed's order.
+        searched: name -> (query, gallery): the searches of `DataConfig`, and "validation" if items were held out, which
+            searches the training items with the held-out ones.
+        augment: (inputs, generator) -> inputs of the network, in training; None for the inputs unchanged.
+        prepare: the same for extraction, without augmentation.
     """
 
     tasks: list[Task]
@@ -59,7 +59,7 @@ class RunData:
     prepare: Preprocessing
 
     def fingerprint(self) -> dict[str, object]:
-        """Of all items that the run depends on."""
+        """Returns a fingerprint of all items that the run depends on."""
         parts = {
             "pretraining": self.pretraining,
             **{f"task {t}": task.items for t, task in enumerate(self.tasks)},
@@ -69,31 +69,32 @@ class RunData:
 
     @property
     def inputs(self) -> int:
-        """What `ModelConfig.backbone` takes."""
+        """Number of features or channels, the argument of `ModelConfig.backbone`."""
         return int(self.tasks[0].items.inputs.shape[1])
 
     def first_inputs(self, count: int) -> Tensor:
-        """The first so many that are trained on."""
+        """Returns the inputs of at most `count` items of the first task."""
         items = self.tasks[0].items
         return items.take(torch.arange(min(count, len(items.labels)))).read()
 
     def class_names(self) -> dict[str, list[str]]:
-        """What the ids of tasks, of pre-training and of each search are called, where the data says it."""
+        """Returns the class names of tasks, of pre-training and of each search, if the data has names."""
         parts = {"pretraining": self.pretraining, **{name: pair[1] for name, pair in self.searched.items()}}
         named = {name: list(items.class_names) for name, items in parts.items() if items.class_names}
         return {"tasks": list(names), **named} if (names := self.names_of(len(self.tasks) - 1)) else named
 
     def names_of(self, task: int) -> tuple[str, ...] | None:
-        """What the classes so far are called."""
+        """Returns the names of all classes up to a task, or None."""
         names: tuple[str, ...] | None = self.tasks[task].items.class_names
         return names and names[: self.tasks[task].classes.stop]
 
 
 def load_run_data(config: RunConfig) -> RunData:
-    """Reads and splits; the same for the same seed.
+    """Reads and splits the data of a run; the split depends only on the data and the seed.
 
     Raises:
-        FileNotFoundError, ValueError: data that is missing or damaged, or classes that are not there.
+        FileNotFoundError: data is missing.
+        ValueError: data is damaged, inputs differ in shape, or the configuration needs more classes than there are.
     """
     plan = config.tasks
     sets, searched = _read(config.data, plan.sets or ("train",))
@@ -155,7 +156,7 @@ def load_run_data(config: RunConfig) -> RunData:
 
 
 def _read(config: DataConfig, names: Sequence[str]) -> tuple[list[Items], dict[str, _Search]]:
-    """Training data of those names, and the searches."""
+    """Returns the training data with these names, and the searches."""
     if config.path is None:
         return _omniglot()
     path = Path(config.path)
@@ -184,7 +185,7 @@ def _read(config: DataConfig, names: Sequence[str]) -> tuple[list[Items], dict[s
 
 
 def _omniglot() -> tuple[list[Items], dict[str, _Search]]:
-    """Characters of six alphabets, 12 drawings each to train on and 8 to search; all 20 of the two others to search."""
+    """Returns 12 drawings per character of six alphabets for training, 8 for search, and two alphabets for search."""
     omniglot = load_omniglot()
     images = torch.from_numpy(omniglot.images)
     unseen = torch.from_numpy(np.isin(np.array(omniglot.alphabets)[omniglot.alphabet_of], UNSEEN_ALPHABETS))
@@ -197,7 +198,7 @@ def _omniglot() -> tuple[list[Items], dict[str, _Search]]:
 
 
 def _drawings(images: Tensor) -> Items:
-    """[C, N, 28, 28] -> C * N items of classes 0, 1, ..."""
+    """Returns images [C, N, 28, 28] as C * N items of classes 0, 1, ..."""
     return Items(images.flatten(0, 1), torch.arange(len(images)).repeat_interleave(images.shape[1]))
 
 
@@ -228,7 +229,7 @@ def _images(path: Path, config: DataConfig) -> Items:
 
 
 def _searched_images(path: Path, config: DataConfig) -> _Search:
-    """Classes are known by the names of their folders, of which query may have fewer than gallery, or others."""
+    """Reads query and gallery; the folder names are the classes, and each side may lack some of them."""
     query, gallery = (_images(path / name, config) for name in ("query", "gallery"))
     names = tuple(sorted({*(query.class_names or ()), *(gallery.class_names or ())}))
     ids = {name: i for i, name in enumerate(names)}
@@ -257,7 +258,7 @@ def _first_of_each_class(labels: Tensor, count: int) -> Tensor:
 
 
 def _held_out(labels: Tensor, fraction: float, seed: int, names: tuple[str, ...] | None) -> Tensor:
-    """[N] bool: that fraction of every class, rounded, at least one item, and never all of them."""
+    """Returns [N] bool: the rounded fraction of every class, but at least one item and never all of them."""
     drawn = torch.from_numpy(np.random.default_rng([seed, 2]).permutation(len(labels)))
     held = torch.zeros(len(labels), dtype=torch.bool)
     for c in torch.unique(labels).tolist():

@@ -1,4 +1,4 @@
-"""Which rows make the batch of a step: new ones, and as many remembered ones."""
+"""Batches of training: half new rows, half rows of the rehearsal memory."""
 
 from __future__ import annotations
 
@@ -15,10 +15,17 @@ __all__ = ["BalancedSampler", "batch_sizes", "check_lone_row"]
 
 
 def batch_sizes(batch: int, remembers: bool, world: int, accumulate: int = 1) -> tuple[int, int]:
-    """New and remembered rows of a batch, which processes and parts share evenly.
+    """Returns the numbers of new and of remembered rows in a batch.
+
+    Args:
+        batch: rows in a batch, of all processes.
+        remembers: whether there is a memory.
+        world: number of processes.
+        accumulate: number of parts per process.
 
     Raises:
-        ValueError: they cannot: the mean of their gradients would not be that of the batch.
+        ValueError: the batch is too small, or a number is not divisible by `world * accumulate`: the mean of the parts'
+            gradients would not be the gradient of the batch.
     """
     sizes = (batch // 2, batch - batch // 2) if remembers else (batch, 0)
     if sizes[0] < 1:
@@ -35,26 +42,26 @@ def batch_sizes(batch: int, remembers: bool, world: int, accumulate: int = 1) ->
 def check_lone_row(
     name: str, network: nn.Module, input: Tensor, *, batch: int, world: int, accumulate: int = 1
 ) -> None:
-    """Every part of a batch has the same number of rows; batch normalisation cannot train on parts of one.
+    """Checks that batch normalisation gets two rows or more in each part of a batch.
 
     Args:
         name: of the network, for the message.
-        network: left as it is.
-        input: [1, ...], as the network takes it, on its device.
-        batch, world, accumulate: rows of a batch, of so many processes, with so many parts each.
+        network: is not changed.
+        input: [1, ...] preprocessed, on the network's device.
+        batch, world, accumulate: as in `batch_sizes`.
 
     Raises:
-        ValueError: parts have one row, and the network does not take that in training.
+        ValueError: parts have one row, and the network cannot train on one row.
     """
     parts = world * accumulate
-    # statistics over all processes have more rows
+    # SyncBatchNorm computes statistics over the rows of all processes
     kinds = [type(module) for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     if batch // parts > 1 or not set(kinds) - {nn.SyncBatchNorm}:
         return
     with seeded(0), torch.no_grad():
         try:
             copy.deepcopy(network).train()(input)
-        except ValueError as error:  # by torch where a channel has one value; an image has more
+        except ValueError as error:  # torch raises if a channel has one value; an image has more
             if "more than 1 value per channel" not in str(error):
                 raise
             raise ValueError(
@@ -65,28 +72,31 @@ def check_lone_row(
 
 
 class BalancedSampler:
-    """Endless batches of (new rows, remembered rows): half and half, all of them new where there is no memory.
+    """Endless iterator over batches (new rows, remembered rows), half of each; all rows are new without a memory.
 
-        new rows          every one once, in random order, before any comes again: an epoch
-        remembered rows   the same, apart, at their own pace
-
-    Batches are all of one size, so the last one of an epoch holds the first rows of the next where the size does not
-    divide the number of rows.  The batch is that of all processes together and does not depend on how many there are:
+    New and remembered rows each follow their own sequence of random permutations (`RowBatches`).  All batches have the
+    same size, so a batch may span two epochs.  The batch of all processes does not depend on their number:
 
         rows of rank r of W = rows of the batch [r::W]
 
-    so a state that any number of processes saved, any number can go on from.
+    So a state may be saved by one number of processes and loaded by another.
 
     Args:
-        new: how many new rows there are, at least 1.
-        remembered: how many remembered ones; 0 for no memory.
-        batch: rows of one batch, of all processes; of an odd number one more is remembered than new.
-        seed: of both orders.
-        rank, world: this process, of so many.
+        new: number of new rows, at least 1.
+        remembered: number of remembered rows; 0 for no memory.
+        batch: rows in a batch, of all processes; the remembered half is larger if it is odd.
+        seed: of both sequences.
+        rank, world: rank of this process, and number of processes.
 
     Raises:
-        ValueError: a number out of its range, or halves that cannot be shared out evenly over the processes: the mean
-            of their gradients would not be that of the batch.
+        ValueError: a number is out of range, or a half cannot be split evenly over the processes: the mean of their
+            gradients would not be the gradient of the batch.
+
+    Example:
+        >>> from simplexfix.training import BalancedSampler
+        >>> new, remembered = next(BalancedSampler(1000, 200, 64, seed=0))
+        >>> new.shape, remembered.shape
+        (torch.Size([32]), torch.Size([32]))
     """
 
     def __init__(self, new: int, remembered: int, batch: int, *, seed: int, rank: int = 0, world: int = 1) -> None:
@@ -108,12 +118,12 @@ class BalancedSampler:
         return self
 
     def __next__(self) -> tuple[Tensor, Tensor]:
-        """This rank's rows, [new / W] and [remembered / W] int64."""
+        """Returns this rank's new rows and remembered rows of the next batch, int64."""
         taken = [next(order)[self.rank :: self.world] for order in self._orders]
         return taken[0], taken[1] if len(taken) == 2 else torch.empty(0, dtype=torch.int64)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it is, between any two batches, in tensors and plain values."""
+        """Returns the state after the last batch, as tensors and plain values."""
         return {
             "rows": list(self.rows),
             "sizes": list(self.sizes),
@@ -121,10 +131,10 @@ class BalancedSampler:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from there, to the same batches as if it had never stopped.
+        """Restores a state; the next batch is the one that would have followed.
 
         Raises:
-            ValueError: the state is of other numbers of rows or of another batch.
+            ValueError: the state has other numbers of rows or another batch.
         """
         for name, mine in (("rows", self.rows), ("sizes", self.sizes)):
             if list(state[name]) != list(mine):

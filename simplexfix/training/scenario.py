@@ -1,4 +1,4 @@
-"""What versions learn one after the other, and the loop that trains them: CL2R and IAM-CL2R."""
+"""Task sequences, and the loop that trains a version per task: CL2R, and IAM-CL2R with replacements."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ REFERENCES = ("all", "deployed", "deployed_or_replacement", "replacement")
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """What one version learns.
+    """The training data of one version.
 
     Args:
-        items: new to it; labels are ids of the scenario, which count up from 0 in the order of learning.
-        classes: all ids known with it, 0 up to the last.
+        items: new items; labels are the scenario's class ids, which count up from 0 in the order of learning.
+        classes: range of all class ids up to this task, from 0.
     """
 
     items: Items
@@ -57,17 +57,48 @@ class Task:
 
 
 def class_order(labels: Tensor, *, seed: int) -> Tensor:
-    """[C] the class ids among `labels`, in the seed's order; position in it is the id in a scenario."""
+    """Returns the classes in a random order, in which a scenario numbers them from 0.
+
+    Args:
+        labels: [N] int64 class ids.
+        seed: of the order.
+
+    Returns:
+        [C] int64 distinct class ids of `labels`; entry i has id i in the scenario.
+
+    Example:
+        >>> import torch
+        >>> from simplexfix.training import class_order
+        >>> class_order(torch.tensor([5, 5, 9, 7]), seed=0)
+        tensor([9, 5, 7])
+    """
     classes = torch.unique(labels)
     order: Tensor = classes[torch.from_numpy(np.random.default_rng(seed).permutation(len(classes)))]
     return order
 
 
 def class_incremental(items: Items | Dataset[Any], counts: Sequence[int], *, seed: int) -> list[Task]:
-    """Every task brings `counts[t]` new classes with all their items, in the order of `class_order`.
+    """Splits items into tasks with new classes each, in the order of `class_order`.
+
+    Args:
+        items: N labelled items, or a map-style dataset (`Items.from_dataset`).
+        counts: number of new classes of each task, at least 1; classes beyond their sum are not used.
+        seed: of the order of classes.
+
+    Returns:
+        One task per count, with all items of its new classes.
 
     Raises:
-        ValueError: a count is below 1, or they need more classes than there are.
+        TypeError: the dataset is not map-style, or its labels are not integers.
+        ValueError: a count is below 1, or the sum exceeds the number of classes.
+
+    Example:
+        >>> import torch
+        >>> from simplexfix.training import Items, class_incremental
+        >>> items = Items(torch.randn(12, 4), torch.arange(12) % 4)
+        >>> tasks = class_incremental(items, [2, 1], seed=0)
+        >>> [(task.classes, len(task.items.labels)) for task in tasks]
+        [(range(0, 2), 6), (range(0, 3), 3)]
     """
     items = Items.of(items)
     order = class_order(items.labels, seed=seed)
@@ -82,10 +113,27 @@ def class_incremental(items: Items | Dataset[Any], counts: Sequence[int], *, see
 
 
 def instance_incremental(items: Items | Dataset[Any], parts: int, *, seed: int) -> list[Task]:
-    """Every task brings new items of all classes: of each class an equal fraction, drawn by the seed.
+    """Splits items into tasks with all classes each: every task has an equal fraction of each class's items.
+
+    Args:
+        items: N labelled items, or a map-style dataset (`Items.from_dataset`).
+        parts: number of tasks, from 1 to the number of items of the smallest class.
+        seed: of the split and of the order of classes.
+
+    Returns:
+        `parts` tasks, which have no item in common.
 
     Raises:
-        ValueError: `parts` is below 1, or a class has fewer items.
+        TypeError: the dataset is not map-style, or its labels are not integers.
+        ValueError: `parts` is out of range.
+
+    Example:
+        >>> import torch
+        >>> from simplexfix.training import Items, instance_incremental
+        >>> items = Items(torch.randn(12, 4), torch.arange(12) % 4)
+        >>> tasks = instance_incremental(items, 3, seed=0)
+        >>> [(task.classes, len(task.items.labels)) for task in tasks]
+        [(range(0, 4), 4), (range(0, 4), 4), (range(0, 4), 4)]
     """
     items = Items.of(items)
     order = class_order(items.labels, seed=seed)
@@ -102,10 +150,22 @@ def instance_incremental(items: Items | Dataset[Any], parts: int, *, seed: int) 
 
 
 def dataset_sequence(sets: Sequence[Items | Dataset[Any]], *, seed: int) -> list[Task]:
-    """Every task is a data set with classes of its own, whatever their ids are there; inputs have one shape.
+    """Returns one task per data set; classes of different data sets are different, even if their ids are equal.
+
+    Args:
+        sets: labelled items or map-style datasets, with inputs of one shape and dtype.
+        seed: of the order of classes within each data set.
 
     Raises:
-        ValueError: there is none, or shapes or dtypes differ.
+        TypeError: a dataset is not map-style, or its labels are not integers.
+        ValueError: `sets` is empty, or shapes or dtypes differ.
+
+    Example:
+        >>> import torch
+        >>> from simplexfix.training import Items, dataset_sequence
+        >>> items = Items(torch.randn(12, 4), torch.arange(12) % 4)
+        >>> [task.classes for task in dataset_sequence([items, items], seed=0)]
+        [range(0, 4), range(0, 8)]
     """
     parts = [Items.of(items) for items in sets]
     kinds = {(tuple(items.inputs.shape[1:]), items.inputs.dtype) for items in parts}
@@ -142,7 +202,7 @@ def train_versions(
     folder: str | os.PathLike[str] | None = None,
     on_step: Callable[[int, int], None] = lambda task, step: None,
 ) -> Iterator[EmbeddingModel]:
-    """A version per task, each as it is done: CL2R, or IAM-CL2R with replacements.
+    """Yields a version per task as soon as it is trained: CL2R, or IAM-CL2R with replacements.
 
         model = start()
         for t, task in enumerate(tasks):
@@ -150,20 +210,20 @@ def train_versions(
             model = fine-tune(model, task.items + memory, old=the version of t - 1)
             memory += rehearsal(model, task.items)
 
-    With a folder each task has one of its own in it, and what was stopped is called again in the same way: finished
-    versions are read, the one in training goes on from its newest checkpoint (`Trainer.fit`).  In the same way is with
-    a new method, too: a slot registry that already has the classes is not what the folder began with.
+    With a folder, each task has a subfolder, and the same call resumes a stopped sequence.  Finished versions are read,
+    and the current one resumes from its newest checkpoint (`Trainer.fit`).  Construct the method again for that call:
+    its slot registry must be as at the beginning, without the classes of earlier tasks.
 
     Args:
-        trainer: with the method.
-        tasks: of this module's functions, or one's own.
-        start: makes the first network: an `EmbeddingModel`, or a backbone with `out_features`, which gets a new head.
-        schedule: of every task, or one for each.
-        seed: of new weights, batches and what is remembered.
-        rehearsal: (version, items, generator) -> rows of items to remember; None for no memory.
-        replacements: task number -> what makes the network that takes the working one's place there: any
-            architecture.  An `EmbeddingModel` keeps the head that it was pre-trained with; a backbone with
-            `out_features` gets a new one: a junction of its own width, the same slots.
+        trainer: trainer with the method.
+        tasks: from `class_incremental` and the like, or constructed.
+        start: returns the first network: an `EmbeddingModel`, or a backbone with `out_features`, which gets a new head.
+        schedule: one for all tasks, or one for each.
+        seed: of new weights, batches and the choice of remembered items.
+        rehearsal: (version, items, generator) -> indices [n] of items to remember; None for no memory.
+        replacements: task number -> function that returns the replacement before this task, of any architecture.  An
+            `EmbeddingModel` keeps its pre-trained head.  A backbone with `out_features` gets a new head, with a
+            junction of its width and the same slots.
         hoc_reference: the old model where a replacement comes in: the "deployed" version before it, whose gallery is
             there, of which the first replacement of all has none; the "replacement" as it came, as in the authors'
             code; or "deployed_or_replacement": the former where there is one, else the latter.  "all": the former
@@ -263,7 +323,7 @@ def _versions(
             make = replacements.get(t, start)
             with seeded(mixed_seed(seed, t, 0)):
                 made = make()
-            with seeded(mixed_seed(seed, t, 4)):  # apart: what was pre-trained and is only read now drew less
+            with seeded(mixed_seed(seed, t, 4)):  # its own seed: make() draws less if it only reads a trained network
                 parent = _with_head(made, trainer, version)
             own = {
                 "all": version is None and isinstance(made, EmbeddingModel),
@@ -280,7 +340,7 @@ def _versions(
                 old = copy.deepcopy(made).to(trainer.device).eval()
         place = None if folder is None else Path(folder) / f"task-{t:02d}"
         devices = [trainer.device] if trainer.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):  # for what the network draws: from here on, wherever training stopped
+        with torch.random.fork_rng(devices):  # seeds the network's own draws, such as dropout
             torch.manual_seed(mixed_seed(seed, t, 3, processes.rank()))
             version = trainer.fit(
                 parent,
@@ -379,10 +439,10 @@ def _remembered(
     folder: Path | None,
     embed: Callable[[Items], Items] | None = None,
 ) -> Items:
-    """The memory after a task: of its classes what rehearsal takes of old and new items, of others what there was.
+    """Returns the memory after a task: the task's classes are chosen again from old and new items, others stay.
 
-    It is written down: what a network finds worth remembering may differ from machine to machine.  Of datasets the rows
-    are, of those that there were to choose from.  `embed` adds references to items; the file stores them too.
+    The folder stores the memory, since the choice may differ between machines.  Inputs of datasets are stored as
+    indices of the items to choose from.  `embed` adds references to items; the file stores them too.
     """
     file = None if folder is None else folder / "memory.safetensors"
     started_with = {"seed": seed, "rehearsal": describe(rehearsal)}
@@ -399,7 +459,7 @@ def _remembered(
         again = torch.isin(memory.labels, task.items.labels)
         pool, kept = memory.take(again.nonzero()[:, 0]).joined(pool), memory.take((~again).nonzero()[:, 0])
     if saved is None:
-        # what the first process chose: others, on another device, may find another feature nearer
+        # the first process chooses for all: on another device another feature may be nearer
         rows = torch.tensor(processes.broadcast(rehearsal(version, pool, np.random.default_rng(seed)).tolist()))
     else:
         rows = saved["rows"]
@@ -418,9 +478,10 @@ def _remembered(
 
 
 def _check_directions(option: str, method: Method) -> None:
-    """
+    """Checks that the method's loss compares directions with `old(input)`.
+
     Raises:
-        ValueError: the method cannot be held to unit embeddings of one width.
+        ValueError: it does not.
     """
     if isinstance(method, ReadsOldEmbeddings) or getattr(method, "distance", "cosine") != "cosine":
         raise ValueError(
@@ -430,7 +491,7 @@ def _check_directions(option: str, method: Method) -> None:
 
 
 def _positions(labels: Tensor, order: Tensor) -> Tensor:
-    """Of each label, its place in `order`."""
+    """Returns the position of each label in `order`."""
     ascending, places = order.sort()
     return places[torch.searchsorted(ascending, labels)]
 

@@ -18,28 +18,33 @@ _OPTIMIZERS = ("adamw", "sgd")
 
 @dataclass(frozen=True)
 class Schedule:
-    """A linear warm-up and a cosine decay, anew for every version.
+    """Steps, batch, optimizer and learning rate of one version: a linear warm-up, then a cosine decay.
 
         rate(step) = min(1, (step + 1) / (warmup * steps)) * (f + (learning_rate - f) (1 + cos(pi step / steps)) / 2)
 
-    with f the final learning rate.
+    f is `final_learning_rate`.  Every version starts the schedule again.
 
     Args:
-        steps: of the optimizer.
-        learning_rate: its highest value.
-        batch: rows of one step, of all processes together; half of them remembered where there is a memory.
-        warmup: fraction of the steps.
-        weight_decay: of weight matrices and filters; biases and normalisation have none.
-        final_learning_rate: where the cosine ends.
-        optimizer: "adamw", or "sgd" with momentum.
-        momentum: of SGD.
-        clip: largest norm of the whole gradient, or None.
-        accumulate: parts that each process's rows of a batch are computed in, one after the other, for want of memory.
-            Losses that compare rows, and batch normalisation, see one part at a time.
+        steps: number of optimizer steps, at least 1.
+        learning_rate: its maximum, above 0.
+        batch: rows in a step, of all processes; half of them come from the memory if there is one.
+        warmup: fraction of the steps, in [0, 1].
+        weight_decay: of weight matrices and filters, at least 0; biases and normalisation have none.
+        final_learning_rate: rate at the end of the decay, in [0, learning_rate].
+        optimizer: "adamw" or "sgd".
+        momentum: of "sgd", in [0, 1).
+        clip: maximum norm of the whole gradient, above 0; None for no clipping.
+        accumulate: number of parts into which each process splits its rows of a batch, to save memory.  Losses that
+            compare rows, and batch normalisation, use one part at a time.
 
     Raises:
-        ValueError: no steps, no rows, a learning rate that is not positive, a name that is none of these, or a number
-            out of its range.
+        ValueError: a number is out of range, the optimizer is unknown, or `momentum` is set for "adamw".
+
+    Example:
+        >>> from simplexfix.training import Schedule
+        >>> schedule = Schedule(100, 0.1)
+        >>> [round(schedule.at(step), 3) for step in (0, 9, 50, 99)]
+        [0.01, 0.098, 0.05, 0.0]
     """
 
     steps: int
@@ -76,13 +81,13 @@ class Schedule:
             check_positive("clip", self.clip)
 
     def at(self, step: int) -> float:
-        """The learning rate of a step."""
+        """Returns the learning rate of a step, counted from 0."""
         ramp = min(1.0, (step + 1) / max(1.0, self.warmup * self.steps))
         above = (self.learning_rate - self.final_learning_rate) * 0.5 * (1 + math.cos(math.pi * step / self.steps))
         return ramp * (self.final_learning_rate + above)
 
     def optimizer_of(self, model: nn.Module) -> torch.optim.Optimizer:
-        """A fused one: only these skip a step of overflown float16 gradients on the device, without asking the host."""
+        """Returns a fused optimizer: others synchronize with the host to skip a step after a float16 overflow."""
         trained = [p for p in model.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.weight_decay},
@@ -92,7 +97,7 @@ class Schedule:
             return torch.optim.AdamW(groups, lr=self.learning_rate, fused=True)
         sgd = torch.optim.SGD(groups, lr=self.learning_rate, momentum=self.momentum, fused=True)
         if self.momentum:
-            # torch's own buffers begin as memory that nobody has written, and stay so if the first step overflows
+            # torch allocates these buffers uninitialised, and a first step that overflows would leave them so
             for p in trained:
                 sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
         return sgd

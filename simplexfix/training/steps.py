@@ -1,4 +1,4 @@
-"""The step of a training, and all that changes from step to step."""
+"""The training step, and all state that it changes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ __all__ = ["DTYPES", "Augment", "Steps"]
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _SCALE = 2.0**16  # of the loss in float16, at first
-_LEAST_SCALE = 1e-4  # after 30 overflows in a row, and a gradient is not that large
+_LEAST_SCALE = 1e-4  # 30 overflows in a row: a finite gradient would fit by then
 _OTHERWISE = "in a folder of its own: in this one the same steps come again, to the same end"
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
@@ -43,12 +43,12 @@ _Part = tuple[Tensor, Tensor, Tensor | None]  # inputs, labels, and references o
 
 
 class _Loss(nn.Module):
-    """The method's loss as a module, for DistributedDataParallel to see its inputs and its gradients."""
+    """The method's loss as a module, which DistributedDataParallel can wrap."""
 
     def __init__(self, method: Method, model: EmbeddingModel, old: EmbeddingModel | None) -> None:
         super().__init__()
         self.model = model
-        self.frozen = (method, old)  # in a tuple: the old model's parameters are not for training
+        self.frozen = (method, old)  # a tuple, so that the old model is no submodule and has no trained parameters
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         method, old = self.frozen
@@ -77,7 +77,7 @@ class _PartReader:
         for half, items in enumerate(filter(None, (self.items, self.memory))):
             chosen = items.take(torch.from_numpy(rows[half]))
             seeds = None
-            if isinstance(chosen.inputs, DatasetRows):  # by the place in the batch of all processes
+            if isinstance(chosen.inputs, DatasetRows):  # seeds depend on the position in the batch of all processes
                 places = (self.rank + self.world * (i + self.accumulate * j) for j in range(len(rows[half])))
                 seeds = [mixed_seed(self.seed, 5, step, half, place) for place in places]
             found.append((chosen.read(seeds), chosen.labels))
@@ -93,11 +93,11 @@ class Steps:
     """One training of one model: `advance` does a step, `state` and `load` are for checkpoints.
 
     Args:
-        model: trained in place, on the device.
-        method, old, items, memory, schedule, seed: of `Trainer.fit`.
-        augment, device, precision, ema, compile, workers: of `Trainer`.
+        model: is trained in place, on the device.
+        method, old, items, memory, schedule, seed: as in `Trainer.fit`.
+        augment, device, precision, ema, compile, workers: as in `Trainer`.
         frozen: number of first steps in which the backbone keeps its weights.
-        denoise, means: of `HeldVersion`.
+        denoise, means: as in `HeldVersion`.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class Steps:
             )
         self.ema = ema
         self.mean = [] if ema is None else [p.detach().clone() for p in model.parameters()]
-        # statistics of batches; a mask of infinities is none
+        # batch statistics; buffers with infinities, such as masks, are not
         self.statistics = {n for n, b in model.named_buffers() if b.is_floating_point() and b.isfinite().all()}
         self.step = 0
         self.total = torch.zeros((), dtype=torch.float64, device=self.device)  # of losses since the last report
@@ -159,10 +159,10 @@ class Steps:
         self.clock = (time.perf_counter(), 0)
 
     def advance(self) -> None:
-        """One step of the optimizer."""
+        """Does one optimizer step."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.at(self.step)
-        if self.parts is None:  # before the sampler goes on
+        if self.parts is None:  # before the sampler advances
             self.parts = read_ahead(self.reader, self._requests(copy.deepcopy(self.sampler)), workers=self.workers)
         next(self.sampler)
         for i in range(self.schedule.accumulate):
@@ -174,7 +174,7 @@ class Steps:
             self.total += loss.detach()
         if self.step < self.frozen:
             for p in self.model.backbone.parameters():
-                p.grad = None  # the optimizer skips it, weight decay and momentum too
+                p.grad = None  # the optimizer skips it, also weight decay and momentum
         if self.schedule.clip is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.schedule.clip)
@@ -187,7 +187,7 @@ class Steps:
 
     @torch.no_grad()
     def begin_from(self, parameter: nn.Parameter, value: Tensor) -> None:
-        """Sets a parameter, and its mean over steps, before the first step."""
+        """Sets a parameter before the first step; the mean of the weights starts from it."""
         parameter.copy_(value)
         for p, mean in zip(self.model.parameters(), self.mean, strict=self.ema is not None):
             mean.copy_(p)
@@ -198,33 +198,35 @@ class Steps:
         return self.loss.no_sync()
 
     def _requests(self, ahead: BalancedSampler) -> Iterator[_Request]:
-        """All parts of the steps that are left, from a copy of the sampler: processes read ahead of the step."""
+        """Yields the parts of all remaining steps, from a copy of the sampler, so that workers can prefetch them."""
         for step, rows in zip(range(self.step, self.schedule.steps), ahead, strict=False):
             for i in range(self.schedule.accumulate):
                 yield step, i, *(r[i :: self.schedule.accumulate].numpy() for r in rows)
 
     def _part(self, parts: Iterator[_Part], i: int) -> tuple[Tensor, Tensor]:
-        """Every `accumulate`-th of this rank's rows from the i-th on: of the whole batch, one in all ranks' parts."""
+        """Returns inputs and labels of part i: every `accumulate`-th of this rank's rows, from the i-th on."""
         input, target, remembered = next(parts)
         input, target = to_device_async(input, self.device), to_device_async(target, self.device)
         if self.old is not None:
             self.old.hold(target, None if remembered is None else to_device_async(remembered, self.device))
         if self.augment is not None:
-            part = i * self.world + self.rank  # of the whole batch: the same augmentation whoever computes it
+            part = i * self.world + self.rank  # number within the whole batch: augmentation does not depend on ranks
             input = self.augment(input, torch.Generator().manual_seed(mixed_seed(self.seed, 2, self.step, part)))
         return input, target
 
     def close(self) -> None:
-        """Ends the processes that read."""
+        """Ends the worker processes."""
         if self.parts is not None:
             self.parts.close()
 
     def mean_loss(self) -> float | None:
-        """Since the last report, over all processes; None where it overflowed in float16.  Waits for the device.
+        """Returns the mean loss since the last report, over all processes; None if it overflowed in float16.
+
+        It synchronizes with the device.
 
         Raises:
-            FloatingPointError: it is nan or infinite; of float16, whose loss scale leaves such steps out, where there
-                were no others for long, or at all.
+            FloatingPointError: the loss is nan or infinite.  In float16 the loss scale skips such steps; it raises only
+                if all steps, or too many in a row, were skipped.
         """
         total = self.total.clone()
         if self.world > 1:
@@ -247,9 +249,10 @@ class Steps:
         return loss if math.isfinite(loss) else None
 
     def check(self) -> None:
-        """
+        """Checks loss, weights and batch statistics; it synchronizes with the device.
+
         Raises:
-            FloatingPointError: loss, weights or statistics of batches are nan or infinite; waits for the device.
+            FloatingPointError: one of them is nan or infinite.
         """
         self.mean_loss()
         values: dict[str, Tensor] = dict(self.model.named_parameters())
@@ -270,7 +273,7 @@ class Steps:
         )
 
     def report(self) -> dict[str, Any]:
-        """A line of the log."""
+        """Returns a line of the log and starts the next mean."""
         loss = self.mean_loss()
         self.total.zero_()
         self.reported = self.step
@@ -294,7 +297,7 @@ class Steps:
         return self.model.eval()
 
     def state(self) -> dict[str, Any]:
-        """For `write_state`; all processes must call it, for each has random numbers of its own."""
+        """Returns the state for `write_state`.  All processes must call it: it gathers their random states."""
         return {
             "step": self.step,
             "model": self.model.state_dict(),
@@ -312,7 +315,7 @@ class Steps:
         self.optimizer.load_state_dict(saved["optimizer"])
         for p, entries in self.optimizer.state.items():
             for name, value in entries.items():
-                # in the parameter's own layout, as it had been: fused kernels walk both in order of memory
+                # in the parameter's memory layout: fused kernels iterate over both in memory order
                 if isinstance(value, Tensor) and value.shape == p.shape:
                     entries[name] = torch.empty_like(p).copy_(value)
         self.scaler.load_state_dict(saved["scaler"])

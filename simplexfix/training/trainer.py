@@ -1,7 +1,7 @@
-"""Training one version: from scratch, or fine-tuned from another on new and remembered items.
+"""Training of one version: from scratch, or fine-tuned from another version on new and remembered items.
 
-A training with a folder survives its process: stopped at any moment and called again, it goes on from its newest
-checkpoint, and what comes out is the same to the last bit as if it had never stopped.
+A training with a folder can be stopped at any moment.  The same call resumes it from the newest checkpoint, and the
+result has the same bits as without the stop.
 """
 
 from __future__ import annotations
@@ -45,30 +45,32 @@ __all__ = ["Trainer"]
 class Trainer:
     """Trains versions by one method, on one device, or as one of several processes.
 
-    Where `torch.distributed` has been initialised (under torchrun), every process calls the same: a step sees the
-    same rows, augmented alike, as in one process with `accumulate` times as many parts, and gradients are averaged.
-    Processes share the folder.  The trainer waits for the device every `log_every` steps and to save; in a step only a
-    method may, as gathered negatives do, where all processes agree on their batches.
+        trainer = Trainer(HOC(SlotRegistry(1024), "default"), device="cuda", precision="bfloat16")
+        version = trainer.fit(parent, items, Schedule(1000, 1e-3), classes=range(10), seed=0)
+
+    Under `torch.distributed`, such as with torchrun, every process makes the same call and uses the same folder.
+    W processes compute the step of one process with W times as many parts: the same rows, the same augmentation, and
+    the mean of the gradients.  The trainer synchronizes with the device every `log_every` steps and to save.  Within a
+    step only a method may synchronize, such as to gather negatives.
 
     Args:
-        method: of `simplexfix.methods`.
-        augment: (inputs [B, ...] on the device, a generator on the CPU) -> what the network takes; None for inputs as
-            they are.
-        preprocessing: the same without augmentation, which every version gets as its `preprocessing`; None: versions
-            keep what their parent has.  Methods that read old embeddings, as OCA, extract with it.
-        device: where the networks are trained.
-        precision: "float32", or "bfloat16" or "float16" of autocast; the latter with a loss scale.
-        ema: None, or the fraction, in (0, 1), that the mean of the weights keeps in each step; the version then is
-            that mean.
-        compile: the backbone, by torch.compile.
-        save_every: steps from checkpoint to checkpoint.
-        keep: checkpoints that stay.
-        log_every: steps from line to line of the log.
-        workers: processes that read the items of datasets ahead, of each process; 0 for none.  Batches do not depend
-            on it.
+        method: a method of `simplexfix.methods`, or a custom one.
+        augment: (inputs [B, ...] on the device, a generator on the CPU) -> inputs of the network; None for inputs
+            unchanged.
+        preprocessing: the same without augmentation; every version gets it as its `preprocessing`, and methods that
+            read old embeddings, such as OCA, extract with it.  None keeps that of the parent.
+        device: of the training.
+        precision: "float32", or "bfloat16" or "float16" for autocast; float16 uses a loss scale.
+        ema: decay of an exponential mean of the weights, in (0, 1); the version has the mean.  None for no mean.
+        compile: whether to compile the backbone with `torch.compile`.
+        save_every: number of steps between checkpoints, at least 1.
+        keep: number of checkpoints to keep, at least 1.
+        log_every: number of steps between lines of the log, at least 1.
+        workers: number of processes that prefetch items of datasets, for each training process; 0 for none.  Batches
+            do not depend on it.
 
     Raises:
-        ValueError: a name that is none of these, or a number out of its range.
+        ValueError: `precision` is unknown, or a number is out of range.
     """
 
     def __init__(
@@ -125,14 +127,14 @@ class Trainer:
         folder: str | os.PathLike[str] | None = None,
         on_step: Callable[[int], None] = lambda step: None,
     ) -> EmbeddingModel:
-        """A new version, trained from a copy of `parent`, which stays as it is.
+        """Returns a new version, trained from a copy of `parent`.
 
-        With a folder: where that holds the finished version it is read, where it holds checkpoints training goes on
-        from the newest good one, and else begins.  `log.jsonl` there has a line for every `log_every` steps, each
-        step once however often training was stopped; `version.safetensors` is the finished version.
+        With a folder, a finished version is read from `version.safetensors`; otherwise training resumes from the newest
+        undamaged checkpoint, or begins.  `log.jsonl` has a line for every `log_every` steps, without duplicates after a
+        stop.
 
-        What the network itself draws, as dropout does, comes from torch's global generators: their state is part of
-        every checkpoint and is set from it; at the beginning it is as the caller left it (`train_versions` seeds it).
+        Random numbers of the network itself, such as dropout, come from torch's global generators.  Checkpoints store
+        and restore the state of these; a new training uses the caller's state (`train_versions` seeds it).
 
         Args:
             parent: the version before, a replacement, or a fresh network.  Its rotation is left out.
@@ -140,35 +142,36 @@ class Trainer:
             schedule: budget and learning rate.
             classes: all class ids so far, 0 up to the last.
             seed: of batches, augmentation and new weights.
-            memory: remembered items of earlier classes, half of every batch.
-            old: the deployed version whose gallery is to stay searchable; it is not trained.
+            memory: remembered items of earlier classes, half of every batch; None for no memory.
+            old: the deployed version, in evaluation mode, whose gallery must stay searchable; it is not trained.
             junction: "kept" begins with the parent's junction.  "aligned" turns it towards `old` before the first step,
                 in closed form, from the embeddings of new and remembered items (`aligned_junction`).
             frozen: fraction of the steps, in [0, 1), in which the backbone keeps its weights and the head alone learns.
             denoise: eta, in [0, 1].  Embeddings u by `old` move towards the mean m of their class over new and
                 remembered items: n((1 - eta) u + eta m).  0 leaves them as they are.  It acts on methods whose loss
                 calls `old(input)`.
-            folder: of this one version; None to keep nothing.
-            on_step: called after every step with its number, the last being `schedule.steps`; what the step logged is
-                in the file by then.
+            folder: of this version only; None to write nothing.
+            on_step: called after every step, and after its line of the log is written, with the number of the step,
+                from 1 to `schedule.steps`.
 
         Returns:
             The version, in evaluation mode.
 
         Raises:
-            TypeError: an "aligned" junction of a head that is no `SimplexHead`, or of one with a bias.
-            ValueError: `old` is in training mode, or for an "aligned" junction missing or of another width; labels are
-                of no class, a batch cannot be shared out evenly or leaves batch normalisation a single row, or the
-                folder is of a training that differs (configuration, data, parent or old model); names what differs.
+            TypeError: "aligned" is used for a head that is no `SimplexHead`, or that has a bias.
+            ValueError: `old` is in training mode; `old` is missing or has another width with "aligned"; a label is
+                outside of `classes`; a batch cannot be split evenly, or leaves a single row for batch normalisation; or
+                the folder belongs to another training (configuration, data, parent or old model), and the message lists
+                the differences.
             FolderInUseError: another process trains in the folder.
-            CheckpointError: the finished version's file is damaged.
-            ChildProcessError: a process that reads items was ended, as for want of memory.
-            FloatingPointError: the loss, a weight or a statistic of batches is nan or infinite, or float16 overflows
-                without end.  Checkpoints stay as they are.
+            CheckpointError: the file of the finished version is damaged.
+            ChildProcessError: a worker process was killed, such as by lack of memory.
+            FloatingPointError: the loss, a weight or a batch statistic is nan or infinite, or float16 overflows in too
+                many steps in a row.  Checkpoints stay.
 
         Warns:
-            CheckpointWarning: a damaged checkpoint is passed over, or training goes on with another kind of device or
-                number of processes, which the random numbers within the network depend on.
+            CheckpointWarning: a damaged checkpoint is skipped, or training resumes on another kind of device or with
+                another number of processes, which changes the random numbers of the network.
         """
         items = Items.of(items)
         check_name("junction", junction, JUNCTIONS)
@@ -184,7 +187,7 @@ class Trainer:
             if part is None or not len(part.labels):
                 continue
             least, most = int(part.labels.min()), int(part.labels.max())
-            if least < classes.start or most >= classes.stop:  # a GPU would not be asked
+            if least < classes.start or most >= classes.stop:  # losses do not check labels on a GPU
                 raise ValueError(
                     f"labels of {name} must lie in [{classes.start}, {classes.stop}), the classes so far, "
                     f"got {least} to {most}"
@@ -205,11 +208,11 @@ class Trainer:
         }
         if old is not None and (junction == "aligned" or denoise or isinstance(self.method, ReadsOldEmbeddings)):
             started_with["preprocessing"] = describe(self.preprocessing or old.preprocessing)
-        # only where they are chosen: checkpoints of before have no such entries
+        # only if they are not the defaults, since older checkpoints lack these keys
         started_with |= {"junction": junction} if junction != "kept" else {}
         started_with |= {"frozen": frozen} if frozen else {}
         started_with |= {"denoise": denoise} if denoise else {}
-        if folder is not None:  # the data as well; it takes a moment
+        if folder is not None:  # hashes the data and the models
             started_with["items"] = items.fingerprint()
             started_with["memory"] = None if memory is None else memory.fingerprint()
             started_with["parent"] = _fingerprint(parent)
@@ -229,10 +232,10 @@ class Trainer:
                     self.method.fit_to_old(model, old)
             model.preprocessing = self.preprocessing or model.preprocessing
             model.to(self.device)
-            if finished is not None and processes.broadcast(finished.exists()):  # now at least
+            if finished is not None and processes.broadcast(finished.exists()):  # another process may have finished it
                 saved = read_state(finished)
                 check_resumable(_on(self.device, saved["facts"]), started_with, str(finished))
-                if processes.rank() == 0:  # it may have been killed between writing and clearing
+                if processes.rank() == 0:  # a process may have been killed after writing the version
                     Checkpoints(finished.parent).clear()
                 model.load_state_dict(saved["model"])
                 return model.eval()
@@ -295,7 +298,7 @@ class Trainer:
     def _embeddings(
         self, model: EmbeddingModel, items: Items, memory: Items | None, preprocessing: Preprocessing | None
     ) -> tuple[Tensor, Tensor]:
-        """[N, d] unit embeddings of all items and remembered ones, without augmentation, and [N] labels; on the CPU."""
+        """Returns unit embeddings [N, d] and labels [N] of items and memory, without augmentation, on the CPU."""
         parts = [part for part in (items, memory) if part is not None and len(part.labels)]
         prepare = self.preprocessing or preprocessing
         found = [embeddings_of(part, model, preprocessing=prepare, workers=self.workers) for part in parts]
@@ -305,7 +308,7 @@ class Trainer:
         return class_means(*self._embeddings(old, items, memory, old.preprocessing), classes)
 
     def _begin(self, run: Steps, old: EmbeddingModel | None, items: Items, memory: Items | None, junction: str) -> None:
-        """Calls `read_old` and aligns the junction, once, in the first process for all."""
+        """Calls `read_old` and aligns the junction, on the first process; all others get its results."""
         method = self.method
         if old is None or not (junction == "aligned" or isinstance(method, ReadsOldEmbeddings)):
             return
@@ -333,7 +336,7 @@ class Trainer:
         begin: Callable[[], None],
         on_step: Callable[[int], None],
     ) -> EmbeddingModel:
-        """All steps that are left; `begin` comes before the first."""
+        """Does all remaining steps and returns the version; `begin` is called before the first step."""
         newest: dict[str, Any] | None = None
         checkpoints = None if finished is None else Checkpoints(finished.parent, keep=self.keep)
         log = None if finished is None else _Log(finished.parent / "log.jsonl")
@@ -361,7 +364,7 @@ class Trainer:
                     log.write(line)
             saving = checkpoints is not None and run.step % self.save_every == 0
             if last or saving:
-                run.check()  # no state of nan takes the place of a good one
+                run.check()  # raises before a checkpoint with nan could replace a good one
             if checkpoints is not None and log is not None and (last or saving):
                 state = {"facts": started_with, "run": run.state(), "log_bytes": log.synced()}
                 if processes.rank() == 0:
@@ -377,14 +380,14 @@ class Trainer:
 
 
 class _Log:
-    """JSON lines, by the first process; cut back to where a checkpoint was, so that no step comes twice."""
+    """JSON lines of the first process; on resume the file is truncated to its size at the checkpoint."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def cut(self, size: int) -> None:
         if processes.rank() == 0:
-            with open(self.path, "a+b") as file:  # where it lost bytes itself, to its last whole line
+            with open(self.path, "a+b") as file:  # truncates to a whole line, also if the file is shorter than `size`
                 file.seek(0)
                 file.truncate(file.read(size).rfind(b"\n") + 1)
 
@@ -394,7 +397,7 @@ class _Log:
                 file.write(json.dumps(line, allow_nan=False) + "\n")
 
     def synced(self) -> int:
-        """Its size, once that has reached the disk."""
+        """Synchronizes the file with the disk and returns its size in bytes."""
         if processes.rank() != 0:
             return 0
         with open(self.path, "ab") as file:
@@ -411,12 +414,12 @@ def _fingerprint(model: EmbeddingModel) -> str:
 
 
 def _on(device: torch.device, started_with: Mapping[str, Any]) -> dict[str, Any]:
-    """What a training was started with, as if on this device: it is free to change."""
+    """Returns the description of a training with this device's type, which may change on resume."""
     return {**started_with, "device": device.type}
 
 
 def _newest(checkpoints: Checkpoints) -> dict[str, Any] | None:
-    """The first process chooses, all read the same."""
+    """Returns the newest checkpoint; the first process chooses it, and all read the same file."""
     found = checkpoints.newest() if processes.rank() == 0 else None
     step = processes.broadcast(None if found is None else found[0])
     if step is None:

@@ -1,4 +1,4 @@
-"""The proposition of docs/math.md: an upgrade moves no score of a query by more than the query itself moves."""
+"""Tests the bound of docs/math.md: an upgrade changes no score of a query by more than the query itself moves."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_no_score_moves_by_more_than_its_query() -> None:
     scores, moved = before @ gallery.T, after @ gallery.T
     ratio = (moved - scores).abs() / d[:, None]
     assert ratio.max() <= 1 + 1e-5
-    assert ratio.max() > 0.3  # the bound is of the size of the moves
+    assert ratio.max() > 0.3  # the bound has the magnitude of the moves
     margin = scores[:, :, None] - scores[:, None, :]
     kept = moved[:, :, None] - moved[:, None, :] > 0
     sure, all_pairs = margin > 2 * d[:, None, None], margin > 0

@@ -1,4 +1,4 @@
-"""Adapters in folders: the same bits, and errors that say what is wrong."""
+"""Tests saving and loading of adapters: bitwise equality, and clear errors."""
 
 from __future__ import annotations
 

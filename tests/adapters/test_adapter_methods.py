@@ -28,7 +28,7 @@ from simplexfix.adapters import (
 from simplexfix.polytopes import simplex_prototypes
 
 ITEMS, CLASSES = 240, 12
-WIDTHS = [(10, 10), (14, 9), (9, 14)]  # of the old and the new encoder
+WIDTHS = [(10, 10), (14, 9), (9, 14)]  # feature widths of the old and the new encoder
 METHODS = [
     Procrustes(),
     Ridge(),
@@ -48,11 +48,11 @@ def name(method: AdapterMethod) -> str:
     return method.name
 
 
-LENGTHS = (1e-30, 1e-15, 1e15, 1e30)  # the squares of the first and the last are out of float32's range
+LENGTHS = (1e-30, 1e-15, 1e15, 1e30)  # squares of the first and the last exceed the range of float32
 
 
 def world(old: int = 10, new: int = 10, items: int = ITEMS, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Features of the same items by two encoders, with classes and unlike scales of directions, and the classes."""
+    """Returns features of the same items by two encoders, with directions of unlike scales, and the classes."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, CLASSES, items)
     hidden = rng.standard_normal((CLASSES, 8))[labels] + 0.5 * rng.standard_normal((items, 8))
@@ -243,7 +243,7 @@ def test_widths_blocks_and_mapped_files(method, old, new, tmp_path, monkeypatch)
     blocks = method.fit(*mapped, labels=[f"class {c}" for c in labels], sample=more)
     queries = (torch.from_numpy(x), torch.from_numpy(y)) if isinstance(method, Slerp) else (torch.from_numpy(x),)
     scores = [made(*queries) @ made.gallery(torch.from_numpy(y)).T for made in (whole, blocks)]
-    # with fewer classes than dimensions a junction is free in those that are left, and its training sees them
+    # with fewer classes than dimensions the junction is arbitrary in the others, and training depends on it
     if not isinstance(method, HOCRefined):
         torch.testing.assert_close(scores[1], scores[0], rtol=1e-4, atol=2e-5)
     assert whole(*queries).shape == (ITEMS, whole.embedding_dim)

@@ -21,7 +21,7 @@ CLASSES, UNSEEN = 12, 5
 
 @pytest.fixture(scope="module", params=["texts", "images"])
 def items(request, data_folder) -> Items:
-    """Three encoders for each data set; the first has the leading dimensions of the second, as in docs/replacing.md."""
+    """Returns three encoders per data set; the first is a prefix of the second, as in docs/replacing.md."""
     labels, encoded = {"texts": _texts, "images": _images}[request.param](data_folder)
     asks = np.arange(len(labels)) % 4 == 0
     sides = [Encoded(*(torch.from_numpy(x[at].astype(np.float32)) for at in (~asks, asks))) for x in encoded]
@@ -50,7 +50,7 @@ def _texts(folder) -> tuple[NDArray[np.int64], list[NDArray[np.float64]]]:
 
 
 def _images(folder) -> tuple[NDArray[np.int64], list[NDArray[np.float64]]]:
-    """Principal components of pixels, and histograms of their gradients' directions in 4 x 4 cells."""
+    """Returns principal components of pixels, and histograms of gradient directions in 4 x 4 cells."""
     image = pytest.importorskip("PIL.Image", reason="pip install 'simplexfix[cli]'")
     sheets = sorted((folder / "cifar" / "cifar100_train").glob("*.webp"))[:CLASSES]
     if len(sheets) < CLASSES:
@@ -79,7 +79,7 @@ def test_no_score_moves_by_more_than_its_query(items: Items, method) -> None:
     for row in moves(chain, items, unseen, pairs=20_000):
         print(method.name, {name: np.round(value, 3) for name, value in row.items()})
         assert 0.1 < row["largest move"] <= 1 + 1e-9
-        # The finer bound guarantees every order that the coarse one does, and guaranteed orders stay.
+        # The finer bound guarantees every order that the coarse bound guarantees, and guaranteed orders stay.
         assert row["order sure by 2 d"] <= row["order sure by d times distance"] < row["order stays"] <= 1
         if row["new"] == 1:  # between similar encoders the bound guarantees some orders
             assert row["order sure by d times distance"] > 0.005

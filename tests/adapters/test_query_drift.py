@@ -1,4 +1,4 @@
-"""Query drift compensation: exact where the drift is a translation, whatever the batches, ranks and files."""
+"""Tests query drift compensation: exact for translations, independent of batches and ranks, and its files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def features(rows: int = 40, seed: int = 0, *, d: int = D) -> torch.Tensor:
 
 
 def chain(versions: int = 3, *, rows: int = 40) -> list[torch.Tensor]:
-    """The same queries by fine-tunes of one encoder, each near the one before."""
+    """Returns the same queries by several fine-tunes of one encoder, each near the one before."""
     out = [features(rows)]
     for t in range(versions):
         out.append(out[-1] + 0.2 * features(rows, t + 1) + 0.5 * features(1, 100 + t))
@@ -45,7 +45,7 @@ def mean_move(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
 
 
 def test_a_translation_is_undone_exactly() -> None:
-    # whole numbers, of which float64 holds every sum: nothing is rounded
+    # integers, whose sums are exact in float64
     old = torch.randint(-9, 9, (32, D), generator=torch.Generator().manual_seed(0)).double()
     move = torch.tensor([3.0, -1.0, 0.0, 7.0, 2.0, -5.0], dtype=torch.float64)
     drift = accumulated([old, old + move], normalize=False)
@@ -55,7 +55,7 @@ def test_a_translation_is_undone_exactly() -> None:
 
 
 def test_only_drifts_between_the_two_versions_are_subtracted() -> None:
-    """The authors' code subtracts the drifts of all steps, whichever index is searched."""
+    """The authors' code subtracts the drifts of all steps, regardless of the searched index."""
     by_version = chain(3)
     drift = accumulated(by_version)
     steps = {t: mean_move(by_version[t], by_version[t - 1]) for t in (1, 2, 3)}
@@ -87,7 +87,7 @@ def test_batches_and_accumulators_add_up_in_any_order() -> None:
     order = torch.randperm(64, generator=torch.Generator().manual_seed(5))
     parts = [QueryDrift(D), QueryDrift(D)]
     for at, rows in enumerate(order.split(7)):
-        for t in (2, 1):  # the later step first: rows of steps stay in the order of versions
+        for t in (2, 1):  # the later step comes first: rows of steps stay in the order of versions
             parts[at % 2].update(by_version[t][rows], by_version[t - 1][rows], version=t)
     parts[1].merge(parts[0])
     assert parts[1].versions.tolist() == whole.versions.tolist() == [1, 2]
@@ -120,7 +120,7 @@ def test_compensation_is_differentiable_in_the_query() -> None:
 
 
 def test_an_exhausted_loader_is_no_nan() -> None:
-    """A rank or step without queries adds nothing; the authors' code divides by their number."""
+    """A rank or step without queries contributes nothing; the authors' code divides by their number."""
     by_version = chain(1)
     drift = accumulated(by_version)
     before = drift.drift(1)
@@ -153,7 +153,7 @@ def test_a_file_keeps_the_numbers_of_versions(tmp_path: Path) -> None:
     torch.testing.assert_close(again.drift(3), mean_move(by_version[3], by_version[2]), rtol=0, atol=1e-14)
     with pytest.raises(ValueError, match="from version 1 to version 2"):
         again.compensate(by_version[4], from_version=4, to_version=1)
-    again.update(by_version[2], by_version[1], version=2)  # the chain goes on
+    again.update(by_version[2], by_version[1], version=2)  # a later step is added
     assert again.versions.tolist() == [2, 3, 4]
     drift.save(tmp_path / "same.safetensors")
     assert (tmp_path / "same.safetensors").read_bytes() == (tmp_path / "drift.safetensors").read_bytes()
@@ -173,7 +173,7 @@ def test_damaged_and_strange_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_it_is_a_module_of_tensors(tmp_path: Path) -> None:
-    """It survives safetensors.save_model as a part of another module, and casts of that."""
+    """safetensors.save_model works for a module that contains it, also after casts."""
     model = nn.ModuleDict({"drift": accumulated(chain(2), normalize=False), "layer": nn.Linear(2, 2)})
     before = {name: value.clone() for name, value in model["drift"].state_dict().items()}
     safetensors.save_model(model, tmp_path / "model.safetensors")
@@ -197,7 +197,7 @@ def drift_of_a_rank(rank: int, size: int, rendezvous: str) -> None:
         mine = QueryDrift(D)
         rows = slice(0, 30) if rank == 0 else slice(30, 40)
         mine.update(by_version[1][rows], by_version[0][rows], version=1)
-        if rank == 0:  # the other's loader is exhausted before the second step
+        if rank == 0:  # the loader of the other rank is exhausted before the second step
             mine.update(by_version[2], by_version[1], version=2)
         total = mine.merged_ranks()
         assert mine.counts.tolist() == ([30, 40] if rank == 0 else [10])

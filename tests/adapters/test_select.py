@@ -1,4 +1,4 @@
-"""Selection on held-out classes and items, and chains of versions."""
+"""Tests selection on held-out classes and items, and chains of versions."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_its_scores_are_those_of_the_definition() -> None:
 def test_without_labels_the_score_is_agreement_with_the_new_encoder() -> None:
     y, _, _ = world()
     turn = np.linalg.qr(np.random.default_rng(0).standard_normal((10, 10)))[0]
-    same = (y @ turn).astype(np.float32)  # the same encoder in other axes
+    same = (y @ turn).astype(np.float32)  # the same encoder in rotated axes
     found = select_adapter(y, same, candidates=QUICK)
     assert found.winner.method == Procrustes()
     assert found.winner.score == pytest.approx(1)
@@ -140,7 +140,7 @@ def test_a_chain_of_three_has_the_adapters_of_its_pairs(method) -> None:
     for (new, old), adapter in chain.adapters.items():
         torch.testing.assert_close(chain.query(new, old, features), adapter(features[new]))
         torch.testing.assert_close(chain.gallery(old, features[old]), normalize(adapter.gallery(features[old])))
-    if isinstance(method, (SimplexJunction, HOCRefined)):  # one map for each version: one embedding for all galleries
+    if isinstance(method, (SimplexJunction, HOCRefined)):  # one map per version: one embedding for all galleries
         assert torch.equal(chain.query(2, 0, features), chain.query(2, 1, features))
         assert torch.equal(chain.query(2, 2, features), chain.query(2, 1, features))
     else:

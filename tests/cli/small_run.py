@@ -1,4 +1,4 @@
-"""Features of a few classes, and configurations that train on them in a moment."""
+"""Features of a few classes, and configurations that train on them within seconds."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def written_features(folder: Path) -> Path:
 
 
 def configuration(folder: Path, features: Path, **method) -> Path:
-    """Three tasks, a pre-trained replacement at the second; HOC, or the method that is given."""
+    """Returns a configuration of three tasks with a pre-trained replacement at the second; the default is HOC."""
     hoc = {"slots": 32, "normalize": True, "scale": 8.0, "lambda_": 0.5}
     content = {
         "data": {"kind": "features", "path": str(features)},
@@ -49,7 +49,7 @@ def configuration(folder: Path, features: Path, **method) -> Path:
 
 
 def short(folder: Path, features: Path) -> Path:
-    """Two tasks of two steps."""
+    """Returns a configuration of two tasks with two steps each."""
     path = configuration(folder, features)
     content = json.loads(path.read_text())
     content["tasks"] = {"counts": [4, 4], "memory_per_class": 5}
@@ -60,7 +60,7 @@ def short(folder: Path, features: Path) -> Path:
 
 
 def train_until(nth: int, *arguments: str) -> None:
-    """`simplexfix train`, whose nth training, pre-trainings counted, is stopped after its seventh step."""
+    """Runs `simplexfix train` and stops its nth training, pre-trainings included, after its seventh step."""
     fit, fits = Trainer.fit, []
 
     def fails(self, *arguments, **options):

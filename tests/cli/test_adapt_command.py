@@ -1,4 +1,4 @@
-"""`simplexfix adapt` and `simplexfix embed`, run as a user would, in this process."""
+"""Tests `simplexfix adapt` and `simplexfix embed` in this process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from simplexfix.models import EmbeddingModel, FeatureMLP, ModelIdentity, read_id
 
 
 def world(noise: float = 1.5) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A poor old encoder of 10 dimensions and a better new one of 12, 600 items of 12 classes."""
+    """Returns features by an old encoder of 10 dimensions and a better new one of 12: 600 items of 12 classes."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 12, 600)
     hidden = rng.standard_normal((12, 8))[labels] + 0.5 * rng.standard_normal((600, 8))
@@ -109,7 +109,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_fits(files, capsy
         out.mkdir()
         (out / "config.json").write_text("{}")
         message = "config.json was not written by save_pretrained and would be overwritten; use another folder"
-    elif kind == "sealed":  # like a read-only mount: permissions do not restrict root
+    elif kind == "sealed":  # a read-only mount; permissions would not restrict root
 
         def refuse(dir):
             raise OSError(30, "Read-only file system", str(dir / "x"))
@@ -148,7 +148,7 @@ def test_a_full_disk_leaves_the_adapter_that_was_there(files, capsys, monkeypatc
     assert read_identity(files / "out") == identity
     assert Adapter.from_pretrained(files / "out").method == {"name": "procrustes"}
     monkeypatch.undo()
-    WhitenedProcrustes().fit(old, new).save_pretrained(files / "out")  # removes files of the failed run
+    WhitenedProcrustes().fit(old, new).save_pretrained(files / "out")  # deletes files of the failed run
     assert len(list((files / "out").iterdir())) == 2
 
 
@@ -240,7 +240,7 @@ def test_after_an_error_the_output_is_as_it_was(files, monkeypatch, capsys) -> N
 
 
 def test_a_gallery_of_the_old_encoder_admits_the_adapter(files, capsys) -> None:
-    """The life of a vendor's gallery from the command line, as docs/gallery.md has it."""
+    """Runs the commands that docs/gallery.md shows for a vendor's gallery."""
     old, new, _ = world()
     model, shop, out = (str(files / name) for name in ("v0.json", "shop", "out"))
     (files / "v0.json").write_text(json.dumps(ModelIdentity.external("vendor/embed", "1", 10).to_dict()))
@@ -249,7 +249,7 @@ def test_a_gallery_of_the_old_encoder_admits_the_adapter(files, capsys) -> None:
     assert main(["gallery", "create", shop, "--model", model]) == 0
     assert main(["gallery", "add", shop, "--vectors", str(files / "stored.npz"), "--model", model]) == 0
     assert main(adapt(files, "--old-model", model, "--name", "vendor/embed 2")) == 0
-    assert not Adapter.from_pretrained(out).maps_gallery  # else it has a space of its own
+    assert not Adapter.from_pretrained(out).maps_gallery  # otherwise it has its own space
     assert main(["gallery", "admit", shop, "--model", out, "--force", "a test"]) == 0
     assert main(["embed", out, str(files / "new.npy"), str(files / "queries.npy")]) == 0
     _, expected = cosine_topk(Adapter.from_pretrained(out)(torch.from_numpy(new)), torch.from_numpy(old), 3)

@@ -1,4 +1,4 @@
-"""`simplexfix doctor` says the truth about the library in use."""
+"""Tests that `simplexfix doctor` reports the library in use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`simplexfix evaluate`: what it prints and writes, what it refuses, and that a report is there whole or not at all."""
+"""Tests `simplexfix evaluate`: output, refused input, and that a report is written as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def save(folder: Path, name: str, made: dict[str, np.ndarray]) -> Path:
 
 @pytest.fixture
 def models(tmp_path, monkeypatch) -> Path:
-    """v1.npz, the folder v2 and v10.npz; the last is worse than the one before."""
+    """Returns a folder with v1.npz, the folder v2 and v10.npz; the last version is worse than the one before."""
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "models"
     folder.mkdir()
@@ -92,7 +92,7 @@ def test_a_folder_of_versions(models, capsys) -> None:
     assert {key: content[key] for key in expected.as_dict()} == expected.as_dict()
     assert content["made_by"] == "simplexfix evaluate"
     assert content["seed"] == 5
-    # the terminal shows each cell, and whether it beats the diagonal
+    # the terminal shows each cell and whether it exceeds the diagonal
     matrix = expected.matrix
     for i in range(3):
         for j in range(i + 1):
@@ -180,7 +180,8 @@ def test_classes_that_the_gallery_lacks_are_counted_and_said(models, capsys) -> 
         made = features(at, clear)
         made["query_labels"] = np.array(far)[made["query_labels"]]
         made["gallery_labels"] = np.array(far)[made["gallery_labels"]]
-        made["gallery_labels"][made["gallery_labels"] == 2**24 + 2] = 2**24 + 1  # one class more becomes its neighbour
+        # one more class is confused with its neighbour
+        made["gallery_labels"][made["gallery_labels"] == 2**24 + 2] = 2**24 + 1
         save(models.parent, f"far-{name}.npz", made)
     assert main(["evaluate", *(f"far-{name}.npz" for name in CLEAR)]) == 0
     content = json.loads(Path("report/report.json").read_text())
@@ -290,7 +291,7 @@ def test_classes_whose_rows_add_up_to_too_much(models, capsys) -> None:
 
 @pytest.mark.parametrize("kind", ["lzma", "bz2", "encrypted"])
 def test_damage_that_a_zip_file_hides(models, capsys, kind: str) -> None:
-    """Errors of their own kinds; all are told by file."""
+    """Different kinds of errors; each message names the file."""
     import zipfile
 
     method = {"lzma": zipfile.ZIP_LZMA, "bz2": zipfile.ZIP_BZIP2, "encrypted": zipfile.ZIP_STORED}[kind]
@@ -409,7 +410,7 @@ def test_a_report_is_replaced_whole(models) -> None:
 
 
 def test_a_folder_of_something_else_is_never_deleted(models, capsys) -> None:
-    Path("report").mkdir()  # an empty one may be taken
+    Path("report").mkdir()  # an empty folder may be used
     assert main(["evaluate", "models"]) == 0
     Path("report/notes.txt").write_text("mine")
     for name in ("report.json.bak", "report.html.orig", "figures/my-own.png", "figures/empty/"):
@@ -433,7 +434,7 @@ def test_a_folder_of_something_else_is_never_deleted(models, capsys) -> None:
         assert main(["evaluate", "models", "--out", out]) == 2
         assert message in capsys.readouterr().err
         assert everything_in(models.parent) == entries
-    # features in a folder of .npy files are no report either
+    # nor is a folder of .npy files a report
     assert main(["evaluate", "models/v1.npz", "--out", "models/v2"]) == 2
 
 
@@ -458,7 +459,7 @@ def test_images_of_the_worst_regressions(models, capsys) -> None:
     assert page.count("<figure>") == shown
     assert page.count('alt="query ') == page.count('alt="found: ') == page.count('alt="right: ') == shown
     assert f'alt="found: gallery item {worst["found_item"]} of class {worst["found_label"]}"' in page
-    # only the images that are shown are opened; of these none may be missing
+    # only images that are shown are read; none of these may be missing
     (models.parent / "q" / f"{worst['query']}.png").write_bytes(b"\x89PNG\r\n\x1a\n truncated")
     before = Path("report/report.html").read_bytes()
     capsys.readouterr()
@@ -483,7 +484,7 @@ def test_names_of_files_are_text_and_neither_html_nor_mathematics(models) -> Non
     os.rename(models / "v10.npz", models / "v10 $\\frac$ [red]<b>&\"'.npz")
     assert main(["evaluate", "models"]) == 0
     for figure in Path("report/figures").glob("*.svg"):
-        assert "\\math" not in figure.read_text(), figure  # SVG has each text as a comment beside its shapes
+        assert "\\math" not in figure.read_text(), figure  # the SVG has each text as a comment beside its shapes
     assert "<!-- query by -->" in Path("report/figures/matrix.svg").read_text()
     page = Path("report/report.html").read_text()
     assert "<b>&" not in page

@@ -1,4 +1,4 @@
-"""`torchrun -m simplexfix evaluate`: the report of one process, one message where input is bad, no rank left behind."""
+"""Tests `torchrun -m simplexfix evaluate`: the report of one process, one message for bad input, no hanging rank."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def models(tmp_path, monkeypatch) -> Path:
-    """Three versions, of two widths and in float64, whose sums float32 rounds; a class of queries only."""
+    """Returns three versions of two widths, in float64 with sums that float32 rounds; one class has queries only."""
     monkeypatch.chdir(tmp_path)
     rng, labels = np.random.default_rng(0), np.arange(331) % 9
     for t, width in enumerate((16, 16, 24)):
@@ -42,7 +42,7 @@ def models(tmp_path, monkeypatch) -> Path:
 
 
 def ranks(folder: Path, size: int, *flags: str, inputs: dict[int, str] | None = None) -> list[tuple[int, str, str]]:
-    """Exit code, output and errors of each process, started as torchrun starts them."""
+    """Returns exit code, output and errors of each process, started as torchrun starts them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -116,7 +116,7 @@ def test_what_only_the_writer_meets_ends_all(models) -> None:
 
 
 def test_a_rank_that_dies_ends_all_with_a_message(models) -> None:
-    """The writer is killed after the search, while the other waits for it."""
+    """The writer is killed after the search, while the other rank waits for it."""
     (models / "sitecustomize.py").write_text(
         "import os\n"
         "if os.environ['RANK'] == '0':\n"

@@ -1,4 +1,4 @@
-"""`simplexfix gallery`: the life of a gallery from the command line, its exit codes and messages."""
+"""Tests `simplexfix gallery`: commands, exit codes and messages over several upgrades."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NEW = ModelIdentity.external("vendor/embed", "2", WIDTH, version=1, adapter="5ee
 
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Identities, vectors of 60 items by both models, and labelled features for the gate."""
+    """Returns identities, vectors of 60 items by both models, and labelled features for the gate."""
     monkeypatch.chdir(tmp_path)
     draw = np.random.default_rng(0)
     labels = np.arange(ROWS) % 6

@@ -1,4 +1,4 @@
-"""`simplexfix gallery` with folders of images and files of features that the model embeds."""
+"""Tests `simplexfix gallery` on image folders and on feature files that the model embeds."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PHOTOS = 12
 
 @pytest.fixture
 def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Twelve drawings in folders, two compatible models of drawings, and an empty gallery of the first."""
+    """Returns twelve drawings in folders, two compatible models of drawings, and an empty gallery of the first."""
     monkeypatch.chdir(tmp_path)
     slots = SlotRegistry(9)
     slots.add("default", range(4))
@@ -82,7 +82,7 @@ def test_the_life_of_a_gallery_of_images(shop: Path, capsys: pytest.CaptureFixtu
     assert run("search shop --inputs photos --model v0 -k 1 --json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["queries"] == ["0.png", *names]
-    assert [row[0] for row in found["paths"]] == ["a/00.png", *names]  # equal scores: the lower id
+    assert [row[0] for row in found["paths"]] == ["a/00.png", *names]  # equal scores: the lower id wins
     assert run("admit shop --model v1 --force test") == 0
     assert run("backfill shop --inputs photos --model v1 --batch 4") == 0
     assert capsys.readouterr().out.endswith("replaced 13 rows; no row is stale\n")
@@ -132,7 +132,7 @@ def test_images_that_cannot_be_read_are_named_and_left(shop: Path, capsys: pytes
     assert re.search(r"^simplexfix gallery: photos/a/00\.png cannot be read, it may be truncated", said.err, re.M)
     assert run("search shop --inputs photos --model v0") == 2
     assert "photos/a/00.png cannot be read" in capsys.readouterr().err
-    with Gallery.open("shop") as gallery:  # a row without an image, and one with a path outside the folder
+    with Gallery.open("shop") as gallery:  # a row without an image, and a path outside the folder
         rows = np.ones((2, 8), np.float32)
         gallery.add([50, 51], rows, model=gallery.model, payload=[{}, {"path": "../v0/config.json"}])
     Path("photos/b/01.png").unlink()

@@ -1,4 +1,4 @@
-"""`simplexfix gate --agreement` and `--adapter`, run as a user would, in this process."""
+"""Tests `simplexfix gate --agreement` and `--adapter` in this process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from simplexfix.models import ModelIdentity
 
 @pytest.fixture
 def files(tmp_path, monkeypatch):
-    """A poor old encoder of 6 dimensions and a better new one of 8; items to fit an adapter on, and others."""
+    """Features by an old encoder of 6 dimensions and a better new one of 8, to fit an adapter and to judge it."""
     rng = np.random.default_rng(0)
     hidden = rng.standard_normal((800, 6))
     old = (hidden + 0.7 * rng.standard_normal((800, 6))).astype(np.float32)
@@ -42,7 +42,7 @@ def run(*flags: str, old: str = "old.npz", new: str = "new.npz") -> int:
 
 def test_a_gallery_admits_by_it(files, capsys, monkeypatch) -> None:
     assert main(["gallery", "create", "shop", "--model", "old.json"]) == 0
-    monkeypatch.setattr(select, "closed_forms", lambda _: [Procrustes()])  # stored vectors stay
+    monkeypatch.setattr(select, "closed_forms", lambda _: [Procrustes()])  # the adapter leaves stored vectors unchanged
     adapted = ["adapt", "--old", "old-fit.npy", "--new", "new-fit.npy", "--out", "fitted", "--old-model", "old.json"]
     assert main(adapted) in (0, 1)
     flags = ["--agreement", "--adapter", "fitted", "--old-model", "old.json", "--out", "gate.json"]

@@ -1,4 +1,4 @@
-"""`simplexfix gate` as a pipeline runs it: exit codes, output, rules, and what is bad input."""
+"""Tests `simplexfix gate` as a pipeline runs it: exit codes, output, rules and bad input."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CLASSES, WIDTH = 12, 16
 
 
 def features(clear: float, rotation: np.ndarray | None = None, width: int = WIDTH) -> dict[str, np.ndarray]:
-    """A version that tells classes apart the better the clearer; rotated: as a model trained apart from the old one."""
+    """Returns a version; `clear` separates its classes, `rotation` moves it to a space of its own."""
     labels = np.arange(500) % CLASSES
     made = np.random.default_rng(0).normal(size=(500, width)) + clear * np.eye(width)[labels]
     made = (made if rotation is None else made @ rotation).astype(np.float32)
@@ -52,7 +52,8 @@ def test_a_compatible_upgrade_passes(files, capsys) -> None:
 def test_unrelated_spaces_are_named_with_the_remedy(files, capsys, monkeypatch) -> None:
     summary = files / "summary.md"
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
-    np.savez(files / "apart.npz", **features(4.0, np.roll(np.eye(WIDTH), 5, axis=1)))  # each class is another one's
+    # each class takes another one's direction
+    np.savez(files / "apart.npz", **features(4.0, np.roll(np.eye(WIDTH), 5, axis=1)))
     for flags in ((), ("--agreement", "5")):
         assert run(files, "apart.npz", *flags) == 1
         text = capsys.readouterr().out
@@ -65,7 +66,7 @@ def test_unrelated_spaces_are_named_with_the_remedy(files, capsys, monkeypatch) 
     report = json.loads(capsys.readouterr().out)
     assert report["unrelated_spaces"] is False
     assert set(report["scores"]) == {"old_on_old", "new_on_old"}
-    # a model that also scores at chance in its own gallery is bad, not unrelated
+    # a model that scores at chance in its own gallery too is bad, not unrelated
     np.savez(files / "bad.npz", **{**features(4.0), **{
         part: np.random.default_rng(count).normal(size=(count, WIDTH)).astype(np.float32)
         for part, count in (("query", 300), ("gallery", 200))
@@ -75,7 +76,7 @@ def test_unrelated_spaces_are_named_with_the_remedy(files, capsys, monkeypatch) 
 
 
 def test_a_better_model_in_another_space_fails_for_the_right_reason(files) -> None:
-    """Trained apart: far better on a gallery of its own, and lost on the old one, which is what is in service."""
+    """The new model is far better in its own gallery and fails in the old one, which is deployed."""
     command = [sys.executable, "-m", "simplexfix", "gate", "--old", "old.npz", "--new", "apart.npz", "--json"]
     done = subprocess.run(command, cwd=files, env=_environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
@@ -85,14 +86,14 @@ def test_a_better_model_in_another_space_fails_for_the_right_reason(files) -> No
     (rule,) = report["rules"]
     assert rule["rule"] == {"kind": "ecc", "limit": 0.0, "confidence": 0.95, "gallery": "old", "group": None}
     old, new = report["scores"]["old_on_old"], report["scores"]["new_on_old"]
-    assert old > 0.6  # a search that works
-    assert new < 0.3  # and the same gallery, dead
+    assert old > 0.6  # the old queries work
+    assert new < 0.3  # the new queries fail in the same gallery
     assert rule["value"] == pytest.approx(new - old)
     assert rule["low"] < rule["value"] < rule["high"] < 0
     assert rule["p_value"] < 1e-9
     assert rule["margin"] == rule["low"]
     assert f"{-100 * rule['low']:.2f} % below the limit" in rule["verdict"]
-    # the same model is the better one once the gallery is its own: compatibility is what failed
+    # the new model wins in its own gallery: only compatibility failed
     command[-1:] = ["--rules", "own.json"]
     (files / "own.json").write_text('{"rules": [{"kind": "min_recall", "limit": 0.9, "gallery": "new"}]}')
     done = subprocess.run(command, cwd=files, env=_environment(), capture_output=True, text=True, check=False)
@@ -121,7 +122,7 @@ def test_flags(files, capsys) -> None:
     assert run(files, "better.npz", "--json", *flags) == 1
     report = json.loads(capsys.readouterr().out)
     found = {rule["rule"]["kind"]: rule for rule in report["rules"]}
-    assert list(found) == ["max_nfr", "max_tax", "min_recall"]  # and no default rule beside them
+    assert list(found) == ["max_nfr", "max_tax", "min_recall"]  # no default rule is added
     assert [rule["passed"] for rule in found.values()] == [True, True, False]
     assert found["max_nfr"]["rule"]["confidence"] is None
     shortfall = 0.99 - report["scores"]["new_on_old"]
@@ -320,7 +321,7 @@ def test_the_rules_of_the_page(files) -> None:
 @pytest.mark.skipif(os.name != "posix", reason="pipes of POSIX")
 @pytest.mark.parametrize(("new", "code"), [("better.npz", 0), ("apart.npz", 1)])
 def test_a_reader_that_leaves_changes_no_exit_code(files, new: str, code: int) -> None:
-    """As of `| head -0`: nobody reads what is printed."""
+    """The reader closes the pipe at once, as `| head -0` does."""
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-m", "simplexfix", "gate", "--old", "old.npz", "--new", new]

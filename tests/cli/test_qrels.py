@@ -1,4 +1,4 @@
-"""`simplexfix evaluate` and `gate` with relevance judgements: `--qrels FILE`."""
+"""Tests `simplexfix evaluate` and `gate` with relevance judgements (`--qrels FILE`)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ QUERIES, ITEMS = 30, 50
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two versions with ids as numbers, and the judgements of all queries but two."""
+    """Returns two versions with integer ids, and judgements of all queries but two."""
     monkeypatch.chdir(tmp_path)
     draw = np.random.default_rng(0)
     clean, of = draw.standard_normal((ITEMS, 8)), draw.integers(ITEMS, size=QUERIES)

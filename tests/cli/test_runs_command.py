@@ -1,4 +1,4 @@
-"""`simplexfix runs`, and a run's folder in another state than a run leaves it in."""
+"""Tests `simplexfix runs`, also for folders in states that no run leaves."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def features(tmp_path_factory) -> Path:
 
 
 def test_a_run_of_another_release_goes_on(tmp_path, features) -> None:
-    """Of another version, and of before there was a key, which now has its default."""
+    """A run of another release resumes; keys that it lacks have their defaults."""
     train = ["train", str(short(tmp_path, features)), "--out", str(tmp_path / "run")]
     assert main(train) == 0
     file = tmp_path / "run" / "run.json"
@@ -64,7 +64,7 @@ def test_a_damaged_file_is_named_and_the_others_are_listed(tmp_path, features, c
 
     assert main(["train", config, "--out", str(tmp_path / "runs" / "a")]) == 2
     assert f"{tmp_path / 'runs' / 'a' / 'run.json'} is damaged" in capsys.readouterr().err
-    (tmp_path / "runs" / "a" / "run.json").unlink()  # which the message advises
+    (tmp_path / "runs" / "a" / "run.json").unlink()  # as the message advises
     assert main(["train", config, "--out", str(tmp_path / "runs" / "a")]) == 0
     assert main(["train", config, "--out", str(tmp_path / "runs" / "c")]) == 0
     reports = [(tmp_path / "runs" / name / "report.json").read_bytes() for name in ("a", "b", "c")]
@@ -92,7 +92,7 @@ def test_validation_is_shown_where_there_is_one(tmp_path, features, capsys) -> N
 
 
 def test_pre_training_in_a_shared_folder_is_progress(tmp_path, features, capsys) -> None:
-    """Of this run, however lately others have written there."""
+    """Progress counts this run's pre-training only, even if other runs wrote to the shared folder later."""
     config = str(configuration(tmp_path, features))
     shared = f"tasks.pretraining_folder={tmp_path / 'shared'}"
     for nth, (name, state) in enumerate((("first", "task-00, step 5"), ("second", "pretraining-01, step 5")), start=1):

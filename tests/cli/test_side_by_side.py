@@ -1,4 +1,4 @@
-"""Runs in processes of their own: whatever ends one ends all, and is said."""
+"""Tests parallel runs in processes: an error in one ends all, and the message names it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`simplexfix train` and `simplexfix runs`, on a folder of features and on the preset."""
+"""Tests `simplexfix train` and `simplexfix runs` on a folder of features and on the preset."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ OCA = {"name": "oca", "embedding_dim": 10, "extra": 4}
     ids=["er", "asnn", "oca", "hoc", "hoc with asnn"],
 )
 def test_the_folders_of_a_runs_versions_give_its_matrix(tmp_path, features, method: dict) -> None:
-    """With a new network on the way, from the folders alone: every embedding has the bits that the run saw."""
+    """The saved versions reproduce the run's matrix bit for bit, also after a replacement of the network."""
     config = configuration(tmp_path, features, **method)
     assert main(["train", str(config), "model.hidden=[20]", "--out", str(tmp_path / "run")]) == 0
     report = json.loads((tmp_path / "run" / "report.json").read_text())
@@ -142,7 +142,7 @@ def test_other_data_is_named(tmp_path, features, capsys) -> None:
 
 
 def test_torchrun(tmp_path, features) -> None:
-    """Two processes of the real launcher; one that goes on alone reads what they finished."""
+    """Starts two processes with the real launcher; afterwards one process resumes from their files."""
     config = str(configuration(tmp_path, features))
     arguments = ["train", config, "--out", str(tmp_path / "run")]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

@@ -1,4 +1,4 @@
-"""What `simplexfix train` says of a mistake: what was meant, where, and what helps."""
+"""Tests the error messages of `simplexfix train`: cause, place and remedy."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_pre_training_images_that_are_not_there_are_said_with_the_layout(tmp_pat
 
 @pytest.mark.parametrize("file", ["version.safetensors", "memory.safetensors", "model/config.json"])
 def test_a_damaged_file_of_a_task_comes_again_once_it_is_deleted(tmp_path, features, capsys, file: str) -> None:
-    """As the message advises; all ends with the same bytes."""
+    """Deleting the damaged file, as the message advises, gives the same bytes again."""
     train = ["train", str(short(tmp_path, features)), "--out", str(tmp_path / "run")]
     assert main(train) == 0
     damaged, report = tmp_path / "run" / "task-00" / file, tmp_path / "run" / "report.json"

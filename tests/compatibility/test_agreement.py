@@ -1,4 +1,4 @@
-"""The gate without labels: the fraction of a re-extracted ranking that new queries find in the old gallery."""
+"""Tests the gate without labels: the fraction of a re-extracted ranking that new queries find in the old gallery."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HIDDEN = np.random.default_rng(0).normal(size=(QUERIES + GALLERY, WIDTH))
 
 
 def version(noise: float, *, seed: int = 1, items: LabelledItems = ITEMS, **options) -> VersionFeatures:
-    """An encoder that sees the items through noise of its own."""
+    """Returns an encoder that adds its own noise to the items."""
     rows = HIDDEN + noise * np.random.default_rng(seed).normal(size=HIDDEN.shape)
     return items.version(rows[:QUERIES].astype(np.float32), rows[QUERIES:].astype(np.float32), **options)
 
@@ -65,7 +65,7 @@ def test_the_gate_compares_new_queries_with_old_ones_by_agreement() -> None:
     assert gain.value == pytest.approx(after.mean() - before.mean())
     assert gain.p_value is not None
     assert flips.value == (after < before).mean()
-    seed = int(np.random.default_rng(0).integers(2**63))  # of each outcome, over the queries
+    seed = int(np.random.default_rng(0).integers(2**63))  # the seed of each outcome's bootstrap
     expected = bootstrap_interval(after, confidence=0.95, generator=np.random.default_rng(seed))
     assert (recall.low, recall.high) == expected
     assert recall.low < recall.value < recall.high

@@ -1,4 +1,4 @@
-"""Backfill curves and mixed galleries: by hand, at their ends, against one plain evaluation per step, in two widths."""
+"""Tests backfill curves and mixed galleries against hand-computed values and evaluations per step, in two widths."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from simplexfix.retrieval import PROTOCOLS, Protocol, RetrievalResults, cosine_t
 
 
 def backfill_curve(query, query_labels, old_gallery, new_gallery, gallery_labels, **options) -> BackfillCurve:
-    """Of loose arrays; queries by the old model play no part."""
+    """`simplexfix.compatibility.backfill_curve` of separate arrays; queries by the old model do not matter."""
     items = LabelledItems(query_labels, gallery_labels)
     old_query = np.ones((len(query), old_gallery.shape[1]), dtype=np.float32)
     old, new = items.version(old_query, old_gallery), items.version(query, new_gallery)
@@ -33,7 +33,7 @@ def mixed_topk(query, old_gallery, new_gallery, replaced, k, **options) -> tuple
 
 
 def items(old_width: int = 12, new_width: int = 12) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Queries by the new model, their labels, the gallery by both models, its labels: hard for the old one."""
+    """Returns new queries, their labels, the gallery by both models, and its labels; the old gallery is noisy."""
     g = torch.Generator().manual_seed(5)
     centres = torch.randn(9, max(old_width, new_width), generator=g)
     gallery_labels, query_labels = torch.randint(9, (110,), generator=g), torch.randint(10, (140,), generator=g)
@@ -43,12 +43,13 @@ def items(old_width: int = 12, new_width: int = 12) -> tuple[Tensor, Tensor, Ten
         return (rows * torch.rand(len(rows), 1, generator=g).exp())[:, :width].contiguous()
 
     old, new = features(gallery_labels, 1.9, old_width), features(gallery_labels, 1.1, new_width)
-    # class ids neither contiguous nor small, one of them (of queries alone) not in the gallery
+    # class ids are neither contiguous nor small, and one of them has queries only
     return features(query_labels, 1.1, new_width), query_labels * 3 + 2**40, old, new, gallery_labels * 3 + 2**40
 
 
 def test_by_hand() -> None:
-    # Queries along the axes.  The old gallery has item 0 near the wrong axis; new item 1 is wrong, new item 0 right.
+    # Queries lie along the axes. In the old gallery item 0 is near the wrong axis; new item 1 is wrong, new item 0 is
+    # right.
     query = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     old = torch.tensor([[0.1, 0.9], [0.0, 0.8], [0.6, 0.8]])
     new = torch.tensor([[1.0, 0.0], [0.8, 0.7], [0.0, 1.0]])
@@ -64,7 +65,7 @@ def test_by_hand() -> None:
     assert curve.area == pytest.approx((0.25 + 0.5 + 1.0) / 3)
     assert curve.above_line == pytest.approx(curve.area - 0.75)
     assert curve.order.tolist() == [1, 0, 2]
-    # templates: (0.1, 0.9) and (0.6, 1.6) at first, of which query 0 is nearer to the second; then item 0 is new
+    # the templates are (0.1, 0.9) and (0.6, 1.6); query 0 is nearer to the second until item 0 is new
     means = backfill_curve(query, [7, 8], old, new, [7, 8, 8], steps=3, order=[0, 1, 2])
     assert means.scores.tolist() == [0.0, 1.0, 1.0, 1.0]
 
@@ -89,7 +90,7 @@ def test_every_step_is_the_protocol_on_the_mixed_gallery(protocol: str, order: s
     score = PROTOCOLS[protocol].score
     assert curve.scores[0] == score(pair(query, query_labels, old, gallery_labels))
     assert curve.scores[-1] == score(pair(query, query_labels, new, gallery_labels))
-    assert curve.scores[-1] > curve.scores[0] + 0.05  # so that a curve that stays where it is shows
+    assert curve.scores[-1] > curve.scores[0] + 0.05  # so that an unchanged curve is detected
     slices = zip(curve.scores, curve.scores[1:], curve.fractions, curve.fractions[1:], strict=False)
     assert curve.area == pytest.approx(sum((a + b) / 2 * (right - left) for a, b, left, right in slices), abs=1e-12)
 
@@ -128,7 +129,7 @@ def test_the_ends_in_two_widths_are_those_of_the_pure_galleries(old_width: int, 
 @pytest.mark.parametrize(("old_width", "new_width"), [(7, 12), (12, 7)])
 def test_templates_in_two_widths_against_a_loop(old_width: int, new_width: int) -> None:
     query, query_labels, old, new, gallery_labels = items(old_width, new_width)
-    by_class = gallery_labels.argsort(stable=True)  # so that templates of both widths meet
+    by_class = gallery_labels.argsort(stable=True)  # so that class templates mix both widths
     curve = backfill_curve(query, query_labels, old, new, gallery_labels, order=by_class, steps=4, widths="leading")
     assert curve.hits is not None
     classes = gallery_labels.unique()
@@ -148,7 +149,7 @@ def test_templates_in_two_widths_against_a_loop(old_width: int, new_width: int) 
 
 
 def definition(query: Tensor, old: Tensor, new: Tensor, replaced: Tensor, k: int) -> tuple[Tensor, list[list[int]]]:
-    """Row by row, each against the query on what both have; then one sort."""
+    """Computes each row's score in the dimensions that query and row share, then sorts once."""
     scores = torch.empty(len(query), len(old))
     for i in range(len(old)):
         row = new[i] if replaced[i] else old[i]
@@ -159,7 +160,7 @@ def definition(query: Tensor, old: Tensor, new: Tensor, replaced: Tensor, k: int
     return scores.gather(1, torch.tensor(order)), order
 
 
-# queries by the old model search the mixed gallery too: their width then is that of the old
+# queries by the old model also search the mixed gallery, with the old width
 @pytest.mark.parametrize("widths", [(12, 12, 12), (12, 7, 12), (7, 7, 12), (7, 12, 7), (12, 12, 7)])
 @pytest.mark.parametrize("fraction", [0.0, 0.4, 1.0])
 def test_mixed_topk_against_the_definition(widths: tuple[int, int, int], fraction: float) -> None:
@@ -174,16 +175,16 @@ def test_mixed_topk_against_the_definition(widths: tuple[int, int, int], fractio
 
 def test_mixed_topk_of_one_width_is_the_search_of_the_mixed_gallery_to_the_bit() -> None:
     numbers = np.random.default_rng(3)
-    # whole numbers of few values: many rows are alike, in both versions and across them
+    # small integers: many rows are equal, within and across versions
     query, old, new = (numbers.integers(-1, 2, (n, 4)).astype(np.float32) for n in (30, 200, 200))
     replaced = numbers.random(200) < 0.5
     mixed = torch.tensor(np.where(replaced[:, None], new, old))
-    for k in (1, 13, 200, 203):  # up to beyond the gallery, and beyond either part of it
+    for k in (1, 13, 200, 203):  # up to more than the gallery, and more than either part of it
         scores, ids = mixed_topk(query, old, new, replaced, k)
         expected = cosine_topk(torch.tensor(query), mixed, k)
         assert torch.equal(scores, expected[0])
         assert torch.equal(ids, expected[1])
-    assert (expected[0][:, :-3].diff(dim=1) == 0).any()  # so that there are ties
+    assert (expected[0][:, :-3].diff(dim=1) == 0).any()  # so that ties occur
 
 
 def test_mapped_files_and_halves(tmp_path) -> None:

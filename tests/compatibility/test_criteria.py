@@ -1,4 +1,4 @@
-"""AC, AA, BC, FC: the published cells, tables worked by hand, and mistakes of existing code."""
+"""Tests AC, AA, BC and FC against published cells and hand-computed tables, and known mistakes of other code."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_published_cells_of_31_tasks() -> None:
     assert round(average_compatibility(matrix), 4) == published["AC"]
     percent = 100 * average_accuracy(matrix)
     assert round(percent, 3) == published["AA_percent"]
-    assert math.floor(100 * percent) / 100 == 30.32  # the paper's table cuts where it prints two digits
+    assert math.floor(100 * percent) / 100 == 30.32  # the paper truncates to two digits
 
 
 def test_by_hand() -> None:
@@ -160,7 +160,7 @@ def test_bad_options() -> None:
 def test_matrix_of_versions(protocol) -> None:
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(60) % 6
-    clear = (0.5, 1.0, 3.0)  # every version tells the classes apart better than the one before
+    clear = (0.5, 1.0, 3.0)  # every version separates the classes better than the one before
     rows = [torch.randn(60, 8, generator=generator) + c * torch.eye(8)[labels] for c in clear]
     queries, galleries = [v[:30] for v in rows], [v[30:] for v in rows]
     matrix = compatibility_matrix(versions(queries, galleries, labels[:30], labels[30:]), protocol)
@@ -169,7 +169,7 @@ def test_matrix_of_versions(protocol) -> None:
     for i in range(3):
         for j in range(i + 1):
             assert matrix[i, j] == protocol.score(pair(queries[i], labels[:30], galleries[j], labels[30:]))
-    assert len(np.unique(matrix[np.tril_indices(3)])) >= 4  # so that a cell in the wrong place shows
+    assert len(np.unique(matrix[np.tril_indices(3)])) >= 4  # so that a transposed cell is detected
 
 
 def test_versions_of_another_width_are_refused_by_name() -> None:

@@ -1,4 +1,4 @@
-"""The upgrade gate: every rule worked by hand, on features whose hits are known, and what it refuses."""
+"""Tests every rule of the upgrade gate against hand-computed values, and its refusals."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CLASSES = 4
 def version(
     right: list[bool], labels: torch.Tensor, width: int = CLASSES, seed: int = 0, items: LabelledItems | None = None
 ) -> VersionFeatures:
-    """Queries that point to their own class where `right`, else to the next; a gallery of two items a class."""
+    """Queries point to their own class where `right`, else to the next one; the gallery has two items per class."""
     generator = torch.Generator().manual_seed(seed)
     shown = torch.where(torch.tensor(right), labels, (labels + 1) % CLASSES)
     noise = 0.05 * torch.randn(len(labels), width, generator=generator)
@@ -113,7 +113,7 @@ def test_confidence_asks_for_the_worse_end() -> None:
 
 
 def test_few_queries_prove_nothing() -> None:
-    """Four gains of four: a bootstrap interval of [1, 1], and p = 1/8."""
+    """Four gains of four queries: the bootstrap interval is [1, 1], but p = 1/8."""
     few = {"old": hits("0000"), "new": hits("1111")}
     (outcome,) = gate(Rule("ecc", confidence=0.95), **few).outcomes
     assert (outcome.value, outcome.low, outcome.high, outcome.p_value) == (1.0, 1.0, 1.0, pytest.approx(0.125))
@@ -122,11 +122,12 @@ def test_few_queries_prove_nothing() -> None:
     assert gate(Rule("ecc", confidence=0.8), **few).passed
     (outcome,) = gate(Rule("max_nfr", 0.01, confidence=0.95), old=hits("1111"), new=hits("1111")).outcomes
     assert outcome.value == 0
-    assert not outcome.passed  # nor that nothing breaks
+    assert not outcome.passed  # nor do they prove that nothing breaks
 
 
 def test_tax_against_an_unconstrained_model() -> None:
-    unconstrained = version(hits("1" * 16 + "0" * 4, 5), LABELS, width=7)  # of another width: it has its own gallery
+    # a model of another width, with its own gallery
+    unconstrained = version(hits("1" * 16 + "0" * 4, 5), LABELS, width=7)
     result = gate(Rule("max_tax", 0.1), Rule("max_tax", 0.09), unconstrained=unconstrained)
     assert [outcome.value for outcome in result.outcomes] == pytest.approx([0.1, 0.1])
     assert [outcome.passed for outcome in result.outcomes] == [True, False]
@@ -138,7 +139,7 @@ def test_tax_against_an_unconstrained_model() -> None:
 
 
 def test_the_new_gallery() -> None:
-    """A new model that is right, but in a rotated space: all is lost on the old gallery, nothing on its own."""
+    """The new model is right in a rotated space: it loses everything on the old gallery and nothing on its own."""
     old, right = version(OLD, LABELS), version(hits("1" * 20, 5), LABELS)
     rotated = old.items.version(right.query.rows.roll(1, 1), right.gallery.rows.roll(1, 1))
     rules = [
@@ -164,7 +165,7 @@ def test_groups() -> None:
         ("night", 50, 0.1, False),
     ]
     assert "group night" in result.outcomes[-1].measured
-    # without groups, the classes are
+    # without groups, the classes are the groups
     per_class = gate(Rule("min_recall", 0.0, group="*"))
     assert [outcome.group for outcome in per_class.outcomes] == ["0", "1", "2", "3"]
     with pytest.raises(ValueError, match="there is no group 'dusk'; groups of queries are day, night"):

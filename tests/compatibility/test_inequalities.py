@@ -1,4 +1,4 @@
-"""Violation rates of the two inequalities: by hand, against rationals and float64, where float32 is wrong, at edges."""
+"""Tests violation rates of the two inequalities against hand-computed values, rationals and float64, and edge cases."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from simplexfix.labelled import _rows
 
 
 def inequality_violations(new_query, old_query, old_gallery, query_labels, gallery_labels, **ids) -> Violations:
-    """Of loose arrays."""
+    """`simplexfix.compatibility.inequality_violations` of separate arrays."""
     old, new = loose.upgrade(old_query, new_query, query_labels, old_gallery, gallery_labels, **ids)
     return compatibility.inequality_violations(old, new)
 
 
 def in_float64(new, old, gallery, query_labels, gallery_labels) -> Violations:
-    """The docstring's equation."""
+    """The equation of the docstring in float64."""
 
     def unit(rows):
         rows = rows.astype(np.float64)
@@ -39,7 +39,7 @@ def in_float64(new, old, gallery, query_labels, gallery_labels) -> Violations:
 def test_by_hand() -> None:
     gallery = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
     old = torch.tensor([[1.0, 1.0], [1.0, 1.0], [0.0, 1.0]])
-    # to the right: nearer to item 0, farther from item 1; to the left; not at all
+    # query 0 moves right: nearer to item 0, farther from item 1; query 1 moves left; query 2 does not move
     new = torch.tensor([[2.0, 1.0], [1.0, 2.0], [0.0, 5.0]])
     found = inequality_violations(new, old, gallery, [7, 7, 7], [7, 2**40])
     assert found == Violations(same_pairs=3, same_violations=1, other_pairs=3, other_violations=1)
@@ -47,7 +47,7 @@ def test_by_hand() -> None:
     assert found.other == pytest.approx(1 / 3)
 
 
-# one tile; tails of rows and columns over two tiles each way; and, with small blocks, several of those
+# one tile; partial tiles in rows and columns; with small blocks several of those
 @pytest.mark.parametrize(("queries", "items", "block_rows"), [(7, 5, 10**6), (300, 4100, 10**6), (300, 500, 90)])
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_against_float64(monkeypatch, queries: int, items: int, block_rows: int, dtype) -> None:
@@ -59,13 +59,13 @@ def test_against_float64(monkeypatch, queries: int, items: int, block_rows: int,
     labels = numbers.integers(-3, 9, queries) * 5, numbers.integers(-4, 8, items) * 5
     found = inequality_violations(new, old, gallery, *labels)
     assert found == in_float64(new, old, gallery, *labels)
-    assert 0.2 < found.same < 0.8  # so that an inequality the wrong way round shows
+    assert 0.2 < found.same < 0.8  # so that a reversed inequality is detected
     assert 0.3 < found.other < 0.6
 
 
 @pytest.mark.parametrize("step", [1e-3, 1e-6, 1e-9])
 def test_where_float32_products_are_wrong(step: float) -> None:
-    """Differences of float32 products drown in their rounding; of rationals they have a sign."""
+    """Rounding hides the sign of differences of float32 products; rationals have the exact sign."""
     numbers = np.random.default_rng(1)
     old = numbers.normal(size=(40, 16))
     new = old + step * numbers.normal(size=old.shape)
@@ -88,7 +88,7 @@ def test_where_float32_products_are_wrong(step: float) -> None:
     small = [(r / np.linalg.norm(r, axis=1, keepdims=True)).astype(np.float32) for r in (new, old, gallery)]
     naive = small[0] @ small[2].T - small[1] @ small[2].T
     same = labels[0][:, None] == labels[1]
-    if step < 1e-4:  # so that the case is one
+    if step < 1e-4:  # so that the case occurs
         assert counts != [int((same & (naive < 0)).sum()), int((~same & (naive > 0)).sum())]
 
 
@@ -99,7 +99,7 @@ def test_ties_break_nothing() -> None:
     for other in (rows, 4 * rows, rows.astype(np.float64) * 0.1):
         found = inequality_violations(other, rows, rows[::-1], labels, labels)
         assert (found.same_violations, found.other_violations) == (0, 0)
-    # orthogonal moves: every product is 0, as in one-hot features
+    # orthogonal moves: every product is 0, as for one-hot features
     moved = np.eye(8)[[0, 1]] + np.eye(8)[[2, 3]]
     found = inequality_violations(moved, 2 * moved, np.eye(8)[4:], [0, 1], [0, 1, 2, 3])
     assert (found.same_violations, found.other_violations) == (0, 0)
@@ -116,13 +116,13 @@ def test_queries_that_stay_among_others_that_move() -> None:
 
 
 def test_few_and_many_undecided_pairs_agree(monkeypatch) -> None:
-    """Near duplicates: all pairs of a tile go through float64, by either method of computing it."""
+    """Near duplicates: all pairs of a tile are recomputed in float64, by either method."""
     numbers = np.random.default_rng(3)
     gallery = np.repeat(numbers.normal(size=(1, 64)), 90, axis=0) + 1e-9 * numbers.normal(size=(90, 64))
     old = numbers.normal(size=(50, 64))
     new = old + numbers.normal(size=(50, 64))
     unit = gallery[0] / np.linalg.norm(gallery[0])
-    # the new rows get the old cosine with the first item, so that only the noise decides
+    # new rows have the old cosine with the first item, so only the noise decides
     new /= np.linalg.norm(new, axis=1, keepdims=True)
     cosine = (old @ unit) / np.linalg.norm(old, axis=1)
     aside = new - np.outer(new @ unit, unit)
@@ -159,7 +159,7 @@ def test_an_item_is_not_compared_with_itself() -> None:
     assert found.same_pairs == everything.same_pairs - 45
     assert found.other_pairs == everything.other_pairs
     assert found.same_violations == everything.same_violations - 45  # nothing is as near as the item itself
-    # where an item has another label as a query, its pair is of other classes
+    # an item that has another label as a query forms other-class pairs
     shifted = inequality_violations(new, old, old, labels, labels + 1, query_ids=ids, gallery_ids=ids)
     assert (shifted.same_pairs, shifted.other_pairs) == (12 * 48, 3600 - 12 * 48 - 60)
 
@@ -185,7 +185,7 @@ def test_memory_does_not_grow_with_the_pairs() -> None:
     inequality_violations(rows, rows[::-1], rows, labels, labels)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < count * count * 4 / 6  # a sixth of one float32 matrix of scores
+    assert peak < count * count * 4 / 6  # a sixth of one float32 score matrix
 
 
 BAD = [

@@ -1,4 +1,4 @@
-"""An upgrade by relevance judgements: gate, backfill, regressions and report, whose queries have scores in [0, 1]."""
+"""Tests gate, backfill, regressions and report of an upgrade with relevance judgements (scores in [0, 1])."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def versions(
     groups: bool = False,
     own_space: bool = False,
 ) -> list[VersionFeatures]:
-    """Queries near their relevant items, by versions of one space; the last five queries have no judgement."""
+    """Returns versions of one space with queries near their relevant items; the last five queries have no judgement."""
     draw = np.random.default_rng(0)
     clean = draw.standard_normal((ITEMS, max(widths)))
     of = draw.integers(ITEMS, size=QUERIES)
@@ -103,7 +103,7 @@ def test_the_gate_judges_means_of_scores() -> None:
 
 
 def test_few_changed_queries_do_not_pass_by_a_bootstrap_without_width() -> None:
-    """Four queries that all gain: the bootstrap's interval excludes 0, the exact test does not."""
+    """All four queries gain: the bootstrap interval excludes 0, the exact test does not reject."""
     qrels = {f"q{i}": {f"d{i}": 1} for i in range(4)}
     ids = [f"q{i}" for i in range(4)], [f"d{i}" for i in range(4)]
     items = LabelledItems.from_judgements(RelevanceJudgements.from_dict(qrels), *ids)

@@ -1,4 +1,4 @@
-"""The compatibility matrix by passes: each cell is what its protocol says, whatever the features; bad input."""
+"""Tests the compatibility matrix: each cell equals its protocol's score, on difficult features and bad input."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ KINDS = ("clear", "noise", "near ties", "one-hot", "zeros", "collapsed", "sizes"
 
 
 def rows_of(kind: str, labels: np.ndarray, d: int, rng: np.random.Generator) -> np.ndarray:
-    """Features on which a product in float32 is easily wrong, among others."""
+    """Returns features, among them some for which a float32 product gives wrong results."""
     classes, index = np.unique(labels, return_inverse=True)
     x = rng.standard_normal((len(labels), d))
     centers = np.random.default_rng(99).standard_normal((len(classes), d))
     if kind == "clear":
         x += 0.3 * centers[index]
-    elif kind == "near ties":  # every class mean within 1e-7 of every other's
+    elif kind == "near ties":  # all class means are within 1e-7 of each other
         x = centers[0] + 1e-7 * x
     elif kind == "one-hot":
         x = np.eye(d)[rng.integers(d, size=len(labels))]
@@ -69,13 +69,13 @@ def rows_of(kind: str, labels: np.ndarray, d: int, rng: np.random.Generator) -> 
 def versions_of(kind: str, versions: int, d: int = 24, classes: int = 6, queries: int = 90, items: int = 60):
     rng = np.random.default_rng(sum(map(ord, kind)))
     labels = rng.integers(classes, size=queries + items) * 2**33 - 7
-    labels[:3] = 2**24 + 1, 2**24, -(2**62)  # classes that the gallery lacks, and float32
+    labels[:3] = 2**24 + 1, 2**24, -(2**62)  # classes without gallery items, in float32
     both = [rows_of(kind, labels, d, rng) for _ in range(versions)]
     return [x[:queries] for x in both], [x[queries:] for x in both], labels[:queries], labels[queries:]
 
 
 def by_cells(queries, galleries, query_labels, gallery_labels, function) -> list[list[np.ndarray]]:
-    """The straightforward method: the protocol's function, cell by cell."""
+    """The direct method: calls the protocol's function for each cell."""
     q, g = ([torch.tensor(np.asarray(x)) for x in features] for features in (queries, galleries))
     labels = torch.from_numpy(query_labels), torch.from_numpy(gallery_labels)
     out = []
@@ -116,7 +116,7 @@ def test_blocks_and_groups_change_nothing(protocol, classes: int, monkeypatch: p
     for module in (class_means, nearest_items):
         monkeypatch.setattr(module, "_QUERY_ROWS", 7)
     monkeypatch.setattr("simplexfix.labelled._rows._BLOCK_BYTES", 4 * 24 * 11)
-    for columns, taken in ((1, 1), (2 * classes, 3 * 60 * (5 * 24 + 12) - 1)):  # one at a time; two
+    for columns, taken in ((1, 1), (2 * classes, 3 * 60 * (5 * 24 + 12) - 1)):  # one version at a time; two
         monkeypatch.setattr(class_means, "_PRODUCT_COLUMNS", columns)
         monkeypatch.setattr(nearest_items, "_INDEX_BYTES", taken)
         np.testing.assert_array_equal(compatibility_matrix(*arguments, protocol), expected)
@@ -148,7 +148,7 @@ def test_few_queries_are_left_to_the_search(kind: str, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("d", [1, 24, 1500])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_what_a_product_calls_sure_is_what_the_definition_says(kind: str, d: int, dtype: type) -> None:
-    """Own class's score and the best other's by the definition, of templates that are off by one unit or two."""
+    """Compares the float32 decision with the definition, for templates that are off by one or two ulp."""
     rng = np.random.default_rng(d)
     own = np.arange(300) % 5
     block = rows_of(kind, own, d, rng)
@@ -201,7 +201,7 @@ def test_mapped_files(protocol, tmp_path: Path) -> None:
 
 
 def resident(path: Path) -> int:
-    """KiB of a file that count as this process's memory."""
+    """Returns the KiB of a file that are resident in this process."""
     total, inside = 0, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if "-" in line.split(" ", 1)[0]:
@@ -222,7 +222,7 @@ def test_mapped_pages_are_given_back_and_private_changes_are_not(tmp_path: Path)
     compatibility_matrix([rows], [rows], labels, labels, nearest_class_mean)
     assert resident(path) < 100
     ids = {"query_ids": labels, "gallery_ids": labels}
-    for protocol in PROTOCOLS:  # rows that are left out are read by their numbers, of the gallery's own map
+    for protocol in PROTOCOLS:  # excluded rows are read by their indices in the gallery's own map
         other = np.load(path, mmap_mode="r")
         compatibility.compatibility_matrix(versions([rows] * 2, [other] * 2, labels, labels, **ids), protocol)
         assert resident(path) < 100

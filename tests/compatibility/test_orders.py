@@ -1,4 +1,4 @@
-"""Orders of re-extraction: by hand, against a loop in float64, where rows tie."""
+"""Tests backfill orders against hand-computed values and a float64 loop, and ties."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ORDERS = {"farthest_from_class_mean": farthest_from_class_mean, "lowest_margin":
 
 
 def test_by_hand() -> None:
-    # class 4 goes along (2, 1), class 9 along (1, 4): cosines 0.89, 0.45, 0.99 of one, 0.24, 1 of the other
+    # the template of class 4 is along (2, 1), that of class 9 along (1, 4); own cosines: 0.89, 0.45, 0.99 and 0.24, 1
     rows = np.array([[1.0, 0.0], [0.0, 0.1], [1.0, 0.9], [0.7, 0.0], [0.3, 4.0]])
     labels = np.array([4, 4, 4, 9, 9])
     assert farthest_from_class_mean(rows, labels).tolist() == [3, 1, 0, 2, 4]
@@ -62,7 +62,7 @@ def test_ties_come_by_lower_row() -> None:
     row = np.random.default_rng(2).normal(size=(1, 67))
     rows, labels = np.repeat(np.concatenate([row, -row]), [41, 19], axis=0), np.arange(60) % 3
     assert farthest_from_class_mean(rows, labels).tolist() == [*range(41, 60), *range(41)]
-    # every template goes along `row`: no margin is other than 0
+    # every template is along `row`: all margins are 0
     assert lowest_margin(rows, labels).tolist() == list(range(60))
     rows = np.concatenate([rows, np.random.default_rng(3).normal(size=(2, 67))])
     found = lowest_margin(rows, [*[5] * 60, 6, 6]).tolist()

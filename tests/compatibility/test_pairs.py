@@ -1,4 +1,4 @@
-"""Pairs before and after an upgrade are those of the verification functions, drawn where there are many."""
+"""Tests that pairs before and after an upgrade match the verification functions, also for a sample of pairs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ QUERIES, ITEMS, WIDTH = 150, 120, 12
 
 
 def compare_pairs(old, new, labels, gallery, item_labels, **options):
-    """Of loose arrays."""
+    """`simplexfix.compatibility.compare_pairs` of separate arrays."""
     given = loose.upgrade(old, old if new is None else new, labels, gallery, item_labels)
     return compatibility.compare_pairs(*given[: 1 if new is None else 2], **options)
 
@@ -28,7 +28,7 @@ def compare(*arguments) -> VerificationResults:
 
 
 def upgrade(width: int = WIDTH) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Old queries, new ones, whose scores lie lower, of this width; labels; the old gallery and its labels."""
+    """Returns old queries, new queries of this width with lower scores, labels, and the old gallery with its labels."""
     rng = np.random.default_rng(2)
     labels = rng.integers(5, size=QUERIES + ITEMS)
     rows = rng.normal(size=(QUERIES + ITEMS, WIDTH)) + 2 * np.eye(WIDTH)[labels]
@@ -50,7 +50,7 @@ def test_numbers_are_those_of_the_verification_functions() -> None:
         np.testing.assert_array_equal(version.results.impostor, results.impostor)
         assert version.equal_error == equal_error_rate(results)
         assert version.area == roc_curve(results).area
-        assert version.fars == (0.1, 0.01, 0.001)  # 1e-4 of 14,000 impostors is one pair, which tells nothing
+        assert version.fars == (0.1, 0.01, 0.001)  # 1e-4 of 14,000 impostors is one pair, too few for a rate
         assert version.points == tuple(tar_at_far(results, far) for far in version.fars)
         for far, tar in zip(version.curve_far, version.curve_tar, strict=True):
             assert tar == tar_at_far(results, min(1.0, far * (1 + 1e-12))).tar
@@ -103,7 +103,7 @@ def test_what_cannot_be_told_is_none() -> None:
     assert compare_pairs(old, new, labels * 0, gallery, item_labels * 0) is None
     assert compare_pairs(old, new, labels, gallery, item_labels + 100) is None
     few = compare_pairs(old[:20], new[:20], labels[:20], gallery[:20], item_labels[:20])
-    assert few.before.fars == (0.1,)  # of some 300 impostor pairs
+    assert few.before.fars == (0.1,)  # about 300 impostor pairs
     assert few.threshold is None
     assert compare_pairs(old, None, labels, gallery, item_labels).after is None
 

@@ -1,4 +1,4 @@
-"""Versions that declare prefixes search older, narrower galleries by their leading dimensions, everywhere alike."""
+"""Tests versions with prefixes: their leading dimensions search older, narrower galleries in every function."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LABELS = np.arange(150) % 5
 
 
 def rows_of(version: int) -> np.ndarray:
-    """Of which the first 6 or 9 dimensions are like the versions before."""
+    """Returns rows whose first 6 or 9 dimensions resemble the versions before."""
     shared = np.random.default_rng(1).normal(size=(5, 12))[LABELS]
     noise = np.random.default_rng(10 + version).normal(size=(150, 12))
     return (shared + (1.4 - 0.3 * version) * noise)[:, : WIDTHS[version]].astype(np.float32)
@@ -43,7 +43,7 @@ def versions_of(declared=DECLARED, **ids) -> list[VersionFeatures]:
 
 
 def cut(query: int, gallery: int, **ids) -> VersionFeatures:
-    """Sliced by hand."""
+    """Slices the leading dimensions by hand."""
     width = WIDTHS[gallery]
     items = LabelledItems(LABELS[:90], LABELS[90:], **ids)
     return items.version(rows_of(query)[:90, :width], rows_of(gallery)[90:])
@@ -87,7 +87,7 @@ def test_everything_else_takes_the_same_slices() -> None:
 
 
 def _own_gallery(found: object) -> dict:
-    """Rows of the same bits are counted in each version's own gallery, which was not cut."""
+    """Bitwise equal rows are counted in each version's own, uncut gallery."""
     plain = found.as_dict()
     return {key: plain[key] for key in ("queries_in_gallery",) if key in plain}
 

@@ -1,4 +1,4 @@
-"""Intervals and paired tests: by hand, against SciPy, against resampled queries, and how often they cover."""
+"""Tests intervals and paired tests against hand-computed values, SciPy and resampled queries, and their coverage."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ def test_exact_interval_against_scipy(trials: int, fraction: float, confidence: 
 def test_exact_interval_by_hand() -> None:
     low, high = exact_interval(0, 20, confidence=0.9)
     assert low == 0
-    assert high == pytest.approx(1 - 0.05 ** (1 / 20), rel=1e-12)  # (1 - p)^20 = 0.05: none of 20 rules out no 10 %
+    assert high == pytest.approx(1 - 0.05 ** (1 / 20), rel=1e-12)  # (1 - p)^20 = 0.05: 0 of 20 does not exclude 10 %
     assert exact_interval(20, 20, confidence=0.9) == pytest.approx((1 - high, 1.0), rel=1e-9)
 
 
 def test_bootstrap_is_that_of_resampled_queries() -> None:
-    """The binomial and the multinomial draw against drawing queries: quantiles of the same distribution."""
+    """Binomial and multinomial draws have the same quantiles as resampled queries."""
     numbers = np.random.default_rng(0)
     before, after = flips(30, 12, 58)
     at = numbers.integers(100, size=(40_000, 100))
@@ -85,7 +85,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
         covered[1] += low <= 0.1 <= high
         low, high = exact_interval(int(after.sum()), 300, confidence=0.9)
         covered[2] += low <= 0.7 <= high
-    assert (covered / 400 > 0.85).all(), covered  # 0.9, and three standard errors of 400 trials
+    assert (covered / 400 > 0.85).all(), covered  # 0.9, minus three standard errors of 400 trials
     assert (covered / 400 < 0.96).all(), covered
 
 
@@ -119,7 +119,7 @@ def test_cells_and_tests_of_a_matrix() -> None:
 
 
 def scores(queries: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """As of nDCG: many queries keep their score, some of 0 or 1."""
+    """Returns scores as of nDCG: many queries keep their score, some have 0 or 1."""
     draw = np.random.default_rng(seed)
     before = np.where(draw.random(queries) < 0.3, 0.0, draw.random(queries))
     after = np.where(draw.random(queries) < 0.4, before, draw.random(queries))
@@ -137,7 +137,7 @@ def test_bootstrap_of_scores_is_that_of_resampled_queries(monkeypatch: pytest.Mo
     whole = bootstrap_interval(after)
     monkeypatch.setattr("simplexfix.compatibility.statistics._BLOCK_NUMBERS", 1000)
     assert bootstrap_interval(after) == whole  # blocks change nothing
-    # of scores 0 and 1, the same distribution as of hits
+    # scores of 0 and 1 have the same distribution as hits
     hits = after > 0.5
     exact = bootstrap_interval(hits, resamples=20_000)
     assert bootstrap_interval(hits.astype(np.float32), resamples=20_000) == pytest.approx(exact, abs=0.01)
@@ -149,7 +149,7 @@ def test_randomization_of_hits_is_mcnemars_test() -> None:
         expected = mcnemar_test(before, after).p_value
         assert randomization_test(before, after) == pytest.approx(expected, rel=1e-12)
         assert randomization_test(before * 1.0, after * 1.0) == pytest.approx(expected, rel=1e-12)
-    before, after = flips(60, 35)  # drawn patterns: three standard errors of 10,000
+    before, after = flips(60, 35)  # random sign patterns: three standard errors of 10,000
     expected = mcnemar_test(before, after).p_value
     assert randomization_test(before * 1.0, after * 1.0) == pytest.approx(expected, abs=3 * (expected / 10_000) ** 0.5)
     assert randomization_test(*(x * 1.0 for x in flips(0, 300))) == 1 / 10_001  # and never 0

@@ -1,4 +1,4 @@
-"""Thresholds across an upgrade against loops over all pairs; calibration against scikit-learn; bad input."""
+"""Tests thresholds across an upgrade against loops over all pairs, calibration against scikit-learn, and bad input."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def upgrade_threshold(
     new_gallery=None,
     **options,
 ):
-    """Of loose arrays."""
+    """`simplexfix.compatibility.upgrade_threshold` of separate arrays."""
     ids = {} if query_ids is None else {"query_ids": query_ids, "gallery_ids": gallery_ids}
     old, new = loose.upgrade(
         old_query, new_query, query_labels, gallery, gallery_labels, new_gallery=new_gallery, **ids
@@ -44,7 +44,7 @@ def compare(*arguments, **ids) -> VerificationResults:
 
 
 def upgrade(queries: int = 120, items: int = 80, d: int = 12, seed: int = 0, noise: float = 0.7):
-    """Old and new queries, whose scores are lower than the old ones', labels, the old gallery."""
+    """Returns old queries, new queries with lower scores, labels, and the old gallery."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(6, size=queries + items)
     centers = rng.standard_normal((6, d)) + 0.4
@@ -83,8 +83,7 @@ def test_nothing_moves_where_nothing_changes() -> None:
     old, _, query_labels, gallery, gallery_labels = upgrade()
     move = upgrade_threshold(old, old, query_labels, gallery, gallery_labels, far=0.05)
     assert move.before == move.unmoved == move.after
-    # old and new of one draw: whatever is drawn, the threshold that keeps the rate is the one there is, up to the
-    # next score below it
+    # old and new queries have one distribution: each resample keeps the old threshold, up to the next higher score
     assert 0 <= move.after.threshold - move.interval.low < 0.01
     assert abs(move.after.threshold - move.interval.high) < 0.01
     assert move.far_interval.low < 0.05 < move.far_interval.high
@@ -104,7 +103,7 @@ def test_a_gallery_extracted_anew_and_items_left_out() -> None:
 def test_accepted_pairs_of_each_group(groups) -> None:
     old, _, query_labels, gallery, gallery_labels = upgrade()
     scores, same = pairs_of(old, query_labels, gallery, gallery_labels)
-    reached = int(np.floor(np.float64(scores[~same].max()) * STEPS)) + STEPS  # by one impostor, and just so
+    reached = int(np.floor(np.float64(scores[~same].max()) * STEPS)) + STEPS  # by exactly one impostor
     edges = np.array([STEPS + 30000, STEPS - 1, reached, STEPS + 30000, BINS, 0])
     ids = {"query_ids": np.arange(120), "gallery_ids": np.arange(80) * 2}
     kept = ids["query_ids"][:, None] != ids["gallery_ids"]
@@ -118,7 +117,7 @@ def test_accepted_pairs_of_each_group(groups) -> None:
 
 
 def test_the_interval_is_that_of_resampled_queries() -> None:
-    """By resampling queries in a loop over all pairs."""
+    """Resamples queries in a loop over all pairs."""
     old, new, query_labels, gallery, gallery_labels = upgrade(200, 100)
     move = upgrade_threshold(old, new, query_labels, gallery, gallery_labels, threshold=0.7, confidence=0.8)
     was, same = pairs_of(old, query_labels, gallery, gallery_labels)
@@ -146,7 +145,7 @@ def test_the_interval_is_that_of_resampled_queries() -> None:
 
 
 def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
-    """The truth: of 20,000 queries against the gallery.  Were pairs resampled, a third of these would miss."""
+    """The truth comes from 20,000 queries on the gallery. Resampling pairs would miss it in a third of the trials."""
     old, new, query_labels, gallery, gallery_labels = upgrade(20_000, 100, d=6)
     everything = {
         kind: compare(rows, query_labels, gallery, gallery_labels) for kind, rows in (("old", old), ("new", new))
@@ -163,7 +162,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
 
 
 def test_the_interval_of_the_unmoved_rate_is_the_new_queries() -> None:
-    """Where old queries and new ones are far apart, it holds the one rate and not the other."""
+    """If old and new queries are far apart, the interval covers the new rate and not the old one."""
     old, new, *labelled = upgrade(400, 100, noise=3.0)
     move = upgrade_threshold(old, new, *labelled, threshold=0.5)
     assert move.far_interval.low < move.unmoved.far < move.far_interval.high
@@ -171,7 +170,7 @@ def test_the_interval_of_the_unmoved_rate_is_the_new_queries() -> None:
 
 
 def test_a_group_is_drawn_whole() -> None:
-    """Every query eight times over tells no more than once, if its copies are drawn together."""
+    """Eight copies of every query give the same interval as one if the copies are resampled together."""
     old, new, query_labels, gallery, gallery_labels = upgrade(60)
     once = upgrade_threshold(old, new, query_labels, gallery, gallery_labels, threshold=0.7)
     many = *(np.repeat(x, 8, axis=0) for x in (old, new, query_labels)), gallery, gallery_labels
@@ -199,7 +198,7 @@ def test_calibration_against_scikit_learn() -> None:
     found = calibrate_scores(results)
     np.testing.assert_allclose(found(at), fit.predict(at), atol=0.02)
     assert found.prior == pytest.approx(same.mean())
-    # on average right: as many genuine pairs as the probabilities add up to
+    # calibrated on average: the probabilities sum to the number of genuine pairs
     assert found(scores).sum() == pytest.approx(same.sum(), rel=0.01)
     assert (np.diff(found.probabilities) >= 0).all()
     assert found(0.5).shape == ()
@@ -207,7 +206,7 @@ def test_calibration_against_scikit_learn() -> None:
 
 
 def test_calibration_for_another_share_of_genuine_pairs() -> None:
-    """Bayes: odds times the ratio of the priors' odds, where both kinds of pairs are."""
+    """Bayes: odds times the ratio of the prior odds, where both kinds of pairs exist."""
     old, _, query_labels, gallery, gallery_labels = upgrade()
     results = compare(old, query_labels, gallery, gallery_labels)
     as_found, half = calibrate_scores(results), calibrate_scores(results, prior=0.5)

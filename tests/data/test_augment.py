@@ -1,4 +1,4 @@
-"""Cuts, mirrors and normalisation of batches, against one image at a time."""
+"""Tests crops, mirrors and normalisation of batches against one image at a time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PLAIN = Normalize((0.0,) * 3, (1 / 255,) * 3)  # pixels as they are
 
 
 def images(count: int, height: int = 32, width: int = 32) -> Tensor:
-    """No pixel is 0, which is what comes from outside."""
+    """Returns images without 0 pixels: a 0 marks a pixel from outside the image."""
     return torch.from_numpy(np.random.default_rng(0).integers(1, 256, (count, 3, height, width), np.uint8))
 
 
@@ -58,7 +58,7 @@ def test_images_of_a_batch_differ_and_the_generator_decides() -> None:
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert len(torch.unique(first.flatten(1), dim=0)) > 40
-    assert torch.equal(batch, images(1).repeat(64, 1, 1, 1))  # the argument is as it was
+    assert torch.equal(batch, images(1).repeat(64, 1, 1, 1))  # the argument is unchanged
 
 
 def test_without_padding_and_flip_it_normalises_and_with_certain_flip_it_mirrors() -> None:

@@ -1,4 +1,4 @@
-"""The binary version of CIFAR: files byte by byte, every damage named, and the real images where they are."""
+"""Tests the reader of CIFAR's binary files: contents, errors for damage, and the real images if they are present."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_bad_input(act, message: str) -> None:
 
 @pytest.fixture(scope="module")
 def real(data_folder, tmp_path_factory):
-    """The module that writes the layout, and a folder that it wrote."""
+    """Returns the module that writes the layout, and a folder that it wrote."""
     pytest.importorskip("PIL", reason="Pillow reads the sheets")
     script = data_folder / "cifar" / "unpack.py"
     if not script.exists():

@@ -1,4 +1,4 @@
-"""Folders of images: classes, order, kinds of files and pixels, and what is refused by name."""
+"""Tests image folders: classes, order, kinds of files and pixels, and errors that name the file."""
 
 from __future__ import annotations
 
@@ -72,13 +72,13 @@ def test_other_modes_become_rgb_and_cameras_pictures_stand_upright(tmp_path) -> 
     picture = Image.new("RGB", (16, 16), (0, 0, 0))
     picture.paste((255, 255, 255), (0, 0, 16, 8))  # upper half white
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned a quarter clockwise
+    exif[0x0112] = 6  # with a tag that rotates by 90 degrees clockwise
     picture.save(tmp_path / "c" / "e.jpg", exif=exif, quality=100)
     found = load_image_folder(tmp_path, size=12).images
     assert (found[0] == 77).all()
     assert found[1][:, 0, 0].tolist() == [10, 20, 30]
     assert (found[2] == 255).all()
-    assert found[3][:, :, 9:].min() > 240  # the upper half has become the right one
+    assert found[3][:, :, 9:].min() > 240  # the upper half has become the right half
     assert found[3][:, :, :3].max() < 15
 
 
@@ -124,7 +124,7 @@ def test_pillow_is_asked_for_when_it_is_needed(tmp_path) -> None:
 
 
 def test_links_are_followed(tmp_path) -> None:
-    """To folders, to files, of classes, twice to one place; a hidden one is passed over."""
+    """Links to folders, files and classes are followed, also two links to one folder; hidden entries are skipped."""
     for i in range(3):
         save(tmp_path / "store" / "deep" / f"{i}.png", (i, 0, 0))
     root = tmp_path / "root"
@@ -133,7 +133,7 @@ def test_links_are_followed(tmp_path) -> None:
     (root / "a" / "y").symlink_to(tmp_path / "store" / "deep")
     (root / "a" / ".hidden").symlink_to(tmp_path / "store")
     (root / "b").symlink_to(tmp_path / "store", target_is_directory=True)
-    (root / "b.txt").symlink_to(tmp_path / "store" / "deep" / "0.png")  # a file beside the classes
+    (root / "b.txt").symlink_to(tmp_path / "store" / "deep" / "0.png")  # a file beside the class folders
     save(tmp_path / "c.png", (8, 0, 0))
     (root / "c").mkdir()
     (root / "c" / "1.png").symlink_to(tmp_path / "c.png")
@@ -156,7 +156,7 @@ def test_a_link_to_a_folder_that_it_lies_in_is_named(tmp_path, place: str) -> No
 
 @pytest.mark.parametrize("place", ["b", "a/b", "a/b.png", "a/x/b"])
 def test_a_link_to_nothing_is_named(tmp_path, place: str) -> None:
-    """Also where it would have been a class."""
+    """A dangling link raises, also in place of a class folder."""
     save(tmp_path / "a" / "x" / "0.png", (1, 2, 3))
     (tmp_path / place).symlink_to(tmp_path / "gone")
     with pytest.raises(ImageFileError, match=rf"{place} links to {tmp_path}/gone, which cannot be followed: No such"):
@@ -168,7 +168,7 @@ def test_a_link_to_nothing_is_named(tmp_path, place: str) -> None:
 
 
 def test_names_that_look_alike_are_one_class(tmp_path) -> None:
-    """Unicode forms and blanks around; case tells classes apart, as of letters."""
+    """Names that differ in Unicode form or outer blanks are one class; names that differ in case are two."""
     for i, name in enumerate(("caf\u00e9", "cafe\u0301", "A", "a", "a ", " A")):
         save(tmp_path / name / f"{i}.png", (i, 0, 0))
     found = load_image_folder(tmp_path, size=4)
@@ -203,7 +203,7 @@ def test_names_that_are_not_utf8_are_read_and_can_be_written(tmp_path) -> None:
 def test_files_that_cannot_be_read_are_named_before_any_is_decoded(tmp_path, monkeypatch) -> None:
     save(tmp_path / "a" / "0.png", (1, 2, 3))
     strange = tmp_path / "a" / "1.png"
-    os.mkfifo(strange)  # to open it would wait for ever
+    os.mkfifo(strange)  # opening a pipe would block forever
     with pytest.raises(ImageFileError, match=r"1\.png is a device, a pipe or a socket; expected a file"):
         ImageFolderDataset(tmp_path, size=4)
     strange.unlink()
@@ -211,7 +211,7 @@ def test_files_that_cannot_be_read_are_named_before_any_is_decoded(tmp_path, mon
     with pytest.raises(ImageFileError, match=r"1\.png cannot be read, it may be truncated or damaged: it is empty"):
         ImageFolderDataset(tmp_path, size=4)
     strange.unlink()
-    # as if not root
+    # as for a user other than root
     monkeypatch.setattr(os, "access", lambda path, mode: not path.endswith("0.png"))
     with pytest.raises(ImageFileError, match=r"0\.png cannot be read: this user has no permission"):
         ImageFolderDataset(tmp_path, size=4)

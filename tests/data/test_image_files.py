@@ -1,4 +1,4 @@
-"""Finding image files in folders, and reading them for a network's preprocessing."""
+"""Tests finding image files in folders and reading them for a network's preprocessing."""
 
 from __future__ import annotations
 

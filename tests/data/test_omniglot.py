@@ -1,4 +1,4 @@
-"""The Omniglot drawings of the package: what they hold, and that the published zips give them."""
+"""Tests the included Omniglot drawings: their contents, and that the published zips reproduce them."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_every_drawing_is_ink_on_paper(omniglot: Omniglot) -> None:
 
 
 def test_no_drawing_twice_in_a_character(omniglot: Omniglot) -> None:
-    # A drawing that is both in a gallery and among the queries would be found for free.
+    # A drawing in the gallery that is also a query would be found trivially.
     for drawings in omniglot.images.reshape(242, 20, 28 * 28):
         assert len(np.unique(drawings, axis=0)) == 20
 
@@ -91,7 +91,7 @@ def test_files_are_small_and_carry_the_notice() -> None:
 def test_reduction_by_hand(packer: ModuleType) -> None:
     """Pixel (0, 0) covers columns 0..2 and three quarters of column 3 of the original."""
     ink = np.zeros((105, 105), dtype=np.bool_)
-    ink[:, 0] = True  # 1 / 3.75 = .27 of the first column of pixels
+    ink[:, 0] = True  # 1 / 3.75 = .27 of the first column
     assert not packer.reduce_drawing(ink).any()
     ink[:, 1] = True  # 2 / 3.75 = .53
     expected = np.zeros((28, 28), dtype=np.bool_)

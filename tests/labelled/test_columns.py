@@ -1,4 +1,4 @@
-"""Columns of other libraries as features, labels and ids: taken where they convert cleanly, named otherwise."""
+"""Tests columns of other libraries as features, labels and ids: clean conversions, and errors with a reason."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def names_of():
     yield lambda: np.array(names, object)
     yield lambda: np.char.encode(np.array(names), "utf-8")
     yield lambda: np.array(names, np.dtypes.StringDType())
-    yield lambda: ["b", "a", "e\u0301"]  # the same name in Unicode's other form
+    yield lambda: ["b", "a", "e\u0301"]  # the same name in another Unicode form
     yield lambda: pytest.importorskip("pandas").Series(names)
     yield lambda: pytest.importorskip("pandas").Series(pytest.importorskip("pandas").Categorical(names))
     yield lambda: pytest.importorskip("pyarrow").array(names)

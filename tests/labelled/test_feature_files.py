@@ -1,4 +1,4 @@
-"""Feature files: every format gives the same, mapped where said, and every kind of damage is named."""
+"""Tests feature files: all formats give the same arrays, maps where documented, and errors for every kind of damage."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_features_are_mapped_and_the_file_stays_as_it_is(tmp_path, name: str) ->
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < big.nbytes / 4
-    found.gallery.tensor()[0] = 7  # nobody should, but what is written stays in this process
+    found.gallery.tensor()[0] = 7  # the array is writable, but changes stay in this process
     assert load_features(path).gallery.tensor()[0, 0] == 1
 
 
@@ -192,7 +192,7 @@ def test_a_flipped_bit_in_an_archive(tmp_path) -> None:
 
 
 def test_headers_that_lie(tmp_path) -> None:
-    """An array header inside a sound archive that speaks of more than is there, even of more than memory holds."""
+    """An array header in a valid archive declares more data than the file, or than memory, can hold."""
     for shape in ((6, 4), (2**40, 2**40), (2**62, 4)):
         header = io.BytesIO()
         np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
@@ -212,7 +212,7 @@ def test_headers_that_lie(tmp_path) -> None:
 def test_a_directory_that_points_elsewhere(tmp_path) -> None:
     path = save(tmp_path / "f.npz", arrays())
     whole = bytearray(path.read_bytes())
-    at = whole.rindex(b"PK\1\2")  # the last entry: newer Pythons refuse overlapping ones first
+    at = whole.rindex(b"PK\1\2")  # in the last entry: newer Pythons first reject overlapping entries
     (offset,) = struct.unpack_from("<I", whole, at + 42)
     struct.pack_into("<I", whole, at + 42, offset + 5)
     path.write_bytes(whole)
@@ -230,7 +230,7 @@ def test_pickled_objects_are_refused(tmp_path) -> None:
 
 
 def test_the_row_is_named_wherever_it_lies(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(_rows, "_BLOCK_BYTES", 2 * 3 * 4)  # two rows are looked at together
+    monkeypatch.setattr(_rows, "_BLOCK_BYTES", 2 * 3 * 4)  # the reader compares two rows at a time
     path = save(tmp_path / "folder", arrays(gallery=nan_at(3)))
     with pytest.raises(FeatureFileError, match="gallery row 3 holds nan or inf"):
         load_features(path)

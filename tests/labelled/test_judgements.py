@@ -1,4 +1,4 @@
-"""Relevance judgements in place of labels: files, how they meet rows, and what is refused."""
+"""Tests relevance judgements: files, matching of ids to rows, and refusals."""
 
 from __future__ import annotations
 
@@ -72,7 +72,8 @@ def test_queries_without_a_judgement_are_left_out() -> None:
     assert items.grades(places).tolist() == [[1, -1, 1, 0], [0, 2, 0, 0]]
     assert [items.judged.relevant_items(q).tolist() for q in (0, 1)] == [[0, 2], [0]]
     last = judged({"q3": {"e": 1}, "q1": {"e": 2}})
-    assert last.grades(np.array([[-1, 4], [-1, 4]])).tolist() == [[0, 1], [0, 2]]  # -1 is no item of the query before
+    # -1 does not index the previous query's items
+    assert last.grades(np.array([[-1, 4], [-1, 4]])).tolist() == [[0, 1], [0, 2]]
     version = items.version(np.eye(3), np.eye(5, 3))
     assert version.query.whole().tolist() == [[1, 0, 0], [0, 0, 1]]
     with pytest.raises(ValueError, match=r"query has 2 rows, query_ids has shape \[3\]"):
@@ -82,7 +83,7 @@ def test_queries_without_a_judgement_are_left_out() -> None:
 def test_integers_and_text_are_the_same_ids() -> None:
     found = judged({"7": {"10": 1}, "8": {"11": 3}}, np.array([8, 7]), ["10", "11"])
     assert found.grades(np.array([[0, 1], [0, 1]])).tolist() == [[0, 3], [1, 0]]
-    composed, apart = "\u00e9", "e\u0301"  # one letter, in both of Unicode's forms
+    composed, apart = "\u00e9", "e\u0301"  # one letter in both Unicode forms
     assert judged({composed: {"a": 1}}, [apart], ["a"]).num_relevant.tolist() == [1]
 
 

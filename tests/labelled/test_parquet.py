@@ -1,4 +1,4 @@
-"""Parquet as pandas, pyarrow and Hugging Face datasets write it, in one file or two; what is refused, by name."""
+"""Tests Parquet files of pandas, pyarrow and Hugging Face datasets, in one file or two, and errors with a name."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_folder_of_two_files(tmp_path, write) -> None:
 def test_one_file_with_a_column_of_splits(tmp_path, write) -> None:
     parts = columns("gallery"), columns("query")
     both = {key: [*parts[0][key], *parts[1][key]] for key in parts[0]}
-    # rows of both splits in turn; within each the order of the file counts
+    # rows of both splits alternate; within each split the order of the file counts
     mixed = [*np.stack([np.arange(6), np.arange(9, 15)], 1).ravel(), 6, 7, 8]
     split = ["query" if i >= 9 else "gallery" for i in mixed]
     content = {key: [values[i] for i in mixed] for key, values in both.items()}

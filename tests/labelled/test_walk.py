@@ -1,4 +1,4 @@
-"""The path of a query row from `evaluate` to the kernels: no module is entered twice on the way down."""
+"""Tests the call path from `evaluate` to the kernels: on the way down no module is entered twice."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = f"{Path(simplexfix.__file__).parent}/"
 
 
 def modules_above(frame: FrameType | None) -> list[str]:
-    """This package's modules from the top of the stack down to the frame, neighbours of one name once."""
+    """Returns the package's modules from the top of the stack down to the frame, without consecutive repeats."""
     found: list[str] = []
     while frame is not None:
         name = frame.f_code.co_filename

@@ -1,4 +1,4 @@
-"""NNP and ASNN: their equations row by row, neighbourhood component analysis, the queue, and methods built on them."""
+"""Tests NNP and ASNN against their equations, neighbourhood component analysis, the queue, and methods with them."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def naive_nnp(
     return total / sum(y >= 0 for y in target)
 
 
-# some rows of the pool do not count; classes of one row to six, and in CASES one that the pool lacks
+# some pool rows are ignored; classes have one to six rows, and in CASES the pool lacks one class
 POOL = [3, 0, 1, 2, 0, 5, 1, -1, 0, 2, 2, 0, -100, 1, 0, 0]
 CASES = {
     "batch alone": (0, 16),
@@ -129,7 +129,7 @@ def test_two_far_classes_have_no_loss() -> None:
 
 @pytest.mark.parametrize("first", [3, None])
 def test_gradients_are_right(first: int | None) -> None:
-    """Of the rows, of the radius, and of the pool that the rows are in; choices change nowhere near."""
+    """Checks gradients of the rows, of the radius, and of pool rows that are batch rows; no neighbour changes."""
     pool, labels = rows_of(16).requires_grad_(), torch.tensor(POOL)
     radius = torch.tensor(1.7, dtype=torch.float64, requires_grad=True)
 
@@ -168,7 +168,7 @@ def test_collapsed_features_have_finite_gradients(loss) -> None:
 
 
 def test_distances_are_of_float32_under_autocast() -> None:
-    """bfloat16's 8 bits leave errors of 2 radius^2 / 256 in the exponent."""
+    """In bfloat16, 8 bits of significand would give errors of 2 radius^2 / 256 in the exponent."""
     features, target = torch.randn(64, 32).bfloat16(), torch.arange(64) % 4
     truth = asnn_loss(features.double(), target, radius=8.0)
     with torch.autocast("cpu", torch.bfloat16):
@@ -177,7 +177,7 @@ def test_distances_are_of_float32_under_autocast() -> None:
     assert found.item() == pytest.approx(truth.item(), rel=1e-4)
 
 
-# head and queue
+# of head and queue
 
 
 def test_the_queue_holds_the_newest_rows_as_a_pool() -> None:
@@ -192,7 +192,7 @@ def test_the_queue_holds_the_newest_rows_as_a_pool() -> None:
         assert head.loss(batch, labels).item() == pytest.approx(expected.item(), rel=1e-6)
         head.train()
         assert head.loss(batch, labels).item() == pytest.approx(expected.item(), rel=1e-6)
-    # after the last batch; one longer than the queue leaves its end there
+    # after the last batch; a batch longer than the queue leaves its end there
     assert set(head.queue.labels.tolist()) >= {0, 1, 2}
     head.loss(rows, target)
     assert sorted(head.queue.features[:, 0].tolist()) == sorted(rows[-7:, 0].tolist())
@@ -217,7 +217,7 @@ def test_the_radius_stays_in_its_bounds_and_comes_back() -> None:
         head.raw_radius.data.fill_(raw)
         head.loss(torch.randn(4, 4), target).backward()
         assert head.radius.item() == pytest.approx(bound)
-        assert head.raw_radius.grad  # a clamp in the graph would have none
+        assert head.raw_radius.grad  # a clamp in the graph would have no gradient
         head.raw_radius.grad = None
 
 
@@ -231,11 +231,11 @@ def model_of(method, classes: int, *, seed: int = 0) -> EmbeddingModel:
     torch.manual_seed(seed)
     model = EmbeddingModel(network(), method.head(WIDTH))
     method.add_classes(model, range(classes))
-    return model.double().eval()  # the queue stays as it is
+    return model.double().eval()  # the queue does not change
 
 
 def remembered(method, seed: int = 1) -> EmbeddingModel:
-    """A deployed version with classes 0, 1 and 2 in its queue."""
+    """Returns a deployed version whose queue has the classes 0, 1 and 2."""
     model = model_of(method, 3, seed=seed)
     model.train()
     method.loss(model, rows_of(12, seed=2, width=5), torch.arange(12) % 3, None)
@@ -311,10 +311,10 @@ def test_a_network_from_the_simplex_keeps_its_junction() -> None:
     assert head.queue.labels.max() >= 0
     method.add_classes(made, range(6))
     assert made.head is head
-    assert head.queue.labels.max() < 0  # features of the task before are another model's
+    assert head.queue.labels.max() < 0  # the features of the task before are another model's
 
 
-# training
+# in training
 
 
 def items(rows: int, classes: int) -> Items:
@@ -325,7 +325,7 @@ def items(rows: int, classes: int) -> Items:
 
 
 def trained(make, **options) -> list[EmbeddingModel]:
-    """Two versions; the queue is full before the first checkpoint, and turns around."""
+    """Trains two versions; the queue wraps around before the first checkpoint."""
     return list(
         train_versions(
             Trainer(make(), save_every=3),
@@ -351,7 +351,7 @@ MAKERS = {
 def test_a_stopped_training_goes_on_to_the_same_bits(tmp_path: Path, name: str) -> None:
     make = MAKERS[name]
     whole = trained(make)
-    for after in (8, 17):  # within the first task and within the second
+    for after in (8, 17):  # within the first task, and within the second
         steps: list[int] = []
 
         def on_step(task: int, step: int, after: int = after, steps: list[int] = steps) -> None:
@@ -371,7 +371,7 @@ def test_a_stopped_training_goes_on_to_the_same_bits(tmp_path: Path, name: str) 
 
 
 def test_a_checkpoint_of_before_has_no_new_attributes() -> None:
-    """What a checkpoint says of a method is its attributes: one without classification has those it always had."""
+    """A checkpoint describes a method by its attributes: without classification, these are the old ones."""
     assert set(vars(FD())) == {"scale", "weight", "distance"}
     assert set(vars(BCT())) == {"scale", "weight"}
     assert "classification" not in vars(HOC(SlotRegistry(4)))

@@ -1,4 +1,4 @@
-"""FD and BCT: their equations row by row in float64, where gradients go, and batches of classes the old model lacks."""
+"""Tests FD and BCT against their equations in float64, their gradients, and classes that the old model lacks."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_feature_distillation_is_its_equation(distance: str, scale: float | None
 @pytest.mark.parametrize("scale", [None, 7.0])
 def test_influence_is_its_equation_over_the_classes_of_the_old_classifier(scale: float | None) -> None:
     method = BCT(weight=1.5, scale=scale)
-    model, old = model_of(method, 5), model_of(BCT(scale=3.0), 3, seed=1)  # a scale of its own
+    model, old = model_of(method, 5), model_of(BCT(scale=3.0), 3, seed=1)  # its own scale
     rows, target = batch(0, 4, 2, 2, 3)
     expected = 0.0
     for h, y in zip(model.backbone(rows), target.tolist(), strict=True):
@@ -80,8 +80,9 @@ def test_gradients_are_right_and_reach_the_new_model_alone(method) -> None:
     trained = [p.requires_grad for p in old.parameters()]
     method.loss(model, rows, target, old).backward()
     assert all(p.grad is None for p in old.parameters())
-    assert [p.requires_grad for p in old.parameters()] == trained  # nothing was switched off behind the caller's back
-    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)  # else DistributedDataParallel waits
+    assert [p.requires_grad for p in old.parameters()] == trained  # requires_grad of the caller's model is unchanged
+    # otherwise DistributedDataParallel waits for a gradient
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     for p in model.parameters():
         direction = torch.randn_like(p)
         step, slopes = 1e-6, []
@@ -111,7 +112,7 @@ def test_a_batch_of_classes_that_the_old_classifier_lacks_has_no_influence(known
 
 
 def test_a_classifier_that_knows_less_after_its_network_was_replaced() -> None:
-    """The new model's head begins anew, the deployed one keeps its own: of other rows, and from another start."""
+    """The new head has other rows and another initialisation than the deployed one, which does not change."""
     method = BCT()
     deployed = model_of(method, 4)
     torch.manual_seed(3)
@@ -130,7 +131,7 @@ def test_a_classifier_that_knows_less_after_its_network_was_replaced() -> None:
     assert losses[-1] < 0.2 * losses[0]
     assert all(torch.equal(p, q) for p, q in zip(deployed.parameters(), before, strict=True))
     right = deployed.head(replacement.backbone(rows))[:2].argmax(1)
-    assert right.tolist() == [0, 3]  # in the old classifier, of new features
+    assert right.tolist() == [0, 3]  # the old classifier on new features
 
 
 @pytest.mark.parametrize("method", [FD(), FD(distance="l2"), BCT()])
@@ -157,7 +158,7 @@ def test_zero_features_are_finite_and_equal_ones_cost_nothing() -> None:
 
 
 def test_distances_are_of_float32_under_autocast() -> None:
-    """Features that differ in the last of bfloat16's 8 bits: the sum of squares in bfloat16 would round away rows."""
+    """The features differ in the last of bfloat16's 8 bits: a sum of squares in bfloat16 would lose rows."""
     method = FD(distance="l2", weight=1.0)
     torch.manual_seed(0)
     model = EmbeddingModel(nn.Linear(64, 512, bias=False), method.head(512))
@@ -209,7 +210,7 @@ def wider() -> EmbeddingModel:
 
 @pytest.mark.parametrize("classes", [0, 3])
 def test_a_learnable_head_refuses_labels_without_a_class(classes: int) -> None:
-    """A head without classes too: it has one row, so label 0 would pass."""
+    """Also without classes: the head then has one row, so label 0 would pass."""
     head = LinearHead(5)
     head.grow(classes)
     with pytest.raises(ValueError, match=rf"target row 1 has label {classes}, the head has {classes} classes, from 0"):

@@ -1,4 +1,4 @@
-"""OCA: its loss row by row in float64, its prototypes, and chains that search older galleries by prefixes."""
+"""Tests OCA: its loss against a loop in float64, its prototypes, and searches of older galleries by prefixes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from simplexfix.training import Items, Schedule, Trainer, class_incremental, ran
 
 
 def objective_of(d: int, classes: int, prefix: int | None, *, rotation: str = "orthogonal_bias") -> OCAObjective:
-    """In float64, with prototypes and a rotation that is not the identity."""
+    """Returns an objective in float64, with prototypes and a rotation that is not the identity."""
     torch.manual_seed(2)
     objective = OCAObjective(d, classes, prefix=prefix, rotation=rotation).double()
     if objective.prototypes is not None:
@@ -147,7 +147,7 @@ def wide() -> nn.Module:
 
 
 def chain(folder: Path | None = None, on_step=lambda task, step: None, **options) -> list[EmbeddingModel]:
-    """Three versions of 6, 9 and 12 dimensions, of which another network begins the third."""
+    """Returns versions of 6, 9 and 12 dimensions; the third starts from another network."""
     return list(
         train_versions(
             Trainer(OCA(embedding_dim=6, extra=3), augment=add_noise, save_every=5, **options),
@@ -178,7 +178,8 @@ def test_prototypes_are_class_means_by_the_old_version_in_evaluation_mode(versio
     old = copy.deepcopy(versions[0])
     items, memory = features(40, 6, seed=3), features(12, 4, seed=4)
     rows, labels = torch.cat([items.inputs, memory.inputs]), torch.cat([items.labels, memory.labels])
-    items, memory = (Items(part.inputs.double(), part.labels) for part in (items, memory))  # no network takes these
+    # float64, which the networks accept only after the preprocessing
+    items, memory = (Items(part.inputs.double(), part.labels) for part in (items, memory))
     trainer = Trainer(OCA(embedding_dim=6, extra=3), augment=add_noise, preprocessing=Vectors(12))
     schedule = Schedule(steps=1, learning_rate=1e-9, batch=8)
     made = trainer.fit(old, items, schedule, classes=range(6), seed=0, memory=memory, old=old)
@@ -186,13 +187,14 @@ def test_prototypes_are_class_means_by_the_old_version_in_evaluation_mode(versio
     assert (head.embedding_dim, made.prefixes, made.preprocessing) == (9, (6,), Vectors(12))
     with torch.no_grad():
         embeddings = nn.functional.normalize(old(rows)).double()  # old is in evaluation mode
-        expected = torch.stack([embeddings[labels == c].mean(0) for c in range(6)])  # 4 and 5 it never saw
+        # the old version has not seen classes 4 and 5
+        expected = torch.stack([embeddings[labels == c].mean(0) for c in range(6)])
     assert head.objective.prototypes.shape == (6, 6)
     assert torch.equal(head.objective.prototypes, expected.float())
     assert (head.objective.prototypes.norm(dim=1) < 0.999).all()  # not normalised
     old.train()
     with torch.no_grad():
-        assert not torch.allclose(nn.functional.normalize(old(rows)).double(), embeddings)  # it could have failed
+        assert not torch.allclose(nn.functional.normalize(old(rows)).double(), embeddings)  # the check can fail
 
 
 def test_a_chain_searches_every_older_gallery_by_a_prefix(versions) -> None:
@@ -252,7 +254,7 @@ def test_a_model_folder_has_what_embeddings_need_and_goes_on_alike(versions, tmp
     assert again.head.objective is None
     assert (again.prefixes, again.identity(version=1)) == ((6,), identity)
     assert read_identity(tmp_path) == identity == type(identity).from_dict(identity.to_dict())
-    # classifier and rotation are not in the folder, and a next version does not depend on them
+    # the folder lacks classifier and rotation, and the next version does not depend on them
     schedule, items = Schedule(steps=3, learning_rate=1e-2, batch=8), features(40, 8)
     made = [
         Trainer(OCA(extra=3)).fit(parent, items, schedule, classes=range(8), seed=0, old=versions[1])
@@ -281,7 +283,7 @@ def test_identities_state_which_galleries_a_prefix_searches(versions) -> None:
 
 
 def test_any_model_may_be_the_first_ancestor(tmp_path) -> None:
-    """As most services have one: trained by somebody else, of a width that is given."""
+    """The usual case of a service: a given model by others, of a given width."""
     torch.manual_seed(0)
     head = LinearHead(24)
     head.grow(4)

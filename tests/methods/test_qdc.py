@@ -1,4 +1,4 @@
-"""QDC: its equation row by row in float64, where gradients go, and what is refused."""
+"""Tests QDC: its equation against a loop in float64, its gradients, and its refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Embeddings of a tensor, a data set or a loader."""
+"""Tests the embeddings of a tensor, a data set and a loader."""
 
 from __future__ import annotations
 

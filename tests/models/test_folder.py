@@ -1,4 +1,4 @@
-"""A model comes back from its folder to the bit, or is refused with what is wrong; no crash leaves half of one."""
+"""Tests saving and loading of models: bitwise equal embeddings, errors for damaged folders, atomic writes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from simplexfix.models import (
 from simplexfix.models._config import MODEL, add_checksums
 from simplexfix.models.folder import BACKBONES
 
-# of every network that is made again from its folder alone: how it is made here, and what it takes
+# for each network that a folder alone can rebuild: constructor, input shape, preprocessing
 EXAMPLES = {
     "FeatureLinear": (lambda: FeatureLinear(16), (16,), Vectors(16)),
     "FeatureMLP": (lambda: FeatureMLP(12, (20, 16)), (12,), Vectors(12)),
@@ -59,7 +59,7 @@ def linear() -> LinearHead:
 
 
 def neighbours(**options) -> NeighbourHead:
-    """With features of a training in its queue, and a radius of its own."""
+    """A head that has been trained: its queue holds features, and its radius is not the initial one."""
     head = NeighbourHead(16, queue=5, neighbours=3, **options)
     width = head.embedding_dim
     head.embedding_loss(torch.randn(8, width, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 2)
@@ -81,7 +81,7 @@ HEADS = {
 
 
 def trained(backbone: nn.Module, shape: tuple[int, ...], head: nn.Module, **options) -> EmbeddingModel:
-    """With statistics of batches, and weights that no constructor makes."""
+    """Returns a model with batch statistics, and with weights that no constructor produces."""
     torch.manual_seed(5)
     model = EmbeddingModel(backbone, head, **options)
     model(torch.randn(16, *shape))
@@ -115,7 +115,7 @@ def test_embeddings_are_the_same_to_the_bit(tmp_path: Path, name: str, head: str
     inputs = torch.randn(40, *shape)
     assert torch.equal(again.extract(inputs), model.extract(inputs))
     assert again.preprocessing == preprocessing
-    # and it is the same model to a gallery, wherever that looks
+    # a gallery sees the same model: both ways to read the identity agree
     assert again.identity(version=3, name="three") == identity == read_identity(tmp_path / "model")
     assert identity.embedding_dim == again.extract(inputs[:1]).shape[1]
     assert sorted(path.name for path in (tmp_path / "model").iterdir())[0] == "config.json"
@@ -153,7 +153,7 @@ def test_a_junction_with_a_bias_comes_back(tmp_path: Path, kind: type) -> None:
 
 
 def test_the_fingerprint_in_a_gallery_stays_what_it_was() -> None:
-    """As the first version gave it, before a junction could have a bias and states held tensors alone."""
+    """The expected hash is from the first release, when junctions had no bias and states held a dict."""
     model = EmbeddingModel(FeatureMLP(2), SimplexHead(2, 3, num_slots=4))
     model.head.junction.weight.data = torch.arange(6.0).view(3, 2)
     assert model.identity().fingerprint == "ef7f9b83e44c62f195274622fdae38db940e790c5fcc46e726e63409915e99c9"
@@ -164,7 +164,7 @@ def compiled(module: nn.Module) -> nn.Module:
 
 
 def of_processes(module: nn.Module) -> nn.Module:
-    """A DistributedDataParallel, whose group is this process alone."""
+    """Returns a DistributedDataParallel whose group is this process alone."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         return DistributedDataParallel(module)
@@ -196,7 +196,7 @@ def test_a_wrapped_backbone_is_saved_as_the_plain_one(tmp_path: Path, wrapper: s
         given = None if name == "ours" else of_ones_own()
         again = EmbeddingModel.from_pretrained(tmp_path / name / "wrapped", backbone=given)
         assert torch.equal(again.extract(rows), plain.extract(rows))
-        into = wrap(make())  # a wrapped one is read into as well
+        into = wrap(make())  # a wrapped backbone can also be loaded into
         again = EmbeddingModel.from_pretrained(tmp_path / name / "plain", backbone=into)
         assert again.backbone is into
         assert all(map(torch.equal, again.state_dict().values(), plain.state_dict().values()))
@@ -274,7 +274,7 @@ def test_a_backbone_of_ones_own_is_handed_in_and_loaded_strictly(tmp_path: Path)
 
 
 def test_the_fingerprint_can_be_computed_from_the_files_alone(tmp_path: Path) -> None:
-    """As docs/formats.md says, with nothing but JSON and SHA-256; and it is what it was when the format was made."""
+    """Computes the fingerprint with JSON and SHA-256 only, as docs/formats.md specifies it."""
     model = EmbeddingModel(FeatureMLP(3, (2,)), SimplexHead(2, 2, num_slots=3), preprocessing=Vectors(3))
     with torch.no_grad():
         for i, p in enumerate(model.parameters()):
@@ -305,7 +305,8 @@ def test_the_fingerprint_can_be_computed_from_the_files_alone(tmp_path: Path) ->
 def test_the_fingerprint_is_of_all_that_embeddings_and_slots_depend_on(tmp_path: Path) -> None:
     first = small()
     seen = {first.identity().fingerprint}
-    assert first.identity(version=4, name="four").fingerprint in seen  # which these are not
+    # version and name are not part of the fingerprint
+    assert first.identity(version=4, name="four").fingerprint in seen
 
     def is_new(model: EmbeddingModel) -> bool:
         before = len(seen)
@@ -376,7 +377,7 @@ def test_a_config_edited_by_hand_is_refused_by_name(tmp_path: Path, change, mess
     ],
 )
 def test_what_another_version_may_have_written_is_refused_by_name(tmp_path, change, message: str, monkeypatch) -> None:
-    """Right in its checksums, and not what this version knows."""
+    """The checksums are right, but the values are unknown to this version."""
 
     small(preprocessing=Vectors(12)).save_pretrained(tmp_path)
 
@@ -403,7 +404,7 @@ def test_damaged_and_exchanged_weights_are_refused(tmp_path: Path) -> None:
             EmbeddingModel.from_pretrained(tmp_path / "a")
         assert str(file) in str(caught.value)
     (weights_of_c,) = (tmp_path / "c").glob("*.safetensors")
-    shutil.copyfile(weights_of_c, file)  # whole, but of another model
+    shutil.copyfile(weights_of_c, file)  # a whole file, but the weights of another model
     with pytest.raises(ModelFolderError, match=r"holds other weights than those that config\.json was written for"):
         EmbeddingModel.from_pretrained(tmp_path / "a")
     file.unlink()
@@ -415,7 +416,7 @@ def test_damaged_and_exchanged_weights_are_refused(tmp_path: Path) -> None:
 
 
 def test_killed_at_any_moment_the_folder_holds_one_whole_model(tmp_path: Path, monkeypatch) -> None:
-    """The folder is copied before and after every call that changes it: that is what a killed process leaves."""
+    """Copies the folder before and after each call that changes it: each copy is what a killed process would leave."""
     old, new = small(), small(scale=2.0)
     new.backbone.layers[1].running_mean.zero_()
     folder = tmp_path / "model"
@@ -441,12 +442,12 @@ def test_killed_at_any_moment_the_folder_holds_one_whole_model(tmp_path: Path, m
     for place in left:
         model = EmbeddingModel.from_pretrained(place)
         found.append(known[model.identity().fingerprint])
-        new.save_pretrained(place)  # which clears away what was left
+        new.save_pretrained(place)  # saving also deletes the temporary files of the killed process
         assert sorted(path.name for path in place.iterdir()) == sorted(path.name for path in folder.iterdir())
     assert len(list(folder.iterdir())) == 2
     assert found == sorted(found, reverse=True)
     assert {"old", "new"} == set(found)
-    assert len(found) >= 12  # of four syncs, two renames and a removal
+    assert len(found) >= 12  # calls: four fsync, two replace, one unlink; two copies each
 
 
 def test_an_error_while_saving_leaves_the_model_that_was_there(tmp_path: Path, monkeypatch) -> None:
@@ -538,7 +539,7 @@ def test_a_subclass_is_not_taken_for_what_it_derives_from(tmp_path: Path) -> Non
     assert EmbeddingModel.from_pretrained(tmp_path, backbone=_Subclass(12, (16,))).backbone.hidden == (16,)
 
 
-# what a gallery must know to refuse a stranger
+# Identities: when a gallery refuses queries of another model.
 
 
 def model_on(slots: SlotRegistry, kind=SimplexHead, in_features: int = 16, **options) -> ModelIdentity:
@@ -554,7 +555,8 @@ def grown(num_slots: int = 34, **namespaces) -> SlotRegistry:
 
 def test_versions_on_one_registry_may_search_each_other() -> None:
     first = model_on(grown(default=range(4)))
-    later = model_on(grown(default=range(4), pretraining=[90, 80]), in_features=24)  # another network, wider features
+    # another network with wider features
+    later = model_on(grown(default=range(4), pretraining=[90, 80]), in_features=24)
     assert first.fingerprint != later.fingerprint
     assert later.why_not_search(first) == []
     assert first.why_not_search(later) == []
@@ -625,18 +627,18 @@ def test_models_of_others_are_known_by_name_revision_and_adapter() -> None:
         assert all(one.why_not_search(other) == [] for other in (first, adapted, again))
         assert ModelIdentity.from_dict(json.loads(json.dumps(one.to_dict()))) == one
     assert adapted.fingerprint != newer.fingerprint
-    # the first model behind an adapter, such as the junction of a simplex, has a space of its own
+    # a first model with an adapter, such as a simplex junction, has its own space
     joined = ModelIdentity.external("vendor/embed", "2024-01", 384, adapter="beef")
     assert len(joined.why_not_search(first)) == 1
     later = ModelIdentity.external("vendor/embed", "2025-03", 384, version=1, adapter="5eed", space=joined)
     assert later.why_not_search(joined) == []
     assert len(later.why_not_search(adapted)) == 1
-    # into the space of a model of this package
+    # an adapter into the space of a model of this package
     ours = model_on(grown(default=range(4)))
     queries = ModelIdentity.external("vendor/embed", "2025-03", 33, adapter="5eed", space=ours)
     assert queries.why_not_search(ours) == ours.why_not_search(queries) == []
     assert "kind 'simplex', this one 'external'" in first.why_not_search(ours)[1]
-    # an identity that was saved before there were spaces
+    # an identity that was saved by a release without spaces
     saved = ours.to_dict()
     del saved["space"]
     assert ModelIdentity.from_dict(saved) == ours

@@ -1,4 +1,4 @@
-"""ResNet-18 against its count of parameters, its published shapes and gradients; networks of other libraries."""
+"""Tests ResNet-18 (number of parameters, published shapes, gradients), and networks of other libraries."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_stages_have_the_published_sides_and_channels(stem: str, sides: list[int
 
 
 def test_it_has_as_many_parameters_as_published() -> None:
-    """11.69 million with the classifier of 1000 classes, 513,000 of them."""
+    """11.69 million parameters with a classifier of 1000 classes, which has 513,000 of them."""
     assert sum(p.numel() for p in ResNet18().parameters()) == 11_689_512 - 513_000
 
 
@@ -41,7 +41,7 @@ def test_every_parameter_learns_and_alone_decides() -> None:
 
 @pytest.mark.parametrize("width", [2, 4, 6, 16])
 def test_gradients_are_those_of_float64(width: int) -> None:
-    """Which torch computes itself.  In another layout oneDNN spoils those of few channels, or the process."""
+    """torch computes the float64 gradients; oneDNN's are wrong for few channels in another layout, or crash."""
     torch.manual_seed(0)
     model = ResNet18(width=width)
     exact = copy.deepcopy(model).double()
@@ -71,7 +71,7 @@ def test_images_of_other_channels_are_refused() -> None:
 
 @pytest.fixture
 def torchvision(monkeypatch) -> types.ModuleType:
-    """A stand-in for its `models`: what is asked of it was tried with torchvision 0.28."""
+    """A stand-in for `torchvision.models`, with the functions that were tried with torchvision 0.28."""
 
     class Network(nn.Module):
         def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Text encoders in Hugging Face's format: the mean over tokens, whatever the batch, and a folder that comes back."""
+"""Tests text encoders in Hugging Face's format: the mean over tokens, whatever the batch, and loading from a folder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted({word for text in
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A network of random weights and a tokenizer of a few words."""
+    """Returns the folder of a network with random weights and a tokenizer of a few words."""
     from transformers import BertConfig, BertModel, BertTokenizerFast
 
     place = tmp_path_factory.mktemp("encoder")
@@ -57,8 +57,8 @@ def test_many_texts_keep_their_order(folder, monkeypatch) -> None:
     )
     with torch.no_grad():
         found = encoder(ids)
-    assert shapes == [(64, 3), (64, 14), (22, 14)]  # short texts are not padded to the longest of all
-    assert torch.allclose(found, encoder(ids), atol=1e-5)  # with gradients, all at once
+    assert shapes == [(64, 3), (64, 14), (22, 14)]  # short texts are not padded to the longest text of all batches
+    assert torch.allclose(found, encoder(ids), atol=1e-5)  # with gradients, in one batch
 
 
 def test_all_weights_are_trained_and_a_folder_comes_back(folder, tmp_path) -> None:
@@ -66,7 +66,7 @@ def test_all_weights_are_trained_and_a_folder_comes_back(folder, tmp_path) -> No
     model = EmbeddingModel(encoder, FeatureHead(encoder.out_features))
     ids = token_ids(folder, TEXTS, 16)
     QDC().loss(model, torch.stack([ids[:2], ids[2:]], 1), torch.arange(2), None).backward()
-    assert all(p.grad is not None for p in model.parameters())  # DistributedDataParallel refuses others
+    assert all(p.grad is not None for p in model.parameters())  # DistributedDataParallel rejects unused parameters
     model.save_pretrained(tmp_path)
     again = EmbeddingModel.from_pretrained(tmp_path, backbone=TextEncoder(folder))
     assert torch.equal(again.extract(ids), model.extract(ids))

@@ -14,6 +14,7 @@ struct ProductTiles {
   alignas(16) T b[16][16 + 8];
 };
 
+// c += a b by one warp: a [16, 16], b [16, 8], c [16, 8]. primitives.h has the layouts in memory.
 template <typename T>
 __global__ void __launch_bounds__(32) product_kernel(const T* g_a, const T* g_b, float* g_c, bool transposed) {
   SIMPLEXFIX_SHARED(s_tiles, ProductTiles<T>);
@@ -41,6 +42,7 @@ struct alignas(16) Sixteen {
   unsigned char v[16];
 };
 
+// Implements Copies of primitives.h. kWaited: number of groups that are waited for.
 template <int kWaited>
 __global__ void __launch_bounds__(64) copies_kernel(const unsigned char* g_in, unsigned char* g_out, int bytes) {
   SIMPLEXFIX_SHARED(s_data, Sixteen[2][64]);

@@ -15,8 +15,9 @@ struct Product {
 };
 const char* product(const Product&);
 
-// Copies in two groups. out[group][thread] = the first `bytes` of the 16 at in + 16 (64 group + 63 - thread), then
-// zeros: each thread writes what another has copied. In a group that is not waited for the emulator leaves 0xff.
+// Asynchronous copies in two groups. out[group][thread] = the first `bytes` of the 16 at in + 16 (64 group + 63 -
+// thread), then zeros: each thread writes the data that another one copied. If a group is not waited for, the emulator
+// leaves 0xff there.
 struct Copies {
   const unsigned char* in;  // [2][64][16]
   unsigned char* out;       // [2][64][16]

@@ -1,4 +1,4 @@
-"""The report says what the public functions say, and the worst regressions are those that float64 finds."""
+"""Tests that the report has the numbers of the public functions, and the worst regressions that float64 finds."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ CLASSES, QUERIES, ITEMS = 9, 200, 150
 
 
 def versions(count: int = 3, widths: tuple[int, ...] = ()) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray]:
-    """Versions that are clearer and clearer, of which the last is worse: queries, galleries, labels of both."""
+    """Returns versions with growing class separation, the last one worse: queries, galleries, labels of both."""
     rng = np.random.default_rng(3)
     labels = np.arange(QUERIES + ITEMS) % CLASSES
     clear = [1.6 + 0.3 * t for t in range(count)]
@@ -51,7 +51,7 @@ def versions(count: int = 3, widths: tuple[int, ...] = ()) -> tuple[list[np.ndar
 
 
 def evaluated(queries, galleries, query_labels, gallery_labels, *, names=None, **options):
-    """`evaluate` of loose arrays."""
+    """Calls `evaluate` for separate arrays."""
     of = loose.versions(queries, galleries, query_labels, gallery_labels)
     if names is not None:
         of = [
@@ -91,7 +91,7 @@ def test_numbers_are_those_of_the_public_functions(protocol: str) -> None:
         assert (u.low, u.high) == bootstrap_gain(before, after, confidence=0.9, generator=generator)
     assert report.last_upgrade == report.upgrades[-1]
     assert [(u.new, u.old) for u in report.successive_upgrades] == [(1, 0), (2, 1)]
-    assert not report.last_upgrade.compatible  # the worse last version is seen as one
+    assert not report.last_upgrade.compatible  # the last version is reported as worse
     old, new = loose.versions(queries[1:], galleries[1:], *of)
     assert report.regressions == worst_regressions(old, new, hits[1][1], hits[2][1], protocol=protocol)
 
@@ -160,7 +160,7 @@ def test_backfill_of_the_last_upgrade(protocol: str, monkeypatch) -> None:
     drawn = evaluated(queries, galleries, *of, protocol=protocol)
     assert {curve.queries for curve in drawn.backfill} == {40}
     ends = {(curve.scores[0], curve.scores[-1]) for curve in drawn.backfill}
-    assert len(ends) == 1  # the same queries in all curves
+    assert len(ends) == 1  # all curves have the same queries
     np.testing.assert_array_equal(drawn.matrix, report.matrix)
     monkeypatch.setattr(module, "BACKFILL_BYTES", 2 * ITEMS * 16 * 4 - 1)
     assert evaluated(queries, galleries, *of, protocol=protocol).as_dict()["backfill"] is None
@@ -249,7 +249,7 @@ def test_thirty_one_versions_with_stable_keys() -> None:
 
 
 def test_classes_are_counted_and_ids_are_any_int64() -> None:
-    """Class ids above 2^24 that a float32 would merge, and far apart; some of one side only."""
+    """Class ids are above 2^24, where float32 would merge them; some are only in the queries or in the gallery."""
     queries, galleries, labels = versions(2)
     ids = 2**24 + np.array([1, 2, 3, 4, 5, 6, 2**40, 2**40 + 1, -7])
     query_labels, gallery_labels = ids[labels[:QUERIES]], ids[labels[QUERIES:]].copy()
@@ -257,7 +257,7 @@ def test_classes_are_counted_and_ids_are_any_int64() -> None:
     named = evaluated(queries, galleries, query_labels, gallery_labels)
     np.testing.assert_array_equal(named.matrix, plain.matrix)
     assert named.counts == plain.counts
-    gallery_labels[gallery_labels == ids[0]] = 5  # a class that is asked for is gone, one that none asks for came
+    gallery_labels[gallery_labels == ids[0]] = 5  # one class without gallery items, one without queries
     counts = evaluated(queries, galleries, query_labels, gallery_labels).counts
     asked = int((query_labels == ids[0]).sum())
     assert counts.classes_not_in_gallery == 1

@@ -1,4 +1,4 @@
-"""Names in any script in the figures: by a font that has them, or escaped; never with a warning."""
+"""Tests names in any script in the figures: drawn with an installed font or escaped, never with a warning."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def report():
 
 @pytest.fixture
 def fonts(monkeypatch):
-    """DejaVu Sans alone, whatever is installed here; returns what puts another font beside it."""
+    """Leaves only the font DejaVu Sans; returns a function that adds another one."""
     usual = [entry for entry in font_manager.fontManager.ttflist if entry.name == "DejaVu Sans"]
     monkeypatch.setattr(font_manager.fontManager, "ttflist", usual)
 
@@ -47,7 +47,7 @@ def fonts(monkeypatch):
 
 
 def made_font(file: Path, characters: str, weight: int) -> Path:
-    """Squares for these characters."""
+    """Writes a font with squares for these characters."""
     builder_module = pytest.importorskip("fontTools.fontBuilder")
     pen_module = pytest.importorskip("fontTools.pens.ttGlyphPen")
     names = [".notdef", *(f"uni{ord(c):04X}" for c in characters)]
@@ -81,7 +81,7 @@ def test_names_that_no_font_has_are_escaped_without_a_warning(report, fonts) -> 
     assert first == drawn(report)
     assert module._short("v新") == r"v\u65b0"
     assert module._short("\t\udce9") == r"\t\udce9"
-    assert module._short("模型一") == r"…\u578b\u4e00"  # no half of a character
+    assert module._short("模型一") == r"…\u578b\u4e00"  # no character is cut in half
     assert module._short("model number 12") == "…del number 12"
 
 
@@ -90,14 +90,14 @@ def test_names_are_drawn_by_a_font_that_has_them(report, fonts, tmp_path, caplog
     fonts(made_font(tmp_path / "squares.ttf", "模型一二", weight))
     figures = drawn(report)
     assert figures == drawn(report)
-    assert b"Squares-" in figures["matrix.svg"]  # outlines are named by their font
+    assert b"Squares-" in figures["matrix.svg"]  # outlines have the name of their font
     assert module._short("模型一") == "模型一"
     assert module._family_of("v") == "DejaVu Sans"
     assert not caplog.records
 
 
 def test_of_control_characters_no_font_has_a_glyph(report) -> None:
-    """By the fonts that are installed here: fonts of mathematics have glyphs at such places."""
+    """Uses the installed fonts: mathematical fonts have glyphs at these code points."""
     assert {module._family_of(c) for c in "\t\n\x00\x7f\udce9\uffff"} == {None}
     assert module._family_of("\N{GREEK SMALL LETTER ALPHA}") == "DejaVu Sans"
     drawn(report)

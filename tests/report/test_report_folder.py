@@ -1,4 +1,4 @@
-"""`EvaluationReport.save` and `to_html` from Python: what the folder holds, and what is never overwritten."""
+"""Tests `EvaluationReport.save` and `to_html`: the folder's content, and that foreign files are never overwritten."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ QUERIES, ITEMS = 40, 60
 
 
 def versions(count: int = 2, junk: int = 0) -> list[VersionFeatures]:
-    """Versions of 40 queries and 60 items of 5 classes; the first `junk` items are of class -1."""
+    """Returns versions of 40 queries and 60 items of 5 classes; the first `junk` items have class -1."""
     draw, labels = np.random.default_rng(0), np.arange(QUERIES + ITEMS) % 5
     gallery_labels = labels[QUERIES:].copy()
     gallery_labels[:junk] = -1

@@ -1,4 +1,4 @@
-"""report.html in a real browser: whole, quiet, by itself, the same numbers as report.json, on a phone, at night."""
+"""Tests report.html in a browser: no network, no errors, the numbers of report.json, phone width, dark colours."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def browser(tmp_path_factory) -> Iterator[Any]:
 
 @pytest.fixture(scope="module", params=[1, 3, 31])
 def report(request, tmp_path_factory) -> Path:
-    """The page of so many versions; of three with images."""
+    """Returns the page of this many versions; the page of three has images."""
     folder, labels = tmp_path_factory.mktemp("report"), np.arange(400) % 10
     for t in range(request.param):
         rows = np.random.default_rng(t).normal(size=(400, 16)) + (2 + t / 10) * np.eye(16)[labels]
@@ -78,7 +78,7 @@ def test_nothing_is_wrong_and_nothing_comes_from_elsewhere(browser, report) -> N
 
 
 def test_the_policy_is_in_force(browser, report) -> None:
-    """What would load from elsewhere is refused: the test above could see it."""
+    """The policy blocks external resources, so the test above could detect them."""
     show(browser, report)
     browser.execute_async_script(
         """const done = arguments[0], image = new Image();
@@ -124,7 +124,7 @@ def test_the_numbers_are_those_of_the_json(browser, report) -> None:
 def test_nothing_is_wider_than_the_window(browser, report, width: int) -> None:
     show(browser, report, width=width)
     assert too_wide(browser) == []
-    # what is wider scrolls by itself, and is not cut off
+    # wide elements scroll by themselves and are not cut off
     cut = browser.execute_script(
         """return [...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth
         && getComputedStyle(e).overflowX !== 'auto').length"""
@@ -134,7 +134,7 @@ def test_nothing_is_wider_than_the_window(browser, report, width: int) -> None:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_text_can_be_read(browser, report, scheme: str) -> None:
-    """4.5 to 1 at least, WCAG 2.2 AA."""
+    """The contrast of text is at least 4.5 to 1 (WCAG 2.2 AA)."""
     show(browser, report, scheme=scheme)
     dark = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
     assert (dark == "rgb(14, 19, 27)") == (scheme == "dark")

@@ -1,4 +1,4 @@
-"""What the tests of CosineIndex share."""
+"""Helpers of the tests of CosineIndex."""
 
 from __future__ import annotations
 

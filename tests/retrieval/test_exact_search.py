@@ -1,6 +1,6 @@
-"""Nothing is ever lost: the search through codes gives the definition to the bit, whatever the gallery.
+"""Tests that the search through codes equals the definition bit for bit on every kind of gallery.
 
-tests/test_instruction_sets.py runs this file at every level; tests/native/test_search.cpp the core alone.
+tests/test_instruction_sets.py runs this file at every level; tests/native/core/test_search.cpp tests the core alone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import simplexfix.functional as SF
 
 pytestmark = needs_library
 
-# d: one group of codes and less, whole vectors and tails, many; n: one panel, several tasks, splits whose lists fill
+# d: less than one group of codes, whole vectors and tails, several groups; n: one panel, several tasks, full lists
 SIZES = [(1, 1300), (3, 5000), (8, 700), (63, 9000), (64, 4097), (129, 3000), (1023, 1500)]
 
 
@@ -39,7 +39,7 @@ def assert_same(got, expected, what=""):
 def test_hard_galleries(kind: str, d: int, n: int) -> None:
     rng = np.random.default_rng(d)
     gallery = hard_gallery(kind, n, d, rng)
-    query = queries_for(gallery, 30, rng)  # enough for cosine_topk to search through codes
+    query = queries_for(gallery, 30, rng)  # enough rows for cosine_topk to search through codes
     most = n // 5
     scores, ids = definition(query, gallery, most)
     for k in (1, 10, 100, most):
@@ -65,7 +65,7 @@ def test_batch_and_threads_change_nothing(kind: str) -> None:
 
 
 def test_flushed_denormals_change_nothing() -> None:
-    """The mode is the calling thread's alone: with it, a result would depend on which thread did a row."""
+    """The float mode is per thread: without the switch, a result would depend on the thread that computes a row."""
     rng = np.random.default_rng(4)
     gallery = hard_gallery("denormals", 3000, 20, rng)
     query = queries_for(gallery, 30, rng)

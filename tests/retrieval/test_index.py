@@ -1,4 +1,4 @@
-"""CosineIndex: the definition, with rows that come and go; its file; its threads; what it refuses."""
+"""Tests CosineIndex: the definition, additions and removals, its file, threads, and bad input."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ DTYPES = ["float32", "bfloat16"]
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind_of_rows", GALLERIES)
 def test_definition(kind_of_rows: str, dtype: str) -> None:
-    """In pieces, so that panels fill in several goes and the codes' center moves, with ids in three orders."""
+    """Rows are added in pieces, so that panels fill gradually and the codes' center moves, with ids in three orders."""
     rng = np.random.default_rng(1)
     n, d = 3000, 37
     vectors = hard_gallery(kind_of_rows, n, d, rng)
@@ -95,7 +95,7 @@ def test_removal_is_as_if_never_added(kind: str, ids: str | None, dtype: str) ->
         assert len(index) == left.sum()
         assert_same(index.search(query, 40), index_of(vectors[left], names[left], dtype=dtype).search(query, 40))
     more = rows(300, 19, 9)
-    index.add(more)  # ids go on behind the highest ever given
+    index.add(more)  # new ids follow the highest id ever assigned
     every = np.concatenate([names[left], names.max() + 1 + np.arange(300)])
     expected = index_of(np.concatenate([vectors[left], more]), every, dtype=dtype)
     assert_same(index.search(query, 40), expected.search(query, 40))
@@ -158,7 +158,7 @@ def test_properties(kind: str) -> None:
 
 @needs_library
 def test_memory() -> None:
-    """At most 1.3 times the vectors' own as float32, 0.8 times with bfloat16; and it is given back."""
+    """At most 1.3 times the vectors in float32, 0.8 times in bfloat16; freed after removal."""
     for d, n in ((64, 1 << 17), (128, 1 << 16), (1023, 20_000)):
         for dtype, most in (("float32", 1.3), ("bfloat16", 0.8)):
             index = index_of(rows(n, d), dtype=dtype)
@@ -237,7 +237,7 @@ def test_the_last_id(kind: str) -> None:
     assert len(index) == 1
 
 
-# ---- the file
+# ---- files
 
 
 @pytest.fixture(params=[(dtype, order) for dtype in DTYPES for order in ("counted", "any order")], ids=str)
@@ -269,7 +269,7 @@ def test_round_trip(saved, kind: str) -> None:
 @needs_library
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_library_and_reference_write_the_same_bytes(dtype: str, tmp_path: Path) -> None:
-    vectors = np.sign(rows(300, 16))  # normalised without rounding, in either way
+    vectors = np.sign(rows(300, 16))  # normalised rows without rounding, in either dtype
     paths = [os.fsencode(tmp_path / name) for name in ("library", "plain")]
     for kind, path in zip((_native.library.CosineIndex, PlainIndex), paths, strict=True):
         index = kind(16, dtype, 1)
@@ -303,7 +303,7 @@ FIELDS = {"version": (8, "<I"), "type": (12, "<I"), "dim": (16, "<q"), "rows": (
 
 
 def forge(whole: bytes, *changes: tuple[int, str, float]) -> bytes:
-    """A file with other contents and checksums that match: what a stranger, not an accident, would write."""
+    """Writes a file with other contents and matching checksums, as an attacker would."""
     data = bytearray(whole)
     for at, form, value in changes:
         struct.pack_into(form, data, at, value)
@@ -362,7 +362,8 @@ def test_saving_that_fails_leaves_the_old_file(kind: str, tmp_path: Path) -> Non
     code = (
         "import numpy as np, resource, sys, simplexfix\n"
         "index = simplexfix.CosineIndex(64); index.add(np.ones((1000, 64), np.float32))\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"  # Python ignores the signal: a write error
+        # Python ignores the signal: write fails with an error
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "try: index.save(sys.argv[1])\n"
         "except OSError as error: print(error)"
     )
@@ -385,7 +386,7 @@ def test_saving_keeps_the_mode_and_the_links_of_the_file_it_replaces(kind: str, 
     index = index_of(rows(3, 4))
     umask = os.umask(0o022)
     try:
-        for mode in (0o600, 0o666):  # narrower and wider than a new file's
+        for mode in (0o600, 0o666):  # narrower and wider than those of a new file
             path.touch()
             path.chmod(mode)
             index.save(path)
@@ -407,7 +408,7 @@ def test_saving_keeps_the_mode_and_the_links_of_the_file_it_replaces(kind: str, 
 
 
 def special(kind_of_file: str, path: Path) -> None:
-    """Makes one; a device has the numbers of /dev/null."""
+    """Creates a special file; the device has the numbers of /dev/null."""
     if kind_of_file == "directory":
         path.mkdir()
     elif kind_of_file == "pipe":
@@ -443,7 +444,7 @@ def test_saving_onto_what_is_no_regular_file(kind: str, kind_of_file: str, linke
 
 
 def test_saving_onto_a_descriptor(kind: str, tmp_path: Path) -> None:
-    """What /dev/stdout and >(...) are: links in /proc, whose names lead nowhere."""
+    """/dev/stdout and >(...) are links in /proc whose targets are no paths."""
     read, write = os.pipe()
     with open(tmp_path / "deleted", "wb") as file, os.fdopen(read), os.fdopen(write, "w"):
         os.unlink(tmp_path / "deleted")
@@ -475,7 +476,7 @@ def test_names_as_long_as_names_may_be(kind: str, tmp_path: Path) -> None:
 
 
 def test_searches_beside_changes(kind: str, tmp_path: Path) -> None:
-    """Whatever the timing, a search sees the rows of whole additions and removals, never a part of one."""
+    """A search sees the rows of whole additions and removals, never a part of one."""
     vectors, query = rows(2400, 16), rows(5, 16, 1)
     steps = [index_of(vectors[:n]).search(query, 10) if n else None for n in range(0, 2401, 200)]
     index = CosineIndex(16)
@@ -532,7 +533,7 @@ def test_other_python_threads_run_meanwhile() -> None:
         for _ in range(10_000):
             pass
         count += 1
-    # were the lock held, only the 5 ms until Python's first change of threads would have been left
+    # with a held lock, only the 5 ms until Python's first thread switch would be left
     assert count * a_loop > 0.03
 
 

@@ -1,4 +1,4 @@
-"""CosineIndex: its ids, what is stored, a search of some of the ids, and faiss."""
+"""Tests CosineIndex: its ids, stored vectors, searches among some ids, and faiss."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_ids(kind: str, order: str) -> None:
 
 
 class OtherLibrary:
-    """An array of a library that NumPy can read, as JAX's."""
+    """An array of another library that NumPy can read, such as JAX."""
 
     def __init__(self, values: np.ndarray) -> None:
         self.values = values
@@ -55,7 +55,7 @@ class OtherLibrary:
 
 @pytest.mark.parametrize("columns", ["lists", "masked", "other library", "pandas", "pyarrow", "ml_dtypes"])
 def test_vectors_and_ids_of_other_libraries(kind: str, columns: str) -> None:
-    """As features and ids are taken everywhere; lists of numbers, too."""
+    """Vectors and ids are accepted as features and ids are everywhere, and as lists of numbers."""
     vectors, names = rows(4, 3).round(1), np.array([7, 5, 2**62, 0])
     given: tuple[Any, Any] = vectors.tolist(), names.tolist()
     if columns == "masked":
@@ -111,14 +111,14 @@ def test_vectors(kind: str, order: str, dtype: str) -> None:
     stored = torch.nn.functional.normalize(torch.from_numpy(given).double(), dim=1).float()
     if dtype == "bfloat16":
         stored = stored.bfloat16().float()
-    at = np.random.default_rng(0).integers(0, 700, 90)  # some twice
+    at = np.random.default_rng(0).integers(0, 700, 90)  # some ids twice
     vectors = index.vectors(names[at])
     assert vectors.dtype == np.float32
     np.testing.assert_allclose(vectors, stored[at], rtol=2**-23 if dtype == "float32" else 2**-7, atol=0)
     np.testing.assert_array_equal(index.vectors(list(names[at])), vectors)
     np.testing.assert_array_equal(index.vectors(torch.from_numpy(names[at])), vectors)
     assert index.vectors([]).shape == (0, 37)
-    # what is stored is what is searched, and can be stored again
+    # stored vectors are those that are searched, and can be added again
     again = index_of(index.vectors(index.ids), index.ids, dtype=dtype)
     if dtype == "bfloat16":
         np.testing.assert_array_equal(again.vectors(names), index.vectors(names))
@@ -127,15 +127,16 @@ def test_vectors(kind: str, order: str, dtype: str) -> None:
 
 
 def selections(n: int) -> dict[str, np.ndarray]:
-    """Rows: by the ways in which the search takes a mask, and where they lie."""
+    """Returns selections of rows for each way in which the search handles a mask, in several positions."""
     rng = np.random.default_rng(4)
     return {
         "none": np.array([], np.int64),
         "one": np.array([n - 1]),
         "a few": rng.choice(n, 30, replace=False),
-        "one in forty": rng.choice(n, n // 40, replace=False),  # each is scored
-        "a sixth": rng.choice(n, n // 6, replace=False),  # codes with a mask; those that pass are scored alone
-        "most": rng.choice(n, 3 * n // 4, replace=False),  # with a mask; scored with the others and left out then
+        "one in forty": rng.choice(n, n // 40, replace=False),  # each row is scored
+        "a sixth": rng.choice(n, n // 6, replace=False),  # codes with a mask; only candidates are scored
+        # rows are scored with the others, and the mask is applied afterwards
+        "most": rng.choice(n, 3 * n // 4, replace=False),
         "side by side": np.arange(n // 3, n // 3 + n // 5),
         "outside the sample": np.flatnonzero(np.arange(n) % 1024 >= 64),
         "the sample": np.flatnonzero(np.arange(n) % 1024 < 64),

@@ -1,4 +1,4 @@
-"""A query set that is the gallery: items left out of their own search and class mean, against loops by hand."""
+"""Tests query sets from the gallery: each query's own item is left out of its search and class mean."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def unit(x: np.ndarray) -> np.ndarray:
 
 
 def by_hand(protocol: str, version: VersionFeatures) -> list[bool]:
-    """One query after the other, in a gallery without its own item."""
+    """Searches for one query at a time in a gallery without its own item."""
     items, width = version.items, min(version.query.width, version.gallery.width)
     query, gallery = (rows.tensor().double().numpy()[:, :width] for rows in (version.query, version.gallery))
     out = []
@@ -50,11 +50,11 @@ def by_hand(protocol: str, version: VersionFeatures) -> list[bool]:
 
 
 def items_of(kind: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, dict]:
-    """Rows' classes and ids, queries' classes and ids."""
+    """Returns classes and ids of rows and of queries."""
     if kind == "the same":  # 50 classes of 4
         labels = np.repeat(np.arange(50), 4)
         return labels, labels, {"query_ids": np.arange(200), "gallery_ids": np.arange(200)}
-    if kind == "some":  # queries in the gallery and not, in another order; classes of one item
+    if kind == "some":  # queries inside and outside of the gallery, in another order; classes of one item
         labels = rng.integers(12, size=90)
         labels[:5] = np.arange(5) + 100
         order = rng.permutation(90)[:70]
@@ -64,10 +64,10 @@ def items_of(kind: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarra
     if kind == "one class":
         labels = np.zeros(9, dtype=np.int64)
         return labels, labels, {"query_ids": np.arange(9), "gallery_ids": np.arange(9)}
-    if kind == "alone":  # every class is one item: nothing is left to find
+    if kind == "alone":  # every class has one item: no query has a match
         labels = np.arange(9)
         return labels, labels, {"query_ids": np.arange(9), "gallery_ids": np.arange(9)}
-    labels = rng.integers(6, size=80)  # another label as a query, and one item asked for twice
+    labels = rng.integers(6, size=80)  # an item with another label as a query, and an item that is a query twice
     order = np.concatenate([np.arange(40), np.arange(40)])
     return labels, (labels[order] + (np.arange(80) % 3 == 0)) % 6, {"query_ids": order, "gallery_ids": np.arange(80)}
 
@@ -110,13 +110,13 @@ def test_hits_of_one_pair(protocol: str, kind: str, clear: float) -> None:
 
 @both
 def test_by_hand(protocol: str) -> None:
-    # query 0 is the one item of class 0, beside which class 1 points away: nothing of class 0 is left to find
+    # query 0 is the only item of class 0, and class 1 points away: class 0 has no item left
     rows = np.array([[1.0, 0.0], [-1.0, 0.0], [-1.0, 0.5]], dtype=np.float32)
     ids = {"query_ids": [0, 1, 2], "gallery_ids": [0, 1, 2]}
     version = pair(rows, [0, 1, 1], rows, [0, 1, 1], **ids)
     assert PROTOCOLS[protocol].hits(version).tolist() == [False, True, True]
     assert compatibility_hits([version], protocol)[0][0].tolist() == [False, True, True]
-    # the only item of the gallery is the query itself, of whatever class: nothing is left, and none is found
+    # the query itself is the only gallery item: nothing is left
     for label in (7, 3):
         alone = pair(rows[:1], [label], rows[:1], [3], query_ids=[5], gallery_ids=[5])
         assert PROTOCOLS[protocol].hits(alone).tolist() == [False]
@@ -257,12 +257,12 @@ def test_rows_of_the_same_bits_are_counted_without_ids() -> None:
     gallery = rng.standard_normal((50, 8)).astype(np.float32)
     query = rng.standard_normal((20, 8)).astype(np.float32)
     query[:7] = gallery[11:18]
-    query[7] = np.nextafter(gallery[30], np.float32(np.inf))  # not by one bit
-    query[8:10] = gallery[3] = gallery[4] = 0  # rows without a direction are counted apart
+    query[7] = np.nextafter(gallery[30], np.float32(np.inf))  # not a single bit
+    query[8:10] = gallery[3] = gallery[4] = 0  # zero rows are counted separately
     labels = np.arange(20) % 5, np.arange(50) % 5
     for kind in (np.float32, np.float64, np.float16):
         q, g = query.astype(kind), gallery.astype(kind)
-        expected = 7 + (kind == np.float16)  # where the one bit is lost
+        expected = 7 + (kind == np.float16)  # float16 loses this bit
         old, new = upgrade(q, rng.standard_normal((20, 8)).astype(np.float32), labels[0], g, labels[1])
         assert (old.bit_equal, new.bit_equal) == (expected, 0)
         report = evaluate([old, new])
@@ -271,7 +271,7 @@ def test_rows_of_the_same_bits_are_counted_without_ids() -> None:
         assert upgrade_gate(old, new).bit_equal == (expected, 0)
     ids = {"query_ids": np.arange(20), "gallery_ids": np.concatenate([np.arange(100, 111), np.arange(39)])}
     (known,) = versions([query], [gallery], *labels, **ids)
-    assert known.bit_equal == 0  # the ids say so
+    assert known.bit_equal == 0  # by their ids these are the same items
     ids["query_ids"] = np.arange(1000, 1020)
     (unknown,) = versions([query], [gallery], *labels, **ids)
     assert unknown.bit_equal == 7
@@ -279,7 +279,7 @@ def test_rows_of_the_same_bits_are_counted_without_ids() -> None:
 
 @both
 def test_ignored_labels(protocol: str) -> None:
-    """Junk of label -1, as in Market-1501: not found, and not asked for."""
+    """Items of label -1, as in Market-1501, are neither found nor used as queries."""
     rng = np.random.default_rng(2)
     labels, asked = rng.integers(-1, 6, size=80), rng.integers(-1, 7, size=60)
     query, gallery = rows_of(rng, asked, 0.8), rows_of(rng, labels, 0.8)
@@ -289,7 +289,7 @@ def test_ignored_labels(protocol: str) -> None:
     plain = pair(query[q], asked[q], gallery[g], labels[g])
     assert PROTOCOLS[protocol].hits(version).tolist() == PROTOCOLS[protocol].hits(plain).tolist()
     found, expected = RetrievalResults.search(version, k=3), RetrievalResults.search(plain, k=3)
-    assert found.positions.tolist() == np.flatnonzero(g)[expected.positions].tolist()  # rows as they were given
+    assert found.positions.tolist() == np.flatnonzero(g)[expected.positions].tolist()  # rows as given
     both_versions = [LabelledItems(asked, labels).version(x, gallery) for x in (query, query[:, ::-1].copy())]
     report = evaluate(both_versions, protocol=protocol, ignored_labels=[-1])
     content = report.as_dict()
@@ -322,7 +322,7 @@ def test_ignored_names_and_ids_and_a_torch_tensor() -> None:
 
 
 def test_row_numbers_are_those_that_were_given() -> None:
-    """Orders, mixed galleries and groups of queries where some items are ignored, against the items without them."""
+    """Orders, mixed galleries and groups with ignored items equal those without these items."""
     rng = np.random.default_rng(4)
     labels, asked = rng.integers(-1, 6, size=80), rng.integers(-1, 6, size=60)
     rows = [(rows_of(rng, asked, 0.8), rows_of(rng, labels, 0.8)) for _ in range(2)]

@@ -1,4 +1,4 @@
-"""Retrieval metrics: worked by hand, against a loop, pytrec_eval and scikit-learn, on cut results, and bad input."""
+"""Tests retrieval metrics against hand-computed values, a loop, pytrec_eval and scikit-learn, also on cut rankings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RNG = np.random.default_rng(1)
 
 
 def ranked(rows: list[str], missing: tuple[int, ...] = (), full: bool = True) -> RetrievalResults:
-    """Results from rankings written as "10.1": relevant or not, "." behind the end of the gallery."""
+    """Returns results for rankings such as "10.1": relevant or not, "." past the end of the gallery."""
     table = np.array([list(row) for row in rows])
     relevant = table == "1"
     positions = np.where(table == ".", -1, np.arange(table.shape[1]))
@@ -55,7 +55,7 @@ def test_by_hand() -> None:
 
 
 def test_a_gallery_shorter_than_k() -> None:
-    found = ranked(["11.", "010"])  # the first query's ranking lacks an item, the query itself
+    found = ranked(["11.", "010"])  # the first query's own item is left out of its ranking
     assert metrics.precision(found, 5, per_query=True).tolist() == [0.4, 0.2]
     assert metrics.recall(found, 5, per_query=True).tolist() == [1.0, 1.0]
     assert metrics.cmc(found, 100) == 1.0
@@ -66,7 +66,7 @@ def searched(queries: int = 60, rows: int = 300, noise: float = 1.0, **options) 
     labels = RNG.integers(25, size=queries + rows) ** 2
     x = RNG.standard_normal((queries + rows, 12)) * noise + RNG.standard_normal((625, 12))[labels]
     x[queries : queries + 40] = x[queries + 40 : queries + 80]  # ties
-    labels[0] = 10**6  # nothing to find
+    labels[0] = 10**6  # no relevant item
     return RetrievalResults.search(pair(x[:queries], labels[:queries], x[queries:], labels[queries:]), **options)
 
 
@@ -106,7 +106,7 @@ def test_against_pytrec_eval() -> None:
     pytrec_eval = pytest.importorskip("pytrec_eval")
     found = searched()
     size = found.k
-    # trec_eval orders by score and then by document name, its own way: scores that only fall leave it no choice.
+    # trec_eval orders by score and then by document name; distinct scores make its order ours.
     run = {str(i): {str(p): float(size - r) for r, p in enumerate(found.positions[i])} for i in range(len(found))}
     judged = {
         str(i): {str(p): 1 for p in found.positions[i][found.relevant[i]]}
@@ -156,7 +156,7 @@ def test_a_cut_ranking_gives_the_same_or_refuses() -> None:
         cut = searched(noise=0.6, k=k)
         told[k] = metrics.summary(cut, cutoffs=(1, 5, 30))
         assert told[k] == {name: whole[name] for name in told[k]}
-    assert "map" not in told[30]  # some item lies beyond
+    assert "map" not in told[30]  # some relevant item lies beyond
     assert {"map@r", "r_precision"} <= set(told[30])  # at most 30 per class
     assert set(told[300]) == set(whole)
     assert list(whole) == [

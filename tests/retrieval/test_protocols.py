@@ -1,4 +1,4 @@
-"""Search protocols: worked by hand, against a loop, and at their edges."""
+"""Tests search protocols against hand-computed values and a loop, and edge cases."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from simplexfix.retrieval import instance, nearest_class_mean
 def test_by_hand() -> None:
     gallery = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 3.0], [-1.0, 0.0]])
     gallery_labels = torch.tensor([7, 7, 2**40, 2**40])
-    # templates: class 7 points to (1, 1), class 2^40 to (-1, 3)
+    # the template of class 7 points to (1, 1), that of class 2^40 to (-1, 3)
     query = torch.tensor([[1.0, 0.2], [-1.0, 0.5], [0.1, 1.0]])
     query_labels = torch.tensor([7, 2**40, 7])
     assert nearest_class_mean.score(pair(query, query_labels, gallery, gallery_labels)) == pytest.approx(2 / 3)
-    # nearest items: 0 (class 7), 3 (class 2^40), 1 before 2 on a tie of cosines (class 7)
+    # nearest items: 0 (class 7), 3 (class 2^40), and 1 before 2, whose cosines are equal (class 7)
     assert instance.score(pair(query, query_labels, gallery, gallery_labels)) == 1.0
     assert nearest_class_mean.hits(pair(query, query_labels, gallery, gallery_labels)).tolist() == [True, True, False]
     assert instance.hits(pair(query, query_labels, gallery, gallery_labels)).tolist() == [True, True, True]

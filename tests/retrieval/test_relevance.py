@@ -1,4 +1,4 @@
-"""Metrics of relevance judgements: by hand, and equal to trec_eval's on random rankings, ties and real data."""
+"""Tests metrics of relevance judgements against hand-computed values, and against trec_eval on ties and real data."""
 
 from __future__ import annotations
 
@@ -49,11 +49,12 @@ def check_equal(qrels: dict[str, dict[str, int]], version: VersionFeatures, quer
 
 
 def random_case(seed: int) -> tuple[dict[str, dict[str, int]], VersionFeatures, list[str], list[str]]:
-    """Grades from -1 to 3, queries without a judgement and without a relevant item, and many tied scores."""
+    """Returns grades from -1 to 3, queries without judgement or relevant item, and many tied scores."""
     draw = np.random.default_rng(seed)
     queries, items = 25, 60
     query_ids = [f"q{i}" for i in draw.permutation(queries)]
-    # trec_eval breaks ties by falling document id, the search by rising row: ids that fall with the row make both one
+    # trec_eval orders ties by descending document id, the search by ascending row; ids that descend make both orders
+    # equal
     gallery_ids = [f"d{999 - row:03d}" for row in range(items)]
     qrels = {
         query: {gallery_ids[i]: int(draw.integers(-1, 4)) for i in draw.choice(items, draw.integers(1, 12), False)}
@@ -68,7 +69,7 @@ def random_case(seed: int) -> tuple[dict[str, dict[str, int]], VersionFeatures, 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_equal_to_trec_eval_with_ties(seed: int) -> None:
-    """trec_eval ranks by our scores itself, and ranks tied items as the search does: by rising row."""
+    """trec_eval ranks by our scores and, with these ids, orders ties by ascending row as the search does."""
     qrels, version, query_ids, gallery_ids = random_case(seed)
     found = RetrievalResults.search(version)
     tied = (np.diff(found.scores, axis=1) == 0).mean()
@@ -88,7 +89,7 @@ def test_by_hand() -> None:
     qrels = {"x": {"a": 1, "c": 3, "e": 2}, "y": {"b": 0}, "z": {"d": 1}}
     items = LabelledItems.from_judgements(RelevanceJudgements.from_dict(qrels), list("xyz"), list("abcde"))
     gallery = np.array([[1.0, 0.1], [1, 0.2], [1, 0.3], [1, 0.4], [1, 0.5]])
-    version = items.version(np.tile([[1.0, 0.0]], (3, 1)), gallery)  # all rank a, b, c, d, e
+    version = items.version(np.tile([[1.0, 0.0]], (3, 1)), gallery)  # every query ranks a, b, c, d, e
     found = RetrievalResults.search(version)
     assert found.grades.tolist() == [[1, 0, 3, 0, 2], [0] * 5, [0, 0, 0, 1, 0]]
     discount = 1 / np.log2(np.arange(2, 7))
@@ -105,7 +106,7 @@ def test_by_hand() -> None:
 
 
 def test_a_perfect_ranking_is_at_most_1() -> None:
-    """Six relevant items of ten places: sums of six and of ten terms may differ in the last bit."""
+    """nDCG is at most 1: with six relevant items of ten, sums of six and of ten terms may differ in the last bit."""
     draw = np.random.default_rng(0)
     grades = -np.sort(-draw.integers(1, 4, size=(200, 6)), axis=1)
     query_ids, gallery_ids = [f"q{i}" for i in range(200)], [f"d{i}" for i in range(10)]
@@ -180,7 +181,7 @@ def test_blocks_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     for name in whole:
         assert np.array_equal(read_protocol(name).hits(later), whole[name])
         assert np.array_equal(read_protocol(name).mixed_hits(version, later)(replaced), mixed[name])
-    assert sorted(set(sizes)) == [2, 4, 22]  # 4 rankings of 60 places, and all 22 of 10
+    assert sorted(set(sizes)) == [2, 4, 22]  # 4 rankings of 60 ranks fill a block; at 10 ranks all 22 queries fit
 
 
 @pytest.mark.parametrize(
@@ -209,7 +210,7 @@ def test_protocols_of_labels_refuse_judgements(name: str) -> None:
 
 
 def hashed_words(texts: list[str], buckets: int = 512) -> np.ndarray:
-    """Bags of words in hashed buckets, weighted by how rare a bucket is: features without a model."""
+    """Returns hashed bags of words, weighted by inverse document frequency: features without a model."""
     rows = np.zeros((len(texts), buckets), dtype=np.float32)
     for row, text in enumerate(texts):
         for word, count in Counter(re.findall(r"[a-z0-9]+", text.lower())).items():
@@ -233,11 +234,11 @@ def test_scifact(data_folder: Path) -> None:
     rows = torch.from_numpy(hashed_words(texts))
     version = items.version(rows[: len(queries)], rows[len(queries) :])
     found = RetrievalResults.search(version, k=1000)
-    assert 0.2 < metrics.ndcg(found, 10) < 0.6  # words alone; a good encoder gives about 0.65
+    assert 0.2 < metrics.ndcg(found, 10) < 0.6  # bags of words; a good encoder reaches about 0.65
     qrels: dict[str, dict[str, int]] = {}
     for query, item, grade in zip(judgements.query_ids, judgements.item_ids, judgements.grades, strict=True):
         qrels.setdefault(str(query), {})[str(item)] = int(grade)
-    # trec_eval gets the places, not the scores: ids do not fall with the row here
+    # trec_eval gets ranks instead of scores, since ids do not descend with the row here
     run = {
         query_ids[row]: {gallery_ids[item]: float(-place) for place, item in enumerate(items)}
         for row, items in zip(

@@ -1,4 +1,4 @@
-"""RetrievalResults: against a sort of every score, by hand, with items left out, and bad input."""
+"""Tests RetrievalResults against a sort of all scores and hand-computed values, items left out, and bad input."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RNG = np.random.default_rng(0)
 
 def some(queries: int = 40, rows: int = 90, d: int = 8, classes: int = 7):
     query, gallery = (RNG.standard_normal((n, d)).astype(np.float32) for n in (queries, rows))
-    gallery[rows // 2 :: 3] = gallery[: len(gallery[rows // 2 :: 3])]  # ties, of other classes too
+    gallery[rows // 2 :: 3] = gallery[: len(gallery[rows // 2 :: 3])]  # ties, also between classes
     return query, RNG.integers(classes, size=queries) * 5 - 9, gallery, RNG.integers(classes, size=rows) * 5 - 9
 
 
@@ -28,7 +28,7 @@ def test_by_hand() -> None:
     gallery = np.array([[1.0, 0], [0, 2], [0, 1], [-3, 0]], dtype=np.float32)
     query = np.array([[2.0, 1], [-1, 0]], dtype=np.float32)
     found = search(query, [5, 2**60], gallery, [5, 2**60, 5, 2**60])
-    assert found.positions.tolist() == [[0, 1, 2, 3], [3, 1, 2, 0]]  # the tie of rows 1 and 2 by lower row
+    assert found.positions.tolist() == [[0, 1, 2, 3], [3, 1, 2, 0]]  # rows 1 and 2 are tied; the lower row comes first
     assert found.relevant.tolist() == [[True, False, True, False], [True, True, False, False]]
     assert found.num_relevant.tolist() == [2, 2]
     assert found.num_candidates.tolist() == [4, 4]
@@ -68,7 +68,8 @@ def test_the_query_itself_is_left_out(k: int | None) -> None:
     row = RNG.permutation(90)[:40]
     query, query_labels = gallery[row].copy(), gallery_labels[row].copy()
     query_ids = gallery_ids[row]
-    query_ids[:7] = 1, 2, 2**40 + 1, 2**62, -5, 2**40 - 1, 2**41  # in no gallery row: among, before, after its ids
+    # ids that no gallery row has: among, before and after its ids
+    query_ids[:7] = 1, 2, 2**40 + 1, 2**62, -5, 2**40 - 1, 2**41
     found = search(query, query_labels, gallery, gallery_labels, k=k, query_ids=query_ids, gallery_ids=gallery_ids)
     assert found.excluded.tolist() == [-1] * 7 + row[7:].tolist()
     assert found.num_candidates.tolist() == [90] * 7 + [89] * 33
@@ -130,7 +131,7 @@ def test_results_cannot_be_changed() -> None:
     for name in ("positions", "scores", "relevant", "num_relevant", "num_candidates", "excluded", "gallery_ids"):
         with pytest.raises(ValueError, match="read-only"):
             getattr(found, name)[0] = 0
-    ids[0] = 100  # the caller's own, still writable, and nobody else's
+    ids[0] = 100  # arrays of the caller stay writable and are not shared
     assert found.gallery_ids.tolist() == [7, 8, 9]
 
 

@@ -1,4 +1,4 @@
-"""Galleries sharded over processes: the bits of one process, one error on all, and no rank that outlives another."""
+"""Tests galleries sharded over processes: the bits of one process, the same error on all ranks, no hanging rank."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ N = 203
 
 
 def sharded_hits(name: str, *arguments: Any, group: dist.ProcessGroup | None = None, **ids: Any) -> np.ndarray:
-    """Of loose arrays: queries and labels, and this rank's rows and their labels."""
+    """Calls the sharded hits for separate arrays: queries and labels, and this rank's rows and labels."""
     return PROTOCOLS[name].sharded_hits(pair(*arguments, **ids), group)
 
 
@@ -63,12 +63,12 @@ def free_port() -> int:
 
 
 def environment(rank: int, size: int, port: int) -> dict[str, str]:
-    """What torchrun sets."""
+    """Returns the environment variables that torchrun sets."""
     return {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
 def shards(n: int, size: int) -> list[list[slice]]:
-    """Even, all on the last, the first and last empty where there are more than two, and one row before the rest."""
+    """Returns the rows of each rank in four splits: even, all last, empty first and last, one row first."""
     cuts = [
         [shard_rows(n, rank, size).start for rank in range(size)] + [n],
         [0] * size + [n],
@@ -119,7 +119,7 @@ def check_protocols(rank: int, size: int, kinds: Sequence[str]) -> None:
     for seed, kind in enumerate(kinds):
         gallery, query = gallery_and_queries(kind, N, 19, seed)
         generator = torch.Generator().manual_seed(seed)
-        # ids above 2^24 and below 0; class 8 2^40 is of the queries alone; most classes lie on several ranks
+        # ids above 2^24 and below 0; class 8 2^40 is only in the queries; most classes lie on several ranks
         labels = torch.randint(-3, 8, (N,), generator=generator) * 2**40
         wanted = torch.randint(-3, 9, (len(query),), generator=generator) * 2**40
         for cut in shards(N, size):
@@ -128,7 +128,7 @@ def check_protocols(rank: int, size: int, kinds: Sequence[str]) -> None:
                     args = query.to(dtype), wanted, (gallery.to(dtype) * (1 + 1e-9)), labels
                     found = sharded_hits(name, args[0], wanted, args[2][cut[rank]], labels[cut[rank]])
                     assert np.array_equal(found, whole_hits(name, *args)), (kind, cut, name, dtype)
-                # every other query is a row of the gallery, known by its id
+                # every other query is a gallery row, by its id
                 itself = torch.arange(len(query)) * 7 % N
                 ids = torch.where(torch.arange(len(query)) % 2 == 0, itself, N + itself) * 2**33
                 asked = torch.where((torch.arange(len(query)) % 2 == 0)[:, None], gallery[itself], query)
@@ -142,14 +142,14 @@ def check_protocols(rank: int, size: int, kinds: Sequence[str]) -> None:
 
 
 def check_sums(rank: int, size: int) -> None:
-    """Of classes of which (1, 0) finds 7 or 8, which points to (1, 1), by the last bits of the sum of 7."""
+    """(1, 0) finds class 7 or 8 depending on the last bits of the sum of class 7; class 8 points to (1, 1)."""
     tiny = 2.0**-30
     cases = [
-        # row by row the ones are lost beside 1e16, in partial sums they would not be
+        # added row by row, the ones are lost beside 1e16; partial sums would keep them
         ([[1e16, 0.1], [1, 0.1], [1, 0.1], [1, 0.1], [1, 0.1], [-1e16, 0.1]], torch.float32, 8),
-        # what passes between ranks is float64
+        # ranks exchange float64 sums
         ([[1, 0], [tiny, tiny / 4], [0, 0], [0, 0], [0, 0], [-1, 0]], torch.float32, 7),
-        # rows of float64 are rounded to float32, as everywhere
+        # float64 rows are rounded to float32, as everywhere
         ([[1 + tiny, tiny / 4], [0, 0], [0, 0], [0, 0], [0, 0], [-1, 0]], torch.float64, 8),
     ]
     query, labels = torch.tensor([[1.0, 0.0]]), torch.tensor([7, 7, 7, 7, 7, 7, 8])
@@ -179,7 +179,7 @@ def check_matrix(rank: int, size: int, group: dist.ProcessGroup) -> None:
 
 
 def refusal(call: Callable[..., Any], args: tuple[Any, ...]) -> tuple[type[Exception], str]:
-    """Not the error itself: its traceback would hold the frames, and they the group."""
+    """Returns the error's type and text; its traceback would keep the frames, and so the group, alive."""
     try:
         call(*args)
     except (TypeError, ValueError) as error:
@@ -188,7 +188,7 @@ def refusal(call: Callable[..., Any], args: tuple[Any, ...]) -> tuple[type[Excep
 
 
 def check_refusals(rank: int, size: int) -> None:
-    """The same error on every rank, of input that one of them has, and work goes on after it."""
+    """Bad input of one rank raises the same error on every rank, and the group stays usable."""
     last = rank == size - 1
     rows, labels, wrong = torch.eye(6), torch.arange(6), size - 1
     holed = rows.clone()
@@ -199,7 +199,7 @@ def check_refusals(rank: int, size: int) -> None:
         return items(rows, labels, rows, labels, query_ids=query_ids, gallery_ids=labels)
 
     cases: list[tuple[Callable[..., Any], tuple[Any, ...], tuple[Any, ...], type[Exception], str]] = [
-        # what all others call with, what the last rank does
+        # the arguments of all ranks but the last, and those of the last
         (
             topk,
             (rows, rows, 2),
@@ -247,7 +247,7 @@ def check_refusals(rank: int, size: int) -> None:
 
 
 def check_part_of_the_world(rank: int, size: int) -> None:
-    """Ranks are the group's, not the world's."""
+    """Ranks are those of the group, not of the world."""
     group = dist.new_group(list(range(1, size)))
     gallery, query = gallery_and_queries("duplicates", N, 19, 1)
     labels, wanted = torch.arange(N) % 9, torch.arange(len(query)) % 9
@@ -264,7 +264,7 @@ def check_part_of_the_world(rank: int, size: int) -> None:
 def work_of_a_rank(rank: int, size: int, port: int) -> None:
     os.environ.update(environment(rank, size, port))
     torch.set_num_threads(1)
-    gc.disable()  # no circle holds the group
+    gc.disable()  # no reference cycle keeps the group alive
     with process_group() as group:
         assert (group.rank(), group.size()) == (rank, size)
         check_searches(rank, size, ("normal", "duplicates", "one row", "one-hot", "signs", "zeros", "clusters 1e-7"))
@@ -274,7 +274,7 @@ def work_of_a_rank(rank: int, size: int, port: int) -> None:
         check_matrix(rank, size, group)
         check_refusals(rank, size)
         check_part_of_the_world(rank, size)
-        # Many blocks of queries by places, then by numbers; of rows and columns; each with a rest.
+        # Several blocks of queries, of rows and of columns, each with a smaller last one.
         sharded._BLOCK_PLACES, sharded._SUM_NUMBERS, sharded._SUM_COLUMNS = 700, 200, 8
         check_searches(rank, size, ["duplicates"])
         check_protocols(rank, size, ["heavy tail"])
@@ -320,7 +320,7 @@ with process_group() as group:
 
 @pytest.mark.parametrize("how", ["is killed", "raises", "hangs"])
 def test_a_rank_that_dies_ends_the_others_with_a_message(how: str) -> None:
-    """The other is in the midst of a search, waits at the end for all, or has waited for its time."""
+    """The surviving rank is in a search, waits at the end, or has reached the timeout."""
     port, here = free_port(), Path(__file__).parent
     source = str(Path(simplexfix.__file__).parents[1])
     processes = [
@@ -384,7 +384,7 @@ def test_one_process_is_a_group_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_error_that_all_raise_leaves_no_group_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kept in a circle until the interpreter ends, its threads brought some of the processes down with SIGABRT."""
+    """A group kept alive by a cycle until interpreter exit made some processes abort with SIGABRT."""
     for name, value in environment(0, 1, free_port()).items():
         monkeypatch.setenv(name, value)
     groups: list[weakref.ref[dist.ProcessGroup]] = []

@@ -1,4 +1,4 @@
-"""Verification against all pairs held at once, scikit-learn, tables by hand; bad input; memory."""
+"""Tests verification against all pairs in memory, scikit-learn and hand-computed tables, bad input and memory."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def features(queries: int = 150, items: int = 90, d: int = 16, classes: int = 7,
 
 
 def all_scores(query: np.ndarray, gallery: np.ndarray) -> np.ndarray:
-    """float32 of float64 products of float32 unit rows: the definition of a search's score."""
+    """Returns float64 products of float32 unit rows, rounded to float32: the definition of a search's score."""
     q, g = (F.normalize(torch.tensor(x).double()).float().double() for x in (query, gallery))
     return (q @ g.T).float().numpy()
 
@@ -68,14 +68,14 @@ def test_counts_are_those_of_all_pairs() -> None:
 
 
 def test_ends_of_the_scale() -> None:
-    """Equal and opposite rows, whose cosines rounding may leave beyond 1 and -1; and zero rows."""
+    """Equal and opposite rows, whose cosines may round to beyond 1 and -1, and zero rows."""
     rng = np.random.default_rng(0)
     rows = rng.standard_normal((40, 3)).astype(np.float32)
     rows[0] = 0
     results = compare(rows, np.arange(40), np.concatenate([rows, -rows]), np.arange(80) % 40)
     assert results.at(1 - 2 / STEPS).tar == pytest.approx(39 / 80)
     assert results.at(-1 + 2 / STEPS).tar == pytest.approx(41 / 80)
-    assert results.genuine[STEPS] == 2  # zero with zero
+    assert results.genuine[STEPS] == 2  # zero row with zero row
 
 
 def test_roc_against_scikit_learn() -> None:
@@ -114,7 +114,7 @@ def test_equal_error_rate() -> None:
 
 
 def test_by_hand() -> None:
-    """Cosines 1, 0.6, 0, -0.8 of one query: the two of its class in the middle."""
+    """The cosines of one query are 1, 0.6, 0 and -0.8; the two in the middle are genuine."""
     gallery = torch.tensor([[1.0, 0], [3, 4], [0, 1], [-4, 3]])
     results = compare(torch.tensor([[2.0, 0]]), [5], gallery, [1, 5, 5, 1])
     curve = roc_curve(results)
@@ -159,12 +159,12 @@ def test_blocks_change_nothing_and_pairs_are_not_held(monkeypatch: pytest.Monkey
     np.testing.assert_array_equal(found.genuine, expected.genuine)
     np.testing.assert_array_equal(found.impostor, expected.impostor)
     assert found.excluded == expected.excluded == 400
-    assert peak < 16e6  # counts, a few times, and a block; the pairs' bins alone would be 40 MB
+    assert peak < 16e6  # a few arrays of counts and one block; the bins of all pairs would be 40 MB
     assert not found.genuine.flags.writeable
 
 
 def test_products_that_cancel_are_accepted_at_their_sum(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Antipodal halves: every cosine is 0, and float64 makes it a little more or less by the shape of a product."""
+    """Halves of rows cancel: every cosine is 0, and float64 rounds it up or down depending on the product's shape."""
     rng = np.random.default_rng(0)
     a, b = (rng.standard_normal((rows, 96)).astype(np.float32) for rows in (70, 90))
     query, gallery = np.concatenate([a, a], axis=1), np.concatenate([b, -b], axis=1)
@@ -211,7 +211,7 @@ def test_cross_validation_against_a_loop() -> None:
 
 
 def test_cross_validation_by_hand() -> None:
-    """A threshold of the other fold: 0.5 splits it, and is right for 3 of 4 here."""
+    """The threshold comes from the other fold: 0.5 separates it and decides 3 of 4 pairs here."""
     found = cross_validated_accuracy(
         [0.9, 0.5, 0.1, 0.2, 0.7, 0.5, 0.4, 0.6], np.array([1, 1, 0, 0, 1, 1, 0, 0], dtype=bool), folds=2
     )

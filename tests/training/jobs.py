@@ -1,4 +1,4 @@
-"""What the processes do that tests start and kill: one small training of each kind, on features."""
+"""Processes that tests start and kill: one small training of each kind, on features."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def add_noise(inputs: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 class Noisy(Dataset):
-    """Draws from every generator that data sets draw from."""
+    """Uses every global random generator that data sets commonly use."""
 
     def __init__(self, items: Items, noise: float) -> None:
         self.items, self.noise, self.targets = items, noise, items.labels.tolist()
@@ -76,10 +76,10 @@ def trained(
     references: int | None = None,
     **options: object,
 ) -> EmbeddingModel:
-    """A second version, with an old model, rehearsal, augmentation and dropout; by HOC, ER, ASNN or OCA.
+    """Trains a second version with an old model, rehearsal, augmentation and dropout, by HOC, ER, ASNN or OCA.
 
-    Its items are in memory, or with `noise` those of datasets that add so much.  Remembered ones have embeddings by as
-    many versions as `references` says.  Other options are of `Trainer.fit`.
+    Items are in memory, or with `noise` in datasets that add noise of this size. Remembered items have embeddings by
+    `references` versions. Other options are those of `Trainer.fit`.
     """
     processes = dist.group.WORLD if group else None
     made = {
@@ -118,7 +118,7 @@ def trained(
 
 
 def write_features(folder: Path) -> Path:
-    """Ten classes, for `small_run`."""
+    """Writes ten classes, for `small_run`."""
     draw = np.random.default_rng(0)
     for name, rows in (("train", 200), ("query", 30), ("gallery", 30)):
         labels = np.arange(rows) % 10
@@ -128,7 +128,7 @@ def write_features(folder: Path) -> Path:
 
 
 def small_run(data: Path, **changes: object) -> RunConfig:
-    """Two tasks, of which a network that was pre-trained on other classes takes the second."""
+    """Returns a configuration of two tasks; a network that was pre-trained on other classes replaces the first one."""
     schedule = {"steps": 13, "learning_rate": 0.01, "batch": 16}
     replacement = {"model": {"kind": "mlp", "hidden": [9]}, "classes": 3, "schedule": schedule}
     content = {
@@ -144,7 +144,7 @@ def small_run(data: Path, **changes: object) -> RunConfig:
 
 
 def killed(folder: Path, moment: str, seed: int, options: dict) -> None:
-    """Dies by SIGKILL: between two steps, or inside a save, after so many of either."""
+    """Trains and kills itself with SIGKILL after a random number of steps, or inside a save."""
     count = [random.Random(seed).randrange(1, STEPS if moment == "step" else 4)]
 
     def die(step: int = 0) -> None:
@@ -196,7 +196,7 @@ def resumed(folder: Path, options: dict) -> None:
 
 
 def in_group(rank: int, world: int, folder: Path, name: str, die_at: int | None, options: dict) -> None:
-    """One process of a gloo group; each dies after so many steps."""
+    """Trains in a gloo group; each process kills itself after `die_at` steps."""
     torch.set_num_threads(1)
     rendezvous = f"file://{folder}/{name}.{die_at}.rendezvous"
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world)
@@ -209,12 +209,12 @@ def in_group(rank: int, world: int, folder: Path, name: str, die_at: int | None,
             os.kill(os.getpid(), signal.SIGKILL)
 
     version = trained(folder / name, on_step=on_step, **options)
-    assert len(set(processes.gathered(fingerprint(version.state_dict())))) == 1  # statistics of batches, too
+    assert len(set(processes.gathered(fingerprint(version.state_dict())))) == 1  # includes batch statistics
     dist.destroy_process_group()
 
 
 def run_in_group(rank: int, world: int, folder: Path, data: Path) -> None:
-    """One process of a run, which notes how often it extracted."""
+    """Runs one process of a run and counts its extractions."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     extract, count = EmbeddingModel.extract, [0]
@@ -230,7 +230,7 @@ def run_in_group(rank: int, world: int, folder: Path, data: Path) -> None:
 
 
 def patient(rank: int, world: int, folder: Path) -> None:
-    """The first takes longer than the group waits."""
+    """The first process takes longer than the group's timeout."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/patient", rank=rank, world_size=world)
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1))
     assert processes.run_on_rank0(lambda: time.sleep(2) or rank) == 0
@@ -239,13 +239,13 @@ def patient(rank: int, world: int, folder: Path) -> None:
     else:
         try:
             processes.broadcast(None)
-        except RuntimeError:  # otherwise this test could not fail
+        except RuntimeError:  # the timeout works, so the test can fail
             os._exit(0)
     os._exit(rank)
 
 
 def remembering(rank: int, world: int, folder: Path) -> None:
-    """Each process of a group would remember other rows, with or without a folder."""
+    """Each process of a group would choose other rows to remember, with or without a folder."""
     rendezvous = f"file://{folder}/remembering.rendezvous"
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world)
     items = features(12, 3, 0)

@@ -1,4 +1,4 @@
-"""Small retrieval data sets on features, and what the processes do that tests start."""
+"""Small retrieval data sets of features, and the processes that tests start."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WIDTH = 8
 
 
 def write_set(folder: Path, seed: int, *, rows: int = 24, negatives: int = 2) -> None:
-    """Queries near their documents, up to a turn of the space that an encoder has to learn."""
+    """Writes queries near their documents, up to a rotation that an encoder has to learn."""
     draw = np.random.default_rng(seed)
     folder.mkdir(parents=True)
     (folder / "qrels").mkdir()
@@ -55,7 +55,7 @@ def config(data: Path, changes: dict[str, object] | None = None) -> RunConfig:
 
 
 def in_group(rank: int, world: int, folder: Path, data: Path) -> None:
-    """One process of a run."""
+    """Runs one process of a run."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     train_run(config(data), folder / "run")

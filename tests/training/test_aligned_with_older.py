@@ -47,7 +47,7 @@ def test_a_version_is_rotated_by_the_isometry_nearest_to_the_older_ones(width: i
     made = aligned_with_older(version, older, NEW, REMEMBERED)
     rows, targets = [], []
     for part in (NEW, REMEMBERED):
-        root = len(part.labels) ** -0.5  # the parts weigh alike
+        root = len(part.labels) ** -0.5  # both parts have the same weight
         rows.append(root * version.extract(part.inputs).double())
         targets.append(root * normalize(sum(model.extract(part.inputs) for model in older)).double())
     own, target = torch.cat(rows), torch.cat(targets)
@@ -162,7 +162,7 @@ def test_a_stopped_sequence_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch
     assert (tmp_path / "task-01" / "rotation.safetensors").exists() == (moment == "rotated")
     assert same(whole, sequence(tmp_path))
     monkeypatch.setattr("simplexfix.training.scenario.aligned_with_older", None)
-    assert same(whole, sequence(tmp_path))  # a finished one is read
+    assert same(whole, sequence(tmp_path))  # a finished alignment is read
 
 
 def test_a_folder_of_rotated_versions_is_refused_without(tmp_path: Path) -> None:

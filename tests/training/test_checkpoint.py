@@ -1,4 +1,4 @@
-"""What is written comes back as it was, and what is not as it was written is noticed."""
+"""Tests that written states are restored, and that changed files are detected."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_every_flipped_bit_and_every_truncation_is_noticed(tmp_path: Path) -> No
         except CheckpointError as error:
             refused += str(tmp_path / "y") in str(error)
         else:
-            assert same(STATE, read)  # padding, or another spelling of the same
+            assert same(STATE, read)  # padding, or another encoding of the same content
     assert refused > 390
     for size in {0, 1, 7, 8, 100, len(content) // 2, len(content) - 1}:
         (tmp_path / "y").write_bytes(content[:size])

@@ -1,4 +1,4 @@
-"""A configuration is what was meant, or is refused with a word on why."""
+"""Tests that configurations are read as intended, or rejected with a reason."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_file_is_read_and_overridden(tmp_path: Path) -> None:
 
 
 def test_a_key_of_digits_is_overridden_in_place(tmp_path: Path) -> None:
-    """YAML reads it as a number: what else is below it stays."""
+    """YAML parses the key as a number; other values below it stay."""
     (tmp_path / "a.yaml").write_text("schedule: {steps: 5, learning_rate: 1}\nlimits: {2: 0.5, 3: 1.0}\n")
     content = read_mapping(tmp_path / "a.yaml")
     assert read_config(Whole, overridden(content, ["limits.2=0.25"])).limits == {2: 0.25, 3: 1.0}
@@ -55,7 +55,7 @@ def test_a_key_of_digits_is_overridden_in_place(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["2024", "1.50", "1e3", "-0"])
 def test_a_string_is_the_text_of_a_number(text: str) -> None:
-    """On the command line alone: a file says a string as one."""
+    """Only on the command line: a file distinguishes strings from numbers."""
     assert read_config(Whole, overridden(GOOD, [f"name={text}"])).name == text
     assert type(read_config(Whole, overridden(GOOD, ["schedule.steps=7"])).schedule.steps) is int
     with pytest.raises(ConfigError, match="name must be a string, got 2024"):
@@ -155,4 +155,4 @@ def test_descriptions_do_not_depend_on_the_process() -> None:
 def test_what_a_description_must_tell_apart(then: object, now: object) -> None:
     assert describe(then) == describe(copy.deepcopy(then))
     assert differences(describe({"x": then}), describe({"x": now}))
-    json.dumps(describe(then))  # it goes into checkpoints
+    json.dumps(describe(then))  # checkpoints store it

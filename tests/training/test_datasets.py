@@ -1,4 +1,4 @@
-"""Items that are read when they are needed: the same batches, bits and memory with any number of processes."""
+"""Tests lazily read items: the same batches, bits and memory with any number of worker processes."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ def test_a_dataset_gives_the_bits_of_what_is_in_memory(tmp_path) -> None:
     for name in ("dataset", "workers"):
         assert same(weights(tmp_path / name), whole)
         assert lines(tmp_path / name) == lines(tmp_path / "memory")
-    # what does not draw has one fingerprint, wherever it is
+    # a dataset without random draws has one fingerprint
     started_with = [read_state(tmp_path / name / "version.safetensors")["facts"] for name in ("memory", "workers")]
     assert started_with[0] == started_with[1]
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_what_items_draw_does_not_depend_on_the_processes_that_read(tmp_path, accumulate: int) -> None:
-    """Nor on what was drawn before, and the generators are as they were."""
+    """Nor does it depend on earlier draws, and the global generators are unchanged."""
     versions = []
     for workers in (0, 1, 2):
         random.seed(workers)
@@ -77,7 +77,7 @@ def test_what_items_draw_does_not_depend_on_the_processes_that_read(tmp_path, ac
 
 
 def test_every_place_of_every_batch_draws_anew() -> None:
-    """A row that comes again, in another batch or in the same one, is another input."""
+    """A row that appears again, in another batch or the same one, is augmented differently."""
     seen = []
 
     class Seen(ER):
@@ -119,7 +119,7 @@ def test_a_stopped_training_goes_on_here_with_other_processes(tmp_path) -> None:
 
 
 def test_processes_that_read_do_not_keep_the_folder(tmp_path) -> None:
-    """They live for seconds after their parent was killed, and where they were forked they have its files open."""
+    """Workers outlive a killed parent by seconds, and forked ones inherit its open files."""
     script = (
         "import multiprocessing, pathlib, sys, jobs; multiprocessing.set_start_method('fork'); "
         "jobs.killed(pathlib.Path(sys.argv[1]), 'step', 0, {'noise': 0.1, 'trainer': {'workers': 2}})"
@@ -152,7 +152,7 @@ def test_two_processes_see_what_one_sees(tmp_path) -> None:
 @pytest.mark.parametrize("workers", [None, 0, 2])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_batches_are_those_of_the_sampler_from_the_first_on(workers: int | None, accumulate: int, tmp_path) -> None:
-    """Also after a stop: a shift of all of them would go unnoticed otherwise."""
+    """Also after a stop; a shift of all batches would otherwise go unnoticed."""
     seen = []
 
     class Seen(ER):
@@ -183,7 +183,7 @@ def test_batches_are_those_of_the_sampler_from_the_first_on(workers: int | None,
 
 
 class Counted(Dataset):
-    """Images of one number; counts how often each is read."""
+    """Constant images; counts how often each one is read."""
 
     def __init__(self, labels: list[int], base: int = 0) -> None:
         self.targets, self.base, self.read = labels, base, [0] * len(labels)
@@ -343,7 +343,7 @@ def test_an_image_that_cannot_be_read_says_so_and_no_more(workers: int) -> None:
 
 
 class Killed(Counted):
-    """Ends the process that reads a certain row, as want of memory does."""
+    """Kills the process that reads a certain row, as the out-of-memory killer does."""
 
     def __getitem__(self, row: int):
         if row == 13:

@@ -1,4 +1,4 @@
-"""What overflows in float16 costs a step, and neither a version nor the log."""
+"""Tests that a float16 overflow costs one step, and neither the version nor the log."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from simplexfix.training import Progress, Schedule, Trainer
 
 
 def trained(folder: Path, overflows: Callable[[int], bool], *, steps: int = 40, normalized: bool = False) -> None:
-    """A learnable head; what the network makes of chosen batches is more than float16 holds."""
+    """Trains a learnable head; the network's outputs for chosen batches overflow float16."""
     count = iter(range(1, 1000))
 
     def augment(inputs: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -36,7 +36,7 @@ def names(folder: Path) -> list[str]:
 
 
 def test_statistics_of_an_overflown_batch_are_no_version(tmp_path) -> None:
-    """The loss scale skips the step, after batch normalisation has seen the batch."""
+    """The loss scale skips the step, but batch normalisation has already used the batch."""
     with pytest.raises(FloatingPointError, match=r"running_mean is nan or infinite after step 7.*bfloat16"):
         trained(tmp_path, lambda n: n == 7, normalized=True)
     assert names(tmp_path) == ["log.jsonl", "step-000000004.safetensors"]
@@ -54,7 +54,7 @@ def test_a_line_without_a_loss_is_json(tmp_path, capsys) -> None:
 
 @pytest.mark.parametrize(("first", "steps", "scale", "kept"), [(5, 40, "6.1e-05", 32), (1, 10, "64", 8)])
 def test_a_training_that_takes_no_step_ends(tmp_path, first: int, steps: int, scale: str, kept: int) -> None:
-    """After 30 overflows in a row; and where there was nothing else, for then the version is what was there before."""
+    """Training stops after 30 overflows in a row, or if every step overflows, since the version would not change."""
     with pytest.raises(FloatingPointError, match=f"no step was taken .*loss scale fell to {scale}:"):
         trained(tmp_path, lambda n: n >= first, steps=steps)
     assert names(tmp_path)[-1] == f"step-{kept:09d}.safetensors"

@@ -1,4 +1,4 @@
-"""Runs on folders of images, in memory or decoded while they are needed, and the names of their classes."""
+"""Tests runs on image folders, in memory or decoded lazily, and the names of their classes."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def weights(run: Path) -> list[str]:
 
 
 def test_images_that_are_decoded_when_needed_end_with_the_same_bits(folder, tmp_path) -> None:
-    """In memory, by this process, by others, and stopped and gone on with others again."""
+    """Images in memory, decoded in this process, in workers, and after stops with other numbers of workers."""
     reports = {
         name: train_run(run_of(folder, workers), tmp_path / name)
         for name, workers in (("memory", None), ("here", 0), ("others", 2))
@@ -101,7 +101,7 @@ def test_in_memory_or_not_is_part_of_a_run(folder, tmp_path) -> None:
 
 
 def test_names_of_classes_are_kept(folder, tmp_path) -> None:
-    """In one Unicode form, by the ids of tasks, of pre-training and of each search."""
+    """Names are stored in one Unicode form, under the ids of tasks, of pre-training and of each search."""
     report = train_run(run_of(folder, 0), tmp_path)
     names = [*CLASSES[:4], "\u00e9mu"]
     names_by_use = json.loads((tmp_path / "run.json").read_text())["class_names"]
@@ -112,7 +112,7 @@ def test_names_of_classes_are_kept(folder, tmp_path) -> None:
     for t, count in enumerate((2, 4)):
         model = EmbeddingModel.from_pretrained(tmp_path / f"task-{t:02d}" / "model")
         assert model.class_names == tuple(names_by_use["tasks"][:count])
-    # ids are those of these folders
+    # the ids are those of these folders
     data = load_run_data(run_of(folder, None))
     for task in data.tasks:
         for image, label in zip(task.items.inputs, task.items.labels.tolist(), strict=True):
@@ -176,7 +176,7 @@ def test_another_image_is_noticed(folder, tmp_path) -> None:
         subprocess.run(["cp", "-r", folder / part, tmp_path / part], check=True)
     config = run_of(folder, 0)
     train_run(config, tmp_path / "run")
-    train_run(run_of(tmp_path, 0), tmp_path / "run")  # a copy: other times of change
+    train_run(run_of(tmp_path, 0), tmp_path / "run")  # a copy with other modification times
     for c in CLASSES[:4]:
         image_module.new("RGB", (9, 11)).save(tmp_path / "train" / c / "2.png")
     with pytest.raises(ValueError, match=r"data\.task 0\.sha256: was "):
@@ -208,7 +208,7 @@ MANY = 20_000
 
 
 def begin(root: str, run: str) -> None:
-    """Trains a step with two workers, and prints seconds of this process until then, and KiB of memory at most."""
+    """Trains one step with two workers; prints the seconds until then and the peak memory of this process in KiB."""
     base = run_of(Path(root), 2)
     config = replace(
         base,
@@ -226,7 +226,7 @@ def begin(root: str, run: str) -> None:
 
 
 def test_a_folder_of_many_images_begins_within_seconds_and_little_memory(tmp_path) -> None:
-    """20,000 links to files of about 1 KB, in 100 classes; in memory they would be 3.9 GB at 256 pixels."""
+    """20,000 links to files of about 1 KB in 100 classes; in memory they would take 3.9 GB at 256 pixels."""
     draw = np.random.default_rng(0)
     for c in range(100):
         image = tmp_path / f"{c}.png"
@@ -240,5 +240,5 @@ def test_a_folder_of_many_images_begins_within_seconds_and_little_memory(tmp_pat
     arguments = [sys.executable, "-c", script, str(tmp_path / "root"), str(tmp_path / "run")]
     done = subprocess.run(arguments, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout)
-    assert found["seconds"] < 10  # of this process, whatever else the machine does
+    assert found["seconds"] < 10  # CPU time of this process, which does not depend on other processes
     assert found["kib"] < 200 * 1024

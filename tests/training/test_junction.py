@@ -1,4 +1,4 @@
-"""A replacement begins at its junction, turned into the deployed version's space, with its backbone frozen."""
+"""Tests replacements that begin with a junction rotated to the deployed version, and with a frozen backbone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NEW, REMEMBERED = jobs.features(50, 8, 1), jobs.features(18, 4, 2)
 
 
 def turned(weight: torch.Tensor, own: torch.Tensor, held: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """In all d dimensions, where the SVD has a null space of which the junction sees nothing."""
+    """Computes the SVD in all d dimensions; its null space does not affect the junction."""
     targets = 0.3 * simplex_prototypes(own.shape[1] + 1, slots, dtype=torch.float64) + 0.7 * held.double()
     u, _, vt = torch.linalg.svd(own.double().T @ targets)
     return (u @ vt).T @ weight.double()
@@ -41,7 +41,7 @@ def test_the_junction_is_the_nearest_isometry(width: int, rows: int) -> None:
 
 
 class Watch(HOC):
-    """HOC that notes the weights of each step."""
+    """HOC that records the weights of each step."""
 
     def __init__(self) -> None:
         super().__init__(SlotRegistry(20), lambda_=0.5)
@@ -53,7 +53,7 @@ class Watch(HOC):
 
 
 def models(method: HOC) -> tuple[EmbeddingModel, EmbeddingModel]:
-    """A replacement and the deployed version."""
+    """Returns a replacement and the deployed version."""
     made = []
     for seed in (3, 4):
         torch.manual_seed(seed)
@@ -75,7 +75,7 @@ def test_a_training_begins_at_the_turned_junction_with_the_backbone_frozen(optim
     backbones, junctions = zip(*method._seen, strict=True)
     torch.testing.assert_close(junctions[0].double(), expected, rtol=1e-4, atol=1e-5)
     changed = [not torch.equal(backbone, parent.backbone[0].weight) for backbone in backbones]
-    assert changed == [False] * 3 + [True] * 5  # two frozen steps, and what the third one sees
+    assert changed == [False] * 3 + [True] * 5  # two frozen steps, and the weights at the third one
     assert not torch.equal(junctions[1], junctions[0])
 
 
@@ -98,7 +98,7 @@ def sequence(folder: Path | None = None, method=None, on_step=lambda task, step:
 
 @pytest.mark.parametrize("after", [7, 8, 9])
 def test_a_stopped_alignment_goes_on_to_the_same_bits(tmp_path: Path, after: int) -> None:
-    """With a mean of the weights, which begins at the turned junction, too."""
+    """With a mean of the weights, which also starts from the turned junction."""
     steps = []
 
     def on_step(task: int, step: int) -> None:
@@ -122,7 +122,7 @@ def test_the_mean_of_the_weights_begins_at_the_turned_junction() -> None:
 
 
 def test_only_replacements_of_a_deployed_version_are_turned_and_frozen() -> None:
-    """The first is held to itself as it came, and stays as it came."""
+    """The first network has no deployed version: its junction is not turned, and its backbone is not frozen."""
     method = Watch()
 
     def pretrained() -> EmbeddingModel:

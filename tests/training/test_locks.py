@@ -1,4 +1,4 @@
-"""One training in a folder at a time."""
+"""Tests that only one training runs in a folder."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_killed_training_holds_nothing(tmp_path) -> None:
 
 
 def test_what_another_process_finished_in_the_meantime_is_read(tmp_path, monkeypatch) -> None:
-    """Between looking for a finished version and holding the folder."""
+    """The version was finished after the first check and before the lock."""
     jobs.trained(tmp_path / "whole")
     looked = processes.broadcast
 
@@ -59,7 +59,7 @@ def test_what_another_process_finished_in_the_meantime_is_read(tmp_path, monkeyp
 
 
 def test_a_shared_pretraining_is_waited_for(tmp_path, monkeypatch) -> None:
-    """By runs of other methods; in a run's own folder nobody else has business."""
+    """Runs of other methods wait for a shared pre-training; they do not wait for a run's own folder."""
     config = jobs.small_run(jobs.write_features(tmp_path))
     shared = replace(config, tasks=replace(config.tasks, pretraining_folder=str(tmp_path / "shared")))
     slept: list[float] = []

@@ -1,4 +1,4 @@
-"""Copies of the logs say what `log.jsonl` says, every step once, however often a run was stopped."""
+"""Tests that copies of the logs have each line of `log.jsonl` once, after any number of stops."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def logged(folder: Path, stage: str) -> list[dict]:
 @pytest.mark.parametrize(("left", "steps"), [(None, [6, 9, 12, 13]), (-9, [3, 6, 9, 12, 13]), (40, [6, 9, 12, 13])])
 def test_a_log_that_lost_lines_goes_on_with_whole_ones(tmp_path, features, left: int | None, steps: list[int]) -> None:
     config = configuration(features)
-    stopped(config, tmp_path, 7)  # its checkpoint is of step 5, after a line
+    stopped(config, tmp_path, 7)  # its checkpoint is at step 5, after a line
     log = tmp_path / "task-00" / "log.jsonl"
     content = log.read_bytes()
     log.unlink()
@@ -100,7 +100,7 @@ def test_a_logger_that_comes_later_gets_what_there_was(tmp_path, features) -> No
 
 
 class FakeService:
-    """What wandb's server does: a run goes on where it was, by its id, and takes no step that it has."""
+    """A stand-in for wandb's server: a run resumes by its id and rejects steps that it already has."""
 
     def __init__(self) -> None:
         self.runs: dict[str, dict[int, dict]] = {}
@@ -111,7 +111,7 @@ class FakeService:
         rows = self.runs.setdefault(options["id"], {})
         self.open += 1
         assert options["resume"] == "allow"
-        assert options["name"] == "r" * 128  # its limit
+        assert options["name"] == "r" * 128  # wandb's limit
         assert options["config"]["config"]["method"]["slots"] == 16
 
         def log(values: dict, *, step: int) -> None:
@@ -126,7 +126,7 @@ class FakeService:
 
 @pytest.mark.parametrize("after", [(), (4,), (13, 1), (8, 14, 5)])
 def test_wandb_is_sent_each_line_of_the_log_once(tmp_path, features, after: tuple[int, ...], monkeypatch) -> None:
-    """With a stand-in for the service."""
+    """Uses a stand-in for the service."""
     service, folder = FakeService(), tmp_path / ("r" * 200)
     monkeypatch.setitem(sys.modules, "wandb", service)
     config = configuration(features, "wandb")
@@ -190,7 +190,7 @@ def test_a_terminal_sees_a_bar_that_goes_on_where_it_was(tmp_path, features, mon
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "150")
     config, terminal = configuration(features), Terminal()
-    stopped(config, tmp_path, 13 + 8)  # of pre-training; a checkpoint is at 5
+    stopped(config, tmp_path, 13 + 8)  # a line of pre-training; a checkpoint is at step 5
     seen: list[Progress] = []
     with progress_on(terminal) as bar:
 
@@ -202,8 +202,9 @@ def test_a_terminal_sees_a_bar_that_goes_on_where_it_was(tmp_path, features, mon
     assert [p.step for p in seen] == [*range(6, 14), *range(1, 14)]
     assert {(p.steps, p.batch) for p in seen} == {(13, 16)}
     assert [p.step for p in seen if p.line is not None] == [6, 9, 12, 13, 3, 6, 9, 12, 13]
-    assert terminal.getvalue().count("\x1b[?25h") == terminal.getvalue().count("\x1b[?25l") == 2  # the cursor is back
-    # what a stage leaves on its line: the last that was written there
+    # the cursor is visible again
+    assert terminal.getvalue().count("\x1b[?25h") == terminal.getvalue().count("\x1b[?25l") == 2
+    # the text of a stage's line: what was written there last
     lines = [re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", line) for line in re.split("[\r\n]", terminal.getvalue())]
     ends = [line for line in lines if "13/13" in line]
     assert ends[0].startswith("pre-training for task 1: 100 % ")

@@ -1,4 +1,4 @@
-"""Remembered items are held to their embeddings by all older versions."""
+"""Tests that remembered items are held to their embeddings by all older versions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def remember(version: EmbeddingModel, items: Items, generator) -> torch.Tensor:
 
 
 class Watch(HOC):
-    """HOC that notes what each batch is held to."""
+    """HOC that records the old embeddings of each batch."""
 
     def __init__(self) -> None:
         super().__init__(SlotRegistry(20), lambda_=0.5)
@@ -77,7 +77,7 @@ def test_remembered_items_are_held_to_every_older_version_and_new_ones_to_the_de
 
 @pytest.mark.parametrize("reference", ["all", "deployed"])
 def test_embeddings_may_be_drawn_to_their_class_means(reference: str) -> None:
-    """Means are over new and remembered items, by the version that the embedding is of."""
+    """Means are over new and remembered items, by the version of the embedding."""
     method = Watch()
     tasks = class_incremental(STAGES, (4, 2, 2), seed=1)
     memories: list[Items] = []
@@ -109,7 +109,7 @@ def test_embeddings_may_be_drawn_to_their_class_means(reference: str) -> None:
 
 @pytest.mark.parametrize("lazy", [False, True])
 def test_embeddings_are_kept_with_the_memory_and_extracted_once(tmp_path: Path, monkeypatch, lazy: bool) -> None:
-    """Of each version, those of what is remembered; a run that goes on reads them."""
+    """Each version embeds the remembered items once; a resumed run reads the embeddings."""
     items = Items.from_dataset(jobs.Noisy(STAGES, 0.0)) if lazy else STAGES
     tasks = class_incremental(items, (4, 2, 2), seed=1)
     made = sequence(folder=tmp_path, tasks=tasks)
@@ -149,7 +149,7 @@ def test_classes_that_come_again_are_embedded_by_all_versions(tmp_path: Path) ->
 
 
 def test_feature_distillation_may_be_held_to_all() -> None:
-    """Of one older version the stored embeddings are what it would give; of two they are others."""
+    """With one older version, stored embeddings equal computed ones; with two they differ."""
     alone, held = (
         [version.backbone[0].weight for version in sequence(FD(), hoc_reference=name)] for name in ("deployed", "all")
     )

@@ -1,4 +1,4 @@
-"""What is remembered: herding by hand and against its equation, budgets, samples, and states."""
+"""Tests rehearsal: herding against hand-computed values and its equation, budgets, samples, and states."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from simplexfix.training import Rehearsal, herding_rows, random_rows, read_state
 
 
 def at(*degrees: float) -> np.ndarray:
-    """Unit vectors of the plane."""
+    """Returns unit vectors of the plane."""
     return np.array([[math.cos(math.radians(a)), math.sin(math.radians(a))] for a in degrees])
 
 
@@ -30,12 +30,12 @@ def test_herding_by_hand() -> None:
     .184.  The one that is left comes last.
     """
     assert herding_rows(at(0, 10, 40, 90), [5, 5, 5, 5], 4).tolist() == [2, 1, 3, 0]
-    # lengths do not count
+    # lengths have no effect
     assert herding_rows(at(0, 10, 40, 90) * [[9.0], [1e-200], [3.0], [1e30]], [5] * 4, 3).tolist() == [2, 1, 3]
 
 
 def test_herding_by_hand_greed_is_not_nearness() -> None:
-    """40, -40 and 30 degrees: nearest to the mean is 30; then -40, which outweighs it, and not 40, which is nearer."""
+    """40, -40 and 30 degrees: 30 is nearest to the mean, then -40, which balances it, and not 40, which is nearer."""
     assert herding_rows(at(40, -40, 30), [0, 0, 0], 3).tolist() == [2, 1, 0]
 
 
@@ -104,7 +104,7 @@ def test_a_memory_holds_what_its_selection_chose(selection: str) -> None:
     remembered = memory(3, selection)
     assert len(remembered) == 0
     assert remembered.classes == []
-    numbers = np.random.default_rng(0)  # draws as the memory's own does
+    numbers = np.random.default_rng(0)  # draws as the memory's own generator does
     kept = {}
     for c, count in ((4, 8), (1, 2)):
         inputs, features = torch.arange(count)[:, None] + 100 * c, np.random.default_rng(c).normal(size=(count, 5))
@@ -116,7 +116,7 @@ def test_a_memory_holds_what_its_selection_chose(selection: str) -> None:
             rows = random_rows([c] * count, 3, numbers)
         kept[c] = inputs[rows]
     assert remembered.classes == [1, 4]
-    assert len(remembered) == 5  # class 1 has two in all
+    assert len(remembered) == 5  # class 1 has two items
     assert torch.equal(remembered.items().inputs, torch.cat([kept[4], kept[1]]))
     assert remembered.items().labels.tolist() == [4, 4, 4, 1, 1]
     assert torch.equal(remembered.pop_class(4), kept[4])
@@ -144,7 +144,7 @@ def test_samples_show_every_item_once_before_any_again() -> None:
 def test_a_saved_memory_goes_on_to_the_same_bits(tmp_path, selection: str) -> None:
     pytest.importorskip("safetensors", reason="states are written as safetensors")
     first = memory(3, selection)
-    saved = [first.state_dict()]  # of nothing yet
+    saved = [first.state_dict()]  # of an empty memory
     fill(first)
     first.sample(4)
     saved.append(first.state_dict())

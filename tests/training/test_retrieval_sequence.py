@@ -1,4 +1,4 @@
-"""A sequence of retrieval data sets: pairs, indexes that stay, queries that are moved back, and runs that stop."""
+"""Tests sequences of retrieval data sets: pairs, constant indexes, drift compensation, and stopped runs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory) -> Path:
-    """The run that never stopped."""
+    """Returns a run that was never stopped."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     train_run(jobs.config(data), folder)
     return folder
@@ -152,7 +152,7 @@ def test_two_processes_train_as_one_with_the_documents_of_both(data, whole, tmp_
         for name, value in weights(tmp_path / "run" / task).items():
             assert torch.allclose(value, expected[name], atol=1e-5), name
     schedule = {"steps": 12, "learning_rate": 0.02, "batch": 8, "accumulate": 2}
-    train_run(jobs.config(data, {"schedule": schedule}), tmp_path / "parts")  # each half sees its own documents
+    train_run(jobs.config(data, {"schedule": schedule}), tmp_path / "parts")  # each half has its own documents
     apart = weights(tmp_path / "parts" / "task-00")["backbone.linear.weight"]
     assert (apart - weights(whole / "task-00")["backbone.linear.weight"]).abs().max() > 1e-3
 
@@ -160,7 +160,7 @@ def test_two_processes_train_as_one_with_the_documents_of_both(data, whole, tmp_
 def test_pairs_are_query_document_and_its_first_hard_negatives(data) -> None:
     found = load_retrieval_set(data / "first", features=True)
     items = pair_items(found, found.documents, found.queries, negatives=2)
-    assert items.inputs.shape == (12, 4, jobs.WIDTH)  # a score of 0 makes no pair
+    assert items.inputs.shape == (12, 4, jobs.WIDTH)  # a score of 0 gives no pair
     assert items.labels.tolist() == list(range(12))
     expected = torch.stack([found.queries[3], found.documents[3], found.documents[4], found.documents[5]])
     assert torch.equal(items.inputs[3], expected)

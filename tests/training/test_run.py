@@ -1,4 +1,4 @@
-"""A whole run: killed, finished elsewhere, judged anew."""
+"""Tests whole runs: killed, continued elsewhere, and evaluated again."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def stopped(data: Path, folder: Path, stage: str, step: int) -> None:
 
 
 def begun_on(device: str, *files: Path) -> None:
-    """As if a training on another device had written them."""
+    """Rewrites the files as if a training on another device had written them."""
     for file in files:
         state = read_state(file)
         state["facts"]["device"] = device
@@ -82,7 +82,7 @@ def test_a_finished_run_may_be_judged_by_another_protocol(data, tmp_path) -> Non
 
 @pytest.mark.parametrize("method", [{"slots": 16, "normalize": True, "scale": 8.0}, {"name": "er"}], ids=["hoc", "er"])
 def test_a_replacement_that_learned_what_the_tasks_before_brought_knows_it_by_the_same_numbers(data, tmp_path, method):
-    """A last task that changes next to nothing leaves it as it was pre-trained."""
+    """The last task changes almost nothing, so the version is the pre-trained network."""
     config = jobs.small_run(data, method=method)
     schedule = Schedule(80, 0.03, batch=16)
     tasks = replace(
@@ -115,7 +115,7 @@ def test_a_replacement_that_learned_what_the_tasks_before_brought_knows_it_by_th
     ids=["oca", "asnn", "fd with asnn"],
 )
 def test_a_replacement_that_learned_the_tasks_before_gets_the_head_of_its_method(data, tmp_path, method) -> None:
-    """Pre-training is by ER, whose classifier these methods do not train."""
+    """ER pre-trains a classifier that these methods do not use."""
     config = jobs.small_run(data, method=method)
     schedule = Schedule(2, 0.03, batch=16)
     replacement = ReplacementConfig(ModelConfig("mlp", hidden=(8,)), schedule=schedule, source="tasks")
@@ -126,7 +126,7 @@ def test_a_replacement_that_learned_the_tasks_before_gets_the_head_of_its_method
 
 
 def test_the_same_data_may_be_somewhere_else(data, tmp_path) -> None:
-    """Its fingerprint decides; of other data the path is named, too."""
+    """Data at another path is accepted if its fingerprint is the same; the error for other data names the path."""
     config = jobs.small_run(data)
     stopped(data, tmp_path / "run", "task 1", 5)
     moved = tmp_path / "moved"
@@ -156,9 +156,9 @@ def test_a_moved_folder_of_pre_trained_networks_is_found(data, tmp_path) -> None
 
 
 def test_a_run_killed_at_any_moment_ends_with_the_same_report(data, tmp_path) -> None:
-    """While it reads, pre-trains, trains, saves, extracts or judges."""
+    """The run is killed while it reads, pre-trains, trains, saves, extracts and evaluates."""
     config, draw = jobs.small_run(data), random.Random(0)
-    assert done(int) == 0  # the server is there
+    assert done(int) == 0  # starts the fork server
     began = time.monotonic()
     assert done(train_run, config, tmp_path / "whole") == 0
     whole, kills = time.monotonic() - began, 0
@@ -181,7 +181,7 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_report(data, tmp_path) ->
 
 
 def test_the_first_process_alone_extracts_and_judges(data, tmp_path) -> None:
-    """And all have what it found."""
+    """All processes get the first one's results."""
     assert together(jobs.run_in_group, tmp_path, data) == [0, 0]
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert [entry["extracted"] for entry in found] == [4, 0]

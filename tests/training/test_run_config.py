@@ -1,4 +1,4 @@
-"""An option of a run's configuration is of what was chosen, or refused."""
+"""Tests that options of a run's configuration are rejected if the chosen kind does not use them."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_an_option_of_what_was_chosen_is_none_of_them(changes: list[str]) -> Non
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("method", ["er", "fd", "bct", "oca", "simplex", "hoc", "asnn", "nnp"])
 def test_a_preset_is_for_all_methods(name: str, method: str) -> None:
-    """The whole of `method` is given where the preset's has options of another."""
+    """A configuration must replace all of `method` if the preset's has options of another method."""
     content = json.loads(json.dumps(asdict(PRESETS[name])))
     config = read_config(RunConfig, overridden(content, [f'method={{"name": "{method}"}}']))
     assert config.method == MethodConfig(name=method)

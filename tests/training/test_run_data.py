@@ -1,4 +1,4 @@
-"""What a configuration's data becomes: tasks, pre-training, search and validation."""
+"""Tests the data of a run: tasks, pre-training, searches and validation."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PER_CLASS = 6
 
 @pytest.fixture(scope="module")
 def cifar(tmp_path_factory) -> Path:
-    """Both data sets in their published layout, of a few images: each class a colour, with noise."""
+    """Writes both data sets in their published layout with a few images: each class is a colour with noise."""
     root = tmp_path_factory.mktemp("cifar")
     draw = np.random.default_rng(0)
 
@@ -55,13 +55,13 @@ def cifar(tmp_path_factory) -> Path:
 
 
 def small(cifar: Path) -> RunConfig:
-    """The preset, of fewer images."""
+    """Returns the preset with fewer images."""
     preset = PRESETS["cpu-small"]
     return replace(preset, data=replace(preset.data, path=str(cifar), per_class=PER_CLASS - 1))
 
 
 def test_the_preset_splits_as_it_says(cifar) -> None:
-    """Tasks have the classes below 50, in the seed's order, pre-training the others; no item is in two places."""
+    """Tasks have the classes below 50 in the seed's order, pre-training has the others; no item is in both."""
     config = small(cifar)
     data = load_run_data(config)
     assert [task.classes.stop for task in data.tasks] == [8, 15, 22, 29, 36, 43, 50]
@@ -82,7 +82,7 @@ def test_the_preset_splits_as_it_says(cifar) -> None:
 
 
 def test_the_half_width_preset_has_the_papers_tasks(cifar, tmp_path) -> None:
-    """Tasks of 10 and 15 classes, 70 epochs each; networks pre-trained on 50, 100 and 200 classes of a folder."""
+    """Tasks have 10 and 15 classes and 70 epochs; networks are pre-trained on 50, 100 and 200 classes of a folder."""
     for c in range(200):
         (tmp_path / f"class{c:03d}").mkdir()
         Image.fromarray(np.full((32, 32, 3), c, np.uint8)).save(tmp_path / f"class{c:03d}" / "0.png")
@@ -107,7 +107,7 @@ def test_drawings_are_searched_under_two_names_and_not_trained_on() -> None:
     assert sizes == {"seen": [60 * 4, 60 * 4], "unseen": [57 * 10, 57 * 10]}
     parts = [task.items for task in data.tasks] + [items for pair in data.searched.values() for items in pair]
     drawings = [{image.numpy().tobytes() for image in items.inputs} for items in parts]
-    # a few characters can be drawn alike to the pixel; whole sets cannot
+    # single drawings of two characters can be equal pixel by pixel; whole sets cannot
     for i, a in enumerate(drawings):
         for b in drawings[i + 1 :]:
             assert len(a & b) <= 2
@@ -132,7 +132,7 @@ def test_validation_is_held_out_of_every_class(cifar) -> None:
 
 
 def test_methods_share_their_pre_training_and_the_model_folder_embeds_alike(cifar, tmp_path) -> None:
-    """IAM-CL2R of images from end to end: `hoc` and `simplex` read the same networks, `er` would not."""
+    """Runs IAM-CL2R on images: `hoc` and `simplex` read the same pre-trained networks, `er` has its own."""
     config = RunConfig(
         data=DataConfig(kind="cifar", path=str(cifar), query_batches=(1,), validation=0.2),
         model=ModelConfig(kind="resnet18", width=4),
@@ -221,7 +221,7 @@ def sequence(path: Path, **data: object) -> RunConfig:
 
 @pytest.fixture
 def two_sets(tmp_path) -> Path:
-    """Features of cars, classes 3 and 7, of birds, classes 3, 5 and 7, and of what is searched: class x set in each."""
+    """Writes features of cars (classes 3 and 7), of birds (3, 5 and 7), and of query and gallery (0 and 1)."""
     draw = np.random.default_rng(0)
     for name, classes in (("cars", (7, 3)), ("birds", (5, 3, 7)), ("query", (0, 1)), ("gallery", (0, 1))):
         labels = np.repeat(classes, 6)
@@ -231,7 +231,7 @@ def two_sets(tmp_path) -> Path:
 
 
 def test_a_data_set_for_each_task(two_sets) -> None:
-    """Each task has the rows of its set, an id for each of its classes, and no class of the other's."""
+    """Each task has the rows of its set, with new ids for all of its classes."""
     tasks = load_run_data(sequence(two_sets)).tasks
     assert [task.classes for task in tasks] == [range(2), range(5)]
     for task, name in zip(tasks, ("cars", "birds"), strict=True):
@@ -279,7 +279,7 @@ def test_a_sequence_that_cannot_be_is_refused(tasks, data, says) -> None:
     ],
 )
 def test_what_would_fail_later_is_refused_before_anything_is_there(two_sets, change, says) -> None:
-    """And the folder is free for the configuration that was meant."""
+    """The folder stays free for the intended configuration."""
     with pytest.raises(ValueError, match=says):
         train_run(replace(sequence(two_sets), **change), two_sets / "run")
     assert not (two_sets / "run").exists()
@@ -307,7 +307,7 @@ def test_what_would_fail_later_is_refused_before_anything_is_there(two_sets, cha
 def test_batches_of_one_with_batch_normalisation_are_refused_before_anything_is_there(
     cifar, tmp_path, batch, accumulate, replaced, says
 ) -> None:
-    """32 pixels become one at the end of the network, whose statistics need two rows."""
+    """The network reduces 32 pixels to one, so batch normalisation needs two rows."""
     plan = ReplacementConfig(ModelConfig(kind="resnet18", width=8), 20, Schedule(1, 0.1, **{"batch": 4, **replaced}))
     config = RunConfig(
         data=DataConfig(kind="cifar", path=str(cifar), query_batches=(1,)),
@@ -369,7 +369,7 @@ def test_a_replacement_that_is_its_own_reference_must_be_trained() -> None:
     with pytest.raises(ValueError, match=r"those of tasks \[1\] have none; give them classes and a schedule"):
         RunConfig(tasks=tasks, schedule=Schedule(1, 0.1))
     mixed = replace(tasks, hoc_reference="deployed_or_replacement")
-    RunConfig(tasks=mixed, schedule=Schedule(1, 0.1))  # the deployed version is there by then
+    RunConfig(tasks=mixed, schedule=Schedule(1, 0.1))  # the deployed version exists by then
     first = replace(mixed, replacements={0: ReplacementConfig(ModelConfig())})
     with pytest.raises(
         ValueError, match=r'hoc_reference="deployed_or_replacement" needs .* those of tasks \[0\] have none'

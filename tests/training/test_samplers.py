@@ -1,4 +1,4 @@
-"""Batches of new and remembered rows: every one once, half and half, the same for any number of processes, resumed."""
+"""Tests batches of new and remembered rows: epochs, halves, independence of the number of processes, and resuming."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_state_from_between_any_batches_goes_on_alike(tmp_path, new, remembere
         next(sampler)
     write_state(tmp_path / "s.safetensors", sampler.state_dict())
     expected = list(islice(sampler, 40))
-    again = BalancedSampler(new, remembered, batch, seed=99)  # the state says all that the seed did
+    again = BalancedSampler(new, remembered, batch, seed=99)  # the state replaces the seed
     next(again)
     again.load_state_dict(read_state(tmp_path / "s.safetensors"))
     for a, b in zip(expected, islice(again, 40), strict=True):
@@ -79,7 +79,7 @@ def test_the_order_is_the_seeds_and_nobody_elses() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(first[0][0], first[1][0])
     assert not torch.equal(first[0][0], first[2][0])
-    assert not torch.equal(first[0][0], first[0][1])  # the two orders are apart
+    assert not torch.equal(first[0][0], first[0][1])  # the two orders are independent
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_bad_input(act, message: str) -> None:
 def test_parts_of_one_row_are_refused_with_statistics_of_batches(
     batch: int, world: int, accumulate: int, least: int | None
 ) -> None:
-    """Over processes, too; not with statistics of all processes, of which torch on a CPU knows nothing."""
+    """Also with several processes, but not with SyncBatchNorm, which torch does not run on a CPU."""
     network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     split = {"batch": batch, "world": world, "accumulate": accumulate}
     if least is None:

@@ -1,4 +1,4 @@
-"""Tasks hold what they should, and sequences of versions go on where they stopped."""
+"""Tests the contents of tasks, and that stopped sequences of versions resume."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def remember(version: EmbeddingModel, items: Items, generator: np.random.Generat
 
 
 class Recorder(HOC):
-    """HOC that notes which old model it was given."""
+    """HOC that records its old model."""
 
     def __init__(self) -> None:
         super().__init__(SlotRegistry(20), lambda_=0.5)
@@ -113,7 +113,7 @@ def test_a_replacement_of_other_width_keeps_slots_and_gets_its_junction() -> Non
 
 
 def test_a_new_junction_does_not_depend_on_what_its_maker_drew() -> None:
-    """A maker that trains draws on the first call, and on the next one only reads."""
+    """A function that trains draws random numbers on the first call; on the next one it only reads a file."""
 
     def drawing() -> nn.Module:
         made = wider()
@@ -251,7 +251,7 @@ def test_a_stopped_sequence_goes_on_to_the_same_bits(tmp_path: Path, after: int)
 @pytest.mark.parametrize("make", [BCT, FD, lambda: FD(distance="l2", scale=5.0)])
 @pytest.mark.parametrize("after", [6, 12])
 def test_versions_with_a_classifier_and_herding_go_on_to_the_same_bits(tmp_path: Path, make, after: int) -> None:
-    """The old classifier is read from its version's file, the memory from its own; the last network is a new one."""
+    """The old classifier is read from its version's file, the memory from its own; the last network is new."""
 
     def herd(version: EmbeddingModel, items: Items, generator: np.random.Generator) -> torch.Tensor:
         return herding_rows(version.extract(items.inputs), items.labels, 3)

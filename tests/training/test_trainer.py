@@ -1,4 +1,4 @@
-"""No step is lost: trainings that are killed at any moment end as those that never were."""
+"""Tests that trainings killed at any moment end with the bits of trainings that never stopped."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from simplexfix.models import EmbeddingModel
 from simplexfix.training import CheckpointWarning, Items, Schedule, Trainer, read_state, write_state
 from simplexfix.training.trainer import _fingerprint as fingerprint_of
 
-# a server that has loaded torch forks a process for each job, in milliseconds; it never ran a backward pass itself,
-# after which torch forbids that
+# A server that has loaded torch forks a process for each job within milliseconds. It never runs a backward pass, after
+# which torch forbids forking.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["torch", "torch.distributed", "simplexfix.training", "jobs"])
 
@@ -62,14 +62,14 @@ def same(first: dict, second: dict) -> bool:
 
 
 def lines(folder: Path) -> list[dict]:
-    """Without their times."""
+    """Returns the lines without their times."""
     found = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key != "steps_per_second"} for line in found]
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Callable[[str], Path]:
-    """The training of a kind that never stopped."""
+    """Returns a training of this kind that never stopped."""
     folders: dict[str, Path] = {}
 
     def folder_of(kind: str) -> Path:
@@ -86,22 +86,22 @@ def whole(tmp_path_factory) -> Callable[[str], Path]:
 def test_killed_again_and_again_ends_with_the_same_bits(kind: str, moment: str, whole, tmp_path) -> None:
     kills, seed = 0, random.Random(f"{kind} {moment}").randrange(1000)
     folder = tmp_path / "run"
-    for attempt in range(3):  # each dies a few steps, or a save or two, further on
+    for attempt in range(3):  # each process is killed a few steps, or a save or two, later
         code = done(jobs.killed, folder, moment, seed + attempt, KINDS[kind])
         if code != -signal.SIGKILL:
-            break  # it had nothing left to do
+            break  # nothing was left to do
         kills += 1
     assert kills
     assert done(jobs.resumed, folder, KINDS[kind]) == 0
     name = "version.safetensors"
     assert (folder / name).read_bytes() == (whole(kind) / name).read_bytes()
     assert lines(folder) == lines(whole(kind))
-    # checkpoints and what killed saves left are gone
+    # checkpoints and temporary files are deleted
     assert {path.name for path in folder.iterdir()} == {"log.jsonl", "version.safetensors"}
 
 
 def test_the_seed_decides_and_dropout_is_part_of_it(whole) -> None:
-    """Otherwise the tests above could not fail."""
+    """Shows that the tests above can fail."""
     other = jobs.trained(None, dropout=0.0)
     assert not same(dict(other.state_dict()), weights(whole("float32")))
     mean = jobs.trained(None, convolutions=True, schedule={"accumulate": 2, "clip": 0.5})
@@ -132,7 +132,7 @@ def test_all_processes_remember_what_the_first_chose(tmp_path) -> None:
 
 
 def test_two_processes_see_what_one_sees(tmp_path) -> None:
-    """In parts, as one process would compute them; and with gathered negatives, the batch as a whole."""
+    """Two processes compute the parts that one would compute, and with gathered negatives the whole batch."""
     alone = {"dropout": 0.0, "references": 3, "junction": "aligned", "frozen": 0.25, "denoise": 0.5}
     assert group(tmp_path, "parts", alone) == [0, 0]
     jobs.trained(tmp_path / "accumulated", **alone, schedule={"accumulate": 2})
@@ -150,7 +150,7 @@ def test_two_processes_see_what_one_sees(tmp_path) -> None:
 
 
 def test_two_processes_train_a_scaled_learnable_head(tmp_path) -> None:
-    """Its bias is not part of the loss: a group would wait for its gradient, were it not frozen."""
+    """The bias is frozen, since DistributedDataParallel would wait for its gradient."""
     options = {"dropout": 0.0, "method": "er"}
     assert group(tmp_path, "parts", options) == [0, 0]
     jobs.trained(tmp_path / "accumulated", **options, schedule={"accumulate": 2})
@@ -163,12 +163,12 @@ def test_two_processes_find_the_neighbours_that_one_finds(tmp_path) -> None:
     jobs.trained(tmp_path / "one", **options)
     first, second = weights(tmp_path / "gathered"), weights(tmp_path / "one")
     close({key: value for key, value in first.items() if "queue" not in key}, second)
-    labels = [w["head.queue.labels"].sort().values for w in (first, second)]  # of each batch in another order
+    labels = [w["head.queue.labels"].sort().values for w in (first, second)]  # each batch is in another order
     assert torch.equal(*labels)
 
 
 def test_two_processes_have_the_prototypes_of_one(tmp_path) -> None:
-    """The first reads the old version's embeddings for both."""
+    """The first process reads the old version's embeddings for both."""
     options = {"dropout": 0.0, "method": "oca"}
     assert group(tmp_path, "parts", options) == [0, 0]
     jobs.trained(tmp_path / "accumulated", **options, schedule={"accumulate": 2})
@@ -178,9 +178,10 @@ def test_two_processes_have_the_prototypes_of_one(tmp_path) -> None:
 
 
 def test_a_group_that_was_killed_goes_on(tmp_path) -> None:
-    options = {"convolutions": True, "schedule": {"accumulate": 2}}  # statistics of batches differ by process
+    options = {"convolutions": True, "schedule": {"accumulate": 2}}  # batch statistics differ by process
     assert group(tmp_path, "whole", options) == [0, 0]
-    assert -signal.SIGKILL in group(tmp_path, "killed", options, die_at=13)  # the other may miss it, and fail first
+    # the other process may not get the error, and fail first
+    assert -signal.SIGKILL in group(tmp_path, "killed", options, die_at=13)
     assert (tmp_path / "killed" / "step-000000010.safetensors").exists()
     assert group(tmp_path, "killed", options) == [0, 0]
     assert same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
@@ -204,7 +205,7 @@ def stopped(folder: Path, after: int, **options) -> None:
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path) -> None:
-    jobs.trained(tmp_path / "whole")  # here: other tests may have left another number of threads
+    jobs.trained(tmp_path / "whole")  # here, since other tests may have changed the number of threads
     stopped(tmp_path / "run", 12)
     newest = tmp_path / "run" / "step-000000010.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1])
@@ -249,7 +250,7 @@ def test_drift_is_named(tmp_path, options: dict, message: str, done: bool) -> No
 
 
 def test_checkpoints_from_before_states_held_tensors_alone_go_on(tmp_path) -> None:
-    """The head's classes were a dict in them, and so in the fingerprints of the parent and the old model."""
+    """Older checkpoints stored the head's classes as a dict, and so did the fingerprints of parent and old model."""
 
     def as_before(path: Path, *places: str) -> None:
         state = read_state(path)
@@ -276,7 +277,7 @@ def test_checkpoints_from_before_states_held_tensors_alone_go_on(tmp_path) -> No
 
 
 def test_the_fingerprint_of_a_model_is_what_it_always_was() -> None:
-    """As the first version wrote it into its checkpoints: another one would refuse them as of another training."""
+    """Checkpoints of the first release have this fingerprint; another one would reject them."""
     model = EmbeddingModel(torch.nn.Identity(), SimplexHead(2, 3, num_slots=4))
     model.head.junction.weight.data = torch.arange(6.0).view(3, 2)
     assert fingerprint_of(model) == "1ea221381687c3742371092b3a5acc24a9d110ed0ad95a2c08465c56b33ba9fa"
@@ -303,7 +304,7 @@ def test_a_loss_of_nan_ends_the_training_and_no_good_checkpoint(tmp_path) -> Non
 
 
 def test_weights_of_nan_are_no_version(tmp_path) -> None:
-    """A finite loss whose gradient is not: the root of nothing."""
+    """The loss is finite and its gradient is not: the square root of 0."""
 
     class Rooted(ER):
         def loss(self, model, input, target, old):
@@ -321,7 +322,7 @@ def test_weights_of_nan_are_no_version(tmp_path) -> None:
 
 
 def test_a_batch_of_one_with_batch_normalisation_is_refused_before_anything_is_there(tmp_path) -> None:
-    """Of vectors; an image has many values in a channel, and other normalisation has no statistics."""
+    """Vectors only: an image has many values per channel, and other normalisations have no batch statistics."""
     method = ER()
     normalised = torch.nn.Sequential(torch.nn.Linear(12, 10), torch.nn.BatchNorm1d(10))
     for backbone in (normalised, jobs.network(0.0)):
@@ -353,7 +354,7 @@ def test_halves_that_cannot_be_shared_out_leave_no_folder(tmp_path) -> None:
 
 @pytest.mark.parametrize("part", ["items", "memory"])
 def test_labels_of_no_class_are_named(part: str) -> None:
-    """On a GPU nobody looks at them again: their loss is nan."""
+    """On a GPU labels are not checked again: their loss would be nan."""
     method = ER()
     parent = EmbeddingModel(jobs.network(), method.head(10))
     items = {"items": jobs.features(20, 4, 1), "memory": jobs.features(20, 4, 1)}
@@ -363,7 +364,7 @@ def test_labels_of_no_class_are_named(part: str) -> None:
 
 
 def test_new_weights_leave_the_generators_of_gpus_alone(monkeypatch) -> None:
-    """They are each process's own, for its dropout."""
+    """Each process uses them for its own dropout."""
     asked: list[int] = []
     monkeypatch.setattr(torch.cuda, "manual_seed_all", asked.append)
     torch.manual_seed(1)
@@ -376,7 +377,7 @@ def test_new_weights_leave_the_generators_of_gpus_alone(monkeypatch) -> None:
 
 
 def test_the_mean_of_weights_is_the_version() -> None:
-    # one step: the mean is ema of the first weights and the rest of the last
+    # after one step the mean is ema of the first weights and 1 - ema of the last
     last = jobs.trained(None, schedule={"steps": 1})
     mean = jobs.trained(None, schedule={"steps": 1}, trainer={"ema": 0.75})
     torch.manual_seed(3)
@@ -386,7 +387,7 @@ def test_the_mean_of_weights_is_the_version() -> None:
 
 
 def test_first_steps_of_sgd_that_overflow_leave_the_weights_alone() -> None:
-    """torch's fused SGD would take memory that nobody wrote for its momentum."""
+    """torch's fused SGD would use uninitialised memory as momentum."""
     weight = torch.nn.Linear(64, 64)
     before = weight.weight.detach().clone()
     optimizer = Schedule(1, 0.1, optimizer="sgd").optimizer_of(weight)
@@ -398,7 +399,7 @@ def test_first_steps_of_sgd_that_overflow_leave_the_weights_alone() -> None:
         optimizer.zero_grad()
         if value != 1.0:
             assert torch.equal(weight.weight, before)
-            noise = [torch.full((64, 64), 1e30) for _ in range(50)]  # for memory to be dirty
+            noise = [torch.full((64, 64), 1e30) for _ in range(50)]  # fills memory, so that it is not zero by chance
             del noise
     torch.testing.assert_close(weight.weight, before - 0.1 * (1 + 0.05 * before), rtol=1e-5, atol=1e-6)
 

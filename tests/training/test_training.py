@@ -1,4 +1,4 @@
-"""Batches, schedules, methods and versions."""
+"""Tests batches, schedules, methods and versions."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_training_lowers_the_loss() -> None:
     parent = model_of(method)
     images = torch.zeros(50, 28, 28)
     labels = torch.arange(50) % 5
-    images[torch.arange(50), labels * 5] = 1.0  # a stroke at a height that says the class
+    images[torch.arange(50), labels * 5] = 1.0  # a stroke whose height depends on the class
     items = Items(images, labels)
     warp = RandomWarp(rotate=0.05, log_scale=0.05, shear=0.05, shift=0.01, elastic=0.01)
     version = Trainer(method, augment=warp).fit(parent, items, Schedule(40, 1e-2, batch=25), classes=range(5), seed=0)

@@ -23,7 +23,7 @@ DOWN = ("cpu", "meta")
 
 
 class Copies(TorchDispatchMode):
-    """Counts what goes from the host to the device: without waiting, and waited for."""
+    """Counts copies from the host to the device, asynchronous and synchronous ones."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ def test_losses_ask_for_no_value(make: Callable[[], Any]) -> None:
     model.to("meta")
     old = copy.deepcopy(model).eval()
     input, target = torch.zeros(8, 12, device="meta"), torch.zeros(8, dtype=torch.int64, device="meta")
-    with pytest.raises(RuntimeError, match="meta"):  # that is what asking comes to
+    with pytest.raises(RuntimeError, match="meta"):  # reading a value raises
         target.any().item()
     with Copies() as first:
         method.loss(model, input, target, old).backward()
@@ -71,7 +71,7 @@ def test_losses_ask_for_no_value(make: Callable[[], Any]) -> None:
         method.loss(model, input, target, old).backward()
     assert first.waited == 2 * (
         isinstance(method, Simplex) and getattr(method, "classification", None) is None
-    )  # the slots of all classes, once
+    )  # the slots of all classes, sent once
     assert (copies.waited, copies.free) == (0, 0)
 
 
@@ -87,7 +87,7 @@ def test_augmentation_sends_what_it_drew_and_waits_for_nothing(
 ) -> None:
     generator = torch.Generator()
     augment(images.to("meta"), generator)
-    monkeypatch.setattr(torch, "tensor", None)  # which waits: means of channels were sent, once
+    monkeypatch.setattr(torch, "tensor", None)  # torch.tensor would synchronize; the channel means were sent before
     with Copies() as copies:
         augment(images.to("meta"), generator)
-    assert (copies.waited, copies.free) == (1, copies_sent)  # that one is the images' own
+    assert (copies.waited, copies.free) == (1, copies_sent)  # the synchronous copy is that of the images
