@@ -231,8 +231,8 @@ def train_versions(
             older version uniformly, and holds its remembered items to their embeddings by that version.  These
             embeddings are stored with the memory, [N, versions, d] float32, without augmentation.  A step does not run
             the older versions, but they stay in memory to embed the items that are remembered next.  "all" acts on
-            methods whose loss calls `old(input)`, such as HOC and FD by cosine.  None: "all" for HOC with rehearsal,
-            else "deployed".
+            methods whose loss calls `old(input)`, such as HOC and FD by cosine.  None: for HOC the
+            former where there is one, else the replacement if it has a trained head; "deployed" for other methods.
         replacement_junction: "kept" leaves the junction of a replacement that follows a deployed version as it is;
             "aligned" turns it towards that version in closed form (`Trainer.fit`).  None: "aligned" for HOC with the
             simplex cross-entropy and another reference than "replacement", where the junction has no bias; else "kept".
@@ -255,16 +255,18 @@ def train_versions(
             that is not the one a folder began with.
         TypeError: `align` of versions with prefixes, as OCA's.
     """
-    if hoc_reference is None:
-        hoc_reference = "all" if isinstance(trainer.method, HOC) and rehearsal is not None else "deployed"
-    check_name("hoc_reference", hoc_reference, REFERENCES)
+    hoc = isinstance(trainer.method, HOC)
+    if hoc_reference is None and not hoc:
+        hoc_reference = "deployed"
+    if hoc_reference is not None:
+        check_name("hoc_reference", hoc_reference, REFERENCES)
     if hoc_reference == "all" and rehearsal is None:
         raise ValueError('hoc_reference="all" is of remembered items, and rehearsal is None; give one, or "deployed"')
     for option, chosen in (('hoc_reference="all"', hoc_reference == "all"), ("denoise", denoise != 0)):
         if chosen:
             _check_directions(option, trainer.method)
     if align is None:
-        align = "older" if isinstance(trainer.method, HOC) and hoc_reference != "replacement" else "none"
+        align = "older" if hoc and hoc_reference != "replacement" else "none"
     check_name("align", align, ALIGN)
     replacements = replacements or {}
     schedules = [schedule] * len(tasks) if isinstance(schedule, Schedule) else list(schedule)
@@ -306,7 +308,7 @@ def _versions(
     seed: int,
     rehearsal: _Selection | None,
     replacements: Mapping[int, Callable[[], nn.Module]],
-    hoc_reference: str,
+    hoc_reference: str | None,
     begin: Callable[[EmbeddingModel], dict[str, Any]],
     denoise: float,
     align: str,
@@ -326,6 +328,7 @@ def _versions(
             with seeded(mixed_seed(seed, t, 4)):  # its own seed: make() draws less if it only reads a trained network
                 parent = _with_head(made, trainer, version)
             own = {
+                None: version is None and isinstance(made, EmbeddingModel),
                 "all": version is None and isinstance(made, EmbeddingModel),
                 "deployed": False,
                 "deployed_or_replacement": version is None,
@@ -366,7 +369,7 @@ def _versions(
 
 
 def _begin(
-    method: Method, reference: str, junction: str | None, frozen: float | None, replacement: EmbeddingModel
+    method: Method, reference: str | None, junction: str | None, frozen: float | None, replacement: EmbeddingModel
 ) -> dict[str, Any]:
     """The options of `Trainer.fit` for a replacement that follows a deployed version."""
     if junction is None:

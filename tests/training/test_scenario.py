@@ -103,7 +103,7 @@ def versions(method=None, folder: Path | None = None, **options) -> list[Embeddi
 
 def test_a_replacement_of_other_width_keeps_slots_and_gets_its_junction() -> None:
     method = Recorder()
-    first, second, third = versions(method, hoc_reference="deployed", align="none")
+    first, second, third = versions(method, align="none")
     assert [v.head.junction.in_features for v in (first, second, third)] == [10, 24, 24]
     assert [v.head.num_classes for v in (first, second, third)] == [4, 6, 8]
     assert {v.extract(STAGES.inputs[:2]).shape[1] for v in (first, second, third)} == {19}
@@ -161,36 +161,41 @@ def biased() -> EmbeddingModel:
 
 
 @pytest.mark.parametrize(
-    ("method", "options", "begun", "referred"),
+    ("method", "options", "begun"),
     [
-        (HOC(SlotRegistry(20)), {}, ("aligned", 0.1), True),
-        (HOC(SlotRegistry(20)), {"replacement_frozen": 0.5}, ("aligned", 0.5), True),
-        (HOC(SlotRegistry(20)), {"replacement_junction": "kept"}, ("kept", 0.0), True),
-        (HOC(SlotRegistry(20)), {"replacements": {1: biased}}, ("kept", 0.0), True),
-        (HOC(SlotRegistry(20)), {"rehearsal": None}, ("aligned", 0.1), False),
-        (HOC(SlotRegistry(20)), {"hoc_reference": "deployed"}, ("aligned", 0.1), False),
-        (HOC(SlotRegistry(20), classification=ASNN()), {}, ("kept", 0.0), True),
-        (Simplex(SlotRegistry(20)), {}, ("kept", 0.0), False),
-        (ER(), {"replacements": {1: start}}, ("kept", 0.0), False),
+        (HOC(SlotRegistry(20)), {}, ("aligned", 0.1)),
+        (HOC(SlotRegistry(20)), {"replacement_frozen": 0.5}, ("aligned", 0.5)),
+        (HOC(SlotRegistry(20)), {"replacement_junction": "kept"}, ("kept", 0.0)),
+        (HOC(SlotRegistry(20)), {"replacements": {1: biased}}, ("kept", 0.0)),
+        (HOC(SlotRegistry(20)), {"rehearsal": None}, ("aligned", 0.1)),
+        (HOC(SlotRegistry(20)), {"hoc_reference": "all"}, ("aligned", 0.1)),
+        (HOC(SlotRegistry(20), classification=ASNN()), {}, ("kept", 0.0)),
+        (Simplex(SlotRegistry(20)), {}, ("kept", 0.0)),
+        (ER(), {"replacements": {1: start}}, ("kept", 0.0)),
     ],
 )
-def test_defaults_of_each_method(monkeypatch, method, options: dict, begun: tuple[str, float], referred: bool) -> None:
+def test_how_a_replacement_begins_by_default(monkeypatch, method, options: dict, begun: tuple[str, float]) -> None:
     calls: list[dict] = []
-
-    def fit(self, parent, items, schedule, **given):
-        calls.append(given)
-        return train(self, parent, items, schedule, **given)
-
-    train = Trainer.fit
-    monkeypatch.setattr(Trainer, "fit", fit)
+    fit = Trainer.fit
+    monkeypatch.setattr(Trainer, "fit", lambda self, *a, **given: calls.append(given) or fit(self, *a, **given))
     versions(method, **options)
-    assert [(call.get("junction", "kept"), call.get("frozen", 0.0)) for call in calls] == [
-        ("kept", 0.0),
-        begun,
-        ("kept", 0.0),
-    ]
-    memory = calls[2]["memory"]
-    assert (memory is not None and memory.references is not None) == referred
+    got = [(call.get("junction", "kept"), call.get("frozen", 0.0)) for call in calls]
+    assert got == [("kept", 0.0), begun, ("kept", 0.0)]
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_what_the_first_version_is_held_to_by_default(trained: bool) -> None:
+    """A replacement as it came, if it has a trained head; later versions are held to the deployed one."""
+    method = Recorder()
+
+    def pretrained() -> EmbeddingModel:
+        torch.manual_seed(8)
+        return EmbeddingModel(wider(), method.head(24))
+
+    result = versions(method, replacements={0: pretrained if trained else wider, 1: wider}, align="none")
+    first, weight = method._old[:5], pretrained().backbone[0].weight
+    assert all(torch.equal(old.backbone[0].weight, weight) for old in first) if trained else first == [None] * 5
+    assert method._old[5:] == [result[0]] * 5 + [result[1]] * 5
 
 
 def test_the_authors_reference_keeps_the_authors_start(monkeypatch) -> None:
