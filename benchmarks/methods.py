@@ -30,37 +30,38 @@ from measure import machine_card
 from simplexfix.training import PRESETS
 from simplexfix.training.run_config import ER_PRETRAINED
 
-JUNCTION = ("tasks.replacement_junction=aligned", "tasks.replacement_frozen=0.1")
+AUTHORS = "tasks.hoc_reference=replacement"
+KEPT = "tasks.replacement_junction=kept"
 # row of the table -> method, and what is changed
 METHODS = {
     **{name: (name,) for name in ("er", "fd", "bct", "oca", "simplex", "hoc", "asnn")},
-    "hoc-asnn": ("hoc", "method.classification=asnn"),
-    "hoc-deployed": ("hoc", "tasks.hoc_reference=deployed"),
-    "hoc-deployed-or-replacement": ("hoc", "tasks.hoc_reference=deployed_or_replacement"),
-    "hoc-all": ("hoc", "tasks.hoc_reference=all"),
-    "hoc-junction": ("hoc", "tasks.hoc_reference=deployed_or_replacement", *JUNCTION),
-    "hoc-all-junction": ("hoc", "tasks.hoc_reference=all", *JUNCTION),
-    "hoc-denoised": ("hoc", "tasks.hoc_reference=deployed_or_replacement", "tasks.denoise=0.5"),
-    "hoc-all-denoised": ("hoc", "tasks.hoc_reference=all", "tasks.denoise=0.5"),
-    "hoc-aligned": ("hoc", "method.classification=asnn", "tasks.align=older"),
+    "hoc-authors": ("hoc", AUTHORS),
+    "hoc-asnn": ("hoc", "method.classification=asnn", AUTHORS),
+    "hoc-deployed": ("hoc", "tasks.hoc_reference=deployed", KEPT),
+    "hoc-deployed-or-replacement": ("hoc", "tasks.hoc_reference=deployed_or_replacement", KEPT),
+    "hoc-all": ("hoc", "tasks.hoc_reference=all", KEPT),
+    "hoc-junction": ("hoc", "tasks.hoc_reference=deployed_or_replacement"),
+    "hoc-denoised": ("hoc", "tasks.hoc_reference=deployed_or_replacement", "tasks.denoise=0.5", KEPT),
+    "hoc-all-denoised": ("hoc", "tasks.hoc_reference=all", "tasks.denoise=0.5", KEPT),
+    "hoc-aligned": ("hoc", "method.classification=asnn", "tasks.align=older", AUTHORS),
     "hoc-all-aligned": ("hoc", "method.classification=asnn", "tasks.hoc_reference=all", "tasks.align=older"),
     "fd-all": ("fd", "tasks.hoc_reference=all"),
 }
-DEFAULT = ("er", "fd", "bct", "oca", "simplex", "hoc", "asnn", "hoc-asnn")
+DEFAULT = ("er", "fd", "bct", "oca", "simplex", "hoc", "hoc-authors", "asnn", "hoc-asnn")
 SHORT = tuple(f"tasks.replacements.{t}.epochs=12" for t in (0, 2, 4))
 VARIANTS = {
-    "deployed": ("tasks.hoc_reference=deployed",),
-    "deployed-mu-20": ("tasks.hoc_reference=deployed", "method.mu=20.0"),
-    "deployed-or-replacement": ("tasks.hoc_reference=deployed_or_replacement",),
-    "deployed-or-replacement-mu-20": ("tasks.hoc_reference=deployed_or_replacement", "method.mu=20.0"),
-    "short": SHORT,
-    "short-lambda-0.5": (*SHORT, "method.lambda_=0.5"),
-    "short-rate-0.003": (*SHORT, "schedule.learning_rate=0.003"),
-    "lambda-0.5": ("method.lambda_=0.5",),
-    "mu-20": ("method.mu=20.0",),
-    "infonce": ("method.negatives=infonce",),
-    "batch-256": ("schedule.batch=256", "schedule.learning_rate=0.02"),
-    "rate-0.003": ("schedule.learning_rate=0.003",),
+    "deployed": ("tasks.hoc_reference=deployed", KEPT),
+    "deployed-mu-20": ("tasks.hoc_reference=deployed", KEPT, "method.mu=20.0"),
+    "deployed-or-replacement": ("tasks.hoc_reference=deployed_or_replacement", KEPT),
+    "deployed-or-replacement-mu-20": ("tasks.hoc_reference=deployed_or_replacement", KEPT, "method.mu=20.0"),
+    "short": (AUTHORS, *SHORT),
+    "short-lambda-0.5": (AUTHORS, *SHORT, "method.lambda_=0.5"),
+    "short-rate-0.003": (AUTHORS, *SHORT, "schedule.learning_rate=0.003"),
+    "lambda-0.5": (AUTHORS, "method.lambda_=0.5"),
+    "mu-20": (AUTHORS, "method.mu=20.0"),
+    "infonce": (AUTHORS, "method.negatives=infonce"),
+    "batch-256": (AUTHORS, "schedule.batch=256", "schedule.learning_rate=0.02"),
+    "rate-0.003": (AUTHORS, "schedule.learning_rate=0.003"),
 }
 # with classification by neighbours, classes take no slots
 CHANGE_PRETRAINING = ("tasks.replacements", "method.normalize", "method.scale", "method.classification")

@@ -69,7 +69,8 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Any]:
                 raise CheckpointError(
                     f"{os.fspath(path)} is no checkpoint of format {_FORMAT}, its format is {version or None!r}"
                 )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # a copy, because products of tensors that are not aligned to 64 bytes may have other bits
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except library.SafetensorError as error:
         raise CheckpointError(f"{os.fspath(path)} cannot be read, it may be truncated or damaged: {error}") from error
     if _checksum(text, tensors) != checksum:

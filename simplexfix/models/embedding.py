@@ -27,7 +27,8 @@ __all__ = ["EmbeddingModel"]
 class EmbeddingModel(nn.Module):
     """One version of an embedding model: a backbone that returns a vector per item, and a head.
 
-        z = head.embed(backbone(input))
+        z = head.embed(backbone(input))                   without a rotation
+        z = head.embed(backbone(input)) @ rotation        with one
 
     Args:
         backbone: module that maps inputs [B, ...] to features [B, f].
@@ -35,6 +36,8 @@ class EmbeddingModel(nn.Module):
         preprocessing: a preprocessing of `simplexfix.data` that turns raw data into inputs, or None.  It is saved with
             the model; the caller applies it.
         class_names: names of class 0, 1, ..., or None; saved with the model.
+        rotation: [d, d] isometry of the embeddings, or None; saved with the model.  `aligned_with_older` of
+            `simplexfix.training` computes it.  The head's logits and losses are those before the rotation.
 
     Example:
         >>> import tempfile, torch
@@ -52,6 +55,7 @@ class EmbeddingModel(nn.Module):
     """
 
     class_names: tuple[str, ...] | None
+    rotation: Tensor | None
 
     def __init__(
         self,
@@ -60,12 +64,17 @@ class EmbeddingModel(nn.Module):
         *,
         preprocessing: Preprocessing | None = None,
         class_names: Sequence[str] | None = None,
+        rotation: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
         self.preprocessing = preprocessing
         self.class_names = None if class_names is None else tuple(class_names)
+        width = self.embedding_dim
+        if rotation is not None and rotation.shape != (width, width):
+            raise ValueError(f"rotation must have shape [{width}, {width}], got {list(rotation.shape)}")
+        self.register_buffer("rotation", rotation)
 
     @property
     def embedding_dim(self) -> int | None:
@@ -81,7 +90,8 @@ class EmbeddingModel(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns the embeddings [B, d] of inputs [B, ...], not normalised."""
-        return self.head.embed(self.backbone(input))  # type: ignore[no-any-return, operator]
+        z: Tensor = self.head.embed(self.backbone(input))  # type: ignore[operator]
+        return z if self.rotation is None else z @ self.rotation.to(z.dtype)
 
     @torch.no_grad()
     def extract(
@@ -182,8 +192,8 @@ class EmbeddingModel(nn.Module):
                 do not fit the backbone, and the message lists missing, unexpected and mismatched ones.
             ValueError: `revision` is given for a local folder.
         """
-        parts = load_model(folder_of(source, revision, MODEL), backbone)
-        return cls(parts[0], parts[1], preprocessing=parts[2], class_names=parts[3]).eval()
+        backbone, head, preprocessing, class_names, rotation = load_model(folder_of(source, revision, MODEL), backbone)
+        return cls(backbone, head, preprocessing=preprocessing, class_names=class_names, rotation=rotation).eval()
 
     def push_to_hub(
         self,

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 __all__ = ["BACKBONES", "ModelFolderError", "identity_of", "load_model", "read_identity", "save_model"]
 
 _NAMES = "class_names"  # key of an optional part
+_ROTATION = "rotation"  # an optional tensor
 _NAMED = 8  # most tensors that one message lists
 
 # Backbones that can be rebuilt from a folder: every constructor argument is an attribute of the same name.
@@ -72,8 +73,8 @@ def save_model(model: EmbeddingModel, folder: str | os.PathLike[str], *, version
 
 def load_model(
     folder: str | os.PathLike[str], backbone: nn.Module | None
-) -> tuple[nn.Module, nn.Module, Preprocessing | None, Sequence[str] | None]:
-    """Reads backbone, head, preprocessing and class names for `EmbeddingModel.from_pretrained`."""
+) -> tuple[nn.Module, nn.Module, Preprocessing | None, Sequence[str] | None, Tensor | None]:
+    """Reads the arguments of `EmbeddingModel`, in their order, for `EmbeddingModel.from_pretrained`."""
     folder = Path(folder)
     config = read_config(folder, MODEL)
     state = read_weights(folder, config)
@@ -96,7 +97,7 @@ def load_model(
     _cast(head, for_head)
     backbone.load_state_dict(for_backbone)
     head.load_state_dict(for_head)
-    return backbone, head, preprocessing, config.get(_NAMES)
+    return backbone, head, preprocessing, config.get(_NAMES), state.get(_ROTATION)
 
 
 def read_identity(folder: str | os.PathLike[str]) -> ModelIdentity:
@@ -134,7 +135,7 @@ def _parts(model: EmbeddingModel, version: int, name: str) -> tuple[dict[str, An
     plain = plain_names(model)
     state = {plain[key]: value for key, value in model.state_dict().items() if not plain[key].startswith(_TRAINING)}
     state.pop("head._extra_state", None)
-    strangers = [key for key in state if not key.startswith(("backbone.", "head."))]
+    strangers = [key for key in state if key != _ROTATION and not key.startswith(("backbone.", "head."))]
     if strangers:
         raise TypeError(f"a model that is saved has a backbone and a head, this one has {', '.join(strangers)} as well")
     config = {

@@ -1,8 +1,7 @@
-"""Rotation of junctions in closed form: of a replacement before its training, of a version after it."""
+"""Rotations in closed form: of a replacement's junction before its training, of a version's embeddings after it."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
@@ -12,7 +11,7 @@ from torch.nn.functional import normalize
 
 from ..adapters._moments import polar
 from ..data import Preprocessing
-from ..models import EmbeddingModel, NeighbourHead
+from ..models import EmbeddingModel
 from ..polytopes import simplex_prototypes
 from .items import Items, embeddings_of
 
@@ -63,36 +62,36 @@ def aligned_with_older(
     preprocessing: Preprocessing | None = None,
     workers: int = 0,
 ) -> EmbeddingModel:
-    """Returns a copy of a version whose junction is turned towards the embeddings of all older versions.
+    """Returns a version with its embeddings rotated towards those of all older versions.
 
         T_i = n(sum_v n(v(x_i)))                                          v in older
         R   = argmin over isometries of mean |n(z_i) R - T_i|^2           every part has the same weight
             = U V^T of the SVD of sum_parts 1/N_part sum_i n(z_i)^T T_i
-        new weight = R^T weight
 
-    R is an isometry, so the version's search of its own gallery stays as it is, and its queries fit older galleries
-    better.  The head must classify by neighbours, which an isometry does not change.  The vertices of a simplex and a
-    learned classifier would not turn with the embeddings.  Each older version embeds all items once, except those whose
+    R is an isometry on the space of the version's embeddings, so the version's search of its own gallery stays as it
+    is, and its queries fit older galleries better.  R becomes the `rotation` of the result, and replaces the version's
+    own; logits and losses of the head stay as they are.  Each older version embeds all items once, except those whose
     embeddings are in `Items.references`.
 
     Args:
-        version: a model with a `NeighbourHead` that has a junction.
+        version: a model of any head whose embeddings have no `prefixes`.
         older: the older versions as they are deployed, oldest first, of the same width.
         parts: sets of items, such as a task's new ones and the remembered ones; empty sets are ignored.
+            `Items.references` hold the embeddings by the first older versions without their rotations.
         preprocessing: of all versions; None for each version's own.
         workers: number of processes that read items, as in `EmbeddingModel.extract`.
 
     Returns:
-        The copy, in evaluation mode and with an empty queue; the weight is computed in float64.
+        A new model with the version's backbone and head; the rotation [d, d] is computed in float64.
 
     Raises:
-        TypeError: the head is not a `NeighbourHead` with a junction.
+        TypeError: the version has prefixes, which a rotation of all dimensions would mix.
         ValueError: there is no older version or no item, or an older version has another width.
     """
-    if not isinstance(version.head, NeighbourHead) or version.head.junction is None:
+    if version.prefixes:
         raise TypeError(
-            "version must have a NeighbourHead with a junction, as HOC with a classification by neighbours trains, got "
-            f"{type(version.head).__name__}: the classifier of other heads would not turn with the embeddings"
+            f"version has prefixes of {', '.join(map(str, version.prefixes))} dimensions for older galleries, which a "
+            "rotation of all dimensions would mix"
         )
     widths = [model.embedding_dim for model in older]
     if not widths or set(widths) != {version.embedding_dim}:
@@ -103,33 +102,57 @@ def aligned_with_older(
     parts = tuple(part for part in parts if len(part.labels))
     if not parts:
         raise ValueError("parts must hold items that all versions embed, got none")
-
+    plain = rotated(version, None)
     extract = partial(embeddings_of, preprocessing=preprocessing, workers=workers)
 
     def pairs() -> Iterator[tuple[Tensor, Tensor]]:
         for part in parts:
             stored = [] if part.references is None else list(part.references.cpu().unbind(1))
             target = torch.zeros(len(part.labels), version.embedding_dim or 0, dtype=torch.float64)
-            for rows in stored[: len(older)]:
-                target += rows
+            for model, rows in zip(older, stored, strict=False):
+                target += rows if model.rotation is None else rows @ model.rotation.cpu()
             for model in older[len(stored) :]:
                 target += extract(part, model)
-            yield extract(part, version), normalize(target) / len(target)
+            yield extract(part, plain), normalize(target) / len(target)
 
-    turned = copy.deepcopy(version).eval()
-    assert isinstance(turned.head, NeighbourHead)
-    assert turned.head.junction is not None
-    with torch.no_grad():
-        turned.head.junction.weight.copy_(_turned(version.head.junction.weight, pairs()))
-    turned.head.queue.clear()  # its rows were embedded before the turn
-    return turned
+    basis = _basis(version)
+    rotation = basis @ _isometry(basis, pairs())
+    return rotated(version, rotation.to(next(version.parameters(), basis).device, torch.float32))
+
+
+def rotated(version: EmbeddingModel, rotation: Tensor | None) -> EmbeddingModel:
+    """A model with the same backbone and head, and another rotation."""
+    made = EmbeddingModel(
+        version.backbone,
+        version.head,
+        preprocessing=version.preprocessing,
+        class_names=version.class_names,
+        rotation=rotation,
+    )
+    made.training = version.training
+    return made
+
+
+def _basis(version: EmbeddingModel) -> Tensor:
+    """[d, f] orthonormal columns, in float64: the directions of the embeddings that a junction reaches."""
+    junction = getattr(version.head, "junction", None)
+    if junction is None:
+        return torch.eye(version.embedding_dim or 0, dtype=torch.float64)
+    reached = [junction.weight] if junction.bias is None else [junction.weight, junction.bias[:, None]]
+    basis: Tensor = torch.linalg.qr(torch.cat(reached, 1).detach().double().cpu())[0]
+    return basis
+
+
+def _isometry(basis: Tensor, pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """M [f, d] that maximizes the sum of tr((own basis M)^T target) over pairs of rows [N, d]; M M^T = 1."""
+    cross = torch.zeros(basis.shape[1], len(basis), dtype=torch.float64)
+    for own, target in pairs:
+        cross += (own.double() @ basis).T @ target
+    return polar(cross)
 
 
 def _turned(weight: Tensor, pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     """R^T weight [d, f], where the isometry R maximizes the sum of tr(R^T own^T target) over pairs of rows [N, d]."""
     basis, inner = torch.linalg.qr(weight.detach().double().cpu())  # z lies in f of the d dimensions
-    cross = torch.zeros(basis.shape[1], len(weight), dtype=torch.float64)
-    for own, target in pairs:
-        cross += (own.double() @ basis).T @ target
-    turned: Tensor = (polar(cross).T @ inner).to(weight)
+    turned: Tensor = (_isometry(basis, pairs).T @ inner).to(weight)
     return turned

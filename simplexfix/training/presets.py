@@ -51,7 +51,7 @@ def _iamcl2r(counts: tuple[int, ...], at: tuple[int, ...]) -> RunConfig:
 def _paper_half() -> RunConfig:
     data = replace(_PAPER.data, query_batches=(1,), pretraining="data/tinyimagenet32")
     replacements = _replaced((0, 2, 4), (50, 100, 200), _NARROW, (30,) * 3)
-    tasks = replace(_PAPER.tasks, replacements=replacements)
+    tasks = replace(_PAPER.tasks, replacements=replacements, hoc_reference=None)
     return replace(_PAPER, data=data, model=_NARROW, tasks=tasks, trainer=TrainerConfig())
 
 
@@ -83,7 +83,6 @@ PRESETS = {
             pretraining_from=50,
             epochs=8,
             replacements=_replaced((0, 2, 4), (20, 35, 50), _NARROW, (30, 20, 15)),
-            hoc_reference="replacement",
         ),
         schedule=Schedule(1, 1e-2, weight_decay=5e-4, optimizer="sgd"),
     ),

@@ -260,10 +260,7 @@ class TasksConfig:
         hoc_reference: as in `train_versions`, for hoc; "all" also for fd.  Other methods use the deployed version.
         replacement_junction, replacement_frozen: as in `train_versions`; "aligned" needs hoc or simplex.
         denoise: as in `train_versions`, for hoc, and fd by cosine.
-        align: as in `train_versions`; "older" needs hoc with a classification by neighbours.
-
-    Raises:
-        ValueError: a name is unknown, an option is out of range, or an option is set that `kind` does not use.
+        align: as in `train_versions`; "older" is not for oca.
     """
 
     kind: str = "class_incremental"
@@ -277,11 +274,11 @@ class TasksConfig:
     rehearsal: str = "random"
     replacements: dict[int, ReplacementConfig] = field(default_factory=dict)
     pretraining_folder: str | None = None
-    hoc_reference: str = "deployed"
-    replacement_junction: str = "kept"
-    replacement_frozen: float = 0.0
+    hoc_reference: str | None = None
+    replacement_junction: str | None = None
+    replacement_frozen: float | None = None
     denoise: float = 0.0
-    align: str = "none"
+    align: str | None = None
 
     def __post_init__(self) -> None:
         check_name("kind", self.kind, (*_CLASSIFYING, "retrieval_sequence"))
@@ -297,12 +294,15 @@ class TasksConfig:
         if self.epochs is not None and self.epochs < 1:
             raise ValueError(f"epochs must be at least 1, got {self.epochs}")
         check_name("rehearsal", self.rehearsal, SELECTIONS)
-        check_name("hoc_reference", self.hoc_reference, REFERENCES)
-        check_name("replacement_junction", self.replacement_junction, JUNCTIONS)
-        if not 0 <= self.replacement_frozen < 1:
+        if self.hoc_reference is not None:
+            check_name("hoc_reference", self.hoc_reference, REFERENCES)
+        if self.replacement_junction is not None:
+            check_name("replacement_junction", self.replacement_junction, JUNCTIONS)
+        if self.replacement_frozen is not None and not 0 <= self.replacement_frozen < 1:
             raise ValueError(f"replacement_frozen is a fraction of steps, in [0, 1), got {self.replacement_frozen}")
         check_fraction("denoise", self.denoise)
-        check_name("align", self.align, ALIGN)
+        if self.align is not None:
+            check_name("align", self.align, ALIGN)
         if self.memory_per_class < 0:
             raise ValueError(f"memory_per_class must be 0 or more, got {self.memory_per_class}")
         if 0 in self.replacements and self.replacements[0].source == "tasks":
@@ -410,10 +410,10 @@ class RunConfig:
                 'tasks.replacement_junction="aligned" is of method.name="hoc" or "simplex" with the simplex '
                 f'cross-entropy, got "{self.method.name}" with "{self.method.classification}"; take "kept"'
             )
-        if self.tasks.align == "older" and (self.method.name != "hoc" or self.method.classification == "cross_entropy"):
+        if self.tasks.align == "older" and self.method.name == "oca":
             raise ValueError(
-                'tasks.align="older" is of method.name="hoc" with classification="asnn" or "nnp", whose classifier '
-                f'turns with the embeddings, got "{self.method.name}" with "{self.method.classification}"; take "none"'
+                'tasks.align="older" rotates all dimensions, and method.name="oca" has prefixes for older galleries; '
+                'take "none"'
             )
         incremental = len(self.tasks.counts or self.tasks.sets) > 1
         if self.method.name == "oca" and incremental and not self.tasks.memory_per_class:
@@ -435,10 +435,10 @@ class RunConfig:
         self._check_retrieval()
 
     @property
-    def hoc_reference(self) -> str:
+    def hoc_reference(self) -> str | None:
         """The `hoc_reference` of `train_versions` that this method gets."""
         reference = self.tasks.hoc_reference
-        return reference if self.method.name == "hoc" or (self.method.name, reference) == ("fd", "all") else "deployed"
+        return reference if self.method.name == "hoc" or (self.method.name, reference) == ("fd", "all") else None
 
     def _check_retrieval(self) -> None:
         chosen = {

@@ -17,12 +17,13 @@ from torch.utils.data import Dataset
 
 from .._checks import check_name
 from .._seeds import mixed_seed, seeded
+from ..heads import SimplexHead
 from ..methods import HOC, Method, ReadsOldEmbeddings
 from ..models import EmbeddingModel
 from . import processes
 from .checkpoint import fingerprint, read_state, write_state
 from .items import Items
-from .junction import ALIGN, JUNCTIONS, aligned_with_older
+from .junction import ALIGN, JUNCTIONS, aligned_with_older, rotated
 from .references import with_references
 from .resume import check_resumable, describe
 from .schedule import Schedule
@@ -193,11 +194,11 @@ def train_versions(
     seed: int,
     rehearsal: _Selection | None = None,
     replacements: Mapping[int, Callable[[], nn.Module]] | None = None,
-    hoc_reference: str = "deployed",
-    replacement_junction: str = "kept",
-    replacement_frozen: float = 0.0,
+    hoc_reference: str | None = None,
+    replacement_junction: str | None = None,
+    replacement_frozen: float | None = None,
     denoise: float = 0.0,
-    align: str = "none",
+    align: str | None = None,
     folder: str | os.PathLike[str] | None = None,
     on_step: Callable[[int, int], None] = lambda task, step: None,
 ) -> Iterator[EmbeddingModel]:
@@ -230,37 +231,43 @@ def train_versions(
             older version uniformly, and holds its remembered items to their embeddings by that version.  These
             embeddings are stored with the memory, [N, versions, d] float32, without augmentation.  A step does not run
             the older versions, but they stay in memory to embed the items that are remembered next.  "all" acts on
-            methods whose loss calls `old(input)`, such as HOC and FD by cosine.
+            methods whose loss calls `old(input)`, such as HOC and FD by cosine.  None: for HOC the
+            former where there is one, else the replacement if it has a trained head; "deployed" for other methods.
         replacement_junction: "kept" leaves the junction of a replacement that follows a deployed version as it is;
-            "aligned" turns it towards that version in closed form (`Trainer.fit`).
-        replacement_frozen: fraction of the steps in which the backbone of such a replacement keeps its weights.
+            "aligned" turns it towards that version in closed form (`Trainer.fit`).  None: "aligned" for HOC with the
+            simplex cross-entropy and another reference than "replacement", where the junction has no bias; else "kept".
+        replacement_frozen: fraction of the steps in which the backbone of such a replacement keeps its weights.  None:
+            0.1 with an "aligned" junction, else 0.
         denoise: `denoise` of `Trainer.fit`, for every version with an old model.  Stored embeddings of "all" are moved
             towards the class means of their own version.
-        align: "none" or "older".  "older" turns every version from the second on after its training, in closed form,
-            towards the embeddings of all older versions (`aligned_with_older`).  New and remembered items have half of
-            the weight each.  The turned version is deployed, chooses the remembered items, is fine-tuned next, and is
-            the next old model.  Older versions stay in memory, and each embeds those items once a task.  It needs HOC
-            with a `classification` by neighbours.
-        folder: of the run; None to write nothing.
-        on_step: called after every step with the number of the task and of the step (`Trainer.fit`).
+        align: "none" or "older".  "older" rotates the embeddings of every version from the second on after its
+            training, in closed form, towards those of all older versions (`aligned_with_older`).  New and remembered
+            items have half of the weight each.  The rotated versions are yielded.  Training, rehearsal and stored
+            embeddings use them without their rotations.  Older versions stay in memory, and each embeds those items
+            once a task.  None: "older" for HOC with another reference than "replacement", else "none".
+        folder: of the run.
+        on_step: called after every step with the task's number and its own (`Trainer.fit`).
 
     Raises:
-        ValueError: numbers of schedules and tasks differ, a replacement is for no task, a name is unknown, options
-            exclude each other or do not fit the method, a replacement has no trained head or another embedding width,
-            or the folder belongs to a sequence with other options; the message names the cause.
+        ValueError: a number of schedules that is not that of tasks, a replacement for no task, an unknown reference,
+            "replacement" where that has no trained head, or a head whose embeddings are of another width; "all" without
+            rehearsal, or with a method that it cannot act on; an "aligned" junction with "replacement"; an `align`
+            that is not the one a folder began with.
+        TypeError: `align` of versions with prefixes, as OCA's.
     """
-    check_name("hoc_reference", hoc_reference, REFERENCES)
+    hoc = isinstance(trainer.method, HOC)
+    if hoc_reference is None and not hoc:
+        hoc_reference = "deployed"
+    if hoc_reference is not None:
+        check_name("hoc_reference", hoc_reference, REFERENCES)
     if hoc_reference == "all" and rehearsal is None:
         raise ValueError('hoc_reference="all" is of remembered items, and rehearsal is None; give one, or "deployed"')
     for option, chosen in (('hoc_reference="all"', hoc_reference == "all"), ("denoise", denoise != 0)):
         if chosen:
             _check_directions(option, trainer.method)
+    if align is None:
+        align = "older" if hoc and hoc_reference != "replacement" else "none"
     check_name("align", align, ALIGN)
-    if align == "older" and not (isinstance(trainer.method, HOC) and trainer.method.classification is not None):
-        raise ValueError(
-            'align="older" turns embeddings away from a classifier that does not turn with them; it is of HOC with a '
-            f'classification by neighbours, got {describe(trainer.method)["type"]}; give that, or "none"'
-        )
     replacements = replacements or {}
     schedules = [schedule] * len(tasks) if isinstance(schedule, Schedule) else list(schedule)
     if len(schedules) != len(tasks):
@@ -268,13 +275,14 @@ def train_versions(
     strangers = sorted(set(replacements) - set(range(len(tasks))))
     if strangers:
         raise ValueError(f"replacements must be for tasks 0 to {len(tasks) - 1}, got {strangers}")
-    check_name("replacement_junction", replacement_junction, JUNCTIONS)
+    if replacement_junction is not None:
+        check_name("replacement_junction", replacement_junction, JUNCTIONS)
     if replacement_junction == "aligned" and hoc_reference == "replacement":
         raise ValueError(
             'replacement_junction="aligned" is aligned to the deployed version, and hoc_reference="replacement" holds '
             'a replacement to itself; take "kept", or another reference'
         )
-    begin = {"junction": replacement_junction, "frozen": replacement_frozen}
+    begin = partial(_begin, trainer.method, hoc_reference, replacement_junction, replacement_frozen)
     return _versions(
         trainer,
         tasks,
@@ -300,8 +308,8 @@ def _versions(
     seed: int,
     rehearsal: _Selection | None,
     replacements: Mapping[int, Callable[[], nn.Module]],
-    hoc_reference: str,
-    begin: Mapping[str, Any],
+    hoc_reference: str | None,
+    begin: Callable[[EmbeddingModel], dict[str, Any]],
     denoise: float,
     align: str,
     folder: str | os.PathLike[str] | None,
@@ -309,7 +317,8 @@ def _versions(
 ) -> Iterator[EmbeddingModel]:
     version: EmbeddingModel | None = None
     memory: Items | None = None
-    versions: list[EmbeddingModel] = []  # so far; filled only if they must embed items again
+    trained: list[EmbeddingModel] = []  # versions so far, without rotations; filled only if they must embed items again
+    deployed: list[EmbeddingModel] = []  # the same with their rotations
     for t, (task, schedule) in enumerate(zip(tasks, schedules, strict=True)):
         parent, old = version, version
         if t in replacements or parent is None:
@@ -319,6 +328,7 @@ def _versions(
             with seeded(mixed_seed(seed, t, 4)):  # its own seed: make() draws less if it only reads a trained network
                 parent = _with_head(made, trainer, version)
             own = {
+                None: version is None and isinstance(made, EmbeddingModel),
                 "all": version is None and isinstance(made, EmbeddingModel),
                 "deployed": False,
                 "deployed_or_replacement": version is None,
@@ -344,17 +354,31 @@ def _versions(
                 memory=memory,
                 old=old,
                 denoise=denoise,
-                **(begin if t in replacements and version is not None else {}),
+                **(begin(parent) if t in replacements and version is not None else {}),
                 folder=place,
                 on_step=partial(on_step, t),
             )
-        version = _aligned(version, versions, task, memory, trainer, align, place)
+        aligned = _aligned(version, deployed, task, memory, trainer, align, place)
         if hoc_reference == "all" or align == "older":
-            versions.append(version)
+            trained.append(version)
+            deployed.append(aligned)
         if rehearsal is not None and t + 1 < len(tasks):
-            embed = partial(with_references, versions=versions, trainer=trainer) if hoc_reference == "all" else None
+            embed = partial(with_references, versions=trained, trainer=trainer) if hoc_reference == "all" else None
             memory = _remembered(version, task, memory, rehearsal, mixed_seed(seed, t, 2), place, embed)
-        yield version
+        yield aligned
+
+
+def _begin(
+    method: Method, reference: str | None, junction: str | None, frozen: float | None, replacement: EmbeddingModel
+) -> dict[str, Any]:
+    """The options of `Trainer.fit` for a replacement that follows a deployed version."""
+    if junction is None:
+        head = replacement.head
+        fits = isinstance(method, HOC) and isinstance(head, SimplexHead) and head.junction.bias is None
+        junction = "aligned" if fits and reference != "replacement" else "kept"
+    if frozen is None:
+        frozen = 0.1 if junction == "aligned" else 0.0
+    return {"junction": junction, "frozen": frozen}
 
 
 def _aligned(
@@ -366,11 +390,8 @@ def _aligned(
     align: str,
     folder: Path | None,
 ) -> EmbeddingModel:
-    """Returns the version as it is deployed.
-
-    The folder stores the turned junction, since its bits may differ between machines.
-    """
-    file = None if folder is None else folder / "aligned.safetensors"
+    """The version as it is deployed.  The folder stores the rotation, whose bits may differ between machines."""
+    file = None if folder is None else folder / "rotation.safetensors"
     there = file is not None and processes.broadcast(file.exists())
     if not there and (align == "none" or not older):
         return version
@@ -378,22 +399,20 @@ def _aligned(
     if file is not None and there:
         saved = read_state(file)
         check_resumable(saved["facts"], started_with, str(file))
-        weight = saved["weight"]
+        rotation: Tensor = saved["rotation"]
     else:
         parts = [task.items] if memory is None else [task.items, memory]
 
         def act() -> Tensor:
-            turned = aligned_with_older(
+            aligned = aligned_with_older(
                 version, older, *parts, preprocessing=trainer.preprocessing, workers=trainer.workers
             )
-            return turned.head.junction.weight.detach().cpu()  # type: ignore[union-attr, operator]
+            return aligned.rotation.cpu()  # type: ignore[union-attr]
 
-        weight = processes.run_on_rank0(act)
+        rotation = processes.run_on_rank0(act)
         if file is not None and processes.rank() == 0:
-            write_state(file, {"facts": started_with, "weight": weight})
-    version.head.load_state_dict({"junction.weight": weight}, strict=False)
-    version.head.queue.clear()  # type: ignore[union-attr, operator]
-    return version
+            write_state(file, {"facts": started_with, "rotation": rotation})
+    return rotated(version, rotation.to(trainer.device))
 
 
 def _with_head(made: nn.Module, trainer: Trainer, before: EmbeddingModel | None) -> EmbeddingModel:

@@ -137,10 +137,10 @@ class Trainer:
         and restore the state of these; a new training uses the caller's state (`train_versions` seeds it).
 
         Args:
-            parent: the previous version, a replacement, or a new network; it is not changed.
-            items: new inputs and class ids, or a map-style dataset (`Items.from_dataset`).
-            schedule: steps, batch, optimizer and learning rate.
-            classes: range of all class ids so far, from 0.
+            parent: the version before, a replacement, or a fresh network.  Its rotation is left out.
+            items: new inputs and class ids, or a map-style dataset that `Items.from_dataset` takes.
+            schedule: budget and learning rate.
+            classes: all class ids so far, 0 up to the last.
             seed: of batches, augmentation and new weights.
             memory: remembered items of earlier classes, half of every batch; None for no memory.
             old: the deployed version, in evaluation mode, whose gallery must stay searchable; it is not trained.
@@ -226,6 +226,7 @@ class Trainer:
         with alone:
             with seeded(seed):
                 model = copy.deepcopy(parent)
+                model.rotation = None
                 self.method.add_classes(model, classes)
                 if old is not None and isinstance(self.method, ReadsOldEmbeddings):
                     self.method.fit_to_old(model, old)

@@ -1,4 +1,4 @@
-"""Tests versions that are rotated towards all older ones in closed form after training."""
+"""Versions whose embeddings are rotated in closed form to all older ones, after their training."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from scipy.linalg import orthogonal_procrustes
 from torch.nn.functional import normalize
 
-from simplexfix import SlotRegistry
-from simplexfix.methods import ASNN, FD, HOC
+from simplexfix import SimplexHead, SlotRegistry
+from simplexfix.methods import ASNN, ER, HOC, OCA
 from simplexfix.models import EmbeddingModel, NeighbourHead
 from simplexfix.training import (
     Items,
@@ -36,13 +36,15 @@ def models(width: int, count: int = 3) -> list[EmbeddingModel]:
 
 
 @pytest.mark.parametrize("width", [6, 19])
-def test_a_version_is_turned_by_the_isometry_nearest_to_the_older_ones(width: int) -> None:
-    """The isometry is SciPy's in all dimensions; similarities within the version, and the given version, stay."""
+@pytest.mark.parametrize("kind", ["neighbours", "simplex", "bias"])
+def test_a_version_is_rotated_by_the_isometry_nearest_to_the_older_ones(width: int, kind: str) -> None:
+    """As SciPy's in all dimensions; a version's own similarities and logits stay, and it stays itself."""
     *older, version = models(width)
-    before = version.head.junction.weight.detach().clone()
-    version.head.queue.add(torch.ones(4, width), torch.zeros(4, dtype=torch.int64))
+    if kind != "neighbours":
+        version.head = SimplexHead(10, width + 1, bias=kind == "bias")
+        torch.nn.init.normal_(version.head.junction.weight)
+    older[1].rotation = torch.linalg.qr(torch.randn(width, width))[0]
     made = aligned_with_older(version, older, NEW, REMEMBERED)
-    assert (made.head.queue.labels == -1).all()  # its rows were embedded before the turn
     rows, targets = [], []
     for part in (NEW, REMEMBERED):
         root = len(part.labels) ** -0.5  # both parts have the same weight
@@ -50,20 +52,36 @@ def test_a_version_is_turned_by_the_isometry_nearest_to_the_older_ones(width: in
         targets.append(root * normalize(sum(model.extract(part.inputs) for model in older)).double())
     own, target = torch.cat(rows), torch.cat(targets)
     turn = torch.from_numpy(orthogonal_procrustes(own.numpy(), target.numpy())[0])
-    z = made.extract(NEW.inputs)
-    torch.testing.assert_close(z.double(), version.extract(NEW.inputs).double() @ turn, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(z @ z.T, version.extract(NEW.inputs) @ version.extract(NEW.inputs).T)
-    assert torch.equal(version.head.junction.weight, before)
+    z, before = made.extract(NEW.inputs), version.extract(NEW.inputs)
+    torch.testing.assert_close(z.double(), before.double() @ turn, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(z @ z.T, before @ before.T, rtol=1e-4, atol=1e-5)
+    assert version.rotation is None
+    assert made.head is version.head
+    again = aligned_with_older(made, older, NEW, REMEMBERED)  # its own rotation is replaced
+    torch.testing.assert_close(again.rotation, made.rotation)
 
 
 def test_stored_embeddings_stand_for_the_older_versions() -> None:
-    """Stored embeddings are used for the first versions; the others embed the items."""
+    """Those of the first so many, without their rotations; what was not stored is embedded."""
     *older, version = models(19)
-    expected = aligned_with_older(version, older, NEW, REMEMBERED).head.junction.weight
     stored = replace(REMEMBERED, references=older[0].extract(REMEMBERED.inputs)[:, None])
-    torch.testing.assert_close(aligned_with_older(version, older, NEW, stored).head.junction.weight, expected)
+    older[0].rotation = torch.linalg.qr(torch.randn(19, 19))[0]
+    expected = aligned_with_older(version, older, NEW, REMEMBERED).rotation
+    torch.testing.assert_close(aligned_with_older(version, older, NEW, stored).rotation, expected)
     wrong = replace(stored, references=-stored.references)
-    assert (aligned_with_older(version, older, NEW, wrong).head.junction.weight - expected).abs().max() > 1e-3
+    assert (aligned_with_older(version, older, NEW, wrong).rotation - expected).abs().max() > 1e-3
+
+
+def test_a_rotated_version_is_saved_and_loaded(tmp_path: Path) -> None:
+    *older, version = models(6)
+    made = aligned_with_older(version, older, NEW)
+    custom = {"backbone": jobs.network()}
+    identity = made.save_pretrained(tmp_path)
+    loaded = EmbeddingModel.from_pretrained(tmp_path, **custom)
+    assert torch.equal(loaded.extract(NEW.inputs), made.extract(NEW.inputs))
+    assert loaded.identity() == identity != version.identity()
+    with pytest.raises(ValueError, match=r"rotation must have shape \[6, 6\], got \[6, 5\]"):
+        EmbeddingModel(version.backbone, version.head, rotation=torch.zeros(6, 5))
 
 
 def sequence(folder: Path | None = None, on_step=lambda task, step: None, **options) -> list[EmbeddingModel]:
@@ -78,7 +96,7 @@ def sequence(folder: Path | None = None, on_step=lambda task, step: None, **opti
             rehearsal=lambda version, items, generator: random_rows(items.labels, 3, generator),
             folder=folder,
             on_step=on_step,
-            **{"align": "older", "replacements": {1: jobs.network}, **options},
+            **{"replacements": {1: jobs.network}, **options},
         )
     )
 
@@ -93,76 +111,89 @@ def same(some: list[EmbeddingModel], others: list[EmbeddingModel]) -> bool:
 
 
 @pytest.mark.parametrize("reference", ["all", "deployed"])
-def test_the_deployed_version_is_the_turned_one(tmp_path: Path, reference: str) -> None:
-    """The turned version is deployed: it is returned, it is the next parent, and stored embeddings are by it."""
-    made = sequence(tmp_path, hoc_reference=reference)
-    parts: list[list[Items]] = [[TASKS[1].items], [TASKS[2].items]]
+def test_the_deployed_version_is_the_rotated_one(tmp_path: Path, reference: str) -> None:
+    """Training is as without: it uses versions and stored embeddings without their rotations."""
+    made = sequence(tmp_path / "older", hoc_reference=reference)
+    plain = sequence(tmp_path / "none", hoc_reference=reference, align="none")
+    assert all(version.rotation is None for version in (made[0], *plain))
     for t in (0, 1):
-        state = read_state(tmp_path / f"task-0{t}" / "memory.safetensors")
-        parts[t].append(Items(state["inputs"], state["labels"]))
+        files = [read_state(tmp_path / name / f"task-0{t}/memory.safetensors") for name in ("older", "none")]
+        assert torch.equal(files[0]["inputs"], files[1]["inputs"])
+        assert ("references" in files[0]) == (reference == "all")
         if reference == "all":
-            expected = torch.stack([version.extract(state["inputs"]) for version in made[: t + 1]], 1)
-            torch.testing.assert_close(state["references"], expected)
+            assert torch.equal(files[0]["references"], files[1]["references"])
     for t in (1, 2):
-        assert (made[t].head.queue.labels == -1).all()
-        again = aligned_with_older(made[t], made[:t], *parts[t - 1])  # the alignment changes nothing more
-        torch.testing.assert_close(again.extract(NEW.inputs), made[t].extract(NEW.inputs), rtol=0, atol=1e-5)
-    trained = read_state(tmp_path / "task-01" / "version.safetensors")["model"]["head.junction.weight"]
-    assert (trained - made[1].head.junction.weight).abs().max() > 1e-3
+        assert same([EmbeddingModel(made[t].backbone, made[t].head)], [plain[t]])
+        state = read_state(tmp_path / f"older/task-0{t - 1}/memory.safetensors")
+        parts = TASKS[t].items, Items(state["inputs"], state["labels"])
+        expected = aligned_with_older(plain[t], made[:t], *parts)
+        torch.testing.assert_close(made[t].rotation, expected.rotation, rtol=0, atol=1e-5)
+        assert (made[t].extract(NEW.inputs) - plain[t].extract(NEW.inputs)).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("moment", ["step 9", "step 12", "turning", "turned"])
+def test_a_rotation_of_the_parent_is_left_out() -> None:
+    first, second = sequence()[:2]
+    schedule = Schedule(2, 1e-2, batch=16)
+    trainer = Trainer(HOC(SlotRegistry(20), classification=ASNN(queue=32)))
+    made = trainer.fit(second, TASKS[1].items, schedule, classes=TASKS[1].classes, seed=1, old=first)
+    assert second.rotation is not None
+    assert made.rotation is None
+
+
+@pytest.mark.parametrize("moment", ["step 9", "step 12", "rotating", "rotated"])
 def test_a_stopped_sequence_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch, moment: str) -> None:
-    """The sequence stops in a task, at its end, during an alignment, and after it."""
+    """In a task, at its end, in the middle of a rotation, and after it."""
     whole = sequence()
     steps = []
 
     def on_step(task: int, step: int) -> None:
         steps.append(step)
-        if moment == f"step {len(steps)}" or (moment == "turned" and len(steps) == 13):
+        if moment == f"step {len(steps)}" or (moment == "rotated" and len(steps) == 13):
             raise InterruptedError
 
     def stop(*arguments, **options):
         raise InterruptedError
 
     with monkeypatch.context() as patch:
-        if moment == "turning":
+        if moment == "rotating":
             patch.setattr("simplexfix.training.scenario.aligned_with_older", stop)
         with pytest.raises(InterruptedError):
             sequence(tmp_path, on_step)
-    assert (tmp_path / "task-01" / "aligned.safetensors").exists() == (moment == "turned")
+    assert (tmp_path / "task-01" / "rotation.safetensors").exists() == (moment == "rotated")
     assert same(whole, sequence(tmp_path))
     monkeypatch.setattr("simplexfix.training.scenario.aligned_with_older", None)
     assert same(whole, sequence(tmp_path))  # a finished alignment is read
 
 
-def test_a_folder_of_turned_versions_is_refused_without(tmp_path: Path) -> None:
+def test_a_folder_of_rotated_versions_is_refused_without(tmp_path: Path) -> None:
     sequence(tmp_path)
     with pytest.raises(ValueError, match="align: was 'older', is 'none'"):
         sequence(tmp_path, align="none")
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("method", "options", "rotated"),
     [
-        ({"align": "newer"}, "align must be one of 'none', 'older', got 'newer'"),
-        (
-            {"method": HOC(SlotRegistry(20))},
-            'align="older" turns embeddings away from .* got simplexfix.methods.hoc.HOC',
-        ),
-        ({"method": FD(classification=ASNN())}, "is of HOC with a classification by neighbours, got .*FD"),
+        (HOC(SlotRegistry(20)), {}, True),
+        (HOC(SlotRegistry(20)), {"hoc_reference": "deployed"}, True),
+        (HOC(SlotRegistry(20)), {"hoc_reference": "replacement"}, False),
+        (ER(), {}, False),
+        (ER(), {"align": "older"}, True),
     ],
 )
-def test_methods_whose_classifier_stands_still_are_refused(options: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        sequence(**options)
+def test_which_versions_are_rotated(method, options: dict, rotated: bool) -> None:
+    if "hoc_reference" in options:
+        options = {"replacements": {}, **options}
+    made = sequence(method=method, **options)
+    assert [version.rotation is not None for version in made] == [False, rotated, rotated]
 
 
-def test_what_cannot_be_turned_is_refused() -> None:
+def test_what_cannot_be_rotated_is_refused() -> None:
     first, version = models(19, 2)
-    simplex = EmbeddingModel(jobs.network(), HOC(SlotRegistry(20)).head(10))
-    with pytest.raises(TypeError, match=r"must have a NeighbourHead with a junction, .* got SimplexHead"):
-        aligned_with_older(simplex, [first], NEW)
+    with pytest.raises(ValueError, match="align must be one of 'none', 'older', got 'newer'"):
+        sequence(align="newer")
+    with pytest.raises(TypeError, match="version has prefixes of 128 dimensions for older galleries"):
+        sequence(method=OCA(), align="older", replacements={})
     with pytest.raises(ValueError, match=r"as wide as version's, 19, got widths \[\]"):
         aligned_with_older(version, [], NEW)
     with pytest.raises(ValueError, match=r"as wide as version's, 19, got widths \[19, 6\]"):

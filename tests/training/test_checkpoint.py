@@ -41,6 +41,12 @@ def test_what_is_written_comes_back(tmp_path: Path) -> None:
     assert math.isnan(read_state(tmp_path / "x")["nan"])
 
 
+def test_tensors_are_read_to_aligned_memory(tmp_path: Path) -> None:
+    """Products of unaligned tensors may have other bits than those of the tensors that were written."""
+    write_state(tmp_path / "x", {f"t{i}": torch.ones(2 * i + 1) for i in range(9)})
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in read_state(tmp_path / "x").values())
+
+
 def test_shared_memory_and_strides_are_no_matter(tmp_path: Path) -> None:
     rows = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)
     write_state(tmp_path / "x", {"a": rows, "b": rows.t() if rows.ndim == 2 else rows[1:], "c": rows})

@@ -55,7 +55,7 @@ def sequence(method=None, folder: Path | None = None, tasks=None, on_step=lambda
             tasks or class_incremental(STAGES, (4, 2, 2), seed=1),
             network,
             Schedule(8, 1e-2, batch=16),
-            **{"seed": 2, "rehearsal": remember, "folder": folder, "hoc_reference": "all", **options},
+            **{"seed": 2, "rehearsal": remember, "folder": folder, "hoc_reference": "all", "align": "none", **options},
             on_step=on_step,
         )
     )

@@ -65,7 +65,7 @@ FEATURES = {
         (["protocols=[]"], "protocols must name at least one"),
         (["tasks.replacement_frozen=1.0"], r"replacement_frozen is a fraction of steps, in \[0, 1\), got 1.0"),
         (["tasks.align=newer"], "tasks: align must be one of 'none', 'older', got 'newer'"),
-        (["tasks.align=older"], 'tasks.align="older" is of .* got "hoc" with "cross_entropy"; take "none"'),
+        (["method.name=oca", "tasks.align=older"], 'method.name="oca" has prefixes for older galleries; take "none"'),
         (["tasks.denoise=2"], r"tasks: denoise must lie in \[0, 1\], got 2.0"),
         (["method.name=er", "tasks.denoise=0.5"], 'tasks.denoise is of unit embeddings, .* got "er" and "cosine"'),
         (["tasks.replacement_junction=new"], "replacement_junction must be one of 'aligned', 'kept', got 'new'"),
@@ -160,10 +160,10 @@ def test_a_pretrained_network_has_its_own_mean_and_std(place: str) -> None:
         ("hoc", "all", "all"),
         ("hoc", "replacement", "replacement"),
         ("fd", "all", "all"),
-        ("fd", "replacement", "deployed"),
-        ("bct", "all", "deployed"),
+        ("fd", "replacement", None),
+        ("bct", "all", None),
     ],
 )
-def test_what_a_method_is_held_to(method: str, given: str, expected: str) -> None:
+def test_what_a_method_is_held_to(method: str, given: str, expected: str | None) -> None:
     changes = [f"method.name={method}", f"tasks.hoc_reference={given}"]
     assert read_config(RunConfig, overridden(FEATURES, changes)).hoc_reference == expected

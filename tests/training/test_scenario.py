@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from simplexfix import SlotRegistry
-from simplexfix.methods import BCT, ER, FD, HOC
+from simplexfix import SimplexHead, SlotRegistry
+from simplexfix.methods import ASNN, BCT, ER, FD, HOC, Simplex
 from simplexfix.models import EmbeddingModel
 from simplexfix.training import (
     Items,
@@ -103,7 +103,7 @@ def versions(method=None, folder: Path | None = None, **options) -> list[Embeddi
 
 def test_a_replacement_of_other_width_keeps_slots_and_gets_its_junction() -> None:
     method = Recorder()
-    first, second, third = versions(method)
+    first, second, third = versions(method, align="none")
     assert [v.head.junction.in_features for v in (first, second, third)] == [10, 24, 24]
     assert [v.head.num_classes for v in (first, second, third)] == [4, 6, 8]
     assert {v.extract(STAGES.inputs[:2]).shape[1] for v in (first, second, third)} == {19}
@@ -147,13 +147,70 @@ def test_the_first_replacement_may_be_its_own_reference_and_others_have_the_depl
         torch.manual_seed(8)
         return EmbeddingModel(wider(), method.head(24))
 
-    replacements = {0: pretrained, 1: wider}  # the second version needs no trained head
-    result = versions(method, replacements=replacements, hoc_reference="deployed_or_replacement")
+    replacements = {0: pretrained, 1: wider}  # the second needs no trained head
+    result = versions(method, replacements=replacements, hoc_reference="deployed_or_replacement", align="none")
     made = pretrained()
     assert all(torch.equal(old.backbone[0].weight, made.backbone[0].weight) for old in method._old[:5])
     assert method._old[5:] == [result[0]] * 5 + [result[1]] * 5
     with pytest.raises(ValueError, match='hoc_reference="deployed_or_replacement" needs a trained head'):
         versions(Recorder(), replacements={0: wider}, hoc_reference="deployed_or_replacement")
+
+
+def biased() -> EmbeddingModel:
+    return EmbeddingModel(wider(), SimplexHead.from_slots(SlotRegistry(20), 24, bias=True))
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "begun"),
+    [
+        (HOC(SlotRegistry(20)), {}, ("aligned", 0.1)),
+        (HOC(SlotRegistry(20)), {"replacement_frozen": 0.5}, ("aligned", 0.5)),
+        (HOC(SlotRegistry(20)), {"replacement_junction": "kept"}, ("kept", 0.0)),
+        (HOC(SlotRegistry(20)), {"replacements": {1: biased}}, ("kept", 0.0)),
+        (HOC(SlotRegistry(20)), {"rehearsal": None}, ("aligned", 0.1)),
+        (HOC(SlotRegistry(20)), {"hoc_reference": "all"}, ("aligned", 0.1)),
+        (HOC(SlotRegistry(20), classification=ASNN()), {}, ("kept", 0.0)),
+        (Simplex(SlotRegistry(20)), {}, ("kept", 0.0)),
+        (ER(), {"replacements": {1: start}}, ("kept", 0.0)),
+    ],
+)
+def test_how_a_replacement_begins_by_default(monkeypatch, method, options: dict, begun: tuple[str, float]) -> None:
+    calls: list[dict] = []
+    fit = Trainer.fit
+    monkeypatch.setattr(Trainer, "fit", lambda self, *a, **given: calls.append(given) or fit(self, *a, **given))
+    versions(method, **options)
+    got = [(call.get("junction", "kept"), call.get("frozen", 0.0)) for call in calls]
+    assert got == [("kept", 0.0), begun, ("kept", 0.0)]
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_what_the_first_version_is_held_to_by_default(trained: bool) -> None:
+    """A replacement as it came, if it has a trained head; later versions are held to the deployed one."""
+    method = Recorder()
+
+    def pretrained() -> EmbeddingModel:
+        torch.manual_seed(8)
+        return EmbeddingModel(wider(), method.head(24))
+
+    result = versions(method, replacements={0: pretrained if trained else wider, 1: wider}, align="none")
+    first, weight = method._old[:5], pretrained().backbone[0].weight
+    assert all(torch.equal(old.backbone[0].weight, weight) for old in first) if trained else first == [None] * 5
+    assert method._old[5:] == [result[0]] * 5 + [result[1]] * 5
+
+
+def test_the_authors_reference_keeps_the_authors_start(monkeypatch) -> None:
+    """Without an aligned junction, and without a rotation."""
+
+    def pretrained() -> EmbeddingModel:
+        return EmbeddingModel(wider(), method.head(24))
+
+    method = HOC(SlotRegistry(20))
+    begun: list[dict] = []
+    fit = Trainer.fit
+    monkeypatch.setattr(Trainer, "fit", lambda self, *a, **given: begun.append(given) or fit(self, *a, **given))
+    made = versions(method, replacements={1: pretrained}, hoc_reference="replacement")
+    assert (begun[1]["junction"], begun[1]["frozen"]) == ("kept", 0.0)
+    assert all(version.rotation is None for version in made)
 
 
 def test_memory_is_half_of_each_batch_and_of_earlier_classes() -> None:
