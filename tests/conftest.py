@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from types import CodeType
 
 import pytest
 import torch
@@ -16,6 +17,13 @@ from simplexfix.retrieval import index as index_module
 from simplexfix.retrieval._plain_index import PlainIndex
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def snippet(page: str, heading: str) -> CodeType:
+    """The first Python block below a heading of a page in docs."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8").split(f"\n## {heading}\n")[1]
+    code = text.split("```python\n", 1)[1].split("\n```\n")[0]
+    return compile(code, page, "exec")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

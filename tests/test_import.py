@@ -87,6 +87,7 @@ ROOMS = {
     "adapters": {"labelled", "retrieval", "compatibility", "models"},
     "methods": {"models", "heads"},
     "gallery": {"labelled", "retrieval", "compatibility", "models"},
+    "integrations": {"methods", "retrieval"},
     "training": {"adapters", "compatibility", "data", "heads", "labelled", "methods", "models", "report", "retrieval"},
 }
 
