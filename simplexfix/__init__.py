@@ -37,6 +37,7 @@ _MODULES = (
     "data",
     "functional",
     "gallery",
+    "integrations",
     "labelled",
     "methods",
     "models",

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import pytest
@@ -24,6 +25,13 @@ LONGEST = (
     "test_gallery_contract.py", "test_gallery_processes.py", "test_install.py", "test_cuda_kernels.py",
     "test_instruction_sets.py", "test_gallery_milvus.py", "test_demo.py", "test_evaluate.py", "test_terminals.py",
 )  # fmt: skip
+
+
+def snippet(page: str, heading: str) -> CodeType:
+    """The first Python block below a heading of a page in docs."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8").split(f"\n## {heading}\n")[1]
+    code = text.split("```python\n", 1)[1].split("\n```\n")[0]
+    return compile(code, page, "exec")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

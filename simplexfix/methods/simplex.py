@@ -6,6 +6,7 @@ import copy
 
 from torch import Tensor, nn
 
+from .. import functional as SF
 from .._checks import check_margin, check_scale
 from ..heads import SimplexHead
 from ..models import EmbeddingModel
@@ -60,6 +61,35 @@ class Simplex:
 
     def loss(self, model: EmbeddingModel, input: Tensor, target: Tensor, old: EmbeddingModel | None) -> Tensor:
         return model.head.loss(model.backbone(input), self._slots(target))  # type: ignore[no-any-return, operator]
+
+    def embedding_loss(
+        self, z: Tensor, target: Tensor, old: Tensor | None = None, *, reduction: str = "mean"
+    ) -> Tensor:
+        """Returns the loss of embeddings by a model of another library, which ends in a junction without a head.
+
+            simplex_cross_entropy(z, slots.lookup(namespace, target))
+
+        Args:
+            z: [B, K - 1] floating.
+            target: [B] int64 class ids.
+            old: [B, K - 1] embeddings of the same items by the old model, in the dtype of `z`, or None; not used.
+            reduction: "none", "mean" or "sum".
+
+        Returns:
+            [B] with "none", else a scalar.
+
+        Raises:
+            TypeError, ValueError: as in `simplexfix.functional.simplex_cross_entropy`.
+            ValueError: a class has no slot.
+        """
+        return SF.simplex_cross_entropy(
+            z,
+            self._slots(target),
+            normalize=self.normalize,
+            scale=self.scale,
+            margin=self.margin,
+            reduction=reduction,
+        )
 
     def _slots(self, target: Tensor) -> Tensor:
         """Maps class ids to slots.  On a GPU unknown classes give -1, whose loss is nan, to avoid synchronizing."""
