@@ -240,6 +240,7 @@ def report(
     *,
     unseen: int,
     arguments: argparse.Namespace,
+    methods: Mapping[str, AdapterMethod] = METHODS,
 ) -> None:
     """Prints the tables of one example and writes all of it as JSON."""
     items = Items(list(encoders.values()), gallery_labels, query_labels)
@@ -250,6 +251,7 @@ def report(
         sample=arguments.sample,
         folds=arguments.folds,
         seen_fraction=arguments.seen_fraction,
+        methods=methods,
     )
     seen, others = split(items.gallery_labels, unseen, arguments.seeds[0])
     chain = fit_chain(WhitenedProcrustes(0.6), **items.fitted(seen, arguments.sample, arguments.seeds[0]))
@@ -269,7 +271,7 @@ def report(
             "seeds": list(arguments.seeds),
             "folds": arguments.folds,
             "seen fraction": arguments.seen_fraction,
-            "methods": {name: method.described() for name, method in METHODS.items()},
+            "methods": {name: method.described() for name, method in methods.items()},
             "results": results,
             "moves": moved,
             "selected": chosen,

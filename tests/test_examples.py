@@ -72,12 +72,12 @@ def test_features_are_kept_and_the_report_is_written(made_up, tmp_path, capsys, 
     first = cached(tmp_path / "new", "a", lambda: rows)
     assert torch.equal(cached(tmp_path / "new", "a", lambda: 1 / 0), first)
     names = dict(zip(("a", "b", "c"), made_up.encoders, strict=True))
-    few = {"methods": METHODS, "candidates": tuple(METHODS.values())}
+    few = {"candidates": tuple(METHODS.values())}
     monkeypatch.setattr(compare, "__kwdefaults__", {**compare.__kwdefaults__, **few})
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     arguments = parser.parse_args(["--seeds", "0", "--sample", "40", "--out", str(tmp_path / "out.json")])
-    report(names, made_up.gallery_labels, made_up.query_labels, unseen=6, arguments=arguments)
+    report(names, made_up.gallery_labels, made_up.query_labels, unseen=6, arguments=arguments, methods=METHODS)
     assert "nearest_class_mean, %" in capsys.readouterr().out
     content = json.loads((tmp_path / "out.json").read_text())
     assert content["encoders"] == {"a": 10, "b": 14, "c": 30}
