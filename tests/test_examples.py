@@ -48,7 +48,7 @@ def made_up() -> Items:
 
 
 def test_new_encoders_search_old_galleries(made_up) -> None:
-    found, chosen = compare(made_up, unseen=6, seeds=[0], sample=40, methods=METHODS, selected={})
+    found, chosen = compare(made_up, unseen=6, seeds=[0], sample=40, methods=METHODS, candidates=())
     assert not chosen
     for name in METHODS:
         matrix = found[name]["nearest_class_mean"]["unseen"][0]["matrix"]
@@ -73,18 +73,21 @@ def test_features_are_kept_and_the_report_is_written(made_up, tmp_path, capsys, 
     first = cached(tmp_path / "new", "a", lambda: rows)
     assert torch.equal(cached(tmp_path / "new", "a", lambda: 1 / 0), first)
     names = dict(zip(("a", "b", "c"), made_up.encoders, strict=True))
-    monkeypatch.setattr("simplexfix.adapters.select.closed_forms", lambda features: list(METHODS.values()))
-    monkeypatch.setattr("simplexfix.adapters.select.STEPS", (1,))
-    monkeypatch.setattr(compare, "__kwdefaults__", {**compare.__kwdefaults__, "methods": METHODS})
+    few = {"candidates": tuple(METHODS.values())}
+    monkeypatch.setattr(compare, "__kwdefaults__", {**compare.__kwdefaults__, **few})
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     arguments = parser.parse_args(["--seeds", "0", "--sample", "40", "--out", str(tmp_path / "out.json")])
-    report(names, made_up.gallery_labels, made_up.query_labels, unseen=6, arguments=arguments)
+    report(names, made_up.gallery_labels, made_up.query_labels, unseen=6, arguments=arguments, methods=METHODS)
     assert "nearest_class_mean, %" in capsys.readouterr().out
     content = json.loads((tmp_path / "out.json").read_text())
     assert content["encoders"] == {"a": 10, "b": 14, "c": 30}
     assert len(content["results"]["selected"]["instance"]["unseen"][0]["matrix"]) == 3
-    assert [entry["row"] for entry in content["selected"]].count("selected, both encoders") == 2
+    assert len(content["results"]["selected, both encoders"]["instance"]["seen"]) == 1
+    assert [entry["protocol"] for entry in content["selected"]] == ["nearest_class_mean", "instance"]
+    for entry in content["selected"]:
+        assert entry["selected"]["name"] in ("procrustes", "simplex_junction")
+        assert len(entry["table"]) == len(METHODS) + 2 * 9  # and slerp from both
 
 
 def test_weights_that_are_not_arrays_are_not_called() -> None:
@@ -189,10 +192,8 @@ def test_real_text_encoders_where_they_are_installed(data_folder, tmp_path) -> N
         (tmp_path / name).write_text("\n".join([head, *few]), encoding="utf-8")
     code = (
         "import frozen_encoders as f, replace_text_encoder as e\n"
-        "from simplexfix.adapters import select\n"
-        "for slow in ('mlp', 'lambda-orthogonal'): f.METHODS.pop(slow)\n"
-        "select.closed_forms = lambda _: [f.METHODS[name] for name in ('procrustes', 'simplex junction')]\n"
-        "select.STEPS, e.UNSEEN = (1,), 3\n"
+        "few = f.METHODS['procrustes'], f.METHODS['simplex junction, g = 0.3']\n"
+        "f.compare.__kwdefaults__['candidates'], e.UNSEEN = few, 3\n"
         "e.main()"
     )
     done = subprocess.run(

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from ._paired import PairedFeatures
 
 __all__ = ["Moments", "polar"]
 
 _T = TypeVar("_T")
+_LEAST_NORM = 1e-12
 _LEAST_VARIANCE = 1e-13  # of unit rows: what float64 sums of equal rows leave is below it
 
 
@@ -27,12 +27,18 @@ class Moments:
                            without labels: gram(i) / rows
         whitening(i, g)  = S^{-1/2},  S = (1 - g) covariance(i) + g trace(covariance(i)) / f I
         whitened(i, j, g) = sum a_i^T a_j,  a = n(x whitening)
+        whitened_classes(i, g) = sum of a_i over the labelled items of each class, and the mean of |x whitening|
 
-    Memory: a few [f, f] matrices for each version and each pair that was asked for, and one [C, f] matrix.
+    Memory: a few [f, f] and [C, f] matrices for each version and each pair that was requested.
+
+    Args:
+        features: the rows.
+        shrinkages: values of g whose whitened sums are computed in one pass over the rows.
     """
 
-    def __init__(self, features: PairedFeatures) -> None:
+    def __init__(self, features: PairedFeatures, shrinkages: Collection[float] = ()) -> None:
         self.features = features
+        self._shrinkages = tuple(shrinkages)
         self._made: dict[tuple[object, ...], object] = {}
 
     def mean(self, version: int) -> Tensor:
@@ -60,6 +66,27 @@ class Moments:
         Raises:
             ValueError: the shrunk covariance is singular, as for g = 0 with fewer items than dimensions.
         """
+        scale, vectors = self._axes(version, g)
+        return vectors * scale @ vectors.T
+
+    def whitened(self, version: int, other: int, g: float) -> Tensor:
+        """[f_version, f_other]."""
+        if ("whitened", version, other, g) not in self._made:
+            self._sum_whitened(version, other, g)
+        return self._made["whitened", version, other, g]  # type: ignore[return-value]
+
+    def whitened_classes(self, version: int, g: float) -> tuple[Tensor, float]:
+        """[C, f], and a norm."""
+        if ("whitened classes", version, g) not in self._made:
+            self._sum_whitened(max(version, 1), 0, g)  # the pair that the junctions read next
+        return self._made["whitened classes", version, g]  # type: ignore[return-value]
+
+    def once(self, key: tuple[object, ...], make: Callable[[], _T]) -> _T:
+        """What `make` returns, computed at the first call with this key; for sums of one method's own."""
+        return self._once(("method", *key), make)
+
+    def _axes(self, version: int, g: float) -> tuple[Tensor, Tensor]:
+        """[f] and [f, f]: whitening = vectors diag(scale) vectors^T."""
         values, vectors = self._once(("eigen", version), lambda: torch.linalg.eigh(self.covariance(version)))
         shrunk = (1 - g) * values.clamp(min=0) + g * values.mean()
         if not shrunk[0] > 1e-12 * shrunk[-1]:
@@ -67,19 +94,7 @@ class Moments:
                 f"{self.features.versions[version].name}: the covariance of {len(self.features)} rows in "
                 f"{self.features.width(version)} dimensions is singular; whiten with shrinkage > 0, got {g}"
             )
-        return vectors * shrunk.rsqrt() @ vectors.T  # type: ignore[no-any-return]
-
-    def whitened(self, version: int, other: int, g: float) -> Tensor:
-        """[f_version, f_other]."""
-        return self._once(("whitened", version, other, g), lambda: self._whitened(version, other, g))
-
-    def whiten(self, version: int, rows: Tensor, g: float) -> Tensor:
-        """Unit rows of a version -> their unit whitened rows."""
-        return normalize((rows - self.mean(version)) @ self.whitening(version, g), dim=1)
-
-    def once(self, key: tuple[object, ...], make: Callable[[], _T]) -> _T:
-        """What `make` returns, computed at the first call with this key; for sums of one method's own."""
-        return self._once(("method", *key), make)
+        return shrunk.rsqrt(), vectors
 
     def _blocks(self, *which: int) -> Iterator[tuple[tuple[Tensor, ...], Tensor | None]]:
         """Yields the blocks of `features.blocks`; a complete pass also stores the means of these versions."""
@@ -130,15 +145,38 @@ class Moments:
         assert isinstance(out, Tensor)
         return out - len(self.features) * torch.outer(self.mean(version), self.mean(other))
 
-    def _whitened(self, version: int, other: int, g: float) -> Tensor:
-        maps = self.whitening(version, g), self.whitening(other, g)
-        means = self.mean(version), self.mean(other)
-        out: Tensor | float = 0.0
-        for rows, _ in self.features.blocks(version, other):
-            a, b = (normalize((x - m) @ w, dim=1) for x, m, w in zip(rows, means, maps, strict=True))
-            out = out + a.T @ b
-        assert isinstance(out, Tensor)
-        return out
+    def _sum_whitened(self, version: int, other: int, g: float) -> None:
+        """Stores `whitened` of the pair and `whitened_classes` of both, for g and all shrinkages of the constructor.
+
+        Rows are multiplied by the eigenvectors once: in these axes whitening is a scale, and the sums are turned back.
+        """
+        features, which = self.features, (version, other)
+        together = self._shrinkages if g in self._shrinkages else (g,)
+        means = [self.mean(i) for i in which]
+        axes = {h: [self._axes(i, h) for i in which] for h in together}
+        cross: dict[float, Tensor | float] = dict.fromkeys(together, 0.0)
+        of_class = {
+            (h, i): means[0].new_zeros(features.num_classes, features.width(i)) for h in together for i in which
+        }
+        norms = dict.fromkeys(of_class, 0.0)
+        for rows, labels in features.blocks(*which):
+            turned = [(x - m) @ vectors for x, m, (_, vectors) in zip(rows, means, axes[g], strict=True)]
+            squares = [x.square() for x in turned]
+            for h in together:
+                units = []
+                for i, x, square, (scale, _) in zip(which, turned, squares, axes[h], strict=True):
+                    norm = (square @ scale.square()).sqrt()
+                    norms[h, i] += float(norm.sum())
+                    units.append(x / norm.clamp(min=_LEAST_NORM)[:, None])
+                    if labels is not None:
+                        of_class[h, i].index_add_(0, labels, units[-1])
+                cross[h] = cross[h] + units[0].T @ units[1]
+        for h in together:
+            (left, u), (right, v) = axes[h]
+            self._made["whitened", version, other, h] = (u * left) @ cross[h] @ (v * right).T
+            for i, (scale, vectors) in zip(which, axes[h], strict=True):
+                sums = of_class[h, i] @ (vectors * scale).T, norms[h, i] / len(features)
+                self._made.setdefault(("whitened classes", i, h), sums)
 
     def _once(self, key: tuple[object, ...], make: Callable[[], _T]) -> _T:
         if key not in self._made:

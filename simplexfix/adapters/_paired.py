@@ -111,17 +111,10 @@ class PairedFeatures:
         found, places = np.unique(self.labels[items], return_inverse=True)
         return replace(taken, labels=places.astype(np.int64), num_classes=len(found))
 
-    def blocks(self, *which: int, labelled: bool = False) -> Iterator[tuple[tuple[Tensor, ...], Tensor | None]]:
-        """(unit rows in float64 of these versions, their classes or None) of one block of items after the other.
-
-        Args:
-            which: versions.
-            labelled: whether only items with labels are wanted; then the classes are never None.
-        """
+    def blocks(self, *which: int) -> Iterator[tuple[tuple[Tensor, ...], Tensor | None]]:
+        """(unit rows in float64 of these versions, their classes or None) of one block of items after the other."""
         sources = [(self.versions, self.labels)]
-        if labelled:
-            assert self.labels is not None
-        elif self.sample is not None:
+        if self.sample is not None:
             sources.append((self.sample, None))
         step = max(1, BLOCK_BYTES // (8 * max(self.width(i) for i in which)))
         for versions, labels in sources:

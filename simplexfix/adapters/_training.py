@@ -7,12 +7,17 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["descend", "draw"]
+from ._moments import Moments
+
+__all__ = ["descend", "draw", "row_reader"]
+
+_ROWS = 4096
+KEPT_BYTES = 2**27  # float32 bytes of the rows that `row_reader` computes once
 
 
 def descend(parameters: Sequence[Tensor], loss: Callable[[], Tensor], *, steps: int, learning_rate: float) -> None:
     """Adam with a cosine schedule down to 0, in place on leaf tensors that need gradients."""
-    optimizer = torch.optim.Adam(parameters, lr=learning_rate)
+    optimizer = torch.optim.Adam(parameters, lr=learning_rate, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
     with torch.enable_grad():
         for _ in range(steps):
@@ -26,3 +31,29 @@ def descend(parameters: Sequence[Tensor], loss: Callable[[], Tensor], *, steps: 
 def draw(begin: int, end: int, batch: int, generator: torch.Generator) -> Tensor:
     """[batch] row numbers out of [begin, end), with repetition."""
     return torch.randint(begin, end, (batch,), generator=generator)
+
+
+def row_reader(
+    moments: Moments, version: int, made: Callable[[Tensor], Tensor] | None = None
+) -> Callable[[Tensor], Tensor]:
+    """A function of [B] row numbers that returns the unit float32 rows of a version, or what a fixed map makes of them.
+
+    Rows are drawn again and again: all of them are computed once, for all methods, where they fit into `KEPT_BYTES`.
+    """
+    features = moments.features
+
+    numbers = torch.arange(len(features))
+    kept = None
+    if 4 * len(features) * features.width(version) <= KEPT_BYTES:
+        kept = moments.once(("rows", version), lambda: features.gather(version, numbers))
+
+    def read(at: Tensor) -> Tensor:
+        return features.gather(version, at) if kept is None else kept[at.to(kept.device)]
+
+    if made is None:
+        return read
+    first = made(read(numbers[:1]))
+    if 4 * len(features) * first.shape[1] > KEPT_BYTES:
+        return lambda at: made(read(at))
+    mapped = torch.cat([made(read(at)) for at in torch.split(numbers, _ROWS)])
+    return lambda at: mapped[at.to(mapped.device)]

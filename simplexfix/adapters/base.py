@@ -225,11 +225,13 @@ class AdapterMethod(ABC):
         name: for tables and files.
         needs_labels: whether it cannot do without classes.
         maps_gallery: whether its adapters also map stored vectors.
+        common_space: whether each version has one map, which embeds its queries for the galleries of all versions.
     """
 
     name: ClassVar[str]
     needs_labels: ClassVar[bool] = False
     maps_gallery: ClassVar[bool] = False
+    common_space: ClassVar[bool] = False
 
     def fit(
         self,

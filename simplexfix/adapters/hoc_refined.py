@@ -13,7 +13,7 @@ from .. import functional
 from .._checks import check_fraction, check_integer, check_positive
 from ._moments import Moments
 from ._paired import PairedFeatures
-from ._training import descend, draw
+from ._training import descend, draw, row_reader
 from .base import Adapter, AdapterMethod
 from .maps import AffineMap
 from .simplex_junction import SimplexJunction, junctions
@@ -49,6 +49,7 @@ class HOCRefined(AdapterMethod):
     name: ClassVar[str] = "hoc_refined"
     needs_labels: ClassVar[bool] = True
     maps_gallery: ClassVar[bool] = True
+    common_space: ClassVar[bool] = True
     start: SimplexJunction = field(default_factory=SimplexJunction)
     steps: int = 60
     learning_rate: float = 1e-3
@@ -82,40 +83,42 @@ class HOCRefined(AdapterMethod):
         return {**super().described(), "start": self.start.described()}
 
     def _refined(self, moments: Moments) -> list[AffineMap]:
-        features, generator = moments.features, torch.Generator().manual_seed(self.seed)
-        slots = self.start.slots_for(features)
+        generator = torch.Generator().manual_seed(self.seed)
+        slots = self.start.slots_for(moments.features)
         begun = junctions(moments, g=self.start.g, lam=self.start.lam, slots=slots)
         maps: list[AffineMap] = []
         for version in range(len(begun)):
-            maps.append(self._refine(features, begun[version], maps[-1] if maps else None, version, generator))
+            maps.append(self._refine(moments, begun[version], maps[-1] if maps else None, version, generator))
         return maps
 
     def _refine(
         self,
-        features: PairedFeatures,
+        moments: Moments,
         begun: AffineMap,
         before: AffineMap | None,
         version: int,
         generator: torch.Generator,
     ) -> AffineMap:
+        features = moments.features
         assert features.labels is not None
         j, b = (tensor.float().clone().requires_grad_() for tensor in (begun.weight, begun.bias))
         labels, items = torch.from_numpy(features.labels), features.num_items
+        own = row_reader(moments, version)
+        older = None if before is None else row_reader(moments, version - 1, before)
 
         def loss() -> Tensor:
             at = draw(0, items, self.batch, generator)
             y = labels[at].to(features.device)
-            z = features.gather(version, at) @ j + b
+            z = own(at) @ j + b
             classification = functional.simplex_cross_entropy(z, y, normalize=True, scale=self.scale)
-            if before is None:
+            if older is None:
                 return classification
             if features.sample is not None:
                 more = draw(items, len(features), self.batch, generator)
-                z = torch.cat([z, features.gather(version, more) @ j + b])
+                z = torch.cat([z, own(more) @ j + b])
                 y = torch.cat([y, (features.num_classes + more).to(y)])
                 at = torch.cat([at, more])
-            old = before(features.gather(version - 1, at))
-            contrast = functional.old_new_contrast(z, old, y, mu=self.mu)
+            contrast = functional.old_new_contrast(z, older(at), y, mu=self.mu)
             return self.lambda_ * classification + (1 - self.lambda_) * contrast
 
         descend([j, b], loss, steps=self.steps, learning_rate=self.learning_rate)

@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 
 from .._checks import check_integer, check_positive
 from ._moments import Moments
-from ._training import descend, draw
+from ._training import descend, draw, row_reader
 from .base import Adapter, AdapterMethod
 from .maps import AffineMap
 from .procrustes import procrustes_map
@@ -59,17 +59,22 @@ class LambdaOrthogonal(AdapterMethod):
         generator = torch.Generator().manual_seed(self.seed)
         w, b = (tensor.float().clone().requires_grad_() for tensor in (base.weight, base.bias))
 
+        given, wanted = row_reader(moments, new), row_reader(moments, old)
+
         def loss() -> Tensor:
             at = draw(0, len(features), self.batch, generator)
-            mapped = normalize(features.gather(new, at) @ w + b, dim=1)
-            return 1 - (mapped * features.gather(old, at)).sum(1).mean() + self.penalty(w)
+            mapped = normalize(given(at) @ w + b, dim=1)
+            return 1 - (mapped * wanted(at)).sum(1).mean() + self.penalty(w)
 
         descend([w, b], loss, steps=self.steps, learning_rate=self.learning_rate)
         return Adapter(AffineMap(w.detach(), b.detach()), method=self.described())
 
     def penalty(self, w: Tensor) -> Tensor:
         """The second term of the loss."""
-        square = w.T @ w if w.shape[0] >= w.shape[1] else w @ w.T
+        fixed = w.detach()
+        square = fixed.T @ w if w.shape[0] >= w.shape[1] else w @ fixed.T
+        # the distance is symmetric in both factors, so twice the gradient of one is that of both: one product less
+        square = 2 * square - square.detach()
         # squared, and a root of what is never 0: the norm has no gradient at an orthogonal map
         distance = ((square - torch.eye(len(square), dtype=w.dtype, device=w.device)).square().sum() + 1e-12).sqrt()
         return torch.sigmoid(self.alpha * (distance - self.lambda_)) * distance

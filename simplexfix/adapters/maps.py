@@ -93,7 +93,10 @@ class ResidualMap(nn.Module):
         self.in_features, self.out_features = weight.shape
 
     def forward(self, features: Tensor) -> Tensor:
-        p = unit(features, self.weight.dtype) @ self.weight + self.bias
+        return self.corrected(unit(features, self.weight.dtype) @ self.weight + self.bias)
+
+    def corrected(self, p: Tensor) -> Tensor:
+        """[B, d] p of the equation -> [B, d] unit rows."""
         return normalize(p + nn.functional.gelu(p @ self.hidden + self.hidden_bias) @ self.up, dim=-1)
 
     def extra_repr(self) -> str:

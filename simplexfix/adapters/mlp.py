@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._checks import check_integer, check_positive
 from ._moments import Moments
-from ._training import descend, draw
+from ._training import descend, draw, row_reader
 from .base import Adapter, AdapterMethod
 from .maps import ResidualMap
 from .procrustes import procrustes_map
@@ -56,12 +56,14 @@ class MLP(AdapterMethod):
         hidden = (torch.randn(d, self.hidden, generator=generator) / d**0.5).to(features.device).requires_grad_()
         bias = torch.zeros(self.hidden, device=features.device, requires_grad=True)
         up = torch.zeros(self.hidden, d, device=features.device, requires_grad=True)
-        network = ResidualMap(base.weight.float(), base.bias.float(), hidden, bias, up)
+        weight, offset = base.weight.float(), base.bias.float()
+        network = ResidualMap(weight, offset, hidden, bias, up)
+        turned = row_reader(moments, new, lambda rows: rows @ weight + offset)
+        wanted = row_reader(moments, old)
 
         def loss() -> Tensor:
             at = draw(0, len(features), self.batch, generator)
-            mapped: Tensor = network(features.gather(new, at))
-            return 1 - (mapped * features.gather(old, at)).sum(1).mean()
+            return 1 - (network.corrected(turned(at)) * wanted(at)).sum(1).mean()
 
         descend([hidden, bias, up], loss, steps=self.steps, learning_rate=self.learning_rate)
         trained = [tensor.detach() for tensor in (network.weight, network.bias, hidden, bias, up)]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from .._checks import check_integer, check_name
+from .._checks import check_fraction, check_integer, check_name
 from ..compatibility.agreement import overlap
 from ..compatibility.statistics import Interval, check_confidence, percentiles
 from ..functional import cosine_topk
@@ -23,6 +24,7 @@ from .chain import Chain, chain_of, read_versions
 from .hoc_refined import HOCRefined
 from .lambda_orthogonal import LambdaOrthogonal
 from .low_rank import LowRank
+from .maps import unit
 from .mlp import MLP
 from .procrustes import Procrustes
 from .ridge import Ridge
@@ -40,6 +42,9 @@ TOP = 10  # places that agreement compares
 SHRINKAGE = (0.1, 0.3, 0.6)
 STEPS = (30, 60, 120)
 ALPHAS = tuple(round(0.1 * step, 1) for step in range(1, 10))
+
+HELD_OUT, FITTED = 0, 1  # kinds of held-out queries: of held-out classes, or items without labels; of fitted classes
+WHITENED = (WhitenedProcrustes, SimplexJunction)
 
 Values = dict[tuple[int, int], NDArray[np.float64]]
 
@@ -125,6 +130,7 @@ def select_adapter(
     query_encoders: str = "new",
     stored_vectors: str = "map",
     protocol: str | Protocol = "nearest_class_mean",
+    seen_fraction: float = 0.5,
     folds: int = 1,
     confidence: float = 0.95,
     seed: int = 0,
@@ -132,9 +138,11 @@ def select_adapter(
 ) -> Selection:
     """Fits candidates, judges them on what was held out of their fit, and fits the best one on all items.
 
-        with labels:    a third of the classes is held out; half of their items are queries, half the gallery
+        with labels:    a third of the classes is held out; half of their items are queries, half the gallery;
+                        of each other class a quarter of the items is held out as queries, half are the gallery
         without labels: a third of the items is held out; half of them are queries, half the gallery
-        score = mean over cells (old by old, new by old, new by new) of the protocol's score        with labels
+        score = (1 - seen_fraction) AA(held-out classes) + seen_fraction AA(held-out items of the fitted classes)
+                AA: mean over cells (old by old, new by old, new by new) of the protocol's score     with labels
               = overlap of the 10 nearest of new queries in the old gallery with those that the new encoder finds
                 in a gallery of its own                                                               without labels
 
@@ -148,10 +156,12 @@ def select_adapter(
         candidates: None: procrustes, ridge, low rank, MLP, lambda-orthogonal, whitened procrustes and, with labels,
             simplex junction with a grid of shrinkages, then HOC steps from the best junction.
         query_encoders: "new": the new encoder alone runs at query time; "both": the old one as well, and slerp with a
-            grid of alpha from the two best adapters is a candidate.
+            grid of alpha from the two best adapters of all others is a candidate.
         stored_vectors: "map": methods that map stored vectors are candidates, too; "keep": only methods that leave the
             gallery as it is.
         protocol: "nearest_class_mean", "instance", or one with hits; with labels only.
+        seen_fraction: fraction of the service's queries that concern the labelled classes, in [0, 1]; with labels only.
+            0: all queries concern classes that come later; 1: none does.
         folds: 1 to 3, how many thirds are held out in turn: more take longer and are surer.
         confidence: of the intervals, in (0, 1).
         seed: of the split and the bootstrap.
@@ -161,7 +171,9 @@ def select_adapter(
         TypeError, ValueError: as `AdapterMethod.fit`; too few classes or items; an option out of its range.
     """
     features = PairedFeatures.read((old, new), labels, sample, names=("old", "new"), device=device)
-    return _select(features, candidates, query_encoders, stored_vectors, protocol, folds, confidence, seed)
+    return _select(
+        features, candidates, query_encoders, stored_vectors, protocol, seen_fraction, folds, confidence, seed
+    )
 
 
 def select_chain(
@@ -173,6 +185,7 @@ def select_chain(
     query_encoders: str = "new",
     stored_vectors: str = "map",
     protocol: str | Protocol = "nearest_class_mean",
+    seen_fraction: float = 0.5,
     folds: int = 1,
     confidence: float = 0.95,
     seed: int = 0,
@@ -183,7 +196,9 @@ def select_chain(
     Arguments and errors as there; `sample` has rows by each encoder.
     """
     features = read_versions(versions, labels, sample, device)
-    return _select(features, candidates, query_encoders, stored_vectors, protocol, folds, confidence, seed)
+    return _select(
+        features, candidates, query_encoders, stored_vectors, protocol, seen_fraction, folds, confidence, seed
+    )
 
 
 def _select(
@@ -192,6 +207,7 @@ def _select(
     query_encoders: str,
     stored_vectors: str,
     protocol: str | Protocol,
+    seen_fraction: float,
     folds: int,
     confidence: float,
     seed: int,
@@ -202,25 +218,30 @@ def _select(
     protocol = read_protocol(protocol, needs="hits")
     if not 1 <= check_integer("folds", folds) <= PARTS:
         raise ValueError(f"folds must lie in [1, {PARTS}], got {folds}")
+    check_fraction("seen_fraction", seen_fraction)
+    given = {HELD_OUT: 1.0 - seen_fraction, FITTED: float(seen_fraction)}
+    fractions = {HELD_OUT: 1.0} if features.labels is None else {kind: f for kind, f in given.items() if f}
     check_confidence(confidence)
     if candidates is not None and not candidates:
         raise ValueError("candidates must hold at least one method, or be None")
-    parts = [_HeldOut(features, part, protocol) for part in _splits(features, folds, seed)]
-    judge = _Judge(parts, confidence, seed)
+    shrinkages = SHRINKAGE if candidates is None else {m.g for m in candidates if isinstance(m, WHITENED)}
+    splits = _splits(features, folds, seed, seen_fraction)
+    parts = [_Fold(features, split, protocol, shrinkages, fractions) for split in splits]
+    judge = _Judge(parts, fractions, confidence, seed)
     if candidates is None:
         judge.add([method for method in closed_forms(features) if not (keep and method.maps_gallery)])
         if features.labels is not None and not keep:
             start = next(row.method for row in judge.ranked() if isinstance(row.method, SimplexJunction))
             judge.add([HOCRefined(start, steps=steps) for steps in STEPS])
-        if query_encoders == "both":
-            bases = [row.method for row in judge.ranked()[:2]]
-            judge.add([Slerp(base, alpha) for base in bases for alpha in ALPHAS])
     else:
         for method in candidates:
             method.check(features)
             if keep and method.maps_gallery:
                 raise ValueError(f'stored_vectors="keep" leaves out {method.name}, which maps them: drop it')
         judge.add(candidates)
+    if query_encoders == "both":
+        bases = [row.method for row in judge.ranked() if not isinstance(row.method, Slerp)][:2]
+        judge.add([Slerp(base, alpha) for base in bases for alpha in ALPHAS])
     table = tuple(judge.ranked())
     chain = chain_of(table[0].method, Moments(features))
     return Selection(table[0], table, table[0].gain_interval.low > 0, judge.old, chain)
@@ -243,14 +264,16 @@ def closed_forms(features: PairedFeatures) -> list[AdapterMethod]:
 
 @dataclass(frozen=True)
 class _Split:
-    """Rows of items: those of the fit, the held-out queries and the held-out gallery."""
+    """Rows of items: those of the fit, and for each kind of held-out queries these and the gallery that they search.
+
+    Kinds: queries of held-out classes (without labels: held-out items), then queries of fitted classes.
+    """
 
     fitted: NDArray[np.int64]
-    asking: NDArray[np.int64]
-    searched: NDArray[np.int64]
+    kinds: tuple[tuple[NDArray[np.int64], NDArray[np.int64]], ...]
 
 
-def _splits(features: PairedFeatures, folds: int, seed: int) -> Iterator[_Split]:
+def _splits(features: PairedFeatures, folds: int, seed: int, seen_fraction: float) -> Iterator[_Split]:
     rng = np.random.default_rng([seed, 0])
     order = rng.permutation(features.num_items)
     if features.labels is None:
@@ -258,7 +281,7 @@ def _splits(features: PairedFeatures, folds: int, seed: int) -> Iterator[_Split]
             raise ValueError(f"{features.num_items} items are too few to hold out a third: pass at least 12")
         for fold in range(folds):
             out = order[fold::PARTS]
-            yield _Split(np.setdiff1d(order, out), np.sort(out[1::2]), np.sort(out[::2]))
+            yield _Split(np.setdiff1d(order, out), ((np.sort(out[1::2]), np.sort(out[::2])),))
         return
     sizes = np.bincount(features.labels)
     large = np.flatnonzero(sizes > 1)
@@ -267,88 +290,141 @@ def _splits(features: PairedFeatures, folds: int, seed: int) -> Iterator[_Split]
             f"labels have {len(large)} classes of at least 2 items, at least {2 * PARTS} are needed to hold out a "
             "third of them; without labels a third of the items is held out"
         )
-    classes = rng.permutation(large)
+    part_of = np.full(len(sizes), PARTS)  # classes of one item are never held out
+    part_of[rng.permutation(large)] = np.arange(len(large)) % PARTS
     in_class = order[np.argsort(features.labels[order], kind="stable")]  # items of a class together, in drawn order
     place = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    part = part_of[features.labels[in_class]]
     for fold in range(folds):
-        held = np.isin(features.labels[in_class], classes[fold::PARTS])
-        asks = held & (place % 2 == 1)
-        yield _Split(np.sort(in_class[~held]), np.sort(in_class[asks]), np.sort(in_class[held & ~asks]))
+        held = part == fold
+        # a class is fitted in two of three folds, and another quarter of its items asks in each
+        quarter = np.where(part == (fold + 1) % PARTS, 1, 3)
+        asks = np.where(held, place % 2 == 1, (place % 4 == quarter) & (seen_fraction > 0))
+        kinds = [(held & asks, held & ~asks), (~held & asks, ~held & (place % 2 == 0))]
+        yield _Split(
+            np.sort(in_class[~held & ~asks]),
+            tuple((np.sort(in_class[asking]), np.sort(in_class[searched])) for asking, searched in kinds),
+        )
 
 
-class _HeldOut:
-    """One split: moments of the fitted items, and the scores of a chain on the others."""
+class _Asked:
+    """Held-out queries and the gallery that they search.
 
-    def __init__(self, features: PairedFeatures, split: _Split, protocol: Protocol) -> None:
-        sample = None
-        if features.sample is not None:
-            asking = features.versions[0].take(split.asking).hashes()
-            sample = np.flatnonzero(~np.isin(features.sample[0].hashes(), asking))
-        self.moments = Moments(features.take(split.fitted, sample))
-        self.count = len(features.versions)
-        rows = [
-            tuple(version.take(at).whole().to(features.device) for version in features.versions)
-            for at in (split.asking, split.searched)
-        ]
-        self.asking, self.searched = rows
-        identity = Chain(Procrustes(), (None,) * self.count, {})
+    Attributes:
+        own: [Q], the mean over all encoders but the oldest of what each finds in a gallery of its own.
+        alone: [Q] of each pair (new, old), of the old encoder alone.
+    """
+
+    def __init__(
+        self,
+        features: PairedFeatures,
+        asking: NDArray[np.int64],
+        searched: NDArray[np.int64],
+        protocol: Protocol,
+    ) -> None:
+        versions = range(len(features.versions))
+        self._asking, self._searched = (
+            [unit(version.take(at).whole().to(features.device), torch.float32) for version in features.versions]
+            for at in (asking, searched)
+        )
+        self._protocol = protocol
+        self._pairs = [(i, j) for i in versions for j in range(i)]
         if features.labels is None:
-            self._k = min(TOP, len(split.searched))
-            self._rankings = [self._nearest(identity, i, i) for i in range(self.count)]
-            self._values: Callable[[Chain, int, int], NDArray[np.float64]] = self._agreement
+            self._items = None
+            self._k = min(TOP, len(searched))
+            self._rankings = [self._nearest(self._asking[i], self._searched[i]) for i in versions]
+            self._itself = [overlap(found, found) for found in self._rankings]
+            self.alone = {(i, j): overlap(self._rankings[j], self._rankings[i]) for i, j in self._pairs}
         else:
-            self._items = LabelledItems(features.labels[split.asking], features.labels[split.searched])
-            self._protocol = protocol
-            self._values = self._hits
-        self.alone = [self._values(identity, i, i) for i in range(self.count)]
+            self._items = LabelledItems(features.labels[asking], features.labels[searched])
+            self._itself = [self._hits(self._asking[i], self._searched[i]) for i in versions]
+            self.alone = {(i, j): self._itself[j] for i, j in self._pairs}
+        self.own = np.mean(self._itself[1:], axis=0)
 
-    def values(self, chain: Chain) -> Values:
-        """[Q] of each cell (new, old), new >= old: right or wrong, or the agreement with the new encoder's ranking."""
-        return {(i, j): self._values(chain, i, j) for i in range(self.count) for j in range(i + 1)}
+    def values(self, chain: Chain) -> tuple[Values, NDArray[np.float64]]:
+        """[Q] of each cell (new, old), new >= old: right or wrong, or the agreement with the new encoder's ranking.
 
-    def agreement_with(self, chain: Chain | None, new: int, old: int, ranking: int) -> NDArray[np.float64]:
-        """[Q] overlap of the nearest items with those that another version finds by itself; None: of `old` alone."""
-        found = self._rankings[old] if chain is None else self._nearest(chain, new, old)
-        return overlap(found, self._rankings[ranking])
+        Then [Q] mean agreement with the old encoder's own ranking over all pairs; nan with labels.
+        """
+        queries, galleries = (
+            [rows if own is None else own(rows) for own, rows in zip(chain.own, given, strict=True)]
+            for given in (self._asking, self._searched)
+        )
+        cells: Values = {}
+        with_old = []
+        for i in range(len(queries)):
+            for j in range(i + 1):
+                if i == j and chain.own[i] is None:
+                    cells[i, i] = self._itself[i]
+                    continue
+                shared = i == j or chain.method.common_space
+                query = queries[i] if shared else chain.query(i, j, self._asking)
+                if self._items is not None:
+                    cells[i, j] = self._hits(query, galleries[j])
+                    continue
+                found = self._nearest(query, galleries[j])
+                cells[i, j] = overlap(found, self._rankings[i])
+                if i != j:
+                    with_old.append(overlap(found, self._rankings[j]))
+        return cells, np.mean(with_old, axis=0) if with_old else np.full(len(queries[0]), np.nan)
 
-    def _agreement(self, chain: Chain, new: int, old: int) -> NDArray[np.float64]:
-        return overlap(self._nearest(chain, new, old), self._rankings[new])
-
-    def _nearest(self, chain: Chain, new: int, old: int) -> NDArray[np.int64]:
-        gallery = chain.gallery(old, self.searched[old])
-        places: NDArray[np.int64] = cosine_topk(chain.query(new, old, self.asking), gallery, self._k)[1].cpu().numpy()
+    def _nearest(self, query: Tensor, gallery: Tensor) -> NDArray[np.int64]:
+        places: NDArray[np.int64] = cosine_topk(query, gallery, self._k)[1].cpu().numpy()
         return places
 
-    def _hits(self, chain: Chain, new: int, old: int) -> NDArray[np.float64]:
-        gallery = chain.gallery(old, self.searched[old])
-        version = self._items.version(chain.query(new, old, self.asking), gallery)
+    def _hits(self, query: Tensor, gallery: Tensor) -> NDArray[np.float64]:
+        assert self._items is not None
         assert self._protocol.hits is not None
-        return self._protocol.hits(version).astype(np.float64)
+        return self._protocol.hits(self._items.version(query, gallery)).astype(np.float64)
+
+
+class _Fold:
+    """One split: moments of the fitted items, and the held-out queries of each kind."""
+
+    def __init__(
+        self,
+        features: PairedFeatures,
+        split: _Split,
+        protocol: Protocol,
+        shrinkages: Collection[float],
+        kinds: Collection[int],
+    ) -> None:
+        sample = None
+        if features.sample is not None:
+            asking = features.versions[0].take(np.concatenate([asking for asking, _ in split.kinds])).hashes()
+            sample = np.flatnonzero(~np.isin(features.sample[0].hashes(), asking))
+        self.moments = Moments(features.take(split.fitted, sample), shrinkages)
+        self.kinds = {kind: _Asked(features, *split.kinds[kind], protocol) for kind in kinds}
 
 
 class _Judge:
-    """Scores candidates on all splits, with intervals from the same resampled queries."""
+    """Scores candidates on all folds, with intervals from the same resampled queries.
 
-    def __init__(self, parts: Sequence[_HeldOut], confidence: float, seed: int) -> None:
-        self.parts = parts
+    A mean over queries is the weighted mean of the kinds' means: `fractions` are the weights, which add up to 1.
+    """
+
+    def __init__(self, folds: Sequence[_Fold], fractions: Mapping[int, float], confidence: float, seed: int) -> None:
+        self.folds = folds
         self.table: list[Judged] = []
-        self.labelled = parts[0].moments.features.labels is not None
-        self._pairs = [(i, j) for i in range(parts[0].count) for j in range(i)]
+        self.labelled = folds[0].moments.features.labels is not None
+        self._fractions = fractions
+        self._asked = [fold.kinds[kind] for kind in fractions for fold in folds]
+        self._kind = np.concatenate([np.full(len(f.kinds[kind].own), kind) for kind in fractions for f in folds])
+        self._pairs = list(self._asked[0].alone)
         self._confidence = confidence
-        self._alone = {
-            (i, j): np.concatenate(
-                [part.alone[j] if self.labelled else part.agreement_with(None, i, j, i) for part in parts]
-            )
-            for i, j in self._pairs
-        }  # of the old encoder alone
-        self._own = np.concatenate([np.mean(part.alone[1:], axis=0) for part in parts]).mean()
-        queries = len(self._alone[1, 0])
+        self._alone = {pair: np.concatenate([asked.alone[pair] for asked in self._asked]) for pair in self._pairs}
+        self._own = self._mean(np.concatenate([asked.own for asked in self._asked]))
         rng = np.random.default_rng([seed, 1])
-        self._weights = rng.multinomial(queries, np.full(queries, 1 / queries), size=RESAMPLES) / queries
+        weights = []
+        for kind, fraction in fractions.items():
+            queries = int((self._kind == kind).sum())
+            drawn = rng.multinomial(queries, np.full(queries, 1 / queries), size=RESAMPLES)
+            weights.append(fraction * (drawn / queries))
+        self._weights = np.concatenate(weights, axis=1)
 
     @property
     def old(self) -> float:
-        return float(np.mean(list(self._alone.values())))
+        return float(np.mean([self._mean(values) for values in self._alone.values()]))
 
     def add(self, methods: Sequence[AdapterMethod]) -> None:
         self.table += [self._judged(method) for method in methods]
@@ -357,32 +433,35 @@ class _Judge:
         """Best first; of equal scores the one that was added first."""
         return sorted(self.table, key=lambda row: -row.score)
 
+    def _mean(self, values: NDArray[np.float64]) -> float:
+        means = (fraction * values[self._kind == kind].mean() for kind, fraction in self._fractions.items())
+        return float(sum(means))
+
     def _judged(self, method: AdapterMethod) -> Judged:
-        chains = [chain_of(method, part.moments) for part in self.parts]
-        found = [part.values(chain) for part, chain in zip(self.parts, chains, strict=True)]
-        cells = {cell: np.concatenate([values[cell] for values in found]) for cell in found[0]}
+        chains = [chain_of(method, fold.moments) for fold in self.folds]
+        found = [
+            fold.kinds[kind].values(chain)
+            for kind in self._fractions
+            for fold, chain in zip(self.folds, chains, strict=True)
+        ]
+        cells = {cell: np.concatenate([values[cell] for values, _ in found]) for cell in found[0][0]}
         scored = list(cells.values()) if self.labelled else [cells[pair] for pair in self._pairs]
         score = np.mean(scored, axis=0)
         gain = np.mean([cells[pair] - self._alone[pair] for pair in self._pairs], axis=0)
-        matrix = np.full((self.parts[0].count,) * 2, np.nan)
+        count = 1 + max(new for new, _ in self._pairs)
+        matrix = np.full((count, count), np.nan)
         for cell, values in cells.items():
-            matrix[cell] = values.mean()
-        crossed = np.mean([cells[pair] for pair in self._pairs])
-        losses = np.mean([(self._alone[pair] > 0) & (cells[pair] == 0) for pair in self._pairs])
-        with_old = np.nan
-        if not self.labelled:
-            pairs = [
-                (part, chain, i, j) for part, chain in zip(self.parts, chains, strict=True) for i, j in self._pairs
-            ]
-            with_old = float(np.mean([part.agreement_with(chain, i, j, j).mean() for part, chain, i, j in pairs]))
+            matrix[cell] = self._mean(values)
+        crossed = np.mean([matrix[pair] for pair in self._pairs])
+        losses = np.mean([(self._alone[pair] > 0) & (cells[pair] == 0) for pair in self._pairs], axis=0)
         return Judged(
             method=method,
-            score=float(score.mean()),
+            score=self._mean(score),
             interval=percentiles(self._weights @ score, self._confidence),
             matrix=matrix,
-            gain=float(gain.mean()),
+            gain=self._mean(gain),
             gain_interval=percentiles(self._weights @ gain, self._confidence),
-            losses=float(losses) if self.labelled else np.nan,
+            losses=self._mean(losses) if self.labelled else np.nan,
             kept=float(crossed / self._own) if self._own else np.nan,
-            agreement_with_old=with_old,
+            agreement_with_old=self._mean(np.concatenate([with_old for _, with_old in found])),
         )

@@ -47,6 +47,7 @@ class SimplexJunction(AdapterMethod):
     name: ClassVar[str] = "simplex_junction"
     needs_labels: ClassVar[bool] = True
     maps_gallery: ClassVar[bool] = True
+    common_space: ClassVar[bool] = True
     g: float = 0.3
     lam: float = 0.3
     slots: int | None = None
@@ -83,36 +84,33 @@ class SimplexJunction(AdapterMethod):
 
 def junctions(moments: Moments, *, g: float, lam: float, slots: int) -> list[AffineMap]:
     """The map of each version, oldest first, in float64."""
+    turns: list[Tensor] = []
     maps: list[AffineMap] = []
     for version in range(len(moments.features.versions)):
-        key = ("junction", version, g, lam if version else None, slots)
-        maps.append(moments.once(key, lambda: _junction(moments, maps, g=g, lam=lam, slots=slots)))
+        key = ("turn", version, g, lam if version else None, slots)
+        turns.append(moments.once(key, lambda: polar(_towards_targets(moments, turns, maps, g, lam, slots))))
+        _, norm = moments.whitened_classes(version, g)
+        # embeddings of length about 1: steps of `HOCRefined` begin here
+        weight = moments.whitening(version, g) @ turns[-1] / norm
+        maps.append(AffineMap(weight, -moments.mean(version) @ weight))
     return maps
 
 
-def _junction(moments: Moments, older: list[AffineMap], *, g: float, lam: float, slots: int) -> AffineMap:
-    """The next version's map."""
-    features, version = moments.features, len(older)
-    whitening = moments.whitening(version, g)
-    out: Tensor | float = 0.0
-    norms = 0.0
-    for rows, labels in features.blocks(*range(version + 1), labelled=not older):
-        white = (rows[version] - moments.mean(version)) @ whitening
-        norms += float(white.norm(dim=1).sum())
-        out = out + normalize(white, dim=1).T @ _targets(rows, labels, older, lam, slots)
-    assert isinstance(out, Tensor)
-    # embeddings of length about 1: steps of `HOCRefined` begin here
-    weight = whitening @ polar(out) * ((len(features) if older else features.num_items) / norms)
-    return AffineMap(weight, -moments.mean(version) @ weight)
-
-
-def _targets(
-    rows: Sequence[Tensor], labels: Tensor | None, older: Sequence[AffineMap], lam: float, slots: int
+def _towards_targets(
+    moments: Moments, turns: Sequence[Tensor], older: Sequence[AffineMap], g: float, lam: float, slots: int
 ) -> Tensor:
-    """[B, slots - 1]."""
-    vertices = None if labels is None else simplex_prototypes(slots, labels, dtype=torch.float64)
-    if not older:
-        assert vertices is not None
+    """a(X)^T T of the next version, [f, slots - 1]."""
+    features, version = moments.features, len(turns)
+    of_class, _ = moments.whitened_classes(version, g)
+    classes = torch.arange(features.num_classes, device=of_class.device)
+    vertices = of_class.T @ simplex_prototypes(slots, classes, dtype=torch.float64)
+    if not version:
         return vertices
-    before = (1 - lam) * normalize(sum(made(x) for made, x in zip(older, rows, strict=False)), dim=1)
-    return before if vertices is None else lam * vertices + before
+    if version == 1:  # one older embedding of each item, a unit row: its sum needs no pass over the rows
+        return lam * vertices + (1 - lam) * moments.whitened(1, 0, g) @ turns[0]
+    whitening, out = moments.whitening(version, g), lam * vertices
+    for rows, _ in features.blocks(*range(version + 1)):
+        white = normalize((rows[version] - moments.mean(version)) @ whitening, dim=1)
+        before = normalize(sum(made(x) for made, x in zip(older, rows, strict=False)), dim=1)
+        out = out + (1 - lam) * white.T @ before
+    return out

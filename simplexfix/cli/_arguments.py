@@ -99,6 +99,13 @@ def _adapt(parser: argparse.ArgumentParser) -> None:
         help="keep: leave out methods that also map the stored vectors (default: map)",
     )
     parser.add_argument("--protocol", choices=("nearest_class_mean", "instance"), default="nearest_class_mean")
+    parser.add_argument(
+        "--seen-fraction",
+        type=float,
+        default=0.5,
+        metavar="F",
+        help="fraction of the service's queries that concern the labelled classes (default: 0.5)",
+    )
     parser.add_argument("--folds", type=int, default=1, help="1 to 3 thirds that are held out in turn (default: 1)")
     parser.add_argument("--confidence", type=float, default=0.95, metavar="C", help="of intervals (default: 0.95)")
     parser.add_argument("--seed", type=_seed, default=0, help="of the split and the bootstrap (default: 0)")

@@ -85,6 +85,7 @@ def _select(arguments: argparse.Namespace) -> tuple[Selection, bool]:
         query_encoders=arguments.query_encoders,
         stored_vectors=arguments.stored_vectors,
         protocol=arguments.protocol,
+        seen_fraction=arguments.seen_fraction,
         folds=arguments.folds,
         confidence=arguments.confidence,
         seed=arguments.seed,

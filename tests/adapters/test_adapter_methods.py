@@ -22,9 +22,11 @@ from simplexfix.adapters import (
     Slerp,
     WhitenedProcrustes,
     _paired,
+    _training,
     fit_chain,
     maps,
 )
+from simplexfix.adapters._moments import Moments
 from simplexfix.polytopes import simplex_prototypes
 
 ITEMS, CLASSES = 240, 12
@@ -168,6 +170,54 @@ def test_simplex_junction() -> None:
     close(adapter.gallery(torch.from_numpy(y)), embedded[0][:ITEMS])
     close(adapter(torch.from_numpy(x)), embedded[1][:ITEMS])
     assert adapter.embedding_dim == 11
+
+
+def test_a_third_version_turns_to_the_mean_of_the_older_embeddings() -> None:
+    y, x, labels = world(9, 11)
+    z = world(9, 10, seed=2)[1]
+    chain = fit_chain(SimplexJunction(g=0.2, lam=0.4), (y, x, z), labels=labels)
+    older = sum(chain.gallery(i, torch.from_numpy(rows)).double().numpy() for i, rows in enumerate((y, x)))
+    a = unit(centred(z) @ whitening(z, labels, 0.2))
+    vertices = simplex_prototypes(12, torch.from_numpy(labels)).double().numpy()
+    target = 0.4 * vertices + 0.6 * unit(older)
+    close(chain.gallery(2, torch.from_numpy(z)), a @ polar(a.T @ target))
+
+
+def test_whitened_sums_of_several_shrinkages_are_those_of_each() -> None:
+    y, x, labels = world(9, 14)
+    features = _paired.PairedFeatures.read((y, x), labels, names=("old", "new"))
+    together = Moments(features, (0.1, 0.6))
+    for g in (0.1, 0.6, 0.3):
+        one = Moments(features)
+        a, b = (unit(centred(side) @ whitening(side, labels, g)) for side in (x, y))
+        for moments in (together, one):
+            np.testing.assert_allclose(moments.whitened(1, 0, g), a.T @ b, atol=1e-9)
+            for version, rows in enumerate((b, a)):
+                sums, norm = moments.whitened_classes(version, g)
+                np.testing.assert_allclose(sums, [rows[labels == c].sum(0) for c in range(CLASSES)], atol=1e-9)
+                side = (y, x)[version]
+                lengths = np.linalg.norm(centred(side) @ whitening(side, labels, g), axis=1)
+                assert norm == pytest.approx(lengths.mean())
+
+
+@pytest.mark.parametrize("method", [MLP(16, steps=5), LambdaOrthogonal(steps=5), HOCRefined(steps=5)], ids=name)
+def test_training_is_the_same_where_rows_are_read_again_for_each_batch(method, monkeypatch) -> None:
+    y, x, labels = world(9, 14)
+    more = world(9, 14, items=30, seed=1)[:2]
+    kept = method.fit(y, x, labels=labels, sample=more)(torch.from_numpy(x))
+    monkeypatch.setattr(_training, "KEPT_BYTES", 0)
+    torch.testing.assert_close(method.fit(y, x, labels=labels, sample=more)(torch.from_numpy(x)), kept)
+
+
+@pytest.mark.parametrize("shape", [(9, 14), (14, 9)])
+def test_the_gradient_of_lambda_orthogonals_penalty(shape) -> None:
+    w = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    method = LambdaOrthogonal(lambda_=8.0, alpha=0.2)
+    distance = (w.T @ w if shape[0] > shape[1] else w @ w.T).sub(torch.eye(9)).norm()
+    expected = torch.sigmoid(0.2 * (distance - 8)) * distance
+    torch.testing.assert_close(method.penalty(w), expected)
+    (got,), (wanted,) = (torch.autograd.grad(value, w) for value in (method.penalty(w), expected))
+    torch.testing.assert_close(got, wanted)
 
 
 def test_hoc_refined_begins_at_the_junction_and_lowers_its_loss() -> None:

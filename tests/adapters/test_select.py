@@ -24,7 +24,7 @@ from simplexfix.adapters import (
     select_adapter,
     select_chain,
 )
-from simplexfix.adapters.select import ALPHAS, SHRINKAGE, PairedFeatures, _splits
+from simplexfix.adapters.select import ALPHAS, FITTED, HELD_OUT, SHRINKAGE, PairedFeatures, _splits
 from simplexfix.labelled import LabelledItems
 from simplexfix.retrieval import nearest_class_mean
 
@@ -36,32 +36,51 @@ def paired(labels: np.ndarray | None, items: int = 240) -> PairedFeatures:
     return PairedFeatures.read((y, x), labels, names=("old", "new"))
 
 
-def test_a_third_of_the_classes_is_held_out_and_half_of_their_items_ask() -> None:
+@pytest.mark.parametrize("seen_fraction", [0, 0.5])
+def test_a_third_of_the_classes_is_held_out_and_half_of_their_items_ask(seen_fraction) -> None:
     _, _, labels = world()
-    splits = list(_splits(paired(labels), 3, 0))
-    held = [set(labels[np.concatenate([s.asking, s.searched])]) for s in splits]
+    splits = list(_splits(paired(labels), 3, 0, seen_fraction))
+    held = [set(labels[np.concatenate(s.kinds[HELD_OUT])]) for s in splits]
     assert [len(classes) for classes in held] == [4, 4, 4]
     assert set.union(*held) == set(labels)
     for split, classes in zip(splits, held, strict=True):
+        (asking, searched), (asking_of_fitted, _) = split.kinds
         assert not classes & set(labels[split.fitted])
-        assert sorted(np.concatenate([split.fitted, split.asking, split.searched])) == list(range(240))
+        assert sorted(np.concatenate([split.fitted, asking, searched, asking_of_fitted])) == list(range(240))
         for c in classes:
-            assert 0 <= (labels[split.searched] == c).sum() - (labels[split.asking] == c).sum() <= 1
+            assert 0 <= (labels[searched] == c).sum() - (labels[asking] == c).sum() <= 1
+
+
+def test_a_quarter_of_the_items_of_fitted_classes_asks_and_half_is_searched() -> None:
+    _, _, labels = world()
+    splits = list(_splits(paired(labels), 3, 0, 0.5))
+    for split in splits:
+        asking, searched = split.kinds[FITTED]
+        assert set(searched) <= set(split.fitted)
+        for c in set(labels[split.fitted]):
+            size = (labels == c).sum()
+            assert abs((labels[asking] == c).sum() - size / 4) < 1
+            assert abs((labels[searched] == c).sum() - size / 2) < 1
+    asked = np.concatenate([split.kinds[FITTED][0] for split in splits])
+    assert len(np.unique(asked)) == len(asked)  # of another fold's quarter
+    assert not len(next(_splits(paired(labels), 1, 0, 0.0)).kinds[FITTED][0])
 
 
 def test_without_labels_a_third_of_the_items_is_held_out() -> None:
-    (split,) = _splits(paired(None), 1, 0)
-    assert (len(split.fitted), len(split.asking), len(split.searched)) == (160, 40, 40)
-    assert sorted(np.concatenate([split.fitted, split.asking, split.searched])) == list(range(240))
+    (split,) = _splits(paired(None), 1, 0, 0.5)
+    ((asking, searched),) = split.kinds
+    assert (len(split.fitted), len(asking), len(searched)) == (160, 40, 40)
+    assert sorted(np.concatenate([split.fitted, asking, searched])) == list(range(240))
 
 
 def test_its_scores_are_those_of_the_definition() -> None:
     y, x, labels = world(9, 14)
-    found = select_adapter(y, x, labels, candidates=[WhitenedProcrustes(0.3)])
-    (split,) = _splits(PairedFeatures.read((y, x), labels, names=("old", "new")), 1, 0)
+    found = select_adapter(y, x, labels, candidates=[WhitenedProcrustes(0.3)], seen_fraction=0)
+    (split,) = _splits(PairedFeatures.read((y, x), labels, names=("old", "new")), 1, 0, 0)
     adapter = WhitenedProcrustes(0.3).fit(y[split.fitted], x[split.fitted], labels=labels[split.fitted])
-    items = LabelledItems(labels[split.asking], labels[split.searched])
-    old, new = ([torch.from_numpy(side[at]) for at in (split.asking, split.searched)] for side in (y, x))
+    asking, searched = split.kinds[HELD_OUT]
+    items = LabelledItems(labels[asking], labels[searched])
+    old, new = ([torch.from_numpy(side[at]) for at in (asking, searched)] for side in (y, x))
     own = adapter.gallery(old[0]), adapter.gallery(old[1])
     cross = nearest_class_mean.score(items.version(adapter(new[0]), own[1]))
     (row,) = found.table
@@ -79,6 +98,43 @@ def test_its_scores_are_those_of_the_definition() -> None:
     whole = WhitenedProcrustes(0.3).fit(y, x, labels=labels)
     assert torch.equal(found.adapter(new[0]), whole(new[0]))
     json.dumps(row.as_dict(), allow_nan=False)
+
+
+@pytest.mark.parametrize("fraction", [0.25, 1])
+def test_the_score_weighs_held_out_classes_and_held_out_items_of_fitted_ones(fraction) -> None:
+    y, x, labels = world(14, 9)
+    found = select_adapter(y, x, labels, candidates=[WhitenedProcrustes(0.3)], seen_fraction=fraction, folds=2)
+    matrices, alone = np.zeros((2, 2, 2)), np.zeros(2)
+    splits = list(_splits(PairedFeatures.read((y, x), labels, names=("old", "new")), 2, 0, fraction))
+    for kind in (HELD_OUT, FITTED):
+        hits = []
+        for split in splits:
+            adapter = WhitenedProcrustes(0.3).fit(y[split.fitted], x[split.fitted], labels=labels[split.fitted])
+            asking, searched = split.kinds[kind]
+            items = LabelledItems(labels[asking], labels[searched])
+            old, new = ([torch.from_numpy(side[at]) for at in (asking, searched)] for side in (y, x))
+            own = [adapter.gallery(rows) for rows in old]
+            pairs = own, (adapter(new[0]), own[1]), (adapter(new[0]), adapter.query_map(new[1]))
+            hits.append([nearest_class_mean.hits(items.version(*pair)) for pair in (*pairs, map(normalize, old))])
+        means = [np.concatenate(cell).mean() for cell in zip(*hits, strict=True)]
+        matrices[kind] = [[means[0], np.nan], means[1:3]]
+        alone[kind] = means[3]
+    (row,) = found.table
+    expected = (1 - fraction) * matrices[HELD_OUT] + fraction * matrices[FITTED]
+    np.testing.assert_allclose(row.matrix, expected, rtol=1e-12)
+    assert row.score == pytest.approx(np.nanmean(expected))
+    assert found.old == pytest.approx((1 - fraction) * alone[HELD_OUT] + fraction * alone[FITTED])
+    assert row.gain == pytest.approx(expected[1, 0] - found.old)
+    assert row.interval.low <= row.score <= row.interval.high
+    assert row.gain_interval.low <= row.gain <= row.gain_interval.high
+
+
+def test_slerp_is_tried_from_the_two_best_of_given_candidates() -> None:
+    y, x, labels = world()
+    given = [*QUICK, Slerp(Procrustes(), 0.5)]
+    found = select_adapter(y, x, labels, candidates=given, query_encoders="both")
+    assert len(found.table) == len(given) + 2 * len(ALPHAS)
+    assert not any(isinstance(row.method.of, Slerp) for row in found.table if isinstance(row.method, Slerp))
 
 
 def test_without_labels_the_score_is_agreement_with_the_new_encoder() -> None:
@@ -122,8 +178,9 @@ def test_sampled_rows_that_are_held_out_queries_are_left_out_of_the_fit() -> Non
     y, x, labels = world()
     rng = np.random.default_rng(7)
     more = rng.standard_normal((2, 40, 10)).astype(np.float32)
-    (split,) = _splits(paired(labels), 1, 0)
-    leaking = [np.vstack([side[split.asking], rows]) for side, rows in zip((y, x), more, strict=True)]
+    (split,) = _splits(paired(labels), 1, 0, 0.5)
+    asking = np.concatenate([at for at, _ in split.kinds])
+    leaking = [np.vstack([side[asking], rows]) for side, rows in zip((y, x), more, strict=True)]
     clean, leaked = (select_adapter(y, x, labels, sample=s, candidates=QUICK) for s in (tuple(more), tuple(leaking)))
     assert [row.score for row in clean.table] == [row.score for row in leaked.table]
 
@@ -189,6 +246,7 @@ def test_a_chain_is_selected_as_a_pair_is() -> None:
 
 Y, X, LABELS = world(items=60)
 BAD_INPUT = [
+    ({"seen_fraction": 1.5}, r"seen_fraction must lie in \[0, 1\], got 1.5"),
     ({"folds": 4}, r"folds must lie in \[1, 3\], got 4"),
     ({"query_encoders": "old"}, "query_encoders must be one of 'new', 'both', got 'old'"),
     ({"stored_vectors": "all"}, "stored_vectors must be one of 'map', 'keep', got 'all'"),
