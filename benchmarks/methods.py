@@ -31,18 +31,21 @@ from simplexfix.training import PRESETS
 from simplexfix.training.run_config import ER_PRETRAINED
 
 AUTHORS = "tasks.hoc_reference=replacement"
-KEPT = "tasks.replacement_junction=kept"
+UNALIGNED = "tasks.align=none"
+KEPT = ("tasks.replacement_junction=kept", UNALIGNED)
 # row of the table -> method, and what is changed
 METHODS = {
     **{name: (name,) for name in ("er", "fd", "bct", "oca", "simplex", "hoc", "asnn")},
     "hoc-authors": ("hoc", AUTHORS),
     "hoc-asnn": ("hoc", "method.classification=asnn", AUTHORS),
-    "hoc-deployed": ("hoc", "tasks.hoc_reference=deployed", KEPT),
-    "hoc-deployed-or-replacement": ("hoc", "tasks.hoc_reference=deployed_or_replacement", KEPT),
-    "hoc-all": ("hoc", "tasks.hoc_reference=all", KEPT),
-    "hoc-junction": ("hoc", "tasks.hoc_reference=deployed_or_replacement"),
-    "hoc-denoised": ("hoc", "tasks.hoc_reference=deployed_or_replacement", "tasks.denoise=0.5", KEPT),
-    "hoc-all-denoised": ("hoc", "tasks.hoc_reference=all", "tasks.denoise=0.5", KEPT),
+    "hoc-deployed": ("hoc", "tasks.hoc_reference=deployed", *KEPT),
+    "hoc-deployed-or-replacement": ("hoc", "tasks.hoc_reference=deployed_or_replacement", *KEPT),
+    "hoc-all": ("hoc", "tasks.hoc_reference=all", *KEPT),
+    "hoc-all-junction": ("hoc", "tasks.hoc_reference=all", UNALIGNED),
+    "hoc-all-rotated": ("hoc", "tasks.hoc_reference=all"),
+    "hoc-junction": ("hoc", "tasks.hoc_reference=deployed_or_replacement", UNALIGNED),
+    "hoc-denoised": ("hoc", "tasks.hoc_reference=deployed_or_replacement", "tasks.denoise=0.5", *KEPT),
+    "hoc-all-denoised": ("hoc", "tasks.hoc_reference=all", "tasks.denoise=0.5", *KEPT),
     "hoc-aligned": ("hoc", "method.classification=asnn", "tasks.align=older", AUTHORS),
     "hoc-all-aligned": ("hoc", "method.classification=asnn", "tasks.hoc_reference=all", "tasks.align=older"),
     "fd-all": ("fd", "tasks.hoc_reference=all"),
@@ -50,10 +53,10 @@ METHODS = {
 DEFAULT = ("er", "fd", "bct", "oca", "simplex", "hoc", "hoc-authors", "asnn", "hoc-asnn")
 SHORT = tuple(f"tasks.replacements.{t}.epochs=12" for t in (0, 2, 4))
 VARIANTS = {
-    "deployed": ("tasks.hoc_reference=deployed", KEPT),
-    "deployed-mu-20": ("tasks.hoc_reference=deployed", KEPT, "method.mu=20.0"),
-    "deployed-or-replacement": ("tasks.hoc_reference=deployed_or_replacement", KEPT),
-    "deployed-or-replacement-mu-20": ("tasks.hoc_reference=deployed_or_replacement", KEPT, "method.mu=20.0"),
+    "deployed": ("tasks.hoc_reference=deployed", *KEPT),
+    "deployed-mu-20": ("tasks.hoc_reference=deployed", *KEPT, "method.mu=20.0"),
+    "deployed-or-replacement": ("tasks.hoc_reference=deployed_or_replacement", *KEPT),
+    "deployed-or-replacement-mu-20": ("tasks.hoc_reference=deployed_or_replacement", *KEPT, "method.mu=20.0"),
     "short": (AUTHORS, *SHORT),
     "short-lambda-0.5": (AUTHORS, *SHORT, "method.lambda_=0.5"),
     "short-rate-0.003": (AUTHORS, *SHORT, "schedule.learning_rate=0.003"),
