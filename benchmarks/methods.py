@@ -147,8 +147,8 @@ def main() -> None:
     print("| --- |" + " ---: |" * 3 * len(protocols))
     for method in a.methods:
         print(line(method, [reports[seed, method] for seed in a.seeds]))
-    if a.ablation and "hoc" in a.methods:
-        variants = {"as above": reports[a.seeds[0], "hoc"], **variants}
+    if a.ablation and "hoc-authors" in a.methods:
+        variants = {"as above": reports[a.seeds[0], "hoc-authors"], **variants}
     if a.ablation:
         print("| HOC, one seed | nearest class mean AC | AA | BC |\n| --- | ---: | ---: | ---: |")
         for name, report in variants.items():
