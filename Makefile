@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup build lint format test test-gpu bench bench-gpu sanitize mutants machine-code docs site
+.PHONY: setup build lint format test test-gpu bench bench-gpu sanitize test-arm mutants machine-code docs site
 
 setup:
 	$(PYTHON) -m venv .venv
@@ -47,6 +47,9 @@ bench-gpu: build
 
 sanitize:  # runs the CPU core and the CUDA kernels on the CPU: ASan, UBSan, TSan, nvcc's PTX, a fuzz target
 	$(BIN)/python tests/native/run.py plain asan tsan ptx ptx-tsan
+
+test-arm:  # runs the tests of the CPU core for aarch64 under qemu; needs g++-aarch64-linux-gnu and qemu-user-static
+	$(BIN)/python tests/native/run.py --target aarch64 plain
 
 # SIMPLEXFIX_CUDA=1 builds the CUDA kernels for a CPU build of torch too.  A comment after the value would add blanks to it.
 machine-code: export SIMPLEXFIX_CUDA = 1

@@ -7,6 +7,8 @@ SIMPLEXFIX_NATIVE=0        build no library: the pure PyTorch package
 SIMPLEXFIX_CUDA=0 | 1      0: no CUDA kernels.  1: build them, and fail without nvcc.
                            Default: build them if torch is a CUDA build and there is an nvcc.
 SIMPLEXFIX_CUDA_ARCHS      GPU architectures, such as "80 90", or "native"
+SIMPLEXFIX_LEVELS          for developers: the CPU instruction sets to build, such as "avx2"; the first of them must run
+                           on this machine.  Default: all, of which the newest supported is chosen at run time
 CUDA_HOME, CXX             the CUDA toolkit and the C++ compiler
 """
 
@@ -157,7 +159,17 @@ class NinjaBuildExt(build_ext):
             ) from None
 
 
-SOURCES = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".cu"))
+def left_out(source):
+    """Returns whether SIMPLEXFIX_LEVELS leaves out this file of one instruction set."""
+    levels, level = os.environ.get("SIMPLEXFIX_LEVELS", "").split(), re.fullmatch(r"kernels_(\w+)", source.stem)
+    return bool(levels and level and level[1] not in levels)
+
+
+SOURCES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in (ROOT / "csrc").rglob("*")
+    if path.suffix in (".cpp", ".cu") and not left_out(path)
+)
 setup(
     ext_modules=[Extension("simplexfix._C", SOURCES)] if NATIVE else [],
     cmdclass={"build_ext": NinjaBuildExt},

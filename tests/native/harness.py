@@ -150,19 +150,42 @@ CORE_LAYERS = {
 }
 
 
-def missing_core() -> str | None:
-    """Returns why the CPU core cannot be built here, or None."""
-    return None if shutil.which(CXX) else f"no {CXX}"
+@dataclass(frozen=True)
+class Target:
+    """The machine that the CPU core is built for and runs on."""
+
+    cxx: str
+    machines: dict[str, list[str]] = field(default_factory=dict)  # emulators, by their newest instruction set
+    link_flags: list[str] = field(default_factory=list)
+
+    def missing(self) -> str | None:
+        """Returns why the core cannot be built or run, or None."""
+        tools = [self.cxx, *(machine[0] for machine in self.machines.values())]
+        return next((f"no {tool}" for tool in tools if not shutil.which(tool)), None)
 
 
-def build_core(layer: str, csrc: Path = ROOT / "csrc", jobs: int = 1) -> tuple[Path, Path]:
+# Cortex-A72 has no dotprod and Neoverse N1 no i8mm, so the choice at run time is tested too.
+QEMU = {"base": "cortex-a72", "dotprod": "neoverse-n1", "i8mm": "max"}
+TARGETS = {
+    "native": Target(CXX),
+    "aarch64": Target(
+        "aarch64-linux-gnu-g++",
+        {level: ["qemu-aarch64-static", "-cpu", cpu] for level, cpu in QEMU.items()},
+        ["-static"],
+    ),
+}
+
+
+def build_core(
+    layer: str, csrc: Path = ROOT / "csrc", jobs: int = 1, target: Target = TARGETS["native"]
+) -> tuple[Path, Path]:
     """Returns the test program and the fuzz program of a layer, built with the core of `csrc`."""
-    flags = ["-pthread", *CORE_LAYERS[layer].flags]
+    cxx, flags = target.cxx, ["-pthread", *CORE_LAYERS[layer].flags]
     common = ["-std=c++20", "-g1", "-Wall", "-Wextra", "-Wno-psabi"]
 
     def compiled(source: Path) -> Path:
-        name = f"{source.stem}-{digest(version(CXX), common, flags, *closure(source).values())}.o"
-        return make(CACHE / name, [CXX, *common, *flags, "-c", source])
+        name = f"{source.stem}-{digest(cxx, version(cxx), common, flags, *closure(source).values())}.o"
+        return make(CACHE / name, [cxx, *common, *flags, "-c", source])
 
     core, tests = sorted((csrc / "cpu").glob("*.cpp")), sorted((HERE / "core").glob("*.cpp"))
     with ThreadPool(jobs) as pool:
@@ -171,7 +194,7 @@ def build_core(layer: str, csrc: Path = ROOT / "csrc", jobs: int = 1) -> tuple[P
 
     def linked(what: str, own: list[Path]) -> Path:
         name = f"core-{what}-{layer}-{digest(*own, *library)}"
-        return make(CACHE / name, [CXX, *flags, *own, *library])
+        return make(CACHE / name, [cxx, *flags, *target.link_flags, *own, *library])
 
     return (
         linked("tests", [objects[source] for source in tests if not source.stem.startswith("fuzz")]),
@@ -192,6 +215,17 @@ def run_core(
     done = [start([programs[0], *chosen.arguments], level) for level in levels or chosen.levels]
     if chosen.fuzz_seconds:  # loading a file of a few kilobytes must never allocate more than 64 MiB
         done.append(start([programs[1], str(chosen.fuzz_seconds)], ISA_LEVELS[-1]))
+    return done
+
+
+def run_core_on(target: Target, program: Path, layer: str) -> list[subprocess.CompletedProcess[str]]:
+    """Runs the test program on each machine of the target, whose newest level it must choose by itself."""
+    done = []
+    for level, machine in target.machines.items():
+        ran = start_program([*machine, program, *CORE_LAYERS[layer].arguments], CORE_LAYERS[layer].timeout, {})
+        if f" {level}:" not in ran.stdout:
+            ran.returncode, ran.stdout = 1, f"{ran.stdout} (expected level {level})"
+        done.append(ran)
     return done
 
 

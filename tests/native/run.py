@@ -1,6 +1,7 @@
 """Runs layers of the native tests, of the CUDA kernels and of the CPU core:
 
 python tests/native/run.py [--jobs N] plain | asan | tsan | ptx | ptx-tsan | mutants ...
+python tests/native/run.py --target aarch64 plain      the core alone, cross compiled and run by qemu
 """
 
 import argparse
@@ -15,11 +16,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("layers", nargs="+", choices=[*harness.LAYERS, "mutants"])
     parser.add_argument("--jobs", type=int, default=1, help="compilers at a time")
+    parser.add_argument("--target", choices=harness.TARGETS, default="native", help="not native: the CPU core alone")
     options = parser.parse_args()
-    if reason := harness.missing_core():
+    target = harness.TARGETS[options.target]
+    if reason := target.missing():
         print(f"skipped: {reason}")
         return 1  # a layer that was named must run
-    reason = harness.missing()
+    native = options.target == "native"
+    reason = harness.missing() if native else None
     if reason:
         print(f"the CUDA kernels are skipped: {reason}")
     failed = ["kernels"] if reason else []
@@ -29,13 +33,13 @@ def main() -> int:
             continue
         start = time.monotonic()
         if layer in harness.CORE_LAYERS:
-            programs = harness.build_core(layer, jobs=options.jobs)
+            programs = harness.build_core(layer, jobs=options.jobs, target=target)
             built = time.monotonic()
-            results = harness.run_core(programs, layer)
+            results = harness.run_core(programs, layer) if native else harness.run_core_on(target, programs[0], layer)
             said = "; ".join(done.stdout.strip() for done in results)
             failed += [f"core {layer}"] * any(done.returncode for done in results)
             print(f"core {layer}: {said}  {_times(start, built)}", flush=True)
-        if reason:
+        if reason or not native:
             continue
         start = time.monotonic()
         program = harness.build(layer, jobs=options.jobs)

@@ -18,6 +18,12 @@ using namespace simplexfix::cpu;
 
 namespace {
 
+#ifdef __aarch64__
+using CompilersHalf = __fp16;  // gcc 12 has no _Float16 there in C++
+#else
+using CompilersHalf = _Float16;
+#endif
+
 // Conversions between the formats and float. to() rounds to 16 bits; the tests read the rounded inputs back.
 float value_of(float x) { return x; }
 double value_of(double x) { return x; }
@@ -27,7 +33,7 @@ float value_of(BFloat16 x) {
   std::memcpy(&f, &bits, 4);
   return f;
 }
-float value_of(Half x) { return float(*reinterpret_cast<const _Float16*>(&x.bits)); }
+float value_of(Half x) { return float(*reinterpret_cast<const CompilersHalf*>(&x.bits)); }
 template <typename T>
 T to(float x) {
   if constexpr (std::is_same_v<T, BFloat16>) {
@@ -35,7 +41,7 @@ T to(float x) {
     std::memcpy(&bits, &x, 4);
     return {uint16_t(bits >> 16)};
   } else if constexpr (std::is_same_v<T, Half>) {
-    const auto h = static_cast<_Float16>(x);
+    const auto h = static_cast<CompilersHalf>(x);
     T out;
     std::memcpy(&out, &h, 2);
     return out;

@@ -1,0 +1,8 @@
+// The kernels for every CPU of the architecture: SSE2 on x86-64, Advanced SIMD on aarch64.
+#include "instruction_set.h"
+
+#define SIMPLEXFIX_VECTOR_BYTES 16
+namespace simplexfix::cpu::base {
+#include "instruction_set.inc"
+const Level kLevel = kAll;
+}  // namespace simplexfix::cpu::base

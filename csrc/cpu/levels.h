@@ -1,0 +1,46 @@
+// The instruction-set levels: one file kernels_*.cpp per level defines its kernels, and kernels.cpp chooses among them.
+#pragma once
+#include "kernels.h"
+
+namespace simplexfix::cpu {
+
+// The first pass of the search (SearchKernels).
+struct FirstPass {
+  decltype(SearchKernels::scan_panel) scan_panel;
+  int query_range;
+};
+
+// The kernels that a level adds. Null: those of the level below.
+struct Level {
+  const Kernels<float>* of_float = nullptr;
+  const Kernels<double>* of_double = nullptr;
+  const Kernels<Half>* of_half = nullptr;
+  const Kernels<BFloat16>* of_bfloat16 = nullptr;
+  const SearchKernels* search = nullptr;
+  const FirstPass* first_pass = nullptr;  // replaces that of the search
+};
+
+// Weak, because a build for developers may leave levels out (SIMPLEXFIX_LEVELS in setup.py).
+namespace base {
+extern const Level kLevel __attribute__((weak));
+}
+namespace avx2 {
+extern const Level kLevel __attribute__((weak));
+}
+namespace avx512 {
+extern const Level kLevel __attribute__((weak));
+}
+namespace avx512vnni {
+extern const Level kLevel __attribute__((weak));
+}
+namespace avx512bf16 {
+extern const Level kLevel __attribute__((weak));
+}
+namespace dotprod {
+extern const Level kLevel __attribute__((weak));
+}
+namespace i8mm {
+extern const Level kLevel __attribute__((weak));
+}
+
+}  // namespace simplexfix::cpu
