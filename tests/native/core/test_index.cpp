@@ -134,7 +134,7 @@ void test_threads(Random& random) {
 
 // A call that takes longer than the interval is interrupted, and changes nothing.
 void test_interrupts(Random& random) {
-  const int64_t d = 24, n = 6000, many = 100'000, more = 2'000'000;
+  const int64_t d = 24, n = 6000, many = 100'000, more = 6'000'000;
   const std::vector<float> pool = clusters(n, d, 0.3, random), query = clusters(4, d, 0.3, random);
   std::vector<float> queries, vectors(static_cast<size_t>(more), 1.f);
   for (int64_t i = 0; i < many; ++i) queries.insert(queries.end(), query.begin(), query.begin() + d);
