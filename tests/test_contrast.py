@@ -147,8 +147,8 @@ def loss_and_gradient(function, new, old, target, upstream, **options):
     return loss.detach(), torch.autograd.grad(loss, new, upstream.to(loss.dtype).expand(loss.shape))[0]
 
 
-# below a vector, tails of every width, one row; 1100 rows: several blocks of anchors and chunks of candidates
-@pytest.mark.parametrize(("rows", "d"), [(1, 2), (2, 3), (37, 17), (130, 65), (1100, 33)])
+# below a vector, tails of every width, one row; 2200 rows: several blocks of anchors and chunks of candidates
+@pytest.mark.parametrize(("rows", "d"), [(1, 2), (2, 3), (37, 17), (130, 65), (2200, 33)])
 @pytest.mark.parametrize("negatives", FORMS)
 @pytest.mark.parametrize("anchor", ["old", "new", "symmetric"])
 def test_against_the_reference_in_float64(rows: int, d: int, negatives: str, anchor: str) -> None:
