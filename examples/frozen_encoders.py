@@ -166,7 +166,7 @@ def compare(
     methods: Mapping[str, AdapterMethod] = METHODS,
     candidates: Sequence[AdapterMethod] = CANDIDATES,
     folds: int = 1,
-    seen_fraction: float = 0.5,
+    seen_fraction: float = 0.0,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Method -> protocol -> "seen" and "unseen" -> one result for each seed; and what was selected.
 
@@ -280,7 +280,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sample", type=int, default=1000, help="gallery items without labels (default: 1000)")
     parser.add_argument("--folds", type=int, default=1, help="thirds of the seen classes held out in turn (default: 1)")
     parser.add_argument(
-        "--seen-fraction", type=float, default=0.5, help="of queries that concern seen classes (default: 0.5)"
+        "--seen-fraction", type=float, default=0.0, help="of queries that concern seen classes (default: 0)"
     )
     parser.add_argument("--out", type=Path, help="write all matrices and selections as JSON")
 

@@ -102,9 +102,9 @@ def _adapt(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seen-fraction",
         type=float,
-        default=0.5,
+        default=0.0,
         metavar="F",
-        help="fraction of the service's queries that concern the labelled classes (default: 0.5)",
+        help="fraction of the service's queries that concern the labelled classes (default: 0.0)",
     )
     parser.add_argument("--folds", type=int, default=1, help="1 to 3 thirds that are held out in turn (default: 1)")
     parser.add_argument("--confidence", type=float, default=0.95, metavar="C", help="of intervals (default: 0.95)")
