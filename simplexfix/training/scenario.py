@@ -252,7 +252,7 @@ def train_versions(
         ValueError: a number of schedules that is not that of tasks, a replacement for no task, an unknown reference,
             "replacement" where that has no trained head, or a head whose embeddings are of another width; "all" without
             rehearsal, or with a method that it cannot act on; an "aligned" junction with "replacement"; an `align`
-            that is not the one a folder began with.
+            that is not the one a folder began with; `align` of uint8 items without a preprocessing.
         TypeError: `align` of versions with prefixes, as OCA's.
     """
     hoc = isinstance(trainer.method, HOC)
@@ -341,6 +341,8 @@ def _versions(
                         'backbone with a new one; return an EmbeddingModel, or take "deployed"'
                     )
                 old = copy.deepcopy(made).to(trainer.device).eval()
+        if align == "older":
+            _check_embeddable(task.items, parent, trainer)
         place = None if folder is None else Path(folder) / f"task-{t:02d}"
         devices = [trainer.device] if trainer.device.type == "cuda" else []
         with torch.random.fork_rng(devices):  # seeds the network's own draws, such as dropout
@@ -366,6 +368,19 @@ def _versions(
             embed = partial(with_references, versions=trained, trainer=trainer) if hoc_reference == "all" else None
             memory = _remembered(version, task, memory, rehearsal, mixed_seed(seed, t, 2), place, embed)
         yield aligned
+
+
+def _check_embeddable(items: Items, model: EmbeddingModel, trainer: Trainer) -> None:
+    """
+    Raises:
+        ValueError: items are images of bytes, and nothing turns them into the network's input without augmentation.
+    """
+    inputs, preprocessing = items.inputs, trainer.preprocessing or model.preprocessing
+    if isinstance(inputs, Tensor) and inputs.dtype == torch.uint8 and preprocessing is None:
+        raise ValueError(
+            'align="older" embeds items without augmentation, and the items are uint8 while neither trainer nor model '
+            'has a preprocessing; give Trainer(preprocessing=...), such as simplexfix.data.Normalize, or align="none"'
+        )
 
 
 def _begin(

@@ -181,7 +181,10 @@ def test_sampled_rows_that_are_held_out_queries_are_left_out_of_the_fit() -> Non
     (split,) = _splits(paired(labels), 1, 0, 0.5)
     asking = np.concatenate([at for at, _ in split.kinds])
     leaking = [np.vstack([side[asking], rows]) for side, rows in zip((y, x), more, strict=True)]
-    clean, leaked = (select_adapter(y, x, labels, sample=s, candidates=QUICK) for s in (tuple(more), tuple(leaking)))
+    clean, leaked = (
+        select_adapter(y, x, labels, sample=s, candidates=QUICK, seen_fraction=0.5)
+        for s in (tuple(more), tuple(leaking))
+    )
     assert [row.score for row in clean.table] == [row.score for row in leaked.table]
 
 

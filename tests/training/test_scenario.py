@@ -213,6 +213,16 @@ def test_the_authors_reference_keeps_the_authors_start(monkeypatch) -> None:
     assert all(version.rotation is None for version in made)
 
 
+def test_bytes_without_preprocessing_are_refused_before_any_step() -> None:
+    """Embeddings for the rotation are without augmentation."""
+    items = Items((STAGES.inputs * 10).to(torch.uint8), STAGES.labels)
+    trainer = Trainer(HOC(SlotRegistry(20)), augment=lambda batch, generator: batch.float())
+    run = (trainer, class_incremental(items, (4, 4), seed=1), start, Schedule(1, 1e-2, batch=16))
+    with pytest.raises(ValueError, match=r"items are uint8 .* give Trainer\(preprocessing=...\)"):
+        next(train_versions(*run, seed=0))
+    assert len(list(train_versions(*run, seed=0, align="none"))) == 2
+
+
 def test_memory_is_half_of_each_batch_and_of_earlier_classes() -> None:
     seen: list[list[int]] = []
 
