@@ -97,7 +97,8 @@ def compatibility_hits(
         >>> gallery = np.array([[1.0, 0.1], [0.9, 0.3], [0.2, 1.0]])
         >>> old = items.version(np.array([[1.0, 0.0], [1.0, 0.9]]), gallery)
         >>> new = items.version(np.array([[1.0, 0.1], [0.1, 1.0]]), gallery)
-        >>> compatibility_hits([old, new])[1][0]
+        >>> _, new_queries = compatibility_hits([old, new])
+        >>> new_queries[0]
         array([ True,  True])
     """
     protocol = read_protocol(protocol, needs="hits")

@@ -98,8 +98,9 @@ def worst_regressions(
         >>> gallery = np.array([[1.0, 0.1], [0.9, 0.3], [0.2, 1.0]])
         >>> old = items.version(np.array([[1.0, 0.0], [0.0, 1.0]]), gallery)
         >>> new = items.version(np.array([[1.0, 0.0], [1.0, 0.3]]), gallery)
-        >>> [(r.query, round(r.margin, 2)) for r in worst_regressions(old, new, [True, True], [True, False])]
-        [(1, 0.53)]
+        >>> (worst,) = worst_regressions(old, new, [True, True], [True, False])
+        >>> worst.query, round(worst.margin, 2)
+        (1, 0.53)
     """
     name = read_scored_protocol(protocol).name
     if check_integer("limit", limit) < 0:

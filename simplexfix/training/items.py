@@ -180,7 +180,8 @@ class RowBatches:
     Example:
         >>> from simplexfix.training import RowBatches
         >>> batches = RowBatches(4, 3, seed=0)
-        >>> sorted([*next(batches).tolist(), *next(batches).tolist()][:4])
+        >>> first, second = next(batches), next(batches)
+        >>> sorted([*first.tolist(), second[0].item()])
         [0, 1, 2, 3]
     """
 

@@ -97,8 +97,8 @@ def class_incremental(items: Items | Dataset[Any], counts: Sequence[int], *, see
         >>> from simplexfix.training import Items, class_incremental
         >>> items = Items(torch.randn(12, 4), torch.arange(12) % 4)
         >>> tasks = class_incremental(items, [2, 1], seed=0)
-        >>> [(task.classes, len(task.items.labels)) for task in tasks]
-        [(range(0, 2), 6), (range(0, 3), 3)]
+        >>> tuple((task.classes, len(task.items.labels)) for task in tasks)
+        ((range(0, 2), 6), (range(0, 3), 3))
     """
     items = Items.of(items)
     order = class_order(items.labels, seed=seed)
@@ -132,8 +132,8 @@ def instance_incremental(items: Items | Dataset[Any], parts: int, *, seed: int) 
         >>> from simplexfix.training import Items, instance_incremental
         >>> items = Items(torch.randn(12, 4), torch.arange(12) % 4)
         >>> tasks = instance_incremental(items, 3, seed=0)
-        >>> [(task.classes, len(task.items.labels)) for task in tasks]
-        [(range(0, 4), 4), (range(0, 4), 4), (range(0, 4), 4)]
+        >>> tuple((task.classes, len(task.items.labels)) for task in tasks)
+        ((range(0, 4), 4), (range(0, 4), 4), (range(0, 4), 4))
     """
     items = Items.of(items)
     order = class_order(items.labels, seed=seed)
@@ -164,8 +164,8 @@ def dataset_sequence(sets: Sequence[Items | Dataset[Any]], *, seed: int) -> list
         >>> import torch
         >>> from simplexfix.training import Items, dataset_sequence
         >>> items = Items(torch.randn(12, 4), torch.arange(12) % 4)
-        >>> [task.classes for task in dataset_sequence([items, items], seed=0)]
-        [range(0, 4), range(0, 8)]
+        >>> tuple(task.classes for task in dataset_sequence([items, items], seed=0))
+        (range(0, 4), range(0, 8))
     """
     parts = [Items.of(items) for items in sets]
     kinds = {(tuple(items.inputs.shape[1:]), items.inputs.dtype) for items in parts}

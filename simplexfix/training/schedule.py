@@ -43,8 +43,8 @@ class Schedule:
     Example:
         >>> from simplexfix.training import Schedule
         >>> schedule = Schedule(100, 0.1)
-        >>> [round(schedule.at(step), 3) for step in (0, 9, 50, 99)]
-        [0.01, 0.098, 0.05, 0.0]
+        >>> tuple(round(schedule.at(step), 3) for step in (0, 9, 50, 99))
+        (0.01, 0.098, 0.05, 0.0)
     """
 
     steps: int
