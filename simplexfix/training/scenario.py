@@ -341,12 +341,12 @@ def _versions(
                         'backbone with a new one; return an EmbeddingModel, or take "deployed"'
                     )
                 old = copy.deepcopy(made).to(trainer.device).eval()
-        if align == "older":
-            _check_embeddable(task.items, parent, trainer)
         place = None if folder is None else Path(folder) / f"task-{t:02d}"
         devices = [trainer.device] if trainer.device.type == "cuda" else []
         with torch.random.fork_rng(devices):  # seeds the network's own draws, such as dropout
             torch.manual_seed(mixed_seed(seed, t, 3, processes.rank()))
+            if align == "older":
+                _check_embeddable(task.items, parent, trainer)
             version = trainer.fit(
                 parent,
                 task.items,
@@ -375,8 +375,9 @@ def _check_embeddable(items: Items, model: EmbeddingModel, trainer: Trainer) -> 
     Raises:
         ValueError: items are images of bytes, and nothing turns them into the network's input without augmentation.
     """
-    inputs, preprocessing = items.inputs, trainer.preprocessing or model.preprocessing
-    if isinstance(inputs, Tensor) and inputs.dtype == torch.uint8 and preprocessing is None:
+    if (trainer.preprocessing or model.preprocessing) is not None:
+        return
+    if items.take(torch.tensor([0])).read().dtype == torch.uint8:
         raise ValueError(
             'align="older" embeds items without augmentation, and the items are uint8 while neither trainer nor model '
             'has a preprocessing; give Trainer(preprocessing=...), such as simplexfix.data.Normalize, or align="none"'

@@ -213,9 +213,12 @@ def test_the_authors_reference_keeps_the_authors_start(monkeypatch) -> None:
     assert all(version.rotation is None for version in made)
 
 
-def test_bytes_without_preprocessing_are_refused_before_any_step() -> None:
+@pytest.mark.parametrize("lazy", [False, True])
+def test_bytes_without_preprocessing_are_refused_before_any_step(lazy: bool) -> None:
     """Embeddings for the rotation are without augmentation."""
-    items = Items((STAGES.inputs * 10).to(torch.uint8), STAGES.labels)
+    inputs = (STAGES.inputs * 10).to(torch.uint8)
+    pairs = [(row, int(label)) for row, label in zip(inputs, STAGES.labels, strict=True)]
+    items = Items.from_dataset(pairs, STAGES.labels) if lazy else Items(inputs, STAGES.labels)
     trainer = Trainer(HOC(SlotRegistry(20)), augment=lambda batch, generator: batch.float())
     run = (trainer, class_incremental(items, (4, 4), seed=1), start, Schedule(1, 1e-2, batch=16))
     with pytest.raises(ValueError, match=r"items are uint8 .* give Trainer\(preprocessing=...\)"):
