@@ -390,7 +390,8 @@ def _begin(
     """The options of `Trainer.fit` for a replacement that follows a deployed version."""
     if junction is None:
         head = replacement.head
-        fits = isinstance(method, HOC) and isinstance(head, SimplexHead) and head.junction.bias is None
+        fits = isinstance(method, HOC) and method.classification is None
+        fits = fits and isinstance(head, SimplexHead) and head.junction.bias is None
         junction = "aligned" if fits and reference != "replacement" else "kept"
     if frozen is None:
         frozen = 0.1 if junction == "aligned" else 0.0

@@ -185,7 +185,8 @@ def test_the_first_process_alone_extracts_and_judges(data, tmp_path) -> None:
     """All processes get the first one's results."""
     assert together(jobs.run_in_group, tmp_path, data) == [0, 0]
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
-    assert [entry["extracted"] for entry in found] == [4, 0]
+    # 4 to judge; 4 to align the junction, and 4 to rotate, both of new and remembered items by two versions
+    assert [entry["extracted"] for entry in found] == [12, 0]
     assert found[0]["report"] == found[1]["report"] == json.loads((tmp_path / "run" / "report.json").read_text())
 
 

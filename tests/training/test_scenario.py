@@ -156,6 +156,10 @@ def test_the_first_replacement_may_be_its_own_reference_and_others_have_the_depl
         versions(Recorder(), replacements={0: wider}, hoc_reference="deployed_or_replacement")
 
 
+def unbiased() -> EmbeddingModel:
+    return EmbeddingModel(wider(), SimplexHead.from_slots(SlotRegistry(20), 24))
+
+
 def biased() -> EmbeddingModel:
     return EmbeddingModel(wider(), SimplexHead.from_slots(SlotRegistry(20), 24, bias=True))
 
@@ -170,6 +174,7 @@ def biased() -> EmbeddingModel:
         (HOC(SlotRegistry(20)), {"rehearsal": None}, ("aligned", 0.1)),
         (HOC(SlotRegistry(20)), {"hoc_reference": "all"}, ("aligned", 0.1)),
         (HOC(SlotRegistry(20), classification=ASNN()), {}, ("kept", 0.0)),
+        (HOC(SlotRegistry(20), classification=ASNN()), {"replacements": {1: unbiased}}, ("kept", 0.0)),
         (Simplex(SlotRegistry(20)), {}, ("kept", 0.0)),
         (ER(), {"replacements": {1: start}}, ("kept", 0.0)),
     ],
