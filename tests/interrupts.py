@@ -1,4 +1,4 @@
-"""Long calls that a signal is to end: python interrupts.py CASE.  Prints "ready", then how the call ended, as JSON.
+"""A long call that a signal ends: python interrupts.py CASE.
 
 Prints "ready", then how the call ended, as JSON. Each call would take several times as long as test_interrupts.py
 allows.
@@ -22,6 +22,7 @@ import torch
 import simplexfix
 from simplexfix import CosineIndex
 
+torch.set_num_threads(2)
 rng = np.random.default_rng(0)
 NATIVE = simplexfix._native.library is not None
 
@@ -205,11 +206,6 @@ def child() -> dict[str, Any]:
     return results[0]
 
 
-def main(case: str) -> None:
-    torch.set_num_threads(2)
-    print(json.dumps(globals()[case]()), flush=True)
-    os._exit(0)  # not before a daemon's search has ended, otherwise
-
-
 if __name__ == "__main__":
-    main(sys.argv[1])
+    print(json.dumps(globals()[sys.argv[1]]()), flush=True)
+    os._exit(0)  # otherwise not before a daemon's search has ended

@@ -8,45 +8,31 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import interrupts
 import pytest
 from conftest import needs_library
-from processes import Child
 
 SCRIPT = Path(__file__).with_name("interrupts.py")
 STOPPED = {"ended": "KeyboardInterrupt", "said": ""}
-LIMIT = 120  # seconds until a case is ready, and until its call has ended
 
 
-def interrupted(case: str, folder: Path, delay: float = 0.5) -> dict[str, Any]:
-    """How the case's call ended after a real signal, and "seconds" from the signal on."""
-    child = Child(interrupts.main, case, folder=folder)
-    try:
-        wait_for(lambda: child.printed().startswith(b"ready\n"), child)
-        time.sleep(delay)
-        start = time.monotonic()
-        child.send_signal(signal.SIGINT)
-        wait_for(lambda: child.printed().count(b"\n") == 2, child)
-        seconds = time.monotonic() - start
-        return {**json.loads(child.printed().splitlines()[1]), "seconds": seconds}
-    finally:
-        child.kill()
-        child.wait()
-
-
-def wait_for(condition: Callable[[], bool], child: Child) -> None:
-    until = time.monotonic() + LIMIT
-    while not condition():
-        ended = child.has_ended()
-        if condition():  # it printed between the two
-            return
-        assert not ended, child.wait()
-        assert time.monotonic() < until
-        time.sleep(0.005)
+def interrupted(case: str, folder: Path, native: bool = True, delay: float = 0.5) -> dict[str, Any]:
+    """Returns how the case's call ended after a real signal, and the "seconds" since the signal."""
+    environment = {**os.environ, "SIMPLEXFIX_NATIVE": "1" if native else "0"}
+    command = [sys.executable, SCRIPT, case]
+    with subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            time.sleep(delay)
+            start = time.monotonic()
+            process.send_signal(signal.SIGINT)
+            result = json.loads(process.stdout.readline())
+            return {**result, "seconds": time.monotonic() - start}
+        finally:
+            process.kill()
 
 
 @needs_library
@@ -72,19 +58,8 @@ def test_a_long_call_ends(case: str, expected: dict[str, Any], tmp_path: Path) -
 
 
 def test_a_long_search_of_the_reference_ends(tmp_path: Path) -> None:
-    environment = {**os.environ, "SIMPLEXFIX_NATIVE": "0"}  # which is read by an import
-    command = [sys.executable, SCRIPT, "search"]
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "ready\n"
-            time.sleep(0.5)
-            start = time.monotonic()
-            process.send_signal(signal.SIGINT)
-            result = json.loads(process.stdout.readline())
-        finally:
-            process.kill()
-    assert time.monotonic() - start < 3  # one block of queries and rows
+    result = interrupted("search", tmp_path, native=False)
+    assert result.pop("seconds") < 3  # one block of queries and rows
     assert result == {**STOPPED, "rows": 50_000, "found": True}
 
 
