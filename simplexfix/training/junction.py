@@ -102,7 +102,7 @@ def aligned_with_older(
     parts = tuple(part for part in parts if len(part.labels))
     if not parts:
         raise ValueError("parts must hold items that all versions embed, got none")
-    plain = rotated(version, None)
+    plain = with_rotation(version, None)
     extract = partial(embeddings_of, preprocessing=preprocessing, workers=workers)
 
     def pairs() -> Iterator[tuple[Tensor, Tensor]]:
@@ -117,11 +117,11 @@ def aligned_with_older(
 
     basis = _basis(version)
     rotation = basis @ _isometry(basis, pairs())
-    return rotated(version, rotation.to(next(version.parameters(), basis).device, torch.float32))
+    return with_rotation(version, rotation.to(next(version.parameters(), basis).device, torch.float32))
 
 
-def rotated(version: EmbeddingModel, rotation: Tensor | None) -> EmbeddingModel:
-    """A model with the same backbone and head, and another rotation."""
+def with_rotation(version: EmbeddingModel, rotation: Tensor | None) -> EmbeddingModel:
+    """Returns a model that shares backbone and head with the version and has another rotation."""
     made = EmbeddingModel(
         version.backbone,
         version.head,
@@ -134,7 +134,7 @@ def rotated(version: EmbeddingModel, rotation: Tensor | None) -> EmbeddingModel:
 
 
 def _basis(version: EmbeddingModel) -> Tensor:
-    """[d, f] orthonormal columns, in float64: the directions of the embeddings that a junction reaches."""
+    """Returns orthonormal columns [d, f] in float64 that span the embeddings: those of the junction, or all of d."""
     junction = getattr(version.head, "junction", None)
     if junction is None:
         return torch.eye(version.embedding_dim or 0, dtype=torch.float64)
@@ -144,7 +144,7 @@ def _basis(version: EmbeddingModel) -> Tensor:
 
 
 def _isometry(basis: Tensor, pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """M [f, d] that maximizes the sum of tr((own basis M)^T target) over pairs of rows [N, d]; M M^T = 1."""
+    """Returns M [f, d] that maximizes the sum of tr((own basis M)^T target) over pairs of rows [N, d]; M M^T = 1."""
     cross = torch.zeros(basis.shape[1], len(basis), dtype=torch.float64)
     for own, target in pairs:
         cross += (own.double() @ basis).T @ target
@@ -152,7 +152,7 @@ def _isometry(basis: Tensor, pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def _turned(weight: Tensor, pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """R^T weight [d, f], where the isometry R maximizes the sum of tr(R^T own^T target) over pairs of rows [N, d]."""
+    """Returns R^T weight [d, f]; the isometry R maximizes the sum of tr(R^T own^T target) over pairs of rows [N, d]."""
     basis, inner = torch.linalg.qr(weight.detach().double().cpu())  # z lies in f of the d dimensions
     turned: Tensor = (_isometry(basis, pairs).T @ inner).to(weight)
     return turned

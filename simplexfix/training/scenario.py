@@ -23,7 +23,7 @@ from ..models import EmbeddingModel
 from . import processes
 from .checkpoint import fingerprint, read_state, write_state
 from .items import Items
-from .junction import ALIGN, JUNCTIONS, aligned_with_older, rotated
+from .junction import ALIGN, JUNCTIONS, aligned_with_older, with_rotation
 from .references import with_references
 from .resume import check_resumable, describe
 from .schedule import Schedule
@@ -224,15 +224,16 @@ def train_versions(
         replacements: task number -> function that returns the replacement before this task, of any architecture.  An
             `EmbeddingModel` keeps its pre-trained head.  A backbone with `out_features` gets a new head, with a
             junction of its width and the same slots.
-        hoc_reference: the old model where a replacement comes in: the "deployed" version before it, whose gallery is
-            there, of which the first replacement of all has none; the "replacement" as it came, as in the authors'
-            code; or "deployed_or_replacement": the former where there is one, else the latter.  "all": the former
-            where there is one, else the replacement if it has a trained head.  In every task, each batch also draws one
-            older version uniformly, and holds its remembered items to their embeddings by that version.  These
-            embeddings are stored with the memory, [N, versions, d] float32, without augmentation.  A step does not run
-            the older versions, but they stay in memory to embed the items that are remembered next.  "all" acts on
-            methods whose loss calls `old(input)`, such as HOC and FD by cosine.  None: for HOC the
-            former where there is one, else the replacement if it has a trained head; "deployed" for other methods.
+        hoc_reference: the old model that a replacement is held to.
+            "deployed": the deployed version; the first version of all has no old model.
+            "replacement": the replacement as it came, as in the authors' code; it needs a trained head.
+            "deployed_or_replacement": the deployed version, or for the first version the replacement as it came.
+            "all": as None.  In every task each batch also draws one older version uniformly, and its remembered items
+            are held to their embeddings by that version.  The memory stores these embeddings, [N, versions, d] float32,
+            without augmentation.  A step does not run older versions, but they stay in memory to embed the items that
+            are remembered next.  "all" acts on methods whose loss calls `old(input)`, such as HOC and FD by cosine.
+            None: for HOC as "deployed_or_replacement" if the first replacement has a trained head, else "deployed";
+            for other methods "deployed".
         replacement_junction: "kept" leaves the junction of a replacement that follows a deployed version as it is;
             "aligned" turns it towards that version in closed form (`Trainer.fit`).  None: "aligned" for HOC with the
             simplex cross-entropy and another reference than "replacement", where the junction has no bias; else "kept".
@@ -242,9 +243,9 @@ def train_versions(
             towards the class means of their own version.
         align: "none" or "older".  "older" rotates the embeddings of every version from the second on after its
             training, in closed form, towards those of all older versions (`aligned_with_older`).  New and remembered
-            items have half of the weight each.  The rotated versions are yielded.  Training, rehearsal and stored
-            embeddings use them without their rotations.  Older versions stay in memory, and each embeds those items
-            once a task.  None: "older" for HOC with another reference than "replacement", else "none".
+            items have half of the weight each.  The iterator yields the rotated versions; training, rehearsal and
+            stored embeddings use the versions without rotations.  Older versions stay in memory, and each embeds these
+            items once a task.  None: "older" for HOC with another reference than "replacement", else "none".
         folder: of the run.
         on_step: called after every step with the task's number and its own (`Trainer.fit`).
 
@@ -252,8 +253,8 @@ def train_versions(
         ValueError: a number of schedules that is not that of tasks, a replacement for no task, an unknown reference,
             "replacement" where that has no trained head, or a head whose embeddings are of another width; "all" without
             rehearsal, or with a method that it cannot act on; an "aligned" junction with "replacement"; an `align`
-            that is not the one a folder began with; `align` of uint8 items without a preprocessing.
-        TypeError: `align` of versions with prefixes, as OCA's.
+            that is not the one a folder began with; "older" with uint8 items and no preprocessing.
+        TypeError: "older" with versions that have prefixes, such as OCA's.
     """
     hoc = isinstance(trainer.method, HOC)
     if hoc_reference is None and not hoc:
@@ -282,7 +283,7 @@ def train_versions(
             'replacement_junction="aligned" is aligned to the deployed version, and hoc_reference="replacement" holds '
             'a replacement to itself; take "kept", or another reference'
         )
-    begin = partial(_begin, trainer.method, hoc_reference, replacement_junction, replacement_frozen)
+    begin = partial(_replacement_options, trainer.method, hoc_reference, replacement_junction, replacement_frozen)
     return _versions(
         trainer,
         tasks,
@@ -317,8 +318,9 @@ def _versions(
 ) -> Iterator[EmbeddingModel]:
     version: EmbeddingModel | None = None
     memory: Items | None = None
-    trained: list[EmbeddingModel] = []  # versions so far, without rotations; filled only if they must embed items again
-    deployed: list[EmbeddingModel] = []  # the same with their rotations
+    # versions so far, without and with their rotations; filled only if they must embed items again
+    trained: list[EmbeddingModel] = []
+    deployed: list[EmbeddingModel] = []
     for t, (task, schedule) in enumerate(zip(tasks, schedules, strict=True)):
         parent, old = version, version
         if t in replacements or parent is None:
@@ -327,9 +329,10 @@ def _versions(
                 made = make()
             with seeded(mixed_seed(seed, t, 4)):  # its own seed: make() draws less if it only reads a trained network
                 parent = _with_head(made, trainer, version)
+            trained_head = version is None and isinstance(made, EmbeddingModel)
             own = {
-                None: version is None and isinstance(made, EmbeddingModel),
-                "all": version is None and isinstance(made, EmbeddingModel),
+                None: trained_head,
+                "all": trained_head,
                 "deployed": False,
                 "deployed_or_replacement": version is None,
                 "replacement": True,
@@ -345,7 +348,7 @@ def _versions(
         devices = [trainer.device] if trainer.device.type == "cuda" else []
         with torch.random.fork_rng(devices):  # seeds the network's own draws, such as dropout
             torch.manual_seed(mixed_seed(seed, t, 3, processes.rank()))
-            if align == "older":
+            if align == "older" and len(tasks) > 1:
                 _check_embeddable(task.items, parent, trainer)
             version = trainer.fit(
                 parent,
@@ -384,10 +387,10 @@ def _check_embeddable(items: Items, model: EmbeddingModel, trainer: Trainer) -> 
         )
 
 
-def _begin(
+def _replacement_options(
     method: Method, reference: str | None, junction: str | None, frozen: float | None, replacement: EmbeddingModel
 ) -> dict[str, Any]:
-    """The options of `Trainer.fit` for a replacement that follows a deployed version."""
+    """Returns the options of `Trainer.fit` for a replacement that follows a deployed version."""
     if junction is None:
         head = replacement.head
         fits = isinstance(method, HOC) and method.classification is None
@@ -407,7 +410,7 @@ def _aligned(
     align: str,
     folder: Path | None,
 ) -> EmbeddingModel:
-    """The version as it is deployed.  The folder stores the rotation, whose bits may differ between machines."""
+    """Returns the version to deploy.  The folder stores the rotation, because its bits may differ between machines."""
     file = None if folder is None else folder / "rotation.safetensors"
     there = file is not None and processes.broadcast(file.exists())
     if not there and (align == "none" or not older):
@@ -429,7 +432,7 @@ def _aligned(
         rotation = processes.run_on_rank0(act)
         if file is not None and processes.rank() == 0:
             write_state(file, {"facts": started_with, "rotation": rotation})
-    return rotated(version, rotation.to(trainer.device))
+    return with_rotation(version, rotation.to(trainer.device))
 
 
 def _with_head(made: nn.Module, trainer: Trainer, before: EmbeddingModel | None) -> EmbeddingModel:

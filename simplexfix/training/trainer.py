@@ -143,7 +143,8 @@ class Trainer:
             classes: all class ids so far, 0 up to the last.
             seed: of batches, augmentation and new weights.
             memory: remembered items of earlier classes, half of every batch; None for no memory.
-            old: the deployed version, in evaluation mode, whose gallery must stay searchable; it is not trained.
+            old: the deployed version, in evaluation mode, whose gallery must stay searchable; it is not trained.  Its
+                rotation is used; `train_versions` passes versions without one.
             junction: "kept" begins with the parent's junction.  "aligned" turns it towards `old` before the first step,
                 in closed form, from the embeddings of new and remembered items (`aligned_junction`).
             frozen: fraction of the steps, in [0, 1), in which the backbone keeps its weights and the head alone learns.

@@ -229,6 +229,8 @@ def test_bytes_without_preprocessing_are_refused_before_any_step(lazy: bool) -> 
     with pytest.raises(ValueError, match=r"items are uint8 .* give Trainer\(preprocessing=...\)"):
         next(train_versions(*run, seed=0))
     assert len(list(train_versions(*run, seed=0, align="none"))) == 2
+    alone = (trainer, class_incremental(items, (8,), seed=1), *run[2:])
+    assert len(list(train_versions(*alone, seed=0))) == 1  # the first version has no rotation
 
 
 def test_memory_is_half_of_each_batch_and_of_earlier_classes() -> None:
