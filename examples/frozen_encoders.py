@@ -4,8 +4,7 @@ No encoder is trained: `simplexfix.adapters` fits maps between the features of t
 classes ("seen") and on a sample of the gallery without labels.  All methods are compared by matrices of the seen
 classes and of classes whose labels no method reads ("unseen"), like the later classes of a service.  "selected" is the
 choice of `select_chain` among CANDIDATES for each protocol, on items of seen classes that it holds out.  Without
-`candidates` it also tries the low rank, the MLP, the lambda-orthogonal map and HOC steps, which were never chosen here
-and take most of the time.
+`candidates` it also tries the low rank, the MLP, the lambda-orthogonal map and HOC steps, which take most of the time.
 """
 
 from __future__ import annotations
@@ -275,12 +274,12 @@ def report(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--cache", type=Path, help="where features are kept from run to run (default: nowhere)")
+    parser.add_argument("--cache", type=Path, help="folder that stores features from run to run (default: none)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the class split and of training")
     parser.add_argument("--sample", type=int, default=1000, help="gallery items without labels (default: 1000)")
     parser.add_argument("--folds", type=int, default=1, help="thirds of the seen classes held out in turn (default: 1)")
     parser.add_argument(
-        "--seen-fraction", type=float, default=0.0, help="of queries that concern seen classes (default: 0)"
+        "--seen-fraction", type=float, default=0.0, help="fraction of queries of seen classes (default: 0)"
     )
     parser.add_argument("--out", type=Path, help="write all matrices and selections as JSON")
 

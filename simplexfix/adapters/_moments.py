@@ -29,7 +29,7 @@ class Moments:
         whitened(i, j, g) = sum a_i^T a_j,  a = n(x whitening)
         whitened_classes(i, g) = sum of a_i over the labelled items of each class, and the mean of |x whitening|
 
-    Memory: a few [f, f] and [C, f] matrices for each version and each pair that was requested.
+    Memory: a few [f, f] and [C, f] matrices for each version and each pair that was requested, and values of `once`.
 
     Args:
         features: the rows.
@@ -82,7 +82,7 @@ class Moments:
         return self._made["whitened classes", version, g]  # type: ignore[return-value]
 
     def once(self, key: tuple[object, ...], make: Callable[[], _T]) -> _T:
-        """What `make` returns, computed at the first call with this key; for sums of one method's own."""
+        """The result of `make`, which is called once for each key; for values beyond those above."""
         return self._once(("method", *key), make)
 
     def _axes(self, version: int, g: float) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from ._moments import Moments
 __all__ = ["descend", "draw", "row_reader"]
 
 _ROWS = 4096
-KEPT_BYTES = 2**27  # float32 bytes of the rows that `row_reader` computes once
+KEPT_BYTES = 2**27  # limit of the rows of a version, and of the mapped ones, that `row_reader` stores
 
 
 def descend(parameters: Sequence[Tensor], loss: Callable[[], Tensor], *, steps: int, learning_rate: float) -> None:
@@ -36,12 +36,11 @@ def draw(begin: int, end: int, batch: int, generator: torch.Generator) -> Tensor
 def row_reader(
     moments: Moments, version: int, made: Callable[[Tensor], Tensor] | None = None
 ) -> Callable[[Tensor], Tensor]:
-    """A function of [B] row numbers that returns the unit float32 rows of a version, or what a fixed map makes of them.
+    """A function of [B] row numbers that returns the unit float32 rows of a version, mapped by `made` if it is given.
 
-    Rows are drawn again and again: all of them are computed once, for all methods, where they fit into `KEPT_BYTES`.
+    Training draws the same rows many times.  They are computed once, for all methods, if all fit into `KEPT_BYTES`.
     """
     features = moments.features
-
     numbers = torch.arange(len(features))
     kept = None
     if 4 * len(features) * features.width(version) <= KEPT_BYTES:

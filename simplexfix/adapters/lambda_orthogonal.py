@@ -73,7 +73,7 @@ class LambdaOrthogonal(AdapterMethod):
         """The second term of the loss."""
         fixed = w.detach()
         square = fixed.T @ w if w.shape[0] >= w.shape[1] else w @ fixed.T
-        # the distance is symmetric in both factors, so twice the gradient of one is that of both: one product less
+        # the distance is symmetric in both factors: twice the gradient of one is that of both, with one product less
         square = 2 * square - square.detach()
         # squared, and a root of what is never 0: the norm has no gradient at an orthogonal map
         distance = ((square - torch.eye(len(square), dtype=w.dtype, device=w.device)).square().sum() + 1e-12).sqrt()

@@ -139,7 +139,8 @@ def select_adapter(
     """Fits candidates, judges them on what was held out of their fit, and fits the best one on all items.
 
         with labels:    a third of the classes is held out; half of their items are queries, half the gallery;
-                        of each other class a quarter of the items is held out as queries, half are the gallery
+                        if seen_fraction > 0, a quarter of the items of each other class is held out, too, as queries,
+                        and half of the items of these classes are their gallery
         without labels: a third of the items is held out; half of them are queries, half the gallery
         score = (1 - seen_fraction) AA(held-out classes) + seen_fraction AA(held-out items of the fitted classes)
                 AA: mean over cells (old by old, new by old, new by new) of the protocol's score     with labels
@@ -264,9 +265,12 @@ def closed_forms(features: PairedFeatures) -> list[AdapterMethod]:
 
 @dataclass(frozen=True)
 class _Split:
-    """Rows of items: those of the fit, and for each kind of held-out queries these and the gallery that they search.
+    """Row numbers of items.
 
-    Kinds: queries of held-out classes (without labels: held-out items), then queries of fitted classes.
+    Attributes:
+        fitted: of the fit.
+        kinds: for each kind of held-out queries, those of the queries and of the gallery that they search.  Kinds:
+            queries of held-out classes (without labels: held-out items), then queries of fitted classes.
     """
 
     fitted: NDArray[np.int64]
@@ -297,7 +301,7 @@ def _splits(features: PairedFeatures, folds: int, seed: int, seen_fraction: floa
     part = part_of[features.labels[in_class]]
     for fold in range(folds):
         held = part == fold
-        # a class is fitted in two of three folds, and another quarter of its items asks in each
+        # a class is fitted in two of three folds; each holds out another quarter of its items
         quarter = np.where(part == (fold + 1) % PARTS, 1, 3)
         asks = np.where(held, place % 2 == 1, (place % 4 == quarter) & (seen_fraction > 0))
         kinds = [(held & asks, held & ~asks), (~held & asks, ~held & (place % 2 == 0))]
@@ -312,7 +316,7 @@ class _Asked:
 
     Attributes:
         own: [Q], the mean over all encoders but the oldest of what each finds in a gallery of its own.
-        alone: [Q] of each pair (new, old), of the old encoder alone.
+        alone: for each pair (new, old), the score [Q] of the old encoder alone.
     """
 
     def __init__(

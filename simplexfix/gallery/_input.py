@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ..labelled import FeatureRows, Ids, Rows, read_ids, read_integers
 from ..models import ModelIdentity
-from .stores._common import comparable
+from .stores._common import comparable, is_number
 
 __all__ = ["Payload", "Where", "read_new_ids", "read_payload", "read_vectors", "read_where"]
 
@@ -104,7 +104,7 @@ def _searchable(name: str, value: _Plain) -> _Plain:
     if isinstance(value, str):
         if "\0" in value or value != value.encode(errors="ignore").decode():
             raise ValueError(f"{name} must be text without U+0000 and lone surrogates, got {value!r}")
-    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+    elif is_number(value):
         number = comparable(value)
         if not math.isfinite(number):
             got = value if isinstance(value, float) else "an integer beyond it"  # of any number of digits

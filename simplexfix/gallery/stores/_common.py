@@ -1,19 +1,19 @@
-"""JSON, times and errors that all stores have in common."""
+"""JSON, times, values of filters and errors that all stores have in common."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
-from typing import Any
+from typing import Any, TypeGuard
 
 from .base import StoreError
 
 __all__ = [
-    "SEVERAL_WIDTHS", "as_json", "check_present", "comparable", "failure", "stamped", "taken_id", "time_text",
-    "too_wide",
+    "SEVERAL_WIDTHS", "as_json", "check_present", "comparable", "comparable_fields", "failure", "is_number", "stamped",
+    "taken_id", "time_text", "too_wide",
 ]  # fmt: skip
 
 SEVERAL_WIDTHS = "these rows are by models of several widths: read those of one version at a time"
@@ -21,6 +21,11 @@ SEVERAL_WIDTHS = "these rows are by models of several widths: read those of one 
 
 def as_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether JSON writes the value as a number; bools are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def comparable(number: float) -> float:
@@ -31,6 +36,15 @@ def comparable(number: float) -> float:
         except OverflowError:
             return math.inf
     return int(number) if float(number).is_integer() and -(2**63) <= number < 2**63 else number
+
+
+def comparable_fields(payload: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a payload that have plain values, with numbers as filters compare them."""
+    return {
+        key: comparable(value) if is_number(value) else value
+        for key, value in payload.items()
+        if not isinstance(value, (dict, list))
+    }
 
 
 def stamped(event: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ._common import comparable
+from ._common import comparable_fields, is_number
 from .base import StoreError
 
 __all__ = ["FIELDS", "LIVES", "NEVER", "Record", "matching", "pack", "tokens", "unpack"]
@@ -205,13 +205,11 @@ def tokens(payload: Mapping[str, Any]) -> list[str]:
     Milvus's own conditions on JSON tell neither null from a missing key nor a number from a bool, and differ between
     Milvus Lite and a server.  A hash needs no quotes in an expression.
     """
-    return [
-        _token(key, value) for key, value in payload.items() if value is None or isinstance(value, (str, int, float))
-    ]
+    return [_token(key, value) for key, value in comparable_fields(payload).items()]
 
 
 def matching(where: Mapping[str, tuple[Any, ...]]) -> str:
-    """The expression for rows whose payload has one of the values under each key."""
+    """The expression for rows whose payload has one of the values, numbers as filters compare them, under each key."""
     conditions = []
     for key, values in where.items():
         any_of = ", ".join(f'"{_token(key, value)}"' for value in values)
@@ -220,7 +218,6 @@ def matching(where: Mapping[str, tuple[Any, ...]]) -> str:
 
 
 def _token(key: str, value: Any) -> str:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        number = comparable(value)
-        value = ["number", str(int(number)) if float(number).is_integer() else repr(number)]
+    if is_number(value):
+        value = ["number", str(int(value)) if float(value).is_integer() else repr(value)]
     return hashlib.blake2b(json.dumps([key, value]).encode(), digest_size=16).hexdigest()

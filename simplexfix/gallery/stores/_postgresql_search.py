@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ...functional import cosine_topk
 from .._state import State
-from ._common import as_json, comparable, too_wide
+from ._common import as_json, comparable_fields, too_wide
 from ._postgresql_connections import Connection
 from ._postgresql_copy import given_vectors, searchable, text_of
 from ._versions_index import merge_rankings
@@ -108,13 +108,8 @@ def fields_of(payload: str) -> str:
     """The part of a payload that filters read: the keys with plain values, numbers as they are compared."""
     if not ("[" in payload or payload.find("{", 1) > 0 or "\\u" in payload or _LARGE.search(payload)):
         return payload
-    fields = {}
-    for key, value in json.loads(payload).items():
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            value = comparable(value)
-        if not isinstance(value, (dict, list)) and _is_storable(key) and _is_storable(value):
-            fields[key] = value
-    return as_json(fields)
+    fields = comparable_fields(json.loads(payload))
+    return as_json({key: value for key, value in fields.items() if _is_storable(key) and _is_storable(value)})
 
 
 def _is_storable(value: Any) -> bool:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._state import Change, State
-from ._common import SEVERAL_WIDTHS, as_json, check_present, comparable, failure, stamped, taken_id
+from ._common import SEVERAL_WIDTHS, as_json, check_present, comparable_fields, failure, stamped, taken_id
 from ._sqlite import Connection
 from ._versions_index import VersionsIndex
 from .base import Counts, Leased, Ranking, StoredRows, StoreError
@@ -492,11 +492,11 @@ def _is_match(payload: Mapping[str, Any], where: Mapping[str, tuple[Any, ...]]) 
     """Whether the payload has one of the values under each key.  SQLite ends keys and text at U+0000."""
 
     def kind_and_value(value: Any) -> tuple[bool, Any]:
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return isinstance(value, bool), comparable(value) if is_number else value
+        return isinstance(value, bool), value  # True == 1
 
+    fields = comparable_fields(payload)
     return all(
-        key in payload and kind_and_value(payload[key]) in map(kind_and_value, values) for key, values in where.items()
+        key in fields and kind_and_value(fields[key]) in map(kind_and_value, values) for key, values in where.items()
     )
 
 
