@@ -27,11 +27,15 @@ LONGEST = (
 )  # fmt: skip
 
 
-def snippet(page: str, heading: str) -> CodeType:
+def example(page: str, heading: str) -> str:
     """The first Python block below a heading of a page in docs."""
     text = (ROOT / "docs" / page).read_text(encoding="utf-8").split(f"\n## {heading}\n")[1]
-    code = text.split("```python\n", 1)[1].split("\n```\n")[0]
-    return compile(code, page, "exec")
+    return text.split("```python\n", 1)[1].split("\n```\n")[0] + "\n"
+
+
+def snippet(page: str, heading: str) -> CodeType:
+    """The same block, compiled."""
+    return compile(example(page, heading), page, "exec")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,7 +1,7 @@
 """A Hugging Face hub on this machine: the endpoints by which huggingface_hub creates, pushes and downloads models.
 
 It keeps repositories in memory.  It takes weights by LFS (basic transfer) and the other files inside the commit, as the
-real one does without Xet.  Who sends a token may write to every owner but "stranger".
+real one does without Xet.  A request with a token may write to every owner but "stranger".
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ from urllib.parse import unquote, urlsplit
 
 
 class HubServer(ThreadingHTTPServer):
-    """Attributes:
-    repositories: by "owner/name", the files of each commit by its hash, oldest first.
-    requests: (method, path) of every request.
-    failing: paths of files whose content cannot be downloaded; "PUT" where weights cannot be uploaded.
+    """The hub.
+
+    Attributes:
+        repositories: by "owner/name", the files of each commit by its hash, oldest first.
+        large: contents of weights by their SHA-256.
+        requests: (method, path) of every request.
+        failing: paths of files whose content cannot be downloaded; "PUT" if weights cannot be uploaded.
     """
 
     def __init__(self) -> None:

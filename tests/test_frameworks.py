@@ -1,4 +1,4 @@
-"""The examples of docs/frameworks.md run: a version and its successor, trained by other people's loops."""
+"""The examples of docs/frameworks.md run: other libraries' loops train a version and its successor."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import example
 from torch.utils.data import DataLoader, TensorDataset
 
 from simplexfix import SimplexHead
@@ -22,9 +22,7 @@ TEXTS = [" ".join(WORDS[6 * label + (i + j) % 6] for j in range(4)) for i, label
 
 def block(heading: str, **changes: str) -> str:
     """The Python code below a heading of the page, with some of its text replaced."""
-    page = (ROOT / "docs" / "frameworks.md").read_text()
-    section = page.split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    (code,) = re.findall(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+    code = example("frameworks.md", heading)
     for name, value in changes.items():
         assert code.count(f"{name}=") >= 1
         code = re.sub(rf"\b{name}=[^,)\n]+", f"{name}={value}", code)

@@ -182,7 +182,7 @@ class CosineKNN:
 
     def train(self, embeddings: Tensor) -> None:
         """Stores rows [N, d] in place of earlier ones."""
-        self.index = CosineIndex(embeddings.shape[1])
+        self.index = None
         self.add(embeddings)
 
     def add(self, embeddings: Tensor) -> None:
@@ -198,7 +198,7 @@ class CosineKNN:
         self.index.save(filename)
 
     def load(self, filename: str | os.PathLike[str]) -> None:
-        """Reads rows of `save`, in place of the present ones."""
+        """Reads the rows that `save` wrote, in place of the present ones."""
         self.index = CosineIndex.load(filename)
 
 

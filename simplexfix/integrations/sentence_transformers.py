@@ -48,8 +48,8 @@ class SimplexLoss(nn.Module):
         z = model(sentences)
         loss = simplexfix.functional.simplex_cross_entropy(z, slots.lookup(namespace, label))
 
-    A data set has one column of texts and a column `label` of class ids.  It replaces losses of labelled texts, such as
-    `BatchAllTripletLoss` and `SoftmaxLoss`.
+    A data set has one column of texts and a column `label` of class ids.  This loss replaces other losses of labelled
+    texts, such as `BatchAllTripletLoss` and `SoftmaxLoss`.
 
     Args:
         model: the model in training, with the junction of `add_junction`.
@@ -101,7 +101,7 @@ class HOCLoss(nn.Module):
     Args:
         model: the model in training, with the junction of `add_junction`.
         slots: registry that all versions share.
-        old: the deployed model, of which a frozen copy is kept; None for a column of its embeddings.
+        old: the deployed model; the loss keeps a frozen copy of it.  None for a column of its embeddings.
         namespace: namespace of the classes in the registry.
         lambda_, mu, negatives, anchor, normalize, scale, margin, group: as in `simplexfix.functional.hoc_loss`.
 
@@ -194,7 +194,7 @@ class OldEmbeddingCollator(SentenceTransformerDataCollator):  # type: ignore[mis
                 f"the data set must have a column {self.old_column!r} of the old model's embeddings, got "
                 f"{sorted(features[0])}; dataset.add_column({self.old_column!r}, list(old.encode(texts)))"
             )
-        # the trainer takes columns of this suffix for embeddings
+        # the trainer passes columns with this suffix on as embeddings
         old = np.asarray([row[self.old_column] for row in features], np.float32)
         batch[f"{self.old_column}_sentence_embedding"] = torch.from_numpy(old)
         return batch
@@ -222,7 +222,7 @@ def _embed(model: nn.Module, texts: Mapping[str, Tensor]) -> Tensor:
 
 
 def _tokenization(model: SentenceTransformer) -> Any:
-    """What a text's token ids depend on."""
+    """Returns the settings that determine the token ids of a text."""
     tokenizer = getattr(model.tokenizer, "backend_tokenizer", model.tokenizer)
     if hasattr(tokenizer, "to_str"):
         rules = json.loads(tokenizer.to_str())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 
 from .._checks import check_positive
@@ -24,7 +24,7 @@ class BCT(ER):
 
     h_i are the new features, and `old_logits` is the old model's classifier, which is not trained.  The sum is over the
     rows whose class it has.  Without such rows, and without an old model, the influence is 0 and has no gradient.  The
-    old backbone is not run.
+    old backbone is not run.  If the old model has a rotation R, its classifier gets h_i R^T.
 
     With a `classification` by nearest neighbours, the old classifier is the old model's queue of its newest features
     (`NeighbourHead.queued_loss`): the influence is the neighbour loss of h_i with its neighbours there.
@@ -60,10 +60,11 @@ class BCT(ER):
             return super().loss(model, input, target, old)
         features = model.backbone(input)
         classify = self._classify(model.head, features, target)
-        influence = self._influence(old.head, features, target)
+        influence = self._influence(old, features, target)
         return classify + self.weight * influence
 
-    def _influence(self, old: nn.Module, features: Tensor, target: Tensor) -> Tensor:
+    def _influence(self, deployed: EmbeddingModel, features: Tensor, target: Tensor) -> Tensor:
+        old = deployed.head
         kind, trainers = (
             (LinearHead, "ER, FD and BCT train")
             if self.classification is None
@@ -79,6 +80,8 @@ class BCT(ER):
             raise ValueError(
                 f"old's classifier must be of features as wide as the new ones, {features.shape[1]}, got {width}"
             )
+        if deployed.rotation is not None:  # its gallery is rotated, its classifier is not
+            features = features @ deployed.rotation.T.to(features.dtype)
         if isinstance(old, NeighbourHead):
             return old.queued_loss(features, target)
         # no gradients of its parameters, whatever their requires_grad

@@ -1,4 +1,4 @@
-"""HOC: the fixed d-simplex, and a contrast that holds the new features to the old model's."""
+"""HOC: the fixed d-simplex, and a contrast that keeps new features near the old model's."""
 
 from __future__ import annotations
 
@@ -21,23 +21,24 @@ class HOC(Simplex):
 
         loss = lambda_ * classification + (1 - lambda_) * contrast
 
-    With a `classification` by nearest neighbours, that is on the embedding in place of the simplex cross-entropy.  Then
-    the vertices play no part and classes take no slots; embeddings are as wide as with them, and what ties versions is
-    the contrast alone.
+    A `classification` by nearest neighbours of the embeddings replaces the simplex cross-entropy.  The loss then uses
+    no vertices, and classes take no slots.  Embeddings still have K - 1 dimensions, and the contrast alone makes
+    versions compatible.
 
     Args:
-        slots, namespace, normalize, scale, margin: of `Simplex`.
-        lambda_, mu, negatives, anchor, group: of `hoc_loss`; with a group, negatives come from all its processes.
-        classification: None for the simplex cross-entropy, or what takes its place.
+        slots, namespace, normalize, scale, margin: as in `Simplex`.
+        lambda_, mu, negatives, anchor, group: as in `hoc_loss`; with a group, negatives come from all its processes.
+        classification: replaces the simplex cross-entropy; None for the cross-entropy.
 
     Raises:
-        TypeError, ValueError: an option is out of range, or of the cross-entropy that is replaced.
+        TypeError, ValueError: an option is out of range, or `normalize`, `scale` or `margin` is given with a
+            `classification`.
 
     Reference:
         arXiv 2405.02581.
     """
 
-    # set only where it is given: checkpoints record the object's attributes, and those of before have no such one
+    # Set only if it is given: checkpoints record instance attributes, and older ones do not have this one.
     classification: ASNN | None = None
 
     def __init__(

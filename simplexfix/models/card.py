@@ -23,7 +23,7 @@ _TEXTS = (Tokens, TextEncoder)
 
 
 def pipeline_tag_of(backbone: nn.Module, preprocessing: object) -> str | None:
-    """Returns the hub's name for the task of a model by its inputs; None where they are neither images nor texts."""
+    """Returns the hub's name for the task of a model with such inputs; None if they are neither images nor texts."""
     if isinstance(preprocessing, _IMAGES) or isinstance(backbone, _IMAGES):
         return "image-feature-extraction"
     return "feature-extraction" if isinstance(preprocessing, _TEXTS) or isinstance(backbone, _TEXTS) else None
@@ -75,7 +75,7 @@ def card(
 
 
 def _galleries(identity: ModelIdentity, earlier: Sequence[ModelIdentity]) -> str:
-    """Returns a table with a row for each model: this one, earlier versions, and ancestors among neither."""
+    """Returns a table with a row for each gallery: by this model, by earlier versions, and by further ancestors."""
     rows = [("this model", identity.fingerprint, identity.embedding_dim, "yes")]
     for other in earlier:
         name = f"version {other.version}" + (f", {_cell(other.name)}" if other.name else "")
@@ -92,7 +92,7 @@ def _galleries(identity: ModelIdentity, earlier: Sequence[ModelIdentity]) -> str
             rows.append(("the old encoder", identity.space, identity.embedding_dim, "yes"))
     cells = [(name, f"`{_cell(f)[:_SHOWN]}`", str(width), answer) for name, f, width, answer in rows]
     table = _table(["gallery of", "fingerprint", "dimensions", "may be searched"], cells)
-    return f"{text}\n\n{table}\n\n`ModelIdentity.why_not_search` answers for any other gallery."
+    return f"{text}\n\n{table}\n\n`ModelIdentity.why_not_search` returns the reasons against any other gallery."
 
 
 def _width(identity: ModelIdentity, width: int) -> str:

@@ -37,7 +37,8 @@ class EmbeddingModel(nn.Module):
             the model; the caller applies it.
         class_names: names of class 0, 1, ..., or None; saved with the model.
         rotation: [d, d] isometry of the embeddings, or None; saved with the model.  `aligned_with_older` of
-            `simplexfix.training` computes it.  The head's logits and losses are those before the rotation.
+            `simplexfix.training` computes it.  The head's logits and losses are those before the rotation, so set it to
+            None before further training, as `Trainer.fit` does.
 
     Example:
         >>> import tempfile, torch
@@ -74,7 +75,8 @@ class EmbeddingModel(nn.Module):
         width = self.embedding_dim
         if rotation is not None and rotation.shape != (width, width):
             raise ValueError(f"rotation must have shape [{width}, {width}], got {list(rotation.shape)}")
-        self.register_buffer("rotation", rotation)
+        # the layout decides the last bits of a product, and a model folder does not store it
+        self.register_buffer("rotation", None if rotation is None else rotation.contiguous())
 
     @property
     def embedding_dim(self) -> int | None:

@@ -1,8 +1,7 @@
 """Models and adapters on the Hugging Face hub: downloads into the client's cache, and pushes of one commit.
 
-The client, huggingface_hub, is optional (the extra `hub`) and imported on first use.  Of a repository only
-`config.json` and the weights are downloaded: JSON and safetensors.  Nothing is unpickled, and no code of a repository
-is executed.
+The client, huggingface_hub, is optional (the extra `hub`) and imported on first use.  It downloads only `config.json`
+and the weights, a safetensors file.  Nothing is unpickled, and no code of a repository is executed.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ _INSTALL = "pip install 'simplexfix[hub]'"
 def folder_of(source: str | os.PathLike[str], revision: str | None, written: FolderFormat) -> Path:
     """Returns the local folder of a model: `source` itself, or the cached snapshot of the repository with that id.
 
-    A path that exists is never looked up on the hub.  Neither is a `Path`, nor a text with other than one slash.
+    The hub is not used for a path that exists, for a `Path`, or for a string that is not of the form "owner/name".
 
     Args:
         source: a local folder, or "owner/name".
@@ -66,7 +65,7 @@ def folder_of(source: str | os.PathLike[str], revision: str | None, written: Fol
             f"{source} is neither a local folder nor a repository at {place} that you may read; check the name, and "
             "for a private repository log in with `hf auth login` or set HF_TOKEN"
         ) from error
-    except (errors.LocalEntryNotFoundError, errors.HTTPError) as error:  # the second is the base of its HTTP errors
+    except (errors.LocalEntryNotFoundError, errors.HTTPError) as error:  # HTTPError: base class of its HTTP errors
         raise ConnectionError(
             f"{source} is no local folder, its files at {place} could not be downloaded, and the cache does not have "
             f"all of them; check the network and HF_HUB_OFFLINE, and try again: {error}"
@@ -117,7 +116,7 @@ def push(
             changes += [hub.CommitOperationDelete(name) for name in old]
             message = f"{written.kind.capitalize()} version {identity.version}"
             return str(api.create_commit(repo_id, changes, commit_message=message).oid)
-        except (hub.errors.HTTPError, hub.errors.OfflineModeIsEnabled, RuntimeError) as error:  # the last of uploads
+        except (hub.errors.HTTPError, hub.errors.OfflineModeIsEnabled, RuntimeError) as error:  # uploads raise the last
             if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
                 raise PermissionError(
                     f"{hub.constants.ENDPOINT} does not let you write to {repo_id}; log in with `hf auth login`, or "

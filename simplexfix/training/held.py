@@ -21,7 +21,9 @@ class HeldVersion(EmbeddingModel):
     """
 
     def __init__(self, deployed: EmbeddingModel, denoise: float, means: Tensor | None) -> None:
-        super().__init__(deployed.backbone, deployed.head, preprocessing=deployed.preprocessing)
+        super().__init__(
+            deployed.backbone, deployed.head, preprocessing=deployed.preprocessing, rotation=deployed.rotation
+        )
         self.denoise = denoise
         self.means = None if means is None else means.to(next(deployed.parameters()).device)
         self.eval()

@@ -111,6 +111,19 @@ def test_a_batch_of_classes_that_the_old_classifier_lacks_has_no_influence(known
         assert with_old.isfinite().all()
 
 
+@pytest.mark.parametrize("scale", [None, 7.0])
+def test_influence_of_a_rotated_old_model_is_that_of_its_rotated_classifier(scale: float | None) -> None:
+    """The gallery holds h R.  The classifier of such rows is W R, because (h R) (W R)^T = h W^T."""
+    method = BCT(scale=scale)
+    model, old, same = model_of(method, 5), model_of(method, 3, seed=1), model_of(method, 3, seed=1)
+    turn = torch.linalg.qr(torch.randn(WIDTH, WIDTH, dtype=torch.float64))[0]
+    old.rotation = turn
+    with torch.no_grad():
+        same.head.classifier.weight.copy_(old.head.classifier.weight @ turn)
+    rows, target = batch(0, 4, 2, 2, 3)
+    torch.testing.assert_close(method.loss(model, rows, target, old), method.loss(model, rows, target, same))
+
+
 def test_a_classifier_that_knows_less_after_its_network_was_replaced() -> None:
     """The new head has other rows and another initialisation than the deployed one, which does not change."""
     method = BCT()

@@ -1,10 +1,9 @@
-"""Models and adapters on a Hugging Face hub: what is pushed comes back to the bit; errors are in plain words."""
+"""Models and adapters on a Hugging Face hub: they are loaded with the same bits, and errors name their cause."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import ROOT
+from conftest import snippet
 from hub_server import HubServer, hub_server
 
 from simplexfix import SimplexHead
@@ -271,10 +270,8 @@ def test_the_snippet_of_the_page_runs(hub: HubServer) -> None:
     first, second, labels = model_of(0), model_of(1, width=10), torch.arange(7) % 4
     items = LabelledItems(labels, labels)
     report = evaluate([items.version(model.extract(X), model.extract(X)) for model in (first, second)])
-    section = (ROOT / "docs" / "frameworks.md").read_text().split("\n## The Hugging Face hub\n")[1]
-    (code,) = re.findall(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
     names: dict[str, Any] = {"first": first, "second": second, "report": report}
-    exec(compile(code, "docs/frameworks.md", "exec"), names)
+    exec(snippet("frameworks.md", "The Hugging Face hub"), names)
     assert torch.equal(names["model"].extract(X), second.extract(X))
     text = hub.repositories["owner/intents"][names["commit"]]["README.md"].decode()
     assert "| version 1 |" in text

@@ -24,6 +24,7 @@ from simplexfix.training import (
     read_state,
     train_versions,
 )
+from simplexfix.training.held import HeldVersion, class_means, denoised
 
 STAGES = jobs.features(120, 8, 5)
 NEW, REMEMBERED = jobs.features(50, 8, 1), jobs.features(18, 4, 2)
@@ -80,8 +81,21 @@ def test_a_rotated_version_is_saved_and_loaded(tmp_path: Path) -> None:
     loaded = EmbeddingModel.from_pretrained(tmp_path, **custom)
     assert torch.equal(loaded.extract(NEW.inputs), made.extract(NEW.inputs))
     assert loaded.identity() == identity != version.identity()
+    transposed = EmbeddingModel(version.backbone, version.head, rotation=made.rotation.T.contiguous().T)  # column-major
+    assert torch.equal(transposed.eval().extract(NEW.inputs), made.extract(NEW.inputs))
     with pytest.raises(ValueError, match=r"rotation must have shape \[6, 6\], got \[6, 5\]"):
         EmbeddingModel(version.backbone, version.head, rotation=torch.zeros(6, 5))
+
+
+def test_a_rotated_old_version_is_held_to_as_it_is_deployed() -> None:
+    """Class means are of its rotated embeddings, and so are the rows that move towards them."""
+    deployed = models(6, 1)[0]
+    deployed.rotation = torch.linalg.qr(torch.randn(6, 6))[0]
+    rows = deployed.extract(NEW.inputs)
+    means = class_means(rows, NEW.labels, 8)
+    held = HeldVersion(deployed, 0.5, means)
+    held.hold(NEW.labels, None)
+    torch.testing.assert_close(held(NEW.inputs), denoised(rows, NEW.labels, means, 0.5))
 
 
 def sequence(folder: Path | None = None, on_step=lambda task, step: None, **options) -> list[EmbeddingModel]:
