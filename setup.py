@@ -7,8 +7,8 @@ SIMPLEXFIX_NATIVE=0        build no library: the pure PyTorch package
 SIMPLEXFIX_CUDA=0 | 1      0: no CUDA kernels.  1: build them, and fail without nvcc.
                            Default: build them if torch is a CUDA build and there is an nvcc.
 SIMPLEXFIX_CUDA_ARCHS      GPU architectures, such as "80 90", or "native"
-SIMPLEXFIX_LEVELS          for developers: the CPU instruction sets to build, such as "avx2"; the first of them must run
-                           on this machine.  Default: all, of which the newest supported is chosen at run time
+SIMPLEXFIX_LEVELS          for developers: the files csrc/cpu/kernels_NAME.cpp to build, such as "avx2"; the first one
+                           must have all kernels and run on this machine.  Default: all
 CUDA_HOME, CXX             the CUDA toolkit and the C++ compiler
 """
 
@@ -160,7 +160,7 @@ class NinjaBuildExt(build_ext):
 
 
 def left_out(source):
-    """Returns whether SIMPLEXFIX_LEVELS leaves out this file of one instruction set."""
+    """Returns whether SIMPLEXFIX_LEVELS excludes this file."""
     levels, level = os.environ.get("SIMPLEXFIX_LEVELS", "").split(), re.fullmatch(r"kernels_(\w+)", source.stem)
     return bool(levels and level and level[1] not in levels)
 

@@ -31,7 +31,7 @@ from simplexfix.gallery import Gallery
 from simplexfix.models import ModelIdentity
 
 K = 10
-ADDED, REPLACED, BATCHES = 5_000, 256, 20  # rows of one call to add, of one to replace, and how many replace at most
+ADDED, REPLACED, BATCHES = 5_000, 256, 20  # rows per call of add and of replace, and most calls of replace
 Ids, Vectors = NDArray[np.int64], NDArray[np.float32]
 
 
@@ -120,7 +120,7 @@ class PostgreSQL:
 
 
 class Milvus:
-    """pymilvus with an exact index; reads return everything that was written before, as those of a gallery."""
+    """pymilvus with an exact index; like a gallery, it reads everything that was written before."""
 
     def __init__(self, url: str, dim: int) -> None:
         from pymilvus import DataType, MilvusClient
@@ -140,7 +140,7 @@ class Milvus:
         self._client.insert(self._name, self._rows(ids, vectors, payload))
 
     def replace(self, ids: Ids, vectors: Vectors) -> None:
-        self._client.upsert(self._name, self._rows(ids, vectors, payload_of(ids)))  # which takes whole rows
+        self._client.upsert(self._name, self._rows(ids, vectors, payload_of(ids)))  # upsert needs whole rows
 
     def search(self, queries: Vectors) -> list[list[int]]:
         found = self._client.search(self._name, data=list(queries), limit=K, search_params={"metric_type": "COSINE"})
@@ -162,7 +162,7 @@ def payload_of(ids: Ids) -> list[dict[str, Any]]:
 
 
 def chunk(first: int, rows: int, dim: int, version: int) -> tuple[Ids, Vectors]:
-    """Ids and vectors, the same in every call; version 2 is for queries."""
+    """Returns ids and vectors, the same in every call; version 2 is for queries."""
     draw = np.random.default_rng([first, version])
     return np.arange(first, first + rows), draw.standard_normal((rows, dim), dtype=np.float32)
 
@@ -209,7 +209,7 @@ def measure(url: str, rows: int, dim: int, many: int) -> dict[str, Any]:
             lambda: peer.add(ids, vectors, payload),  # noqa: B023
         )
     per_call = {f"add {ADDED} rows": [total * ADDED / rows for total in spent["add"]]}
-    memory = None if ".db#" in url else memory_of_searching(gallery.url, old)  # one process at a time opens such a file
+    memory = None if ".db#" in url else memory_of_searching(gallery.url, old)  # only one process can open the file
     first_search = seconds(lambda: gallery.search(vectors[:1], K, model=old))
     queries = chunk(0, many, dim, 2)[1]
     for name, some in (("search, 1 query", queries[:1]), (f"search, {many} queries", queries)):
@@ -291,7 +291,7 @@ def show(measured: dict[str, Any], index: dict[str, Any]) -> None:
 
 
 def made(url: str, place: str) -> str:
-    """The url; for the name of a store the url of a new gallery in it."""
+    """Returns the URL, or for the name of a store the URL of a new gallery in it."""
     if url == "folder":
         return os.path.join(place, "gallery")
     if url == "milvus":
@@ -319,7 +319,7 @@ def main() -> None:
         for url in arguments.urls:
             opened = made(url, place)
             measured = measure(opened, arguments.rows, arguments.dim, arguments.queries)
-            if opened != url:  # a place of this run alone
+            if opened != url:  # a temporary place: the name of the store says more
                 measured["url"] = url
             results.append(measured)
             show(measured, index)

@@ -19,8 +19,8 @@ from torch import Tensor
 from simplexfix.cli.doctor import diagnose
 
 Call = Callable[[], Any]
-SLOW = 3.0  # seconds of a call, from which on it is measured once
-LONGEST = 10.0  # seconds of all rounds of a case, unless one round takes longer
+SLOW = 3.0  # seconds: a call that takes longer is measured once
+LONGEST = 10.0  # seconds: the limit of all rounds of a case, but one round always runs
 
 
 def interleave(

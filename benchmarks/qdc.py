@@ -167,7 +167,7 @@ def make_banking(
 
 
 def mine(folder: Path, encoder: Path, model: EmbeddingModel, extract: Extractor) -> None:
-    """Returns one hard negative per training query: the nearest document that is neither relevant nor of its intent."""
+    """Writes one hard negative per training query: the nearest document that is neither relevant nor of its intent."""
     found = load_retrieval_set(folder)
     inputs = (token_ids(encoder, texts, TOKENS) for texts in (found.documents, found.queries))
     searched = SearchedSet.of(folder.name, found, *inputs)

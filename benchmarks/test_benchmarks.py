@@ -34,7 +34,7 @@ def test_speed(benchmark, case: str, name: str) -> None:
 
 
 class SlowPeer:
-    """A case whose peer takes 100 seconds a call and ours a millisecond, by a clock of its own."""
+    """A case with its own clock: a call of the peer takes 100 seconds, one of ours a millisecond."""
 
     name, device, error_name = "a slow peer", "cpu", "error"
 
@@ -58,7 +58,10 @@ class SlowPeer:
 
 
 def test_a_slow_peer_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After its first call, and its memory not at all: torch's bfloat16 products took minutes a call with AVX2."""
+    """It is timed once after its first call, and its memory is not measured.
+
+    torch's bfloat16 products took minutes per call with AVX2.
+    """
     weighed: list[str] = []
     monkeypatch.setattr(run, "peak_memory", lambda case, name: weighed.append(name) or 0)
     case = SlowPeer(monkeypatch)

@@ -20,7 +20,7 @@ from simplexfix.retrieval._plain_index import PlainIndex
 ROOT = Path(__file__).resolve().parents[1]
 
 
-# Files that take longest: with `-n auto` they begin first, so that no process is left alone with one at the end.
+# The slowest files: with `-n auto` they start first, so that none of them runs alone at the end.
 LONGEST = (
     "test_gallery_contract.py", "test_gallery_processes.py", "test_install.py", "test_cuda_kernels.py",
     "test_instruction_sets.py", "test_gallery_milvus.py", "test_demo.py", "test_evaluate.py", "test_terminals.py",
@@ -28,13 +28,13 @@ LONGEST = (
 
 
 def example(page: str, heading: str) -> str:
-    """The first Python block below a heading of a page in docs."""
+    """Returns the first Python block below a heading of a page in docs."""
     text = (ROOT / "docs" / page).read_text(encoding="utf-8").split(f"\n## {heading}\n")[1]
     return text.split("```python\n", 1)[1].split("\n```\n")[0] + "\n"
 
 
 def snippet(page: str, heading: str) -> CodeType:
-    """The same block, compiled."""
+    """Returns the code of this block."""
     return compile(example(page, heading), page, "exec")
 
 
@@ -44,7 +44,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cpu_only: what CUDA operators promise otherwise, or not")
-    if "PYTEST_XDIST_WORKER" in os.environ:  # as many of these processes as cores: no threads beside
+    if "PYTEST_XDIST_WORKER" in os.environ:  # each core has a process already
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         torch.set_num_threads(1)
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's `pytest &`; processes that tests start inherit it
@@ -59,10 +59,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Each process runs whole files, for the fixtures of their modules, in the order of the collection."""
+    """Assigns whole files to processes, so that module fixtures run once, in the order of the collection."""
     from xdist.scheduler import LoadFileScheduling
 
-    config.option.loadscopereorder = False  # else the files with the fewest tests begin last
+    config.option.loadscopereorder = False  # it would start the files with the fewest tests last
     return LoadFileScheduling(config, log)
 
 

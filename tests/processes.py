@@ -1,8 +1,8 @@
 """Processes that start in milliseconds: a fork server forks them, and has imported torch and this package before.
 
 An interpreter that imports torch takes more than two seconds of a core.  The server runs no backward pass and no
-parallel loop, since neither survives a fork.  What an interpreter does when it starts and ends (its file system
-encoding, its environment before imports, its exit with a full stream) is tested with interpreters.
+parallel loop, since neither survives a fork.  Tests of an interpreter's start and exit (its file system encoding, its
+environment before imports, its exit with a full stream) start real interpreters instead.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import torch
 
 CONTEXT = multiprocessing.get_context("forkserver")
-# All tests of a process share one server, which imports what any of them needs and is installed.  torch imports
-# torch._dynamo with the first optimizer, which takes more than a second.
+# All tests of a process share one server, which imports the modules of all of them and skips those that are missing.
+# torch imports torch._dynamo with the first optimizer, which takes more than a second.
 CONTEXT.set_forkserver_preload(
     [
         "pytest",
@@ -149,7 +149,7 @@ def _run(
         if sys.stdout is not None:
             sys.stdout.flush()
     except OSError:
-        code = 120  # that of an interpreter which cannot flush standard output
+        code = 120  # as an interpreter exits that cannot flush standard output
     os._exit(code if isinstance(code, int) else 1)
 
 
@@ -167,7 +167,7 @@ def _redirect(descriptor: int, kind: str, file: Path) -> None:
 
 
 def _stream(descriptor: int, kind: str, errors: str) -> io.TextIOWrapper | None:
-    """Returns what an interpreter makes of the descriptor with these PYTHONIOENCODING and PYTHONUNBUFFERED."""
+    """Returns the stream that an interpreter opens for the descriptor, by PYTHONIOENCODING and PYTHONUNBUFFERED."""
     if kind == "closed":
         return None
     unbuffered = bool(os.environ.get("PYTHONUNBUFFERED"))

@@ -17,7 +17,7 @@ from simplexfix import CosineIndex
 
 
 def topk_digest(kind: str, d: int, n: int) -> str:
-    """Of searches with codes for several k, without codes, and on three threads."""
+    """Returns the digest of searches with codes for several k, without codes, and on three threads."""
     rng = np.random.default_rng(d)
     gallery = hard_gallery(kind, n, d, rng)
     query, rows = torch.from_numpy(queries_for(gallery, 30, rng)), torch.from_numpy(gallery)
@@ -31,7 +31,7 @@ def topk_digest(kind: str, d: int, n: int) -> str:
 
 
 def index_digest(kind: str, dtype: str) -> str:
-    """Of an index that was filled in pieces, with ids in any order."""
+    """Returns the digest of searches in an index that was filled in pieces, with shuffled ids."""
     rng = np.random.default_rng(1)
     n, d = 3000, 37
     vectors = hard_gallery(kind, n, d, rng)

@@ -16,7 +16,7 @@ LOST = "another thread was changing this index when the process was forked, so t
 
 
 def run(folder: Path, cases: tuple[str, ...], native: bool) -> dict[str, list[str]]:
-    """The results of all cases by one interpreter, which needs two seconds for its imports."""
+    """Runs all cases in one interpreter, because its imports take two seconds."""
     environment = {**os.environ, "OMP_NUM_THREADS": "2", "SIMPLEXFIX_NATIVE": "1" if native else "0"}
     command = [sys.executable, SCRIPT, *cases]
     done = subprocess.run(

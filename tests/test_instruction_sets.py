@@ -6,9 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from functools import cache
-from multiprocessing.pool import AsyncResult, ThreadPool
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import pytest
@@ -39,7 +37,7 @@ def suite(environment: dict[str, str], chosen: str, *tests: str) -> subprocess.C
 
 
 def losses_at(level: str) -> subprocess.CompletedProcess[str]:
-    """Without what no level changes: processes of torch, the memory of a process."""
+    """Leaves out tests that do not depend on the level: those of several ranks, and of the memory of a process."""
     tests = ["test_cross_entropy.py", "test_logits.py", "test_contrast.py"]
     return suite({"SIMPLEXFIX_ISA": level}, "not gathered and not memory", *tests)
 
@@ -49,19 +47,12 @@ def searches_at(level: str) -> subprocess.CompletedProcess[str]:
 
 
 def without_the_library() -> subprocess.CompletedProcess[str]:
-    """CosineIndex alone: test_index.py runs its tests with the reference implementation, too."""
+    """Leaves out most tests of CosineIndex: test_index.py runs them with the reference implementation itself."""
     tests = ["cross_entropy", "logits", "contrast", "topk", "heads", "bad_input"]
-    # left out: promises about bits, and about tiny losses, that only the kernels make; processes of torch
+    # left out: promises about bits and about tiny losses, which only the kernels make; tests of several ranks
     chosen = "not threads and not definition and not small_loss and not strid and not gathered and not two_processes"
     paths = [*(f"test_{name}.py" for name in tests), "retrieval/test_index.py::test_reference_implementation"]
     return suite({"SIMPLEXFIX_NATIVE": "0"}, chosen, *paths)
-
-
-@pytest.fixture(scope="module")
-def runs() -> Iterator[Callable[..., AsyncResult]]:
-    """Starts each run on first request, in the background; at most one run per core at a time."""
-    with ThreadPool(len(os.sched_getaffinity(0))) as pool:
-        yield cache(lambda function, *arguments: pool.apply_async(function, arguments))
 
 
 def passed(done: subprocess.CompletedProcess[str]) -> None:
@@ -70,21 +61,22 @@ def passed(done: subprocess.CompletedProcess[str]) -> None:
 
 @needs_library
 @pytest.mark.parametrize("level", [level for level in LEVELS[:-1] if "vnni" not in level])
-def test_losses_at_a_lower_level(runs: Callable[..., AsyncResult], level: str) -> None:
-    """The whole numeric suite again below the best level; on a machine without AVX the levels coincide.
+def test_losses_at_a_lower_level(level: str) -> None:
+    """Runs the whole numeric suite again below the best level; on a machine without AVX the levels coincide.
 
     The losses have no VNNI kernels.
     """
-    passed(runs(losses_at, level).get())
+    passed(losses_at(level))
 
 
 @needs_library
-def test_search_gives_the_same_bits_at_every_level(runs: Callable[..., AsyncResult]) -> None:
-    """The best level's are compared with the definition by test_exact_search.py and test_index.py."""
-    expected = search_digests.digests()
-    others = {level: runs(searches_at, level) for level in LEVELS[:-1]}
-    for level, other in others.items():
-        done = other.get()
+def test_search_gives_the_same_bits_at_every_level() -> None:
+    """test_exact_search.py and test_index.py compare the best level with the definition."""
+    with ThreadPool(len(os.sched_getaffinity(0))) as pool:
+        others = pool.map_async(searches_at, LEVELS[:-1], chunksize=1)
+        expected = search_digests.digests()
+        searches = others.get()
+    for level, done in zip(LEVELS[:-1], searches, strict=True):
         assert done.returncode == 0, done.stderr
         found = json.loads(done.stdout)
         assert LEVELS.index(found["level"]) <= LEVELS.index(level)
@@ -100,8 +92,8 @@ def test_an_unknown_level_is_told() -> None:
     assert "SIMPLEXFIX_ISA=avx1024 is none of base, avx2" in done.stderr
 
 
-def test_every_public_function_works_without_the_library(runs: Callable[..., AsyncResult]) -> None:
-    passed(runs(without_the_library).get())
+def test_every_public_function_works_without_the_library() -> None:
+    passed(without_the_library())
     assert (
         "kernels: none (SIMPLEXFIX_NATIVE=0 is set)" in run({"SIMPLEXFIX_NATIVE": "0"}, "-m", "pytest", "--co").stdout
     )

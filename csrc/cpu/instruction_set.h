@@ -1,6 +1,6 @@
-// Headers of the files kernels_*.cpp, each of which compiles instruction_set.inc for one level, in a namespace and a
-// target region of its own. The standard library's templates are declared here, outside the target regions. So no
-// function that another file may share is compiled for a newer CPU. Per-file -m flags do not ensure that.
+// Headers of the files kernels_*.cpp, which compile the .inc files for each level in its own namespace and target
+// region. The standard library's templates are declared here, outside the target regions. So no function that another
+// file may share is compiled for a newer CPU. Per-file -m flags do not ensure that.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -19,14 +19,10 @@
 #include "aligned.h"
 #include "levels.h"
 
-#if defined(__GNUC__) && !defined(__clang__)
-#if defined(__x86_64__)
-#define SIMPLEXFIX_X86 1
+#if defined(SIMPLEXFIX_X86)
 #include <immintrin.h>
-#elif defined(__aarch64__)
-#define SIMPLEXFIX_ARM 1
+#elif defined(SIMPLEXFIX_ARM)
 #include <arm_neon.h>
-#endif
 #endif
 
 #define SIMPLEXFIX_INLINE static inline __attribute__((always_inline))

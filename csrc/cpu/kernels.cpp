@@ -6,7 +6,7 @@
 
 #include "levels.h"
 
-#if defined(__aarch64__) && defined(__linux__)
+#if defined(SIMPLEXFIX_ARM) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
 #endif
@@ -22,13 +22,13 @@ struct NamedLevel {
 // All levels of this build, from the lowest. Each needs those before it.
 std::vector<NamedLevel> list_levels() {
   std::vector<NamedLevel> levels = {{"base", &base::kLevel, true}};
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(SIMPLEXFIX_X86)
   __builtin_cpu_init();
   levels.push_back({"avx2", &avx2::kLevel, __builtin_cpu_supports("x86-64-v3") != 0});
   levels.push_back({"avx512", &avx512::kLevel, __builtin_cpu_supports("x86-64-v4") != 0});
   levels.push_back({"avx512vnni", &avx512vnni::kLevel, __builtin_cpu_supports("avx512vnni") != 0});
   levels.push_back({"avx512bf16", &avx512bf16::kLevel, __builtin_cpu_supports("avx512bf16") != 0});
-#elif defined(__aarch64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#elif defined(SIMPLEXFIX_ARM) && defined(__linux__)
   levels.push_back({"dotprod", &dotprod::kLevel, (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0});
   levels.push_back({"i8mm", &i8mm::kLevel, (getauxval(AT_HWCAP2) & HWCAP2_I8MM) != 0});
 #endif

@@ -7,7 +7,6 @@
 #define SIMPLEXFIX_VECTOR_BYTES 32
 namespace simplexfix::cpu::avx2 {
 #include "instruction_set.inc"
-const Level kLevel = kAll;
 }  // namespace simplexfix::cpu::avx2
 #pragma GCC pop_options
 #endif

@@ -7,7 +7,6 @@
 #pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
 namespace simplexfix::cpu::avx512 {
 #include "instruction_set.inc"
-const Level kLevel = kAll;
 }  // namespace simplexfix::cpu::avx512
 #pragma GCC pop_options
 
@@ -15,11 +14,7 @@ const Level kLevel = kAll;
 #pragma GCC target("arch=x86-64-v4,avx512vnni,prefer-vector-width=512")
 #define SIMPLEXFIX_VNNI 1
 namespace simplexfix::cpu::avx512vnni {
-#include "vector.inc"
-
-#include "codes.inc"
-constexpr FirstPass kFirstPass{scan_panel, kQueryRange};
-const Level kLevel{.first_pass = &kFirstPass};
+#include "first_pass.inc"
 }  // namespace simplexfix::cpu::avx512vnni
 #pragma GCC pop_options
 #endif

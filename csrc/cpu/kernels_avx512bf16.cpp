@@ -8,7 +8,7 @@
 #define SIMPLEXFIX_AVX512BF16 1
 namespace simplexfix::cpu::avx512bf16 {
 #include "losses.inc"
-const Level kLevel{.of_bfloat16 = &kKernels<BFloat16>};
+constinit const Level kLevel{.of_bfloat16 = &kKernels<BFloat16>};
 }  // namespace simplexfix::cpu::avx512bf16
 #pragma GCC pop_options
 #endif

@@ -4,5 +4,4 @@
 #define SIMPLEXFIX_VECTOR_BYTES 16
 namespace simplexfix::cpu::base {
 #include "instruction_set.inc"
-const Level kLevel = kAll;
 }  // namespace simplexfix::cpu::base

@@ -9,11 +9,7 @@
 #pragma GCC target("arch=armv8.2-a+dotprod")
 #define SIMPLEXFIX_DOTPROD 1
 namespace simplexfix::cpu::dotprod {
-#include "vector.inc"
-
-#include "codes.inc"
-constexpr FirstPass kFirstPass{scan_panel, kQueryRange};
-const Level kLevel{.first_pass = &kFirstPass};
+#include "first_pass.inc"
 }  // namespace simplexfix::cpu::dotprod
 #pragma GCC pop_options
 
@@ -21,11 +17,7 @@ const Level kLevel{.first_pass = &kFirstPass};
 #pragma GCC target("arch=armv8.2-a+dotprod+i8mm")
 #define SIMPLEXFIX_I8MM 1
 namespace simplexfix::cpu::i8mm {
-#include "vector.inc"
-
-#include "codes.inc"
-constexpr FirstPass kFirstPass{scan_panel, kQueryRange};
-const Level kLevel{.first_pass = &kFirstPass};
+#include "first_pass.inc"
 }  // namespace simplexfix::cpu::i8mm
 #pragma GCC pop_options
 #endif

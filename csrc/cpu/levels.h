@@ -1,6 +1,15 @@
-// The instruction-set levels: one file kernels_*.cpp per level defines its kernels, and kernels.cpp chooses among them.
+// The instruction-set levels: the files kernels_*.cpp define their kernels, and kernels.cpp chooses among them.
 #pragma once
 #include "kernels.h"
+
+// The architecture, if the compiler has the target regions that levels above base need.
+#if defined(__GNUC__) && !defined(__clang__)
+#if defined(__x86_64__)
+#define SIMPLEXFIX_X86 1
+#elif defined(__aarch64__)
+#define SIMPLEXFIX_ARM 1
+#endif
+#endif
 
 namespace simplexfix::cpu {
 

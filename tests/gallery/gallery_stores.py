@@ -10,7 +10,6 @@ import functools
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from processes import free_port
 
 from simplexfix import SimplexHead, SlotRegistry
 from simplexfix.compatibility import GateResult, upgrade_gate
@@ -113,9 +113,7 @@ class MilvusServer:
 
     def __init__(self) -> None:
         self._folder = tempfile.mkdtemp(prefix="simplexfix-milvus-")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self._port = free.getsockname()[1]
+        self._port = free_port()
         self.url = f"http://127.0.0.1:{self._port}"
         self._process: subprocess.Popen[bytes] | None = None
         owner = os.getpid()

@@ -19,6 +19,8 @@ def main() -> int:
     parser.add_argument("--target", choices=harness.TARGETS, default="native", help="not native: the CPU core alone")
     options = parser.parse_args()
     target = harness.TARGETS[options.target]
+    if options.target != "native" and options.layers != ["plain"]:
+        parser.error(f"--target {options.target} runs only the layer plain, got {' '.join(options.layers)}")
     if reason := target.missing():
         print(f"skipped: {reason}")
         return 1  # a layer that was named must run

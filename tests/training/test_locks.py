@@ -13,8 +13,7 @@ from typing import BinaryIO
 
 import jobs
 import pytest
-from processes import CONTEXT
-from test_trainer import lines, same, weights
+from test_trainer import done, lines, same, weights
 
 from simplexfix.training import CheckpointWarning, processes, train_run
 from simplexfix.training.locks import FolderInUseError, folder_lock
@@ -33,10 +32,7 @@ def test_a_second_training_in_a_folder_is_refused(tmp_path) -> None:
 
 
 def test_a_killed_training_holds_nothing(tmp_path) -> None:
-    process = CONTEXT.Process(target=jobs.killed, args=(tmp_path, "step", 0, {}))
-    process.start()
-    process.join(60)
-    assert process.exitcode == -signal.SIGKILL
+    assert done(jobs.killed, tmp_path, "step", 0, {}) == -signal.SIGKILL
     with folder_lock(tmp_path):
         pass
 
