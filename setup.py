@@ -159,16 +159,21 @@ class NinjaBuildExt(build_ext):
             ) from None
 
 
-def left_out(source):
-    """Returns whether SIMPLEXFIX_LEVELS excludes this file."""
-    levels, level = os.environ.get("SIMPLEXFIX_LEVELS", "").split(), re.fullmatch(r"kernels_(\w+)", source.stem)
-    return bool(levels and level and level[1] not in levels)
+def kernel_levels():
+    """Returns the names in SIMPLEXFIX_LEVELS, or all; each is one file csrc/cpu/kernels_NAME.cpp."""
+    known = {path.stem.removeprefix("kernels_") for path in (ROOT / "csrc/cpu").glob("kernels_*.cpp")}
+    levels = set(os.environ.get("SIMPLEXFIX_LEVELS", "").split()) or known
+    if unknown := sorted(levels - known):
+        raise SystemExit(f"SIMPLEXFIX_LEVELS must name some of {', '.join(sorted(known))}, got {', '.join(unknown)}")
+    return levels
 
 
+LEVELS = kernel_levels()
 SOURCES = sorted(
     path.relative_to(ROOT).as_posix()
     for path in (ROOT / "csrc").rglob("*")
-    if path.suffix in (".cpp", ".cu") and not left_out(path)
+    if path.suffix in (".cpp", ".cu")
+    and (not path.stem.startswith("kernels_") or path.stem.removeprefix("kernels_") in LEVELS)
 )
 setup(
     ext_modules=[Extension("simplexfix._C", SOURCES)] if NATIVE else [],

@@ -9,6 +9,9 @@
 #if defined(SIMPLEXFIX_ARM) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
+#ifndef HWCAP2_I8MM  // in the kernel's headers since Linux 5.10
+#define HWCAP2_I8MM (1 << 13)
+#endif
 #endif
 
 namespace simplexfix::cpu {
