@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import os
 import subprocess
@@ -111,6 +112,24 @@ def test_a_margin_may_come_from_json() -> None:
     assert head(normalize=True, margin=["cosine", 0.3]).margin == ("cosine", 0.3)
 
 
+def compare_gradients(kind: str, rank: int, size: int) -> None:
+    torch.manual_seed(0)
+    x, target = torch.randn(12, 6), torch.arange(12) % 10
+    model, whole = head_of(kind, scale=2.0), head_of(kind, scale=2.0)
+    if rank:
+        # DistributedDataParallel broadcasts the first process's weights
+        torch.nn.init.zeros_(model.junction.weight)
+    together = DistributedDataParallel(model)
+    mine = slice(rank * 12 // size, (rank + 1) * 12 // size)
+    for _ in range(2):
+        together.zero_grad()
+        together(x[mine], target[mine]).backward()
+    whole.loss(x, target).backward()
+    torch.testing.assert_close(model.junction.weight.grad, whole.junction.weight.grad)
+    assert model.slots.to_dict() == whole.slots.to_dict()
+    torch.testing.assert_close(together(x), whole(x))
+
+
 def loss_of_a_rank(rank: int, size: int, port: int) -> None:
     """Each of two processes has half of a batch; the gradient is that of one process with the whole batch."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -118,21 +137,10 @@ def loss_of_a_rank(rank: int, size: int, port: int) -> None:
     torch.set_num_threads(1)
     try:
         for kind in KINDS:
-            torch.manual_seed(0)
-            x, target = torch.randn(12, 6), torch.arange(12) % 10
-            model, whole = head_of(kind, scale=2.0), head_of(kind, scale=2.0)
-            if rank:
-                # DistributedDataParallel broadcasts the first process's weights
-                torch.nn.init.zeros_(model.junction.weight)
-            together = DistributedDataParallel(model)
-            mine = slice(rank * 12 // size, (rank + 1) * 12 // size)
-            for _ in range(2):
-                together.zero_grad()
-                together(x[mine], target[mine]).backward()
-            whole.loss(x, target).backward()
-            torch.testing.assert_close(model.junction.weight.grad, whole.junction.weight.grad)
-            assert model.slots.to_dict() == whole.slots.to_dict()
-            torch.testing.assert_close(together(x), whole(x))
+            compare_gradients(kind, rank, size)
+        # Free DistributedDataParallel before the group: as the last owner it would free the group without releasing the
+        # GIL, and deadlock if the group's thread still frees the tensors of a broadcast.
+        gc.collect()
     finally:
         dist.destroy_process_group()
 

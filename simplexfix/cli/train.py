@@ -88,4 +88,7 @@ def _group() -> Iterator[None]:
     try:
         yield
     finally:
+        # DistributedDataParallel is in reference cycles.  As the last owner of the group it would free it without
+        # releasing the GIL, and deadlock if the group's thread still frees the tensors of a broadcast.
+        gc.collect()
         dist.destroy_process_group()
