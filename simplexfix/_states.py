@@ -39,6 +39,16 @@ def write_state(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
     Raises:
         TypeError: the state holds something else; the message names the place.
         OSError: the file cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> import torch
+        >>> from simplexfix.training import read_state, write_state
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_state(Path(folder, "state"), {"step": 3, "mean": torch.ones(2)})
+        ...     read_state(Path(folder, "state"))
+        {'step': 3, 'mean': tensor([1., 1.])}
     """
     write_whole(path, encoded(state)[0])
 

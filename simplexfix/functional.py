@@ -62,6 +62,14 @@ def simplex_logits(z: Tensor, *, normalize: bool = False, scale: float = 1.0) ->
 
     Reference:
         arXiv 2405.02581; the closed form: docs/math.md.
+
+    Example:
+        >>> import torch
+        >>> from simplexfix.functional import simplex_logits
+        >>> from simplexfix.polytopes import simplex_prototypes
+        >>> z = torch.randn(4, 9)
+        >>> torch.allclose(simplex_logits(z), z @ simplex_prototypes(10).T, atol=1e-5)
+        True
     """
     check_features("z", z)
     check_scale(scale)
@@ -117,6 +125,15 @@ def simplex_cross_entropy(
 
     Reference:
         arXiv 2405.02581; CosFace arXiv 1801.09414; ArcFace arXiv 1801.07698.
+
+    Example:
+        >>> import torch
+        >>> from simplexfix.functional import simplex_cross_entropy
+        >>> z, target = torch.randn(4, 9, requires_grad=True), torch.tensor([0, 9, 3, 3])
+        >>> loss = simplex_cross_entropy(z, target, normalize=True, scale=12.0)
+        >>> loss.backward()
+        >>> z.grad.shape
+        torch.Size([4, 9])
     """
     return _cross_entropy(
         "simplex",
@@ -151,6 +168,12 @@ def orthoplex_logits(z: Tensor, *, normalize: bool = False, scale: float = 1.0) 
 
     Reference:
         Pernici et al., "Regular Polytope Networks", arXiv 2103.15632.
+
+    Example:
+        >>> import torch
+        >>> from simplexfix.functional import orthoplex_logits
+        >>> orthoplex_logits(torch.tensor([1.0, 3.0]))
+        tensor([ 1.,  3., -1., -3.])
     """
     check_features("z", z)
     check_scale(scale)
@@ -190,6 +213,13 @@ def orthoplex_cross_entropy(
 
     Reference:
         Pernici et al., "Regular Polytope Networks", arXiv 2103.15632.
+
+    Example:
+        >>> import torch
+        >>> from simplexfix.functional import orthoplex_cross_entropy
+        >>> z, target = torch.randn(4, 9, requires_grad=True), torch.tensor([0, 17, 3, 3])
+        >>> orthoplex_cross_entropy(z, target, reduction="none").shape
+        torch.Size([4])
     """
     return _cross_entropy(
         "orthoplex",
@@ -226,6 +256,14 @@ def cube_logits(z: Tensor, codes: Tensor, *, normalize: bool = False, scale: flo
 
     Reference:
         Pernici et al., "Regular Polytope Networks", arXiv 2103.15632.
+
+    Example:
+        >>> import torch
+        >>> from simplexfix.functional import cube_logits
+        >>> from simplexfix.polytopes import cube_codes
+        >>> codes = cube_codes(100, 32)
+        >>> cube_logits(torch.randn(4, 32), codes).shape
+        torch.Size([4, 100])
     """
     check_features("z", z)
     check_codes(codes, z.shape[-1], z)
@@ -273,6 +311,15 @@ def cube_cross_entropy(
 
     Reference:
         Pernici et al., "Regular Polytope Networks", arXiv 2103.15632; the product form: docs/math.md.
+
+    Example:
+        >>> import torch
+        >>> from simplexfix.functional import cube_cross_entropy
+        >>> from simplexfix.polytopes import cube_codes
+        >>> z, target = torch.randn(4, 32, requires_grad=True), torch.tensor([0, 99, 3, 3])
+        >>> cube_cross_entropy(z, target, codes=cube_codes(100, 32), normalize=True, scale=12.0).backward()
+        >>> z.grad.shape
+        torch.Size([4, 32])
     """
     check_features("z", z)
     if codes is not None:
@@ -351,6 +398,14 @@ def old_new_contrast(
 
     Reference:
         arXiv 2405.02581.  The three forms of the denominator: docs/math.md.
+
+    Example:
+        >>> import torch
+        >>> from simplexfix.functional import old_new_contrast
+        >>> old, target = torch.randn(8, 16), torch.arange(8) % 4
+        >>> far, near = torch.randn(8, 16), old + 0.1 * torch.randn(8, 16)
+        >>> bool(old_new_contrast(near, old, target) < old_new_contrast(far, old, target))
+        True
     """
     old = _as_dtype_of(new, old)
     check_new_and_old("new", new, old)
@@ -430,6 +485,14 @@ def hoc_loss(
 
     Reference:
         arXiv 2405.02581.
+
+    Example:
+        >>> import torch
+        >>> from simplexfix.functional import hoc_loss, old_new_contrast, simplex_cross_entropy
+        >>> z, old, target = torch.randn(8, 9), torch.randn(8, 9), torch.arange(8)
+        >>> loss = hoc_loss(z, old, target, lambda_=0.1)
+        >>> torch.allclose(loss, 0.1 * simplex_cross_entropy(z, target) + 0.9 * old_new_contrast(z, old, target))
+        True
     """
     return mix_with_contrast(
         lambda: simplex_cross_entropy(

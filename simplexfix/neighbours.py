@@ -66,6 +66,14 @@ def asnn_loss(
     Reference:
         Zhang et al., IEEE TAI 2024, doi 10.1109/TAI.2024.3477436 (approximated).  Goldberger et al., "Neighbourhood
         Components Analysis", NIPS 2004.
+
+    Example:
+        >>> import torch
+        >>> from simplexfix.neighbours import asnn_loss
+        >>> target = torch.arange(12) % 3
+        >>> features = torch.eye(3)[target] + 0.01 * torch.randn(12, 3)
+        >>> bool(asnn_loss(features, target, radius=4.0) < asnn_loss(torch.randn(12, 3), target, radius=4.0))
+        True
     """
     pool, pool_target, first = _checked(features, target, pool, pool_target, neighbours, first)
     with no_autocast(features):
@@ -137,6 +145,14 @@ def nnp_loss(
 
     Reference:
         Wang et al., "Nearest Neighbor Partitioning", IEEE TNNLS 28(10), 2017, doi 10.1109/TNNLS.2016.2580570.
+
+    Example:
+        >>> import torch
+        >>> from simplexfix.neighbours import nnp_loss
+        >>> target = torch.arange(12) % 3
+        >>> features = torch.eye(3)[target] + 0.01 * torch.randn(12, 3)
+        >>> bool(nnp_loss(features, target) < nnp_loss(torch.randn(12, 3), target))
+        True
     """
     check_positive("alpha", alpha)
     pool, pool_target, first = _checked(features, target, pool, pool_target, neighbours, first)

@@ -50,6 +50,12 @@ def simplex_constants(num_classes: int) -> SimplexConstants:
 
     Reference:
         docs/math.md.
+
+    Example:
+        >>> from simplexfix.polytopes import simplex_constants
+        >>> a, m, r = simplex_constants(4)
+        >>> round(a, 4), round(m, 4), round(r, 4)
+        (-0.3333, 0.1667, 0.866)
     """
     num_classes = check_integer("num_classes", num_classes)
     if num_classes < 2:
@@ -92,6 +98,14 @@ def simplex_prototypes(
 
     Reference:
         Pernici et al., "Regular Polytope Networks", arXiv 2103.15632; arXiv 2405.02581.
+
+    Example:
+        >>> import torch
+        >>> from simplexfix.polytopes import simplex_prototypes
+        >>> rows = simplex_prototypes(5, dtype=torch.float64)
+        >>> cosines = rows @ rows.T
+        >>> round(cosines[0, 1].item(), 6), round(cosines[3, 4].item(), 6)
+        (-0.25, -0.25)
     """
     num_classes = check_integer("num_classes", num_classes)
     a, m, r = simplex_constants(num_classes)
@@ -133,6 +147,14 @@ def orthoplex_prototypes(
 
     Reference:
         Pernici et al., "Regular Polytope Networks", arXiv 2103.15632.
+
+    Example:
+        >>> from simplexfix.polytopes import orthoplex_prototypes
+        >>> orthoplex_prototypes(4)
+        tensor([[ 1.,  0.],
+                [ 0.,  1.],
+                [-1.,  0.],
+                [ 0., -1.]])
     """
     num_classes = check_integer("num_classes", num_classes)
     if num_classes < 2 or num_classes % 2:
@@ -169,6 +191,11 @@ def cube_codes(num_classes: int, d: int, *, device: torch.device | str | None = 
 
     Reference:
         Greedy choice by the method of conditional expectations, as in the proof of the Gilbert-Varshamov bound.
+
+    Example:
+        >>> from simplexfix.polytopes import cube_codes
+        >>> cube_codes(1000, 128).shape                  # 128 bits are two words of 64
+        torch.Size([1000, 2])
     """
     num_classes, d = check_integer("num_classes", num_classes), check_integer("d", d)
     if not 1 <= num_classes <= _MOST_CODES:
@@ -207,6 +234,12 @@ def cube_signs(codes: Tensor, d: int, dtype: torch.dtype = torch.float32) -> Ten
 
     Returns:
         [..., d], on the device of `codes`.
+
+    Example:
+        >>> from simplexfix.polytopes import cube_codes, cube_signs
+        >>> signs = cube_signs(cube_codes(1000, 128), 128)
+        >>> signs.shape, signs.abs().min().item(), signs.abs().max().item()
+        (torch.Size([1000, 128]), 1.0, 1.0)
     """
     j = torch.arange(d, device=codes.device)
     bit = torch.ones_like(j).bitwise_left_shift(j % 64)
@@ -235,6 +268,12 @@ def cube_prototypes(
 
     Reference:
         Pernici et al., "Regular Polytope Networks", arXiv 2103.15632.
+
+    Example:
+        >>> from simplexfix.polytopes import cube_codes, cube_prototypes
+        >>> rows = cube_prototypes(cube_codes(1000, 128), 128)
+        >>> round(rows.norm(dim=1).mean().item(), 4)
+        1.0
     """
     d = check_integer("d", d)
     if d < 1:

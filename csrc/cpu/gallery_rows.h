@@ -18,7 +18,7 @@ struct GalleryRows {
   const uint64_t* mask = nullptr;
   int64_t searched = n;  // number of rows that are searched
 
-  static constexpr int kOneBlock = 62;
+  static constexpr int kOneBlock = 62;  // a block_shift that no number of rows reaches: all rows are one block
 
   const std::byte* row(int64_t i) const {
     return blocks[i >> block_shift] + (i & ((int64_t(1) << block_shift) - 1)) * row_bytes(type, d);

@@ -26,7 +26,7 @@ QueryCodes::QueryCodes(const float* query, int64_t n, const GalleryCodes& galler
     const float* row = query + int64_t(q) * d_;
     const CodeSummary code =
         kernels.encode(row, gallery.center(), d_, kernels.query_range, codes_.data() + int64_t(q) * stride_);
-    start_[q] = int32_t(-128 * code.sum);
+    start_[q] = int32_t(-128 * code.sum);  // the panel's codes are stored plus 128 (CodePanel)
     scale_[q] = code.scale;
     norm_[q] = round_up(code.norm);
     residual_[q] = round_up(code.residual);

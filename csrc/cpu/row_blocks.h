@@ -1,4 +1,5 @@
-// Memory for the rows of a growing gallery. Blocks of about 1 MiB never move, so growth needs no second copy.
+// Memory for the rows of a growing gallery. Each block has 2^shift rows, the most that fit into 1 MiB, or one row that
+// is larger. Blocks never move, so growth needs no second copy.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -17,6 +18,7 @@ class RowBlocks {
 
   // Allocates memory for n rows. If growing throws, nothing has changed; shrinking cannot fail.
   void resize(int64_t n);
+  // Memory of row i, of row_bytes(type, d) bytes; valid until resize() drops the row.
   std::byte* row(int64_t i);
   int64_t rows_per_block() const { return int64_t(1) << shift_; }
   GalleryRows view(int64_t n) const { return {blocks_.data(), shift_, n, d_, type_}; }

@@ -63,7 +63,9 @@ class Search {
   struct Scratch;
   struct Task;
 
+  // Returns codes, or nullptr where scoring all searched rows is faster.
   static const GalleryCodes* codes_for(const GalleryRows& rows, const GalleryCodes* codes, int64_t k);
+  // Returns whether the mask leaves any of rows [begin, end); begin is a multiple of 64.
   bool any_searched(int64_t begin, int64_t end) const;
   void check_interrupt() const {
     if (interrupt_) interrupt_->check();
@@ -71,15 +73,17 @@ class Search {
   Scratch take_scratch();
   void give_back(Scratch&& scratch);
   int64_t rank_in(double fraction) const;
+  // From run() down. In all of them rows are indices of the gallery, and q is a query of the task.
+  void sweep(Task& task);  // finds the best k rows of the split for each query
   void search_again(Task& task);
-  void sweep(Task& task);
-  void sweep_pass(Task& task, Pass pass);
+  void sweep_pass(Task& task, Pass pass);  // reads the rows of one pass; candidates may remain in the lists
   void refresh(Task& task, int64_t q);
   void score_all(Task& task, int64_t begin, int64_t end);
   void score_searched(Task& task, int64_t begin, int64_t end);
   void scan(Task& task, int64_t begin, int64_t end);
   void rescore(Task& task, int64_t q);
   void prune(Task& task, int64_t q);
+  // Offers the exact scores of rows [first, last) to the best k of query q.
   void score(Task& task, int64_t q, const BoundedRow* first, const BoundedRow* last);
   void score_and_clear(Task& task, int64_t q, std::vector<BoundedRow>& list);
   void score_best(Task& task);

@@ -73,6 +73,17 @@ def fit_chain(
 
     Raises:
         TypeError, ValueError: as `AdapterMethod.fit`.
+
+    Example:
+        >>> import torch
+        >>> from simplexfix.adapters import SimplexJunction, fit_chain
+        >>> labels = torch.arange(200) % 10
+        >>> versions = [torch.randn(10, d)[labels] + torch.randn(200, d) for d in (8, 12, 16)]
+        >>> chain = fit_chain(SimplexJunction(), versions, labels=labels)
+        >>> query = chain.query(2, 0, [v[:5] for v in versions])      # version 2 searches the gallery of version 0
+        >>> scores = query @ chain.gallery(0, versions[0]).T
+        >>> scores.shape
+        torch.Size([5, 200])
     """
     features = read_versions(versions, labels, sample, device)
     method.check(features)

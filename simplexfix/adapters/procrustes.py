@@ -23,6 +23,15 @@ class Procrustes(AdapterMethod):
 
     Reference:
         Schönemann, "A generalized solution of the orthogonal Procrustes problem", 1966.
+
+    Example:
+        >>> import torch
+        >>> from simplexfix.adapters import Procrustes
+        >>> new = torch.randn(100, 16)
+        >>> old = new @ torch.linalg.qr(torch.randn(16, 16))[0]       # the same features, rotated
+        >>> adapter = Procrustes().fit(old, new)
+        >>> torch.allclose(adapter(new), torch.nn.functional.normalize(old), atol=1e-4)
+        True
     """
 
     name: ClassVar[str] = "procrustes"

@@ -57,6 +57,15 @@ class QueryDrift(nn.Module):
     Reference:
         Goswami et al., "Query Drift Compensation: Enabling Compatibility in Continual Learning of Retrieval Embedding
         Models", 2025, arXiv 2506.00037.  Their code subtracts the drifts of all steps, whichever index is searched.
+
+    Example:
+        >>> import torch
+        >>> from simplexfix.adapters import QueryDrift
+        >>> old, move = torch.randn(64, 8), torch.randn(8)
+        >>> drift = QueryDrift(8, normalize=False)
+        >>> drift.update(old + move, old, version=1)                    # queries by version 1 and by version 0
+        >>> torch.allclose(drift.compensate(old + move, from_version=1, to_version=0), old, atol=1e-4)
+        True
     """
 
     versions: Tensor

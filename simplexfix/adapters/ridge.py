@@ -32,6 +32,15 @@ class Ridge(AdapterMethod):
 
     Reference:
         Hoerl and Kennard, "Ridge regression", 1970.
+
+    Example:
+        >>> import torch
+        >>> from simplexfix.adapters import Ridge
+        >>> new = torch.randn(200, 16)
+        >>> old = new @ torch.randn(16, 8)
+        >>> cosines = (Ridge(1e-3).fit(old, new)(new) * torch.nn.functional.normalize(old)).sum(1)
+        >>> bool((cosines > 0.9).all())
+        True
     """
 
     name: ClassVar[str] = "ridge"

@@ -170,6 +170,18 @@ def select_adapter(
 
     Raises:
         TypeError, ValueError: as `AdapterMethod.fit`; too few classes or items; an option out of its range.
+
+    Example:
+        >>> import torch
+        >>> from simplexfix.adapters import Procrustes, Ridge, select_adapter
+        >>> labels = torch.arange(240) % 12
+        >>> items = torch.randn(12, 32)[labels] + 0.5 * torch.randn(240, 32)
+        >>> old, new = items @ torch.randn(32, 8), items @ torch.randn(32, 16)
+        >>> selection = select_adapter(old, new, labels, candidates=[Procrustes(), Ridge(0.1)])
+        >>> len(selection.table)
+        2
+        >>> selection.adapter(new).shape
+        torch.Size([240, 8])
     """
     features = PairedFeatures.read((old, new), labels, sample, names=("old", "new"), device=device)
     return _select(

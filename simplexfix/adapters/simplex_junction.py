@@ -42,6 +42,16 @@ class SimplexJunction(AdapterMethod):
 
     Reference:
         Biondi et al., arXiv 2405.02581, for the simplex.
+
+    Example:
+        >>> import torch
+        >>> from simplexfix.adapters import SimplexJunction
+        >>> labels = torch.arange(200) % 10
+        >>> items = torch.randn(10, 32)[labels] + 0.5 * torch.randn(200, 32)
+        >>> old, new = items @ torch.randn(32, 8), items @ torch.randn(32, 16)
+        >>> adapter = SimplexJunction(slots=64).fit(old, new, labels=labels)
+        >>> adapter(new).shape, adapter.gallery(old).shape
+        (torch.Size([200, 63]), torch.Size([200, 63]))
     """
 
     name: ClassVar[str] = "simplex_junction"

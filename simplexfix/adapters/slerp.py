@@ -32,6 +32,14 @@ class Slerp(AdapterMethod):
 
     Reference:
         arXiv 2609.39836.
+
+    Example:
+        >>> import torch
+        >>> from simplexfix.adapters import Ridge, Slerp
+        >>> old, new = torch.randn(100, 8), torch.randn(100, 16)
+        >>> adapter = Slerp(Ridge(), alpha=0.5).fit(old, new)
+        >>> adapter(new, old).shape                                     # the old encoder runs at query time too
+        torch.Size([100, 8])
     """
 
     name: ClassVar[str] = "slerp"

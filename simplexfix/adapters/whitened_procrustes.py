@@ -34,6 +34,16 @@ class WhitenedProcrustes(AdapterMethod):
     Reference:
         Whitening of classes: Fukunaga, "Introduction to Statistical Pattern Recognition", 1990, chapter 10; shrinkage:
         Ledoit and Wolf, 2004.
+
+    Example:
+        >>> import torch
+        >>> from simplexfix.adapters import WhitenedProcrustes
+        >>> labels = torch.arange(200) % 10
+        >>> items = torch.randn(10, 32)[labels] + 0.5 * torch.randn(200, 32)
+        >>> old, new = items @ torch.randn(32, 8), items @ torch.randn(32, 16)
+        >>> adapter = WhitenedProcrustes().fit(old, new, labels=labels)
+        >>> adapter(new).shape, adapter.gallery(old).shape
+        (torch.Size([200, 8]), torch.Size([200, 8]))
     """
 
     name: ClassVar[str] = "whitened_procrustes"

@@ -294,6 +294,18 @@ def upgrade_gate(
 
     Reference:
         docs/math.md; the criterion is that of Shen et al., "Towards Backward-Compatible Representation Learning", 2020.
+
+    Example:
+        >>> import numpy as np
+        >>> from simplexfix.compatibility import upgrade_gate
+        >>> from simplexfix.labelled import LabelledItems
+        >>> rng, labels = np.random.default_rng(0), np.arange(200) % 5
+        >>> items = LabelledItems(labels, labels)
+        >>> rows = np.eye(5)[labels]
+        >>> old, new = rows + rng.standard_normal((200, 5)), rows + 0.1 * rng.standard_normal((200, 5))
+        >>> result = upgrade_gate(items.version(old, old), items.version(new, new))
+        >>> result.passed
+        True
     """
     k = read_agreement(protocol)
     if k is None:

@@ -77,6 +77,13 @@ class Normalize:
 
     Raises:
         ValueError: the lengths differ, or a std is not positive.
+
+    Example:
+        >>> import torch
+        >>> from simplexfix.data import Normalize
+        >>> images = torch.full((1, 3, 2, 2), 128, dtype=torch.uint8)
+        >>> Normalize((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))(images).shape
+        torch.Size([1, 3, 2, 2])
     """
 
     mean: tuple[float, ...]

@@ -41,6 +41,12 @@ def load_omniglot() -> Omniglot:
     Reference:
         Lake, Salakhutdinov and Tenenbaum, "Human-level concept learning through probabilistic program
         induction", Science 350, 2015. https://github.com/brendenlake/omniglot
+
+    Example:
+        >>> from simplexfix.data import load_omniglot
+        >>> drawings = load_omniglot()
+        >>> drawings.images.dtype, len(drawings.alphabets) > 1
+        (dtype('uint8'), True)
     """
     with np.load(Path(__file__).with_name("omniglot.npz"), allow_pickle=False) as file:
         bits: NDArray[np.uint8] = file["bits"]

@@ -79,6 +79,19 @@ class Gallery:
 
     Threads and processes may call anything at any time.  What a call has done is on the disk when it returns, and a
     killed process leaves all of a call or nothing.  `Gallery.create` and `Gallery.open` make one; `close` ends it.
+
+    Example:
+        >>> import tempfile
+        >>> import numpy as np
+        >>> from simplexfix.gallery import Gallery
+        >>> from simplexfix.models import ModelIdentity
+        >>> rng, model = np.random.default_rng(0), ModelIdentity.external("vendor/embed", "2024-01", 8)
+        >>> rows = rng.standard_normal((100, 8))
+        >>> with tempfile.TemporaryDirectory() as folder, Gallery.create(folder, model=model) as gallery:
+        ...     gallery.add(np.arange(100), rows, model=model)
+        ...     hits = gallery.search(rows[:3], 2, model=model)
+        >>> hits.ids[:, 0]
+        array([0, 1, 2])
     """
 
     def __init__(self, store: Store) -> None:

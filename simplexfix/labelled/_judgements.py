@@ -43,6 +43,13 @@ class RelevanceJudgements:
     Raises:
         TypeError: ids are neither integers nor names, or grades are not integers.
         ValueError: there is no judgement, lengths differ, or a pair is judged twice.
+
+    Example:
+        >>> from simplexfix.labelled import LabelledItems, RelevanceJudgements
+        >>> judgements = RelevanceJudgements([7, 7, 8], [100, 101, 100], [2, 1, 1])  # queries, items, grades
+        >>> items = LabelledItems.from_judgements(judgements, query_ids=[7, 8], gallery_ids=[100, 101, 102])
+        >>> items.num_relevant
+        array([2, 1])
     """
 
     def __init__(self, query_ids: Ids, item_ids: Ids, grades: Ids, *, source: str = "judgements") -> None:

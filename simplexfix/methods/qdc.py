@@ -38,6 +38,13 @@ def info_nce(query: Tensor, document: Tensor, *, scale: float = 50.0, group: dis
 
     Raises:
         TypeError, ValueError: shapes, dtypes or devices do not fit, or batches of the group differ in shape.
+
+    Example:
+        >>> import torch
+        >>> from simplexfix.methods import info_nce
+        >>> query, document = torch.randn(8, 16), torch.randn(8, 16)
+        >>> bool(info_nce(query, query) < info_nce(query, document))
+        True
     """
     check_rows("query", query)
     check_rows("document", document)

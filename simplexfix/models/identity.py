@@ -93,6 +93,12 @@ class ModelIdentity:
         Raises:
             TypeError: an argument has the wrong type.
             ValueError: a text is empty, a number is out of range, or `space` is given without `adapter`.
+
+        Example:
+            >>> from simplexfix.models import ModelIdentity
+            >>> old, new = (ModelIdentity.external("vendor/embed", year, 384) for year in ("2024", "2025"))
+            >>> bool(new.why_not_search(old))                # two revisions are two models
+            True
         """
         for what, value in (("name", name), ("revision", revision), ("adapter", adapter)):
             if not isinstance(value, str) and (what != "adapter" or value is not None):

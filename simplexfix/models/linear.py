@@ -20,6 +20,13 @@ class LinearHead(nn.Module):
     Args:
         in_features: width of the features.
         scale: positive factor on the cosines; None for plain logits.
+
+    Example:
+        >>> import torch
+        >>> from simplexfix.models import LinearHead
+        >>> head = LinearHead(32)
+        >>> head.embed(torch.randn(2, 32)).shape
+        torch.Size([2, 32])
     """
 
     def __init__(self, in_features: int, *, scale: float | None = None) -> None:

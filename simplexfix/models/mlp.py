@@ -22,6 +22,12 @@ class FeatureMLP(nn.Module):
 
     Raises:
         ValueError: a width is not positive.
+
+    Example:
+        >>> import torch
+        >>> from simplexfix.models import FeatureMLP
+        >>> FeatureMLP(32, hidden=(64, 16))(torch.randn(2, 32)).shape
+        torch.Size([2, 16])
     """
 
     def __init__(self, in_features: int, hidden: Sequence[int] = ()) -> None:

@@ -37,6 +37,12 @@ class ResNet18(nn.Module):
 
     Reference:
         He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, arXiv 1512.03385.
+
+    Example:
+        >>> import torch
+        >>> from simplexfix.models import ResNet18
+        >>> ResNet18(width=16).eval()(torch.randn(2, 3, 32, 32)).shape
+        torch.Size([2, 128])
     """
 
     def __init__(self, stem: str = "imagenet", *, width: int = 64, in_channels: int = 3) -> None:

@@ -255,6 +255,22 @@ def train_versions(
             rehearsal, or with a method that it cannot act on; an "aligned" junction with "replacement"; an `align`
             that is not the one a folder began with; "older" with uint8 items and no preprocessing.
         TypeError: "older" with versions that have prefixes, such as OCA's.
+
+    Example:
+        >>> import torch
+        >>> from simplexfix import SlotRegistry
+        >>> from simplexfix.methods import HOC
+        >>> from simplexfix.models import FeatureMLP
+        >>> from simplexfix.training import Items, Schedule, Trainer, class_incremental, train_versions
+        >>> labels = torch.arange(120) % 6
+        >>> items = Items(torch.randn(6, 8)[labels] + torch.randn(120, 8), labels)
+        >>> tasks = class_incremental(items, (2, 2, 2), seed=0)
+        >>> trainer = Trainer(HOC(SlotRegistry(16), "default"))
+        >>> wider = {2: lambda: FeatureMLP(8, hidden=(32,))}      # replaces the network before the third task
+        >>> start, schedule = lambda: FeatureMLP(8), Schedule(5, 1e-2)
+        >>> versions = train_versions(trainer, tasks, start, schedule, seed=0, replacements=wider)
+        >>> tuple(version.extract(items.inputs).shape[1] for version in versions)
+        (15, 15, 15)
     """
     hoc = isinstance(trainer.method, HOC)
     if hoc_reference is None and not hoc:

@@ -71,6 +71,20 @@ class Trainer:
 
     Raises:
         ValueError: `precision` is unknown, or a number is out of range.
+
+    Example:
+        >>> import torch
+        >>> from simplexfix import SlotRegistry
+        >>> from simplexfix.methods import HOC
+        >>> from simplexfix.models import FeatureMLP
+        >>> from simplexfix.training import Items, Schedule, Trainer, class_incremental, train_versions
+        >>> labels = torch.arange(120) % 6
+        >>> items = Items(torch.randn(6, 8)[labels] + torch.randn(120, 8), labels)
+        >>> tasks = class_incremental(items, (3, 3), seed=0)
+        >>> trainer = Trainer(HOC(SlotRegistry(16), "default"))
+        >>> versions = list(train_versions(trainer, tasks, lambda: FeatureMLP(8), Schedule(5, 1e-2), seed=0))
+        >>> len(versions)
+        2
     """
 
     def __init__(
