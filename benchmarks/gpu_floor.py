@@ -1,4 +1,4 @@
-"""The table "On a GPU" of docs/performance.md: what kernels move and compute, and the times that published peaks allow.
+"""Table "On a GPU" of docs/measurements/performance.md: bytes and operations of the kernels, times at published peaks.
 
 python benchmarks/gpu_floor.py            prints the table; nothing in it was measured
 python benchmarks/gpu_floor.py --check    compares REGISTERS with the built library (tests/native/machine_code.py)

@@ -101,7 +101,7 @@ def judge(chain: Chain, items: Items, classes: Tensor, protocol: str) -> dict[st
 
 
 def moves(chain: Chain, items: Items, classes: Tensor, *, pairs: int = 200_000) -> list[dict[str, Any]]:
-    """Measures how far an adapter moves the queries of these classes, and how tight the bounds of docs/math.md are.
+    """Measures how far an adapter moves queries of these classes, and how tight the bounds of docs/design/math.md are.
 
     d is the distance between a query before and after an upgrade.  For each pair of versions the result has
 

@@ -61,7 +61,7 @@ def simplex_logits(z: Tensor, *, normalize: bool = False, scale: float = 1.0) ->
         ValueError: `z` has no dimension or no columns, or `scale` is not positive and finite.
 
     Reference:
-        arXiv 2405.02581; the closed form: docs/math.md.
+        arXiv 2405.02581; the closed form: docs/design/math.md.
 
     Example:
         >>> import torch
@@ -310,7 +310,7 @@ def cube_cross_entropy(
             checked on the CPU); or `weight` is given with `label_smoothing`.
 
     Reference:
-        Pernici et al., "Regular Polytope Networks", arXiv 2103.15632; the product form: docs/math.md.
+        Pernici et al., "Regular Polytope Networks", arXiv 2103.15632; the product form: docs/design/math.md.
 
     Example:
         >>> import torch
@@ -397,7 +397,7 @@ def old_new_contrast(
             in shape or dtype.
 
     Reference:
-        arXiv 2405.02581.  The three forms of the denominator: docs/math.md.
+        arXiv 2405.02581.  The three forms of the denominator: docs/design/math.md.
 
     Example:
         >>> import torch

@@ -49,7 +49,7 @@ def simplex_constants(num_classes: int) -> SimplexConstants:
         ValueError: `num_classes` is below 2.
 
     Reference:
-        docs/math.md.
+        docs/design/math.md.
 
     Example:
         >>> from simplexfix.polytopes import simplex_constants
@@ -172,9 +172,10 @@ def cube_codes(num_classes: int, d: int, *, device: torch.device | str | None = 
 
         bit j of row u = parity(u & g_j)                # generators g_0, ..., g_(d - 1) of a binary linear code
 
-    The generators are chosen greedily so that codewords have large Hamming distances (docs/math.md).  Two vertices
-    that differ in h coordinates have cosine `1 - 2 h / d`.  The codes are a function of d and of C rounded up to a
-    power of two: they are the same on every machine, and a smaller C with the same power of two gives the first rows.
+    The generators are chosen greedily so that codewords have large Hamming distances (docs/design/math.md).  Two
+    vertices that differ in h coordinates have cosine `1 - 2 h / d`.  The codes are a function of d and of C rounded up
+    to a power of two: they are the same on every machine, and a smaller C with the same power of two gives the first
+    rows.
 
     Args:
         num_classes: C, from 1 to 2^24.  The time is O(d C log C): seconds for 2^20 classes in 64 dimensions.

@@ -28,8 +28,8 @@ LONGEST = (
 
 
 def example(page: str, heading: str) -> str:
-    """Returns the first Python block below a heading of a page in docs."""
-    text = (ROOT / "docs" / page).read_text(encoding="utf-8").split(f"\n## {heading}\n")[1]
+    """Returns the first Python block below a heading of a guide."""
+    text = (ROOT / "docs" / "guides" / page).read_text(encoding="utf-8").split(f"\n## {heading}\n")[1]
     return text.split("```python\n", 1)[1].split("\n```\n")[0] + "\n"
 
 

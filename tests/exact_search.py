@@ -11,7 +11,7 @@ Floats = NDArray[np.float32]
 
 
 def _total(products_of: Iterator[NDArray[np.float64]]) -> NDArray[np.float64]:
-    """A sum of eight partial sums (j mod 8), added in one fixed order: docs/numerics.md."""
+    """A sum of eight partial sums (j mod 8), added in one fixed order: docs/design/numerics.md."""
     s = sum(products_of)
     return ((s[..., 0] + s[..., 4]) + (s[..., 2] + s[..., 6])) + ((s[..., 1] + s[..., 5]) + (s[..., 3] + s[..., 7]))
 

@@ -28,6 +28,12 @@ from simplexfix.training import RunConfig, class_order, read_config
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 
 
+def blocks_of(page: str, language: str) -> list[str]:
+    """Returns the code blocks of a page of docs."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
 def test_snippets_of_the_readme_run_in_order() -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
     assert len(blocks) == 3
@@ -61,7 +67,7 @@ def test_commands_of_the_readme_run_word_for_word(tmp_path: Path, monkeypatch: p
 
 
 def test_the_method_of_ones_own_trains_and_its_page_runs(tmp_path, monkeypatch) -> None:
-    """Runs the snippets of docs/methods.md in order: a second version finds items in the first one's gallery."""
+    """Runs the snippets of docs/guides/methods.md in order: a second version finds items in the first one's gallery."""
     image = pytest.importorskip("PIL.Image", reason="the page reads a folder of images")
     draw = np.random.default_rng(0)
     centres, labels = draw.normal(size=(10, 12)), np.arange(400) % 10
@@ -73,11 +79,11 @@ def test_the_method_of_ones_own_trains_and_its_page_runs(tmp_path, monkeypatch) 
     (tmp_path / "data" / "own" / "cat").mkdir(parents=True)
     image.new("RGB", (40, 50), (1, 2, 3)).save(tmp_path / "data" / "own" / "cat" / "a.png")
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "methods.md").read_text(), re.MULTILINE | re.DOTALL)
+    blocks = blocks_of("guides/methods.md", "python")
     assert len(blocks) == 5
     names: dict[str, Any] = {"features": features, "labels": torch.from_numpy(labels)}
     for block in blocks:
-        exec(compile(block, "docs/methods.md", "exec"), names)
+        exec(compile(block, "docs/guides/methods.md", "exec"), names)
     first, last = names["versions"]
     ids = class_order(names["labels"], seed=0).argsort()[labels]  # class ids as the tasks count them
     _, slots = last.head.predict(last.backbone(features))
@@ -108,9 +114,9 @@ def test_the_snippets_of_the_evaluation_page_run(tmp_path: Path, monkeypatch: py
             names[f"{name}_{part}"] = rows.astype(np.float32)
     judged = [f"{query + 100}\t{item}\t1" for query in range(300) for item in (query % 6, query % 6 + 6)]
     Path("qrels.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *judged]))
-    text = (ROOT / "docs" / "evaluation.md").read_text()
+    text = (ROOT / "docs" / "guides" / "evaluation.md").read_text()
     first, second = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    exec(compile(first, "docs/evaluation.md", "exec"), names)
+    exec(compile(first, "docs/guides/evaluation.md", "exec"), names)
     assert names["result"].passed
     assert names["report"].matrix[1][0] > names["report"].matrix[0][0]
     assert (tmp_path / "report" / "report.html").is_file()
@@ -123,7 +129,7 @@ def test_the_snippets_of_the_evaluation_page_run(tmp_path: Path, monkeypatch: py
         ValueError, match="the Protocol 'CMC' of your own, which compatibility_matrix, upgrade_gate and"
     ):
         names["evaluate"]([names["v0"], names["v1"]], protocol=cmc)
-    exec(compile(second, "docs/evaluation.md", "exec"), names)
+    exec(compile(second, "docs/guides/evaluation.md", "exec"), names)
     assert names["report"].protocol == "ndcg@10"
     assert names["ndcg"].shape == (300,)
     assert 0 < names["ndcg"].mean() < 1
@@ -158,19 +164,19 @@ def test_the_life_of_a_gallery_runs_as_its_page_says(tmp_path: Path, monkeypatch
         "query_labels": train, "item_labels": train, "labelled_queries": features(train),
         "labelled_items": features(train), "load": lambda batch: photos[batch // 3],
     }  # fmt: skip
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "gallery.md").read_text(), re.M | re.S)
+    blocks = blocks_of("guides/gallery.md", "python")
     # snippets that need a server run in tests/gallery
     blocks = [block for block in blocks if "postgresql://" not in block and "http://" not in block]
     assert len(blocks) == 5
     for block in blocks[:3]:
-        exec(compile(block, "docs/gallery.md", "exec"), names)
+        exec(compile(block, "docs/guides/gallery.md", "exec"), names)
     gallery, hits = names["gallery"], names["hits"]
     assert (labels[hits.ids[:, 0] // 3] == labels).double().mean() > 0.5
     assert hits.accepted.any()
     assert not hits.accepted.all()
     assert [entry["rows"] for entry in gallery.status()["versions"]] == [0, 400]
     for block in blocks[3:]:
-        exec(compile(block, "docs/gallery.md", "exec"), names)
+        exec(compile(block, "docs/guides/gallery.md", "exec"), names)
     assert [event["event"] for event in gallery.history()] == [
         "created", "admitted", "backfill", "backfill finished", "rolled back", "admitted", "backfill",
         "backfill finished", "retired",
@@ -191,7 +197,8 @@ def test_links_and_test_names(page: Path) -> None:
         assert (ROOT / path).exists(), f"{page.name} names {path}"
 
 
-MODULES = sorted({page.stem for page in (ROOT / "docs" / "reference").glob("*.md")} - {"cli", "simplexfix"})
+REFERENCE = {page.stem for page in (ROOT / "docs" / "reference").glob("*.md")}
+MODULES = sorted(REFERENCE - {"cli", "formats", "glossary", "simplexfix"})
 
 
 @pytest.mark.parametrize("module", ["", *MODULES])
@@ -242,11 +249,11 @@ def test_the_table_of_gpu_floors_is_what_its_script_prints() -> None:
     script = [sys.executable, str(ROOT / "benchmarks" / "gpu_floor.py")]
     table = subprocess.run(script, capture_output=True, text=True, check=True).stdout
     assert table.count("not measured") >= 30
-    assert table in (ROOT / "docs" / "performance.md").read_text()
+    assert table in (ROOT / "docs" / "measurements" / "performance.md").read_text()
 
 
 def test_the_configurations_of_the_training_page_are_some() -> None:
-    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "training.md").read_text(encoding="utf-8"), re.S)
+    blocks = blocks_of("guides/training.md", "yaml")
     whole, images, tasks = blocks
     config = read_config(RunConfig, yaml.safe_load(whole))
     assert config.data.kind == "features"
@@ -260,12 +267,12 @@ def test_the_configurations_of_the_training_page_are_some() -> None:
 def test_the_program_of_the_training_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs the program with one step instead of five thousand."""
     monkeypatch.chdir(tmp_path)
-    block, *_ = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "training.md").read_text(), re.M | re.S)
+    block, *_ = blocks_of("guides/training.md", "python")
     assert "Schedule(5000," in block
     draw = torch.Generator().manual_seed(0)
     images = torch.randint(256, (120, 3, 32, 32), generator=draw, dtype=torch.uint8)
     names: dict[str, Any] = {"images": images, "labels": torch.arange(120) % 40}
-    exec(compile(block.replace("Schedule(5000,", "Schedule(1,"), "docs/training.md", "exec"), names)
+    exec(compile(block.replace("Schedule(5000,", "Schedule(1,"), "docs/guides/training.md", "exec"), names)
     assert names["embeddings"].shape == (100, 1023)
     assert {path.name for path in (tmp_path / "runs" / "mine").iterdir()} == {"task-00", "task-01", "task-02"}
 
@@ -276,7 +283,7 @@ def test_the_snippets_of_the_replacing_page_run(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(select, "closed_forms", lambda _: [Procrustes(), WhitenedProcrustes(), SimplexJunction()])
     monkeypatch.setattr(select, "STEPS", (1,))
     monkeypatch.chdir(tmp_path)
-    text = (ROOT / "docs" / "replacing.md").read_text()
+    text = (ROOT / "docs" / "guides" / "replacing.md").read_text()
     rng = np.random.default_rng(0)
     labels = rng.integers(12, size=240)
     hidden = rng.standard_normal((12, 8))[labels] + 0.4 * rng.standard_normal((240, 8))
@@ -302,10 +309,6 @@ def test_the_snippets_of_the_replacing_page_run(tmp_path: Path, monkeypatch: pyt
     commands = re.findall(r"^simplexfix (.*)$", text, re.MULTILINE)
     assert [command.split()[0] for command in commands] == ["adapt", "embed", "embed"]
     assert [main(shlex.split(command, comments=True)) for command in commands] in ([0, 0, 0], [1, 0, 0])
-
-
-def blocks_of(page: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "docs" / page).read_text(), re.MULTILINE | re.DOTALL)
 
 
 def test_the_tutorial_for_search_engineers_runs_word_for_word(
@@ -373,19 +376,19 @@ _OF_THE_HOUSE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "reference").glob("*.md")), ids=lambda page: page.stem)
-def test_the_reference_has_every_public_name(page: Path) -> None:
-    if page.stem == "cli":
-        generated = subprocess.run(
-            [sys.executable, ROOT / "tools" / "cli_reference.py"], capture_output=True, text=True
-        )
-        assert page.read_text() == generated.stdout, "python tools/cli_reference.py > docs/reference/cli.md"
-        return
-    package = page.stem if page.stem == "simplexfix" else f"simplexfix.{page.stem}"
+def test_the_reference_has_every_command() -> None:
+    generated = subprocess.run([sys.executable, ROOT / "tools" / "cli_reference.py"], capture_output=True, text=True)
+    page = (ROOT / "docs" / "reference" / "cli.md").read_text()
+    assert page == generated.stdout, "python tools/cli_reference.py > docs/reference/cli.md"
+
+
+@pytest.mark.parametrize("module", ["", *MODULES])
+def test_the_reference_has_every_public_name(module: str) -> None:
+    package = ".".join(filter(None, ("simplexfix", module)))
     listed = {  # a name that two packages export is on the page of one of them
         name.rsplit(".", 1)[1]
-        for other in page.parent.glob("*.md")
+        for other in (ROOT / "docs" / "reference").glob("*.md")
         for name in re.findall(r"^::: (\S+)$", other.read_text(), re.MULTILINE)
     }
     public = set(importlib.import_module(package).__all__) - _OF_THE_HOUSE.get(package, set())
-    assert public <= listed, f"{page.name} lacks {sorted(public - listed)}"
+    assert public <= listed, f"docs/reference lacks {sorted(public - listed)}"

@@ -1,4 +1,4 @@
-"""The examples of docs/frameworks.md run: other libraries' loops train a version and its successor."""
+"""The examples of docs/guides/frameworks.md run: other libraries' loops train a version and its successor."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def block(heading: str, **changes: str) -> str:
 
 
 def run(heading: str, names: dict[str, Any], **changes: str) -> dict[str, Any]:
-    exec(compile(block(heading, **changes), "docs/frameworks.md", "exec"), names)
+    exec(compile(block(heading, **changes), "docs/guides/frameworks.md", "exec"), names)
     return names
 
 

@@ -48,7 +48,7 @@ def test_a_state_dict_holds_tensors_alone(kind: str) -> None:
     assert all(type(value) is torch.Tensor for value in state.values())
     extra = state["2._extra_state"]
     assert (extra.dtype, extra.ndim, extra.device.type) == (torch.uint8, 1, "cpu")
-    checksum, _, text = bytes(extra.tolist()).partition(b" ")  # format: docs/formats.md
+    checksum, _, text = bytes(extra.tolist()).partition(b" ")  # format: docs/reference/formats.md
     assert int(checksum, 16) == zlib.crc32(text)
     saved = json.loads(text)
     assert saved["polytope"] == kind
@@ -173,7 +173,7 @@ def test_a_long_journal() -> None:
     assert len(copied._journal) > len(slots._journal)
     averaged = AveragedModel(slots, use_buffers=True)
     averaged.update_parameters(slots)
-    with pytest.raises(RuntimeError, match="size"):  # buffers of different sizes cannot be averaged (docs/training.md)
+    with pytest.raises(RuntimeError, match="size"):  # buffers of different sizes cannot be averaged
         averaged.update_parameters(copied)
     slots._journal = torch.zeros_like(copied._journal).copy_(copied._journal)
     assert slots.to_dict() == copied.to_dict()

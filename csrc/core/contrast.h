@@ -1,5 +1,5 @@
 // The old/new contrast compares features of one model (anchors) with features of another (candidates); see
-// docs/math.md. This file has the scalar math of one row, that is of one anchor, for the CPU and CUDA kernels.
+// docs/design/math.md. This file has the scalar math of one row, that is of one anchor, for the CPU and CUDA kernels.
 //
 //   s_j        mu (anchor . candidate_j) / (|anchor| |candidate_j|)
 //   N          the candidates whose class differs from the anchor's

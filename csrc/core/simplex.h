@@ -5,7 +5,7 @@
 //   l_i = (z_i - m S) / r   for i < d,      l_d = (a - m) S / r,      S = sum_j z_j
 //
 // For a gradient g on the logits, (dL/dz)_j = (g_j + a g_d - m sum_i g_i) / r. Deployed models fix the order and the
-// sign of the vertices (docs/math.md).
+// sign of the vertices (docs/design/math.md).
 #pragma once
 #include <cmath>
 #include <cstdint>

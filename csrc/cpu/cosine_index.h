@@ -63,8 +63,8 @@ class CosineIndex {
   void search(const float* query, int64_t queries, int64_t k, float* scores, int64_t* found,
               const Selection* selection = nullptr) const;
 
-  // docs/formats.md defines the file. Throws std::system_error for errors of the operating system, std::runtime_error
-  // for a file with invalid content.
+  // docs/reference/formats.md defines the file. Throws std::system_error for errors of the operating system,
+  // std::runtime_error for a file with invalid content.
   void save(const std::string& path) const;
   static std::unique_ptr<CosineIndex> load(const std::string& path, int64_t threads);
 

@@ -1,4 +1,4 @@
-// CosineIndex::save and load. docs/formats.md defines the format.
+// CosineIndex::save and load. docs/reference/formats.md defines the format.
 #include <fcntl.h>
 #include <sys/stat.h>
 #include <unistd.h>

@@ -144,7 +144,7 @@ struct DotKernels {
   void (*scattered)(const float* query, const void* const* rows, int64_t n, int64_t d, float* scores);
 };
 
-// Exact cosine search: docs/numerics.md.
+// Exact cosine search: docs/design/numerics.md.
 struct SearchKernels {
   // out = in / |in| rounded to float; a zero row stays zero
   void (*normalize_rows)(const float* in, int64_t in_stride, float* out, int64_t d, int64_t begin, int64_t end);

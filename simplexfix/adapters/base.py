@@ -124,7 +124,7 @@ class Adapter(nn.Module):
         old: str | None = None,
         new: str | None = None,
     ) -> ModelIdentity:
-        """Writes tensors, method and version into a folder, as docs/formats.md says.
+        """Writes tensors, method and version into a folder, as docs/reference/formats.md says.
 
         An adapter that was there is replaced; other files stay.  After an error or a crash the folder holds the adapter
         that was there, whole, or the new one.

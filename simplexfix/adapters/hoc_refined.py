@@ -43,7 +43,7 @@ class HOCRefined(AdapterMethod):
         seed: of the batches.
 
     Reference:
-        Biondi et al., arXiv 2405.02581, equation of the HOC loss; docs/math.md.
+        Biondi et al., arXiv 2405.02581, equation of the HOC loss; docs/design/math.md.
     """
 
     name: ClassVar[str] = "hoc_refined"

@@ -207,7 +207,7 @@ class QueryDrift(nn.Module):
         return (unit_rows(out) if normalize_result else out).to(query.dtype)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """One safetensors file with a checksum: docs/formats.md.  Equal accumulators make equal files.
+        """One safetensors file with a checksum: docs/reference/formats.md.  Equal accumulators make equal files.
 
         Raises:
             OSError: it cannot be written.

@@ -293,7 +293,8 @@ def upgrade_gate(
             that are not given.
 
     Reference:
-        docs/math.md; the criterion is that of Shen et al., "Towards Backward-Compatible Representation Learning", 2020.
+        docs/design/math.md.  The criterion is from Shen et al., "Towards Backward-Compatible Representation Learning",
+        2020.
 
     Example:
         >>> import numpy as np

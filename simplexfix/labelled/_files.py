@@ -1,4 +1,4 @@
-"""Reads features, labels, ids and groups of a version from files; docs/formats.md specifies each format."""
+"""Reads features, labels, ids and groups of a version from files; docs/reference/formats.md specifies each format."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def load_rows(folder: Path, name: str) -> tuple[FeatureRows, NDArray[np.int64]]:
 
 
 def load_vectors(path: str | os.PathLike[str]) -> tuple[FeatureRows, NDArray[np.int64] | None]:
-    """Reads the vectors and ids of a gallery from a file; docs/formats.md specifies the formats.
+    """Reads the vectors and ids of a gallery from a file; docs/reference/formats.md specifies the formats.
 
     Args:
         path: an `.npz` file, a folder of `.npy` files or a `.safetensors` file with `vectors` and `ids`; a `.parquet`

@@ -67,7 +67,7 @@ class VersionFeatures:
         judgements: RelevanceJudgements | None = None,
         needs_labels: bool = True,
     ) -> VersionFeatures:
-        """Reads and checks features, labels, ids and groups of one version; docs/formats.md specifies the formats.
+        """Reads and checks features, labels, ids and groups of one version (formats: docs/reference/formats.md).
 
         `.npy` and `.safetensors` files are memory-mapped; `.npz` and `.parquet` files are read into memory.
 

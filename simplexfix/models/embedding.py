@@ -149,7 +149,7 @@ class EmbeddingModel(nn.Module):
         return torch.cat(rows)
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, version: int = 0, name: str = "") -> ModelIdentity:
-        """Writes weights, head, slots, preprocessing, class names and version to a folder; format: docs/formats.md.
+        """Writes weights, head, slots, preprocessing, class names and version to a folder (docs/reference/formats.md).
 
         The model replaces an earlier one in the folder; other files stay.  After an error or a crash the folder holds
         either the earlier model or the new one.  Modules that are compiled, or wrapped in DataParallel or

@@ -180,7 +180,7 @@ class CosineIndex:
         return len(gone)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the index to a file atomically; docs/formats.md specifies the format.
+        """Writes the index to a file atomically; docs/reference/formats.md specifies the format.
 
         An existing file is replaced and keeps its mode.  A symbolic link stays, and its target is replaced.
 

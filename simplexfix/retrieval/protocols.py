@@ -69,7 +69,7 @@ nearest_class_mean = Protocol(
     template[c] = F.normalize(gallery[gallery_labels == c].mean(0))
     hits = argmax_c (query . template[c]) == query_labels
 
-A query counts as wrong if the gallery lacks its class.  Reference: arXiv 2405.02581; docs/math.md.
+A query counts as wrong if the gallery lacks its class.  Reference: arXiv 2405.02581; docs/design/math.md.
 """
 
 instance = Protocol(

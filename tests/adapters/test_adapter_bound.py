@@ -1,4 +1,4 @@
-"""Tests the bound of docs/math.md: an upgrade changes no score of a query by more than the query itself moves."""
+"""Tests the bound of docs/design/math.md: an upgrade changes no score by more than the query itself moves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bounds of docs/math.md on real texts and images, with simple encoders that need no trained weights."""
+"""The bounds of docs/design/math.md on real texts and images, with simple encoders that need no trained weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CLASSES, UNSEEN = 12, 5
 
 @pytest.fixture(scope="module", params=["texts", "images"])
 def items(request, data_folder) -> Items:
-    """Returns three encoders per data set; the first is a prefix of the second, as in docs/replacing.md."""
+    """Returns three encoders per data set; the first is a prefix of the second, as in docs/guides/replacing.md."""
     labels, encoded = {"texts": _texts, "images": _images}[request.param](data_folder)
     asks = np.arange(len(labels)) % 4 == 0
     sides = [Encoded(*(torch.from_numpy(x[at].astype(np.float32)) for at in (~asks, asks))) for x in encoded]

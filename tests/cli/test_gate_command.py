@@ -302,7 +302,7 @@ def test_a_summary_that_cannot_be_written_leaves_the_verdict(files, capsys, monk
 
 
 def test_the_rules_of_the_page(files) -> None:
-    page = (ROOT / "docs" / "gate.md").read_text()
+    page = (ROOT / "docs" / "guides" / "gate.md").read_text()
     (files / "rules.json").write_text(page.split("```json\n")[1].split("```")[0])
     assert run(files, "better.npz", "--rules", str(files / "rules.json"), "--json") in (0, 1)
 

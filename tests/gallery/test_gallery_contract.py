@@ -1,4 +1,4 @@
-"""What every store keeps, by the numbers of the contract in docs/gallery.md."""
+"""What every store keeps, by the numbers of the contract in docs/guides/gallery.md."""
 
 from __future__ import annotations
 

@@ -262,8 +262,8 @@ def test_payload_that_jsonb_cannot_hold_comes_back(gallery: Gallery) -> None:
 
 
 def test_an_approximate_index_by_hand(url: str, gallery: Gallery) -> None:
-    """As docs/gallery.md has it: a query of each version of a mixed gallery, merged."""
-    page = (Path(__file__).parents[2] / "docs" / "gallery.md").read_text()
+    """As docs/guides/gallery.md has it: a query of each version of a mixed gallery, merged."""
+    page = (Path(__file__).parents[2] / "docs" / "guides" / "gallery.md").read_text()
     (block,) = re.findall(r"^```sql\n(.*?)^```", page, re.M | re.S)
     block = block.replace("photos.", "").replace("512", str(DIM))
     gallery.admit(B, force="test")

@@ -276,7 +276,7 @@ def test_columns_as_a_version(tmp_path) -> None:
 
 
 def test_the_programs_of_the_evaluation_page_run(tmp_path, monkeypatch) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "guides" / "evaluation.md").read_text()
     program, judged = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     rng = np.random.default_rng(0)
     labels = np.arange(120) % 6

@@ -274,7 +274,7 @@ def test_a_backbone_of_ones_own_is_handed_in_and_loaded_strictly(tmp_path: Path)
 
 
 def test_the_fingerprint_can_be_computed_from_the_files_alone(tmp_path: Path) -> None:
-    """Computes the fingerprint with JSON and SHA-256 only, as docs/formats.md specifies it."""
+    """Computes the fingerprint with JSON and SHA-256 only, as docs/reference/formats.md specifies it."""
     model = EmbeddingModel(FeatureMLP(3, (2,)), SimplexHead(2, 2, num_slots=3), preprocessing=Vectors(3))
     with torch.no_grad():
         for i, p in enumerate(model.parameters()):

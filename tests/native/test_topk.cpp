@@ -11,7 +11,7 @@ namespace {
 using simplexfix::cuda::TopkLimits;
 using Rows = std::vector<float>;  // [n, d]
 
-// Rows divided by their norms; sums in the order that docs/numerics.md states.
+// Rows divided by their norms; sums in the order that docs/design/numerics.md states.
 double sum_of_products(const float* a, const float* b, int64_t d) {
   double partial[8] = {};
   for (int64_t j = 0; j < d; ++j) partial[j % 8] += double(a[j]) * double(b[j]);

@@ -265,7 +265,9 @@ def test_configurations_that_do_not_fit_are_refused(data, changes: dict, message
 
 
 def test_the_configuration_of_the_page_is_read() -> None:
-    (content,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "methods.md").read_text(encoding="utf-8"), re.DOTALL)
+    (content,) = re.findall(
+        r"```yaml\n(.*?)```", (ROOT / "docs" / "guides" / "methods.md").read_text(encoding="utf-8"), re.DOTALL
+    )
     assert read_config(RunConfig, yaml.safe_load(content)).method.name == "qdc"
 
 
