@@ -53,7 +53,7 @@ REGISTERS = {
     "sweep_tiles<false>": (126, 128, 20480),
 }
 
-# additions, multiplications, comparisons and exponentials per number, counted in the sweeps without options
+# additions, multiplications, comparisons and exponentials per number, without margin, weights and smoothing
 LOSS_OPERATIONS = {"Simplex": 17, "Orthoplex": 24, "Cube": 33}
 LOGITS_OPERATIONS, CONTRAST_OPERATIONS = 8, 10
 
@@ -73,14 +73,17 @@ class Row:
     in_l2: bool = False  # whether the data can stay in L2
 
     def floor(self, gpu: Gpu) -> float:
-        """Returns the lower bound of the time, in seconds."""
+        """Returns bytes over memory bandwidth, or the time of the tensor cores if larger, in seconds.
+
+        It is a lower bound of the time unless `in_l2`.
+        """
         return max(self.moved / gpu.bandwidth, self.operations / gpu.matrix if self.products else 0.0)
 
     def occupancy(self, gpu: Gpu) -> float:
         """Returns the fraction of an SM's 64 warps that fit its registers and shared memory.
 
-        For compute capabilities 8.0 and 9.0: an SM has four banks of 16 Ki registers, which warps get in units of 256.
-        A block gets 1 KiB of shared memory in addition, in units of 128 bytes.
+        For compute capabilities 8.0 and 9.0: an SM has four sub-partitions of 16 Ki registers, which warps get in
+        units of 256.  CUDA reserves 1 KiB of shared memory per block; it is allocated in units of 128 bytes.
         """
         on_90, on_80, static = REGISTERS[self.kernel]
         warps = self.threads // 32

@@ -1,11 +1,11 @@
 // The old/new contrast compares features of one model (anchors) with features of another (candidates); see
 // docs/design/math.md. This file has the scalar math of one row, that is of one anchor, for the CPU and CUDA kernels.
 //
-//   s_j        mu (anchor . candidate_j) / (|anchor| |candidate_j|)
+//   s_j        mu (anchor . candidate_j) / (|anchor| |candidate_j|); mu is the inverse temperature
 //   N          the candidates whose class differs from the anchor's
 //   own        the candidate that is the same item as the anchor, and so has its class
 //
-//   zero_mask  loss = -s_own + log(sum over N of exp(s_j) + number of candidates outside N)
+//   zero_mask  loss = -s_own + log(sum over N of exp(s_j) + number of candidates outside N): their s_j are set to 0
 //   remove     loss = -s_own + log(sum over N of exp(s_j)), or -s_own if N is empty
 //   infonce    loss = -s_own + log(exp(s_own) + sum over N of exp(s_j))
 #pragma once
@@ -30,7 +30,7 @@ template <typename A>
 struct ContrastOutcome {
   A loss;
   A total;    // dL/ds_j = exp(s_j - top) / total for j in N
-  A missing;  // dL/ds_own = -missing
+  A missing;  // dL/ds_own = -missing: 1 - exp(s_own - top) / total for infonce, else 1
 };
 
 // others: sum of exp(s_j - top) over N. same: the number of candidates outside N, own included. alone: N is empty.
@@ -45,7 +45,7 @@ SIMPLEXFIX_HD ContrastOutcome<A> contrast_outcome(Negatives negatives, A top, A 
     loss = -own, total = A(1);
   else
     loss = std::log(total) + (top - own);
-  return {loss, total, negatives == Negatives::kInfoNce ? others / total : A(1)};  // 1 - p_own
+  return {loss, total, negatives == Negatives::kInfoNce ? others / total : A(1)};
 }
 
 }  // namespace simplexfix

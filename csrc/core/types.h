@@ -24,10 +24,11 @@ template <typename T>
 using accumulate_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 // Forces the product v to be rounded before it is used. Where a sum has two products, a compiler fuses one of them, and
-// may choose differently in each copy of a function. With this barrier a row has the same bits in every copy.
+// may choose differently in each copy of a function. With this barrier a row has the same bits in every copy on the
+// CPU. On a GPU it does nothing: a row is always computed by the same copy, which its length and dtype determine.
 template <typename V>
 SIMPLEXFIX_HD V rounded(V v) {
-#if defined(__CUDACC__)  // a kernel is compiled once
+#if defined(__CUDACC__)
 #elif defined(__x86_64__)
   asm("" : "+v"(v));
 #elif defined(__aarch64__)

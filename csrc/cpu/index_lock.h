@@ -1,5 +1,5 @@
-// The reader-writer lock of an index, first come first served.  Unlike std::shared_mutex, a signal can interrupt a
-// blocked thread, and the lock works in a forked child.
+// The reader-writer lock of an index: new readers cannot overtake a writer that waits for the present ones.  Unlike
+// std::shared_mutex, a signal can interrupt a blocked thread, and the lock works in a forked child.
 #pragma once
 #include <condition_variable>
 #include <cstdint>

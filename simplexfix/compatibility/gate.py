@@ -58,9 +58,9 @@ class Rule:
     Args:
         kind: "ecc", "max_nfr", "max_tax" or "min_recall".
         limit: a fraction, in [-1, 1]; required except for "ecc", where the default is 0.
-        confidence: in (0, 1): the worse end of a two-sided interval must satisfy the condition.  "ecc" with a limit of
-            at least 0 also requires p <= 1 - confidence in an exact paired test, which very few queries cannot reach:
-            `mcnemar_test` for hits, `randomization_test` for scores.  None compares the measured value.
+        confidence: in (0, 1): the worse end of a two-sided interval must satisfy the condition.  With a limit of at
+            least 0, "ecc" also requires p <= 1 - confidence, which very few queries cannot reach: by `mcnemar_test` for
+            hits, by `randomization_test` for scores.  None compares the measured value.
         gallery: "old" for the unchanged gallery, "new" for the re-extracted one; None for the first that `kind` allows.
         group: name of a group of queries; "*" applies the rule to each group; None to all queries together.
 
@@ -111,8 +111,8 @@ class Outcome:
         group: the group of this outcome; None for all queries.
         queries: number of queries in the group.
         value: the measured value, a fraction.
-        low, high: two-sided interval of the value, at the rule's confidence or at 95 %.  It is a paired bootstrap over
-            queries for "ecc", "max_tax", and "min_recall" of scores; it is Clopper-Pearson's for "max_nfr", and for
+        low, high: two-sided interval of the value, at the rule's confidence or at 95 %: a paired bootstrap over queries
+            for "ecc" and "max_tax", a bootstrap for "min_recall" of scores, and Clopper-Pearson's for "max_nfr" and
             "min_recall" of hits.
         p_value: for "ecc", of `mcnemar_test` for hits or `randomization_test` for scores; None for other rules.
         margin: distance of the compared number (value or end of the interval) from the limit; negative beyond it.
@@ -179,8 +179,8 @@ class GateResult:
             excluded by its id; most likely they find themselves.
         excluded: number of queries whose own gallery item, by id, was left out of their search.
         unrelated: whether the new queries score at chance in the old gallery, while each model scores above chance in
-            its own gallery.  Chance is 1 / classes, or k / gallery items for agreement.  It is False with an adapter
-            and with relevance judgements.
+            its own gallery.  A score is at chance if the lower end of its 95 % interval does not exceed 1 / classes, or
+            k / gallery items for agreement.  It is False with an adapter and with relevance judgements.
         fingerprints: fingerprints of the old model and of the new one, or of the adapter, as stored in their features;
             None if unknown.
     """
@@ -223,7 +223,7 @@ class GateResult:
         """Returns the result that `as_dict` described.
 
         Raises:
-            ValueError: a key is missing or unknown, or a verdict contradicts the numbers.
+            ValueError: a key is missing, a rule has an unknown key, or `passed` contradicts the verdicts of the rules.
         """
         try:
             outcomes = tuple(_outcome(entry) for entry in saved["rules"])
@@ -411,7 +411,7 @@ def _judge(rule: Rule, group: str | None, before: Hits, after: Hits, generator: 
 
 
 def _chance(items: LabelledItems, k: int | None) -> float | None:
-    """Returns the score of queries that find items at random, or None if it is unknown."""
+    """Returns the score of queries that find items at random, for classes of equal size; None without classes."""
     if k is not None:
         return k / len(items.gallery_rows)
     return 1 / len(items.gallery_classes.ids) if items.has_labels else None

@@ -1,7 +1,7 @@
 """Copies of a training's log: TensorBoard, Weights & Biases, a progress bar.
 
-A stage of training writes only `log.jsonl`, which has each logged step once, also after stops.  On resume the log is
-replayed from the start: no line is lost or duplicated in the copies.
+A stage is one pre-training or one task.  Its log is `log.jsonl`, which has each logged step once, also after a stop.
+On resume the log is replayed from the start: no line is lost or duplicated in the copies.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Logger(Protocol):
 
         Args:
             stage: its name, such as "task-00".
-            finished: whether an earlier process finished the stage, and so passed on all lines.
+            finished: whether the stage's log is complete.  This logger may have received all, some or none of it.
         """
         ...
 
@@ -57,7 +57,7 @@ class Logger(Protocol):
         ...
 
     def end(self) -> None:
-        """Ends the current stage; its lines must be durable when this returns."""
+        """Ends the current stage.  A logger that does not count its lines must have stored them when this returns."""
         ...
 
     def close(self) -> None:

@@ -17,8 +17,8 @@ from .schedule import Schedule
 
 __all__ = ["PRESETS"]
 
-# The authors' protocol.  Replacements are pre-trained on `data.pretraining`, a folder with ImageNet at 32 pixels.  Only
-# the length of pre-training is our choice.
+# The CL2R protocol of arXiv 2405.02581.  `_iamcl2r` adds replacements, pre-trained on a folder with ImageNet at 32
+# pixels; only the length of pre-training is our choice.
 _PAPER = RunConfig(
     data=DataConfig(kind="cifar", path="data", per_class=300),
     model=ModelConfig(kind="resnet18"),
@@ -86,7 +86,8 @@ PRESETS = {
         ),
         schedule=Schedule(1, 1e-2, weight_decay=5e-4, optimizer="sgd"),
     ),
-    # iamcl2r-7 for one core and a few hours.  Tasks, budget and optimizer are the paper's.  Differences: half the
-    # channels, pre-training on 200 classes of Tiny-ImageNet at 32 pixels, 10,000 queries, and float32.
+    # iamcl2r-7 for one core and a few hours.  Tasks, their epochs and the optimizer are the paper's.  Differences: half
+    # the channels, pre-training for 30 epochs on 50, 100 and 200 classes of Tiny-ImageNet at 32 pixels, our default
+    # reference of HOC, 10,000 queries, and float32.
     "paper-half": _paper_half(),
 }

@@ -61,7 +61,7 @@ def models(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def drawn() -> None:
-    """Tests of figures, and of input that a figure might not stand, use it."""
+    """Tests that need real figures request this fixture; in all others `figures` replaces them."""
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +106,7 @@ def test_a_folder_of_versions(models, capsys) -> None:
     assert {key: content[key] for key in expected.as_dict()} == expected.as_dict()
     assert content["made_by"] == "simplexfix evaluate"
     assert content["seed"] == 5
-    # the terminal shows each cell and whether it exceeds the diagonal
+    # the terminal shows every cell on and below the diagonal
     matrix = expected.matrix
     for i in range(3):
         for j in range(i + 1):
@@ -198,7 +198,7 @@ def test_classes_that_the_gallery_lacks_are_counted_and_said(models, capsys) -> 
         made = features(at, clear)
         made["query_labels"] = np.array(far)[made["query_labels"]]
         made["gallery_labels"] = np.array(far)[made["gallery_labels"]]
-        # one more class is confused with its neighbour
+        # the gallery lacks one more class; float32 cannot represent 2**24 + 1
         made["gallery_labels"][made["gallery_labels"] == 2**24 + 2] = 2**24 + 1
         save(models.parent, f"far-{name}.npz", made)
     assert main(["evaluate", *(f"far-{name}.npz" for name in CLEAR)]) == 0

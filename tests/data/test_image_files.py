@@ -56,9 +56,9 @@ def test_photographs_are_colours_and_drawings_are_ink(tmp_path) -> None:
     assert (rows.dtype, rows.shape) == (torch.uint8, (2, 3, 4, 4))
     assert rows[1, :, 0, 0].tolist() == [255, 0, 0]
     drawing = load_omniglot().images[3, 2]
-    clear = np.zeros((28, 28, 4), np.uint8)  # transparent black
-    clear[..., 3] = 255 * drawing
-    for pixels in (255 * (1 - drawing), clear):
+    on_transparent = np.zeros((28, 28, 4), np.uint8)  # opaque black ink on transparent paper
+    on_transparent[..., 3] = 255 * drawing
+    for pixels in (255 * (1 - drawing), on_transparent):
         file = io.BytesIO()
         Image.fromarray(pixels.astype(np.uint8)).save(file, "png")
         ink = read_images([file], Drawings(28))

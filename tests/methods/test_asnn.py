@@ -85,9 +85,9 @@ def naive_nnp(
     return total / sum(y >= 0 for y in target)
 
 
-# some pool rows are ignored; classes have one to six rows, and in CASES the pool lacks one class
+# labels of the pool, whose classes have one to six rows; rows with negative labels are ignored
 POOL = [3, 0, 1, 2, 0, 5, 1, -1, 0, 2, 2, 0, -100, 1, 0, 0]
-CASES = {
+CASES = {  # name -> (`first`, batch size)
     "batch alone": (0, 16),
     "in the pool": (2, 6),
     "not in the pool": (None, 5),
@@ -100,7 +100,7 @@ def test_losses_are_their_equations(case: str, neighbours: int) -> None:
     first, number = CASES[case]
     pool, labels = rows_of(16), POOL
     if first is None:
-        rows, target = rows_of(number, seed=1), [0, 1, 9, -1, 2]
+        rows, target = rows_of(number, seed=1), [0, 1, 9, -1, 2]  # the pool has no class 9
     else:
         rows, target = pool[first : first + number], POOL[first : first + number]
     places = {} if case == "batch alone" else {"pool": pool, "pool_target": torch.tensor(labels), "first": first}
@@ -366,7 +366,7 @@ def test_a_stopped_training_goes_on_to_the_same_bits(tmp_path: Path, name: str) 
         for a, b in zip(whole, again, strict=True):
             for key, value in a.state_dict().items():
                 assert torch.equal(value, b.state_dict()[key]), key
-    # without the queue in the checkpoint the bits would differ
+    # the comparison means something: the weights depend on the queue
     small = trained(lambda: ASNN(queue=8)) if name == "asnn" else None
     assert small is None or not torch.equal(small[0].backbone[0].weight, whole[0].backbone[0].weight)
 

@@ -32,7 +32,7 @@ if importlib.util.find_spec("huggingface_hub") is None or importlib.util.find_sp
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[HubServer, Any]]:
-    """A hub, and huggingface_hub imported again with the variables that lead to it; they are read at its import."""
+    """Starts a hub, and imports huggingface_hub again: it reads the hub's address from the environment at import."""
     before = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "huggingface_hub"}
     with hub_server() as server, pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_ENDPOINT", server.url)
