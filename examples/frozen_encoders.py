@@ -25,6 +25,7 @@ from simplexfix.adapters import (
     AdapterMethod,
     Chain,
     HOCRefined,
+    LocalCorrection,
     Procrustes,
     Ridge,
     SimplexJunction,
@@ -44,14 +45,17 @@ METHODS: dict[str, AdapterMethod] = {
     "ridge, anchored": Ridge(0.3, "procrustes"),
     "whitened procrustes, g = 0.3": WhitenedProcrustes(0.3),
     "whitened procrustes, g = 0.6": WhitenedProcrustes(0.6),
+    "whitened procrustes, g = 0.6, corrected": LocalCorrection(WhitenedProcrustes(0.6)),
     "simplex junction, g = 0.3": SimplexJunction(0.3),
     "junction, 60 HOC steps": HOCRefined(SimplexJunction(0.3)),
 }
+WHITENED = [method(g) for method in (WhitenedProcrustes, SimplexJunction) for g in (0.1, 0.3, 0.6)]
 CANDIDATES: tuple[AdapterMethod, ...] = (
     Procrustes(),
     Ridge(0.03),
     Ridge(0.3, "procrustes"),
-    *(method(g) for method in (WhitenedProcrustes, SimplexJunction) for g in (0.1, 0.3, 0.6)),
+    *WHITENED,
+    *(LocalCorrection(method, beta=beta) for method in WHITENED for beta in (0.25, 0.5)),
 )
 
 

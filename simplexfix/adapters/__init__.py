@@ -5,6 +5,7 @@ from .base import Adapter, AdapterMethod
 from .chain import Chain, fit_chain
 from .hoc_refined import HOCRefined
 from .lambda_orthogonal import LambdaOrthogonal
+from .local_correction import LocalCorrection
 from .low_rank import LowRank
 from .mlp import MLP
 from .procrustes import Procrustes
@@ -23,6 +24,7 @@ __all__ = [
     "HOCRefined",
     "Judged",
     "LambdaOrthogonal",
+    "LocalCorrection",
     "LowRank",
     "Procrustes",
     "QueryDrift",

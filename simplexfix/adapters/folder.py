@@ -21,14 +21,19 @@ from ..models._config import (
     write_model_folder,
 )
 from ..models.folder import adapter_identity
-from .maps import AffineMap, LowRankMap, ResidualMap
+from .maps import AffineMap, LocalMap, LowRankMap, ResidualMap
 
 if TYPE_CHECKING:
     from .base import Adapter
 
 __all__ = ["check_adapter_folder", "identity_of", "load_adapter", "save_adapter"]
 
-_MAPS: dict[str, type[nn.Module]] = {"affine": AffineMap, "low_rank": LowRankMap, "residual": ResidualMap}
+_MAPS: dict[str, type[nn.Module]] = {
+    "affine": AffineMap,
+    "low_rank": LowRankMap,
+    "residual": ResidualMap,
+    "local": LocalMap,
+}
 _ROLES = ("query_map", "gallery_map")
 
 

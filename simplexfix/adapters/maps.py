@@ -8,7 +8,9 @@ from torch.nn.functional import normalize
 
 from .._reference import unit_rows
 
-__all__ = ["AffineMap", "LowRankMap", "ResidualMap", "unit"]
+__all__ = ["AffineMap", "LocalMap", "LowRankMap", "ResidualMap", "unit"]
+
+_ROWS = 1024  # queries whose weights are in memory at a time
 
 
 def unit(rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -101,3 +103,33 @@ class ResidualMap(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, hidden={self.up.shape[0]}"
+
+
+class LocalMap(nn.Module):
+    """[B, f] features -> [B, d] unit rows: n(p + softmax(p keys^T) values), p = n(n(x) W + b).
+
+    Args:
+        weight: [f, d]; bias: [d].
+        keys, values: [M, d].
+    """
+
+    weight: Tensor
+    bias: Tensor
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        for name, value in (("weight", weight), ("bias", bias), ("keys", keys), ("values", values)):
+            self.register_buffer(name, value.contiguous())
+        self.in_features, self.out_features = weight.shape
+
+    def forward(self, features: Tensor) -> Tensor:
+        p = normalize(unit(features, self.weight.dtype) @ self.weight + self.bias, dim=-1)
+        return torch.cat([self._corrected(rows) for rows in torch.split(p, _ROWS)])
+
+    def _corrected(self, p: Tensor) -> Tensor:
+        return normalize(p + torch.softmax(p @ self.keys.T, 1) @ self.values, dim=-1)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, rows={len(self.keys)}"

@@ -23,6 +23,7 @@ from .base import Adapter, AdapterMethod
 from .chain import Chain, chain_of, read_versions
 from .hoc_refined import HOCRefined
 from .lambda_orthogonal import LambdaOrthogonal
+from .local_correction import AFFINE, LocalCorrection
 from .low_rank import LowRank
 from .maps import unit
 from .mlp import MLP
@@ -41,6 +42,7 @@ RESAMPLES = 1000
 TOP = 10  # places that agreement compares
 SHRINKAGE = (0.1, 0.3, 0.6)
 STEPS = (30, 60, 120)
+BETAS = (0.25, 0.5)
 ALPHAS = tuple(round(0.1 * step, 1) for step in range(1, 10))
 
 HELD_OUT, FITTED = 0, 1  # kinds of held-out queries: of held-out classes, or items without labels; of fitted classes
@@ -155,7 +157,8 @@ def select_adapter(
         labels: [N] integers or names; at least 6 classes of at least 2 items.
         sample: ([M, f_old], [M, f_new]) of further items without labels.
         candidates: None: procrustes, ridge, low rank, MLP, lambda-orthogonal, whitened procrustes and, with labels,
-            simplex junction with a grid of shrinkages, then HOC steps from the best junction.
+            simplex junction with a grid of shrinkages, then HOC steps from the best junction, then local correction of
+            the best method whose query map is affine.
         query_encoders: "new": the new encoder alone runs at query time; "both": the old one as well, and slerp with a
             grid of alpha from the two best adapters of all others is a candidate.
         stored_vectors: "map": methods that map stored vectors are candidates, too; "keep": only methods that leave the
@@ -246,6 +249,8 @@ def _select(
         if features.labels is not None and not keep:
             start = next(row.method for row in judge.ranked() if isinstance(row.method, SimplexJunction))
             judge.add([HOCRefined(start, steps=steps) for steps in STEPS])
+        corrected = next(row.method for row in judge.ranked() if isinstance(row.method, AFFINE))
+        judge.add([LocalCorrection(corrected, beta=beta) for beta in BETAS])
     else:
         for method in candidates:
             method.check(features)

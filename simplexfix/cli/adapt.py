@@ -141,7 +141,7 @@ def _cells(row: Judged) -> list[str]:
 
 
 # options that tell the candidates of the grid apart
-_SHOWN = ("of", "start", "alpha", "anchor", "g", "penalty", "rank", "steps")
+_SHOWN = ("of", "start", "alpha", "beta", "anchor", "g", "penalty", "rank", "steps")
 
 
 def _name(described: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from simplexfix.adapters import (
     AdapterMethod,
     HOCRefined,
     LambdaOrthogonal,
+    LocalCorrection,
     LowRank,
     Procrustes,
     Ridge,
@@ -24,6 +25,7 @@ from simplexfix.adapters import (
     _paired,
     _training,
     fit_chain,
+    local_correction,
     maps,
 )
 from simplexfix.adapters._moments import Moments
@@ -41,6 +43,7 @@ METHODS = [
     WhitenedProcrustes(),
     SimplexJunction(),
     HOCRefined(steps=5, batch=32),
+    LocalCorrection(WhitenedProcrustes(), rows=100),
     Slerp(WhitenedProcrustes(), 0.5),
 ]
 MAPPED = (WhitenedProcrustes, SimplexJunction, HOCRefined)
@@ -339,6 +342,52 @@ def test_slerp_of_parallel_and_opposite_rows_is_finite() -> None:
     torch.testing.assert_close(slerp(u, v, 0.3)[0], u[0])
 
 
+@pytest.mark.parametrize("of", [WhitenedProcrustes(), Procrustes()], ids=name)
+@pytest.mark.parametrize("block", [7, 1024])
+def test_local_correction(of, block, monkeypatch) -> None:
+    monkeypatch.setattr(maps, "_ROWS", block)
+    monkeypatch.setattr(local_correction, "_ROWS", block)
+    y, x, labels = world(9, 14)
+    plain = of.fit(y[:200], x[:200], labels=labels[:200])
+    p, stored = (np.float64(rows) for rows in (plain(torch.from_numpy(x)), plain.gallery(torch.from_numpy(y))))
+    errors = unit(stored[:200]) - p[:200]
+    weights = np.exp(10 * p @ p[:200].T)
+    expected = unit(p + 0.6 * weights @ errors / weights.sum(1, keepdims=True))
+    adapter = LocalCorrection(of, scale=10.0, beta=0.6).fit(y[:200], x[:200], labels=labels[:200])
+    close(adapter(torch.from_numpy(x)), expected)
+    assert torch.equal(adapter.gallery(torch.from_numpy(y)), plain.gallery(torch.from_numpy(y)))
+
+
+def test_nothing_is_corrected_where_the_map_makes_no_error_or_beta_is_0() -> None:
+    y, _, _ = world()
+    turn = np.linalg.qr(np.random.default_rng(0).standard_normal((10, 10)))[0]
+    turned = (y @ turn).astype(np.float32)
+    exact = LocalCorrection(Procrustes(), beta=1.0).fit(y, turned)
+    close(exact(torch.from_numpy(turned)), unit(y))
+    y, x, labels = world(9, 14)
+    query = torch.from_numpy(x)
+    zero = LocalCorrection(WhitenedProcrustes(), beta=0.0).fit(y, x, labels=labels)
+    torch.testing.assert_close(zero(query), WhitenedProcrustes().fit(y, x, labels=labels)(query))
+
+
+def test_local_correction_keeps_the_rows_that_its_seed_draws() -> None:
+    y, x, _ = world()
+    kept = [LocalCorrection(Procrustes(), rows=30, seed=seed).fit(y, x).query_map.keys for seed in (0, 0, 1)]
+    assert len(kept[0]) == 30
+    assert torch.equal(kept[0], kept[1])
+    assert not torch.equal(kept[0], kept[2])
+    everything = 40 * Procrustes().fit(y, x)(torch.from_numpy(x))
+    apart = (kept[0][:, None] - everything).norm(dim=2).min(1)
+    assert (apart.values < 1e-4).all()
+    assert len(apart.indices.unique()) == 30
+
+
+@pytest.mark.parametrize("of", [LowRank(), Slerp(Procrustes()), LocalCorrection(Procrustes())], ids=name)
+def test_local_correction_wants_an_affine_map(of) -> None:
+    with pytest.raises(TypeError, match=f"affine query map .*, got {type(of).__name__}"):
+        LocalCorrection(of)
+
+
 def test_shrinkage_1_does_not_whiten() -> None:
     y, x, labels = world()
     a, b = (unit(centred(side)) for side in (x, y))
@@ -360,6 +409,7 @@ BAD_INPUT = [
     (SimplexJunction(), (Y, X), {}, V, "simplex_junction needs labels, .*; whitened_procrustes does"),
     (HOCRefined(), (Y, X), {}, V, "hoc_refined needs labels"),
     (Slerp(SimplexJunction()), (Y, X), {}, V, "simplex_junction needs labels"),
+    (LocalCorrection(SimplexJunction()), (Y, X), {}, V, "simplex_junction needs labels"),
     (SimplexJunction(slots=10), (Y, X), {"labels": LABELS}, V, "slots must be at least 1[12], .* got 10"),
     (Procrustes(), (Y, X), {"sample": (Y,)}, V, "sample must hold rows by each of 2 encoders, .* got 1"),
     (Procrustes(), (Y, X), {"sample": (Y, X[:, :4])}, V, "new's sample has 4 columns, new has 10"),
@@ -384,6 +434,9 @@ BAD_OPTIONS = [
     (HOCRefined, {"steps": -1}, "steps must be 0 or more, got -1"),
     (MLP, {"hidden": 0}, "hidden must be at least 1, got 0"),
     (LambdaOrthogonal, {"lambda_": 0}, "lambda_ must be positive"),
+    (LocalCorrection, {"of": Procrustes(), "scale": 0.0}, "scale must be positive"),
+    (LocalCorrection, {"of": Procrustes(), "beta": 2.0}, r"beta must lie in \[0, 1\], got 2.0"),
+    (LocalCorrection, {"of": Procrustes(), "rows": 0}, "rows must be at least 1, got 0"),
 ]
 
 

@@ -14,6 +14,7 @@ from simplexfix.adapters import (
     MLP,
     HOCRefined,
     LambdaOrthogonal,
+    LocalCorrection,
     Procrustes,
     Ridge,
     SimplexJunction,
@@ -24,10 +25,12 @@ from simplexfix.adapters import (
     select_adapter,
     select_chain,
 )
-from simplexfix.adapters.select import ALPHAS, FITTED, HELD_OUT, SHRINKAGE, PairedFeatures, _splits
+from simplexfix.adapters.local_correction import AFFINE
+from simplexfix.adapters.select import ALPHAS, BETAS, FITTED, HELD_OUT, SHRINKAGE, PairedFeatures, _splits
 from simplexfix.labelled import LabelledItems
 from simplexfix.retrieval import nearest_class_mean
 
+LOCAL = LocalCorrection(WhitenedProcrustes())
 QUICK = (Procrustes(), WhitenedProcrustes(0.1), WhitenedProcrustes(0.6))
 
 
@@ -165,6 +168,9 @@ def test_the_grid_of_labelled_items(monkeypatch) -> None:
     methods = [row.method for row in found.table]
     assert {m.g for m in methods if isinstance(m, SimplexJunction)} == set(SHRINKAGE)
     assert sorted(m.steps for m in methods if isinstance(m, HOCRefined)) == [1, 2]
+    local = [m for m in methods if isinstance(m, LocalCorrection)]
+    assert {m.beta for m in local} == set(BETAS)
+    assert {m.of for m in local} == {next(m for m in methods if isinstance(m, AFFINE))}
     assert {m.alpha for m in methods if isinstance(m, Slerp)} == set(ALPHAS)
     scores = [row.score for row in found.table]
     assert scores == sorted(scores, reverse=True)
@@ -189,7 +195,9 @@ def test_sampled_rows_that_are_held_out_queries_are_left_out_of_the_fit() -> Non
 
 
 @pytest.mark.parametrize(
-    "method", [Procrustes(), Ridge(), WhitenedProcrustes(), SimplexJunction(), HOCRefined(steps=3)], ids=name
+    "method",
+    [Procrustes(), Ridge(), WhitenedProcrustes(), SimplexJunction(), HOCRefined(steps=3), LOCAL],
+    ids=name,
 )
 def test_a_chain_of_three_has_the_adapters_of_its_pairs(method) -> None:
     y, x, labels = world(9, 14)
@@ -220,7 +228,8 @@ def test_stored_vectors_may_be_kept(monkeypatch) -> None:
     monkeypatch.setattr(select, "STEPS", (1,))
     options = {"query_encoders": "both", "folds": 1}
     kept = select_adapter(y, x, labels, stored_vectors="keep", **options)
-    assert {row.method for row in kept.table if not isinstance(row.method, Slerp)} == {Procrustes(), Ridge()}
+    tried = {row.method for row in kept.table if not isinstance(row.method, (Slerp, LocalCorrection))}
+    assert tried == {Procrustes(), Ridge()}
     assert not any(row.method.maps_gallery for row in kept.table)
     assert not kept.adapter.maps_gallery
     mapped = select_adapter(y, x, labels, **options)
