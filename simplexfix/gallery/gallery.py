@@ -375,20 +375,20 @@ class Gallery:
             `standing`, `rows` and `old_rows`, which were replaced and are kept; `thresholds`, a list of `queries`,
             `vectors` and `threshold`; `counts_traffic`.
         """
-        state, counts, history = self._store.state(), self._store.counts(), self._store.history()
-        serving = state.serving[-1]
-        since = next(event["at"] for event in reversed(history) if _begins(event, serving))
+        now = self._store.overview()
+        state, serving = now.state, now.state.serving[-1]
+        since = next(event["at"] for event in reversed(now.history) if _begins(event, serving))
         return {
             "url": self.url,
             "serving": serving,
             "since": since,
             "rolls_back_to": state.serving[-2] if len(state.serving) > 1 else None,
             "paused": state.paused,
-            "rows": sum(counts.rows.values()),
-            "stale": sum(number for version, number in counts.rows.items() if version != serving),
-            "leased": sum(each.rows for each in counts.leased),
+            "rows": sum(now.rows.values()),
+            "stale": sum(number for version, number in now.rows.items() if version != serving),
+            "leased": sum(each.rows for each in now.leased),
             "workers": [
-                {"worker": each.worker, "rows": each.rows, "until": time_text(each.until)} for each in counts.leased
+                {"worker": each.worker, "rows": each.rows, "until": time_text(each.until)} for each in now.leased
             ],
             "versions": [
                 {
@@ -397,8 +397,8 @@ class Gallery:
                     "fingerprint": member.identity.fingerprint,
                     "embedding_dim": member.identity.embedding_dim,
                     "standing": member.standing,
-                    "rows": counts.rows.get(version, 0),
-                    "old_rows": counts.old.get(version, 0),
+                    "rows": now.rows.get(version, 0),
+                    "old_rows": now.old.get(version, 0),
                 }
                 for version, member in state.models.items()
             ],

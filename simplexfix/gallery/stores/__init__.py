@@ -6,10 +6,10 @@ import os
 from typing import Any
 
 from .._state import State
-from .base import Counts, Store, StoredRows, StoreError
+from .base import Overview, Store, StoredRows, StoreError
 from .folder import FolderStore
 
-__all__ = ["Counts", "Store", "StoreError", "StoredRows", "create_store", "open_store"]
+__all__ = ["Overview", "Store", "StoreError", "StoredRows", "create_store", "open_store"]
 
 _URLS = (
     "the path of a folder, FILE.db#NAME or http://HOST:PORT#NAME (Milvus), or postgresql://USER@HOST:PORT/DATABASE#NAME"

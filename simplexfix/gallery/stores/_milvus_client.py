@@ -94,14 +94,8 @@ class Connection:
     def drop(self, name: str) -> None:
         self._call(lambda client: client.drop_collection(name, timeout=SECONDS))
 
-    def create(
-        self,
-        name: str,
-        fields: Sequence[tuple[str, str, dict[str, Any]]],
-        metric: str | None = None,
-        beat: Callable[[], None] = no_beat,
-    ) -> None:
-        """Creates a collection unless it exists.  With a metric it has an exact index, and is loaded."""
+    def create(self, name: str, fields: Sequence[tuple[str, str, dict[str, Any]]], metric: str | None = None) -> None:
+        """Creates a collection unless it exists.  With a metric it has an exact index, and begins to load."""
         from pymilvus import DataType
 
         def make(client: Any) -> None:
@@ -115,10 +109,9 @@ class Connection:
                 index = client.prepare_index_params()
                 index.add_index("vector", index_type="FLAT", metric_type=metric)
                 client.create_index(name, index_params=index, sync=False, timeout=SECONDS)
+                client.load_collection(name, _async=True, timeout=SECONDS)
 
         self._call(make)
-        if metric is not None:
-            self.load(name, beat)
 
     def load(self, name: str, beat: Callable[[], None]) -> None:
         """Blocks until the collection can be searched.  A server loads a collection once, for all clients.

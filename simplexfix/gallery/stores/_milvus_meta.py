@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,8 +35,8 @@ class Meta:
         self._connection = connection
         self.name = f"{gallery}__meta"
 
-    def create(self, beat: Callable[[], None]) -> None:
-        self._connection.create(self.name, _FIELDS, "L2", beat)
+    def create(self) -> None:
+        self._connection.create(self.name, _FIELDS, "L2")
 
     # changes
 

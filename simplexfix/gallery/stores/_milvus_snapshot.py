@@ -44,14 +44,14 @@ class Snapshots:
         """The snapshot of a change; None if its record was deleted because there are newer ones."""
         if not position.change:
             return Snapshot(self, Record(), position.stamp)
-        self._load([self.meta.name], beat)
+        self.load([self.meta.name], beat)
         record = self._record
         if record is None or record.change != position.change:
             record = self.meta.record(position.change, position.stamp)
             if record is None:
                 return None
             self._record = record
-        self._load([self.rows_of(version) for version in {**record.rows, **record.old}], beat)
+        self.load([self.rows_of(version) for version in {**record.rows, **record.old}], beat)
         return Snapshot(self, record, position.stamp)
 
     def state_of(self, record: Record, stamp: int) -> State:
@@ -75,10 +75,11 @@ class Snapshots:
         name = self.rows_of(version)
         if name not in self.loaded:
             width = state.models[version].identity.embedding_dim
-            self.connection.create(name, [*FIELDS, ("vector", "FLOAT_VECTOR", {"dim": width})], "COSINE", beat)
-            self.loaded.add(name)
+            self.connection.create(name, [*FIELDS, ("vector", "FLOAT_VECTOR", {"dim": width})], "COSINE")
+            self.load([name], beat)
 
-    def _load(self, names: Iterable[str], beat: Callable[[], None]) -> None:
+    def load(self, names: Iterable[str], beat: Callable[[], None]) -> None:
+        """Blocks until these collections can be searched."""
         for name in names:
             if name not in self.loaded:
                 self.connection.load(name, beat)
@@ -102,12 +103,13 @@ class Snapshot:
     def state(self) -> State:
         return self._all.state_of(self.record, self.stamp)
 
-    def versions_of(self, ids: list[int]) -> dict[int, int]:
-        """The version of each of these ids that is in the gallery."""
+    def versions_of(self, ids: list[int], versions: Iterable[int] | None = None) -> dict[int, int]:
+        """The version of each of these ids that is in the gallery; `versions`: of rows of these alone."""
         found: dict[int, int] = {}
-        for version in self.record.rows:
+        for version in self.record.rows if versions is None else versions:
+            left = [id_ for id_ in ids if id_ not in found]
             where = self.record.live(version)
-            rows = self.connection.query_in(self.rows_of(version), "id", ids, where, ["id"], self.stamp, 8192)
+            rows = self.connection.query_in(self.rows_of(version), "id", left, where, ["id"], self.stamp, 8192)
             found |= {row["id"]: version for row in rows}
         return found
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from .._state import Change, State
 
-__all__ = ["Counts", "Leased", "Ranking", "Store", "StoreError", "StoredRows"]
+__all__ = ["Leased", "Overview", "Ranking", "Store", "StoreError", "StoredRows"]
 
 Ranking: TypeAlias = "tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]"  # scores, ids and versions
 
@@ -52,14 +52,18 @@ class Leased:
 
 
 @dataclass(frozen=True)
-class Counts:
-    """Numbers of rows.
+class Overview:
+    """The gallery at one moment, without its rows.
 
     Attributes:
+        state: as of `Store.state`.
+        history: as of `Store.history`.
         rows, old: by version, those that are searched, and those that were replaced and are kept for a rollback.
         leased: by worker, the one whose leases end first before the others.
     """
 
+    state: State
+    history: Sequence[dict[str, Any]]
     rows: Mapping[int, int]
     old: Mapping[int, int]
     leased: Sequence[Leased]
@@ -104,7 +108,7 @@ class Store(Protocol):
 
     def history(self) -> list[dict[str, Any]]: ...
 
-    def counts(self) -> Counts: ...
+    def overview(self) -> Overview: ...
 
     def add(
         self,

@@ -23,7 +23,7 @@ from .._state import Change, State
 from ._common import SEVERAL_WIDTHS, as_json, check_present, comparable_fields, failure, stamped, taken_id
 from ._sqlite import Connection
 from ._versions_index import VersionsIndex
-from .base import Counts, Leased, Ranking, StoredRows, StoreError
+from .base import Leased, Overview, Ranking, StoredRows, StoreError
 
 __all__ = ["FolderStore"]
 
@@ -151,15 +151,17 @@ class FolderStore:
 
     def history(self) -> list[dict[str, Any]]:
         with self._named("read the history"), self._reader.reading() as connection:
-            return [json.loads(body) for (body,) in connection.execute("select body from history order by number")]
+            return _read_history(connection)
 
-    def counts(self) -> Counts:
+    def overview(self) -> Overview:
         with self._named("count rows"), self._reader.reading() as connection:
             leased = (
                 "select worker, count(*), max(until) from leases where until > ? and id in (select id from rows) "
                 "group by worker order by 3, worker"
             )
-            return Counts(
+            return Overview(
+                _read_state(connection),
+                _read_history(connection),
                 _counted(connection, "rows"),
                 _counted(connection, "old"),
                 [Leased(*row) for row in connection.execute(leased, [time.time()])],
@@ -406,6 +408,10 @@ def _statements(script: str) -> Iterator[str]:
 
 def _read_state(connection: sqlite3.Connection) -> State:
     return State.from_dict(json.loads(connection.execute("select body from state").fetchone()[0]))
+
+
+def _read_history(connection: sqlite3.Connection) -> list[dict[str, Any]]:
+    return [json.loads(body) for (body,) in connection.execute("select body from history order by number")]
 
 
 def _record(connection: sqlite3.Connection, event: dict[str, Any]) -> dict[str, Any]:

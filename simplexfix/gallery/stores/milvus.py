@@ -28,7 +28,7 @@ from ._milvus_rows import Record, matching, unpack
 from ._milvus_search import Searcher
 from ._milvus_snapshot import Snapshot, Snapshots
 from ._milvus_turn import Turn, taken
-from .base import Counts, Leased, Ranking, StoredRows, StoreError
+from .base import Leased, Overview, Ranking, StoredRows, StoreError
 
 __all__ = ["MilvusStore"]
 
@@ -59,8 +59,9 @@ class MilvusStore:
                 if turn.before.record.change:
                     raise FileExistsError(f"{store.url} holds a gallery, which Gallery.open opens: give another name")
                 beat = store._snapshots.register.beat
-                store._meta.create(beat)
+                store._meta.create()  # it loads while the other collection is made
                 store._snapshots.make_rows(state.served_by.identity.version, state, beat)
+                store._snapshots.load([store._meta.name], beat)
                 turn.record = replace(turn.record, state=turn.change, epoch=turn.change)
                 turn.state, turn.event, turn.commits = state, stamped(event), True
         return store
@@ -93,8 +94,8 @@ class MilvusStore:
         with self._named("read the history"):
             return self._snapshots.read(lambda now: self._meta.history(now.record, now.stamp))
 
-    def counts(self) -> Counts:
-        def count(now: Snapshot) -> Counts:
+    def overview(self) -> Overview:
+        def count(now: Snapshot) -> Overview:
             leases = self._meta.leases(now.record.epoch, now.stamp, now=time.time())
             ends: dict[str, list[float]] = {}
             for id_ in now.versions_of(sorted(leases)):
@@ -102,7 +103,8 @@ class MilvusStore:
                 ends.setdefault(worker, []).append(until)
             leased = [Leased(worker, len(each), max(each)) for worker, each in ends.items()]
             leased.sort(key=lambda each: (each.until, each.worker))
-            return Counts(dict(now.record.rows), dict(now.record.old), leased)
+            history = self._meta.history(now.record, now.stamp)
+            return Overview(now.state, history, dict(now.record.rows), dict(now.record.old), leased)
 
         with self._named("count rows"):
             return self._snapshots.read(count)
@@ -220,8 +222,8 @@ class MilvusStore:
             held = self._meta.leases(epoch, turn.stamp, now=now)
             free = [id_ for id_ in ids.tolist() if id_ not in held]
             for some in chunks(free, max(2 * limit, 1024)):
-                versions = turn.before.versions_of(some)
-                mine += [id_ for id_ in some if versions.get(id_, version) != version]
+                stale = turn.before.versions_of(some, [other for other in turn.before.record.rows if other != version])
+                mine += [id_ for id_ in some if id_ in stale]
                 if len(mine) >= limit:
                     break
             if mine[:limit]:
@@ -253,9 +255,10 @@ class MilvusStore:
         The collection of the version is made before the turn, because a server takes seconds for it.
         """
         with self._named(what, rows):
-            state = self._snapshots.read(lambda now: now.state)
-            allow(state)
-            self._snapshots.make_rows(version, state)
+            if self._snapshots.rows_of(version) not in self._snapshots.loaded:
+                state = self._snapshots.read(lambda now: now.state)
+                allow(state)
+                self._snapshots.make_rows(version, state)
             with taken(self._snapshots) as turn:
                 allow(turn.before.state)
                 yield turn
@@ -292,22 +295,26 @@ class MilvusStore:
 def _replace(
     turn: Turn, ids: NDArray[np.int64], vectors: NDArray[np.float32], version: int, payload: list[str] | None
 ) -> int:
-    now, wanted = turn.before, ids.tolist()
-    versions = now.versions_of(wanted)
-    absent = [id_ for id_ in wanted if id_ not in versions]
-    if absent:
+    now, left = turn.before, ids.tolist()
+    replaced = {}
+    held: dict[int, tuple[int, str]] = {}  # by id, version and payload of the row that is replaced
+    for old in [other for other in now.record.rows if other != version]:
+        replaced[old] = now.fetch(old, left, now.record.live(old))
+        held |= {row["id"]: (old, row["payload"]) for row in replaced[old]}
+        left = [id_ for id_ in left if id_ not in held]
+    if left:
+        there = now.versions_of(left, [version])
+        absent = [id_ for id_ in left if id_ not in there]
         leased = now.meta.leased(absent, now.record.epoch, now.stamp)
         check_present(id_ for id_ in absent if id_ not in leased)
-    at = [row for row, id_ in enumerate(wanted) if versions.get(id_, version) != version]
-    texts: dict[int, str] = {}
-    for old in sorted({versions[wanted[row]] for row in at}):
-        rows = now.fetch(old, [wanted[row] for row in at if versions[wanted[row]] == old], now.record.live(old))
-        texts |= {row["id"]: row["payload"] for row in rows}
+    for old, rows in replaced.items():
         turn.end(old, rows, version)
         turn.record = turn.record.counted("rows", {old: -len(rows)}).counted("old", {old: len(rows)})
+    at = [row for row, id_ in enumerate(ids.tolist()) if id_ in held]
     if at:
-        kept = [texts[wanted[row]] if payload is None else payload[row] for row in at]
-        turn.insert(ids[at], vectors[at], version, kept, [versions[wanted[row]] for row in at])
+        old_rows = [held[id_] for id_ in ids[at].tolist()]
+        kept = [text for _, text in old_rows] if payload is None else [payload[row] for row in at]
+        turn.insert(ids[at], vectors[at], version, kept, [old for old, _ in old_rows])
     return len(at)
 
 

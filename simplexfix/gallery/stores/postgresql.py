@@ -23,7 +23,7 @@ from ._postgresql_connections import Connection, Connections, LostCommitError, f
 from ._postgresql_copy import MOST_NUMBERS, copied_rows, copied_vectors, given_vectors, stacked
 from ._postgresql_search import array_of, fields_of, search
 from ._postgresql_url import Place, read_url
-from .base import Counts, Leased, Ranking, StoredRows, StoreError
+from .base import Leased, Overview, Ranking, StoredRows, StoreError
 
 __all__ = ["PostgresStore"]
 
@@ -36,6 +36,7 @@ _MAY_BE_LOST = "set local synchronous_commit = off"  # by a power failure, not b
 _AMONG = "id = any(%s::bigint[])"
 _LOCK = 0x53465847  # "SFXG": of creations, one at a time
 
+# A foreign key from `rows` to `models` would take a quarter of the server's time to add rows: it is checked row by row.
 # `vectors` is apart from `rows` so that a search reads nothing else, and counting reads no vectors.  Vectors of up to
 # 2,000 numbers stay in their pages (toast_tuple_target).  `payload` is the given text, and filters read `fields`: jsonb
 # alone would change numbers such as 1e300.
@@ -47,8 +48,20 @@ create function history_stays() returns trigger language plpgsql
   as $$ begin raise exception 'the history is append-only'; end $$;
 create trigger history_stays before update or delete or truncate on history execute function history_stays();
 create table rows (
-  id bigint primary key, version integer not null references models, payload text not null, fields jsonb not null
+  id bigint primary key, version integer not null, payload text not null, fields jsonb not null
 );
+create function version_is_known() returns trigger language plpgsql as $$
+begin
+  if exists (
+    select from (select distinct version from written) as each
+    where not exists (select from models where models.version = each.version)
+  ) then raise foreign_key_violation using message = 'rows are of a version that was not admitted'; end if;
+  return null;
+end $$;
+create trigger version_is_known after insert on rows referencing new table as written
+  for each statement execute function version_is_known();
+create trigger version_stays_known after update on rows referencing new table as written
+  for each statement execute function version_is_known();
 create index rows_by_version on rows (version, id);
 create table vectors (id bigint primary key, version integer not null, vector vector not null, bits bytea)
   with (toast_tuple_target = 8160);
@@ -170,20 +183,23 @@ class PostgresStore:
         with self._reading("read the history") as connection:
             return [json.loads(body) for (body,) in connection.execute("select body from history order by number")]
 
-    def counts(self) -> Counts:
-        with self._reading("count rows") as connection:
-            count = "select json_object_agg(version, n) from (select version, count(*) as n from {} group by 1) as each"
-            leased = (
-                "select worker, count(*) as n, extract(epoch from max(until))::float8 as until from leases "
-                "where until > clock_timestamp() and exists (select from rows where rows.id = leases.id) "
-                "group by worker order by until, worker"
+    def overview(self) -> Overview:
+        count = "select json_object_agg(version, n) from (select version, count(*) as n from {} group by 1) as each"
+        leased = (
+            "select worker, count(*) as n, extract(epoch from max(until))::float8 as until from leases "
+            "where until > clock_timestamp() and exists (select from rows where rows.id = leases.id) "
+            "group by worker order by until, worker"
+        )
+        leased = f"select json_agg(json_build_array(worker, n, until)) from ({leased}) as each"
+        history = "select json_agg(body::json order by number) from history"
+        with self._reading("count rows") as connection:  # one statement reads the tables at one moment
+            state, events, rows, old, workers = _row(
+                connection,
+                f"select body::json, ({history}), ({count.format('rows')}), ({count.format('replaced')}), ({leased}) "
+                "from state",
             )
-            leased = f"select json_agg(json_build_array(worker, n, until)) from ({leased}) as each"
-            rows, old, workers = _row(
-                connection, f"select ({count.format('rows')}), ({count.format('replaced')}), ({leased})"
-            )
-            rows, old = ({int(version): n for version, n in (each or {}).items()} for each in (rows, old))
-            return Counts(rows, old, [Leased(*worker) for worker in workers or ()])
+        rows, old = ({int(version): n for version, n in (each or {}).items()} for each in (rows, old))
+        return Overview(State.from_dict(state), events, rows, old, [Leased(*worker) for worker in workers or ()])
 
     def add(
         self,
