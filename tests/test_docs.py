@@ -280,7 +280,7 @@ def test_the_program_of_the_training_page_runs(tmp_path: Path, monkeypatch: pyte
 def test_the_snippets_of_the_replacing_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from simplexfix.adapters import Procrustes, SimplexJunction, WhitenedProcrustes, select
 
-    monkeypatch.setattr(select, "closed_forms", lambda _: [Procrustes(), WhitenedProcrustes(), SimplexJunction()])
+    monkeypatch.setattr(select, "first_candidates", lambda _: [Procrustes(), WhitenedProcrustes(), SimplexJunction()])
     monkeypatch.setattr(select, "STEPS", (1,))
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "docs" / "guides" / "replacing.md").read_text()

@@ -104,8 +104,8 @@ class Selection:
     Attributes:
         winner: the candidate with the best score.
         table: all candidates, best first.
-        better: whether the winner's new queries find more in the old gallery than the old encoder does: the low end of
-            its gain's interval is above 0.  Without that keep the old encoder.
+        better: whether the low end of the interval of the winner's gain over the old encoder, in the old gallery, is
+            above 0.  If not, keep the old encoder.  The interval ignores that these queries chose the winner.
         old: score of the old encoder alone on what was held out; without labels its agreement with the new encoder.
         chain: the winner, fitted on all items.
     """
@@ -149,8 +149,8 @@ def select_adapter(
               = overlap of the 10 nearest of new queries in the old gallery with those that the new encoder finds
                 in a gallery of its own                                                               without labels
 
-    Queries that are to be reported must not be among these items: they have no part in the choice.  Rows of the sample
-    that are one of the held-out queries are left out of the fit.
+    Pass no items on which you will report scores: the choice would bias them.  Rows of the sample that equal a held-out
+    query are left out of the fit.
 
     Args:
         old, new: [N, f_old], [N, f_new] floating, of the same items.
@@ -245,7 +245,7 @@ def _select(
     parts = [_Fold(features, split, protocol, shrinkages, fractions) for split in splits]
     judge = _Judge(parts, fractions, confidence, seed)
     if candidates is None:
-        judge.add([method for method in closed_forms(features) if not (keep and method.maps_gallery)])
+        judge.add([method for method in first_candidates(features) if not (keep and method.maps_gallery)])
         if features.labels is not None and not keep:
             start = next(row.method for row in judge.ranked() if isinstance(row.method, SimplexJunction))
             judge.add([HOCRefined(start, steps=steps) for steps in STEPS])
@@ -265,8 +265,8 @@ def _select(
     return Selection(table[0], table, table[0].gain_interval.low > 0, judge.old, chain)
 
 
-def closed_forms(features: PairedFeatures) -> list[AdapterMethod]:
-    """The candidates that do not begin at another one's result."""
+def first_candidates(features: PairedFeatures) -> list[AdapterMethod]:
+    """Returns the default candidates that need no other candidate's score; Adam trains two of them."""
     smallest = min(features.width(i) for i in range(len(features.versions)))
     methods: list[AdapterMethod] = [
         Procrustes(),
@@ -282,12 +282,12 @@ def closed_forms(features: PairedFeatures) -> list[AdapterMethod]:
 
 @dataclass(frozen=True)
 class _Split:
-    """Row numbers of items.
+    """Rows of the items that are fitted and of those that are held out.
 
     Attributes:
-        fitted: of the fit.
-        kinds: for each kind of held-out queries, those of the queries and of the gallery that they search.  Kinds:
-            queries of held-out classes (without labels: held-out items), then queries of fitted classes.
+        fitted: rows that the methods are fitted on.
+        kinds: one pair (rows of queries, rows of their gallery) for each kind of held-out queries: first of held-out
+            classes, or of held-out items without labels; then of fitted classes, with labels only.
     """
 
     fitted: NDArray[np.int64]
@@ -328,12 +328,12 @@ def _splits(features: PairedFeatures, folds: int, seed: int, seen_fraction: floa
         )
 
 
-class _Asked:
-    """Held-out queries and the gallery that they search.
+class _HeldOut:
+    """Held-out queries of one kind, and the gallery that they search.
 
     Attributes:
-        own: [Q], the mean over all encoders but the oldest of what each finds in a gallery of its own.
-        alone: for each pair (new, old), the score [Q] of the old encoder alone.
+        own: [Q] float64, mean score over all encoders but the oldest, each in a gallery of its own.
+        alone: (new, old) -> [Q] float64, score of the old encoder in a gallery of its own.
     """
 
     def __init__(
@@ -363,9 +363,9 @@ class _Asked:
         self.own = np.mean(self._itself[1:], axis=0)
 
     def values(self, chain: Chain) -> tuple[Values, NDArray[np.float64]]:
-        """[Q] of each cell (new, old), new >= old: right or wrong, or the agreement with the new encoder's ranking.
+        """Returns (new, old) -> [Q] float64 hits, or agreement with the new encoder's own ranking, for new >= old.
 
-        Then [Q] mean agreement with the old encoder's own ranking over all pairs; nan with labels.
+        The second result is the [Q] mean agreement with the old encoder's own ranking over all pairs, nan with labels.
         """
         queries, galleries = (
             [rows if own is None else own(rows) for own, rows in zip(chain.own, given, strict=True)]
@@ -415,7 +415,7 @@ class _Fold:
             asking = features.versions[0].take(np.concatenate([asking for asking, _ in split.kinds])).hashes()
             sample = np.flatnonzero(~np.isin(features.sample[0].hashes(), asking))
         self.moments = Moments(features.take(split.fitted, sample), shrinkages)
-        self.kinds = {kind: _Asked(features, *split.kinds[kind], protocol) for kind in kinds}
+        self.kinds = {kind: _HeldOut(features, *split.kinds[kind], protocol) for kind in kinds}
 
 
 class _Judge:
@@ -429,19 +429,19 @@ class _Judge:
         self.table: list[Judged] = []
         self.labelled = folds[0].moments.features.labels is not None
         self._fractions = fractions
-        self._asked = [fold.kinds[kind] for kind in fractions for fold in folds]
+        self._held_out = [fold.kinds[kind] for kind in fractions for fold in folds]
         self._kind = np.concatenate([np.full(len(f.kinds[kind].own), kind) for kind in fractions for f in folds])
-        self._pairs = list(self._asked[0].alone)
+        self._pairs = list(self._held_out[0].alone)
         self._confidence = confidence
-        self._alone = {pair: np.concatenate([asked.alone[pair] for asked in self._asked]) for pair in self._pairs}
-        self._own = self._mean(np.concatenate([asked.own for asked in self._asked]))
+        self._alone = {pair: np.concatenate([held.alone[pair] for held in self._held_out]) for pair in self._pairs}
+        self._own = self._mean(np.concatenate([held.own for held in self._held_out]))
         rng = np.random.default_rng([seed, 1])
         weights = []
         for kind, fraction in fractions.items():
             queries = int((self._kind == kind).sum())
             drawn = rng.multinomial(queries, np.full(queries, 1 / queries), size=RESAMPLES)
             weights.append(fraction * (drawn / queries))
-        self._weights = np.concatenate(weights, axis=1)
+        self._weights = np.concatenate(weights, axis=1)  # [RESAMPLES, Q] of each resample, in the order of _kind
 
     @property
     def old(self) -> float:

@@ -224,7 +224,7 @@ def test_a_method_says_whether_stored_vectors_are_mapped(method) -> None:
 
 def test_stored_vectors_may_be_kept(monkeypatch) -> None:
     y, x, labels = world()
-    monkeypatch.setattr(select, "closed_forms", lambda _: [*QUICK, Ridge(), SimplexJunction()])
+    monkeypatch.setattr(select, "first_candidates", lambda _: [*QUICK, Ridge(), SimplexJunction()])
     monkeypatch.setattr(select, "STEPS", (1,))
     options = {"query_encoders": "both", "folds": 1}
     kept = select_adapter(y, x, labels, stored_vectors="keep", **options)

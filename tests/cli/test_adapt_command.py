@@ -31,11 +31,11 @@ def world(noise: float = 1.5) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 @pytest.fixture(autouse=True)
 def few_candidates(monkeypatch) -> None:
-    def closed_forms(features):
+    def first_candidates(features):
         junctions = [] if features.labels is None else [SimplexJunction()]
         return [Procrustes(), WhitenedProcrustes(0.3), *junctions]
 
-    monkeypatch.setattr(select, "closed_forms", closed_forms)
+    monkeypatch.setattr(select, "first_candidates", first_candidates)
     monkeypatch.setattr(select, "STEPS", (1,))
 
 
