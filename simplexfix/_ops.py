@@ -38,27 +38,12 @@ def cross_entropy(
     options = (normalize, scale, kind, size, weight, ignore_index, label_smoothing)
     arguments = (*first, *options, REDUCTIONS[reduction])
     if z.requires_grad and torch.is_grad_enabled():
-        if z.dtype == torch.float16 and reduction == "mean":
-            # The saved gradient must not include 1 / B: in float16 it would underflow before the backward pass
-            # multiplies it by GradScaler's scale.
-            summing = (*first, *options, REDUCTIONS["sum"])
-            total = _Loss.apply(z, polytope, summing, torch.float32)  # type: ignore[no-untyped-call]
-            return (total / _counted(target, weight, ignore_index)).to(dtype)  # type: ignore[no-any-return]
         return _Loss.apply(z, polytope, arguments, dtype)  # type: ignore[no-any-return, no-untyped-call]
     return _loss_operator(polytope)(z, *arguments, False, dtype)[0]  # type: ignore[no-any-return]
 
 
 def _loss_operator(polytope: str) -> Callable[..., Any]:
     return getattr(torch.ops.simplexfix, f"{polytope}_cross_entropy").default  # type: ignore[no-any-return]
-
-
-def _counted(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
-    """Denominator of a mean: the sum of the weights of all rows that are not ignored."""
-    counts = target != ignore_index
-    if weight is None:
-        return counts.sum()
-    slot = target.where(counts, 0).clamp(0, len(weight) - 1)  # on a GPU a target out of range has a nan loss
-    return weight[slot].where(counts, 0.0).sum()
 
 
 def simplex_logits(z: Tensor, normalize: bool, scale: float) -> Tensor:
@@ -115,8 +100,11 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, polytope: str, arguments: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
-        loss, gradient = _loss_operator(polytope)(z, *arguments, True, dtype)
-        ctx.save_for_backward(gradient)
+        loss, gradient, divisor = _loss_operator(polytope)(z, *arguments, True, dtype)
+        if len(divisor):  # the backward pass divides: csrc/ops/cross_entropy.h
+            ctx.save_for_backward(gradient, divisor)
+        else:
+            ctx.save_for_backward(gradient)
         return loss  # type: ignore[no-any-return]
 
     @staticmethod
@@ -124,10 +112,10 @@ class _Loss(torch.autograd.Function):
         # Usually upstream is the 1 of `loss.backward()`.  On the CPU this is checked, and the saved tensor itself is
         # returned.  Autograd copies it into a leaf's .grad, because the saved reference still exists.
         _refuse_second_derivative()
-        (gradient,) = ctx.saved_tensors
-        if not _is_one(upstream):
+        gradient, *divisor = ctx.saved_tensors
+        if divisor or not _is_one(upstream):
             upstream = upstream.to(accumulate_dtype(gradient.dtype))
-            gradient = torch.ops.simplexfix.scale_rows.default(gradient, upstream)
+            gradient = torch.ops.simplexfix.scale_rows.default(gradient, upstream, *divisor)
         return gradient, None, None, None
 
 
@@ -250,18 +238,20 @@ def _register_fakes() -> None:
         reduction: int,
         wants_gradient: bool,
         loss_dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         loss = z.new_empty([z.shape[0]] if reduction == REDUCTIONS["none"] else [], dtype=loss_dtype)
-        return loss, z.new_empty(z.shape if wants_gradient else [0])
+        divides_later = wants_gradient and z.dtype == torch.float16 and reduction == REDUCTIONS["mean"]
+        divisor = z.new_empty([int(divides_later)], dtype=torch.float64)
+        return loss, z.new_empty(z.shape if wants_gradient else [0]), divisor
 
-    def without_codes(z: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    def without_codes(z: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
         return of_codes(z, target, None, *options)  # type: ignore[no-any-return]
 
     fake("simplexfix::simplex_cross_entropy", without_codes)
     fake("simplexfix::orthoplex_cross_entropy", without_codes)
 
     @fake("simplexfix::scale_rows")
-    def _(gradient: Tensor, upstream: Tensor) -> Tensor:
+    def _(gradient: Tensor, upstream: Tensor, divisor: Tensor | None = None) -> Tensor:
         return gradient.new_empty(gradient.shape)
 
     @fake("simplexfix::simplex_logits")

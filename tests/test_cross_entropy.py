@@ -536,6 +536,14 @@ def test_float16_gradients_survive_a_gradient_scaler(weighted: bool) -> None:
     assert (gradient[others] == 0).double().mean() < 0.02
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("polytope", POLYTOPES)
+def test_a_mean_over_no_rows_is_nan_and_its_gradient_is_zero(polytope: str, dtype: torch.dtype) -> None:
+    loss, gradient = both(OPERATORS[polytope], features("normal", 3, 9, dtype=dtype), torch.full((3,), -100))
+    assert loss.isnan()
+    assert torch.equal(gradient, torch.zeros(3, 9, dtype=dtype))
+
+
 @pytest.mark.parametrize("polytope", POLYTOPES)
 @pytest.mark.parametrize("size", [1e-18, 1e-9, 1e9, 1e19])
 def test_a_rows_norm_may_be_anything_whose_square_float32_has(polytope: str, size: float) -> None:

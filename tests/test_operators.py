@@ -16,7 +16,7 @@ from simplexfix import _native
 
 
 def loss_samples():
-    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         for reduction in (0, 1, 2):
             for kind, weighted in ((0, False), (1, True), (2, False)):
                 z = features("normal", 5, 11, dtype=dtype)
@@ -71,6 +71,8 @@ def op_samples():
         yield pytest.param(ops.simplex_logits_backward.default, backward, id=f"logits-backward-{normalize}")
     yield pytest.param(ops.scale_rows.default, (torch.randn(4, 6), torch.randn(4)), id="scale-rows")
     yield pytest.param(ops.scale_rows.default, (torch.randn(4, 6), torch.randn(())), id="scale-all")
+    divided = torch.randn(4, 6).half(), torch.randn(()), torch.tensor([3.0], dtype=torch.float64)
+    yield pytest.param(ops.scale_rows.default, divided, id="scale-and-divide")
     for upstream in (None, torch.rand(4)):
         for to_anchors in (False, True):
             rows, classes = (torch.randn(4, 6), torch.randn(9, 6)), (torch.arange(4), torch.arange(9) // 2)

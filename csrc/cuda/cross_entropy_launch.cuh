@@ -80,7 +80,7 @@ const char* launch_cross_entropy(const CrossEntropyArgs& args, const typename Lo
                                            args.slots,
                                            args.ignore_index,
                                            round_options<A>(args.options),
-                                           args.reduction == Reduction::kMean,
+                                           args.reduction == Reduction::kMean && !args.divisor,
                                            constants};
   if (const char* error = launch_target_sums(args)) return error;
   if (args.rows > 0) {

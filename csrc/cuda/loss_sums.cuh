@@ -9,16 +9,17 @@
 namespace simplexfix::cuda {
 
 // Sums for the rows' kernels, in double and in a fixed order. Block 0 writes sums[0], the sum of the weights of all
-// targets that count (1 each without weights). A target out of range adds nothing: its row makes the loss nan. Block 1,
-// if launched, writes sums[1], the sum of the class weights.
+// targets that count (1 each without weights), and copies it to divisor, if given. A target out of range adds nothing:
+// its row makes the loss nan. Block 1, if launched, writes sums[1], the sum of the class weights.
 //
 // Memory:  8 bytes per row and, with weights, a gather. One block does it: at 10^6 rows this takes less than a tenth of
 //          the time of the rows themselves at d = 100 (estimated, not measured).
 constexpr int kReduceThreads = 512;
 
 template <typename A>
-__global__ void __launch_bounds__(kReduceThreads) target_sums(const int64_t* target, const A* weight, int64_t rows,
-                                                              int64_t slots, int64_t ignore_index, double* sums) {
+__global__ void __launch_bounds__(kReduceThreads)
+    target_sums(const int64_t* target, const A* weight, int64_t rows, int64_t slots, int64_t ignore_index, double* sums,
+                double* divisor) {
   SIMPLEXFIX_SHARED(s_partials, double[kReduceThreads / 32]);
   double sum = 0;
   if (blockIdx.x == 0) {
@@ -31,6 +32,7 @@ __global__ void __launch_bounds__(kReduceThreads) target_sums(const int64_t* tar
   }
   sum = reduce_team<kReduceThreads>(sum, s_partials);
   if (threadIdx.x == 0) sums[blockIdx.x] = sum;
+  if (threadIdx.x == 0 && blockIdx.x == 0 && divisor) *divisor = sum;
 }
 
 // loss = sum of row_loss, in double and in a fixed order, divided by sums[0] if sums is given. The mean over no rows is

@@ -1,6 +1,8 @@
-// simplexfix::scale_rows: multiplies a stored gradient by the upstream gradient.
+// simplexfix::scale_rows: multiplies a stored gradient by the upstream gradient, and divides it if the operator of the
+// loss left that to the backward pass.
 #include "common.h"
 
+#include "../core/cross_entropy.h"
 #include "../cpu/kernels.h"
 #ifdef SIMPLEXFIX_WITH_CUDA
 #include "../cuda/kernels.h"
@@ -11,11 +13,12 @@ namespace simplexfix {
 namespace {
 
 struct ScaleCall {
-  Tensor gradient, factor, out;  // [rows, cols]; one factor, or one per row
+  Tensor gradient, factor, out;   // [rows, cols]; one factor, or one per row
+  std::optional<Tensor> divisor;  // [1] double
   int64_t rows, cols, factor_stride;
 };
 
-ScaleCall check(const Tensor& gradient, const Tensor& upstream) {
+ScaleCall check(const Tensor& gradient, const Tensor& upstream, const std::optional<Tensor>& divisor) {
   check_rows(gradient, "gradient");
   const bool one = upstream.dim() == 0;
   SIMPLEXFIX_CHECK(one || (upstream.dim() == 1 && upstream.size(0) == gradient.size(0)),
@@ -24,20 +27,33 @@ ScaleCall check(const Tensor& gradient, const Tensor& upstream) {
                    torch::headeronly::toString(accumulate_type(gradient.scalar_type())), ", got ",
                    torch::headeronly::toString(upstream.scalar_type()));
   SIMPLEXFIX_CHECK(upstream.device() == gradient.device(), "upstream and gradient are on different devices");
+  if (divisor) {
+    SIMPLEXFIX_CHECK(one, "with a divisor upstream must be a scalar, got ", shape_of(upstream));
+    SIMPLEXFIX_CHECK(divisor->dim() == 1 && divisor->size(0) == 1 && divisor->scalar_type() == ScalarType::Double,
+                     "divisor must be one float64 number in shape [1], got ", shape_of(*divisor), " of ",
+                     torch::headeronly::toString(divisor->scalar_type()));
+    SIMPLEXFIX_CHECK(divisor->device() == gradient.device(), "divisor and gradient are on different devices");
+  }
   return {.gradient = as_contiguous(gradient),
           .factor = as_contiguous(upstream),
           .out = torch::stable::new_empty(gradient, {gradient.size(0), gradient.size(1)}),
+          .divisor = divisor,
           .rows = gradient.size(0),
           .cols = gradient.size(1),
           .factor_stride = one ? 0 : 1};
 }
 
-Tensor scale_rows_cpu(Tensor gradient, Tensor upstream) {
-  const ScaleCall call = check(gradient, upstream);
+Tensor scale_rows_cpu(Tensor gradient, Tensor upstream, std::optional<Tensor> divisor) {
+  const ScaleCall call = check(gradient, upstream, divisor);
   dispatch_floating(gradient.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     const T* in = data<T>(call.gradient);
     const auto* factor = data<accumulate_t<T>>(call.factor);
+    accumulate_t<T> divided;
+    if (call.divisor) {
+      divided = divide_upstream(*factor, *data<double>(*call.divisor));
+      factor = &divided;
+    }
     T* out = mutable_data<T>(call.out);
     const auto rows = cpu::kernels<T>().scale_rows;
     for_rows(call.rows, call.cols,
@@ -47,13 +63,13 @@ Tensor scale_rows_cpu(Tensor gradient, Tensor upstream) {
 }
 
 #ifdef SIMPLEXFIX_WITH_CUDA
-Tensor scale_rows_cuda(Tensor gradient, Tensor upstream) {
+Tensor scale_rows_cuda(Tensor gradient, Tensor upstream, std::optional<Tensor> divisor) {
   const torch::stable::accelerator::DeviceGuard guard(cuda_device(gradient, "gradient"));
-  const ScaleCall call = check(gradient, upstream);
+  const ScaleCall call = check(gradient, upstream, divisor);
   launch(gradient.get_device_index(), "scale_rows", [&](void* stream) {
     return cuda::scale_rows({call.gradient.const_data_ptr(), call.factor.const_data_ptr(), call.factor_stride,
-                             call.out.mutable_data_ptr(), call.rows, call.cols, cuda_dtype(gradient.scalar_type()),
-                             stream});
+                             call.divisor ? data<double>(*call.divisor) : nullptr, call.out.mutable_data_ptr(),
+                             call.rows, call.cols, cuda_dtype(gradient.scalar_type()), stream});
   });
   return call.out;
 }
@@ -62,7 +78,9 @@ Tensor scale_rows_cuda(Tensor gradient, Tensor upstream) {
 }  // namespace
 }  // namespace simplexfix
 
-STABLE_TORCH_LIBRARY_FRAGMENT(simplexfix, m) { m.def("scale_rows(Tensor gradient, Tensor upstream) -> Tensor"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(simplexfix, m) {
+  m.def("scale_rows(Tensor gradient, Tensor upstream, Tensor? divisor=None) -> Tensor");
+}
 STABLE_TORCH_LIBRARY_IMPL(simplexfix, CPU, m) { m.impl("scale_rows", SIMPLEXFIX_OPERATOR(scale_rows_cpu)); }
 #ifdef SIMPLEXFIX_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(simplexfix, CUDA, m) { m.impl("scale_rows", SIMPLEXFIX_OPERATOR(scale_rows_cuda)); }

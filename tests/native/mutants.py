@@ -142,6 +142,7 @@ MUTANTS = [
     Mutant("last logit", LOGITS, "T(factor * p.simplex.last * sums.z)", "T(factor * p.simplex.a * sums.z)", "logits"),
     Mutant("projection of the logits' gradient", LOGITS, "* inverse * inverse;", "* inverse;", "logits"),
     Mutant("one factor for all rows", SCALE, "p.factor[k * p.factor_stride]", "p.factor[0]", "scale_rows"),
+    Mutant("divisor left out", SCALE, "if (p.divisor) factor", "if (false) factor", "scale_rows"),
     # The contrast
     Mutant(
         "own candidate's derivative",

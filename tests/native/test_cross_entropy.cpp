@@ -44,6 +44,7 @@ struct Config {
   bool weighted;
   Reduction reduction;
   bool gradient;
+  bool divides_later = false;  // the gradient of a mean is that of the sum
 };
 using reference::MarginKind;
 const Config kConfigs[] = {
@@ -52,6 +53,7 @@ const Config kConfigs[] = {
     {"weights", {false, 2.5, MarginKind::kNone, 0, 0}, true, Reduction::kSum, true},
     {"weights+smoothing", {false, 1, MarginKind::kNone, 0, 0.2}, true, Reduction::kMean, true},
     {"normalize", {true, 16, MarginKind::kNone, 0, 0}, false, Reduction::kMean, true},
+    {"weights, divides later", {true, 9, MarginKind::kNone, 0, 0.1}, true, Reduction::kMean, true, true},
     {"cosine margin", {true, 30, MarginKind::kCosine, 0.35, 0.1}, false, Reduction::kNone, true},
     {"angular margin+weights", {true, 10, MarginKind::kAngular, 0.5, 0.1}, true, Reduction::kSum, true},
     {"loss alone", {true, 4, MarginKind::kNone, 0, 1.0}, true, Reduction::kNone, false},
@@ -73,7 +75,7 @@ struct Call {
   Buffer<T> z, gradient;
   Buffer<int64_t> target;
   Buffer<A> weight, row_loss, loss;
-  Buffer<double> workspace;
+  Buffer<double> divisor, workspace;
 
   Call(const Shape& s, int64_t slots)
       : shape(s),
@@ -84,6 +86,7 @@ struct Call {
         weight(slots, 0),
         row_loss(s.rows, 0),
         loss(1, 0),
+        divisor(1, 0),
         workspace(simplexfix::cuda::cross_entropy_workspace(s.rows, s.d, dtype_of<T>()), 0) {}
 
   const T* row(int64_t b) { return z.data() + b * shape.stride; }
@@ -132,6 +135,7 @@ void run(const Config& config, bool spoiled, Call<T>* call) {
                  call->row_loss.data(),
                  config.reduction == Reduction::kNone ? call->row_loss.data() : call->loss.data(),
                  config.gradient ? call->gradient.data() : nullptr,
+                 config.divides_later ? call->divisor.data() : nullptr,
                  call->workspace.data(),
                  s.rows,
                  s.d,
@@ -170,6 +174,8 @@ void check(const Config& config, const Shape& s, bool spoiled) {
   const bool mean = config.reduction == Reduction::kMean;
   if (mean && !(std::fabs(call.workspace[0] - counted) <= 1e-12 * counted))
     failed("%s: counted weight %.17g, truth %.17g", name, call.workspace[0], counted);
+  if (config.divides_later && call.divisor[0] != call.workspace[0])
+    failed("%s: divisor %.17g, counted weight %.17g", name, call.divisor[0], call.workspace[0]);
 
   long double sum = 0;
   double sum_allowed = 0;
@@ -201,7 +207,7 @@ void check(const Config& config, const Shape& s, bool spoiled) {
     sum += truth.loss;
     sum_allowed += allowed;
     if (!config.gradient) continue;
-    const long double upstream = mean ? 1.0L / counted : 1.0L;
+    const long double upstream = mean && !config.divides_later ? 1.0L / counted : 1.0L;
     for (auto& v : truth.gradient) v *= upstream;
     for (auto& v : naive.gradient) v *= A(upstream);
     const double slack = 2 * largest_difference(naive.gradient, truth.gradient) +
@@ -222,7 +228,8 @@ void check(const Config& config, const Shape& s, bool spoiled) {
       failed("%s: loss %.9g, truth %.9g, allowed error %g", name, ours, want, allowed);
   }
   if (!call.gradient.surroundings_untouched() || !call.row_loss.surroundings_untouched() ||
-      !call.loss.surroundings_untouched() || !call.workspace.surroundings_untouched())
+      !call.loss.surroundings_untouched() || !call.divisor.surroundings_untouched() ||
+      !call.workspace.surroundings_untouched())
     failed("%s: wrote outside its results", name);
 }
 
@@ -266,6 +273,7 @@ void check_coded_cube(int64_t rows, int64_t d, bool normalize, int offset) {
                                             call.row_loss.data(),
                                             call.row_loss.data(),
                                             call.gradient.data(),
+                                            nullptr,
                                             call.workspace.data(),
                                             rows,
                                             d,
@@ -335,7 +343,7 @@ void all_of(bool small) {
   for (int64_t d : {int64_t(9), int64_t(1023), lengths<T>(small).back()}) {
     if ((small || std::is_same_v<P, CubeCase>) && d > 9) continue;
     check_place<P, T>(kConfigs[1], d);
-    if (!std::is_same_v<P, CubeCase>) check_place<P, T>(kConfigs[6], d);
+    if (!std::is_same_v<P, CubeCase>) check_place<P, T>(kConfigs[7], d);
   }
 }
 

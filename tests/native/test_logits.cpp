@@ -70,7 +70,7 @@ void check_logits(int64_t rows, int64_t d, int64_t stride, int offset, bool norm
 }
 
 template <typename T>
-void check_scale(int64_t rows, int64_t cols, int offset, bool by_row, bool ones) {
+void check_scale(int64_t rows, int64_t cols, int offset, bool by_row, bool ones, double divisor = 1) {
   using A = accumulate_t<T>;
   ++g_cases;
   Buffer<T> in(rows * cols, offset), out(rows * cols, offset % 2);
@@ -79,11 +79,13 @@ void check_scale(int64_t rows, int64_t cols, int offset, bool by_row, bool ones)
   if (in.size() > 2) in[in.size() / 2] = T(-0.f);
   std::mt19937 random(unsigned(rows) + 3);
   for (int64_t i = 0; i < factor.size(); ++i) factor[i] = ones ? A(1) : A(float(random() % 4096) / 1000);
-  if (const char* error = simplexfix::cuda::scale_rows(
-          {in.data(), factor.data(), by_row ? 1 : 0, out.data(), rows, cols, dtype_of<T>(), nullptr}))
+  if (const char* error =
+          simplexfix::cuda::scale_rows({in.data(), factor.data(), by_row ? 1 : 0, divisor == 1 ? nullptr : &divisor,
+                                        out.data(), rows, cols, dtype_of<T>(), nullptr}))
     failed("launch: %s", error);
   for (int64_t i = 0; i < in.size(); ++i) {
-    const T want = T(A(in[i]) * factor[by_row ? i / cols : 0]);
+    const A upstream = factor[by_row ? i / cols : 0];
+    const T want = T(A(in[i]) * (divisor == 0 ? upstream : A(double(upstream) / divisor)));
     if (std::memcmp(&out[i], ones ? &in[i] : &want, sizeof(T)))
       failed("scale_rows<%s> %lld x %lld, offset %d%s: [%lld] = %.9g, want %.9g", Format<T>::kName, (long long)rows,
              (long long)cols, offset, by_row ? ", by row" : "", (long long)i, value_of(out[i]), value_of(want));
@@ -113,6 +115,8 @@ void scale_of(bool small) {
       check_scale<T>(5, cols, offset, false, offset == 2);
     }
   check_scale<T>(0, 4, 0, true, false);
+  check_scale<T>(5, 33, 1, false, false, 48.5);
+  check_scale<T>(5, 33, 1, false, false, 0);  // no row counts
 }
 }  // namespace
 
