@@ -1,16 +1,22 @@
-"""How CosineIndex grows: time per row of an addition and of a search, and bytes per row, as rows become more.
+"""How CosineIndex grows: times per row, bytes per row, and the memory and throughput of the largest size.
 
 python benchmarks/growth.py [--rows 500000 1000000 ...] [--d 64] [--dtype float32] [--threads N] [--out FILE]
 
-One index grows from size to size; linear growth is the same time per row in each line.
+One index grows from size to size; linear growth is the same time per row in each line.  At the last size a tenth of the
+rows is removed and added again, and the index is saved and loaded: the process's memory at its highest, less its memory
+before, is compared with the index.  Then threads search, one query per call.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import tempfile
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from measure import machine_card
@@ -18,9 +24,50 @@ from measure import machine_card
 from simplexfix import CosineIndex
 
 QUERIES, K, PIECE = 100, 10, 100_000
+STATUS = Path("/proc/self/status")
 
 
-def seconds(call: object, repeats: int) -> float:
+def memory(field: str) -> float:
+    """Returns VmRSS, the process's memory, or VmHWM, its highest since `forget_peak`, in MiB."""
+    (line,) = (line for line in STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
+    return int(line.split()[1]) / 1024
+
+
+def forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def timed(name: str, call: Callable[[], Any]) -> dict[str, Any]:
+    """Runs a call once: its seconds, and how far the process's memory rose meanwhile, in MiB."""
+    forget_peak()
+    before, start = memory("VmRSS"), time.perf_counter()
+    call()
+    row = {"call": name, "seconds": time.perf_counter() - start, "rose": memory("VmHWM") - before}
+    print("{:28} {:8.1f} s, memory rose by {:6.0f} MiB".format(*row.values()), flush=True)
+    return row
+
+
+def throughput(index: CosineIndex, query: np.ndarray, clients: int, duration: float) -> float:
+    """Returns the searches per second of threads that search one query after the other."""
+    done = [0] * clients
+    end = time.perf_counter() + duration
+
+    def search(client: int) -> None:
+        while time.perf_counter() < end:
+            at = done[client] % len(query)
+            index.search(query[at : at + 1], K)
+            done[client] += 1
+
+    threads = [threading.Thread(target=search, args=(client,)) for client in range(clients)]
+    start = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sum(done) / (time.perf_counter() - start)
+
+
+def seconds(call: Callable[[], Any], repeats: int) -> float:
     """Returns the minimum of several measurements: on a shared machine noise only adds time."""
     times = []
     for _ in range(repeats):
@@ -36,6 +83,7 @@ def main() -> None:
     parser.add_argument("--d", type=int, default=64)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 2, 4, 8], help="threads that search at once")
     parser.add_argument("--out", type=Path, help="write the results as JSON too")
     arguments = parser.parse_args()
     rng = np.random.default_rng(0)
@@ -63,8 +111,23 @@ def main() -> None:
         }
         results.append(row)
         print("{:10} {:8.1f} {:8.3f} {:8.4f} {:8.1f} {:8.3f}".format(*row.values()), flush=True)
+    tenth = rng.permutation(len(index))[: len(index) // 10]
+    vectors = index.vectors(tenth[:PIECE])
+    print(f"the index: {index.nbytes / 2**20:.0f} MiB, the process: {memory('VmRSS'):.0f} MiB")
+    calls = [timed(f"remove {len(tenth)} rows", lambda: index.remove(tenth))]
+    calls.append(timed(f"add {len(vectors)} of them again", lambda: index.add(vectors, tenth[:PIECE])))
+    with tempfile.TemporaryDirectory() as folder:
+        calls.append(timed("save", lambda: index.save(Path(folder, "index"))))
+        loaded: list[CosineIndex] = []
+        calls.append(timed("load", lambda: loaded.append(CosineIndex.load(Path(folder, "index")))))
+        loaded.clear()
+    rates = {}
+    for clients in arguments.clients:
+        rates[clients] = throughput(index, query, clients, 5.0)
+        print(f"{clients} client threads: {rates[clients]:.1f} searches of one query per second", flush=True)
     if arguments.out:
-        arguments.out.write_text(json.dumps({"machine": machine_card(), "growth": results}, indent=1) + "\n")
+        content = {"machine": machine_card(), "growth": results, "calls": calls, "searches per second": rates}
+        arguments.out.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -107,7 +107,8 @@ std::tuple<Tensor, Tensor> cosine_topk_cpu(Tensor query, Tensor gallery, int64_t
 }
 
 #ifdef SIMPLEXFIX_WITH_CUDA
-// Rows with nan or inf are not rejected here: the host would have to synchronize with the device (docs/design/numerics.md).
+// Rows with nan or inf are not rejected here: the host would have to synchronize with the device
+// (docs/design/numerics.md).
 std::tuple<Tensor, Tensor> cosine_topk_cuda(Tensor query, Tensor gallery, int64_t k) {
   const torch::stable::accelerator::DeviceGuard guard(cuda_device(query, "query"));
   check(query, gallery, k);
