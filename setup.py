@@ -109,23 +109,24 @@ class NinjaBuildExt(build_ext):
             raise SystemExit(f"the C++ compiler {cxx} was not found. {REMEDY}")
         archs, arch_flags = cuda_targets(nvcc) if nvcc else ("", [])
         out = Path(self.get_ext_fullpath(ext.name)).resolve()
-        # This folder is kept, so that the next build compiles only changed files.
-        tmp = ROOT / "build" / f"ninja-{sys.implementation.cache_tag}"
+        # This folder is kept, so that the next build compiles only changed files; one for another Python, the module.
+        tmp = ROOT / "build" / f"ninja-{self.plat_name}"
         out.parent.mkdir(parents=True, exist_ok=True)
         tmp.mkdir(parents=True, exist_ok=True)
 
         host = ["-fPIC", "-fvisibility=hidden"]
         cxx_cmd = [*shlex.split(cxx), "-std=c++20", "-O3", *host, "-Wall", "-Wextra", "-Wno-psabi"]
-        cxx_cmd += [
-            "-DTORCH_TARGET_VERSION=0x{:02x}{:02x}000000000000".format(*MIN_TORCH),
+        cxx_cmd += ["-DTORCH_TARGET_VERSION=0x{:02x}{:02x}000000000000".format(*MIN_TORCH)]
+        cxx_cmd += ["-DSIMPLEXFIX_WITH_CUDA"] if nvcc else []
+        # Only the module depends on the Python.  It uses no header of torch, which brings an older pybind11.
+        module_cmd = [
+            *cxx_cmd,
             '-DSIMPLEXFIX_BUILD_TORCH="{}.{}"'.format(*version),
             f'-DSIMPLEXFIX_VERSION="{self.distribution.get_version()}"',
             f'-DSIMPLEXFIX_CUDA_ARCHS="{archs}"',
-            *(["-DSIMPLEXFIX_WITH_CUDA"] if nvcc else []),
+            *("-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")),
         ]
-        # torch comes last: it contains an older pybind11
-        for path in (pybind11.get_include(), sysconfig.get_path("include"), torch / "include"):
-            cxx_cmd += ["-isystem", path]
+        cxx_cmd += ["-isystem", torch / "include"]
         # The .cu files include no torch header.  That halves the compile time and allows an older C++ standard.
         nvcc_cmd = [nvcc, "-std=c++17", "-O3", "-ccbin", cxx, *arch_flags, "-Xcompiler", ",".join(host)]
         nvcc_cmd += ["-Xfatbin", "-compress-all"]
@@ -140,7 +141,8 @@ class NinjaBuildExt(build_ext):
 
         with open(tmp / "build.ninja", "w") as file:
             writer = Writer(file, width=10**6)
-            writer.rule("cxx", shell(cxx_cmd) + " -MMD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
+            for rule, command in (("module", module_cmd), ("cxx", cxx_cmd)):
+                writer.rule(rule, shell(command) + " -MMD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
             if nvcc:
                 writer.rule("cu", shell(nvcc_cmd) + " -MD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
             writer.rule("link", shell(link_cmd) + " $in " + shell(link_args) + " -o $out")
@@ -148,8 +150,11 @@ class NinjaBuildExt(build_ext):
             for source in ext.sources:
                 if source.startswith("csrc/cuda/") and not nvcc:
                     continue
-                objects.append(escape_path(str(tmp / (source.replace("/", "_") + ".o"))))
-                writer.build(objects[-1], "cu" if source.endswith(".cu") else "cxx", escape_path(str(ROOT / source)))
+                name, rule = source.replace("/", "_"), "cu" if source.endswith(".cu") else "cxx"
+                if source == "csrc/module.cpp":
+                    name, rule = f"{sys.implementation.cache_tag}_{name}", "module"
+                objects.append(escape_path(str(tmp / f"{name}.o")))
+                writer.build(objects[-1], rule, escape_path(str(ROOT / source)))
             writer.build(escape_path(str(out)), "link", objects)
         try:
             subprocess.check_call([Path(ninja.BIN_DIR) / "ninja", "-C", tmp])

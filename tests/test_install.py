@@ -8,6 +8,7 @@ import subprocess
 import sys
 import sysconfig
 import venv
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,11 @@ def quick_compiler(folder: Path) -> str:
 def test_sdist_to_wheel_to_fresh_environment(sdist: Path, tmp_path: Path) -> None:
     wheel = build(sdist, tmp_path / "wheel", SIMPLEXFIX_CUDA="0", CXX=quick_compiler(tmp_path))
     assert "none-any" not in wheel.name
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if ".dist-info/" not in name]
+    files = (path.relative_to(ROOT) for path in (ROOT / "simplexfix").rglob("*") if path.is_file())
+    of_source = {path.as_posix() for path in files if path.suffix not in (".so", ".pyc")}
+    assert set(names) == {*of_source, f"simplexfix/_C{sysconfig.get_config_var('EXT_SUFFIX')}"}
     python = fresh_environment(tmp_path / "env", wheel)
     said = run(python, "-c", USE_EVERYTHING).splitlines()
     assert said[0] == "[0, 1, 2, 3] "  # CPU kernels are present, CUDA kernels are not
