@@ -59,11 +59,18 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Assigns whole files to processes, so that module fixtures run once, in the order of the collection."""
+    """Assigns whole files to processes, so that module fixtures run once, in the order of the collection.
+
+    All tests of the Milvus server are one file more: it takes 15 seconds to start, and its tests mostly wait for it.
+    """
     from xdist.scheduler import LoadFileScheduling
 
+    class Files(LoadFileScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            return "milvus-server" if "[milvus-server" in nodeid else str(super()._split_scope(nodeid))
+
     config.option.loadscopereorder = False  # it would start the files with the fewest tests last
-    return LoadFileScheduling(config, log)
+    return Files(config, log)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -16,13 +16,14 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from processes import free_port
+from processes import free_ports
 
 from simplexfix import SimplexHead, SlotRegistry
 from simplexfix.compatibility import GateResult, upgrade_gate
@@ -103,18 +104,36 @@ def _the_milvus_server() -> MilvusServer:
 
 
 MILVUS_SERVER = Path(sys.executable).with_name("milvus-server")
+PORTS = (
+    "root-coord", "proxy-internal", "query-coord", "query-node", "index-coord", "index-node", "data-coord", "data-node",
+)  # fmt: skip
 
 
 class MilvusServer:
     """A real server on loopback, which can be killed and started again; its clocks tick faster than by default.
 
-    It takes 450 MB of disk, 300 MB of memory and about 15 seconds of CPU time to start.
+    It takes 450 MB of disk, 300 MB of memory and about 15 seconds of CPU time to start.  All its ports are free ones:
+    with the default ones of etcd a second server on the machine does not start.
     """
 
     def __init__(self) -> None:
         self._folder = tempfile.mkdtemp(prefix="simplexfix-milvus-")
-        self._port = free_port()
-        self.url = f"http://127.0.0.1:{self._port}"
+        proxy, client, peer, *others = free_ports(3 + len(PORTS))
+        self.url = f"http://127.0.0.1:{proxy}"
+        self._options = ["--data", self._folder, "--proxy-port", str(proxy)]
+        for name, port in zip(PORTS, others, strict=True):
+            self._options += [f"--{name}-port", str(port)]
+        for setting in ("proxy.timeTickInterval=20", "queryCoord.distPullInterval=50"):
+            self._options += ["--extra-config", setting]
+        etcd = Path(self._folder, "etcd.yaml")
+        etcd.write_text(
+            f"name: default\ninitial-cluster: default=http://127.0.0.1:{peer}\n"
+            f"listen-client-urls: http://127.0.0.1:{client}\nadvertise-client-urls: http://127.0.0.1:{client}\n"
+            f"listen-peer-urls: http://127.0.0.1:{peer}\ninitial-advertise-peer-urls: http://127.0.0.1:{peer}\n"
+        )
+        # `--extra-config` changes only settings that its file has already
+        checks = {"QUERYCOORD_CHECKCHANNELINTERVAL": "50", "QUERYCOORD_CHECKSEGMENTINTERVAL": "50"}
+        self._environment = {**os.environ, **checks, "ETCD_CONFIG_PATH": str(etcd)}
         self._process: subprocess.Popen[bytes] | None = None
         owner = os.getpid()
         atexit.register(lambda: os.getpid() == owner and (self.kill(), shutil.rmtree(self._folder, ignore_errors=True)))
@@ -125,10 +144,11 @@ class MilvusServer:
         return self._process is not None
 
     def start(self) -> None:
-        faster = ("proxy.timeTickInterval=20", "queryCoord.checkInterval=50", "queryCoord.distPullInterval=50")
-        options = [option for setting in faster for option in ("--extra-config", setting)]
+        # the shell kills the server when this process ends, however it ends
         self._process = subprocess.Popen(
-            [str(MILVUS_SERVER), "--data", self._folder, "--proxy-port", str(self._port), *options],
+            ["sh", "-c", '("$@"; kill -KILL 0) & read _; kill -KILL 0', "sh", str(MILVUS_SERVER), *self._options],
+            env=self._environment,
+            stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
@@ -153,7 +173,8 @@ class MilvusServer:
 
     def kill(self) -> None:
         if self._process is not None:
-            os.killpg(self._process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it has ended
+                os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             self._process = None
 
@@ -162,9 +183,8 @@ STORES: dict[str, Callable[[Path], str]] = {
     "folder": folder_url,
     "postgresql": postgresql_url,
     "milvus-lite": milvus_lite_url,
+    "milvus-server": milvus_server_url,  # tests/conftest.py runs all of its tests in one process
 }
-if os.environ.get("SIMPLEXFIX_MILVUS_SERVER"):  # a collection takes seconds there, all tests minutes
-    STORES["milvus-server"] = milvus_server_url
 
 
 @pytest.fixture(params=list(STORES))

@@ -541,6 +541,27 @@ def test_a_second_process_sees_what_was_committed(url: str, gallery: Gallery) ->
     assert other.search(vectors([60]), 1, model=A).versions == 0
 
 
+def test_a_status_is_of_one_moment(url: str, gallery: Gallery, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process rolls back after the first read of the store."""
+    upgraded(gallery, IDS)
+    other, rolled_back = Gallery.open(url), []
+
+    def then_roll_back(call: Callable[[], object]) -> object:
+        found = call()
+        if not rolled_back:
+            rolled_back.append(other.rollback())
+        return found
+
+    for name in ("state", "history", "overview"):
+        read = getattr(gallery._store, name)
+        monkeypatch.setattr(gallery._store, name, lambda read=read: then_roll_back(read))
+    status = gallery.status()
+    assert rolled_back
+    assert (status["serving"], status["stale"]) == (1, 0)
+    assert [version["old_rows"] for version in status["versions"]] == [40, 0]
+    assert gallery.status()["serving"] == 0
+
+
 def test_threads_find_every_row_while_others_replace_and_roll_back(gallery: Gallery) -> None:
     upgraded(gallery)
     stop, missed, searches = threading.Event(), [], [0]
@@ -638,43 +659,43 @@ def test_a_model_is_checked_again_where_the_rows_are_written(gallery: Gallery, m
 # 6. what cannot be used is refused before anything is sent
 
 
-@pytest.mark.parametrize(
-    ("changes", "kind", "message"),
-    [
-        ({"vectors": np.full((2, DIM), np.nan, "f")}, ValueError, "vectors row 0 holds nan or inf"),
-        ({"vectors": np.array([[1.0] * DIM, [np.inf] * DIM])}, ValueError, "vectors row 1 holds nan or inf"),
-        ({"vectors": np.full((2, DIM), 1e39)}, ValueError, "vectors row 0 holds a number past float32's range"),
-        ({"vectors": np.ones((2, 7), "f")}, ValueError, "vectors must have 33 columns, as version 0 makes them, got 7"),
-        ({"vectors": np.ones((3, DIM), "f")}, ValueError, "vectors has 3 rows, ids has shape"),
-        ({"vectors": np.ones((2, DIM), int)}, TypeError, "vectors must be float32, float64 or float16, got int64"),
-        ({"vectors": [1.0]}, TypeError, "vectors must be a torch.Tensor or a NumPy array, got list"),
-        ({"ids": [50, 50]}, ValueError, "ids must hold each id once, got 50 in rows 0 and 1"),
-        ({"ids": [50, -1]}, ValueError, r"ids must lie between 0 and 2\^63 - 2, got -1"),
-        ({"ids": [50, 2**63 - 1]}, ValueError, r"ids must lie between 0 and 2\^63 - 2, got 9223372036854775807"),
-        ({"ids": [50, 51.5]}, TypeError, "ids must be integers, got float64"),
-        ({"ids": ["a", "b"]}, TypeError, "ids must be integers, got text"),
-        ({"payload": [{}]}, ValueError, "vectors has 2 rows, payload has 1"),
-        ({"payload": "ab"}, TypeError, "payload must be a list of mappings, or a mapping of columns, got str"),
-        ({"payload": [{}, 3]}, TypeError, "payload row 1 must be a mapping or None, got int"),
-        ({"payload": [{1: 2}, {}]}, TypeError, "payload row 0 has the key 1, keys must be strings"),
-        ({"payload": [{}, {"version": 2}]}, ValueError, "payload row 1 has the key 'version', which the gallery its"),
-        ({"payload": {"id": [1, 2]}}, ValueError, "payload row 0 has the key 'id'"),
-        ({"payload": {"a": [1]}}, ValueError, "vectors has 2 rows, column 'a' of payload has 1"),
-        ({"payload": [{}, {"a": float("nan")}]}, ValueError, "payload row 1 is no JSON object"),
-        ({"payload": [{"a": {1, 2}}, {}]}, ValueError, "payload row 0 is no JSON object"),
-        ({"payload": [{}, {"a": "\ud800"}]}, ValueError, "payload row 1 is no JSON object"),
-    ],
-)
-def test_bad_rows_are_refused_and_nothing_is_added(gallery: Gallery, changes, kind, message: str) -> None:
-    before = facts(gallery)
-    arguments = {"ids": [50, 51], "vectors": vectors([50, 51]), "payload": None, **changes}
-    with pytest.raises(kind, match=message):
-        gallery.add(arguments["ids"], arguments["vectors"], model=A, payload=arguments["payload"])
-    if "ids" not in changes:
-        arguments["ids"] = [0, 1]
+BAD_ROWS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"vectors": np.full((2, DIM), np.nan, "f")}, ValueError, "vectors row 0 holds nan or inf"),
+    ({"vectors": np.array([[1.0] * DIM, [np.inf] * DIM])}, ValueError, "vectors row 1 holds nan or inf"),
+    ({"vectors": np.full((2, DIM), 1e39)}, ValueError, "vectors row 0 holds a number past float32's range"),
+    ({"vectors": np.ones((2, 7), "f")}, ValueError, "vectors must have 33 columns, as version 0 makes them, got 7"),
+    ({"vectors": np.ones((3, DIM), "f")}, ValueError, "vectors has 3 rows, ids has shape"),
+    ({"vectors": np.ones((2, DIM), int)}, TypeError, "vectors must be float32, float64 or float16, got int64"),
+    ({"vectors": [1.0]}, TypeError, "vectors must be a torch.Tensor or a NumPy array, got list"),
+    ({"ids": [50, 50]}, ValueError, "ids must hold each id once, got 50 in rows 0 and 1"),
+    ({"ids": [50, -1]}, ValueError, r"ids must lie between 0 and 2\^63 - 2, got -1"),
+    ({"ids": [50, 2**63 - 1]}, ValueError, r"ids must lie between 0 and 2\^63 - 2, got 9223372036854775807"),
+    ({"ids": [50, 51.5]}, TypeError, "ids must be integers, got float64"),
+    ({"ids": ["a", "b"]}, TypeError, "ids must be integers, got text"),
+    ({"payload": [{}]}, ValueError, "vectors has 2 rows, payload has 1"),
+    ({"payload": "ab"}, TypeError, "payload must be a list of mappings, or a mapping of columns, got str"),
+    ({"payload": [{}, 3]}, TypeError, "payload row 1 must be a mapping or None, got int"),
+    ({"payload": [{1: 2}, {}]}, TypeError, "payload row 0 has the key 1, keys must be strings"),
+    ({"payload": [{}, {"version": 2}]}, ValueError, "payload row 1 has the key 'version', which the gallery its"),
+    ({"payload": {"id": [1, 2]}}, ValueError, "payload row 0 has the key 'id'"),
+    ({"payload": {"a": [1]}}, ValueError, "vectors has 2 rows, column 'a' of payload has 1"),
+    ({"payload": [{}, {"a": float("nan")}]}, ValueError, "payload row 1 is no JSON object"),
+    ({"payload": [{"a": {1, 2}}, {}]}, ValueError, "payload row 0 is no JSON object"),
+    ({"payload": [{}, {"a": "\ud800"}]}, ValueError, "payload row 1 is no JSON object"),
+]
+
+
+def test_bad_rows_are_refused_and_nothing_is_added(gallery: Gallery) -> None:
+    before, good = facts(gallery), {"ids": [50, 51], "vectors": vectors([50, 51]), "payload": None}
+    for changes, kind, message in BAD_ROWS:
+        given = {**good, **changes}
+        with pytest.raises(kind, match=message):
+            gallery.add(given["ids"], given["vectors"], model=A, payload=given["payload"])
     upgraded(gallery)
-    with pytest.raises(kind, match=message.replace("version 0", "version 1")):
-        gallery.replace(arguments["ids"], arguments["vectors"], model=B, payload=arguments["payload"])
+    for changes, kind, message in BAD_ROWS:
+        given = {**good, "ids": [0, 1], **changes}
+        with pytest.raises(kind, match=message.replace("version 0", "version 1")):
+            gallery.replace(given["ids"], given["vectors"], model=B, payload=given["payload"])
     assert facts(gallery) == before
 
 

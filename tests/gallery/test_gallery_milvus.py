@@ -1,8 +1,4 @@
-"""Galleries in Milvus: tests of Milvus Lite beyond the contract, and parts of the contract on a real server.
-
-`SIMPLEXFIX_MILVUS_SERVER=1 pytest tests/gallery` runs all of it on a server, which takes minutes: a server takes
-seconds to load a new collection.  The url of a running server may stand in place of 1.
-"""
+"""Galleries in Milvus beyond the contract: Milvus Lite, and a life on a real server, which is killed meanwhile."""
 
 from __future__ import annotations
 
@@ -230,6 +226,36 @@ def test_a_version_between_two_others_is_retired_after_the_older_one(gallery: Ga
 # search
 
 
+def test_a_writer_of_a_file_finds_rows_by_key_also_after_others_have_written(lite: str, gallery: Gallery, monkeypatch):
+    """Milvus Lite gathers all vectors of a version to find rows by another field."""
+    other = Gallery.open(lite)
+    gallery.admit(B, gate_of(A, B))
+    assert gallery.replace(IDS[:10], vectors(IDS[:10], 1), model=B) == 10
+    asked: list[str] = []
+    query = _milvus_client.Connection.query
+    monkeypatch.setattr(
+        _milvus_client.Connection,
+        "query",
+        lambda connection, name, where, *rest: (asked.append(where), query(connection, name, where, *rest))[1],
+    )
+    gallery.add([50], vectors([50], 1), model=B)
+    assert gallery.replace(IDS[5:20], vectors(IDS[5:20], 1), model=B) == 10
+    assert all(where.startswith("key in") for where in asked)
+    other.remove([30])
+    other.replace(IDS[20:25], vectors(IDS[20:25], 1), model=B)
+    with pytest.raises(KeyError, match="id 30 "):
+        gallery.replace([29, 30], vectors([29, 30], 1), model=B)
+    with pytest.raises(ValueError, match="id 50 is in the gallery"):
+        other.add([30, 50], vectors([30, 50], 1), model=B)
+    gallery.add([30], vectors([30], 1), model=B)
+    assert gallery.replace(IDS[20:30], vectors(IDS[20:30], 1), model=B) == 5
+    gallery.rollback()
+    assert sorted(next(gallery.stale(batch=99)).tolist()) == [30, 50]
+    gallery.admit(B, force="again")
+    assert gallery.replace(IDS, vectors(IDS, 1), model=B) == 39
+    assert gallery.status()["stale"] == 0
+
+
 def test_leases_end_at_once_although_a_deletion_has_no_stamp(gallery: Gallery, monkeypatch) -> None:
     gallery.admit(B, gate_of(A, B))
     worker = gallery.stale(batch=40)
@@ -352,7 +378,7 @@ def test_places_without_a_gallery(tmp_path: Path, lite: str, gallery: Gallery) -
 # a real server
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(params=["milvus-server"])
 def server():
     return milvus_server()
 

@@ -24,6 +24,9 @@ class Snapshots:
         self.connection, self.register, self.gallery = connection, register, gallery
         self.meta = Meta(connection, gallery)
         self.loaded: set[str] = set()  # collections that exist and can be searched
+        # Of a file: a change, and by id version and key of each row in the gallery then, for the one who has the turn.
+        # Milvus Lite finds a row by its key at once; to find it by its id it gathers all vectors of a version.
+        self.places: tuple[int, dict[int, tuple[int, int]]] | None = None
         self._record: Record | None = None  # the last one, cached
         self._state: tuple[int, State] | None = None  # the last one, cached, and its change
 
@@ -117,6 +120,12 @@ class Snapshot:
         where = self.record.live(version)
         return [row["id"] for row in self.connection.query(self.rows_of(version), where, ["id"], self.stamp)]
 
+    def keys_of(self, version: int) -> dict[int, int]:
+        """By id, the keys of all rows of a version that are in the gallery."""
+        where = self.record.live(version)
+        found = self.connection.query(self.rows_of(version), where, ["id", "key"], self.stamp)
+        return {row["id"]: row["key"] for row in found}
+
     def rows(self, ids: list[int] | None) -> Iterator[tuple[int, list[dict[str, Any]]]]:
         """By version, whole rows that are in the gallery: of these ids, or all."""
         for version in self.record.rows:
@@ -124,5 +133,9 @@ class Snapshot:
             yield version, self.fetch(version, wanted, self.record.live(version))
 
     def fetch(self, version: int, ids: Sequence[int], where: str) -> list[dict[str, Any]]:
-        """Whole rows of a version."""
+        """Whole rows of a version, by id."""
         return self.connection.query_in(self.rows_of(version), "id", ids, where, [*LIVES, "vector"], self.stamp, 1024)
+
+    def fetch_keys(self, version: int, keys: Sequence[int]) -> list[dict[str, Any]]:
+        """Whole rows of a version, by key, whether or not they are in the gallery."""
+        return self.connection.query_in(self.rows_of(version), "key", keys, "", [*LIVES, "vector"], self.stamp, 1024)

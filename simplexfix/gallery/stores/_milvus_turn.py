@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
@@ -31,6 +31,7 @@ class Turn:
         record: of this change.
         state, event: the new state, and the event for the history; None for none.
         commits: whether there is anything to commit.
+        restores: whether it is a rollback, which moves rows and writes none.
     """
 
     def __init__(self, snapshots: Snapshots, before: Snapshot, change: int) -> None:
@@ -39,10 +40,43 @@ class Turn:
         self.record: Record = replace(before.record, change=change, never=never)
         self.state: State | None = None
         self.event: dict[str, Any] | None = None
-        self.commits = False
+        self.commits = self.restores = False
         self.stamp = before.stamp
         self.tried = False  # whether rows under its number may be there
         self._snapshots, self._register = snapshots, snapshots.register
+        self._moved: dict[int, tuple[int, int] | None] = {}  # as of `Snapshots.places`; None: removed
+
+    # reading, by id
+
+    def versions_of(self, ids: list[int], versions: Collection[int] | None = None) -> dict[int, int]:
+        """As of `Snapshot.versions_of`."""
+        places = self._places()
+        if places is None:
+            return self.before.versions_of(ids, versions)
+        found = {id_: places[id_][0] for id_ in ids if id_ in places}
+        return {id_: version for id_, version in found.items() if versions is None or version in versions}
+
+    def live_rows(self, version: int, ids: list[int]) -> list[dict[str, Any]]:
+        """Whole rows of a version that are in the gallery."""
+        places = self._places()
+        if places is None:
+            return self.before.fetch(version, ids, self.before.record.live(version))
+        keys = [places[id_][1] for id_ in ids if id_ in places and places[id_][0] == version]
+        return self.before.fetch_keys(version, keys)
+
+    def _places(self) -> dict[int, tuple[int, int]] | None:
+        """See `Snapshots.places`; None on a server, where other clients move rows all the time."""
+        now = self.before
+        if not now.connection.alone:
+            return None
+        known = self._snapshots.places
+        if known is None or known[0] != now.record.change:
+            found = ((version, now.keys_of(version)) for version in now.record.rows)
+            by_id = {id_: (version, key) for version, keys in found for id_, key in keys.items()}
+            known = self._snapshots.places = now.record.change, by_id
+        return known[1]
+
+    # writing
 
     def wrote(self, stamp: int) -> None:
         self.stamp = max(self.stamp, stamp)
@@ -57,6 +91,7 @@ class Turn:
         keys = range(self.change * _KEYS, self.change * _KEYS + len(ids))
         rows = pack(keys, ids, vectors, payload, self.change, replaces or [ADDED] * len(ids))
         self._write(self._snapshots.connection.insert, version, rows)
+        self._moved |= {id_: (version, key) for id_, key in zip(ids.tolist(), keys, strict=True)}
         zeros = int((vectors == 0).all(axis=1).sum())
         self.record = self.record.counted("rows", {version: len(ids)}).counted("zeros", {version: zeros})
         self.commits |= bool(len(ids))
@@ -68,6 +103,7 @@ class Turn:
     def remove(self, version: int, rows: list[dict[str, Any]]) -> None:
         """Marks rows of a version, live or replaced, as removed from this change on."""
         self._mark(version, [{**row, "gone": self.change} for row in rows])
+        self._moved |= dict.fromkeys(row["id"] for row in rows)
 
     def _mark(self, version: int, rows: list[dict[str, Any]]) -> None:
         self._write(self._snapshots.connection.upsert, version, rows)
@@ -89,8 +125,16 @@ class Turn:
         self._register.beat()
         self.tried = True
         self.wrote(self._snapshots.meta.write(self.record, self.state, self.event))
+        known, self._snapshots.places = self._snapshots.places, None  # in case the commit fails
         self._register.commit(self.stamp)
         self._snapshots.keep(self.record, self.state)
+        if known is not None and known[0] == self.before.record.change and not self.restores:
+            for id_, place in self._moved.items():
+                if place is None:
+                    known[1].pop(id_, None)
+                else:
+                    known[1][id_] = place
+            self._snapshots.places = self.change, known[1]
 
 
 @contextmanager

@@ -181,7 +181,7 @@ class MilvusStore:
         allow: Callable[[State], None],
     ) -> None:  # fmt: skip
         with self._writing("add", len(ids), version, allow) as turn:
-            there = turn.before.versions_of(ids.tolist())
+            there = turn.versions_of(ids.tolist())
             if there:
                 raise taken_id(min(there))
             turn.insert(ids, vectors, version, payload or ["{}"] * len(ids))
@@ -203,7 +203,7 @@ class MilvusStore:
             gone: dict[int, list[int]] = {}
             with taken(self._snapshots) as turn:
                 now = turn.before
-                there = now.versions_of(ids.tolist())
+                there = turn.versions_of(ids.tolist())
                 check_present(id_ for id_ in ids.tolist() if id_ not in there)
                 for version in {**now.record.rows, **now.record.old}:
                     for counted, where in (("rows", now.record.live(version)), ("old", now.record.dead(version))):
@@ -222,7 +222,7 @@ class MilvusStore:
             held = self._meta.leases(epoch, turn.stamp, now=now)
             free = [id_ for id_ in ids.tolist() if id_ not in held]
             for some in chunks(free, max(2 * limit, 1024)):
-                stale = turn.before.versions_of(some, [other for other in turn.before.record.rows if other != version])
+                stale = turn.versions_of(some, [other for other in turn.before.record.rows if other != version])
                 mine += [id_ for id_ in some if id_ in stale]
                 if len(mine) >= limit:
                     break
@@ -246,6 +246,7 @@ class MilvusStore:
 
     def close(self) -> None:
         self._snapshots.loaded.clear()
+        self._snapshots.places = None
         self._connection.close()
 
     @contextmanager
@@ -299,11 +300,11 @@ def _replace(
     replaced = {}
     held: dict[int, tuple[int, str]] = {}  # by id, version and payload of the row that is replaced
     for old in [other for other in now.record.rows if other != version]:
-        replaced[old] = now.fetch(old, left, now.record.live(old))
+        replaced[old] = turn.live_rows(old, left)
         held |= {row["id"]: (old, row["payload"]) for row in replaced[old]}
         left = [id_ for id_ in left if id_ not in held]
     if left:
-        there = now.versions_of(left, [version])
+        there = turn.versions_of(left, [version])
         absent = [id_ for id_ in left if id_ not in there]
         leased = now.meta.leased(absent, now.record.epoch, now.stamp)
         check_present(id_ for id_ in absent if id_ not in leased)
@@ -332,7 +333,7 @@ def _restore(turn: Turn, version: int) -> int:
         back = len(now.connection.query(now.rows_of(other), where, ["key"], now.stamp))
         record = record.counted("rows", {other: back}).counted("old", {other: -back})
         number += back
-    turn.record = record.counted("rows", {version: -number})
+    turn.record, turn.restores = record.counted("rows", {version: -number}), True
     return number
 
 
