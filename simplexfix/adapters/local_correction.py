@@ -73,7 +73,7 @@ class LocalCorrection(AdapterMethod):
             raise ValueError(f"rows must be at least 1, got {self.rows}")
 
     def adapter(self, moments: Moments, old: int, new: int) -> Adapter:
-        """As of `AdapterMethod`, but made anew each time: stored adapters of a whole grid would fill the memory."""
+        """As of `AdapterMethod`, but computed again each time: stored adapters of a grid would fill the memory."""
         return self._adapter(moments, old, new).eval()
 
     def _adapter(self, moments: Moments, old: int, new: int) -> Adapter:
