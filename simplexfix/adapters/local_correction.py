@@ -72,6 +72,10 @@ class LocalCorrection(AdapterMethod):
         if check_integer("rows", self.rows) < 1:
             raise ValueError(f"rows must be at least 1, got {self.rows}")
 
+    def adapter(self, moments: Moments, old: int, new: int) -> Adapter:
+        """As of `AdapterMethod`, but computed again each time: stored adapters of a grid would fill the memory."""
+        return self._adapter(moments, old, new).eval()
+
     def _adapter(self, moments: Moments, old: int, new: int) -> Adapter:
         of = self.of.adapter(moments, old, new)
         assert isinstance(of.query_map, AffineMap)

@@ -216,6 +216,15 @@ def test_a_chain_of_three_has_the_adapters_of_its_pairs(method) -> None:
         torch.testing.assert_close(chain.query(2, 1, features), pair(features[2]))
 
 
+def test_local_correction_leaves_the_search_of_a_version_by_itself_as_it_is() -> None:
+    features = [torch.from_numpy(rows) for rows in world(9, 14)[:2]]
+    corrected, plain = (fit_chain(method, features) for method in (LOCAL, LOCAL.of))
+    for version in (0, 1):
+        assert torch.equal(corrected.query(version, version, features), plain.query(version, version, features))
+        assert torch.equal(corrected.gallery(version, features[version]), plain.gallery(version, features[version]))
+    assert not torch.allclose(corrected.query(1, 0, features), plain.query(1, 0, features), atol=1e-3)
+
+
 @pytest.mark.parametrize("method", METHODS, ids=name)
 def test_a_method_says_whether_stored_vectors_are_mapped(method) -> None:
     y, x, labels = world()
