@@ -75,7 +75,7 @@ class BCT(ER):
                 f"old must have a {kind.__name__}, which {trainers}, got {type(old).__name__}: "
                 "the influence loss is of the old model's classifier"
             )
-        width = old.in_features if isinstance(old, NeighbourHead) else old.classifier.in_features
+        width = old.embedding_dim if isinstance(old, NeighbourHead) else old.classifier.in_features
         if features.shape[1] != width:
             raise ValueError(
                 f"old's classifier must be of features as wide as the new ones, {features.shape[1]}, got {width}"

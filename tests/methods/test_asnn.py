@@ -379,10 +379,10 @@ def test_a_checkpoint_of_before_has_no_new_attributes() -> None:
     assert "classification" in vars(FD(classification=ASNN()))
 
 
-def wide_old() -> EmbeddingModel:
-    head = NeighbourHead(8, queue=3)
-    head.loss(torch.randn(4, 8), torch.tensor([0, 0, 1, 1]))
-    return EmbeddingModel(nn.Linear(5, 8), head).eval()
+def old_of(width: int, embedding_dim: int | None = None) -> EmbeddingModel:
+    head = NeighbourHead(width, embedding_dim, queue=3)
+    head.loss(torch.randn(4, width), torch.tensor([0, 0, 1, 1]))
+    return EmbeddingModel(nn.Linear(5, width), head).eval()
 
 
 ROWS, LABELS = torch.randn(4, 3), torch.tensor([0, 0, 1, 1])
@@ -417,9 +417,14 @@ ROWS, LABELS = torch.randn(4, 3), torch.tensor([0, 0, 1, 1])
             "old must have a NeighbourHead, which ASNN trains, and FD and BCT with classification, got LinearHead",
         ),
         (
-            lambda: BCT(classification=ASNN()).loss(model_of(ASNN(), 5), *BATCH, wide_old()),
+            lambda: BCT(classification=ASNN()).loss(model_of(ASNN(), 5), *BATCH, old_of(8)),
             ValueError,
             "old's classifier must be of features as wide as the new ones, 6, got 8",
+        ),
+        (
+            lambda: BCT(classification=ASNN()).loss(model_of(ASNN(), 5), *BATCH, old_of(6, 4)),
+            ValueError,
+            "old's classifier must be of features as wide as the new ones, 6, got 4",
         ),
         (lambda: asnn_loss(ROWS[0], LABELS, radius=1.0), ValueError, r"features must have 2 dimensions, got \[3\]"),
         (lambda: asnn_loss(ROWS, LABELS.int(), radius=1.0), TypeError, "target must be int64, got torch.int32"),
