@@ -14,11 +14,13 @@ from dataclasses import dataclass, field
 from functools import cache
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import TypeVar
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CACHE = ROOT / "build" / "native"
 CXX = os.environ.get("CXX", "g++")
+T = TypeVar("T")
 
 sys.path.append(str(HERE / "emulator"))
 from ptx2cpp import translate  # noqa: E402
@@ -82,6 +84,12 @@ def execute(command: list[str | Path]) -> str:
 @cache
 def version(compiler: str) -> str:
     return execute([compiler, "--version"])
+
+
+def rotating(items: list[T], count: int) -> list[T]:
+    """Returns `count` of the items, others for every commit."""
+    commits = int(execute(["git", "-C", ROOT, "rev-list", "--count", "HEAD"]))
+    return [items[(commits * count + i) % len(items)] for i in range(min(count, len(items)))]
 
 
 def closure(source: Path, seen: dict[Path, str] | None = None) -> dict[Path, str]:
@@ -164,6 +172,7 @@ class Target:
         return next((f"no {tool}" for tool in tools if not shutil.which(tool)), None)
 
 
+EMULATED_TIMEOUT = 3600  # seconds; a run takes about 75 s of one core
 # Cortex-A72 has no dotprod and Neoverse N1 no i8mm, so the choice at run time is tested too.
 QEMU = {"base": "cortex-a72", "dotprod": "neoverse-n1", "i8mm": "max"}
 TARGETS = {
@@ -218,11 +227,11 @@ def run_core(
     return done
 
 
-def run_core_on(target: Target, program: Path, layer: str) -> list[subprocess.CompletedProcess[str]]:
-    """Runs the test program on each machine of the target, whose newest level it must choose by itself."""
+def run_core_on(target: Target, levels: list[str], program: Path) -> list[subprocess.CompletedProcess[str]]:
+    """Runs the test program on the target's machines of these levels, which it must choose by itself."""
     done = []
-    for level, machine in target.machines.items():
-        ran = start_program([*machine, program, *CORE_LAYERS[layer].arguments], CORE_LAYERS[layer].timeout, {})
+    for level in levels:
+        ran = start_program([*target.machines[level], program], EMULATED_TIMEOUT, {})
         if f" {level}:" not in ran.stdout:
             ran.returncode, ran.stdout = 1, f"{ran.stdout} (expected level {level})"
         done.append(ran)

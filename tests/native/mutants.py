@@ -389,13 +389,8 @@ def run_all(names: list[str] | None = None, layers: tuple[str, ...] | None = Non
 
 
 def some(count: int) -> list[Mutant]:
-    """Returns `count` mutants, which rotate with the number of commits.  Mutants that need nvcc are left out."""
-    quick = [mutant for mutant in MUTANTS if mutant.layers != ("ptx",)]
-    commits = subprocess.run(
-        ["git", "rev-list", "--count", "HEAD"], cwd=harness.ROOT, capture_output=True, text=True, check=True
-    )
-    start = int(commits.stdout) * count
-    return [quick[(start + i) % len(quick)] for i in range(min(count, len(quick)))]
+    """Returns `count` mutants, others for every commit.  Mutants that need nvcc are left out."""
+    return harness.rotating([mutant for mutant in MUTANTS if mutant.layers != ("ptx",)], count)
 
 
 def main() -> int:

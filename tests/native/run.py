@@ -1,7 +1,7 @@
 """Runs layers of the native tests, of the CUDA kernels and of the CPU core:
 
 python tests/native/run.py [--jobs N] plain | asan | tsan | ptx | ptx-tsan | mutants ...
-python tests/native/run.py --target aarch64 plain      the core alone, cross compiled and run by qemu
+python tests/native/run.py --target aarch64 [--some N] plain      the core alone, cross compiled and run by qemu
 """
 
 import argparse
@@ -17,6 +17,7 @@ def main() -> int:
     parser.add_argument("layers", nargs="+", choices=[*harness.LAYERS, "mutants"])
     parser.add_argument("--jobs", type=int, default=1, help="compilers at a time")
     parser.add_argument("--target", choices=harness.TARGETS, default="native", help="not native: the CPU core alone")
+    parser.add_argument("--some", type=int, metavar="N", help="N of the emulated machines, others for every commit")
     options = parser.parse_args()
     target = harness.TARGETS[options.target]
     if options.target != "native" and options.layers != ["plain"]:
@@ -25,6 +26,9 @@ def main() -> int:
         print(f"skipped: {reason}")
         return 1  # a layer that was named must run
     native = options.target == "native"
+    levels = list(target.machines)
+    if options.some:
+        levels = harness.rotating(levels, options.some)
     reason = harness.missing() if native else None
     if reason:
         print(f"the CUDA kernels are skipped: {reason}")
@@ -37,7 +41,7 @@ def main() -> int:
         if layer in harness.CORE_LAYERS:
             programs = harness.build_core(layer, jobs=options.jobs, target=target)
             built = time.monotonic()
-            results = harness.run_core(programs, layer) if native else harness.run_core_on(target, programs[0], layer)
+            results = harness.run_core(programs, layer) if native else harness.run_core_on(target, levels, programs[0])
             said = "; ".join(done.stdout.strip() for done in results)
             failed += [f"core {layer}"] * any(done.returncode for done in results)
             print(f"core {layer}: {said}  {_times(start, built)}", flush=True)

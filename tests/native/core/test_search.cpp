@@ -20,20 +20,37 @@ float score(const float* a, const float* b, int64_t d) {
   return float(((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7])));
 }
 
-Result by_definition(const std::vector<float>& query, int64_t queries, const GalleryRows& rows, int64_t k) {
-  Result result(queries, k);
-  std::vector<simplexfix::Candidate> all;
+struct Ranked {
+  simplexfix::Candidate candidate;
+  int64_t row;
+};
+
+// All rows of the gallery for each query, the best first.
+std::vector<std::vector<Ranked>> rank_all(const std::vector<float>& query, int64_t queries, const GalleryRows& rows) {
+  std::vector<std::vector<Ranked>> all(static_cast<size_t>(queries));
   std::vector<float> scratch(static_cast<size_t>(rows.d));
   for (int64_t q = 0; q < queries; ++q) {
-    all.clear();
+    std::vector<Ranked>& ranked = all[size_t(q)];
     for (int64_t i = 0; i < rows.n; ++i)
-      if (rows.is_searched(i))
-        all.push_back({score(query.data() + q * rows.d, rows.read(i, scratch.data()), rows.d), rows.id(i)});
-    std::sort(all.begin(), all.end(), simplexfix::ranks_before);
-    for (int64_t j = 0; j < k; ++j) {
-      const bool found = j < int64_t(all.size());
-      result.scores[size_t(q * k + j)] = found ? all[size_t(j)].score : -INFINITY;
-      result.ids[size_t(q * k + j)] = found ? all[size_t(j)].id : -1;
+      ranked.push_back({{score(query.data() + q * rows.d, rows.read(i, scratch.data()), rows.d), rows.id(i)}, i});
+    std::sort(ranked.begin(), ranked.end(),
+              [](const Ranked& a, const Ranked& b) { return simplexfix::ranks_before(a.candidate, b.candidate); });
+  }
+  return all;
+}
+
+// The k best of the rows that are searched.
+Result by_definition(const std::vector<std::vector<Ranked>>& all, const GalleryRows& rows, int64_t k) {
+  Result result(int64_t(all.size()), k);
+  std::fill(result.scores.begin(), result.scores.end(), -INFINITY);
+  std::fill(result.ids.begin(), result.ids.end(), -1);
+  for (size_t q = 0; q < all.size(); ++q) {
+    size_t at = q * size_t(k);
+    for (const Ranked& ranked : all[q]) {
+      if (at == (q + 1) * size_t(k)) break;
+      if (!rows.is_searched(ranked.row)) continue;
+      result.scores[at] = ranked.candidate.score;
+      result.ids[at++] = ranked.candidate.id;
     }
   }
   return result;
@@ -110,11 +127,11 @@ void test_search(const Options& options) {
         const int kind = turn++ % 3;
         rows.ids = kind ? kinds[kind]->data() : nullptr;
         const int64_t most = std::max<int64_t>(1, n / 4);
-        const Result truth = by_definition(query, queries, rows, std::max<int64_t>(10, most + 3));
+        const std::vector<std::vector<Ranked>> all = rank_all(query, queries, rows);
         for (const int64_t k : {int64_t(1), int64_t(10), most, most + 3})
           for (const int64_t threads : {1, 4}) {
             if (options.small && threads == 1) continue;
-            check(through(query, queries, rows, &codes, k, threads) == truth.first(k),
+            check(through(query, queries, rows, &codes, k, threads) == by_definition(all, rows, k),
                   "n=%ld d=%ld spread=%g %s ids %d k=%ld threads=%ld", long(n), long(d), spread,
                   type == RowType::kFloat ? "float" : "bfloat16", kind, long(k), long(threads));
           }
@@ -129,9 +146,8 @@ void test_search(const Options& options) {
               ++rows.searched;
             }
           rows.mask = mask.data();
-          const Result subset = by_definition(query, queries, rows, std::max<int64_t>(10, most + 3));
           for (const int64_t k : {int64_t(1), int64_t(10), most + 3})
-            check(through(query, queries, rows, &codes, k, 4) == subset.first(k),
+            check(through(query, queries, rows, &codes, k, 4) == by_definition(all, rows, k),
                   "n=%ld d=%ld spread=%g %s ids %d k=%ld of a subset, %g", long(n), long(d), spread,
                   type == RowType::kFloat ? "float" : "bfloat16", kind, long(k), fraction);
         }
