@@ -1,6 +1,6 @@
-// The reference implementation, written from the definitions in docs/design/math.md and not from csrc/core. The simplex is a
-// matrix (above 130 dimensions in closed form). The orthoplex and the cube are lists of vertices; a coded cube has too
-// many, and is a product over coordinates. Cross-entropy uses whole rows of logits, and angles use acos.
+// The reference implementation, written from the definitions in docs/design/math.md and not from csrc/core. The simplex
+// is a matrix (above 130 dimensions in closed form). The orthoplex and the cube are lists of vertices; a coded cube has
+// too many, and is a product over coordinates. Cross-entropy uses whole rows of logits, and angles use acos.
 //
 // R = long double gives the truth. R = the kernels' accumulating type gives the naive computation, with whose error
 // theirs is compared.
