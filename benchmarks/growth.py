@@ -3,8 +3,8 @@
 python benchmarks/growth.py [--rows 500000 1000000 ...] [--d 64] [--dtype float32] [--threads N] [--out FILE]
 
 One index grows from size to size; linear growth is the same time per row in each line.  At the last size a tenth of the
-rows is removed and added again, and the index is saved and loaded: the process's memory at its highest, less its memory
-before, is compared with the index.  Then threads search, one query per call.
+rows is removed, and at most 100,000 of them are added again.  Then this index is saved, loaded, and searched by several
+threads, one query per call.  Each call prints by how much it raised the process's memory.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ def contrast_rows(
     if not differentiable or not torch.is_grad_enabled():
         op = torch.ops.simplexfix.old_new_contrast.default
         rows = op(anchors, candidates, *arguments, None, False)[0]
-    elif reduction == "none" or anchors.dtype == torch.float16:  # in float16 a saved factor 1 / B would underflow
+    elif reduction == "none" or anchors.dtype == torch.float16:  # a float16 gradient with 1 / B would underflow
         rows = _ContrastRows.apply(anchors, candidates, arguments)  # type: ignore[no-untyped-call]
     else:
         weight = 1.0 / len(anchors) if reduction == "mean" and len(anchors) else 1.0
@@ -110,7 +110,7 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
         # Usually upstream is the 1 of `loss.backward()`.  On the CPU this is checked, and the saved tensor itself is
-        # returned.  Autograd copies it into a leaf's .grad, because the saved reference still exists.
+        # returned.  With retain_graph=True autograd copies it into a leaf's .grad, because it is still saved.
         _refuse_second_derivative()
         gradient, *divisor = ctx.saved_tensors
         if divisor or not _is_one(upstream):

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Tests a built wheel on a machine with a GPU that has no network: less than ten minutes, each step with a time limit.
+# Tests a built wheel on a machine with a GPU that has no network. Tests, benchmark and compute-sanitizer have time
+# limits, together 570 s.
 #
 #     SIMPLEXFIX_CUDA_ARCHS=90 python tools/wheels.py --machine x86_64 python3.12    # here: dist/simplexfix-*-cp312-*.whl
 #     bash tools/gpu_machine.sh dist results                                         # there, in a copy of this tree
 #
-# Its `python3` needs torch, numpy and pytest. The second argument is a folder for the logs and for gpu-NAME.json, the
-# input of docs/measurements/performance.md. A step that fails does not stop the next one.
+# Its `python3` needs torch, numpy and pytest. The second argument is a folder for the logs and for gpu.json, the
+# benchmark's numbers. A step that fails does not stop the next one.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 [ $# = 2 ] || { echo "usage: bash tools/gpu_machine.sh FOLDER-OF-WHEELS RESULTS"; exit 2; }

@@ -4,8 +4,8 @@
 //   t_i = e_i for i < d, t_d = a * 1;  vertex i = (t_i - m * 1) / r has norm 1
 //   l_i = (z_i - m S) / r   for i < d,      l_d = (a - m) S / r,      S = sum_j z_j
 //
-// For a gradient g on the logits, (dL/dz)_j = (g_j + a g_d - m sum_i g_i) / r. Deployed models fix the order and the
-// sign of the vertices (docs/design/math.md).
+// For a gradient g on the logits, (dL/dz)_j = (g_j + a g_d - m sum_i g_i) / r. The order and the sign of the
+// vertices must never change: stored galleries depend on them (docs/design/math.md).
 #pragma once
 #include <cmath>
 #include <cstdint>

@@ -4,8 +4,11 @@
 // the affine map from z to logits. Reduction 2 sums exp(l_i - largest) over all i < d but the label; row_outcome()
 // turns that sum into the loss and the constants of the gradient. The elementwise step writes the gradient:
 //
-//   dL/dz_j = exponential * exp(l_j - largest) + constant - weight * w_j     for j != label
-//   dL/dz_y = label
+//   g_j = exponential * exp(l_j - largest) + constant - weight * w_j     for j < d, j != label
+//   g_label = label                                                      if label < d
+//
+// The last term is of class weights with label smoothing; without them constant has it. dL/dz is g, or with normalize
+// its projection.
 //
 // The CUDA kernels sweep the row once for each of the three (cuda/cross_entropy.cuh). The CPU kernel does both
 // reductions in one sweep (cpu/simplex_cross_entropy.inc).

@@ -59,7 +59,8 @@ class CosineIndex {
   // the index, std::invalid_argument for one that is given twice.
   void remove(const int64_t* ids, int64_t n);
   // Writes the scores and the ids (found) of the best k rows, [queries, k], for query [queries, d]; k >= 1. Throws
-  // std::invalid_argument for a query that is not finite, std::out_of_range for a selected id that is not in the index.
+  // std::invalid_argument for a query that is not finite, std::out_of_range for an included id that is not in the
+  // index; excluded ids need not be in it.
   void search(const float* query, int64_t queries, int64_t k, float* scores, int64_t* found,
               const Selection* selection = nullptr) const;
 

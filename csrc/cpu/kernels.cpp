@@ -42,7 +42,7 @@ std::vector<NamedLevel> list_levels() {
 struct Choice {
   std::vector<const char*> names;
   const char* name = nullptr;
-  Level losses;  // without those of the search
+  Level losses;  // kernels of losses, logits and contrast; `search` has the others
   SearchKernels search{};
 };
 

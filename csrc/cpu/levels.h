@@ -2,7 +2,7 @@
 #pragma once
 #include "kernels.h"
 
-// The architecture, if the compiler has the target regions that levels above base need.
+// Defined for gcc alone: levels above base use #pragma GCC target. Other compilers build only base.
 #if defined(__GNUC__) && !defined(__clang__)
 #if defined(__x86_64__)
 #define SIMPLEXFIX_X86 1

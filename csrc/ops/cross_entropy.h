@@ -63,7 +63,8 @@ struct CrossEntropyCall {
   }
 };
 
-// Checks the arguments and allocates the results. z must have passed check_rows. slots is the number of classes.
+// Checks the arguments and allocates the results. z must have passed check_rows. slots is K, the number of
+// vertices, free slots included.
 inline CrossEntropyCall check_cross_entropy(const CrossEntropyArguments& given, int64_t slots) {
   const auto& [z, target, normalize, scale, margin_kind, margin_size, weight, ignore_index, smoothing, reduction,
                wants_gradient, loss_dtype] = given;
@@ -237,7 +238,7 @@ struct OnCuda {
 //
 //   kOperator               the operator's name
 //   Polytope(z, own...)     a constructor that checks the arguments Own
-//   slots                   the number of classes K
+//   slots                   the number of vertices K
 //   check(call)             rejects common arguments that this polytope does not support
 //   rows(args, begin, end)  computes rows [begin, end) of a cpu::CrossEntropyArgs<T>
 //   launch(args)            launches the kernels for a cuda::CrossEntropyArgs; only in builds with CUDA

@@ -18,7 +18,7 @@ from simplexfix.gallery import AdmissionError, Gallery, StrangerError
 from simplexfix.models import EmbeddingModel, read_identity
 
 HITS, BATCH = 12, 32
-Image.MAX_IMAGE_PIXELS = 16_000_000  # of an upload; twice as many are refused
+Image.MAX_IMAGE_PIXELS = 16_000_000  # Pillow refuses an upload of more than twice as many
 
 
 class RefusedError(ValueError):
@@ -26,7 +26,7 @@ class RefusedError(ValueError):
 
 
 class Service:
-    """Search and upgrades.  The gallery holds all state, so that a restarted service resumes.
+    """Search and upgrades.  The gallery holds all state: after a restart the same model serves.
 
     Args:
         folder: folder that `prepare` has written.

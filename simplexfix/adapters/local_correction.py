@@ -31,9 +31,9 @@ _ROWS = 1024
 class LocalCorrection(AdapterMethod):
     """Another method's adapter, whose queries are moved by the mean error at fitted items that are similar to them.
 
-        p(x) = of(x),  e_i = of.gallery(old_i) - p(new_i)           i: `rows` drawn items of the fit
+        A = adapter that `of` fits,  p(x) = A(x),  e_i = A.gallery(old_i) - p(new_i)   i: `rows` drawn items of the fit
         w = softmax_i(scale p(x) . p(new_i))
-        adapter(x) = n(p(x) + beta sum_i w_i e_i),  adapter.gallery = of.gallery
+        adapter(x) = n(p(x) + beta sum_i w_i e_i),  adapter.gallery = A.gallery
 
     The sum is a kernel regression of the error.  The new encoder searches a gallery of its own as without it: there is
     no error to correct.
@@ -44,8 +44,8 @@ class LocalCorrection(AdapterMethod):
         of: the method that fits the adapter; its query map must be affine: `Procrustes`, `Ridge`, `LambdaOrthogonal`,
             `WhitenedProcrustes`, `SimplexJunction` or `HOCRefined`.
         scale: of the cosines, positive: larger values weigh fewer, more similar items.
-        beta: in [0, 1]; 0 is `of` itself.
-        rows: items, at least 1, that are kept; fewer are all kept.
+        beta: in [0, 1]; with 0 the queries are those of A.
+        rows: largest number of fitted items that are kept, at least 1.
         seed: of the draw.
 
     Reference:

@@ -1,4 +1,4 @@
-"""The maps that adapters are made of: features of any norm in, unit rows out."""
+"""The maps that adapters are made of: features of any norm in, unit rows out.  n(x) = x / |x|."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class LocalMap(nn.Module):
 
     Args:
         weight: [f, d]; bias: [d].
-        keys, values: [M, d].
+        keys: [M, d] p of fitted items, times the scale; values: [M, d] their errors, times beta (`LocalCorrection`).
     """
 
     weight: Tensor

@@ -77,8 +77,9 @@ class Gallery:
     Then workers replace old vectors, in any order and number, and nothing is lost until a version is retired:
     `rollback` brings the old vectors back, bit for bit.  Models that were not admitted are refused in every call.
 
-    Threads and processes may call anything at any time.  What a call has done is on the disk when it returns, and a
-    killed process leaves all of a call or nothing.  `Gallery.create` and `Gallery.open` make one; `close` ends it.
+    Threads may call anything at any time.  So may processes, except that a file of Milvus Lite belongs to one process.
+    A killed process loses no call that returned, and leaves all of its last call or nothing.  `Gallery.create` and
+    `Gallery.open` make a gallery; `close` ends it.
 
     Example:
         >>> import tempfile
@@ -169,10 +170,8 @@ class Gallery:
     def search(self, queries: Rows, k: int, *, model: ModelIdentity, where: Where | None = None) -> Hits:
         """The k best rows for each query, of all versions, exactly.
 
-            scores = F.normalize(query).double() @ F.normalize(vectors).double().T      # vectors of all versions
+            score(q, v) = n(q[:w]) . n(v) in float64       # v of any version, w numbers, at most d; n(x) = x / |x|
             order by score, then by lower id
-
-        A vector narrower than the query is compared on the query's leading dimensions.
 
         Args:
             queries: [Q, d] finite, as the model makes them.
@@ -259,9 +258,9 @@ class Gallery:
     ) -> Generator[NDArray[np.int64], None, None]:
         """Ids of rows that are not by the model that serves, batch by batch, for `replace`.
 
-        Workers, threads or processes, share the rows: each batch is leased to the worker that got it, and comes again
-        where that one has not replaced it in time.  The loop ends when every row is replaced, was given to this worker
-        and not replaced, or when the gallery is paused or another model serves; a new loop goes on there.  `close`
+        Workers, threads or processes, share the rows: each batch is leased to the worker that got it.  If that one
+        has not replaced it in time, another worker gets it.  The loop ends when each row is replaced or was given to
+        this worker already, or when the gallery is paused or another model serves.  A new loop continues.  `close`
         of the generator ends the leases at once; `contextlib.closing` calls it, also after an error.
 
         Args:

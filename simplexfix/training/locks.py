@@ -46,7 +46,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
         if (said := processes.broadcast(said)) is not None:
             raise FolderInUseError(said)
         if file is not None:
-            _close_in_forked_processes()
+            _register_close_in_forked_processes()
             _held.append(file)
         try:
             yield
@@ -56,8 +56,8 @@ def folder_lock(folder: Path) -> Iterator[None]:
 
 
 @functools.cache
-def _close_in_forked_processes() -> None:
-    """Closes lock files in forked children: a lock lasts until every process that inherited its file has closed it."""
+def _register_close_in_forked_processes() -> None:
+    """Registers once that forked children close lock files: a lock lasts while any process has its file open."""
     os.register_at_fork(after_in_child=lambda: [file.close() for file in _held])
 
 

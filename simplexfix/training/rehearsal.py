@@ -1,4 +1,4 @@
-"""Rehearsal memory: a few items of each earlier class, drawn at random or chosen near the class mean."""
+"""Rehearsal memory: a few items of each earlier class, random ones, or such whose mean is near the class mean."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SELECTIONS = ("random", "herding")
 
 
 def random_rows(labels: Ids, per_class: int, generator: np.random.Generator) -> Tensor:
-    """Returns `per_class` random rows of each class; all rows of a class with no more.
+    """Returns `per_class` random rows of each class, or all rows of a smaller class.
 
     Args:
         labels: [N] integer class ids.

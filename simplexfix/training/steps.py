@@ -210,7 +210,7 @@ class Steps:
         if self.old is not None:
             self.old.hold(target, None if remembered is None else to_device_async(remembered, self.device))
         if self.augment is not None:
-            part = i * self.world + self.rank  # number within the whole batch: augmentation does not depend on ranks
+            part = i * self.world + self.rank  # W processes draw what one process with W parts draws
             input = self.augment(input, torch.Generator().manual_seed(mixed_seed(self.seed, 2, self.step, part)))
         return input, target
 
@@ -242,7 +242,7 @@ class Steps:
         scale = self.scaler.get_scale()
         if scale < _LEAST_SCALE or (self.step == self.schedule.steps and scale == _SCALE * 0.5**self.step):
             raise FloatingPointError(
-                f"no step was taken up to step {self.step - 1}, for gradients overflow float16 or are nan, and the "
+                f"gradients overflow float16 or are nan: too many steps were skipped before step {self.step}, and the "
                 f"loss scale fell to {scale:.2g}: a lower learning rate, clip or precision bfloat16 may help, "
                 f"{_OTHERWISE}"
             )

@@ -58,8 +58,8 @@ class Overview:
     Attributes:
         state: as of `Store.state`.
         history: as of `Store.history`.
-        rows, old: by version, those that are searched, and those that were replaced and are kept for a rollback.
-        leased: by worker, the one whose leases end first before the others.
+        rows, old: version -> number of rows that are searched, and of replaced rows that are kept for a rollback.
+        leased: one entry for each worker, in the order in which their leases end.
     """
 
     state: State
@@ -131,8 +131,8 @@ class Store(Protocol):
     ) -> int:
         """Puts rows in place of those of other versions, which are kept, and returns how many.
 
-        Rows of this version stay, and so do ids that were removed while they were leased.  KeyError for other ids that
-        are not there.
+        It leaves out rows of this version, and ids that were removed while they were leased.  KeyError for other ids
+        that are not there.
         """
         ...
 
