@@ -40,6 +40,10 @@ CONTEXT.set_forkserver_preload(
 )
 
 
+def free_port() -> int:
+    return free_ports(1)[0]
+
+
 def free_ports(number: int) -> list[int]:
     with ExitStack() as stack:
         free = [stack.enter_context(socket.socket()) for _ in range(number)]

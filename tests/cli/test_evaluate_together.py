@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch.distributed as dist
-from processes import Command, free_ports
+from processes import Command, free_port
 
 from simplexfix.cli import evaluate, main
 
@@ -48,7 +48,7 @@ def ranks(
     before: Callable[[], None] | None = None,
 ) -> list[tuple[int, str, str]]:
     """Exit code, output and errors of each process, with the environment that torchrun gives it."""
-    group = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0])}
+    group = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     started = []
     for rank in range(size):
         arguments = ["evaluate", (inputs or {}).get(rank, "models"), "--truncate", *flags]
