@@ -47,13 +47,13 @@ struct Config {
   bool divides_later = false;  // the gradient of a mean is that of the sum
 };
 using reference::MarginKind;
+// Their number has no factor 3 or 5, so all_of() combines each of them with every kind of shape.
 const Config kConfigs[] = {
     {"plain", {}, false, Reduction::kMean, true},
     {"smoothing", {false, 1, MarginKind::kNone, 0, 0.1}, false, Reduction::kNone, true},
     {"weights", {false, 2.5, MarginKind::kNone, 0, 0}, true, Reduction::kSum, true},
     {"weights+smoothing", {false, 1, MarginKind::kNone, 0, 0.2}, true, Reduction::kMean, true},
-    {"normalize", {true, 16, MarginKind::kNone, 0, 0}, false, Reduction::kMean, true},
-    {"weights, divides later", {true, 9, MarginKind::kNone, 0, 0.1}, true, Reduction::kMean, true, true},
+    {"normalize, divides later", {true, 16, MarginKind::kNone, 0, 0}, false, Reduction::kMean, true, true},
     {"cosine margin", {true, 30, MarginKind::kCosine, 0.35, 0.1}, false, Reduction::kNone, true},
     {"angular margin+weights", {true, 10, MarginKind::kAngular, 0.5, 0.1}, true, Reduction::kSum, true},
     {"loss alone", {true, 4, MarginKind::kNone, 0, 1.0}, true, Reduction::kNone, false},
@@ -343,7 +343,7 @@ void all_of(bool small) {
   for (int64_t d : {int64_t(9), int64_t(1023), lengths<T>(small).back()}) {
     if ((small || std::is_same_v<P, CubeCase>) && d > 9) continue;
     check_place<P, T>(kConfigs[1], d);
-    if (!std::is_same_v<P, CubeCase>) check_place<P, T>(kConfigs[7], d);
+    if (!std::is_same_v<P, CubeCase>) check_place<P, T>(kConfigs[6], d);
   }
 }
 
