@@ -32,15 +32,12 @@ format:
 test:
 	$(BIN)/pytest -n auto
 
-# compute-sanitizer checks only our kernels, except initcheck, which must also see the writes of torch's kernels.
 test-gpu: build  # compares the GPU with the CPU; then runs every kernel once under compute-sanitizer, if installed
 	$(BIN)/python -c 'from simplexfix._native import why_not_cuda as why; import sys; sys.exit(why())'
 	$(BIN)/pytest tests/test_gpu.py
 	@for tool in memcheck racecheck initcheck synccheck; do \
 	  command -v compute-sanitizer > /dev/null || { echo "no compute-sanitizer: left out"; break; }; \
-	  only="--kernel-name kns=simplexfix"; if [ $$tool = initcheck ]; then only=; fi; \
-	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool $$only --report-api-errors no --error-exitcode 3 \
-	    $(BIN)/python -m pytest -q tests/test_gpu.py -k each_kernel_once || exit 1; \
+	  bash tools/sanitize_gpu.sh $$tool $(BIN)/python || exit 1; \
 	done
 
 bench:

@@ -47,7 +47,6 @@ struct Config {
   bool divides_later = false;  // the gradient of a mean is that of the sum
 };
 using reference::MarginKind;
-// Their number has no factor 3 or 5, so all_of() combines each of them with every kind of shape.
 const Config kConfigs[] = {
     {"plain", {}, false, Reduction::kMean, true},
     {"smoothing", {false, 1, MarginKind::kNone, 0, 0.1}, false, Reduction::kNone, true},
@@ -58,6 +57,8 @@ const Config kConfigs[] = {
     {"angular margin+weights", {true, 10, MarginKind::kAngular, 0.5, 0.1}, true, Reduction::kSum, true},
     {"loss alone", {true, 4, MarginKind::kNone, 0, 1.0}, true, Reduction::kNone, false},
 };
+// all_of() counts through configurations and shapes, and every third or fifth count has its own kind of rows.
+static_assert(std::size(kConfigs) % 3 != 0 && std::size(kConfigs) % 5 != 0, "a configuration would miss some shapes");
 
 struct Shape {
   int64_t rows, d, stride;  // stride >= d
