@@ -38,7 +38,8 @@ def cross_entropy(
     options = (normalize, scale, kind, size, weight, ignore_index, label_smoothing)
     arguments = (*first, *options, REDUCTIONS[reduction])
     if z.requires_grad and torch.is_grad_enabled():
-        return _Loss.apply(z, polytope, arguments, dtype)  # type: ignore[no-any-return, no-untyped-call]
+        function = _Float16Mean if z.dtype == torch.float16 and reduction == "mean" else _Loss
+        return function.apply(z, polytope, arguments, dtype)  # type: ignore[no-any-return, no-untyped-call]
     return _loss_operator(polytope)(z, *arguments, False, dtype)[0]  # type: ignore[no-any-return]
 
 
@@ -100,11 +101,8 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, polytope: str, arguments: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
-        loss, gradient, divisor = _loss_operator(polytope)(z, *arguments, True, dtype)
-        if len(divisor):  # the backward pass divides: csrc/ops/cross_entropy.h
-            ctx.save_for_backward(gradient, divisor)
-        else:
-            ctx.save_for_backward(gradient)
+        loss, gradient = _loss_operator(polytope)(z, *arguments, True, dtype)
+        ctx.save_for_backward(gradient)
         return loss  # type: ignore[no-any-return]
 
     @staticmethod
@@ -112,11 +110,28 @@ class _Loss(torch.autograd.Function):
         # Usually upstream is the 1 of `loss.backward()`.  On the CPU this is checked, and the saved tensor itself is
         # returned.  With retain_graph=True autograd copies it into a leaf's .grad, because it is still saved.
         _refuse_second_derivative()
-        gradient, *divisor = ctx.saved_tensors
-        if divisor or not _is_one(upstream):
+        (gradient,) = ctx.saved_tensors
+        if not _is_one(upstream):
             upstream = upstream.to(accumulate_dtype(gradient.dtype))
-            gradient = torch.ops.simplexfix.scale_rows.default(gradient, upstream, *divisor)
+            gradient = torch.ops.simplexfix.scale_rows.default(gradient, upstream)
         return gradient, None, None, None
+
+
+class _Float16Mean(torch.autograd.Function):
+    """`_Loss` for a mean in float16: the backward pass divides, so that the saved gradient cannot underflow."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, polytope: str, arguments: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
+        both, gradient = _loss_operator(polytope)(z, *arguments, True, torch.float32)
+        loss, divisor = both.unbind()
+        ctx.save_for_backward(gradient, divisor)
+        return loss.to(dtype, copy=True)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
+        _refuse_second_derivative()
+        gradient, divisor = ctx.saved_tensors
+        return torch.ops.simplexfix.scale_rows.default(gradient, upstream.float(), divisor), None, None, None
 
 
 def _is_one(upstream: Tensor) -> bool:
@@ -238,13 +253,13 @@ def _register_fakes() -> None:
         reduction: int,
         wants_gradient: bool,
         loss_dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        loss = z.new_empty([z.shape[0]] if reduction == REDUCTIONS["none"] else [], dtype=loss_dtype)
-        divides_later = wants_gradient and z.dtype == torch.float16 and reduction == REDUCTIONS["mean"]
-        divisor = z.new_empty([int(divides_later)], dtype=torch.float64)
-        return loss, z.new_empty(z.shape if wants_gradient else [0]), divisor
+    ) -> tuple[Tensor, Tensor]:
+        shape = [z.shape[0]] if reduction == REDUCTIONS["none"] else []
+        if wants_gradient and z.dtype == torch.float16 and reduction == REDUCTIONS["mean"]:
+            shape = [2]  # the mean and its divisor: csrc/ops/cross_entropy.h
+        return z.new_empty(shape, dtype=loss_dtype), z.new_empty(z.shape if wants_gradient else [0])
 
-    def without_codes(z: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def without_codes(z: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
         return of_codes(z, target, None, *options)  # type: ignore[no-any-return]
 
     fake("simplexfix::simplex_cross_entropy", without_codes)

@@ -23,7 +23,8 @@ def loss_samples():
                 accumulate = torch.float64 if dtype == torch.float64 else torch.float32
                 weight = torch.rand(12, dtype=accumulate) if weighted else None
                 target = torch.tensor([0, 11, 5, -100, 3])
-                loss_dtype = dtype if kind == 1 else accumulate
+                divides_later = dtype == torch.float16 and reduction == 1  # such a loss is float32
+                loss_dtype = dtype if kind == 1 and not divides_later else accumulate
                 yield z, target, kind > 0, 4.0, kind, 0.3, weight, -100, 0.1, reduction, True, loss_dtype
 
 
@@ -71,7 +72,7 @@ def op_samples():
         yield pytest.param(ops.simplex_logits_backward.default, backward, id=f"logits-backward-{normalize}")
     yield pytest.param(ops.scale_rows.default, (torch.randn(4, 6), torch.randn(4)), id="scale-rows")
     yield pytest.param(ops.scale_rows.default, (torch.randn(4, 6), torch.randn(())), id="scale-all")
-    divided = torch.randn(4, 6).half(), torch.randn(()), torch.tensor([3.0], dtype=torch.float64)
+    divided = torch.randn(4, 6).half(), torch.randn(()), torch.tensor(3.0)
     yield pytest.param(ops.scale_rows.default, divided, id="scale-and-divide")
     for upstream in (None, torch.rand(4)):
         for to_anchors in (False, True):
@@ -151,6 +152,11 @@ def test_a_loss_has_the_dtype_of_the_features_or_the_accumulating_one() -> None:
     assert torch.equal(wide.bfloat16(), narrow)
     with pytest.raises(ValueError, match="loss_dtype must be BFloat16 or Float, got Half"):
         loss(*options, torch.float16)
+    mean = (z.half(), target, False, 1.0, 0, 0.0, None, -100, 0.0, 1, True)
+    with pytest.raises(ValueError, match="loss_dtype must be Float for the gradient of a mean of Half, got Half"):
+        loss(*mean, torch.float16)
+    (value, divisor), _ = loss(*mean, torch.float32)
+    assert (value, divisor) == (loss(*mean[:-1], False, torch.float32)[0], 2)
 
 
 def functions():

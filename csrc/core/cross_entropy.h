@@ -51,8 +51,8 @@ SIMPLEXFIX_HD void apply_margin(const CrossEntropyOptions<A>& options, A cosine,
 // Returns the factor by which a gradient of the sum becomes one of the mean. If no row counts, the gradient is 0, and
 // stays 0 instead of 0 / 0.
 template <typename A>
-SIMPLEXFIX_HD A divide_upstream(A upstream, double divisor) {
-  return divisor == 0 ? upstream : A(double(upstream) / divisor);
+SIMPLEXFIX_HD A divide_upstream(A upstream, A divisor) {
+  return divisor == A(0) ? upstream : upstream / divisor;
 }
 
 // Returns the factor by which a row is multiplied before its dot products with the unit vertices. squares = |z|^2 is

@@ -20,7 +20,7 @@ struct CrossEntropyArgs {
   void* row_loss;         // [rows] of A; loss itself with Reduction::kNone
   void* loss;             // of A: [rows], or one number
   void* gradient;         // [rows, d] of dtype, contiguous, or nullptr
-  double* divisor;        // receives the divisor of a mean, and the gradient is that of the sum; or nullptr
+  void* divisor;          // of A: receives the divisor of a mean, and the gradient is that of the sum; or nullptr
   double* workspace;      // cross_entropy_workspace() numbers; [0] becomes the divisor of a mean
   int64_t rows, d, slots;
   int64_t ignore_index;
@@ -43,8 +43,8 @@ struct ScaleArgs {
   const void* in;      // [rows, cols] of dtype, contiguous
   const void* factor;  // of A: one, or one per row (factor_stride 0 or 1)
   int64_t factor_stride;
-  const double* divisor;  // of all factors, or nullptr
-  void* out;              // [rows, cols]
+  const void* divisor;  // of A: of all factors, or nullptr
+  void* out;            // [rows, cols]
   int64_t rows, cols;
   DType dtype;
   void* stream;

@@ -11,7 +11,7 @@ const char* launch_target_sums(const CrossEntropyArgs& args) {
   const auto launch = [&](auto tag) {
     return launch_kernel(target_sums<decltype(tag)>, weight_sum ? 2 : 1, kReduceThreads, 0, args.stream, args.target,
                          static_cast<const decltype(tag)*>(args.weight), args.rows, args.slots, args.ignore_index,
-                         args.workspace, args.divisor);
+                         args.workspace, static_cast<decltype(tag)*>(args.divisor));
   };
   return args.dtype == DType::kDouble ? launch(double{}) : launch(float{});
 }

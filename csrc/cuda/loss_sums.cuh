@@ -19,7 +19,7 @@ constexpr int kReduceThreads = 512;
 template <typename A>
 __global__ void __launch_bounds__(kReduceThreads)
     target_sums(const int64_t* target, const A* weight, int64_t rows, int64_t slots, int64_t ignore_index, double* sums,
-                double* divisor) {
+                A* divisor) {
   SIMPLEXFIX_SHARED(s_partials, double[kReduceThreads / 32]);
   double sum = 0;
   if (blockIdx.x == 0) {
@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kReduceThreads)
   }
   sum = reduce_team<kReduceThreads>(sum, s_partials);
   if (threadIdx.x == 0) sums[blockIdx.x] = sum;
-  if (threadIdx.x == 0 && blockIdx.x == 0 && divisor) *divisor = sum;
+  if (threadIdx.x == 0 && blockIdx.x == 0 && divisor) *divisor = A(sum);
 }
 
 // loss = sum of row_loss, in double and in a fixed order, divided by sums[0] if sums is given. The mean over no rows is

@@ -14,7 +14,7 @@ const char* scale_rows(const ScaleArgs& args) {
     const int64_t pieces = (total + piece - 1) / piece;
     const ScaleParams<T> params{static_cast<const T*>(args.in),
                                 static_cast<const accumulate_t<T>*>(args.factor),
-                                args.divisor,
+                                static_cast<const accumulate_t<T>*>(args.divisor),
                                 static_cast<T*>(args.out),
                                 args.factor_stride,
                                 pieces,

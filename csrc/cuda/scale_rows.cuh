@@ -19,7 +19,7 @@ template <typename T>
 struct ScaleParams {
   const T* in;
   const accumulate_t<T>* factor;
-  const double* divisor;  // or nullptr
+  const accumulate_t<T>* divisor;  // or nullptr
   T* out;
   int64_t factor_stride, pieces, piece, total;  // the last piece ends at `total` elements
 };

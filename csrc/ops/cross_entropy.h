@@ -38,19 +38,18 @@ struct CrossEntropyArguments {
 // The checked arguments and the allocated results.
 struct CrossEntropyCall {
   Tensor z, target, loss, gradient;
-  // [1] double if the gradient is not yet divided by it, else [0]. A float16 gradient of a mean would underflow before
-  // the backward pass multiplies it by the upstream gradient, GradScaler's scale: scale_rows divides afterwards.
-  Tensor divisor;
   std::optional<Tensor> weight;  // in the accumulating dtype
   int64_t rows, d, slots;
   bool normalize, wants_gradient;
+  // A float16 gradient of a mean would underflow before the backward pass multiplies it by the upstream gradient,
+  // GradScaler's scale. So the gradient is that of the sum, and loss [2] is the mean and its divisor, for scale_rows.
+  bool divides_later;
   double scale, margin_size, smoothing;
   int64_t ignore_index;
   Margin margin;
   Reduction reduction;
 
   int64_t z_stride() const { return rows > 1 ? z.stride(0) : d; }
-  bool divides_later() const { return divisor.numel() > 0; }
 
   template <typename A>
   CrossEntropyOptions<A> options(A weight_sum) const {
@@ -91,17 +90,22 @@ inline CrossEntropyCall check_cross_entropy(const CrossEntropyArguments& given, 
                      ", got ", torch::headeronly::toString(weight->scalar_type()));
     SIMPLEXFIX_CHECK(weight->device() == z.device(), "weight and z are on different devices");
   }
+  const bool divides_later =
+      wants_gradient && type == ScalarType::Half && static_cast<Reduction>(reduction) == Reduction::kMean;
+  SIMPLEXFIX_CHECK(!divides_later || loss_dtype == accumulate, "loss_dtype must be ",
+                   torch::headeronly::toString(accumulate), " for the gradient of a mean of ",
+                   torch::headeronly::toString(type), ", got ", torch::headeronly::toString(loss_dtype));
   CrossEntropyCall call{.z = with_dense_rows(z),
                         .target = as_contiguous(target),
                         .loss = {},
                         .gradient = {},
-                        .divisor = {},
                         .weight = {},
                         .rows = rows,
                         .d = d,
                         .slots = slots,
                         .normalize = normalize,
                         .wants_gradient = wants_gradient,
+                        .divides_later = divides_later,
                         .scale = scale,
                         .margin_size = margin_size,
                         .smoothing = smoothing,
@@ -110,16 +114,13 @@ inline CrossEntropyCall check_cross_entropy(const CrossEntropyArguments& given, 
                         .reduction = static_cast<Reduction>(reduction)};
   if (weight) call.weight = as_contiguous(*weight);
   const std::vector<int64_t> gradient_shape = wants_gradient ? std::vector<int64_t>{rows, d} : std::vector<int64_t>{0};
-  const std::vector<int64_t> loss_shape =
-      call.reduction == Reduction::kNone ? std::vector<int64_t>{rows} : std::vector<int64_t>{};
+  const std::vector<int64_t> loss_shape = call.reduction == Reduction::kNone ? std::vector<int64_t>{rows}
+                                          : divides_later                    ? std::vector<int64_t>{2}
+                                                                             : std::vector<int64_t>{};
   // Allocate from the buffer pool on the CPU: dispatching new_empty takes as long as 16 rows of 1,023 numbers.
-  const auto allocate = [&](const std::vector<int64_t>& shape, ScalarType dtype) {
-    return z.is_cpu() ? reusable_empty(shape, dtype) : torch::stable::new_empty(call.z, shape, dtype);
-  };
-  call.gradient = allocate(gradient_shape, type);
-  call.loss = allocate(loss_shape, loss_dtype);
-  const bool divides_later = wants_gradient && type == ScalarType::Half && call.reduction == Reduction::kMean;
-  call.divisor = allocate({divides_later ? 1 : 0}, ScalarType::Double);
+  call.gradient = z.is_cpu() ? reusable_empty(gradient_shape, type) : torch::stable::new_empty(call.z, gradient_shape);
+  call.loss =
+      z.is_cpu() ? reusable_empty(loss_shape, loss_dtype) : torch::stable::new_empty(call.z, loss_shape, loss_dtype);
   return call;
 }
 
@@ -176,16 +177,15 @@ struct OnCpu {
           .d = call.d,
           .ignore_index = call.ignore_index,
           .streams = call.rows * call.d * int64_t(sizeof(T)) >= kStreamBytes,
-          .upstream = A(call.reduction == Reduction::kMean && !call.divides_later() ? 1.0 / counted : 1.0),
+          .upstream = A(call.reduction == Reduction::kMean && !call.divides_later ? 1.0 / counted : 1.0),
           .options = call.options<A>(A(weight_sum))};
-      if (call.divides_later()) *mutable_data<double>(call.divisor) = counted;
       for_rows(call.rows, call.d, [&](int64_t begin, int64_t end) { polytope.rows(args, begin, end); });
       if (call.reduction == Reduction::kNone) return set_loss(call.loss, args.loss, call.rows);
       double sum = 0;  // in row order, whichever thread computed each row
       for (int64_t b = 0; b < call.rows; ++b) sum += double(args.loss[b]);
       // The mean over no rows is nan, as in torch.
-      const A loss = A(call.reduction == Reduction::kMean ? sum / counted : sum);
-      set_loss(call.loss, &loss, 1);
+      const A loss[2] = {A(call.reduction == Reduction::kMean ? sum / counted : sum), A(counted)};
+      set_loss(call.loss, loss, call.divides_later ? 2 : 1);
     });
   }
 };
@@ -217,7 +217,7 @@ struct OnCuda {
                               .row_loss = row_loss.mutable_data_ptr(),
                               .loss = loss.mutable_data_ptr(),
                               .gradient = call.wants_gradient ? call.gradient.mutable_data_ptr() : nullptr,
-                              .divisor = call.divides_later() ? mutable_data<double>(call.divisor) : nullptr,
+                              .divisor = call.divides_later ? mutable_data<float>(loss) + 1 : nullptr,
                               .workspace = mutable_data<double>(workspace),
                               .rows = call.rows,
                               .d = call.d,
@@ -243,10 +243,10 @@ struct OnCuda {
 //   rows(args, begin, end)  computes rows [begin, end) of a cpu::CrossEntropyArgs<T>
 //   launch(args)            launches the kernels for a cuda::CrossEntropyArgs; only in builds with CUDA
 template <typename Device, typename Polytope, typename... Own>
-std::tuple<Tensor, Tensor, Tensor> cross_entropy(Tensor z, Tensor target, Own... own, bool normalize, double scale,
-                                                 int64_t margin_kind, double margin_size, std::optional<Tensor> weight,
-                                                 int64_t ignore_index, double smoothing, int64_t reduction,
-                                                 bool wants_gradient, ScalarType loss_dtype) {
+std::tuple<Tensor, Tensor> cross_entropy(Tensor z, Tensor target, Own... own, bool normalize, double scale,
+                                         int64_t margin_kind, double margin_size, std::optional<Tensor> weight,
+                                         int64_t ignore_index, double smoothing, int64_t reduction, bool wants_gradient,
+                                         ScalarType loss_dtype) {
   const typename Device::Guard guard(z);
   check_rows(z, "z");
   const Polytope polytope(z, own...);
@@ -265,7 +265,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(Tensor z, Tensor target, Own...
                                                     polytope.slots);
   polytope.check(call);
   Device::run(call, polytope);
-  return {call.loss, call.gradient, call.divisor};
+  return {call.loss, call.gradient};
 }
 
 // own: the schema of the arguments Own with a trailing comma, for example "Tensor? codes, ".
@@ -273,7 +273,7 @@ inline std::string cross_entropy_schema(const std::string& name, const std::stri
   return name + "(Tensor z, Tensor target, " + own +
          "bool normalize, float scale, int margin_kind, float margin_size, Tensor? weight, int ignore_index, "
          "float label_smoothing, int reduction, bool wants_gradient, ScalarType loss_dtype) -> "
-         "(Tensor loss, Tensor gradient, Tensor divisor)";
+         "(Tensor loss, Tensor gradient)";
 }
 
 }  // namespace simplexfix

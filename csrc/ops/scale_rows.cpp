@@ -14,7 +14,7 @@ namespace {
 
 struct ScaleCall {
   Tensor gradient, factor, out;   // [rows, cols]; one factor, or one per row
-  std::optional<Tensor> divisor;  // [1] double
+  std::optional<Tensor> divisor;  // a scalar
   int64_t rows, cols, factor_stride;
 };
 
@@ -29,9 +29,9 @@ ScaleCall check(const Tensor& gradient, const Tensor& upstream, const std::optio
   SIMPLEXFIX_CHECK(upstream.device() == gradient.device(), "upstream and gradient are on different devices");
   if (divisor) {
     SIMPLEXFIX_CHECK(one, "with a divisor upstream must be a scalar, got ", shape_of(upstream));
-    SIMPLEXFIX_CHECK(divisor->dim() == 1 && divisor->size(0) == 1 && divisor->scalar_type() == ScalarType::Double,
-                     "divisor must be one float64 number in shape [1], got ", shape_of(*divisor), " of ",
-                     torch::headeronly::toString(divisor->scalar_type()));
+    SIMPLEXFIX_CHECK(divisor->dim() == 0 && divisor->scalar_type() == upstream.scalar_type(),
+                     "divisor must be a scalar of ", torch::headeronly::toString(upstream.scalar_type()), ", got ",
+                     shape_of(*divisor), " of ", torch::headeronly::toString(divisor->scalar_type()));
     SIMPLEXFIX_CHECK(divisor->device() == gradient.device(), "divisor and gradient are on different devices");
   }
   return {.gradient = as_contiguous(gradient),
@@ -51,7 +51,7 @@ Tensor scale_rows_cpu(Tensor gradient, Tensor upstream, std::optional<Tensor> di
     const auto* factor = data<accumulate_t<T>>(call.factor);
     accumulate_t<T> divided;
     if (call.divisor) {
-      divided = divide_upstream(*factor, *data<double>(*call.divisor));
+      divided = divide_upstream(*factor, *data<accumulate_t<T>>(*call.divisor));
       factor = &divided;
     }
     T* out = mutable_data<T>(call.out);
@@ -68,7 +68,7 @@ Tensor scale_rows_cuda(Tensor gradient, Tensor upstream, std::optional<Tensor> d
   const ScaleCall call = check(gradient, upstream, divisor);
   launch(gradient.get_device_index(), "scale_rows", [&](void* stream) {
     return cuda::scale_rows({call.gradient.const_data_ptr(), call.factor.const_data_ptr(), call.factor_stride,
-                             call.divisor ? data<double>(*call.divisor) : nullptr, call.out.mutable_data_ptr(),
+                             call.divisor ? call.divisor->const_data_ptr() : nullptr, call.out.mutable_data_ptr(),
                              call.rows, call.cols, cuda_dtype(gradient.scalar_type()), stream});
   });
   return call.out;

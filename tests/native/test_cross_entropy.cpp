@@ -75,8 +75,8 @@ struct Call {
   int64_t slots;
   Buffer<T> z, gradient;
   Buffer<int64_t> target;
-  Buffer<A> weight, row_loss, loss;
-  Buffer<double> divisor, workspace;
+  Buffer<A> weight, row_loss, loss, divisor;
+  Buffer<double> workspace;
 
   Call(const Shape& s, int64_t slots)
       : shape(s),
@@ -175,8 +175,8 @@ void check(const Config& config, const Shape& s, bool spoiled) {
   const bool mean = config.reduction == Reduction::kMean;
   if (mean && !(std::fabs(call.workspace[0] - counted) <= 1e-12 * counted))
     failed("%s: counted weight %.17g, truth %.17g", name, call.workspace[0], counted);
-  if (config.divides_later && call.divisor[0] != call.workspace[0])
-    failed("%s: divisor %.17g, counted weight %.17g", name, call.divisor[0], call.workspace[0]);
+  if (config.divides_later && call.divisor[0] != A(call.workspace[0]))
+    failed("%s: divisor %.9g, counted weight %.17g", name, double(call.divisor[0]), call.workspace[0]);
 
   long double sum = 0;
   double sum_allowed = 0;

@@ -70,7 +70,7 @@ void check_logits(int64_t rows, int64_t d, int64_t stride, int offset, bool norm
 }
 
 template <typename T>
-void check_scale(int64_t rows, int64_t cols, int offset, bool by_row, bool ones, double divisor = 1) {
+void check_scale(int64_t rows, int64_t cols, int offset, bool by_row, bool ones, accumulate_t<T> divisor = 1) {
   using A = accumulate_t<T>;
   ++g_cases;
   Buffer<T> in(rows * cols, offset), out(rows * cols, offset % 2);
@@ -85,7 +85,7 @@ void check_scale(int64_t rows, int64_t cols, int offset, bool by_row, bool ones,
     failed("launch: %s", error);
   for (int64_t i = 0; i < in.size(); ++i) {
     const A upstream = factor[by_row ? i / cols : 0];
-    const T want = T(A(in[i]) * (divisor == 0 ? upstream : A(double(upstream) / divisor)));
+    const T want = T(A(in[i]) * (divisor == 0 ? upstream : upstream / divisor));
     if (std::memcmp(&out[i], ones ? &in[i] : &want, sizeof(T)))
       failed("scale_rows<%s> %lld x %lld, offset %d%s: [%lld] = %.9g, want %.9g", Format<T>::kName, (long long)rows,
              (long long)cols, offset, by_row ? ", by row" : "", (long long)i, value_of(out[i]), value_of(want));
