@@ -45,7 +45,7 @@ class Peer(Protocol):
     def add(self, ids: Ids, vectors: Vectors, payload: list[dict[str, Any]]) -> None: ...
 
     def replace(self, ids: Ids, vectors: Vectors, *, keep: bool) -> None:
-        """keep: whether the old rows are copied in the same transaction, where the store has one."""
+        """keep: whether to copy the old rows first, in the same transaction if the store has transactions."""
         ...
 
     def search(self, queries: Vectors) -> list[list[int]]: ...
@@ -238,7 +238,7 @@ class MilvusServer:
                 time.sleep(0.5)
 
     def most_memory(self) -> int:
-        """The most bytes that its processes have taken."""
+        """Returns the sum of the peak memory of its processes, in bytes."""
         group = subprocess.run(["pgrep", "-g", str(self.process.pid)], stdout=subprocess.PIPE, text=True).stdout
         lines = [line for pid in group.split() for line in Path(f"/proc/{pid}/status").read_text().splitlines()]
         return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
@@ -250,7 +250,7 @@ class MilvusServer:
 
 
 def measure(url: str, rows: int, dim: int, many: int, exact: Ids) -> dict[str, Any]:
-    """exact: [many, K] the hits of `measure_index`."""
+    """Measures a gallery and its peer; exact: [many, K] ids that `measure_index` found."""
     old = ModelIdentity.external("benchmark", "1", dim)
     new = ModelIdentity.external("benchmark", "2", dim, version=1, adapter="5eed", space=old)
     gallery, peer = Gallery.create(url, model=old), peer_of(url, dim)
@@ -323,7 +323,7 @@ def measure(url: str, rows: int, dim: int, many: int, exact: Ids) -> dict[str, A
 
 
 def measure_index(rows: int, dim: int, many: int) -> tuple[dict[str, Any], Ids]:
-    """CosineIndex alone, and its hits."""
+    """Measures CosineIndex alone; returns its times and the ids that it found."""
     index, queries, added = CosineIndex(dim), chunk(0, many, dim, 2)[1], 0.0
     for first in range(0, rows, ADDED):
         ids, vectors = chunk(first, min(ADDED, rows - first), dim, 0)
@@ -364,7 +364,7 @@ def show(measured: dict[str, Any], index: dict[str, Any]) -> None:
 
 
 def made(url: str, place: str) -> tuple[str, MilvusServer | None]:
-    """Returns the URL, or for the name of a store the URL of a new gallery in it; and the server of this run."""
+    """Returns the URL, or for the name of a store the URL of a new gallery in it; and the server that it started."""
     if url == "folder":
         return os.path.join(place, "gallery"), None
     if url == "milvus":

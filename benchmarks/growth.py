@@ -4,7 +4,7 @@ python benchmarks/growth.py [--rows 500000 1000000 ...] [--d 64] [--dtype float3
 
 One index grows from size to size; linear growth is the same time per row in each line.  At the last size a tenth of the
 rows is removed, and at most 100,000 of them are added again.  Then this index is saved, loaded, and searched by several
-threads, one query per call.  Each call prints by how much it raised the process's memory.
+threads, one query per call.  Each of these calls prints by how much it raised the process's memory.
 """
 
 from __future__ import annotations
@@ -19,30 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure import machine_card
+from measure import _status, machine_card
 
 from simplexfix import CosineIndex
 
 QUERIES, K, PIECE = 100, 10, 100_000
-STATUS = Path("/proc/self/status")
-
-
-def memory(field: str) -> float:
-    """Returns VmRSS, the process's memory, or VmHWM, its highest since `forget_peak`, in MiB."""
-    (line,) = (line for line in STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
-    return int(line.split()[1]) / 1024
-
-
-def forget_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 def timed(name: str, call: Callable[[], Any]) -> dict[str, Any]:
-    """Runs a call once: its seconds, and how far the process's memory rose meanwhile, in MiB."""
-    forget_peak()
-    before, start = memory("VmRSS"), time.perf_counter()
+    """Runs a call once; returns its seconds, and by how many MiB it raised the process's memory at most."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, VmHWM
+    before, start = _status("VmRSS"), time.perf_counter()
     call()
-    row = {"call": name, "seconds": time.perf_counter() - start, "rose": memory("VmHWM") - before}
+    row = {"call": name, "seconds": time.perf_counter() - start, "rose": (_status("VmHWM") - before) / 2**20}
     print("{:28} {:8.1f} s, memory rose by {:6.0f} MiB".format(*row.values()), flush=True)
     return row
 
@@ -113,7 +102,7 @@ def main() -> None:
         print("{:10} {:8.1f} {:8.3f} {:8.4f} {:8.1f} {:8.3f}".format(*row.values()), flush=True)
     tenth = rng.permutation(len(index))[: len(index) // 10]
     vectors = index.vectors(tenth[:PIECE])
-    print(f"the index: {index.nbytes / 2**20:.0f} MiB, the process: {memory('VmRSS'):.0f} MiB")
+    print(f"the index: {index.nbytes / 2**20:.0f} MiB, the process: {_status('VmRSS') / 2**20:.0f} MiB")
     calls = [timed(f"remove {len(tenth)} rows", lambda: index.remove(tenth))]
     calls.append(timed(f"add {len(vectors)} of them again", lambda: index.add(vectors, tenth[:PIECE])))
     with tempfile.TemporaryDirectory() as folder:

@@ -61,7 +61,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Assigns whole files to processes, so that module fixtures run once, in the order of the collection.
 
-    All tests of the Milvus server are one file more: it takes 15 seconds to start, and its tests mostly wait for it.
+    All tests of the Milvus server count as one more file: the server takes 15 seconds to start, and the tests mostly
+    wait for it.
     """
     from xdist.scheduler import LoadFileScheduling
 

@@ -156,7 +156,7 @@ def _run(
         if sys.stdout is not None:
             sys.stdout.flush()
     except OSError:
-        code = 120  # as an interpreter exits that cannot flush standard output
+        code = 120  # the exit code of an interpreter that cannot flush standard output
     os._exit(code if isinstance(code, int) else 1)
 
 

@@ -170,8 +170,10 @@ class Gallery:
     def search(self, queries: Rows, k: int, *, model: ModelIdentity, where: Where | None = None) -> Hits:
         """The k best rows for each query, of all versions, exactly.
 
-            score(q, v) = n(q[:w]) . n(v) in float64       # v of any version, w numbers, at most d; n(x) = x / |x|
+            score(q, v) = n(q[:w]) . n(v) in float64       # n(x) = x / |x|; v has w <= d numbers
             order by score, then by lower id
+
+        A vector narrower than the query is compared with the query's first w numbers.
 
         Args:
             queries: [Q, d] finite, as the model makes them.

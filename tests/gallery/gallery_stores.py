@@ -71,8 +71,8 @@ def milvus_lite_url(tmp_path: Path) -> str:
 
 
 def milvus_server_url(tmp_path: Path) -> str:
-    given = os.environ.get("SIMPLEXFIX_MILVUS_SERVER", "")
-    return f"{given if '://' in given else milvus_server().url}#photos_{uuid.uuid4().hex[:8]}"
+    address = os.environ.get("SIMPLEXFIX_MILVUS_SERVER") or milvus_server().url
+    return f"{address}#photos_{uuid.uuid4().hex[:8]}"
 
 
 def drop_collections(url: str) -> None:

@@ -1,4 +1,4 @@
-"""Galleries in Milvus beyond the contract: Milvus Lite, and a life on a real server, which is killed meanwhile."""
+"""Galleries in Milvus beyond the contract: Milvus Lite, and an upgrade on a server that is killed and restarted."""
 
 from __future__ import annotations
 
@@ -223,9 +223,6 @@ def test_a_version_between_two_others_is_retired_after_the_older_one(gallery: Ga
     assert [version["rows"] for version in gallery.status()["versions"]] == [0, 0, 40]
 
 
-# search
-
-
 def test_a_writer_of_a_file_finds_rows_by_key_also_after_others_have_written(lite: str, gallery: Gallery, monkeypatch):
     """Milvus Lite gathers all vectors of a version to find rows by another field."""
     other = Gallery.open(lite)
@@ -254,6 +251,9 @@ def test_a_writer_of_a_file_finds_rows_by_key_also_after_others_have_written(lit
     gallery.admit(B, force="again")
     assert gallery.replace(IDS, vectors(IDS, 1), model=B) == 39
     assert gallery.status()["stale"] == 0
+
+
+# search
 
 
 def test_leases_end_at_once_although_a_deletion_has_no_stamp(gallery: Gallery, monkeypatch) -> None:

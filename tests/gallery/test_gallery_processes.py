@@ -28,7 +28,7 @@ from simplexfix.gallery import Gallery, StoreError
 __all__ = ["url"]  # a fixture
 
 KILLS = int(os.environ.get("SIMPLEXFIX_KILLS", "10"))
-ROWS = int(os.environ.get("SIMPLEXFIX_ROWS", "0"))  # of the backfill beside a reader
+ROWS = int(os.environ.get("SIMPLEXFIX_ROWS", "0"))  # of the backfill beside a reader; 0: fewer on a server
 
 
 class Child:
@@ -104,7 +104,7 @@ def fresh_children(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 
 
 def kills(url: str) -> int:
-    """The number of kills: fewer for Milvus, where one run of all calls takes seconds, and more on a server."""
+    """The number of kills: fewer on Milvus, where all calls take seconds, and fewest on a server."""
     return max(1, KILLS // 10) if url.startswith("http") else max(2, KILLS // 4) if Child.fresh else KILLS
 
 

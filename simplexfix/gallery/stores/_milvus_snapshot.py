@@ -24,8 +24,9 @@ class Snapshots:
         self.connection, self.register, self.gallery = connection, register, gallery
         self.meta = Meta(connection, gallery)
         self.loaded: set[str] = set()  # collections that exist and can be searched
-        # Of a file: a change, and by id version and key of each row in the gallery then, for the one who has the turn.
-        # Milvus Lite finds a row by its key at once; to find it by its id it gathers all vectors of a version.
+        # For a file: the number of a change, and by id the version and key of each row as of it.  Only the writer that
+        # has the turn uses it.  Milvus Lite finds a row by its key at once; to find it by its id it gathers all vectors
+        # of a version.
         self.places: tuple[int, dict[int, tuple[int, int]]] | None = None
         self._record: Record | None = None  # the last one, cached
         self._state: tuple[int, State] | None = None  # the last one, cached, and its change
@@ -107,7 +108,7 @@ class Snapshot:
         return self._all.state_of(self.record, self.stamp)
 
     def versions_of(self, ids: list[int], versions: Iterable[int] | None = None) -> dict[int, int]:
-        """The version of each of these ids that is in the gallery; `versions`: of rows of these alone."""
+        """The version of each of these ids that is in the gallery; `versions`: None for all, else only these."""
         found: dict[int, int] = {}
         for version in self.record.rows if versions is None else versions:
             left = [id_ for id_ in ids if id_ not in found]

@@ -44,12 +44,12 @@ class Turn:
         self.stamp = before.stamp
         self.tried = False  # whether rows under its number may be there
         self._snapshots, self._register = snapshots, snapshots.register
-        self._moved: dict[int, tuple[int, int] | None] = {}  # as of `Snapshots.places`; None: removed
+        self._moved: dict[int, tuple[int, int] | None] = {}  # id -> place, as in `Snapshots.places`; None: removed
 
     # reading, by id
 
     def versions_of(self, ids: list[int], versions: Collection[int] | None = None) -> dict[int, int]:
-        """As of `Snapshot.versions_of`."""
+        """As `Snapshot.versions_of` of the last change."""
         places = self._places()
         if places is None:
             return self.before.versions_of(ids, versions)

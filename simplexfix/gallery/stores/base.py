@@ -56,8 +56,7 @@ class Overview:
     """The gallery at one moment, without its rows.
 
     Attributes:
-        state: as of `Store.state`.
-        history: as of `Store.history`.
+        state, history: as `Store.state` and `Store.history` return them.
         rows, old: version -> number of rows that are searched, and of replaced rows that are kept for a rollback.
         leased: one entry for each worker, in the order in which their leases end.
     """
@@ -131,8 +130,8 @@ class Store(Protocol):
     ) -> int:
         """Puts rows in place of those of other versions, which are kept, and returns how many.
 
-        It leaves out rows of this version, and ids that were removed while they were leased.  KeyError for other ids
-        that are not there.
+        It leaves out rows of this version, and ids that were removed while they were leased.  It raises KeyError for
+        other ids that are not there.
         """
         ...
 
