@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from frozen_encoders import METHODS, Encoded, add_arguments, cached, report
+from frozen_encoders import Encoded, add_arguments, cached, report
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -34,7 +34,6 @@ SIDE = 128  # side in pixels to which CIFAR's 32 are resized: the networks reduc
 BATCH = 64
 GALLERY, QUERY = 60, 20  # images per class
 UNSEEN = 40  # of 100 classes
-ROWS = ("procrustes", "whitened procrustes, g = 0.3", "whitened procrustes, g = 0.6", "simplex junction, g = 0.3")
 
 
 # The networks take float32 [B, 3, SIDE, SIDE], red, green and blue in 0..255, and return pooled features.
@@ -190,8 +189,7 @@ def main() -> None:
 
     gallery_labels, query_labels = (torch.from_numpy(cifar.labels[rows[part]]) for part in ("gallery", "query"))
     encoders = {name: Encoded(features(name, "gallery"), features(name, "query")) for name in ENCODERS}
-    methods = {name: METHODS[name] for name in ROWS}
-    report(encoders, gallery_labels, query_labels, unseen=UNSEEN, arguments=a, methods=methods)
+    report(encoders, gallery_labels, query_labels, unseen=UNSEEN, arguments=a)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,7 +25,7 @@ from ._paired import Features, PairedFeatures
 from .folder import identity_of, load_adapter, save_adapter
 from .maps import unit
 
-__all__ = ["Adapter", "AdapterMethod"]
+__all__ = ["Adapter", "AdapterMethod", "QueryChange"]
 
 
 class Adapter(nn.Module):
@@ -284,7 +284,28 @@ class AdapterMethod(ABC):
 
     def described(self) -> dict[str, Any]:
         """Name and options, in plain values."""
-        return {"name": self.name, **asdict(self)}  # type: ignore[call-overload]
+        options = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        return {
+            "name": self.name,
+            **{key: value.described() if isinstance(value, AdapterMethod) else value for key, value in options.items()},
+        }
+
+
+@dataclass(frozen=True)
+class QueryChange(AdapterMethod):
+    """Base of methods that change the queries of the method `of`; stored vectors and their maps are those of `of`."""
+
+    of: AdapterMethod
+
+    @property
+    def maps_gallery(self) -> bool:  # type: ignore[override]
+        return self.of.maps_gallery
+
+    def own_maps(self, moments: Moments) -> Sequence[nn.Module | None]:
+        return self.of.own_maps(moments)
+
+    def check(self, features: PairedFeatures) -> None:
+        self.of.check(features)
 
 
 def _check_width(name: str, rows: Tensor, width: int) -> None:

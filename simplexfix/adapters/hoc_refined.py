@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -78,9 +78,6 @@ class HOCRefined(AdapterMethod):
     def check(self, features: PairedFeatures) -> None:
         super().check(features)
         self.start.check(features)
-
-    def described(self) -> dict[str, Any]:
-        return {**super().described(), "start": self.start.described()}
 
     def _refined(self, moments: Moments) -> list[AffineMap]:
         generator = torch.Generator().manual_seed(self.seed)

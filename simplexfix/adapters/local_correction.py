@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._checks import check_fraction, check_integer, check_positive
 from ._moments import Moments
 from ._paired import PairedFeatures
-from .base import Adapter, AdapterMethod
+from .base import Adapter, QueryChange
 from .hoc_refined import HOCRefined
 from .lambda_orthogonal import LambdaOrthogonal
 from .maps import AffineMap, LocalMap
@@ -28,15 +27,14 @@ _ROWS = 1024
 
 
 @dataclass(frozen=True)
-class LocalCorrection(AdapterMethod):
+class LocalCorrection(QueryChange):
     """Another method's adapter, whose queries are moved by the mean error at fitted items that are similar to them.
 
-        A = adapter that `of` fits,  p(x) = A(x),  e_i = A.gallery(old_i) - p(new_i)   i: `rows` drawn items of the fit
-        w = softmax_i(scale p(x) . p(new_i))
-        adapter(x) = n(p(x) + beta sum_i w_i e_i),  adapter.gallery = A.gallery
+        A = adapter that `of` fits,  e_i = n(A.gallery(old_i)) - A(new_i)      i: drawn items of the fit, at most `rows`
+        w = softmax_i(scale A(x) . A(new_i))
+        adapter(x) = n(A(x) + beta sum_i w_i e_i),  adapter.gallery = A.gallery
 
-    The sum is a kernel regression of the error.  The new encoder searches a gallery of its own as without it: there is
-    no error to correct.
+    The sum is a kernel regression of the error.  Queries in a gallery of the new encoder's own are not corrected.
 
     Each query costs 2 * rows * d multiply-adds more, and the adapter stores 2 * rows * d further numbers.
 
@@ -44,8 +42,8 @@ class LocalCorrection(AdapterMethod):
         of: the method that fits the adapter; its query map must be affine: `Procrustes`, `Ridge`, `LambdaOrthogonal`,
             `WhitenedProcrustes`, `SimplexJunction` or `HOCRefined`.
         scale: of the cosines, positive: larger values weigh fewer, more similar items.
-        beta: in [0, 1]; with 0 the queries are those of A.
-        rows: largest number of fitted items that are kept, at least 1.
+        beta: in [0, 1], fraction of the error that is corrected; with 0 the queries are those of A.
+        rows: fitted items that the adapter stores, at least 1; all of them if the fit has fewer.
         seed: of the draw.
 
     Reference:
@@ -53,15 +51,10 @@ class LocalCorrection(AdapterMethod):
     """
 
     name: ClassVar[str] = "local_correction"
-    of: AdapterMethod
     scale: float = 40.0
     beta: float = 0.25
     rows: int = 8192
     seed: int = 0
-
-    @property
-    def maps_gallery(self) -> bool:  # type: ignore[override]
-        return self.of.maps_gallery
 
     def __post_init__(self) -> None:
         if not isinstance(self.of, AFFINE):
@@ -73,7 +66,7 @@ class LocalCorrection(AdapterMethod):
             raise ValueError(f"rows must be at least 1, got {self.rows}")
 
     def adapter(self, moments: Moments, old: int, new: int) -> Adapter:
-        """As of `AdapterMethod`, but computed again each time: stored adapters of a grid would fill the memory."""
+        """As in `AdapterMethod`, but not stored in `moments`: the adapters of a grid would fill the memory."""
         return self._adapter(moments, old, new).eval()
 
     def _adapter(self, moments: Moments, old: int, new: int) -> Adapter:
@@ -85,17 +78,8 @@ class LocalCorrection(AdapterMethod):
         query = LocalMap(of.query_map.weight, of.query_map.bias, self.scale * mapped, self.beta * errors)
         return Adapter(query, of.gallery_map, method=self.described())
 
-    def own_maps(self, moments: Moments) -> Sequence[nn.Module | None]:
-        return self.of.own_maps(moments)
-
-    def check(self, features: PairedFeatures) -> None:
-        self.of.check(features)
-
-    def described(self) -> dict[str, Any]:
-        return {**super().described(), "of": self.of.described()}
-
     def _errors(self, features: PairedFeatures, of: Adapter, old: int, new: int) -> tuple[Tensor, Tensor]:
-        """[M, d] p(new_i) and [M, d] e_i of the equation."""
+        """[M, d] A(new_i) and [M, d] e_i of the equation."""
         drawn = torch.randperm(len(features), generator=torch.Generator().manual_seed(self.seed))[: self.rows]
         mapped, wanted = [], []
         for at in torch.split(drawn.sort().values, _ROWS):

@@ -105,7 +105,7 @@ class ResidualMap(nn.Module):
         return f"{self.in_features}, {self.out_features}, hidden={self.up.shape[0]}"
 
 
-class LocalMap(nn.Module):
+class LocalMap(AffineMap):
     """[B, f] features -> [B, d] unit rows: n(p + softmax(p keys^T) values), p = n(n(x) W + b).
 
     Args:
@@ -113,23 +113,19 @@ class LocalMap(nn.Module):
         keys: [M, d] p of fitted items, times the scale; values: [M, d] their errors, times beta (`LocalCorrection`).
     """
 
-    weight: Tensor
-    bias: Tensor
     keys: Tensor
     values: Tensor
 
     def __init__(self, weight: Tensor, bias: Tensor, keys: Tensor, values: Tensor) -> None:
-        super().__init__()
-        for name, value in (("weight", weight), ("bias", bias), ("keys", keys), ("values", values)):
-            self.register_buffer(name, value.contiguous())
-        self.in_features, self.out_features = weight.shape
+        super().__init__(weight, bias)
+        self.register_buffer("keys", keys.contiguous())
+        self.register_buffer("values", values.contiguous())
 
     def forward(self, features: Tensor) -> Tensor:
-        p = normalize(unit(features, self.weight.dtype) @ self.weight + self.bias, dim=-1)
-        return torch.cat([self._corrected(rows) for rows in torch.split(p, _ROWS)])
+        return torch.cat([self._corrected(p) for p in torch.split(super().forward(features), _ROWS)])
 
     def _corrected(self, p: Tensor) -> Tensor:
         return normalize(p + torch.softmax(p @ self.keys.T, 1) @ self.values, dim=-1)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, rows={len(self.keys)}"
+        return f"{super().extra_repr()}, rows={len(self.keys)}"

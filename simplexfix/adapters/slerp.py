@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
-
-from torch import nn
+from typing import ClassVar
 
 from .._checks import check_fraction
 from ._moments import Moments
-from ._paired import PairedFeatures
-from .base import Adapter, AdapterMethod
+from .base import Adapter, QueryChange
 
 __all__ = ["Slerp"]
 
 
 @dataclass(frozen=True)
-class Slerp(AdapterMethod):
+class Slerp(QueryChange):
     """Another method's adapter, whose queries stay on the arc to the old encoder's own query.
 
         q = sin((1 - alpha) t) / sin t * u + sin(alpha t) / sin t * v,     cos t = u . v
@@ -43,12 +39,7 @@ class Slerp(AdapterMethod):
     """
 
     name: ClassVar[str] = "slerp"
-    of: AdapterMethod
     alpha: float = 0.5
-
-    @property
-    def maps_gallery(self) -> bool:  # type: ignore[override]
-        return self.of.maps_gallery
 
     def __post_init__(self) -> None:
         check_fraction("alpha", self.alpha)
@@ -56,12 +47,3 @@ class Slerp(AdapterMethod):
     def _adapter(self, moments: Moments, old: int, new: int) -> Adapter:
         of = self.of.adapter(moments, old, new)
         return Adapter(of.query_map, of.gallery_map, alpha=self.alpha, method=self.described())
-
-    def own_maps(self, moments: Moments) -> Sequence[nn.Module | None]:
-        return self.of.own_maps(moments)
-
-    def check(self, features: PairedFeatures) -> None:
-        self.of.check(features)
-
-    def described(self) -> dict[str, Any]:
-        return {"name": self.name, "of": self.of.described(), "alpha": self.alpha}

@@ -42,9 +42,8 @@ def run(*flags: str, old: str = "old.npz", new: str = "new.npz") -> int:
 
 def test_a_gallery_admits_by_it(files, capsys, monkeypatch) -> None:
     assert main(["gallery", "create", "shop", "--model", "old.json"]) == 0
-    monkeypatch.setattr(
-        select, "first_candidates", lambda _: [Procrustes()]
-    )  # the adapter leaves stored vectors unchanged
+    # the adapter leaves stored vectors unchanged
+    monkeypatch.setattr(select, "first_candidates", lambda _: [Procrustes()])
     adapted = ["adapt", "--old", "old-fit.npy", "--new", "new-fit.npy", "--out", "fitted", "--old-model", "old.json"]
     assert main(adapted) in (0, 1)
     flags = ["--agreement", "--adapter", "fitted", "--old-model", "old.json", "--out", "gate.json"]
