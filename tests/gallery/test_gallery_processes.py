@@ -105,7 +105,7 @@ def fresh_children(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 
 def kills(url: str) -> int:
     """The number of kills: fewer on Milvus, where all calls take seconds, and fewest on a server."""
-    return max(1, KILLS // 10) if url.startswith("http") else max(2, KILLS // 4) if Child.fresh else KILLS
+    return max(2, KILLS // 10) if url.startswith("http") else max(2, KILLS // 4) if Child.fresh else KILLS
 
 
 # killed at any moment
