@@ -71,10 +71,11 @@ def all_calls(threads: int) -> dict[str, dict[str, tuple[int, Callable[[], Any]]
         flat.add(gallery)
     for queries in (1, 100):
         q = np.ascontiguousarray(query[:queries])
+        q_rows = torch.from_numpy(q)
         found = cases[f"search of {queries} in {ROWS:,} x {D}"] = {
             "ours, one thread": (1, lambda q=q: one.search(q, K)),
             "ours": (threads, lambda q=q: more.search(q, K)),
-            "torch, mm and topk": (threads, lambda q=torch.from_numpy(q): (q @ rows.T).topk(K)),
+            "torch, mm and topk": (threads, lambda q=q_rows: (q @ rows.T).topk(K)),
         }
         if flat is not None:
             found["faiss"] = (threads, lambda q=q: flat.search(q, K))
@@ -104,7 +105,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the results as JSON too")
     arguments = parser.parse_args()
     cases = all_calls(arguments.threads)
-    results: dict[str, Any] = {"machine": machine_card(), "threads": arguments.threads, "gap": arguments.gap, "rows": []}
+    results: dict[str, Any] = {
+        "machine": machine_card(),
+        "threads": arguments.threads,
+        "gap": arguments.gap,
+        "rows": [],
+    }
     for number in arguments.busy:
         with busy_processes(number):
             for case, calls in cases.items():
