@@ -100,7 +100,7 @@ void CosineIndex::copy_row(int64_t row, float* out) const {
 }
 
 int64_t CosineIndex::threads_for(int64_t numbers) const {
-  return cpu::threads_for(double(numbers), double(kNumbersPerThread), threads_);
+  return cpu::threads_for(double(numbers), double(kNumbersPerWokenThread), threads_);
 }
 
 int64_t CosineIndex::add(const float* vectors, int64_t n, const int64_t* ids) {

@@ -2,14 +2,11 @@
 
 #include <pthread.h>
 
-#include <atomic>
-
 namespace simplexfix::cpu {
 namespace {
 // Constant-initialised and never destroyed: hooks may be constructed before, and destroyed after, the objects of any
 // file.
 constinit std::mutex g_mutex;
-constinit std::atomic<bool> g_forked{false};
 constinit ForkHook* g_first = nullptr;  // head of the list of hooks, guarded by g_mutex
 }  // namespace
 
@@ -17,7 +14,6 @@ struct ForkHandlers {
   static void before() { g_mutex.lock(); }
   static void after_in_parent() { g_mutex.unlock(); }
   static void after_in_child() {
-    g_forked = true;
     for (const ForkHook* hook = g_first; hook; hook = hook->next_) hook->mend_(hook->object_);
     g_mutex.unlock();
   }
@@ -29,8 +25,6 @@ namespace {
 }  // namespace
 
 std::mutex& fork_mutex() { return g_mutex; }
-
-bool is_forked() { return g_forked.load(std::memory_order_relaxed); }
 
 ForkHook::ForkHook(Mend mend, void* object) : mend_(mend), object_(object) {
   const std::lock_guard lock(g_mutex);

@@ -8,10 +8,6 @@ namespace simplexfix::cpu {
 // fork() blocks while this mutex is held, so that no child sees its data half changed.  Hold it briefly.
 std::mutex& fork_mutex();
 
-// Returns whether this process was forked after the library was loaded.  torch's OpenMP threads may not exist here, and
-// a call that uses them hangs.  Run work on threads of our own instead (parallel.h).
-bool is_forked();
-
 // Calls mend(object) in every forked child, before anything else runs there.  Declare it as the last member of its
 // owner, so that it never runs on an owner that is partly constructed or destroyed.
 class ForkHook {

@@ -9,10 +9,8 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <cstring>
-#include <memory>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -22,7 +20,6 @@
 #include <vector>
 
 #include "../core/types.h"
-#include "../cpu/fork.h"
 #include "../cpu/parallel.h"
 
 // Throws std::invalid_argument, which Python receives as a ValueError with exactly this message. STD_TORCH_CHECK would
@@ -97,36 +94,11 @@ inline void check_rows(const Tensor& z, const char* name) {
                    " must have between 1 and 2^31 - 2 columns, got ", z.size(1));
 }
 
-// Calls work(begin, end) on ranges that together cover all rows, on torch's threads. In a forked child it starts
-// threads of its own (cpu/parallel.h). Each thread begins with its own range of rows, the same in every call, so the
-// rows are in its caches. A thread that finishes its range takes chunks of other ranges: threads of a shared machine
-// are seldom equally fast. cols is the number of elements of a row.
+// Calls work(begin, end) on ranges that together cover all rows, on at most as many threads as torch uses. cols is the
+// number of elements of a row.
 template <typename F>
 void for_rows(int64_t rows, int64_t cols, const F& work) {
-  // kWorth: elements that pay for waking a thread; kChunks: chunks per range
-  constexpr int64_t kWorth = 16384, kChunks = 8;
-  const bool forked = cpu::is_forked();
-  const int64_t worth = forked ? cpu::kNumbersPerThread : kWorth;
-  const int64_t least = std::max<int64_t>(1, worth / std::max<int64_t>(1, cols));
-  const int64_t ranges = std::clamp<int64_t>(rows / least, 1, torch::stable::get_num_threads());
-  if (ranges == 1) {
-    if (rows > 0) work(0, rows);
-    return;
-  }
-  const int64_t chunk = std::max(least, rows / (ranges * kChunks));
-  const auto start_of = [&](int64_t range) { return range * rows / ranges; };
-  const std::unique_ptr<std::atomic<int64_t>[]> next(new std::atomic<int64_t>[size_t(ranges)]);
-  for (int64_t range = 0; range < ranges; ++range) next[size_t(range)] = start_of(range);
-  const auto run = [&](int64_t own) {
-    for (int64_t r = own; r < own + ranges; ++r) {
-      const int64_t range = r % ranges, end = start_of(range + 1);
-      for (int64_t at; (at = next[size_t(range)].fetch_add(chunk)) < end;) work(at, std::min(end, at + chunk));
-    }
-  };
-  if (forked)
-    cpu::parallel(ranges, ranges, run);
-  else
-    torch::stable::parallel_for(0, ranges, 1, [&](int64_t own, int64_t) { run(own); });
+  cpu::parallel_ranges(rows, cols, torch::stable::get_num_threads(), work);
 }
 
 // Wraps an operator for registration. When torch fails inside it, mostly for lack of memory, the stable ABI reports

@@ -19,9 +19,6 @@ namespace {
 // Encoding a gallery costs about as much as scoring it for half this number of queries.
 constexpr int64_t kQueriesWorthCodes = 24;
 
-// A search with fewer products is brief: below a tenth of a second, so it need not be interruptible. It does not pay
-// for threads of our own, which take about 50 us each to start.
-constexpr double kBriefProducts = double(int64_t(1) << 28);
 constexpr int64_t kNumbersAtATime = int64_t(1) << 26;  // read and written between two checks of the interrupt
 
 // Calls work(begin, end) over n rows of d numbers each by for_rows, and checks the interrupt between chunks.
@@ -87,18 +84,9 @@ std::tuple<Tensor, Tensor> cosine_topk_cpu(Tensor query, Tensor gallery, int64_t
       codes->encode(rows, begin * cpu::kPanelRows, std::min(rows.n, end * cpu::kPanelRows));
     });
   }
-  // An interrupt needs threads of our own: torch's threads do not propagate exceptions.
-  const bool brief = !cpu::is_forked() && double(queries) * double(rows.n) * double(rows.d) < kBriefProducts;
-  const int64_t most = torch::stable::get_num_threads();
-  const int64_t threads = brief ? most : cpu::Search::threads_for(queries, rows, most);
-  cpu::Search search(data<float>(q), queries, rows, codes ? &*codes : nullptr, k, threads,
-                     brief ? nullptr : &interrupt);
-  if (brief)
-    torch::stable::parallel_for(0, search.tasks(), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) search.run(task);
-    });
-  else
-    cpu::parallel(search.tasks(), threads, [&](int64_t task) { search.run(task); }, &interrupt);
+  const int64_t threads = cpu::Search::threads_for(queries, rows, torch::stable::get_num_threads());
+  cpu::Search search(data<float>(q), queries, rows, codes ? &*codes : nullptr, k, threads, &interrupt);
+  cpu::parallel(search.tasks(), threads, [&](int64_t task) { search.run(task); }, &interrupt);
   float* const to_scores = mutable_data<float>(scores);
   int64_t* const to_ids = mutable_data<int64_t>(ids);
   in_chunks(queries, k * 16, interrupt,

@@ -22,6 +22,7 @@ ENTROPY, SUMS, LOGITS, TEAM = "cuda/cross_entropy.cuh", "cuda/loss_sums.cuh", "c
 SIMPLEX, ORTHOPLEX, CUBE = (f"cuda/{polytope}_cross_entropy.cuh" for polytope in ("simplex", "orthoplex", "cube"))
 SEARCH, CODES, INDEX = "cpu/search.cpp", "cpu/gallery_codes.cpp", "cpu/cosine_index.cpp"
 TILES, SELECT, ROWS = "cuda/topk_tiles.cuh", "cuda/topk_select.cuh", "cuda/topk_rows.cuh"
+PARALLEL = "cpu/parallel.cpp"
 DEVICE, SCORE = "cuda/device.cuh", "core/cosine_score.h"
 LAUNCH, SCALE, CORE = "cuda/simplex_cross_entropy.cu", "cuda/scale_rows.cuh", "core/simplex_cross_entropy.h"
 
@@ -330,6 +331,11 @@ MUTANTS = [
         "if (square != 0 &&",
         "if (false && square != 0 &&",
     ),
+    # ... the pool of threads
+    Mutant("a call that has ended stays open", PARALLEL, "if (forks == forks_ && call.seats > 0) close(call);", ""),
+    Mutant("a call ends before its threads", PARALLEL, "while (call.running != 0) {", "while (false) {"),
+    Mutant("a child counts its parent's threads", PARALLEL, "threads_ = waiting_ = 0;", ""),
+    Mutant("an exception of another thread lost", PARALLEL, "if (!failure) failure = std::move(call.failure);", ""),
 ]
 
 

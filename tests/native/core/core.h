@@ -58,6 +58,7 @@ inline std::vector<float> clusters(int64_t n, int64_t d, double spread, Random& 
   return rows;
 }
 
+void test_parallel(const Options&);
 void test_search(const Options&);
 void test_index(const Options&);
 void test_losses(const Options&);

@@ -12,6 +12,7 @@ int main(int argc, char** argv) {
     }
     options.small = true;
   }
+  test_parallel(options);
   test_search(options);
   test_index(options);
   test_losses(options);

@@ -1,0 +1,194 @@
+#include "parallel.h"
+
+#include <pthread.h>
+#include <signal.h>
+
+#include <chrono>
+#include <condition_variable>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <thread>
+
+#include "fork.h"
+
+namespace simplexfix::cpu {
+namespace {
+
+// One call of run_on_threads(), on the caller's stack. fork_mutex() guards all members that change; `running` becomes 0
+// under it and may be read without it.
+struct Call {
+  void (*const body)(void*, int64_t);
+  void* const context;
+  int64_t to_wake;                  // threads of the pool that may still be woken
+  int64_t seats = 0;                // threads of the pool that may still begin
+  std::atomic<int64_t> running{0};  // threads of the pool that have begun and not ended
+  std::exception_ptr failure = nullptr;
+  Call *previous = nullptr, *next = nullptr;  // in the list of calls that have seats
+
+  std::exception_ptr run(int64_t thread) const {
+    try {
+      body(context, thread);
+    } catch (...) {
+      return std::current_exception();
+    }
+    return nullptr;
+  }
+};
+
+void cpu_pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// Waits for the condition without sleeping, but not for long. Other threads and processes go first on this core.
+template <typename Condition>
+void spin_until(const Condition& condition) {
+  constexpr std::chrono::microseconds kSpin{200};
+  const auto end = std::chrono::steady_clock::now() + kSpin;
+  for (;;) {
+    for (int i = 0; i < 64; ++i) {
+      if (condition()) return;
+      cpu_pause();
+    }
+    if (std::chrono::steady_clock::now() > end) return;
+    std::this_thread::yield();
+  }
+}
+
+// The threads of this process, and the calls that they may join. It is never destroyed: the threads wait in it until
+// the process exits. fork_mutex() guards all members, so that a child finds them consistent. There they are reset: the
+// threads exist in the parent alone.
+class Pool {
+ public:
+  void run(int64_t threads, Call& call, Interrupt* interrupt) {
+    const int64_t forks = open(threads - 1, call);
+    std::exception_ptr failure = call.run(0);
+    std::unique_lock lock(fork_mutex());
+    if (forks == forks_ && call.seats > 0) close(call);
+    if (call.running != 0) {
+      lock.unlock();
+      spin_until([&] { return call.running.load(std::memory_order_relaxed) == 0; });
+      lock.lock();
+    }
+    while (call.running != 0) {
+      if (forks != forks_) throw std::runtime_error("a signal handler forked this process during the call");
+      // Use the system clock: ThreadSanitizer does not intercept a wait on the steady clock.
+      ended_.wait_until(lock, std::chrono::system_clock::now() + Interrupt::kInterval);
+      if (!interrupt || failure) continue;
+      lock.unlock();
+      try {
+        interrupt->check();
+      } catch (const Interrupted&) {
+        failure = std::current_exception();
+      }
+      lock.lock();
+    }
+    if (!failure) failure = std::move(call.failure);
+    lock.unlock();
+    if (failure) std::rethrow_exception(failure);
+  }
+
+ private:
+  // Returns the number of forks so far.
+  int64_t open(int64_t seats, Call& call) {
+    std::unique_lock lock(fork_mutex());
+    while (threads_ < seats && start_thread()) {
+    }
+    const int64_t forks = forks_;
+    call.seats = std::min(seats, threads_);
+    if (call.seats == 0) return forks;
+    call.next = first_;
+    if (first_) first_->previous = &call;
+    first_ = &call;
+    any_open_.store(true, std::memory_order_relaxed);
+    wake_for(call, lock);
+    return forks;
+  }
+
+  // Removes the call from the list: no thread joins it from here on.
+  void close(Call& call) {
+    (call.previous ? call.previous->next : first_) = call.next;
+    if (call.next) call.next->previous = call.previous;
+    any_open_.store(first_ != nullptr, std::memory_order_relaxed);
+  }
+
+  // Unlocks, and wakes up to two threads for the call. Each of them wakes two others, so the caller is soon done.
+  void wake_for(Call& call, std::unique_lock<std::mutex>& lock) {
+    const int64_t woken = std::min<int64_t>({2, call.to_wake, call.seats, waiting_});
+    call.to_wake -= woken;
+    lock.unlock();
+    for (int64_t i = 0; i < woken; ++i) opened_.notify_one();
+  }
+
+  // Returns whether a thread was started. All its signals are blocked: they are for the threads of the application.
+  bool start_thread() {
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    bool started = true;
+    try {
+      std::thread([this, thread = threads_ + 1] { serve(thread); }).detach();
+      ++threads_;
+    } catch (const std::exception&) {  // no more threads, or no memory for them: the others do the work
+      started = false;
+    }
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    return started;
+  }
+
+  void serve(int64_t thread) {
+    for (;;) {
+      spin_until([&] { return any_open_.load(std::memory_order_relaxed); });
+      std::unique_lock lock(fork_mutex());
+      ++waiting_;
+      opened_.wait(lock, [&] { return first_ != nullptr; });
+      --waiting_;
+      Call& call = *first_;
+      ++call.running;
+      if (--call.seats == 0) close(call);
+      wake_for(call, lock);
+      std::exception_ptr failure = call.run(thread);
+      lock.lock();
+      if (!call.failure) call.failure = failure;
+      failure = nullptr;  // here, under the lock: the caller may rethrow it
+      if (--call.running == 0) ended_.notify_all();
+    }
+  }
+
+  void forget_threads() noexcept {
+    first_ = nullptr;
+    any_open_ = false;
+    threads_ = waiting_ = 0;
+    ++forks_;
+    // The old ones count threads that do not exist here.
+    std::construct_at(&opened_);
+    std::construct_at(&ended_);
+  }
+
+  Call* first_ = nullptr;  // the open calls
+  std::atomic<bool> any_open_{false};
+  int64_t threads_ = 0, waiting_ = 0, forks_ = 0;
+  std::condition_variable opened_, ended_;
+  const ForkHook hook_{[](void* self) noexcept { static_cast<Pool*>(self)->forget_threads(); }, this};
+};
+
+Pool& pool() {
+  static Pool* const only = new Pool;
+  return *only;
+}
+
+}  // namespace
+
+void run_on_threads(int64_t threads, int64_t woken, void (*body)(void* context, int64_t thread), void* context,
+                    Interrupt* interrupt) {
+  if (threads <= 1) return body(context, 0);
+  Call call{.body = body, .context = context, .to_wake = woken - 1};
+  pool().run(threads, call, interrupt);
+}
+
+}  // namespace simplexfix::cpu
