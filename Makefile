@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup build wheels lint format test test-gpu bench bench-gpu sanitize test-arm mutants machine-code docs site
+.PHONY: setup build wheels lint format test test-slow test-gpu bench bench-gpu sanitize test-arm mutants machine-code docs site
 
 setup:
 	$(PYTHON) -m venv .venv
@@ -31,6 +31,9 @@ format:
 
 test:
 	$(BIN)/pytest -n auto
+
+test-slow:  # servers, browsers, compilers, fresh interpreters, many kills
+	$(BIN)/pytest -n auto -m slow
 
 test-gpu: build  # compares the GPU with the CPU; then runs every kernel once under compute-sanitizer, if installed
 	$(BIN)/python -c 'from simplexfix._native import why_not_cuda as why; import sys; sys.exit(why())'

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import without_figures
 
 import simplexfix
 from simplexfix import _native
@@ -20,11 +21,15 @@ from simplexfix.retrieval._plain_index import PlainIndex
 ROOT = Path(__file__).resolve().parents[1]
 
 
-# The slowest files: with `-n auto` they start first, so that none of them runs alone at the end.
+# The slowest files, with and without slow tests: with `-n auto` they start first, so that none runs alone at the end.
 LONGEST = (
-    "test_gallery_contract.py", "test_gallery_processes.py", "test_install.py", "test_cuda_kernels.py",
-    "test_instruction_sets.py", "test_gallery_milvus.py", "test_demo.py", "test_evaluate.py", "test_terminals.py",
+    "test_gallery_contract.py", "test_instruction_sets.py", "test_install.py", "test_cuda_kernels.py", "test_demo.py",
+    "test_interrupts.py", "test_evaluate.py", "test_docs.py", "test_trainer.py", "test_operators.py",
+    "test_gallery_milvus.py", "test_terminals.py",
 )  # fmt: skip
+
+
+LEFT_OUT = pytest.StashKey[int]()  # the number of slow tests that are not selected
 
 
 def example(page: str, heading: str) -> str:
@@ -43,7 +48,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "cpu_only: what CUDA operators promise otherwise, or not")
     if "PYTEST_XDIST_WORKER" in os.environ:  # each core has a process already
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         torch.set_num_threads(1)
@@ -83,6 +87,32 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason="of the CPU's operators alone"))
 
 
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    """Counts slow tests that are left out without -m and -k."""
+    config = items[0].config
+    if config.option.markexpr == "not slow" and not config.option.keyword:
+        number = sum(item.get_closest_marker("slow") is not None for item in items)
+        config.stash[LEFT_OUT] = config.stash.get(LEFT_OUT, 0) + number
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        session.config.workeroutput["slow_left_out"] = session.config.stash.get(LEFT_OUT, 0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Takes the number from a process of pytest-xdist: each collects all tests."""
+    found = getattr(node, "workeroutput", {}).get("slow_left_out", 0)  # a process that was killed has none
+    node.config.stash[LEFT_OUT] = max(found, node.config.stash.get(LEFT_OUT, 0))
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if number := config.stash.get(LEFT_OUT, 0):
+        terminalreporter.write_line(f"{number} slow tests not selected: pytest -m slow")
+
+
 def pytest_report_header(config: pytest.Config) -> str:
     if config.getoption("--emulated-cuda"):
         return "kernels: those of CUDA, emulated"
@@ -98,6 +128,14 @@ def data_folder() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no data folder at {folder}; SIMPLEXFIX_DATA names another")
     return folder
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves the figures of reports empty; skips a test where matplotlib is missing."""
+    figures = pytest.importorskip("simplexfix.report.figures", reason="pip install 'simplexfix[cli]'")
+    monkeypatch.setattr(figures, "_encode", figures._encode)  # restored after the test
+    without_figures()
 
 
 needs_library = pytest.mark.skipif(_native.library is None, reason="the compiled library is not in use")

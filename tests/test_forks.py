@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import needs_library
 
+pytestmark = pytest.mark.slow  # computations on two threads beside each fork
+
 SCRIPT = Path(__file__).with_name("forks.py")
 LOST = "another thread was changing this index when the process was forked, so that it is lost in the child"
 

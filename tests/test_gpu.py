@@ -41,9 +41,14 @@ if _native.library is None:
 CPU_OPERATORS = torch._ops._OpNamespace("simplexfix")  # --emulated-cuda replaces the operators of torch.ops.simplexfix
 
 
+@cache
+def cuda_usable() -> str:
+    return diagnose()["CUDA usable"]
+
+
 @pytest.fixture
 def gpu() -> str:
-    usable = diagnose()["CUDA usable"]
+    usable = cuda_usable()
     if not usable.startswith("yes"):
         pytest.skip(f"no GPU that simplexfix can use: {usable}")
     torch.set_float32_matmul_precision("highest")  # some distributions of torch enable TF32

@@ -16,6 +16,7 @@ import torch
 from conftest import ROOT
 
 pytest.importorskip("pybind11", reason="building needs pybind11, ninja and setuptools: pip install 'simplexfix[test]'")
+pytestmark = pytest.mark.slow  # compilers, and new environments
 
 USE_EVERYTHING = """
 import torch, simplexfix, simplexfix.functional as SF

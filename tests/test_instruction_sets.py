@@ -55,11 +55,25 @@ def without_the_library() -> subprocess.CompletedProcess[str]:
     return suite({"SIMPLEXFIX_NATIVE": "0"}, chosen, *paths)
 
 
+def a_few_at(level: str) -> subprocess.CompletedProcess[str]:
+    """Losses of one large size, and searches in galleries with many ties, against their definitions."""
+    chosen = "(test_sizes and (1023 or 1024)) or test_formats or (test_hard_galleries and duplicates and (129 or 1023))"
+    tests = ["test_cross_entropy.py", "test_logits.py", "test_contrast.py", "retrieval/test_exact_search.py"]
+    return suite({"SIMPLEXFIX_ISA": level}, chosen, *tests)
+
+
 def passed(done: subprocess.CompletedProcess[str]) -> None:
     assert done.returncode == 0, done.stdout[-3000:]
 
 
 @needs_library
+@pytest.mark.parametrize("level", [level for level in LEVELS[:-1] if "avx512" not in level])
+def test_some_losses_and_searches_at_a_lower_level(level: str) -> None:
+    passed(a_few_at(level))
+
+
+@needs_library
+@pytest.mark.slow
 @pytest.mark.parametrize("level", [level for level in LEVELS[:-1] if "vnni" not in level])
 def test_losses_at_a_lower_level(level: str) -> None:
     """Runs the whole numeric suite again below the best level; on a machine without AVX the levels coincide.
@@ -70,6 +84,7 @@ def test_losses_at_a_lower_level(level: str) -> None:
 
 
 @needs_library
+@pytest.mark.slow
 def test_search_gives_the_same_bits_at_every_level() -> None:
     """test_exact_search.py and test_index.py compare the best level with the definition."""
     with ThreadPool(len(os.sched_getaffinity(0))) as pool:
@@ -92,6 +107,7 @@ def test_an_unknown_level_is_told() -> None:
     assert "SIMPLEXFIX_ISA=avx1024 is none of base, avx2" in done.stderr
 
 
+@pytest.mark.slow
 def test_every_public_function_works_without_the_library() -> None:
     passed(without_the_library())
     assert (

@@ -40,14 +40,19 @@ def interrupted(case: str, folder: Path, native: bool = True, delay: float = 0.5
     ("case", "expected"),
     [
         ("search", {"rows": 50_000, "found": True}),
-        ("search_on_one_thread", {}),
-        ("search_without_codes", {}),
-        ("add", {"rows": 110, "same": True}),
-        ("load", {"early": True}),
-        ("save", {"same": True, "files": ["index"]}),
-        ("wait_for_another_thread", {"rows": 0}),
         ("topk", {"again": [3, 2]}),
-        ("topk_with_gradient", {}),
+        *[
+            pytest.param(case, expected, marks=pytest.mark.slow)
+            for case, expected in (
+                ("search_on_one_thread", {}),
+                ("search_without_codes", {}),
+                ("add", {"rows": 110, "same": True}),
+                ("load", {"early": True}),
+                ("save", {"same": True, "files": ["index"]}),
+                ("wait_for_another_thread", {"rows": 0}),
+                ("topk_with_gradient", {}),
+            )
+        ],
     ],
 )
 def test_a_long_call_ends(case: str, expected: dict[str, Any], tmp_path: Path) -> None:
@@ -57,6 +62,7 @@ def test_a_long_call_ends(case: str, expected: dict[str, Any], tmp_path: Path) -
     assert seconds < 1.5  # one second, and the delay of a busy machine
 
 
+@pytest.mark.slow
 def test_a_long_search_of_the_reference_ends(tmp_path: Path) -> None:
     result = interrupted("search", tmp_path, native=False)
     assert result.pop("seconds") < 3  # one block of queries and rows
@@ -64,6 +70,7 @@ def test_a_long_search_of_the_reference_ends(tmp_path: Path) -> None:
 
 
 @needs_library
+@pytest.mark.slow
 def test_a_handler_may_raise_what_it_likes(tmp_path: Path) -> None:
     result = interrupted("another_exception", tmp_path)
     assert result["ended"] == "TimeoutError"
@@ -72,12 +79,14 @@ def test_a_handler_may_raise_what_it_likes(tmp_path: Path) -> None:
 
 
 @needs_library
+@pytest.mark.slow
 def test_a_handler_that_returns_ends_nothing(tmp_path: Path) -> None:
     result = interrupted("handler_that_returns", tmp_path, delay=0.1)
     assert {**result, "seconds": 0} == {"ended": "finished", "same": True, "came": 1, "meanwhile": True, "seconds": 0}
 
 
 @needs_library
+@pytest.mark.slow
 def test_a_handler_may_read_the_index_that_it_interrupts(tmp_path: Path) -> None:
     result = interrupted("handler_that_uses_the_index", tmp_path)
     refused = (
@@ -89,6 +98,7 @@ def test_a_handler_may_read_the_index_that_it_interrupts(tmp_path: Path) -> None
 
 
 @needs_library
+@pytest.mark.slow
 def test_the_thread_that_forked_is_interrupted_in_the_child(tmp_path: Path) -> None:
     result = interrupted("child", tmp_path)
     assert result["ended"] == "KeyboardInterrupt"

@@ -273,7 +273,7 @@ def test_the_mixin_of_the_hub_saves_and_loads(kind: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dynamo", [True, False])
+@pytest.mark.parametrize("dynamo", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_logits_and_embeddings_are_written_as_onnx(kind: str, dynamo: bool, tmp_path: Path) -> None:
     """Exports with both exporters, and runs the file with onnx's reference implementation."""
     onnx = pytest.importorskip("onnx", reason="onnx is not installed")

@@ -17,6 +17,9 @@ pytest.importorskip("rich", reason="pip install 'simplexfix[cli]'")
 matplotlib = pytest.importorskip("matplotlib", reason="pip install 'simplexfix[cli]'")
 
 
+slow = pytest.mark.slow  # whole demos: 12 trainings, and a search of all galleries by all versions
+
+
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory) -> tuple[dict, Path, str, float]:
     out = tmp_path_factory.mktemp("demo") / "not" / "there yet"
@@ -27,6 +30,7 @@ def quick(tmp_path_factory) -> tuple[dict, Path, str, float]:
     return json.loads(done.stdout), out, done.stderr, time.monotonic() - start
 
 
+@slow
 def test_report(quick) -> None:
     report, out, progress, _ = quick
     assert json.loads((out / "report.json").read_text()) == report
@@ -47,6 +51,7 @@ def test_report(quick) -> None:
     assert "100 %" in progress  # the bar, on standard error
 
 
+@slow
 def test_pictures(quick) -> None:
     _, out, _, _ = quick
     for name in ("matrices.png", "neighbours.png"):
@@ -55,6 +60,7 @@ def test_pictures(quick) -> None:
         assert len(content) > 10_000
 
 
+@slow
 def test_the_story_holds_even_when_quick(quick) -> None:
     """After the replacement the old gallery is dead for an ordinary classifier and alive for HOC."""
     report, _, _, _ = quick
@@ -64,6 +70,7 @@ def test_the_story_holds_even_when_quick(quick) -> None:
         assert min(kept["hoc"]) > 0.6
 
 
+@slow
 def test_hoc_and_simplex_begin_with_the_same_v0(quick) -> None:
     """Where there is no old model HOC is the simplex: two trainings give the same bits."""
     report, _, _, _ = quick
@@ -71,6 +78,7 @@ def test_hoc_and_simplex_begin_with_the_same_v0(quick) -> None:
     assert cells[0] == cells[1]
 
 
+@slow
 def test_words_and_tables(tmp_path, capsys, monkeypatch) -> None:
     shortened = demo._shortened
     tiny = {"first": 2, "pretraining": 2, "others": 2}

@@ -29,6 +29,7 @@ def test_json(capsys) -> None:
     assert "pytest" in found["optional packages"]
 
 
+@pytest.mark.slow
 def test_text_without_the_library() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "simplexfix", "doctor"],

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch.distributed as dist
-from processes import Command, free_port
+from processes import Command, free_port, without_figures
 
 from simplexfix.cli import evaluate, main
 
@@ -45,7 +45,7 @@ def ranks(
     size: int,
     *flags: str,
     inputs: dict[int, str] | None = None,
-    before: Callable[[], None] | None = None,
+    before: Callable[[], None] = without_figures,
 ) -> list[tuple[int, str, str]]:
     """Exit code, output and errors of each process, with the environment that torchrun gives it."""
     group = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -59,7 +59,8 @@ def ranks(
 
 
 @pytest.mark.parametrize(("size", "protocol"), [(2, "nearest_class_mean"), (4, "instance")])
-def test_the_report_of_one_process(models, size: int, protocol: str) -> None:
+def test_the_report_of_one_process(models, no_figures, size: int, protocol: str) -> None:
+    """The first process draws figures of the report alone, so they are left out here."""
     flags = ("--protocol", protocol)
     assert main(["evaluate", "models", "--truncate", "--out", "alone", *flags]) == 0
     done = ranks(models, size, "--out", "together", *flags)

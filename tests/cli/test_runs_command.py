@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -43,13 +44,22 @@ def test_a_run_of_another_release_and_configuration_is_refused(tmp_path, feature
     assert "config.tasks.forgotten: was 1, is absent" in error
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, features) -> tuple[str, Path]:
+    """A configuration and the folder of four runs of it."""
+    folder = tmp_path_factory.mktemp("finished")
+    config = str(short(folder, features))
+    for name in ("a", "b", "c", "d"):
+        assert main(["train", config, "--out", str(folder / "runs" / name)]) == 0
+    return config, folder / "runs"
+
+
 @pytest.mark.parametrize(
     "content", [b"", b"{}", b'{"config": {}}', b'{"config": 3, "data": {}, "simplexfix": "0"}', b"[1]", b"\xff\xfe"]
 )
-def test_a_damaged_file_is_named_and_the_others_are_listed(tmp_path, features, capsys, content: bytes) -> None:
-    config = str(short(tmp_path, features))
-    for name in ("a", "b", "c", "d"):
-        assert main(["train", config, "--out", str(tmp_path / "runs" / name)]) == 0
+def test_a_damaged_file_is_named_and_the_others_are_listed(tmp_path, finished, capsys, content: bytes) -> None:
+    config, runs = finished
+    shutil.copytree(runs, tmp_path / "runs")
     (tmp_path / "runs" / "a" / "run.json").write_bytes(content)
     (tmp_path / "runs" / "c" / "report.json").write_bytes(content)
     capsys.readouterr()

@@ -11,6 +11,8 @@ from small_run import short, written_features
 from simplexfix.cli._side_by_side import train_side_by_side
 from simplexfix.training import Progress, RunConfig, read_config, read_mapping
 
+pytestmark = pytest.mark.slow  # spawned processes
+
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> RunConfig:

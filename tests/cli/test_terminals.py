@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from processes import Command, Done, command
+from processes import Command, Done, command, without_figures
 from small_run import configuration, short, written_features
 
 import simplexfix
@@ -71,7 +71,9 @@ def interpreter(folder: Path, arguments: list[str], tail: str = "", **environmen
 
 
 def forked(folder: Path, arguments: list[str], stdout: str = "file", stderr: str = "file", **environment: str) -> Done:
-    return command(*arguments, folder=folder, environment=environment, stdout=stdout, stderr=stderr)
+    return command(
+        *arguments, folder=folder, environment=environment, stdout=stdout, stderr=stderr, before=without_figures
+    )
 
 
 ASCII = {"PYTHONIOENCODING": "ascii:strict"}
@@ -81,7 +83,8 @@ C_LOCALE = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
 @pytest.mark.parametrize(
     ("run", "name", "environment"),
     [
-        *[(interpreter, name, C_LOCALE) for name in ("evaluate", "runs", "train")],  # names of files are ASCII, too
+        (interpreter, "runs", C_LOCALE),  # names of files are ASCII, too
+        *[pytest.param(interpreter, name, C_LOCALE, marks=pytest.mark.slow) for name in ("evaluate", "train")],
         *[(forked, name, ASCII) for name in ("gate", "runs", "train")],
         (forked, "gate", {"PYTHONIOENCODING": "latin-1"}),
         (forked, "evaluate", {"PYTHONIOENCODING": "cp1252"}),
@@ -100,7 +103,8 @@ def test_no_encoding_changes_an_exit_code(folder, tmp_path, run, name: str, envi
     [
         *[(forked, "left", name, "1") for name in VERBS],
         (forked, "left", "evaluate", ""),
-        *[(interpreter, "| true", name, "") for name in ("--help", "runs")],
+        (interpreter, "| true", "--help", ""),
+        pytest.param(interpreter, "| true", "runs", "", marks=pytest.mark.slow),
     ],
 )
 def test_a_reader_that_leaves_changes_nothing(folder, tmp_path, run, left: str, name: str, unbuffered: str) -> None:
@@ -122,7 +126,8 @@ def test_a_reader_of_messages_that_leaves_changes_nothing(folder, tmp_path) -> N
     [
         *[(forked, "full", name, "") for name in VERBS],
         (forked, "full", "evaluate", "1"),
-        *[(interpreter, "> /dev/full", name, "") for name in ("--help", "runs")],
+        (interpreter, "> /dev/full", "--help", ""),
+        pytest.param(interpreter, "> /dev/full", "runs", "", marks=pytest.mark.slow),
     ],
 )
 def test_a_full_disk_under_standard_output_is_bad_input(
@@ -143,7 +148,7 @@ def test_a_full_disk_under_standard_output_is_bad_input(
         (forked, "train", {"stderr": "full"}),
         (forked, "evaluate", {"stderr": "closed"}),
         (forked, "gate", {"stdout": "closed"}),
-        (interpreter, "train", {"tail": "2>&- >&-"}),
+        pytest.param(interpreter, "train", {"tail": "2>&- >&-"}, marks=pytest.mark.slow),
     ],
 )
 def test_streams_that_are_full_or_closed_change_nothing(
@@ -152,6 +157,7 @@ def test_streams_that_are_full_or_closed_change_nothing(
     assert run(folder, verb(name, tmp_path / "out"), **streams).returncode == 0
 
 
+@pytest.mark.slow
 def test_settings_of_matplotlib_and_the_backend_of_a_notebook_are_passed_over(folder, tmp_path) -> None:
     """test_demo.py has the settings for the figures of the demo."""
     (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfigure.dpi: 7\n")

@@ -144,6 +144,7 @@ def test_other_data_is_named(tmp_path, features, capsys) -> None:
     assert "data.search query.sha256: was " in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_torchrun(tmp_path, features) -> None:
     """Starts two processes with the real launcher; afterwards one process resumes from their files."""
     config = str(configuration(tmp_path, features))

@@ -190,7 +190,13 @@ STORES: dict[str, Callable[[Path], str]] = {
 }
 
 
-@pytest.fixture(params=list(STORES))
+def stores(*slow: str) -> list[Any]:
+    """All stores, as parameters of `url`; those of a server and of `slow` are left to CI."""
+    slow = ("milvus-server", *slow)
+    return [pytest.param(name, marks=[pytest.mark.slow] if name in slow else []) for name in STORES]
+
+
+@pytest.fixture(params=stores())
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     place = STORES[request.param](tmp_path)
     yield place

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gallery_stores import DIM, STRANGER, A, B, C, gate_of, short_lease, url, vectors
+from gallery_stores import DIM, STRANGER, A, B, C, gate_of, short_lease, stores, url, vectors
 
 from simplexfix.functional import cosine_topk
 from simplexfix.gallery import AdmissionError, Gallery, StrangerError, _traffic
@@ -609,6 +609,7 @@ def at_once(*calls: Callable[[], object]) -> list[object]:
     return results
 
 
+@pytest.mark.parametrize("url", stores("milvus-lite"), indirect=True)
 def test_calls_about_the_same_rows_at_the_same_time_take_turns(gallery: Gallery) -> None:
     new = np.arange(100, 5100)
     for ids in (new, new + 5000):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import threading
 import time
 import uuid
@@ -15,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from gallery_stores import A, B, C, gate_of, milvus_lite_url, milvus_server, vectors
+from processes import Child
 from test_gallery_contract import facts
 
 from simplexfix.gallery import Gallery, StoreError
@@ -317,18 +316,21 @@ def test_long_payloads_and_many_keys_are_refused_before_anything_is_written(gall
 # one process at a time; urls
 
 
+def status_of(url: str) -> None:
+    try:
+        print(Gallery.open(url).status()["serving"])
+    except StoreError as error:
+        print("StoreError", error)
+
+
 def test_a_file_that_another_process_has_open_is_named(lite: str, gallery: Gallery) -> None:
-    script = (
-        "import sys; from simplexfix.gallery import Gallery\ntry: Gallery.open(sys.argv[1]).status()\n"
-        "except Exception as error: print(type(error).__name__, error)"
-    )
-    answer = subprocess.run([sys.executable, "-c", script, lite], capture_output=True, text=True, check=True).stdout
-    assert answer.startswith(f"StoreError the gallery in {lite} is open in another process: a file of Milvus Lite"), (
-        answer
-    )
+    def answer() -> bytes:
+        return Child(status_of, lite, folder=Path(lite).parent).wait().stdout
+
+    message = f"StoreError the gallery in {lite} is open in another process: a file of Milvus Lite"
+    assert answer().startswith(message.encode())
     gallery.close()
-    answer = subprocess.run([sys.executable, "-c", script, lite], capture_output=True, text=True, check=True).stdout
-    assert answer == ""
+    assert answer() == b"0\n"
     assert len(gallery.read().ids) == 40  # the file is opened again
 
 
@@ -378,7 +380,7 @@ def test_places_without_a_gallery(tmp_path: Path, lite: str, gallery: Gallery) -
 # a real server
 
 
-@pytest.fixture(params=["milvus-server"])
+@pytest.fixture(params=[pytest.param("milvus-server", marks=pytest.mark.slow)])
 def server():
     return milvus_server()
 

@@ -1,6 +1,6 @@
 """Processes that are killed, that share a backfill, that fork, and that run out of disk.
 
-`SIMPLEXFIX_KILLS=100 pytest tests/gallery/test_gallery_processes.py -k killed` kills a hundred times.
+`SIMPLEXFIX_KILLS=100 pytest -m '' tests/gallery/test_gallery_processes.py -k killed` kills a hundred times.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import cloudpickle
 import numpy as np
 import pytest
-from gallery_stores import A, B, settle, url, vectors
+from gallery_stores import A, B, settle, stores, url, vectors
 from processes import CONTEXT
 
 from simplexfix.gallery import Gallery, StoreError
@@ -188,6 +188,7 @@ def is_after(gallery: Gallery, steps: int) -> bool:
     )
 
 
+@pytest.mark.parametrize("url", stores("milvus-lite", "postgresql"), indirect=True)
 def test_killed_at_any_moment_nothing_acknowledged_is_lost_and_nothing_is_half_done(url: str) -> None:
     """Every step is one call; a killed process leaves the state after its last acknowledged call, or after the next."""
 

@@ -195,6 +195,7 @@ def test_searches_go_on_through_upgrade_rollback_and_a_new_start(serve) -> None:
         assert gallery.status()["leased"] == 0
 
 
+@pytest.mark.slow
 def test_the_command_serves_until_ctrl_c(prepared: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "examples" / "photo_search"), "serve", "--port", "0", "--folder"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
@@ -215,6 +216,7 @@ def test_the_command_serves_until_ctrl_c(prepared: Path, tmp_path: Path) -> None
         process.wait()
 
 
+@pytest.mark.slow
 def test_the_page_in_a_browser(serve, tmp_path) -> None:
     """Draws, upgrades, watches the progress, opens an image with a hostile name, rolls back; also narrow and dark."""
     page = serve(pause=0.03)

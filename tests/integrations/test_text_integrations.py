@@ -117,6 +117,7 @@ def test_a_replacement_searches_the_old_index(slots, tmp_path) -> None:
     assert all(p.requires_grad for p in old.parameters())
 
 
+@pytest.mark.slow
 def test_a_trained_model_loads_without_this_package_with_the_same_bits(slots, tmp_path) -> None:
     model = with_junction(slots)
     model.save_pretrained(str(tmp_path / "model"), create_model_card=False)

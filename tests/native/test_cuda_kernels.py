@@ -7,12 +7,14 @@ import pytest
 pytestmark = pytest.mark.skipif(harness.missing() is not None, reason=str(harness.missing()))
 
 
+@pytest.mark.slow  # compiles the kernels and their tests for a minute
 def test_kernels_agree_with_the_reference_in_every_order_of_threads():
     done = harness.run(harness.build("plain"), "plain")
     assert done.returncode == 0, done.stdout
     assert "OK" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["label off by one", "label out of range let in"])
 def test_a_planted_bug_is_found(name):
     """The tests still detect planted bugs; `run.py mutants` tries all of them."""

@@ -56,20 +56,19 @@ def test_the_folder_holds_the_report(report, tmp_path) -> None:
     assert files == {"report.json", "report.html", *drawn}
 
 
-@pytest.mark.parametrize(
-    "setting", [{"text.usetex": True}, {"savefig.bbox": "tight"}, {"axes.grid": True}, {"path.sketch": (1, 2, 3)}]
-)
-def test_settings_of_matplotlib_change_no_figure(report, tmp_path, setting) -> None:
+def test_settings_of_matplotlib_change_no_figure(report, tmp_path) -> None:
     matplotlib = pytest.importorskip("matplotlib")
     report.save(tmp_path / "plain")
-    with matplotlib.rc_context(setting):
+    settings = {"text.usetex": True, "savefig.bbox": "tight", "axes.grid": True, "path.sketch": (1, 2, 3)}
+    with matplotlib.rc_context(settings):
         report.save(tmp_path / "set")
-        assert matplotlib.rcParams[next(iter(setting))] != matplotlib.rcParamsDefault[next(iter(setting))]
+        assert all(matplotlib.rcParams[name] != matplotlib.rcParamsDefault[name] for name in settings)
     for name in FIGURES[:-1]:
         plain, drawn = ((tmp_path / folder / "figures" / name).read_bytes() for folder in ("plain", "set"))
         assert plain == drawn, name
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_report_replaces_a_report_and_nothing_else(report, tmp_path) -> None:
     report.save(tmp_path / "report")
     evaluate(versions(1)).save(str(tmp_path / "report"))  # with fewer figures
@@ -98,6 +97,7 @@ def test_links_in_a_circle_are_an_error(report, tmp_path) -> None:
     assert (tmp_path / "loop").is_symlink()
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_images_show_the_worst_regressions(report, tmp_path) -> None:
     assert report.regressions
     images = {
@@ -127,15 +127,18 @@ def test_images_that_cannot_be_shown_are_refused_and_nothing_is_written(report, 
     assert not (tmp_path / "report").exists()
 
 
-def test_images_are_counted_as_given_where_labels_are_ignored(tmp_path) -> None:
+@pytest.mark.usefixtures("no_figures")
+def test_images_are_counted_as_given_where_labels_are_ignored(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("simplexfix.report.figures.SHOWN", 3)
     found = evaluate(versions(junk=7), ignored_labels=[-1])
     images = {
         "query": written_images(tmp_path / "query", QUERIES),
         "gallery": written_images(tmp_path / "gallery", ITEMS),
     }
-    assert found.to_html(images).count("<figure>") == len(found.regressions) > 0
+    assert found.to_html(images).count("<figure>") == 3 < len(found.regressions)
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_classes_are_shown_by_their_names(tmp_path) -> None:
     draw, labels = np.random.default_rng(0), np.arange(QUERIES + ITEMS) % 5
     names = np.array(["ant", "b & b", "cat", "dog", "é日本"])[labels]
@@ -161,6 +164,7 @@ def test_a_seed_out_of_range_is_refused(seed: int) -> None:
         evaluate(versions(), seed=seed)
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_names_are_escaped() -> None:
     rows = versions()
     named = [

@@ -16,6 +16,7 @@ from simplexfix.cli import main
 pytest.importorskip("matplotlib", reason="pip install 'simplexfix[cli]'")
 pytest.importorskip("rich", reason="pip install 'simplexfix[cli]'")
 image_module = pytest.importorskip("PIL.Image", reason="pip install 'simplexfix[cli]'")
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

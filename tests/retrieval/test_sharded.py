@@ -285,7 +285,7 @@ def work_of_a_rank(rank: int, size: int, port: int) -> None:
 
 
 @needs_library
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_sharded_is_whole_to_the_bit(size: int) -> None:
     run_ranks(work_of_a_rank, size, free_port())
 

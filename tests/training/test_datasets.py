@@ -97,6 +97,7 @@ def test_every_place_of_every_batch_draws_anew() -> None:
     assert len(torch.unique(rows, dim=0)) == 48
 
 
+@pytest.mark.slow
 def test_killed_with_processes_that_read_ends_with_the_same_bits(tmp_path) -> None:
     options = {"noise": 0.1, "trainer": {"workers": 2}}
     assert done(jobs.resumed, tmp_path / "whole", options) == 0
@@ -118,6 +119,7 @@ def test_a_stopped_training_goes_on_here_with_other_processes(tmp_path) -> None:
     assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 def test_processes_that_read_do_not_keep_the_folder(tmp_path) -> None:
     """Workers outlive a killed parent by seconds, and forked ones inherit its open files."""
     script = (
