@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
@@ -25,7 +28,7 @@ def read_ahead(read: Callable[[_R], _T], requests: Iterable[_R], *, workers: int
         read: function whose result does not depend on the process.
         requests: arguments of the calls; use arrays, since torch would send tensors through shared memory.
         workers: number of processes; 0 calls `read` in this process.  Workers exit when the iterator is closed, and
-            about 5 s after this process is killed.
+            when this process is killed.
 
     Raises:
         ImageFileError: `read` raised it.  Other errors keep their type; their message has the worker's traceback.
@@ -83,3 +86,12 @@ def _as_it_is(found: Any) -> Any:
 
 def _begin(worker: int) -> None:
     renew_lock()
+    threading.Thread(target=_exit_with_the_parent, daemon=True).start()
+
+
+def _exit_with_the_parent() -> None:
+    """torch does so only if the parent forked the worker itself; a fork server lives as long as its children."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

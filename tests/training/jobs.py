@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 
 from simplexfix import SlotRegistry
 from simplexfix import _files as files
+from simplexfix.data.reading import read_ahead
 from simplexfix.methods import ASNN, ER, HOC, OCA
 from simplexfix.models import EmbeddingModel, SmallConvNet
 from simplexfix.training import Items, RunConfig, Schedule, Task, Trainer, processes, read_config, train_run
@@ -260,3 +261,14 @@ def remembering(rank: int, world: int, folder: Path) -> None:
         assert torch.equal(memory.inputs, items.inputs[[0, 5]])
         assert torch.equal(memory.labels, items.labels[[0, 5]])
     dist.destroy_process_group()
+
+
+def readers_without_a_parent() -> None:
+    """Prints the ids of two processes that read ahead, and kills this one."""
+    reading = read_ahead(own_id, range(100), workers=2)
+    print(*{next(reading) for _ in range(4)}, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def own_id(request: int) -> int:
+    return os.getpid()

@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jobs
@@ -130,6 +131,23 @@ def test_processes_that_read_do_not_keep_the_folder(tmp_path) -> None:
     assert ended.returncode == -signal.SIGKILL
     with folder_lock(tmp_path):
         pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_processes_that_read_end_when_their_parent_is_killed(method: str, tmp_path) -> None:
+    script = (
+        f"import multiprocessing, jobs; multiprocessing.set_start_method('{method}'); jobs.readers_without_a_parent()"
+    )
+    with (tmp_path / "readers").open("w") as out:  # a pipe would stay open as long as they live
+        run = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent, stdout=out, check=False)
+    assert run.returncode == -signal.SIGKILL
+    readers = [Path("/proc", number) for number in (tmp_path / "readers").read_text().split()]
+    assert len(readers) == 2
+    end = time.monotonic() + 20
+    while any(reader.exists() for reader in readers) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not any(reader.exists() for reader in readers)
 
 
 def test_processes_that_read_end_with_the_training(tmp_path) -> None:
