@@ -10,8 +10,8 @@
 
 namespace simplexfix::cpu {
 
-// Returns the instruction set in use: "base", "avx2", "avx512", "avx512vnni" or "avx512bf16"; on aarch64 "base",
-// "dotprod" or "i8mm". It is the newest that the machine supports, unless SIMPLEXFIX_ISA lowers it.
+// Returns the instruction set in use: "base", "avx2", "avxvnni", "avx512", "avx512vnni" or "avx512bf16"; on aarch64
+// "base", "dotprod" or "i8mm". It is the newest that the machine supports, unless SIMPLEXFIX_ISA lowers it.
 const char* isa();
 const std::vector<const char*>& isa_levels();  // all names, from the lowest
 

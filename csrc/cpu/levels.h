@@ -36,6 +36,9 @@ extern const Level kLevel __attribute__((weak));
 namespace avx2 {
 extern const Level kLevel __attribute__((weak));
 }
+namespace avxvnni {
+extern const Level kLevel __attribute__((weak));
+}
 namespace avx512 {
 extern const Level kLevel __attribute__((weak));
 }
