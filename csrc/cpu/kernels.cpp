@@ -79,7 +79,7 @@ Choice choose() {
     if (const SearchKernels* search = level.kernels->search) chosen.search = *search;
     if (const FirstPass* first = level.kernels->first_pass) {
       chosen.search.scan_panel = first->scan_panel;
-      chosen.search.query_range = first->query_range;
+      chosen.search.limits = first->limits;
     }
   }
   return chosen;

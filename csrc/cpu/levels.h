@@ -16,7 +16,7 @@ namespace simplexfix::cpu {
 // The first pass of the search (SearchKernels).
 struct FirstPass {
   decltype(SearchKernels::scan_panel) scan_panel;
-  int query_range;
+  CodeLimits limits;
 };
 
 // The kernels that a level adds. Null: those of the level below.
