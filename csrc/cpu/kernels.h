@@ -136,8 +136,9 @@ struct CodeQueries {
   const int8_t* codes;  // [n][stride], four numbers to a group
   int64_t stride, n;
   // -128 times the sum of a query's codes, which cancels the panel's offset of 128. start [n]: of all its codes.
-  // run_start [n][groups / run_groups]: of a whole run, in two lanes of 16 bits that wrap around. run_end [n]: of the
-  // codes after the last whole run.
+  // run_start [n][groups / run_groups]: of a whole run, in two lanes of 16 bits that wrap around; empty if run_groups
+  // is
+  // 1. run_end [n]: of the codes after the last whole run.
   const int32_t *start, *run_start, *run_end;
   const float *scale, *norm, *cutoff;  // [n]
 };

@@ -34,7 +34,7 @@ int within_limits(const int8_t* codes, int64_t groups, const CodeLimits& limits,
 QueryCodes::QueryCodes(const float* query, int64_t n, const GalleryCodes& gallery)
     : d_(gallery.dim()),
       stride_(gallery.groups() * 4),
-      runs_(gallery.groups() / search_kernels().limits.run_groups),
+      runs_(search_kernels().limits.run_groups > 1 ? gallery.groups() / search_kernels().limits.run_groups : 0),
       codes_(size_t(n * stride_), 0),
       start_(size_t(n)),
       run_start_(size_t(n * runs_)),
