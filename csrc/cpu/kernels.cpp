@@ -22,18 +22,29 @@ struct NamedLevel {
   bool supported;  // by this machine
 };
 
-// All levels of this build, from the lowest. Each needs those before it.
+// All levels of this build, from the lowest. A machine may lack a level between two that it supports: many CPUs with
+// AVX-512 have no AVX-VNNI.
 std::vector<NamedLevel> list_levels() {
   std::vector<NamedLevel> levels = {{"base", &base::kLevel, true}};
 #if defined(SIMPLEXFIX_X86)
   __builtin_cpu_init();
-  levels.push_back({"avx2", &avx2::kLevel, __builtin_cpu_supports("x86-64-v3") != 0});
-  levels.push_back({"avx512", &avx512::kLevel, __builtin_cpu_supports("x86-64-v4") != 0});
-  levels.push_back({"avx512vnni", &avx512vnni::kLevel, __builtin_cpu_supports("avx512vnni") != 0});
-  levels.push_back({"avx512bf16", &avx512bf16::kLevel, __builtin_cpu_supports("avx512bf16") != 0});
+  const bool v3 = __builtin_cpu_supports("x86-64-v3") != 0;
+  const bool v4 = v3 && __builtin_cpu_supports("x86-64-v4") != 0;
+  const bool vnni512 = v4 && __builtin_cpu_supports("avx512vnni") != 0;
+#ifdef SIMPLEXFIX_AVXVNNI_AS_EVEX
+  const bool vnni256 = vnni512;
+#else
+  const bool vnni256 = v3 && __builtin_cpu_supports("avxvnni") != 0;
+#endif
+  levels.push_back({"avx2", &avx2::kLevel, v3});
+  levels.push_back({"avxvnni", &avxvnni::kLevel, vnni256});
+  levels.push_back({"avx512", &avx512::kLevel, v4});
+  levels.push_back({"avx512vnni", &avx512vnni::kLevel, vnni512});
+  levels.push_back({"avx512bf16", &avx512bf16::kLevel, vnni512 && __builtin_cpu_supports("avx512bf16") != 0});
 #elif defined(SIMPLEXFIX_ARM) && defined(__linux__)
-  levels.push_back({"dotprod", &dotprod::kLevel, (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0});
-  levels.push_back({"i8mm", &i8mm::kLevel, (getauxval(AT_HWCAP2) & HWCAP2_I8MM) != 0});
+  const bool dot = (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+  levels.push_back({"dotprod", &dotprod::kLevel, dot});
+  levels.push_back({"i8mm", &i8mm::kLevel, dot && (getauxval(AT_HWCAP2) & HWCAP2_I8MM) != 0});
 #endif
   std::erase_if(levels, [](const NamedLevel& level) { return !level.kernels; });
   return levels;
@@ -57,8 +68,9 @@ Choice choose() {
   bool higher = true;
   for (const NamedLevel& level : list_levels()) {
     chosen.names.push_back(level.name);
-    higher = higher && (level.supported || !chosen.name);
     if (!higher) continue;
+    higher = !cap || std::strcmp(cap, level.name) != 0;
+    if (chosen.name && !level.supported) continue;  // a build without base has to run its lowest level
     chosen.name = level.name;
     replace(chosen.losses.of_float, level.kernels->of_float);
     replace(chosen.losses.of_double, level.kernels->of_double);
@@ -67,9 +79,8 @@ Choice choose() {
     if (const SearchKernels* search = level.kernels->search) chosen.search = *search;
     if (const FirstPass* first = level.kernels->first_pass) {
       chosen.search.scan_panel = first->scan_panel;
-      chosen.search.query_range = first->query_range;
+      chosen.search.limits = first->limits;
     }
-    higher = !cap || std::strcmp(cap, level.name) != 0;
   }
   return chosen;
 }

@@ -10,8 +10,8 @@
 
 namespace simplexfix::cpu {
 
-// Returns the instruction set in use: "base", "avx2", "avx512", "avx512vnni" or "avx512bf16"; on aarch64 "base",
-// "dotprod" or "i8mm". It is the newest that the machine supports, unless SIMPLEXFIX_ISA lowers it.
+// Returns the instruction set in use: "base", "avx2", "avxvnni", "avx512", "avx512vnni" or "avx512bf16"; on aarch64
+// "base", "dotprod" or "i8mm". It is the newest that the machine supports, unless SIMPLEXFIX_ISA lowers it.
 const char* isa();
 const std::vector<const char*>& isa_levels();  // all names, from the lowest
 
@@ -123,11 +123,23 @@ struct CodePanel {
   const float *scale, *offset, *error;  // [kPanelRows], terms of the bound that codes.inc states
 };
 
+// Limits of a query's codes, below which no sum of the first pass overflows. A lane of 16 bits sums numbers 0 and 1, or
+// 2 and 3, of the groups of a run.
+struct CodeLimits {
+  int pair;        // of the sum of both magnitudes in a lane of one group
+  int run;         // of the sum of all magnitudes in a lane of one run
+  int run_groups;  // groups in a run
+};
+
 // Queries in codes, with their cutoffs for one panel.
 struct CodeQueries {
   const int8_t* codes;  // [n][stride], four numbers to a group
   int64_t stride, n;
-  const int32_t* start;                // -128 times the sum of a query's codes, which cancels the panel's offset of 128
+  // -128 times the sum of a query's codes, which cancels the panel's offset of 128. start [n]: of all its codes.
+  // run_start [n][groups / run_groups]: of a whole run, in two lanes of 16 bits that wrap around; empty if run_groups
+  // is
+  // 1. run_end [n]: of the codes after the last whole run.
+  const int32_t *start, *run_start, *run_end;
   const float *scale, *norm, *cutoff;  // [n]
 };
 
@@ -155,7 +167,7 @@ struct SearchKernels {
   // reaches the query's cutoff.
   void (*scan_panel)(const CodePanel& panel, const CodeQueries& queries, int64_t groups, uint64_t* passed,
                      float* upper);
-  int query_range;  // range of a query's codes: the largest that this instruction set sums without overflow
+  CodeLimits limits;
 };
 
 template <typename T>

@@ -16,7 +16,7 @@ namespace simplexfix::cpu {
 // The first pass of the search (SearchKernels).
 struct FirstPass {
   decltype(SearchKernels::scan_panel) scan_panel;
-  int query_range;
+  CodeLimits limits;
 };
 
 // The kernels that a level adds. Null: those of the level below.
@@ -34,6 +34,9 @@ namespace base {
 extern const Level kLevel __attribute__((weak));
 }
 namespace avx2 {
+extern const Level kLevel __attribute__((weak));
+}
+namespace avxvnni {
 extern const Level kLevel __attribute__((weak));
 }
 namespace avx512 {

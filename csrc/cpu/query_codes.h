@@ -27,9 +27,9 @@ class QueryCodes {
   float cutoff(int64_t q, float score) const;
 
  private:
-  int64_t d_, stride_;
+  int64_t d_, stride_, runs_;
   std::vector<int8_t> codes_;
-  std::vector<int32_t> start_;
+  std::vector<int32_t> start_, run_start_, run_end_;
   std::vector<float> scale_, norm_, residual_;
   std::vector<double> center_dot_;  // query . center
 };

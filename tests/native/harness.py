@@ -150,7 +150,7 @@ class CoreLayer:
     timeout: int = 600
 
 
-ISA_LEVELS = ["base", "avx2", "avx512", "avx512vnni", "avx512bf16"]
+ISA_LEVELS = ["base", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16"]
 CORE_LAYERS = {
     "plain": CoreLayer(["-O2"], ISA_LEVELS),
     "asan": CoreLayer(["-O1", *ASAN], ISA_LEVELS, fuzz_seconds=4),
@@ -185,12 +185,20 @@ TARGETS = {
 }
 
 
+def has_avxvnni() -> bool:
+    """Returns whether this machine runs vpdpbusd in the encoding of AVX-VNNI."""
+    info = Path("/proc/cpuinfo")
+    return info.is_file() and "avx_vnni" in info.read_text().split()
+
+
 def build_core(
     layer: str, csrc: Path = ROOT / "csrc", jobs: int = 1, target: Target = TARGETS["native"]
 ) -> tuple[Path, Path]:
     """Returns the test program and the fuzz program of a layer, built with the core of `csrc`."""
     cxx, flags = target.cxx, ["-pthread", *CORE_LAYERS[layer].flags]
     common = ["-std=c++20", "-g1", "-Wall", "-Wextra", "-Wno-psabi"]
+    if not has_avxvnni():  # level avxvnni by the instructions of AVX-512
+        common.append("-DSIMPLEXFIX_AVXVNNI_AS_EVEX")
 
     def compiled(source: Path) -> Path:
         name = f"{source.stem}-{digest(cxx, version(cxx), common, flags, *closure(source).values())}.o"

@@ -281,6 +281,9 @@ MUTANTS = [
     Mutant(
         "a query's residual forgotten in the codes", "cpu/query_codes.h", "return residual_[size_t(q)] *", "return 0 *"
     ),
+    Mutant("a run's sum that overflows", "cpu/codes.inc", "kRunLimit = 258", "kRunLimit = 330"),
+    Mutant("a pair's product that saturates", "cpu/codes.inc", "kPairLimit = 128", "kPairLimit = 160"),
+    Mutant("a run's offset in one lane", "cpu/query_codes.cpp", "sum[i / 2 % 2]", "sum[0]"),
     Mutant("center forgotten", CODES, "round_up(row.center_dot)", "round_up(0 * row.center_dot)"),
     Mutant(
         "cutoff without the center",

@@ -86,10 +86,34 @@ void best_in_the_sample(std::vector<float>& rows, int64_t n, int64_t d, Random& 
     search_kernels().normalize_rows(row, d, row, d, 0, 1);
   }
 }
+
+// Rows with the largest sums of products that codes can have: all numbers of one magnitude, or only two neighbours.
+// The queries are rows, so a sum that overflows loses the best row.
+void test_largest_sums(Random& random) {
+  const int64_t n = 1500, d = 75, queries = 12;
+  std::vector<float> raw(size_t(n * d), 0.f), gallery(raw.size());
+  for (int64_t i = 0; i < n; ++i)
+    if (float* row = raw.data() + i * d; i % 2)
+      for (int64_t j = 0; j < d; ++j) row[j] = random() % 2 ? 1.f : -1.f;
+    else
+      row[i % (d - 1)] = row[i % (d - 1) + 1] = i % 4 ? 1.f : -1.f;
+  search_kernels().normalize_rows(raw.data(), d, gallery.data(), d, 0, n);
+  const std::vector<float> query(gallery.end() - queries * d, gallery.end());
+  const std::vector<std::byte> bytes = stored(gallery, RowType::kFloat);
+  const std::byte* block = bytes.data();
+  const GalleryRows rows{&block, 20, n, d, RowType::kFloat};
+  GalleryCodes codes(d, central_row(rows));
+  codes.resize(n);
+  codes.encode(rows, 0, n);
+  const std::vector<std::vector<Ranked>> all = rank_all(query, queries, rows);
+  for (const int64_t k : {1, 5})
+    check(through(query, queries, rows, &codes, k, 1) == by_definition(all, rows, k), "largest sums, k=%ld", long(k));
+}
 }  // namespace
 
 void test_search(const Options& options) {
   Random random(1);
+  test_largest_sums(random);
   std::vector<std::pair<int64_t, int64_t>> sizes{{9000, 5}, {9000, 64}, {3000, 129}, {70, 7}, {0, 3}};
   if (options.small) sizes = {{9000, 17}};
   int turn = 0;
