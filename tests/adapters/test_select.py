@@ -27,7 +27,16 @@ from simplexfix.adapters import (
     select_chain,
 )
 from simplexfix.adapters.local_correction import AFFINE
-from simplexfix.adapters.select import ALPHAS, BETAS, FITTED, GALLERY_BETAS, HELD_OUT, SHRINKAGE, PairedFeatures, _splits
+from simplexfix.adapters.select import (
+    ALPHAS,
+    BETAS,
+    FITTED,
+    GALLERY_BETAS,
+    HELD_OUT,
+    SHRINKAGE,
+    PairedFeatures,
+    _splits,
+)
 from simplexfix.labelled import LabelledItems
 from simplexfix.retrieval import nearest_class_mean
 
@@ -140,6 +149,24 @@ def test_slerp_is_tried_from_the_two_best_of_given_candidates() -> None:
     found = select_adapter(y, x, labels, candidates=given, query_encoders="both")
     assert len(found.table) == len(given) + 2 * len(ALPHAS)
     assert not any(isinstance(row.method.of, Slerp) for row in found.table if isinstance(row.method, Slerp))
+
+
+def test_candidates_with_the_same_stored_vectors_have_the_scores_of_their_adapters() -> None:
+    y, x, labels = world(9, 14)
+    of = [CORRECTED, CORRECTED.of, Procrustes()]
+    found = select_adapter(
+        y, x, labels, candidates=[*of, LOCAL, *(Slerp(m, a) for m in (LOCAL, *of) for a in (0.3, 0.7))]
+    )
+    (split,) = _splits(PairedFeatures.read((y, x), labels, names=("old", "new")), 1, 0, 0)
+    asking, searched = split.kinds[HELD_OUT]
+    items = LabelledItems(labels[asking], labels[searched])
+    for row in found.table:
+        adapter = row.method.fit(y[split.fitted], x[split.fitted], labels=labels[split.fitted])
+        query, old = (torch.from_numpy(side[asking]) for side in (x, y))
+        gallery = normalize(adapter.gallery(torch.from_numpy(y[searched])))
+        asked = adapter(query) if adapter.alpha is None else adapter(query, old)
+        assert row.matrix[1, 0] == nearest_class_mean.score(items.version(asked, gallery))
+        assert row.matrix[0, 0] == nearest_class_mean.score(items.version(normalize(adapter.gallery(old)), gallery))
 
 
 def test_without_labels_the_score_is_agreement_with_the_new_encoder() -> None:
