@@ -45,7 +45,7 @@ TOP = 10  # places that agreement compares
 SHRINKAGE = (0.1, 0.3, 0.6)
 STEPS = (30, 60, 120)
 BETAS = (0.25, 0.5)  # of LocalCorrection
-GALLERY_BETAS = (0.5, 0.75)  # of GalleryCorrection
+GALLERY_BETAS = (0.5, 0.75, 1.0)  # of GalleryCorrection
 ALPHAS = tuple(round(0.1 * step, 1) for step in range(1, 10))
 
 HELD_OUT, FITTED = 0, 1  # kinds of held-out queries: of held-out classes, or items without labels; of fitted classes
