@@ -24,6 +24,7 @@ from torch import Tensor
 from simplexfix.adapters import (
     AdapterMethod,
     Chain,
+    GalleryCorrection,
     HOCRefined,
     LocalCorrection,
     Procrustes,
@@ -45,8 +46,10 @@ METHODS: dict[str, AdapterMethod] = {
     "ridge, anchored": Ridge(0.3, "procrustes"),
     "whitened procrustes, g = 0.3": WhitenedProcrustes(0.3),
     "whitened procrustes, g = 0.6": WhitenedProcrustes(0.6),
-    "whitened procrustes, g = 0.6, corrected": LocalCorrection(WhitenedProcrustes(0.6)),
+    "whitened procrustes, g = 0.6, queries corrected": LocalCorrection(WhitenedProcrustes(0.6)),
+    "whitened procrustes, g = 0.6, gallery corrected": GalleryCorrection(WhitenedProcrustes(0.6)),
     "simplex junction, g = 0.3": SimplexJunction(0.3),
+    "simplex junction, g = 0.3, gallery corrected": GalleryCorrection(SimplexJunction(0.3)),
     "junction, 60 HOC steps": HOCRefined(SimplexJunction(0.3)),
 }
 WHITENED = [method(g) for method in (WhitenedProcrustes, SimplexJunction) for g in (0.1, 0.3, 0.6)]
@@ -55,7 +58,7 @@ CANDIDATES: tuple[AdapterMethod, ...] = (
     Ridge(0.03),
     Ridge(0.3, "procrustes"),
     *WHITENED,
-    *(LocalCorrection(method, beta=beta) for method in WHITENED for beta in (0.25, 0.5)),
+    *(GalleryCorrection(method, beta=beta) for method in WHITENED for beta in (0.5, 0.75)),
 )
 
 

@@ -3,6 +3,7 @@
 from .adapted import adapted_version
 from .base import Adapter, AdapterMethod
 from .chain import Chain, fit_chain
+from .gallery_correction import GalleryCorrection
 from .hoc_refined import HOCRefined
 from .lambda_orthogonal import LambdaOrthogonal
 from .local_correction import LocalCorrection
@@ -21,6 +22,7 @@ __all__ = [
     "Adapter",
     "AdapterMethod",
     "Chain",
+    "GalleryCorrection",
     "HOCRefined",
     "Judged",
     "LambdaOrthogonal",

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from .._checks import check_fraction, check_integer, check_positive
 from ._moments import Moments
-from ._paired import PairedFeatures
-from .base import Adapter, QueryChange
+from .base import Adapter, AdapterMethod, QueryChange
 from .hoc_refined import HOCRefined
 from .lambda_orthogonal import LambdaOrthogonal
 from .maps import AffineMap, LocalMap
@@ -20,7 +19,7 @@ from .ridge import Ridge
 from .simplex_junction import SimplexJunction
 from .whitened_procrustes import WhitenedProcrustes
 
-__all__ = ["AFFINE", "LocalCorrection"]
+__all__ = ["AFFINE", "LocalCorrection", "check_correction", "fitted_pairs"]
 
 AFFINE = (Procrustes, Ridge, LambdaOrthogonal, WhitenedProcrustes, SimplexJunction, HOCRefined)
 _ROWS = 1024
@@ -57,13 +56,7 @@ class LocalCorrection(QueryChange):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.of, AFFINE):
-            known = ", ".join(kind.__name__ for kind in AFFINE)
-            raise TypeError(f"of must be a method with an affine query map ({known}), got {type(self.of).__name__}")
-        check_positive("scale", self.scale)
-        check_fraction("beta", self.beta)
-        if check_integer("rows", self.rows) < 1:
-            raise ValueError(f"rows must be at least 1, got {self.rows}")
+        check_correction(self.of, self.scale, self.beta, self.rows)
 
     def adapter(self, moments: Moments, old: int, new: int) -> Adapter:
         """As in `AdapterMethod`, but not stored in `moments`: the adapters of a grid would fill the memory."""
@@ -72,17 +65,34 @@ class LocalCorrection(QueryChange):
     def _adapter(self, moments: Moments, old: int, new: int) -> Adapter:
         of = self.of.adapter(moments, old, new)
         assert isinstance(of.query_map, AffineMap)
-        mapped, errors = moments.once(
-            ("local", self.of, old, new, self.rows, self.seed), lambda: self._errors(moments.features, of, old, new)
-        )
-        query = LocalMap(of.query_map.weight, of.query_map.bias, self.scale * mapped, self.beta * errors)
+        mapped, stored = fitted_pairs(moments, self.of, old, new, rows=self.rows, seed=self.seed)
+        query = LocalMap(of.query_map.weight, of.query_map.bias, self.scale * mapped, self.beta * (stored - mapped))
         return Adapter(query, of.gallery_map, method=self.described())
 
-    def _errors(self, features: PairedFeatures, of: Adapter, old: int, new: int) -> tuple[Tensor, Tensor]:
-        """[M, d] A(new_i) and [M, d] e_i of the equation."""
-        drawn = torch.randperm(len(features), generator=torch.Generator().manual_seed(self.seed))[: self.rows]
-        mapped, wanted = [], []
+
+def check_correction(of: AdapterMethod, scale: float, beta: float, rows: int) -> None:
+    """Raises the errors of the options that corrections share."""
+    if not isinstance(of, AFFINE):
+        known = ", ".join(kind.__name__ for kind in AFFINE)
+        raise TypeError(f"of must be a method with an affine query map ({known}), got {type(of).__name__}")
+    check_positive("scale", scale)
+    check_fraction("beta", beta)
+    if check_integer("rows", rows) < 1:
+        raise ValueError(f"rows must be at least 1, got {rows}")
+
+
+def fitted_pairs(
+    moments: Moments, of: AdapterMethod, old: int, new: int, *, rows: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """[M, d] adapted new rows and [M, d] stored vectors of the same drawn items of the fit, unit rows in float32."""
+    features, adapter = moments.features, of.adapter(moments, old, new)
+
+    def make() -> tuple[Tensor, Tensor]:
+        drawn = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))[:rows]
+        mapped, stored = [], []
         for at in torch.split(drawn.sort().values, _ROWS):
-            mapped.append(of.query_map(features.gather(new, at)))
-            wanted.append(of.gallery(features.gather(old, at)))
-        return torch.cat(mapped), torch.cat(wanted) - torch.cat(mapped)
+            mapped.append(adapter.query_map(features.gather(new, at)))
+            stored.append(adapter.gallery(features.gather(old, at)))
+        return torch.cat(mapped), torch.cat(stored)
+
+    return moments.once(("pairs", of, old, new, rows, seed), make)

@@ -17,10 +17,12 @@ from ..compatibility.statistics import Interval, check_confidence, percentiles
 from ..functional import cosine_topk
 from ..labelled import Ids, LabelledItems
 from ..retrieval.protocols import Protocol, read_protocol
+from ._arc import slerp
 from ._moments import Moments
 from ._paired import Features, PairedFeatures
-from .base import Adapter, AdapterMethod
+from .base import Adapter, AdapterMethod, QueryChange
 from .chain import Chain, chain_of, read_versions
+from .gallery_correction import GalleryCorrection
 from .hoc_refined import HOCRefined
 from .lambda_orthogonal import LambdaOrthogonal
 from .local_correction import AFFINE, LocalCorrection
@@ -42,7 +44,8 @@ RESAMPLES = 1000
 TOP = 10  # places that agreement compares
 SHRINKAGE = (0.1, 0.3, 0.6)
 STEPS = (30, 60, 120)
-BETAS = (0.25, 0.5)
+BETAS = (0.25, 0.5)  # of LocalCorrection
+GALLERY_BETAS = (0.5, 0.75, 1.0)  # of GalleryCorrection
 ALPHAS = tuple(round(0.1 * step, 1) for step in range(1, 10))
 
 HELD_OUT, FITTED = 0, 1  # kinds of held-out queries: of held-out classes, or items without labels; of fitted classes
@@ -157,8 +160,8 @@ def select_adapter(
         labels: [N] integers or names; at least 6 classes of at least 2 items.
         sample: ([M, f_old], [M, f_new]) of further items without labels.
         candidates: None: procrustes, ridge, low rank, MLP, lambda-orthogonal, whitened procrustes and, with labels,
-            simplex junction with a grid of shrinkages, then HOC steps from the best junction, then local correction of
-            the best method whose query map is affine.
+            simplex junction with a grid of shrinkages, then HOC steps from the best junction, then gallery correction
+            of the best method whose query map is affine; local correction instead if stored vectors are kept.
         query_encoders: "new": the new encoder alone runs at query time; "both": the old one as well, and slerp with a
             grid of alpha from the two best adapters of all others is a candidate.
         stored_vectors: "map": methods that map stored vectors are candidates, too; "keep": only methods that leave the
@@ -250,7 +253,10 @@ def _select(
             start = next(row.method for row in judge.ranked() if isinstance(row.method, SimplexJunction))
             judge.add([HOCRefined(start, steps=steps) for steps in STEPS])
         corrected = next(row.method for row in judge.ranked() if isinstance(row.method, AFFINE))
-        judge.add([LocalCorrection(corrected, beta=beta) for beta in BETAS])
+        if keep:
+            judge.add([LocalCorrection(corrected, beta=beta) for beta in BETAS])
+        else:
+            judge.add([GalleryCorrection(corrected, beta=beta) for beta in GALLERY_BETAS])
     else:
         for method in candidates:
             method.check(features)
@@ -348,6 +354,8 @@ class _HeldOut:
             [unit(version.take(at).whole().to(features.device), torch.float32) for version in features.versions]
             for at in (asking, searched)
         )
+        self._mapped_by: AdapterMethod | None = None
+        self._mapped: tuple[list[Tensor], list[Tensor]] = [], []
         self._protocol = protocol
         self._pairs = [(i, j) for i in versions for j in range(i)]
         if features.labels is None:
@@ -367,10 +375,7 @@ class _HeldOut:
 
         The second result is the [Q] mean agreement with the old encoder's own ranking over all pairs, nan with labels.
         """
-        queries, galleries = (
-            [rows if own is None else own(rows) for own, rows in zip(chain.own, given, strict=True)]
-            for given in (self._asking, self._searched)
-        )
+        queries, galleries = self._own_mapped(chain)
         cells: Values = {}
         with_old = []
         for i in range(len(queries)):
@@ -378,8 +383,12 @@ class _HeldOut:
                 if i == j and chain.own[i] is None:
                     cells[i, i] = self._itself[i]
                     continue
-                shared = i == j or chain.method.common_space
-                query = queries[i] if shared else chain.query(i, j, self._asking)
+                query = queries[i]
+                if i != j and not chain.method.common_space:  # as `Chain.query`, but old queries are mapped only once
+                    adapter = chain.adapters[i, j]
+                    query = adapter.query_map(self._asking[i])
+                    if adapter.alpha is not None:
+                        query = slerp(queries[j], query, adapter.alpha)
                 if self._items is not None:
                     cells[i, j] = self._hits(query, galleries[j])
                     continue
@@ -388,6 +397,19 @@ class _HeldOut:
                 if i != j:
                     with_old.append(overlap(found, self._rankings[j]))
         return cells, np.mean(with_old, axis=0) if with_old else np.full(len(queries[0]), np.nan)
+
+    def _own_mapped(self, chain: Chain) -> tuple[list[Tensor], list[Tensor]]:
+        """Returns queries and galleries as each version stores them; computed once for slerps of the same method."""
+        method = chain.method
+        while isinstance(method, QueryChange):  # its stored vectors are those of the other method
+            method = method.of
+        if method != self._mapped_by:
+            queries, galleries = (
+                [rows if own is None else own(rows) for own, rows in zip(chain.own, given, strict=True)]
+                for given in (self._asking, self._searched)
+            )
+            self._mapped_by, self._mapped = method, (queries, galleries)
+        return self._mapped
 
     def _nearest(self, query: Tensor, gallery: Tensor) -> NDArray[np.int64]:
         places: NDArray[np.int64] = cosine_topk(query, gallery, self._k)[1].cpu().numpy()

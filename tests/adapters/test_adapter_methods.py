@@ -13,6 +13,7 @@ from simplexfix import functional
 from simplexfix.adapters import (
     MLP,
     AdapterMethod,
+    GalleryCorrection,
     HOCRefined,
     LambdaOrthogonal,
     LocalCorrection,
@@ -44,6 +45,7 @@ METHODS = [
     SimplexJunction(),
     HOCRefined(steps=5, batch=32),
     LocalCorrection(WhitenedProcrustes(), rows=100),
+    GalleryCorrection(WhitenedProcrustes(), rows=100),
     Slerp(WhitenedProcrustes(), 0.5),
 ]
 MAPPED = (WhitenedProcrustes, SimplexJunction, HOCRefined)
@@ -358,19 +360,41 @@ def test_local_correction(of, block, monkeypatch) -> None:
     assert torch.equal(adapter.gallery(torch.from_numpy(y)), plain.gallery(torch.from_numpy(y)))
 
 
-def test_nothing_is_corrected_where_the_map_makes_no_error_or_beta_is_0() -> None:
+@pytest.mark.parametrize("of", [WhitenedProcrustes(), Procrustes()], ids=name)
+@pytest.mark.parametrize("block", [7, 1024])
+def test_gallery_correction(of, block, monkeypatch) -> None:
+    monkeypatch.setattr(maps, "_ROWS", block)
+    monkeypatch.setattr(local_correction, "_ROWS", block)
+    y, x, labels = world(9, 14)
+    plain = of.fit(y[:200], x[:200], labels=labels[:200])
+    p, stored = (np.float64(rows) for rows in (plain(torch.from_numpy(x)), plain.gallery(torch.from_numpy(y))))
+    stored = unit(stored)
+    weights = np.exp(10 * stored @ stored[:200].T)
+    expected = unit(stored + 0.6 * weights @ (p - stored)[:200] / weights.sum(1, keepdims=True))
+    adapter = GalleryCorrection(of, scale=10.0, beta=0.6).fit(y[:200], x[:200], labels=labels[:200])
+    close(adapter.gallery(torch.from_numpy(y)), expected)
+    assert torch.equal(adapter(torch.from_numpy(x)), plain(torch.from_numpy(x)))
+
+
+CORRECTIONS = [LocalCorrection, GalleryCorrection]
+
+
+@pytest.mark.parametrize("kind", CORRECTIONS)
+def test_nothing_is_corrected_where_the_map_makes_no_error_or_beta_is_0(kind) -> None:
     y, _, _ = world()
     turn = np.linalg.qr(np.random.default_rng(0).standard_normal((10, 10)))[0]
     turned = (y @ turn).astype(np.float32)
-    exact = LocalCorrection(Procrustes(), beta=1.0).fit(y, turned)
+    exact = kind(Procrustes(), beta=1.0).fit(y, turned)
     close(exact(torch.from_numpy(turned)), unit(y))
+    close(exact.gallery(torch.from_numpy(y)), unit(y) if exact.maps_gallery else y)
     y, x, labels = world(9, 14)
-    query = torch.from_numpy(x)
-    zero = LocalCorrection(WhitenedProcrustes(), beta=0.0).fit(y, x, labels=labels)
-    torch.testing.assert_close(zero(query), WhitenedProcrustes().fit(y, x, labels=labels)(query))
+    query, stored = torch.from_numpy(x), torch.from_numpy(y)
+    zero, plain = (m.fit(y, x, labels=labels) for m in (kind(WhitenedProcrustes(), beta=0.0), WhitenedProcrustes()))
+    torch.testing.assert_close(zero(query), plain(query))
+    torch.testing.assert_close(zero.gallery(stored), plain.gallery(stored))
 
 
-def test_local_correction_keeps_the_rows_that_its_seed_draws() -> None:
+def test_corrections_keep_the_rows_that_their_seed_draws() -> None:
     y, x, _ = world()
     kept = [LocalCorrection(Procrustes(), rows=30, seed=seed).fit(y, x).query_map.keys for seed in (0, 0, 1)]
     assert len(kept[0]) == 30
@@ -380,12 +404,15 @@ def test_local_correction_keeps_the_rows_that_its_seed_draws() -> None:
     apart = (kept[0][:, None] - everything).norm(dim=2).min(1)
     assert (apart.values < 1e-4).all()
     assert len(apart.indices.unique()) == 30
+    stored = GalleryCorrection(Procrustes(), rows=30, scale=1.0).fit(y, x).gallery_map.keys
+    close(stored, unit(y[apart.indices.numpy()]))
 
 
+@pytest.mark.parametrize("kind", CORRECTIONS)
 @pytest.mark.parametrize("of", [LowRank(), Slerp(Procrustes()), LocalCorrection(Procrustes())], ids=name)
-def test_local_correction_wants_an_affine_map(of) -> None:
+def test_corrections_want_an_affine_map(kind, of) -> None:
     with pytest.raises(TypeError, match=f"affine query map .*, got {type(of).__name__}"):
-        LocalCorrection(of)
+        kind(of)
 
 
 def test_shrinkage_1_does_not_whiten() -> None:
@@ -410,6 +437,7 @@ BAD_INPUT = [
     (HOCRefined(), (Y, X), {}, V, "hoc_refined needs labels"),
     (Slerp(SimplexJunction()), (Y, X), {}, V, "simplex_junction needs labels"),
     (LocalCorrection(SimplexJunction()), (Y, X), {}, V, "simplex_junction needs labels"),
+    (GalleryCorrection(SimplexJunction()), (Y, X), {}, V, "simplex_junction needs labels"),
     (SimplexJunction(slots=10), (Y, X), {"labels": LABELS}, V, "slots must be at least 1[12], .* got 10"),
     (Procrustes(), (Y, X), {"sample": (Y,)}, V, "sample must hold rows by each of 2 encoders, .* got 1"),
     (Procrustes(), (Y, X), {"sample": (Y, X[:, :4])}, V, "new's sample has 4 columns, new has 10"),
@@ -435,8 +463,8 @@ BAD_OPTIONS = [
     (MLP, {"hidden": 0}, "hidden must be at least 1, got 0"),
     (LambdaOrthogonal, {"lambda_": 0}, "lambda_ must be positive"),
     (LocalCorrection, {"of": Procrustes(), "scale": 0.0}, "scale must be positive"),
-    (LocalCorrection, {"of": Procrustes(), "beta": 2.0}, r"beta must lie in \[0, 1\], got 2.0"),
-    (LocalCorrection, {"of": Procrustes(), "rows": 0}, "rows must be at least 1, got 0"),
+    (GalleryCorrection, {"of": Procrustes(), "beta": 2.0}, r"beta must lie in \[0, 1\], got 2.0"),
+    (GalleryCorrection, {"of": Procrustes(), "rows": 0}, "rows must be at least 1, got 0"),
 ]
 
 

@@ -12,6 +12,7 @@ from torch.nn.functional import normalize
 
 from simplexfix.adapters import (
     MLP,
+    GalleryCorrection,
     HOCRefined,
     LambdaOrthogonal,
     LocalCorrection,
@@ -26,11 +27,21 @@ from simplexfix.adapters import (
     select_chain,
 )
 from simplexfix.adapters.local_correction import AFFINE
-from simplexfix.adapters.select import ALPHAS, BETAS, FITTED, HELD_OUT, SHRINKAGE, PairedFeatures, _splits
+from simplexfix.adapters.select import (
+    ALPHAS,
+    BETAS,
+    FITTED,
+    GALLERY_BETAS,
+    HELD_OUT,
+    SHRINKAGE,
+    PairedFeatures,
+    _splits,
+)
 from simplexfix.labelled import LabelledItems
 from simplexfix.retrieval import nearest_class_mean
 
 LOCAL = LocalCorrection(WhitenedProcrustes())
+CORRECTED = GalleryCorrection(WhitenedProcrustes())
 QUICK = (Procrustes(), WhitenedProcrustes(0.1), WhitenedProcrustes(0.6))
 
 
@@ -140,6 +151,24 @@ def test_slerp_is_tried_from_the_two_best_of_given_candidates() -> None:
     assert not any(isinstance(row.method.of, Slerp) for row in found.table if isinstance(row.method, Slerp))
 
 
+def test_candidates_with_the_same_stored_vectors_have_the_scores_of_their_adapters() -> None:
+    y, x, labels = world(9, 14)
+    of = [CORRECTED, CORRECTED.of, Procrustes()]
+    found = select_adapter(
+        y, x, labels, candidates=[*of, LOCAL, *(Slerp(m, a) for m in (LOCAL, *of) for a in (0.3, 0.7))]
+    )
+    (split,) = _splits(PairedFeatures.read((y, x), labels, names=("old", "new")), 1, 0, 0)
+    asking, searched = split.kinds[HELD_OUT]
+    items = LabelledItems(labels[asking], labels[searched])
+    for row in found.table:
+        adapter = row.method.fit(y[split.fitted], x[split.fitted], labels=labels[split.fitted])
+        query, old = (torch.from_numpy(side[asking]) for side in (x, y))
+        gallery = normalize(adapter.gallery(torch.from_numpy(y[searched])))
+        asked = adapter(query) if adapter.alpha is None else adapter(query, old)
+        assert row.matrix[1, 0] == nearest_class_mean.score(items.version(asked, gallery))
+        assert row.matrix[0, 0] == nearest_class_mean.score(items.version(normalize(adapter.gallery(old)), gallery))
+
+
 def test_without_labels_the_score_is_agreement_with_the_new_encoder() -> None:
     y, _, _ = world()
     turn = np.linalg.qr(np.random.default_rng(0).standard_normal((10, 10)))[0]
@@ -168,9 +197,9 @@ def test_the_grid_of_labelled_items(monkeypatch) -> None:
     methods = [row.method for row in found.table]
     assert {m.g for m in methods if isinstance(m, SimplexJunction)} == set(SHRINKAGE)
     assert sorted(m.steps for m in methods if isinstance(m, HOCRefined)) == [1, 2]
-    local = [m for m in methods if isinstance(m, LocalCorrection)]
-    assert {m.beta for m in local} == set(BETAS)
-    assert {m.of for m in local} == {next(m for m in methods if isinstance(m, AFFINE))}
+    corrected = [m for m in methods if isinstance(m, GalleryCorrection)]
+    assert {m.beta for m in corrected} == set(GALLERY_BETAS)
+    assert {m.of for m in corrected} == {next(m for m in methods if isinstance(m, AFFINE))}
     assert {m.alpha for m in methods if isinstance(m, Slerp)} == set(ALPHAS)
     scores = [row.score for row in found.table]
     assert scores == sorted(scores, reverse=True)
@@ -196,7 +225,7 @@ def test_sampled_rows_that_are_held_out_queries_are_left_out_of_the_fit() -> Non
 
 @pytest.mark.parametrize(
     "method",
-    [Procrustes(), Ridge(), WhitenedProcrustes(), SimplexJunction(), HOCRefined(steps=3), LOCAL],
+    [Procrustes(), Ridge(), WhitenedProcrustes(), SimplexJunction(), HOCRefined(steps=3), LOCAL, CORRECTED],
     ids=name,
 )
 def test_a_chain_of_three_has_the_adapters_of_its_pairs(method) -> None:
@@ -225,6 +254,23 @@ def test_local_correction_leaves_the_search_of_a_version_by_itself_as_it_is() ->
     assert not torch.allclose(corrected.query(1, 0, features), plain.query(1, 0, features), atol=1e-3)
 
 
+@pytest.mark.parametrize("of", [WhitenedProcrustes(), SimplexJunction()], ids=name)
+def test_gallery_correction_moves_older_galleries_towards_the_newest_version(of) -> None:
+    (y, x, labels), z = world(9, 14), world(9, 11)[1]
+    features = [torch.from_numpy(rows) for rows in (y, x, z)]
+    chain, plain = (fit_chain(method, (y, x, z), labels=labels) for method in (GalleryCorrection(of), of))
+    for new in (1, 2):
+        assert torch.equal(chain.query(new, 0, features), plain.query(new, 0, features))
+        moved, before = (c.gallery(0, features[0]) for c in (chain, plain))
+        assert torch.equal(moved, chain.adapters[new, 0].gallery(features[0]))
+    assert (moved * plain.query(2, 0, features)).sum(1).mean() > (before * plain.query(2, 0, features)).sum(1).mean()
+    stored = [plain.gallery(0, features[0]), plain.query(2, 0, features)]
+    weights = torch.softmax(20 * stored[0] @ stored[0].T, 1)
+    torch.testing.assert_close(moved, normalize(stored[0] + 0.5 * weights @ (stored[1] - stored[0])))
+    assert torch.equal(chain.gallery(2, features[2]), plain.gallery(2, features[2]))  # of the newest: as before
+    assert torch.equal(chain.query(0, 0, features), moved)
+
+
 @pytest.mark.parametrize("method", METHODS, ids=name)
 def test_a_method_says_whether_stored_vectors_are_mapped(method) -> None:
     y, x, labels = world()
@@ -239,6 +285,7 @@ def test_stored_vectors_may_be_kept(monkeypatch) -> None:
     kept = select_adapter(y, x, labels, stored_vectors="keep", **options)
     tried = {row.method for row in kept.table if not isinstance(row.method, (Slerp, LocalCorrection))}
     assert tried == {Procrustes(), Ridge()}
+    assert {row.method.beta for row in kept.table if isinstance(row.method, LocalCorrection)} == set(BETAS)
     assert not any(row.method.maps_gallery for row in kept.table)
     assert not kept.adapter.maps_gallery
     mapped = select_adapter(y, x, labels, **options)
