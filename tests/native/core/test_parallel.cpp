@@ -1,9 +1,12 @@
 // Tests the pool of threads: each task runs once, nobody waits for a thread that has not begun, errors, and forks.
 #include "../../../csrc/cpu/parallel.h"
 
+#include <pthread.h>
+#include <signal.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <cfenv>
 #include <chrono>
 #include <mutex>
 #include <set>
@@ -164,15 +167,94 @@ int in_child(const Task& task) {
   return status;
 }
 
-void test_forks() {
-  const auto works = [] {
-    std::atomic<int64_t> begun{0};
-    on_threads(3, 3, [&](int64_t) {
-      ++begun;
-      soon([&] { return begun == 3; });
-    });
-    return begun == 3;
+// Runs body(thread) on three threads at the same time, and returns whether all three came.
+template <typename Body>
+bool on_three_threads(const Body& body) {
+  std::atomic<int64_t> begun{0};
+  on_threads(3, 3, [&](int64_t thread) {
+    ++begun;
+    soon([&] { return begun == 3; });
+    body(thread);
+  });
+  return begun == 3;
+}
+
+// A program may change the arithmetic of its own threads at any time. A call computes in one mode, its caller's.
+void test_arithmetic_is_the_callers() {
+  const int before = std::fegetround();
+  for (const int rounding : {FE_UPWARD, FE_DOWNWARD, before}) {
+    std::atomic<int64_t> same{0};
+    std::fesetround(rounding);
+    on_three_threads([&](int64_t) { same += std::fegetround() == rounding; });
+    std::fesetround(before);
+    check(same == 3, "%ld of 3 threads round as the caller", long(same));
+  }
+}
+
+// The application's threads handle signals such as SIGINT. A fault is handled on the thread that caused it.
+void test_signals() {
+  std::atomic<int64_t> right{0};
+  on_three_threads([&](int64_t thread) {
+    sigset_t blocked;
+    pthread_sigmask(SIG_SETMASK, nullptr, &blocked);
+    right += sigismember(&blocked, SIGINT) == (thread != 0) && !sigismember(&blocked, SIGSEGV) &&
+             !sigismember(&blocked, SIGBUS);
+  });
+  check(right == 3, "%ld of 3 threads block the right signals", long(right));
+}
+
+// An exception of the interrupt check ends the call only when the others have ended, which use the caller's stack.
+void test_check_that_throws() {
+  set_interrupt_check([]() -> bool { throw std::out_of_range("check"); });
+  Interrupt interrupt;
+  std::atomic<bool> begun{false}, ended{false};
+  std::string said;
+  try {
+    on_threads(
+        2, 2,
+        [&](int64_t thread) {
+          if (thread == 0) return void(soon([&] { return begun.load(); }));
+          begun = true;
+          std::this_thread::sleep_for(2 * Interrupt::kInterval);
+          ended = true;
+        },
+        &interrupt);
+  } catch (const std::out_of_range& error) {
+    said = error.what();
+  }
+  check(said == "check", "caught '%s'", said.c_str());
+  check(ended, "the call returned before its other thread");
+  soon([&] { return ended.load(); });
+  set_interrupt_check(nullptr);
+}
+
+// Called by fork() while it holds fork_mutex(): handlers run in the reverse order of their registration.
+using Handler = void (*)();
+constinit Handler g_at_fork = nullptr;
+__attribute__((constructor(101))) void register_before_the_library() {
+  const auto before = [] {
+    if (g_at_fork) g_at_fork();
   };
+  pthread_atfork(before, nullptr, nullptr);
+}
+
+bool works() {
+  return on_three_threads([](int64_t) {});
+}
+
+// Must be the first test. Another thread makes the first call of the process while this one forks.
+void test_fork_during_the_first_call() {
+  static std::thread other;
+  g_at_fork = [] {
+    g_at_fork = nullptr;
+    other = std::thread([] { works(); });
+    std::this_thread::sleep_for(50ms);  // it reaches fork_mutex()
+  };
+  check(in_child(works) == 0, "a child forked during the first call cannot use the pool");
+  other.join();
+}
+
+void test_forks() {
   check(works(), "the pool has not worked before the fork");
   check(in_child(works) == 0, "a child has no threads");
   check(in_child([&] { return works() && in_child(works) == 0; }) == 0, "a child of a child has no threads");
@@ -212,6 +294,7 @@ void test_forks() {
 
 void test_parallel(const Options& options) {
 #if !defined(__SANITIZE_THREAD__)  // it ends a child that starts threads
+  test_fork_during_the_first_call();
   test_forks();
 #endif
   test_each_task_runs_once(options.small);
@@ -219,4 +302,7 @@ void test_parallel(const Options& options) {
   test_no_wait_for_others();
   test_errors();
   test_interrupt();
+  test_check_that_throws();
+  test_arithmetic_is_the_callers();
+  test_signals();
 }
