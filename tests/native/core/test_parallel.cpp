@@ -1,4 +1,5 @@
-// Tests the pool of threads: each task runs once, nobody waits for a thread that has not begun, errors, and forks.
+// Tests the pool of threads: each task runs once, a call does not wait for threads that have not begun, exceptions,
+// interrupts, forks, signals, and the arithmetic of the threads.
 #include "../../../csrc/cpu/parallel.h"
 
 #include <pthread.h>
@@ -21,7 +22,7 @@ using namespace std::chrono_literals;
 
 namespace {
 
-// Returns whether the condition became true within seconds.
+// Waits until the condition is true, for at most 10 seconds. Returns whether it is.
 template <typename Condition>
 bool soon(const Condition& condition) {
   const auto end = std::chrono::steady_clock::now() + 10s;
@@ -42,7 +43,7 @@ void test_each_task_runs_once(bool small) {
   };
   std::vector<std::vector<int>> runs;
   for (const int64_t n : {0, 1, 2, 7, 64, 1000}) runs.emplace_back(size_t(n));
-  std::vector<std::thread> clients;  // at the same time, with other numbers of threads
+  std::vector<std::thread> clients;  // they call at the same time, with different numbers of threads
   for (size_t i = 0; i < runs.size(); ++i)
     clients.emplace_back(
         [&, i] { client(int64_t(runs[i].size()), int64_t(1 + 2 * i), int64_t(10000 + 10000 * i), runs[i]); });
@@ -52,10 +53,10 @@ void test_each_task_runs_once(bool small) {
       check(count == (small ? 40 : 400), "a task of %zu ran %d times", counts.size(), count);
 }
 
-void test_threads_have_numbers() {
+void test_threads_have_distinct_numbers() {
   std::mutex mutex;
   std::set<int64_t> numbers;
-  const auto come = [&](int64_t thread) {
+  const auto body = [&](int64_t thread) {
     {
       const std::lock_guard lock(mutex);
       check(numbers.insert(thread).second, "two threads have the number %ld", long(thread));
@@ -65,15 +66,15 @@ void test_threads_have_numbers() {
       return numbers.size() == 3;
     });
   };
-  on_threads(3, 3, come);
+  on_threads(3, 3, body);
   check(numbers.size() == 3 && *numbers.begin() == 0, "%zu of 3 threads came", numbers.size());
 }
 
-// Every thread of the pool is busy: a call does all of its work itself and returns.
-void test_no_wait_for_others() {
+// While every thread of the pool is in another call, a call does all of its work itself and returns.
+void test_no_wait_for_busy_threads() {
   std::atomic<int64_t> begun{0}, ended{0};
   std::atomic<bool> release{false};
-  constexpr int64_t kThreads = 16;  // as many as any test here asks for
+  constexpr int64_t kThreads = 16;  // more than any test before has started
   std::thread other([&] {
     on_threads(kThreads, kThreads, [&](int64_t) {
       ++begun;
@@ -82,12 +83,12 @@ void test_no_wait_for_others() {
     });
   });
   check(soon([&] { return begun == kThreads; }), "%ld of %ld threads came", long(begun), long(kThreads));
-  std::atomic<int64_t> done{0}, elsewhere{0};
+  std::atomic<int64_t> done{0}, on_others{0};  // tasks
   parallel(100, 4, [&, caller = std::this_thread::get_id()](int64_t) {
     ++done;
-    elsewhere += std::this_thread::get_id() != caller;
+    on_others += std::this_thread::get_id() != caller;
   });
-  check(done == 100 && elsewhere == 0, "%ld tasks ran, %ld of them elsewhere", long(done), long(elsewhere));
+  check(done == 100 && on_others == 0, "%ld tasks ran, %ld of them on other threads", long(done), long(on_others));
   check(ended == 0, "the call waited for threads that had not begun");
   release = true;
   other.join();
@@ -123,7 +124,7 @@ void test_errors() {
   check(tasks <= 2, "%ld tasks began after an exception", long(tasks));
 }
 
-// An interrupt ends the wait of a caller with an exception, but only when the others have ended.
+// An interrupt ends the bodies of other threads, for which the caller waits; then the call throws.
 void test_interrupt() {
   set_interrupt_check([] { return true; });
   Interrupt interrupt;
@@ -298,8 +299,8 @@ void test_parallel(const Options& options) {
   test_forks();
 #endif
   test_each_task_runs_once(options.small);
-  test_threads_have_numbers();
-  test_no_wait_for_others();
+  test_threads_have_distinct_numbers();
+  test_no_wait_for_busy_threads();
   test_errors();
   test_interrupt();
   test_check_that_throws();
