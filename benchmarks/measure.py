@@ -20,7 +20,7 @@ from simplexfix.cli.doctor import diagnose
 
 Call = Callable[[], Any]
 SLOW = 3.0  # seconds: a call that takes longer is measured once
-LONGEST = 10.0  # seconds: the limit of all rounds of a case, but one round always runs
+LONGEST = 6.0  # seconds: the limit of all rounds of a case, but one round always runs
 
 
 def interleave(

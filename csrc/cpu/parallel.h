@@ -1,6 +1,6 @@
-// Runs work on the calling thread and on a pool of threads that all calls share. The caller begins at once. It waits at
-// the end, and only for threads that have begun: on a busy machine a thread may begin much later, or never in this
-// call.
+// Runs work on the calling thread and on a pool of threads that all calls of the process share. The caller begins at
+// once. At the end it waits only for the threads that have begun its work: on a busy machine other threads may get no
+// core before the work is done.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -10,21 +10,25 @@
 
 namespace simplexfix::cpu {
 
-// Fewest numbers to write per thread that is awake: a few microseconds, which is longer than it takes to begin.
+// Sizes of work, in numbers to write. A thread that is awake joins a call within 0.2 us, so it pays for work of a few
+// microseconds.
 constexpr int64_t kNumbersPerThread = int64_t(1) << 14;
-// Fewest numbers to write per thread that is woken. It begins after 25 us, and waking it takes the caller 8.
+// A thread that sleeps begins after 25 us, and waking it takes the caller 8 us.
 constexpr int64_t kNumbersPerWokenThread = int64_t(1) << 17;
 
-// Returns the number of threads that are worth having for the work, the caller included, at most `most`.
+// Returns the number of threads for the work, the caller included: one for each per_thread numbers, in [1, most].
 inline int64_t threads_for(double numbers, double per_thread, int64_t most) {
   return int64_t(std::clamp(numbers / per_thread, 1.0, double(most)));
 }
 
-// Calls body(context, thread) on the calling thread, as thread 0, and on up to threads - 1 threads of the pool, which
-// have other numbers from 1 on. At most woken - 1 of these are woken if they sleep. Each body must take its work from
-// what the others have left, because any number of them may come. Returns when the caller's body and all that have
-// begun have ended. Then it rethrows the first exception. interrupt belongs to the calling thread, or is nullptr; it is
-// checked while the caller waits.
+// Calls body(context, thread) once on the calling thread, where thread is 0, and at most threads - 1 times on threads
+// of the pool, or not at all. So every body must take tasks until none is left.
+// - thread identifies a thread of the pool among those of the process, from 1 on. It may exceed threads - 1, and one
+//   thread may call body several times, one after the other.
+// - At most woken - 1 sleeping threads are woken.
+// - Each body computes with the caller's rounding mode and treatment of denormals.
+// - Returns when every body that has begun has ended. Then it rethrows an exception, the caller's own if there is one.
+// - interrupt, which may be nullptr, was constructed on the calling thread. It is checked while the caller waits.
 void run_on_threads(int64_t threads, int64_t woken, void (*body)(void* context, int64_t thread), void* context,
                     Interrupt* interrupt);
 
@@ -36,7 +40,8 @@ void on_threads(int64_t threads, int64_t woken, const Body& body, Interrupt* int
 }
 
 // Calls work(task) for the tasks [0, n) in any order, on at most `threads` threads, the caller included. After an
-// exception no further task begins. The interrupt is checked before each task; long tasks must check it themselves.
+// exception no thread takes another task. The interrupt is checked before each task; long tasks must check it
+// themselves.
 template <typename Work>
 void parallel(int64_t n, int64_t threads, const Work& work, Interrupt* interrupt = nullptr) {
   std::atomic<int64_t> next{0};
@@ -54,21 +59,22 @@ void parallel(int64_t n, int64_t threads, const Work& work, Interrupt* interrupt
   on_threads(std::min(n, threads), threads, run, interrupt);
 }
 
-// Calls work(begin, end) on ranges that together cover [0, n), on at most `threads` threads. Each thread begins with
-// its own part of [0, n), the same in every call, so that the part is in its caches. Then it takes chunks of the other
-// parts: threads of a shared machine are seldom equally fast. An item takes the time to write `numbers` numbers.
+// Calls work(begin, end) on ranges that together cover [0, n), on at most `threads` threads. [0, n) is divided into
+// parts, and parts into chunks. A thread begins with the part of its number, which is the same in every call of this
+// size, so that the part is still in its caches. Then it takes chunks of other parts, because threads are seldom
+// equally fast. An item takes as long as writing `numbers` numbers.
 template <typename Work>
 void parallel_ranges(int64_t n, int64_t numbers, int64_t threads, const Work& work) {
-  constexpr int64_t kMost = 256, kChunks = 8;  // parts, and chunks per part
-  const int64_t least = std::max<int64_t>(1, kNumbersPerThread / std::max<int64_t>(1, numbers));
-  const int64_t parts = std::clamp<int64_t>(n / least, 1, std::min(threads, kMost));
+  constexpr int64_t kMostParts = 256, kChunksPerPart = 8;
+  const int64_t least = std::max<int64_t>(1, kNumbersPerThread / std::max<int64_t>(1, numbers));  // items of a part
+  const int64_t parts = std::clamp<int64_t>(n / least, 1, std::min(threads, kMostParts));
   if (parts == 1) {
     if (n > 0) work(int64_t(0), n);
     return;
   }
-  const int64_t chunk = std::max(least, n / (parts * kChunks));
+  const int64_t chunk = std::max(least, n / (parts * kChunksPerPart));
   const auto start_of = [&](int64_t part) { return part * n / parts; };
-  std::atomic<int64_t> next[kMost];
+  std::atomic<int64_t> next[kMostParts];
   for (int64_t part = 0; part < parts; ++part) next[part].store(start_of(part), std::memory_order_relaxed);
   const int64_t woken = threads_for(double(n) * double(numbers), double(kNumbersPerWokenThread), parts);
   on_threads(parts, woken, [&](int64_t thread) {

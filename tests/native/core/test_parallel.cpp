@@ -1,9 +1,13 @@
-// Tests the pool of threads: each task runs once, nobody waits for a thread that has not begun, errors, and forks.
+// Tests the pool of threads: each task runs once, a call does not wait for threads that have not begun, exceptions,
+// interrupts, forks, signals, and the arithmetic of the threads.
 #include "../../../csrc/cpu/parallel.h"
 
+#include <pthread.h>
+#include <signal.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <cfenv>
 #include <chrono>
 #include <mutex>
 #include <set>
@@ -18,7 +22,7 @@ using namespace std::chrono_literals;
 
 namespace {
 
-// Returns whether the condition became true within seconds.
+// Waits until the condition is true, for at most 10 seconds. Returns whether it is.
 template <typename Condition>
 bool soon(const Condition& condition) {
   const auto end = std::chrono::steady_clock::now() + 10s;
@@ -39,7 +43,7 @@ void test_each_task_runs_once(bool small) {
   };
   std::vector<std::vector<int>> runs;
   for (const int64_t n : {0, 1, 2, 7, 64, 1000}) runs.emplace_back(size_t(n));
-  std::vector<std::thread> clients;  // at the same time, with other numbers of threads
+  std::vector<std::thread> clients;  // they call at the same time, with different numbers of threads
   for (size_t i = 0; i < runs.size(); ++i)
     clients.emplace_back(
         [&, i] { client(int64_t(runs[i].size()), int64_t(1 + 2 * i), int64_t(10000 + 10000 * i), runs[i]); });
@@ -49,10 +53,10 @@ void test_each_task_runs_once(bool small) {
       check(count == (small ? 40 : 400), "a task of %zu ran %d times", counts.size(), count);
 }
 
-void test_threads_have_numbers() {
+void test_threads_have_distinct_numbers() {
   std::mutex mutex;
   std::set<int64_t> numbers;
-  const auto come = [&](int64_t thread) {
+  const auto body = [&](int64_t thread) {
     {
       const std::lock_guard lock(mutex);
       check(numbers.insert(thread).second, "two threads have the number %ld", long(thread));
@@ -62,15 +66,15 @@ void test_threads_have_numbers() {
       return numbers.size() == 3;
     });
   };
-  on_threads(3, 3, come);
+  on_threads(3, 3, body);
   check(numbers.size() == 3 && *numbers.begin() == 0, "%zu of 3 threads came", numbers.size());
 }
 
-// Every thread of the pool is busy: a call does all of its work itself and returns.
-void test_no_wait_for_others() {
+// While every thread of the pool is in another call, a call does all of its work itself and returns.
+void test_no_wait_for_busy_threads() {
   std::atomic<int64_t> begun{0}, ended{0};
   std::atomic<bool> release{false};
-  constexpr int64_t kThreads = 16;  // as many as any test here asks for
+  constexpr int64_t kThreads = 16;  // more than any test before has started
   std::thread other([&] {
     on_threads(kThreads, kThreads, [&](int64_t) {
       ++begun;
@@ -79,12 +83,12 @@ void test_no_wait_for_others() {
     });
   });
   check(soon([&] { return begun == kThreads; }), "%ld of %ld threads came", long(begun), long(kThreads));
-  std::atomic<int64_t> done{0}, elsewhere{0};
+  std::atomic<int64_t> done{0}, on_others{0};  // tasks
   parallel(100, 4, [&, caller = std::this_thread::get_id()](int64_t) {
     ++done;
-    elsewhere += std::this_thread::get_id() != caller;
+    on_others += std::this_thread::get_id() != caller;
   });
-  check(done == 100 && elsewhere == 0, "%ld tasks ran, %ld of them elsewhere", long(done), long(elsewhere));
+  check(done == 100 && on_others == 0, "%ld tasks ran, %ld of them on other threads", long(done), long(on_others));
   check(ended == 0, "the call waited for threads that had not begun");
   release = true;
   other.join();
@@ -120,7 +124,7 @@ void test_errors() {
   check(tasks <= 2, "%ld tasks began after an exception", long(tasks));
 }
 
-// An interrupt ends the wait of a caller with an exception, but only when the others have ended.
+// An interrupt ends the bodies of other threads, for which the caller waits; then the call throws.
 void test_interrupt() {
   set_interrupt_check([] { return true; });
   Interrupt interrupt;
@@ -164,15 +168,94 @@ int in_child(const Task& task) {
   return status;
 }
 
-void test_forks() {
-  const auto works = [] {
-    std::atomic<int64_t> begun{0};
-    on_threads(3, 3, [&](int64_t) {
-      ++begun;
-      soon([&] { return begun == 3; });
-    });
-    return begun == 3;
+// Runs body(thread) on three threads at the same time, and returns whether all three came.
+template <typename Body>
+bool on_three_threads(const Body& body) {
+  std::atomic<int64_t> begun{0};
+  on_threads(3, 3, [&](int64_t thread) {
+    ++begun;
+    soon([&] { return begun == 3; });
+    body(thread);
+  });
+  return begun == 3;
+}
+
+// A program may change the arithmetic of its own threads at any time. A call computes in one mode, its caller's.
+void test_arithmetic_is_the_callers() {
+  const int before = std::fegetround();
+  for (const int rounding : {FE_UPWARD, FE_DOWNWARD, before}) {
+    std::atomic<int64_t> same{0};
+    std::fesetround(rounding);
+    on_three_threads([&](int64_t) { same += std::fegetround() == rounding; });
+    std::fesetround(before);
+    check(same == 3, "%ld of 3 threads round as the caller", long(same));
+  }
+}
+
+// The application's threads handle signals such as SIGINT. A fault is handled on the thread that caused it.
+void test_signals() {
+  std::atomic<int64_t> right{0};
+  on_three_threads([&](int64_t thread) {
+    sigset_t blocked;
+    pthread_sigmask(SIG_SETMASK, nullptr, &blocked);
+    right += sigismember(&blocked, SIGINT) == (thread != 0) && !sigismember(&blocked, SIGSEGV) &&
+             !sigismember(&blocked, SIGBUS);
+  });
+  check(right == 3, "%ld of 3 threads block the right signals", long(right));
+}
+
+// An exception of the interrupt check ends the call only when the others have ended, which use the caller's stack.
+void test_check_that_throws() {
+  set_interrupt_check([]() -> bool { throw std::out_of_range("check"); });
+  Interrupt interrupt;
+  std::atomic<bool> begun{false}, ended{false};
+  std::string said;
+  try {
+    on_threads(
+        2, 2,
+        [&](int64_t thread) {
+          if (thread == 0) return void(soon([&] { return begun.load(); }));
+          begun = true;
+          std::this_thread::sleep_for(2 * Interrupt::kInterval);
+          ended = true;
+        },
+        &interrupt);
+  } catch (const std::out_of_range& error) {
+    said = error.what();
+  }
+  check(said == "check", "caught '%s'", said.c_str());
+  check(ended, "the call returned before its other thread");
+  soon([&] { return ended.load(); });
+  set_interrupt_check(nullptr);
+}
+
+// Called by fork() while it holds fork_mutex(): handlers run in the reverse order of their registration.
+using Handler = void (*)();
+constinit Handler g_at_fork = nullptr;
+__attribute__((constructor(101))) void register_before_the_library() {
+  const auto before = [] {
+    if (g_at_fork) g_at_fork();
   };
+  pthread_atfork(before, nullptr, nullptr);
+}
+
+bool works() {
+  return on_three_threads([](int64_t) {});
+}
+
+// Must be the first test. Another thread makes the first call of the process while this one forks.
+void test_fork_during_the_first_call() {
+  static std::thread other;
+  g_at_fork = [] {
+    g_at_fork = nullptr;
+    other = std::thread([] { works(); });
+    std::this_thread::sleep_for(50ms);  // it reaches fork_mutex()
+  };
+  check(in_child(works) == 0, "a child forked during the first call cannot use the pool");
+  other.join();
+}
+
+void test_forks() {
   check(works(), "the pool has not worked before the fork");
   check(in_child(works) == 0, "a child has no threads");
   check(in_child([&] { return works() && in_child(works) == 0; }) == 0, "a child of a child has no threads");
@@ -212,11 +295,15 @@ void test_forks() {
 
 void test_parallel(const Options& options) {
 #if !defined(__SANITIZE_THREAD__)  // it ends a child that starts threads
+  test_fork_during_the_first_call();
   test_forks();
 #endif
   test_each_task_runs_once(options.small);
-  test_threads_have_numbers();
-  test_no_wait_for_others();
+  test_threads_have_distinct_numbers();
+  test_no_wait_for_busy_threads();
   test_errors();
   test_interrupt();
+  test_check_that_throws();
+  test_arithmetic_is_the_callers();
+  test_signals();
 }
