@@ -48,7 +48,6 @@ METHODS = [
     GalleryCorrection(WhitenedProcrustes(), rows=100),
     Slerp(WhitenedProcrustes(), 0.5),
 ]
-MAPPED = (WhitenedProcrustes, SimplexJunction, HOCRefined)
 
 
 def name(method: AdapterMethod) -> str:

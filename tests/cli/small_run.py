@@ -60,7 +60,7 @@ def short(folder: Path, features: Path) -> Path:
 
 
 def train_until(nth: int, *arguments: str) -> None:
-    """Runs `simplexfix train` and stops its nth training, pre-trainings included, after its seventh step."""
+    """Runs `simplexfix train` and stops its nth training, pre-trainings included, after its eighth step."""
     fit, fits = Trainer.fit, []
 
     def fails(self, *arguments, **options):

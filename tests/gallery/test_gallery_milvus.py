@@ -399,7 +399,7 @@ def test_a_gallery_on_a_server_lives_through_an_upgrade_beside_queries(server) -
     before, queries = facts(gallery), np.concatenate([rows[[20, 12, 9, 13]], vectors([500])])
     assert [before[id_][1] for id_ in IDS.tolist()] == [row.tobytes() for row in rows]
 
-    def ranked(where: dict | None = None) -> None:
+    def ranked() -> None:
         """Asserts that the gallery ranks as an exact index of the same rows."""
         hits = gallery.search(queries, 40, model=gallery.model)
         scores, ids = gallery.mirror().search(queries, 40)
