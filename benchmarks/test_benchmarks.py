@@ -74,5 +74,5 @@ def test_a_slow_peer_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_rounds_of_a_case_end(monkeypatch: pytest.MonkeyPatch) -> None:
     case = SlowPeer(monkeypatch)
-    measure.interleave({"peer": partial(case.call, "peer", 2.0)}, seconds=2.0)
-    assert case.now == 2.0 * (3 + 2 * 2)  # two rounds, each of which calls it twice
+    measure.interleave({"peer": partial(case.call, "peer", 1.0)}, seconds=2.0)
+    assert case.now == 1.0 * (3 + 2 * 3)  # three rounds, each of which calls it twice
