@@ -97,7 +97,7 @@ def pytest_deselected(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if "PYTEST_XDIST_WORKER" in os.environ:
+    if hasattr(session.config, "workeroutput"):  # not the environment: a pytest that a test starts inherits it
         session.config.workeroutput["slow_left_out"] = session.config.stash.get(LEFT_OUT, 0)
 
 
