@@ -101,8 +101,12 @@ class Adapter(nn.Module):
         if old is None:
             raise ValueError(f"old must be the old encoder's features of the same queries: alpha is {self.alpha}")
         _check_width("old", old, self.old_features)
-        before = unit(self.gallery(old), torch.float32)
-        return slerp(before, self.query_map(features), self.alpha)
+        return self._query(features, unit(self.gallery(old), torch.float32))
+
+    def _query(self, features: Tensor, before: Tensor) -> Tensor:
+        """`forward`, where `before` has the old encoder's [B, d] unit rows of the queries, in the gallery's space."""
+        query: Tensor = self.query_map(features)
+        return query if self.alpha is None else slerp(before, query, self.alpha)
 
     def gallery(self, stored: Tensor) -> Tensor:
         """[N, f_old] vectors that the old encoder extracted -> [N, d] of the space that `adapter(features)` searches.
@@ -226,12 +230,14 @@ class AdapterMethod(ABC):
         needs_labels: whether it cannot do without classes.
         maps_gallery: whether its adapters also map stored vectors.
         common_space: whether each version has one map, which embeds its queries for the galleries of all versions.
+        kept: whether a selection keeps its adapters; those of a grid of corrections would fill the memory.
     """
 
     name: ClassVar[str]
     needs_labels: ClassVar[bool] = False
     maps_gallery: ClassVar[bool] = False
     common_space: ClassVar[bool] = False
+    kept: ClassVar[bool] = True
 
     def fit(
         self,
@@ -266,8 +272,12 @@ class AdapterMethod(ABC):
         return self.adapter(Moments(features), 0, 1)
 
     def adapter(self, moments: Moments, old: int, new: int) -> Adapter:
-        """The adapter of two versions of these features; fitted once for equal moments and options."""
-        return moments.once((self, old, new), lambda: self._adapter(moments, old, new).eval())
+        """The adapter of two versions of these features; if it is `kept`, fitted once for equal moments and options."""
+
+        def make() -> Adapter:
+            return self._adapter(moments, old, new).eval()
+
+        return moments.once((self, old, new), make) if self.kept else make()
 
     @abstractmethod
     def _adapter(self, moments: Moments, old: int, new: int) -> Adapter:

@@ -54,6 +54,7 @@ class GalleryCorrection(AdapterMethod):
 
     name: ClassVar[str] = "gallery_correction"
     maps_gallery: ClassVar[bool] = True
+    kept: ClassVar[bool] = False
     of: AdapterMethod
     scale: float = 20.0
     beta: float = 0.5
@@ -62,10 +63,6 @@ class GalleryCorrection(AdapterMethod):
 
     def __post_init__(self) -> None:
         check_correction(self.of, self.scale, self.beta, self.rows)
-
-    def adapter(self, moments: Moments, old: int, new: int) -> Adapter:
-        """As in `AdapterMethod`, but not stored in `moments`: the adapters of a grid would fill the memory."""
-        return self._adapter(moments, old, new).eval()
 
     def _adapter(self, moments: Moments, old: int, new: int) -> Adapter:
         query = self.of.adapter(moments, old, new).query_map

@@ -50,6 +50,7 @@ class LocalCorrection(QueryChange):
     """
 
     name: ClassVar[str] = "local_correction"
+    kept: ClassVar[bool] = False
     scale: float = 40.0
     beta: float = 0.25
     rows: int = 8192
@@ -57,10 +58,6 @@ class LocalCorrection(QueryChange):
 
     def __post_init__(self) -> None:
         check_correction(self.of, self.scale, self.beta, self.rows)
-
-    def adapter(self, moments: Moments, old: int, new: int) -> Adapter:
-        """As in `AdapterMethod`, but not stored in `moments`: the adapters of a grid would fill the memory."""
-        return self._adapter(moments, old, new).eval()
 
     def _adapter(self, moments: Moments, old: int, new: int) -> Adapter:
         of = self.of.adapter(moments, old, new)

@@ -17,7 +17,6 @@ from ..compatibility.statistics import Interval, check_confidence, percentiles
 from ..functional import cosine_topk
 from ..labelled import Ids, LabelledItems
 from ..retrieval.protocols import Protocol, read_protocol
-from ._arc import slerp
 from ._moments import Moments
 from ._paired import Features, PairedFeatures
 from .base import Adapter, AdapterMethod, QueryChange
@@ -384,11 +383,8 @@ class _HeldOut:
                     cells[i, i] = self._itself[i]
                     continue
                 query = queries[i]
-                if i != j and not chain.method.common_space:  # as `Chain.query`, but old queries are mapped only once
-                    adapter = chain.adapters[i, j]
-                    query = adapter.query_map(self._asking[i])
-                    if adapter.alpha is not None:
-                        query = slerp(queries[j], query, adapter.alpha)
+                if i != j and not chain.method.common_space:
+                    query = chain.adapters[i, j]._query(self._asking[i], queries[j])
                 if self._items is not None:
                     cells[i, j] = self._hits(query, galleries[j])
                     continue
