@@ -135,11 +135,10 @@ struct CodeLimits {
 struct CodeQueries {
   const int8_t* codes;  // [n][stride], four numbers to a group
   int64_t stride, n;
-  // -128 times the sum of a query's codes, which cancels the panel's offset of 128. start [n]: of all its codes.
-  // run_start [n][groups / run_groups]: of a whole run, in two lanes of 16 bits that wrap around; empty if run_groups
-  // is
-  // 1. run_end [n]: of the codes after the last whole run.
-  const int32_t *start, *run_start, *run_end;
+  // -128 times the sum of a query's codes, which cancels the panel's offset of 128. run_start [n][runs]: of each whole
+  // run, in two lanes of 16 bits that wrap around. start [n]: of the codes after the last whole run. Without runs
+  // (run_groups is 1) run_start is empty, and start is that of all codes.
+  const int32_t *start, *run_start;
   const float *scale, *norm, *cutoff;  // [n]
 };
 

@@ -38,7 +38,6 @@ QueryCodes::QueryCodes(const float* query, int64_t n, const GalleryCodes& galler
       codes_(size_t(n * stride_), 0),
       start_(size_t(n)),
       run_start_(size_t(n * runs_)),
-      run_end_(size_t(n)),
       scale_(size_t(n)),
       norm_(size_t(n)),
       residual_(size_t(n)),
@@ -52,14 +51,14 @@ QueryCodes::QueryCodes(const float* query, int64_t n, const GalleryCodes& galler
     for (int range = kMaxRange, lower; (lower = within_limits(codes, gallery.groups(), kernels.limits, range)) < range;
          range = lower)
       code = kernels.encode(row, gallery.center(), d_, lower, codes);
-    start_[q] = run_end_[q] = int32_t(-128 * code.sum);
+    start_[q] = int32_t(-128 * code.sum);
     for (int64_t run = 0; run < runs_; ++run) {
       const int8_t* first = codes + run * kernels.limits.run_groups * 4;
       int sum[2] = {};
       for (int i = 0; i < kernels.limits.run_groups * 4; ++i) sum[i / 2 % 2] += first[i];
       const uint16_t lanes[2] = {uint16_t(-128 * sum[0]), uint16_t(-128 * sum[1])};
       std::memcpy(&run_start_[q * size_t(runs_) + size_t(run)], lanes, sizeof lanes);
-      run_end_[q] += 128 * (sum[0] + sum[1]);
+      start_[q] += 128 * (sum[0] + sum[1]);
     }
     scale_[q] = code.scale;
     norm_[q] = round_up(code.norm);
@@ -71,8 +70,8 @@ QueryCodes::QueryCodes(const float* query, int64_t n, const GalleryCodes& galler
 }
 
 CodeQueries QueryCodes::view(const float* cutoff) const {
-  return {codes_.data(),   stride_,       int64_t(start_.size()), start_.data(), run_start_.data(),
-          run_end_.data(), scale_.data(), norm_.data(),           cutoff};
+  return {codes_.data(),     stride_,       int64_t(start_.size()), start_.data(),
+          run_start_.data(), scale_.data(), norm_.data(),           cutoff};
 }
 
 void QueryCodes::panel_cutoffs(const float* cutoff, float panel_norm, float* out) const {

@@ -29,7 +29,7 @@ class QueryCodes {
  private:
   int64_t d_, stride_, runs_;
   std::vector<int8_t> codes_;
-  std::vector<int32_t> start_, run_start_, run_end_;
+  std::vector<int32_t> start_, run_start_;
   std::vector<float> scale_, norm_, residual_;
   std::vector<double> center_dot_;  // query . center
 };
