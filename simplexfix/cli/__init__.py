@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Sequence
 
 from ._arguments import parse
-from ._interrupts import Interrupts
+from ._interrupts import Interrupts, delayed
 from ._terminal import standard_streams, write_error
 
 __all__ = ["main"]
@@ -74,7 +74,7 @@ def _is_output_lost(program: str) -> bool:
 def _run(arguments: argparse.Namespace, interrupts: Interrupts) -> int:
     os.environ.pop("MPLBACKEND", None)  # a notebook's may name a package that is not installed here; figures are files
     try:
-        with interrupts.held():
+        with delayed():  # an import of torch may swallow the exception
             verb = importlib.import_module(f".{arguments.verb}", __name__)
         return int(verb.run(arguments))
     except KeyboardInterrupt:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["Interrupts"]
+__all__ = ["Interrupts", "delayed"]
 
 
 class Interrupts:
@@ -16,14 +16,11 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.count = 0
-        self._held = False
 
     def __enter__(self) -> Interrupts:
         self._before = signal.getsignal(signal.SIGINT)
-        # Keep any other handler (a background command ignores SIGINT); only the main thread may set one.
-        self._counts = (
-            self._before is signal.default_int_handler and threading.current_thread() is threading.main_thread()
-        )
+        # keep any other handler: a background command ignores SIGINT
+        self._counts = self._before is signal.default_int_handler and _may_set_handlers()
         if self._counts:
             signal.signal(signal.SIGINT, self._interrupted)
         return self
@@ -32,18 +29,37 @@ class Interrupts:
         if self._counts:
             signal.signal(signal.SIGINT, self._before)
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Delays the first interrupt to the end of the block, since an import of torch may swallow the exception."""
-        self._held = True
-        try:
-            yield
-        finally:
-            self._held = False
-        if self.count:
-            raise KeyboardInterrupt
-
     def _interrupted(self, *_: Any) -> None:
         self.count += 1
-        if not self._held or self.count > 1:
-            raise KeyboardInterrupt
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def delayed() -> Iterator[None]:
+    """Delays Ctrl-C to the end of the block, where its exception would be swallowed or leave a call half done.
+
+    A second Ctrl-C takes effect at once.  A signal mask would not do: it holds for one thread, and another one of the
+    process may take the signal.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if not callable(before) or not _may_set_handlers():
+        yield
+        return
+    came: list[tuple[int, Any]] = []
+
+    def keep(number: int, frame: Any) -> None:
+        came.append((number, frame))
+        if len(came) > 1:
+            before(number, frame)
+
+    signal.signal(signal.SIGINT, keep)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        before(*came[0])
+
+
+def _may_set_handlers() -> bool:
+    return threading.current_thread() is threading.main_thread()

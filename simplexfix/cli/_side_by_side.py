@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..training import Progress, RunConfig, train_run
+from ._interrupts import delayed
 
 __all__ = ["train_side_by_side"]
 
@@ -42,13 +43,14 @@ def train_side_by_side(
         for chain in chains:
             receiver, sender = context.Pipe(duplex=False)
             process = context.Process(target=_train, args=(sender, chain, folder), daemon=True)
-            # The new process inherits this mask: only this process handles Ctrl-C, and it terminates the others.
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-            try:
-                process.start()
-                processes[receiver] = process
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            with delayed():
+                # The new process inherits this mask: only this process handles Ctrl-C, and it terminates the others.
+                before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+                try:
+                    process.start()
+                    processes[receiver] = process
+                finally:
+                    signal.pthread_sigmask(signal.SIG_SETMASK, before)
             sender.close()
         running = dict(processes)
         while running:

@@ -1,9 +1,13 @@
-"""Tests parallel runs in processes: an error in one ends all, and the message names it."""
+"""Tests parallel runs in processes: an error in one, or Ctrl-C, ends all, and the message names the error."""
 
 from __future__ import annotations
 
+import _thread
 import multiprocessing
+import os
+from contextlib import suppress
 from dataclasses import replace
+from multiprocessing import resource_tracker
 
 import pytest
 from small_run import short, written_features
@@ -51,3 +55,21 @@ def test_a_process_that_was_killed_is_named(config, tmp_path) -> None:
     with pytest.raises(ChildProcessError, match="a process that trained was ended, with exit code -9"):
         train_side_by_side([{"endless": endless(config)}], tmp_path, on_step=kill)
     assert not multiprocessing.active_children()
+
+
+def test_ctrl_c_while_a_process_starts(config, tmp_path, monkeypatch, capfd) -> None:
+    resource_tracker.ensure_running()  # a process of its own
+    spawn = multiprocessing.util.spawnv_passfds
+    children: list[int] = []
+
+    def spawned(*arguments: object) -> int:
+        children.append(spawn(*arguments))
+        _thread.interrupt_main()  # as if another thread, which no mask protects, took the signal
+        return children[-1]
+
+    monkeypatch.setattr("multiprocessing.util.spawnv_passfds", spawned)
+    with pytest.raises(KeyboardInterrupt):
+        train_side_by_side([{"endless": endless(config)}], tmp_path, on_step=lambda *_: None)
+    with suppress(ChildProcessError):  # it was waited for
+        os.waitpid(children[-1], 0)
+    assert capfd.readouterr().err == ""  # no traceback of a child that got half of its arguments
