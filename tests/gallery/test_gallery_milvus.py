@@ -323,6 +323,22 @@ def status_of(url: str) -> None:
         print("StoreError", error)
 
 
+def test_what_a_killed_process_leaves_in_a_file_is_cleared(tmp_path: Path, lite: str, gallery: Gallery) -> None:
+    collections = Path(lite.partition("#")[0], "collections")
+    logs = {log: log.read_bytes() for log in collections.glob("*/wal/*.arrow")}
+    gallery.close()  # moves the rows of the logs to data files
+    for log, rows in logs.items():
+        assert not log.exists()
+        log.write_bytes(rows)
+    Path(collections, "photos__v1").mkdir()  # killed before the collection had a schema
+    with Gallery.open(lite) as gallery:
+        assert gallery.read().ids.tolist() == IDS.tolist()
+        gallery.admit(B, gate_of(A, B))
+        gallery.replace(IDS, vectors(IDS, 1), model=B)
+        assert gallery.search(vectors(IDS[:1], 1), len(IDS), model=B).ids[0].tolist().count(0) == 1
+    assert logs
+
+
 def test_a_file_that_another_process_has_open_is_named(lite: str, gallery: Gallery) -> None:
     def answer() -> bytes:
         return Child(status_of, lite, folder=Path(lite).parent).wait().stdout

@@ -9,6 +9,7 @@ import os
 import resource
 import shutil
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -275,6 +276,68 @@ def test_killed_at_a_statement_of_a_call_it_is_whole_or_not_there(tmp_path, kind
             assert is_after(gallery, before), f"killed at statement {last} of {number}"
             take(gallery, STEPS[before])
             assert is_after(gallery, before + 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["create", "add", "replace", "retire"])
+def test_killed_at_a_file_operation_of_milvus_lite(tmp_path, kind: str) -> None:
+    """From opening to closing: at 20 of the operations that change the file; `SIMPLEXFIX_KILLS=1000` for all."""
+    pytest.importorskip("milvus_lite")
+    before = next((at for at, step in enumerate(STEPS) if step[0] == kind), 0)
+    made = tmp_path / "made.db"
+    if kind != "create":
+        with Gallery.create(f"{made}#photos", model=A) as gallery:
+            for step in STEPS[:before]:
+                take(gallery, step)
+
+    def call(file: str, last: int) -> Callable[[Callable[[object], None]], None]:
+        def counted(say: Callable[[object], None]) -> None:
+            operations = 0
+
+            def count(event: str, arguments: tuple[Any, ...]) -> None:
+                nonlocal operations
+                changes = event in {"os.mkdir", "os.rename", "os.remove"} or (event == "open" and arguments[1] == "w")
+                if changes and file in str(arguments[0]):
+                    operations += 1
+                    if operations == last:
+                        os.kill(os.getpid(), signal.SIGKILL)
+
+            sys.addaudithook(count)
+            if kind == "create":
+                Gallery.create(f"{file}#photos", model=A).close()
+            else:
+                with Gallery.open(f"{file}#photos") as gallery:
+                    take(gallery, STEPS[before])
+            say(operations)
+
+        return counted
+
+    def copied(name: str) -> str:
+        if kind != "create":
+            shutil.copytree(made, tmp_path / name)
+        return str(tmp_path / name)
+
+    (line,), code = Child(call(copied("whole.db"), 0)).end()
+    assert code == 0
+    number = int(line)
+    some = range(1, number + 1) if number < 2 * KILLS else np.linspace(1, number, 2 * KILLS).astype(int).tolist()
+    for last in some:
+        file = copied(f"killed-{last}.db")
+        assert Child(call(file, last)).end() == ([], -signal.SIGKILL)
+        try:
+            gallery = Gallery.open(f"{file}#photos")
+        except FileNotFoundError:
+            assert kind == "create"
+            gallery = Gallery.create(f"{file}#photos", model=A)
+        with gallery:
+            taken = kind == "create" or is_after(gallery, before + 1)
+            assert taken or is_after(gallery, before), f"killed at operation {last} of {number}"
+            if not taken:
+                take(gallery, STEPS[before])
+            if kind != "create":
+                assert is_after(gallery, before + 1), f"killed at operation {last} of {number}, and called again"
+        with Gallery.open(f"{file}#photos") as gallery:
+            assert is_after(gallery, 0 if kind == "create" else before + 1)
 
 
 def test_a_killed_creation_is_made_again(url: str) -> None:

@@ -6,7 +6,6 @@ all writes up to it.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import threading
@@ -14,9 +13,9 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
+from ._milvus_file import take_over
 from .base import StoreError
 
 __all__ = ["SECONDS", "Connection", "GoneError", "chunks", "no_beat", "split_url"]
@@ -231,7 +230,9 @@ class Connection:
                 from pymilvus import MilvusClient
 
                 if self.alone:
-                    _check_free(self._address, self.shown)
+                    with _users_lock:
+                        if not _users.get(self._address):
+                            take_over(self._address, self.shown)
                 self._client = MilvusClient(self._address, timeout=SECONDS)
                 self._finish = weakref.finalize(self, _end, self._client, self._address, self.alone, self._pid)
                 if self.alone:
@@ -261,22 +262,6 @@ def _end(client: Any, address: str, alone: bool, pid: int) -> None:
             _users[address] -= 1
             if not _users[address]:
                 server_manager_instance.release_server(address)
-
-
-def _check_free(file: str, shown: str) -> None:
-    """Raises StoreError if another process has the file open: milvus-lite's own error does not name this cause."""
-    with _users_lock:
-        lock = Path(file, "LOCK")
-        if _users.get(file) or not lock.is_file():
-            return
-        with lock.open() as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise StoreError(
-                    f"the gallery in {shown} is open in another process: a file of Milvus Lite belongs to one process "
-                    "at a time; close it there, or use a Milvus server for several"
-                ) from None
 
 
 # The public methods of `MilvusClient` do not return the timestamp of a write; those of its connection do.
