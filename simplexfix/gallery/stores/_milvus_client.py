@@ -13,12 +13,16 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, TypeAlias
+
+import numpy as np
 
 from ._milvus_file import take_over
 from .base import StoreError
 
-__all__ = ["SECONDS", "Connection", "GoneError", "chunks", "no_beat", "split_url"]
+__all__ = ["SECONDS", "Connection", "Fields", "GoneError", "chunks", "no_beat", "split_url"]
+
+Fields: TypeAlias = "Sequence[tuple[str, str, dict[str, Any]]]"  # name, type and options; the primary key first
 
 SECONDS = 20.0  # for one request
 _MESSAGE = 8 << 20  # bytes of one request or answer; servers take 64 MiB
@@ -93,7 +97,7 @@ class Connection:
     def drop(self, name: str) -> None:
         self._call(lambda client: client.drop_collection(name, timeout=SECONDS))
 
-    def create(self, name: str, fields: Sequence[tuple[str, str, dict[str, Any]]], metric: str | None = None) -> None:
+    def create(self, name: str, fields: Fields, metric: str | None = None) -> None:
         """Creates a collection unless it exists.  With a metric it has an exact index, and begins to load."""
         from pymilvus import DataType
 
@@ -130,13 +134,13 @@ class Connection:
             beat()
             time.sleep(0.02)
 
-    def insert(self, name: str, rows: Sequence[dict[str, Any]], row_bytes: int = 1024) -> int:
+    def insert(self, name: str, fields: Fields, rows: Sequence[dict[str, Any]], row_bytes: int = 1024) -> int:
         """Adds rows with new keys in one or more atomic requests.  Returns the stamp of the last one."""
-        return self._write("insert_rows", name, rows, row_bytes)
+        return self._write("batch_insert", name, fields, rows, row_bytes)
 
-    def upsert(self, name: str, rows: Sequence[dict[str, Any]], row_bytes: int = 1024) -> int:
+    def upsert(self, name: str, fields: Fields, rows: Sequence[dict[str, Any]], row_bytes: int = 1024) -> int:
         """Replaces the rows with the same keys as a whole: a server does not keep fields that are left out."""
-        return self._write("upsert_rows", name, rows, row_bytes)
+        return self._write("upsert", name, fields, rows, row_bytes)
 
     def delete(self, name: str, key: str, keys: Sequence[int | str]) -> int:
         """Deletes rows.  Returns the stamp, which is 0 on a server: reads with an earlier stamp may return the rows."""
@@ -199,10 +203,10 @@ class Connection:
 
     # the connection itself
 
-    def _write(self, call: str, name: str, rows: Sequence[dict[str, Any]], row_bytes: int) -> int:
+    def _write(self, call: str, name: str, fields: Fields, rows: Sequence[dict[str, Any]], row_bytes: int) -> int:
         stamp = 0
         for some in chunks(rows, max(1, _MESSAGE // row_bytes)):
-            stamp = max(stamp, self._call(_writing(call, name, some)).timestamp)
+            stamp = max(stamp, self._call(_writing(call, name, _columns(fields, some))).timestamp)
         return stamp
 
     def _call(self, request: Callable[[Any], Any]) -> Any:
@@ -267,8 +271,21 @@ def _end(client: Any, address: str, alone: bool, pid: int) -> None:
 # The public methods of `MilvusClient` do not return the timestamp of a write; those of its connection do.
 
 
-def _writing(call: str, name: str, rows: Sequence[dict[str, Any]]) -> Callable[[Any], Any]:
-    return lambda client: getattr(client._get_connection(), call)(name, rows, timeout=SECONDS)
+def _writing(call: str, name: str, columns: list[dict[str, Any]]) -> Callable[[Any], Any]:
+    return lambda client: getattr(client._get_connection(), call)(name, columns, timeout=SECONDS)
+
+
+def _columns(fields: Fields, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows by field, which pymilvus converts in half the time of rows."""
+    from pymilvus import DataType
+
+    columns = []
+    for field, kind, _ in fields:
+        values = [row[field] for row in rows]
+        if kind == "FLOAT_VECTOR":  # it copies Python's floats faster than NumPy's
+            values = [value.tolist() if isinstance(value, np.ndarray) else value for value in values]
+        columns.append({"name": field, "type": DataType[kind], "values": values})
+    return columns
 
 
 def _deletion(name: str, where: str) -> Callable[[Any], Any]:

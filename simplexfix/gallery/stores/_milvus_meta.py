@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 
 from .._state import State
 from ._common import as_json
-from ._milvus_client import Connection
+from ._milvus_client import Connection, Fields
 from ._milvus_rows import Record
 
 __all__ = ["Meta"]
 
 _PART = 16_000  # characters of a text in one entry, which takes 65,535 bytes
-_FIELDS: list[tuple[str, str, dict[str, Any]]] = [
+_FIELDS: Fields = [
     ("key", "VARCHAR", {"max_length": 64}),
     ("kind", "VARCHAR", {"max_length": 16}),
     ("number", "INT64", {}),  # of the change; of a lease, the epoch; of a count, the times
@@ -47,7 +47,7 @@ class Meta:
             entries += _texts("state", record.change, as_json(state.to_dict()))
         if event is not None:
             entries += _texts("event", record.change, as_json(event))
-        return self._connection.insert(self.name, entries, 65_536)
+        return self._connection.insert(self.name, _FIELDS, entries, 65_536)
 
     def record(self, change: int, stamp: int) -> Record | None:
         """The record of a change; None if it was deleted because there are newer ones."""
@@ -94,14 +94,14 @@ class Meta:
 
     def lease(self, ids: Sequence[int], epoch: int, worker: str, until: float) -> int:
         entries = [_entry(f"lease/{id_}", "lease", epoch, id_, worker, until) for id_ in ids]
-        return self._connection.upsert(self.name, entries, 256)
+        return self._connection.upsert(self.name, _FIELDS, entries, 256)
 
     def release(self, worker: str, stamp: int) -> int:
         where = f'kind == "lease" and body == "{worker}"'
         found = self._connection.query(self.name, where, ["key", "number", "item"], stamp)
         # a server gives a deletion no stamp, so that a later read might still return the leases: first they end
         ended = [_entry(entry["key"], "lease", entry["number"], entry["item"], worker, 0.0) for entry in found]
-        stamp = self._connection.upsert(self.name, ended, 256)
+        stamp = self._connection.upsert(self.name, _FIELDS, ended, 256)
         self._connection.delete(self.name, "key", [entry["key"] for entry in found])
         return stamp
 
@@ -124,7 +124,7 @@ class Meta:
             _entry(f"hits/{id_}", "hits", before.get(id_, 0) + number, id_, "", 0.0)
             for id_, number in zip(ids.tolist(), times.tolist(), strict=True)
         ]
-        return self._connection.upsert(self.name, entries, 256)
+        return self._connection.upsert(self.name, _FIELDS, entries, 256)
 
 
 def _texts(kind: str, change: int, text: str) -> list[dict[str, Any]]:

@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._common import comparable_fields, is_number
+from ._milvus_client import Fields
 from .base import StoreError
 
-__all__ = ["FIELDS", "LIVES", "NEVER", "Record", "matching", "pack", "tokens", "unpack"]
+__all__ = ["LIVES", "NEVER", "Record", "fields_of", "matching", "pack", "tokens", "unpack"]
 
 _FORMAT = 1  # of all collections of a gallery
 NEVER = 2**62  # `died` and `gone` of a row that is in the gallery
@@ -27,7 +28,7 @@ ADDED = -1  # `replaces` of a row that replaced none; `by` of one that was not r
 ZERO = -10_000  # `scale` of the zero vector, which has no cosine
 _LONGEST = 65_535  # text in Milvus, in bytes
 
-FIELDS: list[tuple[str, str, dict[str, Any]]] = [
+_FIELDS: Fields = [
     ("key", "INT64", {}),
     ("id", "INT64", {}),
     ("born", "INT64", {}),  # the change that wrote it
@@ -40,7 +41,12 @@ FIELDS: list[tuple[str, str, dict[str, Any]]] = [
     ("payload", "VARCHAR", {"max_length": _LONGEST}),
     ("facts", "ARRAY", {"element_type": "VARCHAR", "max_capacity": 4096, "max_length": 32}),  # tokens, for filters
 ]
-LIVES = [name for name, _, _ in FIELDS]
+LIVES = [name for name, _, _ in _FIELDS]
+
+
+def fields_of(width: int) -> Fields:
+    """The fields of a collection of vectors of this width."""
+    return [*_FIELDS, ("vector", "FLOAT_VECTOR", {"dim": width})]
 
 
 Rollback: TypeAlias = "tuple[int, tuple[int, ...], float]"

@@ -9,7 +9,7 @@ from .._state import State
 from ._milvus_client import Connection, GoneError, no_beat
 from ._milvus_meta import Meta
 from ._milvus_register import Position, Register
-from ._milvus_rows import FIELDS, LIVES, Record
+from ._milvus_rows import LIVES, Record, fields_of
 from .base import StoreError
 
 __all__ = ["Snapshot", "Snapshots"]
@@ -79,7 +79,7 @@ class Snapshots:
         name = self.rows_of(version)
         if name not in self.loaded:
             width = state.models[version].identity.embedding_dim
-            self.connection.create(name, [*FIELDS, ("vector", "FLOAT_VECTOR", {"dim": width})], "COSINE")
+            self.connection.create(name, fields_of(width), "COSINE")
             self.load([name], beat)
 
     def load(self, names: Iterable[str], beat: Callable[[], None]) -> None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from .._state import State
 from ._milvus_client import chunks
-from ._milvus_rows import ADDED, Record, pack
+from ._milvus_rows import ADDED, Record, fields_of, pack
 from ._milvus_snapshot import Snapshot, Snapshots
 from .base import StoreError
 
@@ -112,11 +112,12 @@ class Turn:
     def _write(self, request: Callable[..., int], version: int, rows: list[dict[str, Any]]) -> None:
         if not rows:
             return
-        size = 4 * len(rows[0]["vector"]) + 512 + max(4 * len(row["payload"]) + len(row["bits"]) for row in rows)
+        width = len(rows[0]["vector"])
+        size = 4 * width + 512 + max(4 * len(row["payload"]) + len(row["bits"]) for row in rows)
         for some in chunks(rows, max(1, _BYTES // size)):
             self._register.beat()
             self.tried = True
-            self.wrote(request(self._snapshots.rows_of(version), some, size))
+            self.wrote(request(self._snapshots.rows_of(version), fields_of(width), some, size))
 
     def commit(self) -> None:
         if not self.commits:
