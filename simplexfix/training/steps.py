@@ -67,7 +67,7 @@ class _PartReader:
     memory: Items | None
     seed: int
     rank: int
-    world: int
+    world_size: int
     accumulate: int
 
     def __call__(self, request: _Request) -> _Part:
@@ -78,7 +78,7 @@ class _PartReader:
             chosen = items.take(torch.from_numpy(rows[half]))
             seeds = None
             if isinstance(chosen.inputs, DatasetRows):  # seeds depend on the position in the batch of all processes
-                places = (self.rank + self.world * (i + self.accumulate * j) for j in range(len(rows[half])))
+                places = (self.rank + self.world_size * (i + self.accumulate * j) for j in range(len(rows[half])))
                 seeds = [mixed_seed(self.seed, 5, step, half, place) for place in places]
             found.append((chosen.read(seeds), chosen.labels))
             if chosen.references is not None:
@@ -126,8 +126,8 @@ class Steps:
         self.augment = augment
         self.device = device
         self.dtype = DTYPES[precision]
-        self.rank, self.world = processes.rank(), processes.world()
-        self.reader = _PartReader(items, memory, seed, self.rank, self.world, schedule.accumulate)
+        self.rank, self.world_size = processes.rank(), processes.world_size()
+        self.reader = _PartReader(items, memory, seed, self.rank, self.world_size, schedule.accumulate)
         lazy = any(isinstance(part.inputs, DatasetRows) for part in (items, memory) if part is not None)
         self.workers = workers if lazy else 0
         self.parts: Generator[_Part, None, None] | None = None
@@ -137,7 +137,7 @@ class Steps:
             old = self.old = HeldVersion(old, denoise, means)
         remembered = 0 if memory is None else len(memory.labels)
         self.sampler = BalancedSampler(
-            len(items.labels), remembered, schedule.batch, seed=seed, rank=self.rank, world=self.world
+            len(items.labels), remembered, schedule.batch, seed=seed, rank=self.rank, world_size=self.world_size
         )
         self.model = model.train()
         if compile:
@@ -145,7 +145,7 @@ class Steps:
         self.optimizer = schedule.optimizer_of(model)
         self.scaler = torch.amp.GradScaler(self.device.type, _SCALE, enabled=precision == "float16")
         self.loss: nn.Module = _Loss(method, model, old)
-        if self.world > 1:
+        if self.world_size > 1:
             self.loss = DistributedDataParallel(
                 self.loss, device_ids=[self.device] if self.device.type == "cuda" else None
             )
@@ -210,7 +210,7 @@ class Steps:
         if self.old is not None:
             self.old.hold(target, None if remembered is None else to_device_async(remembered, self.device))
         if self.augment is not None:
-            part = i * self.world + self.rank  # W processes draw what one process with W parts draws
+            part = i * self.world_size + self.rank  # W processes draw what one process with W parts draws
             input = self.augment(input, torch.Generator().manual_seed(mixed_seed(self.seed, 2, self.step, part)))
         return input, target
 
@@ -229,9 +229,9 @@ class Steps:
                 if all steps, or too many in a row, were skipped.
         """
         total = self.total.clone()
-        if self.world > 1:
+        if self.world_size > 1:
             dist.all_reduce(total)
-        loss = total.item() / self.world / max(1, self.step - self.reported)
+        loss = total.item() / self.world_size / max(1, self.step - self.reported)
         if self.dtype != torch.float16:
             if not math.isfinite(loss):
                 raise FloatingPointError(
@@ -258,7 +258,7 @@ class Steps:
         values: dict[str, Tensor] = dict(self.model.named_parameters())
         values.update((name, b) for name, b in self.model.named_buffers() if name in self.statistics)
         finite = torch.stack([value.detach().isfinite().all() for value in values.values()]).int()
-        if self.world > 1:  # statistics of batches are each process's own
+        if self.world_size > 1:  # statistics of batches are each process's own
             dist.all_reduce(finite, dist.ReduceOp.MIN)
         if finite.all():
             return
@@ -291,7 +291,7 @@ class Steps:
             for p, mean in zip(self.model.parameters(), self.mean, strict=self.ema is not None):
                 p.copy_(mean)
         self.model.backbone._compiled_call_impl = None
-        if self.world > 1:  # statistics of batches are each process's own
+        if self.world_size > 1:  # statistics of batches are each process's own
             for buffer in self.model.buffers():
                 dist.broadcast(buffer, 0)
         return self.model.eval()
@@ -325,14 +325,14 @@ class Steps:
         self.reported = saved["reported"]
         self.clock = (time.perf_counter(), self.step)
         theirs = saved["processes"]
-        if len(theirs) == self.world:
+        if len(theirs) == self.world_size:
             self.total.fill_(theirs[self.rank]["total"])
             _set_random_state(theirs[self.rank]["random"], self.device)
         else:
             self.total.fill_(sum(process["total"] for process in theirs) / len(theirs))
             warnings.warn(
-                f"{self.world} processes go on with a training of {len(theirs)}: what the network draws, as dropout "
-                "does, will differ from what it would have drawn",
+                f"{self.world_size} processes go on with a training of {len(theirs)}: what the network draws, as "
+                "dropout does, will differ from what it would have drawn",
                 CheckpointWarning,
                 stacklevel=3,
             )

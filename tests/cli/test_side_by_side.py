@@ -10,7 +10,7 @@ from dataclasses import replace
 from multiprocessing import resource_tracker
 
 import pytest
-from small_run import short, written_features
+from small_run import two_step_configuration, written_features
 
 from simplexfix.cli._side_by_side import train_side_by_side
 from simplexfix.training import Progress, RunConfig, read_config, read_mapping
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow  # spawned processes
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> RunConfig:
     folder = tmp_path_factory.mktemp("features")
-    return read_config(RunConfig, read_mapping(short(folder, written_features(folder))))
+    return read_config(RunConfig, read_mapping(two_step_configuration(folder, written_features(folder))))
 
 
 def endless(config: RunConfig) -> RunConfig:

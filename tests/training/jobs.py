@@ -196,11 +196,11 @@ def resumed(folder: Path, options: dict) -> None:
     trained(folder, **options)
 
 
-def in_group(rank: int, world: int, folder: Path, name: str, die_at: int | None, options: dict) -> None:
+def in_group(rank: int, world_size: int, folder: Path, name: str, die_at: int | None, options: dict) -> None:
     """Trains in a gloo group; each process kills itself after `die_at` steps."""
     torch.set_num_threads(1)
     rendezvous = f"file://{folder}/{name}.{die_at}.rendezvous"
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world)
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size)
     steps = 0
 
     def on_step(step: int) -> None:
@@ -214,10 +214,10 @@ def in_group(rank: int, world: int, folder: Path, name: str, die_at: int | None,
     dist.destroy_process_group()
 
 
-def run_in_group(rank: int, world: int, folder: Path, data: Path) -> None:
+def run_in_group(rank: int, world_size: int, folder: Path, data: Path) -> None:
     """Runs one process of a run and counts its extractions."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
     extract, count = EmbeddingModel.extract, [0]
 
     def counted(model: EmbeddingModel, *arguments: object, **options: object) -> torch.Tensor:
@@ -230,9 +230,9 @@ def run_in_group(rank: int, world: int, folder: Path, data: Path) -> None:
     dist.destroy_process_group()
 
 
-def patient(rank: int, world: int, folder: Path) -> None:
+def patient(rank: int, world_size: int, folder: Path) -> None:
     """The first process takes longer than the group's timeout."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/patient", rank=rank, world_size=world)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/patient", rank=rank, world_size=world_size)
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1))
     assert processes.run_on_rank0(lambda: time.sleep(2) or rank) == 0
     if rank == 0:
@@ -245,10 +245,10 @@ def patient(rank: int, world: int, folder: Path) -> None:
     os._exit(rank)
 
 
-def remembering(rank: int, world: int, folder: Path) -> None:
+def remembering(rank: int, world_size: int, folder: Path) -> None:
     """Each process of a group would choose other rows to remember, with or without a folder."""
     rendezvous = f"file://{folder}/remembering.rendezvous"
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world)
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size)
     items = features(12, 3, 0)
     version = EmbeddingModel(nn.Identity(), nn.Identity() if rank == 0 else nn.Linear(12, 12))
     version.head.embed = version.head.forward

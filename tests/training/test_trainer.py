@@ -113,12 +113,14 @@ def test_the_seed_decides_and_dropout_is_part_of_it(whole) -> None:
     assert not same(dict(mean.state_dict()), weights(whole("channels last, accumulated, clipped, mean")))
 
 
-def group(folder: Path, name: str, options: dict, *, world: int = 2, die_at: int | None = None) -> list[int | None]:
-    return together(jobs.in_group, folder, name, die_at, options, world=world)
+def group(
+    folder: Path, name: str, options: dict, *, world_size: int = 2, die_at: int | None = None
+) -> list[int | None]:
+    return together(jobs.in_group, folder, name, die_at, options, world_size=world_size)
 
 
-def together(job: Callable[..., None], *arguments: object, world: int = 2) -> list[int | None]:
-    processes = [CONTEXT.Process(target=job, args=(rank, world, *arguments)) for rank in range(world)]
+def together(job: Callable[..., None], *arguments: object, world_size: int = 2) -> list[int | None]:
+    processes = [CONTEXT.Process(target=job, args=(rank, world_size, *arguments)) for rank in range(world_size)]
     for process in processes:
         process.start()
     for process in processes:
