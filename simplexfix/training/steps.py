@@ -24,8 +24,8 @@ from ..methods import Method
 from ..models import EmbeddingModel
 from . import processes
 from .checkpoint import CheckpointWarning
-from .held import HeldVersion
 from .items import Items
+from .old_model import OldModel
 from .samplers import BalancedSampler
 from .schedule import Schedule
 
@@ -35,7 +35,7 @@ DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _SCALE = 2.0**16  # of the loss in float16, at first
 _LEAST_SCALE = 1e-4  # 30 overflows in a row: a finite gradient would fit by then
-_OTHERWISE = "in a folder of its own: in this one the same steps come again, to the same end"
+_NEW_FOLDER = "in a new run folder: this one would repeat the same steps and fail again"
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 _Request = tuple[Any, ...]  # step, part, and its rows of new and of remembered items
@@ -97,7 +97,7 @@ class Steps:
         method, old, items, memory, schedule, seed: as in `Trainer.fit`.
         augment, device, precision, ema, compile, workers: as in `Trainer`.
         frozen: number of first steps in which the backbone keeps its weights.
-        denoise, means: as in `HeldVersion`.
+        denoise, means: as in `OldModel`.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class Steps:
         self.old = None
         stored = memory is not None and memory.references is not None
         if old is not None and (stored or means is not None):
-            old = self.old = HeldVersion(old, denoise, means)
+            old = self.old = OldModel(old, denoise, means)
         remembered = 0 if memory is None else len(memory.labels)
         self.sampler = BalancedSampler(
             len(items.labels), remembered, schedule.batch, seed=seed, rank=self.rank, world_size=self.world_size
@@ -208,7 +208,7 @@ class Steps:
         input, target, remembered = next(parts)
         input, target = to_device_async(input, self.device), to_device_async(target, self.device)
         if self.old is not None:
-            self.old.hold(target, None if remembered is None else to_device_async(remembered, self.device))
+            self.old.set_batch(target, None if remembered is None else to_device_async(remembered, self.device))
         if self.augment is not None:
             part = i * self.world_size + self.rank  # W processes draw what one process with W parts draws
             input = self.augment(input, torch.Generator().manual_seed(mixed_seed(self.seed, 2, self.step, part)))
@@ -236,7 +236,7 @@ class Steps:
             if not math.isfinite(loss):
                 raise FloatingPointError(
                     f"the loss of steps {self.reported} to {self.step - 1} is {loss}: a lower learning rate, a longer "
-                    f"warm-up or clip may help, {_OTHERWISE}"
+                    f"warm-up or clip may help, {_NEW_FOLDER}"
                 )
             return loss
         scale = self.scaler.get_scale()
@@ -244,7 +244,7 @@ class Steps:
             raise FloatingPointError(
                 f"gradients overflow float16 or are nan: too many steps were skipped before step {self.step}, and the "
                 f"loss scale fell to {scale:.2g}: a lower learning rate, clip or precision bfloat16 may help, "
-                f"{_OTHERWISE}"
+                f"{_NEW_FOLDER}"
             )
         return loss if math.isfinite(loss) else None
 
@@ -269,7 +269,7 @@ class Steps:
             )
         raise FloatingPointError(
             f"{name} is nan or infinite after step {self.step - 1}: activations of a batch were; where they overflow "
-            f"float16, precision bfloat16 may help, {_OTHERWISE}"
+            f"float16, precision bfloat16 may help, {_NEW_FOLDER}"
         )
 
     def report(self) -> dict[str, Any]:
@@ -331,8 +331,8 @@ class Steps:
         else:
             self.total.fill_(sum(process["total"] for process in theirs) / len(theirs))
             warnings.warn(
-                f"{self.world_size} processes go on with a training of {len(theirs)}: what the network draws, as "
-                "dropout does, will differ from what it would have drawn",
+                f"{self.world_size} processes resume a training of {len(theirs)}: random numbers that the network "
+                "draws, such as dropout's, will differ from those of an uninterrupted training",
                 CheckpointWarning,
                 stacklevel=3,
             )

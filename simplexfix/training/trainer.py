@@ -30,10 +30,10 @@ from ..methods import Method, ReadsOldEmbeddings, Simplex
 from ..models import EmbeddingModel
 from . import processes
 from .checkpoint import Checkpoints, CheckpointWarning, fingerprint, read_state, write_state
-from .held import class_means, denoised
 from .items import Items, embeddings_of
 from .junction import JUNCTIONS, aligned_junction
 from .locks import folder_lock
+from .old_model import class_means, denoised
 from .resume import check_resumable, describe
 from .samplers import batch_sizes, check_batch_norm
 from .schedule import Schedule
