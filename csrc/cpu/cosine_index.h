@@ -77,7 +77,7 @@ class CosineIndex {
   void copy_row(int64_t row, float* out) const;
   std::vector<uint64_t> mask_of(const Selection& selection, Interrupt& interrupt) const;
   void write_rows(const float* vectors, int64_t first, int64_t n, Interrupt& interrupt);
-  std::optional<GalleryCodes> recentred(int64_t n, Interrupt& interrupt) const;
+  std::optional<GalleryCodes> encode_around_mean(int64_t n, Interrupt& interrupt) const;
   void encode(GalleryCodes& codes, int64_t begin, int64_t end, Interrupt* interrupt) const;
   void forget_if_half_changed() noexcept;
 
@@ -88,7 +88,7 @@ class CosineIndex {
   RowBlocks rows_;
   RowIds ids_;
   std::optional<GalleryCodes> codes_;  // empty if there are no rows, or if d is too large for codes
-  int64_t centred_at_ = 0;             // the number of rows when the codes' center was chosen
+  int64_t rows_when_centred_ = 0;      // the number of rows when the codes' center was chosen
   const ForkHook hook_{[](void* self) noexcept { static_cast<CosineIndex*>(self)->forget_if_half_changed(); }, this};
 };
 

@@ -1,4 +1,4 @@
-"""Gradient steps on drawn batches of paired features, for the methods without a closed form."""
+"""Training with random batches of paired features, for the methods without a closed form."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CACHE_BYTES = 2**27  # `row_reader` caches the rows of a version, and the mapped
 
 
 def descend(parameters: Sequence[Tensor], loss: Callable[[], Tensor], *, steps: int, learning_rate: float) -> None:
-    """Adam with a cosine schedule down to 0, in place on leaf tensors that need gradients."""
+    """Minimises a loss by Adam with a cosine schedule down to 0; changes the leaf tensors `parameters` in place."""
     optimizer = torch.optim.Adam(parameters, lr=learning_rate, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
     with torch.enable_grad():
@@ -29,7 +29,7 @@ def descend(parameters: Sequence[Tensor], loss: Callable[[], Tensor], *, steps: 
 
 
 def draw(begin: int, end: int, batch: int, generator: torch.Generator) -> Tensor:
-    """[batch] row numbers out of [begin, end), with repetition."""
+    """Returns [batch] row numbers, drawn from [begin, end) with repetition."""
     return torch.randint(begin, end, (batch,), generator=generator)
 
 

@@ -341,7 +341,7 @@ class Trainer:
 
         weight = processes.run_on_rank0(act)  # DistributedDataParallel broadcasts buffers before the first step
         if weight is not None:
-            run.begin_from(run.model.head.junction.weight, weight)  # type: ignore[union-attr, arg-type]
+            run.set_initial(run.model.head.junction.weight, weight)  # type: ignore[union-attr, arg-type]
 
     def _done(
         self,
@@ -385,7 +385,7 @@ class Trainer:
                 if processes.rank() == 0:
                     checkpoints.save(run.step, state)
             on_step(run.step)
-        model = run.finished()
+        model = run.trained_model()
         if finished is not None and checkpoints is not None:
             if processes.rank() == 0:
                 write_state(finished, {"facts": started_with, "model": model.state_dict()})
