@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from measure import _status, machine_card
+from measure import machine_card, process_memory
 from numpy.typing import NDArray
 
 PENALTY = 0.1
@@ -122,11 +122,11 @@ def fit(name: str, folder: Path, penalty: float) -> dict[str, Any]:
 
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak, VmHWM
-    before = _status("VmRSS")
+    before = process_memory("VmRSS")
     call = load()
     start = time.perf_counter()
     weight = call()
-    return {"seconds": time.perf_counter() - start, "bytes": _status("VmHWM") - before, "weight": weight}
+    return {"seconds": time.perf_counter() - start, "bytes": process_memory("VmHWM") - before, "weight": weight}
 
 
 def child(name: str, folder: Path, penalty: float, threads: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Latency on a busy machine: median and 99th percentile of our calls and of their peers, beside other processes.
+"""Measures latency on a busy machine: median and 99th percentile of our calls and of peers, beside other processes.
 
 python benchmarks/busy.py [--calls 300] [--threads 2] [--gap 0.002] [--busy 0 1 2] [--out FILE]
 
@@ -44,7 +44,7 @@ def busy_processes(number: int) -> Iterator[None]:
     ]
     for process in processes:
         process.start()
-    time.sleep(1.0)  # they start to compute
+    time.sleep(1.0)  # until all of them compute
     try:
         yield
     finally:
@@ -106,7 +106,7 @@ def main() -> None:
         default=300,
         help="calls of each candidate; of fewer than 101, the 99th percentile is the slowest (default: 300)",
     )
-    parser.add_argument("--threads", type=int, default=2, help="of ours, torch and faiss (default: 2)")
+    parser.add_argument("--threads", type=int, default=2, help="threads of simplexfix, torch and faiss (default: 2)")
     parser.add_argument("--gap", type=float, default=0.002, help="seconds before each call (default: 0.002)")
     parser.add_argument(
         "--busy", type=int, nargs="+", default=[0, 1, 2], help="numbers of busy processes (default: 0 1 2)"

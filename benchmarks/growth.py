@@ -1,10 +1,10 @@
-"""How CosineIndex grows: times per row, bytes per row, and the memory and throughput of the largest size.
+"""Measures how CosineIndex scales: times and bytes per row, and the memory and throughput of the largest size.
 
 python benchmarks/growth.py [--rows 500000 1000000 ...] [--d 64] [--dtype float32] [--threads N] [--out FILE]
 
-One index grows from size to size; linear growth is the same time per row in each line.  At the last size a tenth of the
-rows is removed, and at most 100,000 of them are added again.  Then this index is saved, loaded, and searched by several
-threads, one query per call.  Each of these calls prints by how much it raised the process's memory.
+One index grows from size to size; if time grows linearly, all lines have the same time per row.  At the last size a
+tenth of the rows is removed, and at most 100,000 of them are added again.  Then this index is saved, loaded, and
+searched by several threads, one query per call.  For each of these calls the rise of the process's memory is printed.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure import _status, machine_card
+from measure import machine_card, process_memory
 
 from simplexfix import CosineIndex
 
-QUERIES, K, PIECE = 100, 10, 100_000
+QUERIES, K, ROWS_PER_CALL = 100, 10, 100_000
 
 
 def timed(name: str, call: Callable[[], Any]) -> dict[str, Any]:
     """Runs a call once; returns its seconds, and by how many MiB it raised the process's memory at most."""
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak, VmHWM
-    before, start = _status("VmRSS"), time.perf_counter()
+    before, start = process_memory("VmRSS"), time.perf_counter()
     call()
-    row = {"call": name, "seconds": time.perf_counter() - start, "rose": (_status("VmHWM") - before) / 2**20}
+    row = {"call": name, "seconds": time.perf_counter() - start, "rose": (process_memory("VmHWM") - before) / 2**20}
     print("{:28} {:8.1f} s, memory rose by {:6.0f} MiB".format(*row.values()), flush=True)
     return row
 
@@ -84,7 +84,7 @@ def main() -> None:
     for size in arguments.rows:
         added, spent = size - len(index), 0.0
         while len(index) < size:
-            vectors = rng.standard_normal((min(PIECE, size - len(index)), arguments.d), dtype=np.float32)
+            vectors = rng.standard_normal((min(ROWS_PER_CALL, size - len(index)), arguments.d), dtype=np.float32)
             start = time.perf_counter()
             index.add(vectors)
             spent += time.perf_counter() - start
@@ -101,10 +101,10 @@ def main() -> None:
         results.append(row)
         print("{:10} {:8.1f} {:8.3f} {:8.4f} {:8.1f} {:8.3f}".format(*row.values()), flush=True)
     tenth = rng.permutation(len(index))[: len(index) // 10]
-    vectors = index.vectors(tenth[:PIECE])
-    print(f"the index: {index.nbytes / 2**20:.0f} MiB, the process: {_status('VmRSS') / 2**20:.0f} MiB")
+    vectors = index.vectors(tenth[:ROWS_PER_CALL])
+    print(f"the index: {index.nbytes / 2**20:.0f} MiB, the process: {process_memory('VmRSS') / 2**20:.0f} MiB")
     calls = [timed(f"remove {len(tenth)} rows", lambda: index.remove(tenth))]
-    calls.append(timed(f"add {len(vectors)} of them again", lambda: index.add(vectors, tenth[:PIECE])))
+    calls.append(timed(f"add {len(vectors)} of them again", lambda: index.add(vectors, tenth[:ROWS_PER_CALL])))
     with tempfile.TemporaryDirectory() as folder:
         calls.append(timed("save", lambda: index.save(Path(folder, "index"))))
         loaded: list[CosineIndex] = []

@@ -20,7 +20,7 @@ from simplexfix.cli.doctor import diagnose
 
 Call = Callable[[], Any]
 SLOW = 3.0  # seconds: a call that takes longer is measured once
-LONGEST = 6.0  # seconds: the limit of all rounds of a case, but one round always runs
+LONGEST = 6.0  # seconds: the limit of all rounds of a case, except that one round always runs
 
 
 def interleave(
@@ -28,14 +28,14 @@ def interleave(
 ) -> dict[str, float]:
     """Returns the seconds per call of each candidate: the first decile of its rounds, since noise only adds time.
 
-    On a GPU the time is that between two CUDA events, so slow launches count.
+    On a GPU the time is measured between two CUDA events, so slow launches count.
 
-    In every round each has its turn, so all meet the same noise.  A turn repeats a quick call for 20 ms twice and times
-    the second, when caches and allocators are as the candidate itself leaves them: after faiss had read its 50 MB, our
-    search took a dozen calls to have its index in the last cache again.
+    Every round runs all candidates, so that the same noise affects all.  It repeats a quick call for 20 ms twice, and
+    times only the second 20 ms.  By then caches and allocators are in the state that the candidate itself leaves: after
+    faiss had read its 50 MB, our search needed a dozen calls until its index was in the last-level cache again.
 
-    A call of more than SLOW seconds is timed once after its first, and takes no turns.  There are `least` rounds, or
-    fewer where they would take more than LONGEST seconds.
+    A call of more than SLOW seconds is timed once after its first call, and takes no part in the rounds.  There are at
+    least `least` rounds, or fewer if they would take more than LONGEST seconds.
     """
     _time = {"cpu": _clock, "cuda": _events}[device]
     repeats = {}
@@ -77,12 +77,12 @@ def _events(call: Call, repeats: int) -> float:
 
 def captured(call: Call) -> Call:
     """Captures the call as a CUDA graph, which runs the kernels without Python, dispatch and launches."""
-    beside = torch.cuda.Stream()
-    beside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(beside):  # a capture requires earlier calls on another stream
+    side_stream = torch.cuda.Stream()
+    side_stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side_stream):  # a capture requires earlier calls on another stream
         for _ in range(3):
             call()
-    torch.cuda.current_stream().wait_stream(beside)
+    torch.cuda.current_stream().wait_stream(side_stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
@@ -134,12 +134,13 @@ def _peak_memory(cls: type, fields: dict[str, Any], name: str) -> int:
     call = cls(**fields).candidates(compiled=False)[name]
     ctypes.CDLL(None).malloc_trim(0)  # memory that was freed during setup would hide a part of the call's memory
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = _status("VmRSS")
+    before = process_memory("VmRSS")
     call()
-    return _status("VmHWM") - before
+    return process_memory("VmHWM") - before
 
 
-def _status(key: str) -> int:
+def process_memory(key: str) -> int:
+    """Returns an entry of /proc/self/status in bytes: VmRSS, the resident memory, or VmHWM, its peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
 
@@ -151,7 +152,7 @@ def copy_in_place(numbers: int, dtype: torch.dtype = torch.float32, device: str 
 
 
 def machine_card() -> dict[str, object]:
-    """Returns facts about the machine and the build of a measurement."""
+    """Returns properties of the machine and of the build, which results of measurements store."""
     model = "unknown"
     info = Path("/proc/cpuinfo")
     if info.is_file():

@@ -1,13 +1,14 @@
-"""Methods on `simplexfix train cpu-small` or `paper-half`, over seeds, and HOC with one change at a time.
+"""Compares methods by `simplexfix train cpu-small` or `paper-half` over seeds, and HOC with one change at a time.
 
 python benchmarks/methods.py DATA [--preset cpu-small] [--seeds 0 1 2] [--methods ROW ...] [--ablation VARIANT ...]
                              [--runs DIR] [--pretraining DIR] [--jobs N] [--out FILE] [KEY.SUB=VALUE ...]
 
 DATA holds CIFAR-10 and CIFAR-100 in their binary version; paper-half also needs data.pretraining=FOLDER, with a folder
-of images for every class.  A ROW of --methods is one line of the table: a method, and its changes.  Runs are kept in
-DIR and go on where they were stopped; finished ones are read.  --jobs of them train at a time, each with one thread.
---ablation trains HOC once more for each VARIANT, by the first seed.  Methods with a learnable classifier share one
-pre-training, those with the fixed one another; --pretraining is the --runs folder of an earlier call that has them.
+of images for every class.  A ROW of --methods is one line of the table: a method and its changes of the configuration.
+Runs are stored in DIR; stopped ones resume, and finished ones are only read.  N runs train at a time, with one thread
+each.  --ablation trains HOC once more for each VARIANT, with the first seed.  Methods with a learnable classifier share
+one pre-training, and methods with the fixed classifier another one; --pretraining is the --runs folder of an earlier
+call that has these.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ from measure import machine_card
 from simplexfix.training import PRESETS
 from simplexfix.training.run_config import ER_PRETRAINED
 
-AUTHORS = "tasks.hoc_reference=replacement"
+AUTHORS = "tasks.hoc_reference=replacement"  # as in the authors' code
 UNALIGNED = "tasks.align=none"
 KEPT = ("tasks.replacement_junction=kept", UNALIGNED)
-# row of the table -> method, and what is changed
+# row of the table -> method, and changes of the configuration
 METHODS = {
     **{name: (name,) for name in ("er", "fd", "bct", "oca", "simplex", "hoc", "asnn")},
     "hoc-authors": ("hoc", AUTHORS),
@@ -51,15 +52,15 @@ METHODS = {
     "fd-all": ("fd", "tasks.hoc_reference=all"),
 }
 DEFAULT = ("er", "fd", "bct", "oca", "simplex", "hoc", "hoc-authors", "asnn", "hoc-asnn")
-SHORT = tuple(f"tasks.replacements.{t}.epochs=12" for t in (0, 2, 4))
+SHORT_REPLACEMENTS = tuple(f"tasks.replacements.{t}.epochs=12" for t in (0, 2, 4))
 VARIANTS = {
     "deployed": ("tasks.hoc_reference=deployed", *KEPT),
     "deployed-mu-20": ("tasks.hoc_reference=deployed", *KEPT, "method.mu=20.0"),
     "deployed-or-replacement": ("tasks.hoc_reference=deployed_or_replacement", *KEPT),
     "deployed-or-replacement-mu-20": ("tasks.hoc_reference=deployed_or_replacement", *KEPT, "method.mu=20.0"),
-    "short": (AUTHORS, *SHORT),
-    "short-lambda-0.5": (AUTHORS, *SHORT, "method.lambda_=0.5"),
-    "short-rate-0.003": (AUTHORS, *SHORT, "schedule.learning_rate=0.003"),
+    "short": (AUTHORS, *SHORT_REPLACEMENTS),
+    "short-lambda-0.5": (AUTHORS, *SHORT_REPLACEMENTS, "method.lambda_=0.5"),
+    "short-rate-0.003": (AUTHORS, *SHORT_REPLACEMENTS, "schedule.learning_rate=0.003"),
     "lambda-0.5": (AUTHORS, "method.lambda_=0.5"),
     "mu-20": (AUTHORS, "method.mu=20.0"),
     "infonce": (AUTHORS, "method.negatives=infonce"),
@@ -74,30 +75,30 @@ FIRST = "nearest_class_mean"
 def trained(
     preset: str, runs: Path, pretraining: Path, seed: int, method: str, changes: tuple[str, ...], folder: str
 ) -> dict[str, Any]:
-    """Matrices and criteria of the search, from the run's report."""
-    place = runs / f"seed-{seed}"
-    # the folder's name has all changes that pre-training depends on
-    apart = [c for c in changes if c.startswith(CHANGE_PRETRAINING)]
-    shared = pretraining / f"seed-{seed}" / "-".join(["pretraining", *apart])
-    file = place / folder / "report.json"
+    """Trains a run, unless it is finished; returns matrices and criteria of the search from its report."""
+    seed_folder = runs / f"seed-{seed}"
+    # the name of the pre-training's folder has all changes that it depends on
+    pretraining_changes = [c for c in changes if c.startswith(CHANGE_PRETRAINING)]
+    shared = pretraining / f"seed-{seed}" / "-".join(["pretraining", *pretraining_changes])
+    file = seed_folder / folder / "report.json"
     if not file.exists():
         command = [sys.executable, "-m", "simplexfix", "train", preset, f"seed={seed}", f"method.name={method}"]
-        began = time.perf_counter()
+        start = time.perf_counter()
         done = subprocess.run(
-            [*command, f"tasks.pretraining_folder={shared}", *changes, "--out", str(place / folder)],
+            [*command, f"tasks.pretraining_folder={shared}", *changes, "--out", str(seed_folder / folder)],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
         )
         if done.returncode:
             raise SystemExit(f"seed {seed}, {folder}: {done.stderr}")
-        print(f"seed {seed}, {folder}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+        print(f"seed {seed}, {folder}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
     report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return {protocol: {"matrix": entry["matrix"], **entry["criteria"]} for protocol, entry in report["search"].items()}
 
 
 def line(name: str, reports: list[dict[str, Any]]) -> str:
-    """Means over seeds, and the standard deviation where there are several."""
+    """Returns a line of the table: means over seeds, with standard deviations if there are several."""
     cells = []
     for protocol in reports[0]:
         for key, factor in (("AC", 1), ("AA", 100), ("BC", 100)):
@@ -110,7 +111,7 @@ def line(name: str, reports: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
-    parser.add_argument("changes", nargs="*", metavar="KEY.SUB=VALUE", help="of all runs")
+    parser.add_argument("changes", nargs="*", metavar="KEY.SUB=VALUE", help="changes of the configuration of all runs")
     parser.add_argument("--preset", choices=("cpu-small", "paper-half"), default="cpu-small")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(DEFAULT))
@@ -130,18 +131,18 @@ def main() -> None:
     ablation = {
         name: (a.seeds[0], "hoc", (*changes, f'protocols=["{FIRST}"]', *VARIANTS[name]), name) for name in a.ablation
     }
-    # of those that share a pre-training one first, for the others to find it
+    # One run of each shared pre-training runs first; it stores the pre-training for the others.
     first = {METHODS[row][0] in ER_PRETRAINED: row for row in reversed(a.methods)}
     leaders = {key for key in jobs if key[1] in first.values()}
     with ThreadPoolExecutor(a.jobs) as pool:
         run = partial(trained, a.preset, runs, a.pretraining or runs)
-        found = {key: pool.submit(run, *job) for key, job in jobs.items() if key in leaders}
-        for future in found.values():
+        futures = {key: pool.submit(run, *job) for key, job in jobs.items() if key in leaders}
+        for future in futures.values():
             future.result()
-        found |= {key: pool.submit(run, *job) for key, job in jobs.items() if key not in leaders}
-        changed = {name: pool.submit(run, *job) for name, job in ablation.items()}
-        reports = {key: future.result() for key, future in found.items()}
-        variants = {name: future.result() for name, future in changed.items()}
+        futures |= {key: pool.submit(run, *job) for key, job in jobs.items() if key not in leaders}
+        variant_futures = {name: pool.submit(run, *job) for name, job in ablation.items()}
+        reports = {key: future.result() for key, future in futures.items()}
+        variants = {name: future.result() for name, future in variant_futures.items()}
     protocols = list(next(iter(reports.values())))
     print("| | " + " | ".join(f"{p.replace('_', ' ')} {key}" for p in protocols for key in ("AC", "AA", "BC")) + " |")
     print("| --- |" + " ---: |" * 3 * len(protocols))

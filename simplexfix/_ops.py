@@ -53,7 +53,7 @@ def simplex_logits(z: Tensor, normalize: bool, scale: float) -> Tensor:
     return torch.ops.simplexfix.simplex_logits.default(z, normalize, scale)  # type: ignore[no-any-return]
 
 
-def contrast_rows(
+def contrast_loss(
     anchors: Tensor,
     candidates: Tensor,
     anchor_class: Tensor,

@@ -435,7 +435,7 @@ def _contrast(
 ) -> Tensor:
     """Loss of one direction of the contrast, in `accumulate_dtype` of the features."""
     if _native.has_kernels(anchors):
-        return _ops.contrast_rows(anchors, candidates, target, classes, first, mu, negatives, reduction)
+        return _ops.contrast_loss(anchors, candidates, target, classes, first, mu, negatives, reduction)
     rows = _reference.contrast_rows(anchors, candidates, target, classes, first, mu=mu, negatives=negatives)
     return _reference.reduce_rows(rows, reduction)
 

@@ -1,4 +1,7 @@
-"""Exact search: ours against faiss, cuVS, usearch and torch, with the fraction of ranks that differ from float64."""
+"""Cases of exact search: simplexfix against faiss, cuVS, usearch and torch.
+
+The error of a candidate is the fraction of ranks that differ from the float64 definition.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,7 @@ def gpu_peers(q: torch.Tensor, g: torch.Tensor, k: int) -> dict[str, Callable[[]
 
 @dataclass
 class SearchCase:
-    """Gaussian rows. Peers get normalised rows and an index that is built in advance, ours the raw gallery."""
+    """Gaussian rows.  Peers get normalised rows and an index that is built in advance, simplexfix the raw gallery."""
 
     queries: int
     rows: int
@@ -97,18 +100,18 @@ CASES = [SearchCase(200, 20_000, 128), SearchCase(200, 20_000, 1023), SearchCase
 
 @lru_cache(maxsize=1)
 def unit_rows(kind: str, rows: int, d: int) -> tuple[np.ndarray, np.ndarray]:
-    """Normalised queries [1000, d] and gallery [rows, d]: Gaussian, or 100 clusters with a gap of 1e-3 between rows."""
+    """Returns normalised queries [1000, d] and gallery [rows, d]: Gaussian, or 100 clusters of a width of 1e-3."""
     rng = np.random.default_rng(0)
 
-    def some(n: int) -> np.ndarray:
+    def draw(n: int) -> np.ndarray:
         x = rng.standard_normal((n, d), dtype=np.float32)
         if kind == "clusters":
             x = centers[rng.integers(0, 100, n)] + np.float32(1e-3) * x
         return x / np.linalg.norm(x, axis=1, keepdims=True)
 
     centers = rng.standard_normal((100, d), dtype=np.float32)
-    gallery = some(rows)
-    return some(1000), gallery
+    gallery = draw(rows)
+    return draw(1000), gallery
 
 
 @lru_cache(maxsize=1)
@@ -163,7 +166,7 @@ class IndexCase:
         if self.queries == 1:
             return {"copy bandwidth": copy_in_place(self.rows * self.d // 2, torch.int8)}
         if torch.backends.cpu.get_cpu_capability() != "AVX512":
-            return {}  # here torch multiplies int8 numbers one by one, 50 times as slowly as our kernel
+            return {}  # without AVX-512 torch multiplies int8 numbers one by one, 50 times slower than our kernel
         q, g = (torch.ones(n, self.d, dtype=torch.int8) for n in (self.queries, self.rows))
         return {"int8 matrix product": lambda: torch._int_mm(q, g.T)}
 

@@ -16,7 +16,7 @@
 
 namespace simplexfix {
 
-// Returns one number of the normalised row; a zero row stays zero.
+// Returns x / norm, one number of the normalised row; a zero row stays zero.
 SIMPLEXFIX_HD float unit_number(float x, double norm) { return norm > 0 ? float(double(x) / norm) : 0.f; }
 
 // residual: |g - g'|. The factor covers |q| < 1 + 2^-20 and the rounding of the bound itself.

@@ -48,8 +48,8 @@ SIMPLEXFIX_HD void apply_margin(const CrossEntropyOptions<A>& options, A cosine,
   }
 }
 
-// Returns the factor by which a gradient of the sum becomes one of the mean. If no row counts, the gradient is 0, and
-// stays 0 instead of 0 / 0.
+// Returns upstream / divisor, the factor that turns a gradient of the sum into one of the mean. If no row counts, the
+// divisor is 0 and the gradient 0: it stays 0 instead of 0 / 0.
 template <typename A>
 SIMPLEXFIX_HD A divide_upstream(A upstream, A divisor) {
   return divisor == A(0) ? upstream : upstream / divisor;
@@ -109,10 +109,10 @@ SIMPLEXFIX_HD LabelOutcome<A> label_outcome(const CrossEntropyOptions<A>& option
   const A at_label = scalar_exp(label.value - largest), total = others + at_label;
   out.smoothing_per_class = options.smoothing / slots;
   const A mass = (A(1) - options.smoothing) * weight_label + rounded(out.smoothing_per_class * options.weight_sum);
-  // lost is the rounding error of total (Fast2Sum). lost / total corrects log(total) for it, which matters where the
-  // label's logit is by far the largest and the loss is small.
-  const A lost = at_label > others ? others - (total - at_label) : at_label - (total - others);
-  A offset = rounded(mass * (lost / total + (largest - label.value)));
+  // rounding is the rounding error of total (Fast2Sum). rounding / total corrects log(total) for it, which matters if
+  // the label's logit is by far the largest and the loss is small.
+  const A rounding = at_label > others ? others - (total - at_label) : at_label - (total - others);
+  A offset = rounded(mass * (rounding / total + (largest - label.value)));
   if (options.smoothing > A(0))
     offset += out.smoothing_per_class * options.weight_sum * label.value -
               rounded(out.smoothing_per_class * (logit_sum - weight_label * label.margin));

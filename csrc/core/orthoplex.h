@@ -22,7 +22,7 @@ struct OrthoplexRow {
   A factor;    // the logits are factor * [z, -z]
   A opposite;  // the logit of the label's opposite
   LabelLogit<A> label;
-  A largest;       // of all logits; the label's has its margin
+  A largest;       // the largest logit; the label's logit includes its margin
   A inverse_norm;  // 1 / |z|, 0 for a zero row; 1 without normalize
 };
 

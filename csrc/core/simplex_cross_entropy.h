@@ -7,11 +7,11 @@
 //   g_j = exponential * exp(l_j - largest) + constant - weight * w_j     for j < d, j != label
 //   g_label = label                                                      if label < d
 //
-// The last term is of class weights with label smoothing; without them constant has it. dL/dz is g, or with normalize
-// its projection.
+// The term weight * w_j is present with class weights and label smoothing; without class weights it is the same for all
+// j and part of constant. dL/dz is g, or with normalize its projection.
 //
-// The CUDA kernels sweep the row once for each of the three (cuda/cross_entropy.cuh). The CPU kernel does both
-// reductions in one sweep (cpu/simplex_cross_entropy.inc).
+// The CUDA kernels read the row once for each of the three (cuda/cross_entropy.cuh). The CPU kernel computes both
+// reductions in one pass over the row (cpu/simplex_cross_entropy.inc).
 //
 // The maximum and the sum of exponentials skip the label, because a margin shifts its logit. Also, a confident row has
 // a small loss and a small gradient. They keep full relative precision because they are computed from the sum over the
@@ -29,8 +29,8 @@ template <typename A>
 struct RowSums {
   A sum;      // sum_j z_j
   A squares;  // sum_j z_j^2, with normalize
-  // max z_i over i < d other than the label, -inf if there is none; or a number near enough that the sum of
-  // exponentials relative to it stays within float's range
+  // max z_i over i < d other than the label, -inf if there is none; or another number so near to it that the sum of
+  // exp(l_i - largest) neither overflows nor underflows
   A largest;
   A weighted;  // sum_j w_j z_j over j < d, with class weights and smoothing
 };

@@ -113,11 +113,11 @@ int64_t CosineIndex::add(const float* vectors, int64_t n, const int64_t* ids) {
     write_rows(vectors, before, n, interrupt);
     if (d_ > GalleryCodes::kMaxDim || n == 0) {
       ids_.append(ids, n, interrupt);
-    } else if (!codes_ || (centred_at_ < kEnoughToCentre && after >= 4 * centred_at_)) {
-      std::optional<GalleryCodes> codes = recentred(after, interrupt);
+    } else if (!codes_ || (rows_when_centred_ < kEnoughToCentre && after >= 4 * rows_when_centred_)) {
+      std::optional<GalleryCodes> codes = encode_around_mean(after, interrupt);
       ids_.append(ids, n, interrupt);
       codes_ = std::move(codes);
-      centred_at_ = after;
+      rows_when_centred_ = after;
     } else {
       codes_->resize(after);
       encode(*codes_, before, after, &interrupt);
@@ -145,7 +145,7 @@ void CosineIndex::write_rows(const float* vectors, int64_t first, int64_t n, Int
   parallel(ceil_div(n, kPiece), threads_for(n * d_), write, &interrupt);
 }
 
-std::optional<GalleryCodes> CosineIndex::recentred(int64_t n, Interrupt& interrupt) const {
+std::optional<GalleryCodes> CosineIndex::encode_around_mean(int64_t n, Interrupt& interrupt) const {
   std::optional<GalleryCodes> codes;
   if (n == 0 || d_ > GalleryCodes::kMaxDim) return codes;
   codes.emplace(d_, central_row(view(n)));

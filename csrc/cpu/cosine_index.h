@@ -1,5 +1,5 @@
-// An exact cosine index. It stores normalised rows in fp32 or bf16, an int64 id for each, and their codes for the first
-// pass of a search. It depends on neither torch nor Python.
+// An exact cosine index. It stores normalised rows in fp32 or bf16, an int64 id for each, and 8-bit codes of the rows
+// for the first pass of a search (gallery_codes.h). It depends on neither torch nor Python.
 //
 // Any number of threads may call any method. Searches and saves run concurrently; a change excludes all other calls. A
 // change either completes or, if it throws, has no effect. The shapes of arguments are trusted, their values are
@@ -55,10 +55,10 @@ class CosineIndex {
   // first such new id. Throws std::invalid_argument for a row that is not finite, and for an id that is negative, in
   // the index already, or given twice.
   int64_t add(const float* vectors, int64_t n, const int64_t* ids);
-  // Removes rows, in one pass over the rows behind the first removed. Throws std::out_of_range for an id that is not in
-  // the index, std::invalid_argument for one that is given twice.
+  // Removes rows, in one pass over the rows from the first removed one on. Throws std::out_of_range for an id that is
+  // not in the index, std::invalid_argument for one that is given twice.
   void remove(const int64_t* ids, int64_t n);
-  // Writes the scores and the ids (found) of the best k rows, [queries, k], for query [queries, d]; k >= 1. Throws
+  // Writes scores [queries, k] and ids found [queries, k] of the best k rows for query [queries, d]; k >= 1. Throws
   // std::invalid_argument for a query that is not finite, std::out_of_range for an included id that is not in the
   // index; excluded ids need not be in it.
   void search(const float* query, int64_t queries, int64_t k, float* scores, int64_t* found,
@@ -77,7 +77,7 @@ class CosineIndex {
   void copy_row(int64_t row, float* out) const;
   std::vector<uint64_t> mask_of(const Selection& selection, Interrupt& interrupt) const;
   void write_rows(const float* vectors, int64_t first, int64_t n, Interrupt& interrupt);
-  std::optional<GalleryCodes> recentred(int64_t n, Interrupt& interrupt) const;
+  std::optional<GalleryCodes> encode_around_mean(int64_t n, Interrupt& interrupt) const;
   void encode(GalleryCodes& codes, int64_t begin, int64_t end, Interrupt* interrupt) const;
   void forget_if_half_changed() noexcept;
 
@@ -88,7 +88,7 @@ class CosineIndex {
   RowBlocks rows_;
   RowIds ids_;
   std::optional<GalleryCodes> codes_;  // empty if there are no rows, or if d is too large for codes
-  int64_t centred_at_ = 0;             // the number of rows when the codes' center was chosen
+  int64_t rows_when_centred_ = 0;      // the number of rows when the codes' center was chosen
   const ForkHook hook_{[](void* self) noexcept { static_cast<CosineIndex*>(self)->forget_if_half_changed(); }, this};
 };
 

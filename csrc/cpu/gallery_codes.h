@@ -1,9 +1,9 @@
-// A gallery in codes of eight bits, for the first pass of the exact search. Beside its codes, each row has the numbers
-// that bound its score with any query. Free of torch.
+// A gallery in codes of eight bits, for the first pass of the exact search. Each row also has numbers that bound its
+// score with any query.
 //
 // A row g is stored as x = g - center, coded as scale * codes with codes in [-127, 127]. center is a mean of rows, or
-// zero if that mean is short. Embeddings share a large common part; subtracting it leaves less to round. For a query q
-// with y = q - center, coded likewise,
+// zero if that mean is short. Embeddings often have a large mean; the codes of differences from it have smaller errors.
+// For a query q with y = q - center, coded in the same way,
 //
 //   q.g = q.center + x.center + y.x,
 //   |y.x - coded y . coded x| <= |y| |x - coded x| + |y - coded y| |coded x|      (Cauchy-Schwarz).

@@ -26,7 +26,7 @@ constexpr char kMagic[8] = {'S', 'F', 'X', 'I', 'N', 'D', 'E', 'X'};
 constexpr uint32_t kVersion = 1;
 constexpr int64_t kMaxDim = (int64_t(1) << 31) - 2;
 constexpr int64_t kMaxRows = int64_t(1) << 40;
-constexpr int64_t kIdsAtATime = 1 << 16;
+constexpr int64_t kIdsPerBlock = 1 << 16;
 
 struct Header {
   char magic[8];
@@ -44,13 +44,13 @@ uint32_t checksum_of(const Header& header) {
   return checksum.value();
 }
 
-[[noreturn]] void fail(const char* what) { throw std::system_error(errno, std::generic_category(), what); }
-[[noreturn]] void refuse(const std::string& why) { throw std::runtime_error(why); }
+[[noreturn]] void fail_with_errno(const char* call) { throw std::system_error(errno, std::generic_category(), call); }
+[[noreturn]] void reject(const std::string& why) { throw std::runtime_error(why); }
 
 class File {
  public:
   File(const std::string& path, int flags, mode_t mode = 0666) : fd_(::open(path.c_str(), flags | O_CLOEXEC, mode)) {
-    if (fd_ < 0) fail("open");
+    if (fd_ < 0) fail_with_errno("open");
   }
   File(const File&) = delete;
   File& operator=(const File&) = delete;
@@ -62,7 +62,7 @@ class File {
     for (const char* p = static_cast<const char*>(data); size > 0;) {
       const ssize_t done = ::write(fd_, p, size);
       if (done < 0 && errno == EINTR) continue;
-      if (done < 0) fail("write");
+      if (done < 0) fail_with_errno("write");
       p += done;
       size -= size_t(done);
     }
@@ -71,30 +71,30 @@ class File {
     for (char* p = static_cast<char*>(data); size > 0;) {
       const ssize_t done = ::read(fd_, p, size);
       if (done < 0 && errno == EINTR) continue;
-      if (done < 0) fail("read");
-      if (done == 0) refuse("the file ends too early");
+      if (done < 0) fail_with_errno("read");
+      if (done == 0) reject("the file ends too early");
       p += done;
       size -= size_t(done);
     }
   }
   void write_at_start(const Header& header) {
-    if (::lseek(fd_, 0, SEEK_SET) < 0) fail("lseek");
+    if (::lseek(fd_, 0, SEEK_SET) < 0) fail_with_errno("lseek");
     write(&header, sizeof header);
   }
   int64_t size() const {
     struct stat status;
-    if (::fstat(fd_, &status) < 0) fail("fstat");
-    if (!S_ISREG(status.st_mode)) refuse("it is not a regular file");
+    if (::fstat(fd_, &status) < 0) fail_with_errno("fstat");
+    if (!S_ISREG(status.st_mode)) reject("it is not a regular file");
     return status.st_size;
   }
   void change_mode(mode_t mode) {
-    if (::fchmod(fd_, mode) < 0) fail("fchmod");
+    if (::fchmod(fd_, mode) < 0) fail_with_errno("fchmod");
   }
   void sync() {
-    if (::fsync(fd_) < 0) fail("fsync");
+    if (::fsync(fd_) < 0) fail_with_errno("fsync");
   }
   void close() {
-    if (::close(std::exchange(fd_, -1)) < 0) fail("close");
+    if (::close(std::exchange(fd_, -1)) < 0) fail_with_errno("close");
   }
 
  private:
@@ -111,7 +111,7 @@ class Replacement {
     const size_t slash = path.rfind('/');
     if (slash != std::string::npos) folder_ = path.substr(0, slash + 1);
     while (!file) {  // a killed process with the same id may have left a file of this name
-      // A short name: the file's name plus a suffix could exceed the 255 bytes that a name may have.
+      // The name is short: `path` plus a suffix could exceed the limit of 255 bytes for a name.
       temporary_ = folder_ + ".simplexfix-" + std::to_string(::getpid()) + "-" + std::to_string(++g_counter) + ".tmp";
       try {
         file.emplace(temporary_, O_WRONLY | O_CREAT | O_EXCL, mode_.value_or(0666));
@@ -127,7 +127,7 @@ class Replacement {
     if (mode_) file->change_mode(*mode_);  // restores the bits that the umask removed
     file->sync();
     file->close();
-    if (::rename(temporary_.c_str(), path_.c_str()) < 0) fail("rename");
+    if (::rename(temporary_.c_str(), path_.c_str()) < 0) fail_with_errno("rename");
     file.reset();
     File(folder_.empty() ? "." : folder_, O_RDONLY | O_DIRECTORY).sync();
   }
@@ -143,32 +143,33 @@ class Replacement {
 Header read_header(File& file) {
   const int64_t size = file.size();
   Header header;
-  if (size < int64_t(sizeof header)) refuse("it is shorter than a header of 64 bytes");
+  if (size < int64_t(sizeof header)) reject("it is shorter than a header of 64 bytes");
   file.read(&header, sizeof header);
-  if (std::memcmp(header.magic, kMagic, sizeof kMagic) != 0) refuse("it does not begin with SFXINDEX");
-  if (header.version != kVersion) refuse("it is of version " + std::to_string(header.version) + ", expected 1");
-  if (header.header_checksum != checksum_of(header)) refuse("the header's checksum does not match");
+  if (std::memcmp(header.magic, kMagic, sizeof kMagic) != 0) reject("it does not begin with SFXINDEX");
+  if (header.version != kVersion) reject("it is of version " + std::to_string(header.version) + ", expected 1");
+  if (header.header_checksum != checksum_of(header)) reject("the header's checksum does not match");
   for (const uint32_t zero : header.zero)
-    if (zero != 0) refuse("a reserved field of the header is not 0");
-  if (header.row_type > uint32_t(RowType::kBFloat16)) refuse("its row type is unknown");
-  if (header.dim < 1 || header.dim > kMaxDim) refuse("its dim is out of range");
-  if (header.rows < 0 || header.rows > kMaxRows || header.next_id < 0) refuse("a size in its header is out of range");
+    if (zero != 0) reject("a reserved field of the header is not 0");
+  if (header.row_type > uint32_t(RowType::kBFloat16)) reject("its row type is unknown");
+  if (header.dim < 1 || header.dim > kMaxDim) reject("its dim is out of range");
+  if (header.rows < 0 || header.rows > kMaxRows || header.next_id < 0) reject("a size in its header is out of range");
   const int64_t row = 8 + row_bytes(RowType(header.row_type), header.dim);
   if (header.rows > (size - int64_t(sizeof header)) / row || size != int64_t(sizeof header) + header.rows * row)
-    refuse("it has " + std::to_string(size) + " bytes, which is not what its header says");
+    reject("it has " + std::to_string(size) + " bytes, which is not what its header says");
   return header;
 }
 
 // Checks that rows are as add() writes them: finite, and of length 0, or of length 1 up to rounding. The search bounds
 // require this.
 void check_rows(const GalleryRows& rows, int64_t begin, int64_t end) {
-  const double most = rows.type == RowType::kFloat ? 0x1p-20 : 0x1p-7;
+  const double tolerance = rows.type == RowType::kFloat ? 0x1p-20 : 0x1p-7;
   std::vector<float> scratch(size_t(rows.d));
   for (int64_t i = begin; i < end; ++i) {
     const float* row = rows.read(i, scratch.data());
     double square = 0;
     for (int64_t j = 0; j < rows.d; ++j) square += double(row[j]) * double(row[j]);
-    if (square != 0 && !(std::abs(square - 1) <= most)) refuse("row " + std::to_string(i) + " is not of length 1 or 0");
+    if (square != 0 && !(std::abs(square - 1) <= tolerance))
+      reject("row " + std::to_string(i) + " is not of length 1 or 0");
   }
 }
 
@@ -188,11 +189,11 @@ void CosineIndex::save(const std::string& path) const {
     checksum.add(data, size);
     file.write(data, size);
   };
-  std::vector<int64_t> some;
+  std::vector<int64_t> block;
   for (int64_t i = 0; i < ids_.size();) {
-    some.clear();
-    for (; i < ids_.size() && int64_t(some.size()) < kIdsAtATime; ++i) some.push_back(ids_[i]);
-    write(some.data(), some.size() * sizeof(int64_t));
+    block.clear();
+    for (; i < ids_.size() && int64_t(block.size()) < kIdsPerBlock; ++i) block.push_back(ids_[i]);
+    write(block.data(), block.size() * sizeof(int64_t));
   }
   const GalleryRows rows = view(ids_.size());
   for (int64_t i = 0; i < rows.n; i += rows_.rows_per_block())
@@ -216,17 +217,17 @@ std::unique_ptr<CosineIndex> CosineIndex::load(const std::string& path, int64_t 
     file.read(data, size);
     checksum.add(data, size);
   };
-  std::vector<int64_t> some;
-  for (int64_t i = 0; i < n; i += int64_t(some.size())) {
-    some.resize(size_t(std::min(n - i, kIdsAtATime)));
-    read(some.data(), some.size() * sizeof(int64_t));
+  std::vector<int64_t> block;
+  for (int64_t i = 0; i < n; i += int64_t(block.size())) {
+    block.resize(size_t(std::min(n - i, kIdsPerBlock)));
+    read(block.data(), block.size() * sizeof(int64_t));
     try {
-      index->ids_.append(some.data(), int64_t(some.size()), interrupt);
+      index->ids_.append(block.data(), int64_t(block.size()), interrupt);
     } catch (const std::invalid_argument& error) {
-      refuse(error.what());
+      reject(error.what());
     }
   }
-  if (header.next_id < index->ids_.next()) refuse("its next id is below an id that it holds");
+  if (header.next_id < index->ids_.next()) reject("its next id is below an id that it holds");
   index->ids_.set_next(header.next_id);
   for (int64_t i = 0; i < n;) {  // block by block, so that a file shorter than its header claims fails early
     const int64_t end = std::min(n, i + index->rows_.rows_per_block());
@@ -234,14 +235,14 @@ std::unique_ptr<CosineIndex> CosineIndex::load(const std::string& path, int64_t 
     read(index->rows_.row(i), size_t((end - i) * row_bytes(type, header.dim)));
     i = end;
   }
-  if (header.payload_checksum != checksum.value()) refuse("the checksum of its content does not match");
+  if (header.payload_checksum != checksum.value()) reject("the checksum of its content does not match");
   const GalleryRows rows = index->view(n);
   const auto check = [&](int64_t panel) {
     check_rows(rows, panel * kPanelRows, std::min(n, (panel + 1) * kPanelRows));
   };
   parallel(ceil_div(n, kPanelRows), index->threads_for(n * header.dim), check, &interrupt);
-  index->codes_ = index->recentred(n, interrupt);
-  index->centred_at_ = n;
+  index->codes_ = index->encode_around_mean(n, interrupt);
+  index->rows_when_centred_ = n;
   return index;
 }
 

@@ -28,8 +28,8 @@ struct CrossEntropyArgs {
   T* gradient;            // [B, d] contiguous, or nullptr if no gradient is requested
   int64_t d;
   int64_t ignore_index;
-  bool streams;  // write the gradient with non-temporal stores; the bits are the same
-  A upstream;    // factor of every row's gradient
+  bool non_temporal;  // write the gradient with non-temporal stores; the bits are the same
+  A upstream;         // factor of every row's gradient
   CrossEntropyOptions<A> options;
 };
 
@@ -54,7 +54,7 @@ struct LogitsArgs {
   Simplex simplex;
 };
 
-// Class indices, as wide as the scores that they mask.
+// Class indices have the width of the scores that they mask, so that vectors of both have equally many lanes.
 template <typename A>
 using ClassIndex = std::conditional_t<std::is_same_v<A, double>, int64_t, int32_t>;
 
@@ -123,21 +123,22 @@ struct CodePanel {
   const float *scale, *offset, *error;  // [kPanelRows], terms of the bound that codes.inc states
 };
 
-// Limits of a query's codes, below which no sum of the first pass overflows. A lane of 16 bits sums numbers 0 and 1, or
-// 2 and 3, of the groups of a run.
+// Limits of a query's codes below which no sum of the first pass overflows. Four codes are a group, and run_groups
+// consecutive groups are a run. The first pass may add up a run in lanes of 16 bits: one lane for codes 0 and 1 of all
+// groups, and one for codes 2 and 3.
 struct CodeLimits {
-  int pair;        // of the sum of both magnitudes in a lane of one group
-  int run;         // of the sum of all magnitudes in a lane of one run
-  int run_groups;  // groups in a run
+  int pair;        // largest sum of the two magnitudes of one group in a lane
+  int run;         // largest sum of all magnitudes of one run in a lane
+  int run_groups;  // groups per run
 };
 
 // Queries in codes, with their cutoffs for one panel.
 struct CodeQueries {
-  const int8_t* codes;  // [n][stride], four numbers to a group
+  const int8_t* codes;  // [n][stride], in groups of four
   int64_t stride, n;
-  // -128 times the sum of a query's codes, which cancels the panel's offset of 128. run_start [n][runs]: of each whole
-  // run, in two lanes of 16 bits that wrap around. start [n]: of the codes after the last whole run. Without runs
-  // (run_groups is 1) run_start is empty, and start is that of all codes.
+  // Initial values of the sums: -128 times the sum of a query's codes, which cancels the panel's offset of 128.
+  // run_start [n][runs] has them for each whole run, in two lanes of 16 bits that wrap around, and start [n] for the
+  // codes after the last whole run. Without runs (run_groups is 1) run_start is empty, and start is for all codes.
   const int32_t *start, *run_start;
   const float *scale, *norm, *cutoff;  // [n]
 };

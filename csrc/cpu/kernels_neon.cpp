@@ -1,6 +1,6 @@
-// The first pass of the search on aarch64, by products of four numbers (dotprod: sdot) and by products of small
-// matrices (i8mm: usmmla, usdot). All other kernels are those of the base level, which has all the instructions that
-// they use.
+// The first pass of the cosine search on aarch64 (gallery_codes.h), for two extensions: dotprod has dot products of
+// four int8 numbers (sdot), and i8mm also has products of small int8 matrices (usmmla, usdot). The base level compiles
+// all other kernels, because it has all the instructions that they use.
 #include "instruction_set.h"
 
 #ifdef SIMPLEXFIX_ARM

@@ -25,7 +25,7 @@ size_t RowIds::bytes() const {
 }
 
 int64_t RowIds::find(int64_t id) const {
-  if (counted_) return id >= 0 && id < size_ ? id : -1;
+  if (implicit_) return id >= 0 && id < size_ ? id : -1;
   if (ascend_) {
     const auto at = std::lower_bound(ids_.begin(), ids_.end(), id);
     return at != ids_.end() && *at == id ? at - ids_.begin() : -1;
@@ -52,11 +52,11 @@ void RowIds::check_new(const int64_t* ids, int64_t n, Interrupt& interrupt) cons
 // Stores the ids that were implicit, and reserves capacity for `more` new ones. Nothing else changes.
 void RowIds::store(int64_t more) {
   const auto wanted = size_t(size_ + more);
-  if (ids_.capacity() < wanted) ids_.reserve(counted_ ? wanted : std::max(wanted, ids_.capacity() / 2 * 3));
-  if (!counted_) return;
+  if (ids_.capacity() < wanted) ids_.reserve(implicit_ ? wanted : std::max(wanted, ids_.capacity() / 2 * 3));
+  if (!implicit_) return;
   ids_.resize(size_t(size_));
   std::iota(ids_.begin(), ids_.end(), int64_t(0));
-  counted_ = false;
+  implicit_ = false;
 }
 
 void RowIds::append(const int64_t* ids, int64_t n, Interrupt& interrupt) {
@@ -64,7 +64,7 @@ void RowIds::append(const int64_t* ids, int64_t n, Interrupt& interrupt) {
   if (!ids && next_ > kLargest - n) throw std::invalid_argument("no ids are left above " + std::to_string(next_ - 1));
   if (ids) check_new(ids, n, interrupt);
   const auto id = [&](int64_t i) { return ids ? ids[i] : next_ + i; };
-  bool count_on = counted_;
+  bool count_on = implicit_;
   for (int64_t i = 0; count_on && i < n; ++i) count_on = id(i) == size_ + i;
   if (!count_on) {
     store(n);

@@ -16,8 +16,8 @@ namespace simplexfix::cpu {
 class RowIds {
  public:
   int64_t size() const { return size_; }
-  const int64_t* data() const { return counted_ ? nullptr : ids_.data(); }  // nullptr: a row's id is its index
-  int64_t operator[](int64_t row) const { return counted_ ? row : ids_[size_t(row)]; }
+  const int64_t* data() const { return implicit_ ? nullptr : ids_.data(); }  // nullptr: a row's id is its index
+  int64_t operator[](int64_t row) const { return implicit_ ? row : ids_[size_t(row)]; }
   int64_t next() const { return next_; }
   void set_next(int64_t next) { next_ = next; }
   size_t bytes() const;
@@ -38,8 +38,9 @@ class RowIds {
   void check_new(const int64_t* ids, int64_t n, Interrupt& interrupt) const;
   void store(int64_t more);
 
-  int64_t size_ = 0, next_ = 0;  // next_: one above the highest id ever given
-  bool counted_ = true, ascend_ = true;
+  int64_t size_ = 0, next_ = 0;  // next_: one above the highest id ever stored
+  bool implicit_ = true;         // whether the ids are 0, 1, 2, ... and ids_ is empty
+  bool ascend_ = true;
   std::vector<int64_t> ids_;
   std::unordered_map<int64_t, int64_t> row_of_;  // in use unless the ids ascend
 };

@@ -50,7 +50,7 @@ CosineTopkPlan plan_cosine_topk(int64_t queries, int64_t n, int64_t d, int64_t k
   needs(TopkBuffer::kQueryErrorBound, queries, sizeof(float));
   needs(TopkBuffer::kRowNorm, n, sizeof(double));
   needs(TopkBuffer::kRowErrorBound, n, sizeof(float));
-  needs(TopkBuffer::kBroken, 1, sizeof(unsigned long long));
+  needs(TopkBuffer::kNonFiniteRows, 1, sizeof(unsigned long long));
   needs(TopkBuffer::kList, plan.chunk * plan.capacity, sizeof(Candidate));
   if (!plan.first_pass) return plan;
   needs(TopkBuffer::kQueryCode, queries * plan.pitch, sizeof(__nv_bfloat16));
@@ -64,7 +64,7 @@ CosineTopkPlan plan_cosine_topk(int64_t queries, int64_t n, int64_t d, int64_t k
 const char* cosine_topk(const CosineTopkArgs& args) {
   if (args.queries == 0) return nullptr;
   const CosineTopkPlan& plan = args.plan;
-  auto* broken = buffer<unsigned long long>(args, TopkBuffer::kBroken);
+  auto* non_finite_rows = buffer<unsigned long long>(args, TopkBuffer::kNonFiniteRows);
   auto* query_unit = buffer<float>(args, TopkBuffer::kQueryUnit);
   auto* query_norm = buffer<double>(args, TopkBuffer::kQueryNorm);
   auto* query_error_bound = buffer<float>(args, TopkBuffer::kQueryErrorBound);
@@ -78,10 +78,10 @@ const char* cosine_topk(const CosineTopkArgs& args) {
   };
   const char* error =
       prepare(prepare_rows<true>, {args.query, args.query_stride, args.queries, args.d, plan.pitch, depth, query_code,
-                                   query_norm, query_error_bound, query_unit, broken});
+                                   query_norm, query_error_bound, query_unit, non_finite_rows});
   if (!error && args.n > 0)
     error = prepare(prepare_rows<false>, {args.gallery, args.gallery_stride, args.n, args.d, plan.pitch, depth,
-                                          row_code, row_norm, row_error_bound, nullptr, broken});
+                                          row_code, row_norm, row_error_bound, nullptr, non_finite_rows});
   for (int64_t first = 0; !error && first < args.queries; first += plan.chunk) {
     const int64_t queries = args.queries - first < plan.chunk ? args.queries - first : plan.chunk;
     auto* found = buffer<unsigned long long>(args, TopkBuffer::kFound);
@@ -110,11 +110,11 @@ const char* cosine_topk(const CosineTopkArgs& args) {
       if (!error) error = launch_kernel(sweep_tiles<true>, blocks, kTileThreads, 0, args.stream, tiles);
     }
     if (!error)
-      error =
-          launch_kernel(finish_topk<kSelectThreads>, blocks_for(queries, 1), kSelectThreads, 0, args.stream,
-                        FinishParams{query_unit + first * args.d, query_norm + first, args.gallery, args.gallery_stride,
-                                     row_norm, broken, plan.first_pass ? found : nullptr, list, plan.capacity, queries,
-                                     args.n, args.d, args.k, args.scores + first * args.k, args.ids + first * args.k});
+      error = launch_kernel(
+          finish_topk<kSelectThreads>, blocks_for(queries, 1), kSelectThreads, 0, args.stream,
+          FinishParams{query_unit + first * args.d, query_norm + first, args.gallery, args.gallery_stride, row_norm,
+                       non_finite_rows, plan.first_pass ? found : nullptr, list, plan.capacity, queries, args.n, args.d,
+                       args.k, args.scores + first * args.k, args.ids + first * args.k});
   }
   return error;
 }

@@ -1,5 +1,5 @@
-// The CUDA launchers as the operators see them, without CUDA or torch headers. Each launches on the given stream of the
-// current device, and returns nullptr or an error message.
+// The CUDA launchers that the operators call, declared without CUDA or torch headers. Each launches on the given stream
+// of the current device, and returns nullptr or an error message.
 #pragma once
 #include <cstdint>
 
@@ -11,7 +11,7 @@ namespace simplexfix::cuda {
 
 enum class DType : int { kFloat, kDouble, kHalf, kBFloat16 };
 
-// A is double if dtype is kDouble, else float.
+// In all comments below, "of A" and "of dtype" are types of elements: A is double if dtype is kDouble, else float.
 struct CrossEntropyArgs {
   const void* z;  // [rows, d] of dtype, rows z_stride elements apart
   int64_t z_stride;
@@ -20,11 +20,12 @@ struct CrossEntropyArgs {
   void* row_loss;         // [rows] of A; loss itself with Reduction::kNone
   void* loss;             // of A: [rows], or one number
   void* gradient;         // [rows, d] of dtype, contiguous, or nullptr
-  void* divisor;          // of A: receives the divisor of a mean, and the gradient is that of the sum; or nullptr
-  double* workspace;      // cross_entropy_workspace() numbers; [0] becomes the divisor of a mean
+  // of A, or nullptr. If it is given, the kernel writes the divisor of a mean to it, and does not divide the gradient.
+  void* divisor;
+  double* workspace;  // cross_entropy_workspace() numbers; [0] becomes the divisor of a mean
   int64_t rows, d, slots;
   int64_t ignore_index;
-  CrossEntropyOptions<double> options;  // weight_sum is that without weights: slots
+  CrossEntropyOptions<double> options;  // its weight_sum is `slots`; the kernels sum the weights themselves
   Reduction reduction;
   DType dtype;
   void* stream;
@@ -35,7 +36,7 @@ const char* orthoplex_cross_entropy(const CrossEntropyArgs&);
 // codes: [slots, ceil(d / 64)] sign bits, or nullptr if a target is its own code.
 const char* cube_cross_entropy(const CrossEntropyArgs&, const int64_t* codes);
 
-// From loss_sums.cu, launched before and after the rows of any polytope.
+// Defined in loss_sums.cu; each cross-entropy launches the first before and the second after its kernel for the rows.
 const char* launch_target_sums(const CrossEntropyArgs&);
 const char* launch_reduce_loss(const CrossEntropyArgs&);
 
@@ -43,7 +44,7 @@ struct ScaleArgs {
   const void* in;      // [rows, cols] of dtype, contiguous
   const void* factor;  // of A: one, or one per row (factor_stride 0 or 1)
   int64_t factor_stride;
-  const void* divisor;  // of A: of all factors, or nullptr
+  const void* divisor;  // of A: one divisor of all factors, or nullptr
   void* out;            // [rows, cols]
   int64_t rows, cols;
   DType dtype;
@@ -115,7 +116,7 @@ enum class TopkBuffer : int {
   kRowNorm,
   kRowErrorBound,
   kRowCode,
-  kBroken,
+  kNonFiniteRows,
   kBest,
   kCutoff,
   kFound,

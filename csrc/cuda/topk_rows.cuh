@@ -23,13 +23,13 @@ __device__ __forceinline__ double total_of_partials(double v) {
 struct RowsParams {
   const float* rows;  // [n, d], stride elements apart
   int64_t stride, n, d;
-  int64_t pitch;               // row length of the codes, a multiple of 8
-  int64_t depth;               // number of products per dot product of codes
-  __nv_bfloat16* code;         // [n, pitch], zeros from d on; or nullptr
-  double* norm;                // [n], nan if a number of the row is nan or inf
-  float* error_bound;          // [n]
-  float* unit;                 // [n, d] normalised: queries only
-  unsigned long long* broken;  // number of gallery rows with nan or inf; the launch for queries sets it to 0
+  int64_t pitch;                        // row length of the codes, a multiple of 8
+  int64_t depth;                        // number of products per dot product of codes
+  __nv_bfloat16* code;                  // [n, pitch], zeros from d on; or nullptr
+  double* norm;                         // [n], nan if a number of the row is nan or inf
+  float* error_bound;                   // [n]
+  float* unit;                          // [n, d] normalised: queries only
+  unsigned long long* non_finite_rows;  // number of gallery rows with nan or inf; the launch for queries sets it to 0
 };
 
 template <bool kQueries>
@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kRowThreads, 4) prepare_rows(const RowsParams 
   const int lane = int(threadIdx.x) % kPartials;
   const int64_t warp = (int64_t(blockIdx.x) * kRowThreads + int(threadIdx.x)) / 32;
   const int64_t step = int64_t(gridDim.x) * kRowThreads / kPartials;
-  if (kQueries && blockIdx.x == 0 && threadIdx.x == 0) *p.broken = 0;  // the gallery's launch follows this one
+  if (kQueries && blockIdx.x == 0 && threadIdx.x == 0) *p.non_finite_rows = 0;  // the gallery's launch follows this one
   const int64_t columns = p.code ? p.pitch : kQueries ? p.d : 0;
   for (int64_t first = warp * kRows; first < p.n; first += step) {  // whole warps, for the shuffles
     const int64_t own = first + int(threadIdx.x) % 32 / kPartials;
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kRowThreads, 4) prepare_rows(const RowsParams 
     p.norm[row] = norm;
     p.error_bound[row] = kQueries ? query_error_bound(residual, p.depth) : gallery_error_bound(residual);
     if constexpr (!kQueries)
-      if (!finite) atomicAdd(p.broken, 1ull);
+      if (!finite) atomicAdd(p.non_finite_rows, 1ull);
   }
 }
 

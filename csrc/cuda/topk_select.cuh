@@ -96,10 +96,10 @@ struct FinishParams {
   const float* gallery;  // [n, d], gallery_stride elements apart
   int64_t gallery_stride;
   const double* gallery_norm;
-  const unsigned long long* broken;  // number of gallery rows with nan or inf
-  const unsigned long long* found;   // rows that passed the first pass; nullptr without one
-  Candidate* list;                   // [queries, capacity]
-  int64_t capacity;                  // a power of two, above min(k, n)
+  const unsigned long long* non_finite_rows;  // number of gallery rows with nan or inf
+  const unsigned long long* found;            // rows that passed the first pass; nullptr without one
+  Candidate* list;                            // [queries, capacity]
+  int64_t capacity;                           // a power of two, above min(k, n)
   int64_t queries, n, d, k;
   float* scores;  // [queries, k]
   int64_t* ids;
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kThreads, 3) finish_topk(const FinishParams p)
   for (int64_t query = blockIdx.x; query < p.queries; query += gridDim.x) {
     const float* q = p.query_unit + query * p.d;
     Candidate* list = p.list + query * p.capacity;
-    const bool refused = *p.broken > 0 || std::isnan(p.query_norm[query]);
+    const bool refused = *p.non_finite_rows > 0 || std::isnan(p.query_norm[query]);
     const bool listed = p.found && int64_t(p.found[query]) <= p.capacity;
     const int64_t total = refused ? 0 : listed ? int64_t(p.found[query]) : p.n;
     int64_t best_count = 0;

@@ -18,7 +18,7 @@ namespace simplexfix {
 
 // Gradients of at least this size use non-temporal stores. Through the caches they would evict all other data before
 // anything reads them.
-constexpr int64_t kStreamBytes = int64_t(8) << 20;
+constexpr int64_t kNonTemporalBytes = int64_t(8) << 20;
 
 // Arguments common to the operators of all polytopes, as torch passes them.
 struct CrossEntropyArguments {
@@ -176,7 +176,7 @@ struct OnCpu {
           .gradient = call.wants_gradient ? mutable_data<T>(call.gradient) : nullptr,
           .d = call.d,
           .ignore_index = call.ignore_index,
-          .streams = call.rows * call.d * int64_t(sizeof(T)) >= kStreamBytes,
+          .non_temporal = call.rows * call.d * int64_t(sizeof(T)) >= kNonTemporalBytes,
           .upstream = A(call.reduction == Reduction::kMean && !call.divides_later ? 1.0 / counted : 1.0),
           .options = call.options<A>(A(weight_sum))};
       for_rows(call.rows, call.d, [&](int64_t begin, int64_t end) { polytope.rows(args, begin, end); });

@@ -1,4 +1,4 @@
-"""Spherical interpolation of a query by the old encoder and its adapted counterpart by the new one."""
+"""Spherical interpolation between embeddings of a query by the old encoder and by the adapted new one."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ _SMALLEST_SINE = 1e-4  # below it rows are nearly parallel, and the straight lin
 
 
 def slerp(old: Tensor, new: Tensor, alpha: float) -> Tensor:
-    """Points on the arcs between unit rows.
+    """Returns points on the arcs between unit rows.
 
         cos t = old . new
         out = sin((1 - alpha) t) / sin t * old + sin(alpha t) / sin t * new
 
-    `alpha` = 0 gives `old` to the bit, 1 gives `new`.  Opposite rows have no arc: the line is taken.
+    With `alpha` = 0 it returns `old`, with 1 `new`.  Opposite rows have no unique arc: a point on the line between them
+    is normalised.
 
     Args:
         old, new: [B, d] unit rows.
@@ -31,8 +32,8 @@ def slerp(old: Tensor, new: Tensor, alpha: float) -> Tensor:
     cosine = (old * new).sum(-1, keepdim=True).clamp(-1, 1)
     angle = torch.acos(cosine)
     sine = torch.sin(angle)
-    flat = sine < _SMALLEST_SINE
-    sine = torch.where(flat, 1, sine)
-    before = torch.where(flat, 1 - alpha, torch.sin((1 - alpha) * angle) / sine)
-    after = torch.where(flat, alpha, torch.sin(alpha * angle) / sine)
-    return normalize(before * old + after * new, dim=-1)
+    parallel = sine < _SMALLEST_SINE
+    sine = torch.where(parallel, 1, sine)
+    old_weight = torch.where(parallel, 1 - alpha, torch.sin((1 - alpha) * angle) / sine)
+    new_weight = torch.where(parallel, alpha, torch.sin(alpha * angle) / sine)
+    return normalize(old_weight * old + new_weight * new, dim=-1)

@@ -1,4 +1,4 @@
-"""Gradient steps on drawn batches of paired features, for the methods without a closed form."""
+"""Training with random batches of paired features, for the methods without a closed form."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ._moments import Moments
 __all__ = ["descend", "draw", "row_reader"]
 
 _ROWS = 4096
-KEPT_BYTES = 2**27  # limit of the rows of a version, and of the mapped ones, that `row_reader` stores
+CACHE_BYTES = 2**27  # `row_reader` caches the rows of a version, and the mapped ones, up to this size
 
 
 def descend(parameters: Sequence[Tensor], loss: Callable[[], Tensor], *, steps: int, learning_rate: float) -> None:
-    """Adam with a cosine schedule down to 0, in place on leaf tensors that need gradients."""
+    """Minimises a loss by Adam with a cosine schedule down to 0; changes the leaf tensors `parameters` in place."""
     optimizer = torch.optim.Adam(parameters, lr=learning_rate, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
     with torch.enable_grad():
@@ -29,30 +29,30 @@ def descend(parameters: Sequence[Tensor], loss: Callable[[], Tensor], *, steps: 
 
 
 def draw(begin: int, end: int, batch: int, generator: torch.Generator) -> Tensor:
-    """[batch] row numbers out of [begin, end), with repetition."""
+    """Returns [batch] row numbers, drawn from [begin, end) with repetition."""
     return torch.randint(begin, end, (batch,), generator=generator)
 
 
 def row_reader(
-    moments: Moments, version: int, made: Callable[[Tensor], Tensor] | None = None
+    moments: Moments, version: int, mapping: Callable[[Tensor], Tensor] | None = None
 ) -> Callable[[Tensor], Tensor]:
-    """A function of [B] row numbers that returns the unit float32 rows of a version, mapped by `made` if it is given.
+    """Returns a function from [B] row numbers to the unit float32 rows of a version, or to `mapping` of them.
 
-    Training draws the same rows many times.  They are computed once, for all methods, if all fit into `KEPT_BYTES`.
+    Training draws the same rows many times.  They are computed once, for all methods, if all fit into `CACHE_BYTES`.
     """
     features = moments.features
     numbers = torch.arange(len(features))
-    kept = None
-    if 4 * len(features) * features.width(version) <= KEPT_BYTES:
-        kept = moments.once(("rows", version), lambda: features.gather(version, numbers))
+    cached = None
+    if 4 * len(features) * features.width(version) <= CACHE_BYTES:
+        cached = moments.once(("rows", version), lambda: features.gather(version, numbers))
 
     def read(at: Tensor) -> Tensor:
-        return features.gather(version, at) if kept is None else kept[at.to(kept.device)]
+        return features.gather(version, at) if cached is None else cached[at.to(cached.device)]
 
-    if made is None:
+    if mapping is None:
         return read
-    first = made(read(numbers[:1]))
-    if 4 * len(features) * first.shape[1] > KEPT_BYTES:
-        return lambda at: made(read(at))
-    mapped = torch.cat([made(read(at)) for at in torch.split(numbers, _ROWS)])
+    first = mapping(read(numbers[:1]))
+    if 4 * len(features) * first.shape[1] > CACHE_BYTES:
+        return lambda at: mapping(read(at))
+    mapped = torch.cat([mapping(read(at)) for at in torch.split(numbers, _ROWS)])
     return lambda at: mapped[at.to(mapped.device)]

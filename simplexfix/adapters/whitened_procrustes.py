@@ -18,22 +18,24 @@ __all__ = ["WhitenedProcrustes", "whitening_map"]
 
 @dataclass(frozen=True)
 class WhitenedProcrustes(AdapterMethod):
-    """Both encoders' features are whitened, and an orthogonal map leads from the new ones to the old; stored vectors
-    are mapped.
+    """Whitens the features of both encoders and maps the new ones to the old ones orthogonally.
+
+    The gallery is mapped too: its vectors are whitened.
 
         S = (1 - g) S_w + g trace(S_w) / f I      S_w: covariance within classes; without labels, of all rows
-        a(x) = n((n(x) - mean) S^{-1/2})           of each encoder, with its own mean and S
+                                                  f: width of the features
+        a(x) = n((n(x) - mean) S^{-1/2})          one map per encoder, with its mean and S; n(v) = v / |v|
         Q = U V^T of the SVD of a(X_new)^T a(X_old)
         adapter(x) = n(a_new(x) Q),  adapter.gallery(y) = a_old(y)
 
-    Where the new encoder is not wider than the old one, adapted vectors search each other as whitened ones do.
+    If the new encoder is not wider than the old one, Q keeps the cosines between whitened new vectors.
 
     Args:
         g: shrinkage, in [0, 1]: 1 does not whiten.
 
     Reference:
-        Whitening of classes: Fukunaga, "Introduction to Statistical Pattern Recognition", 1990, chapter 10; shrinkage:
-        Ledoit and Wolf, 2004.
+        Whitening by the covariance within classes: Fukunaga, "Introduction to Statistical Pattern Recognition", 1990,
+        chapter 10; shrinkage: Ledoit and Wolf, 2004.
 
     Example:
         >>> import torch
@@ -64,6 +66,6 @@ class WhitenedProcrustes(AdapterMethod):
 
 
 def whitening_map(moments: Moments, version: int, g: float) -> AffineMap:
-    """In float64."""
+    """Returns a(x) before its normalisation, of one encoder, in float64."""
     whitening = moments.whitening(version, g)
     return AffineMap(whitening, -moments.mean(version) @ whitening)

@@ -61,7 +61,7 @@ def _adapt(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--labels",
         type=Path,
-        help=".npy file of [N] integers or names, or text, a line per item: their classes",
+        help="classes of the items: .npy file of [N] integers or names, or text file with a line per item",
     )
     parser.add_argument(
         "--sample",
@@ -77,7 +77,7 @@ def _adapt(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="folder or .json identity of the encoder in service: its gallery then admits the adapter",
     )
-    parser.add_argument("--new-model", type=Path, metavar="MODEL", help="the same of the new encoder")
+    parser.add_argument("--new-model", type=Path, metavar="MODEL", help="folder or .json identity of the new encoder")
     parser.add_argument(
         "--version",
         dest="number",
@@ -108,7 +108,7 @@ def _adapt(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--folds", type=int, default=1, help="1 to 3 thirds that are held out in turn (default: 1)")
     parser.add_argument("--confidence", type=float, default=0.95, metavar="C", help="of intervals (default: 0.95)")
-    parser.add_argument("--seed", type=_seed, default=0, help="of the split and the bootstrap (default: 0)")
+    parser.add_argument("--seed", type=_seed, default=0, help="seed of the split and the bootstrap (default: 0)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -125,8 +125,8 @@ def _embed(parser: argparse.ArgumentParser) -> None:
         "output",
         type=Path,
         metavar="OUT",
-        help=".npy file of [N, d] unit float32 rows; or .npz file of them as vectors, with the ids of IN or the paths "
-        "of images",
+        help=".npy file for [N, d] unit float32 rows; or .npz file for the same rows as vectors, with the ids of IN or "
+        "the paths of its images",
     )
     parser.add_argument(
         "--gallery",
@@ -140,9 +140,9 @@ def _embed(parser: argparse.ArgumentParser) -> None:
 
 def _demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for report and pictures (default: demo)")
-    parser.add_argument("--seed", type=_seed, default=0, help="of data order, weights and batches (default: 0)")
+    parser.add_argument("--seed", type=_seed, default=0, help="seed of data order, weights and batches (default: 0)")
     parser.add_argument("--json", action="store_true", help="print the report as JSON and nothing else")
-    parser.add_argument("--quick", action="store_true", help="a small part of the training, under 30 s")
+    parser.add_argument("--quick", action="store_true", help="train only a little, in less than 30 s")
 
 
 def _doctor(parser: argparse.ArgumentParser) -> None:
@@ -159,12 +159,19 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("report"), help="folder of the report (default: report)")
     _add_comparison(parser)
-    parser.add_argument("--confidence", type=float, default=0.95, metavar="C", help="of intervals (default: 0.95)")
-    parser.add_argument("--seed", type=_seed, default=0, help="of the bootstrap (default: 0)")
     parser.add_argument(
-        "--images", type=Path, metavar="FILE", help="text, a line per query: its image, to show the worst regressions"
+        "--confidence", type=float, default=0.95, metavar="C", help="confidence of intervals (default: 0.95)"
     )
-    parser.add_argument("--gallery-images", type=Path, metavar="FILE", help="the same of the gallery")
+    parser.add_argument("--seed", type=_seed, default=0, help="seed of the bootstrap (default: 0)")
+    parser.add_argument(
+        "--images",
+        type=Path,
+        metavar="FILE",
+        help="text file with the path of each query's image, one per line, to show the worst regressions",
+    )
+    parser.add_argument(
+        "--gallery-images", type=Path, metavar="FILE", help="text file with the path of each gallery item's image"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object, that of report.json")
 
 
@@ -185,7 +192,7 @@ def _gallery(parser: argparse.ArgumentParser) -> None:
 
     create = action("create", "Makes an empty gallery, which a model serves.")
     create.add_argument("--model", type=Path, required=True, help=model)
-    create.add_argument("--threshold", type=float, metavar="T", help="least score of a match (default: none)")
+    create.add_argument("--threshold", type=float, metavar="T", help="lowest score of a match (default: none)")
     create.add_argument("--count-traffic", action="store_true", help="count searches, for backfill --order traffic")
     add = action("add", "Adds vectors, or images.")
     add.add_argument(
@@ -199,8 +206,10 @@ def _gallery(parser: argparse.ArgumentParser) -> None:
     search.add_argument("-k", type=int, default=10, help="hits for each query (default: 10)")
     search.add_argument("--where", metavar="JSON", help='payload keys and their values, as {"shop": [1, 2]}')
     search.add_argument("--out", type=Path, metavar="FILE", help=".npz file for ids, scores, versions and thresholds")
-    status = action("status", "Says which model serves, and how many rows are of each version.")
-    status.add_argument("--history", action="store_true", help="every admission, backfill, rollback and retirement")
+    status = action("status", "Prints which model serves, and how many rows each version has.")
+    status.add_argument(
+        "--history", action="store_true", help="also print every admission, backfill, rollback and retirement"
+    )
     admit = action("admit", "Admits a compatible model, which serves from now on.")
     admit.add_argument("--model", type=Path, required=True, help=model)
     admit.add_argument("--gate", type=Path, metavar="FILE", help="result of `simplexfix gate --old-model --new-model`")
@@ -211,7 +220,8 @@ def _gallery(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="QUERIES:VECTORS=T",
-        help="of queries of one version on vectors of another, as 1:0=0.35 or 0:1=none; may be repeated",
+        help="lowest score of a match between queries of one version and vectors of another, as 1:0=0.35 or 0:1=none; "
+        "may be repeated",
     )
     backfill = action("backfill", "Replaces old vectors by those of the model that serves; any number may run at once.")
     backfill.add_argument("--order", choices=("random", "traffic"), default="random", help="(default: random)")
@@ -232,9 +242,9 @@ def _gallery(parser: argparse.ArgumentParser) -> None:
         part.add_argument("--model", type=Path, required=True, help=f"model of the vectors: {model}")
     for part, rows in ((add, "images"), (backfill, "rows")):
         part.add_argument("--batch", type=_positive, default=256, metavar="N", help=f"{rows} at a time (default: 256)")
-    action("rollback", "Makes the model before serve again, with its vectors.")
-    retire = action("retire", "Deletes the kept vectors of a version for good.")
-    retire.add_argument("version", type=int, metavar="VERSION", help="its number")
+    action("rollback", "Makes the previous model serve again, with its vectors.")
+    retire = action("retire", "Deletes the replaced vectors of a version for good.")
+    retire.add_argument("version", type=int, metavar="VERSION", help="number of the version")
     action("pause", "Ends every backfill after its batch.")
     action("resume", "Lets backfills run again.")
 
@@ -264,9 +274,11 @@ def _gate(parser: argparse.ArgumentParser) -> None:
         "--old-model",
         type=Path,
         metavar="MODEL",
-        help="its folder or identity: `gallery admit` needs both",
+        help="folder or .json identity of the model in service; `gallery admit` needs this and --new-model",
     )
-    parser.add_argument("--new-model", type=Path, metavar="MODEL", help="the same of the model that is to replace it")
+    parser.add_argument(
+        "--new-model", type=Path, metavar="MODEL", help="folder or .json identity of the model that is to replace it"
+    )
     parser.add_argument(
         "--agreement",
         type=_positive,
@@ -283,7 +295,7 @@ def _gate(parser: argparse.ArgumentParser) -> None:
         help="adapter of `simplexfix adapt`, which maps the new queries as in service",
     )
     parser.add_argument(
-        "--unconstrained", type=Path, help="features by a model trained without compatibility: for the tax"
+        "--unconstrained", type=Path, help="features by a model trained without compatibility, for --max-tax"
     )
     parser.add_argument(
         "--rules",
@@ -291,30 +303,46 @@ def _gate(parser: argparse.ArgumentParser) -> None:
         help='.json or .toml: {"rules": [{"kind": "ecc" | "max_nfr" | "max_tax" | "min_recall", "limit": ..., '
         '"confidence": ..., "gallery": "old" | "new", "group": ...}, ...]}',
     )
-    parser.add_argument("--ecc", action="store_true", help="the default rule, beside those of other flags")
-    parser.add_argument("--max-nfr", type=float, metavar="FRACTION", help="largest fraction of queries that may break")
-    parser.add_argument("--max-tax", type=float, metavar="FRACTION", help="most that compatibility may cost")
-    parser.add_argument("--min-recall", type=float, metavar="FRACTION", help="least fraction right on the old gallery")
+    parser.add_argument(
+        "--ecc", action="store_true", help="apply the default rule too, if other flags or --rules give rules"
+    )
+    parser.add_argument(
+        "--max-nfr", type=float, metavar="FRACTION", help="largest fraction of queries that may become wrong"
+    )
+    parser.add_argument(
+        "--max-tax",
+        type=float,
+        metavar="FRACTION",
+        help="largest score that compatibility may cost, against --unconstrained",
+    )
+    parser.add_argument(
+        "--min-recall",
+        type=float,
+        metavar="FRACTION",
+        help="lowest score that the new queries may have on the old gallery",
+    )
     parser.add_argument(
         "--confidence",
         type=float,
         metavar="C",
-        help="of rules from flags; else 0.95 for ECC, none for others",
+        help="confidence of rules from flags (default: 0.95 for ECC, none for others)",
     )
     _add_comparison(parser)
-    parser.add_argument("--seed", type=_seed, default=0, help="of the bootstrap (default: 0)")
+    parser.add_argument("--seed", type=_seed, default=0, help="seed of the bootstrap (default: 0)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--out", type=Path, help="write the JSON object to this file, too")
 
 
 def _runs(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, help="of runs of `simplexfix train`")
+    parser.add_argument("folder", type=Path, help="folder that holds runs of `simplexfix train`")
     parser.add_argument("--json", action="store_true", help="print a JSON list")
 
 
 def _train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help=f"a .yaml or .json file, or one of: {', '.join(PRESET_NAMES)}")
-    parser.add_argument("changes", nargs="*", metavar="KEY.SUB=VALUE", help="in place of what the configuration says")
+    parser.add_argument(
+        "changes", nargs="*", metavar="KEY.SUB=VALUE", help="values that replace those of the configuration"
+    )
     parser.add_argument("--out", type=Path, help="folder of the run (default: runs/NAME)")
     parser.add_argument(
         "--print-config", action="store_true", help="print the resolved configuration as JSON, train nothing"
@@ -348,7 +376,7 @@ def _add_comparison(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="LABEL",
-        help="label of junk, whose items and queries are left out; may be repeated",
+        help="label whose items and queries are left out, such as that of junk images; may be repeated",
     )
 
 
@@ -365,7 +393,7 @@ def _seed(text: str) -> int:
 VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "adapt": ("Fits an adapter from a new encoder to an old one's gallery: exit code 1 if none is worth it.", _adapt),
     "demo": ("Trains four versions on handwriting, replaces the model and searches the old galleries.", _demo),
-    "doctor": ("Says what is installed, which kernels run on this machine, and why others do not.", _doctor),
+    "doctor": ("Prints what is installed, which kernels run on this machine, and why others do not.", _doctor),
     "embed": ("Applies a model to features or images, or an adapter to features.", _embed),
     "evaluate": ("Judges model versions by their features and labels alone, and writes a report.", _evaluate),
     "gallery": ("Keeps a gallery through upgrades of its model: create, search, admit, backfill, roll back.", _gallery),

@@ -18,7 +18,7 @@ from .._files import read_text
 from ..data import find_images
 from ..data.image_files import SUFFIXES
 from ..gallery import Gallery
-from ..gallery._input import read_new_ids
+from ..gallery._input import read_unique_ids
 from ..labelled import FeatureRows, load_vectors
 from ._embedder import Embedder
 
@@ -157,7 +157,7 @@ def image_items(gallery: Gallery, folder: Path, table: Path | None) -> tuple[lis
             items.append(ImageItem(first + len(items) if id_ is None else id_, row))
         elif id_ not in (None, there[row[PATH]]):
             raise ValueError(f"{row[PATH]} has id {id_} in {table} and {there[row[PATH]]} in the gallery")
-    taken = np.intersect1d(stored, read_new_ids(f"ids of {table}", [item.id for item in items]))
+    taken = np.intersect1d(stored, read_unique_ids(f"ids of {table}", [item.id for item in items]))
     if len(taken):
         raise ValueError(f"id {taken[0]} of {table} is another row of the gallery")
     return items, len(rows) - len(items)

@@ -57,22 +57,22 @@ def train_side_by_side(
             ready: list[Any] = wait(list(running))
             for receiver in ready:
                 try:
-                    name, found = receiver.recv()
+                    name, message = receiver.recv()
                 except EOFError:
                     process = running.pop(receiver)
                     process.join()
                     if process.exitcode:
                         raise ChildProcessError(
-                            f"a process that trained was ended, with exit code {process.exitcode}; where memory was "
-                            "short, close other programs and call again"
+                            f"a process that trained was ended, with exit code {process.exitcode}; if the machine was "
+                            "out of memory, close other programs and try again"
                         ) from None
                     continue
-                if isinstance(found, Progress):
-                    on_step(name, found)
-                elif isinstance(found, Exception):
-                    raise found
+                if isinstance(message, Progress):
+                    on_step(name, message)
+                elif isinstance(message, Exception):
+                    raise message
                 else:
-                    reports[name] = found
+                    reports[name] = message
     finally:
         for process in processes.values():
             process.terminate()
@@ -84,8 +84,8 @@ def _train(sender: Connection, chain: Chain, folder: Path) -> None:
     torch.set_num_threads(1)
     name = ""
 
-    def send(found: Progress | dict[str, Any] | Exception) -> None:
-        sender.send((name, found))
+    def send(message: Progress | dict[str, Any] | Exception) -> None:
+        sender.send((name, message))
 
     try:
         for name, config in chain.items():

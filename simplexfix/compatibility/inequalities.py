@@ -15,7 +15,7 @@ __all__ = ["Violations", "inequality_violations"]
 
 # A tile of 256 x 4096 float32 differences is 4 MB and stays in the last-level cache between passes.
 TILE_ROWS, TILE_COLUMNS = 256, 4096
-SAMPLE = 5_000, 20_000  # queries and gallery items in a report: fractions within about 0.01, in seconds
+SAMPLE = 5_000, 20_000  # queries and gallery items that a report compares, for fractions within about 0.01
 
 
 @dataclass(frozen=True)
@@ -98,13 +98,13 @@ def inequality_violations(old: VersionFeatures, new: VersionFeatures) -> Violati
 
     same_pairs = _same_class_pairs(*labels)
     other_pairs = len(labels[0]) * len(labels[1]) - same_pairs
-    itself = np.flatnonzero(items.excluded >= 0)
-    if len(itself):
-        self_pairs = np.stack([itself, items.excluded[itself]])
-        alike = labels[0][self_pairs[0]] == labels[1][self_pairs[1]]
-        same_pairs -= int(alike.sum())
-        other_pairs -= int((~alike).sum())
-        counts -= _violations_of_pairs(new.query, old.query, gallery, self_pairs, alike)
+    in_gallery = np.flatnonzero(items.excluded >= 0)  # queries that are gallery items
+    if len(in_gallery):
+        self_pairs = np.stack([in_gallery, items.excluded[in_gallery]])
+        same_class = labels[0][self_pairs[0]] == labels[1][self_pairs[1]]
+        same_pairs -= int(same_class.sum())
+        other_pairs -= int((~same_class).sum())
+        counts -= _violations_of_pairs(new.query, old.query, gallery, self_pairs, same_class)
     for rows in (new.query, old.query, gallery):
         rows.release()
     return Violations(same_pairs, int(counts[0]), other_pairs, int(counts[1]))
@@ -114,14 +114,14 @@ def sampled_violations(old: VersionFeatures, new: VersionFeatures) -> Violations
     """`inequality_violations` of a fixed random sample of `SAMPLE` queries and gallery items."""
     generator = np.random.default_rng(0)
     drawn = [
-        np.sort(generator.choice(count, most, replace=False)) if count > most else None
-        for count, most in zip((len(old.query), len(old.gallery)), SAMPLE, strict=True)
+        np.sort(generator.choice(count, limit, replace=False)) if count > limit else None
+        for count, limit in zip((len(old.query), len(old.gallery)), SAMPLE, strict=True)
     ]
     return inequality_violations(old.take(*drawn), new.take(*drawn))
 
 
-def _tie(d: int) -> float:
-    """Error bound of the difference in float64: both unit rows, their difference and the product."""
+def _tie_tolerance(d: int) -> float:
+    """Returns the error bound of s_new - s_old in float64: of both unit rows, their difference and the product."""
     return 4 * (d + 4) * 2.0**-53
 
 
@@ -131,12 +131,12 @@ def _violations(
     move_classes: NDArray[np.int64],
     target_classes: NDArray[np.int64],
 ) -> NDArray[np.int64]:
-    """Counts [2] of same-class pairs with a negative product and of other-class pairs with a positive product.
+    """Counts [2] the same-class pairs with a negative product and the other-class pairs with a positive product.
 
-    Rows are sorted by class.
+    `moves` are differences between new and old queries, and `targets` gallery rows.  Both are sorted by class.
     """
     d = moves.shape[1]
-    tie = _tie(d)
+    tie = _tie_tolerance(d)
     length = np.sqrt(np.einsum("ij,ij->i", moves, moves))
     moved = length > tie  # an unchanged query has only ties
     if not moved.all():
@@ -160,9 +160,9 @@ def _violations(
                 exact = _exact_products(moves[rows], targets[columns], *undecided)
                 nearer[undecided], farther[undecided] = exact > tie, exact < -tie
                 near = np.count_nonzero(nearer)
-            alike = _rectangles(move_classes[rows], target_classes[columns])
-            counts[0] += sum(np.count_nonzero(farther[box]) for box in alike)
-            counts[1] += near - sum(np.count_nonzero(nearer[box]) for box in alike)
+            same_class = _rectangles(move_classes[rows], target_classes[columns])
+            counts[0] += sum(np.count_nonzero(farther[rectangle]) for rectangle in same_class)
+            counts[1] += near - sum(np.count_nonzero(nearer[rectangle]) for rectangle in same_class)
     return counts
 
 
@@ -198,14 +198,15 @@ def _same_class_pairs(query_labels: NDArray[np.int64], gallery_labels: NDArray[n
 
 
 def _violations_of_pairs(
-    new: FeatureRows, old: FeatureRows, gallery: FeatureRows, pairs: NDArray[np.int64], alike: NDArray[np.bool_]
+    new: FeatureRows, old: FeatureRows, gallery: FeatureRows, pairs: NDArray[np.int64], same_class: NDArray[np.bool_]
 ) -> NDArray[np.int64]:
-    """Counts [2] as in `_violations`, for a list of pairs."""
-    tie = _tie(new.width)
+    """Counts [2] violations as `_violations` does, for a list of pairs."""
+    tie = _tie_tolerance(new.width)
     counts = np.zeros(2, dtype=np.int64)
     for part in row_slices(pairs.shape[1], new.width):
         i, j = pairs[:, part]
         moves = new.unit(i) - old.unit(i)
         exact = np.einsum("ij,ij->i", moves, gallery.unit(j))
-        counts += [np.count_nonzero(alike[part] & (exact < -tie)), np.count_nonzero(~alike[part] & (exact > tie))]
+        same = same_class[part]
+        counts += [np.count_nonzero(same & (exact < -tie)), np.count_nonzero(~same & (exact > tie))]
     return counts

@@ -78,22 +78,23 @@ def import_pillow() -> tuple[Any, Any]:
 
 def read_rgb(file: ImageSource, size: int) -> NDArray[np.uint8]:
     """Reads an image as RGB: [3, size, size]; an alpha channel is dropped."""
-    return np.ascontiguousarray(_fitted(file, size, lambda image: image.convert("RGB")).transpose(2, 0, 1))
+    return np.ascontiguousarray(_resized(file, size, lambda image: image.convert("RGB")).transpose(2, 0, 1))
 
 
 def _read_ink(file: ImageSource, size: int) -> NDArray[np.float32]:
     """Reads a drawing as ink: [size, size] in [0, 1]."""
-    return ((255 - _fitted(file, size, _on_paper)) / 255).astype(np.float32)
+    return ((255 - _resized(file, size, _grey_on_white)) / 255).astype(np.float32)
 
 
-def _on_paper(image: Any) -> Any:
+def _grey_on_white(image: Any) -> Any:
     """Converts an image to grey on a white background."""
     module, _ = import_pillow()
-    seen = image.convert("RGBA")
-    return module.alpha_composite(module.new("RGBA", seen.size, "white"), seen).convert("L")
+    rgba = image.convert("RGBA")
+    return module.alpha_composite(module.new("RGBA", rgba.size, "white"), rgba).convert("L")
 
 
-def _fitted(file: ImageSource, size: int, convert: Callable[[Any], Any]) -> NDArray[np.uint8]:
+def _resized(file: ImageSource, size: int, convert: Callable[[Any], Any]) -> NDArray[np.uint8]:
+    """Reads an image, applies `convert` to it, and resizes and crops it to `size` x `size` pixels."""
     module, operations = import_pillow()
     try:
         with module.open(file) as opened:

@@ -1,4 +1,4 @@
-"""What callers give a gallery, checked before anything is sent to a store."""
+"""Checks arguments of gallery calls and converts them, before anything is sent to a store."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..labelled import FeatureRows, Ids, Rows, read_ids, read_integers
 from ..models import ModelIdentity
 from .stores._common import comparable, is_number
 
-__all__ = ["Payload", "Where", "read_new_ids", "read_payload", "read_vectors", "read_where"]
+__all__ = ["Payload", "Where", "read_payload", "read_unique_ids", "read_vectors", "read_where"]
 
 Payload: TypeAlias = "Sequence[Mapping[str, Any] | None] | Mapping[str, Sequence[Any]] | Any"
 _Plain: TypeAlias = "str | int | float | bool | None"
@@ -35,8 +35,8 @@ def read_vectors(name: str, vectors: Rows, model: ModelIdentity) -> NDArray[np.f
     return rows.block(0, len(rows))
 
 
-def read_new_ids(name: str, ids: Ids, count: int | None = None) -> NDArray[np.int64]:
-    """[n] int64, each once; `count` of them where it is given."""
+def read_unique_ids(name: str, ids: Ids, count: int | None = None) -> NDArray[np.int64]:
+    """Returns [n] int64 ids, each once and within the range that stores hold; n must be `count` if it is given."""
     array = read_ids(name, ids, "vectors", len(read_integers(name, ids)) if count is None else count, unique=True)
     if len(array) and (array.min() < 0 or array.max() > _LARGEST_ID):
         bad = array.min() if array.min() < 0 else array.max()

@@ -21,7 +21,7 @@ from ..labelled import Ids, Rows
 from ..models import ModelIdentity
 from ..retrieval import CosineIndex
 from . import _state
-from ._input import Payload, Where, read_new_ids, read_payload, read_vectors, read_where
+from ._input import Payload, Where, read_payload, read_unique_ids, read_vectors, read_where
 from ._state import Change, State, Thresholds
 from ._traffic import Traffic
 from .stores import Store, StoredRows, create_store, open_store
@@ -162,10 +162,10 @@ class Gallery:
             TypeError, ValueError: an argument is not as above; by row.
             StoreError: the store failed.
         """
-        given = read_vectors("vectors", vectors, self._checked(model, "add"))
-        names = read_new_ids("ids", ids, len(given))
-        texts = read_payload(payload, len(given))
-        self._store.add(names, given, model.version, texts, lambda state: _state.check_member(state, model, "add"))
+        rows = read_vectors("vectors", vectors, self._checked(model, "add"))
+        row_ids = read_unique_ids("ids", ids, len(rows))
+        texts = read_payload(payload, len(rows))
+        self._store.add(row_ids, rows, model.version, texts, lambda state: _state.check_member(state, model, "add"))
 
     def search(self, queries: Rows, k: int, *, model: ModelIdentity, where: Where | None = None) -> Hits:
         """The k best rows for each query, of all versions, exactly.
@@ -284,7 +284,7 @@ class Gallery:
             if order == "traffic" and not self._store.state().counts_traffic:
                 raise ValueError('order "traffic" needs Gallery.create(..., count_traffic=True); take "random"')
             return self._batches(order, "traffic" if order == "traffic" else "id", batch, lease)
-        return self._batches("given", read_new_ids("order", order), batch, lease)
+        return self._batches("given", read_unique_ids("order", order), batch, lease)
 
     def replace(self, ids: Ids, vectors: Rows, *, model: ModelIdentity, payload: Payload | None = None) -> int:
         """Puts vectors of the model that serves in place of older ones, which are kept until `retire`.
@@ -306,14 +306,14 @@ class Gallery:
             KeyError: an id is not in the gallery.
             TypeError, ValueError, StoreError: as `add`.
         """
-        given = read_vectors("vectors", vectors, self._checked(model, "replace"))
-        names = read_new_ids("ids", ids, len(given))
-        texts = read_payload(payload, len(given))
+        rows = read_vectors("vectors", vectors, self._checked(model, "replace"))
+        row_ids = read_unique_ids("ids", ids, len(rows))
+        texts = read_payload(payload, len(rows))
 
         def allow(state: State) -> None:
             _state.check_member(state, model, "replace")
 
-        return self._store.replace(names, given, model.version, texts, allow)
+        return self._store.replace(row_ids, rows, model.version, texts, allow)
 
     def remove(self, ids: Ids) -> None:
         """Deletes rows for good, with the vectors that they replaced: all of them or, after an error, none.
@@ -321,7 +321,7 @@ class Gallery:
         Raises:
             KeyError: an id is not in the gallery.
         """
-        self._store.remove(read_new_ids("ids", ids))
+        self._store.remove(read_unique_ids("ids", ids))
 
     def rollback(self) -> dict[str, Any]:
         """Makes the model before serve again, and puts back every vector, version and payload that was replaced.
@@ -429,7 +429,7 @@ class Gallery:
             KeyError: an id is not in the gallery.
             ValueError: rows of several widths.
         """
-        return self._store.read(None if ids is None else read_new_ids("ids", ids))
+        return self._store.read(None if ids is None else read_unique_ids("ids", ids))
 
     def mirror(self) -> CosineIndex:
         """An index in memory of all rows as they are now, whatever their version.

@@ -17,8 +17,8 @@ class ER:
         scale: as in `LinearHead`.
     """
 
-    # Replaces cross-entropy if set.  FD and BCT set the attribute only if it is given: checkpoints record instance
-    # attributes, and older checkpoints do not have this one.
+    # Method whose classification loss replaces cross-entropy; None for the latter.  FD and BCT set the attribute only
+    # if it is given: checkpoints record instance attributes, and older checkpoints do not have this one.
     classification: ASNN | None = None
 
     def __init__(self, *, scale: float | None = None) -> None:

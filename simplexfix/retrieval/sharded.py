@@ -31,7 +31,7 @@ __all__ = ["instance_hits", "nearest_class_mean_hits", "sharded_cosine_topk"]
 
 # Sizes of one search: at most 200 MB of all ranks' candidates and 256 MB of queries.  Each search normalises the shard
 # again, so fewer and larger searches are faster.
-_BLOCK_PLACES = 2**24
+_BLOCK_CANDIDATES = 2**24
 _BLOCK_NUMBERS = 2**26
 _SUM_NUMBERS = 2**20  # float64 numbers per block of rows that are summed
 _SUM_COLUMNS = 256  # columns per pipeline step: while a rank adds these, the previous rank adds the next ones
@@ -67,12 +67,13 @@ def sharded_cosine_topk(
 
     def read() -> tuple[tuple[Tensor, Tensor, int], ShardInfo]:
         queries, rows = FeatureRows("query", query), FeatureRows("shard", shard)
-        same = _common("sharded_cosine_topk", queries, rows)
-        depth = check_integer("k", k)
-        if not 1 <= depth < 2**31:
-            raise ValueError(f"k must lie between 1 and 2^31 - 1, got {depth}")
-        searched, items = _alike(queries, rows)
-        return (searched, items, depth), ShardInfo(same | {"k": depth, "queries": _checksum(searched)}, len(rows))
+        same = _same_on_all_ranks("sharded_cosine_topk", queries, rows)
+        checked_k = check_integer("k", k)
+        if not 1 <= checked_k < 2**31:
+            raise ValueError(f"k must lie between 1 and 2^31 - 1, got {checked_k}")
+        query_tensor, shard_tensor = _float32_tensors(queries, rows)
+        same |= {"k": checked_k, "queries": _checksum(query_tensor)}
+        return (query_tensor, shard_tensor, checked_k), ShardInfo(same, len(rows))
 
     (queries, rows, k), infos = ranks.agree(read)
     scores, ids = _search(ranks, queries, rows, k, [info.rows for info in infos])
@@ -99,23 +100,25 @@ def instance_hits(version: VersionFeatures, group: dist.ProcessGroup | None = No
 
     def read() -> tuple[tuple[LabelledItems, Tensor, Tensor], ShardInfo]:
         queries, rows, items, same = _read_shard("sharded_hits of instance", version)
-        searched, shard = queries.whole(), rows.whole()
-        same |= {"queries and labels": _checksum(searched, items.query_labels)}
-        return (items, searched, shard), ShardInfo(same, len(rows), leaves_out=_leaves_out(items))
+        query_tensor, shard = queries.whole(), rows.whole()
+        same |= {"queries and labels": _checksum(query_tensor, items.query_labels)}
+        return (items, query_tensor, shard), ShardInfo(same, len(rows), leaves_out=_leaves_out(items))
 
     (items, queries, rows), infos = ranks.agree(read)
     counts = _counts(infos)
     begin, labels = sum(counts[: ranks.rank]), items.gallery_labels
-    itself = np.where(items.excluded >= 0, items.excluded + begin, -1)
+    excluded = np.where(items.excluded >= 0, items.excluded + begin, -1)  # rows of the whole gallery
     if any(info.leaves_out for info in infos):
         _, ids = _search(ranks, queries, rows, 2, counts)
-        itself = ranks.maximum(torch.from_numpy(itself)).numpy()
+        excluded = ranks.maximum(torch.from_numpy(excluded)).numpy()
     else:
         _, ids = _search(ranks, queries, rows, 1, counts)
-    nearest = nearest_other(ids.numpy(), itself) - begin
-    here = (nearest >= 0) & (nearest < len(labels))
-    hits = torch.zeros(len(here), dtype=torch.uint8)
-    hits[torch.from_numpy(here)] = torch.from_numpy(labels[nearest[here]] == items.query_labels[here]).to(torch.uint8)
+    nearest = nearest_other(ids.numpy(), excluded) - begin
+    local = (nearest >= 0) & (nearest < len(labels))  # queries whose nearest item is in this rank's shard
+    hits = torch.zeros(len(local), dtype=torch.uint8)
+    hits[torch.from_numpy(local)] = torch.from_numpy(labels[nearest[local]] == items.query_labels[local]).to(
+        torch.uint8
+    )
     return ranks.maximum(hits).bool().numpy()
 
 
@@ -123,8 +126,8 @@ def nearest_class_mean_hits(version: VersionFeatures, group: dist.ProcessGroup |
     """Returns the hits of protocol "nearest_class_mean" over all shards.
 
     The class sums pass from rank to rank on the host, and each rank adds its rows in order; this is the summation
-    order of one process.  Then each rank searches its share of the queries.  Rows that are left out of their class are
-    sent to all ranks, in blocks of queries.
+    order of one process.  Then each rank searches an equal part of the queries.  Rows that are left out of their class
+    are sent to all ranks, in blocks of queries.
 
     Args:
         version, group: as in `instance_hits`; query and shard may be on different devices.
@@ -142,10 +145,10 @@ def nearest_class_mean_hits(version: VersionFeatures, group: dist.ProcessGroup |
         queries, rows, items, same = _read_shard("sharded_hits of nearest_class_mean", version)
         for _ in rows.blocks():  # raises for nan and inf
             pass
-        searched = queries.whole()
-        same |= {"queries and labels": _checksum(searched, items.query_labels)}
+        query_tensor = queries.whole()
+        same |= {"queries and labels": _checksum(query_tensor, items.query_labels)}
         info = ShardInfo(same, len(rows), np.unique(items.gallery_labels), _leaves_out(items))
-        return (items, searched, rows), info
+        return (items, query_tensor, rows), info
 
     (items, queries, rows), infos = ranks.agree(read)
     _counts(infos)
@@ -160,21 +163,21 @@ def nearest_class_mean_hits(version: VersionFeatures, group: dist.ProcessGroup |
         raise ValueError(f"the rows of class {classes[int(bad[0])]} add up to more than float32 holds")
     counts = np.zeros(len(classes), dtype=np.int64)
     if leaves_out:
-        mine_of = torch.from_numpy(np.bincount(index, minlength=len(classes)))
-        counts = torch.stack(ranks.gather(mine_of)).sum(0).numpy()
+        local_counts = torch.from_numpy(np.bincount(index, minlength=len(classes)))
+        counts = torch.stack(ranks.gather(local_counts)).sum(0).numpy()
     gallery = GalleryClasses(classes, index, counts)
     parts = [shard_rows(len(queries), rank, ranks.size) for rank in range(ranks.size)]
-    mine = parts[ranks.rank]
+    part = parts[ranks.rank]
     templates = sums.float().to(queries.device)
-    _, ids = cosine_topk(queries[mine], templates, 1)
-    own = gallery.find(items.query_labels[mine])
-    right = (ids[:, 0].cpu().numpy() == own) & (own >= 0)
+    _, ids = cosine_topk(queries[part], templates, 1)
+    query_class = gallery.find(items.query_labels[part])
+    hits = (ids[:, 0].cpu().numpy() == query_class) & (query_class >= 0)
     if leaves_out:
-        _leave_out(ranks, queries, rows, items, gallery, sums, own, mine, right)
-    found = torch.zeros(-(-len(queries) // ranks.size), dtype=torch.uint8)  # gloo gathers tensors of equal length
-    found[: len(right)] = torch.from_numpy(right)
-    whole = [hits[: part.stop - part.start] for hits, part in zip(ranks.gather(found), parts, strict=True)]
-    return torch.cat(whole).bool().numpy()
+        _leave_out(ranks, queries, rows, items, gallery, sums, query_class, part, hits)
+    padded = torch.zeros(-(-len(queries) // ranks.size), dtype=torch.uint8)  # gloo gathers tensors of equal length
+    padded[: len(hits)] = torch.from_numpy(hits)
+    all_hits = [rank_hits[: p.stop - p.start] for rank_hits, p in zip(ranks.gather(padded), parts, strict=True)]
+    return torch.cat(all_hits).bool().numpy()
 
 
 def _leave_out(
@@ -184,30 +187,35 @@ def _leave_out(
     items: LabelledItems,
     gallery: GalleryClasses,
     sums: Tensor,
-    own: NDArray[np.int64],
-    mine: slice,
-    right: NDArray[np.bool_],
+    query_class: NDArray[np.int64],
+    part: slice,
+    hits: NDArray[np.bool_],
 ) -> None:
-    """Recomputes hits of this rank's queries whose own gallery item, on any rank, is left out of its class."""
+    """Recomputes, in place, hits of this rank's queries with an item of the same id in any shard.
+
+    That item is left out of its class.  `part` are this rank's queries, `query_class` and `hits` their entries.
+    """
     size = max(1, _BLOCK_NUMBERS // queries.shape[1])
     for begin in range(0, len(queries), size):
         excluded = items.excluded[begin : begin + size]
-        here = np.flatnonzero(excluded >= 0)
-        of = torch.full((len(excluded),), -1)
-        of[here] = torch.from_numpy(gallery.places[excluded[here]])
-        taken = torch.full((len(excluded), rows.width), -math.inf)
-        taken[here] = rows.take(excluded[here]).block_tensor(0, len(here)).cpu()
-        ranks.maximum(of)
-        ranks.maximum(taken)
-        at = np.flatnonzero(of.numpy() >= 0)
-        at = at[(begin + at >= mine.start) & (begin + at < mine.stop)]
+        local = np.flatnonzero(excluded >= 0)  # queries whose excluded item is in this rank's shard
+        excluded_class = torch.full((len(excluded),), -1)
+        excluded_class[local] = torch.from_numpy(gallery.places[excluded[local]])
+        excluded_rows = torch.full((len(excluded), rows.width), -math.inf)
+        excluded_rows[local] = rows.take(excluded[local]).block_tensor(0, len(local)).cpu()
+        ranks.maximum(excluded_class)  # one rank has each item, the others have -1 and -inf
+        ranks.maximum(excluded_rows)
+        at = np.flatnonzero(excluded_class.numpy() >= 0)
+        at = at[(begin + at >= part.start) & (begin + at < part.stop)]
         if len(at):
-            asked = queries[torch.from_numpy(begin + at).to(queries.device)]
-            others = cosine_topk(asked, sums.float().to(queries.device), 2)
-            alone = gallery.sizes[of.numpy()[at]] == 1
-            nearest = nearest_without(asked.cpu(), taken[at], sums, of.numpy()[at], alone, others)
-            wanted = own[begin + at - mine.start]
-            right[begin + at - mine.start] = (nearest == wanted) & (wanted >= 0)
+            block = queries[torch.from_numpy(begin + at).to(queries.device)]
+            best_two = cosine_topk(block, sums.float().to(queries.device), 2)
+            classes = excluded_class.numpy()[at]
+            nearest = nearest_without(
+                block.cpu(), excluded_rows[at], sums, classes, gallery.sizes[classes] == 1, best_two
+            )
+            expected = query_class[begin + at - part.start]
+            hits[begin + at - part.start] = (nearest == expected) & (expected >= 0)
 
 
 def _leaves_out(items: LabelledItems) -> bool:
@@ -219,15 +227,15 @@ def _read_shard(
 ) -> tuple[FeatureRows, FeatureRows, LabelledItems, dict[str, object]]:
     (checked,) = check_versions([version], [""], shards=True)
     queries, rows, items = version.query, version.gallery, checked.items
-    same = _common(call, queries, rows)
-    # names are coded per shard, so all ranks must have the same names for equal codes
+    same = _same_on_all_ranks(call, queries, rows)
+    # each shard numbers its names, so equal numbers need equal names on all ranks
     for kind, names in (("labels", items.label_names), ("ids", items.id_names)):
         same[f"names of {kind}"] = names and f"{len(names)} of CRC-32 {zlib.crc32(chr(0).join(names).encode()):08x}"
     same["query_ids"] = None if items.query_ids is None else f"CRC-32 {zlib.crc32(items.query_ids.data):08x}"
     return queries, rows, items, same
 
 
-def _common(call: str, queries: FeatureRows, rows: FeatureRows) -> dict[str, object]:
+def _same_on_all_ranks(call: str, queries: FeatureRows, rows: FeatureRows) -> dict[str, object]:
     """Checks that query and shard have one width; returns the properties that must be equal on all ranks."""
     if queries.width != rows.width:
         raise ValueError(f"query and shard must have the same number of columns, got {queries.width} and {rows.width}")
@@ -235,7 +243,7 @@ def _common(call: str, queries: FeatureRows, rows: FeatureRows) -> dict[str, obj
     return {"call": call, "shape of the query": shape, "query dtype": queries.dtype, "shard dtype": rows.dtype}
 
 
-def _alike(queries: FeatureRows, rows: FeatureRows) -> tuple[Tensor, Tensor]:
+def _float32_tensors(queries: FeatureRows, rows: FeatureRows) -> tuple[Tensor, Tensor]:
     """Returns both in float32 after the checks of `cosine_topk`: finite, of one dtype, on one device."""
     if queries.dtype != rows.dtype:
         raise TypeError(f"query and shard must have the same dtype, got {queries.dtype} and {rows.dtype}")
@@ -252,6 +260,7 @@ def _checksum(queries: Tensor, labels: NDArray[np.int64] | None = None) -> str:
 
 
 def _counts(infos: list[ShardInfo]) -> list[int]:
+    """Returns the number of rows of each shard; raises ValueError if all are empty."""
     counts = [info.rows for info in infos]
     if not sum(counts):
         raise ValueError("the gallery has no rows: the shards of all ranks are empty")
@@ -259,23 +268,23 @@ def _counts(infos: list[ShardInfo]) -> list[int]:
 
 
 def _search(ranks: Ranks, queries: Tensor, rows: Tensor, k: int, counts: list[int]) -> tuple[Tensor, Tensor]:
-    """`cosine_topk` over all shards, on the host; `counts` are their numbers of rows."""
+    """Returns `cosine_topk` over all shards, on the host; `counts` are the shards' numbers of rows."""
     scores = torch.full((len(queries), k), -math.inf)
     ids = torch.full((len(queries), k), -1)
     depth = min(k, max(counts))  # the most rows that one shard can return
     if not depth:
         return scores, ids
-    kept = min(k, depth * ranks.size)
-    size = max(1, min(_BLOCK_PLACES // (depth * ranks.size), _BLOCK_NUMBERS // queries.shape[1]))
+    found = min(k, depth * ranks.size)
+    size = max(1, min(_BLOCK_CANDIDATES // (depth * ranks.size), _BLOCK_NUMBERS // queries.shape[1]))
     for begin in range(0, len(queries), size):
         block = slice(begin, begin + size)
-        near, places = (found.cpu() for found in cosine_topk(queries[block], rows, depth))
-        places[places >= 0] += sum(counts[: ranks.rank])
+        local_scores, local_ids = (result.cpu() for result in cosine_topk(queries[block], rows, depth))
+        local_ids[local_ids >= 0] += sum(counts[: ranks.rank])
         # Ids ascend from shard to shard, and equal scores have ascending ids within a shard: a stable sort keeps the
         # order of ties.
-        merged, order = torch.cat(ranks.gather(near), 1).sort(dim=1, descending=True, stable=True)
-        scores[block, :kept] = merged[:, :kept]
-        ids[block, :kept] = torch.cat(ranks.gather(places), 1).gather(1, order[:, :kept])
+        merged, order = torch.cat(ranks.gather(local_scores), 1).sort(dim=1, descending=True, stable=True)
+        scores[block, :found] = merged[:, :found]
+        ids[block, :found] = torch.cat(ranks.gather(local_ids), 1).gather(1, order[:, :found])
     return scores, ids
 
 

@@ -1,7 +1,7 @@
-"""Copies of a training's log: TensorBoard, Weights & Biases, a progress bar.
+"""Copies the log of a training to TensorBoard, Weights & Biases or a progress bar.
 
-A stage is one pre-training or one task.  Its log is `log.jsonl`, which has each logged step once, also after a stop.
-On resume the log is replayed from the start: no line is lost or duplicated in the copies.
+A stage is one pre-training or one task.  Its log is `log.jsonl`, which has each logged step once, also if the training
+was stopped and resumed.  On resume the log is replayed from the start: no line is lost or duplicated in the copies.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .._files import write_whole
 __all__ = ["LOGGERS", "Logger", "Progress", "RunLog", "check_loggers"]
 
 Line = Mapping[str, Any]
-_WANDB_NAME = 128  # characters at most
+_WANDB_NAME_LENGTH = 128  # longest name of a run that wandb accepts, in characters
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,10 @@ class Logger(Protocol):
     """Receives a copy of the log."""
 
     def begin(self, stage: str, finished: bool) -> None:
-        """Begins a stage.  All its lines follow, also those that an earlier process passed on already.
+        """Begins a stage.  All its lines follow, also those that an earlier process has logged already.
 
         Args:
-            stage: its name, such as "task-00".
+            stage: name of the stage, such as "task-00".
             finished: whether the stage's log is complete.  This logger may have received all, some or none of it.
         """
         ...
@@ -57,7 +57,10 @@ class Logger(Protocol):
         ...
 
     def end(self) -> None:
-        """Ends the current stage.  A logger that does not count its lines must have stored them when this returns."""
+        """Ends the current stage.
+
+        When this returns, its lines must be stored, unless the logger itself skips lines that it has already.
+        """
         ...
 
     def close(self) -> None:
@@ -69,16 +72,16 @@ class RunLog:
     """Reads the logs of a run's stages while they grow, and passes the lines to loggers.
 
     Args:
-        places: the folder of each stage, in order.
-        loggers: receive the lines.
+        folders: folder of each stage, in order.
+        loggers: receivers of the lines.
     """
 
-    def __init__(self, places: Mapping[str, Path], loggers: Sequence[Logger] = ()) -> None:
-        self.places = places
+    def __init__(self, folders: Mapping[str, Path], loggers: Sequence[Logger] = ()) -> None:
+        self.folders = folders
         self.loggers = loggers
         self.stage = ""
-        self.read = 0  # bytes of its log
-        self.done: set[str] = set()
+        self.bytes_read = 0  # of the stage's log
+        self.finished_stages: set[str] = set()
 
     def follow(self, stage: str, *, last: bool) -> Line | None:
         """Passes the new lines of a stage's log to the loggers; returns the newest one, or None.
@@ -94,11 +97,11 @@ class RunLog:
         return lines[-1] if lines else None
 
     def catch_up(self, *, before: str | None = None) -> None:
-        """Passes the logs of finished stages to the loggers: all stages, or those before one."""
-        for stage, place in self.places.items():
+        """Passes the logs of finished stages to the loggers: of all stages, or of those before `before`."""
+        for stage, folder in self.folders.items():
             if stage == before:
                 return
-            if stage not in self.done and (place / "log.jsonl").exists():
+            if stage not in self.finished_stages and (folder / "log.jsonl").exists():
                 self._begin(stage, finished=True)
                 self._new_lines()
                 self._end()
@@ -108,17 +111,17 @@ class RunLog:
             logger.close()
 
     def _begin(self, stage: str, finished: bool) -> None:
-        self.stage, self.read = stage, 0
+        self.stage, self.bytes_read = stage, 0
         for logger in self.loggers:
             logger.begin(stage, finished)
 
     def _new_lines(self) -> list[Line]:
-        path = self.places[self.stage] / "log.jsonl"
+        path = self.folders[self.stage] / "log.jsonl"
         with open(path, "rb") as file:
-            file.seek(self.read)
+            file.seek(self.bytes_read)
             content = file.read()
-        content = content[: content.rfind(b"\n") + 1]
-        self.read += len(content)
+        content = content[: content.rfind(b"\n") + 1]  # the last line may be incomplete
+        self.bytes_read += len(content)
         try:
             lines = [json.loads(line) for line in content.splitlines()]
         except ValueError as error:
@@ -129,7 +132,7 @@ class RunLog:
         return lines
 
     def _end(self) -> None:
-        self.done.add(self.stage)
+        self.finished_stages.add(self.stage)
         for logger in self.loggers:
             logger.end()
 
@@ -143,10 +146,10 @@ class _TensorBoard:
 
     def begin(self, stage: str, finished: bool) -> None:
         self.writer = None
-        place = self.folder / stage
-        if not (finished and any(place.glob("events.*"))):
+        folder = self.folder / stage
+        if not (finished and any(folder.glob("events.*"))):
             # purge_step=0: TensorBoard ignores the events of older files
-            self.writer = _summary_writer()(str(place), purge_step=0)
+            self.writer = _summary_writer()(str(folder), purge_step=0)
 
     def log(self, line: Line) -> None:
         if self.writer is not None:
@@ -166,8 +169,8 @@ class _TensorBoard:
 class _WandB:
     """Sends all stages to one run of Weights & Biases; metrics are `STAGE/loss` and so on.
 
-    The file `wandb-id` holds the id of that run.  Its steps are the line numbers over all stages; lines that it already
-    has are not sent again.  Project, entity and offline mode are set by wandb's environment variables.
+    The file `wandb-id` holds the id of that run.  Its steps are line numbers, counted over all stages; lines that the
+    run already has are not sent again.  wandb's environment variables set project, entity and offline mode.
     """
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
@@ -176,12 +179,12 @@ class _WandB:
             write_whole(file, uuid.uuid4().hex[:16].encode())
         self.run = _wandb().init(
             id=file.read_text(),
-            name=folder.resolve().name[:_WANDB_NAME],
+            name=folder.resolve().name[:_WANDB_NAME_LENGTH],
             dir=str(folder),
             config=dict(config),
             resume="allow",
         )
-        self.known = self.run.step
+        self.lines_sent = self.run.step  # by earlier processes
         self.lines = 0
         self.stage = ""
 
@@ -190,7 +193,7 @@ class _WandB:
         self.run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
 
     def log(self, line: Line) -> None:
-        if self.lines >= self.known:
+        if self.lines >= self.lines_sent:
             self.run.log({f"{self.stage}/{key}": value for key, value in line.items()}, step=self.lines)
         self.lines += 1
 
@@ -221,7 +224,7 @@ def _wandb() -> Any:
     return wandb
 
 
-# name -> (constructor from the run's folder and record, function that imports its package)
+# name -> (constructor from the run's folder and configuration, function that imports the logger's package)
 LOGGERS: dict[str, tuple[Callable[[Path, Mapping[str, Any]], Logger], Callable[[], Any]]] = {
     "tensorboard": (_TensorBoard, _summary_writer),
     "wandb": (_WandB, _wandb),

@@ -115,7 +115,7 @@ class MethodConfig:
         )
 
     def _group(self) -> dist.ProcessGroup | None:
-        return dist.group.WORLD if self.gather and processes.world() > 1 else None
+        return dist.group.WORLD if self.gather and processes.world_size() > 1 else None
 
     def method(self, slots: SlotRegistry, namespace: str) -> Method:
         neighbours = self._neighbours()

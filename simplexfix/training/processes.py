@@ -8,12 +8,12 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-__all__ = ["barrier", "broadcast", "gathered", "rank", "run_on_rank0", "world"]
+__all__ = ["barrier", "broadcast", "gathered", "rank", "run_on_rank0", "world_size"]
 
 _T = TypeVar("_T")
 
 
-def world() -> int:
+def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 

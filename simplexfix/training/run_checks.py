@@ -22,7 +22,7 @@ from . import processes
 from .config import ConfigError, plain, read_config
 from .resume import check_resumable, read_run_record
 from .run_config import SIMPLEX, RunConfig
-from .samplers import batch_sizes, check_lone_row
+from .samplers import batch_sizes, check_batch_norm
 from .schedule import Schedule
 
 __all__ = ["agree_on", "check_batches", "check_networks", "check_slots", "usable_device"]
@@ -60,7 +60,7 @@ def check_batches(config: RunConfig, tasks: int) -> None:
     stages = [(plan.schedules.get(t, config.schedule), t > 0 and plan.remembers) for t in range(tasks)]
     pretrainings = [replacement.schedule for replacement in plan.replacements.values()]
     for schedule, remembers in stages + [(schedule, False) for schedule in pretrainings if schedule is not None]:
-        batch_sizes(schedule.batch, remembers, processes.world(), schedule.accumulate)
+        batch_sizes(schedule.batch, remembers, processes.world_size(), schedule.accumulate)
 
 
 def check_networks(config: RunConfig, inputs: int, prepared: Tensor) -> None:
@@ -99,8 +99,8 @@ def check_networks(config: RunConfig, inputs: int, prepared: Tensor) -> None:
                 f"{list(prepared.shape)}, got {found}"
             )
         for schedule in filter(None, schedules[name]):
-            split = {"batch": schedule.batch, "world": processes.world(), "accumulate": schedule.accumulate}
-            check_lone_row(f"{name}.kind={model.kind}", made, prepared[:1], **split)
+            split = {"batch": schedule.batch, "world_size": processes.world_size(), "accumulate": schedule.accumulate}
+            check_batch_norm(f"{name}.kind={model.kind}", made, prepared[:1], **split)
         with torch.device("meta"):
             head = method.head(widths[name])
         dimensions[name] = head.embedding_dim  # type: ignore[assignment]

@@ -11,49 +11,49 @@ from torch import Tensor, nn
 from .._seeds import mixed_seed, seeded
 from .items import RowBatches
 
-__all__ = ["BalancedSampler", "batch_sizes", "check_lone_row"]
+__all__ = ["BalancedSampler", "batch_sizes", "check_batch_norm"]
 
 
-def batch_sizes(batch: int, remembers: bool, world: int, accumulate: int = 1) -> tuple[int, int]:
+def batch_sizes(batch: int, remembers: bool, world_size: int, accumulate: int = 1) -> tuple[int, int]:
     """Returns the numbers of new and of remembered rows in a batch.
 
     Args:
         batch: rows in a batch, of all processes.
-        remembers: whether there is a memory.
-        world: number of processes.
+        remembers: whether there is a rehearsal memory.
+        world_size: number of processes.
         accumulate: number of parts per process.
 
     Raises:
-        ValueError: the batch is too small, or a number is not divisible by `world * accumulate`: the mean of the parts'
-            gradients would not be the gradient of the batch.
+        ValueError: the batch is too small, or a number is not divisible by `world_size * accumulate`: the mean of the
+            parts' gradients would not be the gradient of the batch.
     """
     sizes = (batch // 2, batch - batch // 2) if remembers else (batch, 0)
     if sizes[0] < 1:
         raise ValueError(f"batch must hold a row, and two where some are remembered, got {batch}")
-    if any(size % (world * accumulate) for size in sizes):
+    if any(size % (world_size * accumulate) for size in sizes):
         parts = f" with {accumulate} parts each" if accumulate > 1 else ""
         raise ValueError(
-            f"{sizes[0]} new and {sizes[1]} remembered rows of a batch cannot be shared out evenly over {world} "
+            f"{sizes[0]} new and {sizes[1]} remembered rows of a batch cannot be shared out evenly over {world_size} "
             f"processes{parts}"
         )
     return sizes
 
 
-def check_lone_row(
-    name: str, network: nn.Module, input: Tensor, *, batch: int, world: int, accumulate: int = 1
+def check_batch_norm(
+    name: str, network: nn.Module, input: Tensor, *, batch: int, world_size: int, accumulate: int = 1
 ) -> None:
     """Checks that batch normalisation gets two rows or more in each part of a batch.
 
     Args:
-        name: of the network, for the message.
-        network: is not changed.
-        input: [1, ...] preprocessed, on the network's device.
-        batch, world, accumulate: as in `batch_sizes`.
+        name: name of the network in the error message.
+        network: the network; it is not changed.
+        input: [1, ...] one preprocessed row on the network's device.
+        batch, world_size, accumulate: as in `batch_sizes`.
 
     Raises:
-        ValueError: parts have one row, and the network cannot train on one row.
+        ValueError: a part has one row, and the network cannot train on one row.
     """
-    parts = world * accumulate
+    parts = world_size * accumulate
     # SyncBatchNorm computes statistics over the rows of all processes
     kinds = [type(module) for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     if batch // parts > 1 or not set(kinds) - {nn.SyncBatchNorm}:
@@ -66,8 +66,8 @@ def check_lone_row(
                 raise
             raise ValueError(
                 f"batch must be at least {2 * parts}: {name} has batch normalisation, which needs two rows in each "
-                f"part of a batch, and {batch} rows over {world} processes with {accumulate} parts each leave one; "
-                "raise batch, lower accumulate, or train with fewer processes"
+                f"part of a batch, and {batch} rows over {world_size} processes with {accumulate} parts each leave "
+                "one; raise batch, lower accumulate, or train with fewer processes"
             ) from None
 
 
@@ -85,8 +85,8 @@ class BalancedSampler:
         new: number of new rows, at least 1.
         remembered: number of remembered rows; 0 for no memory.
         batch: rows in a batch, of all processes; the remembered half is larger if it is odd.
-        seed: of both sequences.
-        rank, world: rank of this process, and number of processes.
+        seed: seed of both sequences.
+        rank, world_size: rank of this process, and number of processes.
 
     Raises:
         ValueError: a number is out of range, or a half cannot be split evenly over the processes: the mean of their
@@ -99,15 +99,15 @@ class BalancedSampler:
         (torch.Size([32]), torch.Size([32]))
     """
 
-    def __init__(self, new: int, remembered: int, batch: int, *, seed: int, rank: int = 0, world: int = 1) -> None:
+    def __init__(self, new: int, remembered: int, batch: int, *, seed: int, rank: int = 0, world_size: int = 1) -> None:
         if new < 1 or remembered < 0:
             raise ValueError(f"new must be at least 1 and remembered at least 0, got {new} and {remembered}")
-        if not 0 <= rank < world:
-            raise ValueError(f"rank must lie in [0, {world}), the processes, got {rank}")
-        self.sizes = batch_sizes(batch, remembered > 0, world)
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must lie in [0, {world_size}), the processes, got {rank}")
+        self.sizes = batch_sizes(batch, remembered > 0, world_size)
         self.rows = (new, remembered)
         self.rank = rank
-        self.world = world
+        self.world_size = world_size
         self._orders = [
             RowBatches(rows, size, seed=mixed_seed(seed, number))
             for number, (rows, size) in enumerate(zip(self.rows, self.sizes, strict=True))
@@ -119,7 +119,7 @@ class BalancedSampler:
 
     def __next__(self) -> tuple[Tensor, Tensor]:
         """Returns this rank's new rows and remembered rows of the next batch, int64."""
-        taken = [next(order)[self.rank :: self.world] for order in self._orders]
+        taken = [next(order)[self.rank :: self.world_size] for order in self._orders]
         return taken[0], taken[1] if len(taken) == 2 else torch.empty(0, dtype=torch.int64)
 
     def state_dict(self) -> dict[str, Any]:

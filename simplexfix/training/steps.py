@@ -24,8 +24,8 @@ from ..methods import Method
 from ..models import EmbeddingModel
 from . import processes
 from .checkpoint import CheckpointWarning
-from .held import HeldVersion
 from .items import Items
+from .old_model import OldModel
 from .samplers import BalancedSampler
 from .schedule import Schedule
 
@@ -33,9 +33,9 @@ __all__ = ["DTYPES", "Augment", "Steps"]
 
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-_SCALE = 2.0**16  # of the loss in float16, at first
-_LEAST_SCALE = 1e-4  # 30 overflows in a row: a finite gradient would fit by then
-_OTHERWISE = "in a folder of its own: in this one the same steps come again, to the same end"
+_SCALE = 2.0**16  # initial scale of the loss in float16
+_LEAST_SCALE = 1e-4  # after 30 overflows in a row; gradients that still overflow are nan
+_NEW_FOLDER = "in a new run folder: this one would repeat the same steps and fail again"
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 _Request = tuple[Any, ...]  # step, part, and its rows of new and of remembered items
@@ -48,10 +48,10 @@ class _Loss(nn.Module):
     def __init__(self, method: Method, model: EmbeddingModel, old: EmbeddingModel | None) -> None:
         super().__init__()
         self.model = model
-        self.frozen = (method, old)  # a tuple, so that the old model is no submodule and has no trained parameters
+        self.untrained = (method, old)  # in a tuple, so that the old model is no submodule and none of it is trained
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        method, old = self.frozen
+        method, old = self.untrained
         return method.loss(self.model, input, target, old)
 
 
@@ -67,25 +67,25 @@ class _PartReader:
     memory: Items | None
     seed: int
     rank: int
-    world: int
+    world_size: int
     accumulate: int
 
     def __call__(self, request: _Request) -> _Part:
         step, i, *rows = request
-        found = []
+        inputs_and_labels = []
         remembered = None
         for half, items in enumerate(filter(None, (self.items, self.memory))):
             chosen = items.take(torch.from_numpy(rows[half]))
             seeds = None
             if isinstance(chosen.inputs, DatasetRows):  # seeds depend on the position in the batch of all processes
-                places = (self.rank + self.world * (i + self.accumulate * j) for j in range(len(rows[half])))
-                seeds = [mixed_seed(self.seed, 5, step, half, place) for place in places]
-            found.append((chosen.read(seeds), chosen.labels))
+                positions = (self.rank + self.world_size * (i + self.accumulate * j) for j in range(len(rows[half])))
+                seeds = [mixed_seed(self.seed, 5, step, half, position) for position in positions]
+            inputs_and_labels.append((chosen.read(seeds), chosen.labels))
             if chosen.references is not None:
                 remembered = chosen.references[:, mixed_seed(self.seed, 6, step) % chosen.references.shape[1]]
-        if len(found) == 1:
-            return *found[0], remembered
-        inputs, labels = zip(*found, strict=True)
+        if len(inputs_and_labels) == 1:
+            return *inputs_and_labels[0], remembered
+        inputs, labels = zip(*inputs_and_labels, strict=True)
         return torch.cat(inputs), torch.cat(labels), remembered
 
 
@@ -93,11 +93,11 @@ class Steps:
     """One training of one model: `advance` does a step, `state` and `load` are for checkpoints.
 
     Args:
-        model: is trained in place, on the device.
+        model: model on the device; it is trained in place.
         method, old, items, memory, schedule, seed: as in `Trainer.fit`.
         augment, device, precision, ema, compile, workers: as in `Trainer`.
         frozen: number of first steps in which the backbone keeps its weights.
-        denoise, means: as in `HeldVersion`.
+        denoise, means: as in `OldModel`.
     """
 
     def __init__(
@@ -126,18 +126,18 @@ class Steps:
         self.augment = augment
         self.device = device
         self.dtype = DTYPES[precision]
-        self.rank, self.world = processes.rank(), processes.world()
-        self.reader = _PartReader(items, memory, seed, self.rank, self.world, schedule.accumulate)
-        lazy = any(isinstance(part.inputs, DatasetRows) for part in (items, memory) if part is not None)
-        self.workers = workers if lazy else 0
+        self.rank, self.world_size = processes.rank(), processes.world_size()
+        self.reader = _PartReader(items, memory, seed, self.rank, self.world_size, schedule.accumulate)
+        from_dataset = any(isinstance(part.inputs, DatasetRows) for part in (items, memory) if part is not None)
+        self.workers = workers if from_dataset else 0
         self.parts: Generator[_Part, None, None] | None = None
         self.old = None
         stored = memory is not None and memory.references is not None
         if old is not None and (stored or means is not None):
-            old = self.old = HeldVersion(old, denoise, means)
+            old = self.old = OldModel(old, denoise, means)
         remembered = 0 if memory is None else len(memory.labels)
         self.sampler = BalancedSampler(
-            len(items.labels), remembered, schedule.batch, seed=seed, rank=self.rank, world=self.world
+            len(items.labels), remembered, schedule.batch, seed=seed, rank=self.rank, world_size=self.world_size
         )
         self.model = model.train()
         if compile:
@@ -145,28 +145,28 @@ class Steps:
         self.optimizer = schedule.optimizer_of(model)
         self.scaler = torch.amp.GradScaler(self.device.type, _SCALE, enabled=precision == "float16")
         self.loss: nn.Module = _Loss(method, model, old)
-        if self.world > 1:
+        if self.world_size > 1:
             self.loss = DistributedDataParallel(
                 self.loss, device_ids=[self.device] if self.device.type == "cuda" else None
             )
         self.ema = ema
         self.mean = [] if ema is None else [p.detach().clone() for p in model.parameters()]
-        # batch statistics; buffers with infinities, such as masks, are not
+        # Names of buffers that may hold batch statistics.  A buffer with infinities, such as a mask, holds none.
         self.statistics = {n for n, b in model.named_buffers() if b.is_floating_point() and b.isfinite().all()}
         self.step = 0
         self.total = torch.zeros((), dtype=torch.float64, device=self.device)  # of losses since the last report
-        self.reported = 0
-        self.clock = (time.perf_counter(), 0)
+        self.reported = 0  # step of the last report
+        self.clock = (time.perf_counter(), 0)  # time and step of the last report
 
     def advance(self) -> None:
         """Does one optimizer step."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.at(self.step)
-        if self.parts is None:  # before the sampler advances
+        if self.parts is None:  # the copy of the sampler is made before the sampler advances
             self.parts = read_ahead(self.reader, self._requests(copy.deepcopy(self.sampler)), workers=self.workers)
         next(self.sampler)
         for i in range(self.schedule.accumulate):
-            with self._gradients_sent(i + 1 == self.schedule.accumulate):
+            with self._gradient_synchronization(last_part=i + 1 == self.schedule.accumulate):
                 input, target = self._part(self.parts, i)
                 with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
                     loss = self.loss(input, target) / self.schedule.accumulate
@@ -174,7 +174,7 @@ class Steps:
             self.total += loss.detach()
         if self.step < self.frozen:
             for p in self.model.backbone.parameters():
-                p.grad = None  # the optimizer skips it, also weight decay and momentum
+                p.grad = None  # so the optimizer changes neither the weight, by weight decay, nor its momentum
         if self.schedule.clip is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.schedule.clip)
@@ -186,14 +186,15 @@ class Steps:
         self.step += 1
 
     @torch.no_grad()
-    def begin_from(self, parameter: nn.Parameter, value: Tensor) -> None:
-        """Sets a parameter before the first step; the mean of the weights starts from it."""
+    def set_initial(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Sets a parameter before the first step; the moving average of the weights starts from it, too."""
         parameter.copy_(value)
         for p, mean in zip(self.model.parameters(), self.mean, strict=self.ema is not None):
             mean.copy_(p)
 
-    def _gradients_sent(self, last: bool) -> AbstractContextManager[None]:
-        if last or not isinstance(self.loss, DistributedDataParallel):
+    def _gradient_synchronization(self, *, last_part: bool) -> AbstractContextManager[None]:
+        """Lets only the last part of a batch average gradients over the processes."""
+        if last_part or not isinstance(self.loss, DistributedDataParallel):
             return nullcontext()
         return self.loss.no_sync()
 
@@ -208,9 +209,10 @@ class Steps:
         input, target, remembered = next(parts)
         input, target = to_device_async(input, self.device), to_device_async(target, self.device)
         if self.old is not None:
-            self.old.hold(target, None if remembered is None else to_device_async(remembered, self.device))
+            self.old.set_batch(target, None if remembered is None else to_device_async(remembered, self.device))
         if self.augment is not None:
-            part = i * self.world + self.rank  # W processes draw what one process with W parts draws
+            # number of the part over all processes: W processes draw as one process with W parts does
+            part = i * self.world_size + self.rank
             input = self.augment(input, torch.Generator().manual_seed(mixed_seed(self.seed, 2, self.step, part)))
         return input, target
 
@@ -229,14 +231,14 @@ class Steps:
                 if all steps, or too many in a row, were skipped.
         """
         total = self.total.clone()
-        if self.world > 1:
+        if self.world_size > 1:
             dist.all_reduce(total)
-        loss = total.item() / self.world / max(1, self.step - self.reported)
+        loss = total.item() / self.world_size / max(1, self.step - self.reported)
         if self.dtype != torch.float16:
             if not math.isfinite(loss):
                 raise FloatingPointError(
                     f"the loss of steps {self.reported} to {self.step - 1} is {loss}: a lower learning rate, a longer "
-                    f"warm-up or clip may help, {_OTHERWISE}"
+                    f"warm-up or clip may help, {_NEW_FOLDER}"
                 )
             return loss
         scale = self.scaler.get_scale()
@@ -244,7 +246,7 @@ class Steps:
             raise FloatingPointError(
                 f"gradients overflow float16 or are nan: too many steps were skipped before step {self.step}, and the "
                 f"loss scale fell to {scale:.2g}: a lower learning rate, clip or precision bfloat16 may help, "
-                f"{_OTHERWISE}"
+                f"{_NEW_FOLDER}"
             )
         return loss if math.isfinite(loss) else None
 
@@ -258,40 +260,41 @@ class Steps:
         values: dict[str, Tensor] = dict(self.model.named_parameters())
         values.update((name, b) for name, b in self.model.named_buffers() if name in self.statistics)
         finite = torch.stack([value.detach().isfinite().all() for value in values.values()]).int()
-        if self.world > 1:  # statistics of batches are each process's own
+        if self.world_size > 1:  # batch statistics differ between the processes
             dist.all_reduce(finite, dist.ReduceOp.MIN)
         if finite.all():
             return
         name = list(values)[int(finite.argmin())]
         if name not in self.statistics:
             raise FloatingPointError(
-                f"a weight is nan or infinite after step {self.step - 1}, whose loss was finite: a gradient was not"
+                f"a weight is nan or infinite after step {self.step - 1}, whose loss was finite: its gradient was not"
             )
         raise FloatingPointError(
             f"{name} is nan or infinite after step {self.step - 1}: activations of a batch were; where they overflow "
-            f"float16, precision bfloat16 may help, {_OTHERWISE}"
+            f"float16, precision bfloat16 may help, {_NEW_FOLDER}"
         )
 
     def report(self) -> dict[str, Any]:
-        """Returns a line of the log and starts the next mean."""
+        """Returns a line of the log and starts the next mean of losses."""
         loss = self.mean_loss()
         self.total.zero_()
         self.reported = self.step
         now = time.perf_counter()
-        (then, before), self.clock = self.clock, (now, self.step)
+        (last_time, last_step), self.clock = self.clock, (now, self.step)
         return {
             "step": self.step,
             **({} if loss is None else {"loss": loss}),  # JSON has no nan
             "learning_rate": self.schedule.at(self.step - 1),
-            "steps_per_second": round((self.step - before) / max(now - then, 1e-9), 3),
+            "steps_per_second": round((self.step - last_step) / max(now - last_time, 1e-9), 3),
         }
 
-    def finished(self) -> EmbeddingModel:
+    def trained_model(self) -> EmbeddingModel:
+        """Returns the model in evaluation mode, with the moving average of the weights if there is one."""
         with torch.no_grad():
             for p, mean in zip(self.model.parameters(), self.mean, strict=self.ema is not None):
                 p.copy_(mean)
         self.model.backbone._compiled_call_impl = None
-        if self.world > 1:  # statistics of batches are each process's own
+        if self.world_size > 1:  # batch statistics differ between the processes: all get those of rank 0
             for buffer in self.model.buffers():
                 dist.broadcast(buffer, 0)
         return self.model.eval()
@@ -310,6 +313,7 @@ class Steps:
         }
 
     def load(self, saved: dict[str, Any]) -> None:
+        """Restores a state; warns if another number of processes saved it."""
         self.step = saved["step"]
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
@@ -324,15 +328,15 @@ class Steps:
         self.sampler.load_state_dict(saved["sampler"])
         self.reported = saved["reported"]
         self.clock = (time.perf_counter(), self.step)
-        theirs = saved["processes"]
-        if len(theirs) == self.world:
-            self.total.fill_(theirs[self.rank]["total"])
-            _set_random_state(theirs[self.rank]["random"], self.device)
+        per_process = saved["processes"]
+        if len(per_process) == self.world_size:
+            self.total.fill_(per_process[self.rank]["total"])
+            _set_random_state(per_process[self.rank]["random"], self.device)
         else:
-            self.total.fill_(sum(process["total"] for process in theirs) / len(theirs))
+            self.total.fill_(sum(process["total"] for process in per_process) / len(per_process))
             warnings.warn(
-                f"{self.world} processes go on with a training of {len(theirs)}: what the network draws, as dropout "
-                "does, will differ from what it would have drawn",
+                f"{self.world_size} processes resume a training of {len(per_process)}: random numbers that the network "
+                "draws, such as dropout's, will differ from those of an uninterrupted training",
                 CheckpointWarning,
                 stacklevel=3,
             )

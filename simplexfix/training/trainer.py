@@ -30,12 +30,12 @@ from ..methods import Method, ReadsOldEmbeddings, Simplex
 from ..models import EmbeddingModel
 from . import processes
 from .checkpoint import Checkpoints, CheckpointWarning, fingerprint, read_state, write_state
-from .held import class_means, denoised
 from .items import Items, embeddings_of
 from .junction import JUNCTIONS, aligned_junction
 from .locks import folder_lock
+from .old_model import class_means, denoised
 from .resume import check_resumable, describe
-from .samplers import batch_sizes, check_lone_row
+from .samplers import batch_sizes, check_batch_norm
 from .schedule import Schedule
 from .steps import DTYPES, Augment, Steps
 
@@ -208,8 +208,8 @@ class Trainer:
                     f"got {least} to {most}"
                 )
         remembers = memory is not None and len(memory.labels) > 0
-        batch_sizes(schedule.batch, remembers, processes.world(), schedule.accumulate)
-        self._check_lone_row(parent, items, schedule)
+        batch_sizes(schedule.batch, remembers, processes.world_size(), schedule.accumulate)
+        self._check_batch_norm(parent, items, schedule)
         started_with = {
             "schedule": asdict(schedule),
             "seed": seed,
@@ -283,15 +283,15 @@ class Trainer:
             with closing(run), lost_readers_named():
                 return self._done(run, started_with, finished, begin, on_step)
 
-    def _check_lone_row(self, parent: EmbeddingModel, items: Items, schedule: Schedule) -> None:
-        if schedule.batch > processes.world() * schedule.accumulate or not len(items.labels):
+    def _check_batch_norm(self, parent: EmbeddingModel, items: Items, schedule: Schedule) -> None:
+        if schedule.batch > processes.world_size() * schedule.accumulate or not len(items.labels):
             return
         device = next(parent.parameters()).device
         input = items.take(torch.tensor([0])).read().to(device)
         if self.augment is not None:
             input = self.augment(input, torch.Generator().manual_seed(0))
-        split = {"batch": schedule.batch, "world": processes.world(), "accumulate": schedule.accumulate}
-        check_lone_row(f"the {type(parent.backbone).__name__}", parent.backbone, input, **split)
+        split = {"batch": schedule.batch, "world_size": processes.world_size(), "accumulate": schedule.accumulate}
+        check_batch_norm(f"the {type(parent.backbone).__name__}", parent.backbone, input, **split)
 
     def _check_aligned(self, parent: EmbeddingModel, old: EmbeddingModel | None) -> None:
         if old is None:
@@ -341,7 +341,7 @@ class Trainer:
 
         weight = processes.run_on_rank0(act)  # DistributedDataParallel broadcasts buffers before the first step
         if weight is not None:
-            run.begin_from(run.model.head.junction.weight, weight)  # type: ignore[union-attr, arg-type]
+            run.set_initial(run.model.head.junction.weight, weight)  # type: ignore[union-attr, arg-type]
 
     def _done(
         self,
@@ -385,7 +385,7 @@ class Trainer:
                 if processes.rank() == 0:
                     checkpoints.save(run.step, state)
             on_step(run.step)
-        model = run.finished()
+        model = run.trained_model()
         if finished is not None and checkpoints is not None:
             if processes.rank() == 0:
                 write_state(finished, {"facts": started_with, "model": model.state_dict()})

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_adapter_methods import METHODS, name, world
+from test_adapter_methods import METHODS, method_name, paired_features
 
 from simplexfix import cosine_topk
 from simplexfix.adapters import Adapter, Procrustes, Slerp, WhitenedProcrustes
@@ -15,9 +15,9 @@ from simplexfix.gallery import Gallery, StrangerError
 from simplexfix.models import EmbeddingModel, ModelFolderError, ModelIdentity, read_identity
 
 
-@pytest.mark.parametrize("method", METHODS, ids=name)
+@pytest.mark.parametrize("method", METHODS, ids=method_name)
 def test_saved_and_loaded_it_maps_to_the_same_bits(method, tmp_path) -> None:
-    y, x, labels = world(9, 14)
+    y, x, labels = paired_features(9, 14)
     adapter = method.fit(y, x, labels=labels)
     names = {"version": 3, "name": "third", "old": "0" * 64, "new": "a text encoder"}
     identity = adapter.save_pretrained(tmp_path, **names)
@@ -33,7 +33,7 @@ def test_saved_and_loaded_it_maps_to_the_same_bits(method, tmp_path) -> None:
 
 
 def test_it_may_search_the_galleries_it_was_fitted_for() -> None:
-    y, x, _ = world()
+    y, x, _ = paired_features()
     old, stranger = (ModelIdentity(letter * 64, 0, "", "linear", 10) for letter in "ab")
     left, mapped = (m.fit(y, x).identity(old=old.fingerprint) for m in (Procrustes(), WhitenedProcrustes()))
     assert left.why_not_search(old) == []
@@ -44,7 +44,7 @@ def test_it_may_search_the_galleries_it_was_fitted_for() -> None:
 
 
 def test_its_queries_search_the_gallery_of_the_old_encoder(tmp_path) -> None:
-    y, x, _ = world()
+    y, x, _ = paired_features()
     old = ModelIdentity.external("vendor/embed", "1", y.shape[1])
     adapter = Procrustes().fit(y, x)
     adapted = adapter.identity(version=1, name="adapted", old=old.fingerprint)
@@ -60,14 +60,14 @@ def test_its_queries_search_the_gallery_of_the_old_encoder(tmp_path) -> None:
 
 
 def test_another_encoder_makes_another_fingerprint() -> None:
-    adapter = Procrustes().fit(*world()[:2])
+    adapter = Procrustes().fit(*paired_features()[:2])
     fingerprints = {adapter.identity(old=old, new=new).fingerprint for old in (None, "a") for new in (None, "b")}
     assert len(fingerprints) == 4
     assert adapter.identity(version=1, name="x").fingerprint in fingerprints
 
 
 def test_another_adapter_takes_its_place_and_nothing_else_does(tmp_path) -> None:
-    y, x, _ = world()
+    y, x, _ = paired_features()
     Procrustes().fit(y, x).save_pretrained(tmp_path)
     WhitenedProcrustes().fit(y, x).save_pretrained(tmp_path)
     assert len(list(tmp_path.glob("adapter-*.safetensors"))) == 1
@@ -107,7 +107,7 @@ def _without_weights(folder) -> None:
     (lambda folder: (folder / "config.json").unlink(), "holds no adapter: it has no config.json"),
 ])  # fmt: skip
 def test_what_is_damaged_is_refused(change, message, tmp_path) -> None:
-    Procrustes().fit(*world()[:2]).save_pretrained(tmp_path)
+    Procrustes().fit(*paired_features()[:2]).save_pretrained(tmp_path)
     change(tmp_path)
     with pytest.raises(ModelFolderError, match=message):
         Adapter.from_pretrained(tmp_path)
@@ -119,7 +119,7 @@ def test_a_folder_that_is_not_there(tmp_path) -> None:
 
 
 def test_bad_versions_and_names() -> None:
-    adapter = Procrustes().fit(*world()[:2])
+    adapter = Procrustes().fit(*paired_features()[:2])
     with pytest.raises(ValueError, match="version must be 0 or more"):
         adapter.identity(version=-1)
     with pytest.raises(TypeError, match="name must be a string"):

@@ -1,4 +1,7 @@
-"""Each method against a naive implementation in NumPy, SciPy or scikit-learn, on small matrices."""
+"""Tests each adapter method against a naive implementation in NumPy, SciPy or scikit-learn, on small matrices.
+
+Here `y` are features by the old encoder and `x` features of the same items by the new one: a map takes x to y.
+"""
 
 from __future__ import annotations
 
@@ -50,23 +53,28 @@ METHODS = [
 ]
 
 
-def name(method: AdapterMethod) -> str:
+def method_name(method: AdapterMethod) -> str:
     return method.name
 
 
-LENGTHS = (1e-30, 1e-15, 1e15, 1e30)  # squares of the first and the last exceed the range of float32
+LENGTHS = (1e-30, 1e-15, 1e15, 1e30)  # of rows; the squares of the first and the last leave float32's range
 
 
-def world(old: int = 10, new: int = 10, items: int = ITEMS, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns features of the same items by two encoders, with directions of unlike scales, and the classes."""
+def paired_features(
+    old: int = 10, new: int = 10, items: int = ITEMS, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns features of the same items by two encoders, [items, old] and [items, new], and the items' classes.
+
+    The variance of the noise differs between the dimensions, and the mean is not 0.
+    """
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, CLASSES, items)
-    hidden = rng.standard_normal((CLASSES, 8))[labels] + 0.5 * rng.standard_normal((items, 8))
-    sides = []
+    latent = rng.standard_normal((CLASSES, 8))[labels] + 0.5 * rng.standard_normal((items, 8))
+    features = []
     for width in (old, new):
         noise = 0.2 * rng.standard_normal((items, width)) * np.linspace(0.2, 3, width)
-        sides.append(np.tanh(hidden @ rng.standard_normal((8, width))) + noise + 0.3)
-    return sides[0].astype(np.float32), sides[1].astype(np.float32), labels
+        features.append(np.tanh(latent @ rng.standard_normal((8, width))) + noise + 0.3)
+    return features[0].astype(np.float32), features[1].astype(np.float32), labels
 
 
 def unit(x: np.ndarray) -> np.ndarray:
@@ -79,6 +87,7 @@ def centred(x: np.ndarray) -> np.ndarray:
 
 
 def polar(cross: np.ndarray) -> np.ndarray:
+    """Returns the orthogonal factor of the polar decomposition."""
     u, _, vt = np.linalg.svd(cross, full_matrices=False)
     return u @ vt
 
@@ -92,19 +101,19 @@ def whitening(x: np.ndarray, labels: np.ndarray | None, g: float) -> np.ndarray:
     return np.linalg.inv(scipy.linalg.sqrtm(s).real)
 
 
-def close(got: torch.Tensor, expected: np.ndarray) -> None:
+def assert_close(got: torch.Tensor, expected: np.ndarray) -> None:
     np.testing.assert_allclose(got.numpy(), expected, atol=2e-6)
 
 
 @pytest.mark.parametrize(("old", "new"), WIDTHS)
 def test_procrustes_is_the_nearest_map_of_orthonormal_rows_or_columns(old, new) -> None:
-    y, x, _ = world(old, new)
+    y, x, _ = paired_features(old, new)
     adapter = Procrustes().fit(y, x)
     if old == new:
         q, _ = scipy.linalg.orthogonal_procrustes(centred(x), centred(y))
     else:
         q = polar(centred(x).T @ centred(y))
-    close(adapter(torch.from_numpy(x)), unit(centred(x) @ q + unit(y).mean(0)))
+    assert_close(adapter(torch.from_numpy(x)), unit(centred(x) @ q + unit(y).mean(0)))
     assert not adapter.maps_gallery
     stored = torch.from_numpy(y)
     assert adapter.gallery(stored) is stored
@@ -112,32 +121,32 @@ def test_procrustes_is_the_nearest_map_of_orthonormal_rows_or_columns(old, new) 
 
 @pytest.mark.parametrize(("old", "new"), WIDTHS)
 def test_ridge_is_that_of_scikit_learn(old, new) -> None:
-    y, x, _ = world(old, new)
+    y, x, _ = paired_features(old, new)
     adapter = Ridge(penalty=0.3).fit(y, x)
     r = 0.3 * np.trace(centred(x).T @ centred(x)) / new
     peer = SklearnRidge(alpha=r).fit(unit(x), unit(y))
-    close(adapter(torch.from_numpy(x)), unit(peer.predict(unit(x))))
+    assert_close(adapter(torch.from_numpy(x)), unit(peer.predict(unit(x))))
 
 
-def test_anchored_ridge_is_ridge_on_what_procrustes_leaves() -> None:
-    y, x, _ = world(9, 14)
+def test_anchored_ridge_is_ridge_on_the_residuals_of_procrustes() -> None:
+    y, x, _ = paired_features(9, 14)
     adapter = Ridge(penalty=0.3, anchor="procrustes").fit(y, x)
     q = polar(centred(x).T @ centred(y))
     r = 0.3 * np.trace(centred(x).T @ centred(x)) / 14
     peer = SklearnRidge(alpha=r, fit_intercept=False).fit(centred(x), centred(y) - centred(x) @ q)
-    close(adapter(torch.from_numpy(x)), unit(centred(x) @ (q + peer.coef_.T) + unit(y).mean(0)))
+    assert_close(adapter(torch.from_numpy(x)), unit(centred(x) @ (q + peer.coef_.T) + unit(y).mean(0)))
 
 
-def test_low_rank_is_the_best_map_of_its_rank() -> None:
-    y, x, _ = world(9, 14)
+def test_low_rank_is_the_best_map_of_at_most_its_rank() -> None:
+    y, x, _ = paired_features(9, 14)
     adapter = LowRank(rank=3, penalty=0.2).fit(y, x)
     a, b = centred(x), centred(y)
     r = 0.2 * np.trace(a.T @ a) / 14
-    # ridge as least squares with further rows, and the fitted values by their leading singular vectors
+    # Ridge is least squares with sqrt(r) * I as further rows; then project on leading singular vectors of the fit.
     rows, targets = np.vstack([a, np.sqrt(r) * np.eye(14)]), np.vstack([b, np.zeros((14, 9))])
     w = np.linalg.lstsq(rows, targets, rcond=None)[0]
     _, _, vt = np.linalg.svd(rows @ w, full_matrices=False)
-    close(adapter(torch.from_numpy(x)), unit(a @ w @ vt[:3].T @ vt[:3] + unit(y).mean(0)))
+    assert_close(adapter(torch.from_numpy(x)), unit(a @ w @ vt[:3].T @ vt[:3] + unit(y).mean(0)))
     full = LowRank(rank=99, penalty=0.2).fit(y, x)
     torch.testing.assert_close(full(torch.from_numpy(x)), Ridge(penalty=0.2).fit(y, x)(torch.from_numpy(x)))
 
@@ -145,17 +154,17 @@ def test_low_rank_is_the_best_map_of_its_rank() -> None:
 @pytest.mark.parametrize(("old", "new"), WIDTHS)
 @pytest.mark.parametrize("labelled", [True, False])
 def test_whitened_procrustes(old, new, labelled) -> None:
-    y, x, classes = world(old, new)
+    y, x, classes = paired_features(old, new)
     labels = classes if labelled else None
     adapter = WhitenedProcrustes(g=0.2).fit(y, x, labels=labels)
     a, b = (unit(centred(side) @ whitening(side, labels, 0.2)) for side in (x, y))
-    close(adapter(torch.from_numpy(x)), unit(a @ polar(a.T @ b)))
-    close(adapter.gallery(torch.from_numpy(y)), b)
+    assert_close(adapter(torch.from_numpy(x)), unit(a @ polar(a.T @ b)))
+    assert_close(adapter.gallery(torch.from_numpy(y)), b)
     assert adapter.maps_gallery
 
 
 def test_simplex_junction() -> None:
-    y, x, labels = world(9, 11)  # within the span of 12 vertices, or the map would not be unique
+    y, x, labels = paired_features(9, 11)  # within the span of 12 vertices, or the map would not be unique
     rng = np.random.default_rng(5)
     more = rng.standard_normal((50, 9)).astype(np.float32), rng.standard_normal((50, 11)).astype(np.float32)
     adapter = SimplexJunction(g=0.2, lam=0.4).fit(y, x, labels=labels, sample=more)
@@ -171,24 +180,24 @@ def test_simplex_junction() -> None:
             target = 0.6 * embedded[0]
             target[:ITEMS] += 0.4 * vertices
             embedded.append(a @ polar(a.T @ target))
-    close(adapter.gallery(torch.from_numpy(y)), embedded[0][:ITEMS])
-    close(adapter(torch.from_numpy(x)), embedded[1][:ITEMS])
+    assert_close(adapter.gallery(torch.from_numpy(y)), embedded[0][:ITEMS])
+    assert_close(adapter(torch.from_numpy(x)), embedded[1][:ITEMS])
     assert adapter.embedding_dim == 11
 
 
-def test_a_third_version_turns_to_the_mean_of_the_older_embeddings() -> None:
-    y, x, labels = world(9, 11)
-    z = world(9, 10, seed=2)[1]
+def test_a_third_version_is_rotated_to_the_mean_of_the_older_embeddings() -> None:
+    y, x, labels = paired_features(9, 11)
+    z = paired_features(9, 10, seed=2)[1]
     chain = fit_chain(SimplexJunction(g=0.2, lam=0.4), (y, x, z), labels=labels)
     older = sum(chain.gallery(i, torch.from_numpy(rows)).double().numpy() for i, rows in enumerate((y, x)))
     a = unit(centred(z) @ whitening(z, labels, 0.2))
     vertices = simplex_prototypes(12, torch.from_numpy(labels)).double().numpy()
     target = 0.4 * vertices + 0.6 * unit(older)
-    close(chain.gallery(2, torch.from_numpy(z)), a @ polar(a.T @ target))
+    assert_close(chain.gallery(2, torch.from_numpy(z)), a @ polar(a.T @ target))
 
 
-def test_whitened_sums_of_several_shrinkages_are_those_of_each() -> None:
-    y, x, labels = world(9, 14)
+def test_moments_of_several_shrinkages_equal_those_of_each() -> None:
+    y, x, labels = paired_features(9, 14)
     features = _paired.PairedFeatures.read((y, x), labels, names=("old", "new"))
     together = Moments(features, (0.1, 0.6))
     for g in (0.1, 0.6, 0.3):
@@ -204,13 +213,13 @@ def test_whitened_sums_of_several_shrinkages_are_those_of_each() -> None:
                 assert norm == pytest.approx(lengths.mean())
 
 
-@pytest.mark.parametrize("method", [MLP(16, steps=5), LambdaOrthogonal(steps=5), HOCRefined(steps=5)], ids=name)
-def test_training_is_the_same_where_rows_are_read_again_for_each_batch(method, monkeypatch) -> None:
-    y, x, labels = world(9, 14)
-    more = world(9, 14, items=30, seed=1)[:2]
-    kept = method.fit(y, x, labels=labels, sample=more)(torch.from_numpy(x))
-    monkeypatch.setattr(_training, "KEPT_BYTES", 0)
-    torch.testing.assert_close(method.fit(y, x, labels=labels, sample=more)(torch.from_numpy(x)), kept)
+@pytest.mark.parametrize("method", [MLP(16, steps=5), LambdaOrthogonal(steps=5), HOCRefined(steps=5)], ids=method_name)
+def test_training_is_the_same_with_cached_rows_and_rows_read_per_batch(method, monkeypatch) -> None:
+    y, x, labels = paired_features(9, 14)
+    more = paired_features(9, 14, items=30, seed=1)[:2]
+    cached = method.fit(y, x, labels=labels, sample=more)(torch.from_numpy(x))
+    monkeypatch.setattr(_training, "CACHE_BYTES", 0)
+    torch.testing.assert_close(method.fit(y, x, labels=labels, sample=more)(torch.from_numpy(x)), cached)
 
 
 @pytest.mark.parametrize("shape", [(9, 14), (14, 9)])
@@ -220,15 +229,15 @@ def test_the_gradient_of_lambda_orthogonals_penalty(shape) -> None:
     distance = (w.T @ w if shape[0] > shape[1] else w @ w.T).sub(torch.eye(9)).norm()
     expected = torch.sigmoid(0.2 * (distance - 8)) * distance
     torch.testing.assert_close(method.penalty(w), expected)
-    (got,), (wanted,) = (torch.autograd.grad(value, w) for value in (method.penalty(w), expected))
-    torch.testing.assert_close(got, wanted)
+    (got,), (truth,) = (torch.autograd.grad(value, w) for value in (method.penalty(w), expected))
+    torch.testing.assert_close(got, truth)
 
 
-def test_hoc_refined_begins_at_the_junction_and_lowers_its_loss() -> None:
-    y, x, labels = world()
+def test_hoc_refined_starts_from_the_junction_and_lowers_its_loss() -> None:
+    y, x, labels = paired_features()
     junction = SimplexJunction().fit(y, x, labels=labels)
-    begun = HOCRefined(steps=0).fit(y, x, labels=labels)
-    torch.testing.assert_close(begun(torch.from_numpy(x)), junction(torch.from_numpy(x)))
+    start = HOCRefined(steps=0).fit(y, x, labels=labels)
+    torch.testing.assert_close(start(torch.from_numpy(x)), junction(torch.from_numpy(x)))
     refined = HOCRefined(steps=40, batch=128, learning_rate=3e-3).fit(y, x, labels=labels)
 
     def loss(adapter) -> float:
@@ -238,8 +247,8 @@ def test_hoc_refined_begins_at_the_junction_and_lowers_its_loss() -> None:
     assert loss(refined) < 0.8 * loss(junction)
 
 
-def test_mlp_and_lambda_orthogonal_come_nearer_to_the_old_features_than_procrustes() -> None:
-    y, x, _ = world()
+def test_mlp_and_lambda_orthogonal_fit_the_old_features_better_than_procrustes() -> None:
+    y, x, _ = paired_features()
 
     def agreement(method: AdapterMethod) -> float:
         rows = method.fit(y, x)(torch.from_numpy(x))
@@ -250,13 +259,13 @@ def test_mlp_and_lambda_orthogonal_come_nearer_to_the_old_features_than_procrust
     assert agreement(LambdaOrthogonal(steps=100, batch=128, learning_rate=3e-3)) > base + 0.005
 
 
-def test_lambda_orthogonal_pays_for_its_distance_from_orthogonal_maps() -> None:
-    y, x, _ = world()
-    free, held = (
+def test_lambda_orthogonal_penalizes_the_distance_from_orthogonal_maps() -> None:
+    y, x, _ = paired_features()
+    weak, strong = (
         LambdaOrthogonal(lambda_=lambda_, alpha=10, steps=60, batch=64, learning_rate=3e-3).fit(y, x)
         for lambda_ in (12.0, 0.1)
     )
-    distances = [float((a.query_map.weight.T @ a.query_map.weight - torch.eye(10)).norm()) for a in (free, held)]
+    distances = [float((a.query_map.weight.T @ a.query_map.weight - torch.eye(10)).norm()) for a in (weak, strong)]
     assert distances[1] < 0.5 * distances[0]
 
 
@@ -264,58 +273,59 @@ def test_lambda_orthogonal_pays_for_its_distance_from_orthogonal_maps() -> None:
     (WhitenedProcrustes(), 10, 10), (WhitenedProcrustes(), 14, 9),
     (SimplexJunction(), 9, 14), (SimplexJunction(), 14, 9),
 ])  # fmt: skip
-def test_a_version_searches_itself_as_its_whitened_features_do(method, old, new) -> None:
-    y, x, labels = world(old, new)
+def test_search_within_a_version_equals_that_of_its_whitened_features(method, old, new) -> None:
+    y, x, labels = paired_features(old, new)
     adapter = method.fit(y, x, labels=labels)
-    white = unit(centred(x) @ whitening(x, labels, method.g))
+    whitened = unit(centred(x) @ whitening(x, labels, method.g))
     queries, gallery = slice(0, 40), slice(40, None)
     adapted = adapter(torch.from_numpy(x)).double().numpy()
-    expected = np.argsort(-white[queries] @ white[gallery].T, axis=1, kind="stable")
+    expected = np.argsort(-whitened[queries] @ whitened[gallery].T, axis=1, kind="stable")
     found = np.argsort(-adapted[queries] @ adapted[gallery].T, axis=1, kind="stable")
     np.testing.assert_array_equal(found, expected)
 
 
-def test_a_square_procrustes_map_of_features_without_mean_keeps_every_order() -> None:
+def test_procrustes_recovers_a_permutation_of_centred_features() -> None:
     x = np.random.default_rng(0).standard_normal((100, 8))
     x = np.vstack([x, -x]).astype(np.float32)  # mean 0
     adapter = Procrustes().fit(x[:, ::-1].copy(), x)
     torch.testing.assert_close(adapter(torch.from_numpy(x)), normalize(torch.from_numpy(x[:, ::-1].copy())))
 
 
-@pytest.mark.parametrize("method", METHODS, ids=name)
+@pytest.mark.parametrize("method", METHODS, ids=method_name)
 @pytest.mark.parametrize(("old", "new"), WIDTHS[1:])
 def test_widths_blocks_and_mapped_files(method, old, new, tmp_path, monkeypatch) -> None:
-    y, x, labels = world(old, new)
-    more = world(old, new, items=30, seed=1)[:2]
-    whole = method.fit(y, x, labels=labels, sample=more)
-    assert (whole.old_features, whole.in_features) == (old, new)
+    y, x, labels = paired_features(old, new)
+    more = paired_features(old, new, items=30, seed=1)[:2]
+    in_memory = method.fit(y, x, labels=labels, sample=more)
+    assert (in_memory.old_features, in_memory.in_features) == (old, new)
     monkeypatch.setattr(_paired, "BLOCK_BYTES", 8 * 14 * 7)  # 7 rows
     mapped = []
     for at, rows in enumerate((y, x)):
         np.save(tmp_path / f"{at}.npy", rows)
         mapped.append(np.load(tmp_path / f"{at}.npy", mmap_mode="r"))
-    blocks = method.fit(*mapped, labels=[f"class {c}" for c in labels], sample=more)
+    in_blocks = method.fit(*mapped, labels=[f"class {c}" for c in labels], sample=more)
     queries = (torch.from_numpy(x), torch.from_numpy(y)) if isinstance(method, Slerp) else (torch.from_numpy(x),)
-    scores = [made(*queries) @ made.gallery(torch.from_numpy(y)).T for made in (whole, blocks)]
-    # with fewer classes than dimensions the junction is arbitrary in the others, and training depends on it
+    scores = [adapter(*queries) @ adapter.gallery(torch.from_numpy(y)).T for adapter in (in_memory, in_blocks)]
+    # With fewer classes than dimensions the junction is arbitrary outside the span of the classes' vertices, and
+    # training starts from it.
     if not isinstance(method, HOCRefined):
         torch.testing.assert_close(scores[1], scores[0], rtol=1e-4, atol=2e-5)
-    assert whole(*queries).shape == (ITEMS, whole.embedding_dim)
-    torch.testing.assert_close(whole(*queries).norm(dim=1), torch.ones(ITEMS))
+    assert in_memory(*queries).shape == (ITEMS, in_memory.embedding_dim)
+    torch.testing.assert_close(in_memory(*queries).norm(dim=1), torch.ones(ITEMS))
 
 
-@pytest.mark.parametrize("method", METHODS, ids=name)
+@pytest.mark.parametrize("method", METHODS, ids=method_name)
 def test_equal_fits_are_equal_to_the_bit(method) -> None:
-    y, x, labels = world()
+    y, x, labels = paired_features()
     state = torch.random.get_rng_state()
     first, second = (method.fit(y, x, labels=labels).state_dict() for _ in range(2))
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("method", [Procrustes(), WhitenedProcrustes(), SimplexJunction()], ids=name)
+@pytest.mark.parametrize("method", [Procrustes(), WhitenedProcrustes(), SimplexJunction()], ids=method_name)
 def test_alpha_0_is_the_old_system_and_1_the_adapted_one(method) -> None:
-    y, x, labels = world(9, 14)
+    y, x, labels = paired_features(9, 14)
     old, new = torch.from_numpy(y), torch.from_numpy(x)
     plain = method.fit(y, x, labels=labels)
     before = Slerp(method, 0.0).fit(y, x, labels=labels)
@@ -325,7 +335,7 @@ def test_alpha_0_is_the_old_system_and_1_the_adapted_one(method) -> None:
 
 def test_slerp_divides_the_angle() -> None:
     method = Slerp(Procrustes(), 0.25)
-    y, x, _ = world()
+    y, x, _ = paired_features()
     old, new = torch.from_numpy(y), torch.from_numpy(x)
     u, v = normalize(old).double(), Procrustes().fit(y, x)(new).double()
     q = method.fit(y, x)(new, old).double()
@@ -343,35 +353,35 @@ def test_slerp_of_parallel_and_opposite_rows_is_finite() -> None:
     torch.testing.assert_close(slerp(u, v, 0.3)[0], u[0])
 
 
-@pytest.mark.parametrize("of", [WhitenedProcrustes(), Procrustes()], ids=name)
+@pytest.mark.parametrize("of", [WhitenedProcrustes(), Procrustes()], ids=method_name)
 @pytest.mark.parametrize("block", [7, 1024])
 def test_local_correction(of, block, monkeypatch) -> None:
     monkeypatch.setattr(maps, "_ROWS", block)
     monkeypatch.setattr(local_correction, "_ROWS", block)
-    y, x, labels = world(9, 14)
+    y, x, labels = paired_features(9, 14)
     plain = of.fit(y[:200], x[:200], labels=labels[:200])
     p, stored = (np.float64(rows) for rows in (plain(torch.from_numpy(x)), plain.gallery(torch.from_numpy(y))))
     errors = unit(stored[:200]) - p[:200]
     weights = np.exp(10 * p @ p[:200].T)
     expected = unit(p + 0.6 * weights @ errors / weights.sum(1, keepdims=True))
     adapter = LocalCorrection(of, scale=10.0, beta=0.6).fit(y[:200], x[:200], labels=labels[:200])
-    close(adapter(torch.from_numpy(x)), expected)
+    assert_close(adapter(torch.from_numpy(x)), expected)
     assert torch.equal(adapter.gallery(torch.from_numpy(y)), plain.gallery(torch.from_numpy(y)))
 
 
-@pytest.mark.parametrize("of", [WhitenedProcrustes(), Procrustes()], ids=name)
+@pytest.mark.parametrize("of", [WhitenedProcrustes(), Procrustes()], ids=method_name)
 @pytest.mark.parametrize("block", [7, 1024])
 def test_gallery_correction(of, block, monkeypatch) -> None:
     monkeypatch.setattr(maps, "_ROWS", block)
     monkeypatch.setattr(local_correction, "_ROWS", block)
-    y, x, labels = world(9, 14)
+    y, x, labels = paired_features(9, 14)
     plain = of.fit(y[:200], x[:200], labels=labels[:200])
     p, stored = (np.float64(rows) for rows in (plain(torch.from_numpy(x)), plain.gallery(torch.from_numpy(y))))
     stored = unit(stored)
     weights = np.exp(10 * stored @ stored[:200].T)
     expected = unit(stored + 0.6 * weights @ (p - stored)[:200] / weights.sum(1, keepdims=True))
     adapter = GalleryCorrection(of, scale=10.0, beta=0.6).fit(y[:200], x[:200], labels=labels[:200])
-    close(adapter.gallery(torch.from_numpy(y)), expected)
+    assert_close(adapter.gallery(torch.from_numpy(y)), expected)
     assert torch.equal(adapter(torch.from_numpy(x)), plain(torch.from_numpy(x)))
 
 
@@ -380,13 +390,13 @@ CORRECTIONS = [LocalCorrection, GalleryCorrection]
 
 @pytest.mark.parametrize("kind", CORRECTIONS)
 def test_nothing_is_corrected_where_the_map_makes_no_error_or_beta_is_0(kind) -> None:
-    y, _, _ = world()
-    turn = np.linalg.qr(np.random.default_rng(0).standard_normal((10, 10)))[0]
-    turned = (y @ turn).astype(np.float32)
-    exact = kind(Procrustes(), beta=1.0).fit(y, turned)
-    close(exact(torch.from_numpy(turned)), unit(y))
-    close(exact.gallery(torch.from_numpy(y)), unit(y) if exact.maps_gallery else y)
-    y, x, labels = world(9, 14)
+    y, _, _ = paired_features()
+    rotation = np.linalg.qr(np.random.default_rng(0).standard_normal((10, 10)))[0]
+    rotated = (y @ rotation).astype(np.float32)
+    exact = kind(Procrustes(), beta=1.0).fit(y, rotated)
+    assert_close(exact(torch.from_numpy(rotated)), unit(y))
+    assert_close(exact.gallery(torch.from_numpy(y)), unit(y) if exact.maps_gallery else y)
+    y, x, labels = paired_features(9, 14)
     query, stored = torch.from_numpy(x), torch.from_numpy(y)
     zero, plain = (m.fit(y, x, labels=labels) for m in (kind(WhitenedProcrustes(), beta=0.0), WhitenedProcrustes()))
     torch.testing.assert_close(zero(query), plain(query))
@@ -394,42 +404,42 @@ def test_nothing_is_corrected_where_the_map_makes_no_error_or_beta_is_0(kind) ->
 
 
 def test_corrections_keep_the_rows_that_their_seed_draws() -> None:
-    y, x, _ = world()
-    kept = [LocalCorrection(Procrustes(), rows=30, seed=seed).fit(y, x).query_map.keys for seed in (0, 0, 1)]
-    assert len(kept[0]) == 30
-    assert torch.equal(kept[0], kept[1])
-    assert not torch.equal(kept[0], kept[2])
-    everything = 40 * Procrustes().fit(y, x)(torch.from_numpy(x))
-    apart = (kept[0][:, None] - everything).norm(dim=2).min(1)
-    assert (apart.values < 1e-4).all()
-    assert len(apart.indices.unique()) == 30
+    y, x, _ = paired_features()
+    drawn = [LocalCorrection(Procrustes(), rows=30, seed=seed).fit(y, x).query_map.keys for seed in (0, 0, 1)]
+    assert len(drawn[0]) == 30
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    all_keys = 40 * Procrustes().fit(y, x)(torch.from_numpy(x))  # keys are multiplied by the default scale, 40
+    nearest = (drawn[0][:, None] - all_keys).norm(dim=2).min(1)
+    assert (nearest.values < 1e-4).all()
+    assert len(nearest.indices.unique()) == 30
     stored = GalleryCorrection(Procrustes(), rows=30, scale=1.0).fit(y, x).gallery_map.keys
-    close(stored, unit(y[apart.indices.numpy()]))
+    assert_close(stored, unit(y[nearest.indices.numpy()]))
 
 
 @pytest.mark.parametrize("kind", CORRECTIONS)
-@pytest.mark.parametrize("of", [LowRank(), Slerp(Procrustes()), LocalCorrection(Procrustes())], ids=name)
-def test_corrections_want_an_affine_map(kind, of) -> None:
+@pytest.mark.parametrize("of", [LowRank(), Slerp(Procrustes()), LocalCorrection(Procrustes())], ids=method_name)
+def test_corrections_need_an_affine_map(kind, of) -> None:
     with pytest.raises(TypeError, match=f"affine query map .*, got {type(of).__name__}"):
         kind(of)
 
 
 def test_shrinkage_1_does_not_whiten() -> None:
-    y, x, labels = world()
+    y, x, labels = paired_features()
     a, b = (unit(centred(side)) for side in (x, y))
     adapter = WhitenedProcrustes(g=1.0).fit(y, x, labels=labels)
-    close(adapter(torch.from_numpy(x)), unit(a @ polar(a.T @ b)))
+    assert_close(adapter(torch.from_numpy(x)), unit(a @ polar(a.T @ b)))
 
 
-Y, X, LABELS = world(items=20)
-HOLES = np.where(np.arange(20)[:, None] == 3, np.nan, X)
+Y, X, LABELS = paired_features(items=20)
+WITH_NAN = np.where(np.arange(20)[:, None] == 3, np.nan, X)
 V, T = ValueError, TypeError
 BAD_INPUT = [
     (Procrustes(), (Y, X[:9]), {}, V, "for each of the same items, in the same order, got 20 and 9"),
     (Procrustes(), (Y[:1], X[:1]), {}, V, "old has 1 rows: adapters are fitted on at least 2 items"),
     (Procrustes(), (Y, X.astype(int)), {}, T, "new must be float32"),
     (Procrustes(), (Y, X[0]), {}, V, r"new must have 2 dimensions"),
-    (Procrustes(), (Y, HOLES), {}, V, "new row 3 holds nan or inf"),
+    (Procrustes(), (Y, WITH_NAN), {}, V, "new row 3 holds nan or inf"),
     (WhitenedProcrustes(), (Y, X), {"labels": LABELS[:5]}, V, "labels must have 20 entries, .* got 5"),
     (WhitenedProcrustes(), (Y, X), {"labels": LABELS + 0.5}, T, "labels must be integers"),
     (SimplexJunction(), (Y, X), {}, V, "simplex_junction needs labels, .*; whitened_procrustes does"),
@@ -474,44 +484,44 @@ def test_bad_options(kind, options, message) -> None:
 
 
 def test_bad_queries() -> None:
-    plain = Procrustes().fit(*world(9, 14)[:2])
-    both = Slerp(Procrustes()).fit(*world(9, 14)[:2])
+    plain = Procrustes().fit(*paired_features(9, 14)[:2])
+    slerp = Slerp(Procrustes()).fit(*paired_features(9, 14)[:2])
     x, y = torch.zeros(2, 14), torch.zeros(2, 9)
-    for wrong, message in (
+    for call, message in (
         (lambda: plain(y), "features must have 14 columns, the width that the adapter was fitted on"),
         (lambda: plain(x[0]), "features must have 2 dimensions"),
         (lambda: plain.gallery(x), "stored must have 9 columns"),
         (lambda: plain(x, y), "old must be None"),
-        (lambda: both(x), "old must be the old encoder's features of the same queries: alpha is 0.5"),
-        (lambda: both(x, x), "old must have 9 columns"),
+        (lambda: slerp(x), "old must be the old encoder's features of the same queries: alpha is 0.5"),
+        (lambda: slerp(x, x), "old must have 9 columns"),
     ):
         with pytest.raises(ValueError, match=message):
-            wrong()
+            call()
 
 
-@pytest.mark.parametrize("method", METHODS, ids=name)
-def test_lengths_of_rows_have_no_part_in_it(method: AdapterMethod) -> None:
-    old, new, labels = world()
+@pytest.mark.parametrize("method", METHODS, ids=method_name)
+def test_lengths_of_rows_change_nothing(method: AdapterMethod) -> None:
+    old, new, labels = paired_features()
     expected = method.fit(old, new, labels=labels)
-    both = expected.alpha is not None
+    needs_old = expected.alpha is not None  # a slerp needs features of the query by both encoders
     given = [torch.from_numpy(rows) for rows in (new, old)]
     lengths = torch.tensor(LENGTHS)[torch.arange(ITEMS) % len(LENGTHS), None]
     scaled = [rows * lengths for rows in given]
-    # The fit of scaled rows: float32 rounds them differently, which also changes Adam's steps.
+    # Fit scaled rows: float32 rounds them differently, which also changes Adam's steps.
     adapter = method.fit(*(rows.numpy() for rows in reversed(scaled)), labels=labels)
-    close = {"rtol": 0, "atol": 1e-3 if "steps" in method.described() else 1e-4}
-    query = expected(given[0], given[1] if both else None)
-    torch.testing.assert_close(adapter(given[0], given[1] if both else None), query, **close)
-    # The application to scaled rows.
-    torch.testing.assert_close(expected(scaled[0], scaled[1] if both else None), query, rtol=0, atol=1e-5)
+    tolerance = {"rtol": 0, "atol": 1e-3 if "steps" in method.described() else 1e-4}
+    query = expected(given[0], given[1] if needs_old else None)
+    torch.testing.assert_close(adapter(given[0], given[1] if needs_old else None), query, **tolerance)
+    # Apply the adapter to scaled rows.
+    torch.testing.assert_close(expected(scaled[0], scaled[1] if needs_old else None), query, rtol=0, atol=1e-5)
     if expected.maps_gallery:
         torch.testing.assert_close(expected.gallery(scaled[1]), expected.gallery(given[1]), rtol=0, atol=1e-5)
     zero = torch.zeros(1, new.shape[1]), torch.zeros(1, old.shape[1])
-    assert expected(zero[0], zero[1] if both else None).isfinite().all()
+    assert expected(zero[0], zero[1] if needs_old else None).isfinite().all()
 
 
 def test_a_chain_searches_galleries_of_any_length() -> None:
-    old, new, _ = world()
+    old, new, _ = paired_features()
     chain = fit_chain(Procrustes(), [old, new])
     rows = torch.from_numpy(old)
     for length in LENGTHS:

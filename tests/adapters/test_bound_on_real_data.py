@@ -73,7 +73,7 @@ def _images(folder) -> tuple[NDArray[np.int64], list[NDArray[np.float64]]]:
 
 
 @pytest.mark.parametrize("method", [WhitenedProcrustes(0.6), Procrustes()], ids=lambda method: method.name)
-def test_no_score_moves_by_more_than_its_query(items: Items, method) -> None:
+def test_an_upgrade_changes_a_score_by_at_most_the_change_of_its_query(items: Items, method) -> None:
     seen, unseen = split(items.gallery_labels, UNSEEN, 0)
     chain = fit_chain(method, **items.fitted(seen, 100, 0))
     for row in moves(chain, items, unseen, pairs=20_000):

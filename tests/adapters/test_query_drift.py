@@ -1,4 +1,7 @@
-"""Tests query drift compensation: exact for translations, independent of batches and ranks, and its files."""
+"""Tests `QueryDrift`, which subtracts the mean change (drift) of queries between versions of one encoder.
+
+It undoes translations exactly, does not depend on batches and ranks, and is saved in files.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,8 @@ def features(rows: int = 40, seed: int = 0, *, d: int = D) -> torch.Tensor:
     return torch.randn(rows, d, generator=torch.Generator().manual_seed(seed))
 
 
-def chain(versions: int = 3, *, rows: int = 40) -> list[torch.Tensor]:
-    """Returns the same queries by several fine-tunes of one encoder, each near the one before."""
+def fine_tuned(versions: int = 3, *, rows: int = 40) -> list[torch.Tensor]:
+    """Returns features of the same queries by an encoder and by `versions` successive fine-tunes of it."""
     out = [features(rows)]
     for t in range(versions):
         out.append(out[-1] + 0.2 * features(rows, t + 1) + 0.5 * features(1, 100 + t))
@@ -34,6 +37,7 @@ def chain(versions: int = 3, *, rows: int = 40) -> list[torch.Tensor]:
 
 
 def accumulated(by_version: list[torch.Tensor], *, normalize: bool = True, batch: int = 16) -> QueryDrift:
+    """Returns the drift between successive versions, updated in batches."""
     drift = QueryDrift(D, normalize=normalize)
     for t in range(1, len(by_version)):
         for new, old in zip(by_version[t].split(batch), by_version[t - 1].split(batch), strict=True):
@@ -41,64 +45,65 @@ def accumulated(by_version: list[torch.Tensor], *, normalize: bool = True, batch
     return drift
 
 
-def mean_move(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+def mean_change(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
     return (F.normalize(new.double()) - F.normalize(old.double())).mean(0)
 
 
 def test_a_translation_is_undone_exactly() -> None:
     # integers, whose sums are exact in float64
     old = torch.randint(-9, 9, (32, D), generator=torch.Generator().manual_seed(0)).double()
-    move = torch.tensor([3.0, -1.0, 0.0, 7.0, 2.0, -5.0], dtype=torch.float64)
-    drift = accumulated([old, old + move], normalize=False)
-    assert torch.equal(drift.drift(1), move)
-    assert torch.equal(drift.compensate(old + move, from_version=1, to_version=0), old)
+    translation = torch.tensor([3.0, -1.0, 0.0, 7.0, 2.0, -5.0], dtype=torch.float64)
+    drift = accumulated([old, old + translation], normalize=False)
+    assert torch.equal(drift.drift(1), translation)
+    assert torch.equal(drift.compensate(old + translation, from_version=1, to_version=0), old)
     assert drift.explained_fraction(1) == 1.0
 
 
 def test_only_drifts_between_the_two_versions_are_subtracted() -> None:
     """The authors' code subtracts the drifts of all steps, regardless of the searched index."""
-    by_version = chain(3)
+    by_version = fine_tuned(3)
     drift = accumulated(by_version)
-    steps = {t: mean_move(by_version[t], by_version[t - 1]) for t in (1, 2, 3)}
+    steps = {t: mean_change(by_version[t], by_version[t - 1]) for t in (1, 2, 3)}
     query = F.normalize(by_version[3].double())
-    for to, inside in ((3, ()), (2, (3,)), (1, (2, 3)), (0, (1, 2, 3))):
-        expected = query - sum((steps[t] for t in inside), torch.zeros(D, dtype=torch.float64))
+    for to, between in ((3, ()), (2, (3,)), (1, (2, 3)), (0, (1, 2, 3))):
+        expected = query - sum((steps[t] for t in between), torch.zeros(D, dtype=torch.float64))
         found = drift.compensate(by_version[3].double(), from_version=3, to_version=to)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
     found = drift.compensate(by_version[2].double(), from_version=2, to_version=1)
     torch.testing.assert_close(found, F.normalize(by_version[2].double()) - steps[2], rtol=0, atol=1e-14)
 
 
-def test_explained_fraction_is_that_of_the_page() -> None:
-    by_version = chain(2)
+def test_explained_fraction_against_its_definition() -> None:
+    """It is |mean change|^2 / mean |change|^2, as docs/guides/replacing.md defines it."""
+    by_version = fine_tuned(2)
     drift = accumulated(by_version)
     for t in (1, 2):
-        moves = F.normalize(by_version[t].double()) - F.normalize(by_version[t - 1].double())
-        expected = moves.mean(0).square().sum() / moves.square().sum(1).mean()
+        changes = F.normalize(by_version[t].double()) - F.normalize(by_version[t - 1].double())
+        expected = changes.mean(0).square().sum() / changes.square().sum(1).mean()
         assert drift.explained_fraction(t) == pytest.approx(float(expected), rel=1e-12)
         assert 0 < drift.explained_fraction(t) < 1
-    still = accumulated([by_version[0], by_version[0]])
-    assert math.isnan(still.explained_fraction(1))
-    assert not still.drift(1).any()
+    unchanged = accumulated([by_version[0], by_version[0]])
+    assert math.isnan(unchanged.explained_fraction(1))
+    assert not unchanged.drift(1).any()
 
 
 def test_batches_and_accumulators_add_up_in_any_order() -> None:
-    by_version = chain(2, rows=64)
-    whole = accumulated(by_version, batch=64)
+    by_version = fine_tuned(2, rows=64)
+    one_batch = accumulated(by_version, batch=64)
     order = torch.randperm(64, generator=torch.Generator().manual_seed(5))
     parts = [QueryDrift(D), QueryDrift(D)]
     for at, rows in enumerate(order.split(7)):
-        for t in (2, 1):  # the later step comes first: rows of steps stay in the order of versions
+        for t in (2, 1):  # the later version comes first; `versions` is ascending all the same
             parts[at % 2].update(by_version[t][rows], by_version[t - 1][rows], version=t)
     parts[1].merge(parts[0])
-    assert parts[1].versions.tolist() == whole.versions.tolist() == [1, 2]
-    assert parts[1].counts.tolist() == whole.counts.tolist() == [64, 64]
-    torch.testing.assert_close(parts[1].sums, whole.sums, rtol=0, atol=1e-13)
-    torch.testing.assert_close(parts[1].squares, whole.squares, rtol=1e-14, atol=0)
+    assert parts[1].versions.tolist() == one_batch.versions.tolist() == [1, 2]
+    assert parts[1].counts.tolist() == one_batch.counts.tolist() == [64, 64]
+    torch.testing.assert_close(parts[1].sums, one_batch.sums, rtol=0, atol=1e-13)
+    torch.testing.assert_close(parts[1].squares, one_batch.squares, rtol=1e-14, atol=0)
 
 
 def test_the_result_may_be_normalized_for_thresholds() -> None:
-    by_version = chain(1)
+    by_version = fine_tuned(1)
     drift = accumulated(by_version)
     options = {"from_version": 1, "to_version": 0}
     plain = drift.compensate(by_version[1], **options)
@@ -113,16 +118,16 @@ def test_the_result_may_be_normalized_for_thresholds() -> None:
 
 
 def test_compensation_is_differentiable_in_the_query() -> None:
-    drift = accumulated(chain(1))
+    drift = accumulated(fine_tuned(1))
     query = features(3, 9).double().requires_grad_()
     assert torch.autograd.gradcheck(
         lambda q: drift.compensate(q, from_version=1, to_version=0, normalize_result=True), query
     )
 
 
-def test_an_exhausted_loader_is_no_nan() -> None:
-    """A rank or step without queries contributes nothing; the authors' code divides by their number."""
-    by_version = chain(1)
+def test_steps_without_queries_add_nothing() -> None:
+    """A rank or version without queries contributes nothing; the authors' code divides by 0 there."""
+    by_version = fine_tuned(1)
     drift = accumulated(by_version)
     before = drift.drift(1)
     drift.update(by_version[1][:0], by_version[0][:0], version=1)
@@ -139,30 +144,30 @@ def test_an_exhausted_loader_is_no_nan() -> None:
         QueryDrift(D).compensate(by_version[1], from_version=1, to_version=0)
 
 
-def test_a_file_keeps_the_numbers_of_versions(tmp_path: Path) -> None:
+def test_a_file_stores_the_numbers_of_versions(tmp_path: Path) -> None:
     """The authors' code writes drifts under other numbers than it reads."""
-    by_version = chain(4)
+    by_version = fine_tuned(4)
     drift = QueryDrift(D)
     for t in (4, 3):
         drift.update(by_version[t], by_version[t - 1], version=t)
     drift.save(tmp_path / "drift.safetensors")
-    again = QueryDrift.load(tmp_path / "drift.safetensors")
-    assert again.versions.tolist() == [3, 4]
-    assert again.normalize is True
+    loaded = QueryDrift.load(tmp_path / "drift.safetensors")
+    assert loaded.versions.tolist() == [3, 4]
+    assert loaded.normalize is True
     for name, value in drift.state_dict().items():
-        assert torch.equal(value, again.state_dict()[name]), name
-    torch.testing.assert_close(again.drift(3), mean_move(by_version[3], by_version[2]), rtol=0, atol=1e-14)
+        assert torch.equal(value, loaded.state_dict()[name]), name
+    torch.testing.assert_close(loaded.drift(3), mean_change(by_version[3], by_version[2]), rtol=0, atol=1e-14)
     with pytest.raises(ValueError, match="from version 1 to version 2"):
-        again.compensate(by_version[4], from_version=4, to_version=1)
-    again.update(by_version[2], by_version[1], version=2)  # a later step is added
-    assert again.versions.tolist() == [2, 3, 4]
+        loaded.compensate(by_version[4], from_version=4, to_version=1)
+    loaded.update(by_version[2], by_version[1], version=2)  # a version is added after loading
+    assert loaded.versions.tolist() == [2, 3, 4]
     drift.save(tmp_path / "same.safetensors")
     assert (tmp_path / "same.safetensors").read_bytes() == (tmp_path / "drift.safetensors").read_bytes()
 
 
 def test_damaged_and_strange_files_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "drift.safetensors"
-    accumulated(chain(1)).save(file)
+    accumulated(fine_tuned(1)).save(file)
     content = bytearray(file.read_bytes())
     content[-3] ^= 1
     file.write_bytes(content)
@@ -173,9 +178,9 @@ def test_damaged_and_strange_files_are_refused(tmp_path: Path) -> None:
         QueryDrift.load(file)
 
 
-def test_it_is_a_module_of_tensors(tmp_path: Path) -> None:
+def test_it_is_saved_within_another_module(tmp_path: Path) -> None:
     """safetensors.save_model works for a module that contains it, also after casts."""
-    model = nn.ModuleDict({"drift": accumulated(chain(2), normalize=False), "layer": nn.Linear(2, 2)})
+    model = nn.ModuleDict({"drift": accumulated(fine_tuned(2), normalize=False), "layer": nn.Linear(2, 2)})
     before = {name: value.clone() for name, value in model["drift"].state_dict().items()}
     safetensors.save_model(model, tmp_path / "model.safetensors")
     other = nn.ModuleDict({"drift": QueryDrift(D), "layer": nn.Linear(2, 2)})
@@ -189,21 +194,21 @@ def test_it_is_a_module_of_tensors(tmp_path: Path) -> None:
         QueryDrift(D + 1).load_state_dict(before)
 
 
-def drift_of_a_rank(rank: int, size: int, rendezvous: str) -> None:
+def merge_on_a_rank(rank: int, size: int, rendezvous: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size)
     try:
-        by_version = chain(2)
-        whole = accumulated(by_version, batch=40)
-        mine = QueryDrift(D)
+        by_version = fine_tuned(2)
+        one_process = accumulated(by_version, batch=40)
+        local = QueryDrift(D)
         rows = slice(0, 30) if rank == 0 else slice(30, 40)
-        mine.update(by_version[1][rows], by_version[0][rows], version=1)
-        if rank == 0:  # the loader of the other rank is exhausted before the second step
-            mine.update(by_version[2], by_version[1], version=2)
-        total = mine.merged_ranks()
-        assert mine.counts.tolist() == ([30, 40] if rank == 0 else [10])
+        local.update(by_version[1][rows], by_version[0][rows], version=1)
+        if rank == 0:  # the other rank has no queries of version 2
+            local.update(by_version[2], by_version[1], version=2)
+        total = local.merged_ranks()
+        assert local.counts.tolist() == ([30, 40] if rank == 0 else [10])
         assert total.counts.tolist() == [40, 40]
-        torch.testing.assert_close(total.sums, whole.sums, rtol=0, atol=1e-13)
+        torch.testing.assert_close(total.sums, one_process.sums, rtol=0, atol=1e-13)
         sums = [torch.empty_like(total.sums) for _ in range(size)]
         dist.all_gather(sums, total.sums)
         assert torch.equal(sums[0], sums[1])
@@ -215,8 +220,8 @@ def drift_of_a_rank(rank: int, size: int, rendezvous: str) -> None:
 
 
 @pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch without gloo processes")
-def test_two_processes_add_up(tmp_path: Path) -> None:
-    run_ranks(drift_of_a_rank, 2, str(tmp_path / "rendezvous"))
+def test_two_processes_have_the_sum_of_both(tmp_path: Path) -> None:
+    run_ranks(merge_on_a_rank, 2, str(tmp_path / "rendezvous"))
 
 
 NAN = features(4)
@@ -257,7 +262,7 @@ NAN[2, 1] = math.nan
     ],
 )
 def test_bad_input(call, error: type[Exception], message: str) -> None:
-    drift = accumulated(chain(1))
+    drift = accumulated(fine_tuned(1))
     before = {name: value.clone() for name, value in drift.state_dict().items()}
     with pytest.raises(error, match=message):
         call(drift)

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_adapter_methods import METHODS, name, world
+from test_adapter_methods import METHODS, method_name, paired_features
 from torch.nn.functional import normalize
 
 from simplexfix.adapters import (
@@ -46,13 +46,13 @@ QUICK = (Procrustes(), WhitenedProcrustes(0.1), WhitenedProcrustes(0.6))
 
 
 def paired(labels: np.ndarray | None, items: int = 240) -> PairedFeatures:
-    y, x, _ = world(items=items)
+    y, x, _ = paired_features(items=items)
     return PairedFeatures.read((y, x), labels, names=("old", "new"))
 
 
 @pytest.mark.parametrize("seen_fraction", [0, 0.5])
 def test_a_third_of_the_classes_is_held_out_and_half_of_their_items_ask(seen_fraction) -> None:
-    _, _, labels = world()
+    _, _, labels = paired_features()
     splits = list(_splits(paired(labels), 3, 0, seen_fraction))
     held = [set(labels[np.concatenate(s.kinds[HELD_OUT])]) for s in splits]
     assert [len(classes) for classes in held] == [4, 4, 4]
@@ -66,7 +66,7 @@ def test_a_third_of_the_classes_is_held_out_and_half_of_their_items_ask(seen_fra
 
 
 def test_a_quarter_of_the_items_of_fitted_classes_asks_and_half_is_searched() -> None:
-    _, _, labels = world()
+    _, _, labels = paired_features()
     splits = list(_splits(paired(labels), 3, 0, 0.5))
     for split in splits:
         asking, searched = split.kinds[FITTED]
@@ -88,7 +88,7 @@ def test_without_labels_a_third_of_the_items_is_held_out() -> None:
 
 
 def test_its_scores_are_those_of_the_definition() -> None:
-    y, x, labels = world(9, 14)
+    y, x, labels = paired_features(9, 14)
     found = select_adapter(y, x, labels, candidates=[WhitenedProcrustes(0.3)], seen_fraction=0)
     (split,) = _splits(PairedFeatures.read((y, x), labels, names=("old", "new")), 1, 0, 0)
     adapter = WhitenedProcrustes(0.3).fit(y[split.fitted], x[split.fitted], labels=labels[split.fitted])
@@ -116,7 +116,7 @@ def test_its_scores_are_those_of_the_definition() -> None:
 
 @pytest.mark.parametrize("fraction", [0.25, 1])
 def test_the_score_weighs_held_out_classes_and_held_out_items_of_fitted_ones(fraction) -> None:
-    y, x, labels = world(14, 9)
+    y, x, labels = paired_features(14, 9)
     found = select_adapter(y, x, labels, candidates=[WhitenedProcrustes(0.3)], seen_fraction=fraction, folds=2)
     matrices, alone = np.zeros((2, 2, 2)), np.zeros(2)
     splits = list(_splits(PairedFeatures.read((y, x), labels, names=("old", "new")), 2, 0, fraction))
@@ -144,7 +144,7 @@ def test_the_score_weighs_held_out_classes_and_held_out_items_of_fitted_ones(fra
 
 
 def test_slerp_is_tried_from_the_two_best_of_given_candidates() -> None:
-    y, x, labels = world()
+    y, x, labels = paired_features()
     given = [*QUICK, Slerp(Procrustes(), 0.5)]
     found = select_adapter(y, x, labels, candidates=given, query_encoders="both")
     assert len(found.table) == len(given) + 2 * len(ALPHAS)
@@ -152,7 +152,7 @@ def test_slerp_is_tried_from_the_two_best_of_given_candidates() -> None:
 
 
 def test_candidates_with_the_same_stored_vectors_have_the_scores_of_their_adapters() -> None:
-    y, x, labels = world(9, 14)
+    y, x, labels = paired_features(9, 14)
     of = [CORRECTED, CORRECTED.of, Procrustes()]
     found = select_adapter(
         y, x, labels, candidates=[*of, LOCAL, *(Slerp(m, a) for m in (LOCAL, *of) for a in (0.3, 0.7))]
@@ -170,7 +170,7 @@ def test_candidates_with_the_same_stored_vectors_have_the_scores_of_their_adapte
 
 
 def test_without_labels_the_score_is_agreement_with_the_new_encoder() -> None:
-    y, _, _ = world()
+    y, _, _ = paired_features()
     turn = np.linalg.qr(np.random.default_rng(0).standard_normal((10, 10)))[0]
     same = (y @ turn).astype(np.float32)  # the same encoder in rotated axes
     found = select_adapter(y, same, candidates=QUICK)
@@ -182,7 +182,7 @@ def test_without_labels_the_score_is_agreement_with_the_new_encoder() -> None:
 
 
 def test_it_says_whether_the_new_encoder_finds_more() -> None:
-    y, x, labels = world(items=600)
+    y, x, labels = paired_features(items=600)
     noise = np.random.default_rng(3).standard_normal(y.shape).astype(np.float32)
     assert select_adapter(y + noise, x, labels, candidates=QUICK, folds=3).better
     assert not select_adapter(y, x + 2 * noise, labels, candidates=QUICK, folds=3).better
@@ -192,7 +192,7 @@ def test_the_grid_of_labelled_items(monkeypatch) -> None:
     monkeypatch.setattr(select, "MLP", lambda: MLP(steps=2, batch=32))
     monkeypatch.setattr(select, "LambdaOrthogonal", lambda: LambdaOrthogonal(steps=2, batch=32))
     monkeypatch.setattr(select, "STEPS", (1, 2))
-    y, x, labels = world()
+    y, x, labels = paired_features()
     found = select_adapter(y, x, labels, query_encoders="both")
     methods = [row.method for row in found.table]
     assert {m.g for m in methods if isinstance(m, SimplexJunction)} == set(SHRINKAGE)
@@ -210,7 +210,7 @@ def test_the_grid_of_labelled_items(monkeypatch) -> None:
 
 
 def test_sampled_rows_that_are_held_out_queries_are_left_out_of_the_fit() -> None:
-    y, x, labels = world()
+    y, x, labels = paired_features()
     rng = np.random.default_rng(7)
     more = rng.standard_normal((2, 40, 10)).astype(np.float32)
     (split,) = _splits(paired(labels), 1, 0, 0.5)
@@ -226,11 +226,11 @@ def test_sampled_rows_that_are_held_out_queries_are_left_out_of_the_fit() -> Non
 @pytest.mark.parametrize(
     "method",
     [Procrustes(), Ridge(), WhitenedProcrustes(), SimplexJunction(), HOCRefined(steps=3), LOCAL, CORRECTED],
-    ids=name,
+    ids=method_name,
 )
 def test_a_chain_of_three_has_the_adapters_of_its_pairs(method) -> None:
-    y, x, labels = world(9, 14)
-    z = world(9, 11)[1]
+    y, x, labels = paired_features(9, 14)
+    z = paired_features(9, 11)[1]
     chain = fit_chain(method, (y, x, z), labels=labels)
     features = [torch.from_numpy(rows) for rows in (y, x, z)]
     assert set(chain.adapters) == {(1, 0), (2, 0), (2, 1)}
@@ -246,7 +246,7 @@ def test_a_chain_of_three_has_the_adapters_of_its_pairs(method) -> None:
 
 
 def test_local_correction_leaves_the_search_of_a_version_by_itself_as_it_is() -> None:
-    features = [torch.from_numpy(rows) for rows in world(9, 14)[:2]]
+    features = [torch.from_numpy(rows) for rows in paired_features(9, 14)[:2]]
     corrected, plain = (fit_chain(method, features) for method in (LOCAL, LOCAL.of))
     for version in (0, 1):
         assert torch.equal(corrected.query(version, version, features), plain.query(version, version, features))
@@ -254,9 +254,9 @@ def test_local_correction_leaves_the_search_of_a_version_by_itself_as_it_is() ->
     assert not torch.allclose(corrected.query(1, 0, features), plain.query(1, 0, features), atol=1e-3)
 
 
-@pytest.mark.parametrize("of", [WhitenedProcrustes(), SimplexJunction()], ids=name)
+@pytest.mark.parametrize("of", [WhitenedProcrustes(), SimplexJunction()], ids=method_name)
 def test_gallery_correction_moves_older_galleries_towards_the_newest_version(of) -> None:
-    (y, x, labels), z = world(9, 14), world(9, 11)[1]
+    (y, x, labels), z = paired_features(9, 14), paired_features(9, 11)[1]
     features = [torch.from_numpy(rows) for rows in (y, x, z)]
     chain, plain = (fit_chain(method, (y, x, z), labels=labels) for method in (GalleryCorrection(of), of))
     for new in (1, 2):
@@ -271,14 +271,14 @@ def test_gallery_correction_moves_older_galleries_towards_the_newest_version(of)
     assert torch.equal(chain.query(0, 0, features), moved)
 
 
-@pytest.mark.parametrize("method", METHODS, ids=name)
+@pytest.mark.parametrize("method", METHODS, ids=method_name)
 def test_a_method_says_whether_stored_vectors_are_mapped(method) -> None:
-    y, x, labels = world()
+    y, x, labels = paired_features()
     assert method.maps_gallery == method.fit(y, x, labels=labels).maps_gallery
 
 
 def test_stored_vectors_may_be_kept(monkeypatch) -> None:
-    y, x, labels = world()
+    y, x, labels = paired_features()
     monkeypatch.setattr(select, "first_candidates", lambda _: [*QUICK, Ridge(), SimplexJunction()])
     monkeypatch.setattr(select, "STEPS", (1,))
     options = {"query_encoders": "both", "folds": 1}
@@ -293,7 +293,7 @@ def test_stored_vectors_may_be_kept(monkeypatch) -> None:
 
 
 def test_a_chain_with_slerp_reads_both_encoders() -> None:
-    y, x, _ = world(9, 14)
+    y, x, _ = paired_features(9, 14)
     features = [torch.from_numpy(rows) for rows in (y, x)]
     chain = fit_chain(Slerp(Procrustes(), 0.5), (y, x))
     torch.testing.assert_close(chain.query(1, 0, features), chain.adapters[1, 0](features[1], features[0]))
@@ -301,8 +301,8 @@ def test_a_chain_with_slerp_reads_both_encoders() -> None:
 
 
 def test_a_chain_is_selected_as_a_pair_is() -> None:
-    y, x, labels = world(9, 14)
-    z = world(9, 11)[1]
+    y, x, labels = paired_features(9, 14)
+    z = paired_features(9, 11)[1]
     found = select_chain((y, x, z), labels, candidates=QUICK)
     assert found.winner.matrix.shape == (3, 3)
     assert set(found.chain.adapters) == {(1, 0), (2, 0), (2, 1)}
@@ -312,7 +312,7 @@ def test_a_chain_is_selected_as_a_pair_is() -> None:
     ]
 
 
-Y, X, LABELS = world(items=60)
+Y, X, LABELS = paired_features(items=60)
 BAD_INPUT = [
     ({"seen_fraction": 1.5}, r"seen_fraction must lie in \[0, 1\], got 1.5"),
     ({"folds": 4}, r"folds must lie in \[1, 3\], got 4"),

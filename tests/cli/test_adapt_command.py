@@ -20,7 +20,7 @@ from simplexfix.labelled import load_vectors
 from simplexfix.models import EmbeddingModel, FeatureMLP, ModelIdentity, read_identity
 
 
-def world(noise: float = 1.5) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def paired_features(noise: float = 1.5) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns features by an old encoder of 10 dimensions and a better new one of 12: 600 items of 12 classes."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 12, 600)
@@ -41,7 +41,7 @@ def few_candidates(monkeypatch) -> None:
 
 @pytest.fixture
 def files(tmp_path):
-    for name, rows in zip(("old", "new", "labels"), world(), strict=True):
+    for name, rows in zip(("old", "new", "labels"), paired_features(), strict=True):
         np.save(tmp_path / f"{name}.npy", rows)
     return tmp_path
 
@@ -78,7 +78,7 @@ def test_its_table_says_what_was_chosen_and_why(files, capsys) -> None:
 
 
 def test_nothing_better_exits_with_1_and_says_so(files, capsys) -> None:
-    old = world(noise=0.0)[0]
+    old = paired_features(noise=0.0)[0]
     np.save(files / "old.npy", old)
     np.save(files / "new.npy", np.random.default_rng(1).standard_normal((600, 12)).astype(np.float32))
     assert main(adapt(files, "--labels", str(files / "labels.npy"))) == 1
@@ -131,7 +131,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_fits(files, capsy
 @pytest.mark.parametrize("write", [0, 1])
 def test_a_full_disk_leaves_the_adapter_that_was_there(files, capsys, monkeypatch, write) -> None:
     """The folder is synchronized twice: after the tensors and after config.json."""
-    old, new, _ = world()
+    old, new, _ = paired_features()
     Procrustes().fit(old, new).save_pretrained(files / "out", name="before")
     identity = read_identity(files / "out")
     calls = []
@@ -153,7 +153,7 @@ def test_a_full_disk_leaves_the_adapter_that_was_there(files, capsys, monkeypatc
 
 
 def test_without_labels_and_with_a_sample(files, capsys) -> None:
-    old, new, _ = world()
+    old, new, _ = paired_features()
     np.save(files / "more-old.npy", old[:50])
     np.save(files / "more-new.npy", new[:50])
     sample = ["--sample", str(files / "more-old.npy"), str(files / "more-new.npy")]
@@ -164,7 +164,7 @@ def test_without_labels_and_with_a_sample(files, capsys) -> None:
 
 
 def test_versions_bring_their_gallery_and_its_labels(files, capsys) -> None:
-    old, new, labels = world()
+    old, new, labels = paired_features()
     for name, rows in (("v0", old), ("v1", new)):
         np.savez(files / f"{name}.npz", gallery=rows, gallery_labels=labels, query=rows[:5], query_labels=labels[:5])
     command = ["adapt", "--old", str(files / "v0.npz"), "--new", str(files / "v1.npz"), "--out", str(files / "out")]
@@ -173,7 +173,7 @@ def test_versions_bring_their_gallery_and_its_labels(files, capsys) -> None:
 
 
 def test_rows_of_any_length_are_embedded(files) -> None:
-    old, new, _ = world()
+    old, new, _ = paired_features()
     Procrustes().fit(old, new).save_pretrained(files / "a")
     for name, rows, flags in (("new", new, []), ("old", old, ["--gallery"])):
         for scale in (1, 1e-30, 1e30):
@@ -185,7 +185,7 @@ def test_rows_of_any_length_are_embedded(files) -> None:
 
 
 def test_slerp_embeds_with_both_encoders(files, capsys) -> None:
-    old, new, _ = world()
+    old, new, _ = paired_features()
     adapter = Slerp(Procrustes(), 0.3).fit(old, new)
     adapter.save_pretrained(files / "both")
     command = ["embed", str(files / "both"), str(files / "new.npy"), str(files / "z.npy")]
@@ -206,7 +206,7 @@ def test_a_model_embeds_in_blocks(files, monkeypatch) -> None:
     model = EmbeddingModel(FeatureMLP(12), SimplexHead(12, 0, num_slots=20))
     model.save_pretrained(files / "model")
     assert main(["embed", str(files / "model"), str(files / "new.npy"), str(files / "z.npy")]) == 0
-    expected = model.extract(torch.from_numpy(world()[1]))
+    expected = model.extract(torch.from_numpy(paired_features()[1]))
     torch.testing.assert_close(torch.from_numpy(np.load(files / "z.npy")), expected)
     assert not list(files.glob(".z.npy*"))
 
@@ -215,8 +215,8 @@ def test_ids_stay_with_their_vectors(files, monkeypatch) -> None:
     from simplexfix.cli import embed
 
     monkeypatch.setattr(embed, "ROWS", 250)
-    _, new, _ = world()
-    Procrustes().fit(*world()[:2]).save_pretrained(files / "a")
+    _, new, _ = paired_features()
+    Procrustes().fit(*paired_features()[:2]).save_pretrained(files / "a")
     np.savez(files / "in.npz", vectors=new.astype(">f8"), ids=np.arange(600)[::-1])
     assert main(["embed", str(files / "a"), str(files / "in.npz"), str(files / "out.npz")]) == 0
     assert main(["embed", str(files / "a"), str(files / "new.npy"), str(files / "out.npy")]) == 0
@@ -229,8 +229,8 @@ def test_after_an_error_the_output_is_as_it_was(files, monkeypatch, capsys) -> N
     from simplexfix.cli import embed
 
     monkeypatch.setattr(embed, "ROWS", 250)
-    Procrustes().fit(*world()[:2]).save_pretrained(files / "a")
-    np.save(files / "new.npy", np.where(np.arange(600)[:, None] == 300, np.nan, world()[1]))
+    Procrustes().fit(*paired_features()[:2]).save_pretrained(files / "a")
+    np.save(files / "new.npy", np.where(np.arange(600)[:, None] == 300, np.nan, paired_features()[1]))
     for name in ("z.npy", "z.npz"):
         (files / name).write_bytes(b"before")
         assert main(["embed", str(files / "a"), str(files / "new.npy"), str(files / name)]) == 2
@@ -241,7 +241,7 @@ def test_after_an_error_the_output_is_as_it_was(files, monkeypatch, capsys) -> N
 
 def test_a_gallery_of_the_old_encoder_admits_the_adapter(files, capsys) -> None:
     """Runs the commands that docs/guides/gallery.md shows for a vendor's gallery."""
-    old, new, _ = world()
+    old, new, _ = paired_features()
     model, shop, out = (str(files / name) for name in ("v0.json", "shop", "out"))
     (files / "v0.json").write_text(json.dumps(ModelIdentity.external("vendor/embed", "1", 10).to_dict()))
     for name, rows in (("stored", old), ("again", new)):
@@ -284,8 +284,8 @@ def test_a_gallery_of_the_old_encoder_admits_the_adapter(files, capsys) -> None:
 def test_bad_input_exits_with_2(arguments, message, files, capsys) -> None:
     np.save(files / "short.npy", np.zeros((3, 12), dtype=np.float32))
     np.save(files / "same.npy", np.ones((600, 12), dtype=np.float32))
-    np.save(files / "nan.npy", np.where(np.arange(600)[:, None] == 7, np.nan, world()[1]))
-    Procrustes().fit(*world()[:2]).save_pretrained(files / "a")
+    np.save(files / "nan.npy", np.where(np.arange(600)[:, None] == 7, np.nan, paired_features()[1]))
+    Procrustes().fit(*paired_features()[:2]).save_pretrained(files / "a")
     assert main([text.format(files) for text in arguments]) == 2
     assert message in capsys.readouterr().err
     assert not (files / "o").exists()

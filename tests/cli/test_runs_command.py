@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from small_run import configuration, short, train_until, written_features
+from small_run import configuration, train_until, two_step_configuration, written_features
 
 from simplexfix.cli import main
 
@@ -19,7 +19,7 @@ def features(tmp_path_factory) -> Path:
 
 def test_a_run_of_another_release_goes_on(tmp_path, features) -> None:
     """A run of another release resumes; keys that it lacks have their defaults."""
-    train = ["train", str(short(tmp_path, features)), "--out", str(tmp_path / "run")]
+    train = ["train", str(two_step_configuration(tmp_path, features)), "--out", str(tmp_path / "run")]
     assert main(train) == 0
     file = tmp_path / "run" / "run.json"
     then = json.loads(file.read_text())
@@ -31,7 +31,7 @@ def test_a_run_of_another_release_goes_on(tmp_path, features) -> None:
 
 
 def test_a_run_of_another_release_and_configuration_is_refused(tmp_path, features, capsys) -> None:
-    train = ["train", str(short(tmp_path, features)), "--out", str(tmp_path / "run")]
+    train = ["train", str(two_step_configuration(tmp_path, features)), "--out", str(tmp_path / "run")]
     assert main(train) == 0
     file = tmp_path / "run" / "run.json"
     then = json.loads(file.read_text())
@@ -48,7 +48,7 @@ def test_a_run_of_another_release_and_configuration_is_refused(tmp_path, feature
 def finished(tmp_path_factory, features) -> tuple[str, Path]:
     """A configuration and the folder of four runs of it."""
     folder = tmp_path_factory.mktemp("finished")
-    config = str(short(folder, features))
+    config = str(two_step_configuration(folder, features))
     for name in ("a", "b", "c", "d"):
         assert main(["train", config, "--out", str(folder / "runs" / name)]) == 0
     return config, folder / "runs"
@@ -82,7 +82,7 @@ def test_a_damaged_file_is_named_and_the_others_are_listed(tmp_path, finished, c
 
 
 def test_validation_is_shown_where_there_is_one(tmp_path, features, capsys) -> None:
-    config = str(short(tmp_path, features))
+    config = str(two_step_configuration(tmp_path, features))
     assert main(["train", config, "--out", str(tmp_path / "runs" / "a")]) == 0
     assert "search, nearest class mean: AC" in capsys.readouterr().out
     assert main(["train", config, "data.validation=0.2", "--out", str(tmp_path / "runs" / "b")]) == 0

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from processes import Command, Done, command, without_figures
-from small_run import configuration, short, written_features
+from small_run import configuration, two_step_configuration, written_features
 
 import simplexfix
 from simplexfix.cli import _arguments, main
@@ -36,7 +36,7 @@ def folder(tmp_path_factory) -> Path:
         np.savez(folder / f"{name}.npz", **parts, query_groups=np.array(["café", "日本"])[np.arange(80) % 2])
     (folder / "rules.json").write_text('{"rules": [{"kind": "max_nfr", "limit": 0.9, "group": "*"}]}')
     (folder / "features").mkdir()
-    short(folder, written_features(folder / "features")).rename(folder / "訓練.json")
+    two_step_configuration(folder, written_features(folder / "features")).rename(folder / "訓練.json")
     assert main(["train", str(folder / "訓練.json"), "--out", str(folder / "runs" / "走")]) == 0
     return folder
 

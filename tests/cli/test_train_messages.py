@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from small_run import short, written_features
+from small_run import two_step_configuration, written_features
 
 from simplexfix.cli import main
 
@@ -25,7 +25,7 @@ def features(tmp_path_factory) -> Path:
     ],
 )
 def test_what_is_no_device_or_seed_is_named_and_nothing_is_written(tmp_path, features, capsys, change, message) -> None:
-    assert main(["train", str(short(tmp_path, features)), change, "--out", str(tmp_path / "run")]) == 2
+    assert main(["train", str(two_step_configuration(tmp_path, features)), change, "--out", str(tmp_path / "run")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
@@ -40,7 +40,7 @@ def test_a_misspelt_preset_is_recognised(capsys) -> None:
 
 
 def test_changes_may_follow_options(tmp_path, features, capsys) -> None:
-    config = str(short(tmp_path, features))
+    config = str(two_step_configuration(tmp_path, features))
     assert main(["train", config, "seed=3", "--print-config", "schedule.steps=4"]) == 0
     shown = capsys.readouterr().out
     assert '"steps": 4' in shown
@@ -60,7 +60,8 @@ def test_data_that_is_not_there_is_said_with_the_layout_expected(tmp_path, featu
         "images": "has no train, query, gallery; expected folders, each with a folder of images for every class",
     }
     changes = [f'data={{"kind": "{kind}", "path": "{tmp_path / "nothing"}"}}']
-    assert main(["train", str(short(tmp_path, features)), *changes, "--out", str(tmp_path / "run")]) == 2
+    config = str(two_step_configuration(tmp_path, features))
+    assert main(["train", config, *changes, "--out", str(tmp_path / "run")]) == 2
     assert f"{tmp_path / 'nothing'} {expected[kind]}" in capsys.readouterr().err
 
 
@@ -83,7 +84,7 @@ def test_pre_training_images_that_are_not_there_are_said_with_the_layout(tmp_pat
 @pytest.mark.parametrize("file", ["version.safetensors", "memory.safetensors", "model/config.json"])
 def test_a_damaged_file_of_a_task_comes_again_once_it_is_deleted(tmp_path, features, capsys, file: str) -> None:
     """Deleting the damaged file, as the message advises, gives the same bytes again."""
-    train = ["train", str(short(tmp_path, features)), "--out", str(tmp_path / "run")]
+    train = ["train", str(two_step_configuration(tmp_path, features)), "--out", str(tmp_path / "run")]
     assert main(train) == 0
     damaged, report = tmp_path / "run" / "task-00" / file, tmp_path / "run" / "report.json"
     whole = (damaged.read_bytes(), report.read_bytes())

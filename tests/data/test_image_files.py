@@ -43,22 +43,23 @@ def test_all_images_of_a_folder_are_found_in_order(tmp_path) -> None:
         find_images(tmp_path / "empty")
     with pytest.raises(FileNotFoundError, match=r"b\.png is no folder; expected one of images"):
         find_images(tmp_path / "b.png")
-    name = os.fsencode(tmp_path / "empty") + b"/\xff.png"
-    Path(os.fsdecode(name)).write_bytes((tmp_path / "b.png").read_bytes())
+    not_utf8 = os.fsencode(tmp_path / "empty") + b"/\xff.png"
+    Path(os.fsdecode(not_utf8)).write_bytes((tmp_path / "b.png").read_bytes())
     with pytest.raises(ImageFileError, match="has a name that is not UTF-8; rename it"):
         find_images(tmp_path / "empty")
 
 
-def test_photographs_are_colours_and_drawings_are_ink(tmp_path) -> None:
+def test_photographs_are_read_as_rgb_and_drawings_as_ink(tmp_path) -> None:
+    """Ink is 1 and paper 0, for black on white and for opaque on transparent."""
     red = tmp_path / "red.png"
     Image.new("RGB", (20, 10), (255, 0, 0)).save(red)
     rows = read_images([red, str(red)], Photographs(4, HALF))
     assert (rows.dtype, rows.shape) == (torch.uint8, (2, 3, 4, 4))
     assert rows[1, :, 0, 0].tolist() == [255, 0, 0]
     drawing = load_omniglot().images[3, 2]
-    on_transparent = np.zeros((28, 28, 4), np.uint8)  # opaque black ink on transparent paper
-    on_transparent[..., 3] = 255 * drawing
-    for pixels in (255 * (1 - drawing), on_transparent):
+    transparent_paper = np.zeros((28, 28, 4), np.uint8)  # RGBA; the ink is opaque black
+    transparent_paper[..., 3] = 255 * drawing
+    for pixels in (255 * (1 - drawing), transparent_paper):
         file = io.BytesIO()
         Image.fromarray(pixels.astype(np.uint8)).save(file, "png")
         ink = read_images([file], Drawings(28))
@@ -66,7 +67,7 @@ def test_photographs_are_colours_and_drawings_are_ink(tmp_path) -> None:
         assert torch.equal(ink[0], torch.from_numpy(drawing).float())
 
 
-def test_what_cannot_be_read_is_named(tmp_path) -> None:
+def test_errors_name_the_unreadable_image_or_the_wrong_preprocessing(tmp_path) -> None:
     (tmp_path / "a.png").write_bytes(b"x")
     with pytest.raises(ImageFileError, match=r"a\.png cannot be read, it may be truncated or damaged"):
         read_images([tmp_path / "a.png"], Drawings(4))

@@ -1,4 +1,4 @@
-"""Tests the included Omniglot drawings: their contents, and that the published zips reproduce them."""
+"""Tests the Omniglot drawings in the package: their contents, and that the published zip files reproduce them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-import simplexfix.data.omniglot as reader
+import simplexfix.data.omniglot as omniglot_module
 from simplexfix.data.omniglot import Omniglot, load_omniglot
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -36,7 +36,7 @@ def omniglot() -> Omniglot:
 
 
 @pytest.fixture(scope="module")
-def packer() -> ModuleType:
+def pack_omniglot() -> ModuleType:
     pytest.importorskip("PIL", reason="Pillow reads the published drawings")
     spec = importlib.util.spec_from_file_location("pack_omniglot", REPOSITORY / "tools" / "pack_omniglot.py")
     assert spec is not None
@@ -62,59 +62,59 @@ def test_characters_of_each_alphabet(omniglot: Omniglot) -> None:
         assert name.startswith(omniglot.alphabets[alphabet] + "/character")
 
 
-def test_every_drawing_is_ink_on_paper(omniglot: Omniglot) -> None:
+def test_drawings_are_binary_with_plausible_amounts_of_ink(omniglot: Omniglot) -> None:
     assert np.unique(omniglot.images).tolist() == [0, 1]
     ink = omniglot.images.sum(axis=(2, 3))
     assert ink.min() >= 8, "a drawing without strokes"
     assert ink.max() < 28 * 28 // 2, "a drawing with ink and paper exchanged"
 
 
-def test_no_drawing_twice_in_a_character(omniglot: Omniglot) -> None:
+def test_the_drawings_of_a_character_differ(omniglot: Omniglot) -> None:
     # A drawing in the gallery that is also a query would be found trivially.
     for drawings in omniglot.images.reshape(242, 20, 28 * 28):
         assert len(np.unique(drawings, axis=0)) == 20
 
 
-def test_arrays_are_the_callers_own(omniglot: Omniglot) -> None:
+def test_each_call_returns_new_arrays(omniglot: Omniglot) -> None:
     other = load_omniglot()
     other.images[:] = 0
     assert omniglot.images.any()
 
 
-def test_files_are_small_and_carry_the_notice() -> None:
-    folder = Path(reader.__file__).parent
+def test_files_are_small_and_include_the_license() -> None:
+    folder = Path(omniglot_module.__file__).parent
     files = [folder / "omniglot.npz", folder / "omniglot-LICENSE.txt", folder / "omniglot.py"]
     assert sum(file.stat().st_size for file in files) < 700_000
     assert "Copyright (c) 2015 Brenden Lake" in files[1].read_text()
 
 
-def test_reduction_by_hand(packer: ModuleType) -> None:
-    """Pixel (0, 0) covers columns 0..2 and three quarters of column 3 of the original."""
+def test_reduction_by_hand(pack_omniglot: ModuleType) -> None:
+    """A reduced pixel covers 3.75 x 3.75 original ones, and is ink if these are ink on at least 2/5 of their area."""
     ink = np.zeros((105, 105), dtype=np.bool_)
     ink[:, 0] = True  # 1 / 3.75 = .27 of the first column
-    assert not packer.reduce_drawing(ink).any()
+    assert not pack_omniglot.reduce_drawing(ink).any()
     ink[:, 1] = True  # 2 / 3.75 = .53
     expected = np.zeros((28, 28), dtype=np.bool_)
     expected[:, 0] = True
-    np.testing.assert_array_equal(packer.reduce_drawing(ink), expected)
+    np.testing.assert_array_equal(pack_omniglot.reduce_drawing(ink), expected)
 
 
 @pytest.mark.skipif(not all(path.exists() for path in ZIPS), reason=f"no Omniglot zips in {PUBLISHED}")
-def test_published_zips_give_the_shipped_bytes(packer: ModuleType) -> None:
-    shipped = Path(reader.__file__).with_name("omniglot.npz").read_bytes()
-    assert packer.pack(ZIPS) == shipped
+def test_published_zips_give_the_shipped_bytes(pack_omniglot: ModuleType) -> None:
+    shipped = Path(omniglot_module.__file__).with_name("omniglot.npz").read_bytes()
+    assert pack_omniglot.pack(ZIPS) == shipped
 
 
-def test_a_zip_without_all_drawers_is_refused(packer: ModuleType, tmp_path: Path) -> None:
+def test_a_zip_without_all_drawers_is_refused(pack_omniglot: ModuleType, tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "one.zip", "w") as archive:
         archive.writestr("set/Greek/character01/0001_01.png", "")
     with pytest.raises(ValueError, match=r"Greek/character01: expected drawers 1\.\.20, got \[1\]"):
-        packer.pack([tmp_path / "one.zip"])
+        pack_omniglot.pack([tmp_path / "one.zip"])
 
 
-def test_zips_that_disagree_are_refused(packer: ModuleType, tmp_path: Path) -> None:
+def test_zips_with_different_files_of_one_name_are_refused(pack_omniglot: ModuleType, tmp_path: Path) -> None:
     for part in "ab":
         with zipfile.ZipFile(tmp_path / f"{part}.zip", "w") as archive:
             archive.writestr("set/Greek/character01/0001_01.png", part)
     with pytest.raises(ValueError, match="differs from the drawing of that name"):
-        packer.pack([tmp_path / "a.zip", tmp_path / "b.zip"])
+        pack_omniglot.pack([tmp_path / "a.zip", tmp_path / "b.zip"])

@@ -1,4 +1,4 @@
-"""What every store keeps, by the numbers of the contract in docs/guides/gallery.md."""
+"""Tests that every store keeps the contract of docs/guides/gallery.md; the headings below have its numbers."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ def gallery(url: str) -> Gallery:
 
 
 def upgraded(gallery: Gallery, replaced: object = ()) -> Gallery:
-    """B is admitted, and these rows are replaced."""
+    """Admits B and replaces rows by those of B."""
     gallery.admit(B, gate_of(A, B))
     if len(np.asarray(replaced)):
         gallery.replace(replaced, vectors(replaced, 1), model=B)
     return gallery
 
 
-def facts(gallery: Gallery) -> dict[int, tuple[int, bytes, Any]]:
-    """Every stored bit, by id."""
+def stored_rows(gallery: Gallery) -> dict[int, tuple[int, bytes, Any]]:
+    """Returns version, bytes of the vector and payload of every row, by id."""
     rows = gallery.read()
     columns = zip(rows.ids, rows.versions, rows.vectors, rows.payload, strict=True)
     return {int(id_): (int(version), vector.tobytes(), payload) for id_, version, vector, payload in columns}
@@ -49,7 +49,7 @@ def facts(gallery: Gallery) -> dict[int, tuple[int, bytes, Any]]:
 
 
 def test_a_model_that_was_not_admitted_is_refused_by_every_call(gallery: Gallery) -> None:
-    before = facts(gallery)
+    before = stored_rows(gallery)
     calls = {
         "add": lambda model: gallery.add([99], vectors([99]), model=model),
         "search": lambda model: gallery.search(vectors([1]), 1, model=model),
@@ -62,7 +62,7 @@ def test_a_model_that_was_not_admitted_is_refused_by_every_call(gallery: Gallery
             call(STRANGER)
         with pytest.raises(TypeError, match=r"model must be a ModelIdentity, got int; EmbeddingModel\.identity"):
             call(1)
-    assert facts(gallery) == before
+    assert stored_rows(gallery) == before
     upgraded(gallery)
     for name, call in calls.items():
         with pytest.raises(StrangerError, match=rf"cannot {name} .* version 1 here is another model, of fingerprint"):
@@ -260,18 +260,18 @@ def test_thresholds_are_of_the_pair_of_versions_and_applied_per_row(url: str) ->
 
 
 def test_after_a_rollback_all_stored_bits_are_as_before(gallery: Gallery) -> None:
-    before, found = facts(gallery), gallery.search(vectors(IDS, 1), 5, model=A)
+    before, found = stored_rows(gallery), gallery.search(vectors(IDS, 1), 5, model=A)
     upgraded(gallery, IDS[:25])
     assert gallery.replace(IDS[20:30], vectors(IDS[20:30], 1), model=B, payload=[{"shop": -1}] * 10) == 5
-    assert facts(gallery)[27] == (1, vectors([27], 1).tobytes(), {"shop": -1})
-    assert facts(gallery)[3] == (1, vectors([3], 1).tobytes(), before[3][2])
+    assert stored_rows(gallery)[27] == (1, vectors([27], 1).tobytes(), {"shop": -1})
+    assert stored_rows(gallery)[3] == (1, vectors([3], 1).tobytes(), before[3][2])
     gallery.add([70], vectors([70], 1), model=B)
     status = gallery.status()
     assert [(entry["rows"], entry["old_rows"]) for entry in status["versions"]] == [(10, 30), (31, 0)]
     assert (status["stale"], status["rolls_back_to"], status["serving"]) == (10, 0, 1)
     event = gallery.rollback()
     assert (event["rows_restored"], event["rows_that_stay"], event["to"]) == (30, 1, 0)
-    assert {id_: row for id_, row in facts(gallery).items() if id_ != 70} == before
+    assert {id_: row for id_, row in stored_rows(gallery).items() if id_ != 70} == before
     after = gallery.search(vectors(IDS, 1), 5, model=A, where={"shop": [0, 1, 2]})
     np.testing.assert_array_equal(after.ids, found.ids)
     np.testing.assert_array_equal(after.scores, found.scores)
@@ -289,13 +289,13 @@ def test_after_a_rollback_all_stored_bits_are_as_before(gallery: Gallery) -> Non
     # again, and with two models one after the other
     gallery.admit(B, gate_of(A, B))
     gallery.replace(IDS[:25], vectors(IDS[:25], 1), model=B)
-    between = facts(gallery)
+    between = stored_rows(gallery)
     gallery.admit(C, gate_of(B, C))
     gallery.replace(IDS[10:], vectors(IDS[10:], 2), model=C)
     gallery.rollback()
-    assert facts(gallery) == between
+    assert stored_rows(gallery) == between
     gallery.rollback()
-    assert {id_: row for id_, row in facts(gallery).items() if id_ != 70} == before
+    assert {id_: row for id_, row in stored_rows(gallery).items() if id_ != 70} == before
 
 
 def test_every_bit_of_a_float32_comes_back(url: str) -> None:
@@ -371,7 +371,7 @@ def test_old_vectors_go_with_retire_alone(gallery: Gallery) -> None:
             call()
     with pytest.raises(StrangerError, match="was retired, and its vectors are gone; search with version 1"):
         gallery.search(vectors([1]), 1, model=A)
-    assert facts(gallery) == {int(i): (1, vectors([i], 1).tobytes(), facts(gallery)[i][2]) for i in IDS}
+    assert stored_rows(gallery) == {int(i): (1, vectors([i], 1).tobytes(), stored_rows(gallery)[i][2]) for i in IDS}
 
 
 def test_a_removed_row_is_gone_with_what_it_replaced(gallery: Gallery) -> None:
@@ -380,7 +380,7 @@ def test_a_removed_row_is_gone_with_what_it_replaced(gallery: Gallery) -> None:
         gallery.remove([1, 99])
     gallery.search(vectors([1]), 1, model=B)
     gallery.remove([1, 30])
-    assert set(facts(gallery)) == set(IDS.tolist()) - {1, 30}
+    assert set(stored_rows(gallery)) == set(IDS.tolist()) - {1, 30}
     assert not np.isin(gallery.search(vectors([1, 30]), 40, model=B).ids, [1, 30]).any()
     assert gallery.status()["versions"][0]["old_rows"] == 9
     gallery.add([1], vectors([1], 1), model=B)
@@ -630,8 +630,8 @@ def test_calls_about_the_same_rows_at_the_same_time_take_turns(gallery: Gallery)
         results = at_once(gallery.rollback, gallery.rollback, lambda: gallery.replace(new, vectors(new, 1), model=B))
         assert sorted(type(result).__name__ for result in results[:2]) == ["ValueError", "dict"], results
         assert results[2] == 40 or isinstance(results[2], StrangerError)
-        assert facts(gallery)[3][:2] == (0, vectors([3]).tobytes())
-        assert {version for version, *_ in facts(gallery).values()} == {0}
+        assert stored_rows(gallery)[3][:2] == (0, vectors([3]).tobytes())
+        assert {version for version, *_ in stored_rows(gallery).values()} == {0}
     results = at_once(*[lambda: gallery.remove(new)] * 3)
     assert sorted(type(result).__name__ for result in results) == ["KeyError", "KeyError", "NoneType"], results
 
@@ -649,12 +649,12 @@ def test_a_model_is_checked_again_where_the_rows_are_written(gallery: Gallery, m
     """Another process may roll back or retire it between the first check and the transaction."""
     upgraded(gallery)
     gallery.rollback()
-    before = facts(gallery)
+    before = stored_rows(gallery)
     monkeypatch.setattr(Gallery, "_checked", lambda gallery, model, call: model)
     for call in (gallery.add, gallery.replace):
         with pytest.raises(StrangerError, match="was rolled back"):
             call([1], vectors([1], 1), model=B)
-    assert facts(gallery) == before
+    assert stored_rows(gallery) == before
 
 
 # 6. what cannot be used is refused before anything is sent
@@ -687,7 +687,7 @@ BAD_ROWS: list[tuple[dict[str, Any], type[Exception], str]] = [
 
 
 def test_bad_rows_are_refused_and_nothing_is_added(gallery: Gallery) -> None:
-    before, good = facts(gallery), {"ids": [50, 51], "vectors": vectors([50, 51]), "payload": None}
+    before, good = stored_rows(gallery), {"ids": [50, 51], "vectors": vectors([50, 51]), "payload": None}
     for changes, kind, message in BAD_ROWS:
         given = {**good, **changes}
         with pytest.raises(kind, match=message):
@@ -697,18 +697,18 @@ def test_bad_rows_are_refused_and_nothing_is_added(gallery: Gallery) -> None:
         given = {**good, "ids": [0, 1], **changes}
         with pytest.raises(kind, match=message.replace("version 0", "version 1")):
             gallery.replace(given["ids"], given["vectors"], model=B, payload=given["payload"])
-    assert facts(gallery) == before
+    assert stored_rows(gallery) == before
 
 
 def test_ids_that_are_there_and_that_are_not(gallery: Gallery) -> None:
-    before = facts(gallery)
+    before = stored_rows(gallery)
     with pytest.raises(ValueError, match="id 7 is in the gallery already: `replace` puts"):
         gallery.add([50, 7], vectors([50, 7]), model=A)
     with pytest.raises(KeyError, match="id 50 is not in the gallery"):
         upgraded(gallery).replace([3, 50], vectors([3, 50], 1), model=B)
     with pytest.raises(KeyError, match="id 50 is not in the gallery"):
         gallery.read([50])
-    assert facts(gallery) == before
+    assert stored_rows(gallery) == before
 
 
 def test_bad_queries_are_refused(gallery: Gallery) -> None:

@@ -1,4 +1,9 @@
-"""Galleries in Milvus beyond the contract: Milvus Lite, and an upgrade on a server that is killed and restarted."""
+"""Tests the Milvus store beyond what test_gallery_contract.py tests of all stores.
+
+Most tests use a file of Milvus Lite; the last one uses a server, which is killed and restarted.  A *turn* is the right
+to write to a gallery: one store has it at a time, and renews it regularly (its "sign of life").  The commit of a change
+is one rename of a collection.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +19,7 @@ import numpy as np
 import pytest
 from gallery_stores import A, B, C, gate_of, milvus_lite_url, milvus_server, vectors
 from processes import Child
-from test_gallery_contract import facts
+from test_gallery_contract import stored_rows
 
 from simplexfix.gallery import Gallery, StoreError
 
@@ -38,27 +43,27 @@ def gallery(lite: str) -> Gallery:
     return made
 
 
-# a change is committed by one rename
+# commits and turns
 
 
-def count_requests(monkeypatch: pytest.MonkeyPatch, fails: int = -1) -> list[int]:
-    """A list to which each request to Milvus adds its number; request `fails` raises before it is sent."""
-    sent: list[int] = []
+def record_requests(monkeypatch: pytest.MonkeyPatch, failing: int = -1) -> list[int]:
+    """Returns a list to which each request to Milvus adds its number; request `failing` raises before it is sent."""
+    numbers: list[int] = []
     call = _milvus_client.Connection._call
 
-    def counted(connection: object, request: object) -> object:
-        sent.append(len(sent))
-        if sent[-1] == fails:
-            raise StoreError("the plug was pulled")
+    def recorded(connection: object, request: object) -> object:
+        numbers.append(len(numbers))
+        if numbers[-1] == failing:
+            raise StoreError("a simulated failure")
         return call(connection, request)
 
-    monkeypatch.setattr(_milvus_client.Connection, "_call", counted)
-    return sent
+    monkeypatch.setattr(_milvus_client.Connection, "_call", recorded)
+    return numbers
 
 
 @pytest.mark.parametrize("kind", ["add", "replace", "remove", "rollback", "retire"])
-def test_a_call_whose_nth_request_fails_is_whole_or_not_there(tmp_path: Path, monkeypatch, kind: str) -> None:
-    def prepared(name: str) -> Gallery:
+def test_a_call_whose_nth_request_fails_takes_full_effect_or_none(tmp_path: Path, monkeypatch, kind: str) -> None:
+    def make_gallery(name: str) -> Gallery:
         gallery = Gallery.create(str(tmp_path / f"{name}.db#photos"), model=A)
         gallery.add(IDS, vectors(IDS), model=A)
         if kind != "add":
@@ -67,7 +72,7 @@ def test_a_call_whose_nth_request_fails_is_whole_or_not_there(tmp_path: Path, mo
             gallery.replace(ids, vectors(ids, 1), model=B)
         return gallery
 
-    def take(gallery: Gallery) -> None:
+    def change(gallery: Gallery) -> None:
         if kind == "add":
             gallery.add([50, 51], vectors([50, 51]), model=A)
         elif kind == "replace":
@@ -79,101 +84,101 @@ def test_a_call_whose_nth_request_fails_is_whole_or_not_there(tmp_path: Path, mo
         else:
             gallery.retire(0)
 
-    def seen(gallery: Gallery) -> object:
+    def visible_state(gallery: Gallery) -> object:
         status = gallery.status()
         hits = gallery.search(vectors([3]), 60, model=gallery.model)
         return (
-            facts(gallery),
+            stored_rows(gallery),
             [(v["rows"], v["old_rows"], v["standing"]) for v in status["versions"]],
             sorted(hits.ids[0]),
         )
 
-    with prepared("whole") as gallery:
-        before = seen(gallery)
+    with make_gallery("whole") as gallery:
+        before = visible_state(gallery)
         with monkeypatch.context() as patch:
-            sent = count_requests(patch)
-            take(gallery)
-        after = seen(gallery)
+            requests = record_requests(patch)
+            change(gallery)
+        after = visible_state(gallery)
     assert before != after
-    with prepared("cut") as gallery:
-        for fails in range(len(sent)):
+    with make_gallery("cut") as gallery:
+        for failing in range(len(requests)):
             with monkeypatch.context() as patch:
-                count_requests(patch, fails)
-                refused = None
+                record_requests(patch, failing)
+                message = None
                 try:
-                    take(gallery)
+                    change(gallery)
                 except StoreError as error:
-                    refused = str(error)
-            if refused is None:
-                break  # the call was committed, and deleting old rows failed
-            assert "cut.db#photos cannot" in refused
-            assert seen(gallery) == before
+                    message = str(error)
+            if message is None:
+                break  # the call was committed; only the deletion of old rows after the commit failed
+            assert "cut.db#photos cannot" in message
+            assert visible_state(gallery) == before
         else:
-            take(gallery)
-        assert seen(gallery) == after
-        assert fails >= 3
+            change(gallery)
+        assert visible_state(gallery) == after
+        assert failing >= 3
 
 
-def test_a_writer_that_stood_still_loses_its_turn_and_writes_nothing(lite: str, gallery: Gallery, monkeypatch) -> None:
-    """Another store takes the turn.  Both are in one process, so it waits until the first counts as dead."""
+def test_a_stalled_writer_loses_its_turn_and_writes_nothing(lite: str, gallery: Gallery, monkeypatch) -> None:
+    """Another store takes the turn once the writer has given no sign of life for `DEAD_SECONDS`."""
     monkeypatch.setattr(_milvus_register, "DEAD_SECONDS", 0.2)
-    before, other = facts(gallery), Gallery.open(lite)
-    pack, waits = _milvus_rows.pack, [0.5]
+    before, other = stored_rows(gallery), Gallery.open(lite)
+    pack, calls = _milvus_rows.pack, []
 
-    def slow(*arguments: object) -> object:
+    def stalled_pack(*arguments: object) -> object:
+        calls.append(1)
         rows = pack(*arguments)
-        if waits:
-            waits.pop()
-            other.add([70], vectors([70]), model=A)
+        if len(calls) == 1:
+            other.add([70], vectors([70]), model=A)  # blocks until the first writer counts as dead
         return rows
 
-    monkeypatch.setattr("simplexfix.gallery.stores._milvus_turn.pack", slow)
+    monkeypatch.setattr("simplexfix.gallery.stores._milvus_turn.pack", stalled_pack)
     with pytest.raises(StoreError, match=r"cannot add 1 rows: this process stood still for .* seconds while it wrote"):
         gallery.add([60], vectors([60]), model=A)
-    assert set(facts(gallery)) == {*before, 70}
+    assert set(stored_rows(gallery)) == {*before, 70}
     gallery.add([60], vectors([60]), model=A)
-    assert set(facts(other)) == {*before, 60, 70}
+    assert set(stored_rows(other)) == {*before, 60, 70}
 
 
 def test_a_writer_whose_turn_was_taken_never_reports_a_commit(lite: str, gallery: Gallery, monkeypatch) -> None:
-    """Its turn ends between its last sign of life and its commit, and the other store commits a later change."""
+    """The turn ends between the last sign of life and the commit, and the other store commits a later change."""
     monkeypatch.setattr(_milvus_register, "DEAD_SECONDS", 0.2)
-    before, other = facts(gallery), Gallery.open(lite)
+    before, other = stored_rows(gallery), Gallery.open(lite)
     commit = _milvus_register.Register.commit
 
-    def late(register: _milvus_register.Register, stamp: int) -> None:
+    def late_commit(register: _milvus_register.Register, stamp: int) -> None:
         monkeypatch.setattr(_milvus_register.Register, "commit", commit)
         other.add([70], vectors([70]), model=A)
         commit(register, stamp)
 
-    monkeypatch.setattr(_milvus_register.Register, "commit", late)
+    monkeypatch.setattr(_milvus_register.Register, "commit", late_commit)
     with pytest.raises(
         StoreError, match=r"was to add: .*look whether it was done .*: another process has written since"
     ):
         gallery.add([60], vectors([60]), model=A)
-    assert set(facts(gallery)) == {*before, 70}
+    assert set(stored_rows(gallery)) == {*before, 70}
 
 
-def test_a_writer_that_waits_for_a_collection_gives_signs_of_life(lite: str, monkeypatch) -> None:
+def test_a_writer_renews_its_turn_while_a_collection_loads(lite: str, monkeypatch) -> None:
     """A server takes seconds to load a collection, and more on a busy machine."""
     from pymilvus import MilvusClient
 
     monkeypatch.setattr(_milvus_register, "DEAD_SECONDS", 1.0)
-    begun: dict[str, float] = {}
-    state = MilvusClient.get_load_state
+    first_query: dict[str, float] = {}
+    get_load_state = MilvusClient.get_load_state
 
-    def late(client: MilvusClient, name: str, **options: object) -> object:
-        if time.monotonic() < begun.setdefault(name, time.monotonic()) + 0.8:
+    def slow_load(client: MilvusClient, name: str, **options: object) -> object:
+        if time.monotonic() < first_query.setdefault(name, time.monotonic()) + 0.8:
             return {"state": SimpleNamespace(name="Loading")}
-        return state(client, name, **options)
+        return get_load_state(client, name, **options)
 
-    monkeypatch.setattr(MilvusClient, "get_load_state", late)
+    monkeypatch.setattr(MilvusClient, "get_load_state", slow_load)
     gallery = Gallery.create(lite, model=A)
     gallery.add(IDS, vectors(IDS), model=A)
-    assert len(begun) == 2
+    assert len(first_query) == 2
 
 
-def test_of_several_writers_that_take_a_turn_one_gets_it(lite: str, gallery: Gallery) -> None:
+def test_several_writers_take_turns(lite: str, gallery: Gallery) -> None:
     others = [Gallery.open(lite) for _ in range(4)]
 
     def write(at: int) -> None:
@@ -185,32 +190,32 @@ def test_of_several_writers_that_take_a_turn_one_gets_it(lite: str, gallery: Gal
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(facts(gallery)) == [*range(40), *(100 + 10 * at + step for at in range(4) for step in range(5))]
+    assert sorted(stored_rows(gallery)) == [*range(40), *(100 + 10 * at + step for at in range(4) for step in range(5))]
     record = gallery._store._snapshots.read(lambda now: now.record)
     assert record.rows == {0: 60}
     assert record.never == ()
 
 
-def test_what_rollbacks_leave_is_deleted_later_and_never_found(gallery: Gallery, monkeypatch) -> None:
+def test_rolled_back_rows_are_never_found_and_are_deleted_later(gallery: Gallery, monkeypatch) -> None:
     store = gallery._store
-    before = facts(gallery)
+    before = stored_rows(gallery)
 
-    def stored(version: int) -> int:
+    def rows_in_milvus(version: int) -> int:
         return len(store._connection.query(f"photos__v{version}", "key >= 0", ["key"], 0))
 
     for _ in range(2):
         gallery.admit(B, force="test")
         gallery.replace(IDS[:25], vectors(IDS[:25], 1), model=B)
         gallery.rollback()
-        assert facts(gallery) == before
-    assert stored(1) == 50
+        assert stored_rows(gallery) == before
+    assert rows_in_milvus(1) == 50
     monkeypatch.setattr(milvus, "_GARBAGE_SECONDS", -1.0)
     gallery.admit(B, force="test")
-    assert stored(1) == 0
-    assert facts(gallery) == before
+    assert rows_in_milvus(1) == 0
+    assert stored_rows(gallery) == before
 
 
-def test_a_version_between_two_others_is_retired_after_the_older_one(gallery: Gallery) -> None:
+def test_a_version_is_retired_after_the_older_ones(gallery: Gallery) -> None:
     gallery.admit(B, force="test")
     gallery.replace(IDS, vectors(IDS, 1), model=B)
     gallery.admit(C, force="test")
@@ -222,21 +227,21 @@ def test_a_version_between_two_others_is_retired_after_the_older_one(gallery: Ga
     assert [version["rows"] for version in gallery.status()["versions"]] == [0, 0, 40]
 
 
-def test_a_writer_of_a_file_finds_rows_by_key_also_after_others_have_written(lite: str, gallery: Gallery, monkeypatch):
-    """Milvus Lite gathers all vectors of a version to find rows by another field."""
+def test_a_writer_of_a_file_queries_rows_by_key(lite: str, gallery: Gallery, monkeypatch):
+    """By another field Milvus Lite would read all vectors of a version.  Other stores write in between."""
     other = Gallery.open(lite)
     gallery.admit(B, gate_of(A, B))
     assert gallery.replace(IDS[:10], vectors(IDS[:10], 1), model=B) == 10
-    asked: list[str] = []
+    filters: list[str] = []
     query = _milvus_client.Connection.query
     monkeypatch.setattr(
         _milvus_client.Connection,
         "query",
-        lambda connection, name, where, *rest: (asked.append(where), query(connection, name, where, *rest))[1],
+        lambda connection, name, where, *rest: (filters.append(where), query(connection, name, where, *rest))[1],
     )
     gallery.add([50], vectors([50], 1), model=B)
     assert gallery.replace(IDS[5:20], vectors(IDS[5:20], 1), model=B) == 10
-    assert all(where.startswith("key in") for where in asked)
+    assert all(where.startswith("key in") for where in filters)
     other.remove([30])
     other.replace(IDS[20:25], vectors(IDS[20:25], 1), model=B)
     with pytest.raises(KeyError, match="id 30 "):
@@ -252,25 +257,26 @@ def test_a_writer_of_a_file_finds_rows_by_key_also_after_others_have_written(lit
     assert gallery.status()["stale"] == 0
 
 
-# search
-
-
-def test_leases_end_at_once_although_a_deletion_has_no_stamp(gallery: Gallery, monkeypatch) -> None:
+def test_leases_end_at_once_although_the_server_deletes_them_later(gallery: Gallery, monkeypatch) -> None:
     gallery.admit(B, gate_of(A, B))
     worker = gallery.stale(batch=40)
     next(worker)
     assert gallery.status()["leased"] == 40
-    # as a server, which applies it some time later
+    # A server applies a deletion some time later; here it is never applied.
     monkeypatch.setattr(_milvus_client.Connection, "delete", lambda connection, name, key, keys: 0)
     worker.close()
     assert gallery.status()["leased"] == 0
     assert len(next(gallery.stale(batch=40))) == 40
 
 
-def test_a_newer_format_is_refused_and_a_gallery_without_a_number_is_read(lite: str, monkeypatch) -> None:
+# formats, ties and sizes
+
+
+def test_a_newer_format_is_refused_and_one_without_a_format_number_is_read(lite: str, monkeypatch) -> None:
     gallery = Gallery.create(lite, model=A)
     with monkeypatch.context() as patched:
-        patched.setattr(Record, "to_json", lambda record: json.dumps(vars(record)))  # as the first release
+        # an early version of the store wrote no number of the format
+        patched.setattr(Record, "to_json", lambda record: json.dumps(vars(record)))
         gallery.add([1], vectors([1]), model=A)
     other = Gallery.open(lite)
     assert other.search(vectors([1]), 1, model=A).ids == 1
@@ -284,13 +290,13 @@ def test_a_newer_format_is_refused_and_a_gallery_without_a_number_is_read(lite: 
         assert lite in str(caught.value)
 
 
-def test_more_ties_than_are_fetched_are_fetched(lite: str, monkeypatch) -> None:
+def test_ties_beyond_the_first_fetch_are_fetched_too(lite: str, monkeypatch) -> None:
     gallery = Gallery.create(lite, model=A)
     order = np.random.default_rng(0).permutation(90)
     rows = np.repeat(vectors([1]), 90, axis=0) * (2.0 ** (order % 5))[:, None].astype(np.float32)
     gallery.add(order, rows, model=A)
     queries = np.concatenate([vectors([1, 2]), np.zeros((1, rows.shape[1]), np.float32)])
-    for limit in (16_384, 20):  # by Milvus, and by reading all rows
+    for limit in (16_384, 20):  # most hits of one search; beyond 20 the store reads all rows
         monkeypatch.setattr(_milvus_search, "_LIMIT", limit)
         for k in (1, 5, 30):
             hits = gallery.search(queries, k, model=A)
@@ -298,7 +304,7 @@ def test_more_ties_than_are_fetched_are_fetched(lite: str, monkeypatch) -> None:
 
 
 def test_long_payloads_and_many_keys_are_refused_before_anything_is_written(gallery: Gallery) -> None:
-    before = facts(gallery)
+    before = stored_rows(gallery)
     for payload, message in (
         ({"text": "é" * 40_000}, "payload row 1 has 80011 bytes as JSON; Milvus takes at most 65535"),
         (
@@ -308,22 +314,22 @@ def test_long_payloads_and_many_keys_are_refused_before_anything_is_written(gall
     ):
         with pytest.raises(ValueError, match=message):
             gallery.add([60, 61], vectors([60, 61]), model=A, payload=[{}, payload])
-    assert facts(gallery) == before
+    assert stored_rows(gallery) == before
     gallery.add([60], vectors([60]), model=A, payload=[{"text": "é" * 32_000}])
     assert gallery.read([60]).payload == [{"text": "é" * 32_000}]
 
 
-# one process at a time; urls
+# a file of Milvus Lite admits one process at a time; urls
 
 
-def status_of(url: str) -> None:
+def print_serving_version(url: str) -> None:
     try:
         print(Gallery.open(url).status()["serving"])
     except StoreError as error:
         print("StoreError", error)
 
 
-def test_what_a_killed_process_leaves_in_a_file_is_cleared(tmp_path: Path, lite: str, gallery: Gallery) -> None:
+def test_leftovers_of_a_killed_process_are_cleared_from_a_file(tmp_path: Path, lite: str, gallery: Gallery) -> None:
     collections = Path(lite.partition("#")[0], "collections")
     logs = {log: log.read_bytes() for log in collections.glob("*/wal/*.arrow")}
     gallery.close()  # moves the rows of the logs to data files
@@ -340,17 +346,17 @@ def test_what_a_killed_process_leaves_in_a_file_is_cleared(tmp_path: Path, lite:
 
 
 def test_a_file_that_another_process_has_open_is_named(lite: str, gallery: Gallery) -> None:
-    def answer() -> bytes:
-        return Child(status_of, lite, folder=Path(lite).parent).wait().stdout
+    def printed_by_another_process() -> bytes:
+        return Child(print_serving_version, lite, folder=Path(lite).parent).wait().stdout
 
     message = f"StoreError the gallery in {lite} is open in another process: a file of Milvus Lite"
-    assert answer().startswith(message.encode())
+    assert printed_by_another_process().startswith(message.encode())
     gallery.close()
-    assert answer() == b"0\n"
+    assert printed_by_another_process() == b"0\n"
     assert len(gallery.read().ids) == 40  # the file is opened again
 
 
-def test_a_forked_child_is_told_to_be_spawned(gallery: Gallery) -> None:
+def test_a_forked_child_gets_an_error_that_recommends_spawn(gallery: Gallery) -> None:
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -366,7 +372,7 @@ def test_a_forked_child_is_told_to_be_spawned(gallery: Gallery) -> None:
     assert len(gallery.read().ids) == 40
 
 
-def test_places_without_a_gallery(tmp_path: Path, lite: str, gallery: Gallery) -> None:
+def test_bad_urls_and_urls_without_a_gallery(tmp_path: Path, lite: str, gallery: Gallery) -> None:
     file = lite.partition("#")[0]
     for call, kind, message in (
         (
@@ -401,8 +407,8 @@ def server():
     return milvus_server()
 
 
-def test_a_gallery_on_a_server_lives_through_an_upgrade_beside_queries(server) -> None:
-    """Two connections share a backfill beside searches; then the server is killed and started again."""
+def test_an_upgrade_on_a_server_during_queries_and_a_restart_of_the_server(server) -> None:
+    """Two connections share a backfill while a third one searches; then the server is killed and started again."""
     url = f"{server.url}#photos_{uuid.uuid4().hex[:8]}"
     gallery, worker = Gallery.create(url, model=A), None
     rows = vectors(IDS)
@@ -412,78 +418,78 @@ def test_a_gallery_on_a_server_lives_through_an_upgrade_beside_queries(server) -
     rows[11] = 1e38 * rows[12] / np.abs(rows[12]).max()
     rows[13] = 1e-42
     gallery.add(IDS, rows, model=A, payload={"shop": IDS % 3, "name": [None] * 40})
-    before, queries = facts(gallery), np.concatenate([rows[[20, 12, 9, 13]], vectors([500])])
+    before, queries = stored_rows(gallery), np.concatenate([rows[[20, 12, 9, 13]], vectors([500])])
     assert [before[id_][1] for id_ in IDS.tolist()] == [row.tobytes() for row in rows]
 
-    def ranked() -> None:
-        """Asserts that the gallery ranks as an exact index of the same rows."""
+    def assert_exact_ranking() -> None:
+        """Compares with an exact index of the same rows."""
         hits = gallery.search(queries, 40, model=gallery.model)
         scores, ids = gallery.mirror().search(queries, 40)
         np.testing.assert_array_equal(hits.ids, ids)
         np.testing.assert_array_equal(hits.scores, scores)
 
-    ranked()
+    assert_exact_ranking()
     hits = gallery.search(queries, 40, model=A, where={"shop": [1, "x"], "name": None})
     assert sorted(hits.ids[0][:13].tolist()) == IDS[IDS % 3 == 1].tolist()
     gallery.admit(B, gate_of(A, B))
-    stop, missed, searches, reader = threading.Event(), [], [0], Gallery.open(url)
+    stop, incomplete, searches, reader = threading.Event(), [], [0], Gallery.open(url)
 
-    def look() -> None:
+    def search_until_stopped() -> None:
         while not stop.is_set():
             found = reader.search(vectors([3], 1), 40, model=A).ids[0]
             searches[0] += 1
             if sorted(found.tolist()) != IDS.tolist():
-                missed.append(found)
+                incomplete.append(found)
 
-    thread = threading.Thread(target=look)
+    thread = threading.Thread(target=search_until_stopped)
     thread.start()
     try:
         worker = Gallery.open(url)
-        shared: list[list[int]] = [[], []]
+        replaced: list[list[int]] = [[], []]
 
-        def work(at: int) -> None:
-            mine = (gallery, worker)[at]
-            for batch in mine.stale(batch=4):
-                assert mine.replace(batch, vectors(batch, 1), model=B) == len(batch)
-                shared[at] += batch.tolist()
+        def backfill(at: int) -> None:
+            connection = (gallery, worker)[at]
+            for batch in connection.stale(batch=4):
+                assert connection.replace(batch, vectors(batch, 1), model=B) == len(batch)
+                replaced[at] += batch.tolist()
 
-        workers = [threading.Thread(target=work, args=(at,)) for at in range(2)]
+        workers = [threading.Thread(target=backfill, args=(at,)) for at in range(2)]
         for each in workers:
             each.start()
         for each in workers:
             each.join()
-        assert sorted(shared[0] + shared[1]) == IDS.tolist()
+        assert sorted(replaced[0] + replaced[1]) == IDS.tolist()
         assert worker.status()["stale"] == worker.status()["leased"] == 0
         gallery.rollback()
-        assert facts(worker) == before
+        assert stored_rows(worker) == before
     finally:
         stop.set()
         thread.join()
-    assert not missed
+    assert not incomplete
     assert searches[0] > 5
-    print(f"{searches[0]} searches beside two workers and a rollback: no row was missed")
-    ranked()
+    print(f"{searches[0]} searches during a backfill by two workers and a rollback: each found all rows")
+    assert_exact_ranking()
 
     server.kill()
     for call in (lambda: gallery.add([60], vectors([60]), model=A), gallery.status):
         with pytest.raises(StoreError, match=url):
             call()
     server.start()
-    until = time.monotonic() + 120
+    deadline = time.monotonic() + 120
     while True:
         try:
-            assert facts(gallery) == before
+            assert stored_rows(gallery) == before
             gallery.add([60], vectors([60]), model=A)
             break
         except StoreError:
-            assert time.monotonic() < until
+            assert time.monotonic() < deadline
             time.sleep(0.5)
-    assert set(facts(worker)) == {*IDS.tolist(), 60}
+    assert set(stored_rows(worker)) == {*IDS.tolist(), 60}
     gallery.remove([60])
     gallery.admit(B, force="again")
     gallery.replace(IDS, vectors(IDS, 1), model=B)
     assert gallery.retire(0)["old_rows_deleted"] == 40
     assert [event["event"] for event in worker.history()][-3:] == ["admitted", "backfill finished", "retired"]
-    ranked()
-    for each in (gallery, worker, reader):
-        each.close()
+    assert_exact_ranking()
+    for connection in (gallery, worker, reader):
+        connection.close()

@@ -1,4 +1,7 @@
-"""The PostgreSQL store alone: urls and passwords, a server that stops, refusals by the database itself."""
+"""Tests the PostgreSQL store beyond what test_gallery_contract.py tests of all stores.
+
+They cover urls and passwords, a server that stops, and the database's own constraints.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ def gallery(url: str) -> Gallery:
 
 @contextmanager
 def sql(url: str) -> Iterator[Any]:
-    """A connection with the gallery's schema as its search path."""
+    """Opens a connection with the gallery's schema as its search path."""
     database, name = url.split("#")
     with psycopg.connect(database, autocommit=True) as connection:
         connection.execute(f"set search_path to {name}, public")
@@ -46,7 +49,8 @@ def sql(url: str) -> Iterator[Any]:
 
 
 @contextmanager
-def stopped() -> Iterator[None]:
+def stopped_server() -> Iterator[None]:
+    """Stops the server, and starts it again at the end."""
     server = postgresql_database()[1]
     server.stop()
     try:
@@ -75,8 +79,8 @@ def stopped() -> Iterator[None]:
         "postgresql://me:s3cret@127.0.0.1:port/photos#photos",
     ],
 )
-def test_urls_that_are_refused_are_not_quoted(url: str) -> None:
-    """A password that is not encoded may be anywhere in them."""
+def test_errors_of_bad_urls_do_not_quote_them(url: str) -> None:
+    """A password with unencoded characters may appear in any part of the parsed url."""
     for call in (Gallery.open, lambda url: Gallery.create(url, model=A)):
         with pytest.raises(ValueError, match="url must be postgresql://USER@HOST:PORT/DATABASE#NAME") as error:
             call(url)
@@ -100,15 +104,14 @@ def test_urls_that_are_refused_are_not_quoted(url: str) -> None:
         ),
     ],
 )
-def test_errors_name_the_store_without_its_password(url: str, shown: str) -> None:
+def test_errors_show_the_url_without_its_password(url: str, shown: str) -> None:
     from simplexfix.gallery.stores._postgresql_url import read_url
 
     with pytest.raises(StoreError, match=r"the gallery in .* cannot open the gallery: .*connection") as error:
         Gallery.open(url)
     assert shown in str(error.value)
     assert "s3cret" not in str(error.value)
-    again = read_url(shown)  # opens where PGPASSWORD has the password
-    assert again.shown == shown
+    assert read_url(shown).shown == shown  # this url opens the gallery if PGPASSWORD holds the password
 
 
 def test_the_password_of_an_open_gallery_is_not_shown(url: str) -> None:
@@ -128,7 +131,7 @@ def test_names_are_quoted_and_several_galleries_share_a_database(url: str) -> No
         Gallery.open(url)
 
 
-def test_places_with_something_else_and_other_formats(url: str, gallery: Gallery) -> None:
+def test_existing_schemas_and_other_formats_are_refused(url: str, gallery: Gallery) -> None:
     with pytest.raises(
         FileExistsError, match=r"schema photos_\w+ of .* holds a gallery, which Gallery.open opens: give"
     ):
@@ -145,7 +148,7 @@ def test_places_with_something_else_and_other_formats(url: str, gallery: Gallery
     with psycopg.connect(database, autocommit=True) as connection:
         connection.execute(f"create schema {name}_mine")
         connection.execute(f"create schema {name}_full create table {name}_full.shops (id integer)")
-    Gallery.create(f"{url}_mine", model=A)  # an administrator may make the schema
+    Gallery.create(f"{url}_mine", model=A)  # an administrator may have created an empty schema
     with pytest.raises(FileExistsError, match=r"holds shops: give a new one another name"):
         Gallery.create(f"{url}_full", model=A)
 
@@ -163,11 +166,11 @@ def test_without_psycopg_the_error_says_what_to_install(monkeypatch: pytest.Monk
 # a server that stops
 
 
-def test_a_server_that_stops_is_an_error_and_the_gallery_goes_on(url: str, gallery: Gallery) -> None:
+def test_calls_fail_while_the_server_is_stopped_and_work_afterwards(url: str, gallery: Gallery) -> None:
     acknowledged, failed = [], []
     stop = threading.Event()
 
-    def work(first: int) -> None:
+    def add_until_stopped(first: int) -> None:
         while not stop.is_set():
             ids = np.arange(first, first + 50)
             try:
@@ -178,11 +181,11 @@ def test_a_server_that_stops_is_an_error_and_the_gallery_goes_on(url: str, galle
                 time.sleep(0.05)
             first += 50
 
-    workers = [threading.Thread(target=work, args=(first,)) for first in (100, 1_000_000)]
+    workers = [threading.Thread(target=add_until_stopped, args=(first,)) for first in (100, 1_000_000)]
     for worker in workers:
         worker.start()
     time.sleep(0.3)
-    with stopped():
+    with stopped_server():
         time.sleep(0.1)
         with pytest.raises(StoreError, match=rf"the gallery in {gallery.url.replace('?', '.')} cannot read the state"):
             gallery.search(vectors([1]), 1, model=A)
@@ -193,19 +196,19 @@ def test_a_server_that_stops_is_an_error_and_the_gallery_goes_on(url: str, galle
     stop.set()
     for worker in workers:
         worker.join()
-    there = set(gallery.read().ids.tolist())
+    stored = set(gallery.read().ids.tolist())
     assert failed
     for _, message in failed:
         assert gallery.url in message
         assert any(words in message for words in ("cannot read the state", "none of the 50 rows", "or nothing"))
     for first in acknowledged:
-        assert there.issuperset(range(first, first + 50))
+        assert stored.issuperset(range(first, first + 50))
     for first, message in failed:
-        found = len(there.intersection(range(first, first + 50)))
+        found = len(stored.intersection(range(first, first + 50)))
         assert found == 0 or (found == 50 and "or nothing" in message)
 
 
-def test_a_connection_that_breaks_at_the_commit_is_not_told_as_a_failure(url: str, gallery: Gallery) -> None:
+def test_a_connection_that_breaks_at_the_commit_is_reported_as_undecided(url: str, gallery: Gallery) -> None:
     with (
         pytest.raises(
             StoreError, match=r"was asked to add 50 rows, and the connection broke .*: all of it was done, or"
@@ -214,7 +217,7 @@ def test_a_connection_that_breaks_at_the_commit_is_not_told_as_a_failure(url: st
         sql(url) as other,
     ):
         other.execute("select pg_terminate_backend(%s, 5000)", [connection.info.backend_pid])
-    with sql(url) as connection:  # a deferred constraint, so that the server refuses the commit below
+    with sql(url) as connection:  # a deferred constraint, which makes the commit below fail
         connection.execute("alter table rows add foreign key (id) references vectors deferrable initially deferred")
     message = "cannot remove 1 rows: .*violates foreign key.*; none of the 1 rows"
     with pytest.raises(StoreError, match=message), gallery._store._writing("remove", 1) as connection:
@@ -222,9 +225,9 @@ def test_a_connection_that_breaks_at_the_commit_is_not_told_as_a_failure(url: st
     assert 3 in gallery.search(vectors([3]), 1, model=A).ids
 
 
-def test_idle_connections_of_a_server_that_was_restarted_are_not_used(gallery: Gallery) -> None:
+def test_idle_connections_are_replaced_after_a_restart_of_the_server(gallery: Gallery) -> None:
     gallery.status()
-    with stopped():
+    with stopped_server():
         pass
     assert gallery.search(vectors([1]), 1, model=A).ids == 1
 
@@ -232,7 +235,7 @@ def test_idle_connections_of_a_server_that_was_restarted_are_not_used(gallery: G
 # constraints, payload and connections
 
 
-def test_the_database_refuses_unknown_versions_and_edits_of_the_history(url: str, gallery: Gallery) -> None:
+def test_the_database_rejects_unknown_versions_and_edits_of_the_history(url: str, gallery: Gallery) -> None:
     with sql(url) as connection:
         with pytest.raises(psycopg.errors.ForeignKeyViolation, match="a version that was not admitted"):
             connection.execute("update rows set version = 7 where id = 3")
@@ -243,7 +246,7 @@ def test_the_database_refuses_unknown_versions_and_edits_of_the_history(url: str
                 connection.execute(edit)
 
 
-def test_payload_that_jsonb_cannot_hold_comes_back(gallery: Gallery) -> None:
+def test_payload_that_jsonb_cannot_hold_is_stored(gallery: Gallery) -> None:
     payload = [
         {"name": "a\0b", "n": 1},
         {"big": 1e300, "n": 1, "list": [1e-7, {"n": 2}], "text": 'quote " and \\ and é'},
@@ -263,8 +266,8 @@ def test_payload_that_jsonb_cannot_hold_comes_back(gallery: Gallery) -> None:
         assert sorted(hits.ids[hits.ids >= 0].tolist()) == found, where
 
 
-def test_an_approximate_index_by_hand(url: str, gallery: Gallery) -> None:
-    """As docs/guides/gallery.md has it: a query of each version of a mixed gallery, merged."""
+def test_the_approximate_index_of_the_guide(url: str, gallery: Gallery) -> None:
+    """Runs the SQL of docs/guides/gallery.md: one query per version of a mixed gallery, whose hits are merged."""
     page = (Path(__file__).parents[2] / "docs" / "guides" / "gallery.md").read_text()
     (block,) = re.findall(r"^```sql\n(.*?)^```", page, re.M | re.S)
     block = block.replace("photos.", "").replace("512", str(DIM))
@@ -273,13 +276,13 @@ def test_an_approximate_index_by_hand(url: str, gallery: Gallery) -> None:
     queries = vectors(IDS, 1)
     with sql(url) as connection:
         for version in (0, 1):
-            connection.execute(statements(block, version)[0])
+            connection.execute(index_and_query(block, version)[0])
         connection.execute("set enable_seqscan = off; set enable_sort = off; set hnsw.ef_search = 200")
 
         def found(query: np.ndarray) -> list[int]:
             hits = []
             for version in (0, 1):
-                select = statements(block, version)[1]
+                select = index_and_query(block, version)[1]
                 plan = connection.execute(f"explain {select}", {"query": str(query.tolist())}).fetchall()
                 assert f"Index Scan using vectors_of_{version}" in str(plan)
                 hits += connection.execute(select, {"query": str(query.tolist())}).fetchall()
@@ -293,13 +296,14 @@ def test_an_approximate_index_by_hand(url: str, gallery: Gallery) -> None:
         assert [found(query) for query in queries] == hits.ids.tolist()
 
 
-def statements(block: str, version: int) -> list[str]:
+def index_and_query(block: str, version: int) -> list[str]:
+    """Returns the two statements of the guide, with its version 1 replaced by `version`."""
     return (
         block.replace("version = 1", f"version = {version}").replace("vectors_of_1", f"vectors_of_{version}").split(";")
     )
 
 
-def test_a_model_of_another_width_may_come_between_the_check_and_the_search(url: str, gallery: Gallery) -> None:
+def test_a_model_of_another_width_admitted_before_the_search_is_an_error(url: str, gallery: Gallery) -> None:
     other = Gallery.open(url)
     other.search(vectors([1]), 1, model=A)
     wide = ModelIdentity("ab" * 32, 1, "", "oca", 40, ancestors=((A.fingerprint, 33),))
@@ -309,7 +313,7 @@ def test_a_model_of_another_width_may_come_between_the_check_and_the_search(url:
         other._store.search(vectors([1]), 1, None)
 
 
-def test_threads_take_few_connections(url: str, gallery: Gallery) -> None:
+def test_connections_are_reused_and_closed(url: str, gallery: Gallery) -> None:
     threads = [threading.Thread(target=gallery.search, args=(vectors([1]), 1), kwargs={"model": A}) for _ in range(30)]
     for thread in threads:
         thread.start()
@@ -318,7 +322,7 @@ def test_threads_take_few_connections(url: str, gallery: Gallery) -> None:
     gallery.close()
     with sql(url) as connection:
 
-        def sessions() -> set[int]:  # also of closed connections, for a moment
+        def sessions() -> set[int]:  # the server lists the session of a closed connection for a moment
             query = "select pid from pg_stat_activity where application_name = 'simplexfix'"
             return {pid for (pid,) in connection.execute(query)}
 
@@ -349,9 +353,9 @@ def test_a_forked_process_does_not_hold_the_locks_of_a_killed_one(url: str, gall
     try:
         os.kill(killed, signal.SIGKILL)
         os.waitpid(killed, 0)
-        begun = time.monotonic()
+        start = time.monotonic()
         gallery.add([50], vectors([50]), model=A)
-        assert time.monotonic() - begun < 30
+        assert time.monotonic() - start < 30
     finally:
         os.kill(forked, signal.SIGKILL)
         os.close(read)

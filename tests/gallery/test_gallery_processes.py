@@ -435,7 +435,7 @@ def test_a_worker_that_is_killed_leaves_its_rows_to_the_others(url: str) -> None
 def test_a_gallery_that_is_open_survives_a_fork(url: str) -> None:
     """In both processes, also while another thread searches."""
     if Child.fresh:
-        pytest.skip("Milvus's client does not survive a fork: test_a_forked_child_is_told_to_be_spawned")
+        pytest.skip("Milvus's client does not survive a fork: test_a_forked_child_gets_an_error_that_recommends_spawn")
     gallery = Gallery.create(url, model=A, count_traffic=True)
     gallery.add(range(100), ALL[0][:100], model=A)
     gallery.search(ALL[0][:1], 1, model=A)

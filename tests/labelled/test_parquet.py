@@ -1,4 +1,4 @@
-"""Tests Parquet files of pandas, pyarrow and Hugging Face datasets, in one file or two, and errors with a name."""
+"""Tests feature files in Parquet as pandas, pyarrow and Hugging Face datasets write them, in one file or two."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ IDS = {"query": np.arange(6) + 2**40, "gallery": np.arange(9) * 2 + 2**40}
 NAMES = np.array(["cat", "dog", "é"])
 
 
-def columns(part: str, **more) -> dict:
+def columns(part: str, **other_columns) -> dict:
     rows = {"query": QUERY, "gallery": GALLERY}[part]
-    return {"vector": list(rows), "label": LABELS[part], "item_id": IDS[part], "note": ["x"] * len(rows), **more}
+    content = {"vector": list(rows), "label": LABELS[part], "item_id": IDS[part], "note": ["x"] * len(rows)}
+    return {**content, **other_columns}
 
 
 def with_pandas(path, content) -> None:
@@ -45,12 +46,12 @@ def with_datasets(path, content) -> None:
 WRITERS = [with_pandas, with_arrow, with_arrow_fixed, with_datasets]
 
 
-def check(found: VersionFeatures) -> None:
+def assert_content(version: VersionFeatures) -> None:
     for part, rows in (("query", QUERY), ("gallery", GALLERY)):
-        features = getattr(found, part)
+        features = getattr(version, part)
         np.testing.assert_array_equal(features.block(0, len(rows)), rows)
-        assert getattr(found.items, f"{part}_labels").tolist() == LABELS[part].tolist()
-        assert getattr(found.items, f"{part}_ids").tolist() == IDS[part].tolist()
+        assert getattr(version.items, f"{part}_labels").tolist() == LABELS[part].tolist()
+        assert getattr(version.items, f"{part}_ids").tolist() == IDS[part].tolist()
 
 
 @pytest.mark.parametrize("write", WRITERS)
@@ -59,30 +60,30 @@ def test_a_folder_of_two_files(tmp_path, write) -> None:
     folder.mkdir()
     write(folder / "query.parquet", columns("query", group=["day", "night"] * 3))
     write(folder / "gallery.parquet", columns("gallery"))
-    found = VersionFeatures.load(folder)
-    check(found)
-    assert found.items.query_groups.tolist() == ["day", "night"] * 3
-    assert found.name == "v0"
+    version = VersionFeatures.load(folder)
+    assert_content(version)
+    assert version.items.query_groups.tolist() == ["day", "night"] * 3
+    assert version.name == "v0"
     expected = LabelledItems(*LABELS.values(), query_ids=IDS["query"], gallery_ids=IDS["gallery"]).version(
         QUERY, GALLERY, name="v0"
     )
-    np.testing.assert_array_equal(evaluate([found]).matrix, evaluate([expected]).matrix)
+    np.testing.assert_array_equal(evaluate([version]).matrix, evaluate([expected]).matrix)
 
 
 @pytest.mark.parametrize("write", WRITERS)
 def test_one_file_with_a_column_of_splits(tmp_path, write) -> None:
     parts = columns("gallery"), columns("query")
     both = {key: [*parts[0][key], *parts[1][key]] for key in parts[0]}
-    # rows of both splits alternate; within each split the order of the file counts
-    mixed = [*np.stack([np.arange(6), np.arange(9, 15)], 1).ravel(), 6, 7, 8]
-    split = ["query" if i >= 9 else "gallery" for i in mixed]
-    content = {key: [values[i] for i in mixed] for key, values in both.items()}
+    # rows of both splits alternate; each split has its rows in the order of the file
+    order = [*np.stack([np.arange(6), np.arange(9, 15)], 1).ravel(), 6, 7, 8]
+    split = ["query" if i >= 9 else "gallery" for i in order]
+    content = {key: [values[i] for i in order] for key, values in both.items()}
     write(tmp_path / "v1.parquet", {**content, "split": split})
-    check(VersionFeatures.load(tmp_path / "v1.parquet"))
+    assert_content(VersionFeatures.load(tmp_path / "v1.parquet"))
 
 
 @pytest.mark.parametrize("write", WRITERS)
-def test_labels_that_are_names(tmp_path, write) -> None:
+def test_labels_may_be_strings(tmp_path, write) -> None:
     folder = tmp_path / "v"
     folder.mkdir()
     for part in ("query", "gallery"):
@@ -108,7 +109,7 @@ def bad_tables():
 
 
 @pytest.mark.parametrize(("change", "message"), list(bad_tables()))
-def test_bad_tables_are_named(tmp_path, change: dict, message: str) -> None:
+def test_errors_name_the_bad_column_or_row(tmp_path, change: dict, message: str) -> None:
     content = {key: value for key, value in {**columns("query"), **change}.items() if value is not None}
     with_arrow(tmp_path / "query.parquet", content)
     with_arrow(tmp_path / "gallery.parquet", columns("gallery"))
@@ -117,14 +118,14 @@ def test_bad_tables_are_named(tmp_path, change: dict, message: str) -> None:
     assert str(error.value).startswith(f"{tmp_path}: ")
 
 
-def test_the_embedding_is_taken_where_there_are_more_lists(tmp_path) -> None:
+def test_of_several_columns_of_lists_embedding_is_read(tmp_path) -> None:
     for part, rows in (("query", QUERY), ("gallery", GALLERY)):
         content = columns(part, embedding=list(rows), vector=[[0.5]] * len(rows))
         with_arrow(tmp_path / f"{part}.parquet", content)
-    check(VersionFeatures.load(tmp_path))
+    assert_content(VersionFeatures.load(tmp_path))
 
 
-def test_what_is_no_such_file(tmp_path) -> None:
+def test_missing_incomplete_and_truncated_files(tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no\.parquet"):
         VersionFeatures.load(tmp_path / "no.parquet")
     with_arrow(tmp_path / "one.parquet", columns("query"))

@@ -263,7 +263,7 @@ MUTANTS = [
         "best_count = begin + rows < total ? 0 : count < p.k ? count : p.k;",
         "topk",
     ),
-    Mutant("nan not refused", SELECT, "const bool refused = *p.broken > 0 ||", "const bool refused =", "topk"),
+    Mutant("nan not refused", SELECT, "const bool refused = *p.non_finite_rows > 0 ||", "const bool refused =", "topk"),
     Mutant(
         "partial sums in another order",
         ROWS,

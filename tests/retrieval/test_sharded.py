@@ -272,11 +272,11 @@ def work_of_a_rank(rank: int, size: int, port: int) -> None:
         check_refusals(rank, size)
         check_part_of_the_world(rank, size)
         # Several blocks of queries, of rows and of columns, each with a smaller last one.
-        sharded._BLOCK_PLACES, sharded._SUM_NUMBERS, sharded._SUM_COLUMNS = 700, 200, 8
+        sharded._BLOCK_CANDIDATES, sharded._SUM_NUMBERS, sharded._SUM_COLUMNS = 700, 200, 8
         check_searches(rank, size, ["duplicates"])
         check_protocols(rank, size, ["heavy tail"])
         check_sums(rank, size)
-        sharded._BLOCK_PLACES, sharded._BLOCK_NUMBERS = 2**24, 60
+        sharded._BLOCK_CANDIDATES, sharded._BLOCK_NUMBERS = 2**24, 60
         check_searches(rank, size, ["one-hot"])
     assert not dist.is_initialized()
     left = weakref.ref(group)

@@ -1,4 +1,4 @@
-"""Processes that tests start and kill: one small training of each kind, on features."""
+"""Small trainings on features, and functions that tests run in processes of their own and kill."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def trained(
     `references` versions. Other options are those of `Trainer.fit`.
     """
     processes = dist.group.WORLD if group else None
-    made = {
+    chosen = {
         "er": ER(scale=8.0),
         "asnn": ASNN(queue=48, group=processes),
         "oca": OCA(embedding_dim=10, extra=4),
@@ -91,8 +91,8 @@ def trained(
     }[method]
     torch.manual_seed(3)
     backbone = SmallConvNet(4, 10) if convolutions else network(dropout)
-    parent = EmbeddingModel(backbone, made.head(10))
-    made.add_classes(parent, range(4))
+    parent = EmbeddingModel(backbone, chosen.head(10))
+    chosen.add_classes(parent, range(4))
     items, memory = features(50, 8, 1), features(18, 4, 2)
     if convolutions:
         items, memory = (
@@ -102,9 +102,9 @@ def trained(
     if noise is not None:
         items, memory = (Items.from_dataset(Noisy(i, noise)) for i in (items, memory))
     if references is not None:
-        made_up = torch.randn(18, references, 19, generator=torch.Generator().manual_seed(7))
-        memory = replace(memory, references=nn.functional.normalize(made_up, dim=2))
-    return Trainer(made, **{"augment": add_noise, "save_every": 5, "log_every": 4, **(trainer or {})}).fit(
+        embeddings = torch.randn(18, references, 19, generator=torch.Generator().manual_seed(7))
+        memory = replace(memory, references=nn.functional.normalize(embeddings, dim=2))
+    return Trainer(chosen, **{"augment": add_noise, "save_every": 5, "log_every": 4, **(trainer or {})}).fit(
         parent,
         items,
         Schedule(**{"steps": STEPS, "learning_rate": 1e-2, "batch": 16, **(schedule or {})}),
@@ -119,11 +119,11 @@ def trained(
 
 
 def write_features(folder: Path) -> Path:
-    """Writes ten classes, for `small_run`."""
-    draw = np.random.default_rng(0)
+    """Writes features and labels of ten classes for `small_run` and returns the folder."""
+    rng = np.random.default_rng(0)
     for name, rows in (("train", 200), ("query", 30), ("gallery", 30)):
         labels = np.arange(rows) % 10
-        np.save(folder / f"{name}.npy", (np.eye(10)[labels] + 0.3 * draw.normal(size=(rows, 10))).astype(np.float32))
+        np.save(folder / f"{name}.npy", (np.eye(10)[labels] + 0.3 * rng.normal(size=(rows, 10))).astype(np.float32))
         np.save(folder / f"{name}_labels.npy", labels)
     return folder
 
@@ -145,7 +145,10 @@ def small_run(data: Path, **changes: object) -> RunConfig:
 
 
 def killed(folder: Path, moment: str, seed: int, options: dict) -> None:
-    """Trains and kills itself with SIGKILL after a random number of steps, or inside a save."""
+    """Trains and kills itself with SIGKILL at a random moment.
+
+    `moment` is "step", between two steps, or a part of a save: "write", "fsync" or "replace".
+    """
     count = [random.Random(seed).randrange(1, STEPS if moment == "step" else 4)]
 
     def die(step: int = 0) -> None:
@@ -153,18 +156,18 @@ def killed(folder: Path, moment: str, seed: int, options: dict) -> None:
         if count[0] == 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def dying(act):
-        def instead(*arguments):
+    def dying_before(function):
+        def wrapper(*arguments):
             die()
-            return act(*arguments)
+            return function(*arguments)
 
-        return instead
+        return wrapper
 
     if moment == "step":
         trained(folder, on_step=die, **options)
     elif moment == "write":  # the temporary file has half of its bytes
 
-        class Half:
+        class DyingWriter:
             def __init__(self, file) -> None:
                 self.file = file
 
@@ -184,23 +187,24 @@ def killed(folder: Path, moment: str, seed: int, options: dict) -> None:
                 die()
                 return self.file.write(content[len(content) // 2 :])
 
-        files.open = lambda *arguments: Half(open(*arguments))  # noqa: SIM115
+        files.open = lambda *arguments: DyingWriter(open(*arguments))  # noqa: SIM115
         trained(folder, **options)
     else:
-        setattr(files.os, moment, dying(getattr(files.os, moment)))
+        setattr(files.os, moment, dying_before(getattr(files.os, moment)))
         trained(folder, **options)
     raise AssertionError("was not killed")
 
 
-def resumed(folder: Path, options: dict) -> None:
+def trained_or_resumed(folder: Path, options: dict) -> None:
+    """Trains; resumes if the folder has a checkpoint.  `run_in_process` needs a function without keywords."""
     trained(folder, **options)
 
 
-def in_group(rank: int, world: int, folder: Path, name: str, die_at: int | None, options: dict) -> None:
+def in_group(rank: int, world_size: int, folder: Path, name: str, die_at: int | None, options: dict) -> None:
     """Trains in a gloo group; each process kills itself after `die_at` steps."""
     torch.set_num_threads(1)
     rendezvous = f"file://{folder}/{name}.{die_at}.rendezvous"
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world)
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size)
     steps = 0
 
     def on_step(step: int) -> None:
@@ -214,10 +218,10 @@ def in_group(rank: int, world: int, folder: Path, name: str, die_at: int | None,
     dist.destroy_process_group()
 
 
-def run_in_group(rank: int, world: int, folder: Path, data: Path) -> None:
-    """Runs one process of a run and counts its extractions."""
+def run_in_group(rank: int, world_size: int, folder: Path, data: Path) -> None:
+    """Runs one process of `train_run` and writes its report and its number of `extract` calls."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
     extract, count = EmbeddingModel.extract, [0]
 
     def counted(model: EmbeddingModel, *arguments: object, **options: object) -> torch.Tensor:
@@ -230,9 +234,9 @@ def run_in_group(rank: int, world: int, folder: Path, data: Path) -> None:
     dist.destroy_process_group()
 
 
-def patient(rank: int, world: int, folder: Path) -> None:
-    """The first process takes longer than the group's timeout."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/patient", rank=rank, world_size=world)
+def slow_rank0(rank: int, world_size: int, folder: Path) -> None:
+    """`run_on_rank0` may take longer than the group's timeout; `broadcast` may not."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/slow_rank0", rank=rank, world_size=world_size)
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1))
     assert processes.run_on_rank0(lambda: time.sleep(2) or rank) == 0
     if rank == 0:
@@ -240,15 +244,15 @@ def patient(rank: int, world: int, folder: Path) -> None:
     else:
         try:
             processes.broadcast(None)
-        except RuntimeError:  # the timeout works, so the test can fail
+        except RuntimeError:  # so the timeout holds, and the first assertion could fail
             os._exit(0)
     os._exit(rank)
 
 
-def remembering(rank: int, world: int, folder: Path) -> None:
-    """Each process of a group would choose other rows to remember, with or without a folder."""
-    rendezvous = f"file://{folder}/remembering.rendezvous"
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world)
+def choose_memory(rank: int, world_size: int, folder: Path) -> None:
+    """Asserts that all processes get the rows that rank 0 chooses, although each rank would choose other ones."""
+    rendezvous = f"file://{folder}/choose_memory.rendezvous"
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size)
     items = features(12, 3, 0)
     version = EmbeddingModel(nn.Identity(), nn.Identity() if rank == 0 else nn.Linear(12, 12))
     version.head.embed = version.head.forward
@@ -264,7 +268,7 @@ def remembering(rank: int, world: int, folder: Path) -> None:
 
 
 def readers_without_a_parent() -> None:
-    """Prints the ids of two processes that read ahead, and kills this one."""
+    """Starts two processes that read ahead, prints their ids and kills this process, their parent."""
     reading = read_ahead(own_id, range(100), workers=2)
     print(*{next(reading) for _ in range(4)}, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)

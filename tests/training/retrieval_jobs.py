@@ -54,9 +54,9 @@ def config(data: Path, changes: dict[str, object] | None = None) -> RunConfig:
     return read_config(RunConfig, {**content, **(changes or {})})
 
 
-def in_group(rank: int, world: int, folder: Path, data: Path) -> None:
+def in_group(rank: int, world_size: int, folder: Path, data: Path) -> None:
     """Runs one process of a run."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
     train_run(config(data), folder / "run")
     dist.destroy_process_group()

@@ -24,7 +24,7 @@ from simplexfix.training import (
     read_state,
     train_versions,
 )
-from simplexfix.training.held import HeldVersion, class_means, denoised
+from simplexfix.training.old_model import OldModel, class_means, denoised
 
 STAGES = jobs.features(120, 8, 5)
 NEW, REMEMBERED = jobs.features(50, 8, 1), jobs.features(18, 4, 2)
@@ -93,8 +93,8 @@ def test_a_rotated_old_version_is_held_to_as_it_is_deployed() -> None:
     deployed.rotation = torch.linalg.qr(torch.randn(6, 6))[0]
     rows = deployed.extract(NEW.inputs)
     means = class_means(rows, NEW.labels, 8)
-    held = HeldVersion(deployed, 0.5, means)
-    held.hold(NEW.labels, None)
+    held = OldModel(deployed, 0.5, means)
+    held.set_batch(NEW.labels, None)
     torch.testing.assert_close(held(NEW.inputs), denoised(rows, NEW.labels, means, 0.5))
 
 

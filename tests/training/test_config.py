@@ -118,7 +118,7 @@ def test_a_number_that_yaml_reads_as_text_is_explained(tmp_path: Path) -> None:
         read_config(Whole, read_mapping(tmp_path / "a.yaml"))
 
 
-def test_drift_is_named() -> None:
+def test_changed_settings_are_named() -> None:
     then = {"a": {"b": 1, "c": float("nan")}, "d": (1, 2), "e": 3}
     assert differences(then, {"a": {"b": 1, "c": float("nan")}, "d": [1, 2], "e": 3}) == []
     now = {"a": {"b": 2, "c": float("nan")}, "d": [1], "f": "x"}
@@ -135,7 +135,7 @@ def test_descriptions_do_not_depend_on_the_process() -> None:
 
     assert describe(Thing())["size"] == 3
     assert set(describe(Thing())) == {"type", "size"}
-    assert describe(test_drift_is_named).endswith("test_drift_is_named")
+    assert describe(test_changed_settings_are_named).endswith("test_changed_settings_are_named")
     assert describe(Schedule(1, 1.0))["steps"] == 1
     assert describe({"b", "a"}) == ["a", "b"]
 

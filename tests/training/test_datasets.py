@@ -14,7 +14,7 @@ import jobs
 import numpy as np
 import pytest
 import torch
-from test_trainer import close, done, group, lines, same, stopped, weights
+from test_trainer import assert_close, log_lines, run_in_process, same_bits, stop_training, train_in_group, weights
 from torch import nn
 from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset, TensorDataset
 
@@ -53,8 +53,8 @@ def test_a_dataset_gives_the_bits_of_what_is_in_memory(tmp_path) -> None:
     jobs.trained(tmp_path / "workers", noise=0.0, **WORKERS)
     whole = weights(tmp_path / "memory")
     for name in ("dataset", "workers"):
-        assert same(weights(tmp_path / name), whole)
-        assert lines(tmp_path / name) == lines(tmp_path / "memory")
+        assert same_bits(weights(tmp_path / name), whole)
+        assert log_lines(tmp_path / name) == log_lines(tmp_path / "memory")
     # a dataset without random draws has one fingerprint
     started_with = [read_state(tmp_path / name / "version.safetensors")["facts"] for name in ("memory", "workers")]
     assert started_with[0] == started_with[1]
@@ -73,8 +73,8 @@ def test_what_items_draw_does_not_depend_on_the_processes_that_read(tmp_path, ac
             dict(jobs.trained(None, noise=0.1, schedule=schedule, trainer={"workers": workers}).state_dict())
         )
         assert (random.getstate(), np.random.get_state()[1].tolist()) == states
-    assert all(same(versions[0], other) for other in versions[1:])
-    assert not same(versions[0], dict(jobs.trained(None, noise=0.0, schedule=schedule).state_dict()))
+    assert all(same_bits(versions[0], other) for other in versions[1:])
+    assert not same_bits(versions[0], dict(jobs.trained(None, noise=0.0, schedule=schedule).state_dict()))
 
 
 def test_every_place_of_every_batch_draws_anew() -> None:
@@ -101,23 +101,25 @@ def test_every_place_of_every_batch_draws_anew() -> None:
 @pytest.mark.slow
 def test_killed_with_processes_that_read_ends_with_the_same_bits(tmp_path) -> None:
     options = {"noise": 0.1, "trainer": {"workers": 2}}
-    assert done(jobs.resumed, tmp_path / "whole", options) == 0
+    assert run_in_process(jobs.trained_or_resumed, tmp_path / "whole", options) == 0
     for attempt, workers in enumerate((2, 2, 0, 1)):
-        code = done(jobs.killed, tmp_path / "run", "step", 7 + attempt, {**options, "trainer": {"workers": workers}})
+        code = run_in_process(
+            jobs.killed, tmp_path / "run", "step", 7 + attempt, {**options, "trainer": {"workers": workers}}
+        )
         if code != -signal.SIGKILL:
             break
     assert attempt
-    assert done(jobs.resumed, tmp_path / "run", options) == 0
+    assert run_in_process(jobs.trained_or_resumed, tmp_path / "run", options) == 0
     name = "version.safetensors"
     assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    assert lines(tmp_path / "run") == lines(tmp_path / "whole")
+    assert log_lines(tmp_path / "run") == log_lines(tmp_path / "whole")
 
 
 def test_a_stopped_training_goes_on_here_with_other_processes(tmp_path) -> None:
     jobs.trained(tmp_path / "whole", noise=0.1)
-    stopped(tmp_path / "run", 12, noise=0.1, **WORKERS)
+    stop_training(tmp_path / "run", 12, noise=0.1, **WORKERS)
     jobs.trained(tmp_path / "run", noise=0.1, trainer={"workers": 1})
-    assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+    assert same_bits(weights(tmp_path / "run"), weights(tmp_path / "whole"))
 
 
 @pytest.mark.slow
@@ -157,16 +159,16 @@ def test_processes_that_read_end_with_the_training(tmp_path) -> None:
     before = children()
     during = []
     jobs.trained(None, noise=0.1, on_step=lambda step: during.append(children() - before), **WORKERS)
-    stopped(tmp_path, 5, noise=0.1, **WORKERS)
+    stop_training(tmp_path, 5, noise=0.1, **WORKERS)
     assert {len(found) for found in during} == {2}
     assert children() == before
 
 
-def test_two_processes_see_what_one_sees(tmp_path) -> None:
+def test_two_processes_have_the_weights_and_losses_of_one(tmp_path) -> None:
     options = {"dropout": 0.0, "noise": 0.1}
-    assert group(tmp_path, "parts", {**options, "trainer": {"workers": 1}}) == [0, 0]
+    assert train_in_group(tmp_path, "parts", {**options, "trainer": {"workers": 1}}) == [0, 0]
     jobs.trained(tmp_path / "accumulated", **options, schedule={"accumulate": 2})
-    close(weights(tmp_path / "parts"), weights(tmp_path / "accumulated"))
+    assert_close(weights(tmp_path / "parts"), weights(tmp_path / "accumulated"))
 
 
 @pytest.mark.parametrize("workers", [None, 0, 2])
@@ -272,7 +274,7 @@ def test_a_sequence_with_a_memory_of_rows_goes_on_to_the_same_bits(tmp_path) -> 
         with pytest.raises(StopError):
             versions_of(tmp_path / "run", stop, workers=1)
     ended = versions_of(tmp_path / "run", workers=2)
-    assert all(same(a, b) for a, b in zip(whole, ended, strict=True))
+    assert all(same_bits(a, b) for a, b in zip(whole, ended, strict=True))
     saved = read_state(tmp_path / "run" / "task-01" / "memory.safetensors")
     assert set(saved) == {"facts", "rows"}
 

@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 import jobs
 import pytest
-from test_trainer import done, lines, same, weights
+from test_trainer import log_lines, run_in_process, same_bits, weights
 
 from simplexfix.training import CheckpointWarning, processes, train_run
 from simplexfix.training.locks import FolderInUseError, folder_lock
@@ -27,12 +27,12 @@ def test_a_second_training_in_a_folder_is_refused(tmp_path) -> None:
 
     jobs.trained(tmp_path / "run", dropout=0.0, on_step=second)
     jobs.trained(tmp_path / "whole", dropout=0.0)
-    assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
-    assert lines(tmp_path / "run") == lines(tmp_path / "whole")
+    assert same_bits(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+    assert log_lines(tmp_path / "run") == log_lines(tmp_path / "whole")
 
 
 def test_a_killed_training_holds_nothing(tmp_path) -> None:
-    assert done(jobs.killed, tmp_path, "step", 0, {}) == -signal.SIGKILL
+    assert run_in_process(jobs.killed, tmp_path, "step", 0, {}) == -signal.SIGKILL
     with folder_lock(tmp_path):
         pass
 
@@ -52,7 +52,7 @@ def test_what_another_process_finished_in_the_meantime_is_read(tmp_path, monkeyp
         raise AssertionError
 
     monkeypatch.setattr(processes, "broadcast", late)
-    assert same(dict(jobs.trained(tmp_path / "run", on_step=no_step).state_dict()), weights(tmp_path / "whole"))
+    assert same_bits(dict(jobs.trained(tmp_path / "run", on_step=no_step).state_dict()), weights(tmp_path / "whole"))
 
 
 def test_a_shared_pretraining_is_waited_for(tmp_path, monkeypatch) -> None:

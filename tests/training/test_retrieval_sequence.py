@@ -15,7 +15,7 @@ import torch
 import yaml
 from conftest import ROOT
 from processes import CONTEXT
-from test_trainer import lines, same, weights
+from test_trainer import log_lines, same_bits, weights
 
 from simplexfix.adapters import QueryDrift
 from simplexfix.cli import main
@@ -115,7 +115,7 @@ def test_a_run_reports_both_matrices_and_keeps_indexes_drifts_and_models(data, w
 def test_distillation_holds_later_versions_and_leaves_the_first(data, whole, tmp_path) -> None:
     method = {"name": "qdc", "scale": 10.0, "weight": 0.0}
     train_run(jobs.config(data, {"method": method}), tmp_path)
-    assert same(weights(whole / "task-00"), weights(tmp_path / "task-00"))
+    assert same_bits(weights(whole / "task-00"), weights(tmp_path / "task-00"))
     kept, free = (QueryDrift.load(folder / "task-01" / "drift.safetensors") for folder in (whole, tmp_path))
     assert kept.squares.item() < free.squares.item()
 
@@ -135,8 +135,8 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(data, whole, tmp_path, 
     train_run(jobs.config(data), tmp_path)
     assert (tmp_path / "report.json").read_bytes() == (whole / "report.json").read_bytes()
     for task in ("task-00", "task-01", "task-02"):
-        assert same(weights(tmp_path / task), weights(whole / task))
-        assert lines(tmp_path / task) == lines(whole / task)
+        assert same_bits(weights(tmp_path / task), weights(whole / task))
+        assert log_lines(tmp_path / task) == log_lines(whole / task)
     drifts = [(folder / "task-02" / "drift.safetensors").read_bytes() for folder in (tmp_path, whole)]
     assert drifts[0] == drifts[1]
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from processes import CONTEXT
-from test_trainer import done, lines, together
+from test_trainer import log_lines, run_in_process, run_on_ranks
 
 from simplexfix.models import EmbeddingModel, NeighbourHead, OCAHead
 from simplexfix.training import (
@@ -40,7 +40,7 @@ class StopError(Exception):
     pass
 
 
-def stopped(data: Path, folder: Path, stage: str, step: int) -> None:
+def stop_training(data: Path, folder: Path, stage: str, step: int) -> None:
     def on_step(progress: Progress) -> None:
         if (progress.stage, progress.step) == (stage, step):
             raise StopError
@@ -60,7 +60,7 @@ def begun_on(device: str, *files: Path) -> None:
 
 
 def test_a_run_may_be_finished_on_another_device(data, tmp_path) -> None:
-    stopped(data, tmp_path, "task 1", 5)
+    stop_training(data, tmp_path, "task 1", 5)
     begun_on("cuda", tmp_path / "task-00" / "version.safetensors", *(tmp_path / "task-01").glob("step-*"))
     with pytest.warns(CheckpointWarning, match="begun on cuda goes on on cpu: its last bits will differ"):
         train_run(jobs.small_run(data), tmp_path)
@@ -129,7 +129,7 @@ def test_a_replacement_that_learned_the_tasks_before_gets_the_head_of_its_method
 def test_the_same_data_may_be_somewhere_else(data, tmp_path) -> None:
     """Data at another path is accepted if its fingerprint is the same; the error for other data names the path."""
     config = jobs.small_run(data)
-    stopped(data, tmp_path / "run", "task 1", 5)
+    stop_training(data, tmp_path / "run", "task 1", 5)
     moved = tmp_path / "moved"
     shutil.copytree(data, moved)
     elsewhere = replace(config, data=replace(config.data, path=str(moved)))
@@ -159,9 +159,9 @@ def test_a_moved_folder_of_pre_trained_networks_is_found(data, tmp_path) -> None
 def test_a_run_killed_at_any_moment_ends_with_the_same_report(data, tmp_path) -> None:
     """The run is killed while it reads, pre-trains, trains, saves, extracts and evaluates."""
     config, draw = jobs.small_run(data), random.Random(0)
-    assert done(int) == 0  # starts the fork server
+    assert run_in_process(int) == 0  # starts the fork server
     began = time.monotonic()
-    assert done(train_run, config, tmp_path / "whole") == 0
+    assert run_in_process(train_run, config, tmp_path / "whole") == 0
     whole, kills = time.monotonic() - began, 0
     for run in (tmp_path / name for name in "abcd"):
         for _ in range(3):
@@ -174,16 +174,16 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_report(data, tmp_path) ->
                 break
             assert process.exitcode == -signal.SIGKILL
             kills += 1
-        assert done(train_run, config, run) == 0
+        assert run_in_process(train_run, config, run) == 0
         assert (run / "report.json").read_bytes() == (tmp_path / "whole" / "report.json").read_bytes()
         for stage in ("task-00", "pretraining-01", "task-01"):
-            assert lines(run / stage) == lines(tmp_path / "whole" / stage)
+            assert log_lines(run / stage) == log_lines(tmp_path / "whole" / stage)
     assert kills
 
 
 def test_the_first_process_alone_extracts_and_judges(data, tmp_path) -> None:
     """All processes get the first one's results."""
-    assert together(jobs.run_in_group, tmp_path, data) == [0, 0]
+    assert run_on_ranks(jobs.run_in_group, tmp_path, data) == [0, 0]
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     # 4 to judge; 4 to align the junction, and 4 to rotate, both of new and remembered items by two versions
     assert [entry["extracted"] for entry in found] == [12, 0]
@@ -191,4 +191,4 @@ def test_the_first_process_alone_extracts_and_judges(data, tmp_path) -> None:
 
 
 def test_others_wait_for_the_first_past_their_timeout(tmp_path) -> None:
-    assert together(jobs.patient, tmp_path) == [0, 0]
+    assert run_on_ranks(jobs.slow_rank0, tmp_path) == [0, 0]

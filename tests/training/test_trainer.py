@@ -1,4 +1,4 @@
-"""Tests that trainings killed at any moment end with the bits of trainings that never stopped."""
+"""Tests `Trainer`: killed trainings resume to the same bits, several processes have the result of one, and errors."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ KINDS = {
 }
 
 
-def done(job: Callable[..., None], *arguments: object) -> int | None:
+def run_in_process(job: Callable[..., None], *arguments: object) -> int | None:
+    """Runs a function in a new process and returns its exit code."""
     process = CONTEXT.Process(target=job, args=arguments)
     process.start()
     process.join(60)
@@ -50,35 +51,35 @@ def weights(folder: Path) -> dict:
     return read_state(folder / "version.safetensors")["model"]
 
 
-def same(first: dict, second: dict) -> bool:
+def same_bits(first: dict, second: dict) -> bool:
     assert first.keys() == second.keys()
     return all(
         torch.equal(a, second[name]) if isinstance(a, torch.Tensor) else a == second[name] for name, a in first.items()
     )
 
 
-def lines(folder: Path) -> list[dict]:
-    """Returns the lines without their times."""
-    found = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "steps_per_second"} for line in found]
+def log_lines(folder: Path) -> list[dict]:
+    """Returns the lines of the log without their times."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "steps_per_second"} for line in lines]
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Callable[[str], Path]:
-    """Returns a training of this kind that never stopped."""
+def uninterrupted(tmp_path_factory) -> Callable[[str], Path]:
+    """Returns a function that returns the folder of a training of a kind that never stopped."""
     folders: dict[str, Path] = {}
 
     def folder_of(kind: str) -> Path:
         if kind not in folders:
-            folders[kind] = tmp_path_factory.mktemp("whole") / "run"
-            assert done(jobs.resumed, folders[kind], KINDS[kind]) == 0
+            folders[kind] = tmp_path_factory.mktemp("uninterrupted") / "run"
+            assert run_in_process(jobs.trained_or_resumed, folders[kind], KINDS[kind]) == 0
         return folders[kind]
 
     return folder_of
 
 
 def cases() -> list[Any]:
-    """Each kind with a kill between two steps, and one kind with a kill inside a save; CI runs the others too."""
+    """Returns pairs of kind and moment of the kill; those of kills inside a save of most kinds are slow tests."""
     moments = ("step", "write", "fsync", "replace")
     return [
         pytest.param(kind, moment, marks=[] if moment == "step" or kind == "float32" else pytest.mark.slow)
@@ -88,37 +89,42 @@ def cases() -> list[Any]:
 
 
 @pytest.mark.parametrize(("kind", "moment"), cases())
-def test_killed_again_and_again_ends_with_the_same_bits(kind: str, moment: str, whole, tmp_path) -> None:
+def test_a_training_killed_repeatedly_ends_with_the_same_bits(kind: str, moment: str, uninterrupted, tmp_path) -> None:
     kills, seed = 0, random.Random(f"{kind} {moment}").randrange(1000)
     folder = tmp_path / "run"
     for attempt in range(3):  # each process is killed a few steps, or a save or two, later
-        code = done(jobs.killed, folder, moment, seed + attempt, KINDS[kind])
+        code = run_in_process(jobs.killed, folder, moment, seed + attempt, KINDS[kind])
         if code != -signal.SIGKILL:
-            break  # nothing was left to do
+            break  # the training ended before the kill
         kills += 1
     assert kills
-    assert done(jobs.resumed, folder, KINDS[kind]) == 0
+    assert run_in_process(jobs.trained_or_resumed, folder, KINDS[kind]) == 0
     name = "version.safetensors"
-    assert (folder / name).read_bytes() == (whole(kind) / name).read_bytes()
-    assert lines(folder) == lines(whole(kind))
+    assert (folder / name).read_bytes() == (uninterrupted(kind) / name).read_bytes()
+    assert log_lines(folder) == log_lines(uninterrupted(kind))
     # checkpoints and temporary files are deleted
     assert {path.name for path in folder.iterdir()} == {"log.jsonl", "version.safetensors"}
 
 
-def test_the_seed_decides_and_dropout_is_part_of_it(whole) -> None:
-    """Shows that the tests above can fail."""
-    other = jobs.trained(None, dropout=0.0)
-    assert not same(dict(other.state_dict()), weights(whole("float32")))
-    mean = jobs.trained(None, convolutions=True, schedule={"accumulate": 2, "clip": 0.5})
-    assert not same(dict(mean.state_dict()), weights(whole("channels last, accumulated, clipped, mean")))
+def test_other_options_give_other_weights(uninterrupted) -> None:
+    """So the comparisons above can fail."""
+    without_dropout = jobs.trained(None, dropout=0.0)
+    assert not same_bits(dict(without_dropout.state_dict()), weights(uninterrupted("float32")))
+    without_mean = jobs.trained(None, convolutions=True, schedule={"accumulate": 2, "clip": 0.5})
+    kind = "channels last, accumulated, clipped, mean"
+    assert not same_bits(dict(without_mean.state_dict()), weights(uninterrupted(kind)))
 
 
-def group(folder: Path, name: str, options: dict, *, world: int = 2, die_at: int | None = None) -> list[int | None]:
-    return together(jobs.in_group, folder, name, die_at, options, world=world)
+def train_in_group(
+    folder: Path, name: str, options: dict, *, world_size: int = 2, die_at: int | None = None
+) -> list[int | None]:
+    """Trains in the folder `name` with several processes and returns their exit codes."""
+    return run_on_ranks(jobs.in_group, folder, name, die_at, options, world_size=world_size)
 
 
-def together(job: Callable[..., None], *arguments: object, world: int = 2) -> list[int | None]:
-    processes = [CONTEXT.Process(target=job, args=(rank, world, *arguments)) for rank in range(world)]
+def run_on_ranks(job: Callable[..., None], *arguments: object, world_size: int = 2) -> list[int | None]:
+    """Runs a function in processes with the arguments (rank, world_size, ...) and returns their exit codes."""
+    processes = [CONTEXT.Process(target=job, args=(rank, world_size, *arguments)) for rank in range(world_size)]
     for process in processes:
         process.start()
     for process in processes:
@@ -126,48 +132,48 @@ def together(job: Callable[..., None], *arguments: object, world: int = 2) -> li
     return [process.exitcode for process in processes]
 
 
-def close(first: dict, second: dict) -> None:
+def assert_close(first: dict, second: dict) -> None:
     for name, value in first.items():
         if isinstance(value, torch.Tensor):
             torch.testing.assert_close(value, second[name], rtol=1e-5, atol=1e-6)
 
 
-def test_all_processes_remember_what_the_first_chose(tmp_path) -> None:
-    assert together(jobs.remembering, tmp_path) == [0, 0]
+def test_all_processes_have_the_memory_that_the_first_chose(tmp_path) -> None:
+    assert run_on_ranks(jobs.choose_memory, tmp_path) == [0, 0]
 
 
-def test_two_processes_see_what_one_sees(tmp_path) -> None:
-    """Two processes compute the parts that one would compute, and with gathered negatives the whole batch."""
-    alone = {"dropout": 0.0, "references": 3, "junction": "aligned", "frozen": 0.25, "denoise": 0.5}
-    assert group(tmp_path, "parts", alone) == [0, 0]
-    jobs.trained(tmp_path / "accumulated", **alone, schedule={"accumulate": 2})
-    close(weights(tmp_path / "parts"), weights(tmp_path / "accumulated"))
-    assert [line["step"] for line in lines(tmp_path / "parts")] == list(range(4, jobs.STEPS + 1, 4))
-    losses = zip(lines(tmp_path / "parts"), lines(tmp_path / "accumulated"), strict=True)
+def test_two_processes_have_the_weights_and_losses_of_one(tmp_path) -> None:
+    """Two processes equal one that accumulates two parts, and with gathered negatives one with the whole batch."""
+    per_process = {"dropout": 0.0, "references": 3, "junction": "aligned", "frozen": 0.25, "denoise": 0.5}
+    assert train_in_group(tmp_path, "parts", per_process) == [0, 0]
+    jobs.trained(tmp_path / "accumulated", **per_process, schedule={"accumulate": 2})
+    assert_close(weights(tmp_path / "parts"), weights(tmp_path / "accumulated"))
+    assert [line["step"] for line in log_lines(tmp_path / "parts")] == list(range(4, jobs.STEPS + 1, 4))
+    losses = zip(log_lines(tmp_path / "parts"), log_lines(tmp_path / "accumulated"), strict=True)
     assert all(a["loss"] == pytest.approx(b["loss"], rel=1e-5) for a, b in losses)
 
-    whole = {"dropout": 0.0, "trainer": {"augment": None}}
-    assert group(tmp_path, "gathered", {**whole, "group": True}) == [0, 0]
-    jobs.trained(tmp_path / "one", **whole)
-    close(weights(tmp_path / "gathered"), weights(tmp_path / "one"))
-    other = weights(tmp_path / "parts")["backbone.0.weight"] - weights(tmp_path / "one")["backbone.0.weight"]
-    assert other.abs().max() > 1e-3
+    gathered = {"dropout": 0.0, "trainer": {"augment": None}}
+    assert train_in_group(tmp_path, "gathered", {**gathered, "group": True}) == [0, 0]
+    jobs.trained(tmp_path / "one", **gathered)
+    assert_close(weights(tmp_path / "gathered"), weights(tmp_path / "one"))
+    difference = weights(tmp_path / "parts")["backbone.0.weight"] - weights(tmp_path / "one")["backbone.0.weight"]
+    assert difference.abs().max() > 1e-3
 
 
 def test_two_processes_train_a_scaled_learnable_head(tmp_path) -> None:
-    """The bias is frozen, since DistributedDataParallel would wait for its gradient."""
+    """Its bias gets no gradient, so it is frozen: DistributedDataParallel needs one for each trained parameter."""
     options = {"dropout": 0.0, "method": "er"}
-    assert group(tmp_path, "parts", options) == [0, 0]
+    assert train_in_group(tmp_path, "parts", options) == [0, 0]
     jobs.trained(tmp_path / "accumulated", **options, schedule={"accumulate": 2})
-    close(weights(tmp_path / "parts"), weights(tmp_path / "accumulated"))
+    assert_close(weights(tmp_path / "parts"), weights(tmp_path / "accumulated"))
 
 
-def test_two_processes_find_the_neighbours_that_one_finds(tmp_path) -> None:
+def test_two_processes_have_the_neighbour_queue_of_one(tmp_path) -> None:
     options = {"dropout": 0.0, "method": "asnn", "trainer": {"augment": None}}
-    assert group(tmp_path, "gathered", {**options, "group": True}) == [0, 0]
+    assert train_in_group(tmp_path, "gathered", {**options, "group": True}) == [0, 0]
     jobs.trained(tmp_path / "one", **options)
     first, second = weights(tmp_path / "gathered"), weights(tmp_path / "one")
-    close({key: value for key, value in first.items() if "queue" not in key}, second)
+    assert_close({key: value for key, value in first.items() if "queue" not in key}, second)
     labels = [w["head.queue.labels"].sort().values for w in (first, second)]  # each batch is in another order
     assert torch.equal(*labels)
 
@@ -175,29 +181,30 @@ def test_two_processes_find_the_neighbours_that_one_finds(tmp_path) -> None:
 def test_two_processes_have_the_prototypes_of_one(tmp_path) -> None:
     """The first process reads the old version's embeddings for both."""
     options = {"dropout": 0.0, "method": "oca"}
-    assert group(tmp_path, "parts", options) == [0, 0]
+    assert train_in_group(tmp_path, "parts", options) == [0, 0]
     jobs.trained(tmp_path / "accumulated", **options, schedule={"accumulate": 2})
-    close(weights(tmp_path / "parts"), weights(tmp_path / "accumulated"))
+    assert_close(weights(tmp_path / "parts"), weights(tmp_path / "accumulated"))
     name = "head.objective.prototypes"
     assert weights(tmp_path / "parts")[name].any(1).all()
 
 
-def test_a_group_that_was_killed_goes_on(tmp_path) -> None:
+def test_a_killed_group_resumes_to_the_same_bits(tmp_path) -> None:
     options = {"convolutions": True, "schedule": {"accumulate": 2}}  # batch statistics differ by process
-    assert group(tmp_path, "whole", options) == [0, 0]
-    # the other process may not get the error, and fail first
-    assert -signal.SIGKILL in group(tmp_path, "killed", options, die_at=13)
+    assert train_in_group(tmp_path, "whole", options) == [0, 0]
+    # one process may fail with an error before its own kill, because the other one is dead
+    assert -signal.SIGKILL in train_in_group(tmp_path, "killed", options, die_at=13)
     assert (tmp_path / "killed" / "step-000000010.safetensors").exists()
-    assert group(tmp_path, "killed", options) == [0, 0]
-    assert same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
-    assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
+    assert train_in_group(tmp_path, "killed", options) == [0, 0]
+    assert same_bits(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
+    assert log_lines(tmp_path / "killed") == log_lines(tmp_path / "whole")
 
 
 class StopError(Exception):
     pass
 
 
-def stopped(folder: Path, after: int, **options) -> None:
+def stop_training(folder: Path, after: int, **options) -> None:
+    """Trains for `after` steps and stops by an exception."""
     steps = []
 
     def on_step(step: int) -> None:
@@ -209,14 +216,14 @@ def stopped(folder: Path, after: int, **options) -> None:
         jobs.trained(folder, on_step=on_step, **options)
 
 
-def test_a_damaged_checkpoint_is_passed_over(tmp_path) -> None:
-    jobs.trained(tmp_path / "whole")  # here, since other tests may have changed the number of threads
-    stopped(tmp_path / "run", 12)
+def test_a_damaged_checkpoint_is_skipped(tmp_path) -> None:
+    jobs.trained(tmp_path / "whole")  # in this process, whose number of threads other tests may have changed
+    stop_training(tmp_path / "run", 12)
     newest = tmp_path / "run" / "step-000000010.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1])
     with pytest.warns(CheckpointWarning, match=r"step-000000010\.safetensors cannot be read"):
         jobs.trained(tmp_path / "run")
-    assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+    assert same_bits(weights(tmp_path / "run"), weights(tmp_path / "whole"))
     version = tmp_path / "run" / "version.safetensors"
     version.write_bytes(version.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"version\.safetensors cannot be read"):
@@ -230,7 +237,7 @@ def test_a_finished_version_is_read_and_not_trained_again(tmp_path) -> None:
         raise AssertionError
 
     second = jobs.trained(tmp_path / "run", on_step=no_step)
-    assert same(dict(first.state_dict()), dict(second.state_dict()))
+    assert same_bits(dict(first.state_dict()), dict(second.state_dict()))
     assert not second.training
 
 
@@ -243,80 +250,75 @@ def test_a_finished_version_is_read_and_not_trained_again(tmp_path) -> None:
         ({"convolutions": True}, r"items\.shape: was \[50, 12\], is \[50, 1, 28, 28\]"),
     ],
 )
-@pytest.mark.parametrize("done", [False, True])
-def test_drift_is_named(tmp_path, options: dict, message: str, done: bool) -> None:
-    if done:
+@pytest.mark.parametrize("finished", [False, True])
+def test_changed_settings_are_named(tmp_path, options: dict, message: str, finished: bool) -> None:
+    if finished:
         jobs.trained(tmp_path / "run", schedule={"steps": 1} | options.get("schedule", {}) | {"learning_rate": 0.01})
         options = {**options, "schedule": {"steps": 1, **options.get("schedule", {})}}
     else:
-        stopped(tmp_path / "run", 6)
+        stop_training(tmp_path / "run", 6)
     with pytest.raises(ValueError, match=message):
         jobs.trained(tmp_path / "run", **options)
 
 
-def test_checkpoints_from_before_states_held_tensors_alone_go_on(tmp_path) -> None:
-    """Older checkpoints stored the head's classes as a dict, and so did the fingerprints of parent and old model."""
+def test_checkpoints_with_the_older_form_of_classes_resume(tmp_path) -> None:
+    """Older checkpoints stored the head's classes as a dict instead of a tensor.
 
-    def as_before(path: Path, *places: str) -> None:
+    The fingerprints of parent and old model were computed with the dict, too.
+    """
+
+    def rewrite_in_the_older_form(path: Path, *keys: str) -> None:
         state = read_state(path)
         model = state
-        for place in places:
-            model = model[place]
+        for key in keys:
+            model = model[key]
         model["head._extra_state"] = decode_state(model["head._extra_state"])
         write_state(path, state)
 
-    class StoppedError(Exception):
-        pass
-
-    def stop(step: int) -> None:
-        if step == 12:
-            raise StoppedError
-
     whole = jobs.trained(tmp_path / "whole")
-    with pytest.raises(StoppedError):
-        jobs.trained(tmp_path / "stopped", on_step=stop)
-    as_before(tmp_path / "stopped" / "step-000000010.safetensors", "run", "model")
-    assert same(jobs.trained(tmp_path / "stopped").state_dict(), whole.state_dict())
-    as_before(tmp_path / "whole" / "version.safetensors", "model")
-    assert same(jobs.trained(tmp_path / "whole").state_dict(), whole.state_dict())
+    stop_training(tmp_path / "stopped", 13)
+    rewrite_in_the_older_form(tmp_path / "stopped" / "step-000000010.safetensors", "run", "model")
+    assert same_bits(jobs.trained(tmp_path / "stopped").state_dict(), whole.state_dict())
+    rewrite_in_the_older_form(tmp_path / "whole" / "version.safetensors", "model")
+    assert same_bits(jobs.trained(tmp_path / "whole").state_dict(), whole.state_dict())
 
 
-def test_the_fingerprint_of_a_model_is_what_it_always_was() -> None:
+def test_the_fingerprint_of_a_model_never_changes() -> None:
     """Checkpoints of the first release have this fingerprint; another one would reject them."""
     model = EmbeddingModel(torch.nn.Identity(), SimplexHead(2, 3, num_slots=4))
     model.head.junction.weight.data = torch.arange(6.0).view(3, 2)
     assert fingerprint_of(model) == "1ea221381687c3742371092b3a5acc24a9d110ed0ad95a2c08465c56b33ba9fa"
 
 
-def test_another_number_of_processes_is_told_of(tmp_path) -> None:
-    stopped(tmp_path / "run", 6, dropout=0.0)
+def test_another_number_of_processes_warns(tmp_path) -> None:
+    stop_training(tmp_path / "run", 6, dropout=0.0)
     path = tmp_path / "run" / "step-000000005.safetensors"
     state = read_state(path)
     write_state(path, {**state, "run": {**state["run"], "processes": state["run"]["processes"] * 2}})
-    with pytest.warns(CheckpointWarning, match="1 processes go on with a training of 2"):
+    with pytest.warns(CheckpointWarning, match="1 processes resume a training of 2"):
         jobs.trained(tmp_path / "run", dropout=0.0)
 
 
-def test_a_loss_of_nan_ends_the_training_and_no_good_checkpoint(tmp_path) -> None:
-    def poison(inputs: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def test_a_loss_of_nan_ends_the_training_and_leaves_older_checkpoints(tmp_path) -> None:
+    def nan_after_11_steps(inputs: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         steps[0] += 1
         return inputs * float("nan") if steps[0] > 11 else inputs
 
     steps = [0]
-    with pytest.raises(FloatingPointError, match=r"the loss of steps 8 to 11 is nan: .*in a folder of its own"):
-        jobs.trained(tmp_path / "run", trainer={"augment": poison, "save_every": 3})
+    with pytest.raises(FloatingPointError, match=r"the loss of steps 8 to 11 is nan: .*in a new run folder"):
+        jobs.trained(tmp_path / "run", trainer={"augment": nan_after_11_steps, "save_every": 3})
     assert sorted(p.name for p in (tmp_path / "run").glob("step*"))[-1] == "step-000000009.safetensors"
 
 
-def test_weights_of_nan_are_no_version(tmp_path) -> None:
+def test_weights_of_nan_are_an_error_and_not_saved(tmp_path) -> None:
     """The loss is finite and its gradient is not: the square root of 0."""
 
-    class Rooted(ER):
+    class ERWithNanGradient(ER):
         def loss(self, model, input, target, old):
-            nothing = (model.backbone(input) * 0).square().sum(1).sqrt().mean()
-            return super().loss(model, input, target, old) + nothing
+            zero = (model.backbone(input) * 0).square().sum(1).sqrt().mean()
+            return super().loss(model, input, target, old) + zero
 
-    method = Rooted()
+    method = ERWithNanGradient()
     parent = EmbeddingModel(jobs.network(), method.head(10))
     for folder in (None, tmp_path / "run"):
         with pytest.raises(FloatingPointError, match="a weight is nan or infinite after step 0, whose loss was finite"):
@@ -326,8 +328,8 @@ def test_weights_of_nan_are_no_version(tmp_path) -> None:
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["log.jsonl"]
 
 
-def test_a_batch_of_one_with_batch_normalisation_is_refused_before_anything_is_there(tmp_path) -> None:
-    """Vectors only: an image has many values per channel, and other normalisations have no batch statistics."""
+def test_parts_of_one_row_with_batch_norm_are_refused_before_the_folder_exists(tmp_path) -> None:
+    """Only for vectors: an image has many values per channel, and other normalisations have no batch statistics."""
     method = ER()
     normalised = torch.nn.Sequential(torch.nn.Linear(12, 10), torch.nn.BatchNorm1d(10))
     for backbone in (normalised, jobs.network(0.0)):
@@ -351,15 +353,15 @@ def test_a_batch_of_one_with_batch_normalisation_is_refused_before_anything_is_t
     Trainer(method).fit(parent, images, Schedule(1, 0.1, batch=1), classes=range(4), seed=0)
 
 
-def test_halves_that_cannot_be_shared_out_leave_no_folder(tmp_path) -> None:
+def test_an_uneven_split_of_the_batch_is_refused_before_the_folder_exists(tmp_path) -> None:
     with pytest.raises(ValueError, match="cannot be shared out evenly"):
         jobs.trained(tmp_path / "run", schedule={"accumulate": 3})
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("part", ["items", "memory"])
-def test_labels_of_no_class_are_named(part: str) -> None:
-    """On a GPU labels are not checked again: their loss would be nan."""
+def test_labels_outside_the_classes_are_refused(part: str) -> None:
+    """On a GPU the kernels do not check labels: the loss would be nan."""
     method = ER()
     parent = EmbeddingModel(jobs.network(), method.head(10))
     items = {"items": jobs.features(20, 4, 1), "memory": jobs.features(20, 4, 1)}
@@ -368,20 +370,20 @@ def test_labels_of_no_class_are_named(part: str) -> None:
         Trainer(method).fit(parent, schedule=Schedule(1, 0.1, batch=4), classes=range(4), seed=0, **items)
 
 
-def test_new_weights_leave_the_generators_of_gpus_alone(monkeypatch) -> None:
-    """Each process uses them for its own dropout."""
-    asked: list[int] = []
-    monkeypatch.setattr(torch.cuda, "manual_seed_all", asked.append)
+def test_seeded_does_not_change_the_generators_of_gpus(monkeypatch) -> None:
+    """They are the state of each process's dropout."""
+    seeds: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
     torch.manual_seed(1)
-    assert asked == [1]
+    assert seeds == [1]
     before = torch.get_rng_state()
     with seeded(5):
         assert torch.initial_seed() == 5
-    assert asked == [1]
+    assert seeds == [1]
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_the_mean_of_weights_is_the_version() -> None:
+def test_the_version_has_the_moving_average_of_the_weights() -> None:
     # after one step the mean is ema of the first weights and 1 - ema of the last
     last = jobs.trained(None, schedule={"steps": 1})
     mean = jobs.trained(None, schedule={"steps": 1}, trainer={"ema": 0.75})
@@ -391,8 +393,8 @@ def test_the_mean_of_weights_is_the_version() -> None:
     torch.testing.assert_close(mean.backbone[0].weight, expected)
 
 
-def test_first_steps_of_sgd_that_overflow_leave_the_weights_alone() -> None:
-    """torch's fused SGD would use uninitialised memory as momentum."""
+def test_overflowing_first_steps_of_sgd_do_not_change_the_weights() -> None:
+    """After a skipped first step torch's fused SGD would use uninitialised memory as momentum."""
     weight = torch.nn.Linear(64, 64)
     before = weight.weight.detach().clone()
     optimizer = Schedule(1, 0.1, optimizer="sgd").optimizer_of(weight)
@@ -404,20 +406,22 @@ def test_first_steps_of_sgd_that_overflow_leave_the_weights_alone() -> None:
         optimizer.zero_grad()
         if value != 1.0:
             assert torch.equal(weight.weight, before)
-            noise = [torch.full((64, 64), 1e30) for _ in range(50)]  # fills memory, so that it is not zero by chance
-            del noise
+            fill = [torch.full((64, 64), 1e30) for _ in range(50)]  # so that uninitialised memory is not 0 by chance
+            del fill
     torch.testing.assert_close(weight.weight, before - 0.1 * (1 + 0.05 * before), rtol=1e-5, atol=1e-6)
 
 
-def test_clip_and_compile_do_what_they_say() -> None:
-    free = jobs.trained(None, dropout=0.0, schedule={"optimizer": "sgd", "steps": 1, "warmup": 0.0, "momentum": 0.0})
-    tight = jobs.trained(
+def test_clip_and_compile() -> None:
+    unclipped = jobs.trained(
+        None, dropout=0.0, schedule={"optimizer": "sgd", "steps": 1, "warmup": 0.0, "momentum": 0.0}
+    )
+    clipped = jobs.trained(
         None, dropout=0.0, schedule={"optimizer": "sgd", "steps": 1, "warmup": 0.0, "momentum": 0.0, "clip": 1e-3}
     )
     torch.manual_seed(3)
     first = jobs.network(0.0)
-    moved = [(v.backbone[0].bias - first[0].bias).norm() for v in (free, tight)]
-    assert moved[1] <= 1.001e-2 * 1e-3 < moved[0]
+    changes = [(version.backbone[0].bias - first[0].bias).norm() for version in (unclipped, clipped)]
+    assert changes[1] <= 1.001e-2 * 1e-3 < changes[0]
     compiled = jobs.trained(None, dropout=0.0, trainer={"compile": True}, schedule={"steps": 3})
     plain = jobs.trained(None, dropout=0.0, schedule={"steps": 3})
     torch.testing.assert_close(compiled.backbone[0].weight, plain.backbone[0].weight, rtol=1e-3, atol=1e-4)

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from ._milvus_file import take_over
+from ._milvus_file import repair
 from .base import StoreError
 
 __all__ = ["SECONDS", "Connection", "Fields", "GoneError", "chunks", "no_beat", "split_url"]
@@ -236,7 +236,7 @@ class Connection:
                 if self.alone:
                     with _users_lock:
                         if not _users.get(self._address):
-                            take_over(self._address, self.shown)
+                            repair(self._address, self.shown)
                 self._client = MilvusClient(self._address, timeout=SECONDS)
                 self._finish = weakref.finalize(self, _end, self._client, self._address, self.alone, self._pid)
                 if self.alone:

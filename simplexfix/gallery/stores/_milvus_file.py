@@ -1,4 +1,7 @@
-"""What a process that was killed leaves in a file of Milvus Lite, which is a folder with a folder per collection."""
+"""Repairs a file of Milvus Lite after a process that had it open was killed.
+
+The "file" is a folder with one folder per collection.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,17 @@ from pathlib import Path
 
 from .base import StoreError
 
-__all__ = ["take_over"]
+__all__ = ["repair"]
 
-_LOG = re.compile(r"wal_(?:data|delta)_(\d+)\.arrow")  # its write-ahead logs, by number
+_LOG = re.compile(r"wal_(?:data|delta)_(\d+)\.arrow")  # a numbered write-ahead log
 
 
-def take_over(file: str, shown: str) -> None:
-    """Ends what a killed process had begun, before this process opens the file.
+def repair(file: str, url: str) -> None:
+    """Completes the interrupted changes of a killed process, before this process opens the file.
+
+    Args:
+        file: path of the file.
+        url: url of the gallery, for the error.
 
     Raises:
         StoreError: another process has the file open; milvus-lite's own error does not name this cause.
@@ -29,15 +36,15 @@ def take_over(file: str, shown: str) -> None:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise StoreError(
-                f"the gallery in {shown} is open in another process: a file of Milvus Lite belongs to one process "
+                f"the gallery in {url} is open in another process: a file of Milvus Lite belongs to one process "
                 "at a time; close it there, or use a Milvus server for several"
             ) from None
         for collection in filter(Path.is_dir, Path(file, "collections").iterdir()):
-            _mend(collection)
+            _repair_collection(collection)
 
 
-def _mend(collection: Path) -> None:
-    """Does what Milvus Lite leaves undone when it opens a collection."""
+def _repair_collection(collection: Path) -> None:
+    """Deletes remains that Milvus Lite itself does not delete when it opens a collection."""
     if not Path(collection, "schema.json").exists():  # its creation or deletion was not finished
         shutil.rmtree(collection)  # it is not listed, and no collection of its name can be created
         return
@@ -46,7 +53,7 @@ def _mend(collection: Path) -> None:
     except (OSError, ValueError, KeyError):
         return
     for log in Path(collection, "wal").glob("*.arrow"):
-        found = _LOG.fullmatch(log.name)
+        match = _LOG.fullmatch(log.name)
         # the rows of earlier logs are in data files; Milvus Lite would read them a second time
-        if found and number is not None and int(found[1]) < number:
+        if match and number is not None and int(match[1]) < number:
             log.unlink()

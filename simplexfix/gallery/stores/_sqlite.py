@@ -1,4 +1,4 @@
-"""SQLite connections that threads share, that a fork does not carry over, and whose transactions are whole."""
+"""SQLite connections that threads share and that are closed before a fork; transactions are atomic."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 __all__ = ["Connection"]
 
-_BUSY_SECONDS = 60.0  # for a writer that waits for another
+_BUSY_SECONDS = 60.0  # a writer waits so long for another one to end
 
 
 class Connection:
@@ -22,38 +22,38 @@ class Connection:
     not survive a fork.
 
     Attributes:
-        lock: of the thread that uses it.
-        opened: how often it was opened.
+        lock: held by the thread that uses the connection.
+        times_opened: number of times that it was opened.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.lock = threading.RLock()
-        self.opened = 0
+        self.times_opened = 0
         self._open: sqlite3.Connection | None = None
         self._file: tuple[int, int] | None = None
-        _all.add(self)
+        _all_connections.add(self)
 
     @property
-    def now(self) -> sqlite3.Connection:
-        """The open connection, for the thread that holds `lock`."""
-        found = self.path.stat()  # sqlite3.connect would make a new file
+    def current(self) -> sqlite3.Connection:
+        """The connection, which is opened if it is not open; only for the thread that holds `lock`."""
+        status = self.path.stat()  # raises for a missing file; sqlite3.connect would create it
         if self._open is None:
             self._open = sqlite3.connect(
                 self.path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
             )
             self._open.execute("pragma synchronous=full")  # each commit reaches the disk
-            self._file = found.st_dev, found.st_ino
-            self.opened += 1
-        elif (found.st_dev, found.st_ino) != self._file:  # SQLite reads and writes the deleted file on
+            self._file = status.st_dev, status.st_ino
+            self.times_opened += 1
+        elif (status.st_dev, status.st_ino) != self._file:  # SQLite would go on with the deleted file
             raise sqlite3.OperationalError(f"{self.path.name} was replaced by another file while it was open")
         return self._open
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
-        """One snapshot of the file."""
+        """Opens a read transaction, which has one snapshot of the file."""
         with self.lock:
-            connection = self.now
+            connection = self.current
             connection.execute("begin")
             try:
                 yield connection
@@ -62,14 +62,14 @@ class Connection:
 
     @contextmanager
     def writing(self, *, durable: bool = True, wait: float = _BUSY_SECONDS) -> Iterator[sqlite3.Connection]:
-        """One transaction, which is on the disk at the end, or, after an error, undone.
+        """Opens a write transaction, which is committed to the disk at the end, or rolled back after an error.
 
         Args:
-            durable: False: a power failure may undo it, a killed process does not.
-            wait: seconds for another writer to end; sqlite3.OperationalError after that.
+            durable: whether the commit survives a power failure; it always survives a kill of this process.
+            wait: seconds to wait for another writer; sqlite3.OperationalError after that.
         """
         with self.lock:
-            connection = self.now
+            connection = self.current
             connection.execute(f"pragma busy_timeout={round(1000 * wait)}")
             connection.execute(f"pragma synchronous={'full' if durable else 'normal'}")
             connection.execute("begin immediate")
@@ -88,15 +88,15 @@ class Connection:
                 self._open = None
 
     def __del__(self) -> None:
-        self.close()  # sqlite3's own object waits for the garbage collector, and a fork would carry it over
+        self.close()  # else sqlite3's object may stay open until garbage collection, and a fork would copy it
 
 
-_all: weakref.WeakSet[Connection] = weakref.WeakSet()
-_forking: list[Connection] = []
+_all_connections: weakref.WeakSet[Connection] = weakref.WeakSet()
+_forking: list[Connection] = []  # connections whose locks are held during a fork
 
 
 def _before_fork() -> None:
-    _forking[:] = list(_all)
+    _forking[:] = list(_all_connections)
     for connection in _forking:
         connection.lock.acquire()
         connection.close()

@@ -90,11 +90,11 @@ class FolderStore:
         path.touch()
         with store._named("create the gallery"):
             with store._writer.lock:
-                now = store._writer.now
-                if now.execute("select count(*) from sqlite_master").fetchone()[0]:
+                connection = store._writer.current
+                if connection.execute("select count(*) from sqlite_master").fetchone()[0]:
                     raise FileExistsError(f"{path} holds a gallery, which Gallery.open opens, or something else")
-                now.execute("pragma page_size=16384")  # vectors of 4,000 numbers fit into one page
-                if now.execute("pragma journal_mode=wal").fetchone()[0] != "wal":
+                connection.execute("pragma page_size=16384")  # vectors of 4,000 numbers fit into one page
+                if connection.execute("pragma journal_mode=wal").fetchone()[0] != "wal":
                     raise sqlite3.OperationalError("the file system has no shared memory: take a local disk")
             with store._writer.writing() as connection:
                 for statement in _statements(_SCHEMA):
@@ -102,16 +102,16 @@ class FolderStore:
                 connection.execute("insert into state values (?, 0)", [as_json(state.to_dict())])
                 _record(connection, event)
                 connection.execute(f"pragma application_id={_APPLICATION}")
-                connection.execute(f"pragma user_version={_FORMAT}")  # last, so that half a gallery is none
+                connection.execute(f"pragma user_version={_FORMAT}")  # last: marks the gallery as complete
         return store
 
     @classmethod
     def open(cls, url: str) -> FolderStore:
-        """The gallery in a folder.
+        """Opens the gallery in a folder.
 
         Raises:
             FileNotFoundError: there is none.
-            StoreError: the file is damaged, of something else, or of another format.
+            StoreError: the file is damaged, is no gallery, or has another format.
         """
         folder = Path(url)
         path = folder / _FILE
@@ -119,19 +119,19 @@ class FolderStore:
             raise FileNotFoundError(f"{folder} holds no gallery: it has no {_FILE}; Gallery.create makes one")
         store = cls(folder)
         with store._named("open the gallery"), store._reader.lock:
-            now = store._reader.now
-            facts = [now.execute(f"pragma {name}").fetchone()[0] for name in ("application_id", "user_version")]
-        if facts == [0, 0]:
+            connection = store._reader.current
+            found = [connection.execute(f"pragma {name}").fetchone()[0] for name in ("application_id", "user_version")]
+        if found == [0, 0]:
             raise FileNotFoundError(f"{path} holds no gallery: its creation was interrupted; create it again")
-        if facts != [_APPLICATION, _FORMAT]:
-            raise StoreError(f"{path} is no gallery of format {_FORMAT}, it is of application and format {facts}")
+        if found != [_APPLICATION, _FORMAT]:
+            raise StoreError(f"{path} is no gallery of format {_FORMAT}, it is of application and format {found}")
         return store
 
     def state(self) -> State:
         with self._named("read the state"), self._reader.lock:
-            seen = self._now()
+            seen = self._data_version()
             if self._state is None or seen != self._seen_state:
-                self._state, self._seen_state = _read_state(self._reader.now), seen
+                self._state, self._seen_state = _read_state(self._reader.current), seen
             return self._state
 
     def change(self, decide: Callable[[State, Mapping[int, int]], Change]) -> dict[str, Any]:
@@ -260,7 +260,7 @@ class FolderStore:
         with self._named("search"), ExitStack() as stack:
             # Whoever takes rows over holds the reader's lock: between here and the search nobody does.
             with self._reader.lock:
-                if where is None and self._now() == self._seen_rows:
+                if where is None and self._data_version() == self._seen_rows:
                     include = None
                 else:
                     with self._reader.reading() as connection:
@@ -349,14 +349,14 @@ class FolderStore:
         self._reader.close()
         self._writer.close()
 
-    def _now(self) -> tuple[int, int]:
-        """What changes with every commit of another connection, for the thread that holds the reader's lock."""
-        connection = self._reader.now
-        return self._reader.opened, connection.execute("pragma data_version").fetchone()[0]
+    def _data_version(self) -> tuple[int, int]:
+        """Returns numbers that change with every commit of another connection; needs the reader's lock."""
+        connection = self._reader.current
+        return self._reader.times_opened, connection.execute("pragma data_version").fetchone()[0]
 
     def _take_over(self, connection: sqlite3.Connection) -> None:
         """Brings the index up to the snapshot that the connection reads."""
-        seen = self._now()
+        seen = self._data_version()
         if seen == self._seen_rows:
             return
         last = connection.execute("select changes from state").fetchone()[0]

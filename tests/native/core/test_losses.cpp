@@ -112,8 +112,8 @@ double by_definition(Polytope polytope, const std::vector<double>& z, int64_t la
 }
 
 template <typename T>
-void check_cross_entropy(Polytope polytope, int64_t rows, int64_t d, bool normalize, double smoothing, bool streams,
-                         Random& random) {
+void check_cross_entropy(Polytope polytope, int64_t rows, int64_t d, bool normalize, double smoothing,
+                         bool non_temporal, Random& random) {
   using A = accumulate_t<T>;
   const int64_t stride = d + 3;
   std::normal_distribution<float> normal;
@@ -141,7 +141,7 @@ void check_cross_entropy(Polytope polytope, int64_t rows, int64_t d, bool normal
                                    gradient->get(),
                                    d,
                                    -100,
-                                   streams,
+                                   non_temporal,
                                    A(1),
                                    {normalize, A(scale), Margin::kNone, A(0), A(smoothing), A(slots)}};
     const CubeCrossEntropyArgs<T> of_cube{args, codes.get(), words};

@@ -1,4 +1,4 @@
-"""The old model of a training step: the deployed version, with stored or denoised embeddings."""
+"""The old model of a training step: the deployed version; some of its embeddings are stored or denoised."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from torch.nn.functional import normalize
 
 from ..models import EmbeddingModel
 
-__all__ = ["HeldVersion", "class_means", "denoised"]
+__all__ = ["OldModel", "class_means", "denoised"]
 
 
-class HeldVersion(EmbeddingModel):
-    """The deployed version as the old model of a method, with optionally denoised or stored embeddings.
+class OldModel(EmbeddingModel):
+    """The deployed version as the `old` argument of a method's loss.
+
+    Embeddings of remembered rows may be stored ones, which are not computed again, and the others may be `denoised`.
 
     Args:
-        deployed: the version, in evaluation mode.
-        denoise: eta of `denoised`, in [0, 1].
+        deployed: the deployed version, in evaluation mode.
+        denoise: `denoise` of `denoised`, in [0, 1].
         means: [C, d] means of its embeddings by class; None for no denoising.
     """
 
@@ -27,9 +29,9 @@ class HeldVersion(EmbeddingModel):
         self.denoise = denoise
         self.means = None if means is None else means.to(next(deployed.parameters()).device)
         self.eval()
-        self.hold(torch.empty(0), None)
+        self.set_batch(torch.empty(0), None)
 
-    def hold(self, target: Tensor, remembered: Tensor | None) -> None:
+    def set_batch(self, target: Tensor, remembered: Tensor | None) -> None:
         """Sets the class ids [B] of the next batch, and the stored embeddings of its last rows, or None."""
         self.target = target
         self.remembered = remembered
@@ -59,7 +61,7 @@ def denoised(rows: Tensor, labels: Tensor, means: Tensor, denoise: float) -> Ten
         rows: u, [N, ..., d].
         labels: y, [N] int64 class ids.
         means: m, [C, ..., d].
-        denoise: eta, in [0, 1].
+        denoise: eta, in [0, 1]; 0 changes nothing.
 
     Returns:
         [N, ..., d] unit rows in the dtype of `means`.
