@@ -4,12 +4,17 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <new>
 
+#include "aligned.h"
 #include "float_mode.h"
 
 namespace simplexfix::cpu {
 namespace {
 constexpr size_t kChunkBytes = size_t(1) << 18;
+// A chunk of huge pages has at least kHugePanels panels, so less than a 32nd of it is unused. From kManyChunks of them
+// on, all further chunks are such chunks, also if the gallery grows row by row.
+constexpr size_t kHugePanels = 32, kManyChunks = 16;
 // range of a gallery's codes; they are stored plus 128, because the products need them unsigned
 constexpr int kRange = 127;
 
@@ -29,39 +34,64 @@ GalleryCodes::GalleryCodes(int64_t d, std::vector<float> center)
     : d_(d),
       groups_((d + 3) / 4),
       panel_bytes_(size_t(kPanelRows) * (size_t(groups_) * 4 + 3 * sizeof(float))),
-      chunk_panels_(std::max<int64_t>(1, int64_t(kChunkBytes / panel_bytes_))),
+      chunk_panels_(std::max<size_t>(1, kChunkBytes / panel_bytes_)),
+      huge_bytes_(std::max(whole_huge_pages(kHugePanels * panel_bytes_), 2 * kHugePage)),
+      huge_panels_(huge_bytes_ / panel_bytes_),
       center_(std::move(center)) {}
 
 size_t GalleryCodes::bytes() const {
-  return chunks_.size() * size_t(chunk_panels_) * panel_bytes_ +
-         (panel_norm_.capacity() + center_.capacity()) * sizeof(float);
-}
-
-std::byte* GalleryCodes::panel_data(int64_t index) const {
-  return chunks_[size_t(index / chunk_panels_)].get() + size_t(index % chunk_panels_) * panel_bytes_;
+  size_t sum = panels_.capacity() * sizeof(std::byte*) + (panel_norm_.capacity() + center_.capacity()) * sizeof(float);
+  for (const Chunk& chunk : chunks_) sum += chunk.bytes;
+  return sum;
 }
 
 CodePanel GalleryCodes::panel(int64_t index) const {
-  const std::byte* data = panel_data(index);
+  const std::byte* data = panels_[size_t(index)];
   const auto* numbers = reinterpret_cast<const float*>(data + kPanelRows * groups_ * 4);
   return {reinterpret_cast<const uint8_t*>(data), numbers, numbers + kPanelRows, numbers + 2 * kPanelRows};
 }
 
+// Allocates memory for this many panels. The chunks of huge pages come last, so that little memory stays when most rows
+// are removed.
+void GalleryCodes::allocate(size_t panels) {
+  while (panels_.size() < panels) {
+    const size_t missing = panels - panels_.size(), others = missing % huge_panels_;
+    size_t n = chunk_panels_;
+    if (missing >= huge_panels_)
+      n = others == 0 ? huge_panels_ : std::min(n, others);
+    else if (panels_.size() >= kManyChunks * huge_panels_)
+      n = huge_panels_;
+    const size_t bytes = n == huge_panels_ ? huge_bytes_ : n * panel_bytes_;
+    chunks_.reserve(chunks_.size() + 1);
+    auto* memory = static_cast<std::byte*>(allocate_pages(bytes));
+    if (!memory) throw std::bad_alloc();
+    chunks_.push_back({std::unique_ptr<std::byte[], Free>(memory), bytes, panels_.size()});
+    for (size_t i = 0; i < n; ++i) panels_.push_back(memory + i * panel_bytes_);
+  }
+}
+
+// Frees the chunks from this panel on.
+void GalleryCodes::free_from(size_t panel) {
+  while (!chunks_.empty() && chunks_.back().first >= panel) {
+    panels_.resize(chunks_.back().first);
+    chunks_.pop_back();
+  }
+}
+
 void GalleryCodes::resize(int64_t n) {
   const int64_t panels = ceil_div(n, kPanelRows), before = ceil_div(size_, kPanelRows);
-  const auto chunks = size_t(ceil_div(panels, chunk_panels_)), chunks_before = chunks_.size();
   try {
-    chunks_.reserve(chunks);
-    while (chunks_.size() < chunks) chunks_.push_back(aligned_array<std::byte>(size_t(chunk_panels_) * panel_bytes_));
+    allocate(size_t(panels));
     panel_norm_.resize(size_t(panels), 0.f);
   } catch (...) {
-    chunks_.resize(chunks_before);
+    free_from(size_t(before));
     throw;
   }
-  chunks_.resize(chunks);
+  free_from(size_t(panels));
   for (int64_t p = before; p < panels; ++p) {  // codes of 0, bounds of 0: rows past the end are masked out
-    std::memset(panel_data(p), 128, size_t(kPanelRows * groups_ * 4));
-    std::memset(panel_data(p) + kPanelRows * groups_ * 4, 0, 3 * kPanelRows * sizeof(float));
+    std::byte* const data = panels_[size_t(p)];
+    std::memset(data, 128, size_t(kPanelRows * groups_ * 4));
+    std::memset(data + kPanelRows * groups_ * 4, 0, 3 * kPanelRows * sizeof(float));
   }
   size_ = n;
 }
@@ -74,7 +104,7 @@ void GalleryCodes::encode(const GalleryRows& rows, int64_t begin, int64_t end) {
     const int64_t panel = i / kPanelRows, at = i % kPanelRows;
     const CodeSummary row =
         search_kernels().encode(rows.read(i, scratch.data()), center_.data(), d_, kRange, codes.data());
-    std::byte* data = panel_data(panel);
+    std::byte* data = panels_[size_t(panel)];
     for (int64_t t = 0; t < groups_; ++t) {
       uint32_t four;
       std::memcpy(&four, codes.data() + t * 4, 4);

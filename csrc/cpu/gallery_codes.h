@@ -8,13 +8,15 @@
 //   q.g = q.center + x.center + y.x,
 //   |y.x - coded y . coded x| <= |y| |x - coded x| + |y - coded y| |coded x|      (Cauchy-Schwarz).
 //
-// Bytes: 1 per number and 12 per row, in panels of 64 rows; the last panel is padded.
+// Bytes: 1 per number and 12 per row, in panels of 64 rows; the last panel is padded. Large galleries lie in huge
+// pages.
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
+#include <memory>
 #include <vector>
 
-#include "aligned.h"
 #include "gallery_rows.h"
 #include "kernels.h"
 
@@ -43,12 +45,21 @@ class GalleryCodes {
   float panel_norm(int64_t index) const { return panel_norm_[size_t(index)]; }  // at least the largest |coded x|
 
  private:
-  std::byte* panel_data(int64_t index) const;
+  // Memory of consecutive panels, the first of which is `first`.
+  struct Free {
+    void operator()(std::byte* p) const { std::free(p); }
+  };
+  struct Chunk {
+    std::unique_ptr<std::byte[], Free> memory;
+    size_t bytes, first;
+  };
+  void allocate(size_t panels);
+  void free_from(size_t panel);
 
   int64_t d_, groups_, size_ = 0;
-  size_t panel_bytes_;
-  int64_t chunk_panels_;  // panels per allocation
-  std::vector<AlignedArray<std::byte>> chunks_;
+  size_t panel_bytes_, chunk_panels_, huge_bytes_, huge_panels_;  // sizes of a chunk, and of one of huge pages
+  std::vector<Chunk> chunks_;
+  std::vector<std::byte*> panels_;  // at least those of size_ rows
   std::vector<float> panel_norm_, center_;
 };
 

@@ -13,6 +13,7 @@ namespace simplexfix::cpu::avx2 {
 #pragma GCC push_options
 #ifdef SIMPLEXFIX_AVXVNNI_AS_EVEX  // for tests: the same instruction in the encoding of AVX-512
 #pragma GCC target("arch=x86-64-v3,avx512vl,avx512vnni")
+#define SIMPLEXFIX_EVEX 1
 #else
 #pragma GCC target("arch=x86-64-v3,avxvnni")
 #endif

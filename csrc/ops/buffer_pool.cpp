@@ -3,10 +3,8 @@
 #include <cstdlib>
 #include <mutex>
 
+#include "../cpu/aligned.h"
 #include "../cpu/fork.h"
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 namespace simplexfix {
 namespace {
@@ -14,8 +12,6 @@ namespace {
 // in a page. Without the header, stores of a kernel would delay its loads from the same offset (4K aliasing): a quarter
 // of its time.
 constexpr size_t kHeader = 1024;
-constexpr size_t kAlign = 64;
-constexpr size_t kHugePage = size_t(2) << 20;
 constexpr size_t kMostBlocks = 16;
 constexpr size_t kWorthKeeping = size_t(1) << 17;  // malloc itself keeps smaller blocks
 
@@ -38,14 +34,10 @@ class BufferPool {
           return static_cast<char*>(found) + kHeader;
         }
     }
-    const size_t align = wanted >= 2 * kHugePage ? kHugePage : kAlign;
-    const size_t rounded = (wanted + align - 1) / align * align;
-    void* memory = std::aligned_alloc(align, rounded);
+    const size_t rounded = wanted >= 2 * cpu::kHugePage ? cpu::whole_huge_pages(wanted) : wanted;
+    void* memory = cpu::allocate_pages(rounded);
     if (!memory)
       throw std::runtime_error(message("cannot allocate ", size, " bytes of memory for a loss or a gradient"));
-#ifdef __linux__
-    if (align == kHugePage) madvise(memory, rounded, MADV_HUGEPAGE);  // a hint: failure does no harm
-#endif
     *static_cast<size_t*>(memory) = rounded;
     return static_cast<char*>(memory) + kHeader;
   }

@@ -284,6 +284,7 @@ MUTANTS = [
     Mutant("a run's sum that overflows", "cpu/codes.inc", "kRunLimit = 258", "kRunLimit = 330"),
     Mutant("a pair's product that saturates", "cpu/codes.inc", "kPairLimit = 128", "kPairLimit = 160"),
     Mutant("a run's offset in one lane", "cpu/query_codes.cpp", "sum[i / 2 % 2]", "sum[0]"),
+    Mutant("panels of codes that overlap", CODES, "memory + i * panel_bytes_", "memory + i * (panel_bytes_ - 64)"),
     Mutant("center forgotten", CODES, "round_up(row.center_dot)", "round_up(0 * row.center_dot)"),
     Mutant(
         "cutoff without the center",

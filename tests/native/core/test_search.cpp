@@ -109,11 +109,35 @@ void test_largest_sums(Random& random) {
   for (const int64_t k : {1, 5})
     check(through(query, queries, rows, &codes, k, 1) == by_definition(all, rows, k), "largest sums, k=%ld", long(k));
 }
+
+// A gallery's memory: panels never overlap, keep their place, and are freed.
+void test_memory_of_codes() {
+  const int64_t d = 1023, panel_bytes = kPanelRows * (1024 + 12);
+  GalleryCodes codes(d, std::vector<float>(size_t(d), 0.f));
+  const uint8_t* first = nullptr;
+  // by one row, by small chunks, by chunks of huge pages and others, fewer, and by one row of a large gallery
+  for (const int64_t panels : {1, 2, 40, 40 + 63 + 5, 30, 17 * 63, 17 * 63 + 1, 1}) {
+    codes.resize(panels * kPanelRows - 5);
+    std::vector<const uint8_t*> starts;
+    for (int64_t p = 0; p < panels; ++p) starts.push_back(codes.panel(p).codes);
+    check(!first || starts[0] == first, "%ld panels: the first has moved", long(panels));
+    first = starts[0];
+    check(starts.back()[0] == 128 && codes.panel(panels - 1).error[63] == 0, "%ld panels: unset", long(panels));
+    std::sort(starts.begin(), starts.end());
+    int64_t closest = panel_bytes;
+    for (size_t i = 1; i < starts.size(); ++i) closest = std::min<int64_t>(closest, starts[i] - starts[i - 1]);
+    check(closest == panel_bytes, "%ld panels: two overlap", long(panels));
+    const auto bytes = int64_t(codes.bytes()), least = panels * panel_bytes;
+    check(bytes >= least && bytes <= least + least / 16 + (1 << 19), "%ld panels: %ld bytes", long(panels),
+          long(bytes));
+  }
+}
 }  // namespace
 
 void test_search(const Options& options) {
   Random random(1);
   test_largest_sums(random);
+  if (!options.small) test_memory_of_codes();
   std::vector<std::pair<int64_t, int64_t>> sizes{{9000, 5}, {9000, 64}, {3000, 129}, {70, 7}, {0, 3}};
   if (options.small) sizes = {{9000, 17}};
   int turn = 0;
@@ -158,6 +182,12 @@ void test_search(const Options& options) {
             check(through(query, queries, rows, &codes, k, threads) == by_definition(all, rows, k),
                   "n=%ld d=%ld spread=%g %s ids %d k=%ld threads=%ld", long(n), long(d), spread,
                   type == RowType::kFloat ? "float" : "bfloat16", kind, long(k), long(threads));
+            for (const int64_t few : {1, 2}) {  // they have a kernel of their own
+              const std::vector<std::vector<Ranked>> first(all.begin(), all.begin() + few);
+              check(through(query, few, rows, &codes, k, threads) == by_definition(first, rows, k),
+                    "n=%ld d=%ld spread=%g %s ids %d k=%ld threads=%ld, %ld queries", long(n), long(d), spread,
+                    type == RowType::kFloat ? "float" : "bfloat16", kind, long(k), long(threads), long(few));
+            }
           }
         // each way to search a subset: rows one by one; codes, but a dense split one by one; codes alone; and rows that
         // are never in the sample
