@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from cases import contrast, logits, loss, search, training
-from measure import SLOW, captured, interleave, machine_card, peak_memory
+from measure import LONGEST, SLOW, captured, interleave, machine_card, peak_memory
 
 PARTS = {
     "loss": loss.CASES,
@@ -49,7 +49,7 @@ def measure(case: Any, seconds: float, compiled: bool, with_memory: bool = True)
         **{f"fraction of {name}": times[name] / ours for name in limits},
         "memory": memory,
         "memory unit": unit,
-        case.error_name: case.errors(),
+        case.error_name: case.errors(skipped=[name for name, spent in times.items() if spent > LONGEST]),
     }
 
 

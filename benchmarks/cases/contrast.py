@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -64,9 +64,9 @@ class ContrastCase:
 
         return {"two products": products}
 
-    def errors(self) -> dict[str, float]:
+    def errors(self, skipped: Collection[str] = ()) -> dict[str, float]:
         truth = gradient_step(lambda new: plain(new, self.old.double(), self.target, self.negatives), self.new.double())
-        return gradient_errors(self.candidates(compiled=False), truth)
+        return gradient_errors(self.candidates(compiled=False), truth, skipped)
 
 
 CASES = [ContrastCase(256, 1023), ContrastCase(8192, 1023)]

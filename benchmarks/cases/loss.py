@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 
@@ -106,9 +106,9 @@ class LossCase:
         """The minimum traffic of loss and gradient: z is read, and as many bytes are written."""
         return {"copy bandwidth": copy_in_place(self.z.numel(), self.dtype, self.device)}
 
-    def errors(self) -> dict[str, float]:
+    def errors(self, skipped: Collection[str] = ()) -> dict[str, float]:
         truth = gradient_step(lambda z: self.reference(z, self.target), self.z.double())
-        return gradient_errors(self.candidates(compiled=False), truth)
+        return gradient_errors(self.candidates(compiled=False), truth, skipped)
 
 
 CASES = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,12 +83,16 @@ class TrainingStepCase:
         return call
 
     @torch.no_grad()
-    def errors(self) -> dict[str, float]:
+    def errors(self, skipped: Collection[str] = ()) -> dict[str, float]:
         """Errors of the first step's loss, relative to the loss of the same network in float64."""
         z = self.model().double()(self.images.double())
         parts = (simplex_prototypes(self.num_classes, slots, dtype=z.dtype) for slots in blocks(self.num_classes))
         truth = F.cross_entropy(torch.cat([z @ w.to(self.device).T for w in parts], 1), self.target)
-        return {name: abs(float(loss(self.model()) / truth) - 1) for name, loss in self.losses().items()}
+        return {
+            name: abs(float(loss(self.model()) / truth) - 1)
+            for name, loss in self.losses().items()
+            if name not in skipped
+        }
 
 
 CASES = [TrainingStepCase(128, k) for k in (1024, 8192, 32768)]
