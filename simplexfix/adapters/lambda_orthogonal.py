@@ -31,8 +31,8 @@ class LambdaOrthogonal(AdapterMethod):
     Args:
         lambda_: the distance up to which the map is free.
         alpha: how sharply the penalty begins there.
-        steps, learning_rate, batch: of Adam; the rate falls to 0 as a cosine.
-        seed: of the batches.
+        steps, learning_rate, batch: steps, learning rate and batch size of Adam; the rate falls to 0 as a cosine.
+        seed: seed of the batches.
 
     Reference:
         arXiv 2509.16664.

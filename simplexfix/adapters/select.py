@@ -55,22 +55,22 @@ Values = dict[tuple[int, int], NDArray[np.float64]]
 
 @dataclass(frozen=True)
 class Judged:
-    """One candidate's scores on what was held out.
+    """The scores of one candidate on the held-out items.
 
     Attributes:
         method: the candidate.
         score: mean over the cells of the compatibility matrix (AA); without labels the mean agreement of new queries in
             old galleries with the new encoder's own ranking.
-        interval: of score.
+        interval: interval of the score.
         matrix: [T, T], rows: query versions, columns: gallery versions; nan above the diagonal.
         gain: mean over pairs (new, old) of the score of new queries in the old gallery, less that of the old encoder
             alone.
-        gain_interval: of gain.
-        losses: fraction of queries that the old encoder alone answers right and the new one, in the old gallery, wrong;
-            nan without labels.
-        kept: score of new queries in the old gallery as a fraction of the new encoder's own search of its own gallery:
-            what is kept of a full re-extraction; nan where that search finds nothing.
-        agreement_with_old: without labels, with the old encoder's own ranking; else nan.
+        gain_interval: interval of the gain.
+        losses: fraction of queries that the old encoder alone answers correctly, and the new one in the old gallery
+            does not; nan without labels.
+        kept: score of new queries in the old gallery as a fraction of the new encoder's score in its own gallery, which
+            a full re-extraction would reach; nan where that is 0.
+        agreement_with_old: without labels, agreement with the old encoder's own ranking; else nan.
     """
 
     method: AdapterMethod
@@ -84,7 +84,7 @@ class Judged:
     agreement_with_old: float
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Returns a dict for JSON."""
         count = len(self.matrix)
         return {
             "method": self.method.described(),
@@ -169,8 +169,8 @@ def select_adapter(
         seen_fraction: fraction of the service's queries that concern the labelled classes, in [0, 1]; with labels only.
             0: all queries concern classes that come later; 1: none does.
         folds: 1 to 3, how many thirds are held out in turn: more take longer and are surer.
-        confidence: of the intervals, in (0, 1).
-        seed: of the split and the bootstrap.
+        confidence: confidence of the intervals, in (0, 1).
+        seed: seed of the split and the bootstrap.
         device: where it is computed; None: where the rows of `new` are.
 
     Raises:

@@ -282,7 +282,7 @@ def upgrade_gate(
         adapted: new queries and old gallery after an adapter (`simplexfix.adapters.adapted_version`); they are used for
             searches of new queries in the old gallery.
         unconstrained: version of a model that was trained without compatibility, of the same items, for "max_tax".
-        generator: of the bootstrap; None for `np.random.default_rng(0)`.
+        generator: random generator of the bootstrap; None for `np.random.default_rng(0)`.
 
     Returns:
         The outcomes of all rules, and the scores.

@@ -71,11 +71,11 @@ class State:
 
     @property
     def live(self) -> dict[int, Member]:
-        """The models that are not retired, by version."""
+        """Returns the models that are not retired, by version."""
         return {version: member for version, member in self.models.items() if member.standing != RETIRED}
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; `from_dict` is its inverse."""
+        """Returns a dict for JSON; `from_dict` is its inverse."""
         return {
             "models": [
                 {"identity": member.identity.to_dict(), "standing": member.standing} for member in self.models.values()

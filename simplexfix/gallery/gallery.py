@@ -215,8 +215,9 @@ class Gallery:
 
         Args:
             model: compatible with every model of the gallery that is not retired.
-            gate: of `upgrade_gate` on features of exactly the model that serves and this one, with their fingerprints.
-            force: the reason to admit it without a passed gate, which the history keeps.  It does not make a model
+            gate: result of `upgrade_gate` on features of exactly the model that serves and this one, with their
+                fingerprints.
+            force: reason to admit the model without a passed gate; the history stores it.  It does not make a model
                 compatible.
             thresholds: (query version, vector version) -> threshold, the `ThresholdMove` of `upgrade_threshold`, or
                 None for queries that never come; for a gallery with thresholds all pairs that are new.

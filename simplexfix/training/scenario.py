@@ -228,10 +228,11 @@ def train_versions(
             "deployed": the deployed version; the first version of all has no old model.
             "replacement": the replacement as it came, as in the authors' code; it needs a trained head.
             "deployed_or_replacement": the deployed version, or for the first version the replacement as it came.
-            "all": the same as None.  In every task each batch also draws one older version uniformly, and its remembered items
-            are held to their embeddings by that version.  The memory stores these embeddings, [N, versions, d] float32,
-            without augmentation.  A step does not run older versions, but they stay in memory to embed the items that
-            are remembered next.  "all" acts on methods whose loss calls `old(input)`, such as HOC and FD by cosine.
+            "all": the same as None.  In every task each batch also draws one older version uniformly, and its
+            remembered items are held to their embeddings by that version.  The memory stores these embeddings,
+            [N, versions, d] float32, without augmentation.  A step does not run older versions, but they stay in memory
+            to embed the items that are remembered next.  "all" acts on methods whose loss calls `old(input)`, such as
+            HOC and FD by cosine.
             None: for HOC "deployed_or_replacement" if the first replacement has a trained head, else "deployed"; for
             other methods "deployed".
         replacement_junction: "kept" leaves the junction of a replacement that follows a deployed version as it is;
