@@ -257,7 +257,7 @@ class AdapterMethod(ABC):
             new: [N, f_new], by the new encoder, of the same items in the same order.
             labels: [N] integers or names, the items' classes; None: they are unknown.
             sample: ([M, f_old], [M, f_new]) of further items without labels, as a part of the gallery is.
-            device: where it is computed; None: where the rows of `new` are.
+            device: device of the computation; None: that of the rows of `new`.
 
         Returns:
             On `device`, in evaluation mode.

@@ -168,10 +168,10 @@ def select_adapter(
         protocol: "nearest_class_mean", "instance", or one with hits; with labels only.
         seen_fraction: fraction of the service's queries that concern the labelled classes, in [0, 1]; with labels only.
             0: all queries concern classes that come later; 1: none does.
-        folds: 1 to 3, how many thirds are held out in turn: more take longer and are surer.
+        folds: number of thirds that are held out in turn, 1 to 3: more take longer, and the scores vary less.
         confidence: confidence of the intervals, in (0, 1).
         seed: seed of the split and the bootstrap.
-        device: where it is computed; None: where the rows of `new` are.
+        device: device of the computation; None: that of the rows of `new`.
 
     Raises:
         TypeError, ValueError: as `AdapterMethod.fit`; too few classes or items; an option out of its range.

@@ -167,7 +167,7 @@ class GateResult:
     """The result of `upgrade_gate`.
 
     Attributes:
-        outcomes: one per rule; one per rule and group for rules with group "*".
+        outcomes: one outcome per rule; one per rule and group for rules with group "*".
         scores: M by queries and gallery: "old_on_old", "new_on_old" and, if a rule or `unrelated` needed them,
             "new_on_new" and "unconstrained".
         protocol: name of the protocol.

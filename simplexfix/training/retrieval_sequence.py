@@ -117,7 +117,7 @@ class RetrievalData:
     """The data of a run over retrieval data sets, with the interface of `run_data.RunData`.
 
     Attributes:
-        tasks: one per data set, with the items of `pair_items`.
+        tasks: one task per data set, with the items of `pair_items`.
         searched: the data set of each task.
         prepare: preprocessing of rows.
     """

@@ -64,7 +64,7 @@ def train_run(
     Args:
         config: from `read_config` or `PRESETS`, or constructed.
         folder: folder of this run only.
-        on_step: called with a `Progress` after every step.
+        on_step: function that is called with a `Progress` after every step.
 
     Returns:
         The content of report.json.  "versions" has folder and fingerprint of each model.  Every search of `DataConfig`,
@@ -141,7 +141,7 @@ class _Run:
         config, folder, data: configuration, folder and data of the run.
         device: a device that works on this machine.
         slots: registry to which pre-training and tasks add their classes.
-        watch: called after every step.
+        watch: function that is called after every step.
     """
 
     config: RunConfig

@@ -166,8 +166,8 @@ class Trainer:
                 remembered items: n((1 - eta) u + eta m).  0 leaves them as they are.  It acts on methods whose loss
                 calls `old(input)`.
             folder: folder of this version only; None to write nothing.
-            on_step: called after every step, and after its line of the log is written, with the number of the step,
-                from 1 to `schedule.steps`.
+            on_step: function that is called after every step, and after its line of the log is written, with the
+                number of the step, from 1 to `schedule.steps`.
 
         Returns:
             The version, in evaluation mode.
