@@ -211,7 +211,7 @@ def select_chain(
 ) -> Selection:
     """`select_adapter` for two versions or more, oldest first: one method for all pairs.
 
-    Arguments and errors as there; `sample` has rows by each encoder.
+    Arguments and errors are those of `select_adapter`; `sample` has rows by each encoder.
     """
     features = read_versions(versions, labels, sample, device)
     return _select(
@@ -459,7 +459,7 @@ class _Judge:
             queries = int((self._kind == kind).sum())
             drawn = rng.multinomial(queries, np.full(queries, 1 / queries), size=RESAMPLES)
             weights.append(fraction * (drawn / queries))
-        self._weights = np.concatenate(weights, axis=1)  # [RESAMPLES, Q] of each resample, in the order of _kind
+        self._weights = np.concatenate(weights, axis=1)  # [RESAMPLES, Q] weights of the queries in each resample, in the order of _kind
 
     @property
     def old(self) -> float:
@@ -469,7 +469,7 @@ class _Judge:
         self.table += [self._judged(method) for method in methods]
 
     def ranked(self) -> list[Judged]:
-        """Best first; of equal scores the one that was added first."""
+        """Returns the scores, best first; equal ones stay in the order in which they were added."""
         return sorted(self.table, key=lambda row: -row.score)
 
     def _mean(self, values: NDArray[np.float64]) -> float:
