@@ -459,7 +459,8 @@ class _Judge:
             queries = int((self._kind == kind).sum())
             drawn = rng.multinomial(queries, np.full(queries, 1 / queries), size=RESAMPLES)
             weights.append(fraction * (drawn / queries))
-        self._weights = np.concatenate(weights, axis=1)  # [RESAMPLES, Q] weights of the queries in each resample, in the order of _kind
+        # [RESAMPLES, Q] weights of the queries in each resample, in the order of _kind
+        self._weights = np.concatenate(weights, axis=1)
 
     @property
     def old(self) -> float:
