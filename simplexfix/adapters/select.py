@@ -1,4 +1,4 @@
-"""Which adapter: candidates are judged on classes, or items, that were held out of their fit."""
+"""Selects an adapter: candidates are judged on classes, or items, that were held out of their fit."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ __all__ = ["Judged", "Selection", "select_adapter", "select_chain"]
 
 QUERY_ENCODERS = ("new", "both")
 STORED_VECTORS = ("map", "keep")
-PARTS = 3  # parts of the classes, or of the items; one at a time is held out
+PARTS = 3  # parts of the classes, or of the items; each fold holds out one
 RESAMPLES = 1000
 TOP = 10  # places that agreement compares
 SHRINKAGE = (0.1, 0.3, 0.6)
 STEPS = (30, 60, 120)
-BETAS = (0.25, 0.5)  # of LocalCorrection
-GALLERY_BETAS = (0.5, 0.75, 1.0)  # of GalleryCorrection
+BETAS = (0.25, 0.5)  # beta of LocalCorrection
+GALLERY_BETAS = (0.5, 0.75, 1.0)  # beta of GalleryCorrection
 ALPHAS = tuple(round(0.1 * step, 1) for step in range(1, 10))
 
-HELD_OUT, FITTED = 0, 1  # kinds of held-out queries: of held-out classes, or items without labels; of fitted classes
+HELD_OUT, FITTED = 0, 1  # kinds of held-out queries: from held-out classes or items without labels; from fitted classes
 WHITENED = (WhitenedProcrustes, SimplexJunction)
 
 Values = dict[tuple[int, int], NDArray[np.float64]]
@@ -101,14 +101,14 @@ class Judged:
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """What `select_adapter` and `select_chain` return.
+    """The result of `select_adapter` and `select_chain`.
 
     Attributes:
         winner: the candidate with the best score.
         table: all candidates, best first.
         better: whether the low end of the interval of the winner's gain over the old encoder, in the old gallery, is
             above 0.  If not, keep the old encoder.  The interval ignores that these queries chose the winner.
-        old: score of the old encoder alone on what was held out; without labels its agreement with the new encoder.
+        old: score of the old encoder alone on the held-out items; without labels its agreement with the new encoder.
         chain: the winner, fitted on all items.
     """
 
@@ -120,7 +120,7 @@ class Selection:
 
     @property
     def adapter(self) -> Adapter:
-        """The winner's adapter of the newest version and the oldest: of two versions the only one."""
+        """The winner's adapter between the newest version and the oldest; for two versions it is the only one."""
         return self.chain.adapters[len(self.chain.own) - 1, 0]
 
 
@@ -140,7 +140,7 @@ def select_adapter(
     seed: int = 0,
     device: torch.device | str | None = None,
 ) -> Selection:
-    """Fits candidates, judges them on what was held out of their fit, and fits the best one on all items.
+    """Fits candidates, judges them on items held out of their fit, and fits the best one on all items.
 
         with labels:    a third of the classes is held out; half of their items are queries, half the gallery;
                         if seen_fraction > 0, a quarter of the items of each other class is held out, too, as queries,
