@@ -500,7 +500,7 @@ class SimplexHead(_PolytopeHead):
         num_slots: K, at least 2; None for `num_classes`.
         normalize, scale, margin: as in `simplexfix.functional.simplex_cross_entropy`.
         bias: whether the junction has a bias; it shifts the embeddings of all classes equally.
-        device, dtype: of the junction.
+        device, dtype: device and dtype of the junction.
 
     Raises:
         TypeError: a number of features, classes or slots is not an integer.
@@ -568,7 +568,7 @@ class OrthoplexHead(_PolytopeHead):
         num_slots: K, at least 2, rounded up to an even number; None for `num_classes`.
         normalize, scale, margin: as in `simplexfix.functional.simplex_cross_entropy`.
         bias: whether the junction has a bias; it shifts the embeddings of all classes equally.
-        device, dtype: of the junction.
+        device, dtype: device and dtype of the junction.
 
     Raises:
         TypeError: a number of features, classes or slots is not an integer.
@@ -629,7 +629,7 @@ class CubeHead(_PolytopeHead):
         num_slots: K, from 2 to 2^24; None for `num_classes`.
         normalize, scale, margin: as in `simplexfix.functional.simplex_cross_entropy`.
         bias: whether the junction has a bias; it shifts the embeddings of all classes equally.
-        device, dtype: of the junction; the codes are int64.
+        device, dtype: device and dtype of the junction; the codes are int64.
 
     Raises:
         TypeError: a number of features, classes, slots or dimensions is not an integer.

@@ -86,8 +86,8 @@ def simplex_prototypes(
         num_classes: K, at least 2.
         slots: [n] int64, the rows to return, each in [0, K); None for all K.  The losses and logits of
             `simplexfix.functional` never need this matrix of K x d numbers.
-        dtype: of the result; values are computed in float64 and rounded once.
-        device: of the result; None for that of `slots`.
+        dtype: dtype of the result; values are computed in float64 and rounded once.
+        device: device of the result; None for that of `slots`.
 
     Returns:
         [n, K - 1].
@@ -135,8 +135,8 @@ def orthoplex_prototypes(
     Args:
         num_classes: K, even, at least 2.
         slots: [n] int64, the rows to return, each in [0, K); None for all K.
-        dtype: of the result.
-        device: of the result; None for that of `slots`.
+        dtype: dtype of the result.
+        device: device of the result; None for that of `slots`.
 
     Returns:
         [n, K / 2].
@@ -180,7 +180,7 @@ def cube_codes(num_classes: int, d: int, *, device: torch.device | str | None = 
     Args:
         num_classes: C, from 1 to 2^24.  The time is O(d C log C): seconds for 2^20 classes in 64 dimensions.
         d: number of dimensions, at least log2(C).
-        device: of the result; None for torch's default.  The codes are computed on the CPU.
+        device: device of the result; None for torch's default.  The codes are computed on the CPU.
 
     Returns:
         [C, ceil(d / 64)] int64, all rows different.  Bit `j % 64` of word `j // 64` is set where coordinate j is
@@ -231,7 +231,7 @@ def cube_signs(codes: Tensor, d: int, dtype: torch.dtype = torch.float32) -> Ten
     Args:
         codes: [..., ceil(d / 64)] int64 bits from `cube_codes`.
         d: number of dimensions.
-        dtype: of the result.
+        dtype: dtype of the result.
 
     Returns:
         [..., d], on the device of `codes`.
@@ -258,7 +258,7 @@ def cube_prototypes(
         codes: [C, ceil(d / 64)] int64 bits from `cube_codes`.
         d: number of dimensions, at least 1.
         slots: [n] int64, the rows to return, each in [0, C); None for all C.
-        dtype: of the result; values are computed in float64 and rounded once.
+        dtype: dtype of the result; values are computed in float64 and rounded once.
 
     Returns:
         [n, d], on the device of `codes`.

@@ -1,4 +1,5 @@
-// Uninitialised arrays, aligned to a cache line, which is as long as the widest vector; and memory of huge pages.
+// Uninitialised memory: arrays aligned to a cache line, which is as long as the widest vector, and large blocks in huge
+// pages.
 #pragma once
 #include <cstddef>
 #include <cstdlib>
@@ -23,10 +24,12 @@ AlignedArray<T> aligned_array(size_t n) {
   return AlignedArray<T>(static_cast<T*>(::operator new(n * sizeof(T), kCacheLine)));
 }
 
-// Allocates memory that long loops read or write, or returns nullptr; std::free frees it. From 4 MiB on it asks for
-// huge pages, which are read a fifth faster than small ones. Only whole huge pages are such pages.
 constexpr size_t kHugePage = size_t(2) << 20;
+// Rounds size up to whole huge pages.
 constexpr size_t whole_huge_pages(size_t size) { return (size + kHugePage - 1) / kHugePage * kHugePage; }
+
+// Allocates memory that long loops read or write, or returns nullptr; std::free frees it. For 4 MiB or more it requests
+// huge pages, which are read a fifth faster than small ones. A last incomplete huge page consists of small pages.
 inline void* allocate_pages(size_t size) {
   const bool huge = size >= 2 * kHugePage;
   void* memory = nullptr;

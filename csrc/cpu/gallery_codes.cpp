@@ -12,16 +12,16 @@
 namespace simplexfix::cpu {
 namespace {
 constexpr size_t kChunkBytes = size_t(1) << 18;
-// A chunk of huge pages has at least kHugePanels panels, so less than a 32nd of it is unused. From kManyChunks of them
-// on, all further chunks are such chunks, also if the gallery grows row by row.
+// A chunk of huge pages has at least kHugePanels panels, so less than a 32nd of it is unused. A gallery as large as
+// kManyChunks of them takes another one also when it needs fewer panels, so that growth row by row uses huge pages too.
 constexpr size_t kHugePanels = 32, kManyChunks = 16;
-// range of a gallery's codes; they are stored plus 128, because the products need them unsigned
+// A gallery's codes are in [-kRange, kRange]. They are stored plus 128, because the products need them unsigned.
 constexpr int kRange = 127;
 
 // The first pass rounds its upper bound. The bound is a float sum of dot * scale_r * scale_q, offset and error *
 // norm_q. It takes at most eight operations, so its error is below 2^-21 of the sum of their magnitudes. |coded y| <= 2
-// |y|, because a code is not 0 only where the number is at least half a step. So 2^-19 |coded x| |y| more in the error,
-// and the 2^-20 that round_up adds to each term, cover this rounding.
+// |y|, because a code is nonzero only if the number is at least half a step. So this rounding is covered by
+// 2^-19 |coded x| |y|, which the error includes, and the 2^-20 that round_up() adds to each term.
 constexpr double kDotSlack = 0x1p-19;
 }  // namespace
 
@@ -51,8 +51,8 @@ CodePanel GalleryCodes::panel(int64_t index) const {
   return {reinterpret_cast<const uint8_t*>(data), numbers, numbers + kPanelRows, numbers + 2 * kPanelRows};
 }
 
-// Allocates memory for this many panels. The chunks of huge pages come last, so that little memory stays when most rows
-// are removed.
+// Allocates memory until there are this many panels. Of the new chunks, those of huge pages come last. The last chunks
+// are freed first, so little unused memory remains when most rows are removed.
 void GalleryCodes::allocate(size_t panels) {
   while (panels_.size() < panels) {
     const size_t missing = panels - panels_.size(), others = missing % huge_panels_;
@@ -70,7 +70,7 @@ void GalleryCodes::allocate(size_t panels) {
   }
 }
 
-// Frees the chunks from this panel on.
+// Frees the chunks that begin at this panel or later.
 void GalleryCodes::free_from(size_t panel) {
   while (!chunks_.empty() && chunks_.back().first >= panel) {
     panels_.resize(chunks_.back().first);

@@ -8,8 +8,7 @@
 //   q.g = q.center + x.center + y.x,
 //   |y.x - coded y . coded x| <= |y| |x - coded x| + |y - coded y| |coded x|      (Cauchy-Schwarz).
 //
-// Bytes: 1 per number and 12 per row, in panels of 64 rows; the last panel is padded. Large galleries lie in huge
-// pages.
+// Bytes: 1 per number and 12 per row, in panels of 64 rows; the last panel is padded. Large galleries use huge pages.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -45,10 +44,10 @@ class GalleryCodes {
   float panel_norm(int64_t index) const { return panel_norm_[size_t(index)]; }  // at least the largest |coded x|
 
  private:
-  // Memory of consecutive panels, the first of which is `first`.
   struct Free {
     void operator()(std::byte* p) const { std::free(p); }
   };
+  // Memory of consecutive panels, from panel `first` on.
   struct Chunk {
     std::unique_ptr<std::byte[], Free> memory;
     size_t bytes, first;
@@ -57,9 +56,9 @@ class GalleryCodes {
   void free_from(size_t panel);
 
   int64_t d_, groups_, size_ = 0;
-  size_t panel_bytes_, chunk_panels_, huge_bytes_, huge_panels_;  // sizes of a chunk, and of one of huge pages
+  size_t panel_bytes_, chunk_panels_, huge_bytes_, huge_panels_;  // sizes of a chunk with small and with huge pages
   std::vector<Chunk> chunks_;
-  std::vector<std::byte*> panels_;  // at least those of size_ rows
+  std::vector<std::byte*> panels_;  // address of each panel; there may be more than size_ rows need
   std::vector<float> panel_norm_, center_;
 };
 

@@ -1,11 +1,11 @@
 // The kernels for x86-64-v4, and the first pass of the search for VNNI.
 //
-// For one query they read the codes by vectors of 32 bytes (narrow): on an AMD EPYC (Zen 4) two threads read memory a
-// fifth faster than by vectors of 64 bytes.
+// For one or two queries the first pass reads the codes in vectors of 32 bytes (namespace narrow). On an AMD EPYC (Zen
+// 4) two threads then read memory a fifth faster than in vectors of 64 bytes.
 #include "instruction_set.h"
 
 #ifdef SIMPLEXFIX_X86
-#define SIMPLEXFIX_EVEX 1
+#define SIMPLEXFIX_EVEX 1  // vectors of 32 bytes use VNNI in the encoding of AVX-512
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
 #define SIMPLEXFIX_VECTOR_BYTES 32

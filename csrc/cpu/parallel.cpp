@@ -86,7 +86,7 @@ class Pool {
       lock.unlock();
       try {
         interrupt->check();
-      } catch (...) {  // whatever it is: other threads still use this stack
+      } catch (...) {  // keep every exception until the end: other threads still use this stack
         failure = std::current_exception();
       }
       lock.lock();
@@ -157,7 +157,7 @@ class Pool {
       ++call.running;
       if (--call.seats == 0) close(call);
       wake_for(call, lock);
-      fesetmode(&call.arithmetic);  // the thread still has that of an earlier caller
+      fesetmode(&call.arithmetic);  // until now the thread has the mode of an earlier caller
       std::exception_ptr failure = call.run(thread);
       lock.lock();
       if (!call.failure) call.failure = failure;
@@ -185,11 +185,11 @@ class Pool {
   const ForkHook hook_{[](void* self) noexcept { static_cast<Pool*>(self)->forget_threads(); }, this};
 };
 
-// Created when the library is loaded. A local static would be created by the first call, under a lock of the C++
-// runtime. A child that another thread forks during that call would wait for the lock forever.
+// The pool is created when the library is loaded. A local static would be created by the first call, under a lock of
+// the C++ runtime. A child that another thread forks during that call would block on the lock forever.
 Pool& g_pool = *new Pool;
 
-// Returns the calling thread's arithmetic. It takes 7 ns; fegetenv() takes 90.
+// Returns the calling thread's rounding mode and treatment of denormals. It takes 7 ns; fegetenv() takes 90.
 femode_t arithmetic() {
   femode_t mode;
   fegetmode(&mode);

@@ -10,8 +10,8 @@
 
 namespace simplexfix::cpu {
 
-// Sizes of work, in numbers to write. A thread that is awake joins a call within 0.2 us, so it pays for work of a few
-// microseconds.
+// Numbers to write that are worth one more thread. A thread that is awake joins a call within 0.2 us, so a few
+// microseconds of work are enough.
 constexpr int64_t kNumbersPerThread = int64_t(1) << 14;
 // A thread that sleeps begins after 25 us, and waking it takes the caller 8 us.
 constexpr int64_t kNumbersPerWokenThread = int64_t(1) << 17;
@@ -21,8 +21,8 @@ inline int64_t threads_for(double numbers, double per_thread, int64_t most) {
   return int64_t(std::clamp(numbers / per_thread, 1.0, double(most)));
 }
 
-// Calls body(context, thread) once on the calling thread, where thread is 0, and at most threads - 1 times on threads
-// of the pool, or not at all. So every body must take tasks until none is left.
+// Calls body(context, thread) once on the calling thread, where thread is 0, and 0 to threads - 1 times on threads of
+// the pool. So every body must take tasks until none is left.
 // - thread identifies a thread of the pool among those of the process, from 1 on. It may exceed threads - 1, and one
 //   thread may call body several times, one after the other.
 // - At most woken - 1 sleeping threads are woken.
@@ -60,9 +60,9 @@ void parallel(int64_t n, int64_t threads, const Work& work, Interrupt* interrupt
 }
 
 // Calls work(begin, end) on ranges that together cover [0, n), on at most `threads` threads. [0, n) is divided into
-// parts, and parts into chunks. A thread begins with the part of its number, which is the same in every call of this
-// size, so that the part is still in its caches. Then it takes chunks of other parts, because threads are seldom
-// equally fast. An item takes as long as writing `numbers` numbers.
+// parts, and parts into chunks. Thread t begins with part t modulo the number of parts. That is the same part in every
+// call of this size, so it may still be in the thread's caches. Then it takes chunks of other parts, because threads
+// are seldom equally fast. An item takes as long as writing `numbers` numbers.
 template <typename Work>
 void parallel_ranges(int64_t n, int64_t numbers, int64_t threads, const Work& work) {
   constexpr int64_t kMostParts = 256, kChunksPerPart = 8;

@@ -10,7 +10,7 @@
 
 namespace simplexfix::cpu {
 namespace {
-constexpr int kMaxRange = 127;  // of a query's codes
+constexpr int kMaxRange = 127;  // a query's codes are in [-kMaxRange, kMaxRange]
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 float round_down(double x) { return -round_up(-x); }
 
@@ -82,9 +82,9 @@ float QueryCodes::cutoff(int64_t query, float score) const {
   const auto q = size_t(query);
   // A real number below the midpoint of `score` and the next lower float rounds to that float at most.
   const double middle = (double(score) + double(std::nextafter(score, -kInfinity))) / 2;
-  // The rounding of the fp64 score, of query . center and of row . center. Each is below (d + 8) * 2^-53 times lengths
-  // that sum to less than 8 (norm + |q.center|). Here norm + |q.center| is at least 1 for a query of length 1, since
-  // |q|^2 = q.center + q.(q - center). For a zero query the score is exactly 0.
+  // fp64_slack covers the rounding errors of the fp64 score, query . center and row . center. Each is below
+  // (d + 8) * 2^-53 times lengths that sum to less than 8 (norm + |q.center|). norm + |q.center| is at least 1 for a
+  // query of length 1, since |q|^2 = q.center + q.(q - center). For a zero query the score is exactly 0.
   const double fp64_slack = double(d_ + 64) * 0x1p-50 * (norm_[q] + std::abs(center_dot_[q]));
   return round_down(middle - center_dot_[q] - fp64_slack - 0x1p-100);  // 2^-100: products that underflow
 }

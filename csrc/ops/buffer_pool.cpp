@@ -8,9 +8,9 @@
 
 namespace simplexfix {
 namespace {
-// Bytes before the numbers, which store the block's size. malloc places large blocks, z's as well, at the same offset
-// in a page. Without the header, stores of a kernel would delay its loads from the same offset (4K aliasing): a quarter
-// of its time.
+// A header of this many bytes precedes the numbers and stores the block's size. malloc places large blocks, z's as
+// well, at the same offset in a page. Without the header, stores of a kernel would delay its loads from the same offset
+// (4K aliasing), which would take a quarter of its time.
 constexpr size_t kHeader = 1024;
 constexpr size_t kMostBlocks = 16;
 constexpr size_t kWorthKeeping = size_t(1) << 17;  // malloc itself keeps smaller blocks
@@ -65,8 +65,8 @@ class BufferPool {
   size_t free_bytes_ = 0;
 };
 
-// Never destroyed, since tensors may outlive static objects.  Constructed when the library is loaded, not on first use:
-// a child forked during the construction of a function-local static would deadlock on its guard.
+// The pool is never destroyed, since tensors may outlive static objects. It is constructed when the library is loaded,
+// not on first use: a child forked during the construction of a function-local static would deadlock on its guard.
 BufferPool& g_pool = *new BufferPool;
 }  // namespace
 

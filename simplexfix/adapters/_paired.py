@@ -17,7 +17,7 @@ from .maps import unit
 __all__ = ["Features", "PairedFeatures"]
 
 Features: TypeAlias = Rows | FeatureRows
-BLOCK_BYTES = 2**25  # of one version's rows as float64
+BLOCK_BYTES = 2**25  # size of a block of one version's rows as float64
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,10 +26,10 @@ class PairedFeatures:
 
     Attributes:
         versions: one `FeatureRows` for each encoder, all of the same N items.
-        sample: of further items, without labels; None: there are none.
+        sample: rows of further items, without labels; None: there are none.
         labels: [N] int64, the items' classes as numbers 0 to C - 1; None: they are unknown.
         num_classes: C, 0 without labels.
-        device: where blocks are computed on.
+        device: device that computes on blocks.
     """
 
     versions: tuple[FeatureRows, ...]
@@ -54,7 +54,7 @@ class PairedFeatures:
             versions: [N, f_i] floating, oldest first.
             labels: [N] integers or names.
             sample: [M, f_i] of further items by the same encoders.
-            names: of the versions, for messages.
+            names: names of the versions, for messages.
             device: None: that of the newest version's rows.
 
         Raises:

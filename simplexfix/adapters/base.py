@@ -134,8 +134,8 @@ class Adapter(nn.Module):
         that was there, whole, or the new one.
 
         Args:
-            folder: made if it is not there.
-            version, name: of the new encoder behind this adapter, for those who search what it wrote.
+            folder: folder of the adapter, created if it does not exist.
+            version, name: version and name of the new encoder with this adapter, for searches of the vectors it wrote.
             old, new: fingerprints of both encoders, as of `ModelIdentity`, or any names of encoders without one; part
                 of the adapter's own fingerprint.
 
@@ -257,7 +257,7 @@ class AdapterMethod(ABC):
             new: [N, f_new], by the new encoder, of the same items in the same order.
             labels: [N] integers or names, the items' classes; None: they are unknown.
             sample: ([M, f_old], [M, f_new]) of further items without labels, as a part of the gallery is.
-            device: where it is computed; None: where the rows of `new` are.
+            device: device of the computation; None: that of the rows of `new`.
 
         Returns:
             On `device`, in evaluation mode.
@@ -281,10 +281,10 @@ class AdapterMethod(ABC):
 
     @abstractmethod
     def _adapter(self, moments: Moments, old: int, new: int) -> Adapter:
-        """Fits it."""
+        """Fits the adapter of one pair of versions."""
 
     def own_maps(self, moments: Moments) -> Sequence[nn.Module | None]:
-        """For each version the map between its features and the vectors that its own gallery stores; None: itself."""
+        """Returns each version's map from its features to the vectors that its gallery stores; None: the identity."""
         return [None] * len(moments.features.versions)
 
     def check(self, features: PairedFeatures) -> None:

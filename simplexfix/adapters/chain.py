@@ -28,9 +28,9 @@ class Chain:
     others have one map for each pair.
 
     Attributes:
-        method: that fitted it.
-        own: for each version the map of what its gallery stores; None: the features themselves.
-        adapters: of each pair (new, old).
+        method: method that fitted the chain.
+        own: for each version the map from its features to the vectors that its gallery stores; None: the identity.
+        adapters: (new, old) -> adapter of that pair.
     """
 
     method: AdapterMethod

@@ -35,12 +35,12 @@ class HOCRefined(AdapterMethod):
 
     Args:
         start: the junction.
-        steps: of Adam for each version; 0 is the junction itself.
-        learning_rate, batch: of Adam; the rate falls to 0 as a cosine.
-        scale: of the cosines in the cross-entropy.
+        steps: steps of Adam for each version; 0 is the junction itself.
+        learning_rate, batch: learning rate and batch size of Adam; the rate falls to 0 as a cosine.
+        scale: scale of the cosines in the cross-entropy.
         lambda_: weight of the cross-entropy, in [0, 1].
-        mu: of the contrast.
-        seed: of the batches.
+        mu: factor mu of the contrast.
+        seed: seed of the batches.
 
     Reference:
         Biondi et al., arXiv 2405.02581, equation of the HOC loss; docs/design/math.md.

@@ -21,7 +21,7 @@ __all__ = ["LambdaOrthogonal"]
 
 @dataclass(frozen=True)
 class LambdaOrthogonal(AdapterMethod):
-    """New queries into the old space by a map that is penalised where it is far from orthogonal; stored vectors stay.
+    """Maps new queries into the old space, with a penalty on maps far from orthogonal; stored vectors stay.
 
         D = |W^T W - I|_F      of W [f_new, f_old]; |W W^T - I|_F where the old encoder is wider
         loss = mean(1 - n(n(x) W + b) . n(y)) + sigmoid(alpha (D - lambda)) D
@@ -29,10 +29,10 @@ class LambdaOrthogonal(AdapterMethod):
         adapter(x) = n(n(x) W + b)
 
     Args:
-        lambda_: the distance up to which the map is free.
-        alpha: how sharply the penalty begins there.
-        steps, learning_rate, batch: of Adam; the rate falls to 0 as a cosine.
-        seed: of the batches.
+        lambda_: distance up to which the map is free.
+        alpha: steepness of the sigmoid with which the penalty begins there.
+        steps, learning_rate, batch: steps, learning rate and batch size of Adam; the rate falls to 0 as a cosine.
+        seed: seed of the batches.
 
     Reference:
         arXiv 2509.16664.

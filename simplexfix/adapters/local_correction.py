@@ -40,10 +40,10 @@ class LocalCorrection(QueryChange):
     Args:
         of: the method that fits the adapter; its query map must be affine: `Procrustes`, `Ridge`, `LambdaOrthogonal`,
             `WhitenedProcrustes`, `SimplexJunction` or `HOCRefined`.
-        scale: of the cosines, positive: larger values weigh fewer, more similar items.
+        scale: scale of the cosines, positive: larger values weigh fewer, more similar items.
         beta: in [0, 1], fraction of the error that is corrected; with 0 the queries are those of A.
         rows: fitted items that the adapter stores, at least 1; all of them if the fit has fewer.
-        seed: of the draw.
+        seed: seed of the draw.
 
     Reference:
         Nadaraya, "On estimating regression", 1964; Watson, "Smooth regression analysis", 1964.

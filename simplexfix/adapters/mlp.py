@@ -28,8 +28,8 @@ class MLP(AdapterMethod):
 
     Args:
         hidden: columns of H.
-        steps, learning_rate, batch: of Adam; the rate falls to 0 as a cosine.
-        seed: of H's first values and of the batches.
+        steps, learning_rate, batch: steps, learning rate and batch size of Adam; the rate falls to 0 as a cosine.
+        seed: seed of H's first values and of the batches.
 
     Reference:
         Drift-Adapter, arXiv 2509.23471: a residual network of 256 units.

@@ -41,6 +41,6 @@ class Procrustes(AdapterMethod):
 
 
 def procrustes_map(moments: Moments, old: int, new: int) -> AffineMap:
-    """In float64."""
+    """Returns the Procrustes map from new to old features, in float64."""
     q = moments.once(("procrustes", old, new), lambda: polar(moments.cross(new, old)))
     return AffineMap(q, moments.mean(old) - moments.mean(new) @ q)

@@ -281,7 +281,7 @@ class QueryDrift(nn.Module):
         check_features(name, features)
 
     def _rows(self, name: str, features: Tensor) -> Tensor:
-        """In float64, normalised where this accumulator is."""
+        """Returns the rows in float64, normalised if this accumulator is."""
         rows = features.double()
         bad = (~rows.isfinite()).any(1).nonzero()
         if len(bad):

@@ -1,4 +1,4 @@
-"""Which adapter: candidates are judged on classes, or items, that were held out of their fit."""
+"""Selects an adapter: candidates are judged on classes, or items, that were held out of their fit."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ __all__ = ["Judged", "Selection", "select_adapter", "select_chain"]
 
 QUERY_ENCODERS = ("new", "both")
 STORED_VECTORS = ("map", "keep")
-PARTS = 3  # parts of the classes, or of the items; one at a time is held out
+PARTS = 3  # parts of the classes, or of the items; each fold holds out one
 RESAMPLES = 1000
 TOP = 10  # places that agreement compares
 SHRINKAGE = (0.1, 0.3, 0.6)
 STEPS = (30, 60, 120)
-BETAS = (0.25, 0.5)  # of LocalCorrection
-GALLERY_BETAS = (0.5, 0.75, 1.0)  # of GalleryCorrection
+BETAS = (0.25, 0.5)  # beta of LocalCorrection
+GALLERY_BETAS = (0.5, 0.75, 1.0)  # beta of GalleryCorrection
 ALPHAS = tuple(round(0.1 * step, 1) for step in range(1, 10))
 
-HELD_OUT, FITTED = 0, 1  # kinds of held-out queries: of held-out classes, or items without labels; of fitted classes
+HELD_OUT, FITTED = 0, 1  # kinds of held-out queries: from held-out classes or items without labels; from fitted classes
 WHITENED = (WhitenedProcrustes, SimplexJunction)
 
 Values = dict[tuple[int, int], NDArray[np.float64]]
@@ -55,22 +55,22 @@ Values = dict[tuple[int, int], NDArray[np.float64]]
 
 @dataclass(frozen=True)
 class Judged:
-    """One candidate's scores on what was held out.
+    """The scores of one candidate on the held-out items.
 
     Attributes:
         method: the candidate.
         score: mean over the cells of the compatibility matrix (AA); without labels the mean agreement of new queries in
             old galleries with the new encoder's own ranking.
-        interval: of score.
+        interval: interval of the score.
         matrix: [T, T], rows: query versions, columns: gallery versions; nan above the diagonal.
         gain: mean over pairs (new, old) of the score of new queries in the old gallery, less that of the old encoder
             alone.
-        gain_interval: of gain.
-        losses: fraction of queries that the old encoder alone answers right and the new one, in the old gallery, wrong;
-            nan without labels.
-        kept: score of new queries in the old gallery as a fraction of the new encoder's own search of its own gallery:
-            what is kept of a full re-extraction; nan where that search finds nothing.
-        agreement_with_old: without labels, with the old encoder's own ranking; else nan.
+        gain_interval: interval of the gain.
+        losses: fraction of queries that the old encoder alone answers correctly, and the new one in the old gallery
+            does not; nan without labels.
+        kept: score of new queries in the old gallery as a fraction of the new encoder's score in its own gallery, which
+            a full re-extraction would reach; nan where that is 0.
+        agreement_with_old: without labels, agreement with the old encoder's own ranking; else nan.
     """
 
     method: AdapterMethod
@@ -84,7 +84,7 @@ class Judged:
     agreement_with_old: float
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Returns a dict for JSON."""
         count = len(self.matrix)
         return {
             "method": self.method.described(),
@@ -101,14 +101,14 @@ class Judged:
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """What `select_adapter` and `select_chain` return.
+    """The result of `select_adapter` and `select_chain`.
 
     Attributes:
         winner: the candidate with the best score.
         table: all candidates, best first.
         better: whether the low end of the interval of the winner's gain over the old encoder, in the old gallery, is
             above 0.  If not, keep the old encoder.  The interval ignores that these queries chose the winner.
-        old: score of the old encoder alone on what was held out; without labels its agreement with the new encoder.
+        old: score of the old encoder alone on the held-out items; without labels its agreement with the new encoder.
         chain: the winner, fitted on all items.
     """
 
@@ -120,7 +120,7 @@ class Selection:
 
     @property
     def adapter(self) -> Adapter:
-        """The winner's adapter of the newest version and the oldest: of two versions the only one."""
+        """The winner's adapter between the newest version and the oldest; for two versions it is the only one."""
         return self.chain.adapters[len(self.chain.own) - 1, 0]
 
 
@@ -140,7 +140,7 @@ def select_adapter(
     seed: int = 0,
     device: torch.device | str | None = None,
 ) -> Selection:
-    """Fits candidates, judges them on what was held out of their fit, and fits the best one on all items.
+    """Fits candidates, judges them on items held out of their fit, and fits the best one on all items.
 
         with labels:    a third of the classes is held out; half of their items are queries, half the gallery;
                         if seen_fraction > 0, a quarter of the items of each other class is held out, too, as queries,
@@ -168,10 +168,10 @@ def select_adapter(
         protocol: "nearest_class_mean", "instance", or one with hits; with labels only.
         seen_fraction: fraction of the service's queries that concern the labelled classes, in [0, 1]; with labels only.
             0: all queries concern classes that come later; 1: none does.
-        folds: 1 to 3, how many thirds are held out in turn: more take longer and are surer.
-        confidence: of the intervals, in (0, 1).
-        seed: of the split and the bootstrap.
-        device: where it is computed; None: where the rows of `new` are.
+        folds: number of thirds that are held out in turn, 1 to 3: more take longer, and the scores vary less.
+        confidence: confidence of the intervals, in (0, 1).
+        seed: seed of the split and the bootstrap.
+        device: device of the computation; None: that of the rows of `new`.
 
     Raises:
         TypeError, ValueError: as `AdapterMethod.fit`; too few classes or items; an option out of its range.
@@ -211,7 +211,7 @@ def select_chain(
 ) -> Selection:
     """`select_adapter` for two versions or more, oldest first: one method for all pairs.
 
-    Arguments and errors as there; `sample` has rows by each encoder.
+    Arguments and errors are those of `select_adapter`; `sample` has rows by each encoder.
     """
     features = read_versions(versions, labels, sample, device)
     return _select(
@@ -459,7 +459,8 @@ class _Judge:
             queries = int((self._kind == kind).sum())
             drawn = rng.multinomial(queries, np.full(queries, 1 / queries), size=RESAMPLES)
             weights.append(fraction * (drawn / queries))
-        self._weights = np.concatenate(weights, axis=1)  # [RESAMPLES, Q] of each resample, in the order of _kind
+        # [RESAMPLES, Q] weights of the queries in each resample, in the order of _kind
+        self._weights = np.concatenate(weights, axis=1)
 
     @property
     def old(self) -> float:
@@ -469,7 +470,7 @@ class _Judge:
         self.table += [self._judged(method) for method in methods]
 
     def ranked(self) -> list[Judged]:
-        """Best first; of equal scores the one that was added first."""
+        """Returns the scores, best first; equal ones stay in the order in which they were added."""
         return sorted(self.table, key=lambda row: -row.score)
 
     def _mean(self, values: NDArray[np.float64]) -> float:

@@ -37,8 +37,8 @@ class SimplexJunction(AdapterMethod):
     Args:
         g: shrinkage of the whitening, in [0, 1].
         lam: weight of the vertex, in [0, 1].
-        slots: of the simplex, whose space has slots - 1 dimensions: at least the width of each encoder plus 1, and the
-            number of classes; None: as few as that.
+        slots: number of vertices of the simplex, whose space has slots - 1 dimensions: at least the width of each
+            encoder plus 1, and the number of classes; None: the least number.
 
     Reference:
         Biondi et al., arXiv 2405.02581, for the simplex.

@@ -92,7 +92,7 @@ def _run(arguments: argparse.Namespace, interrupts: Interrupts) -> int:
             return BAD_INPUT
         traceback.print_exc()
     except Exception:
-        if interrupts.count:  # C code of others makes another error of a KeyboardInterrupt
+        if interrupts.count:  # C code of a library may turn KeyboardInterrupt into another error
             return _interrupted(arguments)
         traceback.print_exc()
     return CRASHED

@@ -32,7 +32,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         arguments.protocol = f"agreement@{arguments.agreement}"
     if "qrels" in arguments and arguments.protocol is None:
         arguments.protocol = "nearest_class_mean" if arguments.qrels is None else "ndcg@10"
-    # argparse ends a list of positional arguments at the first option; those that follow belong to the list as well
+    # argparse ends a list of positional arguments at the first option; later ones belong to the list as well
     if hasattr(arguments, "changes") and not any(text.startswith("-") for text in rest):
         arguments.changes += rest
     elif rest:
@@ -106,8 +106,10 @@ def _adapt(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help="fraction of the service's queries that concern the labelled classes (default: 0.0)",
     )
-    parser.add_argument("--folds", type=int, default=1, help="1 to 3 thirds that are held out in turn (default: 1)")
-    parser.add_argument("--confidence", type=float, default=0.95, metavar="C", help="of intervals (default: 0.95)")
+    parser.add_argument("--folds", type=int, default=1, help="number of thirds held out in turn, 1 to 3 (default: 1)")
+    parser.add_argument(
+        "--confidence", type=float, default=0.95, metavar="C", help="confidence of intervals (default: 0.95)"
+    )
     parser.add_argument("--seed", type=_seed, default=0, help="seed of the split and the bootstrap (default: 0)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -134,7 +136,7 @@ def _embed(parser: argparse.ArgumentParser) -> None:
         help="IN holds vectors that the adapter's old encoder has stored, not queries by the new one",
     )
     parser.add_argument(
-        "--old", type=Path, metavar="FILE", help="file of the same queries by the old encoder, for slerp"
+        "--old", type=Path, metavar="FILE", help="features of the same queries by the old encoder, for slerp"
     )
 
 
@@ -224,7 +226,9 @@ def _gallery(parser: argparse.ArgumentParser) -> None:
         "may be repeated",
     )
     backfill = action("backfill", "Replaces old vectors by those of the model that serves; any number may run at once.")
-    backfill.add_argument("--order", choices=("random", "traffic"), default="random", help="(default: random)")
+    backfill.add_argument(
+        "--order", choices=("random", "traffic"), default="random", help="which rows come first (default: random)"
+    )
     for part, ids, also in ((add, " and ids [n]", ""), (search, "", "; or an image"), (backfill, " and ids [n]", "")):
         made = part.add_mutually_exclusive_group(required=True)
         made.add_argument(

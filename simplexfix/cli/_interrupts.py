@@ -19,7 +19,7 @@ class Interrupts:
 
     def __enter__(self) -> Interrupts:
         self._before = signal.getsignal(signal.SIGINT)
-        # keep any other handler: a background command ignores SIGINT
+        # keep any other handler: that of a background command ignores SIGINT
         self._counts = self._before is signal.default_int_handler and _may_set_handlers()
         if self._counts:
             signal.signal(signal.SIGINT, self._interrupted)
@@ -36,10 +36,10 @@ class Interrupts:
 
 @contextmanager
 def delayed() -> Iterator[None]:
-    """Delays Ctrl-C to the end of the block, where its exception would be swallowed or leave a call half done.
+    """Delays Ctrl-C to the end of a block in which its exception would be swallowed or leave a call half done.
 
-    A second Ctrl-C takes effect at once.  A signal mask would not do: it holds for one thread, and another one of the
-    process may take the signal.
+    A second Ctrl-C takes effect at once.  A signal mask is not enough: it applies to one thread, and another thread of
+    the process may receive the signal.
     """
     before = signal.getsignal(signal.SIGINT)
     if not callable(before) or not _may_set_handlers():

@@ -1,4 +1,4 @@
-"""Trains several runs in parallel processes with one thread each, so that results do not depend on the cores."""
+"""Trains several runs in parallel processes with one thread each, so results do not depend on the number of cores."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def train_side_by_side(
     """Trains all runs and returns their reports by name; an exception terminates all processes.
 
     Args:
-        chains: each chain maps names to configurations of runs that one process trains in order.
+        chains: mappings from names to configurations; one process trains the runs of a chain in order.
         folder: folder that gets a subfolder with the name of each run.
         on_step: function that is called with a run's name and progress after each of its steps.
 

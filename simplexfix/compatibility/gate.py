@@ -167,7 +167,7 @@ class GateResult:
     """The result of `upgrade_gate`.
 
     Attributes:
-        outcomes: one per rule; one per rule and group for rules with group "*".
+        outcomes: one outcome per rule; one per rule and group for rules with group "*".
         scores: M by queries and gallery: "old_on_old", "new_on_old" and, if a rule or `unrelated` needed them,
             "new_on_new" and "unconstrained".
         protocol: name of the protocol.
@@ -282,7 +282,7 @@ def upgrade_gate(
         adapted: new queries and old gallery after an adapter (`simplexfix.adapters.adapted_version`); they are used for
             searches of new queries in the old gallery.
         unconstrained: version of a model that was trained without compatibility, of the same items, for "max_tax".
-        generator: of the bootstrap; None for `np.random.default_rng(0)`.
+        generator: random generator of the bootstrap; None for `np.random.default_rng(0)`.
 
     Returns:
         The outcomes of all rules, and the scores.

@@ -75,7 +75,7 @@ class State:
         return {version: member for version, member in self.models.items() if member.standing != RETIRED}
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; `from_dict` is its inverse."""
+        """Returns a dict for JSON; `from_dict` is its inverse."""
         return {
             "models": [
                 {"identity": member.identity.to_dict(), "standing": member.standing} for member in self.models.values()
@@ -100,11 +100,11 @@ class State:
 
 @dataclass(frozen=True)
 class Change:
-    """What a store does in one transaction.
+    """The changes that a store makes in one transaction.
 
     Attributes:
         state: the new state.
-        event: what the history gets.
+        event: event that is added to the history.
         restore: a version whose rows become those that they replaced; None: nothing is restored.
         drop: a version whose replaced rows are deleted; None: nothing is.
     """
@@ -229,10 +229,10 @@ def roll_back(state: State) -> State:
 
 
 def retire(state: State, version: int, rows: Mapping[int, int]) -> State:
-    """The state without a version.
+    """Returns the state without a version.
 
     Args:
-        rows: how many rows of the gallery are of each version.
+        rows: version -> number of its rows in the gallery.
 
     Raises:
         ValueError: there is no such version, it serves, it is retired, or rows are of it.

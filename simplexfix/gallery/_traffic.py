@@ -57,7 +57,7 @@ _all: weakref.WeakSet[Traffic] = weakref.WeakSet()
 
 
 def _begin_anew() -> None:
-    """In a forked child: the thread that held a lock does not exist there, and the counts are the parent's to write."""
+    """Begins anew in a forked child: a thread that held a lock is not there, and the parent writes the counts."""
     for traffic in _all:
         traffic._lock, traffic._times = threading.Lock(), {}
 

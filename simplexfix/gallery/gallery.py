@@ -153,7 +153,7 @@ class Gallery:
         Args:
             ids: [n] integers in [0, 2^63 - 2], each once, none of them in the gallery.
             vectors: [n, d] finite, as the model makes them; kept as float32, as they are.
-            model: which made them, admitted and not rolled back.
+            model: model that made the vectors, admitted and not rolled back.
             payload: a mapping for each row, or a mapping or table of columns, of JSON values; no key id, vector or
                 version.
 
@@ -178,7 +178,7 @@ class Gallery:
         Args:
             queries: [Q, d] finite, as the model makes them.
             k: at least 1.
-            model: which made them, admitted and not retired.
+            model: model that made the queries, admitted and not retired.
             where: payload key -> value, or list of values of which the row has one; all keys must hold.  Text
                 without U+0000, finite numbers, bools and None; integers beyond 64 bits are compared as float64.
 
@@ -214,9 +214,10 @@ class Gallery:
         """Admits a model, which serves from now on: its queries may come, and rows of others are stale.
 
         Args:
-            model: compatible with every model of the gallery that is not retired.
-            gate: of `upgrade_gate` on features of exactly the model that serves and this one, with their fingerprints.
-            force: the reason to admit it without a passed gate, which the history keeps.  It does not make a model
+            model: model that is compatible with every model of the gallery that is not retired.
+            gate: result of `upgrade_gate` on features of exactly the model that serves and this one, with their
+                fingerprints.
+            force: reason to admit the model without a passed gate; the history stores it.  It does not make a model
                 compatible.
             thresholds: (query version, vector version) -> threshold, the `ThresholdMove` of `upgrade_threshold`, or
                 None for queries that never come; for a gallery with thresholds all pairs that are new.

@@ -35,8 +35,8 @@ class BCT(ER):
         method = BCT(weight=1.0)
 
     Args:
-        weight: of the influence loss, above 0.
-        scale: of `LinearHead`; the old classifier keeps the scale of its training.
+        weight: weight of the influence loss, above 0.
+        scale: scale of `LinearHead`; the old classifier keeps the scale of its training.
         classification: replaces the cross-entropy in both terms; None for cross-entropy.
 
     Raises:

@@ -31,9 +31,9 @@ class FD(ER):
         method = FD(weight=1.0, distance="cosine")
 
     Args:
-        weight: of the distance, above 0.
+        weight: weight of the distance, above 0.
         distance: "cosine" or "l2".
-        scale: of `LinearHead`.
+        scale: scale of `LinearHead`.
         classification: replaces the cross-entropy; None for cross-entropy.
 
     Raises:

@@ -37,7 +37,7 @@ _NAME = re.compile(rf"({'|'.join(_METRICS)})(?:@([1-9][0-9]{{0,8}}))?")
 
 @dataclass(frozen=True)
 class RankingMetric:
-    """The functions of a `Protocol` that scores each query by a ranking metric.
+    """Scores each query by a ranking metric; its methods are the functions of a `Protocol`.
 
     Attributes:
         metric: a function of `simplexfix.retrieval.metrics`.
@@ -48,7 +48,7 @@ class RankingMetric:
     k: int | None
 
     def hits(self, version: VersionFeatures) -> Scores:
-        """Scores [Q] float64 of one pair of queries and gallery."""
+        """Returns the scores [Q] float64 of a version's queries on its gallery."""
         return np.concatenate(
             [self._of(RetrievalResults.search(version.take(block), k=self.k)) for block in self._blocks(version.items)]
         )

@@ -27,7 +27,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     """Reads a .json, .yaml or .yml file.
 
     Args:
-        path: of the file.
+        path: path of the file.
 
     Returns:
         The content as nested dicts, lists and values.

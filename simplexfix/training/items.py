@@ -158,7 +158,7 @@ def embeddings_of(items: Items, model: EmbeddingModel, *, preprocessing: Preproc
     Args:
         items: N items.
         model: any version, on any device.
-        preprocessing: of the trainer; None for that of the model.
+        preprocessing: preprocessing of the trainer; None for that of the model.
         workers: number of processes that read the items.
     """
     return model.extract(items.inputs, prepare=preprocessing or model.preprocessing, workers=workers).cpu()
@@ -172,7 +172,7 @@ class RowBatches:
     Args:
         rows: number of rows, at least 1.
         size: rows in a batch, at least 1.
-        seed: of the permutations.
+        seed: seed of the permutations.
 
     Raises:
         ValueError: `rows` or `size` is below 1.

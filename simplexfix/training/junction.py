@@ -78,7 +78,7 @@ def aligned_with_older(
         older: the older versions as they are deployed, oldest first, of the same width.
         parts: sets of items, such as a task's new ones and the remembered ones; empty sets are ignored.
             `Items.references` hold the embeddings by the first older versions without their rotations.
-        preprocessing: of all versions; None for each version's own.
+        preprocessing: preprocessing of all versions; None for each version's own.
         workers: number of processes that read items, as in `EmbeddingModel.extract`.
 
     Returns:

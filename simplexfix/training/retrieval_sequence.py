@@ -85,7 +85,7 @@ class SearchedSet:
     """The inputs of one data set for searches and for measuring drift.
 
     Args:
-        name: of the data set.
+        name: name of the data set.
         documents: [N, ...] inputs of the corpus.
         queries: [Q, ...] inputs of the test queries.
         items: the ids of both and their judgements.
@@ -117,7 +117,7 @@ class RetrievalData:
     """The data of a run over retrieval data sets, with the interface of `run_data.RunData`.
 
     Attributes:
-        tasks: one per data set, with the items of `pair_items`.
+        tasks: one task per data set, with the items of `pair_items`.
         searched: the data set of each task.
         prepare: preprocessing of rows.
     """
@@ -202,9 +202,10 @@ class RetrievalJudge:
     `QueryDrift.compensate`.
 
     Args:
-        data: of the run.
+        data: data of the run.
         extract: (version, inputs) -> [N, d] unit embeddings on the CPU.
-        folder: of the run.  From the second task on, `drift.safetensors` in a task's folder holds all drifts so far.
+        folder: folder of the run.  From the second task on, `drift.safetensors` in a task's folder holds all drifts so
+            far.
     """
 
     def __init__(self, data: RetrievalData, extract: Callable[[EmbeddingModel, Tensor], Tensor], folder: Path) -> None:

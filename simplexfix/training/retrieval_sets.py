@@ -51,7 +51,7 @@ def load_retrieval_set(folder: Path, *, features: bool = False) -> RetrievalSet:
     The .tsv files have the format of `simplexfix.labelled.RelevanceJudgements.load`.
 
     Args:
-        folder: of one data set.
+        folder: folder of one data set.
         features: whether to read features instead of texts.
 
     Raises:

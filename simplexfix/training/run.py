@@ -63,8 +63,8 @@ def train_run(
 
     Args:
         config: from `read_config` or `PRESETS`, or constructed.
-        folder: of this run only.
-        on_step: called with a `Progress` after every step.
+        folder: folder of this run only.
+        on_step: function that is called with a `Progress` after every step.
 
     Returns:
         The content of report.json.  "versions" has folder and fingerprint of each model.  Every search of `DataConfig`,
@@ -138,10 +138,10 @@ class _Run:
     """State that all functions of a run share.
 
     Args:
-        config, folder, data: of the run.
+        config, folder, data: configuration, folder and data of the run.
         device: a device that works on this machine.
         slots: registry to which pre-training and tasks add their classes.
-        watch: called after every step.
+        watch: function that is called after every step.
     """
 
     config: RunConfig
@@ -273,7 +273,7 @@ class _LabelledJudge:
     """Evaluates versions on labelled items, by all protocols for each search.
 
     Args:
-        data: of the run.
+        data: data of the run.
         extract: (version, inputs) -> embeddings [N, d].
         protocols: names of protocols.
         names: class names by search.

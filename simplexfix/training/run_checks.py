@@ -67,7 +67,7 @@ def check_networks(config: RunConfig, inputs: int, prepared: Tensor) -> None:
     """Checks all networks of a run: accepted inputs, output width, rows per part of a batch, and embedding width.
 
     Args:
-        config: of the run.
+        config: configuration of the run.
         inputs: argument of `ModelConfig.backbone`.
         prepared: a few preprocessed inputs.
 

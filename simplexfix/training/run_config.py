@@ -209,7 +209,7 @@ class ReplacementConfig:
         model: the network.
         classes: number of classes of pre-training with source="apart", the first ones in the seed's order; 0 for no
             pre-training.
-        schedule: of pre-training; None for no pre-training.
+        schedule: schedule of pre-training; None for no pre-training.
         epochs: passes over the items of pre-training, instead of the schedule's steps; None for the steps.
         source: items of pre-training.  "apart": classes that no task uses, or those of `data.pretraining`.  "tasks":
             all items of the earlier tasks; classes keep their slots, and er, fd and bct keep the linear classifier.
@@ -351,10 +351,10 @@ class RunConfig:
 
     Args:
         tasks: the sequence of tasks.
-        schedule: of every task without its own schedule.
+        schedule: schedule of every task without its own schedule.
         data, model, method, trainer: options of the parts.
         protocols: names of `simplexfix.retrieval.PROTOCOLS`, by which versions are judged at the end.
-        seed: of splits, weights, batches and memory, at least 0.
+        seed: seed of splits, weights, batches and memory, at least 0.
 
     Raises:
         ValueError: an option is out of range, or two options exclude each other; the message names them.

@@ -44,7 +44,7 @@ class RunData:
     """The data of a run on labelled items.
 
     Attributes:
-        tasks: one per version.
+        tasks: one task per version.
         pretraining: items for pre-training replacements; their classes are 0, 1, ... in the seed's order.
         searched: name -> (query, gallery): the searches of `DataConfig`, and "validation" if items were held out, which
             searches the training items with the held-out ones.

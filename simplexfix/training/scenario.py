@@ -61,7 +61,7 @@ def class_order(labels: Tensor, *, seed: int) -> Tensor:
 
     Args:
         labels: [N] int64 class ids.
-        seed: of the order.
+        seed: seed of the order.
 
     Returns:
         [C] int64 distinct class ids of `labels`; entry i has id i in the scenario.
@@ -83,7 +83,7 @@ def class_incremental(items: Items | Dataset[Any], counts: Sequence[int], *, see
     Args:
         items: N labelled items, or a map-style dataset (`Items.from_dataset`).
         counts: number of new classes of each task, at least 1; classes beyond their sum are not used.
-        seed: of the order of classes.
+        seed: seed of the order of classes.
 
     Returns:
         One task per count, with all items of its new classes.
@@ -118,7 +118,7 @@ def instance_incremental(items: Items | Dataset[Any], parts: int, *, seed: int) 
     Args:
         items: N labelled items, or a map-style dataset (`Items.from_dataset`).
         parts: number of tasks, from 1 to the number of items of the smallest class.
-        seed: of the split and of the order of classes.
+        seed: seed of the split and of the order of classes.
 
     Returns:
         `parts` tasks, which have no item in common.
@@ -154,7 +154,7 @@ def dataset_sequence(sets: Sequence[Items | Dataset[Any]], *, seed: int) -> list
 
     Args:
         sets: labelled items or map-style datasets, with inputs of one shape and dtype.
-        seed: of the order of classes within each data set.
+        seed: seed of the order of classes within each data set.
 
     Raises:
         TypeError: a dataset is not map-style, or its labels are not integers.
@@ -216,11 +216,11 @@ def train_versions(
 
     Args:
         trainer: trainer with the method.
-        tasks: from `class_incremental` and the like, or constructed.
+        tasks: tasks in order, from `class_incremental` and the like, or constructed.
         start: returns the first network: an `EmbeddingModel`, or a backbone with `out_features`, which gets a new head.
-        schedule: one for all tasks, or one for each.
-        seed: of new weights, batches and the choice of remembered items.
-        rehearsal: (version, items, generator) -> indices [n] of items to remember; None for no memory.
+        schedule: one schedule for all tasks, or one for each.
+        seed: seed of new weights, batches and the choice of remembered items.
+        rehearsal: function (version, items, generator) -> indices [n] of items to remember; None for no memory.
         replacements: task number -> function that returns the replacement before this task, of any architecture.  An
             `EmbeddingModel` keeps its pre-trained head.  A backbone with `out_features` gets a new head, with a
             junction of its width and the same slots.
@@ -228,12 +228,13 @@ def train_versions(
             "deployed": the deployed version; the first version of all has no old model.
             "replacement": the replacement as it came, as in the authors' code; it needs a trained head.
             "deployed_or_replacement": the deployed version, or for the first version the replacement as it came.
-            "all": as None.  In every task each batch also draws one older version uniformly, and its remembered items
-            are held to their embeddings by that version.  The memory stores these embeddings, [N, versions, d] float32,
-            without augmentation.  A step does not run older versions, but they stay in memory to embed the items that
-            are remembered next.  "all" acts on methods whose loss calls `old(input)`, such as HOC and FD by cosine.
-            None: for HOC as "deployed_or_replacement" if the first replacement has a trained head, else "deployed";
-            for other methods "deployed".
+            "all": the same as None.  In every task each batch also draws one older version uniformly, and its
+            remembered items are held to their embeddings by that version.  The memory stores these embeddings,
+            [N, versions, d] float32, without augmentation.  A step does not run older versions, but they stay in memory
+            to embed the items that are remembered next.  "all" acts on methods whose loss calls `old(input)`, such as
+            HOC and FD by cosine.
+            None: for HOC "deployed_or_replacement" if the first replacement has a trained head, else "deployed"; for
+            other methods "deployed".
         replacement_junction: "kept" leaves the junction of a replacement that follows a deployed version as it is;
             "aligned" turns it towards that version in closed form (`Trainer.fit`).  None: "aligned" for HOC with the
             simplex cross-entropy and another reference than "replacement", where the junction has no bias; else "kept".
@@ -246,15 +247,16 @@ def train_versions(
             items have half of the weight each.  The iterator yields the rotated versions; training, rehearsal and
             stored embeddings use the versions without rotations.  Older versions stay in memory, and each embeds these
             items once a task.  None: "older" for HOC with another reference than "replacement", else "none".
-        folder: of the run.
-        on_step: called after every step with the task's number and its own (`Trainer.fit`).
+        folder: folder of the run; None to write nothing.
+        on_step: function that is called after every step with the numbers of the task and of the step in it.
 
     Raises:
-        ValueError: a number of schedules that is not that of tasks, a replacement for no task, an unknown reference,
-            "replacement" where that has no trained head, or a head whose embeddings are of another width; "all" without
-            rehearsal, or with a method that it cannot act on; an "aligned" junction with "replacement"; an `align`
-            that is not the one a folder began with; "older" with uint8 items and no preprocessing.
-        TypeError: "older" with versions that have prefixes, such as OCA's.
+        ValueError: the number of schedules differs from that of tasks; a replacement is for no task, or its embeddings
+            have another width; an option has an unknown name; "replacement" is chosen, and a replacement has no trained
+            head; "all" is chosen without rehearsal, or with a method that it cannot act on; an "aligned" junction is
+            combined with "replacement"; the folder began with another `align`; "older" is chosen, and items are uint8
+            without preprocessing.
+        TypeError: "older" is chosen, and versions have prefixes, such as OCA's.
 
     Example:
         >>> import torch
@@ -520,7 +522,7 @@ def _check_directions(option: str, method: Method) -> None:
     """Checks that the method's loss compares directions with `old(input)`.
 
     Raises:
-        ValueError: it does not.
+        ValueError: the loss does not.
     """
     if isinstance(method, ReadsOldEmbeddings) or getattr(method, "distance", "cosine") != "cosine":
         raise ValueError(

@@ -29,10 +29,10 @@ class Schedule:
         learning_rate: its maximum, above 0.
         batch: rows in a step, of all processes; half of them come from the memory if there is one.
         warmup: fraction of the steps, in [0, 1].
-        weight_decay: of weight matrices and filters, at least 0; biases and normalisation have none.
+        weight_decay: weight decay of weight matrices and filters, at least 0; biases and normalisation have none.
         final_learning_rate: rate at the end of the decay, in [0, learning_rate].
         optimizer: "adamw" or "sgd".
-        momentum: of "sgd", in [0, 1).
+        momentum: momentum of "sgd", in [0, 1).
         clip: maximum norm of the whole gradient, above 0; None for no clipping.
         accumulate: number of parts into which each process splits its rows of a batch, to save memory.  Losses that
             compare rows, and batch normalisation, use one part at a time.

@@ -59,7 +59,7 @@ class Trainer:
             unchanged.
         preprocessing: the same without augmentation; every version gets it as its `preprocessing`, and methods that
             read old embeddings, such as OCA, extract with it.  None keeps that of the parent.
-        device: of the training.
+        device: device of the training.
         precision: "float32", or "bfloat16" or "float16" for autocast; float16 uses a loss scale.
         ema: decay of an exponential mean of the weights, in (0, 1); the version has the mean.  None for no mean.
         compile: whether to compile the backbone with `torch.compile`.
@@ -155,7 +155,7 @@ class Trainer:
             items: new inputs and class ids, or a map-style dataset that `Items.from_dataset` takes.
             schedule: budget and learning rate.
             classes: all class ids so far, 0 up to the last.
-            seed: of batches, augmentation and new weights.
+            seed: seed of batches, augmentation and new weights.
             memory: remembered items of earlier classes, half of every batch; None for no memory.
             old: the deployed version, in evaluation mode, whose gallery must stay searchable; it is not trained.  Its
                 rotation is used; `train_versions` passes versions without one.
@@ -165,9 +165,9 @@ class Trainer:
             denoise: eta, in [0, 1].  Embeddings u by `old` move towards the mean m of their class over new and
                 remembered items: n((1 - eta) u + eta m).  0 leaves them as they are.  It acts on methods whose loss
                 calls `old(input)`.
-            folder: of this version only; None to write nothing.
-            on_step: called after every step, and after its line of the log is written, with the number of the step,
-                from 1 to `schedule.steps`.
+            folder: folder of this version only; None to write nothing.
+            on_step: function that is called after every step, and after its line of the log is written, with the
+                number of the step, from 1 to `schedule.steps`.
 
         Returns:
             The version, in evaluation mode.

@@ -1,7 +1,7 @@
 """Tests the Milvus store beyond what test_gallery_contract.py tests of all stores.
 
 Most tests use a file of Milvus Lite; the last one uses a server, which is killed and restarted.  A *turn* is the right
-to write to a gallery: one store has it at a time, and renews it regularly (its "sign of life").  The commit of a change
+to write to a gallery: one store has it at a time, and renews it regularly (its heartbeat).  The commit of a change
 is one rename of a collection.
 """
 
@@ -120,7 +120,7 @@ def test_a_call_whose_nth_request_fails_takes_full_effect_or_none(tmp_path: Path
 
 
 def test_a_stalled_writer_loses_its_turn_and_writes_nothing(lite: str, gallery: Gallery, monkeypatch) -> None:
-    """Another store takes the turn once the writer has given no sign of life for `DEAD_SECONDS`."""
+    """Another store takes the turn once the writer has had no heartbeat for `DEAD_SECONDS`."""
     monkeypatch.setattr(_milvus_register, "DEAD_SECONDS", 0.2)
     before, other = stored_rows(gallery), Gallery.open(lite)
     pack, calls = _milvus_rows.pack, []
@@ -141,7 +141,7 @@ def test_a_stalled_writer_loses_its_turn_and_writes_nothing(lite: str, gallery: 
 
 
 def test_a_writer_whose_turn_was_taken_never_reports_a_commit(lite: str, gallery: Gallery, monkeypatch) -> None:
-    """The turn ends between the last sign of life and the commit, and the other store commits a later change."""
+    """The turn ends between the last heartbeat and the commit, and the other store commits a later change."""
     monkeypatch.setattr(_milvus_register, "DEAD_SECONDS", 0.2)
     before, other = stored_rows(gallery), Gallery.open(lite)
     commit = _milvus_register.Register.commit

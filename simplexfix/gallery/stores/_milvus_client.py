@@ -24,14 +24,14 @@ __all__ = ["SECONDS", "Connection", "Fields", "GoneError", "chunks", "no_beat", 
 
 Fields: TypeAlias = "Sequence[tuple[str, str, dict[str, Any]]]"  # name, type and options; the primary key first
 
-SECONDS = 20.0  # for one request
-_MESSAGE = 8 << 20  # bytes of one request or answer; servers take 64 MiB
+SECONDS = 20.0  # timeout of one request
+_MESSAGE = 8 << 20  # bytes of rows in one request; servers accept 64 MiB
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9]*(?:_[A-Za-z0-9]+)*")
 _NOT_FOUND = 100  # Milvus's code for a collection that does not exist
 
 
 def no_beat() -> None:
-    """Gives no sign of life: for readers and short calls."""
+    """A heartbeat that does nothing, for readers and short calls."""
 
 
 class GoneError(StoreError):
@@ -39,7 +39,7 @@ class GoneError(StoreError):
 
 
 def split_url(url: str) -> tuple[str, str, str]:
-    """The address, the name of the gallery, and the url without user and password.
+    """Returns the address, the name of the gallery, and the url without user and password.
 
     Raises:
         ValueError: the url has another form.
@@ -56,6 +56,7 @@ def split_url(url: str) -> tuple[str, str, str]:
 
 
 def chunks(items: Sequence[Any], size: int) -> Iterator[Any]:
+    """Yields slices of at most `size` items."""
     for first in range(0, len(items), size):
         yield items[first : first + size]
 
@@ -64,8 +65,8 @@ class Connection:
     """Requests to a `MilvusClient`, from any number of threads.
 
     Attributes:
-        shown: the address without user and password, for messages.
-        alone: whether no other process can be connected: one process at a time may open a file.
+        shown: the url without user and password, for messages.
+        alone: whether the address is a file, which only one process at a time may open.
     """
 
     def __init__(self, address: str, shown: str) -> None:
@@ -87,7 +88,7 @@ class Connection:
     # requests
 
     def names(self) -> list[str]:
-        """The names of all collections."""
+        """Returns the names of all collections."""
         return self._call(lambda client: client.list_collections(timeout=SECONDS))  # type: ignore[no-any-return]
 
     def rename(self, old: str, new: str) -> None:
@@ -119,8 +120,8 @@ class Connection:
     def load(self, name: str, beat: Callable[[], None]) -> None:
         """Blocks until the collection can be searched.  A server loads a collection once, for all clients.
 
-        A writer gives its signs of life by `beat`, which is called every 20 ms: loading can take longer than the time
-        after which a silent writer loses its turn.
+        A writer passes its heartbeat as `beat`, which is called about every 20 ms: loading can take longer than the
+        time after which a writer without heartbeats loses its turn.
         """
         beat()
 
@@ -151,7 +152,7 @@ class Connection:
         return stamp
 
     def query(self, name: str, where: str, fields: Sequence[str], stamp: int) -> list[dict[str, Any]]:
-        """All rows for which the expression holds."""
+        """Returns all rows for which the expression holds."""
         found = self._call(
             lambda client: client.query(
                 name,
@@ -168,7 +169,7 @@ class Connection:
         self, name: str, field: str, values: Sequence[int | str], where: str, fields: Sequence[str], stamp: int,
         size: int = 4096,
     ) -> list[dict[str, Any]]:  # fmt: skip
-        """Rows whose field has one of these values, and for which the expression holds."""
+        """Returns the rows whose field has one of these values, and for which the expression holds."""
         found: list[dict[str, Any]] = []
         for some in chunks(values, size):
             condition = f"{field} in {_listed(some)}" + (f" and {where}" if where else "")
@@ -176,7 +177,7 @@ class Connection:
         return found
 
     def search(self, name: str, queries: Any, limit: int, where: str, fields: Sequence[str], stamp: int) -> Any:
-        """For each query a list of `id`, `distance` and `entity`, highest score first."""
+        """Returns for each query a list of dicts with `id`, `distance` and `entity`, highest score first."""
         return self._call(
             lambda client: client.search(
                 name,
@@ -246,7 +247,7 @@ class Connection:
 
 
 _users: dict[str, int] = {}  # connections of this process, by file
-_turns: dict[str, threading.RLock] = {}
+_turns: dict[str, threading.RLock] = {}  # locks of requests, by file
 _users_lock = threading.RLock()
 
 
@@ -276,13 +277,13 @@ def _writing(call: str, name: str, columns: list[dict[str, Any]]) -> Callable[[A
 
 
 def _columns(fields: Fields, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows by field, which pymilvus converts in half the time of rows."""
+    """Returns one column of values per field, which pymilvus converts in half the time of rows."""
     from pymilvus import DataType
 
     columns = []
     for field, kind, _ in fields:
         values = [row[field] for row in rows]
-        if kind == "FLOAT_VECTOR":  # it copies Python's floats faster than NumPy's
+        if kind == "FLOAT_VECTOR":  # pymilvus copies Python's floats faster than NumPy's
             values = [value.tolist() if isinstance(value, np.ndarray) else value for value in values]
         columns.append({"name": field, "type": DataType[kind], "values": values})
     return columns

@@ -46,7 +46,7 @@ def repair(file: str, url: str) -> None:
 def _repair_collection(collection: Path) -> None:
     """Deletes remains that Milvus Lite itself does not delete when it opens a collection."""
     if not Path(collection, "schema.json").exists():  # its creation or deletion was not finished
-        shutil.rmtree(collection)  # it is not listed, and no collection of its name can be created
+        shutil.rmtree(collection)  # Milvus Lite does not list it, and refuses a new one of its name
         return
     try:
         number = json.loads(Path(collection, "manifest.json").read_text())["active_wal_number"]

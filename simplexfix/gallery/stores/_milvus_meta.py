@@ -81,7 +81,7 @@ class Meta:
     # leases
 
     def leases(self, epoch: int, stamp: int, *, now: float) -> dict[int, tuple[str, float]]:
-        """By id, the worker and the end of each lease that runs."""
+        """Returns by id the worker and the end of each lease that runs."""
         where = f'kind == "lease" and number == {epoch} and until > {now!r}'
         found = self._connection.query(self.name, where, ["item", "body", "until"], stamp)
         return {entry["item"]: (entry["body"], entry["until"]) for entry in found}

@@ -6,8 +6,8 @@ rename: it is atomic, and it fails for a writer that has lost its turn.
     NAME__at_{change}_{stamp}_{tried}                    nobody writes
     NAME__at_{change}_{stamp}_{tried}__by_{writer}_{n}   a writer prepares change `tried`
 
-A writer renames the collection regularly, as its sign of life.  If the name does not change for `DEAD_SECONDS`, another
-writer takes the turn under a higher number.  What the dead one has written then stays invisible for good.
+A writer renames the collection regularly, as its heartbeat.  If the name does not change for `DEAD_SECONDS`, another
+writer takes the turn under a higher number.  The rows that the dead writer has written stay invisible for good.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class UnknownError(StoreError):
     """It is unknown whether a change was committed."""
 
 
-DEAD_SECONDS = 30.0  # without a sign of life; a writer gives ten in this time, and gives up after half of it
+DEAD_SECONDS = 30.0  # without a heartbeat; one is due every tenth of it, and a writer gives up after half of it
 _WAIT_SECONDS = 120.0  # for others to end their turns
 _POLL_SECONDS = 0.02
 _PROCESS = uuid.uuid4().hex[:12]
@@ -51,8 +51,8 @@ class Position:
         change: the last committed change; 0: the gallery is not complete.
         stamp: a read with this stamp returns everything that was committed.
         tried: the highest number that a writer has used.
-        writer: the one that has the turn; "" for none.
-        beats: how many signs of life that writer has given.
+        writer: writer that has the turn; "" for none.
+        beats: number of that writer's heartbeats.
     """
 
     change: int
@@ -75,7 +75,7 @@ class Register:
         self._pattern = re.compile(rf"{gallery}__at_(\d+)_(\d+)_(\d+)(?:__by_([0-9a-f]+)_(\d+))?")
         self._store = uuid.uuid4().hex[:12]
         self._mine: Position | None = None
-        self._seen = 0.0  # when the last sign of life was given
+        self._seen = 0.0  # time of the last heartbeat
         self.lock = threading.RLock()
 
     def create(self) -> None:
@@ -121,7 +121,7 @@ class Register:
             time.sleep(_POLL_SECONDS)
 
     def beat(self) -> None:
-        """Gives a sign of life if one is due.  A writer calls it before each of its requests.
+        """Renames the collection if a heartbeat is due.  A writer calls it before each of its requests.
 
         Raises:
             StoreError: the turn was lost, or this process stood still so long that another one may have taken it.

@@ -94,7 +94,7 @@ class Snapshot:
     """Reads of one change.
 
     Attributes:
-        record: of the change.
+        record: record of the change.
         stamp: timestamp of the server up to which reads return all writes.
     """
 
@@ -122,13 +122,13 @@ class Snapshot:
         return [row["id"] for row in self.connection.query(self.rows_of(version), where, ["id"], self.stamp)]
 
     def keys_of(self, version: int) -> dict[int, int]:
-        """By id, the keys of all rows of a version that are in the gallery."""
+        """Returns by id the keys of all rows of a version that are in the gallery."""
         where = self.record.live(version)
         found = self.connection.query(self.rows_of(version), where, ["id", "key"], self.stamp)
         return {row["id"]: row["key"] for row in found}
 
     def rows(self, ids: list[int] | None) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-        """By version, whole rows that are in the gallery: of these ids, or all."""
+        """Returns by version the whole rows that are in the gallery, of these ids or all."""
         for version in self.record.rows:
             wanted = self.ids_of(version) if ids is None else ids
             yield version, self.fetch(version, wanted, self.record.live(version))

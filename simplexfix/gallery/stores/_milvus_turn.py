@@ -26,9 +26,9 @@ class Turn:
     """The change that a writer prepares.
 
     Attributes:
-        change: its number.
+        change: number of the change.
         before: the gallery as of the last change.
-        record: of this change.
+        record: record of this change.
         state, event: the new state, and the event for the history; None for none.
         commits: whether there is anything to commit.
         restores: whether it is a rollback, which moves rows and writes none.
@@ -140,10 +140,10 @@ class Turn:
 
 @contextmanager
 def taken(snapshots: Snapshots, *, wait: float | None = None) -> Iterator[Turn]:
-    """This writer's turn.  Its change is committed at the end, or after an error never.
+    """Takes this writer's turn.  Its change is committed at the end; after an error it never is.
 
     Args:
-        wait: seconds for others to end theirs; None: as long as they give signs of life.
+        wait: seconds for others to end their turns; None: no limit while their heartbeats go on.
     """
     register = snapshots.register
     if not register.lock.acquire(timeout=-1 if wait is None else wait):

@@ -130,7 +130,7 @@ _all: weakref.WeakSet[VersionsIndex] = weakref.WeakSet()
 
 
 def _free_locks() -> None:
-    """In a forked child: the threads that searched do not exist there."""
+    """Frees the locks in a forked child: the threads that held them do not exist there."""
     for index in _all:
         index._turn, index._searches = threading.Condition(), 0
 

@@ -39,11 +39,11 @@ class StoredRows:
 
 @dataclass(frozen=True)
 class Leased:
-    """Rows that a worker of a backfill has at the moment.
+    """Rows that are leased to one worker of a backfill.
 
     Attributes:
-        rows: how many.
-        until: when the last of its leases ends, in seconds since 1970.
+        rows: number of rows.
+        until: end of the last of the leases, in seconds since 1970.
     """
 
     worker: str

@@ -465,7 +465,7 @@ def _drop(connection: sqlite3.Connection, version: int) -> int:
 
 
 def _matching(connection: sqlite3.Connection, where: Mapping[str, tuple[Any, ...]]) -> dict[int, NDArray[np.int64]]:
-    """By version, the ids of rows whose payload has one of the values under each key."""
+    """Returns by version the ids of rows whose payload has one of the values under each key."""
     condition = """exists (
       select 1 from json_each(payload) as field where key = :key_{0} and case type
         when 'text' then atom in (select value from json_each(:texts_{0}))
