@@ -57,8 +57,8 @@ def delayed() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-    if came:
-        before(*came[0])
+        if came:  # also if the block raised another exception
+            before(*came[0])
 
 
 def _may_set_handlers() -> bool:

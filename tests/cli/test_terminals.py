@@ -215,7 +215,12 @@ def turned_into_another_error(*_: object) -> SimpleNamespace:
     return SimpleNamespace(run=run)
 
 
-@pytest.mark.parametrize("imported", [swallowed, turned_into_another_error])
+def failing(*_: object) -> SimpleNamespace:
+    signal.raise_signal(signal.SIGINT)
+    raise ImportError("half of torch is missing")
+
+
+@pytest.mark.parametrize("imported", [swallowed, turned_into_another_error, failing])
 def test_ctrl_c_that_another_library_loses(monkeypatch, capsys, imported) -> None:
     monkeypatch.setattr("simplexfix.cli.importlib.import_module", imported)
     assert main(["doctor"]) == 130

@@ -12,6 +12,7 @@ import os
 import threading
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +24,7 @@ from test_gallery_contract import stored_rows
 
 from simplexfix.gallery import Gallery, StoreError
 
-pytest.importorskip("pymilvus", reason="Milvus needs pymilvus")
+pymilvus = pytest.importorskip("pymilvus", reason="Milvus needs pymilvus")
 
 from simplexfix.gallery.stores import _milvus_client, _milvus_register, _milvus_rows, _milvus_search, milvus
 from simplexfix.gallery.stores._milvus_rows import Record
@@ -343,6 +344,23 @@ def test_leftovers_of_a_killed_process_are_cleared_from_a_file(tmp_path: Path, l
         gallery.replace(IDS, vectors(IDS, 1), model=B)
         assert gallery.search(vectors(IDS[:1], 1), len(IDS), model=B).ids[0].tolist().count(0) == 1
     assert logs
+
+
+def test_threads_that_open_a_file_at_the_same_time(lite: str, gallery: Gallery, monkeypatch) -> None:
+    gallery.close()
+    made = pymilvus.MilvusClient
+
+    def slow(*arguments: object, **options: object) -> object:
+        client = made(*arguments, **options)  # locks the file
+        time.sleep(0.3)
+        return client
+
+    monkeypatch.setattr(pymilvus, "MilvusClient", slow)
+    with ThreadPoolExecutor(2) as threads:
+        opened = list(threads.map(Gallery.open, [lite, lite]))
+    for each in opened:
+        assert each.ids().tolist() == IDS.tolist()
+        each.close()
 
 
 def test_a_file_that_another_process_has_open_is_named(lite: str, gallery: Gallery) -> None:

@@ -234,14 +234,12 @@ class Connection:
             if self._client is None:
                 from pymilvus import MilvusClient
 
-                if self.alone:
-                    with _users_lock:
-                        if not _users.get(self._address):
-                            repair(self._address, self.shown)
-                self._client = MilvusClient(self._address, timeout=SECONDS)
-                self._finish = weakref.finalize(self, _end, self._client, self._address, self.alone, self._pid)
-                if self.alone:
-                    with _users_lock:
+                with _users_lock if self.alone else nullcontext():  # others of this process wait: the file is locked
+                    if self.alone and not _users.get(self._address):
+                        repair(self._address, self.shown)
+                    self._client = MilvusClient(self._address, timeout=SECONDS)
+                    self._finish = weakref.finalize(self, _end, self._client, self._address, self.alone, self._pid)
+                    if self.alone:
                         _users[self._address] = _users.get(self._address, 0) + 1
             return self._client
 
