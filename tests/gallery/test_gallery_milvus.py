@@ -24,7 +24,9 @@ from test_gallery_contract import stored_rows
 
 from simplexfix.gallery import Gallery, StoreError
 
-pymilvus = pytest.importorskip("pymilvus", reason="Milvus needs pymilvus")
+pytest.importorskip("pymilvus", reason="Milvus needs pymilvus")
+
+import pymilvus
 
 from simplexfix.gallery.stores import _milvus_client, _milvus_register, _milvus_rows, _milvus_search, milvus
 from simplexfix.gallery.stores._milvus_rows import Record
