@@ -4,6 +4,7 @@ compare within one run."""
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from functools import cache, partial
 from typing import Any
 
@@ -53,12 +54,12 @@ class SlowPeer:
     def limits(self) -> dict[str, Any]:
         return {}
 
-    def errors(self) -> dict[str, float]:
-        return {"simplexfix": 0.0, "peer": 0.0}
+    def errors(self, skipped: Collection[str] = ()) -> dict[str, float]:
+        return {name: call() or 0.0 for name, call in self.candidates().items() if name not in skipped}
 
 
-def test_a_slow_peer_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is timed once after its first call, and its memory is not measured.
+def test_a_slow_peer_is_called_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first call is timed, and neither its memory nor its error is measured.
 
     torch's bfloat16 products took minutes per call with AVX2.
     """
@@ -66,7 +67,7 @@ def test_a_slow_peer_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "peak_memory", lambda case, name: weighed.append(name) or 0)
     case = SlowPeer(monkeypatch)
     result = run.measure(case, 2.0, compiled=False)
-    assert case.calls["peer"] == 2
+    assert case.calls["peer"] == 1
     assert case.calls["simplexfix"] > 1000
     assert result["times ours"]["peer"] == pytest.approx(1e5)
     assert weighed == ["simplexfix"]
@@ -75,4 +76,4 @@ def test_a_slow_peer_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_rounds_of_a_case_end(monkeypatch: pytest.MonkeyPatch) -> None:
     case = SlowPeer(monkeypatch)
     measure.interleave({"peer": partial(case.call, "peer", 1.0)}, seconds=2.0)
-    assert case.now == 1.0 * (3 + 2 * 3)  # three rounds, each of which calls it twice
+    assert case.now == 1.0 * (2 + 2 * 3)  # three rounds, each of which calls it twice

@@ -257,7 +257,7 @@ def test_killed_at_a_statement_of_a_call_it_is_whole_or_not_there(tmp_path, kind
                 if statements == last:
                     os.kill(os.getpid(), signal.SIGKILL)
 
-            gallery._store._writer.now.set_trace_callback(count)
+            gallery._store._writer.current.set_trace_callback(count)
             take(gallery, STEPS[before])
             say(statements)
 
@@ -516,7 +516,7 @@ def test_taking_over_a_few_rows_reads_no_others(tmp_path) -> None:
     gallery.admit(B, force="test")
     gallery.replace(range(5), ALL[1][:5], model=B)
     statements: list[str] = []
-    reader = gallery._store._reader.now
+    reader = gallery._store._reader.current
     reader.set_trace_callback(statements.append)
     assert gallery.search(ALL[0][:5], 1, model=B).versions.tolist() == [[1]] * 5
     reader.set_trace_callback(None)
