@@ -375,18 +375,23 @@ def test_no_query_misses_a_row_while_two_workers_replace_all(url: str, tmp_path)
         gallery.add(ids, old, model=A)
         gallery.admit(B, force="test")
 
+    rounds = tmp_path / "rounds"  # has a byte for each round of searches
+    rounds.touch()
+
     def work(say: Callable[[object], None]) -> None:
         with Gallery.open(url) as mine:
             say("ready")
-            while not (tmp_path / "go").exists():
-                time.sleep(0.001)
-            for batch in mine.stale(batch=64):
+            for number, batch in enumerate(mine.stale(batch=64)):
+                next_round = rounds.stat().st_size + 1
+                for _ in range(10_000 if number < 5 else 0):  # so that both workers, and searches between, get a turn
+                    if rounds.stat().st_size >= next_round:
+                        break
+                    time.sleep(0.001)
                 time.sleep(0.005)  # of a model
                 say(mine.replace(batch, new[batch], model=B))
 
     workers = [Child(work) for _ in range(2)]
     assert [worker.line() for worker in workers] == ["ready\n"] * 2
-    (tmp_path / "go").touch()
     searches, seen, gallery = 0, set(), Gallery.open(url)
     while (status := gallery.status())["stale"]:
         for model, queries in ((B, new), (A, old)):
@@ -397,6 +402,8 @@ def test_no_query_misses_a_row_while_two_workers_replace_all(url: str, tmp_path)
         everything = gallery.search(new[:1], rows, model=B)
         assert sorted(everything.ids[0].tolist()) == ids.tolist()
         seen.add(status["stale"])
+        with rounds.open("ab") as file:
+            file.write(b".")
     ended = [worker.end() for worker in workers]
     assert [code for _, code in ended] == [0, 0]
     replaced = [sum(map(int, lines)) for lines, _ in ended]
