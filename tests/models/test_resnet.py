@@ -8,6 +8,7 @@ import types
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from simplexfix.models import ResNet18, external_backbone
@@ -50,6 +51,24 @@ def test_gradients_are_those_of_float64(width: int) -> None:
         network(images.to(dtype)).square().sum().backward()
     for (name, p), q in zip(model.named_parameters(), exact.parameters(), strict=True):
         assert (p.grad - q.grad).norm() < 1e-3 * q.grad.norm() + 1e-6, name
+
+
+@pytest.mark.parametrize("size", [(8, 8), (16, 16), (16, 40), (32, 32), (64, 64)])
+def test_layers_of_one_pixel_are_convolutions_too(size: tuple[int, int]) -> None:
+    """They run as matrix products; the same layers as convolutions give the same features and gradients."""
+    torch.manual_seed(0)
+    model = ResNet18(width=4).double()
+    x = images = torch.randn(4, 3, *size, dtype=torch.float64)
+    x = model.maxpool(F.relu(model.bn1(model.conv1(x))))
+    for block in (*model.layer1, *model.layer2, *model.layer3, *model.layer4):
+        shortcut = x if block.downsample is None else block.downsample(x)
+        x = F.relu(shortcut + block.bn2(block.conv2(F.relu(block.bn1(block.conv1(x))))))
+    features = x.mean((2, 3))
+    torch.testing.assert_close(model(images), features)
+    parameters = tuple(model.parameters())
+    expected = torch.autograd.grad(features.square().sum(), parameters)
+    for actual, exact in zip(torch.autograd.grad(model(images).square().sum(), parameters), expected, strict=True):
+        torch.testing.assert_close(actual, exact, rtol=1e-9, atol=1e-12 * exact.abs().max().item())
 
 
 @pytest.mark.parametrize(
