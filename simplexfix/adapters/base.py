@@ -1,4 +1,4 @@
-"""What an adapter is, and what every method of fitting one offers."""
+"""Defines adapters and the interface of all methods that fit one."""
 
 from __future__ import annotations
 
@@ -212,7 +212,7 @@ class Adapter(nn.Module):
     def identity(
         self, *, version: int = 0, name: str = "", old: str | None = None, new: str | None = None
     ) -> ModelIdentity:
-        """What `save_pretrained` would return."""
+        """Returns the value that `save_pretrained` would return."""
         return identity_of(self, version=version, name=name, old=old, new=new)
 
     def extra_repr(self) -> str:

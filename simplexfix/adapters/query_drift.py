@@ -161,7 +161,7 @@ class QueryDrift(nn.Module):
         return self.sums[at] / self.counts[at]
 
     def explained_fraction(self, version: int) -> float:
-        """How much of a step's drift is the translation D_t, in [0, 1]; nan where no query moved.
+        """Fraction of each step's drift that the translation D_t explains, in [0, 1]; nan where no query moved.
 
             |D_t|^2 / mean |n(f_t(q)) - n(f_{t-1}(q))|^2
 
@@ -216,7 +216,7 @@ class QueryDrift(nn.Module):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> QueryDrift:
-        """What `save` wrote, on the CPU.
+        """Returns the drift that `save` wrote, on the CPU.
 
         Raises:
             OSError: it cannot be read.

@@ -80,7 +80,7 @@ class SimplexJunction(AdapterMethod):
         self.slots_for(features)
 
     def slots_for(self, features: PairedFeatures) -> int:
-        """How many slots the simplex has for these versions."""
+        """Returns the number of slots that the simplex has for these versions."""
         least = max(features.num_classes, 1 + max(features.width(i) for i in range(len(features.versions))))
         if self.slots is None:
             return least

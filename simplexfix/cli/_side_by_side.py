@@ -63,7 +63,7 @@ def train_side_by_side(
                     process.join()
                     if process.exitcode:
                         raise ChildProcessError(
-                            f"a process that trained was ended, with exit code {process.exitcode}; if the machine was "
+                            f"a training process ended with exit code {process.exitcode}; if the machine was "
                             "out of memory, close other programs and try again"
                         ) from None
                     continue

@@ -48,7 +48,7 @@ class Member:
 
 @dataclass(frozen=True)
 class State:
-    """What a store keeps beside the rows.
+    """State of a gallery that a store keeps beside the rows.
 
     Attributes:
         models: by version, in the order of their first admission.

@@ -1,4 +1,4 @@
-"""How often rows are found: counted in memory, and added to the store now and then."""
+"""Counts in memory how often rows are found, and adds the counts to the store at intervals."""
 
 from __future__ import annotations
 

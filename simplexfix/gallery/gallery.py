@@ -37,7 +37,7 @@ _POLL_SECONDS = 0.2  # between two polls for rows that are leased to other worke
 
 @dataclass(frozen=True, eq=False)
 class Hits:
-    """What a search of a gallery found, for each query best first.
+    """Results of a search in a gallery: for each query its hits, best first.
 
     Attributes:
         scores: [Q, k] float32 cosines, descending; -inf where the gallery has no more.
@@ -368,7 +368,7 @@ class Gallery:
         self._set_paused(False)
 
     def status(self) -> dict[str, Any]:
-        """What is in the gallery, as plain JSON values.
+        """Returns a summary of the gallery as plain JSON values.
 
         Returns:
             `url`; `serving`, the version; `since` when; `rolls_back_to`, a version or None; `paused`; `rows`, and of

@@ -116,7 +116,7 @@ class FeatureRows:
         return block
 
     def block_tensor(self, begin: int, end: int) -> Tensor:
-        """Like `block`, as a tensor on the rows' device; read-only arrays are copied, since torch has no such flag."""
+        """Returns `block` as a tensor on the rows' device; read-only arrays are copied, as torch has no such flag."""
         if not self.on_cpu:
             source = self._source(begin, end)
             assert isinstance(source, Tensor)

@@ -385,14 +385,14 @@ class RunConfig:
         reference = self.hoc_reference
         if reference == "all" and not self.tasks.memory_per_class:
             raise ValueError(
-                'tasks.hoc_reference="all" is of remembered items, and tasks.memory_per_class is 0; keep at least 1, '
-                'or take "deployed"'
+                'tasks.hoc_reference="all" needs remembered items, but tasks.memory_per_class is 0; set it to 1 or more, or '
+                'take "deployed"'
             )
         directions = self.method.name == "hoc" or (self.method.name, self.method.distance) == ("fd", "cosine")
         for option, chosen in (('hoc_reference="all"', reference == "all"), ("denoise", self.tasks.denoise != 0)):
             if chosen and not directions:
                 raise ValueError(
-                    f'tasks.{option} is of unit embeddings, of method.name="hoc", or "fd" with distance="cosine", '
+                    f'tasks.{option} needs method.name="hoc", or "fd" with method.distance="cosine", '
                     f'got "{self.method.name}" and "{self.method.distance}"'
                 )
         if reference in ("deployed_or_replacement", "replacement"):

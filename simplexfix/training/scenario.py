@@ -280,7 +280,9 @@ def train_versions(
     if hoc_reference is not None:
         check_name("hoc_reference", hoc_reference, REFERENCES)
     if hoc_reference == "all" and rehearsal is None:
-        raise ValueError('hoc_reference="all" is of remembered items, and rehearsal is None; give one, or "deployed"')
+        raise ValueError(
+            'hoc_reference="all" needs remembered items, but rehearsal is None; pass a rehearsal, or "deployed"'
+        )
     for option, chosen in (('hoc_reference="all"', hoc_reference == "all"), ("denoise", denoise != 0)):
         if chosen:
             _check_directions(option, trainer.method)
@@ -526,8 +528,8 @@ def _check_directions(option: str, method: Method) -> None:
     """
     if isinstance(method, ReadsOldEmbeddings) or getattr(method, "distance", "cosine") != "cosine":
         raise ValueError(
-            f"{option} is of methods whose loss compares directions with old(input), of one width in all versions, as "
-            f'HOC, and FD with distance="cosine"; got {describe(method)["type"]}'
+            f"{option} needs a method whose loss compares unit embeddings with the old model's, such as HOC or FD with "
+            f'distance="cosine"; all versions must have the same width; got {describe(method)["type"]}'
         )
 
 

@@ -72,7 +72,7 @@ def test_the_story_holds_even_when_quick(quick) -> None:
 
 @slow
 def test_hoc_and_simplex_begin_with_the_same_v0(quick) -> None:
-    """Where there is no old model HOC is the simplex: two trainings give the same bits."""
+    """HOC without an old model is the simplex: two trainings give the same bits."""
     report, _, _, _ = quick
     cells = [report["methods"][m]["unseen"]["instance"]["matrix"][0][0] for m in ("hoc", "simplex")]
     assert cells[0] == cells[1]

@@ -310,7 +310,7 @@ def test_the_rules_of_the_page(files) -> None:
 @pytest.mark.skipif(os.name != "posix", reason="pipes of POSIX")
 @pytest.mark.parametrize(("new", "code"), [("better.npz", 0), ("apart.npz", 1)])
 def test_a_reader_that_leaves_changes_no_exit_code(files, new: str, code: int) -> None:
-    """As of `| head -0`: nobody reads what is printed."""
+    """The reader closes the pipe at once, as `| head -0` does."""
     done = command("gate", "--old", "old.npz", "--new", new, folder=files, stdout="left")
     assert (done.returncode, done.stderr) == (code, b"")
 

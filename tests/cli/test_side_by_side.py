@@ -52,7 +52,7 @@ def test_a_killed_process_is_an_error(config, tmp_path) -> None:
         for process in multiprocessing.active_children():
             process.kill()
 
-    with pytest.raises(ChildProcessError, match="a process that trained was ended, with exit code -9"):
+    with pytest.raises(ChildProcessError, match="a training process ended with exit code -9"):
         train_side_by_side([{"endless": endless(config)}], tmp_path, on_step=kill)
     assert not multiprocessing.active_children()
 

@@ -231,7 +231,7 @@ def vectors(ids: object, version: int = 0) -> np.ndarray:
 
 
 def gate_of(old: ModelIdentity | None, new: ModelIdentity | None, *, passes: bool = True) -> GateResult:
-    """On items where the new model finds all and the old one a half, or the other way round."""
+    """Judges two models by items of which the new model finds all and the old one half, or the reverse."""
     labels = np.arange(80) % 4
     right = np.eye(4, dtype=np.float32)[labels]
     half = np.where((np.arange(80) < 40)[:, None], right, np.roll(right, 1, axis=1))

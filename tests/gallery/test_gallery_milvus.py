@@ -231,7 +231,7 @@ def test_a_version_is_retired_after_the_older_ones(gallery: Gallery) -> None:
 
 
 def test_a_writer_of_a_file_queries_rows_by_key(lite: str, gallery: Gallery, monkeypatch):
-    """By another field Milvus Lite would read all vectors of a version.  Other stores write in between."""
+    """A query by another field would make Milvus Lite read all vectors of a version.  Other stores write in between."""
     other = Gallery.open(lite)
     gallery.admit(B, gate_of(A, B))
     assert gallery.replace(IDS[:10], vectors(IDS[:10], 1), model=B) == 10

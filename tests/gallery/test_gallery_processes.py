@@ -150,7 +150,7 @@ def take(gallery: Gallery, step: tuple[str, Any]) -> None:
 
 
 def expected(steps: int) -> tuple[dict[int, int], dict[int, int], tuple[int, ...]]:
-    """After so many steps: the version of each row, the rows that are kept of each version, versions that served."""
+    """Returns the state after so many steps: each row's version, rows kept by version, and versions that served."""
     rows: dict[int, int] = {}
     old: dict[int, int] = {}
     serving: tuple[int, ...] = (0,)
@@ -240,7 +240,7 @@ def test_killed_at_any_moment_nothing_acknowledged_is_lost_and_nothing_is_half_d
 
 @pytest.mark.parametrize("kind", ["add", "replace", "remove", "rollback", "retire"])
 def test_killed_at_a_statement_of_a_call_it_is_whole_or_not_there(tmp_path, kind: str) -> None:
-    """Of the folder store: at the first statements of each call to SQLite, at the last ones, and at some between."""
+    """The folder store is killed at each call's first SQL statements, at its last ones, and at some between."""
     before = next(at for at, step in enumerate(STEPS) if step[0] == kind)
     made = tmp_path / "made"
     with Gallery.create(made, model=A) as gallery:
@@ -281,7 +281,7 @@ def test_killed_at_a_statement_of_a_call_it_is_whole_or_not_there(tmp_path, kind
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["create", "add", "replace", "retire"])
 def test_killed_at_a_file_operation_of_milvus_lite(tmp_path, kind: str) -> None:
-    """From opening to closing: at 20 of the operations that change the file; `SIMPLEXFIX_KILLS=1000` for all."""
+    """It is killed at 20 operations that change the file; `SIMPLEXFIX_KILLS=1000` takes all of them."""
     pytest.importorskip("milvus_lite")
     before = next((at for at, step in enumerate(STEPS) if step[0] == kind), 0)
     made = tmp_path / "made.db"
@@ -440,7 +440,7 @@ def test_a_worker_that_is_killed_leaves_its_rows_to_the_others(url: str) -> None
 
 
 def test_a_gallery_that_is_open_survives_a_fork(url: str) -> None:
-    """In both processes, also while another thread searches."""
+    """Both processes go on, also if another thread searches during the fork."""
     if Child.fresh:
         pytest.skip("Milvus's client does not survive a fork: test_a_forked_child_gets_an_error_that_recommends_spawn")
     gallery = Gallery.create(url, model=A, count_traffic=True)
@@ -481,7 +481,7 @@ def test_a_gallery_that_is_open_survives_a_fork(url: str) -> None:
 
 
 def test_a_full_disk_is_an_error_and_the_gallery_goes_on(tmp_path) -> None:
-    """With a limit on the size of a file in the place of a small disk."""
+    """A limit on the size of a file stands for a small disk."""
     place = tmp_path / "photos"
     with Gallery.create(place, model=A) as gallery:
         gallery.add(range(100), ALL[0][:100], model=A)
@@ -516,7 +516,7 @@ def test_a_full_disk_is_an_error_and_the_gallery_goes_on(tmp_path) -> None:
 
 
 def test_taking_over_a_few_rows_reads_no_others(tmp_path) -> None:
-    """By SQLite's own plans: with a million rows a scan would cost every search beside a backfill 60 ms."""
+    """SQLite's query plans show it: in a million rows a scan would add 60 ms to every search beside a backfill."""
     gallery = Gallery.create(tmp_path / "photos", model=A)
     gallery.add(range(300), ALL[0][:300], model=A)
     gallery.search(ALL[0][:1], 1, model=A)

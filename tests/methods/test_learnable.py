@@ -223,7 +223,7 @@ def wider() -> EmbeddingModel:
 
 @pytest.mark.parametrize("classes", [0, 3])
 def test_a_learnable_head_refuses_labels_without_a_class(classes: int) -> None:
-    """Also without classes: the head then has one row, so label 0 would pass."""
+    """A head without classes refuses them too: it has one row, so label 0 would pass."""
     head = LinearHead(5)
     head.grow(classes)
     with pytest.raises(ValueError, match=rf"target row 1 has label {classes}, the head has {classes} classes, from 0"):

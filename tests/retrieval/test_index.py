@@ -158,7 +158,7 @@ def test_properties(kind: str) -> None:
 
 @needs_library
 def test_memory() -> None:
-    """At most 1.3 times the vectors in float32, 0.8 times in bfloat16; freed after removal."""
+    """An index takes 1.3 times the vectors' bytes at most, in bfloat16 0.8 times, and frees them after removal."""
     for d, n in ((64, 1 << 17), (128, 1 << 16), (1023, 20_000)):
         for dtype, most in (("float32", 1.3), ("bfloat16", 0.8)):
             index = index_of(rows(n, d), dtype=dtype)

@@ -39,7 +39,7 @@ def models(width: int, count: int = 3) -> list[EmbeddingModel]:
 @pytest.mark.parametrize("width", [6, 19])
 @pytest.mark.parametrize("kind", ["neighbours", "simplex", "bias"])
 def test_a_version_is_rotated_by_the_isometry_nearest_to_the_older_ones(width: int, kind: str) -> None:
-    """As SciPy's in all dimensions; a version's own similarities and logits stay, and it stays itself."""
+    """It equals SciPy's in all dimensions; similarities and logits within a version do not change."""
     *older, version = models(width)
     if kind != "neighbours":
         version.head = SimplexHead(10, width + 1, bias=kind == "bias")
@@ -115,7 +115,7 @@ def sequence(folder: Path | None = None, on_step=lambda task, step: None, **opti
     )
 
 
-def same(some: list[EmbeddingModel], others: list[EmbeddingModel]) -> bool:
+def equal_weights(some: list[EmbeddingModel], others: list[EmbeddingModel]) -> bool:
     pairs = zip(some, others, strict=True)
     return all(
         torch.equal(x, y)
@@ -137,7 +137,7 @@ def test_the_deployed_version_is_the_rotated_one(tmp_path: Path, reference: str)
         if reference == "all":
             assert torch.equal(files[0]["references"], files[1]["references"])
     for t in (1, 2):
-        assert same([EmbeddingModel(made[t].backbone, made[t].head)], [plain[t]])
+        assert equal_weights([EmbeddingModel(made[t].backbone, made[t].head)], [plain[t]])
         state = read_state(tmp_path / f"older/task-0{t - 1}/memory.safetensors")
         parts = TASKS[t].items, Items(state["inputs"], state["labels"])
         expected = aligned_with_older(plain[t], made[:t], *parts)
@@ -156,7 +156,7 @@ def test_a_rotation_of_the_parent_is_left_out() -> None:
 
 @pytest.mark.parametrize("moment", ["step 9", "step 12", "rotating", "rotated"])
 def test_a_stopped_sequence_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch, moment: str) -> None:
-    """In a task, at its end, in the middle of a rotation, and after it."""
+    """It is stopped in a task, at its end, in the middle of a rotation, and after it."""
     whole = sequence()
     steps = []
 
@@ -174,9 +174,9 @@ def test_a_stopped_sequence_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch
         with pytest.raises(InterruptedError):
             sequence(tmp_path, on_step)
     assert (tmp_path / "task-01" / "rotation.safetensors").exists() == (moment == "rotated")
-    assert same(whole, sequence(tmp_path))
+    assert equal_weights(whole, sequence(tmp_path))
     monkeypatch.setattr("simplexfix.training.scenario.aligned_with_older", None)
-    assert same(whole, sequence(tmp_path))  # a finished alignment is read
+    assert equal_weights(whole, sequence(tmp_path))  # a finished alignment is read
 
 
 def test_a_folder_of_rotated_versions_is_refused_without(tmp_path: Path) -> None:

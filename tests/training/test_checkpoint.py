@@ -21,19 +21,19 @@ STATE = {
 }
 
 
-def same(a, b) -> bool:
+def equal(a, b) -> bool:
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):
-        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+        return list(a) == list(b) and all(equal(a[key], b[key]) for key in a)
     if isinstance(a, (list, tuple)):
-        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+        return type(a) is type(b) and len(a) == len(b) and all(map(equal, a, b))
     return type(a) is type(b) and a == b
 
 
 def test_what_is_written_comes_back(tmp_path: Path) -> None:
     write_state(tmp_path / "x", STATE)
-    assert same(STATE, read_state(tmp_path / "x"))
+    assert equal(STATE, read_state(tmp_path / "x"))
     for _ in range(8):
         write_state(tmp_path / "y", STATE)
         assert (tmp_path / "x").read_bytes() == (tmp_path / "y").read_bytes()
@@ -69,7 +69,7 @@ def test_every_flipped_bit_and_every_truncation_is_noticed(tmp_path: Path) -> No
         except CheckpointError as error:
             refused += str(tmp_path / "y") in str(error)
         else:
-            assert same(STATE, read)  # padding, or another encoding of the same content
+            assert equal(STATE, read)  # padding, or another encoding of the same content
     assert refused > 390
     for size in {0, 1, 7, 8, 100, len(content) // 2, len(content) - 1}:
         (tmp_path / "y").write_bytes(content[:size])

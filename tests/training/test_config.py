@@ -55,7 +55,7 @@ def test_a_key_of_digits_is_overridden_in_place(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["2024", "1.50", "1e3", "-0"])
 def test_a_string_is_the_text_of_a_number(text: str) -> None:
-    """Only on the command line: a file distinguishes strings from numbers."""
+    """This holds only on the command line: a file distinguishes strings from numbers."""
     assert read_config(Whole, overridden(GOOD, [f"name={text}"])).name == text
     assert type(read_config(Whole, overridden(GOOD, ["schedule.steps=7"])).schedule.steps) is int
     with pytest.raises(ConfigError, match="name must be a string, got 2024"):

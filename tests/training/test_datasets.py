@@ -174,7 +174,7 @@ def test_two_processes_have_the_weights_and_losses_of_one(tmp_path) -> None:
 @pytest.mark.parametrize("workers", [None, 0, 2])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_batches_are_those_of_the_sampler_from_the_first_on(workers: int | None, accumulate: int, tmp_path) -> None:
-    """Also after a stop; a shift of all batches would otherwise go unnoticed."""
+    """They are also after a stop; no other test would notice a shift of all batches."""
     seen = []
 
     class Seen(ER):

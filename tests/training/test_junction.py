@@ -98,7 +98,7 @@ def sequence(folder: Path | None = None, method=None, on_step=lambda task, step:
 
 @pytest.mark.parametrize("after", [7, 8, 9])
 def test_a_stopped_alignment_goes_on_to_the_same_bits(tmp_path: Path, after: int) -> None:
-    """With a mean of the weights, which also starts from the turned junction."""
+    """The moving average of the weights also starts from the rotated junction."""
     steps = []
 
     def on_step(task: int, step: int) -> None:

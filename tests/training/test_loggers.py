@@ -37,7 +37,7 @@ class StopError(Exception):
     pass
 
 
-def stopped(config: RunConfig, folder: Path, after: int) -> None:
+def train_and_stop(config: RunConfig, folder: Path, after: int) -> None:
     count = iter(range(1, 99))
 
     def on_step(progress: Progress) -> None:
@@ -55,7 +55,7 @@ def logged(folder: Path, stage: str) -> list[dict]:
 @pytest.mark.parametrize(("left", "steps"), [(None, [6, 9, 12, 13]), (-9, [3, 6, 9, 12, 13]), (40, [6, 9, 12, 13])])
 def test_a_log_that_lost_lines_goes_on_with_whole_ones(tmp_path, features, left: int | None, steps: list[int]) -> None:
     config = configuration(features)
-    stopped(config, tmp_path, 7)  # its checkpoint is at step 5, after a line
+    train_and_stop(config, tmp_path, 7)  # its checkpoint is at step 5, after a line
     log = tmp_path / "task-00" / "log.jsonl"
     content = log.read_bytes()
     log.unlink()
@@ -77,7 +77,7 @@ def test_tensorboard_shows_each_line_of_the_log_once(tmp_path, features, after: 
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     config = configuration(features, "tensorboard")
     for steps in after:
-        stopped(config, tmp_path, steps)
+        train_and_stop(config, tmp_path, steps)
     train_run(config, tmp_path)
     train_run(config, tmp_path)  # finished: nothing to add
     for stage in STAGES:
@@ -92,7 +92,7 @@ def test_tensorboard_shows_each_line_of_the_log_once(tmp_path, features, after: 
 
 def test_a_logger_that_comes_later_gets_what_there_was(tmp_path, features) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    stopped(configuration(features), tmp_path, 17)
+    train_and_stop(configuration(features), tmp_path, 17)
     train_run(configuration(features, "tensorboard"), tmp_path)
     for stage in STAGES:
         events = accumulator.EventAccumulator(str(tmp_path / "tensorboard" / stage)).Reload()
@@ -131,7 +131,7 @@ def test_wandb_is_sent_each_line_of_the_log_once(tmp_path, features, after: tupl
     monkeypatch.setitem(sys.modules, "wandb", service)
     config = configuration(features, "wandb")
     for steps in after:
-        stopped(config, folder, steps)
+        train_and_stop(config, folder, steps)
         assert service.open == 0
     train_run(config, folder)
     assert (service.open, service.refused) == (0, 0)
@@ -149,7 +149,7 @@ def test_wandb_itself_writes_a_run(tmp_path, features, monkeypatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     config = configuration(features, "wandb")
-    stopped(config, tmp_path, 8)
+    train_and_stop(config, tmp_path, 8)
     train_run(config, tmp_path)
     name = (tmp_path / "wandb-id").read_text()
     files = list((tmp_path / "wandb").glob(f"offline-run-*/run-{name}.wandb"))
@@ -190,7 +190,7 @@ def test_a_terminal_sees_a_bar_that_goes_on_where_it_was(tmp_path, features, mon
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "150")
     config, terminal = configuration(features), Terminal()
-    stopped(config, tmp_path, 13 + 8)  # a line of pre-training; a checkpoint is at step 5
+    train_and_stop(config, tmp_path, 13 + 8)  # a line of pre-training; a checkpoint is at step 5
     seen: list[Progress] = []
     with progress_on(terminal) as bar:
 

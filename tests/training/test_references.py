@@ -149,7 +149,7 @@ def test_classes_that_come_again_are_embedded_by_all_versions(tmp_path: Path) ->
 
 
 def test_feature_distillation_may_be_held_to_all() -> None:
-    """With one older version, stored embeddings equal computed ones; with two they differ."""
+    """Stored embeddings equal computed ones if there is one older version, and differ if there are two."""
     alone, held = (
         [version.backbone[0].weight for version in sequence(FD(), hoc_reference=name)] for name in ("deployed", "all")
     )
@@ -171,14 +171,17 @@ def test_the_first_replacement_is_held_to_itself_if_it_has_a_trained_head(traine
 @pytest.mark.parametrize(
     ("act", "message"),
     [
-        (lambda: sequence(rehearsal=None), 'hoc_reference="all" is of remembered items, and rehearsal is None'),
-        (lambda: sequence(FD(distance="l2")), 'FD with distance="cosine"; got simplexfix.methods.fd.FD'),
+        (lambda: sequence(rehearsal=None), 'hoc_reference="all" needs remembered items, but rehearsal is None'),
+        (lambda: sequence(FD(distance="l2")), 'all versions must have the same width; got simplexfix.methods.fd.FD'),
         (lambda: sequence(denoise=1.5), r"denoise must lie in \[0, 1\], got 1.5"),
         (
             lambda: sequence(FD(distance="l2"), hoc_reference="deployed", denoise=0.5),
-            "denoise is of methods whose loss",
+            "denoise needs a method whose loss compares unit embeddings",
         ),
-        (lambda: sequence(OCA(embedding_dim=10)), "of one width in all versions, .* got simplexfix.methods.oca.OCA"),
+        (
+            lambda: sequence(OCA(embedding_dim=10)),
+            "all versions must have the same width; got simplexfix.methods.oca.OCA",
+        ),
     ],
 )
 def test_what_cannot_be_held_to_all_is_refused(act, message: str) -> None:

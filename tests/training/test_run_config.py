@@ -67,7 +67,7 @@ FEATURES = {
         (["tasks.align=newer"], "tasks: align must be one of 'none', 'older', got 'newer'"),
         (["method.name=oca", "tasks.align=older"], 'method.name="oca" has prefixes for older galleries; take "none"'),
         (["tasks.denoise=2"], r"tasks: denoise must lie in \[0, 1\], got 2.0"),
-        (["method.name=er", "tasks.denoise=0.5"], 'tasks.denoise is of unit embeddings, .* got "er" and "cosine"'),
+        (["method.name=er", "tasks.denoise=0.5"], 'tasks.denoise needs method.name="hoc", .* got "er" and "cosine"'),
         (["tasks.replacement_junction=new"], "replacement_junction must be one of 'aligned', 'kept', got 'new'"),
         (
             ["tasks.replacement_junction=aligned", "method.classification=nnp"],
@@ -75,11 +75,11 @@ FEATURES = {
         ),
         (
             ["tasks.hoc_reference=all", "tasks.memory_per_class=0"],
-            'tasks.hoc_reference="all" is of remembered items, and tasks.memory_per_class is 0; keep at least 1',
+            'tasks.hoc_reference="all" needs remembered items, but tasks.memory_per_class is 0; set it to 1 or more',
         ),
         (
             ["method.name=fd", "method.distance=l2", "tasks.hoc_reference=all"],
-            'tasks.hoc_reference="all" is of unit embeddings, of method.name="hoc", or .*, got "fd" and "l2"',
+            'tasks.hoc_reference="all" needs method.name="hoc", or .*, got "fd" and "l2"',
         ),
         (
             ["method.name=er", "tasks.hoc_reference=self"],

@@ -204,7 +204,7 @@ def test_what_the_first_version_is_held_to_by_default(trained: bool) -> None:
 
 
 def test_the_authors_reference_keeps_the_authors_start(monkeypatch) -> None:
-    """Without an aligned junction, and without a rotation."""
+    """It has neither an aligned junction nor a rotation."""
 
     def pretrained() -> EmbeddingModel:
         return EmbeddingModel(wider(), method.head(24))

@@ -329,7 +329,7 @@ def test_weights_of_nan_are_an_error_and_not_saved(tmp_path) -> None:
 
 
 def test_parts_of_one_row_with_batch_norm_are_refused_before_the_folder_exists(tmp_path) -> None:
-    """Only for vectors: an image has many values per channel, and other normalisations have no batch statistics."""
+    """Images have many values per channel, and other normalisations have no batch statistics: they may."""
     method = ER()
     normalised = torch.nn.Sequential(torch.nn.Linear(12, 10), torch.nn.BatchNorm1d(10))
     for backbone in (normalised, jobs.network(0.0)):

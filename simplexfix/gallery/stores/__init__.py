@@ -1,4 +1,4 @@
-"""Where a gallery is kept: one file per store, each with the methods of `Store`."""
+"""Stores of a gallery: each file has one store, with the methods of `Store`."""
 
 from __future__ import annotations
 

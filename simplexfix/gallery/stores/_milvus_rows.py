@@ -54,7 +54,7 @@ Rollback: TypeAlias = "tuple[int, tuple[int, ...], float]"
 
 @dataclass(frozen=True)
 class Record:
-    """What readers need of a committed change to select its rows.
+    """Data of a committed change by which readers select its rows.
 
     Attributes:
         change: its number.

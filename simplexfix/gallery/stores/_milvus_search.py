@@ -38,7 +38,7 @@ class Searcher:
         self.where = {version: " and ".join(filter(None, [record.live(version), condition])) for version in record.rows}
 
     def search(self, queries: NDArray[np.float32], k: int) -> Ranking:
-        """As `Store.search`."""
+        """Implements `Store.search`."""
         for version, width in self.widths.items():
             if width > queries.shape[1]:
                 raise too_wide(queries.shape[1], version, width)

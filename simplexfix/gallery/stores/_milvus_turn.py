@@ -49,7 +49,7 @@ class Turn:
     # reading, by id
 
     def versions_of(self, ids: list[int], versions: Collection[int] | None = None) -> dict[int, int]:
-        """As `Snapshot.versions_of` of the last change."""
+        """Calls `Snapshot.versions_of` on the snapshot of the last change."""
         places = self._places()
         if places is None:
             return self.before.versions_of(ids, versions)

@@ -38,7 +38,7 @@ def text_of(vector: NDArray[np.float32]) -> str:
 
 
 def copied_vectors(ids: NDArray[np.int64], version: int, vectors: NDArray[np.float32]) -> Iterator[bytes]:
-    """For the columns id, version, vector and bits; bits are null where the vector holds the given numbers."""
+    """Returns data of the columns id, version, vector and bits; bits are null if the vector holds the given numbers."""
     yield _BEGIN
     for first in range(0, len(ids), _CHUNK):
         given = vectors[first : first + _CHUNK]
@@ -70,7 +70,7 @@ def _records(
 
 
 def copied_rows(ids: NDArray[np.int64], version: int, payload: Sequence[str], fields: Sequence[str]) -> Iterator[bytes]:
-    """For the columns id, version, payload (text) and fields (jsonb)."""
+    """Returns the data for the columns id, version, payload (text) and fields (jsonb)."""
     yield _BEGIN
     begin, size = struct.Struct(">hiqiii"), struct.Struct(">ib")
     for first in range(0, len(ids), _CHUNK):

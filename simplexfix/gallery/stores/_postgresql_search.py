@@ -33,7 +33,7 @@ def search(
     k: int,
     where: Mapping[str, tuple[Any, ...]] | None,
 ) -> Ranking:
-    """As `Store.search`.
+    """Implements `Store.search`.
 
     Args:
         state: has the widths of versions.

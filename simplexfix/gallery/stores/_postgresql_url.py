@@ -18,7 +18,7 @@ _RESERVED = ("information_schema", "public")
 
 @dataclass(frozen=True)
 class Place:
-    """Where a gallery is.
+    """Location of a gallery.
 
     Attributes:
         conninfo: the connection string of the database, for libpq; it may hold a password.

@@ -60,7 +60,7 @@ class VersionsIndex:
         self._parts[version].put(ids, vectors)
 
     def search(self, queries: NDArray[np.float32], k: int, include: Mapping[int, NDArray[np.int64]] | None) -> Ranking:
-        """As `Store.search`; `include`: by version, the ids that are searched."""
+        """Implements `Store.search`; `include` maps each version to the ids that are searched."""
         rankings = []
         for version, part in self._parts.items():
             if part.dim > queries.shape[1]:

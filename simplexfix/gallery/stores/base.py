@@ -1,4 +1,4 @@
-"""What a store of a gallery does.  Identity, thresholds and input are checked before; `Gallery` is the only caller."""
+"""Interface of a gallery's stores.  `Gallery`, the only caller, checks identity, thresholds and input before."""
 
 from __future__ import annotations
 
