@@ -1,7 +1,9 @@
-"""Prints one table of ratios to named peers and to the machine's limit, with errors; writes it as JSON.
+"""Prints for each case the times of named alternatives over ours, the fraction of the machine's limit, and errors.
 
 python benchmarks/run.py [--only loss logits contrast search index training] [--out FILE] [--seconds S] [--threads N]
                          [--no-compile]
+
+--out also writes the results as JSON.
 """
 
 from __future__ import annotations
@@ -31,15 +33,15 @@ def measure(case: Any, seconds: float, compiled: bool, with_memory: bool = True)
         try:
             candidates["simplexfix, CUDA graph"] = captured(candidates["simplexfix"])
         except RuntimeError as error:  # the other candidates still run
-            print(f"\n{case.name}: not captured, {str(error).splitlines()[:1]}")
+            print(f"\n{case.name}: CUDA graph capture failed: {str(error).partition(chr(10))[0]}")
     limits = case.limits()
     times = interleave({**candidates, **limits}, seconds=seconds, device=case.device)
     ours = times["simplexfix"]
     if isinstance(case, search.IndexCase):  # the memory of a search is negligible beside its index
-        memory, unit = case.memory(), "of fp32"
+        memory, unit = case.memory(), "x the vectors in fp32"
     else:
         measured = [name for name in case.candidates(compiled=False) if times[name] <= SLOW] if with_memory else []
-        if case.device == "cuda":  # these have allocators of their own
+        if case.device == "cuda":  # faiss and cuVS allocate outside torch, whose statistics miss them
             measured = [name for name in measured if not name.startswith(("faiss", "cuVS"))]
         memory, unit = {name: peak_memory(case, name) / 2**20 for name in measured}, "MiB"
     return {
@@ -59,7 +61,9 @@ def main() -> None:
         "--only", nargs="+", default=list(PARTS), choices=PARTS, help="default: all; index and training take minutes"
     )
     parser.add_argument("--out", type=Path, help="write the results as JSON too")
-    parser.add_argument("--seconds", type=float, default=2.0, help="per case (default: 2)")
+    parser.add_argument(
+        "--seconds", type=float, default=2.0, help="target time of the measurement of a case (default: 2)"
+    )
     parser.add_argument("--threads", type=int, default=1, help="1 is steadiest on a shared machine (default: 1)")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out: it takes minutes")
     arguments = parser.parse_args()
@@ -84,6 +88,7 @@ def show(result: dict[str, Any], kind: str) -> None:
     for name, fraction in result.items():
         if name.startswith("fraction of"):
             print(f"  {fraction:.2f} {name.removeprefix('fraction ')}")
+    print(f"  {'':28} time / ours")
     for name, ratio in {"simplexfix": 1.0, **result["times ours"]}.items():
         memory, error = result["memory"].get(name), result[kind].get(name)
         extra = [f"{memory:8.2f} {result['memory unit']}"] if memory is not None else []

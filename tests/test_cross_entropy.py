@@ -391,7 +391,7 @@ def test_zero_rows_and_nan_rows(polytope: str) -> None:
     assert loss[1] == pytest.approx(math.log(slots), rel=1e-6)
     assert not gradient[1].any()
     assert gradient.isfinite().all()
-    for bad in (math.nan, math.inf, -math.inf):  # infinite logits have no softmax, whatever their signs
+    for bad in (math.nan, -math.nan, math.inf, -math.inf):  # infinite logits have no softmax, whatever their signs
         for at in (1, 2, 5):
             z[1] = 0.5
             z[1, at] = bad

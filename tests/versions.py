@@ -1,4 +1,4 @@
-"""Versions of separate arrays, for tests."""
+"""Helpers that make `VersionFeatures` from separate arrays."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def versions(queries, galleries, query_labels, gallery_labels, **ids) -> list[Ve
 
 
 def upgrade(old_query, new_query, query_labels, gallery, gallery_labels, *, new_gallery=None, **ids):
-    """Returns an old and a new version; without a new gallery both have the old one."""
+    """Returns an old and a new version; if `new_gallery` is None, both have the old gallery."""
     items = LabelledItems(query_labels, gallery_labels, **ids)
     old = items.version(old_query, gallery)
     return old, items.version(new_query, gallery if new_gallery is None else new_gallery)

@@ -1,4 +1,4 @@
-"""Logits of the fixed simplex and their gradient: ours against the dense matrix, eager and compiled torch."""
+"""Logits of the fixed simplex and their gradient by z: ours against the dense matrix, eager and compiled torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Logits = Callable[[Tensor], Tensor]
 
 @dataclass
 class LogitsCase:
-    """B rows and K slots, with a random upstream gradient."""
+    """B = `rows`, K = `num_classes`, with a random upstream gradient."""
 
     rows: int
     num_classes: int
@@ -54,7 +54,7 @@ class LogitsCase:
         return gradient_step(logits, self.z, self.upstream)
 
     def limits(self) -> dict[str, Callable[[], object]]:
-        """The minimum traffic: z is read and the logits written; their gradient is read and that of z written."""
+        """Minimum traffic: forward reads z and writes the logits; backward reads their gradient, writes z's."""
         return {"copy bandwidth": copy_in_place(2 * self.z.numel(), self.dtype, self.device)}
 
     def errors(self, skipped: Collection[str] = ()) -> dict[str, float]:

@@ -1,9 +1,8 @@
 // An exact cosine index. It stores normalised rows in fp32 or bf16, an int64 id for each, and 8-bit codes of the rows
 // for the first pass of a search (gallery_codes.h). It depends on neither torch nor Python.
 //
-// Any number of threads may call any method. Searches and saves run concurrently; a change excludes all other calls. A
-// change either completes or, if it throws, has no effect. The shapes of arguments are trusted, their values are
-// checked.
+// Any number of threads may call any method. Const methods run concurrently; add and remove exclude all other calls.
+// These either complete or, if they throw, have no effect. Values of arguments are checked; shapes are not.
 //
 // Any call throws Interrupted if a signal ends it, and std::runtime_error in a child that was forked during a change.
 #pragma once
@@ -36,7 +35,7 @@ struct IndexRows {
 
 class CosineIndex {
  public:
-  // d >= 1. threads >= 1 is the maximum for one call.
+  // d >= 1. threads >= 1 is the maximum number of threads per call.
   CosineIndex(int64_t d, RowType type, int64_t threads);
 
   int64_t dim() const { return d_; }
@@ -51,16 +50,16 @@ class CosineIndex {
   // Writes the vectors of ids to out [n, d]. Throws std::out_of_range for an id that is not in the index.
   void vectors(const int64_t* ids, int64_t n, float* out) const;
 
-  // Adds vectors [n, d] under ids [n]. If ids is nullptr, new ids count up from the highest id ever given. Returns the
-  // first such new id. Throws std::invalid_argument for a row that is not finite, and for an id that is negative, in
-  // the index already, or given twice.
+  // Adds vectors [n, d] under ids [n]. If ids is nullptr, new ids count up from one above the highest id ever used.
+  // Returns the id where such a count starts. Throws std::invalid_argument for a row that is not finite, and for an id
+  // that is negative, in the index already, or given twice.
   int64_t add(const float* vectors, int64_t n, const int64_t* ids);
   // Removes rows, in one pass over the rows from the first removed one on. Throws std::out_of_range for an id that is
   // not in the index, std::invalid_argument for one that is given twice.
   void remove(const int64_t* ids, int64_t n);
-  // Writes scores [queries, k] and ids found [queries, k] of the best k rows for query [queries, d]; k >= 1. Throws
-  // std::invalid_argument for a query that is not finite, std::out_of_range for an included id that is not in the
-  // index; excluded ids need not be in it.
+  // Writes scores [queries, k] and ids found [queries, k] of the best k rows for query [queries, d]; k >= 1. If
+  // fewer rows qualify, the rest get id -1 and score -inf. Throws std::invalid_argument for a query that is not finite,
+  // std::out_of_range for an included id that is not in the index; excluded ids need not be in it.
   void search(const float* query, int64_t queries, int64_t k, float* scores, int64_t* found,
               const Selection* selection = nullptr) const;
 
@@ -88,7 +87,7 @@ class CosineIndex {
   RowBlocks rows_;
   RowIds ids_;
   std::optional<GalleryCodes> codes_;  // empty if there are no rows, or if d is too large for codes
-  int64_t rows_when_centred_ = 0;      // the number of rows when the codes' center was chosen
+  int64_t rows_when_centred_ = 0;      // the number of rows when the codes' centre was chosen
   const ForkHook hook_{[](void* self) noexcept { static_cast<CosineIndex*>(self)->forget_if_half_changed(); }, this};
 };
 

@@ -118,7 +118,7 @@ def _names(file: Path, classes: int) -> tuple[str, ...]:
     lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
     names = tuple(line.strip() for line in lines if line.strip())
     if len(names) != classes:
-        raise CifarFileError(f"{file} must name {classes} classes, one a line, got {len(names)}")
+        raise CifarFileError(f"{file} must name {classes} classes, one per line, got {len(names)}")
     return names
 
 

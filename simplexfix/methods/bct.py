@@ -73,7 +73,7 @@ class BCT(ER):
         if not isinstance(old, kind):
             raise TypeError(
                 f"old must have a {kind.__name__}, which {trainers}, got {type(old).__name__}: "
-                "the influence loss is of the old model's classifier"
+                "the influence loss needs the old model's classifier"
             )
         width = old.embedding_dim if isinstance(old, NeighbourHead) else old.classifier.in_features
         if features.shape[1] != width:

@@ -67,7 +67,7 @@ class HOC(Simplex):
         if classification is not None:
             if normalize or scale != 1 or margin is not None:
                 raise ValueError(
-                    "normalize, scale and margin are of the simplex cross-entropy, which classification replaces: "
+                    "normalize, scale and margin belong to the simplex cross-entropy, which classification replaces: "
                     f"leave them out, got {normalize}, {scale} and {margin}"
                 )
             self.classification = classification

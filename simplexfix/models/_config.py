@@ -148,11 +148,11 @@ def read_config(folder: Path, *formats: FolderFormat) -> dict[str, Any]:
         raise ModelFolderError(f"{file} cannot be read, it may be damaged: {error}") from None
     found = [written for written in formats if isinstance(config, dict) and config.get("format") == written.name]
     if not found:
-        raise ModelFolderError(f"{file} is of no {kinds} that save_pretrained has written")
+        raise ModelFolderError(f"{file} belongs to no {kinds} that save_pretrained has written")
     written = found[0]
     if config.get("format_number") != written.number:
         raise ModelFolderError(
-            f"{file} is of format {config.get('format_number')!r}, this version of simplexfix reads {written.number}"
+            f"{file} has format {config.get('format_number')!r}, but this version of simplexfix reads {written.number}"
         )
     keys = {"fingerprint", "format", "format_number", "sha256", "weights", *written.parts}
     if strangers := (set(config) ^ keys) - set(written.optional):

@@ -95,7 +95,7 @@ class MethodConfig:
             kinds = _OF_NEIGHBOURS.get(option.name)
             if kinds is not None and not used & set(kinds) and getattr(self, option.name) != option.default:
                 raise ValueError(
-                    f"{option.name} is of name or classification={' or '.join(map(repr, kinds))}, got "
+                    f"{option.name} needs name or classification={' or '.join(map(repr, kinds))}, got "
                     f"{getattr(self, option.name)!r} with name={self.name!r} and "
                     f"classification={self.classification!r}; leave it out"
                 )

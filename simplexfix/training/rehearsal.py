@@ -253,7 +253,7 @@ class Rehearsal:
         """
         for name in ("per_class", "selection"):
             if state[name] != getattr(self, name):
-                raise ValueError(f"the state is of {name} {state[name]!r}, this memory of {getattr(self, name)!r}")
+                raise ValueError(f"the state has {name}={state[name]!r}, but this memory has {getattr(self, name)!r}")
         self._items = None if state["inputs"] is None else Items(state["inputs"], state["labels"])
         self._left = state["left"]
         self._generator.bit_generator.state = state["generator"]

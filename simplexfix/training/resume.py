@@ -98,7 +98,7 @@ def check_resumable(then: Mapping[str, Any], now: Mapping[str, Any], what: str) 
     found = differences(then, now)
     if found:
         raise ValueError(
-            f"{what} is of a training that was started otherwise; take another folder, or what it was:\n  "
+            f"{what} belongs to a training with other settings; use another folder, or its settings:\n  "
             + "\n  ".join(found)
         )
 

@@ -56,7 +56,7 @@ def check_batches(config: RunConfig, tasks: int) -> None:
     plan = config.tasks
     strangers = sorted(set(plan.schedules) - set(range(tasks)))
     if strangers:
-        raise ValueError(f"tasks.schedules must be for tasks 0 to {tasks - 1}, got {strangers}")
+        raise ValueError(f"keys of tasks.schedules must be tasks 0 to {tasks - 1}, got {strangers}")
     stages = [(plan.schedules.get(t, config.schedule), t > 0 and plan.remembers) for t in range(tasks)]
     pretrainings = [replacement.schedule for replacement in plan.replacements.values()]
     for schedule, remembers in stages + [(schedule, False) for schedule in pretrainings if schedule is not None]:

@@ -131,8 +131,10 @@ class DataConfig:
             raise ValueError(
                 f"tokens must be at least 1 and hard_negatives 0 or more, got {self.tokens} and {self.hard_negatives}"
             )
-        if (self.kind == "omniglot") != (self.path is None):
-            raise ValueError('path is where the data is, of every kind but "omniglot"')
+        if self.kind == "omniglot" and self.path is not None:
+            raise ValueError(f'kind="omniglot" takes no path, its data is in the package; got {self.path!r}')
+        if self.kind != "omniglot" and self.path is None:
+            raise ValueError(f'kind="{self.kind}" needs path, the location of the data')
         if self.per_class is not None and self.per_class < 1:
             raise ValueError(f"per_class must be at least 1, got {self.per_class}")
         if not 0 <= self.validation < 1:
@@ -180,7 +182,7 @@ class ModelConfig:
             check_name("kind", self.kind, (*NETWORKS, *(f"{library}:NAME" for library in LIBRARIES)))
         check_fits(self, "kind", _OF_MODEL)
         if self.kind == "text" and self.path is None:
-            raise ValueError('path is where the encoder is, of kind="text"')
+            raise ValueError('kind="text" needs path, the folder of the encoder')
 
     def backbone(self, inputs: int) -> nn.Module:
         """Returns a new network with the attribute `out_features`.
@@ -228,11 +230,15 @@ class ReplacementConfig:
         check_name("source", self.source, ("apart", "tasks"))
         check_fits(self, "source", {"classes": ("apart",)})
         if self.source == "tasks" and self.schedule is None:
-            raise ValueError('source="tasks" needs a schedule, that of pre-training')
-        if self.source == "apart" and (self.classes < 0 or (self.classes > 0) != (self.schedule is not None)):
-            raise ValueError("classes and schedule are of pre-training: give both, or neither")
-        if self.epochs is not None and (self.epochs < 1 or self.schedule is None):
-            raise ValueError(f"epochs must be at least 1, of a schedule, got {self.epochs}")
+            raise ValueError('source="tasks" needs schedule, the schedule of pre-training')
+        if self.classes < 0:
+            raise ValueError(f"classes must be 0 or more, got {self.classes}")
+        if self.source == "apart" and (self.classes > 0) != (self.schedule is not None):
+            raise ValueError("pre-training needs both classes and schedule: give both, or neither")
+        if self.epochs is not None and self.epochs < 1:
+            raise ValueError(f"epochs must be at least 1, got {self.epochs}")
+        if self.epochs is not None and self.schedule is None:
+            raise ValueError(f"epochs needs schedule, the schedule of pre-training; got epochs={self.epochs} alone")
 
 
 @dataclass(frozen=True)
@@ -282,15 +288,18 @@ class TasksConfig:
 
     def __post_init__(self) -> None:
         check_name("kind", self.kind, (*_CLASSIFYING, "retrieval_sequence"))
-        if (self.kind == "class_incremental") != bool(self.counts):
-            raise ValueError('counts are the new classes of each task of kind="class_incremental", and of no other')
-        if (self.kind in ("dataset_sequence", "retrieval_sequence")) != bool(self.sets):
-            raise ValueError(
-                'sets are the data of each task of kind="dataset_sequence" and "retrieval_sequence", and of no other'
-            )
+        for option, meaning, kinds in (
+            ("counts", "the number of new classes of each task", ("class_incremental",)),
+            ("sets", "the data set of each task", ("dataset_sequence", "retrieval_sequence")),
+        ):
+            if (self.kind in kinds) != bool(getattr(self, option)):
+                needs = f"needs {option}, {meaning}" if self.kind in kinds else f"takes no {option}"
+                raise ValueError(f'kind="{self.kind}" {needs}')
         check_fits(self, "kind", _OF_TASKS)
         if self.sets and self.pretraining_from is not None:
-            raise ValueError("pretraining_from is a class id, and sets have ids of their own: use data.pretraining")
+            raise ValueError(
+                "pretraining_from excludes sets; leave it out (images can be pre-trained on data.pretraining)"
+            )
         if self.epochs is not None and self.epochs < 1:
             raise ValueError(f"epochs must be at least 1, got {self.epochs}")
         check_name("rehearsal", self.rehearsal, SELECTIONS)
@@ -385,53 +394,57 @@ class RunConfig:
         reference = self.hoc_reference
         if reference == "all" and not self.tasks.memory_per_class:
             raise ValueError(
-                'tasks.hoc_reference="all" needs remembered items, but tasks.memory_per_class is 0; set it to 1 or more, or '
-                'take "deployed"'
+                'tasks.hoc_reference="all" needs remembered items, but tasks.memory_per_class is 0; set it to 1 or '
+                'more, or take "deployed"'
             )
         directions = self.method.name == "hoc" or (self.method.name, self.method.distance) == ("fd", "cosine")
         for option, chosen in (('hoc_reference="all"', reference == "all"), ("denoise", self.tasks.denoise != 0)):
             if chosen and not directions:
+                distance = f' with method.distance="{self.method.distance}"' if self.method.name == "fd" else ""
                 raise ValueError(
                     f'tasks.{option} needs method.name="hoc", or "fd" with method.distance="cosine", '
-                    f'got "{self.method.name}" and "{self.method.distance}"'
+                    f'got method.name="{self.method.name}"{distance}'
                 )
         if reference in ("deployed_or_replacement", "replacement"):
             own = [t for t in self.tasks.replacements if t == 0 or reference == "replacement"]
             fresh = [t for t in own if self.tasks.replacements[t].schedule is None]
             if fresh:
                 raise ValueError(
-                    f'tasks.hoc_reference="{reference}" needs replacements with a pre-training, those of tasks {fresh} '
-                    'have none; give them classes and a schedule, or take "deployed"'
+                    f'tasks.hoc_reference="{reference}" needs pre-trained replacements, but those of tasks '
+                    f'{fresh} are not; give them classes and schedule, or set "deployed"'
                 )
         if self.tasks.replacement_junction == "aligned" and (
             self.method.name not in SIMPLEX or self.method.classification != "cross_entropy"
         ):
             raise ValueError(
-                'tasks.replacement_junction="aligned" is of method.name="hoc" or "simplex" with the simplex '
-                f'cross-entropy, got "{self.method.name}" with "{self.method.classification}"; take "kept"'
+                'tasks.replacement_junction="aligned" needs method.name="hoc" or "simplex", and '
+                f'method.classification="cross_entropy"; got "{self.method.name}" and '
+                f'"{self.method.classification}"; set it to "kept"'
             )
         if self.tasks.align == "older" and self.method.name == "oca":
             raise ValueError(
-                'tasks.align="older" rotates all dimensions, and method.name="oca" has prefixes for older galleries; '
-                'take "none"'
+                'method.name="oca" needs tasks.align="none": a rotation would mix the dimensions of the prefixes that '
+                "older galleries use"
             )
         incremental = len(self.tasks.counts or self.tasks.sets) > 1
         if self.method.name == "oca" and incremental and not self.tasks.memory_per_class:
             raise ValueError(
-                'method.name="oca" needs items of every class in every task, for its prototypes, and '
-                "tasks.memory_per_class is 0; keep at least 1"
+                'method.name="oca" needs items of every class in every task, for its prototypes, but '
+                "tasks.memory_per_class is 0; set it to 1 or more"
             )
         networks = [self.model, *(plan.model for plan in self.tasks.replacements.values())]
         pretrained = [network.kind for network in networks if network.pretrained]
         ours = self.data.mean == CIFAR100_MEAN or self.data.std == CIFAR100_STD
         if pretrained and ours and self.data.kind in _OF_DATA["mean"]:
             raise ValueError(
-                f"data.mean and data.std are CIFAR-100's, and {pretrained[0]} with pretrained weights has its own: "
-                "timm's are in pretrained_cfg, torchvision's in the weights' transforms(); of most they are "
-                "[0.485, 0.456, 0.406] and [0.229, 0.224, 0.225]"
+                f"set data.mean and data.std to those with which {pretrained[0]} was pre-trained; at least one is "
+                "still CIFAR-100's.  timm has them in pretrained_cfg, torchvision in the weights' transforms(); most "
+                "networks have [0.485, 0.456, 0.406] and [0.229, 0.224, 0.225]"
             )
         if self.tasks.kind == "dataset_sequence" and self.data.kind not in ("features", "images"):
-            raise ValueError(f'tasks.sets are of data.kind="features" and "images", got {self.data.kind!r}')
+            raise ValueError(
+                f'tasks.kind="dataset_sequence" needs data.kind="features" or "images", got {self.data.kind!r}'
+            )
         self._check_retrieval()
 
     @property
@@ -448,23 +461,24 @@ class RunConfig:
         }
         if not any(chosen.values()):
             if self.model.kind == "text":
-                raise ValueError('model.kind="text" is of data.kind="retrieval"')
+                raise ValueError('model.kind="text" needs data.kind="retrieval"')
             return
         missing = [choice for choice, made in chosen.items() if not made]
         if missing:
             raise ValueError(f"{', '.join(chosen)} belong together; {' and '.join(missing)} must be chosen too")
         if self.tasks.replacements:
             raise ValueError(
-                'tasks.replacements must be empty with method.name="qdc": the drift of queries is a translation only '
-                "between fine-tunes of one encoder"
+                'tasks.replacements must be empty with method.name="qdc": it models the drift of queries as a '
+                "translation, which holds only between fine-tunes of one encoder"
             )
         if self.model.kind not in ("linear", "mlp", "text"):
             raise ValueError(
-                f'model.kind must be "text", or "linear" or "mlp" for features, with data.kind="retrieval", got '
-                f"{self.model.kind!r}"
+                f'data.kind="retrieval" needs model.kind="text", "linear" or "mlp", got {self.model.kind!r}'
             )
         if self.protocols != tuple(PROTOCOLS):
-            raise ValueError("protocols are of labelled items; a retrieval sequence is judged by its judgements")
+            raise ValueError(
+                "protocols must be left out for a retrieval sequence, which is scored by its relevance judgements"
+            )
 
 
 def pretraining_folder(run: Path, shared: str | None, method: str) -> Path:

@@ -138,6 +138,8 @@ class BalancedSampler:
         """
         for name, mine in (("rows", self.rows), ("sizes", self.sizes)):
             if list(state[name]) != list(mine):
-                raise ValueError(f"the state is of {name} {list(state[name])} (new, remembered), here are {list(mine)}")
+                raise ValueError(
+                    f"the state has {name} {list(state[name])} (new, remembered), but this sampler has {list(mine)}"
+                )
         for order, saved in zip(self._orders, state["orders"], strict=True):
             order.load_state_dict(saved)

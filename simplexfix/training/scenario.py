@@ -103,7 +103,10 @@ def class_incremental(items: Items | Dataset[Any], counts: Sequence[int], *, see
     items = Items.of(items)
     order = class_order(items.labels, seed=seed)
     if not counts or min(counts) < 1 or sum(counts) > len(order):
-        raise ValueError(f"counts must be positive and sum to at most {len(order)} classes, got {list(counts)}")
+        raise ValueError(
+            f"counts must be one or more numbers of at least 1, with a sum of at most {len(order)}, the number of "
+            f"classes; got {list(counts)}"
+        )
     ids = _positions(items.labels, order)
     stops = np.cumsum(counts).tolist()
     return [
@@ -140,7 +143,7 @@ def instance_incremental(items: Items | Dataset[Any], parts: int, *, seed: int) 
     ids = _positions(items.labels, order)
     least = int(torch.bincount(ids).min())
     if not 1 <= parts <= least:
-        raise ValueError(f"parts must lie in [1, {least}], the items of the smallest class, got {parts}")
+        raise ValueError(f"parts must lie in [1, {least}]: the smallest class has {least} items; got {parts}")
     drawn = torch.from_numpy(np.random.default_rng([seed, 1]).permutation(len(ids)))
     part = torch.empty_like(ids)
     for c in range(len(order)):
@@ -171,7 +174,9 @@ def dataset_sequence(sets: Sequence[Items | Dataset[Any]], *, seed: int) -> list
     kinds = {(tuple(items.inputs.shape[1:]), items.inputs.dtype) for items in parts}
     if len(kinds) != 1:
         found = ", ".join(f"{list(shape)} {dtype}" for shape, dtype in sorted(kinds, key=str)) or "none"
-        raise ValueError(f"sets must hold at least one, with inputs of one shape and dtype, got {found}")
+        raise ValueError(
+            f"sets needs at least one data set, and all inputs must have the same shape and dtype, got {found}"
+        )
     tasks: list[Task] = []
     known = 0
     names: tuple[str, ...] | None = ()
@@ -281,7 +286,7 @@ def train_versions(
         check_name("hoc_reference", hoc_reference, REFERENCES)
     if hoc_reference == "all" and rehearsal is None:
         raise ValueError(
-            'hoc_reference="all" needs remembered items, but rehearsal is None; pass a rehearsal, or "deployed"'
+            'hoc_reference="all" needs remembered items, but rehearsal is None; pass one, or hoc_reference="deployed"'
         )
     for option, chosen in (('hoc_reference="all"', hoc_reference == "all"), ("denoise", denoise != 0)):
         if chosen:
@@ -292,16 +297,18 @@ def train_versions(
     replacements = replacements or {}
     schedules = [schedule] * len(tasks) if isinstance(schedule, Schedule) else list(schedule)
     if len(schedules) != len(tasks):
-        raise ValueError(f"schedule must be one, or one for each of {len(tasks)} tasks, got {len(schedules)}")
+        raise ValueError(
+            f"schedule must be a Schedule, or a sequence of {len(tasks)}, one per task; got {len(schedules)}"
+        )
     strangers = sorted(set(replacements) - set(range(len(tasks))))
     if strangers:
-        raise ValueError(f"replacements must be for tasks 0 to {len(tasks) - 1}, got {strangers}")
+        raise ValueError(f"keys of replacements must be tasks 0 to {len(tasks) - 1}, got {strangers}")
     if replacement_junction is not None:
         check_name("replacement_junction", replacement_junction, JUNCTIONS)
     if replacement_junction == "aligned" and hoc_reference == "replacement":
         raise ValueError(
-            'replacement_junction="aligned" is aligned to the deployed version, and hoc_reference="replacement" holds '
-            'a replacement to itself; take "kept", or another reference'
+            'replacement_junction="aligned" excludes hoc_reference="replacement"; pass replacement_junction="kept", or '
+            "another hoc_reference"
         )
     begin = partial(_replacement_options, trainer.method, hoc_reference, replacement_junction, replacement_frozen)
     return _versions(
@@ -360,8 +367,8 @@ def _versions(
             if t in replacements and own[hoc_reference]:
                 if not isinstance(made, EmbeddingModel):
                     raise ValueError(
-                        f'hoc_reference="{hoc_reference}" needs a trained head, the replacement of task {t} is a '
-                        'backbone with a new one; return an EmbeddingModel, or take "deployed"'
+                        f'hoc_reference="{hoc_reference}" needs a trained head, but replacements[{t}] returned a '
+                        'backbone; let it return an EmbeddingModel, or pass hoc_reference="deployed"'
                     )
                 old = copy.deepcopy(made).to(trainer.device).eval()
         place = None if folder is None else Path(folder) / f"task-{t:02d}"
@@ -402,8 +409,8 @@ def _check_embeddable(items: Items, model: EmbeddingModel, trainer: Trainer) -> 
         return
     if items.take(torch.tensor([0])).read().dtype == torch.uint8:
         raise ValueError(
-            'align="older" embeds items without augmentation, and the items are uint8 while neither trainer nor model '
-            'has a preprocessing; give Trainer(preprocessing=...), such as simplexfix.data.Normalize, or align="none"'
+            'align="older" needs a preprocessing for uint8 items, but neither trainer nor model has one; pass '
+            'Trainer(preprocessing=simplexfix.data.Normalize(...)), or align="none"'
         )
 
 
@@ -462,7 +469,8 @@ def _with_head(made: nn.Module, trainer: Trainer, before: EmbeddingModel | None)
         model = EmbeddingModel(made, trainer.method.head(width))
     else:
         raise ValueError(
-            f"a {type(made).__name__} must be an EmbeddingModel, or have out_features, the width of what it returns"
+            "start and replacements must return an EmbeddingModel, or a backbone with an int attribute out_features, "
+            f"the width of its output; got {type(made).__name__}"
         )
     fits = isinstance(trainer.method, ReadsOldEmbeddings)  # the method itself fits the width
     if before is not None and not fits and before.embedding_dim != model.embedding_dim:
@@ -528,8 +536,8 @@ def _check_directions(option: str, method: Method) -> None:
     """
     if isinstance(method, ReadsOldEmbeddings) or getattr(method, "distance", "cosine") != "cosine":
         raise ValueError(
-            f"{option} needs a method whose loss compares unit embeddings with the old model's, such as HOC or FD with "
-            f'distance="cosine"; all versions must have the same width; got {describe(method)["type"]}'
+            f"{option} needs a method that compares unit embeddings of old and new models of the same width, such as "
+            f'HOC or FD(distance="cosine"); got {describe(method)["type"]}'
         )
 
 

@@ -296,15 +296,17 @@ class Trainer:
     def _check_aligned(self, parent: EmbeddingModel, old: EmbeddingModel | None) -> None:
         if old is None:
             raise ValueError(
-                'junction="aligned" is aligned to old, which is None; give the deployed version, or "kept"'
+                'junction="aligned" needs old, the deployed version, but old is None; pass it, or junction="kept"'
             )
         if not isinstance(self.method, Simplex) or not isinstance(parent.head, SimplexHead):
             raise TypeError(
-                'junction="aligned" is of Simplex and HOC, whose models have a SimplexHead, got '
+                'junction="aligned" needs method Simplex or HOC and a model with a SimplexHead, got '
                 f"{type(self.method).__name__} and {type(parent.head).__name__}"
             )
         if parent.head.junction.bias is not None:
-            raise TypeError('junction="aligned" turns a junction without bias, and the parent\'s has one; take "kept"')
+            raise TypeError(
+                'junction="aligned" needs a junction without bias, but the parent\'s has one; pass junction="kept"'
+            )
         if old.embedding_dim != parent.embedding_dim:
             raise ValueError(
                 f"old must have embeddings as wide as the new ones, {parent.embedding_dim}, got {old.embedding_dim}"

@@ -72,14 +72,14 @@ def test_another_adapter_takes_its_place_and_nothing_else_does(tmp_path) -> None
     WhitenedProcrustes().fit(y, x).save_pretrained(tmp_path)
     assert len(list(tmp_path.glob("adapter-*.safetensors"))) == 1
     assert Adapter.from_pretrained(tmp_path).maps_gallery
-    with pytest.raises(ModelFolderError, match="is of no model that save_pretrained has written"):
+    with pytest.raises(ModelFolderError, match="belongs to no model that save_pretrained has written"):
         EmbeddingModel.from_pretrained(tmp_path)
     other = tmp_path / "other"
     other.mkdir()
     (other / "config.json").write_text("{}")
     with pytest.raises(ModelFolderError, match="was not written by save_pretrained and would be overwritten"):
         Procrustes().fit(y, x).save_pretrained(other)
-    with pytest.raises(ModelFolderError, match="is of no adapter that save_pretrained has written"):
+    with pytest.raises(ModelFolderError, match="belongs to no adapter that save_pretrained has written"):
         Adapter.from_pretrained(other)
 
 

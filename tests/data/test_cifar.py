@@ -1,4 +1,4 @@
-"""Tests the reader of CIFAR's binary files: contents, errors for damage, and the real images if they are present."""
+"""Tests the reader of CIFAR's binary files: contents, errors for damaged files, and the real images if present."""
 
 from __future__ import annotations
 
@@ -81,11 +81,11 @@ def hundred(folder: Path, name: str, change):
         (ten, "data_batch_4.bin", lambda b: b[:-1], "data_batch_4.bin must hold records of 3073 bytes, got 6145 bytes"),
         (ten, "data_batch_4.bin", lambda b: b"", "data_batch_4.bin must hold records of 3073 bytes, got 0 bytes"),
         (ten, "data_batch_2.bin", lambda b: b[:3073] + b"\x0a" + b[3074:], "record 1 has label 10, expected one below"),
-        (ten, "batches.meta.txt", lambda b: b[6:], "batches.meta.txt must name 10 classes, one a line, got 9"),
+        (ten, "batches.meta.txt", lambda b: b[6:], "batches.meta.txt must name 10 classes, one per line, got 9"),
         (hundred, "train.bin", lambda b: b + b"\0", "train.bin must hold records of 3074 bytes, got 6149 bytes"),
         (hundred, "train.bin", lambda b: b"\x14" + b[1:], "train.bin record 0 has label 20, expected one below 20"),
         (hundred, "train.bin", lambda b: b[:1] + b"\x64" + b[2:], "record 0 has label 100, expected one below 100"),
-        (hundred, "fine_label_names.txt", lambda b: b + b"\nx", "must name 100 classes, one a line, got 101"),
+        (hundred, "fine_label_names.txt", lambda b: b + b"\nx", "must name 100 classes, one per line, got 101"),
     ],
 )
 def test_damage_is_named(tmp_path, make, name: str, change, message: str) -> None:
@@ -120,11 +120,11 @@ def test_bad_input(act, message: str) -> None:
 
 @pytest.fixture(scope="module")
 def real(data_folder, tmp_path_factory):
-    """Returns the module that writes the layout, and a folder that it wrote."""
-    pytest.importorskip("PIL", reason="Pillow reads the sheets")
+    """Returns the unpacking module, the folder of image sheets, and a folder in CIFAR's binary version."""
+    pytest.importorskip("PIL", reason="Pillow reads the WebP sheets, each with all images of a class")
     script = data_folder / "cifar" / "unpack.py"
     if not script.exists():
-        pytest.skip(f"no CIFAR sheets in {data_folder}")
+        pytest.skip(f"there is no {script} to unpack CIFAR's sheets")
     spec = importlib.util.spec_from_file_location("unpack_cifar", script)
     unpack = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(unpack)

@@ -136,7 +136,9 @@ def test_a_stalled_writer_loses_its_turn_and_writes_nothing(lite: str, gallery: 
         return rows
 
     monkeypatch.setattr("simplexfix.gallery.stores._milvus_turn.pack", stalled_pack)
-    with pytest.raises(StoreError, match=r"cannot add 1 rows: this process stood still for .* seconds while it wrote"):
+    with pytest.raises(
+        StoreError, match=r"cannot add 1 rows: this writer lost its turn: its last heartbeat was .* seconds ago"
+    ):
         gallery.add([60], vectors([60]), model=A)
     assert set(stored_rows(gallery)) == {*before, 70}
     gallery.add([60], vectors([60]), model=A)
@@ -156,7 +158,7 @@ def test_a_writer_whose_turn_was_taken_never_reports_a_commit(lite: str, gallery
 
     monkeypatch.setattr(_milvus_register.Register, "commit", late_commit)
     with pytest.raises(
-        StoreError, match=r"was to add: .*look whether it was done .*: another process has written since"
+        StoreError, match=r"was to add: Milvus did not confirm .*: another writer has committed a change since"
     ):
         gallery.add([60], vectors([60]), model=A)
     assert set(stored_rows(gallery)) == {*before, 70}
@@ -286,7 +288,7 @@ def test_a_newer_format_is_refused_and_one_without_a_format_number_is_read(lite:
     with monkeypatch.context() as patched:
         patched.setattr(_milvus_rows, "_FORMAT", 2)
         gallery.add([2], vectors([2]), model=A)
-    message = "of format 2, and this release reads formats up to 1: install a newer simplexfix"
+    message = "it has format 2, but this release reads formats up to 1: install a newer simplexfix"
     for call in (lambda: Gallery.open(lite), other.history, lambda: other.add([3], vectors([3]), model=A)):
         with pytest.raises(StoreError, match=message) as caught:
             call()

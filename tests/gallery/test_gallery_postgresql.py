@@ -138,7 +138,7 @@ def test_existing_schemas_and_other_formats_are_refused(url: str, gallery: Galle
         Gallery.create(url, model=A)
     with sql(url) as connection:
         connection.execute("update state set format = 2")
-    with pytest.raises(StoreError, match="is no gallery of format 1, it is of format 2"):
+    with pytest.raises(StoreError, match="has a gallery of format 2, but this release reads format 1"):
         Gallery.open(url)
     with sql(url) as connection:
         connection.execute("alter table vectors rename to aside")

@@ -399,7 +399,7 @@ ROWS, LABELS = torch.randn(4, 3), torch.tensor([0, 0, 1, 1])
         (
             lambda: HOC(SlotRegistry(4), scale=8.0, classification=ASNN()),
             ValueError,
-            "normalize, scale and margin are of the simplex cross-entropy, which classification replaces: leave them",
+            "normalize, scale and margin belong to the simplex cross-entropy, which classification replaces: leave",
         ),
         (
             lambda: ASNN().add_classes(EmbeddingModel(network(), LinearHead(WIDTH)), range(2)),

@@ -347,8 +347,11 @@ def damaged(path: Path, change) -> None:
         (lambda c: c["sha256"].pop("head"), "was changed after it was written: sha256 differs"),
         (lambda c: c.pop("slots"), "keys missing or unknown: slots"),
         (lambda c: c.update(head_=1), "keys missing or unknown: head_"),
-        (lambda c: c.update(format_number=2), r"config.json is of format 2, this version of simplexfix reads 1"),
-        (lambda c: c.update(format="transformers"), "is of no model( or adapter)? that save_pretrained has written"),
+        (lambda c: c.update(format_number=2), r"config.json has format 2, but this version of simplexfix reads 1"),
+        (
+            lambda c: c.update(format="transformers"),
+            "belongs to no model( or adapter)? that save_pretrained has written",
+        ),
     ],
 )
 def test_a_config_edited_by_hand_is_refused_by_name(tmp_path: Path, change, message: str) -> None:

@@ -135,13 +135,13 @@ def test_what_is_not_there(hub: HubServer) -> None:
         EmbeddingModel.from_pretrained("org/a--b")
     hub.repositories["org/other"] = {}
     hub.commit("org/other", {"config.json": b'{"model_type": "bert"}', "pytorch_model.bin": b"\x80\x04."})
-    with pytest.raises(ModelFolderError, match="is of no model that save_pretrained has written"):
+    with pytest.raises(ModelFolderError, match="belongs to no model that save_pretrained has written"):
         EmbeddingModel.from_pretrained("org/other")
     assert not any("pytorch_model" in path for _, path in hub.requests)
     with pytest.raises(ModelFolderError, match=r"config.json of the repository org/other was not written by save"):
         model_of(0).push_to_hub("org/other")
     adapter_of(Procrustes()).push_to_hub("org/adapter")
-    with pytest.raises(ModelFolderError, match="is of no model that save_pretrained has written"):
+    with pytest.raises(ModelFolderError, match="belongs to no model that save_pretrained has written"):
         EmbeddingModel.from_pretrained("org/adapter")
 
 

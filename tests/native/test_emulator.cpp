@@ -1,4 +1,5 @@
-// Tests of the emulator itself: it must reject each wrong kernel and accept each right one.
+// Tests of the emulator itself: it must reject invalid barriers and shuffles, accept valid kernels, and fill shared
+// memory with nan.
 #include <string>
 
 #include "../../csrc/cuda/device.cuh"
@@ -42,6 +43,7 @@ __global__ void reversed(int* out) {
   out[blockIdx.x * blockDim.x + threadIdx.x] = s_values[blockDim.x - 1 - threadIdx.x];
 }
 
+// Fails unless launch() throws an error that contains the text; an empty text expects no error.
 template <typename F>
 void expect(const char* name, const std::string& text, F&& launch) {
   ++g_cases;
@@ -52,7 +54,8 @@ void expect(const char* name, const std::string& text, F&& launch) {
     error = e.what();
   }
   if (text.empty() ? !error.empty() : error.find(text) == error.npos)
-    failed("emulator: %s: expected \"%s\", got \"%s\"", name, text.c_str(), error.c_str());
+    failed("emulator: %s: expected an error with \"%s\" (none if empty), got \"%s\"", name, text.c_str(),
+           error.c_str());
 }
 }  // namespace
 
@@ -73,7 +76,8 @@ void test_emulator() {
            [&] { launch_kernel(divergent_shuffle, 1, 32, 0, nullptr, p); });
     expect("shared memory starts as nan", "",
            [&] { launch_kernel(last_left_unset, 1, 64, 0, nullptr, values.data()); });
-    if (!(values[62] == 1 && std::isnan(values[63]))) failed("emulator: unset shared memory is %g", values[63]);
+    if (!(values[62] == 1 && std::isnan(values[63])))
+      failed("emulator: expected 1 in set and nan in unset shared memory, got %g and %g", values[62], values[63]);
     expect("reversed", "", [&] { launch_kernel(reversed, 3, 64, 64 * 4, nullptr, p); });
     for (int i = 0; i < 192; ++i)
       if (out[i] != 63 - i % 64) failed("emulator: reversed[%d] = %d", i, out[i]);

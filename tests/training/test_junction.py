@@ -141,9 +141,9 @@ def test_only_replacements_of_a_deployed_version_are_turned_and_frozen() -> None
         ({"junction": "turned"}, ValueError, "junction must be one of 'aligned', 'kept', got 'turned'"),
         ({"frozen": 1.5}, ValueError, r"frozen must lie in \[0, 1\], got 1.5"),
         ({"frozen": 1}, ValueError, "frozen must be below 1"),
-        ({"old": None, "junction": "aligned"}, ValueError, 'aligned to old, which is None; give the .*, or "kept"'),
-        ({"method": ER(), "junction": "aligned"}, TypeError, "have a SimplexHead, got ER and SimplexHead"),
-        ({"bias": True, "junction": "aligned"}, TypeError, "turns a junction without bias, and the parent's has one"),
+        ({"old": None, "junction": "aligned"}, ValueError, "needs old, the deployed version, but old is None"),
+        ({"method": ER(), "junction": "aligned"}, TypeError, "a model with a SimplexHead, got ER and SimplexHead"),
+        ({"bias": True, "junction": "aligned"}, TypeError, "needs a junction without bias, but the parent's has one"),
         ({"slots": 12, "junction": "aligned"}, ValueError, "old must have .* as wide as the new ones, 11, got 19"),
     ],
 )
@@ -159,7 +159,7 @@ def test_what_cannot_be_turned_is_refused(options: dict, error: type[Exception],
 
 
 def test_a_replacement_that_is_held_to_itself_is_not_turned() -> None:
-    with pytest.raises(ValueError, match='aligned to the deployed version, and hoc_reference="replacement" holds'):
+    with pytest.raises(ValueError, match='replacement_junction="aligned" excludes hoc_reference="replacement"; pass'):
         sequence(hoc_reference="replacement")
 
 

@@ -206,12 +206,12 @@ BAD = [
     (
         lambda: memory(3).load_state_dict(memory(4).state_dict()),
         ValueError,
-        "the state is of per_class 4, this memory of 3",
+        "the state has per_class=4, but this memory has 3",
     ),
     (
         lambda: memory().load_state_dict(memory(selection="herding").state_dict()),
         ValueError,
-        "the state is of selection 'herding', this memory of 'random'",
+        "the state has selection='herding', but this memory has 'random'",
     ),
 ]
 

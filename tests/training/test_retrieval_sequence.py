@@ -237,15 +237,15 @@ def test_damage_is_named(tmp_path, spoil, error, message: str) -> None:
     [
         ({"method": {"name": "hoc"}}, r'belong together; method\.name="qdc" must be chosen too'),
         ({"data": {"kind": "features", "path": "x"}}, r'data\.kind="retrieval" must be chosen too'),
-        ({"model": {"kind": "convnet"}}, 'model.kind must be "text", or "linear" or "mlp" for features'),
-        ({"model": {"kind": "text"}}, 'path is where the encoder is, of kind="text"'),
-        ({"model": {"kind": "linear", "path": "x"}}, "path is of kind='text'"),
-        ({"protocols": ["instance"]}, "protocols are of labelled items"),
-        ({"data": {"kind": "retrieval", "path": "x", "per_class": 3}}, "per_class is of kind="),
+        ({"model": {"kind": "convnet"}}, 'data.kind="retrieval" needs model.kind="text", "linear" or "mlp", got'),
+        ({"model": {"kind": "text"}}, 'kind="text" needs path, the folder of the encoder'),
+        ({"model": {"kind": "linear", "path": "x"}}, "path needs kind='text'"),
+        ({"protocols": ["instance"]}, "protocols must be left out for a retrieval sequence"),
+        ({"data": {"kind": "retrieval", "path": "x", "per_class": 3}}, "per_class needs kind="),
         ({"data": {"kind": "retrieval", "path": "x", "tokens": 0}}, "tokens must be at least 1"),
         (
             {"tasks": {"kind": "retrieval_sequence", "sets": ["a"], "memory_per_class": 5}},
-            "memory_per_class is of kind=",
+            "memory_per_class needs kind=",
         ),
         (
             {

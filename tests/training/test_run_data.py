@@ -166,7 +166,7 @@ def test_methods_share_their_pre_training_and_the_model_folder_embeds_alike(cifa
     assert sorted(path.name for path in (tmp_path / "pretrained").iterdir()) == ["linear", "simplex"]
     assert lines["pre-training for task 1"][-1]["step"] == len(lines["pre-training for task 1"])
     other = replace(config, method=replace(config.method, normalize=True))
-    with pytest.raises(ValueError, match=r"was started otherwise[\s\S]*method\.normalize: was False, is True"):
+    with pytest.raises(ValueError, match=r"with other settings[\s\S]*method\.normalize: was False, is True"):
         train_run(other, tmp_path / "other")
 
     version = EmbeddingModel.from_pretrained(tmp_path / "hoc" / "task-01" / "model")
@@ -256,9 +256,13 @@ def test_a_sequence_is_trained_and_judged_by_what_is_held_out_of_all_sets(two_se
 @pytest.mark.parametrize(
     ("tasks", "data", "says"),
     [
-        ({"sets": ("cars",), "counts": (1,), "kind": "class_incremental"}, {}, "sets are the data of each task"),
-        ({"kind": "dataset_sequence"}, {}, "sets are the data of each task"),
-        ({"kind": "dataset_sequence", "sets": ("cars",), "pretraining_from": 2}, {}, "use data.pretraining"),
+        (
+            {"sets": ("cars",), "counts": (1,), "kind": "class_incremental"},
+            {},
+            'kind="class_incremental" takes no sets',
+        ),
+        ({"kind": "dataset_sequence"}, {}, 'kind="dataset_sequence" needs sets, the data set of each task'),
+        ({"kind": "dataset_sequence", "sets": ("cars",), "pretraining_from": 2}, {}, "pretraining_from excludes sets"),
         ({"kind": "dataset_sequence", "sets": ("a",)}, {"kind": "cifar", "path": "a"}, "got 'cifar'"),
     ],
 )
@@ -366,18 +370,18 @@ def test_nan_among_the_training_data_is_named(two_sets) -> None:
 
 def test_a_replacement_that_is_its_own_reference_must_be_trained() -> None:
     tasks = TasksConfig(counts=(1, 1), replacements={1: ReplacementConfig(ModelConfig())}, hoc_reference="replacement")
-    with pytest.raises(ValueError, match=r"those of tasks \[1\] have none; give them classes and a schedule"):
+    with pytest.raises(ValueError, match=r"those of tasks \[1\] are not; give them classes and schedule"):
         RunConfig(tasks=tasks, schedule=Schedule(1, 0.1))
     mixed = replace(tasks, hoc_reference="deployed_or_replacement")
     RunConfig(tasks=mixed, schedule=Schedule(1, 0.1))  # the deployed version exists by then
     first = replace(mixed, replacements={0: ReplacementConfig(ModelConfig())})
     with pytest.raises(
-        ValueError, match=r'hoc_reference="deployed_or_replacement" needs .* those of tasks \[0\] have none'
+        ValueError, match=r'hoc_reference="deployed_or_replacement" needs .* those of tasks \[0\] are not'
     ):
         RunConfig(tasks=first, schedule=Schedule(1, 0.1))
 
 
 def test_sets_of_different_widths_are_refused(two_sets) -> None:
     np.save(two_sets / "birds.npy", np.zeros((18, 9), np.float32))
-    with pytest.raises(ValueError, match=r"one shape and dtype, got \[8\] torch.float32, \[9\] torch.float32"):
+    with pytest.raises(ValueError, match=r"the same shape and dtype, got \[8\] torch.float32, \[9\] torch.float32"):
         load_run_data(sequence(two_sets))

@@ -103,11 +103,11 @@ def test_the_order_depends_on_the_seed_alone() -> None:
         ),
         (
             lambda: BalancedSampler(5, 4, 8, seed=0).load_state_dict(BalancedSampler(6, 4, 8, seed=0).state_dict()),
-            r"the state is of rows \[6, 4\] \(new, remembered\), here are \[5, 4\]",
+            r"the state has rows \[6, 4\] \(new, remembered\), but this sampler has \[5, 4\]",
         ),
         (
             lambda: BalancedSampler(5, 4, 8, seed=0).load_state_dict(BalancedSampler(5, 4, 6, seed=0).state_dict()),
-            r"the state is of sizes \[3, 3\] \(new, remembered\), here are \[4, 4\]",
+            r"the state has sizes \[3, 3\] \(new, remembered\), but this sampler has \[4, 4\]",
         ),
     ],
 )

@@ -1,13 +1,15 @@
 """The register of a gallery on Milvus: an empty collection whose name holds the number of the last committed change.
 
 Milvus has no transactions, but of several clients that rename a collection exactly one succeeds.  So a commit is one
-rename: it is atomic, and it fails for a writer that has lost its turn.
+rename: it is atomic, and it fails for a writer that has lost its turn, which is its exclusive right to write.
 
-    NAME__at_{change}_{stamp}_{tried}                    nobody writes
-    NAME__at_{change}_{stamp}_{tried}__by_{writer}_{n}   a writer prepares change `tried`
+    NAME__at_{change}_{stamp}_{tried}                        nobody writes
+    NAME__at_{change}_{stamp}_{tried}__by_{writer}_{beats}   a writer prepares change `tried`
+
+`Position` explains the fields.
 
 A writer renames the collection regularly, as its heartbeat.  If the name does not change for `DEAD_SECONDS`, another
-writer takes the turn under a higher number.  The rows that the dead writer has written stay invisible for good.
+writer takes the turn under a higher number.  The dead writer's rows stay invisible permanently.
 """
 
 from __future__ import annotations
@@ -29,8 +31,10 @@ class UnknownError(StoreError):
     """It is unknown whether a change was committed."""
 
 
-DEAD_SECONDS = 30.0  # without a heartbeat; one is due every tenth of it, and a writer gives up after half of it
-_WAIT_SECONDS = 120.0  # for others to end their turns
+# A writer without a heartbeat for this long counts as dead.  Heartbeats are due every tenth of it, and a late writer
+# stops after half of it.
+DEAD_SECONDS = 30.0
+_WAIT_SECONDS = 120.0  # longest wait for other writers
 _POLL_SECONDS = 0.02
 _PROCESS = uuid.uuid4().hex[:12]
 
@@ -45,12 +49,12 @@ os.register_at_fork(after_in_child=_begin_anew)
 
 @dataclass(frozen=True)
 class Position:
-    """The content of the name.
+    """The fields of the collection's name.
 
     Attributes:
-        change: the last committed change; 0: the gallery is not complete.
-        stamp: a read with this stamp returns everything that was committed.
-        tried: the highest number that a writer has used.
+        change: number of the last committed change; 0: the creation of the gallery is not committed yet.
+        stamp: timestamp of Milvus; reads with it as `guarantee_timestamp` return all committed rows.
+        tried: highest change number that a writer has taken, committed or not.
         writer: writer that has the turn; "" for none.
         beats: number of that writer's heartbeats.
     """
@@ -67,7 +71,7 @@ class Position:
 
 
 class Register:
-    """The turns of one gallery, for one store.  A thread of the store holds `lock` during its turn."""
+    """Takes and ends turns on a gallery, for one store object.  A thread of the store holds `lock` during its turn."""
 
     def __init__(self, connection: Connection, gallery: str) -> None:
         self._connection = connection
@@ -87,7 +91,7 @@ class Register:
             )
 
     def find(self) -> Position | None:
-        """The position; None where there is no gallery of this name."""
+        """Returns the position; None if there is no gallery of this name."""
         found = [match for name in self._connection.names() if (match := self._pattern.fullmatch(name))]
         if not found:
             return None
@@ -97,7 +101,9 @@ class Register:
     def read(self) -> Position:
         found = self.find()
         if found is None:
-            raise GoneError(f"there is no collection {self._gallery}__at_...")
+            raise GoneError(
+                f"there is no gallery {self._gallery}, or it was deleted: no collection {self._gallery}__at_..."
+            )
         return found
 
     def begin(self, *, wait: float = _WAIT_SECONDS) -> Position | None:
@@ -110,7 +116,7 @@ class Register:
             if position != seen:
                 seen, since = position, now
             dead = now - since > DEAD_SECONDS or position.writer == writer
-            # no other process has the file open: a writer of another process is dead
+            # only one process can open a local database file: a writer of another process is dead
             dead |= self._connection.alone and not position.writer.startswith(_PROCESS)
             if not position.writer or dead:
                 mine = Position(position.change, position.stamp, position.tried + 1, writer)
@@ -124,7 +130,7 @@ class Register:
         """Renames the collection if a heartbeat is due.  A writer calls it before each of its requests.
 
         Raises:
-            StoreError: the turn was lost, or this process stood still so long that another one may have taken it.
+            StoreError: the turn was lost, or the last heartbeat is so old that another writer may have taken it.
         """
         assert self._mine is not None
         late = time.monotonic() - self._seen
@@ -134,8 +140,8 @@ class Register:
         after = Position(mine.change, mine.stamp, mine.tried, mine.writer, mine.beats + 1)
         if late > DEAD_SECONDS / 2 or not (self._rename(mine, after) or self.read() == after):
             raise StoreError(
-                f"this process stood still for {late:.0f} seconds while it wrote, and another one may write now; "
-                "nothing was done, and the call can be repeated"
+                f"this writer lost its turn: its last heartbeat was {late:.0f} seconds ago, because Milvus was slow "
+                "or the process was paused, or another writer took over; nothing was committed: repeat the call"
             )
 
     def commit(self, stamp: int) -> None:
@@ -150,7 +156,7 @@ class Register:
         self._end(mine, Position(mine.tried, max(stamp, mine.stamp), mine.tried))
 
     def give_up(self, stamp: int, *, tried: bool) -> None:
-        """Ends the turn without a change; `tried`: whether rows may have been written under its number."""
+        """Ends the turn without a change; `tried`: whether rows may have been written under its change number."""
         mine = self._mine
         if mine is None:
             return
@@ -172,17 +178,22 @@ class Register:
                         error = None
                         break
                     if mine.change < after.change < now.change:  # a later change followed this one, or replaced it
-                        error = StoreError("another process has written since")
+                        error = StoreError("another writer has committed a change since")
                         break
-                    return  # the client had repeated the request by itself
+                    return  # Milvus's client retried a rename that had succeeded
                 if self._rename(mine, after):
                     return
             except StoreError as again:
                 error = again
             time.sleep(0.2)
         if error is None:
-            raise StoreError("another process has taken the turn of this one, which it held to be dead")
-        raise UnknownError(f"the answer was lost; look whether it was done before you repeat it: {error}") from error
+            raise StoreError(
+                f"another writer took over, because this one sent no heartbeat for {DEAD_SECONDS:.0f} seconds; nothing "
+                "was committed: repeat the call"
+            )
+        raise UnknownError(
+            f"Milvus did not confirm the change; check whether the gallery has it before you repeat the call: {error}"
+        ) from error
 
     def _rename(self, before: Position, after: Position) -> bool:
         try:

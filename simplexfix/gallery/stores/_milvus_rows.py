@@ -86,7 +86,7 @@ class Record:
         found = saved.pop("format", 1)  # the first galleries have no number
         if found > _FORMAT:
             raise StoreError(
-                f"it is of format {found}, and this release reads formats up to {_FORMAT}: install a newer simplexfix"
+                f"it has format {found}, but this release reads formats up to {_FORMAT}: install a newer simplexfix"
             )
         for name in ("rows", "old", "zeros", "undone"):
             saved[name] = {int(version): value for version, value in saved[name].items()}

@@ -152,7 +152,7 @@ class PostgresStore:
                 raise FileNotFoundError(f"{place.shown} holds no gallery; Gallery.create makes one")
             (found,) = _row(connection, "select format from state")
         if found != _FORMAT:
-            raise StoreError(f"{place.shown} is no gallery of format {_FORMAT}, it is of format {found}")
+            raise StoreError(f"{place.shown} has a gallery of format {found}, but this release reads format {_FORMAT}")
         return store
 
     def state(self) -> State:
