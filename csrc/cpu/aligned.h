@@ -25,13 +25,14 @@ AlignedArray<T> aligned_array(size_t n) {
 }
 
 constexpr size_t kHugePage = size_t(2) << 20;
+constexpr size_t kLeastHugeBlock = 2 * kHugePage;  // least size for which allocate_pages() requests huge pages
 // Rounds size up to whole huge pages.
 constexpr size_t whole_huge_pages(size_t size) { return (size + kHugePage - 1) / kHugePage * kHugePage; }
 
-// Allocates memory that long loops read or write, or returns nullptr; std::free frees it. For 4 MiB or more it requests
-// huge pages, which are read a fifth faster than small ones. A last incomplete huge page consists of small pages.
+// Allocates memory that long loops read or write, or returns nullptr; std::free frees it. Huge pages are read a fifth
+// faster than small ones. A last incomplete huge page consists of small pages.
 inline void* allocate_pages(size_t size) {
-  const bool huge = size >= 2 * kHugePage;
+  const bool huge = size >= kLeastHugeBlock;
   void* memory = nullptr;
   if (posix_memalign(&memory, huge ? kHugePage : size_t(kCacheLine), size) != 0) return nullptr;
 #ifdef __linux__

@@ -35,7 +35,7 @@ GalleryCodes::GalleryCodes(int64_t d, std::vector<float> center)
       groups_((d + 3) / 4),
       panel_bytes_(size_t(kPanelRows) * (size_t(groups_) * 4 + 3 * sizeof(float))),
       chunk_panels_(std::max<size_t>(1, kChunkBytes / panel_bytes_)),
-      huge_bytes_(std::max(whole_huge_pages(kHugePanels * panel_bytes_), 2 * kHugePage)),
+      huge_bytes_(std::max(whole_huge_pages(kHugePanels * panel_bytes_), kLeastHugeBlock)),
       huge_panels_(huge_bytes_ / panel_bytes_),
       center_(std::move(center)) {}
 

@@ -34,7 +34,7 @@ class BufferPool {
           return static_cast<char*>(found) + kHeader;
         }
     }
-    const size_t rounded = wanted >= 2 * cpu::kHugePage ? cpu::whole_huge_pages(wanted) : wanted;
+    const size_t rounded = wanted >= cpu::kLeastHugeBlock ? cpu::whole_huge_pages(wanted) : wanted;
     void* memory = cpu::allocate_pages(rounded);
     if (!memory)
       throw std::runtime_error(message("cannot allocate ", size, " bytes of memory for a loss or a gradient"));

@@ -386,7 +386,8 @@ class PostgresStore:
         except LostCommitError as error:
             raise StoreError(
                 f"the gallery in {self.url} was asked to {what}{'' if rows is None else f' {rows} rows'}, and the "
-                f"connection broke before it answered: all of it was done, or nothing; look, and call again ({error})"
+                "connection broke before the server confirmed the commit: all of the change was made, or nothing; "
+                f"check which before you repeat the call ({error})"
             ) from error
         except psycopg.Error as error:
             reason = (
