@@ -77,7 +77,7 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Any]:
             checksum, _, text = rest.partition(" ")
             if version != _FORMAT:
                 raise CheckpointError(
-                    f"{os.fspath(path)} is no checkpoint of format {_FORMAT}, its format is {version or None!r}"
+                    f"{os.fspath(path)} is not a checkpoint of format {_FORMAT}, its format is {version or None!r}"
                 )
             # a copy, because products of tensors that are not aligned to 64 bytes may have other bits
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118

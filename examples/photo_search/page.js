@@ -75,7 +75,7 @@ at("file").addEventListener("change", () => {
   const [file] = at("file").files;
   at("file").value = ""; // otherwise opening the same file again would fire no event
   if (!file) return;
-  createImageBitmap(file).then(paint, () => {}); // if it is no image, the search reports the error
+  createImageBitmap(file).then(paint, () => {}); // if it is not an image, the search reports the error
   search(file, `Searching by ${file.name}.`);
 });
 

@@ -63,7 +63,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             self._json(200, self.server.service.search(content))
         except ImageFileError:
-            self._error(400, "this is no image that can be read: give a PNG, JPEG, GIF or WebP file")
+            self._error(400, "this is not an image that can be read: give a PNG, JPEG, GIF or WebP file")
         except RefusedError as error:
             self._error(400, str(error))
 

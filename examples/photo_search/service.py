@@ -53,7 +53,7 @@ class Service:
         """Returns the nearest drawings to an image file.
 
         Raises:
-            ImageFileError: the content is no image.
+            ImageFileError: the content is not an image.
             RefusedError: nothing is drawn on the image.
         """
         ink = on_clean_paper(read_images([io.BytesIO(content)], self.models[0].preprocessing))

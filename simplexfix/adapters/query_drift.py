@@ -52,7 +52,7 @@ class QueryDrift(nn.Module):
         normalized: bool, the option `normalize`, which a state_dict holds and `load_state_dict` takes over.
 
     Raises:
-        TypeError, ValueError: embedding_dim is not an integer of at least 1; normalize is no bool.
+        TypeError, ValueError: embedding_dim is not an integer of at least 1; normalize is not a bool.
 
     Reference:
         Goswami et al., "Query Drift Compensation: Enabling Compatibility in Continual Learning of Retrieval Embedding

@@ -162,7 +162,7 @@ def _write(arguments: argparse.Namespace, given: _Input, hits: list[list[Hits]] 
 
 
 def version_paths(given: Sequence[Path]) -> list[Path]:
-    """Returns the paths of the versions, oldest first; a single folder that is no version stands for its content."""
+    """Returns the paths of the versions, oldest first; a single folder that is not a version stands for its content."""
     if len(given) > 1 or not given[0].is_dir() or is_version(given[0]):
         return list(given)
     return find_versions(given[0])

@@ -243,7 +243,7 @@ class GateResult:
                 fingerprints=(fingerprints[0], fingerprints[1]),
             )
         except (KeyError, IndexError, TypeError) as error:
-            raise ValueError(f"this is no result of the upgrade gate: {error!r}; `gate --out` writes one") from None
+            raise ValueError(f"this is not a result of the upgrade gate: {error!r}; `gate --out` writes one") from None
         if not outcomes or result.passed != saved["passed"]:
             raise ValueError("the gate's verdict is not what its rules say: the result was changed; run the gate again")
         return result

@@ -128,7 +128,7 @@ def find_images(path: str | os.PathLike[str]) -> list[str]:
     """
     root = os.fspath(path)
     if not os.path.isdir(root):
-        raise FileNotFoundError(f"{root} is no folder; expected one of images")
+        raise FileNotFoundError(f"{root} is not a folder; expected one of images")
     found = [os.path.relpath(file, root) for file in _find_files(root, os.stat(root), ())]
     if not found:
         raise ImageFileError(f"{root} has no images; expected {', '.join(SUFFIXES)}")
@@ -143,7 +143,7 @@ def find_images(path: str | os.PathLike[str]) -> list[str]:
 def _find_classes(root: str) -> dict[str, list[str]]:
     """Returns a dict from class name to files, both sorted."""
     if not os.path.isdir(root):
-        raise FileNotFoundError(f"{root} is no folder; expected one with a folder of images for each class")
+        raise FileNotFoundError(f"{root} is not a folder; expected one with a folder of images for each class")
     above = (_identity(os.stat(root)),)
     of_class: dict[str, list[str]] = {}
     for entry in _entries(root):
@@ -181,7 +181,7 @@ def _find_files(folder: str, found: os.stat_result, above: tuple[tuple[int, int]
             yield from _find_files(entry.path, inner, (*above, _identity(found)))
             continue
         if os.path.splitext(entry.name)[1].lower() not in SUFFIXES:
-            raise ImageFileError(f"{entry.path} is no image; expected {', '.join(SUFFIXES)}")
+            raise ImageFileError(f"{entry.path} is not an image; expected {', '.join(SUFFIXES)}")
         if not stat.S_ISREG(inner.st_mode):
             raise ImageFileError(f"{entry.path} is a device, a pipe or a socket; expected a file")
         if not inner.st_size:

@@ -22,7 +22,7 @@ SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".t
 
 
 class ImageFileError(ValueError):
-    """A file is damaged or is no image; the message names it."""
+    """A file is damaged or is not an image; the message names it."""
 
 
 def read_images(files: Sequence[ImageSource], preprocessing: Preprocessing | None) -> Tensor:
@@ -42,7 +42,7 @@ def read_images(files: Sequence[ImageSource], preprocessing: Preprocessing | Non
         uint8 [B, 3, side, side] for `Photographs`, float32 [B, side, side] in [0, 1] for `Drawings`.
 
     Raises:
-        ImageFileError: a file is no image, is damaged, or has pixels of more than 8 bits; the message names it.
+        ImageFileError: a file is not an image, is damaged, or has pixels of more than 8 bits; the message names it.
         ValueError: the preprocessing takes no images, or states no size.
         ModuleNotFoundError: Pillow is not installed.
     """

@@ -71,7 +71,9 @@ def read_payload(payload: Payload | None, count: int) -> list[str] | None:
             text = _JSON.encode(entry)
             text.isascii() or text.encode()  # a lone surrogate raises ValueError
         except (TypeError, ValueError) as error:
-            raise ValueError(f"payload row {row} is no JSON object: {error}; None stands for a missing value") from None
+            raise ValueError(
+                f"payload row {row} is not a JSON object: {error}; None stands for a missing value"
+            ) from None
         texts.append(text)
     return texts
 

@@ -138,7 +138,7 @@ def read_config(folder: Path, *formats: FolderFormat) -> dict[str, Any]:
     """
     kinds = " or ".join(written.kind for written in formats)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is no folder; expected one that save_pretrained has written")
+        raise FileNotFoundError(f"{folder} is not a folder; expected one that save_pretrained has written")
     file = folder / "config.json"
     if not file.exists():
         raise ModelFolderError(f"{folder} holds no {kinds}: it has no config.json")

@@ -49,7 +49,7 @@ def folder_of(source: str | os.PathLike[str], revision: str | None, written: Fol
         hub = _imported()
     except ModuleNotFoundError as error:
         raise FileNotFoundError(
-            f"{source} is no folder; repositories of the Hugging Face hub need huggingface_hub: {_INSTALL}"
+            f"{source} is not a folder; repositories of the Hugging Face hub need huggingface_hub: {_INSTALL}"
         ) from error
     errors, place = hub.errors, hub.constants.ENDPOINT
     patterns = ["config.json", f"{written.kind}-*.safetensors"]
@@ -67,8 +67,8 @@ def folder_of(source: str | os.PathLike[str], revision: str | None, written: Fol
         ) from error
     except (errors.LocalEntryNotFoundError, errors.HTTPError) as error:  # HTTPError: base class of its HTTP errors
         raise ConnectionError(
-            f"{source} is no local folder, its files at {place} could not be downloaded, and the cache does not have "
-            f"all of them; check the network and HF_HUB_OFFLINE, and try again: {error}"
+            f"{source} is not a local folder, its files at {place} could not be downloaded, and the cache does not "
+            f"have all of them; check the network and HF_HUB_OFFLINE, and try again: {error}"
         ) from error
 
 

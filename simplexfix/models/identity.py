@@ -214,7 +214,7 @@ class ModelIdentity:
             return ["the gallery's model is newer, and was trained from this one: search it with the newer model"]
         known = ", ".join(f"{fingerprint[:_SHOWN]} ({width} wide)" for fingerprint, width in self.ancestors) or "none"
         return [
-            f"the gallery's model {gallery.fingerprint[:_SHOWN]} is no ancestor of this one (ancestors: {known}): "
+            f"the gallery's model {gallery.fingerprint[:_SHOWN]} is not an ancestor of this one (ancestors: {known}): "
             "extract the gallery again with this model, or train a version with the gallery's model as old"
         ]
 

@@ -89,7 +89,7 @@ def token_ids(folder: str | os.PathLike[str], texts: Sequence[str], length: int)
 def _transformers(folder: str | os.PathLike[str]) -> Any:
     """Imports transformers after a check that the folder exists; it would try to download a missing one."""
     if not Path(folder).is_dir():
-        raise FileNotFoundError(f"{os.fspath(folder)} is no folder; text encoders are read from local folders")
+        raise FileNotFoundError(f"{os.fspath(folder)} is not a folder; text encoders are read from local folders")
     try:
         import transformers
     except ModuleNotFoundError as error:

@@ -209,7 +209,7 @@ class CosineIndex:
         try:
             index._index = _kind().load(_file(path), _threads(threads))
         except ValueError as error:
-            raise ValueError(f"{os.fspath(path)} is no index, or damaged: {error}") from None
+            raise ValueError(f"{os.fspath(path)} is not an index, or damaged: {error}") from None
         return index
 
     def to_faiss(self) -> Any:

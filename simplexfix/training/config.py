@@ -57,7 +57,7 @@ def overridden(content: Mapping[str, Any], assignments: Sequence[str]) -> dict[s
 
     Args:
         content: a configuration, as `read_mapping` returns it; it is not changed.
-        assignments: "key=value" or "key.sub=value", applied in order.  A value is parsed as JSON; if it is no JSON it
+        assignments: "key=value" or "key.sub=value", applied in order.  A value is parsed as JSON; if it is not JSON it
             is a string.  `read_config` turns a number back into its text where a string is expected, such as a folder
             with the name 2024.
 

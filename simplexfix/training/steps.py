@@ -48,7 +48,7 @@ class _Loss(nn.Module):
     def __init__(self, method: Method, model: EmbeddingModel, old: EmbeddingModel | None) -> None:
         super().__init__()
         self.model = model
-        self.untrained = (method, old)  # in a tuple, so that the old model is no submodule and none of it is trained
+        self.untrained = (method, old)  # in a tuple, so that the old model is not a submodule and none of it is trained
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         method, old = self.untrained

@@ -114,7 +114,7 @@ def test_what_is_damaged_is_refused(change, message, tmp_path) -> None:
 
 
 def test_a_folder_that_is_not_there(tmp_path) -> None:
-    with pytest.raises(FileNotFoundError, match="is no folder"):
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
         Adapter.from_pretrained(tmp_path / "none")
 
 

@@ -268,7 +268,7 @@ def test_a_gallery_of_the_old_encoder_admits_the_adapter(files, capsys) -> None:
     (["adapt", "--old", "{}/labels.npy", "--new", "{}/new.npy", "--out", "{}/o"], "labels.npy must be float32"),
     (["adapt", "--old", "{}/old.npy", "--new", "{}/new.npy", "--labels", "{}/short.npy", "--out", "{}/o"],
      "labels must be"),
-    (["embed", "{}/none", "{}/new.npy", "{}/z.npy"], "is no folder"),
+    (["embed", "{}/none", "{}/new.npy", "{}/z.npy"], "is not a folder"),
     (["adapt", "--old", "{}/old.npy", "--new", "{}/same.npy", "--out", "{}/o"], "rows have the same direction"),
     (["adapt", "--old", "{}/old.npy", "--new", "{}/new.npy", "--out", "{}/o", "--old-model", "{}/new.npy"],
      "is neither the folder of a model"),

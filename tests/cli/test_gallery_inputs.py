@@ -114,8 +114,8 @@ def test_a_table_gives_ids_and_payload(shop: Path, capsys: pytest.CaptureFixture
         ("path\na/04.png\na/04.png\n", "table.csv has the path 'a/04.png' twice"),
         ("path\na/../../secret.png\n", "table.csv row 0 must have a path in photos, without .. in it, got 'a/../.."),
         ("name\na/04.png\n", "table.csv row 0 must have a path in photos, without .. in it, got None"),
-        ("path,path\na,b\n", "table.csv is no table: its first line must have the names of the columns, each once"),
-        ("path,id\na/04.png\n", "table.csv is no table: row 0 has 1 values for 2 columns"),
+        ("path,path\na,b\n", "table.csv is not a table: its first line must have the names of the columns, each once"),
+        ("path,id\na/04.png\n", "table.csv is not a table: row 0 has 1 values for 2 columns"),
         ("path,version\na/04.png,3\n", "payload row 0 has the key 'version', which the gallery itself uses"),
     ):
         table.write_text(text)
@@ -148,7 +148,7 @@ def test_images_that_cannot_be_read_are_named_and_left(shop: Path, capsys: pytes
         assert (gallery.status()["stale"], gallery.status()["leased"]) == (3, 0)
     Path("photos/a/notes.txt").write_text("x")
     assert run("add shop --inputs photos --model v1") == 2
-    assert "photos/a/notes.txt is no image; expected" in capsys.readouterr().err
+    assert "photos/a/notes.txt is not an image; expected" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("action", ["add", "backfill"])

@@ -77,7 +77,8 @@ def test_pre_training_images_that_are_not_there_are_said_with_the_layout(tmp_pat
     data = f'data={{"kind": "images", "path": "{tmp_path}", "pretraining": "{tmp_path / "nothing"}"}}'
     assert main(["train", str(tmp_path / "a.json"), data]) == 2
     assert (
-        f"{tmp_path / 'nothing'} is no folder; expected one with a folder of images for each" in capsys.readouterr().err
+        f"{tmp_path / 'nothing'} is not a folder; expected one with a folder of images for each"
+        in capsys.readouterr().err
     )
 
 

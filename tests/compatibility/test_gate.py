@@ -73,12 +73,12 @@ def test_a_result_says_which_models_it_judged_and_comes_back_from_json() -> None
     for change, message in (
         ({"passed": True}, "the gate's verdict is not what its rules say: the result was changed"),
         ({"rules": []}, "the gate's verdict is not what its rules say"),
-        ({"rules": [{"rule": {"kind": "ecc"}}]}, "this is no result of the upgrade gate: TypeError"),
-        ({"fingerprints": ["aa"]}, "this is no result of the upgrade gate: IndexError"),
+        ({"rules": [{"rule": {"kind": "ecc"}}]}, "this is not a result of the upgrade gate: TypeError"),
+        ({"fingerprints": ["aa"]}, "this is not a result of the upgrade gate: IndexError"),
     ):
         with pytest.raises(ValueError, match=message):
             GateResult.from_dict({**saved, **change})
-    with pytest.raises(ValueError, match=r"no result of the upgrade gate: KeyError\('rules'\); `gate --out` wr"):
+    with pytest.raises(ValueError, match=r"not a result of the upgrade gate: KeyError\('rules'\); `gate --out` wr"):
         GateResult.from_dict({})
 
 

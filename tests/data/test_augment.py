@@ -41,7 +41,7 @@ def test_crops_are_of_the_padded_image_and_equally_frequent(height, width, paddi
                 offsets.setdefault(np.ascontiguousarray(image).tobytes(), []).append((down, right, mirrored))
     counts = np.zeros((2 * padding + 1, 2 * padding + 1, 2))
     for image in crops:
-        for down, right, mirrored in offsets[image.numpy().tobytes()]:  # a KeyError means that it is no crop
+        for down, right, mirrored in offsets[image.numpy().tobytes()]:  # a KeyError means that it is not a crop
             counts[down, right, int(mirrored)] += 1
     if padding < min(height, width):  # else several crops consist of padding only, and are equal
         assert counts.sum() == 4000

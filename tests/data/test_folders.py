@@ -94,7 +94,7 @@ def test_what_is_refused_by_name(tmp_path) -> None:
         load_image_folder(tmp_path, size=8)
     file.unlink()
     (tmp_path / "c" / "labels.csv").write_text("a.png,1")
-    with pytest.raises(ImageFileError, match=r"labels\.csv is no image; expected \.bmp, \.gif"):
+    with pytest.raises(ImageFileError, match=r"labels\.csv is not an image; expected \.bmp, \.gif"):
         load_image_folder(tmp_path, size=8)
     (tmp_path / "c" / "labels.csv").unlink()
     (tmp_path / "empty").mkdir()

@@ -36,12 +36,12 @@ def test_all_images_of_a_folder_are_found_in_order(tmp_path) -> None:
         find_images(tmp_path)
     (tmp_path / "a" / "back").unlink()
     (tmp_path / "a" / "notes.txt").write_text("x")
-    with pytest.raises(ImageFileError, match=r"notes\.txt is no image; expected"):
+    with pytest.raises(ImageFileError, match=r"notes\.txt is not an image; expected"):
         find_images(str(tmp_path))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ImageFileError, match="empty has no images"):
         find_images(tmp_path / "empty")
-    with pytest.raises(FileNotFoundError, match=r"b\.png is no folder; expected one of images"):
+    with pytest.raises(FileNotFoundError, match=r"b\.png is not a folder; expected one of images"):
         find_images(tmp_path / "b.png")
     not_utf8 = os.fsencode(tmp_path / "empty") + b"/\xff.png"
     Path(os.fsdecode(not_utf8)).write_bytes((tmp_path / "b.png").read_bytes())

@@ -680,9 +680,9 @@ BAD_ROWS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"payload": [{}, {"version": 2}]}, ValueError, "payload row 1 has the key 'version', which the gallery its"),
     ({"payload": {"id": [1, 2]}}, ValueError, "payload row 0 has the key 'id'"),
     ({"payload": {"a": [1]}}, ValueError, "vectors has 2 rows, column 'a' of payload has 1"),
-    ({"payload": [{}, {"a": float("nan")}]}, ValueError, "payload row 1 is no JSON object"),
-    ({"payload": [{"a": {1, 2}}, {}]}, ValueError, "payload row 0 is no JSON object"),
-    ({"payload": [{}, {"a": "\ud800"}]}, ValueError, "payload row 1 is no JSON object"),
+    ({"payload": [{}, {"a": float("nan")}]}, ValueError, "payload row 1 is not a JSON object"),
+    ({"payload": [{"a": {1, 2}}, {}]}, ValueError, "payload row 0 is not a JSON object"),
+    ({"payload": [{}, {"a": "\ud800"}]}, ValueError, "payload row 1 is not a JSON object"),
 ]
 
 

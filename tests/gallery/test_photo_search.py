@@ -136,8 +136,8 @@ def test_bad_requests_have_a_clear_answer(serve) -> None:
     before = stored(page)
     for path, body, headers, code, message in (
         ("/search", b"", {}, 400, "send an image file"),
-        ("/search", b"no image", {}, 400, "this is no image that can be read: give a PNG"),
-        ("/search", drawn(page, 0)[:60], {}, 400, "this is no image that can be read"),
+        ("/search", b"no image", {}, 400, "this is not an image that can be read: give a PNG"),
+        ("/search", drawn(page, 0)[:60], {}, 400, "this is not an image that can be read"),
         ("/search", png(np.full((9, 9), 77)), {}, 400, "nothing is drawn on this image"),
         ("/search", b"x", {"Content-Length": str(LARGEST + 1)}, 413, "an image may have 8 MB"),
         ("/search", b"x", {"Content-Length": "-1"}, 411, "Content-Length must say how long"),

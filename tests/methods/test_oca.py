@@ -274,7 +274,7 @@ def test_identities_state_which_galleries_a_prefix_searches(versions) -> None:
     assert reason == "the gallery's model is newer, and was trained from this one: search it with the newer model"
     stranger = replace(v0, fingerprint="f" * 64)
     (reason,) = v2.why_not_search(stranger)
-    assert reason.startswith("the gallery's model ffffffffffff is no ancestor of this one (ancestors: ")
+    assert reason.startswith("the gallery's model ffffffffffff is not an ancestor of this one (ancestors: ")
     assert reason.endswith("or train a version with the gallery's model as old")
     with pytest.raises(ValueError, match=r"cannot search the gallery: the gallery's model ffff.*: extract the gallery"):
         v2.search_width(stranger)

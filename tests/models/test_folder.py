@@ -524,7 +524,7 @@ def with_more() -> EmbeddingModel:
         (
             lambda p: EmbeddingModel.from_pretrained(p / "none"),
             FileNotFoundError,
-            "none is no folder; expected one that save_pretrained has written",
+            "none is not a folder; expected one that save_pretrained has written",
         ),
         (lambda p: EmbeddingModel.from_pretrained(p), ModelFolderError, "holds no model: it has no config.json"),
     ],

@@ -120,7 +120,7 @@ def test_a_local_folder_wins(hub: HubServer, tmp_path: Path, monkeypatch: pytest
     with pytest.raises(ValueError, match="revision must be None for the local folder org/birds, which holds one model"):
         EmbeddingModel.from_pretrained("org/birds", revision="main")
     for path in (Path("org/none"), "none", "org/none/model", "./none", str(tmp_path / "none")):
-        with pytest.raises(FileNotFoundError, match=r"none(/model)? is no folder; expected one that save_pretr"):
+        with pytest.raises(FileNotFoundError, match=r"none(/model)? is not a folder; expected one that save_pretr"):
             EmbeddingModel.from_pretrained(path)
     assert not hub.requests
 
@@ -149,7 +149,9 @@ def test_a_download_that_broke_off_goes_on(hub: HubServer, monkeypatch: pytest.M
     model = model_of(0)
     commit = model.push_to_hub("org/birds")
     hub.failing = {file for file in hub.repositories["org/birds"][commit] if file.startswith("model-")}
-    message = r"org/birds is no local folder, its files at http://127.* could not be downloaded, and the cache does not"
+    message = (
+        r"org/birds is not a local folder, its files at http://127.* could not be downloaded, and the cache does not"
+    )
     with pytest.raises(ConnectionError, match=message):
         EmbeddingModel.from_pretrained("org/birds")
     monkeypatch.setattr(client[1].constants, "HF_HUB_OFFLINE", True)
@@ -280,7 +282,9 @@ def test_the_snippet_of_the_page_runs(hub: HubServer) -> None:
 
 def test_without_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    message = r"org/birds is no folder; repositories of the Hugging Face hub need huggingface_hub: pip install 'simplex"
+    message = (
+        r"org/birds is not a folder; repositories of the Hugging Face hub need huggingface_hub: pip install 'simplex"
+    )
     with pytest.raises(FileNotFoundError, match=message):
         EmbeddingModel.from_pretrained("org/birds")
     with pytest.raises(ModuleNotFoundError, match=r"need huggingface_hub: pip install 'simplexfix\[hub\]'"):

@@ -104,7 +104,7 @@ def test_a_sequence_of_texts_trains_from_its_configuration(folder, tmp_path, cap
 
 
 def test_what_is_missing_is_named(tmp_path, monkeypatch) -> None:
-    with pytest.raises(FileNotFoundError, match="nowhere is no folder; text encoders are read from local folders"):
+    with pytest.raises(FileNotFoundError, match="nowhere is not a folder; text encoders are read from local folders"):
         TextEncoder(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="length must be at least 1 token, got 0"):
         token_ids(tmp_path, ["a"], 0)

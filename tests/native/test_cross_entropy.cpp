@@ -64,7 +64,7 @@ struct Shape {
   int64_t rows, d, stride;  // stride >= d
   int offset;               // elements by which z and the gradient start past a 16-byte boundary
   int64_t shift;            // row b holds example b + shift
-  int64_t ignore = -100;    // ignore_index: a value that is no slot, or one of the slots
+  int64_t ignore = -100;    // ignore_index: a value that is not a slot, or one of the slots
 };
 
 // The inputs and the results of one call.

@@ -213,7 +213,7 @@ BAD = [
     (lambda i: i.remove([[1]]), ValueError, r"ids must have one dimension, .* got shape \[1, 1\]"),
     (lambda i: i.save("/nowhere/at/all"), FileNotFoundError, "No such file or directory: '/nowhere/at/all'"),
     (lambda i: CosineIndex.load("/nowhere/at/all"), FileNotFoundError, "No such file or directory: '/nowhere/at/all'"),
-    (lambda i: CosineIndex.load(os.curdir), ValueError, r"\. is no index, or damaged: it is not a regular file"),
+    (lambda i: CosineIndex.load(os.curdir), ValueError, r"\. is not an index, or damaged: it is not a regular file"),
 ]  # fmt: skip
 
 
@@ -288,11 +288,11 @@ def test_every_damage_is_seen(saved) -> None:
         damaged = bytearray(whole)
         damaged[at] ^= 1 << int(rng.integers(8))
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match="is no index, or damaged: "):
+        with pytest.raises(ValueError, match="is not an index, or damaged: "):
             CosineIndex.load(path)
     for size in [0, 1, 63, 64, 65, *rng.integers(66, len(whole), 20), len(whole) - 1]:
         path.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match="is no index, or damaged: "):
+        with pytest.raises(ValueError, match="is not an index, or damaged: "):
             CosineIndex.load(path)
     path.write_bytes(whole + b"\0")
     with pytest.raises(ValueError, match="bytes, which is not what its header says"):

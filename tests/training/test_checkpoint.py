@@ -110,7 +110,7 @@ def test_bad_input(tmp_path: Path) -> None:
         write_state(tmp_path / "x", {"a": {1.5: 0}})
     assert not list(tmp_path.iterdir())
     save_file({"a": torch.ones(1)}, tmp_path / "x")
-    with pytest.raises(CheckpointError, match="x is no checkpoint of format 1, its format is None"):
+    with pytest.raises(CheckpointError, match="x is not a checkpoint of format 1, its format is None"):
         read_state(tmp_path / "x")
     with pytest.raises(FileNotFoundError):
         read_state(tmp_path / "y")

@@ -44,7 +44,7 @@ def test_statistics_of_an_overflown_batch_are_no_version(tmp_path) -> None:
 
 def test_a_line_without_a_loss_is_json(tmp_path, capsys) -> None:
     def refuse(constant: str) -> None:
-        raise AssertionError(f"{constant} is no JSON")
+        raise AssertionError(f"{constant} is not JSON")
 
     trained(tmp_path, lambda n: n == 7)
     lines = [json.loads(line, parse_constant=refuse) for line in (tmp_path / "log.jsonl").read_text().splitlines()]

@@ -91,7 +91,7 @@ class Register:
             )
 
     def find(self) -> Position | None:
-        """Returns the position; None if there is no gallery of this name."""
+        """Returns the position; None if there is not a gallery of this name."""
         found = [match for name in self._connection.names() if (match := self._pattern.fullmatch(name))]
         if not found:
             return None

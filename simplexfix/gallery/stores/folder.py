@@ -111,7 +111,7 @@ class FolderStore:
 
         Raises:
             FileNotFoundError: there is none.
-            StoreError: the file is damaged, is no gallery, or has another format.
+            StoreError: the file is damaged, is not a gallery, or has another format.
         """
         folder = Path(url)
         path = folder / _FILE
@@ -124,7 +124,7 @@ class FolderStore:
         if found == [0, 0]:
             raise FileNotFoundError(f"{path} holds no gallery: its creation was interrupted; create it again")
         if found != [_APPLICATION, _FORMAT]:
-            raise StoreError(f"{path} is no gallery of format {_FORMAT}, it is of application and format {found}")
+            raise StoreError(f"{path} is not a gallery of format {_FORMAT}, it is of application and format {found}")
         return store
 
     def state(self) -> State:

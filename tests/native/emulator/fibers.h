@@ -56,7 +56,7 @@ EMULATOR_SWITCHES inline void leave_lane() {  // switches from the running lane 
                                  block.main_stack_size);
 #endif
 #ifdef EMULATOR_TSAN
-  __tsan_switch_to_fiber(block.main_tsan_fiber, 1);  // 1: a switch is no synchronisation
+  __tsan_switch_to_fiber(block.main_tsan_fiber, 1);  // 1: a switch does not synchronize
 #endif
   emulator_switch(&l->stack_pointer, block.main_stack_pointer);
 #ifdef EMULATOR_ASAN
