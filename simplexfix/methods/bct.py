@@ -41,7 +41,7 @@ class BCT(ER):
 
     Raises:
         ValueError: the weight is not positive and finite; in `loss`: the old classifier has another feature width.
-        TypeError: in `loss`: the old model's head is no `LinearHead`, or no `NeighbourHead` with `classification`.
+        TypeError: in `loss`: the old head is not a `LinearHead`, or with `classification` not a `NeighbourHead`.
 
     Reference:
         Shen et al., "Towards Backward-Compatible Representation Learning", CVPR 2020, arXiv 2003.11942: the variant

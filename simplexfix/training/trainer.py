@@ -173,7 +173,7 @@ class Trainer:
             The version, in evaluation mode.
 
         Raises:
-            TypeError: "aligned" is used for a head that is no `SimplexHead`, or that has a bias.
+            TypeError: "aligned" is used for a head that is not a `SimplexHead`, or that has a bias.
             ValueError: `old` is in training mode; `old` is missing or has another width with "aligned"; a label is
                 outside of `classes`; a batch cannot be split evenly, or leaves a single row for batch normalisation; or
                 the folder belongs to another training (configuration, data, parent or old model), and the message lists
