@@ -174,7 +174,7 @@ def read_table(path: Path) -> list[dict[str, Any]]:
         text = read_text(path)
         rows = _csv_rows(text) if path.suffix == ".csv" else json.loads(text)
     except (ValueError, csv.Error) as error:
-        raise ValueError(f"{path} is no {'table' if path.suffix == '.csv' else 'JSON'}: {error}") from None
+        raise ValueError(f"{path} is not {'a table' if path.suffix == '.csv' else 'JSON'}: {error}") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path} must hold a list of objects, one for each row, or be a .csv table")
     return rows
