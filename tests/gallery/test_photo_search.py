@@ -260,7 +260,7 @@ def test_the_page_in_a_browser(serve, tmp_path) -> None:
         assert first().endswith(".png")
         assert browser.find_elements("css selector", "#query *") == []
         browser.find_element("id", "file").send_keys(str(tmp_path / "notes.png"))
-        wait.until(lambda _: "no image that can be read" in text("error"))
+        wait.until(lambda _: "this is not an image that can be read" in text("error"))
         click("rollback")
         wait.until(lambda _: text("serving") == "v0, 180 characters" and first() == "/drawings/3000.png")
         assert text("rows").startswith("4840 vectors are by v0, 0 by v1")
