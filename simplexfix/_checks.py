@@ -194,4 +194,6 @@ def check_bits(codes: Tensor, d: int, rows: Tensor | None = None) -> None:
     if beyond.any():
         row = int(beyond.nonzero()[0])
         row = row if rows is None else int(rows[row])
-        raise ValueError(f"codes row {row} has bits beyond d = {d}: they were made for another d")
+        raise ValueError(
+            f"row {row} of codes has bits beyond d = {d}: make the codes with cube_codes(num_classes, {d})"
+        )

@@ -297,7 +297,9 @@ def _wanted(slots: Tensor | None, num_classes: int, device: torch.device | str |
     if device is not None:
         slots = slots.to(device)
     if slots.numel() and (slots.min() < 0 or slots.max() >= num_classes):
-        raise ValueError(f"slots must lie in [0, {num_classes - 1}], got {int(slots.min())} to {int(slots.max())}")
+        raise ValueError(
+            f"slots must lie in [0, {num_classes - 1}], got values from {int(slots.min())} to {int(slots.max())}"
+        )
     return slots
 
 

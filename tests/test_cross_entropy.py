@@ -312,7 +312,7 @@ def test_codes_with_bits_beyond_the_features_are_refused() -> None:
     z = features("normal", 9, 62, dtype=torch.float32)
     beyond = torch.tensor([[0], [2**62]])  # raises only if the row of codes is used
     assert SF.cube_cross_entropy(z, torch.zeros(9, dtype=torch.int64), codes=beyond).isfinite()
-    with pytest.raises(ValueError, match="codes row 1 has bits beyond d = 62"):
+    with pytest.raises(ValueError, match="row 1 of codes has bits beyond d = 62"):
         SF.cube_cross_entropy(z, torch.ones(9, dtype=torch.int64), codes=beyond)
 
 

@@ -1,4 +1,4 @@
-"""Tests closed-form logits against the matrix, and their integration into torch."""
+"""Tests closed-form logits and gradients against the product with the matrix of vertices, also their strides."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def check(z, truth=dense, naive=dense, **options):
 def test_sizes(num_classes: int, dtype: torch.dtype) -> None:
     z = features("normal", 6, num_classes - 1, dtype=dtype)
     check(z, scale=3.0)
-    if num_classes > 2:  # in one dimension normalised numbers are signs, without a gradient
+    if num_classes > 2:  # in one dimension, normalising leaves only the sign, and its gradient is zero
         check(z, normalize=True, scale=3.0)
 
 

@@ -1,4 +1,4 @@
-"""Tests that vertices match those of deployed models in sign and order; tests orthoplex and cube."""
+"""Tests that simplex vertices equal those of the published code in sign and order; tests the orthoplex and the cube."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ BY_HAND = {
 
 
 def deployed(num_classes: int) -> torch.Tensor:
-    """Computes the vertices step by step, as deployed models do."""
+    """Computes the vertices step by step, like the published code that existing models were trained with."""
     d = num_classes - 1
     t = torch.cat([torch.eye(d), torch.full((1, d), (1 - math.sqrt(1 + d)) / d)]).double()
     t[-1] = (1 - math.sqrt(1 + d)) / d
@@ -92,7 +92,7 @@ def distances(codes: torch.Tensor, d: int) -> torch.Tensor:
 
 
 def griesmer(bits: int, d: int) -> int:
-    """The Griesmer bound: the largest distance of a linear code with this number of message bits and length d."""
+    """Returns the largest distance that the Griesmer bound allows for a linear code of this many bits and length d."""
     distance = 0
     while sum(-(-(distance + 1) // 2**i) for i in range(bits)) <= d:
         distance += 1
@@ -123,11 +123,11 @@ def test_codes_keep_their_distance(classes: int, d: int, least: int) -> None:
     found = distances(codes, d)
     reached = int(found[~torch.eye(classes, dtype=torch.bool)].min())
     bits = (classes - 1).bit_length()
-    print(f"{classes} classes in {d} dimensions: distance {reached}, bounds {griesmer(bits, d)}")
+    print(f"{classes} classes in {d} dimensions: distance {reached}, Griesmer bound {griesmer(bits, d)}")
     assert reached >= least
     if classes == 2**bits:  # fewer classes are a subset of the codewords, which may have a larger distance
         assert reached <= griesmer(bits, d)
-        assert reached <= d * classes / (2 * (classes - 1))  # Plotkin's bound, by the mean distance
+        assert reached <= d * classes / (2 * (classes - 1))  # Plotkin's bound: the mean distance
     w = cube_prototypes(codes, d, dtype=torch.float64)
     torch.testing.assert_close(w @ w.T, 1 - 2 * found / d, rtol=0, atol=1e-12)
     assert torch.equal(cube_codes(2**bits, d)[:classes], codes)
@@ -207,18 +207,24 @@ def test_slots_are_a_tensor_of_int64(call) -> None:
         (lambda: simplex_constants(1), "num_classes must be at least 2, got 1"),
         (lambda: orthoplex_prototypes(5), "num_classes must be even and at least 2, got 5"),
         (lambda: orthoplex_prototypes(0), "num_classes must be even and at least 2, got 0"),
-        (lambda: orthoplex_prototypes(4, torch.tensor([4])), r"slots must lie in \[0, 3\], got 4 to 4"),
+        (lambda: orthoplex_prototypes(4, torch.tensor([4])), r"slots must lie in \[0, 3\], got values from 4 to 4"),
         (lambda: cube_codes(0, 4), r"num_classes must lie in \[1, 16777216\], got 0"),
         (lambda: cube_codes(2**24 + 1, 64), r"num_classes must lie in \[1, 16777216\]"),
         (lambda: cube_codes(17, 4), "d must be at least 5 for 17 classes, got 4"),
         (lambda: cube_codes(1, 0), "d must be at least 1 for 1 classes, got 0"),
         (lambda: cube_prototypes(torch.zeros(2, 2, dtype=torch.int64), 64), r"codes must have shape \[C, 1\]"),
-        (lambda: cube_prototypes(cube_codes(9, 40), 4), "codes row . has bits beyond d = 4: .* another d"),
+        (
+            lambda: cube_prototypes(cube_codes(9, 40), 4),
+            r"row . of codes has bits beyond d = 4: make the codes with cube_codes\(num_classes, 4\)",
+        ),
         (lambda: cube_prototypes(cube_codes(3, 4), 0), "d must be at least 1, got 0"),
-        (lambda: cube_prototypes(cube_codes(3, 4), 4, torch.tensor([3])), r"slots must lie in \[0, 2\], got 3 to 3"),
+        (
+            lambda: cube_prototypes(cube_codes(3, 4), 4, torch.tensor([3])),
+            r"slots must lie in \[0, 2\], got values from 3 to 3",
+        ),
         (lambda: simplex_prototypes(0), "num_classes must be at least 2, got 0"),
-        (lambda: simplex_prototypes(4, torch.tensor([4])), r"slots must lie in \[0, 3\], got 4 to 4"),
-        (lambda: simplex_prototypes(4, torch.tensor([-1, 2])), r"slots must lie in \[0, 3\], got -1 to 2"),
+        (lambda: simplex_prototypes(4, torch.tensor([4])), r"slots must lie in \[0, 3\], got values from 4 to 4"),
+        (lambda: simplex_prototypes(4, torch.tensor([-1, 2])), r"slots must lie in \[0, 3\], got values from -1 to 2"),
     ],
 )
 def test_bad_input(call, message: str) -> None:

@@ -35,8 +35,8 @@ struct FloatFormat<double> {
   static constexpr int kTerms = 14;
 };
 
-// Returns exp(x) for x <= 0 or nan, with a relative error below 2 ulp. Below the smallest normal number it is 0 or a
-// denormal.
+// Returns exp(x) for x <= 0 or nan, with an error below 2 ulp. Where exp(x) is below the smallest normal number,
+// the result is 0 or a denormal, without this bound.
 //   x = n ln 2 + r;  exp(r) = 1 + r + r^2 / 2! + ...
 template <typename A>
 SIMPLEXFIX_HD A scalar_exp(A x) {

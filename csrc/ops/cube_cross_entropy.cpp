@@ -23,8 +23,9 @@ struct CubeLoss {
     for (int64_t b = 0; b < call.rows; ++b) {
       const int64_t label = labels[b];
       if (label == call.ignore_index || label < 0 || label >= slots) continue;
-      SIMPLEXFIX_CHECK(table[label * words + words - 1] >> (call.d % 64) == 0, "codes row ", label,
-                       " has bits beyond d = ", call.d, ": they were made for another d");
+      SIMPLEXFIX_CHECK(table[label * words + words - 1] >> (call.d % 64) == 0, "row ", label,
+                       " of codes has bits beyond d = ", call.d, ": make the codes with cube_codes(num_classes, ",
+                       call.d, ")");
     }
   }
   template <typename T>

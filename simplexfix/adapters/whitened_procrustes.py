@@ -22,19 +22,20 @@ class WhitenedProcrustes(AdapterMethod):
 
     The gallery is mapped too: its vectors are whitened.
 
-        S = (1 - g) S_w + g trace(S_w) / f I      S_w: covariance within classes; without labels, of all rows
-                                                  f: width of the features
-        a(x) = n((n(x) - mean) S^{-1/2})          one map per encoder, with its mean and S; n(v) = v / |v|
-        Q = U V^T of the SVD of a(X_new)^T a(X_old)
+        S = (1 - g) S_w + g (trace(S_w) / f) I    S_w: within-class covariance of n(x); without labels, of all rows
+                                                  f: width of the features;  n(v) = v / |v|
+        a(x) = n((n(x) - mean) S^{-1/2})          a_old and a_new, each with its own mean of n(x) and its own S
+        U diag(s) V^T = SVD of a_new(X_new)^T a_old(X_old)     X_old, X_new: features of the same items, a row each
+        Q = U V^T
         adapter(x) = n(a_new(x) Q),  adapter.gallery(y) = a_old(y)
 
     If the new encoder is not wider than the old one, Q keeps the cosines between whitened new vectors.
 
     Args:
-        g: shrinkage, in [0, 1]: 1 does not whiten.
+        g: shrinkage, in [0, 1]: 0 whitens fully, 1 only subtracts the mean.
 
     Reference:
-        Whitening by the covariance within classes: Fukunaga, "Introduction to Statistical Pattern Recognition", 1990,
+        Whitening by the within-class covariance: Fukunaga, "Introduction to Statistical Pattern Recognition", 1990,
         chapter 10; shrinkage: Ledoit and Wolf, 2004.
 
     Example:
@@ -66,6 +67,6 @@ class WhitenedProcrustes(AdapterMethod):
 
 
 def whitening_map(moments: Moments, version: int, g: float) -> AffineMap:
-    """Returns a(x) before its normalisation, of one encoder, in float64."""
+    """Returns the map a(x) of one encoder, with float64 weights."""
     whitening = moments.whitening(version, g)
     return AffineMap(whitening, -moments.mean(version) @ whitening)

@@ -1,8 +1,8 @@
 """Judges an upgrade by rules, for a pipeline: exit code 0 if it passes, 1 if a rule fails, 2 for bad input.
 
-OLD and NEW are files or folders for `VersionFeatures.load`, one per model, with the same items; rules per group need
-query_groups.  The default rule is the ECC at 95 % confidence: the new queries find more in the old gallery than the old
-queries.  --agreement needs no labels.
+OLD and NEW are files or folders for `VersionFeatures.load`: features of the same items by the two models.  Rules per
+group need the array `query_groups`.  The default rule is the ECC at 95 % confidence: the new queries find more in the
+old gallery than the old queries.  --agreement needs no labels.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ._models import read_model
 from ._terminal import in_flags
 
 PASSED, FAILED, BAD_INPUT = 0, 1, 2
-DRAWN = 5_000  # largest number of items of an .npy file that are queries
+DRAWN = 5_000  # at most this many items of an .npy file serve as queries
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -56,11 +56,15 @@ def _judge(arguments: argparse.Namespace) -> GateResult:
     if arguments.agreement is None:
         read_protocol(arguments.protocol)
     if arguments.adapter is not None and arguments.new_model is not None:
-        raise ValueError("--adapter is the model that is to serve: leave out --new-model, or name both to `adapt`")
+        raise ValueError(
+            "--adapter is the model to deploy: leave out --new-model; "
+            "`simplexfix adapt` takes --old-model and --new-model"
+        )
     judgements = None if arguments.qrels is None else RelevanceJudgements.load(arguments.qrels)
     if arguments.unconstrained is None and any(rule.kind == "max_tax" for rule in rules):
         raise ValueError(
-            "a rule of kind max_tax needs features of a model trained without compatibility: --unconstrained"
+            "a rule of kind max_tax needs features of a model trained without compatibility: "
+            "pass them with --unconstrained"
         )
     old, new = (_version(path, arguments, judgements) for path in (arguments.old, arguments.new))
     unconstrained = None
@@ -139,7 +143,7 @@ def _rules_of_file(path: Path) -> list[Rule]:
             raise ValueError(f"{path}: rule {at} must have a kind")
         unknown = sorted(set(entry) - set(known))
         if unknown:
-            raise ValueError(f"{path}: rule {at} has {', '.join(unknown)}, which is none of {', '.join(known)}")
+            raise ValueError(f"{path}: rule {at} has the unknown key {', '.join(unknown)}; keys are {', '.join(known)}")
         try:
             rules.append(Rule(**entry))
         except (ValueError, TypeError) as error:
@@ -163,10 +167,11 @@ def _parse(path: Path) -> Any:
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Returns the pairs as a dict; raises for duplicate keys, of which JSON would silently use the last."""
-    entries = dict(pairs)
-    if len(entries) != len(pairs):
-        raise ValueError(f"a key comes twice in {{{', '.join(key for key, _ in pairs)}}}")
-    return entries
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"key {name!r} comes twice")
+    return dict(pairs)
 
 
 def _interval(outcome: Outcome) -> str:
@@ -184,11 +189,15 @@ def _counts(result: GateResult) -> str:
     absent = f"; {result.absent} queries have no {what} and {wrong}" if result.absent else ""
     if result.unjudged:
         absent += f"; {result.unjudged} queries have no relevance judgement and are left out"
-    itself = f"; {result.excluded} queries are left out of their own search by id" if result.excluded else ""
+    itself = (
+        f"; for {result.excluded} queries the gallery item with the same id is left out of the search"
+        if result.excluded
+        else ""
+    )
     if any(result.bit_equal):
         itself += (
-            f"; {max(result.bit_equal)} queries have a gallery row of the same bits and find themselves, unless "
-            "query_ids and gallery_ids say which items are the same"
+            f"; {max(result.bit_equal)} queries equal a gallery row bit for bit and probably find themselves: "
+            "add the arrays query_ids and gallery_ids to leave these rows out"
         )
     counts = f"{result.queries} queries, {result.gallery} gallery items, {result.protocol.replace('_', ' ')}"
     return counts + absent + itself

@@ -85,7 +85,7 @@ class Rule:
         if isinstance(self.limit, bool):
             raise TypeError(f"limit must be a number, got {self.limit}")
         if not -1 <= self.limit <= 1:  # type: ignore[operator]
-            raise ValueError(f"limit is a fraction and must lie in [-1, 1], got {self.limit}")
+            raise ValueError(f"limit must lie in [-1, 1], got {self.limit}; write 5 % as 0.05")
         if self.confidence is not None:
             check_confidence(self.confidence)
         allowed = KINDS[self.kind][2]

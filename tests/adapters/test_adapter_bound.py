@@ -20,7 +20,7 @@ def test_a_junction_keeps_the_scores_within_each_version() -> None:
         torch.testing.assert_close(with_junction @ with_junction.T, without @ without.T, rtol=0, atol=1e-5)
 
 
-def test_an_upgrade_changes_a_score_by_at_most_the_change_of_its_query() -> None:
+def test_a_score_changes_by_at_most_the_distance_its_query_moved() -> None:
     old, new, labels = paired_features()
     fitted = np.arange(len(old)) % 2 == 0
     chain = fit_chain(SimplexJunction(0.3), [old[fitted], new[fitted]], labels=labels[fitted])

@@ -1,4 +1,7 @@
-"""The bounds of docs/design/math.md on real texts and images, with simple encoders that need no trained weights."""
+"""Tests the bounds on score changes (docs/design/math.md, "Adapters of frozen encoders") on real texts and images.
+
+The encoders are simple and need no trained weights.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ CLASSES, UNSEEN = 12, 5
 
 @pytest.fixture(scope="module", params=["texts", "images"])
 def items(request, data_folder) -> Items:
-    """Returns three encoders per data set; the first is a prefix of the second, as in docs/guides/replacing.md."""
+    """Returns three encoders per data set; the first gives the leading 32 dimensions of the second."""
     labels, encoded = {"texts": _texts, "images": _images}[request.param](data_folder)
     asks = np.arange(len(labels)) % 4 == 0
     sides = [Encoded(*(torch.from_numpy(x[at].astype(np.float32)) for at in (~asks, asks))) for x in encoded]
@@ -50,11 +53,11 @@ def _texts(folder) -> tuple[NDArray[np.int64], list[NDArray[np.float64]]]:
 
 
 def _images(folder) -> tuple[NDArray[np.int64], list[NDArray[np.float64]]]:
-    """Returns principal components of pixels, and histograms of gradient directions in 4 x 4 cells."""
+    """Returns principal components of pixels, and histograms of gradient directions on a grid of 4 x 4 cells."""
     image = pytest.importorskip("PIL.Image", reason="pip install 'simplexfix[cli]'")
     sheets = sorted((folder / "cifar" / "cifar100_train").glob("*.webp"))[:CLASSES]
     if len(sheets) < CLASSES:
-        pytest.skip(f"no CIFAR sheets in {folder}")
+        pytest.skip(f"fewer than {CLASSES} image sheets in {folder}/cifar/cifar100_train")
     tiles = []
     for sheet in sheets:
         pixels = np.asarray(image.open(sheet).convert("RGB"), dtype=np.float64) / 255
@@ -73,13 +76,13 @@ def _images(folder) -> tuple[NDArray[np.int64], list[NDArray[np.float64]]]:
 
 
 @pytest.mark.parametrize("method", [WhitenedProcrustes(0.6), Procrustes()], ids=lambda method: method.name)
-def test_an_upgrade_changes_a_score_by_at_most_the_change_of_its_query(items: Items, method) -> None:
+def test_a_score_changes_by_at_most_the_distance_its_query_moved(items: Items, method) -> None:
     seen, unseen = split(items.gallery_labels, UNSEEN, 0)
     chain = fit_chain(method, **items.fitted(seen, 100, 0))
     for row in moves(chain, items, unseen, pairs=20_000):
         print(method.name, {name: np.round(value, 3) for name, value in row.items()})
         assert 0.1 < row["largest move"] <= 1 + 1e-9
-        # The finer bound guarantees every order that the coarse bound guarantees, and guaranteed orders stay.
+        # `d times distance` is the tighter bound: it covers every pair that `2 d` covers, and these keep their order
         assert row["order sure by 2 d"] <= row["order sure by d times distance"] < row["order stays"] <= 1
         if row["new"] == 1:  # between similar encoders the bound guarantees some orders
             assert row["order sure by d times distance"] > 0.005

@@ -1,4 +1,4 @@
-"""Tests that pairs before and after an upgrade match the verification functions, also for a sample of pairs."""
+"""Tests that `compare_pairs` agrees with the verification functions, also on a sample of queries and items."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def compare(*arguments) -> VerificationResults:
 
 
 def upgrade(width: int = WIDTH) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Returns old queries, new queries of this width with lower scores, labels, and the old gallery with its labels."""
+    """Returns old queries, new ones of this width (with more noise), labels, and the old gallery with its labels."""
     rng = np.random.default_rng(2)
     labels = rng.integers(5, size=QUERIES + ITEMS)
     rows = rng.normal(size=(QUERIES + ITEMS, WIDTH)) + 2 * np.eye(WIDTH)[labels]
@@ -50,7 +50,7 @@ def test_numbers_are_those_of_the_verification_functions() -> None:
         np.testing.assert_array_equal(version.results.impostor, results.impostor)
         assert version.equal_error == equal_error_rate(results)
         assert version.area == roc_curve(results).area
-        assert version.fars == (0.1, 0.01, 0.001)  # 1e-4 of 14,000 impostors is one pair, too few for a rate
+        assert version.fars == (0.1, 0.01, 0.001)  # 1e-4 of 14,000 impostor pairs is one pair; a rate needs ten
         assert version.points == tuple(tar_at_far(results, far) for far in version.fars)
         for far, tar in zip(version.curve_far, version.curve_tar, strict=True):
             assert tar == tar_at_far(results, min(1.0, far * (1 + 1e-12))).tar
@@ -71,7 +71,7 @@ def test_numbers_are_those_of_the_verification_functions() -> None:
 
 
 @pytest.mark.parametrize("width", [8, 20])
-def test_widths_are_compared_on_what_both_have(width: int) -> None:
+def test_different_widths_use_the_shared_leading_dimensions(width: int) -> None:
     old, new, labels, gallery, item_labels = upgrade(width)
     found = compare_pairs(old, new, labels, gallery, item_labels)
     common = min(width, WIDTH)
@@ -98,7 +98,7 @@ def test_many_items_are_drawn_by_the_generator(monkeypatch) -> None:
     assert again.as_dict() == found.as_dict()
 
 
-def test_what_cannot_be_told_is_none() -> None:
+def test_too_few_pairs_give_none() -> None:
     old, new, labels, gallery, item_labels = upgrade()
     assert compare_pairs(old, new, labels * 0, gallery, item_labels * 0) is None
     assert compare_pairs(old, new, labels, gallery, item_labels + 100) is None

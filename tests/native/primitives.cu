@@ -1,6 +1,7 @@
-// Kernels that each use one feature of device.cuh, for test_primitives.cpp. Unlike the wrong kernels of
-// test_emulator.cpp they are also compiled by nvcc, so that the inline PTX itself runs. Like those of csrc they are
-// templates in a named namespace: the translated PTX replaces their weak symbols.
+// Kernels that each use one feature of device.cuh, for test_primitives.cpp. Unlike the deliberately invalid kernels of
+// test_emulator.cpp, they are also compiled by nvcc: the `ptx` layer translates that PTX, with its inline assembly, to
+// C++ and runs it. They must be templates in a named namespace: these have weak symbols, which the strong symbols of the
+// translated PTX override.
 #include "primitives.h"
 
 #include "../../csrc/cuda/launch.cuh"
@@ -53,7 +54,7 @@ __global__ void __launch_bounds__(64) copies_kernel(const unsigned char* g_in, u
   }
   if constexpr (kWaited > 0) wait_for_copies<2 - kWaited>();
   sync_team<64>();
-  for (int group = 0; group < 2; ++group)  // copied by other threads
+  for (int group = 0; group < 2; ++group)  // each thread reads what another thread copied
     reinterpret_cast<Sixteen*>(g_out)[group * 64 + thread] = s_data[group][63 - thread];
 }
 

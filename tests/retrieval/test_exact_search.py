@@ -1,6 +1,7 @@
-"""Tests that the search through codes equals the definition bit for bit on every kind of gallery.
+"""Tests that search through 8-bit codes returns the same bits as scoring every row, on difficult galleries.
 
-tests/test_instruction_sets.py compares the results of all levels; tests/native/test_search.cpp the core alone.
+tests/test_instruction_sets.py compares the results of all instruction-set levels.  tests/native/core/test_search.cpp
+tests the C++ search without torch.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def test_hard_galleries(kind: str, d: int, n: int) -> None:
 def test_batch_and_threads_change_nothing(kind: str) -> None:
     rng = np.random.default_rng(3)
     gallery = hard_gallery(kind, 20_000, 40, rng)
-    query = queries_for(gallery, 300, rng)  # more than one block
+    query = queries_for(gallery, 300, rng)  # more than one block of queries
     expected = topk(query, gallery, 50)
     threads = torch.get_num_threads()
     try:
@@ -62,7 +63,7 @@ def test_batch_and_threads_change_nothing(kind: str) -> None:
 
 
 def test_flushed_denormals_change_nothing() -> None:
-    """The float mode is per thread: without the switch, a result would depend on the thread that computes a row."""
+    """Each thread has its own denormal flushing; unless the search sets it, results would depend on the thread."""
     rng = np.random.default_rng(4)
     gallery = hard_gallery("denormals", 3000, 20, rng)
     query = queries_for(gallery, 30, rng)
