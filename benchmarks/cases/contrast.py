@@ -1,4 +1,4 @@
-"""Loss and gradient of the old/new contrast: blocks and fused kernels against plain PyTorch with its B x B matrices."""
+"""Loss and gradient of the old/new contrast: our blocked, fused kernels against PyTorch with B x B matrices."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def plain(new: Tensor, old: Tensor, target: Tensor, negatives: str) -> Tensor:
 
 @dataclass
 class ContrastCase:
-    """B rows of 100 classes; the gradient is that of the new features."""
+    """B rows of 100 classes; the gradient is with respect to the new features."""
 
     rows: int
     d: int

@@ -1,4 +1,4 @@
-"""Logits of the fixed simplex and their gradient by z: ours against the dense matrix, eager and compiled torch."""
+"""Logits of the fixed simplex and the gradient of z: ours against the dense matrix, eager and compiled torch."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class LogitsCase:
         return gradient_step(logits, self.z, self.upstream)
 
     def limits(self) -> dict[str, Callable[[], object]]:
-        """Minimum traffic: forward reads z and writes the logits; backward reads their gradient, writes z's."""
+        """Minimum traffic: forward reads z, writes the logits; backward reads their gradient, writes that of z."""
         return {"copy bandwidth": copy_in_place(2 * self.z.numel(), self.dtype, self.device)}
 
     def errors(self, skipped: Collection[str] = ()) -> dict[str, float]:

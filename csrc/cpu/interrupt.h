@@ -7,7 +7,7 @@
 
 namespace simplexfix::cpu {
 
-// Thrown when a signal ends a call; the call has changed nothing.
+// Thrown when a signal ends a call; the call has not changed the index.
 struct Interrupted : std::runtime_error {
   Interrupted() : std::runtime_error("interrupted by a signal") {}
 };
@@ -21,8 +21,8 @@ class Interrupt {
  public:
   static constexpr std::chrono::milliseconds kInterval{100};
 
-  // Throws Interrupted after a check returned true.  The calling thread runs the check, at most once per kInterval;
-  // other threads read its result.
+  // Throws Interrupted once the registered InterruptCheck has returned true.  The calling thread runs that check, at
+  // most once per kInterval; other threads read its result.
   void check() {
     if (stopped_.load(std::memory_order_relaxed)) throw Interrupted();
     if (std::this_thread::get_id() != maker_ || Clock::now() < next_) return;

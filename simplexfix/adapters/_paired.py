@@ -79,7 +79,7 @@ class PairedFeatures:
                 further = None
         classes, numbers = 0, None
         if labels is not None:
-            column = read_column("labels", labels, "they are the classes of the items, as numbers or names")
+            column = read_column("labels", labels)
             if len(column) != len(rows[0]):
                 raise ValueError(f"labels must have {len(rows[0])} entries, one for each row, got {len(column)}")
             found, places = np.unique(column, return_inverse=True)

@@ -221,7 +221,7 @@ def mixed_topk(
     by = new if queries == "new" else old
     for searched in (old, new):
         searched.pair(by, widths)
-    is_new = read_hits("replaced", replaced, "whether each row is by the new model")
+    is_new = read_hits("replaced", replaced, "true for rows by the new model")
     rows, given = old.items.gallery_rows, old.items.given[1]
     if len(is_new) != given:
         raise ValueError(f"replaced must have shape [{given}], one per row, got {list(is_new.shape)}")
@@ -240,7 +240,8 @@ def _measure(
     if old.gallery.width != new.gallery.width:
         raise ValueError(
             f"{old.gallery.name} has {old.gallery.width} columns, {new.gallery.name} has {new.gallery.width}: "
-            f"protocol {protocol.name!r}, which has no mixed_hits, needs one width"
+            f"protocol {protocol.name!r} cannot score galleries of two widths; use models of one width, or "
+            "give Protocol the argument mixed_hits"
         )
     mixture = Mixture.read(new.query, old.gallery, new.gallery)
 

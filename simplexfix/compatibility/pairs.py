@@ -21,9 +21,9 @@ from .thresholds import ThresholdMove, upgrade_threshold
 
 __all__ = ["PairReport", "VersionPairs", "compare_pairs"]
 
-QUERIES, ITEMS = 2_000, 10_000  # largest sample; six passes over 20 million pairs take seconds
+QUERIES, ITEMS = 2_000, 10_000  # largest sample; scoring its 20 million pairs six times takes seconds
 FARS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
-KEPT_FAR = 1e-3  # false-accept rate of the assumed service threshold
+KEPT_FAR = 1e-3  # FAR at which a service is assumed to set its threshold
 POINTS = 121  # points of the ROC curve, equally spaced in log(FAR)
 HISTOGRAM_BINS = 100
 
@@ -37,7 +37,7 @@ class VersionPairs:
         area: area under the ROC curve.
         equal_error: operating point with the smallest |FAR - FRR|.
         points: for each rate in `fars`, the lowest threshold whose FAR does not exceed it.
-        fars: 0.1, 0.01, ..., down to a rate of at least ten impostor pairs.
+        fars: those of 0.1, 0.01, ..., 1e-5 that at least ten impostor pairs correspond to.
         curve_far, curve_tar: ROC curve at points equally spaced in log(FAR).
     """
 
@@ -77,7 +77,8 @@ class PairReport:
         queries, gallery: numbers of compared queries and gallery items.
         before: verification with the old version's queries.
         after: verification with the new version's queries; None for a single version.
-        threshold: the threshold that keeps a FAR of 1e-3; None for a single version or with too few impostor pairs.
+        threshold: result of `upgrade_threshold` at a FAR of 1e-3; None for a single version, too few impostor pairs, or
+            a measured FAR of 0.
     """
 
     queries: int
@@ -112,7 +113,7 @@ def compare_pairs(
         old: version whose gallery is searched.
         new: version of the same items that replaces it, or None.  If widths differ, the leading dimensions that
             queries and gallery share are compared.
-        confidence: level of the threshold's confidence interval, in (0, 1).
+        confidence: level of the confidence intervals of `threshold`, in (0, 1).
         generator: generator of the samples and of the bootstrap; None for `np.random.default_rng(0)`.
 
     Returns:

@@ -1,4 +1,4 @@
-"""A gallery that outlives its models: vectors of several versions, searched as one ranking while they are replaced."""
+"""An index that is upgraded while it serves: vectors of several model versions are searched as one ranking."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from .stores._common import time_text
 __all__ = ["Gallery", "Hits"]
 
 ORDERS = ("random", "traffic")
-_NO_VERSION = -1  # no row has it: versions count from 0
-_WINDOW = 16  # batches that a worker looks through for rows that nobody has
+_NO_VERSION = -1  # no row has it: version numbers are at least 0
+_WINDOW = 16  # a worker looks for unleased rows in this many batches of ids at a time
 _POLL_SECONDS = 0.2  # between two polls for rows that are leased to other workers
 
 
@@ -40,10 +40,10 @@ class Hits:
     """Results of a search in a gallery: for each query its hits, best first.
 
     Attributes:
-        scores: [Q, k] float32 cosines, descending; -inf where the gallery has no more.
-        ids: [Q, k] int64; -1 where it has no more.
-        versions: [Q, k] int64, of the model that made the vector; -1 where it has no more.
-        thresholds: [Q, k] float64, of the pair of query version and vector version; nan where the gallery has none.
+        scores: [Q, k] float32 cosines, descending; -inf for missing hits: fewer than k rows match.
+        ids: [Q, k] int64; -1 for missing hits.
+        versions: [Q, k] int64, of the model that made the vector; -1 for missing hits.
+        thresholds: [Q, k] float64, of the pair of query version and vector version; nan if the gallery has none.
     """
 
     scores: NDArray[np.float32]
@@ -53,33 +53,35 @@ class Hits:
 
     @property
     def accepted(self) -> NDArray[np.bool_]:
-        """[Q, k] whether `scores >= thresholds`; False where the gallery has no more.
+        """[Q, k] whether `scores >= thresholds`; False for missing hits.
 
         Raises:
-            ValueError: a row was found for whose version there is no threshold.
+            ValueError: the gallery has no threshold for these queries and the version of a hit.
         """
         there = self.ids >= 0
         unknown = there & np.isnan(self.thresholds)
         if unknown.any():
             version = int(self.versions[unknown][0])
             raise ValueError(
-                f"the gallery has no threshold for these queries on vectors of version {version}: "
-                "give it with set_thresholds"
+                f"the gallery has no threshold for these queries on vectors of version {version}: call set_thresholds "
+                "with a threshold for every pair (query version, vector version)"
             )
         accepted: NDArray[np.bool_] = there & (self.scores >= self.thresholds)
         return accepted
 
 
 class Gallery:
-    """Vectors by id, each with the version of the model that made it, over a store.
+    """Stores vectors by id, each with its model's version, in a folder or a database.
 
-    A newer compatible model is admitted, and serves at once: its queries search vectors of all versions as one ranking.
-    Then workers replace old vectors, in any order and number, and nothing is lost until a version is retired:
-    `rollback` brings the old vectors back, bit for bit.  Models that were not admitted are refused in every call.
+    One model *serves*: the newest admitted one.  A newer compatible model serves as soon as it is admitted: its queries
+    search the vectors of all versions as one ranking.  Then any number of workers replace old vectors, in any order.
+    Replaced vectors are kept until their version is retired or the row is removed; `rollback` restores them, bit for
+    bit.  Every call refuses models that were not admitted.
 
-    Threads may call anything at any time.  So may processes, except that a file of Milvus Lite belongs to one process.
-    A killed process loses no call that returned, and leaves all of its last call or nothing.  `Gallery.create` and
-    `Gallery.open` make a gallery; `close` ends it.
+    Any thread may make any call at any time.  So may any process, except that only one process at a time may open a
+    file of Milvus Lite.  Changes that returned survive a killed process, and its last call takes effect completely or
+    not at all; only the search counts of the last seconds may be lost.  `Gallery.create` and `Gallery.open` return a
+    gallery; `close` ends it.
 
     Example:
         >>> import tempfile
@@ -108,14 +110,15 @@ class Gallery:
         threshold: float | None = None,
         count_traffic: bool = False,
     ) -> Gallery:
-        """A new, empty gallery, which this model serves.
+        """Creates an empty gallery that this model serves.
 
         Args:
             url: the path of a new or empty folder; or, with the NAME of a new gallery,
                 postgresql://USER@HOST:PORT/DATABASE#NAME, FILE.db#NAME (Milvus Lite) or http://HOST:PORT#NAME (Milvus).
             model: the first model: `EmbeddingModel.identity`, `read_identity(folder)` or `ModelIdentity.external`.
-            threshold: the least score of a match, a cosine in [-1, 1]; None: the gallery has no thresholds.
-            count_traffic: whether searches are counted, for `stale(order="traffic")`: a write every five seconds.
+            threshold: minimum score of a match, a cosine in [-1, 1]; None: the gallery has no thresholds.
+            count_traffic: whether to count the hits of each row, for `stale(order="traffic")`; searches then write
+                at most once in five seconds.
 
         Raises:
             FileExistsError: the folder is not empty, or the name is taken.
@@ -129,11 +132,11 @@ class Gallery:
 
     @classmethod
     def open(cls, url: str | os.PathLike[str]) -> Gallery:
-        """The gallery that is there.
+        """Opens an existing gallery.
 
         Raises:
             FileNotFoundError: there is none.
-            StoreError: it cannot be reached or read, is damaged, or of another format.
+            StoreError: the gallery cannot be reached or read, is damaged, or has another format.
             ModuleNotFoundError: the store's client is not installed.
         """
         return cls(open_store(url))
@@ -144,7 +147,7 @@ class Gallery:
 
     @property
     def model(self) -> ModelIdentity:
-        """The model that serves."""
+        """The serving model."""
         return self._store.state().served_by.identity
 
     def add(self, ids: Ids, vectors: Rows, *, model: ModelIdentity, payload: Payload | None = None) -> None:
@@ -152,14 +155,14 @@ class Gallery:
 
         Args:
             ids: [n] integers in [0, 2^63 - 2], each once, none of them in the gallery.
-            vectors: [n, d] finite, as the model makes them; kept as float32, as they are.
+            vectors: [n, d] finite, as the model computes them; stored as float32, without normalisation.
             model: model that made the vectors, admitted and not rolled back.
-            payload: a mapping for each row, or a mapping or table of columns, of JSON values; no key id, vector or
-                version.
+            payload: one mapping per row, or columns (a mapping or a table), with JSON values.  The keys id, vector and
+                version are reserved.
 
         Raises:
             StrangerError: the model may not add.
-            TypeError, ValueError: an argument is not as above; by row.
+            TypeError, ValueError: an argument is invalid; the message names the row.
             StoreError: the store failed.
         """
         rows = read_vectors("vectors", vectors, self._checked(model, "add"))
@@ -168,23 +171,24 @@ class Gallery:
         self._store.add(row_ids, rows, model.version, texts, lambda state: _state.check_member(state, model, "add"))
 
     def search(self, queries: Rows, k: int, *, model: ModelIdentity, where: Where | None = None) -> Hits:
-        """The k best rows for each query, of all versions, exactly.
+        """Returns the k best rows for each query, of all versions, exactly.
 
-            score(q, v) = n(q[:w]) . n(v) in float64       # n(x) = x / |x|; v has w <= d numbers
-            order by score, then by lower id
+            score(q, v) = n(q[:w]) . n(v)      # n(x) = x / |x|; v has w <= d numbers
+            order by descending score, then by ascending id
 
-        A vector narrower than the query is compared with the query's first w numbers.
+        A score is summed in float64 and rounded to float32; rounded scores are ordered.  A vector narrower than the
+        query is compared with the query's first w numbers.
 
         Args:
-            queries: [Q, d] finite, as the model makes them.
+            queries: [Q, d] finite, as the model computes them.
             k: at least 1.
             model: model that made the queries, admitted and not retired.
-            where: payload key -> value, or list of values of which the row has one; all keys must hold.  Text
+            where: payload key -> value, or list of allowed values; a row must match every key.  Values are text
                 without U+0000, finite numbers, bools and None; integers beyond 64 bits are compared as float64.
 
         Raises:
             StrangerError: the model may not search.
-            TypeError, ValueError: an argument is not as above.
+            TypeError, ValueError: an argument is invalid, or a stored vector is wider than the queries.
             StoreError: the store failed.
         """
         state = self._store.state()
@@ -197,7 +201,7 @@ class Gallery:
         if state.counts_traffic:
             self._traffic.count(ids)
         thresholds = np.full(ids.shape, np.nan)
-        if state.thresholds:  # of now: a version that was admitted since may have been found
+        if state.thresholds:  # read again: a hit may be of a version that was admitted during the search
             for (query, version), threshold in self._store.state().thresholds.items():
                 if query == model.version and threshold is not None:
                     thresholds[versions == version] = threshold
@@ -211,21 +215,23 @@ class Gallery:
         force: str | None = None,
         thresholds: Thresholds | None = None,
     ) -> None:
-        """Admits a model, which serves from now on: its queries may come, and rows of others are stale.
+        """Admits a model.  From now on it serves: its queries are accepted, and rows of other models are stale.
 
         Args:
             model: model that is compatible with every model of the gallery that is not retired.
-            gate: result of `upgrade_gate` on features of exactly the model that serves and this one, with their
-                fingerprints.
-            force: reason to admit the model without a passed gate; the history stores it.  It does not make a model
-                compatible.
-            thresholds: (query version, vector version) -> threshold, the `ThresholdMove` of `upgrade_threshold`, or
-                None for queries that never come; for a gallery with thresholds all pairs that are new.
+            gate: result of `upgrade_gate` on features of the serving model and of this one, which must have the
+                fingerprints of both.
+            force: reason to admit the model without a passed gate, for the history.  An incompatible model is refused
+                all the same.
+            thresholds: (query version, vector version) -> a cosine, the `ThresholdMove` of `upgrade_threshold`, or
+                None if such queries never come.  A gallery with thresholds needs every new pair.
 
         Raises:
-            StrangerError: the model cannot search the gallery; with the reasons.
-            AdmissionError: the gate failed, judged other models, or there is neither gate nor reason.
-            TypeError, ValueError: thresholds are missing, or of other pairs.
+            StrangerError: the model cannot search the gallery (the message has the reasons), another model has its
+                version number, or the gallery has this model under another number.
+            AdmissionError: the model is admitted already; the gate failed, judged other models or has no fingerprints;
+                or there is neither gate nor reason.
+            TypeError, ValueError: a threshold is missing or invalid, or its pair is unknown.
         """
 
         def decide(state: State, rows: Mapping[int, int]) -> Change:
@@ -244,10 +250,10 @@ class Gallery:
         self._store.change(decide)
 
     def set_thresholds(self, thresholds: Thresholds) -> None:
-        """Sets thresholds: (query version, vector version) -> threshold, `ThresholdMove` or None, as of `admit`.
+        """Sets thresholds: (query version, vector version) -> cosine, `ThresholdMove` or None, as in `admit`.
 
         Raises:
-            TypeError, ValueError: a pair of versions that are not there, no cosine, or pairs without a threshold.
+            TypeError, ValueError: a version is unknown, a value is outside [-1, 1], or a pair has no threshold.
         """
 
         def decide(state: State, rows: Mapping[int, int]) -> Change:
@@ -259,22 +265,23 @@ class Gallery:
     def stale(
         self, *, order: str | Ids = "random", batch: int = 256, lease: float = 600.0
     ) -> Generator[NDArray[np.int64], None, None]:
-        """Ids of rows that are not by the model that serves, batch by batch, for `replace`.
+        """Yields the ids of rows that are not by the serving model, in batches, for `replace`.
 
-        Workers, threads or processes, share the rows: each batch is leased to the worker that got it.  If that one
-        has not replaced it in time, another worker gets it.  The loop ends when each row is replaced or was given to
-        this worker already, or when the gallery is paused or another model serves.  A new loop continues.  `close`
-        of the generator ends the leases at once; `contextlib.closing` calls it, also after an error.
+        Workers (threads or processes) share the rows: each batch is leased to one worker.  Rows that are still stale
+        after `lease` seconds go to another worker.  The loop ends when every row is replaced or was yielded to this
+        worker already, when the gallery is paused, or when another model serves.  Calling `stale` again continues with
+        the rows that are left.  `close` of the generator ends the leases at once; `contextlib.closing` calls it, also
+        after an error.
 
         Args:
             order: "random"; "traffic", rows that searches found most often first (`count_traffic` of `create`); or
                 [n] ids, each once, all in the gallery: these rows alone, in this order.
             batch: ids at a time, at least 1.
-            lease: seconds for which a batch is this worker's.
+            lease: duration of a batch's lease, in seconds.
 
         Raises:
             KeyError: an id that is not in the gallery.
-            TypeError, ValueError: an argument is not as above; order "traffic" without counts.
+            TypeError, ValueError: an argument is invalid, or order is "traffic" and the gallery does not count.
         """
         batch = check_integer("batch", batch)
         if batch < 1:
@@ -288,23 +295,23 @@ class Gallery:
         return self._batches("given", read_unique_ids("order", order), batch, lease)
 
     def replace(self, ids: Ids, vectors: Rows, *, model: ModelIdentity, payload: Payload | None = None) -> int:
-        """Puts vectors of the model that serves in place of older ones, which are kept until `retire`.
+        """Replaces older vectors by those of the serving model, and keeps the older ones until `retire`.
 
         All rows are replaced or, after an error, none.  A search finds a row before, while and after it is replaced.
 
         Args:
-            ids: [n], each once.  Rows that are by this model already stay as they are, so two workers may do the same
-                rows; rows that were removed while a worker had them are left out.
+            ids: [n], each once.  Rows by this model stay unchanged, so two workers may replace the same rows.  Rows
+                that were removed while they were leased are skipped.
             vectors: [n, d] finite.
-            model: the one that serves.
-            payload: as of `add`; None: the rows keep theirs.
+            model: the serving model.
+            payload: as in `add`; None: the rows keep theirs.
 
         Returns:
-            How many rows were replaced.
+            The number of replaced rows.
 
         Raises:
             StrangerError: the model does not serve.
-            KeyError: an id is not in the gallery.
+            KeyError: an id is not in the gallery, and was not removed during a lease.
             TypeError, ValueError, StoreError: as `add`.
         """
         rows = read_vectors("vectors", vectors, self._checked(model, "replace"))
@@ -325,15 +332,16 @@ class Gallery:
         self._store.remove(read_unique_ids("ids", ids))
 
     def rollback(self) -> dict[str, Any]:
-        """Makes the model before serve again, and puts back every vector, version and payload that was replaced.
+        """Makes the previous model serve again, and restores the rows that the present one replaced, bit for bit.
 
-        Rows that the new model has added stay, and are stale.  The new model may search on, until it is retired.
+        Rows whose old vectors `retire` has deleted stay, like rows that the present model added: they are stale.  The
+        rolled-back model may search until it is retired.
 
         Returns:
-            The event of the history: `rows_restored`, and `rows_that_stay` of the new model.
+            The event of the history with `rows_restored`, and `rows_that_stay`, those of the rolled-back model.
 
         Raises:
-            ValueError: no model has served before, or it was retired.
+            ValueError: there is no previous model that is not retired.
         """
 
         def decide(state: State, rows: Mapping[int, int]) -> Change:
@@ -343,13 +351,13 @@ class Gallery:
         return self._store.change(decide)
 
     def retire(self, version: int) -> dict[str, Any]:
-        """Deletes the kept vectors of a version; its queries are refused from now on, and nothing rolls back to it.
+        """Deletes the vectors of a version that `replace` has kept.  Its queries are refused from now on.
 
         Returns:
             The event of the history, with `old_rows_deleted`.
 
         Raises:
-            ValueError: rows of the version are in the gallery, it serves, or there is no such version.
+            ValueError: the version still has rows, serves, is already retired, or does not exist.
         """
         version = check_integer("version", version)
 
@@ -360,7 +368,7 @@ class Gallery:
         return self._store.change(decide)
 
     def pause(self) -> None:
-        """Makes every worker's `stale` end after its batch, until `resume`."""
+        """Ends every worker's `stale` after its present batch, until `resume`."""
         self._set_paused(True)
 
     def resume(self) -> None:
@@ -409,34 +417,36 @@ class Gallery:
         }
 
     def history(self) -> list[dict[str, Any]]:
-        """Every change of models, thresholds and backfills, oldest first, as plain JSON values: nothing edits it.
+        """Returns all events, oldest first; events are never edited or deleted.
+
+        They are creation, admissions, thresholds, begun and finished backfills, pauses, rollbacks and retirements.
 
         Returns:
-            A list of mappings with `at`, the time in UTC as ISO 8601, `event`, and what belongs to it.
+            A list of mappings of JSON values with `at`, the time in UTC as ISO 8601, `event`, and the event's fields.
         """
         return self._store.history()
 
     def ids(self) -> NDArray[np.int64]:
-        """[n] the ids of all rows, ascending."""
+        """Returns [n] the ids of all rows, ascending."""
         return self._store.stale(_NO_VERSION, "id")
 
     def read(self, ids: Ids | None = None) -> StoredRows:
-        """Rows as they are stored: ids, versions, vectors and payload.
+        """Returns rows as they are stored: ids, versions, vectors and payload.
 
         Args:
             ids: [n], each once, in the gallery; None: all rows, by id.
 
         Raises:
             KeyError: an id is not in the gallery.
-            ValueError: rows of several widths.
+            ValueError: the rows have several widths.
         """
         return self._store.read(None if ids is None else read_unique_ids("ids", ids))
 
     def mirror(self) -> CosineIndex:
-        """An index in memory of all rows as they are now, whatever their version.
+        """Returns an index in memory of all present rows, of every version.
 
         Raises:
-            ValueError: rows of several widths, which one index does not hold.
+            ValueError: the rows have several widths; one index holds one width.
         """
         rows = self._store.read(None)
         index = CosineIndex(rows.vectors.shape[1] if len(rows.ids) else self.model.embedding_dim)
@@ -461,7 +471,7 @@ class Gallery:
         return f"Gallery({self.url!r})"
 
     def _checked(self, model: ModelIdentity, call: str) -> ModelIdentity:
-        """The model, before its vectors are read."""
+        """Returns the model if it may make this call; raises StrangerError if not."""
         _state.check_member(self._store.state(), model, call)
         return model
 
@@ -476,7 +486,7 @@ class Gallery:
     ) -> Generator[NDArray[np.int64], None, None]:
         state = self._store.state()
         target, worker = state.serving[-1], _worker_name()
-        mine: list[NDArray[np.int64]] = []  # what this worker was given
+        mine: list[NDArray[np.int64]] = []  # batches that this worker got
         try:
             while True:
                 found = self._store.stale(target, order)
@@ -501,7 +511,7 @@ class Gallery:
                         self._store.change(_begin_backfill(target, name, len(found), worker))
                     mine.append(claimed)
                     yield claimed
-                if len(mine) == got:  # others have all that is left: theirs until they replace it, or its time is over
+                if len(mine) == got:  # others lease all rows that are left: wait for them
                     time.sleep(min(_POLL_SECONDS, lease))
         finally:
             if mine:
@@ -509,7 +519,7 @@ class Gallery:
 
 
 def _worker_name() -> str:
-    """HOST/PROCESS/RANDOM: an operator finds the process of a worker by it."""
+    """Returns HOST/PROCESS/RANDOM, by which an operator finds the worker's process."""
     host = re.sub(r"[^A-Za-z0-9.-]", "_", socket.gethostname())  # it becomes a part of expressions in Milvus
     return f"{host}/{os.getpid()}/{uuid.uuid4().hex[:8]}"
 
@@ -520,7 +530,7 @@ def _begin_backfill(version: int, order: str, rows: int, worker: str) -> Callabl
 
 
 def _begins(event: Mapping[str, Any], version: int) -> bool:
-    """Whether the version serves since this event."""
+    """Whether this event made the version serve."""
     if event["event"] == "rolled back":
         return bool(event["to"] == version)
     return event["event"] in ("created", "admitted") and event["version"] == version

@@ -52,7 +52,7 @@ def read_features(name: str, values: Rows) -> Tensor | NDArray[Any]:
     else:
         if isinstance(array, np.ma.MaskedArray):
             if np.ma.is_masked(array):
-                raise TypeError(f"{name} must have no masked numbers; pass those rows that count")
+                raise TypeError(f"{name} must have no masked numbers; pass only the rows without them")
             array = array.data
         if array.dtype.kind == "O":
             array = _stacked(name, array)
@@ -62,22 +62,21 @@ def read_features(name: str, values: Rows) -> Tensor | NDArray[Any]:
     return array
 
 
-def read_integers(name: str, values: Ids, why: str = "ids are integers from end to end") -> NDArray[np.int64]:
+def read_integers(name: str, values: Ids) -> NDArray[np.int64]:
     """Returns a column of integers as [rows] int64.
 
     Args:
         name: name of the argument in error messages.
         values: [rows] integers in a tensor, an array, a list, or a column of pandas, pyarrow or datasets.
-        why: reason for the requirement, for the error message.
 
     Raises:
         TypeError: the values are not integers.
         ValueError: the shape is not [rows], a value is missing, or a number exceeds int64.
     """
-    column = read_column(name, values, why)
+    column = read_column(name, values, accepted="integers")
     if column.dtype.kind == "U":
         raise TypeError(
-            f"{name} must be integers, got text; {why}; np.unique(..., return_inverse=True)[1] numbers the names of "
+            f"{name} must be integers, got text; np.unique(..., return_inverse=True)[1] numbers the names of "
             "all files together"
         )
     return column
@@ -156,13 +155,13 @@ def read_query_scores(name: str, scores: Any) -> NDArray[np.bool_] | NDArray[np.
     return read_hits(name, array, "right or wrong for each query, or floating scores")
 
 
-def read_column(name: str, values: Ids, why: str) -> NDArray[Any]:
+def read_column(name: str, values: Ids, *, accepted: str = "integers or names") -> NDArray[Any]:
     """Returns a column as [rows] int64 or as [rows] strings.
 
     Args:
         name: name of the argument in error messages.
         values: [rows] integers or names in a tensor, an array, a list, or a column of pandas, pyarrow or datasets.
-        why: reason why values must be integers, for the error message.
+        accepted: the kinds that the caller accepts, for the error message.
 
     Raises:
         TypeError: the values are neither integers nor names.
@@ -171,13 +170,13 @@ def read_column(name: str, values: Ids, why: str) -> NDArray[Any]:
     if isinstance(values, Tensor):
         if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
             dtype = str(values.dtype).removeprefix("torch.")
-            raise TypeError(f"{name} must be integers, got {dtype}; {why}; {name}.long() where they are whole")
+            raise TypeError(f"{name} must be {accepted}, got {dtype}; if all values are whole, pass {name}.long()")
         array: NDArray[Any] = values.detach().cpu().numpy()
     else:
-        given = _as_array(name, values, None)
+        given = _as_array(name, values, None, accepted)
         array = given.detach().cpu().numpy() if isinstance(given, Tensor) else given
     if np.ma.is_masked(array):
-        raise TypeError(f"{name} must have no masked numbers; pass those rows that count")
+        raise TypeError(f"{name} must have no masked numbers; pass only the rows without them")
     array = np.asarray(array)
     if not array.size and array.dtype.kind in "fO":
         array = array.astype(np.int64)  # NumPy gives an empty list the dtype float64
@@ -193,7 +192,7 @@ def read_column(name: str, values: Ids, why: str) -> NDArray[Any]:
             remedy = f"np.char.decode({name}, encoding) makes text of another encoding"
             raise ValueError(f"{name} must be names in UTF-8, got other bytes: {error}; {remedy}") from None
     if array.dtype.kind not in "iuU":
-        raise TypeError(f"{name} must be integers, got {_describe(array)}; {why}; {_label_remedy(name, array)}")
+        raise TypeError(f"{name} must be {accepted}, got {_describe(array)}; {_label_remedy(name, array)}")
     if array.ndim != 1:
         remedy = f"; pass {name}.ravel()" if array.size == max(array.shape, default=0) and array.ndim else ""
         raise ValueError(
@@ -235,8 +234,11 @@ def code_names(
     return numbers[: len(first)], numbers[len(first) :], names
 
 
-def _as_array(name: str, values: Any, expected: str | None) -> Tensor | NDArray[Any]:
-    """Converts a column of another library, or a sequence; with `expected` set, a sequence raises TypeError."""
+def _as_array(name: str, values: Any, expected: str | None, accepted: str = "") -> Tensor | NDArray[Any]:
+    """Converts a column of another library, or a sequence; with `expected` set, a sequence raises TypeError.
+
+    `accepted` is for the error message about text and mappings.
+    """
     if isinstance(values, np.ndarray):
         return values
     library = type(values).__module__.partition(".")[0]
@@ -253,7 +255,7 @@ def _as_array(name: str, values: Any, expected: str | None) -> Tensor | NDArray[
         kind = type(values).__name__
         raise TypeError(f"{name} must be {expected}, got {kind}; np.asarray({name}, dtype=np.float32) makes one")
     if isinstance(values, (str, bytes, dict, set)):
-        raise TypeError(f"{name} must be integers, one for each row, got {type(values).__name__}")
+        raise TypeError(f"{name} must be {accepted}, one for each row, got {type(values).__name__}")
     try:
         return np.asarray(values)
     except ValueError as error:
@@ -346,8 +348,8 @@ def _stacked(name: str, array: NDArray[Any]) -> NDArray[Any]:
 
 def _unlike(name: str, row: int, length: int, first: int, first_length: int) -> ValueError:
     return ValueError(
-        f"{name} holds vectors of different lengths, {first_length} numbers in row {first} and {length} in row {row}: "
-        "np.stack needs one length"
+        f"{name} holds vectors of different lengths, {first_length} numbers in row {first} and {length} in row {row}; "
+        "all rows must be by one model"
     )
 
 
@@ -382,7 +384,7 @@ def _plain(name: str, array: NDArray[Any]) -> NDArray[Any]:
     )
     raise TypeError(
         f"{name} must be integers or names, got Python objects, in row {odd} {type(flat[odd]).__name__}; "
-        f"np.unique({name}.astype(str), return_inverse=True)[1] numbers them"
+        f"pass np.unique({name}.astype(str), return_inverse=True)[1]"
     )
 
 
@@ -390,7 +392,7 @@ def _describe(array: NDArray[Any]) -> str:
     if array.dtype.names:
         return f"a structured array with fields {listed(array.dtype.names)}"
     if array.dtype.name.startswith("void"):
-        return f"{array.dtype.str}, raw bytes, which NumPy's files hold of bfloat16 and float8 arrays of ml_dtypes"
+        return f"{array.dtype.str}, raw bytes (NumPy saves bfloat16 and float8 arrays of ml_dtypes in this way)"
     return "text" if array.dtype.kind in "US" else str(array.dtype)
 
 
@@ -398,9 +400,9 @@ def _label_remedy(name: str, array: NDArray[Any]) -> str:
     if array.dtype.names:
         return f"pass one field, such as {name}[{array.dtype.names[0]!r}]"
     if array.dtype.kind == "b":
-        return f"{name}.astype(np.int64) makes 0 and 1 of them"
+        return f"pass {name}.astype(np.int64)"
     if array.dtype.name.startswith("void"):
         return f"save {name}.astype(np.int64)"
     if array.dtype.kind in "fV":
-        return f"{name}.astype(np.int64) where they are whole"
-    return f"np.unique({name}, return_inverse=True)[1] numbers what is there"
+        return f"if all values are whole, pass {name}.astype(np.int64)"
+    return f"pass np.unique({name}, return_inverse=True)[1]"

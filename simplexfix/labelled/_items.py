@@ -20,10 +20,6 @@ if TYPE_CHECKING:
 
 __all__ = ["GalleryClasses", "LabelledItems"]
 
-_WHY_LABELS = "class ids are integers from end to end, for a float32 does not hold every integer above 2^24"
-_WHY_IDS = "ids are integers from end to end"
-_WHY_GROUPS = "groups are integers or strings"
-
 
 class GalleryClasses(NamedTuple):
     """The classes of a gallery.
@@ -107,7 +103,7 @@ class LabelledItems:
         query_groups: Ids | None = None,
         ignored_labels: Sequence[int | str] = (),
     ) -> None:
-        labels = _pair("labels", query_labels, gallery_labels, _WHY_LABELS)
+        labels = _pair("labels", query_labels, gallery_labels)
         if not len(labels[0]):
             raise ValueError("query_labels is empty: there must be at least one query")
         self._set_rows(len(labels[0]), len(labels[1]))
@@ -144,8 +140,7 @@ class LabelledItems:
             )
         items = cls.__new__(cls)
         queries, gallery = (
-            id_names(read_column(name, ids, _WHY_IDS))
-            for name, ids in (("query_ids", query_ids), ("gallery_ids", gallery_ids))
+            id_names(read_column(name, ids)) for name, ids in (("query_ids", query_ids), ("gallery_ids", gallery_ids))
         )
         items._set_rows(len(queries), len(gallery))
         items.query_ids, items.gallery_ids, items.id_names = code_names("query_ids", queries, "gallery_ids", gallery)
@@ -335,7 +330,7 @@ class LabelledItems:
                 f"{given} without {missing}: both say which gallery item is the query itself; pass neither"
             )
         if query_ids is not None and gallery_ids is not None:
-            self.query_ids, self.gallery_ids, self.id_names = _pair("ids", query_ids, gallery_ids, _WHY_IDS)
+            self.query_ids, self.gallery_ids, self.id_names = _pair("ids", query_ids, gallery_ids)
             _check_length("query", self.given[0], "query_ids", self.query_ids)
             _check_length("gallery", self.given[1], "gallery_ids", self.gallery_ids)
             check_unique("gallery_ids", self.gallery_ids)
@@ -343,7 +338,7 @@ class LabelledItems:
     def _set_groups(self, query_groups: Ids | None) -> None:
         self.query_groups = None
         if query_groups is not None:
-            self.query_groups = read_column("query_groups", query_groups, _WHY_GROUPS).copy()
+            self.query_groups = read_column("query_groups", query_groups).copy()
             _check_length("query", self.given[0], "query_groups", self.query_groups)
 
     def _number(self, label: int | str) -> int:
@@ -391,11 +386,9 @@ class LabelledItems:
                 value.flags.writeable = False
 
 
-def _pair(
-    kind: str, query: Ids, gallery: Ids, why: str
-) -> tuple[NDArray[np.int64], NDArray[np.int64], tuple[str, ...] | None]:
+def _pair(kind: str, query: Ids, gallery: Ids) -> tuple[NDArray[np.int64], NDArray[np.int64], tuple[str, ...] | None]:
     names = f"query_{kind}", f"gallery_{kind}"
-    columns = [read_column(name, values, why) for name, values in zip(names, (query, gallery), strict=True)]
+    columns = [read_column(name, values) for name, values in zip(names, (query, gallery), strict=True)]
     first, second, found = code_names(names[0], columns[0], names[1], columns[1])
     return first.copy(), second.copy(), found
 

@@ -19,7 +19,6 @@ from ._columns import Ids, read_column, read_integers
 __all__ = ["JudgedPairs", "RelevanceJudgements", "id_names"]
 
 _BEIR = ["query-id", "corpus-id", "score"]
-_WHY = "ids are integers or names"
 
 
 class RelevanceJudgements:
@@ -55,9 +54,9 @@ class RelevanceJudgements:
     def __init__(self, query_ids: Ids, item_ids: Ids, grades: Ids, *, source: str = "judgements") -> None:
         self.source = source
         self.query_ids, self.item_ids = (
-            id_names(read_column(name, ids, _WHY)) for name, ids in (("query_ids", query_ids), ("item_ids", item_ids))
+            id_names(read_column(name, ids)) for name, ids in (("query_ids", query_ids), ("item_ids", item_ids))
         )
-        self.grades: NDArray[np.int64] = read_integers("grades", grades, "grades are integers").copy()
+        self.grades: NDArray[np.int64] = read_integers("grades", grades).copy()
         lengths = len(self.query_ids), len(self.item_ids), len(self.grades)
         if len(set(lengths)) > 1:
             raise ValueError(f"query_ids, item_ids and grades must be of one length, got {lengths}")

@@ -329,7 +329,7 @@ def read_prefixes(prefixes: Ids, width: int) -> tuple[int, ...]:
     """
     if not len(prefixes):
         return ()
-    found = read_integers("prefixes", prefixes, "they are widths of older versions")
+    found = read_integers("prefixes", prefixes)
     outside = found[(found < 1) | (found >= width)]
     if len(outside):
         raise ValueError(

@@ -36,7 +36,10 @@ def broadcast(value: Any) -> Any:
 
 
 def run_on_rank0(act: Callable[[], _T]) -> _T:
-    """Calls `act` on the first process and returns its result on every one; the group's timeout does not apply."""
+    """Calls `act` on the first process and returns its result on every one.
+
+    Other processes wait up to a year; the timeout of the default group does not apply.
+    """
     if not dist.is_initialized():
         return act()
     group = dist.new_group(backend="gloo", timeout=timedelta(days=365))

@@ -206,7 +206,7 @@ def test_bad_input_is_2_and_leaves_nothing_behind(files, capsys) -> None:
         ("short", "query has 300 rows, query_labels has shape [299]"),
         ("few", "must be of the same items: query_labels has 300 and 299 entries"),
         ("shuffled", "must be of the same items in the same order: gallery_labels at 0 is 0 and "),
-        ("float", "gallery_labels must be integers, got float32"),
+        ("float", "gallery_labels must be integers or names, got float32"),
         ("mixed", "mixed.npz: query is float32 and gallery is float64: save both alike"),
         ("cut", "it may be truncated or damaged"),
         ("absent", "No such file"),

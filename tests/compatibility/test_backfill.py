@@ -1,4 +1,7 @@
-"""Tests backfill curves and mixed galleries against hand-computed values and evaluations per step, in two widths."""
+"""Tests backfill curves and mixed galleries against hand-computed values and an evaluation of each step.
+
+The widths of the versions may differ.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ def mixed_topk(query, old_gallery, new_gallery, replaced, k, **options) -> tuple
 
 
 def items(old_width: int = 12, new_width: int = 12) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns new queries, their labels, the gallery by both models, and its labels; the old gallery is noisy."""
+    """Returns new queries, their labels, the gallery by both models, and its labels; the old gallery is noisier."""
     g = torch.Generator().manual_seed(5)
     centres = torch.randn(9, max(old_width, new_width), generator=g)
     gallery_labels, query_labels = torch.randint(9, (110,), generator=g), torch.randint(10, (140,), generator=g)
@@ -53,8 +56,8 @@ def test_by_hand() -> None:
     query = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     old = torch.tensor([[0.1, 0.9], [0.0, 0.8], [0.6, 0.8]])
     new = torch.tensor([[1.0, 0.0], [0.8, 0.7], [0.0, 1.0]])
-    # labels of items: 7, 8, 8.  Query 0 (7): item 2 of the old; item 0 once it is new.
-    # Query 1 (8): item 1 while that is old, which goes along the axis; later item 0, nearest of them while it is old.
+    # Labels of items: 7, 8, 8.  Query 0 (class 7) finds old item 2 until item 0 is new, then item 0.
+    # Query 1 (class 8) finds item 1 while that is old, then item 0 while that is old, then item 2.
     curve = backfill_curve(query, [7, 8], old, new, [7, 8, 8], protocol="instance", steps=3, order=[1, 0, 2])
     # step 1, item 1 new: query 0 finds item 1 (wrong), query 1 finds item 0 (wrong); step 2, item 0 new: query 0 finds
     # it, query 1 item 2, 0.8 against 0.66; step 3: both right
@@ -160,7 +163,7 @@ def definition(query: Tensor, old: Tensor, new: Tensor, replaced: Tensor, k: int
     return scores.gather(1, torch.tensor(order)), order
 
 
-# queries by the old model also search the mixed gallery, with the old width
+# (query width, old width, new width): queries may have the width of either model
 @pytest.mark.parametrize("widths", [(12, 12, 12), (12, 7, 12), (7, 7, 12), (7, 12, 7), (12, 12, 7)])
 @pytest.mark.parametrize("fraction", [0.0, 0.4, 1.0])
 def test_mixed_topk_against_the_definition(widths: tuple[int, int, int], fraction: float) -> None:
@@ -179,7 +182,7 @@ def test_mixed_topk_of_one_width_is_the_search_of_the_mixed_gallery_to_the_bit()
     query, old, new = (numbers.integers(-1, 2, (n, 4)).astype(np.float32) for n in (30, 200, 200))
     replaced = numbers.random(200) < 0.5
     mixed = torch.tensor(np.where(replaced[:, None], new, old))
-    for k in (1, 13, 200, 203):  # up to more than the gallery, and more than either part of it
+    for k in (1, 13, 200, 203):  # 200 exceeds the old and the new part, 203 the whole gallery
         scores, ids = mixed_topk(query, old, new, replaced, k)
         expected = cosine_topk(torch.tensor(query), mixed, k)
         assert torch.equal(scores, expected[0])
@@ -187,7 +190,7 @@ def test_mixed_topk_of_one_width_is_the_search_of_the_mixed_gallery_to_the_bit()
     assert (expected[0][:, :-3].diff(dim=1) == 0).any()  # so that ties occur
 
 
-def test_mapped_files_and_halves(tmp_path) -> None:
+def test_mapped_files_and_float16(tmp_path) -> None:
     query, query_labels, old, new, gallery_labels = items()
     for name, rows in (("query", query), ("old", old.half()), ("new", new.double())):
         np.save(tmp_path / f"{name}.npy", rows.numpy())
@@ -254,7 +257,7 @@ BAD_CURVE = [
     ({"query": torch.ones(3, 4), "widths": "leading"}, ValueError, "query has 4 columns, new.gallery has 3"),
     ({"query_labels": [1, 2]}, ValueError, r"query has 3 rows, query_labels has shape \[2\]"),
     ({"gallery_labels": [1, 2]}, ValueError, r"gallery has 3 rows, gallery_labels has shape \[2\]"),
-    ({"gallery_labels": [1.0, 2.0, 3.0]}, TypeError, "gallery_labels must be integers, got float64"),
+    ({"gallery_labels": [1.0, 2.0, 3.0]}, TypeError, "gallery_labels must be integers or names, got float64"),
     ({"order": "hardest"}, ValueError, "'random', 'farthest_from_class_mean', 'lowest_margin', got 'hardest'"),
     ({"order": [0, 1]}, ValueError, r"old.gallery has 3 rows, order has shape \[2\]"),
     ({"order": [0, 1, 1]}, ValueError, "order must hold each id once, got 1 in rows 1 and 2"),
@@ -271,7 +274,7 @@ BAD_CURVE = [
     (
         {"protocol": Protocol("own", score=lambda version: 0.0), "old_gallery": torch.ones(3, 4), "widths": "leading"},
         ValueError,
-        "old.gallery has 4 columns, new.gallery has 3: protocol 'own', which has no mixed_hits, needs one width",
+        "old.gallery has 4 columns, new.gallery has 3: protocol 'own' cannot score galleries of two widths",
     ),
     ({"steps": 0}, ValueError, "steps must be at least 1, got 0"),
     ({"steps": 2.0}, TypeError, "steps must be an integer, got float"),
@@ -279,7 +282,7 @@ BAD_CURVE = [
 ]
 BAD_SEARCH = [
     ({"replaced": [True, False]}, ValueError, r"replaced must have shape \[3\], one per row, got \[2\]"),
-    ({"replaced": [0, 1, 2]}, TypeError, "replaced must be bool, whether each row is by the new model, got int64"),
+    ({"replaced": [0, 1, 2]}, TypeError, "replaced must be bool, true for rows by the new model, got int64"),
     ({"k": 0}, ValueError, "k must lie between 1 and"),
     ({"k": 1.5}, TypeError, "k must be an integer, got float"),
     ({"queries": "both"}, ValueError, "queries must be one of 'new', 'old', got 'both'"),

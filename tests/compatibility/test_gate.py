@@ -211,8 +211,8 @@ def test_result_as_json_and_absent_classes() -> None:
     [
         ({"kind": "acc"}, ValueError, "kind must be one of 'ecc', 'max_nfr', 'max_tax', 'min_recall', got 'acc'"),
         ({"kind": "max_nfr"}, ValueError, "a rule of kind 'max_nfr' needs a limit"),
-        ({"kind": "max_nfr", "limit": 2}, ValueError, r"limit is a fraction and must lie in \[-1, 1\], got 2"),
-        ({"kind": "max_nfr", "limit": float("nan")}, ValueError, "limit is a fraction"),
+        ({"kind": "max_nfr", "limit": 2}, ValueError, r"limit must lie in \[-1, 1\], got 2"),
+        ({"kind": "max_nfr", "limit": float("nan")}, ValueError, "limit must lie in"),
         ({"kind": "max_nfr", "limit": "2"}, TypeError, "limit must be a number, got str"),
         ({"kind": "ecc", "confidence": 95}, ValueError, "confidence must lie between 0 and 1"),
         ({"kind": "ecc", "gallery": "new"}, ValueError, "gallery of kind 'ecc' must be old, got 'new'"),
@@ -240,7 +240,7 @@ def test_bad_input() -> None:
     ):
         with pytest.raises(error, match=message):
             upgrade_gate(**{"old": old, "new": new, **change})
-    with pytest.raises(TypeError, match="query_groups must be integers, got float64; groups are integers or strings"):
+    with pytest.raises(TypeError, match="query_groups must be integers or names, got float64"):
         LabelledItems(LABELS, GALLERY_LABELS, query_groups=[1.5] * 100)
     with pytest.raises(ValueError, match=r"query has 100 rows, query_groups has shape \[1\]"):
         LabelledItems(LABELS, GALLERY_LABELS, query_groups=[1])

@@ -200,7 +200,7 @@ BAD = [
     ({"old_gallery": np.array([[1, 1], [1, np.nan]])}, ValueError, "old.gallery row 1 holds nan or inf"),
     ({"new_query": np.array([[1, 1], [1, 1], [np.inf, 1]])}, ValueError, "new.query row 2 holds nan or inf"),
     ({"query_labels": [0, 1]}, ValueError, r"query has 3 rows, query_labels has shape \[2\]"),
-    ({"gallery_labels": [0.0, 1.0]}, TypeError, "gallery_labels must be integers, got float64"),
+    ({"gallery_labels": [0.0, 1.0]}, TypeError, "gallery_labels must be integers or names, got float64"),
     ({"gallery_labels": np.array([0, 2**63], np.uint64)}, ValueError, "gallery_labels must fit into int64"),
     ({"query_ids": [0, 1, 2]}, ValueError, "query_ids without gallery_ids"),
     (

@@ -320,7 +320,7 @@ def bad_cases() -> Iterator[tuple[dict, type[Exception], str]]:
     yield {"galleries": [x[:0], x[:0]], "gallery_labels": []}, ValueError, r"v0.gallery has no rows"
     yield {"query_labels": [0, 1, 2]}, ValueError, r"query has 4 rows, query_labels has shape \[3\]"
     yield {"gallery_labels": np.arange(5)}, ValueError, r"gallery has 4 rows, gallery_labels has shape \[5\]"
-    yield {"query_labels": np.arange(4.0)}, TypeError, "query_labels must be integers, got float64; class ids are"
+    yield {"query_labels": np.arange(4.0)}, TypeError, "query_labels must be integers or names, got float64"
 
 
 @pytest.mark.parametrize("protocol", [*PROTOCOLS, Protocol("own", score=instance.score)])

@@ -244,7 +244,7 @@ def test_thresholds_are_of_the_pair_of_versions_and_applied_per_row(url: str) ->
     assert hits.accepted[:, 0].all()  # the same bits, or a score of about 0.99 above 0.3
     gallery.set_thresholds({(1, 0): 0.9999})
     np.testing.assert_array_equal(gallery.search(queries, 1, model=B).accepted[:, 0], IDS % 2 == 0)
-    with pytest.raises(ValueError, match="no threshold for these queries on vectors of version 1: give it with set"):
+    with pytest.raises(ValueError, match="no threshold for these queries on vectors of version 1: call set_thresholds"):
         _ = gallery.search(queries, 1, model=A).accepted
     gallery.set_thresholds({(0, 1): -1.0})
     assert gallery.search(queries[:1], 1, model=A).accepted.all()

@@ -1,4 +1,4 @@
-"""Tests columns of other libraries as features, labels and ids: clean conversions, and errors with a reason."""
+"""Tests columns of other libraries as features, labels and ids: exact conversion, and errors for bad input."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def bad_features():
     yield (
         lambda: objects([np.ones(2), np.ones(3)]),
         ValueError,
-        "different lengths, 2 numbers in row 0 and 3 in row 1: np.st",
+        "different lengths, 2 numbers in row 0 and 3 in row 1; all rows must be by one model",
     )
     yield lambda: objects([np.ones(2), None]), ValueError, "query row 1 is missing: drop such rows"
     yield (
@@ -143,7 +143,7 @@ def bad_features():
     yield (
         lambda: np.zeros((2, 2), "V2"),
         TypeError,
-        r"got \|V2, raw bytes, which NumPy's files hold of bfloat16 and float8",
+        r"got \|V2, raw bytes \(NumPy saves bfloat16 and float8",
     )
     yield (
         lambda: np.zeros(2, [("x", "f4")]),
@@ -164,7 +164,7 @@ def bad_features():
 
 
 @pytest.mark.parametrize(("make", "error", "message"), list(bad_features()))
-def test_what_is_no_feature_is_named_with_the_remedy(make, error: type[Exception], message: str) -> None:
+def test_bad_features_raise_a_clear_error(make, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         FeatureRows("query", make())
 
@@ -185,7 +185,7 @@ def names_of():
 
 
 @pytest.mark.parametrize("make", list(names_of()))
-def test_names_as_labels_and_ids_are_numbered_once_for_both(make) -> None:
+def test_queries_and_gallery_share_one_numbering_of_names(make) -> None:
     if not hasattr(np.dtypes, "StringDType"):
         pytest.skip("NumPy before 2.0")
     items = LabelledItems(["é", "zz", "a"], make(), query_ids=["i", "j", "é"], gallery_ids=make())
@@ -214,11 +214,15 @@ def bad_labels():
     yield (
         lambda: [0.5, 1, 2],
         TypeError,
-        r"query_labels must be integers, got float64; .* query_labels.astype\(np.int64\)",
+        r"query_labels must be integers or names, got float64; .* whole, pass query_labels.astype\(np.int64\)",
     )
-    yield lambda: torch.ones(3).bfloat16(), TypeError, r"must be integers, got bfloat16; .* query_labels.long\(\)"
-    yield lambda: torch.ones(3).to(torch.float8_e5m2), TypeError, "must be integers, got float8_e5m2"
-    yield lambda: np.ones(3, bool), TypeError, r"got bool; .* query_labels.astype\(np.int64\) makes 0 and 1"
+    yield (
+        lambda: torch.ones(3).bfloat16(),
+        TypeError,
+        r"must be integers or names, got bfloat16; .* whole, pass query_labels.long\(\)",
+    )
+    yield lambda: torch.ones(3).to(torch.float8_e5m2), TypeError, "must be integers or names, got float8_e5m2"
+    yield lambda: np.ones(3, bool), TypeError, r"got bool; pass query_labels.astype\(np.int64\)"
     yield lambda: np.ones((3, 1), int), ValueError, r"got shape \[3, 1\]; pass query_labels.ravel\(\)"
     yield lambda: np.ones((3, 2), int), ValueError, r"got shape \[3, 2\]$"
     yield lambda: pd([1, None, 2]), ValueError, "query_labels row 1 is missing"
@@ -228,20 +232,24 @@ def bad_labels():
     yield (
         lambda: np.array([1, "a", 2], object),
         TypeError,
-        r"row 1 str; np.unique\(query_labels.astype\(str\), return_inv",
+        r"row 1 str; pass np.unique\(query_labels.astype\(str\), return_inv",
     )
     yield lambda: np.zeros(3, [("x", "i4")]), TypeError, r"structured array with fields x; .* query_labels\['x'\]"
     yield (
         lambda: np.array(["2020-01-01"] * 3, "M8[D]"),
         TypeError,
-        r"got datetime64\[D\].*np.unique\(query_labels, return",
+        r"got datetime64\[D\].*pass np.unique\(query_labels, return",
     )
-    yield lambda: np.zeros(3, "V2"), TypeError, r"must be integers, got \|V2"
+    yield lambda: np.zeros(3, "V2"), TypeError, r"must be integers or names, got \|V2"
     yield lambda: [[1], [2, 3], [4]], ValueError, "query_labels must hold one value for each row"
     yield lambda: np.array([b"a", b"\xf6", b"c"]), ValueError, "query_labels must be names in UTF-8, got other bytes"
-    yield lambda: "abc", TypeError, "must be integers, one for each row, got str"
+    yield lambda: "abc", TypeError, "must be integers or names, one for each row, got str"
     yield lambda: [0, 1, 2**70], ValueError, "must fit into int64"
-    yield lambda: np.ma.masked_array([1, 2, 3], [0, 1, 0]), TypeError, "must have no masked numbers"
+    yield (
+        lambda: np.ma.masked_array([1, 2, 3], [0, 1, 0]),
+        TypeError,
+        "no masked numbers; pass only the rows without them",
+    )
     yield list, ValueError, "query_labels is empty: there must be at least one query"
     yield (
         lambda: ["a", "b", "c"],
@@ -251,7 +259,7 @@ def bad_labels():
 
 
 @pytest.mark.parametrize(("make", "error", "message"), list(bad_labels()))
-def test_what_is_no_label_is_named_with_the_remedy(make, error: type[Exception], message: str) -> None:
+def test_bad_labels_raise_a_clear_error(make, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         LabelledItems(make(), [0, 1, 2])
 

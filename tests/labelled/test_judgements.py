@@ -186,7 +186,7 @@ def test_feature_files_need_ids_and_no_labels(tmp_path: Path, name: str) -> None
             ValueError,
             "gallery_ids must hold each id once, got 'a'",
         ),
-        (lambda: judged(query_ids=[0.5, 1, 2]), TypeError, "query_ids must be integers, got float64"),
+        (lambda: judged(query_ids=[0.5, 1, 2]), TypeError, "query_ids must be integers or names, got float64"),
         (lambda: judged(query_groups=["x"]), ValueError, r"query has 3 rows, query_groups has shape \[1\]"),
         (lambda: LabelledItems.from_judgements(QRELS, [1], [2]), TypeError, "must be RelevanceJudgements, got dict"),
         (lambda: RelevanceJudgements([1, 2], [1], [1, 1]), ValueError, r"must be of one length, got \(2, 1, 2\)"),

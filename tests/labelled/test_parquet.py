@@ -102,7 +102,7 @@ def bad_tables():
         ("ragged", {"vector": [*QUERY[:5], QUERY[5][:2]]}, "different lengths, 4 numbers in row 0 and 2 in row 5"),
         ("integers", {"vector": [[1, 2, 3, 4]] * 6}, "query must be float32, float64 or float16, got int64"),
         ("label gap", {"label": [0, 1, 2, None, 1, 2]}, "query_labels row 3 is missing"),
-        ("float label", {"label": [0.0, 1.5, 2, 0, 1, 2]}, "query_labels must be integers, got float64"),
+        ("float label", {"label": [0.0, 1.5, 2, 0, 1, 2]}, "query_labels must be integers or names, got float64"),
         ("nan", {"vector": [*QUERY[:5], np.full(4, np.nan, np.float32)]}, "query row 5 holds nan or inf"),
     ):
         yield pytest.param(change, message, id=name)

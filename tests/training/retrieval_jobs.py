@@ -1,4 +1,4 @@
-"""Small retrieval data sets of features, and the processes that tests start."""
+"""Small retrieval data sets, and the function that each process of a distributed test runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WIDTH = 8
 
 
 def write_set(folder: Path, seed: int, *, rows: int = 24, negatives: int = 2) -> None:
-    """Writes queries near their documents, up to a rotation that an encoder has to learn."""
+    """Writes a retrieval data set.  Each query mixes its document, a rotated copy of it, and noise."""
     draw = np.random.default_rng(seed)
     folder.mkdir(parents=True)
     (folder / "qrels").mkdir()
@@ -55,7 +55,7 @@ def config(data: Path, changes: dict[str, object] | None = None) -> RunConfig:
 
 
 def in_group(rank: int, world_size: int, folder: Path, data: Path) -> None:
-    """Runs one process of a run."""
+    """Trains as one process of a distributed run."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
     train_run(config(data), folder / "run")

@@ -1,6 +1,6 @@
 """Repairs a file of Milvus Lite after a process that had it open was killed.
 
-The "file" is a folder with one folder per collection.
+The "file" is a folder; `collections` in it has one folder per collection.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ _LOG = re.compile(r"wal_(?:data|delta)_(\d+)\.arrow")  # a numbered write-ahead 
 
 
 def repair(file: str, url: str) -> None:
-    """Completes the interrupted changes of a killed process, before this process opens the file.
+    """Deletes what a killed process left incomplete, before this process opens the file.
 
     Args:
         file: path of the file.
-        url: url of the gallery, for the error.
+        url: url of the gallery, for the error message.
 
     Raises:
         StoreError: another process has the file open; milvus-lite's own error does not name this cause.
@@ -37,7 +37,7 @@ def repair(file: str, url: str) -> None:
         except OSError:
             raise StoreError(
                 f"the gallery in {url} is open in another process: a file of Milvus Lite belongs to one process "
-                "at a time; close it there, or use a Milvus server for several"
+                "at a time; close it there, or use a Milvus server if several processes need the gallery"
             ) from None
         for collection in filter(Path.is_dir, Path(file, "collections").iterdir()):
             _repair_collection(collection)
