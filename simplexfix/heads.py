@@ -158,7 +158,7 @@ class _PolytopeHead(nn.Module):
         self.slots.add("default", range(have, num_classes))
 
     def embed(self, features: Tensor) -> Tensor:
-        """Returns the embeddings that a gallery stores and that queries are compared by (cosine similarity).
+        """Returns embeddings, for galleries and for queries; they are compared by cosine similarity.
 
             z = junction(features)
 
@@ -362,7 +362,7 @@ class _PolytopeHead(nn.Module):
 
             self(features)[..., self.slots.used()].topk(k)    # computed block by block
 
-        Rows are processed in blocks of at most 2^21 logits, or of one row.
+        A block has at most 2^21 logits, but at least one row.
 
         Args:
             features: [..., in_features], in the junction's dtype.
@@ -449,7 +449,7 @@ def encode_state(state: Mapping[str, Any]) -> Tensor:
 def decode_state(state: Tensor | dict[str, Any]) -> dict[str, Any]:
     """Decodes a state of `encode_state`; a dict is returned unchanged.
 
-    The bytes may come in a floating dtype, such as after a cast or an average of equal state_dicts.
+    The bytes may have a floating dtype, such as after a cast or an average of equal state_dicts.
 
     Raises:
         TypeError: `state` is neither a tensor nor a dict.
