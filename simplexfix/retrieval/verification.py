@@ -166,7 +166,7 @@ class CrossValidation(NamedTuple):
 
     Attributes:
         accuracy: mean over folds.
-        standard_error: standard error of the mean; nan for a single fold.
+        standard_error: standard error of the mean.
         accuracies, thresholds: [folds] float64.
     """
 
