@@ -104,7 +104,7 @@ def _cross_entropy(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
-    """Cross-entropy of unscaled logits, in their dtype; `check_targets` has set rows of invalid targets to nan."""
+    """Returns the cross-entropy of unscaled logits [B, K]; `check_targets` has set rows of invalid targets to nan."""
     counts, target = target != ignore_index, target.clamp(0, logits.shape[-1] - 1)
     if margin is not None:
         index = target.unsqueeze(-1)
@@ -238,7 +238,7 @@ def unit_float32(rows: Tensor) -> Tensor:
 
 
 def unit_topk(q: Tensor, blocks: Iterable[Tensor], k: int) -> tuple[Tensor, Tensor]:
-    """`cosine_topk` of rows that are normalised already, with the gallery in blocks."""
+    """Returns `cosine_topk` of normalised float32 rows, with the gallery in blocks."""
     q = q.double()
     # The running best k have lower ids and come before each block's scores: a stable sort orders ties by id.
     scores = q.new_full((len(q), k), -math.inf, dtype=torch.float32)

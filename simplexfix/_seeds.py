@@ -30,7 +30,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 @contextmanager
 def kept_generators(seed: int) -> Iterator[None]:
-    """Like `seeded`, but also seeds and restores the generators of NumPy and `random`, which datasets may use."""
+    """Does what `seeded` does for the generators of NumPy and `random`, too, which datasets may use."""
     with seeded(seed):
         states = random.getstate(), np.random.get_state()
         seed_generators(seed)

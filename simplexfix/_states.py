@@ -157,7 +157,7 @@ def _restored(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of the JSON and of each tensor's name, dtype, shape and bytes, sorted by name."""
+    """Returns the SHA-256 of the JSON and of the tensors by name: each one's name, dtype, shape and bytes."""
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         tensor = tensors[name]

@@ -119,9 +119,9 @@ def simplex_cross_entropy(
 
     Raises:
         TypeError: a tensor has the wrong dtype.
-        ValueError: a shape is wrong, or an option or a target is out of range.  Targets are not
-            checked on a GPU, which would synchronize, nor under `torch.func`, nor where `torch.compile` traces the
-            reference implementation.  There a target out of range gives nan in its row's loss and gradient.
+        ValueError: a shape is wrong, or an option or a target is out of range.  Targets are not checked
+            on a GPU, which would synchronize, nor under `torch.func`, nor where `torch.compile` traces the reference
+            implementation.  There a target out of range gives nan in its row's loss and gradient.
 
     Reference:
         arXiv 2405.02581; CosFace arXiv 1801.09414; ArcFace arXiv 1801.07698.
@@ -565,8 +565,8 @@ def cosine_topk(query: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]
 
     Raises:
         TypeError: a tensor is not floating.
-        ValueError: a shape or k is wrong, or a row holds nan or inf; the message names it.  CUDA kernels do not
-            raise for such rows, which would synchronize.  They return scores nan and ids -1: for that query, or for all
+        ValueError: a shape or k is wrong, or a row holds nan or inf; the message names it.  CUDA kernels do not raise
+            for such rows, which would synchronize.  They return scores nan and ids -1: for that query, or for all
             queries if the row is in the gallery.
 
     Example:
@@ -656,7 +656,7 @@ def _as_rows(z: Tensor) -> Tensor:
 
 
 def _loss_dtype(features: Tensor) -> torch.dtype:
-    """Dtype of the loss, as in torch's own losses: that of the features, or float32 under autocast."""
+    """Returns the dtype of the loss, as in torch's own losses: that of the features, or float32 under autocast."""
     if features.dtype in (torch.float32, torch.float64):
         return features.dtype
     return torch.float32 if _under_autocast(features) else features.dtype

@@ -126,9 +126,9 @@ def nnp_loss(
         N_i = the nearest pool rows without i, until their weights sum to at least `neighbours`
         loss = 1/n sum_i w_i (sum_{j in N_i, y_j != y_i} w_j s_ij - alpha sum_{j in N_i, y_j = y_i} w_j s_ij)
 
-    n is the number of rows that are not ignored.  The published objective F is n times this loss, with the whole
-    training set as batch and pool.  The loss may be negative.  The selection of neighbours has no gradient; mean and
-    standard deviation have one.
+    n is the number of rows that are not ignored; mean and standard deviation are over candidates.  The published
+    objective F is n times this loss, with the whole training set as batch and pool.  The loss may be negative.  The
+    selection of neighbours has no gradient; mean and standard deviation have one.
 
     Args:
         features: [B, d] floating.

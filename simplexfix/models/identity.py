@@ -204,7 +204,7 @@ class ModelIdentity:
         return gallery.embedding_dim
 
     def _why_no_prefix(self, gallery: ModelIdentity) -> list[str]:
-        """`why_not_search` for OCA models, which are compatible only with the ancestors they were trained from."""
+        """Implements `why_not_search` for OCA models, which can search only galleries of their ancestors."""
         width = dict(self.ancestors).get(gallery.fingerprint)
         if width == gallery.embedding_dim:
             return []

@@ -158,7 +158,7 @@ def class_sums(gallery: FeatureRows, classes: GalleryClasses) -> Tensor:
 
 
 def row_scores(query: Tensor, rows: Tensor) -> Floats:
-    """Cosine [B] of each pair of rows with the rounding of a search: float64, rounded to float32."""
+    """Returns the cosine [B] of each pair of rows with the rounding of a search: float64, rounded to float32."""
     q, r = (unit_float32(x).double().cpu().numpy() for x in (query, rows))
     # one dot product per row: the rounding of a matrix product depends on the number of rows
     found: Floats = np.einsum("ij,ij->i", q, r).astype(np.float32)

@@ -85,7 +85,7 @@ def nearest_other(found: NDArray[np.int64], excluded: NDArray[np.int64]) -> NDAr
 
 
 def _places(items: LabelledItems) -> int:
-    """Number of ranks to search so that at least one is not excluded."""
+    """Returns the number of ranks to search so that at least one is not excluded."""
     return 2 if (items.excluded >= 0).any() else 1
 
 
