@@ -1,4 +1,4 @@
-"""Argument checks: every message names the argument, the expected value, the given value and the remedy."""
+"""Argument checks; each message names the argument, the expected value and the given value."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ._native import is_readable
 
-# Names of options and their codes in the native operators.
+# Option names and their codes in the compiled operators; an anchor has no code.
 MARGINS = {"cosine": 1, "angular": 2}
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 NEGATIVES = {"zero_mask": 0, "remove": 1, "infonce": 2}
@@ -184,9 +184,9 @@ def check_codes(codes: Tensor, d: int, z: Tensor | None = None) -> None:
 
 
 def check_bits(codes: Tensor, d: int, rows: Tensor | None = None) -> None:
-    """Raises if codes have bits beyond d (only if they are readable without synchronizing).
+    """Raises ValueError if codes [n, ceil(d / 64)] have bits beyond d; skipped where reading would synchronize.
 
-    `rows` maps rows of `codes` to the row numbers for the message.
+    `rows` [n] holds the row numbers for the message; None if they are 0 .. n - 1.
     """
     if d % 64 == 0 or not is_readable(codes):
         return

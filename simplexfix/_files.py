@@ -14,7 +14,7 @@ from pathlib import Path
 
 __all__ = ["read_text", "write_folder", "write_whole"]
 
-# UTF-32 first: its little-endian mark begins with that of UTF-16
+# UTF-32 first: its little-endian mark begins with UTF-16's
 _MARKS = {
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
@@ -43,15 +43,15 @@ def read_text(path: str | os.PathLike[str]) -> str:
     return text
 
 
-_BEGIN = 64  # bytes of the target's name at the start of a temporary name
+_BEGIN = 64  # a temporary name begins with at most this many bytes of the target's name
 
 
 def write_whole(path: str | bytes | os.PathLike[str], content: bytes | Iterable[bytes]) -> None:
     """Writes a file atomically: after an error or a crash an earlier file is unchanged.
 
     The content is written to a temporary file in the same folder, synchronized, and renamed.  An earlier file's mode is
-    kept.  A symbolic link stays, and its target is replaced.  For a device, a pipe or a descriptor of this process
-    (/dev/stdout, /dev/fd/3) the content is written into it, without a rename.
+    kept.  A symbolic link stays, and its target is replaced.  A device, a pipe or a descriptor of this process
+    (/dev/stdout, /dev/fd/3) is written in place, without a rename.
 
     Args:
         path: path of the file.
@@ -129,8 +129,8 @@ def write_folder(path: str | os.PathLike[str], files: Mapping[str, bytes]) -> No
     """Writes a folder of files; it replaces an earlier folder, which is deleted.
 
     The new folder is written beside the old one, synchronized, and exchanged by two renames.  After an error the old
-    folder is unchanged.  A crash between the renames leaves both folders complete, under other names.  The mode of an
-    earlier folder is kept.
+    folder is unchanged.  A crash between the renames leaves both folders complete, under temporary names.  The mode of
+    an earlier folder is kept.
 
     Args:
         path: path of the folder.
@@ -169,7 +169,7 @@ def write_folder(path: str | os.PathLike[str], files: Mapping[str, bytes]) -> No
 def _beside(path: bytes, ending: bytes) -> bytes:
     """Returns a temporary path in the target's folder that is unique to this thread and begins like the target's name.
 
-    The name is short, since a target's name may have the maximum length (255 bytes, or 143 with encrypted names).
+    The name is short, since a target's name may have the maximum length (255 bytes, or 143 on eCryptfs).
     """
     folder, name = os.path.split(path)
     begin = name[:_BEGIN].decode("utf-8", "ignore").encode()  # drop a character that is cut in half

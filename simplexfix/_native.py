@@ -65,12 +65,12 @@ library, missing = _load()
 
 
 def build_info() -> dict[str, Any]:
-    """Returns facts about the build and about the features usable on this machine; empty without the library."""
+    """Returns the build's options and the features usable on this machine; empty without the library."""
     return library.build_info() if library is not None else {}
 
 
 def raise_interrupt(error: RuntimeError) -> None:
-    """Raises KeyboardInterrupt, or another exception of a signal handler, if a signal ended the operator."""
+    """Raises the signal handler's exception (usually KeyboardInterrupt) if a signal ended the operator."""
     if library is not None and "interrupted by a signal" in str(error):
         library.raise_interrupt()
 
@@ -112,14 +112,14 @@ def _dotted(version: int) -> str:
 
 
 def runs_on(capability: tuple[int, int], archs: str, *, translates: bool = True) -> bool:
-    """Returns whether a GPU can run a build: its machine code for one architecture, or the PTX of the last one.
+    """Returns whether a GPU can run a build: machine code of its major version, or the PTX of the last architecture.
 
     A driver runs machine code of any toolkit with its own major version, but compiles PTX only of toolkits that are not
     newer than the driver.
 
     Args:
-        capability: compute capability of the GPU.
-        archs: architectures of the build, such as "80 90".
+        capability: compute capability of the GPU, (major, minor).
+        archs: architectures of the build, ascending, such as "80 90".
         translates: whether the driver can compile the PTX.
     """
     built = [divmod(int(arch), 10) for arch in archs.split()]
@@ -163,7 +163,7 @@ def has_kernels(tensor: Tensor) -> bool:
 
 
 def _exports_to_onnx() -> bool:
-    """Returns whether an export to ONNX is running, which does not support the library's operators."""
+    """Returns whether an export to ONNX is running; ONNX does not support the library's operators."""
     if torch.compiler.is_dynamo_compiling() or "torch.onnx" not in sys.modules:  # importing it is slow
         return False
     return torch.onnx.is_in_onnx_export()

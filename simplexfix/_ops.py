@@ -63,7 +63,10 @@ def contrast_loss(
     negatives: str,
     reduction: str,
 ) -> Tensor:
-    """Returns the loss in `accumulate_dtype`.  At most one of anchors and candidates requires a gradient."""
+    """Returns the loss in `accumulate_dtype`.  At most one of anchors and candidates requires a gradient.
+
+    Anchor i and candidate `first_positive + i` are embeddings of the same item.
+    """
     arguments = (anchor_class, candidate_class, first_positive, mu, NEGATIVES[negatives])
     differentiable = anchors.requires_grad or candidates.requires_grad
     if not differentiable or not torch.is_grad_enabled():
@@ -202,7 +205,7 @@ class _ContrastRows(torch.autograd.Function):
 
 
 class _TopK(torch.autograd.Function):
-    """d(q . g) / dquery of unit vectors q, g: (g - (q . g) q) / |query|, and the same with both exchanged."""
+    """For unit vectors q and g, d(q . g) / dquery = (g - (q . g) q) / |query|; the gallery's gradient is symmetric."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
-"""The reference implementation of every operator in plain PyTorch, with the same signatures and results.
+"""Reference implementations of all operators in plain PyTorch, with the same results.
 
-It runs where the library was not built.  Tests compare with it in float64, and benchmarks use it as the baseline.
+They run where `_native.has_kernels` is false.  Tests compare with them in float64; benchmarks use them as the baseline.
 `simplexfix.functional` has checked the arguments.
 """
 
@@ -41,7 +41,7 @@ def unit_rows(z: Tensor) -> Tensor:
 
 
 def check_targets(z: Tensor, target: Tensor, slots: int, ignore_index: int) -> Tensor:
-    """Returns z [B, d], or raises for a target out of range; if targets are not readable, such rows become nan."""
+    """Raises for a target [B] out of range, or sets its row to nan where `is_readable` is false; returns z [B, d]."""
     bad = ((target < 0) | (target >= slots)) & (target != ignore_index)
     if not is_readable(target):
         return z * torch.ones_like(target, dtype=z.dtype).masked_fill(bad, math.nan).unsqueeze(-1)
@@ -104,7 +104,7 @@ def _cross_entropy(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
-    """Cross-entropy of unscaled logits, in their dtype; `check_targets` has set rows of invalid targets to nan."""
+    """Returns the cross-entropy of unscaled logits [B, K]; `check_targets` has set rows of invalid targets to nan."""
     counts, target = target != ignore_index, target.clamp(0, logits.shape[-1] - 1)
     if margin is not None:
         index = target.unsqueeze(-1)
@@ -203,7 +203,10 @@ def contrast_rows(
     mu: float,
     negatives: str,
 ) -> Tensor:
-    """Contrastive loss of each anchor: log(denominator) - s_own; anchor i's own candidate is first_positive + i."""
+    """Contrastive loss of each anchor, as in `simplexfix.functional.old_new_contrast`: log(denominator) - s_own.
+
+    Anchor i and its own candidate, `first_positive + i`, are embeddings of the same item.
+    """
     dtype = accumulate_dtype(anchors.dtype)
     with no_autocast(anchors):
         similarity = mu * (unit_rows(anchors.to(dtype)) @ unit_rows(candidates.to(dtype)).T)
@@ -220,9 +223,9 @@ def contrast_rows(
 
 
 def cosine_topk(query: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`simplexfix.functional.cosine_topk`, up to the summation order in float64."""
+    """Implements `simplexfix.functional.cosine_topk`; only the order of float64 sums differs."""
     for name, rows in (("query", query), ("gallery", gallery)):
-        # values are checked on a GPU too, where that synchronizes
+        # values are also checked on a GPU, although that synchronizes
         looks = not (torch.compiler.is_compiling() or is_transformed() or rows.is_meta)
         if looks and not rows.isfinite().all():
             raise ValueError(f"{name} row {int((~rows.isfinite()).any(1).nonzero()[0])} holds nan or inf")
@@ -235,7 +238,7 @@ def unit_float32(rows: Tensor) -> Tensor:
 
 
 def unit_topk(q: Tensor, blocks: Iterable[Tensor], k: int) -> tuple[Tensor, Tensor]:
-    """`cosine_topk` of rows that are normalised already, with the gallery in blocks."""
+    """Returns `cosine_topk` of normalised float32 rows, with the gallery in blocks."""
     q = q.double()
     # The running best k have lower ids and come before each block's scores: a stable sort orders ties by id.
     scores = q.new_full((len(q), k), -math.inf, dtype=torch.float32)

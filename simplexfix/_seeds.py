@@ -24,13 +24,13 @@ def mixed_seed(seed: int, *counters: int) -> int:
 def seeded(seed: int) -> Iterator[None]:
     """Seeds torch's CPU generator, which initialises weights, and restores it afterwards; one thread at a time."""
     with _GLOBAL_GENERATOR, torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs' generators for good
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed also seeds GPU generators, which stay changed
         yield
 
 
 @contextmanager
 def kept_generators(seed: int) -> Iterator[None]:
-    """Does what `seeded` does, and also restores the generators of NumPy and `random`, which datasets may use."""
+    """Does what `seeded` does for the generators of NumPy and `random`, too, which datasets may use."""
     with seeded(seed):
         states = random.getstate(), np.random.get_state()
         seed_generators(seed)

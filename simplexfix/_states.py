@@ -28,13 +28,13 @@ class CheckpointError(ValueError):
 def write_state(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
     """Writes a state to one safetensors file; the metadata holds values other than tensors as JSON, and a checksum.
 
-    Equal states give equal files.  The write is atomic and has reached the disk on return.  Tensors are stored
-    contiguous and are read back contiguous on the CPU; tensors that shared memory no longer do.
+    Equal states give equal files.  The write is atomic, and on return the file is on disk.  Tensors are stored
+    contiguous and are read back contiguous on the CPU; tensors that share memory are stored as separate copies.
 
     Args:
         path: path of the file; its folder must exist.
         state: nested mappings, lists and tuples of tensors, strings, numbers (also nan and inf) and None, with strings
-            or integers as keys.  All types are preserved.
+            or integers as keys.  Types are preserved, except that mappings are read back as dicts.
 
     Raises:
         TypeError: the state holds something else; the message names the place.
@@ -54,7 +54,7 @@ def write_state(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
 
 
 def encoded(state: Mapping[str, Any]) -> tuple[bytes, str]:
-    """Returns the bytes of `write_state`'s file and their checksum, the state's `fingerprint`."""
+    """Returns the bytes that `write_state` writes, and the state's `fingerprint`."""
     save = safetensors().torch.save
     text, tensors = _taken_apart(state)
     checksum = _checksum(text, tensors)
@@ -79,7 +79,7 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Any]:
                 raise CheckpointError(
                     f"{os.fspath(path)} is not a checkpoint of format {_FORMAT}, its format is {version or None!r}"
                 )
-            # a copy, because products of tensors that are not aligned to 64 bytes may have other bits
+            # a copy: matrix products may round differently for tensors that are not aligned to 64 bytes
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except library.SafetensorError as error:
         raise CheckpointError(f"{os.fspath(path)} cannot be read, it may be truncated or damaged: {error}") from error
@@ -91,7 +91,7 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def fingerprint(state: Mapping[str, Any]) -> str:
-    """Returns the SHA-256 of a state, as `write_state` would store it."""
+    """Returns the SHA-256 that `write_state` stores with a state."""
     return _checksum(*_taken_apart(state))
 
 
@@ -157,7 +157,7 @@ def _restored(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of the JSON and of each tensor's name, dtype, shape and bytes, sorted by name."""
+    """Returns the SHA-256 of the JSON and of the tensors by name: each one's name, dtype, shape and bytes."""
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         tensor = tensors[name]

@@ -1,7 +1,7 @@
 """One function per operator: it checks its arguments and calls the compiled kernels.
 
-Where the library was not built, or has no kernels for a tensor's device, the reference implementation in
-`simplexfix/_reference.py` computes the same results.
+Where the library was not built, or has no kernel for an operator (orthoplex and cube logits) or a device, the reference
+implementation in `simplexfix/_reference.py` computes the same results.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ __all__ = [
 
 
 def simplex_logits(z: Tensor, *, normalize: bool = False, scale: float = 1.0) -> Tensor:
-    """Returns the logits of the fixed simplex classifier in O(B K) time, without its K x d matrix.
+    """Returns the logits of the fixed simplex classifier in O(K) time per row, without the K x d matrix.
 
         W = simplex_prototypes(K)                       # [K, d], K = d + 1
         logits = scale * F.normalize(z) @ W.T           # F.normalize only with normalize=True
@@ -119,9 +119,9 @@ def simplex_cross_entropy(
 
     Raises:
         TypeError: a tensor has the wrong dtype.
-        ValueError: a shape is wrong, or an option or a target is out of range.  A target out of range gives nan in its
-            row's loss and gradient instead where reading it would synchronize with a GPU or is impossible (under
-            `torch.func`, or where `torch.compile` traces the reference implementation).
+        ValueError: a shape is wrong, or an option or a target is out of range.  Targets are not checked
+            on a GPU, which would synchronize, nor under `torch.func`, nor where `torch.compile` traces the reference
+            implementation.  There a target out of range gives nan in its row's loss and gradient.
 
     Reference:
         arXiv 2405.02581; CosFace arXiv 1801.09414; ArcFace arXiv 1801.07698.
@@ -290,15 +290,15 @@ def cube_cross_entropy(
         F.cross_entropy(scale * z @ W.T, vertex)        # z normalised first with normalize=True
           = sum_j log(1 + exp(-2 scale / sqrt(d) * s_j * z_j)),  s = signs of the vertex of target[i]
 
-    The softmax factorizes over the coordinates, which gives the sum.  Only some of its 2^d vertices belong to classes.
+    The softmax factorizes over the coordinates, which gives the sum.  Vertices without a class count in it, too.
 
     Args:
         z: [..., d] features, float32, float64, bfloat16 or float16; d >= 1.
         target: [...] int64, the class of each row as a row number of `codes`, or `ignore_index`.
         codes: [C, ceil(d / 64)] int64, the vertex of each class, from `simplexfix.polytopes.cube_codes`.  If None,
             d <= 62 and the target is the vertex number in [0, 2^d): coordinate j is positive where bit j is set.
-        weight: [C] floating, one factor per class ([2^d] without `codes`); it gets no gradient.  It excludes
-            `label_smoothing`, which spreads over all vertices, most of which have no class.
+        weight: [C] floating, one factor per class ([2^d] without `codes`); it gets no gradient.  Not allowed with
+            `label_smoothing`, which spreads over all vertices, also over those without a class.
         normalize, scale, margin, ignore_index, label_smoothing, reduction: as in `simplex_cross_entropy`.
 
     Returns:
@@ -365,13 +365,13 @@ def old_new_contrast(
         u, v = F.normalize(old), F.normalize(new)       # no gradient to old
         s = mu * u @ v.T                                # rows: anchors; anchor="new" transposes s
         differs = target[:, None] != target             # negatives: rows of another class
-        zero_mask:  -s_ii + log(sum_j exp(s_ij) over differs + n_i)     # n_i: rows of i's class, i included
+        zero_mask:  -s_ii + log(n_i + sum_j exp(s_ij) over differs)     # n_i: number of rows of i's class, with i
         remove:     -s_ii + log(sum_j exp(s_ij) over differs)           # a row without negatives: -s_ii
         infonce:    -s_ii + log(exp(s_ii) + sum_j exp(s_ij) over differs)
 
-    The kernels compute the similarities in blocks of at most 2^22 numbers (16 MiB in float32), or of 32 rows on a CPU
-    and 128 rows on a GPU where that is more.  On a GPU `torch.set_float32_matmul_precision` sets the precision of the
-    products.
+    The kernels compute the similarities in blocks of rows.  A block holds at most 2^22 numbers (16 MiB in float32), but
+    has at least 32 rows on a CPU and 128 rows on a GPU.  On a GPU `torch.set_float32_matmul_precision` sets the
+    precision of the products.
 
     Args:
         new: [B, d] floating, features by the model in training, any scale.
@@ -433,7 +433,10 @@ def _contrast(
     negatives: str,
     reduction: str,
 ) -> Tensor:
-    """Loss of one direction of the contrast, in `accumulate_dtype` of the features."""
+    """Loss of one direction of the contrast, in `accumulate_dtype` of the features.
+
+    `target` holds the anchors' classes, `classes` the candidates'.  Candidate `first + i` is anchor i's item.
+    """
     if _native.has_kernels(anchors):
         return _ops.contrast_loss(anchors, candidates, target, classes, first, mu, negatives, reduction)
     rows = _reference.contrast_rows(anchors, candidates, target, classes, first, mu=mu, negatives=negatives)
@@ -531,7 +534,7 @@ def mix_with_contrast(
     reduction: str,
     group: dist.ProcessGroup | None,
 ) -> Tensor:
-    """Weighted sum of `classify()`, a cross-entropy of `z`, and the contrast; `classify` runs after the checks."""
+    """Returns lambda_ * classify() + (1 - lambda_) * contrast; `classify` (a cross-entropy) runs after the checks."""
     old = _as_dtype_of(z, old)
     check_new_and_old("z", z, old)
     check_fraction("lambda_", lambda_)
@@ -562,8 +565,9 @@ def cosine_topk(query: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]
 
     Raises:
         TypeError: a tensor is not floating.
-        ValueError: a shape or k is wrong, or a row holds nan or inf; the message names it.  CUDA kernels return nan
-            scores and ids -1 instead, to avoid synchronizing: for that query, or for all if the row is in the gallery.
+        ValueError: a shape or k is wrong, or a row holds nan or inf; the message names it.  CUDA kernels do not raise
+            for such rows, which would synchronize.  They return scores nan and ids -1: for that query, or for all
+            queries if the row is in the gallery.
 
     Example:
         >>> import torch
@@ -652,7 +656,7 @@ def _as_rows(z: Tensor) -> Tensor:
 
 
 def _loss_dtype(features: Tensor) -> torch.dtype:
-    """Dtype of the loss, as in torch's own losses: that of the features, or float32 under autocast."""
+    """Returns the dtype of the loss, as in torch's own losses: that of the features, or float32 under autocast."""
     if features.dtype in (torch.float32, torch.float64):
         return features.dtype
     return torch.float32 if _under_autocast(features) else features.dtype

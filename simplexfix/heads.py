@@ -28,7 +28,7 @@ _Head = TypeVar("_Head", bound="_PolytopeHead")
 
 
 def _registry(in_features: int, num_classes: int, num_slots: int | None) -> SlotRegistry:
-    """The registry of a new head, with classes 0 .. num_classes - 1 in namespace "default"."""
+    """Returns the registry of a new head, with classes 0 .. num_classes - 1 in namespace "default"."""
     in_features, num_classes = check_integer("in_features", in_features), check_integer("num_classes", num_classes)
     if in_features < 1 or num_classes < 0:
         raise ValueError(f"in_features must be >= 1 and num_classes >= 0, got {in_features} and {num_classes}")
@@ -110,14 +110,14 @@ class _PolytopeHead(nn.Module):
         return head
 
     def _logits(self, z: Tensor) -> Tensor:
-        """Logits: [..., d] -> [..., K]."""
+        """Returns the logits [..., K] of embeddings [..., d]."""
         raise NotImplementedError
 
     def _loss(self, z: Tensor, target: Tensor, **options: Any) -> Tensor:
         raise NotImplementedError
 
     def _vertices(self, slots: Tensor) -> Tensor:
-        """Unit vertices of slots: [n] -> [n, d] in the junction's dtype."""
+        """Returns the unit vertices [n, d] of slots [n], in the junction's dtype."""
         raise NotImplementedError
 
     def _scores(self, z: Tensor, used: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -158,7 +158,7 @@ class _PolytopeHead(nn.Module):
         self.slots.add("default", range(have, num_classes))
 
     def embed(self, features: Tensor) -> Tensor:
-        """Returns the embeddings that a gallery stores and that queries are compared by (cosine similarity).
+        """Returns embeddings, for galleries and for queries; they are compared by cosine similarity.
 
             z = junction(features)
 
@@ -362,7 +362,7 @@ class _PolytopeHead(nn.Module):
 
             self(features)[..., self.slots.used()].topk(k)    # computed block by block
 
-        Rows are processed in blocks of at most 2^21 logits, or of one row.
+        A block has at most 2^21 logits, but at least one row.
 
         Args:
             features: [..., in_features], in the junction's dtype.
@@ -392,7 +392,7 @@ class _PolytopeHead(nn.Module):
         return max(1, _LOGITS_AT_A_TIME // self.num_slots)
 
     def _best(self, z: Tensor, used: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Top k of each row, merged block by block; the running best stand first because they have the lower slots."""
+        """Returns the top k of each row, merged block by block; the running best come first: their slots are lower."""
         scores, slots = z.new_empty(len(z), 0), used.new_empty(len(z), 0)
         for block, block_slots in self._scores(z, used):
             scores = torch.cat([scores, block], 1)
@@ -449,7 +449,7 @@ def encode_state(state: Mapping[str, Any]) -> Tensor:
 def decode_state(state: Tensor | dict[str, Any]) -> dict[str, Any]:
     """Decodes a state of `encode_state`; a dict is returned unchanged.
 
-    The bytes may come in a floating dtype, such as after a cast or an average of equal state_dicts.
+    The bytes may have a floating dtype, such as after a cast or an average of equal state_dicts.
 
     Raises:
         TypeError: `state` is neither a tensor nor a dict.

@@ -36,8 +36,8 @@ def asnn_loss(
         p_i = sum_{j in N_i, y_j = y_i} w_j exp(-|z_i - z_j|^2) / sum_{j in N_i} w_j exp(-|z_i - z_j|^2)
         loss = -sum_i w_i log p_i / sum_i w_i
 
-    This approximates the authors' ASNN, of which only the abstract was available: features on a sphere with a learnable
-    radius, pairs from nearest neighbours, and a probability over the neighbourhood.
+    This approximates ASNN from its abstract; the full paper was not available.  The abstract has features on a sphere
+    with a learnable radius, pairs from nearest neighbours, and a probability over the neighbourhood.
 
     Since |z_i - z_j|^2 = 2 radius^2 (1 - cos), radius^2 is an inverse temperature.  The selection of neighbours has no
     gradient.  Rows whose class has no other row in the pool are ignored; if all rows are ignored, the loss is 0.
@@ -96,7 +96,7 @@ def asnn_loss(
             same |= ~counted[:, None]
             weights = weights * counted
             logs = pool_weights.where(pool_weights > 0, 1).log()[near]
-        # normalise only neighbours with gradient: a gradient of the whole pool would dominate the time
+        # only the neighbours get a gradient: a gradient of the whole pool would dominate the time
         cosines = torch.einsum("bd,bnd->bn", rows, F.normalize(pool[near], dim=2))
         logits = (logs - 2 * radius**2 * (1 - cosines)).masked_fill(~chosen, -math.inf)
         losses = logits.logsumexp(1) - logits.masked_fill(~same, -math.inf).logsumexp(1)
@@ -119,15 +119,16 @@ def nnp_loss(
 ) -> Tensor:
     """Returns the NNP loss: similarity to near rows of other classes minus similarity to near rows of the own class.
 
-        x = (features - pool.mean(0)) / pool.std(0);  x_j likewise for pool row j
+        x = (features - pool.mean(0)) / pool.std(0, correction=0);  x_j likewise for pool row j
         h(x) = F.normalize(x) * (1 - exp(-|x| / 2)) / (1 + exp(-|x| / 2))
         s_ij = 2 - |h(x_i) - h(x_j)|
         w_c = mean class size / size of class c                                    # counted in the pool
-        N_i = the nearest pool rows without i, until their weights sum to `neighbours`
-        loss = 1/B sum_i w_i (sum_{j in N_i, y_j != y_i} w_j s_ij - alpha sum_{j in N_i, y_j = y_i} w_j s_ij)
+        N_i = the nearest pool rows without i, until their weights sum to at least `neighbours`
+        loss = 1/n sum_i w_i (sum_{j in N_i, y_j != y_i} w_j s_ij - alpha sum_{j in N_i, y_j = y_i} w_j s_ij)
 
-    The published objective F is B times this loss, with the whole training set as batch and pool.  The loss may be
-    negative.  The selection of neighbours has no gradient; mean and standard deviation have one.
+    n is the number of rows that are not ignored; mean and standard deviation are over candidates.  The published
+    objective F is n times this loss, with the whole training set as batch and pool.  The loss may be negative.  The
+    selection of neighbours has no gradient; mean and standard deviation have one.
 
     Args:
         features: [B, d] floating.

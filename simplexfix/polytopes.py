@@ -24,8 +24,8 @@ _MOST_CODES = 1 << 24
 
 
 class SimplexConstants(NamedTuple):
-    """Constants of the simplex: `a * 1` is the last vertex before centring, `m * 1` the mean vertex, `r` the norm of a
-    centred vertex.
+    """Constants of the simplex.  With the all-ones vector 1, `a * 1` is the last vertex before centring and `m * 1` the
+    mean vertex; `r` is the norm of a centred vertex.
     """
 
     a: float
@@ -76,7 +76,7 @@ def simplex_prototypes(
 ) -> Tensor:
     """Returns vertices of the fixed simplex as unit rows.
 
-        t_i = e_i for i < d,  t_d = a * 1               # d = K - 1, a of `simplex_constants`
+        t_i = e_i for i < d,  t_d = (a, ..., a)         # d = K - 1, a of `simplex_constants`
         row i = (t_i - mean(t)) / |t_i - mean(t)|
 
     Two rows have cosine `-1 / (K - 1)`, and all K rows sum to zero.  Order and signs are those of models that are
@@ -214,7 +214,7 @@ def cube_codes(num_classes: int, d: int, *, device: torch.device | str | None = 
     for j in range(d):
         above = weights - weights[1:].min() if bits else weights
         counts = torch.where(above <= depth, 1 << (depth - above).clamp_min(0), 0).to(torch.int32)
-        counts[0] = 0  # the zero message has no choice
+        counts[0] = 0  # the zero message's codeword is zero for all generators
         # sum_u counts_u (-1)^(u . g) for every g: the smallest sum adds a 1 to the most light codewords
         spectrum = _walsh_hadamard(counts)
         spectrum[0] = torch.iinfo(torch.int32).max

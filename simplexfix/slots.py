@@ -1,4 +1,4 @@
-"""The map from classes to slots, the vertices of the fixed polytope, by namespace and without collisions."""
+"""The registry that maps classes to slots, the vertices of the fixed polytope."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class SlotRegistry(nn.Module):
 
     A class is identified by a namespace (a data set, a tenant, a stage of training) and its int64 id.  New classes
     get the next free slot from the low end (0, 1, ...) or from the high end (K - 1, K - 2, ...).  Pre-training can use
-    one end and fine-tuning the other.  Adding classes changes no earlier assignment.  Tensors that the registry
-    returns are on the CPU, whatever torch's default device, unless stated otherwise.
+    one end and fine-tuning the other.  Adding classes changes no earlier assignment.  Returned tensors are on the
+    CPU unless stated otherwise; torch's default device has no effect.
 
     The registry is a module without parameters, so a head can hold it.  It has one buffer, which is not part of the
     state_dict: a journal of the classes that were added.  The journal carries new classes to copies of the registry:
@@ -209,7 +209,7 @@ class SlotRegistry(nn.Module):
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> SlotRegistry:
-        """Returns the registry that `to_dict` described.
+        """Returns the registry that `to_dict` saved.
 
         Raises:
             ValueError: the format is unknown, a run is malformed, or two classes share a slot.

@@ -28,7 +28,7 @@ class RandomWarp:
 
     Args:
         rotate: largest rotation in radians.
-        log_scale: largest logarithm of the scale of each axis.
+        log_scale: largest absolute logarithm of the scale of each axis.
         shear: largest shear of the horizontal axis along the vertical one.
         shift: largest shift in half widths of the image.
         elastic: standard deviation at each control point, in half widths of the image.
@@ -45,7 +45,7 @@ class RandomWarp:
 
         Args:
             images: [B, H, W] uint8 or floating.
-            generator: source of all random numbers.
+            generator: generator of all random numbers, on the CPU.
 
         Returns:
             [B, 1, H, W] float32.

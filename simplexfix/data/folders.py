@@ -63,7 +63,7 @@ class ImageFolderDataset(Dataset[tuple[Tensor, int]]):
     Raises:
         FileNotFoundError: the folder does not exist or holds no class folder.
         ImageFileError: a class has no images or an empty name; a file has no image suffix, is empty or cannot be read;
-            or a link is dangling or leads to a folder around it.
+            or a link is dangling or leads to a folder that contains it.
         ValueError: `size` is below 1.
         ModuleNotFoundError: Pillow is not installed.
     """
@@ -124,7 +124,7 @@ def find_images(path: str | os.PathLike[str]) -> list[str]:
     Raises:
         FileNotFoundError: the folder does not exist.
         ImageFileError: there are no images; a file has no image suffix, is empty or cannot be read; a name is not
-            UTF-8; or a link is dangling or leads to a folder around it.
+            UTF-8; or a link is dangling or leads to a folder that contains it.
     """
     root = os.fspath(path)
     if not os.path.isdir(root):
@@ -168,7 +168,7 @@ def _find_files(folder: str, found: os.stat_result, above: tuple[tuple[int, int]
     Args:
         folder: path of the folder.
         found: stat result of the folder, or of its target if it is a link.
-        above: device and inode of each folder around it, to detect cycles of links.
+        above: device and inode of each folder above it, to detect cycles of links.
     """
     if _identity(found) in above:
         raise ImageFileError(

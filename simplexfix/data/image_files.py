@@ -28,9 +28,9 @@ class ImageFileError(ValueError):
 def read_images(files: Sequence[ImageSource], preprocessing: Preprocessing | None) -> Tensor:
     """Reads images of any size into the form that a preprocessing takes.
 
-    An image is rotated by its EXIF orientation, resized so that the shorter side is `side`, and cropped at the centre.
-    For `Photographs` it is converted to RGB.  For `Drawings` dark pixels become ink, and light or transparent ones
-    paper:
+    An image is rotated by its EXIF orientation, resized so that the shorter side is `preprocessing.side`, and cropped
+    at the centre.  For `Photographs` it is converted to RGB.  For `Drawings` dark pixels become ink, and light or
+    transparent ones paper:
 
         ink = 1 - grey / 255
 
@@ -43,7 +43,7 @@ def read_images(files: Sequence[ImageSource], preprocessing: Preprocessing | Non
 
     Raises:
         ImageFileError: a file is not an image, is damaged, or has pixels of more than 8 bits; the message names it.
-        ValueError: the preprocessing takes no images, or states no size.
+        ValueError: the preprocessing is neither `Photographs` nor `Drawings`.
         ModuleNotFoundError: Pillow is not installed.
     """
     read = image_reader(preprocessing)

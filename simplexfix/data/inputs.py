@@ -31,7 +31,7 @@ class Vectors:
 
 @dataclass(frozen=True)
 class Drawings:
-    """Preprocessing for drawings: ink is 1 or more, paper is 0.
+    """Preprocessing for drawings: paper is 0, ink is above 0.
 
     Args:
         side: side of the images in pixels.

@@ -53,7 +53,7 @@ def read_ahead(read: Callable[[_R], _T], requests: Iterable[_R], *, workers: int
 
 @contextmanager
 def lost_readers_named() -> Iterator[None]:
-    """Turns torch's error about a killed worker, which a signal handler may raise anywhere, into a clear one.
+    """Converts torch's error about a killed worker to a clear one; torch's signal handler may raise it anywhere.
 
     Raises:
         ChildProcessError: a process that read ahead was killed.
@@ -76,7 +76,7 @@ class _Reader(Dataset[Any], Generic[_R, _T]):
     def __getitem__(self, request: Any) -> _T | ImageFileError:
         try:
             return self.read(request)
-        except ImageFileError as error:  # without a traceback: the message is complete
+        except ImageFileError as error:  # returned: torch would add a traceback to the message if it were raised
             return error
 
 
@@ -90,7 +90,7 @@ def _begin(worker: int) -> None:
 
 
 def _exit_with_the_parent() -> None:
-    """torch does so only if the parent forked the worker itself; a fork server lives as long as its children."""
+    """Exits with the parent.  torch does so only without a fork server, which lives as long as its children."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -1,4 +1,4 @@
-"""Labelled features: the items, the features that each model version extracted of them, and their files."""
+"""Labelled features: the items, the features that each model version extracted from them, and their files."""
 
 from ._columns import Ids, Rows, read_column, read_features, read_hits, read_ids, read_integers, read_query_scores
 from ._files import FeatureFileError, find_versions, is_version, load_rows, load_vectors, map_array

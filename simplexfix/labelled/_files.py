@@ -88,7 +88,7 @@ def read_arrays(path: Path, form: _Form = VERSION) -> Mapping[str, Any]:
 
 
 def _damaged(path: Path, error: Exception) -> Exception:
-    # bz2 raises OSError without errno for damaged bytes; errors of the system have one
+    # bz2 raises OSError without errno for damaged bytes; errors of the operating system have an errno
     if isinstance(error, OSError) and error.errno is not None:
         return error
     return FeatureFileError(f"{path} cannot be read, it may be truncated or damaged: {error}")
@@ -252,7 +252,7 @@ def map_array(folder: Path, key: str) -> NDArray[Any]:
         with open(file, "rb") as opened:
             _, _, dtype = _read_header(opened)
         _refuse_objects(folder, key, dtype)
-        with np.errstate(over="ignore"):  # an absurd size in a damaged header overflows; it is rejected below
+        with np.errstate(over="ignore"):  # a size in a damaged header may overflow; np.load then raises
             array: NDArray[Any] = np.load(file, mmap_mode="r")
         return array
     except FeatureFileError:

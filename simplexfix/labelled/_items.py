@@ -169,7 +169,7 @@ class LabelledItems:
         gallery_ids: Ids | None = None,
         query_groups: Ids | None = None,
     ) -> LabelledItems:
-        """Returns items without labels and relevance judgements; ids and groups are optional.
+        """Returns items without labels or relevance judgements; ids and groups are optional.
 
         Args:
             num_queries, num_gallery: Q and N, at least 1.
@@ -210,7 +210,7 @@ class LabelledItems:
         prefixes: Ids = (),
         fingerprint: str | None = None,
     ) -> VersionFeatures:
-        """Returns the features that one model extracted of these items, as a `VersionFeatures`.
+        """Returns the features that one model extracted from these items, as a `VersionFeatures`.
 
         Args:
             query: [Q, d] floating; values must be finite in float32, the dtype of all comparisons.  A tensor, an
@@ -218,7 +218,7 @@ class LabelledItems:
                 of ignored items are included.
             gallery: [N, d], likewise.
             name: name of the version in reports and messages.
-            prefixes: widths below d of older versions.  The leading dimensions of this version's queries, normalised
+            prefixes: widths of older versions, below d.  The leading dimensions of this version's queries, normalised
                 again, can search galleries of these widths (`EmbeddingModel.prefixes`).
             fingerprint: fingerprint of the model (`ModelIdentity.fingerprint`); gate results record it.
 
@@ -285,7 +285,7 @@ class LabelledItems:
 
     @property
     def num_unjudged(self) -> int | None:
-        """Number of queries that were left out because they have no judgement; None if there are labels."""
+        """Number of queries that were left out because they have no judgement; None if the items have no judgements."""
         if self.judgements is None:
             return None
         return self.given[0] - len(np.unique(self.judgements.query_ids))

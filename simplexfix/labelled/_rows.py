@@ -80,7 +80,7 @@ class FeatureRows:
         return out
 
     def gather(self, at: NDArray[np.int64]) -> NDArray[Any]:
-        """Copies rows to the host in their own dtype, or in float32 for bfloat16, which NumPy lacks."""
+        """Returns rows on the host in their own dtype, or in float32 for bfloat16, which NumPy lacks; maybe a view."""
         taken = self.take(at)
         source = taken._source(0, len(at))
         if isinstance(source, Tensor):
@@ -89,7 +89,7 @@ class FeatureRows:
         return source.astype(np.float32) if source.dtype.name == "bfloat16" else np.asarray(source)
 
     def unit(self, at: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Returns rows [n, d], L2-normalised in float64.
+        """Returns the rows at these indices, L2-normalised, as [n, d] float64.
 
         Raises:
             ValueError: a row holds nan or inf; the message names it.
@@ -243,6 +243,6 @@ def unit_rows(rows: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def row_squares(rows: NDArray[_Float]) -> NDArray[_Float]:
-    """Returns the squared L2 norm of each row, [n] in the rows' dtype, by a matmul that every NumPy version has."""
+    """Returns the squared L2 norm of each row, [n] in the rows' dtype; np.vecdot would need NumPy 2."""
     squares: NDArray[_Float] = np.matmul(rows[:, None, :], rows[:, :, None])[:, 0, 0]
     return squares

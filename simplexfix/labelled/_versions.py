@@ -155,7 +155,7 @@ class VersionFeatures:
         return old.pair(new, widths)
 
     def pair(self, new: VersionFeatures, widths: str) -> VersionFeatures:
-        """`searched_by` without the check that both versions have the same items."""
+        """Does `searched_by` without the check that both versions have the same items."""
         check_name("widths", widths, ("equal", "leading"))
         asked, held = new.query.width, self.gallery.width
         if widths == "equal" and not self.fits(new):
@@ -189,7 +189,7 @@ class VersionFeatures:
         )
 
     def _called(self, role: str) -> VersionFeatures:
-        """Returns the version with this name if it has none."""
+        """Returns the version, with `role` as its name if it has none and `role` is not empty."""
         if self.name is not None or not role:
             return self
         query, gallery = self.query.renamed(f"{role}.query"), self.gallery.renamed(f"{role}.gallery")

@@ -15,13 +15,13 @@ __all__ = ["ASNN"]
 class ASNN:
     """Nearest-neighbour classification on new and rehearsed items; the old model is not used.
 
-    `loss="asnn"` approximates the authors' method, of which only the abstract was available.  `loss="nnp"` is its
+    `loss="asnn"` approximates the method from its abstract; the full paper was not available.  `loss="nnp"` is its
     published predecessor, computed over batch and queue instead of the whole training set.  Both losses are in
     `simplexfix.neighbours`.  `FD`, `BCT` and `HOC` accept an `ASNN` as `classification` instead of cross-entropy.
 
     Class sizes, and mean and standard deviation of "nnp", are computed over batch and queue, since methods do not have
-    the whole training set.  A trainer calls `add_classes` before each task, which empties the queue, because its
-    features come from another model.
+    the whole training set.  A trainer calls `add_classes` before each task.  It empties the queue, because the
+    queue's features come from another model.
 
     Args:
         loss: "asnn" or "nnp".

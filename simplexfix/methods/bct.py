@@ -1,4 +1,4 @@
-"""Backward-compatible training: new features must also be right in the old model's classifier."""
+"""Backward-compatible training: the old model's classifier must also classify the new features correctly."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ class BCT(ER):
         loss      = cross_entropy(logits(h), y) + weight * influence
         influence = 1 / |S| sum_{i in S} cross_entropy(old_logits(h_i), y_i),    S = {i : y_i is of the old classes}
 
-    h_i are the new features, and `old_logits` is the old model's classifier, which is not trained.  The sum is over the
-    rows whose class it has.  Without such rows, and without an old model, the influence is 0 and has no gradient.  The
-    old backbone is not run.  If the old model has a rotation R, its classifier gets h_i R^T.
+    h_i are the new features, and `old_logits` is the old model's classifier, which is not trained.  Without rows of old
+    classes, and without an old model, the influence and its gradient are 0.  The old backbone is not run.  If the old
+    model has a rotation R, its classifier gets h_i R^T.
 
     With a `classification` by nearest neighbours, the old classifier is the old model's queue of its newest features
     (`NeighbourHead.queued_loss`): the influence is the neighbour loss of h_i with its neighbours there.
 
-    With several processes, or parts of a batch, the mean is over each one's own rows.  It equals the mean of the batch
-    if all have equally many rows of old classes, as they do if these are the remembered half.
+    With several processes, or with gradient accumulation, each part of a batch has its own mean over S.  The average
+    equals the mean of the batch if all parts have equally many rows of old classes, such as a remembered half.
 
         method = BCT(weight=1.0)
 

@@ -80,6 +80,6 @@ class FD(ER):
 
 
 def cosine_distances(new: Tensor, old: Tensor) -> Tensor:
-    """[B] 1 - cosine of each pair of rows, in float32 at least: bfloat16 cannot tell cosines near 1 apart."""
+    """Returns 1 - cosine [B] of each pair of rows, in float32 or wider: bfloat16 is too coarse for cosines near 1."""
     wide = accumulate_dtype(new.dtype)
     return 1 - (F.normalize(new.to(wide)) * F.normalize(old.to(wide))).sum(1)

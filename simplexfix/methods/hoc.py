@@ -21,9 +21,8 @@ class HOC(Simplex):
 
         loss = lambda_ * classification + (1 - lambda_) * contrast
 
-    A `classification` by nearest neighbours of the embeddings replaces the simplex cross-entropy.  The loss then uses
-    no vertices, and classes take no slots.  Embeddings still have K - 1 dimensions, and the contrast alone makes
-    versions compatible.
+    A `classification` by nearest neighbours replaces the simplex cross-entropy.  The loss then uses no vertices, and
+    classes take no slots.  Embeddings still have K - 1 dimensions, and the contrast alone makes versions compatible.
 
     Args:
         slots, namespace, normalize, scale, margin: as in `Simplex`.
@@ -106,7 +105,7 @@ class HOC(Simplex):
     def embedding_loss(
         self, z: Tensor, target: Tensor, old: Tensor | None = None, *, reduction: str = "mean"
     ) -> Tensor:
-        """Returns the loss of embeddings by a model of another library, which ends in a junction without a head.
+        """Returns the loss of embeddings by a model of another library; its last layer is the junction, without a head.
 
             hoc_loss(z, old, slots.lookup(namespace, target))
 

@@ -65,7 +65,7 @@ class Simplex:
     def embedding_loss(
         self, z: Tensor, target: Tensor, old: Tensor | None = None, *, reduction: str = "mean"
     ) -> Tensor:
-        """Returns the loss of embeddings by a model of another library, which ends in a junction without a head.
+        """Returns the loss of embeddings by a model of another library; its last layer is the junction, without a head.
 
             simplex_cross_entropy(z, slots.lookup(namespace, target))
 

@@ -41,13 +41,13 @@ class ModelFolderError(ValueError):
 
 @dataclass(frozen=True)
 class FolderFormat:
-    """The keys of one kind of `config.json`, beside format, checksums and the name of the weights.
+    """The keys of one kind of `config.json`; format, checksums and the weights' file name are in both kinds.
 
     Args:
         kind: "model" or "adapter"; it is part of format, file names and messages.
         number: number of the format.
         parts: keys that have a checksum.
-        optional: keys among `parts` that may be missing.
+        optional: further keys that have a checksum, but may be missing.
     """
 
     kind: str
@@ -179,7 +179,7 @@ def read_weights(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """Reads the tensors of a config and verifies their checksum.
 
     Raises:
-        ModelFolderError: the tensors are missing, damaged or different ones.
+        ModelFolderError: the tensors are missing, damaged or do not match the config.
     """
     weights = folder / config["weights"]
     try:

@@ -23,7 +23,7 @@ _TEXTS = (Tokens, TextEncoder)
 
 
 def pipeline_tag_of(backbone: nn.Module, preprocessing: object) -> str | None:
-    """Returns the hub's name for the task of a model with such inputs; None if they are neither images nor texts."""
+    """Returns the hub's task name for a model of images or of texts; None for other inputs."""
     if isinstance(preprocessing, _IMAGES) or isinstance(backbone, _IMAGES):
         return "image-feature-extraction"
     return "feature-extraction" if isinstance(preprocessing, _TEXTS) or isinstance(backbone, _TEXTS) else None
@@ -75,7 +75,7 @@ def card(
 
 
 def _galleries(identity: ModelIdentity, earlier: Sequence[ModelIdentity]) -> str:
-    """Returns a table with a row for each gallery: by this model, by earlier versions, and by further ancestors."""
+    """Returns a table with a row per gallery: of this model, of earlier versions, and of further ancestors."""
     rows = [("this model", identity.fingerprint, identity.embedding_dim, "yes")]
     for other in earlier:
         name = f"version {other.version}" + (f", {_cell(other.name)}" if other.name else "")

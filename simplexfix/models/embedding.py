@@ -37,7 +37,7 @@ class EmbeddingModel(nn.Module):
             the model; the caller applies it.
         class_names: names of class 0, 1, ..., or None; saved with the model.
         rotation: [d, d] isometry of the embeddings, or None; saved with the model.  `aligned_with_older` of
-            `simplexfix.training` computes it.  The head's logits and losses are those before the rotation, so set it to
+            `simplexfix.training` computes it.  The head computes logits and losses without the rotation, so set it to
             None before further training, as `Trainer.fit` does.
 
     Example:
@@ -75,7 +75,7 @@ class EmbeddingModel(nn.Module):
         width = self.embedding_dim
         if rotation is not None and rotation.shape != (width, width):
             raise ValueError(f"rotation must have shape [{width}, {width}], got {list(rotation.shape)}")
-        # the layout decides the last bits of a product, and a model folder does not store it
+        # contiguous: the layout affects the last bits of a product, and a model folder does not store it
         self.register_buffer("rotation", None if rotation is None else rotation.contiguous())
 
     @property
@@ -142,7 +142,7 @@ class EmbeddingModel(nn.Module):
                     prepared = batch if prepare is None else prepare(batch)
                     rows.append(nn.functional.normalize(self(prepared.to(device))[:, :width], dim=1).to(kept))
         finally:
-            for module in training:  # only these: modules that were in evaluation mode before stay in it
+            for module in training:  # only these: the others were in evaluation mode before
                 module.training = True
         if not rows:
             raise ValueError(f"input must have a row, this {type(input).__name__} has none")

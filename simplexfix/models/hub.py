@@ -1,4 +1,4 @@
-"""Models and adapters on the Hugging Face hub: downloads into the client's cache, and pushes of one commit.
+"""Downloads models and adapters from the Hugging Face hub into the client's cache, and pushes them in one commit.
 
 The client, huggingface_hub, is optional (the extra `hub`) and imported on first use.  It downloads only `config.json`
 and the weights, a safetensors file.  Nothing is unpickled, and no code of a repository is executed.

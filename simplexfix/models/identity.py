@@ -18,7 +18,7 @@ LEARNABLE = ("linear", "neighbours")  # kinds of heads without fixed vertices
 OCA = "oca"  # kind of `OCAHead`
 FEATURES = "features"  # kind of a head without a classifier
 _SHOWN = 12  # digits of a fingerprint in a message
-EXTERNAL = "external"  # kind of a model that was not made by this package
+EXTERNAL = "external"  # kind of a model that this package did not make
 ADAPTED = "adapter"  # kind of an encoder followed by an adapter
 
 
@@ -41,7 +41,7 @@ class ModelIdentity:
         codes_crc32: CRC-32 of a cube head's codes, which identifies its vertices; None for other heads.
         ancestors: (fingerprint, width) of older versions, oldest first.  The leading `width` dimensions of this model's
             queries can search that version's gallery.
-        space: fingerprint of the model to whose space an adapter maps these embeddings; None for an own space.
+        space: fingerprint of the model to whose space an adapter maps these embeddings; None without such a model.
 
     Raises:
         TypeError: `version` is not an integer, or `name` not a string.
@@ -204,7 +204,7 @@ class ModelIdentity:
         return gallery.embedding_dim
 
     def _why_no_prefix(self, gallery: ModelIdentity) -> list[str]:
-        """`why_not_search` for OCA models, which are compatible only with the ancestors they were trained from."""
+        """Implements `why_not_search` for OCA models, which can search only galleries of their ancestors."""
         width = dict(self.ancestors).get(gallery.fingerprint)
         if width == gallery.embedding_dim:
             return []
@@ -225,7 +225,7 @@ class ModelIdentity:
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> ModelIdentity:
-        """Returns the identity that `to_dict` described.
+        """Returns the identity that `to_dict` saved.
 
         Raises:
             TypeError: a key is missing or unknown.

@@ -125,7 +125,7 @@ class NeighbourHead(nn.Module):
             z: [B, embedding_dim] floating.
             target: [B] int64 class ids; rows with negative ids are ignored.
             group: process group whose batches, each of B rows, form one batch.  Each process's queue then holds the
-                rows of all.
+                rows of all processes.
 
         Returns:
             A scalar.

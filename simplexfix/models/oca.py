@@ -25,7 +25,7 @@ class OCAObjective(nn.Module):
     Attributes:
         classifier: linear layer with weight W [C, d], without bias.
         rotation: None, or a linear layer with an orthogonal weight Q [d, d], initially the identity.
-        prototypes: None, or the buffer P [C, prefix]; `OCA.read_old` sets it, before that it is zero.
+        prototypes: None, or the buffer P [C, prefix], zero until `OCA.read_old` sets it.
     """
 
     prototypes: Tensor | None
@@ -47,7 +47,7 @@ class OCAObjective(nn.Module):
 class OCAHead(nn.Module):
     """A learnable junction; its leading output dimensions are trained to search galleries of older versions.
 
-        embed(features) = features @ A.T
+        embed(features) = features @ A.T                # A [d, in_features]: the junction's weight
 
     Args:
         in_features: width of the backbone's features.

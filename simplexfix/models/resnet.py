@@ -23,7 +23,7 @@ class ResNet18(nn.Module):
         imagenet   7 x 7 of stride 2, 3 x 3 max-pool of 2     8, 4, 2, 1
         cifar      3 x 3 of stride 1                          32, 16, 8, 4
 
-    "imagenet" is cheaper by a factor of 15.  Parameter names are those of torchvision's `resnet18`; with stem
+    Stem "imagenet" is 15 times as fast.  Parameter names are those of torchvision's `resnet18`; with stem
     "imagenet" and width 64 its weights can be loaded, except `fc`.  Initialisation is the same as there: He's normal
     distribution, scaled by fan-out.
 
@@ -106,7 +106,7 @@ class _Block(nn.Module):
 def _convolved(convolution: nn.Conv2d, x: Tensor) -> Tensor:
     """Returns a 3 x 3 convolution with padding 1, by a matrix product if the result has one pixel.
 
-    The taps that meet only the padding then take no part; as a convolution, such a layer takes several times as long.
+    The product skips the taps that multiply only padding; a convolution would take several times as long.
     """
     height, width = x.shape[2:]
     if max(height, width) > convolution.stride[0]:

@@ -1,6 +1,6 @@
 """Reference implementation of the compiled index in NumPy and torch: same methods, results, errors and file format.
 
-Scores agree with the definition up to the summation order in float64.
+Scores may differ from the compiled index's by the rounding of float64 sums, which have another order.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ def _check_held(ids: NDArray[np.int64], held: NDArray[np.int64]) -> None:
 
 
 def _repeated(ids: NDArray[np.int64]) -> int | None:
-    """Returns the lowest duplicate id, or None."""
+    """Returns the id that occurs most often (the lowest of several), or None if all occur once."""
     found, counts = np.unique(ids, return_counts=True)
     return int(found[counts.argmax()]) if len(found) and counts.max() > 1 else None
 

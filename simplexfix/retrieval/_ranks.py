@@ -1,4 +1,4 @@
-"""The process group of a sharded gallery: `torchrun` starts the ranks; arguments are compared across them."""
+"""The process group of a sharded gallery, with collective operations that also compare the ranks' arguments."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _Read = TypeVar("_Read")
 
 
 class RankDiedError(RuntimeError):
-    """Another process of the group died or did not answer in time; no rank has a result."""
+    """Another process of the group died or did not answer in time; then no rank has a result."""
 
 
 def shard_rows(n: int, rank: int, world_size: int) -> slice:
@@ -98,7 +98,7 @@ class Ranks:
 
     Raises:
         ValueError: there is no process group, or it has no gloo backend.
-        RankDiedError: from every method, if a peer died.
+        RankDiedError: from every collective operation, if another rank died or timed out.
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
@@ -193,7 +193,7 @@ class Ranks:
 
     @contextmanager
     def _peers(self) -> Iterator[None]:
-        """Turns gloo's errors (closed connection, timeout) into `RankDiedError`."""
+        """Converts gloo's errors (closed connection, timeout) to `RankDiedError`."""
         try:
             yield
         except RuntimeError as error:

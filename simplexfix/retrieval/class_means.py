@@ -3,8 +3,8 @@
     template[c] = F.normalize(gallery[gallery_labels == c].mean(0))
     hit = argmax_c (query . template[c]) == query_label
 
-Features are compared in float32 and summed in float64, in row order.  If a gallery item has the query's id, its class
-template leaves it out: sum minus row, which has the direction of that mean.
+Features are read as float32, and a class's rows are summed in float64, in row order.  If a gallery item has the query's
+id, it is left out of its class's template.  Sum minus row has the direction of the mean without that row.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ CellHits: TypeAlias = Iterator[tuple[int, int, int, NDArray[np.bool_]]]
 Floats: TypeAlias = NDArray[np.float32]
 Ids: TypeAlias = NDArray[np.int64]
 
-_QUERY_ROWS = 4096  # queries per block; a block and its products with the templates exceed the L2 cache
+_QUERY_ROWS = 4096  # queries per block
 _GALLERY_ROWS = 128  # gallery rows per block: in float64 they stay in cache until they are summed
 _PRODUCT_COLUMNS = 1024  # templates per matrix product with a block of queries
 
 
 def hits(version: VersionFeatures) -> NDArray[np.bool_]:
-    """Hits [Q] of one pair of queries and gallery, by the definition, on the features' device."""
+    """Returns the hits [Q] of one pair of queries and gallery; the search runs on the features' device."""
     items = version.items
     sums = class_sums(version.gallery, items.gallery_classes)
     own, templates = items.gallery_classes.find(items.query_labels), sums.float()
@@ -101,7 +101,7 @@ def matrix_hits(versions: Sequence[VersionFeatures]) -> CellHits:
 
 
 def mixed_hits(old: VersionFeatures, new: VersionFeatures) -> Callable[[NDArray[np.bool_]], NDArray[np.bool_]]:
-    """Returns a function from [N] bool (rows by the new model) to the hits [Q] of new queries in that mixed gallery.
+    """Returns a function that maps [N] bool (True: row by the new model) to the hits [Q] of new queries.
 
     Features are in float32.  A template is as wide as its widest row: a class with a row by the new model is compared
     on the new model's dimensions.
@@ -158,7 +158,7 @@ def class_sums(gallery: FeatureRows, classes: GalleryClasses) -> Tensor:
 
 
 def row_scores(query: Tensor, rows: Tensor) -> Floats:
-    """Cosine [B] of each pair of rows with the rounding of a search: float64, rounded to float32."""
+    """Returns the cosine [B] of each pair of rows with the rounding of a search: float64, rounded to float32."""
     q, r = (unit_float32(x).double().cpu().numpy() for x in (query, rows))
     # one dot product per row: the rounding of a matrix product depends on the number of rows
     found: Floats = np.einsum("ij,ij->i", q, r).astype(np.float32)

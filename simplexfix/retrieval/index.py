@@ -274,7 +274,7 @@ class CosineIndex:
         return f"CosineIndex(dim={self.dim}, dtype={self.dtype!r}, threads={self.threads}) with {len(self)} rows"
 
     def _rows(self, name: str, rows: Rows) -> NDArray[np.float32]:
-        """Converts to float32; numbers beyond its range become inf, for which the index raises with their row."""
+        """Converts rows to float32; numbers beyond its range become inf, and the index then raises with the row."""
         given = read_features(name, np.asarray(rows) if isinstance(rows, (list, tuple)) else rows)
         if isinstance(given, torch.Tensor) and given.device.type != "cpu":
             raise ValueError(f"{name} must be on the CPU, got {given.device}; pass {name}.cpu()")
@@ -311,7 +311,7 @@ _SPECIAL = {
 
 
 def _replaceable(path: str | os.PathLike[str]) -> bytes:
-    """Returns the path to replace, with links resolved; raises if it is not a regular file, which a rename destroys."""
+    """Returns the path to replace, with links resolved; raises for directories, devices, pipes and sockets."""
     file = _file(path)
     target = os.path.realpath(file) if os.path.islink(file) else file
     try:

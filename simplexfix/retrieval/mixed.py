@@ -45,7 +45,7 @@ class Mixture(NamedTuple):
 
 
 def mixed_search(query: Tensor, old: Tensor, new: Tensor, replaced: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`cosine_topk` in a gallery that has new rows where `replaced` and old rows elsewhere.
+    """Returns `cosine_topk` in a gallery that has new rows where `replaced` [N] bool is true, and old rows elsewhere.
 
     Each row is compared on the dimensions that it shares with the query.  Both kinds are searched separately and the
     rankings merged, since a row's score does not depend on other rows.

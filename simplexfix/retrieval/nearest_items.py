@@ -26,7 +26,7 @@ _INDEX_BYTES = 2**30  # most bytes of all indexes in memory at once
 
 
 def hits(version: VersionFeatures) -> NDArray[np.bool_]:
-    """Hits [Q] of one pair of queries and gallery, by the definition, on the features' device."""
+    """Returns the hits [Q] of one pair of queries and gallery; the search runs on the features' device."""
     items = version.items
     k = _places(items)
     _, found = cosine_topk(version.query.whole(), version.gallery.whole(), k)
@@ -61,7 +61,7 @@ def matrix_hits(versions: Sequence[VersionFeatures]) -> CellHits:
 
 
 def mixed_hits(old: VersionFeatures, new: VersionFeatures) -> Callable[[NDArray[np.bool_]], NDArray[np.bool_]]:
-    """Returns a function from [N] bool (rows by the new model) to the hits [Q] of new queries in that mixed gallery."""
+    """Returns a function that maps [N] bool (True: row by the new model) to the hits [Q] of new queries."""
     items, mixture = old.items, Mixture.read(new.query, old.gallery, new.gallery)
     k = _places(items)
 
@@ -85,7 +85,7 @@ def nearest_other(found: NDArray[np.int64], excluded: NDArray[np.int64]) -> NDAr
 
 
 def _places(items: LabelledItems) -> int:
-    """Number of ranks to search so that at least one is not excluded."""
+    """Returns the number of ranks to search so that at least one is not excluded."""
     return 2 if (items.excluded >= 0).any() else 1
 
 

@@ -30,8 +30,8 @@ class Protocol:
         name: name of the protocol in reports.
         score: function of a `VersionFeatures` that returns a number, larger is better; None for the mean of `hits`.
         hits: function of a `VersionFeatures` that returns [Q] bool (correct queries), or [Q] float64 in [0, 1].
-        matrix_hits: function of several versions that yields the hits of all cells in blocks, in one pass over each
-            version.
+        matrix_hits: function of several versions that yields, in blocks, the hits of all cells of their compatibility
+            matrix.
         sharded_hits: like `hits`, where each process of a group holds a shard of the gallery.
         mixed_hits: function of old and new version that returns a function from [N] bool (rows by the new model) to
             the hits [Q] of the new queries.
@@ -119,7 +119,7 @@ def read_protocol(protocol: str | Protocol, *, needs: str = "score") -> Protocol
 
 
 def read_scored_protocol(protocol: str | Protocol) -> Protocol:
-    """Returns a protocol of the table or of a ranking metric; only these give a report its per-query scores.
+    """Returns a protocol of `PROTOCOLS` or of a ranking metric, for a report, which accepts no other.
 
     Raises:
         TypeError, ValueError: as in `read_protocol`.

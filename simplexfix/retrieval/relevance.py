@@ -37,7 +37,7 @@ _NAME = re.compile(rf"({'|'.join(_METRICS)})(?:@([1-9][0-9]{{0,8}}))?")
 
 @dataclass(frozen=True)
 class RankingMetric:
-    """Scores each query by a ranking metric; its methods are the functions of a `Protocol`.
+    """Scores each query by a ranking metric; `hits` and `mixed_hits` are arguments for a `Protocol`.
 
     Attributes:
         metric: a function of `simplexfix.retrieval.metrics`.
@@ -54,7 +54,7 @@ class RankingMetric:
         )
 
     def mixed_hits(self, old: VersionFeatures, new: VersionFeatures) -> Callable[[NDArray[np.bool_]], Scores]:
-        """Returns a function from [N] bool (rows by the new model) to the scores [Q] of new queries in that gallery."""
+        """Returns a function that maps [N] bool (True: row by the new model) to the scores [Q] of new queries."""
         items, mixture = old.items, Mixture.read(new.query, old.gallery, new.gallery)
         galleries = mixture.old, mixture.new
 

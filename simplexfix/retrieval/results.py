@@ -33,7 +33,7 @@ class RetrievalResults:
         num_relevant: [Q] int64, relevant items in the whole gallery, without the excluded row.
         num_candidates: [Q] int64, gallery items, without the excluded row.
         excluded: [Q] int64, the gallery row with the query's own id, which is left out; -1 for none.
-        gallery_ids: [N] int64 ids that were given (codes of names; -1 for ignored items), or None.
+        gallery_ids: [N] int64 ids as given (codes for string ids; -1 for ignored items), or None.
         grades: [Q, k] int64 judged grades, 0 without a judgement; None with labels.
         ideal_grades: [Q, M] int64 grades of each query's relevant items, descending, padded with 0; None with labels.
 

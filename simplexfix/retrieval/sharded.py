@@ -1,9 +1,9 @@
 """Exact search in a gallery that is sharded over the ranks of a process group.
 
-Rank r holds the rows [n_0 + ... + n_(r-1), n_0 + ... + n_r) of the gallery; a shard may be empty.  All ranks have the
-same queries and call the same function, and every rank gets the whole result.  With the compiled library the result is
-bitwise equal to that of one process with the whole gallery.  In plain PyTorch the last bit may differ, because the
-rounding of a matrix product depends on its number of rows.
+Rank r has shard r: rows [n_0 + ... + n_(r-1), n_0 + ... + n_r) of the gallery, where shard i has n_i >= 0 rows.
+All ranks have the same queries and call the same function, and every rank gets the whole result.  With the compiled
+library the result is bitwise equal to that of one process with the whole gallery.  In plain PyTorch the last bit may
+differ, because the rounding of a matrix product depends on its number of rows.
 
 The ranks exchange a description of their arguments first.  Invalid or differing arguments raise the same error on all
 ranks.  If a rank dies, the others raise `RankDiedError`.
@@ -85,7 +85,7 @@ def instance_hits(version: VersionFeatures, group: dist.ProcessGroup | None = No
 
     Args:
         version: the same queries on every rank, and this rank's shard as the gallery.  A shard may be empty, but not
-            all of them.  Gallery ids, if given, are those of the shard's items.
+            all shards.  Gallery ids, if given, are those of the shard's items.
         group: as in `sharded_cosine_topk`.
 
     Returns:
@@ -191,9 +191,9 @@ def _leave_out(
     part: slice,
     hits: NDArray[np.bool_],
 ) -> None:
-    """Recomputes, in place, hits of this rank's queries with an item of the same id in any shard.
+    """Recomputes in place the hits of this rank's queries that share their id with a gallery item of any shard.
 
-    That item is left out of its class.  `part` are this rank's queries, `query_class` and `hits` their entries.
+    That item is left out of its class.  `part` is the slice of this rank's queries; `query_class` and `hits` cover it.
     """
     size = max(1, _BLOCK_NUMBERS // queries.shape[1])
     for begin in range(0, len(queries), size):

@@ -166,7 +166,7 @@ class CrossValidation(NamedTuple):
 
     Attributes:
         accuracy: mean over folds.
-        standard_error: standard error of the mean; nan for a single fold.
+        standard_error: standard error of the mean.
         accuracies, thresholds: [folds] float64.
     """
 
@@ -385,7 +385,7 @@ def bin_pairs(version: VersionFeatures) -> Iterator[tuple[slice, NDArray[np.int6
 
 
 def _error(d: int) -> float:
-    """Error bound of a float64 dot product of two unit rows of d numbers, in any summation order."""
+    """Returns an error bound of a float64 dot product of two unit rows of d numbers, for any summation order."""
     return 1.01 * (d + 4) * 2.0**-53
 
 
