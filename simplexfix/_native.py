@@ -94,7 +94,10 @@ def why_not_cuda(device: int | None = None) -> str | None:
         return "torch finds no GPU or no driver"
     runtime, driver = cuda_versions()
     if driver // 1000 < runtime // 1000:
-        return f"the library was built with CUDA {_dotted(runtime)}, the driver serves CUDA up to {_dotted(driver)}"
+        return (
+            f"the library was built with CUDA {_dotted(runtime)}, but the driver supports CUDA up to "
+            f"{_dotted(driver)}: update the driver"
+        )
     capability = torch.cuda.get_device_capability(device)
     if not runs_on(capability, info["cuda_archs"], translates=driver >= runtime):
         name, (major, minor) = torch.cuda.get_device_name(device), capability

@@ -127,7 +127,9 @@ def _plain(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, (str, int)) or isinstance(key, bool):
-                raise TypeError(f"keys of a state must be strings or integers, got {key!r} in {place or 'its top'}")
+                raise TypeError(
+                    f"keys of a state must be strings or integers, got {key!r} at {place or 'the top level'}"
+                )
         items = {key: _plain(entry, f"{place}.{key}" if place else str(key), tensors) for key, entry in value.items()}
         if all(isinstance(key, str) and not key.startswith("$") for key in items):
             return items
@@ -135,7 +137,9 @@ def _plain(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, (list, tuple)):
         entries = [_plain(entry, f"{place}.{i}", tensors) for i, entry in enumerate(value)]
         return entries if isinstance(value, list) else {"$tuple": entries}
-    raise TypeError(f"a state holds tensors, numbers, strings and None, got {type(value).__name__} at {place or 'top'}")
+    raise TypeError(
+        f"a state holds tensors, numbers, strings and None, got {type(value).__name__} at {place or 'the top level'}"
+    )
 
 
 def _restored(value: Any, tensors: Mapping[str, Tensor]) -> Any:

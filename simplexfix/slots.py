@@ -215,21 +215,25 @@ class SlotRegistry(nn.Module):
             ValueError: the format is unknown, a run is malformed, or two classes share a slot.
         """
         if saved.get("format") != _FORMAT:
-            raise ValueError(f"slot registry of format {saved.get('format')!r}, this version reads {_FORMAT}")
+            raise ValueError(
+                f"slot registry must have format {_FORMAT}, got {saved.get('format')!r}; install a newer simplexfix"
+            )
         num_slots = saved["num_slots"]
         registry = cls(num_slots)
         for name, first, first_slot, count, step in saved["runs"]:
             if step not in (1, -1) or not 1 <= count <= num_slots:
                 raise ValueError(
-                    f"run of {name!r} has count {count} and step {step}: not a slot registry of {num_slots}"
+                    f"damaged slot registry: run of {name!r} must have count 1 to {num_slots} and step 1 or -1, "
+                    f"got {count} and {step}"
                 )
             end = "low" if step == 1 else "high"
             if first_slot != registry._next[end]:
                 owner = registry.owner(first_slot)
                 raise ValueError(
-                    f"slot {first_slot} of {name!r} collides with {owner}"
+                    f"damaged slot registry: slot {first_slot} of {name!r} collides with {owner}"
                     if owner
-                    else f"slot {first_slot} of {name!r} is out of order"
+                    else f"damaged slot registry: a run must begin at slot {registry._next[end]}, "
+                    f"got slot {first_slot} of {name!r}"
                 )
             registry.add(name, range(first, first + count), end=end)
         return registry

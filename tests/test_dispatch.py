@@ -77,7 +77,7 @@ def test_a_gpu_of_the_right_kind_is_served(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_driver_older_than_the_librarys_cuda_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(_native, "cuda_versions", lambda: (13000, 12080))
-    reason = "the library was built with CUDA 13.0, the driver serves CUDA up to 12.8"
+    reason = "the library was built with CUDA 13.0, but the driver supports CUDA up to 12.8: update the driver"
     assert diagnose()["CUDA usable"] == f"no: {reason}; CUDA tensors run in plain PyTorch"
     with pytest.warns(RuntimeWarning, match=reason):
         assert not _native.has_kernels(OnGpu())

@@ -58,7 +58,7 @@ class DatasetRows(Dataset[Tensor]):
         if isinstance(dataset, IterableDataset) or not reads:
             raise TypeError(
                 f"dataset must be map-style, with __len__ and __getitem__, got {type(dataset).__name__}: rows are read "
-                "in an order of their own"
+                "by index, in any order"
             )
         count = len(dataset)  # type: ignore[arg-type]
         if not count:

@@ -64,8 +64,8 @@ def lost_readers_named() -> Iterator[None]:
         if "DataLoader worker (pid" not in str(error):
             raise
         raise ChildProcessError(
-            f"a process that reads data was ended: {error} Where memory was short, use fewer workers or a smaller "
-            "batch, and in a container more shared memory (--shm-size)"
+            f"a process that reads data was killed: {error} If memory ran out, use fewer workers or a smaller batch, "
+            "and in a container more shared memory (--shm-size)"
         ) from None
 
 

@@ -300,7 +300,10 @@ def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]
         return np.lib.format.read_array_header_1_0(file)
     if version == (2, 0):
         return np.lib.format.read_array_header_2_0(file)
-    raise ValueError(f"an array of .npy version {version}, which plain arrays never have")
+    raise ValueError(
+        f"the .npy version must be 1.0 or 2.0, got {version[0]}.{version[1]}: "
+        "save a plain array of numbers with np.save"
+    )
 
 
 def _read_safetensors(path: Path, form: _Form) -> dict[str, Tensor]:

@@ -155,7 +155,7 @@ class LabelledItems:
             name = queries[items.query_rows[items.judged.queries[itself.argmax()]]]
             raise ValueError(
                 f"{judgements.source} judges query {str(name)!r} with the gallery item of the same id, which is the "
-                "query itself and is left out; if ids of queries and items are counted apart, put a prefix before one"
+                "query itself and is left out; if their ids are unrelated, put a prefix before those of one"
             )
         return items
 
@@ -306,7 +306,9 @@ class LabelledItems:
 
     def _labels(self, labels: NDArray[np.int64] | None) -> NDArray[np.int64]:
         if labels is None and self.judgements is None:
-            raise ValueError("these items have no labels, which this needs; protocol 'agreement@10' needs none")
+            raise ValueError(
+                "these items have no labels: pass labels, or use protocol 'agreement@10', which needs none"
+            )
         if labels is None:
             raise ValueError(
                 "labels are required, but these items have relevance judgements instead; a ranking metric as protocol, "

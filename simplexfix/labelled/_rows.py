@@ -208,7 +208,9 @@ class FeatureRows:
         lost = np.flatnonzero(np.asarray(source.any(1)))
         if len(lost):
             row = self._given(begin + int(empty[lost[0]]))
-            raise ValueError(f"{self.name} row {row} holds numbers below float32's range alone: scale them up")
+            raise ValueError(
+                f"{self.name} row {row} has only numbers below float32's range: multiply the features by a constant"
+            )
 
     def _given(self, row: int) -> int:
         """Index of a row in the array that was given."""

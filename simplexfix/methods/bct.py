@@ -78,7 +78,8 @@ class BCT(ER):
         width = old.embedding_dim if isinstance(old, NeighbourHead) else old.classifier.in_features
         if features.shape[1] != width:
             raise ValueError(
-                f"old's classifier must be of features as wide as the new ones, {features.shape[1]}, got {width}"
+                f"old's classifier must take features as wide as the new ones, {features.shape[1]}, got {width}; "
+                "give both backbones the same out_features"
             )
         if deployed.rotation is not None:  # its gallery is rotated, its classifier is not
             features = features @ deployed.rotation.T.to(features.dtype)

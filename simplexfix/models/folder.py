@@ -137,7 +137,9 @@ def _parts(model: EmbeddingModel, version: int, name: str) -> tuple[dict[str, An
     state.pop("head._extra_state", None)
     strangers = [key for key in state if key != _ROTATION and not key.startswith(("backbone.", "head."))]
     if strangers:
-        raise TypeError(f"a model that is saved has a backbone and a head, this one has {', '.join(strangers)} as well")
+        raise TypeError(
+            f"cannot save tensors outside backbone and head, got {', '.join(strangers)}; move them into one of the two"
+        )
     config = {
         "version": {"number": version, "name": name},
         "backbone": _backbone_spec(backbone),

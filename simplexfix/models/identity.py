@@ -108,7 +108,7 @@ class ModelIdentity:
         if space is not None and not isinstance(space, ModelIdentity):
             raise TypeError(f"space must be a ModelIdentity or None, got {type(space).__name__}")
         if space is not None and adapter is None:
-            raise ValueError("space needs adapter, the fingerprint of what maps the embeddings to that space")
+            raise ValueError("space needs adapter: pass the fingerprint of the adapter that maps to that space")
         if check_integer("dim", dim) < 1:
             raise ValueError(f"dim must be 1 or more, got {dim}")
         target = None if space is None else space.space or space.fingerprint

@@ -83,6 +83,6 @@ def check_known(target: Tensor, classes: int, remedy: str) -> None:
     if is_readable(target) and target.numel() and target.max().item() >= classes:
         row = int((target >= classes).nonzero()[0])
         raise ValueError(
-            f"target row {row} has label {int(target[row])}, the head has {classes} classes, from 0 on; "
-            f"{remedy} adds classes"
+            f"target row {row} has label {int(target[row])}, but labels of {classes} classes lie in "
+            f"[0, {classes - 1}]; {remedy} adds classes"
         )

@@ -113,10 +113,12 @@ class Ranks:
         self.rank = dist.get_rank(self.group)
         self.size = dist.get_world_size(self.group)
         if self.rank < 0:
-            raise ValueError("group must hold this process")
+            raise ValueError("this process is not in group: call this on the ranks of group only")
         backends = dist.get_backend_config(self.group)
         if "gloo" not in backends:
-            raise ValueError(f'group must have gloo for the host\'s tensors, got {backends}; e.g. "cpu:gloo,cuda:nccl"')
+            raise ValueError(
+                f'group must have the backend gloo for CPU tensors, got {backends}; pass backend="cpu:gloo,cuda:nccl"'
+            )
 
     def agree(self, read: Callable[[], tuple[_Read, ShardInfo]]) -> tuple[_Read, list[ShardInfo]]:
         """Calls `read` on every rank; returns its result and the shard infos of all ranks in rank order.

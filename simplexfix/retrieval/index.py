@@ -323,7 +323,7 @@ def _replaceable(path: str | os.PathLike[str]) -> bytes:
         number = errno.EISDIR if stat.S_ISDIR(found.st_mode) else errno.EINVAL
         raise OSError(number, f"an index is saved as a regular file, and this is {kind}", os.fspath(path))
     if not os.path.exists(target):  # /proc/self/fd/N of a deleted file
-        raise OSError(errno.ENOENT, "the link leads to a file that has no name any more", os.fspath(path))
+        raise OSError(errno.ENOENT, "the path links to a deleted file: save to another path", os.fspath(path))
     return target
 
 

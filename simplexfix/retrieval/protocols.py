@@ -113,7 +113,8 @@ def read_protocol(protocol: str | Protocol, *, needs: str = "score") -> Protocol
         )
     if getattr(protocol, needs) is None:
         raise ValueError(
-            f"protocol {protocol.name!r} has no {needs}, which this needs; {' and '.join(map(repr, PROTOCOLS))} have"
+            f"protocol {protocol.name!r} must have the function {needs}; pass Protocol(name, {needs}=...), or "
+            f"{' or '.join(map(repr, PROTOCOLS))}"
         )
     return protocol
 
@@ -128,7 +129,7 @@ def read_scored_protocol(protocol: str | Protocol) -> Protocol:
     protocol = read_protocol(protocol, needs="hits")
     if protocol.name not in PROTOCOLS and read_metric(protocol.name) is None:
         raise ValueError(
-            f"protocol must be a name here, {', '.join(map(repr, PROTOCOLS))} or a metric ({METRIC_NAMES}), got the "
-            f"Protocol {protocol.name!r} of your own, which compatibility_matrix, upgrade_gate and backfill_curve take"
+            f"a report takes protocols by name, {', '.join(map(repr, PROTOCOLS))} or a metric ({METRIC_NAMES}), got "
+            f"the custom Protocol {protocol.name!r}; compatibility_matrix, upgrade_gate and backfill_curve take it"
         )
     return read_protocol(protocol.name, needs="hits")

@@ -138,7 +138,7 @@ def test_a_gallery_admits_by_agreement(tmp_path) -> None:
         ({"rules": [Rule("max_tax", 0.1)]}, ValueError, "must ask of the old one, got kind 'max_tax'"),
         ({"rules": [Rule("min_recall", 0.1, gallery="new")]}, ValueError, "'min_recall' of the new gallery"),
         ({"rules": [Rule("ecc", group="*")]}, ValueError, "needs query_groups: items have no classes"),
-        ({"protocol": "instance"}, ValueError, "have no labels, which this needs"),
+        ({"protocol": "instance"}, ValueError, "have no labels: pass labels"),
         ({"new": LabelledItems.without_labels(1, 2).version(np.ones((1, 8)), np.ones((2, 8)))}, ValueError,
          "old and new must be of the same items, got 90 and 1 queries"),
         ({"adapted": NEW.query}, TypeError, "adapted must be a VersionFeatures"),

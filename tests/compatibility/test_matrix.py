@@ -284,7 +284,7 @@ def test_a_protocol_of_ones_own() -> None:
         for j in range(i + 1):
             assert matrix[i, j] == mean_average_precision(pair(queries[i], labels[0], galleries[j], labels[1]))
     assert matrix[0, 0] != matrix[1, 0] != matrix[1, 1]
-    with pytest.raises(ValueError, match="protocol 'mean_ap' has no hits, which this needs; 'nearest_class_mean' and"):
+    with pytest.raises(ValueError, match="protocol 'mean_ap' must have the function hits; pass Protocol"):
         compatibility_hits(queries, galleries, *labels, own)
     hits = Protocol("own hits", hits=instance.hits)
     check(compatibility_hits(queries, galleries, *labels, hits), by_cells(queries, galleries, *labels, instance.hits))

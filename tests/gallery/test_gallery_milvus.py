@@ -7,6 +7,7 @@ is one rename of a collection.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import threading
@@ -29,7 +30,7 @@ pytest.importorskip("pymilvus", reason="Milvus needs pymilvus")
 import pymilvus
 
 from simplexfix.gallery.stores import _milvus_client, _milvus_register, _milvus_rows, _milvus_search, milvus
-from simplexfix.gallery.stores._milvus_rows import Record
+from simplexfix.gallery.stores._milvus_rows import Record, tokens
 
 IDS = np.arange(40)
 
@@ -515,3 +516,17 @@ def test_an_upgrade_on_a_server_during_queries_and_a_restart_of_the_server(serve
     assert_exact_ranking()
     for connection in (gallery, worker, reader):
         connection.close()
+
+
+def test_tokens_stay_those_that_stored_galleries_hold() -> None:
+    """The hashes are of `json.dumps([key, value])`, with numbers as ["number", text]."""
+    payload = {"shop": 3, 'na"me': 'it"em\né😀', "none": None, "ok": True, "half": 0.5, "large": 1e300, "list": [1]}
+    texts = [
+        '["shop", ["number", "3"]]',
+        '["na\\"me", "it\\"em\\n\\u00e9\\ud83d\\ude00"]',
+        '["none", null]',
+        '["ok", true]',
+        '["half", ["number", "0.5"]]',
+        f'["large", ["number", "{int(1e300)}"]]',
+    ]
+    assert tokens(payload) == [hashlib.blake2b(text.encode(), digest_size=16).hexdigest() for text in texts]

@@ -419,12 +419,12 @@ ROWS, LABELS = torch.randn(4, 3), torch.tensor([0, 0, 1, 1])
         (
             lambda: BCT(classification=ASNN()).loss(model_of(ASNN(), 5), *BATCH, old_of(8)),
             ValueError,
-            "old's classifier must be of features as wide as the new ones, 6, got 8",
+            "old's classifier must take features as wide as the new ones, 6, got 8",
         ),
         (
             lambda: BCT(classification=ASNN()).loss(model_of(ASNN(), 5), *BATCH, old_of(6, 4)),
             ValueError,
-            "old's classifier must be of features as wide as the new ones, 6, got 4",
+            "old's classifier must take features as wide as the new ones, 6, got 4",
         ),
         (lambda: asnn_loss(ROWS[0], LABELS, radius=1.0), ValueError, r"features must have 2 dimensions, got \[3\]"),
         (lambda: asnn_loss(ROWS, LABELS.int(), radius=1.0), TypeError, "target must be int64, got torch.int32"),

@@ -360,7 +360,7 @@ def batch(classes: int) -> tuple[Tensor, Tensor]:
         (
             lambda: OCA().loss(chain_start(2), *batch(2), None),
             ValueError,
-            "target row 1 has label 2, the head has 2 classes, from 0 on; OCA.add_classes adds classes",
+            r"target row 1 has label 2, but labels of 2 classes lie in \[0, 1\]; OCA.add_classes adds classes",
         ),
         (
             without_class,

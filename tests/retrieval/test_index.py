@@ -448,7 +448,7 @@ def test_saving_onto_a_descriptor(kind: str, tmp_path: Path) -> None:
     read, write = os.pipe()
     with open(tmp_path / "deleted", "wb") as file, os.fdopen(read), os.fdopen(write, "w"):
         os.unlink(tmp_path / "deleted")
-        for descriptor, message in ((write, "this is a pipe"), (file.fileno(), "a file that has no name any more")):
+        for descriptor, message in ((write, "this is a pipe"), (file.fileno(), "the path links to a deleted file")):
             with pytest.raises(OSError, match=message):
                 index_of(rows(3, 4)).save(f"/proc/self/fd/{descriptor}")
     assert not os.listdir(tmp_path)

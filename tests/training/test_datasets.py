@@ -376,7 +376,7 @@ class Killed(Counted):
 def test_a_process_that_was_ended_is_named() -> None:
     method = ER()
     parent = EmbeddingModel(jobs.network(), method.head(10))
-    says = "a process that reads data was ended: DataLoader worker .* use fewer workers or a smaller"
+    says = "a process that reads data was killed: DataLoader worker .* use fewer workers or a smaller"
     with pytest.raises(ChildProcessError, match=says):
         Trainer(method, workers=2).fit(parent, Killed(LABELS), Schedule(9, 0.1, batch=8), classes=range(6), seed=0)
     with pytest.raises(ChildProcessError, match=says):

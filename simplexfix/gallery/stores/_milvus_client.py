@@ -15,8 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, TypeAlias
 
-import numpy as np
-
 from ._milvus_file import repair
 from .base import StoreError
 
@@ -280,10 +278,7 @@ def _columns(fields: Fields, rows: Sequence[dict[str, Any]]) -> list[dict[str, A
 
     columns = []
     for field, kind, _ in fields:
-        values = [row[field] for row in rows]
-        if kind == "FLOAT_VECTOR":  # pymilvus copies Python's floats faster than NumPy's
-            values = [value.tolist() if isinstance(value, np.ndarray) else value for value in values]
-        columns.append({"name": field, "type": DataType[kind], "values": values})
+        columns.append({"name": field, "type": DataType[kind], "values": [row[field] for row in rows]})
     return columns
 
 

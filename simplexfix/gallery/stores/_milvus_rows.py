@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from json.encoder import encode_basestring_ascii
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -183,7 +184,7 @@ def pack(
                 "key": keys[at], "id": id_, "born": born, "replaces": replaces[at], "died": NEVER, "by": ADDED,
                 "gone": NEVER,
                 "scale": ZERO if zero[at] else int(powers[at]), "bits": bits, "payload": payload[at], "facts": facts,
-                "vector": scaled[at],
+                "vector": scaled[at].data,  # pymilvus reads a memoryview faster than an array or a list
             }
         )  # fmt: skip
     return rows
@@ -224,6 +225,10 @@ def matching(where: Mapping[str, tuple[Any, ...]]) -> str:
 
 
 def _token(key: str, value: Any) -> str:
-    if is_number(value):
-        value = ["number", str(int(value)) if float(value).is_integer() else repr(value)]
-    return hashlib.blake2b(json.dumps([key, value]).encode(), digest_size=16).hexdigest()
+    if isinstance(value, str):
+        text = encode_basestring_ascii(value)  # as json.dumps, in a tenth of its time
+    elif is_number(value):
+        text = f'["number", "{int(value) if float(value).is_integer() else repr(value)}"]'
+    else:
+        text = json.dumps(value)
+    return hashlib.blake2b(f"[{encode_basestring_ascii(key)}, {text}]".encode(), digest_size=16).hexdigest()
