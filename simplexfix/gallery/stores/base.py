@@ -89,7 +89,7 @@ class Store(Protocol):
 
     @classmethod
     def open(cls, url: str) -> Store:
-        """The gallery that is there.
+        """Opens an existing gallery.
 
         Raises:
             FileNotFoundError: there is none.
@@ -118,7 +118,7 @@ class Store(Protocol):
         payload: list[str] | None,
         allow: Callable[[State], None],
     ) -> None:
-        """Adds rows; ValueError for an id that is there."""
+        """Adds rows; ValueError for an id that the gallery has already."""
         ...
 
     def replace(

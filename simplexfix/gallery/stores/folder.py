@@ -31,7 +31,7 @@ _FILE = "gallery.db"
 _APPLICATION, _FORMAT = 0x53465847, 1  # "SFXG"
 _CHUNK = 4096  # rows that are read at a time
 
-# `vectors` is apart from `rows` so that a replaced vector stays where it is, and counting reads no vectors.
+# `vectors` is a separate table, so that replacing a row moves no vector, and counting rows reads no vectors.
 # `changed` is the number of the transaction that wrote a row.  A process updates its index with the rows that have a
 # higher number than the index.
 _SCHEMA = """

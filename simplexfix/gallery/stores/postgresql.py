@@ -38,9 +38,9 @@ _LOCK = 0x53465847  # "SFXG"; advisory lock: one gallery is created at a time
 
 # Triggers check `rows.version` once per statement.  A foreign key would be checked once per row, which took a quarter
 # of the server's CPU time when rows were added.
-# `vectors` is apart from `rows` so that a search reads nothing else, and counting reads no vectors.  Vectors of up to
-# 2,000 numbers stay in their pages (toast_tuple_target).  `payload` is the given text, and filters read `fields`: jsonb
-# alone would change numbers such as 1e300.
+# `vectors` is a separate table, so that a search reads nothing else, and counting rows reads no vectors.  Vectors of up
+# to 2,000 numbers are stored in its pages, not in a TOAST table (toast_tuple_target).  `payload` is the given text, and
+# filters read `fields`: jsonb alone would change numbers such as 1e300.
 _SCHEMA = f"""
 create table state (format integer not null default {_FORMAT}, stamp uuid not null, body text not null);
 create table models (version integer primary key, fingerprint text not null);
