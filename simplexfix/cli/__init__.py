@@ -72,9 +72,8 @@ def _is_output_lost(program: str) -> bool:
 
 
 def _run(arguments: argparse.Namespace, interrupts: Interrupts) -> int:
-    os.environ.pop(
-        "MPLBACKEND", None
-    )  # a notebook sets a backend that may be missing here; figures are written to files
+    # A notebook sets a backend that may not be installed here.  Figures are written to files.
+    os.environ.pop("MPLBACKEND", None)
     try:
         with delayed():  # KeyboardInterrupt may be swallowed while torch is imported
             verb = importlib.import_module(f".{arguments.verb}", __name__)

@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"simplexfix train: {error}", file=sys.stderr)
         return BAD_INPUT
     except ModuleNotFoundError as error:
-        if error.name not in LIBRARIES:  # no extra installs LIBRARIES: the error has the remedy
+        if error.name not in LIBRARIES:  # LIBRARIES have no extra: their error has the command
             raise
         print(f"simplexfix train: {error}", file=sys.stderr)
         return BAD_INPUT
