@@ -31,7 +31,7 @@ class Turn:
         record: record of this change.
         state, event: the new state, and the event for the history; None if there is none.
         commits: whether there is anything to commit.
-        restores: whether it is a rollback, which moves rows and writes none.
+        restores: whether it is a rollback, which replaces rows without writing any.
     """
 
     def __init__(self, snapshots: Snapshots, before: Snapshot, change: int) -> None:
