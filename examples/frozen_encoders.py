@@ -3,8 +3,8 @@
 No encoder is trained: `simplexfix.adapters` fits maps between the features of two encoders, on labelled items of known
 classes ("seen") and on a sample of the gallery without labels.  All methods are compared by matrices of the seen
 classes and of classes whose labels no method reads ("unseen"), like the later classes of a service.  "selected" is the
-choice of `select_chain` among CANDIDATES for each protocol, on items of seen classes that it holds out.  Without
-`candidates` it also tries the low rank, the MLP, the lambda-orthogonal map and HOC steps, which take most of the time.
+choice of `select_chain` among CANDIDATES for each protocol, on items of seen classes that it holds out.  By default
+`select_chain` also tries the low rank, the MLP, the lambda-orthogonal map and HOC steps, which take most of the time.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Items:
     query_labels: Tensor
 
     def fitted(self, seen: Tensor, sample: int, seed: int) -> dict[str, Any]:
-        """Arguments of `fit_chain` and `select_chain`: labelled items of the seen classes, and drawn ones of all."""
+        """Arguments of `fit_chain` and `select_chain`: labelled items of seen classes, and a sample without labels."""
         known = torch.isin(self.gallery_labels, seen)
         drawn = torch.from_numpy(np.random.default_rng(seed).permutation(len(known))[:sample])
         return {
@@ -115,7 +115,7 @@ def moves(chain: Chain, items: Items, classes: Tensor, *, pairs: int = 200_000) 
     - quantiles of d, and the mean and the largest change of a score in units of d,
     - the fraction of scores that are further than d from a threshold, which lies halfway between the mean scores of
       equal and of different classes,
-    - fractions of drawn pairs of gallery items: those with an order that 2 d guarantees, those with an order that d
+    - fractions of random pairs of gallery items: those with an order that 2 d guarantees, those with an order that d
       times their distance guarantees, and those with an order that stays.
     """
     rows, asked = torch.isin(items.gallery_labels, classes), torch.isin(items.query_labels, classes)
@@ -174,7 +174,7 @@ def compare(
     folds: int = 1,
     seen_fraction: float = 0.0,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Method -> protocol -> "seen" and "unseen" -> one result for each seed; and what was selected.
+    """Returns method -> protocol -> "seen" and "unseen" -> one result for each seed; and the selections.
 
     Row "selected" has the best candidate with the new encoder alone at query time, "selected, both encoders" the best
     of all, among them slerp from the two best.
@@ -217,7 +217,7 @@ def compare(
 
 
 def table(results: Mapping[str, Any], protocol: str) -> str:
-    """Markdown: each method's matrix, row by row, its AC and AA; means over seeds, in percent, with AA's deviation."""
+    """Markdown: each method's matrix, row by row, and AA, both in percent, and AC; means over seeds, AA's deviation."""
     lines = ["| | seen | AC | AA | unseen | AC | AA |", "| --- | --- | ---: | ---: | --- | ---: | ---: |"]
     for name, found in results.items():
         cells: list[str] = []

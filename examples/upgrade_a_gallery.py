@@ -2,15 +2,15 @@
 
 python examples/upgrade_a_gallery.py [--out DIR] [--steps N]
 
-v0 learns 100 handwritten characters of the packaged Omniglot; its gallery holds six drawings of each of 120.  Each
-upgrade begins with that gallery:
+v0 learns 100 handwritten characters of the packaged Omniglot; its gallery holds six drawings of each of 120 characters.
+Each upgrade begins with that gallery:
 
 - HOC: v1, a wider network that learns all 120 characters, is trained by HOC to be compatible with v0.
-- Procrustes and MLP: such a network is trained without v0; an adapter, fitted on 1,200 drawings, maps its vectors to
-  v0's space.
+- Procrustes and MLP: a network of the same width is trained without v0; an adapter, fitted on 1,200 drawings, maps its
+  vectors to v0's space.
 
-Every score is the fraction of 480 other drawings whose nearest gallery item is of their character.  With matplotlib
-DIR/life.png shows the scores over each life.
+Every score is the fraction of 480 other drawings whose nearest gallery item is of their character.  If matplotlib is
+installed, DIR/life.png shows the scores of each gallery over time.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ Image.MAX_IMAGE_PIXELS = 16_000_000  # Pillow refuses an upload of more than twi
 
 
 class RefusedError(ValueError):
-    """A request that cannot be served in the present state; the page shows the message."""
+    """Raised for a request that cannot be served, such as a second upgrade; the page shows the message."""
 
 
 class Service:
@@ -139,7 +139,7 @@ class Service:
 
     def _backfill(self) -> None:
         model, identity = self.models[1], self.identities[1]
-        with closing(self.gallery.stale(batch=BATCH)) as batches:  # also returns the leases after an error
+        with closing(self.gallery.stale(batch=BATCH)) as batches:  # ends the leases, also after an error
             for batch in batches:
                 rows = torch.from_numpy(self.drawings[batch])
                 try:

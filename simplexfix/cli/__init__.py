@@ -31,7 +31,7 @@ _EXTRAS = {
     "tensorboard": "tensorboard",
     "wandb": "wandb",
     "yaml": "train",
-}  # which extra brings a package
+}  # package -> extra that installs it
 _AFTER_CTRL_C = {
     "adapt": "no adapter was written; the same command starts again",
     "demo": "nothing is kept; the same command starts again",
@@ -47,9 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a verb.
 
     Returns:
-        The verb's exit code.  2 if an argument is wrong, a package is missing, or a file or standard output cannot be
-        written; 70 after an error of this package; 130 after Ctrl-C.  A reader of standard output that leaves, as
-        `head` does, changes no exit code.
+        The verb's exit code.  2 if an argument is wrong, a package is missing, a file cannot be read or written, or
+        standard output cannot be written; 70 after an unexpected error; 130 after Ctrl-C.  If a reader closes the pipe
+        of standard output, as `head` does, the exit code stays the same.
     """
     with standard_streams():
         try:
@@ -72,9 +72,10 @@ def _is_output_lost(program: str) -> bool:
 
 
 def _run(arguments: argparse.Namespace, interrupts: Interrupts) -> int:
-    os.environ.pop("MPLBACKEND", None)  # a notebook's may name a package that is not installed here; figures are files
+    # A notebook sets a backend that may not be installed here.  Figures are written to files.
+    os.environ.pop("MPLBACKEND", None)
     try:
-        with delayed():  # an import of torch may swallow the exception
+        with delayed():  # KeyboardInterrupt may be swallowed while torch is imported
             verb = importlib.import_module(f".{arguments.verb}", __name__)
         return int(verb.run(arguments))
     except KeyboardInterrupt:

@@ -36,7 +36,8 @@ class Embedder:
         folder: folder of the model or adapter.
 
     Raises:
-        ValueError, OSError: the folder holds neither, or a model that only Python code can load.
+        ValueError, OSError: the folder holds neither, or a model that only Python code can load, or an adapter that
+            also needs the old encoder's features.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -59,7 +60,7 @@ class Embedder:
             self._embed = lambda input: model.extract(input, prepare=model.preprocessing)
 
     def features(self, rows: FeatureRows) -> NDArray[np.float32]:
-        """Embeds features [n, f]: [n, d]."""
+        """Embeds features [n, f]; returns [n, d]."""
         return self._checked(rows.name, rows.whole())
 
     def images(self, files: Sequence[Path]) -> tuple[list[int], NDArray[np.float32], list[ImageFileError]]:

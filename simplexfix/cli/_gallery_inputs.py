@@ -29,7 +29,7 @@ __all__ = [
 
 PATH = "path"  # payload key of an image's path relative to its folder
 _ROWS = 4096  # rows per read of payload
-_IMAGES = 256  # that are in memory at a time
+_IMAGES = 256  # images in memory at a time
 
 
 def is_images(path: Path) -> bool:
@@ -59,7 +59,7 @@ def embedded_images(path: Path, names: Sequence[str], embedder: Embedder) -> Ite
 
 
 class FileRows:
-    """The vectors of a file, accessed by id; an embedder computes them from the file's features."""
+    """The vectors of a file by id.  With an embedder the file holds features, which are embedded when they are read."""
 
     def __init__(self, path: Path, embedder: Embedder | None) -> None:
         rows, ids = load_vectors(path)
@@ -74,7 +74,7 @@ class FileRows:
         return self._vectors(self._rows)
 
     def vectors(self, gallery: Gallery, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], Any]:
-        """Returns the ids that the file has, and their vectors."""
+        """Returns those of the ids that the file has, and their vectors."""
         if not len(self.ids):
             return ids[:0], None
         place = self._order[np.searchsorted(self.ids, ids, sorter=self._order).clip(max=len(self.ids) - 1)]
@@ -99,7 +99,7 @@ class FolderImages:
         self._complain = complain
 
     def vectors(self, gallery: Gallery, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], Any]:
-        """Returns the ids whose images can be read, and their vectors."""
+        """Returns those of the ids whose images can be read, and their vectors."""
         paths = [payload.get(PATH) for payload in payloads(gallery, ids)]
         named = [at for at, path in enumerate(paths) if _is_inside(path)]
         kept, vectors = self.embed([str(paths[at]) for at in named])
@@ -214,7 +214,7 @@ def _csv_rows(text: str) -> list[dict[str, Any]]:
 
 
 def _numbers(column: list[str]) -> list[Any]:
-    """Converts a column to integers or finite floats if all its values are JSON numbers; 007 is none and stays text."""
+    """Converts a column to integers or finite floats if all its values are JSON numbers; 007 stays text."""
     try:
         values = [json.loads(value, parse_constant=_refuse) for value in column]
     except ValueError:

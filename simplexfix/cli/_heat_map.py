@@ -29,7 +29,7 @@ def heat_map(
 ) -> Any:
     """Returns the matrix as rich text.
 
-    Depending on the width, cells show percent with a decimal, whole percent, or only colours.
+    Depending on the width, cells show percent with one decimal, whole percent, or only marks and colours.
 
     Args:
         matrix: [T, T] scores in [0, 1], nan above the diagonal.

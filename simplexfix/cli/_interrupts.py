@@ -19,7 +19,7 @@ class Interrupts:
 
     def __enter__(self) -> Interrupts:
         self._before = signal.getsignal(signal.SIGINT)
-        # keep any other handler: that of a background command ignores SIGINT
+        # any other handler stays: a background command, for example, ignores SIGINT
         self._counts = self._before is signal.default_int_handler and _may_set_handlers()
         if self._counts:
             signal.signal(signal.SIGINT, self._interrupted)

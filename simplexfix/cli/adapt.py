@@ -140,7 +140,7 @@ def _cells(row: Judged) -> list[str]:
     ]
 
 
-# options that tell the candidates of the grid apart
+# options in which the candidates of the grid differ
 _SHOWN = ("of", "start", "alpha", "beta", "anchor", "g", "penalty", "rank", "steps")
 
 

@@ -29,7 +29,7 @@ from ..retrieval.protocols import Hits, read_protocol
 from ._heat_map import heat_map, marks
 from ._terminal import console, in_flags
 
-NOT_EVALUATED = 2  # bad input, or a process of several that is gone
+NOT_EVALUATED = 2  # bad input, or another process of the group died
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
             with process_group() as group:
                 _evaluate_together(arguments, Ranks(group))
     except (ValueError, TypeError) as error:
-        if rank == 0:  # it is the same on all
+        if rank == 0:  # all ranks raise the same error
             print(f"simplexfix evaluate: {in_flags(error)}", file=sys.stderr)
         return NOT_EVALUATED
     except RankDiedError as error:
@@ -162,7 +162,7 @@ def _write(arguments: argparse.Namespace, given: _Input, hits: list[list[Hits]] 
 
 
 def version_paths(given: Sequence[Path]) -> list[Path]:
-    """Returns the paths of the versions, oldest first; a single folder that is not a version stands for its content."""
+    """Returns the paths of the versions, oldest first; those in a single folder that is not a version itself."""
     if len(given) > 1 or not given[0].is_dir() or is_version(given[0]):
         return list(given)
     return find_versions(given[0])

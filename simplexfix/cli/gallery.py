@@ -1,6 +1,7 @@
-"""Keeps a gallery through upgrades of its model.
+"""Creates, fills, searches and upgrades a gallery.
 
-The exit code is 1 if rows stay stale or images cannot be read, 2 on bad input, and 0 otherwise.
+The exit code is 1 if a backfill leaves stale rows or `add` cannot read images, 2 on bad input or an error of the store,
+and 0 otherwise.
 """
 
 from __future__ import annotations

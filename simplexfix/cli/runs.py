@@ -84,7 +84,7 @@ def _progress(folder: Path, config: Mapping[str, Any]) -> str:
     lines = (stage / "log.jsonl").read_text(encoding="utf-8").splitlines()
     try:
         return f"{stage.name}, step {json.loads(lines[-1])['step']}"
-    except (IndexError, ValueError):  # none yet, or half of one
+    except (IndexError, ValueError):  # no line yet, or an incomplete one
         return stage.name
 
 

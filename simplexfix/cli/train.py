@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"simplexfix train: {error}", file=sys.stderr)
         return BAD_INPUT
     except ModuleNotFoundError as error:
-        if error.name not in LIBRARIES:  # a package that no extra installs
+        if error.name not in LIBRARIES:  # LIBRARIES have no extra: their error has the command
             raise
         print(f"simplexfix train: {error}", file=sys.stderr)
         return BAD_INPUT
@@ -88,7 +88,7 @@ def _group() -> Iterator[None]:
     try:
         yield
     finally:
-        # DistributedDataParallel is in reference cycles.  As the last owner of the group it would free it without
-        # releasing the GIL, and deadlock if the group's thread still frees the tensors of a broadcast.
+        # Reference cycles may keep DistributedDataParallel alive as the last owner of the group.  It would free the
+        # group without releasing the GIL, and deadlock if the group's thread still frees the tensors of a broadcast.
         gc.collect()
         dist.destroy_process_group()

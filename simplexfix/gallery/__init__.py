@@ -1,4 +1,4 @@
-"""A gallery that outlives its models: admit, search, backfill, roll back, retire."""
+"""A gallery that is upgraded while it serves: admit, search, backfill, roll back, retire."""
 
 from ._state import AdmissionError, StrangerError
 from .gallery import Gallery, Hits

@@ -20,13 +20,17 @@ Payload: TypeAlias = "Sequence[Mapping[str, Any] | None] | Mapping[str, Sequence
 _Plain: TypeAlias = "str | int | float | bool | None"
 Where: TypeAlias = "Mapping[str, _Plain | Sequence[_Plain]]"
 
-RESERVED = ("id", "vector", "version")  # columns of stores
+RESERVED = ("id", "vector", "version")  # names of the stores' own columns
 _LARGEST_ID = 2**63 - 2
-_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))  # dumps builds one for each row
+_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))  # dumps builds one per row
 
 
 def read_vectors(name: str, vectors: Rows, model: ModelIdentity) -> NDArray[np.float32]:
-    """[n, d] finite float32, d as the model makes them."""
+    """Returns [n, d] finite float32.
+
+    Raises:
+        ValueError: d is not the model's `embedding_dim`, or an entry is not finite.
+    """
     rows = FeatureRows(name, vectors)
     if rows.width != model.embedding_dim:
         raise ValueError(
@@ -45,11 +49,12 @@ def read_unique_ids(name: str, ids: Ids, count: int | None = None) -> NDArray[np
 
 
 def read_payload(payload: Payload | None, count: int) -> list[str] | None:
-    """One JSON object a row, as text; None where there is none.
+    """Returns one JSON object per row, as text; None for a payload of None.
 
     Raises:
-        TypeError: neither a sequence of mappings nor a table of columns.
-        ValueError: another number of rows; by row and key: a name that is reserved or no text, a value that JSON lacks.
+        TypeError: neither a sequence of mappings nor a table of columns; a row that is no mapping; a key that is no
+            string.
+        ValueError: another number of rows than `count`; a reserved key; a value that JSON cannot hold.
     """
     if payload is None:
         return None
@@ -79,13 +84,11 @@ def read_payload(payload: Payload | None, count: int) -> list[str] | None:
 
 
 def read_where(where: Where | None) -> dict[str, tuple[str | int | float | bool | None, ...]] | None:
-    """Key -> the values that it may have.
-
-    Numbers are `comparable`, and finite.
+    """Returns for each key the values that match.  Numbers are finite, and converted by `comparable`.
 
     Raises:
-        TypeError: not a mapping of plain values, or of sequences of them.
-        ValueError: a number or a text that no filter finds.
+        TypeError: not a mapping of plain values, or of lists, tuples or sets of them.
+        ValueError: a number that is not finite in float64, or text with U+0000 or a lone surrogate.
     """
     if where is None:
         return None
@@ -102,14 +105,14 @@ def read_where(where: Where | None) -> dict[str, tuple[str | int | float | bool 
 
 
 def _searchable(name: str, value: _Plain) -> _Plain:
-    """The value as filters compare it."""
+    """Returns the value in the form in which filters compare it."""
     if isinstance(value, str):
         if "\0" in value or value != value.encode(errors="ignore").decode():
             raise ValueError(f"{name} must be text without U+0000 and lone surrogates, got {value!r}")
     elif is_number(value):
         number = comparable(value)
         if not math.isfinite(number):
-            got = value if isinstance(value, float) else "an integer beyond it"  # of any number of digits
+            got = value if isinstance(value, float) else "an integer beyond it"  # it may have thousands of digits
             raise ValueError(f"{name} must be a finite number in float64's range, got {got}")
         return number
     elif value is not None and not isinstance(value, bool):

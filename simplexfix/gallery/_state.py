@@ -1,4 +1,4 @@
-"""The state of a gallery: its models, which of them serves, and thresholds.  Changes are pure functions of it."""
+"""The state of a gallery: its models, which of them serves, and thresholds.  Functions return a changed copy."""
 
 from __future__ import annotations
 
@@ -31,11 +31,14 @@ Thresholds: TypeAlias = "Mapping[tuple[int, int], float | ThresholdMove | None]"
 
 
 class StrangerError(ValueError):
-    """A model that the gallery has not admitted, or does not take for this call; the message holds the reasons."""
+    """Raised if the gallery has not admitted a model, or rejects it for this call; the message holds the reasons."""
 
 
 class AdmissionError(ValueError):
-    """A compatible model without a passed gate, of exactly these two models, and without a reason to do without it."""
+    """Raised if a compatible model is admitted already, or has neither a passed gate nor a reason (`force`).
+
+    It is also raised, with or without a reason, if the gate judged other models.
+    """
 
 
 @dataclass(frozen=True)
@@ -48,13 +51,13 @@ class Member:
 
 @dataclass(frozen=True)
 class State:
-    """State of a gallery that a store keeps beside the rows.
+    """State of a gallery: everything that a store holds except rows, history, leases and counts.
 
     Attributes:
         models: by version, in the order of their first admission.
         serving: versions that served, oldest first; the last one serves, `roll_back` leads to the one before it.
-        thresholds: by (query version, vector version), of all pairs of models that are not retired: None for queries
-            that never come.  Empty for a gallery without thresholds.
+        thresholds: (query version, vector version) -> least score of a match, for all pairs of models that are not
+            retired; None: no such queries will be sent.  Empty for a gallery without thresholds.
         counts_traffic: whether searches are counted.
         paused: whether backfills stop.
     """
@@ -105,8 +108,8 @@ class Change:
     Attributes:
         state: the new state.
         event: event that is added to the history.
-        restore: a version whose rows become those that they replaced; None: nothing is restored.
-        drop: a version whose replaced rows are deleted; None: nothing is.
+        restore: version whose replacements are undone: the replaced rows are put back; None: nothing is restored.
+        drop: version whose kept, replaced rows are deleted; None: nothing is deleted.
     """
 
     state: State
@@ -145,12 +148,14 @@ def check_member(state: State, model: ModelIdentity, call: str) -> None:
 def admit(
     state: State, model: ModelIdentity, gate: GateResult | None, force: str | None, thresholds: Thresholds
 ) -> State:
-    """The state in which the model serves.
+    """Returns the state in which the model serves.
 
     Raises:
-        StrangerError: the model cannot search the vectors of a model of the gallery, or has the number of another.
-        AdmissionError: no gate result and no reason; a gate that failed, or that judged other models.
-        TypeError, ValueError: thresholds of other pairs of versions than there are, or missing ones.
+        StrangerError: the model cannot search the vectors of a model of the gallery, has the version of another model,
+            or is in the gallery under another version.
+        AdmissionError: the model is admitted already; there is no gate result and no reason; the gate failed without a
+            reason, or judged other models.
+        TypeError, ValueError: thresholds for pairs of versions that do not exist, or missing thresholds.
     """
     _check_identity(model)
     serves = state.served_by.identity
@@ -188,7 +193,7 @@ def admit(
 
 
 def set_thresholds(state: State, given: Thresholds) -> State:
-    """The state with these thresholds beside, or in place of, those that it has."""
+    """Returns the state with these thresholds added.  They replace stored thresholds of the same pairs."""
     live = state.live
     merged = {pair: value for pair, value in state.thresholds.items() if pair[0] in live and pair[1] in live}
     for pair, value in given.items():
@@ -213,10 +218,10 @@ def set_thresholds(state: State, given: Thresholds) -> State:
 
 
 def roll_back(state: State) -> State:
-    """The state in which the model before serves again.
+    """Returns the state in which the previous model serves again.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no previous model.
     """
     if len(state.serving) < 2:
         raise ValueError(
@@ -229,13 +234,13 @@ def roll_back(state: State) -> State:
 
 
 def retire(state: State, version: int, rows: Mapping[int, int]) -> State:
-    """Returns the state without a version.
+    """Returns the state in which a version is retired.
 
     Args:
         rows: version -> number of its rows in the gallery.
 
     Raises:
-        ValueError: there is no such version, it serves, it is retired, or rows are of it.
+        ValueError: there is no such version, it serves, it is retired, or the gallery has rows of it.
     """
     if version not in state.models:
         raise ValueError(f"there is no version {version} in this gallery, which has {listed(sorted(state.models))}")

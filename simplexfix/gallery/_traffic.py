@@ -15,11 +15,11 @@ from .stores import Store
 __all__ = ["Traffic"]
 
 _SECONDS = 5.0  # between two writes
-_MOST = 65_536  # ids in memory; beyond it the least found ones are forgotten
+_MOST = 65_536  # ids in memory; if there are more, only the `_MOST // 2` ids with the highest counts stay
 
 
 class Traffic:
-    """Counts that are hints: a killed process loses those since its last write."""
+    """Counts of hits by row id.  They are approximate: a killed process loses the counts since its last write."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -29,7 +29,7 @@ class Traffic:
         _all.add(self)
 
     def count(self, ids: NDArray[np.int64]) -> None:
-        """Adds one for each of these ids; -1 is none."""
+        """Adds 1 per occurrence of an id; -1 is skipped."""
         found, times = np.unique(ids[ids >= 0], return_counts=True)
         with self._lock:
             for id_, number in zip(found.tolist(), times.tolist(), strict=True):
@@ -42,7 +42,7 @@ class Traffic:
             self.write()
 
     def write(self) -> None:
-        """Adds what was counted to the store, unless that is busy."""
+        """Adds the counts to the store.  If the store is busy, they stay in memory until the next write."""
         with self._lock:
             times, self._times, self._written = self._times, {}, time.monotonic()
         if times and not self._store.count_hits(
@@ -57,7 +57,7 @@ _all: weakref.WeakSet[Traffic] = weakref.WeakSet()
 
 
 def _begin_anew() -> None:
-    """Begins anew in a forked child: a thread that held a lock is not there, and the parent writes the counts."""
+    """Replaces locks and counts in a forked child: threads that held a lock do not exist, the parent writes counts."""
     for traffic in _all:
         traffic._lock, traffic._times = threading.Lock(), {}
 

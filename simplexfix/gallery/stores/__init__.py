@@ -1,4 +1,4 @@
-"""Stores of a gallery: each file has one store, with the methods of `Store`."""
+"""Stores of a gallery: folder.py, postgresql.py and milvus.py each have one class with the methods of `Store`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _text(url: str | os.PathLike[str]) -> str:
 
 
 def _kind(url: str) -> type[Store]:
-    """The class of store for a url.  A store with optional dependencies is imported for a url of its form alone."""
+    """The class of store for a url.  Stores with optional dependencies are imported only if the url is theirs."""
     scheme, has_scheme, _ = url.partition("://")
     if scheme in ("postgresql", "postgres") and has_scheme:
         try:

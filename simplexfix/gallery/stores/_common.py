@@ -1,4 +1,4 @@
-"""JSON, times, values of filters and errors that all stores have in common."""
+"""Helpers of all stores: JSON, times, values of filters, and errors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def as_json(value: Any) -> str:
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether JSON writes the value as a number; bools are none."""
+    """Whether the value is a number in JSON; a bool is not."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
@@ -39,7 +39,7 @@ def comparable(number: float) -> float:
 
 
 def comparable_fields(payload: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of a payload that have plain values, with numbers as filters compare them."""
+    """The entries of a payload that have plain values; numbers are converted by `comparable`."""
     return {
         key: comparable(value) if is_number(value) else value
         for key, value in payload.items()
@@ -72,7 +72,7 @@ def taken_id(id_: int) -> ValueError:
 
 
 def check_present(absent: Iterable[int]) -> None:
-    """Raises KeyError for the first of these ids, which the gallery lacks."""
+    """Raises KeyError for the first of these ids, if there is one: all of them are missing in the gallery."""
     for id_ in absent:
         raise KeyError(f"id {id_} is not in the gallery")
 

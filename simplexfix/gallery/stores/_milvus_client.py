@@ -232,7 +232,7 @@ class Connection:
             if self._client is None:
                 from pymilvus import MilvusClient
 
-                with _users_lock if self.alone else nullcontext():  # another thread would find the file locked
+                with _users_lock if self.alone else nullcontext():  # two threads would lock the file against each other
                     if self.alone and not _users.get(self._address):
                         repair(self._address, self.shown)
                     self._client = MilvusClient(self._address, timeout=SECONDS)

@@ -1,4 +1,4 @@
-"""The collection of a gallery on Milvus that is not rows: changes, states, history, leases and counts."""
+"""The collection of a gallery on Milvus for everything except rows: changes, states, history, leases and counts."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ._milvus_rows import Record
 
 __all__ = ["Meta"]
 
-_PART = 16_000  # characters of a text in one entry, which takes 65,535 bytes
+_PART = 16_000  # characters of a text per entry: at most 4 bytes each, and a field holds 65,535 bytes
 _FIELDS: Fields = [
     ("key", "VARCHAR", {"max_length": 64}),
     ("kind", "VARCHAR", {"max_length": 16}),
-    ("number", "INT64", {}),  # of the change; of a lease, the epoch; of a count, the times
-    ("item", "INT64", {}),  # the part of a text; of a lease and a count, the id
+    ("number", "INT64", {}),  # number of the change; epoch of a lease; number of hits of a count
+    ("item", "INT64", {}),  # index of a part of a text; id of the row of a lease or a count
     ("until", "DOUBLE", {}),
     ("body", "VARCHAR", {"max_length": 65_535}),
     ("vector", "FLOAT_VECTOR", {"dim": 2}),  # every collection must have one
@@ -29,7 +29,7 @@ _FIELDS: Fields = [
 
 
 class Meta:
-    """Entries of a change are written once, before its commit; leases and counts are overwritten."""
+    """Reads and writes entries.  Those of a change are written once, before its commit; leases and counts change."""
 
     def __init__(self, connection: Connection, gallery: str) -> None:
         self._connection = connection
@@ -81,13 +81,13 @@ class Meta:
     # leases
 
     def leases(self, epoch: int, stamp: int, *, now: float) -> dict[int, tuple[str, float]]:
-        """Returns by id the worker and the end of each lease that runs."""
+        """Returns id -> (worker, end in seconds since 1970) of each lease that has not expired."""
         where = f'kind == "lease" and number == {epoch} and until > {now!r}'
         found = self._connection.query(self.name, where, ["item", "body", "until"], stamp)
         return {entry["item"]: (entry["body"], entry["until"]) for entry in found}
 
     def leased(self, ids: Sequence[int], epoch: int, stamp: int) -> set[int]:
-        """Those of these ids that have a lease, whether or not it still runs; `replace` deletes leases."""
+        """Returns those of these ids that have a lease, expired or not; `replace` deletes leases."""
         keys = [f"lease/{id_}" for id_ in ids]
         found = self._connection.query_in(self.name, "key", keys, f"number == {epoch}", ["item"], stamp)
         return {entry["item"] for entry in found}
@@ -99,7 +99,7 @@ class Meta:
     def release(self, worker: str, stamp: int) -> int:
         where = f'kind == "lease" and body == "{worker}"'
         found = self._connection.query(self.name, where, ["key", "number", "item"], stamp)
-        # a server gives a deletion no stamp, so that a later read might still return the leases: first they end
+        # A server returns no stamp for a deletion, so a later read may return the leases: first set their ends to 0.
         ended = [_entry(entry["key"], "lease", entry["number"], entry["item"], worker, 0.0) for entry in found]
         stamp = self._connection.upsert(self.name, _FIELDS, ended, 256)
         self._connection.delete(self.name, "key", [entry["key"] for entry in found])

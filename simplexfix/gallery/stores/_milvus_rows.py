@@ -1,7 +1,7 @@
 """Rows of one version in a Milvus collection, and the expressions that select those of a snapshot.
 
 A replaced row stays in its collection.  `died` is the change that replaced it, `by` the version of the new row, and
-`gone` the change that removed it.  A number counts from the commit of its change on; without a commit it never counts.
+`gone` the change that removed it.  Readers ignore the number of a change that is not committed.
 """
 
 from __future__ import annotations
@@ -60,11 +60,12 @@ class Record:
     Attributes:
         change: its number.
         state: the change whose record holds the state of the gallery.
-        epoch: the change since which the same model serves; leases of others are over.
+        epoch: the change since which the same model serves; leases of earlier epochs have ended.
         never: changes that were not committed.
         undone: by version, (change, retired versions, time) of each rollback.  Rows of this version that replaced
-            others before that change are void, unless those were of a retired version; the others live again.
-        rows, old: by version, how many rows are searched, and how many were replaced and are kept.
+            rows before that change are void, and the replaced rows are in the gallery again.  Rows that replaced rows
+            of a retired version stay.
+        rows, old: by version, the number of rows that are searched, and of replaced rows that are kept.
         zeros: by version, an upper bound of the number of zero vectors.
     """
 
@@ -142,7 +143,7 @@ class Record:
 
 
 def _survives(change: int, kept: Sequence[int]) -> str:
-    """Rows that a rollback keeps: of later changes, added ones, and those that replaced rows of versions `kept`."""
+    """Rows that a rollback keeps: rows of later changes, added rows, and rows that replaced rows of versions `kept`."""
     return f"born > {change} or replaces == {ADDED}" + (f" or replaces in {list(kept)}" if kept else "")
 
 
@@ -150,7 +151,7 @@ def pack(
     keys: Sequence[int], ids: NDArray[np.int64], vectors: NDArray[np.float32], payload: Sequence[str], born: int,
     replaces: Sequence[int],
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """New rows.
+    """Returns new rows.
 
     Raises:
         ValueError: a payload, or the exact bits of a vector, exceed a limit of Milvus.
@@ -158,7 +159,7 @@ def pack(
     largest = np.abs(vectors).max(axis=1, initial=0)
     powers = np.frexp(largest)[1].astype(np.int64) - 1
     with np.errstate(under="ignore"):
-        scaled = np.ldexp(vectors.astype(np.float64), -powers[:, None]).astype(np.float32)  # the largest in [1, 2)
+        scaled = np.ldexp(vectors.astype(np.float64), -powers[:, None]).astype(np.float32)  # largest entry in [1, 2)
         again = np.ldexp(scaled.astype(np.float64), powers[:, None]).astype(np.float32)
     exact = (again.view(np.uint32) == vectors.view(np.uint32)).all(axis=1)
     zero = largest == 0
@@ -191,7 +192,7 @@ def pack(
 
 
 def unpack(rows: Sequence[Mapping[str, Any]]) -> NDArray[np.float32]:
-    """[n, d] the vectors as they were given, of rows of one version."""
+    """Returns [n, d] float32, the vectors of rows of one version as they were given."""
     if not rows:
         return np.zeros((0, 0), dtype=np.float32)
     stored = np.array([row["vector"] for row in rows], dtype=np.float32).reshape(len(rows), -1)
@@ -209,14 +210,14 @@ def unpack(rows: Sequence[Mapping[str, Any]]) -> NDArray[np.float32]:
 def tokens(payload: Mapping[str, Any]) -> list[str]:
     """A hash of key, kind and value for each key with a plain value.
 
-    Milvus's own conditions on JSON tell neither null from a missing key nor a number from a bool, and differ between
-    Milvus Lite and a server.  A hash needs no quotes in an expression.
+    Milvus's own conditions on JSON do not distinguish null from a missing key, or a number from a bool, and differ
+    between Milvus Lite and a server.  A hash needs no escapes in an expression.
     """
     return [_token(key, value) for key, value in comparable_fields(payload).items()]
 
 
 def matching(where: Mapping[str, tuple[Any, ...]]) -> str:
-    """The expression for rows whose payload has one of the values, numbers as filters compare them, under each key."""
+    """The expression for rows whose payload has, under each key, one of its values; numbers are `comparable`."""
     conditions = []
     for key, values in where.items():
         any_of = ", ".join(f'"{_token(key, value)}"' for value in values)

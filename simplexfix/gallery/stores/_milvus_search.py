@@ -1,7 +1,7 @@
 """The exact ranking of a snapshot: candidates come from Milvus, and their scores and order are computed here.
 
-Milvus's scores are float32 and differ between Milvus Lite and a server, ties come in any order, and a server leaves out
-zero vectors.  So a search fetches more candidates than k, until no row that was not fetched can be among the k best.
+Milvus's scores are float32 and differ between Milvus Lite and a server.  It returns ties in any order, and a server
+leaves out zero vectors.  So a search fetches more than k candidates, until no other row can be among the k best.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class _Block:
         return np.array([hits[-1]["distance"] + _ERROR if len(hits) >= limit else -np.inf for hits in answers])
 
     def _take_zeros(self, version: int, bound: NDArray[np.float64]) -> None:
-        """Fetches rows that score 0: for zero queries the lowest ids of all rows, for others those of zero vectors."""
+        """Fetches rows that score 0: the k lowest ids of zero vectors and, if a query is zero, of all rows."""
         width = self._all.widths[version]
         of_zeros = ~self._queries[:, :width].any(axis=1)
         where = self._all.where[version]

@@ -24,15 +24,15 @@ class Snapshots:
         self.connection, self.register, self.gallery = connection, register, gallery
         self.meta = Meta(connection, gallery)
         self.loaded: set[str] = set()  # collections that exist and can be searched
-        # For a file: the number of a change, and by id the version and key of each row as of it.  Only the writer that
-        # has the turn uses it.  Milvus Lite finds a row by its key at once; to find it by its id it gathers all vectors
-        # of a version.
+        # For a file: a change, and id -> (version, key) of each row as of that change.  Only the writer that has the
+        # turn uses it.  Milvus Lite finds a row by its key immediately, but reads all vectors of a version to find a
+        # row by its id.
         self.places: tuple[int, dict[int, tuple[int, int]]] | None = None
         self._record: Record | None = None  # the last one, cached
         self._state: tuple[int, State] | None = None  # the last one, cached, and its change
 
     def read(self, call: Callable[[Snapshot], _T]) -> _T:
-        """Calls it on the last committed change; again if other writers have deleted what it reads."""
+        """Calls `call` on the last committed snapshot; repeats that if other writers have deleted data of it."""
         for _ in range(20):
             position = self.register.read()
             try:
@@ -65,7 +65,7 @@ class Snapshots:
         return found[1]
 
     def keep(self, record: Record, state: State | None) -> None:
-        """Caches what this store has committed."""
+        """Caches record and state of a change that this store has committed."""
         self._record = record
         if state is not None:
             self._state = record.state, state
@@ -91,7 +91,7 @@ class Snapshots:
 
 
 class Snapshot:
-    """Reads of one change.
+    """Reads the gallery as of one change.
 
     Attributes:
         record: record of the change.
@@ -122,13 +122,13 @@ class Snapshot:
         return [row["id"] for row in self.connection.query(self.rows_of(version), where, ["id"], self.stamp)]
 
     def keys_of(self, version: int) -> dict[int, int]:
-        """Returns by id the keys of all rows of a version that are in the gallery."""
+        """Returns id -> key of all rows of a version that are in the gallery."""
         where = self.record.live(version)
         found = self.connection.query(self.rows_of(version), where, ["id", "key"], self.stamp)
         return {row["id"]: row["key"] for row in found}
 
     def rows(self, ids: list[int] | None) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-        """Returns by version the whole rows that are in the gallery, of these ids or all."""
+        """Yields each version with its whole rows that are in the gallery; `ids`: None for all, else only these."""
         for version in self.record.rows:
             wanted = self.ids_of(version) if ids is None else ids
             yield version, self.fetch(version, wanted, self.record.live(version))

@@ -18,7 +18,7 @@ from .base import StoreError
 
 __all__ = ["Turn", "taken"]
 
-_KEYS = 1 << 24  # for the rows of one change
+_KEYS = 1 << 24  # keys that each change has for its rows
 _BYTES = 8 << 20  # of one request
 
 
@@ -29,9 +29,9 @@ class Turn:
         change: number of the change.
         before: the gallery as of the last change.
         record: record of this change.
-        state, event: the new state, and the event for the history; None for none.
+        state, event: the new state, and the event for the history; None if there is none.
         commits: whether there is anything to commit.
-        restores: whether it is a rollback, which moves rows and writes none.
+        restores: whether it is a rollback, which replaces rows without writing any.
     """
 
     def __init__(self, snapshots: Snapshots, before: Snapshot, change: int) -> None:
@@ -42,7 +42,7 @@ class Turn:
         self.event: dict[str, Any] | None = None
         self.commits = self.restores = False
         self.stamp = before.stamp
-        self.tried = False  # whether rows under its number may be there
+        self.tried = False  # whether rows may have been written under its number
         self._snapshots, self._register = snapshots, snapshots.register
         self._moved: dict[int, tuple[int, int] | None] = {}  # id -> place, as in `Snapshots.places`; None: removed
 
@@ -65,7 +65,7 @@ class Turn:
         return self.before.fetch_keys(version, keys)
 
     def _places(self) -> dict[int, tuple[int, int]] | None:
-        """See `Snapshots.places`; None on a server, where other clients move rows all the time."""
+        """See `Snapshots.places`; None on a server, where other clients write rows at any time."""
         now = self.before
         if not now.connection.alone:
             return None
@@ -143,7 +143,8 @@ def taken(snapshots: Snapshots, *, wait: float | None = None) -> Iterator[Turn]:
     """Takes this writer's turn.  Its change is committed at the end; after an error it never is.
 
     Args:
-        wait: seconds for others to end their turns; None: no limit while their heartbeats go on.
+        wait: seconds to wait for others to end their turns; None: no limit for threads of this store, and
+            `_WAIT_SECONDS` of the register for other writers.
     """
     register = snapshots.register
     if not register.lock.acquire(timeout=-1 if wait is None else wait):

@@ -128,7 +128,7 @@ def _after_fork_in_child() -> None:
     for connection in _open:
         if not connection.closed:
             os.close(connection.fileno())
-        _inherited.append(connection)  # a reference: psycopg's destructor would close the socket
+        _inherited.append(connection)  # a reference: psycopg's destructor would close the descriptor again
     _open.clear()
     for connections in _all:
         connections._idle.clear()

@@ -1,4 +1,4 @@
-"""Vectors as pgvector's values, and rows in PostgreSQL's binary format of COPY, many rows at a time."""
+"""Converts vectors from and to pgvector's values, and encodes rows in the binary format of PostgreSQL's COPY."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ __all__ = ["MOST_NUMBERS", "copied_rows", "copied_vectors", "given_vectors", "se
 MOST_NUMBERS = 16_000  # pgvector's limit
 
 _BEGIN, _END = b"PGCOPY\n\xff\r\n\0" + bytes(8), b"\xff\xff"
-_CHUNK = 256  # rows: the server stores one chunk while the next one is made here
+_CHUNK = 256  # rows; the server stores one chunk while the next one is encoded here
 _NULL = -1
 
 
 def searchable(vectors: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Vectors of the same directions, scaled so that their squares sum without overflow or underflow; [n] which differ.
+    """Returns [n, d] vectors for pgvector, and [n] whether each was scaled.
 
-    pgvector sums in float32.  Zero vectors, and vectors of ordinary length, stay as they are.
+    pgvector sums squares in float32.  Vectors that would overflow or underflow are divided by their largest entry;
+    zero vectors and all others are not changed.
     """
     largest = np.abs(vectors).max(axis=1, initial=0.0)
     extreme = (largest > 0) & ((largest < 1e-12) | (largest > 1e12))
@@ -38,7 +39,7 @@ def text_of(vector: NDArray[np.float32]) -> str:
 
 
 def copied_vectors(ids: NDArray[np.int64], version: int, vectors: NDArray[np.float32]) -> Iterator[bytes]:
-    """Returns data of the columns id, version, vector and bits; bits are null if the vector holds the given numbers."""
+    """Yields the data for the columns id, version, vector and bits; `bits` is null if `vector` is not scaled."""
     yield _BEGIN
     for first in range(0, len(ids), _CHUNK):
         given = vectors[first : first + _CHUNK]
@@ -70,7 +71,7 @@ def _records(
 
 
 def copied_rows(ids: NDArray[np.int64], version: int, payload: Sequence[str], fields: Sequence[str]) -> Iterator[bytes]:
-    """Returns the data for the columns id, version, payload (text) and fields (jsonb)."""
+    """Yields the data for the columns id, version, payload (text) and fields (jsonb)."""
     yield _BEGIN
     begin, size = struct.Struct(">hiqiii"), struct.Struct(">ib")
     for first in range(0, len(ids), _CHUNK):
@@ -88,10 +89,14 @@ def copied_rows(ids: NDArray[np.int64], version: int, payload: Sequence[str], fi
 
 
 def given_vectors(values: Sequence[bytes], bits: Sequence[bytes | None]) -> NDArray[np.float32]:
-    """[n, d] as they were given, from what vector_send(vector) and the column bits hold; n at least 1.
+    """Returns [n, d] float32, the vectors as they were given; n is at least 1.
+
+    Args:
+        values: `vector_send(vector)` of each row.
+        bits: the column `bits` of each row.
 
     Raises:
-        ValueError: they are of several widths.
+        ValueError: the vectors have several widths.
     """
     if len({len(value) for value in values}) > 1:
         raise ValueError(SEVERAL_WIDTHS)
@@ -104,10 +109,10 @@ def given_vectors(values: Sequence[bytes], bits: Sequence[bytes | None]) -> NDAr
 
 
 def stacked(chunks: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
-    """The rows of all chunks.
+    """Concatenates chunks of rows.
 
     Raises:
-        ValueError: they are of several widths.
+        ValueError: the chunks have several widths.
     """
     if len({chunk.shape[1] for chunk in chunks}) > 1:
         raise ValueError(SEVERAL_WIDTHS)

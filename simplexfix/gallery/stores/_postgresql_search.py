@@ -1,4 +1,4 @@
-"""A search in PostgreSQL: a scan by pgvector for candidates, their exact order, and filters on payload."""
+"""A search in PostgreSQL: pgvector scans for candidates, which are ordered exactly here; filters on payload."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from .base import Ranking
 
 __all__ = ["array_of", "fields_of", "search"]
 
-_LARGE = re.compile(r"e\+|\d{19}")  # a number that `comparable` changes has one of these in its JSON
-_SPARE = 16  # candidates beyond k: float32 may order nearly equal cosines in another way
+_LARGE = re.compile(r"e\+|\d{19}")  # in the JSON of each number whose value `comparable` changes
+_SPARE = 16  # candidates beyond k: the order of nearly equal cosines may differ in float32
 
 
 def search(
@@ -36,10 +36,10 @@ def search(
     """Implements `Store.search`.
 
     Args:
-        state: has the widths of versions.
+        state: gives the width of each version.
 
     Raises:
-        psycopg.errors.DataException: rows have other widths.
+        psycopg.errors.DataException: the gallery has rows of a width that is not in `state`.
     """
     widths = {version: member.identity.embedding_dim for version, member in state.live.items()}
     width = queries.shape[1]
@@ -78,7 +78,7 @@ def search(
 
 
 def _rerank(query: NDArray[np.float32], k: int, rows: list[tuple[Any, ...]]) -> Ranking:
-    """[1, k] the ranking of candidates of one width, with the score bits of `cosine_topk`.
+    """Ranks candidates of one width by `cosine_topk`: [1, k] scores, ids and versions.
 
     Args:
         query: [d]; narrower vectors are compared with its leading dimensions.
@@ -93,7 +93,7 @@ def _rerank(query: NDArray[np.float32], k: int, rows: list[tuple[Any, ...]]) -> 
 
 
 def _condition(where: Mapping[str, tuple[Any, ...]] | None, given: dict[str, Any]) -> str:
-    """The SQL condition of a filter; its values go into `given`."""
+    """The SQL condition of a filter; its parameters are added to `given`."""
     if not where:
         return "true"
     conditions = []
@@ -105,7 +105,7 @@ def _condition(where: Mapping[str, tuple[Any, ...]] | None, given: dict[str, Any
 
 
 def fields_of(payload: str) -> str:
-    """The part of a payload that filters read: the keys with plain values, numbers as they are compared."""
+    """JSON of the entries that filters read: those with plain values, with numbers converted by `comparable`."""
     if not ("[" in payload or payload.find("{", 1) > 0 or "\\u" in payload or _LARGE.search(payload)):
         return payload
     fields = comparable_fields(json.loads(payload))

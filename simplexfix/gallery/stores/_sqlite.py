@@ -12,7 +12,7 @@ from pathlib import Path
 
 __all__ = ["Connection"]
 
-_BUSY_SECONDS = 60.0  # a writer waits so long for another one to end
+_BUSY_SECONDS = 60.0  # timeout of a writer that waits for another one
 
 
 class Connection:
@@ -45,7 +45,7 @@ class Connection:
             self._open.execute("pragma synchronous=full")  # each commit reaches the disk
             self._file = status.st_dev, status.st_ino
             self.times_opened += 1
-        elif (status.st_dev, status.st_ino) != self._file:  # SQLite would go on with the deleted file
+        elif (status.st_dev, status.st_ino) != self._file:  # SQLite would still use the deleted file
             raise sqlite3.OperationalError(f"{self.path.name} was replaced by another file while it was open")
         return self._open
 

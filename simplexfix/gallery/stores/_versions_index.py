@@ -17,7 +17,7 @@ from .base import Ranking
 
 __all__ = ["VersionsIndex", "merge_rankings"]
 
-_MOST_DEAD = 1024  # rows of one index, or a sixteenth of it
+_MOST_DEAD = 1024  # dropped rows that stay in one index; a sixteenth of its rows if that is more
 
 
 class VersionsIndex:
@@ -31,7 +31,7 @@ class VersionsIndex:
 
     @contextmanager
     def changing(self) -> Iterator[None]:
-        """Blocks until no search runs; searches that begin meanwhile wait for the end."""
+        """Blocks until no search runs; searches that begin during the change block until it ends."""
         with self._turn:
             self._turn.wait_for(lambda: not self._searches)
             yield
@@ -48,13 +48,13 @@ class VersionsIndex:
                 self._turn.notify_all()
 
     def drop(self, ids: NDArray[np.int64]) -> None:
-        """Forgets rows; ids that are not there are left alone."""
+        """Drops rows; ids that the index does not hold are ignored."""
         for part in self._parts.values():
             part.drop(ids)
         self._parts = {version: part for version, part in self._parts.items() if len(part)}
 
     def put(self, version: int, ids: NDArray[np.int64], vectors: NDArray[np.float32]) -> None:
-        """Adds rows whose ids were dropped before, or never there."""
+        """Adds rows; the index holds no row of these ids, or it was dropped."""
         if version not in self._parts:
             self._parts[version] = _Part(vectors.shape[1])
         self._parts[version].put(ids, vectors)
@@ -106,7 +106,7 @@ class _Part:
         if include is not None or not self._dead:
             return self._index.search(queries, k, include=include)
         excluded = self._excluded
-        if excluded is None:  # two threads may both make it
+        if excluded is None:  # two threads may both compute it, with the same result
             excluded = self._excluded = self._dead_ids()
         return self._index.search(queries, k, exclude=excluded)
 

@@ -1,4 +1,4 @@
-"""Interface of a gallery's stores.  `Gallery`, the only caller, checks identity, thresholds and input before."""
+"""Interface of a gallery's stores.  `Gallery`, the only caller, has checked identities, thresholds and input."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Ranking: TypeAlias = "tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.i
 
 
 class StoreError(RuntimeError):
-    """A store failed, is damaged, or is not there; the message names it, and the rows that it did not take."""
+    """Raised if a store failed, is damaged or cannot be reached; the message names it, and the number of rows."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +28,7 @@ class StoredRows:
         ids: [n] int64.
         versions: [n] int64, of the model that made each vector.
         vectors: [n, d] float32, bit for bit as they were given.
-        payload: a dict a row.
+        payload: one dict per row.
     """
 
     ids: NDArray[np.int64]
@@ -71,7 +71,8 @@ class Overview:
 class Store(Protocol):
     """Every method is one transaction: all of it happens, or, after an error, nothing.
 
-    `allow(state)` and `decide(state, rows)` run inside of it, on the state as it is then, and raise to refuse.
+    `allow(state)` and `decide(state, rows)` run inside the transaction, on its state, and raise to reject the call.
+    `rows` maps each version to its number of rows.
     """
 
     url: str
@@ -88,7 +89,7 @@ class Store(Protocol):
 
     @classmethod
     def open(cls, url: str) -> Store:
-        """The gallery that is there.
+        """Opens an existing gallery.
 
         Raises:
             FileNotFoundError: there is none.
@@ -117,7 +118,7 @@ class Store(Protocol):
         payload: list[str] | None,
         allow: Callable[[State], None],
     ) -> None:
-        """Adds rows; ValueError for an id that is there."""
+        """Adds rows; ValueError for an id that the gallery has already."""
         ...
 
     def replace(
@@ -136,7 +137,7 @@ class Store(Protocol):
         ...
 
     def remove(self, ids: NDArray[np.int64]) -> None:
-        """Deletes rows and what they replaced; KeyError for an id that is not there."""
+        """Deletes rows and the rows that they replaced; KeyError for an id that is not there."""
         ...
 
     def search(self, queries: NDArray[np.float32], k: int, where: Mapping[str, tuple[Any, ...]] | None) -> Ranking:
@@ -155,7 +156,7 @@ class Store(Protocol):
         ...
 
     def claim(self, ids: NDArray[np.int64], limit: int, version: int, worker: str, seconds: float) -> NDArray[np.int64]:
-        """Leases the first `limit` of these ids that are of another version and that nobody has."""
+        """Leases the first `limit` of these ids whose rows are of another version and not leased; returns the ids."""
         ...
 
     def release(self, worker: str) -> None:

@@ -1,8 +1,8 @@
 """A gallery in a folder: one SQLite file holds everything, and each process searches an exact index in memory.
 
-The vectors in the file are the truth.  A process builds its index from them at the first search, and before every
-search takes over the rows that were committed since, by itself or by another process.  Each write is one transaction of
-SQLite in WAL mode, synchronized to the disk at its end; readers never wait for it.
+A process builds its index from the vectors in the file at the first search.  Before every later search it updates the
+index with the rows that it or another process has committed since.  Each write is one SQLite transaction in WAL mode,
+which readers never wait for.  It is synchronized to the disk at its end, except for leases and counts.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ _FILE = "gallery.db"
 _APPLICATION, _FORMAT = 0x53465847, 1  # "SFXG"
 _CHUNK = 4096  # rows that are read at a time
 
-# `vectors` is apart from `rows` so that a replaced vector stays where it is, and counting reads no vectors.
-# `changed` is the number of the transaction that wrote a row: a process reads what is above the last one that it saw.
+# `vectors` is a separate table, so that replacing a row moves no vector, and counting rows reads no vectors.
+# `changed` is the number of the transaction that wrote a row.  A process updates its index with the rows that have a
+# higher number than the index.
 _SCHEMA = """
 create table state (body text not null, changes integer not null);
 create table history (number integer primary key, body text not null);
@@ -59,15 +60,15 @@ create table hits (id integer primary key, times integer not null);
 
 
 class FolderStore:
-    """See `Store`; ids come and go as JSON arrays in SQL, which have no limit of length."""
+    """See `Store`.  SQL statements take ids as one JSON array, because SQLite limits the number of parameters."""
 
     def __init__(self, folder: Path) -> None:
         self.url = str(folder)
         path = folder / _FILE
-        # Readers do not wait for writers, in this process either.
+        # Two connections: reads of this process do not wait for its writes.
         self._reader, self._writer = Connection(path), Connection(path)
         self._index = VersionsIndex()
-        self._indexed = -1  # the last change in the index
+        self._indexed = -1  # number of the last change that the index holds
         self._seen_rows: tuple[int, int] | None = None
         self._state: State | None = None
         self._seen_state: tuple[int, int] | None = None
@@ -258,7 +259,7 @@ class FolderStore:
 
     def search(self, queries: NDArray[np.float32], k: int, where: Mapping[str, tuple[Any, ...]] | None) -> Ranking:
         with self._named("search"), ExitStack() as stack:
-            # Whoever takes rows over holds the reader's lock: between here and the search nobody does.
+            # The index changes under the reader's lock only.  `searching` begins under it: no change can come between.
             with self._reader.lock:
                 if where is None and self._data_version() == self._seen_rows:
                     include = None
@@ -312,7 +313,7 @@ class FolderStore:
 
     def claim(self, ids: NDArray[np.int64], limit: int, version: int, worker: str, seconds: float) -> NDArray[np.int64]:
         now = time.time()
-        # A lease that a power failure undoes costs a row that is replaced twice.
+        # Not durable: if a power failure undoes a lease, a row is embedded twice, and nothing is lost.
         with self._named("lease rows"), self._writer.writing(durable=False) as connection:
             found = connection.execute(
                 "select rows.id from json_each(?) as given join rows on rows.id = given.value "
@@ -350,12 +351,12 @@ class FolderStore:
         self._writer.close()
 
     def _data_version(self) -> tuple[int, int]:
-        """Returns numbers that change with every commit of another connection; needs the reader's lock."""
+        """Returns numbers that change with every commit of another connection; the caller holds the reader's lock."""
         connection = self._reader.current
         return self._reader.times_opened, connection.execute("pragma data_version").fetchone()[0]
 
     def _take_over(self, connection: sqlite3.Connection) -> None:
-        """Brings the index up to the snapshot that the connection reads."""
+        """Updates the index to the snapshot that the connection reads."""
         seen = self._data_version()
         if seen == self._seen_rows:
             return
@@ -372,7 +373,7 @@ class FolderStore:
                     gone = "select id from rows where changed > ? union all select id from removed where changed > ?"
                     ids = connection.execute(gone, [self._indexed, self._indexed]).fetchall()
                     self._index.drop(np.array([id_ for (id_,) in ids], dtype=np.int64))
-                    # in any order: for another one SQLite would read every row
+                    # without an order: to sort the rows by id, SQLite would read the whole table
                     rows = connection.execute(f"{query} where rows.changed > ?", [self._indexed])
                 while chunk := rows.fetchmany(_CHUNK):
                     versions = np.array([row[0] for row in chunk])
@@ -380,7 +381,7 @@ class FolderStore:
                         some = [row[1:] for row in chunk if row[0] == version]
                         names, checksums, blobs = zip(*some, strict=True)
                         self._index.put(version, np.array(names, dtype=np.int64), _vectors(names, checksums, blobs))
-        except BaseException:  # half of the rows are there: begin again at the next search
+        except BaseException:  # the index may be incomplete: the next search builds a new one
             self._index, self._indexed, self._seen_rows = VersionsIndex(), -1, None
             raise
         self._indexed, self._seen_rows = last, seen
@@ -397,7 +398,7 @@ class FolderStore:
 
 
 def _statements(script: str) -> Iterator[str]:
-    """One by one: `executescript` would commit in between."""
+    """Yields the statements one by one: `executescript` would commit the open transaction."""
     statement = ""
     for line in script.splitlines(keepends=True):
         statement += line
@@ -441,7 +442,7 @@ def _add_vectors(connection: sqlite3.Connection, vectors: NDArray[np.float32]) -
 
 
 def _restore(connection: sqlite3.Connection, version: int) -> int:
-    """Puts back what rows of this version replaced."""
+    """Puts back the rows that rows of this version replaced; returns how many."""
     change = _next_change(connection)
     back = (
         "from old join rows on rows.id = old.id and rows.version = old.replaced_by where old.replaced_by = ? "
@@ -465,7 +466,7 @@ def _drop(connection: sqlite3.Connection, version: int) -> int:
 
 
 def _matching(connection: sqlite3.Connection, where: Mapping[str, tuple[Any, ...]]) -> dict[int, NDArray[np.int64]]:
-    """Returns by version the ids of rows whose payload has one of the values under each key."""
+    """Returns version -> ids of rows whose payload has one of the values under each key."""
     condition = """exists (
       select 1 from json_each(payload) as field where key = :key_{0} and case type
         when 'text' then atom in (select value from json_each(:texts_{0}))
@@ -495,7 +496,10 @@ def _matching(connection: sqlite3.Connection, where: Mapping[str, tuple[Any, ...
 
 
 def _is_match(payload: Mapping[str, Any], where: Mapping[str, tuple[Any, ...]]) -> bool:
-    """Whether the payload has one of the values under each key.  SQLite ends keys and text at U+0000."""
+    """Whether the payload has one of the values under each key.
+
+    Payloads with U+0000 are compared here: SQLite ends keys and text there.
+    """
 
     def kind_and_value(value: Any) -> tuple[bool, Any]:
         return isinstance(value, bool), value  # True == 1
@@ -514,7 +518,7 @@ def _check_held(connection: sqlite3.Connection, ids: str) -> None:
 
 
 def _vectors(ids: Sequence[int], checksums: Sequence[int], blobs: Sequence[bytes]) -> NDArray[np.float32]:
-    """[n, d] the vectors that the blobs hold, each with its checksum."""
+    """Returns [n, d] float32, the vectors in the blobs; an error if a checksum or the widths differ."""
     for id_, checksum, blob in zip(ids, checksums, blobs, strict=True):
         if zlib.crc32(blob) != checksum:
             raise sqlite3.DatabaseError(f"the vector of id {id_} is damaged: it does not give its checksum")

@@ -1,11 +1,11 @@
-"""A gallery in Milvus: a file by milvus-lite (`FILE.db#NAME`) or a server (`http://HOST:PORT#NAME`), with one client.
+"""A gallery in Milvus: a file of milvus-lite (`FILE.db#NAME`) or a server (`http://HOST:PORT#NAME`).
 
 Milvus has no transactions.  A change writes rows and entries under a new number, in any number of requests.  One rename
 then publishes that number (`_milvus_register`).  A reader takes the last published number, and reads the gallery as of
 that change, whatever is written meanwhile.  The number of a killed writer is never published.
 
-Every version has a collection of its width.  Rows that `replace` replaces stay there, marked, until `retire`.  Milvus
-finds candidates by its float32 scores, and their exact order is computed here.
+Each version has its own collection.  Rows that `replace` replaces stay there, marked, until `retire`.  Milvus finds
+candidates by its float32 scores, and their exact order is computed here.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .base import Leased, Overview, Ranking, StoredRows, StoreError
 
 __all__ = ["MilvusStore"]
 
-_GARBAGE_SECONDS = 60.0  # longer than a search that began before a rollback
+_GARBAGE_SECONDS = 60.0  # a rollback's void rows are deleted after this time: no earlier search still reads them
 
 
 class MilvusStore:
@@ -59,7 +59,7 @@ class MilvusStore:
                 if turn.before.record.change:
                     raise FileExistsError(f"{store.url} holds a gallery, which Gallery.open opens: give another name")
                 beat = store._snapshots.register.beat
-                store._meta.create()  # it loads while the other collection is made
+                store._meta.create()  # it loads while the other collection is created
                 store._snapshots.make_rows(state.served_by.identity.version, state, beat)
                 store._snapshots.load([store._meta.name], beat)
                 turn.record = replace(turn.record, state=turn.change, epoch=turn.change)
@@ -233,7 +233,7 @@ class MilvusStore:
     def release(self, worker: str) -> None:
         if self._connection.ended:  # by the garbage collector; the leases expire
             return
-        with self._named("end leases"), taken(self._snapshots) as turn:  # its stamp: later claims read the deletion
+        with self._named("end leases"), taken(self._snapshots) as turn:  # later claims read up to its stamp
             turn.wrote(self._meta.release(worker, turn.stamp))
 
     def count_hits(self, ids: NDArray[np.int64], times: NDArray[np.int64]) -> bool:
@@ -265,7 +265,7 @@ class MilvusStore:
                 yield turn
 
     def _clean(self, record: Record, state: State, stamp: int) -> None:
-        """Deletes what no reader selects any more."""
+        """Deletes collections, rows and records that no reader selects any more."""
         there = set(self._connection.names())
         for version, member in state.models.items():
             name = self._snapshots.rows_of(version)
@@ -320,7 +320,7 @@ def _replace(
 
 
 def _restore(turn: Turn, version: int) -> int:
-    """Undoes all replacements by a version, by a rule that readers apply from this change on: no row is written."""
+    """Undoes all replacements by a version.  It writes no rows: the record gets a rule that readers apply."""
     now, record = turn.before, turn.record
     models, live = now.state.models, now.state.live
     retired = tuple(sorted(set(models) - set(live)))

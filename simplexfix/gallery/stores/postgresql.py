@@ -1,7 +1,7 @@
-"""A gallery in a PostgreSQL database with pgvector: a schema of its own, and each call one transaction.
+"""A gallery in a PostgreSQL database with pgvector: it has its own schema, and each call is one transaction.
 
-The server scans all rows and ranks them in float32.  It returns a few more rows than k with their vectors.  They are
-ordered exactly here, so that scores and ties are those of every other store.
+The server scans all rows, ranks them in float32, and returns a few more rows than k with their vectors.  Their exact
+scores and order are computed here, and equal those of every other store.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ _KEEPS_STATE = "lock table state in row share mode"  # the state does not change
 _CHANGES_STATE = "lock table state in exclusive mode"  # blocks until transactions that keep the state have ended
 _MAY_BE_LOST = "set local synchronous_commit = off"  # by a power failure, not by a killed process
 _AMONG = "id = any(%s::bigint[])"
-_LOCK = 0x53465847  # "SFXG": of creations, one at a time
+_LOCK = 0x53465847  # "SFXG"; advisory lock: one gallery is created at a time
 
-# Triggers check `rows.version` once per statement.  A foreign key is checked once per row, which took a quarter of the
-# server's CPU time to add rows.
-# `vectors` is apart from `rows` so that a search reads nothing else, and counting reads no vectors.  Vectors of up to
-# 2,000 numbers stay in their pages (toast_tuple_target).  `payload` is the given text, and filters read `fields`: jsonb
-# alone would change numbers such as 1e300.
+# Triggers check `rows.version` once per statement.  A foreign key would be checked once per row, which took a quarter
+# of the server's CPU time when rows were added.
+# `vectors` is a separate table, so that a search reads nothing else, and counting rows reads no vectors.  Vectors of up
+# to 2,000 numbers are stored in its pages, not in a TOAST table (toast_tuple_target).  `payload` is the given text, and
+# filters read `fields`: jsonb alone would change numbers such as 1e300.
 _SCHEMA = f"""
 create table state (format integer not null default {_FORMAT}, stamp uuid not null, body text not null);
 create table models (version integer primary key, fingerprint text not null);
@@ -95,7 +95,7 @@ from new where rows.id = new.id
 
 
 class PostgresStore:
-    """See `Store`.  Calls that write hold a lock on `state` against changes of the state until they are committed."""
+    """See `Store`.  Calls that write rows lock `state`, so that it cannot change until they are committed."""
 
     def __init__(self, place: Place) -> None:
         self.url = place.shown
@@ -104,12 +104,12 @@ class PostgresStore:
 
     @classmethod
     def create(cls, url: str, state: State, event: dict[str, Any]) -> PostgresStore:
-        """A new gallery, in a schema that is not there yet, or is empty.
+        """A new gallery, in a new or empty schema.
 
         Raises:
             FileExistsError: something is in the schema.
-            StoreError: the database refuses it.
-            ValueError: the url, or a model's width, is not possible here.
+            StoreError: the database cannot be reached, or refuses it.
+            ValueError: the url has another form, or a model's vectors are wider than pgvector allows.
         """
         place = read_url(url)
         _check_widths(state)
@@ -280,7 +280,7 @@ class PostgresStore:
         chunks: list[NDArray[np.float32]] = []
         with (
             self._writing("read rows") as connection,
-            connection.cursor("reading", binary=True) as cursor,  # on the server, which sends some rows at a time
+            connection.cursor("reading", binary=True) as cursor,  # server-side: the rows come in chunks
         ):
             cursor.execute(query, None if ids is None else [array_of(ids.tolist())])
             while chunk := cursor.fetchmany(_CHUNK):
@@ -315,8 +315,8 @@ class PostgresStore:
             return _ids(id_ for (id_,) in connection.execute(query, [version]))
 
     def claim(self, ids: NDArray[np.int64], limit: int, version: int, worker: str, seconds: float) -> NDArray[np.int64]:
-        # A row that another worker locks is left out.  That worker's lease may be committed after this statement has
-        # read the leases: `on conflict` finds it, and keeps it.
+        # `skip locked` skips rows that another worker is leasing.  Its lease may be committed after this statement has
+        # read the leases: `on conflict` then keeps that lease.
         query = """
             with free as (
               select rows.id from unnest(%s::bigint[]) with ordinality as given (id, place) join rows using (id)
@@ -357,7 +357,7 @@ class PostgresStore:
         self._connections.close()
 
     def _now(self, connection: Connection) -> State:
-        """The state; its body is read only if it has changed."""
+        """The current state; its body is fetched only if it has changed."""
         seen = self._seen
         stamp, body = _row(
             connection,
@@ -397,9 +397,9 @@ class PostgresStore:
 
 
 def _lock_rows(connection: Connection, ids: str) -> list[tuple[int, int]]:
-    """Ids and versions of those of these rows that exist; they are locked until the transaction ends.
+    """Locks those of these rows that exist, until the transaction ends; returns their ids and versions.
 
-    They are locked by id, so that two calls with the same rows cannot deadlock.
+    Rows are locked in the order of their ids, so that two calls with the same rows cannot deadlock.
     """
     query = f"select id, version from rows where {_AMONG} order by id for update"
     return [(id_, version) for id_, version in connection.execute(query, [ids])]
@@ -408,7 +408,8 @@ def _lock_rows(connection: Connection, ids: str) -> list[tuple[int, int]]:
 def _is_last(connection: Connection, version: int) -> bool:
     """Whether, once this transaction is committed, all rows are of this version.
 
-    Of two calls that replace the last rows at the same time, neither reads the other's: the second one blocks here.
+    If two calls replace the last rows at the same time, neither sees the other's changes.  So the second one blocks at
+    the lock on `history` until the first one is committed, and then counts again.
     """
     free = "select exists(select from (select from rows where version <> %s limit 1 for update skip locked) as one)"
     if _row(connection, free, [version])[0]:
@@ -434,8 +435,8 @@ def _restore(connection: Connection, version: int) -> int:
         update rows set version = back.version, payload = back.payload, fields = back.fields
         from back where rows.id = back.id
     """
-    # A precaution: a rollback of 10,240 rows once took 2.0 s of CPU time in place of 0.3 s.  That was not reproduced,
-    # and its cause is not known; old statistics of these tables, which a backfill has just changed, would explain it.
+    # A precaution: a rollback of 10,240 rows once took 2.0 s of CPU time instead of 0.3 s.  That was not reproduced.
+    # The cause is unknown; outdated statistics of these tables, which a backfill has just changed, would explain it.
     connection.execute("analyze rows, replaced")
     return int(connection.execute(query, [version]).rowcount)
 
