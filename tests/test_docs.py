@@ -126,9 +126,7 @@ def test_the_snippets_of_the_evaluation_page_run(tmp_path: Path, monkeypatch: py
     cmc = eval(own[1], names)
     assert names["upgrade_gate"](names["v0"], names["v1"], protocol=cmc).scores["new_on_old"] > 0.9
     assert names["backfill_curve"](names["v0"], names["v1"], protocol=cmc).protocol == "CMC"
-    with pytest.raises(
-        ValueError, match="the custom Protocol 'CMC'; compatibility_matrix, upgrade_gate and"
-    ):
+    with pytest.raises(ValueError, match="the custom Protocol 'CMC'; compatibility_matrix, upgrade_gate and"):
         names["evaluate"]([names["v0"], names["v1"]], protocol=cmc)
     exec(compile(second, "docs/guides/evaluation.md", "exec"), names)
     assert names["report"].protocol == "ndcg@10"

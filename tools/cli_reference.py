@@ -18,7 +18,7 @@ HEAD = """# Command line
 | --- | --- |
 | 0 | done; for `gate` and `adapt`: passed, or better than the old encoder |
 | 1 | `gate`: a rule fails; `adapt`: no candidate is better; `gallery`: stale rows are left, or an image is unreadable |
-| 2 | bad input, a missing package, or a file that cannot be written |
+| 2 | bad input, a missing package, or a file that cannot be read or written |
 | 70 | an error of this package, with its traceback |
 | 130 | Ctrl-C |
 """

@@ -118,6 +118,6 @@ def serve(folder: Path, host: str, port: int) -> None:
         try:
             server.serve_forever()
         except KeyboardInterrupt:
-            print("stopping; `serve` goes on from here")
+            print("stopped; run `serve` again to continue")
         finally:
             service.close()

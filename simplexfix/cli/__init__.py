@@ -37,7 +37,7 @@ _AFTER_CTRL_C = {
     "demo": "nothing is kept; the same command starts again",
     "embed": "no file was written; the same command starts again",
     "evaluate": "no report was written; the same command starts again",
-    "gallery": "what was added or replaced stays; the same command goes on",
+    "gallery": "added and replaced rows stay; the same command continues",
     "gate": "there is no verdict; the same command starts again",
     "train": "the same command resumes from the last checkpoint",
 }

@@ -395,13 +395,16 @@ def _seed(text: str) -> int:
 
 # name -> (summary, function that adds arguments to a parser); simplexfix/cli/NAME.py has run(arguments) -> exit code
 VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
-    "adapt": ("Fits an adapter from a new encoder to an old one's gallery: exit code 1 if none is worth it.", _adapt),
+    "adapt": (
+        "Fits an adapter from a new encoder to an old one's gallery: exit code 1 if none is better.",
+        _adapt,
+    ),
     "demo": ("Trains four versions on handwriting, replaces the model and searches the old galleries.", _demo),
     "doctor": ("Prints what is installed, which kernels run on this machine, and why others do not.", _doctor),
     "embed": ("Applies a model to features or images, or an adapter to features.", _embed),
     "evaluate": ("Judges model versions by their features and labels alone, and writes a report.", _evaluate),
     "gallery": ("Keeps a gallery through upgrades of its model: create, search, admit, backfill, roll back.", _gallery),
     "gate": ("Judges an upgrade by rules: exit code 0 if it passes, 1 if a rule fails, 2 on bad input.", _gate),
-    "runs": ("Lists the runs in a folder: how far each is, its scores, and how configurations differ.", _runs),
+    "runs": ("Lists the runs in a folder: their progress, their scores, and how their configurations differ.", _runs),
     "train": ("Trains the versions of a configuration, or resumes them, and judges them.", _train),
 }

@@ -98,7 +98,7 @@ def _text(selection: Selection, labelled: bool, arguments: argparse.Namespace) -
     lines = _table(selection.table, labelled)
     old = f"{100 * selection.old:.1f} %"
     by = f"finds {old} by {arguments.protocol.replace('_', ' ')}" if labelled else f"agrees to {old} with the new one"
-    lines.append(f"on what was held out, the old encoder alone {by}")
+    lines.append(f"on held-out items, the old encoder alone {by}")
     kept = f"keeps {100 * winner.kept:.1f} % of a full re-extraction"
     breaks = f"; it breaks {100 * winner.losses:.1f} % of the queries" if labelled else ""
     lines.append(f"chosen: {_name(winner.method.described())}, which {kept}{breaks}")

@@ -155,7 +155,7 @@ def _print(report: dict[str, Any], reports: Mapping[str, Any], out: Path, second
     width = terminal.width // len(TITLES) - 2
     for search, meaning in SEARCHES.items():
         terminal.print(
-            f"\n[bold]{search}[/bold]: {meaning}; percent right by nearest class mean, rows search columns\n"
+            f"\n[bold]{search}[/bold]: {meaning}; percent right by nearest class mean; a row per query model\n"
         )
         table = Table.grid(*TITLES.values(), padding=(0, 2))
         table.add_row(*(f"[bold]{title}[/bold]" for title in TITLES.values()))

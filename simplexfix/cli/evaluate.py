@@ -124,8 +124,8 @@ def _read(arguments: argparse.Namespace, *, first: bool = True) -> _Input:
         for part, zeros in zip(("query", "gallery"), version.zero_rows, strict=True):
             if zeros:
                 print(
-                    f"simplexfix evaluate: {printable(version.label)}: {zeros} rows of {part} are zero, without a "
-                    "direction: they find the class or the row that comes first",
+                    f"simplexfix evaluate: {printable(version.label)}: {zeros} rows of {part} are all zeros: "
+                    "each matches the first class or row; check the extraction",
                     file=sys.stderr,
                 )
     images = {
@@ -216,7 +216,7 @@ def _print(report: EvaluationReport, out: Path) -> None:
         )
     for remark in report.remarks:
         terminal.print(f"[yellow]{escape(remark)}[/yellow]")
-    terminal.print("\nScore in percent, rows search columns; below the diagonal old galleries, as they were\n")
+    terminal.print("\nScore in percent. Rows: query version. Columns: gallery version\n")
     terminal.print(heat_map(report.matrix, report.names, terminal))
     if report.upgrades:
         mark = marks(terminal)

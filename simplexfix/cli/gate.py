@@ -1,8 +1,8 @@
 """Judges an upgrade by rules, for a pipeline: exit code 0 if it passes, 1 if a rule fails, 2 for bad input.
 
 OLD and NEW are files or folders for `VersionFeatures.load`: features of the same items by the two models.  Rules per
-group need the array `query_groups`.  The default rule is the ECC at 95 % confidence: the new queries find more in the
-old gallery than the old queries.  --agreement needs no labels.
+group read the array `query_groups`; without it, the classes are the groups.  The default rule is the ECC at 95 %
+confidence: the new queries find more in the old gallery than the old queries.  --agreement needs no labels.
 """
 
 from __future__ import annotations

@@ -18,7 +18,11 @@ from ._terminal import criteria_text
 def run(arguments: argparse.Namespace) -> int:
     files = sorted(arguments.folder.glob("*/run.json")) or sorted(arguments.folder.glob("run.json"))
     if not files:
-        print(f"simplexfix runs: {arguments.folder} holds no runs", file=sys.stderr)
+        print(
+            f"simplexfix runs: {arguments.folder} and its subfolders hold no run.json: "
+            "pass the folder of --out, or its parent",
+            file=sys.stderr,
+        )
         return 2
     runs = [_summary(file.parent) for file in files]
     if arguments.json:

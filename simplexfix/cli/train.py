@@ -41,7 +41,9 @@ def run(arguments: argparse.Namespace) -> int:
             report = train_run(config, folder, on_step=show)
             first = processes.rank() == 0
     except CheckpointError as error:  # a finished version is damaged; damaged checkpoints are skipped
-        remedy = "delete it and call again: what it held is made again, the same on the same machine"
+        remedy = (
+            "delete this file and run the same command again, which writes it again, on the same machine bit for bit"
+        )
         print(f"simplexfix train: {error}; {remedy}", file=sys.stderr)
         return BAD_INPUT
     except (ValueError, TypeError, FloatingPointError) as error:

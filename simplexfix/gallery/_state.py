@@ -162,8 +162,8 @@ def admit(
     held = state.models.get(model.version)
     if held is not None and held.identity.fingerprint != model.fingerprint:
         raise StrangerError(
-            f"{_named(held.identity)} of this gallery is another model: give the new one another number, such as "
-            f"{max(state.models) + 1}"
+            f"{_named(held.identity)} of this gallery is another model: pass another number, such as "
+            f"identity(version={max(state.models) + 1})"
         )
     for other in state.models.values():
         if other.identity.version != model.version and other.identity.fingerprint == model.fingerprint:

@@ -71,7 +71,7 @@ def test_its_table_says_what_was_chosen_and_why(files, capsys) -> None:
     assert main(adapt(files, "--labels", str(files / "labels.txt"))) == 0
     out = capsys.readouterr().out
     assert "whitened_procrustes (g 0.3)" in out
-    assert "on what was held out, the old encoder alone finds" in out
+    assert "on held-out items, the old encoder alone finds" in out
     assert "by nearest class mean" in out
     assert "of a full re-extraction; it breaks" in out
     assert "new queries find more in the old gallery than the old encoder does" in out

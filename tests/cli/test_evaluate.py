@@ -294,8 +294,8 @@ def test_numbers_too_small_for_float32_and_zero_rows(models, capsys) -> None:
     save(models, "small.npz", small)
     assert main(["evaluate", str(models / "small.npz")]) == 0
     said = capsys.readouterr().err
-    assert "small.npz: 4 rows of query are zero" in said
-    assert "small.npz: 1 rows of gallery are zero" in said
+    assert "small.npz: 4 rows of query are all zeros" in said
+    assert "small.npz: 1 rows of gallery are all zeros" in said
     assert json.loads(Path("report/report.json").read_text())["zero_rows"] == [{"query": 4, "gallery": 1}]
 
 

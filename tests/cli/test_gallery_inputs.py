@@ -170,9 +170,7 @@ def test_ctrl_c_keeps_what_is_done_and_the_same_command_goes_on(shop: Path, monk
         capsys.readouterr()
         assert run(command + ("v1" if action == "backfill" else "v0")) == 130
     said = capsys.readouterr().err
-    assert said.endswith(
-        "simplexfix gallery: interrupted; what was added or replaced stays; the same command goes on\n"
-    )
+    assert said.endswith("simplexfix gallery: interrupted; added and replaced rows stay; the same command continues\n")
     with Gallery.open("shop") as gallery:
         status = gallery.status()
         assert status["leased"] == 0

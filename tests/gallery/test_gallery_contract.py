@@ -343,7 +343,9 @@ def test_versions_of_several_widths_are_one_ranking(url: str) -> None:
             ValueError, match=r"queries are 33 wide and rows of version 1 are 40: search with a model of"
         ):
             each.search(rows[:, :DIM], 1, model=A)
-        with pytest.raises(ValueError, match="these rows are by models of several widths: read those of one version"):
+        with pytest.raises(
+            ValueError, match="these rows have vectors of several widths: pass the ids of rows of one version"
+        ):
             each.read()
     gallery.rollback()
     assert other.search(rows[:, :DIM], 1, model=A).ids.ravel().tolist() == IDS.tolist()

@@ -159,7 +159,7 @@ def test_a_writer_whose_turn_was_taken_never_reports_a_commit(lite: str, gallery
 
     monkeypatch.setattr(_milvus_register.Register, "commit", late_commit)
     with pytest.raises(
-        StoreError, match=r"was to add: Milvus did not confirm .*: another writer has committed a change since"
+        StoreError, match=r"cannot add in .*: Milvus did not confirm .*: another writer has committed a change since"
     ):
         gallery.add([60], vectors([60]), model=A)
     assert set(stored_rows(gallery)) == {*before, 70}

@@ -563,7 +563,10 @@ def test_files_that_are_moved_replaced_or_damaged_are_named(tmp_path) -> None:
         (b"x" * len(content), "cannot open the gallery: file is not a database"),
         (content[:100] + b"x" * 5000 + content[5100:], "cannot .*malformed|cannot .*not a database"),
         (content.replace(ALL[0][7].tobytes(), ALL[0][8].tobytes()), "the vector of id 7 is damaged: .* its checksum"),
-        (content[:68] + b"abcd" + content[72:], "is not a gallery of format 1, it is of application and format"),
+        (
+            content[:68] + b"abcd" + content[72:],
+            "is not a gallery of format 1: expected application_id and user_version",
+        ),
         (content[:60] + (2).to_bytes(4, "big") + content[64:], r"is of application and format \[1397119047, 2\]"),
     ):
         file.write_bytes(damage)

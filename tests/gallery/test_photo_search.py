@@ -209,7 +209,7 @@ def test_the_command_serves_until_ctrl_c(prepared: Path, tmp_path: Path) -> None
             assert answer.headers["Content-Security-Policy"].startswith("default-src 'none'; script-src 'self'")
             assert b'<canvas id="canvas"' in answer.read()
         process.send_signal(signal.SIGINT)
-        assert process.communicate(timeout=60)[0] == "stopping; `serve` goes on from here\n"
+        assert process.communicate(timeout=60)[0] == "stopped; run `serve` again to continue\n"
         assert process.returncode == 0
     finally:
         process.kill()

@@ -29,7 +29,7 @@ def modules_above(frame: FrameType | None) -> list[str]:
 
 @pytest.mark.parametrize("protocol", ["nearest_class_mean", "instance"])
 @pytest.mark.parametrize("itself", [False, True])
-def test_no_module_is_entered_twice_on_the_way_down(protocol: str, itself: bool) -> None:
+def test_evaluate_enters_each_module_once(protocol: str, itself: bool) -> None:
     rng = np.random.default_rng(0)
     rows = [rng.standard_normal((80, 16)).astype(np.float32) for _ in range(2)]
     labels = rng.integers(5, size=80)

@@ -469,7 +469,7 @@ def test_an_error_while_saving_leaves_the_model_that_was_there(tmp_path: Path, m
     assert EmbeddingModel.from_pretrained(tmp_path).identity() == before
 
 
-def test_what_is_somebody_elses_is_never_lost(tmp_path: Path) -> None:
+def test_files_of_others_are_kept(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("mine")
     (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"mine")
     small().save_pretrained(tmp_path)
@@ -517,7 +517,11 @@ def with_more() -> EmbeddingModel:
             ValueError,
             r"fit what its arguments make.*unexpected: layers.0.bias",
         ),
-        (lambda p: with_more().save_pretrained(p), TypeError, "cannot save tensors outside backbone and head, got temperature"),
+        (
+            lambda p: with_more().save_pretrained(p),
+            TypeError,
+            "cannot save tensors outside backbone and head, got temperature",
+        ),
         (lambda p: small().save_pretrained(p, version=-1), ValueError, "version must be 0 or more, got -1"),
         (lambda p: small().save_pretrained(p, version=1.5), TypeError, "version must be an integer, got float"),
         (lambda p: small().save_pretrained(p, name=3), TypeError, "name must be a string, got int"),

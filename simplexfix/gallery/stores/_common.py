@@ -16,7 +16,7 @@ __all__ = [
     "taken_id", "time_text", "too_wide",
 ]  # fmt: skip
 
-SEVERAL_WIDTHS = "these rows are by models of several widths: read those of one version at a time"
+SEVERAL_WIDTHS = "these rows have vectors of several widths: pass the ids of rows of one version"
 
 
 def as_json(value: Any) -> str:

@@ -170,8 +170,8 @@ def pack(
         bits = "" if exact[at] else base64.b64encode(vectors[at].astype("<f4").tobytes()).decode()
         if len(bits) > _LONGEST:
             raise ValueError(
-                f"vectors row {at} has {len(vectors[at])} numbers that differ by more than float32's exponents: Milvus "
-                "cannot keep its bits"
+                f"vectors row {at} has {len(vectors[at])} numbers of too different sizes for Milvus to store exactly: "
+                "use a folder or PostgreSQL"
             )
         if len(payload[at].encode()) > _LONGEST:
             raise ValueError(

@@ -42,7 +42,7 @@ class Snapshots:
             except GoneError:
                 if self.register.read().change == position.change:
                     raise
-        raise StoreError("it changes faster than this process reads it")
+        raise StoreError("20 reads were each overtaken by a newer change: repeat the call when fewer writers run")
 
     def at(self, position: Position, beat: Callable[[], None] = no_beat) -> Snapshot | None:
         """The snapshot of a change; None if its record was deleted because there are newer ones."""

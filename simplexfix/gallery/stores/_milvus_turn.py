@@ -148,11 +148,11 @@ def taken(snapshots: Snapshots, *, wait: float | None = None) -> Iterator[Turn]:
     """
     register = snapshots.register
     if not register.lock.acquire(timeout=-1 if wait is None else wait):
-        raise StoreError("another thread writes")
+        raise StoreError("another thread of this process is writing: repeat the call")
     try:
         mine = register.begin() if wait is None else register.begin(wait=wait)
         if mine is None:
-            raise StoreError("others write, and none of them has ended in time")
+            raise StoreError("other writers did not finish in time: repeat the call, or end a writer that hangs")
         turn: Turn | None = None
         try:
             before = snapshots.at(mine, register.beat)

@@ -93,10 +93,14 @@ class FolderStore:
             with store._writer.lock:
                 connection = store._writer.current
                 if connection.execute("select count(*) from sqlite_master").fetchone()[0]:
-                    raise FileExistsError(f"{path} holds a gallery, which Gallery.open opens, or something else")
+                    raise FileExistsError(
+                        f"{path} holds tables already: open it with Gallery.open, or give a new folder"
+                    )
                 connection.execute("pragma page_size=16384")  # vectors of 4,000 numbers fit into one page
                 if connection.execute("pragma journal_mode=wal").fetchone()[0] != "wal":
-                    raise sqlite3.OperationalError("the file system has no shared memory: take a local disk")
+                    raise sqlite3.OperationalError(
+                        "SQLite needs shared memory, which this file system lacks: use a local disk"
+                    )
             with store._writer.writing() as connection:
                 for statement in _statements(_SCHEMA):
                     connection.execute(statement)
@@ -125,7 +129,10 @@ class FolderStore:
         if found == [0, 0]:
             raise FileNotFoundError(f"{path} holds no gallery: its creation was interrupted; create it again")
         if found != [_APPLICATION, _FORMAT]:
-            raise StoreError(f"{path} is not a gallery of format {_FORMAT}, it is of application and format {found}")
+            raise StoreError(
+                f"{path} is not a gallery of format {_FORMAT}: expected application_id and user_version "
+                f"{[_APPLICATION, _FORMAT]}, got {found}; another program or a newer simplexfix wrote it"
+            )
         return store
 
     def state(self) -> State:
@@ -521,7 +528,10 @@ def _vectors(ids: Sequence[int], checksums: Sequence[int], blobs: Sequence[bytes
     """Returns [n, d] float32, the vectors in the blobs; an error if a checksum or the widths differ."""
     for id_, checksum, blob in zip(ids, checksums, blobs, strict=True):
         if zlib.crc32(blob) != checksum:
-            raise sqlite3.DatabaseError(f"the vector of id {id_} is damaged: it does not give its checksum")
+            raise sqlite3.DatabaseError(
+                f"the vector of id {id_} does not match its checksum: restore the gallery from a backup, or "
+                "remove the row and add it again"
+            )
     if len({len(blob) for blob in blobs}) > 1:
         raise ValueError(SEVERAL_WIDTHS)
     return np.frombuffer(b"".join(blobs), dtype="<f4").reshape(len(blobs), -1 if blobs else 0)

@@ -286,7 +286,7 @@ class MilvusStore:
         try:
             yield
         except UnknownError as error:
-            raise StoreError(f"the gallery in {self.url} was to {what}: {error}") from error
+            raise StoreError(f"cannot {what} in {self.url}: {error}") from error
         except StoreError as error:
             if self.url in str(error):
                 raise

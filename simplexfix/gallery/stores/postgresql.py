@@ -385,8 +385,8 @@ class PostgresStore:
             yield
         except LostCommitError as error:
             raise StoreError(
-                f"the gallery in {self.url} was asked to {what}{'' if rows is None else f' {rows} rows'}, and the "
-                "connection broke before the server confirmed the commit: all of the change was made, or nothing; "
+                f"the connection to {self.url} broke before the server confirmed the commit of the call to {what}"
+                f"{'' if rows is None else f' {rows} rows'}: all of the change was made, or nothing; "
                 f"check which before you repeat the call ({error})"
             ) from error
         except psycopg.Error as error:
