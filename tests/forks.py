@@ -131,7 +131,7 @@ def writers() -> Iterator[str]:
                 said.add("ok")
             except RuntimeError as error:
                 said.add(str(error))
-        calls.clear()  # the index's memory may be inconsistent too
+        calls.clear()  # frees the closures; the index, perhaps inconsistent here, stays in the frame of writers()
         return " ".join(sorted(said))
 
     with busy(changes):

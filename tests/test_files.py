@@ -11,7 +11,7 @@ from simplexfix._files import write_folder, write_whole
 from simplexfix.models import EmbeddingModel, FeatureMLP, LinearHead
 from simplexfix.training import read_state, write_state
 
-# names of at most 255 bytes; a temporary name is a cut name, and the cut may fall into a character of several bytes
+# names of at most 255 bytes; a temporary name is cut from them, also where a character has several bytes
 NAMES = ["x" * 250, "x" * 255, *("x" * i + "版" * 83 for i in range(3)), "é" * 127, "🙂" * 63 + ".js"]
 
 

@@ -1,4 +1,4 @@
-"""The examples of docs/guides/frameworks.md run: other libraries' loops train a version and its successor."""
+"""Tests the examples of docs/guides/frameworks.md: other libraries' loops train a version and its successor."""
 
 from __future__ import annotations
 

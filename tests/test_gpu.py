@@ -228,7 +228,7 @@ def same_search(device: str, query: Tensor, gallery: Tensor, k: int) -> None:
 
 @pytest.mark.parametrize("kind", GALLERIES)
 def test_search_to_the_bit(device: str, kind: str) -> None:
-    for n, d, k in ((700, 33, 10), (1500, 8, 100), (300, 129, 290)):  # nearly all rows: no first pass
+    for n, d, k in ((700, 33, 10), (1500, 8, 100), (300, 129, 290)):  # the last k is nearly n: no first pass
         rng = np.random.default_rng(n)
         gallery = hard_gallery(kind, n, d, rng)
         same_search(device, *(torch.from_numpy(x) for x in (queries_for(gallery, 20, rng), gallery)), k)

@@ -78,9 +78,9 @@ def test_some_losses_and_searches_at_a_lower_level(level: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("level", [level for level in LEVELS[:-1] if "vnni" not in level])
 def test_losses_at_a_lower_level(level: str) -> None:
-    """Runs the whole numeric suite again below the best level; on a machine without AVX the levels coincide.
+    """Runs the tests of losses, logits and the contrast again below the best level.
 
-    The losses have no VNNI kernels.
+    On a machine without AVX the levels coincide. The losses have no VNNI kernels.
     """
     passed(losses_at(level))
 

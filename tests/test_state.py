@@ -143,7 +143,7 @@ def test_copies_of_a_registry_are_independent() -> None:
 
 
 def test_an_invalid_journal_changes_nothing() -> None:
-    """The journal is replaced by that of another registry, by zeros or nan, and by a mean of two that differ."""
+    """The journal is replaced by that of another registry, by zeros or nan, and by the mean of two registries."""
     slots, longer, stranger = SlotRegistry(16), SlotRegistry(16), SlotRegistry(17)
     for registry in (slots, longer, stranger):
         registry.add("a", range(3))
