@@ -240,7 +240,10 @@ def test_after_an_error_the_output_is_as_it_was(files, monkeypatch, capsys) -> N
 
 
 def test_a_gallery_of_the_old_encoder_admits_the_adapter(files, capsys) -> None:
-    """Runs the commands that docs/guides/gallery.md shows for a vendor's gallery."""
+    """Runs the commands of docs/guides/gallery.md for a vendor's gallery, and admits by force.
+
+    test_gate_agreement.py tests the admission by a gate.
+    """
     old, new, _ = paired_features()
     model, shop, out = (str(files / name) for name in ("v0.json", "shop", "out"))
     (files / "v0.json").write_text(json.dumps(ModelIdentity.external("vendor/embed", "1", 10).to_dict()))

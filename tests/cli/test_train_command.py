@@ -1,4 +1,4 @@
-"""Tests `simplexfix train` and `simplexfix runs` on a folder of features and on the preset."""
+"""Tests `simplexfix train` and `simplexfix runs` on a folder of features and on a preset."""
 
 from __future__ import annotations
 

@@ -526,7 +526,7 @@ def test_a_pause_or_a_rollback_ends_the_loop_of_a_worker(gallery: Gallery) -> No
 
 
 def test_a_second_process_sees_what_was_committed(url: str, gallery: Gallery) -> None:
-    """Another `Gallery` shares nothing but the store."""
+    """A second `Gallery` stands for the process: it shares only the store."""
     other = Gallery.open(url)
     assert other.search(vectors([5]), 1, model=A).ids == 5
     gallery.add([60], vectors([60]), model=A)
@@ -542,7 +542,7 @@ def test_a_second_process_sees_what_was_committed(url: str, gallery: Gallery) ->
 
 
 def test_a_status_is_of_one_moment(url: str, gallery: Gallery, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another process rolls back after the first read of the store."""
+    """A second `Gallery`, which stands for another process, rolls back after the first read of the store."""
     upgraded(gallery, IDS)
     other, rolled_back = Gallery.open(url), []
 
