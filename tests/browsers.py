@@ -28,7 +28,7 @@ _FLAGS = (
 
 @contextmanager
 def chromium(profile: Path) -> Iterator[Any]:
-    """Returns a driver with logs of console and network; skips the test if selenium or Chromium is missing."""
+    """Yields a driver that logs console and network; skips the test if selenium or Chromium is missing."""
     webdriver = pytest.importorskip("selenium.webdriver", reason="pip install selenium")
     if not BROWSER or not DRIVER:
         pytest.skip("needs chromium and chromedriver")
@@ -55,7 +55,10 @@ def emulate(browser: Any, width: int, scheme: str = "light") -> None:
 
 
 def too_wide(browser: Any) -> list[str]:
-    """Returns the elements that are wider than the window and do not scroll by themselves."""
+    """Returns the elements that reach past the window's right edge, and "the page" first if it scrolls sideways.
+
+    Elements inside a scrollable box are left out.
+    """
     found: list[str] = browser.execute_script(
         """const page = document.documentElement;
         const wide = [...document.querySelectorAll('main *')].filter(e => !e.closest('.scroll')

@@ -1,4 +1,4 @@
-"""Options, order and fixtures of all tests; the header of every run names the simplexfix that is tested."""
+"""Options, order and fixtures of all tests; the header of every run has the version and path of simplexfix."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from simplexfix.retrieval._plain_index import PlainIndex
 ROOT = Path(__file__).resolve().parents[1]
 
 
-# The slowest files, with and without slow tests: with `-n auto` they start first, so that none runs alone at the end.
+# The files that take longest, some with slow tests and some without. With `-n auto` they start first, so that none
+# runs alone at the end.
 LONGEST = (
     "test_gallery_contract.py", "test_instruction_sets.py", "test_install.py", "test_cuda_kernels.py", "test_demo.py",
     "test_interrupts.py", "test_evaluate.py", "test_docs.py", "test_trainer.py", "test_operators.py",
@@ -39,7 +40,7 @@ def example(page: str, heading: str) -> str:
 
 
 def snippet(page: str, heading: str) -> CodeType:
-    """Returns the code of this block."""
+    """Returns `example(page, heading)`, compiled."""
     return compile(example(page, heading), page, "exec")
 
 
@@ -51,7 +52,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:  # each core has a process already
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         torch.set_num_threads(1)
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's `pytest &`; processes that tests start inherit it
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's `pytest &`; child processes inherit it
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.getoption("--emulated-cuda"):
         sys.path.append(str(ROOT / "tests" / "native"))
@@ -63,9 +64,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Assigns whole files to processes, so that module fixtures run once, in the order of the collection.
+    """Assigns whole files to processes in the order of collection, so that module fixtures run once.
 
-    All tests of the Milvus server count as one more file: the server takes 15 seconds to start, and the tests mostly
+    All tests of the Milvus server count as one more file: the server takes 15 seconds to start, and its tests mostly
     wait for it.
     """
     from xdist.scheduler import LoadFileScheduling
@@ -97,13 +98,13 @@ def pytest_deselected(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if hasattr(session.config, "workeroutput"):  # not the environment: a pytest that a test starts inherits it
+    if hasattr(session.config, "workeroutput"):  # a pytest that a test starts inherits PYTEST_XDIST_WORKER, too
         session.config.workeroutput["slow_left_out"] = session.config.stash.get(LEFT_OUT, 0)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """Takes the number from a process of pytest-xdist: each collects all tests."""
+    """Stores a worker's number of slow tests: each worker of pytest-xdist collects all tests."""
     found = getattr(node, "workeroutput", {}).get("slow_left_out", 0)  # a process that was killed has none
     node.config.stash[LEFT_OUT] = max(found, node.config.stash.get(LEFT_OUT, 0))
 
@@ -123,7 +124,7 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 @pytest.fixture(scope="session")
 def data_folder() -> Path:
-    """The folder of real data for development; tests that need it are skipped elsewhere."""
+    """Returns the folder of real data for development; skips a test where there is none."""
     folder = Path(os.environ.get("SIMPLEXFIX_DATA", ROOT.parent / "shared" / "data"))
     if not folder.is_dir():
         pytest.skip(f"no data folder at {folder}; SIMPLEXFIX_DATA names another")

@@ -1,4 +1,7 @@
-"""The definition of exact search in plain NumPy, bitwise equal to the kernels, and difficult galleries."""
+"""The definition of exact search in plain NumPy, with the same bits as the kernels, and difficult galleries.
+
+Codes are rows rounded to eight bits, with which a search finds candidates (csrc/cpu/gallery_codes.h).
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ Floats = NDArray[np.float32]
 
 
 def _total(products_of: Iterator[NDArray[np.float64]]) -> NDArray[np.float64]:
-    """A sum of eight partial sums (j mod 8), added in one fixed order: docs/design/numerics.md."""
+    """Sums eight partial sums, one for each j mod 8, in a fixed order: docs/design/numerics.md."""
     s = sum(products_of)
     return ((s[..., 0] + s[..., 4]) + (s[..., 2] + s[..., 6])) + ((s[..., 1] + s[..., 5]) + (s[..., 3] + s[..., 7]))
 
@@ -36,7 +39,10 @@ def to_bfloat16(rows: Floats) -> Floats:
 def definition(
     query: Floats, gallery: Floats, k: int, ids: NDArray[np.int64] | None = None, dtype: str = "float32"
 ) -> tuple[Floats, NDArray[np.int64]]:
-    """Returns scores and ids [Q, k] by the definition: every score, then one sort."""
+    """Returns scores and ids [Q, k] by the definition: every score, then one sort.
+
+    Places beyond the last row have score -inf and id -1.
+    """
     g = unit(gallery)
     q8, g8 = _in_eights(unit(query)), _in_eights(to_bfloat16(g) if dtype == "bfloat16" else g)
     scores = np.full((len(query), k), -np.inf, dtype=np.float32)
@@ -58,7 +64,8 @@ GALLERIES = (
 )  # fmt: skip
 
 
-# d: one group of codes and less, whole vectors and tails, many; n: one panel, several tasks, splits whose lists fill
+# (d, n). d: less than a group of four codes, whole vectors, vectors with tails. n: one task, several tasks, and splits
+# that fill their candidate lists.
 SIZES = [(1, 1300), (3, 5000), (8, 700), (63, 9000), (64, 4097), (129, 3000), (1023, 1500)]
 
 
@@ -67,7 +74,7 @@ def hard_gallery(kind: str, n: int, d: int, rng: np.random.Generator) -> Floats:
     z = rng.standard_normal((n, d)).astype(np.float32)
     if kind == "normal":
         return z
-    if kind == "one-hot":  # three lengths per direction: many exact ties, and only scores of 0, 1 and -1
+    if kind == "one-hot":  # factors -1, 1 and 2 per direction: many exact ties, and only scores of 0, 1 and -1
         return np.eye(d, dtype=np.float32)[rng.integers(0, d, n)] * rng.choice([-1, 1, 2], (n, 1)).astype(np.float32)
     if kind == "duplicates":
         return z[rng.integers(0, max(1, n // 50), n)]
@@ -77,7 +84,7 @@ def hard_gallery(kind: str, n: int, d: int, rng: np.random.Generator) -> Floats:
         return z[rng.integers(0, min(n, 7), n)] + np.float32(kind.split()[1]) * z
     if kind == "one cluster":
         return z[:1] + np.float32(1e-4) * z
-    if kind == "a crowd and others":  # most rows have short codes, the others long ones
+    if kind == "a crowd and others":  # most rows lie near one row, the others do not
         return np.where(rng.random((n, 1)) < 0.9, z[:1] + np.float32(0.1) * z, z)
     if kind == "numbers of all sizes":
         return (z * 10.0 ** rng.uniform(-30, 30, (n, d))).clip(-1e38, 1e38).astype(np.float32)
@@ -91,11 +98,11 @@ def hard_gallery(kind: str, n: int, d: int, rng: np.random.Generator) -> Floats:
     if kind == "zeros":
         z[::3] = 0
         return z
-    # each row is better than those before, or worse: the cutoff always or never changes
+    # each row is nearer to row 0 than those before, or farther: the cutoff always or never changes
     if kind in ("rising", "falling"):
         near = np.linspace(0, 1, n, dtype=np.float32)[:: 1 if kind == "rising" else -1, None]
         return (1 - near) * z + near * z[:1] * 3
-    if kind == "runs":  # 64 neighbours are contiguous, the same ones in each 1024: no sample is representative
+    if kind == "runs":  # runs of 64 similar rows, repeated every 1024 rows: no sample is representative
         return z[np.arange(n) // 64 % 16] + np.float32(0.1) * z
     if kind == "signs":
         return rng.integers(-1, 2, (n, d)).astype(np.float32)
@@ -105,7 +112,7 @@ def hard_gallery(kind: str, n: int, d: int, rng: np.random.Generator) -> Floats:
 
 
 def queries_for(gallery: Floats, count: int, rng: np.random.Generator) -> Floats:
-    """Returns rows of the gallery, rows near them, their opposites, others and a zero row."""
+    """Returns rows of the gallery, rows near some, random rows, the opposite of row 0, and a zero row."""
     n, d = gallery.shape
     rows = unit(gallery)
     third = count // 3

@@ -1,7 +1,7 @@
-"""A process that forks while it is at work: python forks.py CASE...  Prints all children's results as JSON.
+"""A process that forks during computations: python forks.py CASE...
 
-Prints each child's result as a JSON list. Children are killed after LIMIT seconds; test_forks.py runs this with its own
-limit.
+Prints a JSON object: the list of the children's results by case. Children are killed after LIMIT seconds;
+test_forks.py limits the time of the whole process.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import simplexfix.functional as SF
 from simplexfix import CosineIndex, _native
 
 LIMIT = 15.0
-# torch's own threads: a child that runs the reference implementation would deadlock
+# a fork does not copy torch's threads: with the reference implementation a child would deadlock
 torch.set_num_threads(2 if _native.library else 1)
 
 rng = np.random.default_rng(0)
@@ -131,7 +131,7 @@ def writers() -> Iterator[str]:
                 said.add("ok")
             except RuntimeError as error:
                 said.add(str(error))
-        calls.clear()  # the index's memory may be inconsistent too
+        calls.clear()  # frees the closures; the index, perhaps inconsistent here, stays in the frame of writers()
         return " ".join(sorted(said))
 
     with busy(changes):
@@ -140,7 +140,7 @@ def writers() -> Iterator[str]:
 
 
 def waiting() -> Iterator[str]:
-    """A thread waits for a search to end before it adds; nothing has changed yet."""
+    """At the fork a thread waits for a search to end before it adds; the index is unchanged yet."""
     index = CosineIndex(64, threads=1)
     index.add(vectors)
     tasks = index_tasks(index)
@@ -148,14 +148,14 @@ def waiting() -> Iterator[str]:
     others = [threading.Thread(target=index.search, args=(many, 10)), threading.Thread(target=index.add, args=(query,))]
     for other in others:
         other.start()
-        time.sleep(1)  # the search first reads all of its queries
+        time.sleep(1)  # the search normalises its queries before it takes the lock
     yield from map(in_child, tasks)
     yield "ok" if others[1].is_alive() else "the search was too short"
     for other in others:
         other.join()
 
 
-# Created before a fork, with sizes that use several threads. torch's own operators hang in a child at such sizes.
+# These inputs are created before a fork: torch's own operators use several threads at such sizes, and hang in a child.
 draw = torch.Generator().manual_seed(0)
 features = torch.randn(700, 255, generator=draw).requires_grad_()
 old_features, upstream = torch.randn(700, 255, generator=draw), torch.randn(700, 256, generator=draw)
@@ -211,7 +211,7 @@ def beside_operators() -> Iterator[str]:
 
 
 def item(at: int) -> int:
-    """One item of a worker: a loss and a search."""
+    """Returns one item of a worker, by a loss and a search."""
     row = torch.from_numpy(query[at : at + 1]).requires_grad_()
     SF.simplex_cross_entropy(row, torch.tensor([at % 64])).backward()
     return int(searched.search(query[at : at + 1], 1)[1][0, 0])

@@ -1,7 +1,7 @@
 """A Hugging Face hub on this machine: the endpoints by which huggingface_hub creates, pushes and downloads models.
 
 It keeps repositories in memory.  It takes weights by LFS (basic transfer) and the other files inside the commit, as the
-real one does without Xet.  A request with a token may write to every owner but "stranger".
+real hub does without Xet.  A request with a token may write for every owner except "stranger".
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200 if new else 409, {"url": f"{self.server.url}/{name}"})
         elif path == "/api/validate-yaml":
             self._send(200, {"errors": [], "warnings": []})
-        elif path.startswith("/lfs/"):  # without a token, as to the real one's storage
+        elif path.startswith("/lfs/"):  # uploads have no token, as for the real hub's storage
             if "PUT" in self.server.failing:
                 return self._send(400, {"error": "Bad request"})  # the client retries a 500 for half a minute
             self.server.large[path.removeprefix("/lfs/")] = content

@@ -1,4 +1,4 @@
-"""A long call that a signal ends: python interrupts.py CASE.
+"""Makes a long call that a signal ends: python interrupts.py CASE.
 
 Prints "ready", then how the call ended, as JSON. Each call would take several times as long as test_interrupts.py
 allows.
@@ -177,7 +177,7 @@ def handler_that_uses_the_index() -> dict[str, Any]:
 
 
 def child() -> dict[str, Any]:
-    """A thread other than the main one forks; in the child it is the main thread."""
+    """A thread that is not the main one forks; in the child it is the main thread."""
     _, call = long_search()
     results: list[dict[str, Any]] = []
 
@@ -208,4 +208,4 @@ def child() -> dict[str, Any]:
 
 if __name__ == "__main__":
     print(json.dumps(globals()[sys.argv[1]]()), flush=True)
-    os._exit(0)  # otherwise not before a daemon's search has ended
+    os._exit(0)  # a normal exit would wait for the search of a daemon thread

@@ -1,6 +1,6 @@
-"""Processes that start in milliseconds: a fork server forks them, and has imported torch and this package before.
+"""Processes that start in milliseconds: a fork server that has imported torch and this package forks them.
 
-An interpreter that imports torch takes more than two seconds of a core.  The server runs no backward pass and no
+An interpreter that imports torch takes more than two seconds of CPU time.  The server runs no backward pass and no
 parallel loop, since neither survives a fork.  Tests of an interpreter's start and exit (its file system encoding, its
 environment before imports, its exit with a full stream) start real interpreters instead.
 """
@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 import torch
 
 CONTEXT = multiprocessing.get_context("forkserver")
-# All tests of a process share one server, which imports the modules of all of them and skips those that are missing.
-# torch imports torch._dynamo with the first optimizer, which takes more than a second.
+# All tests of a process share one server, which imports the modules that any of them needs, if installed. torch would
+# import torch._dynamo with the first optimizer, which takes more than a second.
 CONTEXT.set_forkserver_preload(
     [
         "pytest",
@@ -53,7 +53,7 @@ def free_ports(number: int) -> list[int]:
 
 
 def run_ranks(function: Callable[..., None], size: int, *arguments: object) -> None:
-    """Runs function(rank, size, *arguments) in `size` processes; raises the first error of any."""
+    """Runs function(rank, size, *arguments) in `size` processes; raises the first error."""
     torch.multiprocessing.start_processes(function, (size, *arguments), nprocs=size, start_method="forkserver")
 
 
@@ -67,8 +67,8 @@ class Child:
     """A process that runs function(*arguments) in `folder`, with `environment` added to this process's.
 
     Args:
-        stdout, stderr: "file", whose content `wait` returns; "left", a pipe without a reader; "full", /dev/full;
-            "closed".
+        stdout, stderr: "file": `wait` returns the content; "left": a pipe without a reader; "full": /dev/full;
+            "closed": no stream.
     """
 
     def __init__(

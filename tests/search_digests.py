@@ -1,6 +1,6 @@
-"""Fingerprints of exact searches in hard galleries: python search_digests.py prints them as JSON.
+"""Digests of exact searches in hard galleries: python search_digests.py prints them as JSON.
 
-It prints none where the machine lacks the level that SIMPLEXFIX_ISA names.
+It prints no digests if the machine lacks the level that SIMPLEXFIX_ISA names.
 
 test_instruction_sets.py runs this at every level; test_exact_search.py compares the same searches with the definition.
 """

@@ -183,7 +183,7 @@ CASES = [
 
 
 @needs_library
-def test_memory_that_is_not_there_is_told_in_torchs_words() -> None:
+def test_out_of_memory_has_torchs_message() -> None:
     """The message has no path of torch's headers on the build machine."""
     one = torch.zeros(2**12, 1)
     with pytest.raises(RuntimeError, match=r"allocate|lack of memory") as raised:

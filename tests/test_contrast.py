@@ -90,7 +90,7 @@ def test_no_gradient_reaches_the_old_model() -> None:
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-def test_hoc_is_the_mixture(reduction: str) -> None:
+def test_hoc_is_the_weighted_sum_of_both_losses(reduction: str) -> None:
     z, old = (features("normal", 7, 5, dtype=torch.float64, seed=seed) for seed in (0, 1))
     target = torch.tensor([0, 0, 5, 1, 0, 5, 2])
     loss = SF.hoc_loss(z, old, target, lambda_=0.3, mu=7.0, reduction=reduction)
@@ -100,8 +100,8 @@ def test_hoc_is_the_mixture(reduction: str) -> None:
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-def test_weight_and_ignore_index_of_hoc_are_of_its_cross_entropy(reduction: str) -> None:
-    """The contrast covers every image of the batch; ignored rows form one class of their own in it."""
+def test_hoc_applies_weight_and_ignore_index_to_its_cross_entropy_only(reduction: str) -> None:
+    """The contrast covers all rows of the batch; the ignored rows form one class in it."""
     z, old = (features("normal", 7, 5, dtype=torch.float64, seed=seed) for seed in (0, 1))
     target, weight = torch.tensor([0, 0, 9, 1, 9, 5, 2]), torch.rand(6, generator=torch.Generator().manual_seed(2))
     loss = SF.hoc_loss(z, old, target, lambda_=0.3, weight=weight, ignore_index=9, reduction=reduction)
@@ -120,8 +120,8 @@ def test_weight_and_ignore_index_of_hoc_are_of_its_cross_entropy(reduction: str)
 
 
 @pytest.mark.parametrize(("new_dtype", "old_dtype"), [("bfloat16", "float32"), ("float32", "bfloat16")])
-def test_under_autocast_the_old_features_may_be_of_another_dtype(new_dtype: str, old_dtype: str) -> None:
-    """Old features were extracted outside of autocast; the new ones have autocast's dtype."""
+def test_under_autocast_old_and_new_features_may_differ_in_dtype(new_dtype: str, old_dtype: str) -> None:
+    """One of the two may have been computed outside of autocast."""
     z = features("normal", 7, 5, dtype=getattr(torch, new_dtype)).requires_grad_()
     old, target = features("normal", 7, 5, dtype=getattr(torch, old_dtype), seed=1), torch.tensor([0, 0, 5, 1, 0, 5, 2])
     for loss in (SF.hoc_loss, SF.old_new_contrast):
@@ -147,7 +147,7 @@ def loss_and_gradient(function, new, old, target, upstream, **options):
     return loss.detach(), torch.autograd.grad(loss, new, upstream.to(loss.dtype).expand(loss.shape))[0]
 
 
-# below a vector, tails of every width, one row; 2200 rows: several blocks of anchors and chunks of candidates
+# one row, less than one vector, tails of every width; 2200 rows give several blocks of anchors and chunks of candidates
 @pytest.mark.parametrize(("rows", "d"), [(1, 2), (2, 3), (37, 17), (130, 65), (2200, 33)])
 @pytest.mark.parametrize("negatives", FORMS)
 @pytest.mark.parametrize("anchor", ["old", "new", "symmetric"])
@@ -182,10 +182,11 @@ def test_zero_rows_strides_and_nan() -> None:
     torch.testing.assert_close(strided, expected, rtol=1e-5, atol=1e-7)
     new[2, 3] = math.nan
     rows = SF.old_new_contrast(new, old, target, reduction="none")
-    assert rows.isnan().tolist() == [target[i] != 2 or i == 2 for i in range(9)]  # where it is compared with
+    # row 2 is nan, and so are the rows that have it as a negative
+    assert rows.isnan().tolist() == [target[i] != 2 or i == 2 for i in range(9)]
 
 
-def test_nothing_to_compare_is_as_in_torch() -> None:
+def test_an_empty_batch_is_as_in_torch() -> None:
     empty, none = torch.zeros(0, 5, requires_grad=True), torch.zeros(0, dtype=torch.int64)
     assert SF.old_new_contrast(empty, empty, none).isnan()
     assert SF.old_new_contrast(empty, empty, none, reduction="sum") == 0
@@ -203,8 +204,8 @@ def test_float16_gradients_survive_a_gradient_scaler() -> None:
 
 
 @needs_library
-def test_the_reference_is_not_what_runs_and_memory_stays_below_a_tenth() -> None:
-    """The operator allocates blocks besides its results: less than a tenth of a B x B matrix, in its own process."""
+def test_memory_is_below_a_tenth_of_the_matrix_of_scores() -> None:
+    """Besides its results the operator allocates less than a tenth of a B x B matrix; a new process measures it."""
     code = """
 import ctypes, torch, simplexfix.functional as SF
 status = lambda key: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key + ":"))
@@ -229,7 +230,7 @@ print((status("VmHWM") - before) / 1024)
 @needs_library
 @pytest.mark.parametrize("anchor", ["old", "new"])
 def test_loss_and_gradient_are_the_same_on_any_number_of_threads(anchor: str, pytestconfig: pytest.Config) -> None:
-    """Several blocks of anchors, and more candidates than one chunk of the products."""
+    """1100 rows are several blocks of anchors and more than one chunk of candidates."""
     if pytestconfig.getoption("--emulated-cuda"):
         pytest.skip("a GPU's matrix products are torch's")
     new, old = (features("normal", 1100, 40, dtype=torch.float32, seed=seed) for seed in (0, 1))
@@ -277,5 +278,5 @@ def contrast_of_a_rank(rank: int, size: int, port: int, unequal: bool) -> None:
 @pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
 @pytest.mark.parametrize("unequal", [False, True])
 def test_gathered_batches_are_one_batch(unequal: bool) -> None:
-    """Two processes with half the rows each, gradients averaged: the loss and gradient of one with all rows."""
+    """Two processes have half of the rows each: their mean loss and gradient equal those of all rows in one."""
     run_ranks(contrast_of_a_rank, 2, free_port(), unequal)

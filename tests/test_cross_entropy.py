@@ -29,7 +29,7 @@ def slots_of(polytope: str, d: int) -> int:
 
 
 def options_of(polytope: str, d: int) -> dict[str, Any]:
-    """Returns further options of the operator: codes of random cube vertices that use all bits of d."""
+    """Returns codes of 100 random vertices, which use all d bits, for a cube with too many vertices; else nothing."""
     if polytope != "cube" or d <= ENUMERATED:
         return {}
     words = torch.randint(-(2**62), 2**62, (100, -(-d // 64)), generator=torch.Generator().manual_seed(7))
@@ -48,10 +48,10 @@ def prototypes(polytope: str, d: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def dense(z, target, *, polytope="simplex", normalize=False, scale=1.0, margin=None, **options):
-    """The naive equation of the docstring, with the K x d matrix, in the dtype of z.
+    """Computes the naive equation with the K x d matrix of vertices, in the dtype of z.
 
-    A cube of too many vertices for that: the reference implementation, rounded to the dtype of z; below, a test
-    holds it to the matrix.
+    For a cube with d > ENUMERATED it is the reference implementation, rounded to the dtype of z.
+    test_the_reference_in_float64_is_the_truth compares that with the matrix.
     """
     if polytope == "cube" and z.shape[1] > ENUMERATED:
         return REFERENCES["cube"](z, target, normalize=normalize, scale=scale, margin=margin, **options).to(z.dtype)
@@ -140,7 +140,7 @@ def test_many_classes() -> None:
 @pytest.mark.parametrize("d", [2048, 2049, 2050, 4096, 4999])
 @pytest.mark.parametrize("options", [{}, {"normalize": True, "scale": 30.0}, {"label_smoothing": 0.1, "weight": 1}])
 def test_rows_of_several_tiles(polytope: str, d: int, options: dict[str, Any]) -> None:
-    """The CPU kernels split a row into tiles of 2048 with a largest logit each; labels lie at the ends of tiles."""
+    """The CPU kernels split a row into tiles of 2048, each with its own shift; labels lie at the ends of tiles."""
     slots = slots_of(polytope, d)
     target = torch.tensor([0, 2047, 2048, d - 1, slots - 1, d // 2, d // 2 + 2048])
     if polytope == "cube":
@@ -167,8 +167,11 @@ def test_rows_of_several_tiles(polytope: str, d: int, options: dict[str, Any]) -
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("d", [1, 2, 129, 4999])  # 4999 gives three tiles
 def test_logits_of_any_size(d: int, dtype: torch.dtype) -> None:
-    """The CPU kernel takes exponentials as they come, but for tiles whose sum tells that these may not do: logits about
-    those bounds, on both sides of them in one row, and so large that no rounding to a power of two is meant."""
+    """The CPU kernel computes unshifted exponentials, and shifts only tiles whose sum is too small or too large.
+
+    The logits lie near those bounds, on both sides of them in one row, and beyond the range in which exp can split off
+    a power of two.
+    """
     z = features("normal", 1, d, dtype=torch.float64)
     shifts = torch.tensor([-120.0, -90.0, -20.0, -8.0, -6.0, 30.0, 43.0, 46.0, 86.0, 90.0, 130.0])
     spread = torch.tensor([1e-6, 20.0, 44.0, 90.0, 1e3, 3e4])
@@ -184,8 +187,8 @@ def test_logits_of_any_size(d: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("scale", [200.0, 3e3, 1e6, 1e12, 1e30])
-def test_logits_that_are_all_alike_or_all_far_below(scale: float, dtype: torch.dtype) -> None:
-    """The rounding error of huge logits is huge too, and a margin may put all logits far below the reference."""
+def test_huge_logits_that_are_equal_or_negative(scale: float, dtype: torch.dtype) -> None:
+    """Huge logits have huge rounding errors, and a margin may make the label's logit hugely negative, too."""
     same = torch.full((1, 8), 3.3, dtype=dtype)
     loss = OPERATORS["orthoplex"](same, torch.tensor([3]), normalize=True, scale=scale)
     assert float(loss) == pytest.approx(math.log(8), rel=1e-5)
@@ -211,7 +214,7 @@ def test_a_small_loss_beside_large_logits(own: float, other: float) -> None:
     assert float(gradient[0, 1]) == pytest.approx(float((p / (1 + others)) @ w[:, 1]), rel=2e-5, abs=1e-30)
 
 
-def test_smoothing_of_logits_near_the_end_of_the_format() -> None:
+def test_smoothing_of_logits_near_the_largest_float() -> None:
     z = torch.zeros(1, 65535)
     z[0, 0] = -1e34
     loss = OPERATORS["simplex"](z, torch.tensor([0]), label_smoothing=0.1)
@@ -264,7 +267,7 @@ def test_angular_margin_beyond_pi(polytope: str) -> None:
 @needs_library
 @pytest.mark.parametrize("polytope", POLYTOPES)
 def test_a_row_at_its_own_vertex_keeps_its_small_loss(polytope: str) -> None:
-    """log1p, not log(1 + tiny): at cosine 1 and these scales the loss is 1e-24, which 1 - p would lose."""
+    """At cosine 1 and these scales the loss is about 1e-24: log1p keeps it, and 1 - p would be 0."""
     d, scale = {"simplex": (63, 60.0), "orthoplex": (64, 60.0), "cube": (10, 300.0)}[polytope]
     w = prototypes(polytope, d, torch.float64)
     loss = OPERATORS[polytope](w, torch.arange(len(w)), scale=scale, reduction="none")
@@ -278,11 +281,11 @@ def test_a_row_at_its_own_vertex_keeps_its_small_loss(polytope: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("margin", [("cosine", 0.5), ("angular", 1.0)])
-def test_a_margin_brings_back_a_loss_too_small_to_hold(dtype: torch.dtype, margin: tuple[str, float]) -> None:
-    """Without its margin the loss of these rows is exp(-2 scale / d), down to below the smallest number of the dtype.
+def test_a_margin_where_the_loss_without_it_underflows(dtype: torch.dtype, margin: tuple[str, float]) -> None:
+    """Without the margin, the loss is about exp(-2 scale / d), at some scales less than the dtype's smallest number.
 
-    The truth is the reference implementation in float64, which takes the logarithm of the sum there; the matrix
-    gives 0 for most."""
+    The truth is the reference implementation in float64; the matrix of vertices gives 0 for most rows.
+    """
     # the error of logits is scale * epsilon
     scale, tolerance = (2500.0, 1e-9) if dtype == torch.float64 else (250.0, 2e-3)
     w = prototypes("cube", 4, torch.float64)
@@ -339,7 +342,7 @@ def test_ignored_rows(polytope: str) -> None:
 
 @pytest.mark.parametrize("polytope", POLYTOPES)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_nothing_left_is_as_in_torch(polytope: str, reduction: str) -> None:
+def test_a_batch_without_counted_rows_is_as_in_torch(polytope: str, reduction: str) -> None:
     for z, target in (
         (torch.randn(3, 5), torch.full((3,), -100)),
         (torch.randn(0, 5), torch.empty(0, dtype=torch.int64)),
@@ -366,11 +369,11 @@ def test_leading_dimensions(polytope: str) -> None:
 @pytest.mark.parametrize(
     "view",
     [
-        lambda z: z[:, :40],  # rows further apart than they are long
+        lambda z: z[:, :40],  # the row stride exceeds the row's length
         lambda z: z[::3],
-        lambda z: z.T,  # columns apart: made dense
-        lambda z: z[:1].expand(5, -1),  # all rows the same memory
-        lambda z: z[:, 1:42],  # rows that start off any vector boundary
+        lambda z: z.T,  # a column stride: the operator copies it
+        lambda z: z[:1].expand(5, -1),  # all rows share memory
+        lambda z: z[:, 1:42],  # rows are not aligned to vectors
     ],
 )
 def test_strided_rows(polytope: str, view) -> None:
@@ -434,7 +437,7 @@ def test_a_row_is_the_same_alone_and_in_a_batch_and_on_any_number_of_threads(
 
 @needs_library
 @pytest.mark.cpu_only
-def test_memory_of_gradients_is_used_again_and_never_shared() -> None:
+def test_memory_of_gradients_is_reused_and_never_shared() -> None:
     z, target = torch.randn(64, 1023, requires_grad=True), labels(64, 1024)
 
     def gradient(scale: float) -> torch.Tensor:
@@ -472,7 +475,7 @@ def test_backward_twice_and_grad_of_a_leaf() -> None:
     assert torch.equal(z.grad, once)
 
 
-def test_no_gradient_is_made_where_none_is_wanted() -> None:
+def test_no_gradient_is_computed_where_none_is_required() -> None:
     z = torch.randn(4, 9, requires_grad=True)
     with torch.no_grad():
         loss = SF.simplex_cross_entropy(z, torch.zeros(4, dtype=torch.int64))
@@ -511,7 +514,7 @@ def test_the_reference_in_float64_is_the_truth(polytope: str) -> None:
 
 
 def test_the_cube_of_all_vertices_agrees_with_its_classes() -> None:
-    """cube_codes selects among the vertices, which targets without codes number."""
+    """Targets without codes are vertex numbers, which cube_codes returns for classes."""
     z, target, codes = features("normal", 30, 10, dtype=torch.float64), labels(30, 40), cube_codes(40, 10)
     expected = both(partial(dense, polytope="cube"), z, codes[target, 0], scale=4.0)
     for ours, truth in zip(both(SF.cube_cross_entropy, z, target, codes=codes, scale=4.0), expected, strict=True):
@@ -546,7 +549,7 @@ def test_a_mean_over_no_rows_is_nan_and_its_gradient_is_zero(polytope: str, dtyp
 
 @pytest.mark.parametrize("polytope", POLYTOPES)
 @pytest.mark.parametrize("size", [1e-18, 1e-9, 1e9, 1e19])
-def test_a_rows_norm_may_be_anything_whose_square_float32_has(polytope: str, size: float) -> None:
+def test_norms_whose_squares_fit_into_float32(polytope: str, size: float) -> None:
     z = F.normalize(features("normal", 5, 40, dtype=torch.float32))
     loss, gradient = both(OPERATORS[polytope], z, torch.arange(5), normalize=True, scale=9.0)
     huge, its_gradient = both(OPERATORS[polytope], z * size, torch.arange(5), normalize=True, scale=9.0)

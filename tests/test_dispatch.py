@@ -1,4 +1,4 @@
-"""Tests which GPUs the library supports, and the warning, once, for others. No test here needs a GPU."""
+"""Tests which GPUs the library supports, and the single warning for others. No test here needs a GPU."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from simplexfix.cli.doctor import diagnose
         ((8, 6), "80 90", True, True),  # code for an older GPU of the same major version
         ((8, 0), "86", False, False),
         ((9, 0), "80 120", False, False),
-        ((10, 0), "80 90", True, False),  # by PTX
+        ((10, 0), "80 90", True, False),  # the driver translates PTX
         ((12, 1), "80 86 120", True, True),
         ((7, 5), "80 90", False, False),
     ],
@@ -54,7 +54,7 @@ class OnGpu:
 
 
 @pytest.mark.usefixtures("gpu_of_7_5")
-def test_a_gpu_too_old_is_told_of_once() -> None:
+def test_an_unsupported_gpu_warns_once() -> None:
     assert (
         diagnose()["CUDA usable"]
         == "no: the library was built for 80 90, Old GPU is 75; CUDA tensors run in plain PyTorch"
@@ -67,14 +67,14 @@ def test_a_gpu_too_old_is_told_of_once() -> None:
 
 
 @pytest.mark.usefixtures("gpu_of_7_5")
-def test_a_gpu_of_the_right_kind_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_supported_gpu_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     assert _native.has_kernels(OnGpu())
     assert diagnose()["CUDA usable"] == "yes: Old GPU, compute capability 9.0"
 
 
 @pytest.mark.usefixtures("gpu_of_7_5")
-def test_a_driver_older_than_the_librarys_cuda_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_driver_older_than_the_librarys_cuda_warns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(_native, "cuda_versions", lambda: (13000, 12080))
     reason = "the library was built with CUDA 13.0, but the driver supports CUDA up to 12.8: update the driver"
@@ -95,8 +95,8 @@ def test_versions_are_those_of_the_toolkit_and_the_driver() -> None:
 
 
 @needs_library
-def test_fake_tensors_are_traced_for_a_gpu_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU, operators are traced as built and references are used elsewhere; shapes are the same."""
+def test_fake_cuda_tensors_are_traced_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tracing uses the operator if the library was built for CUDA, else the reference, also without a GPU."""
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     built = _native.build_info()
@@ -117,7 +117,7 @@ def test_fake_tensors_are_traced_for_a_gpu_elsewhere(monkeypatch: pytest.MonkeyP
         assert used == ([] if archs else ["reference"])
 
 
-def test_asking_for_a_gpu_compiles() -> None:
+def test_the_check_for_kernels_of_a_gpu_compiles() -> None:
     torch.compiler.reset()
     function = torch.compile(lambda z: z + 1 if _native._serves(0) else z - 1, fullgraph=True, backend="eager")
     assert function(torch.zeros(2)).tolist() in ([1.0, 1.0], [-1.0, -1.0])

@@ -48,7 +48,7 @@ def test_snippets_of_the_readme_run_in_order() -> None:
 
 
 def test_commands_of_the_readme_run_word_for_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs the commands on a model that improves and stays in its space."""
+    """Runs the commands on versions with growing accuracy in one space."""
     rng = np.random.default_rng(0)
     labels = {"query_labels": rng.integers(8, size=400), "gallery_labels": rng.integers(8, size=200)}
     clean = {name[:-7]: np.eye(16)[ids] for name, ids in labels.items()}
@@ -67,7 +67,7 @@ def test_commands_of_the_readme_run_word_for_word(tmp_path: Path, monkeypatch: p
     assert (tmp_path / "report" / "report.html").is_file()
 
 
-def test_the_method_of_ones_own_trains_and_its_page_runs(tmp_path, monkeypatch) -> None:
+def test_the_snippets_of_the_methods_page_run(tmp_path, monkeypatch) -> None:
     """Runs the snippets of docs/guides/methods.md in order: a second version finds items in the first one's gallery."""
     image = pytest.importorskip("PIL.Image", reason="the page reads a folder of images")
     draw = np.random.default_rng(0)
@@ -89,7 +89,7 @@ def test_the_method_of_ones_own_trains_and_its_page_runs(tmp_path, monkeypatch) 
     ids = class_order(names["labels"], seed=0).argsort()[labels]  # class ids as the tasks count them
     _, slots = last.head.predict(last.backbone(features))
     assert (slots[:, 0] == last.head.slots.lookup("default", ids)).double().mean() > 0.9
-    known = ids < 6  # to both
+    known = ids < 6  # classes of both versions
     old, new = (version.extract(features[known]) for version in (first, last))
     assert old.shape == (240, 32)
     nearest = (new @ old.T).fill_diagonal_(-1).argmax(1)  # an item's own old embedding does not count
@@ -134,8 +134,8 @@ def test_the_snippets_of_the_evaluation_page_run(tmp_path: Path, monkeypatch: py
     assert 0 < names["ndcg"].mean() < 1
 
 
-def test_the_life_of_a_gallery_runs_as_its_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs the page on two versions with one simplex; the first one sees half of the features."""
+def test_the_snippets_of_the_gallery_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs the page on two versions with one simplex; the first one uses half of the feature columns."""
     monkeypatch.chdir(tmp_path)
     draw, slots = torch.Generator().manual_seed(0), SlotRegistry(32)
     slots.add("default", range(10))
@@ -225,9 +225,9 @@ def test_each_operator_has_an_example(module: str) -> None:
 
 
 def test_names_of_the_package_exist() -> None:
-    """`simplexfix.x.y` in pages and docstrings exists, so renamed objects are renamed there too.
+    """Checks each name `simplexfix.x.y` in pages and docstrings, so that renamed objects are renamed there too.
 
-    Integrations are read and not imported, as their libraries may be missing.
+    Names of integrations are looked up in their source, as their libraries may be missing.
     """
     sources = [*PAGES, ROOT / "CHANGELOG.md", *(ROOT / "simplexfix").rglob("*.py")]
     missing = set()
@@ -260,7 +260,7 @@ def test_the_table_of_gpu_floors_is_what_its_script_prints(capsys, monkeypatch) 
     assert table in (ROOT / "docs" / "measurements" / "performance.md").read_text()
 
 
-def test_the_configurations_of_the_training_page_are_some() -> None:
+def test_the_configurations_of_the_training_page_are_valid() -> None:
     blocks = blocks_of("guides/training.md", "yaml")
     whole, images, tasks = blocks
     config = read_config(RunConfig, yaml.safe_load(whole))
@@ -364,7 +364,7 @@ def test_the_snippet_of_faiss_runs() -> None:
 
 
 def test_the_reference_has_every_integration() -> None:
-    """The test imports none of them, for their libraries may be missing."""
+    """The test does not import the integrations, as their libraries may be missing."""
     page = (ROOT / "docs" / "reference" / "integrations.md").read_text()
     for file in (ROOT / "simplexfix" / "integrations").glob("[!_]*.py"):
         (public,) = re.findall(r"^__all__ = (\[.*?\])", file.read_text(), re.MULTILINE | re.DOTALL)

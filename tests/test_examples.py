@@ -57,7 +57,7 @@ def test_new_encoders_search_old_galleries(made_up) -> None:
 
 
 def test_labels_of_unseen_classes_are_not_read(made_up) -> None:
-    """The fits and the sample have the same items with the same labels, whatever the labels of unseen classes are."""
+    """The fits and the sample are the same if all items of unseen classes get one label."""
     seen, unseen = split(made_up.gallery_labels, 6, 0)
     assert sorted([*seen.tolist(), *unseen.tolist()]) == list(range(18))
     known = torch.isin(made_up.gallery_labels, seen)
@@ -68,7 +68,7 @@ def test_labels_of_unseen_classes_are_not_read(made_up) -> None:
         assert all(torch.equal(a, b) for a, b in zip(first[key], second[key], strict=True))
 
 
-def test_features_are_kept_and_the_report_is_written(made_up, tmp_path, capsys, monkeypatch) -> None:
+def test_features_are_cached_and_the_report_is_written(made_up, tmp_path, capsys, monkeypatch) -> None:
     rows = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
     first = cached(tmp_path / "new", "a", lambda: rows)
     assert torch.equal(cached(tmp_path / "new", "a", lambda: 1 / 0), first)
@@ -87,10 +87,10 @@ def test_features_are_kept_and_the_report_is_written(made_up, tmp_path, capsys, 
     assert [entry["protocol"] for entry in content["selected"]] == ["nearest_class_mean", "instance"]
     for entry in content["selected"]:
         assert entry["selected"]["name"] in ("procrustes", "simplex_junction")
-        assert len(entry["table"]) == len(METHODS) + 2 * 9  # and slerp from both
+        assert len(entry["table"]) == len(METHODS) + 2 * 9  # and slerp from both methods, with nine alphas
 
 
-def test_weights_that_are_not_arrays_are_not_called() -> None:
+def test_unpickling_weights_calls_no_other_functions() -> None:
     class Call:
         def __reduce__(self):
             return (print, ("called",))
@@ -153,7 +153,7 @@ def example(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_galleries_are_upgraded_rolled_back_and_upgraded_again(tmp_path) -> None:
-    """Runs a few training steps, after which no gate passes."""
+    """Runs so few training steps that every gate fails; the example then admits the version by force."""
     done = example("upgrade_a_gallery.py", "--out", str(tmp_path / "out"), "--steps", "4")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()

@@ -11,7 +11,7 @@ from simplexfix._files import write_folder, write_whole
 from simplexfix.models import EmbeddingModel, FeatureMLP, LinearHead
 from simplexfix.training import read_state, write_state
 
-# names of at most 255 bytes, also with characters of several bytes at every position of the cut
+# names of at most 255 bytes; a temporary name is cut from them, also where a character has several bytes
 NAMES = ["x" * 250, "x" * 255, *("x" * i + "版" * 83 for i in range(3)), "é" * 127, "🙂" * 63 + ".js"]
 
 
@@ -60,14 +60,14 @@ def test_states_and_models_of_long_names(tmp_path) -> None:
     assert len(os.listdir(tmp_path / "folders" / name)) == 2
 
 
-def test_what_a_killed_process_left_is_cleared(tmp_path, monkeypatch) -> None:
+def test_temporary_files_of_a_killed_process_are_deleted(tmp_path, monkeypatch) -> None:
     """Temporary names begin like the file's name, so that a later write can find and delete them."""
     head = LinearHead(4)
     head.grow(2)
     model = EmbeddingModel(FeatureMLP(4, ()), head)
     model.save_pretrained(tmp_path / "folders")
     with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", lambda *_: None)  # as after a killed write
+        patch.setattr(os, "replace", lambda *_: None)  # as if the process was killed before the rename
         for target in os.listdir(tmp_path / "folders"):
             write_whole(tmp_path / "folders" / target, b"half")
     assert len(os.listdir(tmp_path / "folders")) == 4

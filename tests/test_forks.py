@@ -1,4 +1,4 @@
-"""Tests that a child that was forked during a computation gets results or an error within seconds (forks.py)."""
+"""Tests that a child forked during a computation (forks.py) gets results or an error within seconds."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_child_works(case: str, found: dict[str, list[str]]) -> None:
 
 @pytest.mark.parametrize("case", REFERENCE_CASES)
 def test_a_child_works_with_the_reference(case: str, found_by_the_reference: dict[str, list[str]]) -> None:
-    """A change puts new rows in place of the old ones: no child sees a half of one."""
+    """The reference index replaces all rows in one assignment: no child sees half of a change."""
     assert set(found_by_the_reference[case]) == {"ok"}
 
 

@@ -1,4 +1,4 @@
-"""The examples of docs/guides/frameworks.md run: other libraries' loops train a version and its successor."""
+"""Tests the examples of docs/guides/frameworks.md: other libraries' loops train a version and its successor."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TEXTS = [" ".join(WORDS[6 * label + (i + j) % 6] for j in range(4)) for i, label
 
 
 def block(heading: str, **changes: str) -> str:
-    """The Python code below a heading of the page, with some of its text replaced."""
+    """Returns the Python code below a heading of the page, with new values for the named arguments."""
     code = example("frameworks.md", heading)
     for name, value in changes.items():
         assert code.count(f"{name}=") >= 1
@@ -50,7 +50,7 @@ def small_model(seed: int = 0, width: int = 12) -> EmbeddingModel:
 
 @pytest.fixture
 def contrasted(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    """The old embeddings that each step's HOC loss was given."""
+    """Returns a list that collects the old embeddings of each step's HOC loss."""
     given, original = [], SimplexHead.hoc_loss
 
     def hoc_loss(head: SimplexHead, features: torch.Tensor, old: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -63,7 +63,7 @@ def contrasted(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
 
 @pytest.fixture
 def encoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Folders of a network with random weights, a larger one, and their tokenizer."""
+    """Writes the folders of two networks with random weights, "encoder" and "larger", each with its tokenizer."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     pytest.importorskip("accelerate", reason="accelerate is not installed")
     monkeypatch.chdir(tmp_path)

@@ -1,8 +1,8 @@
-"""CUDA against the CPU, for whoever has a GPU: `make test-gpu`.
+"""Compares CUDA with the CPU, on a machine with a GPU: `make test-gpu`.
 
     pytest --emulated-cuda tests/test_gpu.py
 
-runs what needs no GPU of it on the emulated kernels (tests/native/README.md): so the suite itself is tested.
+runs the tests that need no GPU on the emulated kernels (tests/native/README.md). This tests the suite itself.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def test_operators(device: str, op, arguments) -> None:
         agree(device, call, *arguments)
 
 
-# kernels: a warp per row, a block of 128, a block of 512, chunks; sizes at both sides of each limit
+# kernels: a warp per row, a block of 128 or of 512 threads per row, chunks of a row; sizes on both sides of each limit
 @pytest.mark.parametrize("polytope", POLYTOPES)
 @pytest.mark.parametrize("d", [1, 7, 12, 256, 257, 1023, 4089, 4090, 11257, 22600, 70000])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -228,7 +228,7 @@ def same_search(device: str, query: Tensor, gallery: Tensor, k: int) -> None:
 
 @pytest.mark.parametrize("kind", GALLERIES)
 def test_search_to_the_bit(device: str, kind: str) -> None:
-    for n, d, k in ((700, 33, 10), (1500, 8, 100), (300, 129, 290)):  # the last size has no first pass
+    for n, d, k in ((700, 33, 10), (1500, 8, 100), (300, 129, 290)):  # the last k is nearly n: no first pass
         rng = np.random.default_rng(n)
         gallery = hard_gallery(kind, n, d, rng)
         same_search(device, *(torch.from_numpy(x) for x in (queries_for(gallery, 20, rng), gallery)), k)
@@ -267,7 +267,7 @@ def test_heads(device: str, kind: str, options: dict[str, Any]) -> None:
         torch.testing.assert_close(ours.cpu(), cpu, rtol=1e-4, atol=1e-5)
 
 
-# ---- other properties of a GPU: every operator once, by name
+# ---- repeatability, synchronization, graphs, streams and devices: each operator
 
 
 @cache
@@ -277,7 +277,7 @@ def codes_on(device: torch.device, polytope: str, d: int) -> dict[str, Tensor]:
 
 
 def calls() -> Iterator[tuple[str, Callable[..., tuple[Tensor, ...]], int]]:
-    """Yields (name, function(z, old, target), d) for staged rows of all kinds and chunked rows; all deterministic."""
+    """Yields (name, function(z, old, target), d) of each operator; a loss has one d for each of its kernels."""
     for polytope in POLYTOPES:
         for d in (40, 1023, 8000, 30000):
 
@@ -317,7 +317,7 @@ CALLS = pytest.mark.parametrize(("name", "call", "d"), list(calls()), ids=[name 
 
 @CALLS
 def test_each_kernel_once(device: str, name: str, call, d: int) -> None:
-    """compute-sanitizer runs this test; two calls give the same bits."""
+    """tools/sanitize_gpu.sh runs this test under compute-sanitizer."""
     arguments = moved(inputs(d), device)
     first = call(*arguments)
     assert all(x.isfinite().all() for x in first)
@@ -325,7 +325,7 @@ def test_each_kernel_once(device: str, name: str, call, d: int) -> None:
 
 
 @CALLS
-def test_nothing_is_waited_for(device: str, name: str, call, d: int) -> None:
+def test_no_call_synchronizes(device: str, name: str, call, d: int) -> None:
     arguments = moved(inputs(d), device)
     expected = call(*arguments)
     with nothing_waited_for(device):
@@ -335,7 +335,7 @@ def test_nothing_is_waited_for(device: str, name: str, call, d: int) -> None:
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 @pytest.mark.parametrize("method", [HOC(SlotRegistry(32), lambda_=0.5), BCT(), ASNN()], ids=["hoc", "bct", "asnn"])
-def test_a_step_waits_for_nothing(device: str, method: Method, precision: str) -> None:
+def test_a_training_step_does_not_synchronize(device: str, method: Method, precision: str) -> None:
     """The step starts from rows on the host and includes the optimizer."""
     backbone = ResNet18("cifar", width=4, in_channels=3)
     model = EmbeddingModel(backbone, method.head(backbone.out_features))
@@ -357,7 +357,7 @@ def test_a_step_waits_for_nothing(device: str, method: Method, precision: str) -
         compile=False,
         workers=0,
     )
-    steps.advance()  # the first step sends channel means and slots, and creates the optimizer's state
+    steps.advance()  # the first step copies channel means and slots to the device, and creates the optimizer's state
     with nothing_waited_for(device):
         steps.advance()
         steps.advance()
@@ -386,7 +386,7 @@ def test_graphs_replay_with_other_inputs(gpu: str, name: str, call, d: int) -> N
 
 @CALLS
 def test_side_streams(gpu: str, name: str, call, d: int) -> None:
-    """The stream fills the inputs late: a kernel on another stream would read nan, or targets out of range."""
+    """The stream fills the inputs late: a kernel on another stream would read nan and targets of -1."""
     values = moved(inputs(d), gpu)
     expected = call(*values)
     late = [torch.full_like(x, math.nan if x.is_floating_point() else -1) for x in values]
@@ -439,7 +439,7 @@ def test_strides(device: str, view) -> None:
         assert_same(function(z), function(z.contiguous()), name)
 
 
-def test_nothing(device: str) -> None:
+def test_empty_batches_and_ignored_rows(device: str) -> None:
     """No rows, or only ignored rows, give the CPU's result."""
     none, empty = torch.empty(0, dtype=torch.int64), torch.empty(0, 6)
     ignored = torch.full((3,), -100)
@@ -459,7 +459,7 @@ def test_nothing(device: str) -> None:
 
 @pytest.mark.parametrize("polytope", [*POLYTOPES, "codes"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_bad_target_is_nan_and_nothing_is_waited_for(device: str, polytope: str, dtype: torch.dtype) -> None:
+def test_a_bad_target_is_nan_without_synchronization(device: str, polytope: str, dtype: torch.dtype) -> None:
     loss = OPERATORS.get(polytope, SF.cube_cross_entropy)
     for d in (4, 300, 30000):  # the kernels of short rows, of long rows, and of chunks
         codes = torch.arange(5)[:, None].repeat(1, -(-d // 64)).to(device)
@@ -497,7 +497,7 @@ def test_a_search_for_nan_is_nan(device: str) -> None:
     assert (ids == -1).all()
 
 
-def test_messages_say_shape_and_device(device: str) -> None:
+def test_messages_name_shape_and_device(device: str) -> None:
     z, target = torch.zeros(3, 4, device=device), torch.zeros(3, dtype=torch.int64, device=device)
     where = str(z.device)
     for act, message in (
@@ -564,7 +564,7 @@ def test_arguments_of_two_devices_are_refused_before_anything_is_done(gpu: str) 
             loss(*where, False, 1.0, 0, 0.0, None, -100, 0.0, 1, True, torch.float32)
 
 
-def test_memory_that_is_not_there(gpu: str) -> None:
+def test_out_of_memory(gpu: str) -> None:
     one = torch.zeros(2**12, 1, device=gpu)
     with pytest.raises(RuntimeError, match=r"^CUDA out of memory\. Tried to allocate"):
         SF.cosine_topk(one, one, 2**30)

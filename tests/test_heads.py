@@ -1,4 +1,4 @@
-"""Tests heads as replacements of nn.Linear: no K x d matrix, and growth without side effects."""
+"""Tests heads: they replace nn.Linear without a K x d matrix, and growth changes no result."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ def test_predict_gives_ties_to_the_lower_slot(kind: str, monkeypatch) -> None:
     assert model.predict(torch.full((2, 6), float("nan")), 3)[0].isnan().all()
 
 
-def test_predict_names_slots_in_use_only() -> None:
+def test_predict_returns_slots_in_use_only() -> None:
     model, x = head(), torch.randn(50, 6)
     scores, classes = model.predict(x, k=10)
     logits = model(x)
@@ -302,7 +302,7 @@ print((after - before) / 1024)
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from Linux' /proc")
 @needs_library
 def test_a_million_slots_fit_in_memory() -> None:
-    """z, its gradient and the copy in .grad take 64 MiB each for 16 rows; logits would take 64 MiB more each."""
+    """For 16 rows z, its gradient and the copy in .grad take 64 MiB each; logits and theirs would take 64 MiB each."""
     here = Path(__file__).parent  # in the repository's folder Python would import the source, without the library
     done = subprocess.run([sys.executable, "-c", _MILLION], capture_output=True, text=True, check=False, cwd=here)
     assert done.returncode == 0, done.stderr
@@ -366,7 +366,7 @@ def test_any_integer_is_a_count(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_head_made_on_meta_is_as_any_other_once_it_has_memory(kind: str) -> None:
+def test_a_head_created_on_meta_works_once_it_has_memory(kind: str) -> None:
     """A head can be created on the meta device and get memory in each way that torch offers."""
     model, x = head_of(kind), torch.randn(3, 6)
     model.grow(12)
@@ -401,7 +401,7 @@ def test_labels_without_a_class_are_refused(kind: str) -> None:
         with pytest.raises(ValueError, match=rf"target row 2 has label {label}"):
             model.loss(x.view(2, 2, 6), target.view(2, 2))
         assert model.loss(x, target, ignore_index=label).isfinite()
-    with pytest.raises(ValueError, match="target row 1 has label 12"):  # together with classes at the high end only
+    with pytest.raises(ValueError, match="target row 1 has label 12"):  # the other labels have slots at the high end
         model.loss(x, torch.tensor([14, 12, 15, 13]))
     with pytest.raises(ValueError, match="target out of range: row 1 has slot -1"):
         model.loss(x, torch.tensor([0, -1, 2, 3]))
@@ -414,8 +414,8 @@ def test_labels_without_a_class_are_refused(kind: str) -> None:
         model.loss(x, torch.tensor([10, 11, 12, 16]))
 
 
-def test_a_later_namespace_gets_slots_that_nobody_has_trained() -> None:
-    """Label 12 with 10 classes: training would draw features to the vertex of the third class added later."""
+def test_a_later_namespace_gets_untrained_slots() -> None:
+    """Label 12 of 10 classes: training would move features to the vertex of the third class that is added later."""
     model = head(normalize=True, scale=9.0)
     x = torch.randn(8, 6)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -444,7 +444,7 @@ def test_a_head_without_classes_refuses_every_label() -> None:
         SimplexHead(6, 0, num_slots=16).loss(torch.randn(2, 6), torch.tensor([0, 1]))
 
 
-def test_where_labels_cannot_be_read_they_are_not_checked() -> None:
+def test_labels_that_cannot_be_read_are_not_checked() -> None:
     """Labels are not checked under torch.compile and torch.func, and on fake and meta tensors."""
     model, x, target = head(), torch.randn(3, 6), torch.tensor([0, 12, 1])
     expected = SF.simplex_cross_entropy(model.embed(x), target)
@@ -455,7 +455,7 @@ def test_where_labels_cannot_be_read_they_are_not_checked() -> None:
     assert copy.deepcopy(model).to("meta").loss(x.to("meta"), target.to("meta")).shape == ()
 
 
-def test_repr_says_the_options() -> None:
+def test_repr_shows_the_options() -> None:
     assert "num_classes=10, num_slots=16, normalize=False, scale=1.0, margin=None" in repr(head())
 
 

@@ -46,14 +46,14 @@ def test_every_public_name_is_found_and_listed(name: str) -> None:
     assert name in dir(simplexfix)
 
 
-def test_rooms_are_attributes() -> None:
+def test_subpackages_are_attributes() -> None:
     program = "import simplexfix\nprint(simplexfix.retrieval.metrics.__name__, simplexfix.training.Trainer.__name__)"
     assert run(program).stdout == "simplexfix.retrieval.metrics Trainer\n"
     with pytest.raises(AttributeError, match="module 'simplexfix' has no attribute 'SimplexHaed'"):
         simplexfix.SimplexHaed  # noqa: B018
 
 
-def test_the_mark_of_a_constant_is_that_of_torch() -> None:
+def test_native_sets_the_attribute_of_assume_constant_result() -> None:
     """`_native` sets the attribute itself, since torch's decorator would import torch._dynamo."""
 
     def marked() -> None: ...

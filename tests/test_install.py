@@ -1,4 +1,4 @@
-"""Tests sdist, wheel and new environment: with the library, without it, and where it cannot be built."""
+"""Tests sdist, wheel and installation: with the library, without it, and where it cannot be built."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from conftest import ROOT
 
 pytest.importorskip("pybind11", reason="building needs pybind11, ninja and setuptools: pip install 'simplexfix[test]'")
-pytestmark = pytest.mark.slow  # compilers, and new environments
+pytestmark = pytest.mark.slow  # runs compilers and creates environments
 
 USE_EVERYTHING = """
 import torch, simplexfix, simplexfix.functional as SF
@@ -89,7 +89,7 @@ def build(source: Path, folder: Path, **environment: str) -> Path:
 
 
 def quick_compiler(folder: Path) -> str:
-    """The C++ compiler with -O1: optimisation takes most of the minutes of a build."""
+    """Returns a C++ compiler with -O1: optimisation takes most of the minutes of a build."""
     script = folder / "quick-c++"
     script.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "c++")} "$@" -O1\n')
     script.chmod(0o755)

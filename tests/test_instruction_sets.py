@@ -39,7 +39,7 @@ def suite(environment: dict[str, str], chosen: str, *tests: str) -> subprocess.C
 
 
 def losses_at(level: str) -> subprocess.CompletedProcess[str]:
-    """Leaves out tests that do not depend on the level: those of several ranks, and of the memory of a process."""
+    """Leaves out tests of several ranks and of memory, which do not depend on the level."""
     tests = ["test_cross_entropy.py", "test_logits.py", "test_contrast.py"]
     return suite({"SIMPLEXFIX_ISA": level}, "not gathered and not memory", *tests)
 
@@ -49,16 +49,16 @@ def searches_at(level: str) -> subprocess.CompletedProcess[str]:
 
 
 def without_the_library() -> subprocess.CompletedProcess[str]:
-    """Leaves out most tests of CosineIndex: test_index.py runs them with the reference implementation itself."""
+    """Leaves out most tests of CosineIndex, because test_index.py itself runs them with the reference, too."""
     tests = ["cross_entropy", "logits", "contrast", "topk", "heads", "bad_input"]
-    # left out: promises about bits and about tiny losses, which only the kernels make; tests of several ranks
+    # left out: tests of bits and of tiny losses, which only the kernels promise; tests of several ranks
     chosen = "not threads and not definition and not small_loss and not strid and not gathered and not two_processes"
     paths = [*(f"test_{name}.py" for name in tests), "retrieval/test_index.py::test_reference_implementation"]
     return suite({"SIMPLEXFIX_NATIVE": "0"}, chosen, *paths)
 
 
 def a_few_at(level: str) -> subprocess.CompletedProcess[str]:
-    """Losses of one large size, and searches in galleries with many ties, against their definitions."""
+    """Runs tests of losses at one large d, of the contrast in all dtypes, and of searches with many ties."""
     chosen = "(test_sizes and (1023 or 1024)) or test_formats or (test_hard_galleries and duplicates and (129 or 1023))"
     tests = ["test_cross_entropy.py", "test_logits.py", "test_contrast.py", "retrieval/test_exact_search.py"]
     return suite({"SIMPLEXFIX_ISA": level}, chosen, *tests)
@@ -78,9 +78,9 @@ def test_some_losses_and_searches_at_a_lower_level(level: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("level", [level for level in LEVELS[:-1] if "vnni" not in level])
 def test_losses_at_a_lower_level(level: str) -> None:
-    """Runs the whole numeric suite again below the best level; on a machine without AVX the levels coincide.
+    """Runs the tests of losses, logits and the contrast again below the best level.
 
-    The losses have no VNNI kernels.
+    On a machine without AVX the levels coincide. The losses have no VNNI kernels.
     """
     passed(losses_at(level))
 
@@ -119,7 +119,7 @@ def test_avxvnni_uses_the_encoding_of_avx() -> None:
 
 
 @needs_library
-def test_an_unknown_level_is_told() -> None:
+def test_an_unknown_level_warns() -> None:
     done = run({"SIMPLEXFIX_ISA": "avx1024"}, "-c", "import simplexfix.functional")
     assert done.returncode == 0
     assert "SIMPLEXFIX_ISA=avx1024 is none of base, avx2" in done.stderr

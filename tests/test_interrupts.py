@@ -71,7 +71,7 @@ def test_a_long_search_of_the_reference_ends(tmp_path: Path) -> None:
 
 @needs_library
 @pytest.mark.slow
-def test_a_handler_may_raise_what_it_likes(tmp_path: Path) -> None:
+def test_a_handler_may_raise_another_exception(tmp_path: Path) -> None:
     result = interrupted("another_exception", tmp_path)
     assert result["ended"] == "TimeoutError"
     assert result["said"] == "too long"

@@ -130,7 +130,7 @@ def test_contrast_gradcheck(negatives: str, anchor: str) -> None:
 
 
 @needs_library
-def test_double_backward_is_refused_not_wrong() -> None:
+def test_double_backward_is_refused() -> None:
     z = torch.randn(3, 4, requires_grad=True)
     for loss in (
         SF.simplex_cross_entropy(z * 1.0, torch.tensor([0, 1, 2])),
@@ -144,7 +144,7 @@ def test_double_backward_is_refused_not_wrong() -> None:
 
 
 @needs_library
-def test_a_loss_has_the_dtype_of_the_features_or_the_accumulating_one() -> None:
+def test_a_loss_has_the_dtype_of_the_features_or_of_the_sums() -> None:
     z, target = torch.randn(2, 3, dtype=torch.bfloat16), torch.tensor([3, 0])
     loss = torch.ops.simplexfix.simplex_cross_entropy
     options = (z, target, False, 1.0, 0, 0.0, None, -100, 0.0, 0, False)
@@ -216,7 +216,7 @@ def test_meta_tensors_have_shapes_and_no_values() -> None:
 
 
 @pytest.mark.parametrize("polytope", ["simplex", "orthoplex", "cube"])
-def test_function_transforms_and_forward_mode_take_the_reference(polytope: str) -> None:
+def test_function_transforms_and_forward_mode_use_the_reference(polytope: str) -> None:
     loss = getattr(SF, f"{polytope}_cross_entropy")
     z, target = torch.randn(5, 9, dtype=torch.float64), torch.tensor([0, 9, 4, 2, 2])
     expected = torch.autograd.grad(loss(z.requires_grad_(), target), z)[0]
@@ -241,11 +241,11 @@ LOSSES = {
 
 @pytest.mark.parametrize("polytope", LOSSES)
 @pytest.mark.parametrize("options", [{}, {"normalize": True, "margin": ("angular", 0.1)}, {"ignore_index": 0}])
-def test_a_target_out_of_range_is_nan_where_it_cannot_be_looked_at(polytope: str, options: dict, monkeypatch) -> None:
-    torch.compiler.reset()  # counts the compilations of a function, over all tests
+def test_a_target_out_of_range_is_nan_where_it_cannot_be_read(polytope: str, options: dict, monkeypatch) -> None:
+    torch.compiler.reset()  # torch limits the compilations of a function, over all tests
     loss = LOSSES[polytope]
     z, target = torch.randn(4, 4), torch.tensor([1, 2**40, -7, 0])
-    monkeypatch.setattr(_native, "library", None)  # the compiled reference implementation; the operators read targets
+    monkeypatch.setattr(_native, "library", None)  # compiles the reference implementation; the operators read targets
 
     def rows(z, target):
         return loss(z, target, reduction="none", **options)
@@ -269,7 +269,7 @@ def test_a_target_out_of_range_is_nan_where_it_cannot_be_looked_at(polytope: str
 
 
 @pytest.mark.parametrize("polytope", LOSSES)
-def test_a_target_on_a_gpu_is_not_waited_for(polytope: str) -> None:
+def test_a_target_on_a_gpu_is_not_read(polytope: str) -> None:
     """Fake tensors have no values that could be read."""
     # a torch without CUDA does not support indexing by CUDA tensors, which the cube needs
     device = "cuda" if polytope in ("simplex", "orthoplex") or torch.cuda.is_available() else "meta"
@@ -284,7 +284,7 @@ def test_a_target_on_a_gpu_is_not_waited_for(polytope: str) -> None:
 @needs_library
 @pytest.mark.parametrize("gradient", [False, True])
 @pytest.mark.parametrize("wrap", [lambda f: f, torch.compile], ids=["eager", "compiled"])
-def test_what_an_operator_refuses_is_a_value_error_with_its_message_alone(gradient: bool, wrap) -> None:
+def test_a_refused_argument_raises_a_value_error_with_only_the_message(gradient: bool, wrap) -> None:
     z, target = torch.randn(3, 4, requires_grad=gradient), torch.tensor([0, 9, 1])
     for loss, slots in (
         (SF.simplex_cross_entropy, 5),

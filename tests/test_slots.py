@@ -10,7 +10,7 @@ import torch
 from simplexfix import SlotRegistry
 
 
-def test_both_ends_as_deployed() -> None:
+def test_namespaces_at_both_ends() -> None:
     slots = SlotRegistry(1024)
     assert slots.add("imagenet", range(600)).tolist() == list(range(600))
     assert slots.add("cifar100", range(10), end="high").tolist() == [1023 - y for y in range(10)]
@@ -40,7 +40,7 @@ def test_owner() -> None:
     assert slots.owner(-1) is None
 
 
-def test_growing_keeps_what_was_given() -> None:
+def test_growing_keeps_assigned_slots() -> None:
     slots = SlotRegistry(100)
     ids = torch.tensor([7, 2**50, -3])
     slots.add("x", ids)

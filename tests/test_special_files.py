@@ -100,8 +100,8 @@ def test_a_folder_and_a_socket_are_refused(tmp_path) -> None:
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="there is no /proc")
 @pytest.mark.parametrize("kind", ["file", "pipe"])
 @pytest.mark.parametrize("target", ["/dev/fd/{}", "/proc/self/fd/{}", "link", "chain"])
-def test_a_descriptor_is_written_into_where_it_stands(tmp_path, target: str, kind: str) -> None:
-    """Writes in a child whose descriptor is a file with one line, or a pipe."""
+def test_a_descriptor_is_written_at_its_position(tmp_path, target: str, kind: str) -> None:
+    """A child writes a line to a descriptor, then `write_whole` writes to it, then the child writes another line."""
     program = (
         "import os, sys\nfrom simplexfix._files import write_whole\n"
         "descriptor = int(sys.argv[2])\n"

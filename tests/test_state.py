@@ -1,4 +1,4 @@
-"""Tests that a head's state consists of tensors, which other code saves, casts, averages and loads."""
+"""Tests that a head's state consists of tensors, which other libraries save, cast, average and load."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_state_dict_holds_tensors_alone(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_state_dicts_from_before_they_held_tensors_load(kind: str) -> None:
+def test_old_state_dicts_that_hold_a_dict_load(kind: str) -> None:
     model = model_of(kind)
     state = model.state_dict()
     old = {"format": 1, "num_slots": 12, "runs": [["default", 0, 0, 5, 1]], "polytope": kind}
@@ -130,8 +130,8 @@ def test_an_averaged_model_grows_with_its_original(kind: str, use_buffers: bool,
     assert averaged.module[-1].loss(torch.randn(2, 8, dtype=dtype), torch.tensor([8, 9])).isfinite()
 
 
-def test_copies_of_a_registry_go_their_own_ways() -> None:
-    """Copies change independently, unless other code writes into a journal."""
+def test_copies_of_a_registry_are_independent() -> None:
+    """Copies change independently, unless other code writes to the journal, a registry's buffer."""
     slots = SlotRegistry(16)
     slots.add("a", range(3))
     copied = copy.deepcopy(slots)
@@ -142,8 +142,8 @@ def test_copies_of_a_registry_go_their_own_ways() -> None:
         assert other.to_dict()["runs"] == [["a", 0, 0, 5, 1]]
 
 
-def test_a_journal_that_is_none_changes_nothing() -> None:
-    """Journals of other registries, empty memory, and the mean of two registries that do not continue each other."""
+def test_an_invalid_journal_changes_nothing() -> None:
+    """The journal is replaced by that of another registry, by zeros or nan, and by the mean of two registries."""
     slots, longer, stranger = SlotRegistry(16), SlotRegistry(16), SlotRegistry(17)
     for registry in (slots, longer, stranger):
         registry.add("a", range(3))
@@ -158,7 +158,7 @@ def test_a_journal_that_is_none_changes_nothing() -> None:
     assert slots.to_dict() == before
     clone = copy.deepcopy(slots)
     clone.add("d", [1])
-    slots._apply(lambda _: clone._journal.clone())  # as to_empty may leave it where another journal was
+    slots._apply(lambda _: clone._journal.clone())  # to_empty may reuse the memory of another journal
     assert slots.to_dict() == before
     slots._journal.copy_(clone._journal)  # afterwards a valid journal is read again
     assert slots.to_dict() == clone.to_dict()
@@ -218,7 +218,7 @@ def test_accelerate_saves_and_loads_a_state(kind: str, tmp_path: Path) -> None:
 
 
 class Tiny(nn.Module):
-    """A model for transformers' Trainer: keyword arguments in, a mapping with the loss out."""
+    """A model for transformers' Trainer: forward takes keyword arguments and returns a mapping with the loss."""
 
     def __init__(self) -> None:
         super().__init__()

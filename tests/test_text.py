@@ -1,4 +1,4 @@
-"""Tests the escaping of user text in messages."""
+"""Tests how messages abbreviate lists."""
 
 from __future__ import annotations
 

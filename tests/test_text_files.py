@@ -27,7 +27,7 @@ def test_utf16_big_and_little(tmp_path: Path, end: str) -> None:
         read_text(tmp_path / "f")
 
 
-def test_what_is_no_text(tmp_path: Path) -> None:
+def test_files_that_are_not_text_are_refused(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes("Größe".encode("latin-1"))
     with pytest.raises(ValueError, match=r"not text in UTF-8: .*0xf6 in position 2.*; save it as UTF-8"):
         read_text(tmp_path / "f")
@@ -39,7 +39,7 @@ def test_what_is_no_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
-def test_every_reader_takes_a_mark(tmp_path: Path, encoding: str) -> None:
+def test_every_reader_accepts_a_byte_order_mark(tmp_path: Path, encoding: str) -> None:
     from simplexfix.cli.evaluate import _read_paths
     from simplexfix.cli.gate import _rules_of_file
     from simplexfix.training.config import read_mapping
@@ -53,7 +53,7 @@ def test_every_reader_takes_a_mark(tmp_path: Path, encoding: str) -> None:
     assert _read_paths(tmp_path / "images.txt", "query", 2) == [tmp_path / "a.png", tmp_path / "b.png"]
 
 
-def test_what_is_no_text_is_named_with_its_file(tmp_path: Path) -> None:
+def test_the_error_of_a_file_that_is_not_text_names_it(tmp_path: Path) -> None:
     from simplexfix.training.config import ConfigError, read_mapping
 
     (tmp_path / "c.yaml").write_bytes(b"a: \xf6\n")

@@ -15,7 +15,7 @@ from simplexfix import _reference
 
 
 def exact(query: torch.Tensor, gallery: torch.Tensor, k: int) -> tuple[list[list[float]], list[list[int]]]:
-    """Computes the definition in rational arithmetic: float32 unit rows, exact dot products, rounded once."""
+    """Computes the definition: float32 unit rows, and dot products in rational arithmetic that are rounded once."""
 
     def unit(rows):
         rows = rows.double()
@@ -44,7 +44,7 @@ def test_definition(kind: str, d: int) -> None:
     assert ids.tolist() == expected_ids
 
 
-# one query and many (blocks of 32); galleries of one panel, several, and enough for several tasks
+# one query and several blocks of queries; galleries of a few panels of 64 rows, and enough rows for several tasks
 @pytest.mark.parametrize(
     ("queries", "rows", "d", "k"), [(1, 20000, 33, 7), (70, 3000, 129, 50), (33, 9001, 16, 1), (5, 600, 1023, 600)]
 )
@@ -106,7 +106,7 @@ def test_short_and_empty_galleries_pad() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_other_formats_are_searched_as_float32(dtype: torch.dtype) -> None:
+def test_other_dtypes_are_searched_as_float32(dtype: torch.dtype) -> None:
     query, gallery = torch.randn(4, 20).to(dtype), torch.randn(50, 20).to(dtype)
     for ours, expected in zip(
         SF.cosine_topk(query, gallery, 5), SF.cosine_topk(query.float(), gallery.float(), 5), strict=True

@@ -66,7 +66,7 @@ def test_a_better_encoder_exits_with_0_and_its_folder_embeds(files, capsys) -> N
         torch.testing.assert_close(torch.from_numpy(np.load(files / "z.npy")), expected)
 
 
-def test_its_table_says_what_was_chosen_and_why(files, capsys) -> None:
+def test_the_table_shows_the_winner_and_the_scores(files, capsys) -> None:
     (files / "labels.txt").write_text("\n".join(f"class {c}" for c in np.load(files / "labels.npy")) + "\n")
     assert main(adapt(files, "--labels", str(files / "labels.txt"))) == 0
     out = capsys.readouterr().out
@@ -77,7 +77,7 @@ def test_its_table_says_what_was_chosen_and_why(files, capsys) -> None:
     assert "new queries find more in the old gallery than the old encoder does" in out
 
 
-def test_nothing_better_exits_with_1_and_says_so(files, capsys) -> None:
+def test_no_better_candidate_exits_with_1_and_a_message(files, capsys) -> None:
     old = paired_features(noise=0.0)[0]
     np.save(files / "old.npy", old)
     np.save(files / "new.npy", np.random.default_rng(1).standard_normal((600, 12)).astype(np.float32))
@@ -130,7 +130,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_fits(files, capsy
 
 @pytest.mark.parametrize("write", [0, 1])
 def test_a_full_disk_leaves_the_adapter_that_was_there(files, capsys, monkeypatch, write) -> None:
-    """The folder is synchronized twice: after the tensors and after config.json."""
+    """`save_pretrained` writes the tensors, then config.json; the first or the second write fails."""
     old, new, _ = paired_features()
     Procrustes().fit(old, new).save_pretrained(files / "out", name="before")
     identity = read_identity(files / "out")
@@ -240,7 +240,10 @@ def test_after_an_error_the_output_is_as_it_was(files, monkeypatch, capsys) -> N
 
 
 def test_a_gallery_of_the_old_encoder_admits_the_adapter(files, capsys) -> None:
-    """Runs the commands that docs/guides/gallery.md shows for a vendor's gallery."""
+    """Runs the commands of docs/guides/gallery.md for a vendor's gallery, and admits by force.
+
+    test_gate_agreement.py tests the admission by a gate.
+    """
     old, new, _ = paired_features()
     model, shop, out = (str(files / name) for name in ("v0.json", "shop", "out"))
     (files / "v0.json").write_text(json.dumps(ModelIdentity.external("vendor/embed", "1", 10).to_dict()))

@@ -127,7 +127,7 @@ def test_versions_named_one_by_one_json_and_protocol(models, capsys) -> None:
 
 
 @pytest.mark.usefixtures("drawn")
-def test_the_same_input_is_the_same_report(models) -> None:
+def test_the_same_input_gives_the_same_report(models) -> None:
     for out in ("a", "b"):
         assert main(["evaluate", "models", "--out", out]) == 0
     for name in everything_in(Path("a")):
@@ -170,7 +170,7 @@ def test_widths(models, capsys) -> None:
 
 
 @pytest.mark.usefixtures("drawn")
-def test_one_class_alone_has_no_pairs_of_two(models, capsys) -> None:
+def test_one_class_has_no_pairs_of_different_classes(models, capsys) -> None:
     made = features(0, 2.0)
     made["query_labels"][:], made["gallery_labels"][:] = 7, 7
     save(models, "alike.npz", made)
@@ -190,13 +190,13 @@ def test_thirty_one_versions(tmp_path, monkeypatch, capsys) -> None:
     assert max(map(len, capsys.readouterr().out.split("p = ")[0].splitlines()[3:36])) <= 80
 
 
-def test_classes_that_the_gallery_lacks_are_counted_and_said(models, capsys) -> None:
+def test_classes_that_the_gallery_lacks_are_counted_and_reported(models, capsys) -> None:
     far = [2**24 + 1, 2**24 + 2, -5, 2**60] + list(range(100, 100 + CLASSES - 4))
     for at, (name, clear) in enumerate(CLEAR.items()):
         made = features(at, clear)
         made["query_labels"] = np.array(far)[made["query_labels"]]
         made["gallery_labels"] = np.array(far)[made["gallery_labels"]]
-        # the gallery lacks one more class; float32 cannot represent 2**24 + 1
+        # the gallery's items of class 2**24 + 2 get label 2**24 + 1, which float32 cannot represent
         made["gallery_labels"][made["gallery_labels"] == 2**24 + 2] = 2**24 + 1
         save(models.parent, f"far-{name}.npz", made)
     assert main(["evaluate", *(f"far-{name}.npz" for name in CLEAR)]) == 0
@@ -211,7 +211,7 @@ def test_classes_that_the_gallery_lacks_are_counted_and_said(models, capsys) -> 
 
 
 @pytest.mark.usefixtures("drawn")
-def test_items_alone_in_their_class_are_said_to_have_no_other(models, capsys) -> None:
+def test_items_alone_in_their_class_are_reported(models, capsys) -> None:
     made, alone = features(0, 3.0), np.arange(QUERIES)
     rows = {"query": made["query"], "gallery": made["query"], "query_labels": alone, "gallery_labels": alone}
     save(models.parent, "alone.npz", {**rows, "query_ids": alone, "gallery_ids": alone})
@@ -249,7 +249,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_2_names_file_and_array_and_writes_nothing(models, capsys, case: str) -> None:
+def test_bad_input_exits_with_2_and_writes_nothing(models, capsys, case: str) -> None:
     how, message = BAD[case]
     made = features(4, 2.0)
     if case == "fewer items":
@@ -275,7 +275,7 @@ def test_dtypes_between_versions(models, capsys) -> None:
     assert json.loads(capsys.readouterr().out)["matrix"][1][1] == half["matrix"][0][0]  # all are compared in float32
 
 
-def test_numbers_that_float32_lacks(models, capsys) -> None:
+def test_numbers_past_the_range_of_float32(models, capsys) -> None:
     large = {key: x.astype(np.float64) if x.ndim == 2 else x for key, x in features(4, 2.0).items()}
     large["query"][7, 2] = 1e300
     save(models, "large.npz", large)
@@ -308,7 +308,7 @@ def test_classes_whose_rows_add_up_to_too_much(models, capsys) -> None:
 
 @pytest.mark.parametrize("kind", ["lzma", "bz2", "encrypted"])
 def test_damage_that_a_zip_file_hides(models, capsys, kind: str) -> None:
-    """Different kinds of errors; each message names the file."""
+    """Each kind of damage raises another error in the reader; the message of each names the file."""
     import zipfile
 
     method = {"lzma": zipfile.ZIP_LZMA, "bz2": zipfile.ZIP_BZIP2, "encrypted": zipfile.ZIP_STORED}[kind]
@@ -329,7 +329,7 @@ def test_damage_that_a_zip_file_hides(models, capsys, kind: str) -> None:
 
 
 @pytest.mark.usefixtures("drawn")
-def test_names_that_are_no_text(models, capsys) -> None:
+def test_file_names_that_are_not_text(models, capsys) -> None:
     shutil.copy(models / "v1.npz", models.parent / os.fsdecode(b"\xff\x1b[31m.npz"))
     assert main(["evaluate", os.fsdecode(b"\xff\x1b[31m.npz")]) == 0
     assert "\x1b[31m" not in capsys.readouterr().out
@@ -353,7 +353,7 @@ def test_truncated_files(models, capsys, size: int) -> None:
     assert not Path("report").exists()
 
 
-def test_what_is_not_there(models, capsys) -> None:
+def test_missing_inputs_and_bad_options(models, capsys) -> None:
     (models.parent / "empty").mkdir()
     for arguments, message in [
         (["nothing.npz"], "nothing.npz"),
@@ -375,7 +375,7 @@ def test_no_natural_order(models, capsys) -> None:
     assert "their names define no order" in capsys.readouterr().err
 
 
-def test_an_error_while_writing_leaves_the_report_before(models, monkeypatch) -> None:
+def test_an_error_while_writing_leaves_the_old_report(models, monkeypatch) -> None:
     assert main(["evaluate", "models"]) == 0
     before = {name: Path("report", name).read_bytes() for name in ("report.json", "report.html")}
     entries = everything_in(models.parent)
@@ -395,7 +395,7 @@ def test_an_error_while_writing_leaves_the_report_before(models, monkeypatch) ->
         assert {name: Path("report", name).read_bytes() for name in before} == before
 
 
-def test_a_rename_that_fails_puts_the_report_back(models, monkeypatch) -> None:
+def test_a_failed_rename_restores_the_old_report(models, monkeypatch) -> None:
     assert main(["evaluate", "models"]) == 0
     before, entries = Path("report/report.json").read_bytes(), everything_in(models.parent)
     rename = Path.rename
@@ -452,7 +452,7 @@ def test_a_folder_of_something_else_is_never_deleted(models, capsys) -> None:
         assert main(["evaluate", "models", "--out", out]) == 2
         assert message in capsys.readouterr().err
         assert everything_in(models.parent) == entries
-    # nor is a folder of .npy files a report
+    # a folder of .npy files is not a report either
     assert main(["evaluate", "models/v1.npz", "--out", "models/v2"]) == 2
 
 
@@ -510,7 +510,7 @@ def test_names_of_files_are_text_and_neither_html_nor_mathematics(models) -> Non
     assert "&lt;b&gt;&amp;&#34;" in page
 
 
-def test_output_is_plain_where_the_terminal_is(models) -> None:
+def test_output_is_ascii_if_the_terminal_is(models) -> None:
     done = command(
         "evaluate", "models", folder=models.parent, environment={"PYTHONIOENCODING": "ascii"}, before=without_figures
     )

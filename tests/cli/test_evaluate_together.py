@@ -47,7 +47,7 @@ def ranks(
     inputs: dict[int, str] | None = None,
     before: Callable[[], None] = without_figures,
 ) -> list[tuple[int, str, str]]:
-    """Exit code, output and errors of each process, with the environment that torchrun gives it."""
+    """Returns exit code, output and errors of each process, which has torchrun's environment variables."""
     group = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     started = []
     for rank in range(size):
@@ -60,7 +60,7 @@ def ranks(
 
 @pytest.mark.parametrize(("size", "protocol"), [(2, "nearest_class_mean"), (4, "instance")])
 def test_the_report_of_one_process(models, no_figures, size: int, protocol: str) -> None:
-    """The first process draws figures of the report alone, so they are left out here."""
+    """The figures are left out, because only the first process draws them."""
     flags = ("--protocol", protocol)
     assert main(["evaluate", "models", "--truncate", "--out", "alone", *flags]) == 0
     done = ranks(models, size, "--out", "together", *flags)
@@ -72,7 +72,7 @@ def test_the_report_of_one_process(models, no_figures, size: int, protocol: str)
         assert path.read_bytes() == (Path("together") / path.relative_to("alone")).read_bytes(), path
 
 
-def test_bad_input_on_one_rank_is_one_message_and_ends_all(models) -> None:
+def test_bad_input_on_one_rank_ends_all_with_one_message(models) -> None:
     (models / "damaged").mkdir()
     (models / "damaged" / "v.npz").write_bytes(b"PK")
     done = ranks(models, 2, inputs={1: "damaged"})
@@ -82,7 +82,7 @@ def test_bad_input_on_one_rank_is_one_message_and_ends_all(models) -> None:
     assert not (models / "report").exists()
 
 
-def test_options_are_looked_at_before_anything_is_searched(models) -> None:
+def test_options_are_checked_before_the_search(models) -> None:
     done = ranks(models, 2, "--confidence", "95")
     assert [code for code, *_ in done] == [2, 2], done
     assert done[0][2].count("\n") == 1, done[0][2]
@@ -90,7 +90,7 @@ def test_options_are_looked_at_before_anything_is_searched(models) -> None:
     assert "lost a peer" not in done[0][2] + done[1][2]
 
 
-def test_what_only_the_writer_meets_ends_all(models) -> None:
+def test_an_error_of_the_writer_ends_all_ranks(models) -> None:
     (models / "report").mkdir()
     (models / "report" / "notes.txt").write_text("mine")
     done = ranks(models, 2)
@@ -100,13 +100,13 @@ def test_what_only_the_writer_meets_ends_all(models) -> None:
 
 
 def kill_the_writer() -> None:
-    """Lets the process of rank 0 end where it would write the report."""
+    """Makes the process of rank 0 exit with code 9 instead of writing the report."""
     if os.environ["RANK"] == "0":
         evaluate._write = lambda *_: os._exit(9)
 
 
 def test_a_rank_that_dies_ends_all_with_a_message(models) -> None:
-    """The writer is killed after the search, while the other waits for it."""
+    """The writer exits after the search, while the other rank waits for it."""
     done = ranks(models, 2, before=kill_the_writer)
     assert [code for code, *_ in done] == [9, 2], done
     assert done[1][2].startswith("simplexfix evaluate: rank 1: ")

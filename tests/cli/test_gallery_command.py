@@ -21,7 +21,7 @@ NEW = ModelIdentity.external("vendor/embed", "2", WIDTH, version=1, adapter="5ee
 
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Returns identities, vectors of 60 items by both models, and labelled features for the gate."""
+    """Returns a folder of identities, vectors of 60 items by both models, and labelled features for the gate."""
     monkeypatch.chdir(tmp_path)
     draw = np.random.default_rng(0)
     labels = np.arange(ROWS) % 6
@@ -130,7 +130,7 @@ def test_thresholds_from_the_command_line(files: Path, capsys: pytest.CaptureFix
     assert " below its threshold" in capsys.readouterr().out
 
 
-def test_what_is_refused_says_why_and_changes_nothing(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refused_commands_say_why_and_change_nothing(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("create shop --model old.json")
     run("add shop --vectors old.npz --model old.json")
     np.savez("bare.npz", vectors=np.ones((2, WIDTH), "f"))

@@ -27,7 +27,7 @@ PHOTOS = 12
 
 @pytest.fixture
 def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Returns twelve drawings in folders, two compatible models of drawings, and an empty gallery of the first."""
+    """Returns a folder of twelve drawings, two compatible models of drawings, and an empty gallery of the first."""
     monkeypatch.chdir(tmp_path)
     slots = SlotRegistry(9)
     slots.add("default", range(4))
@@ -73,7 +73,7 @@ def test_the_life_of_a_gallery_of_images(shop: Path, capsys: pytest.CaptureFixtu
     assert [(path, row[0]) for path, row in stored().items()] == list(zip(names, range(PHOTOS), strict=True))
     for path in names:
         np.testing.assert_allclose(stored()[path][2], embedded("v0", path), atol=1e-5)
-    shutil.copy("photos/a/00.png", "photos/0.png")  # first in order, and new
+    shutil.copy("photos/a/00.png", "photos/0.png")  # a new image, the first in order
     assert run("add shop --inputs photos --model v0") == 0
     assert capsys.readouterr().out == "added 1 rows, 12 are in the gallery already; the gallery has 13\n"
     assert stored()["0.png"][0] == PHOTOS
@@ -124,7 +124,7 @@ def test_a_table_gives_ids_and_payload(shop: Path, capsys: pytest.CaptureFixture
     assert len(stored()) == 3
 
 
-def test_images_that_cannot_be_read_are_named_and_left(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_images_that_cannot_be_read_are_named_and_left_out(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("photos/a/00.png").write_bytes(b"no image")
     assert run("add shop --inputs photos --model v0 --batch 3") == 1
     said = capsys.readouterr()
@@ -152,7 +152,7 @@ def test_images_that_cannot_be_read_are_named_and_left(shop: Path, capsys: pytes
 
 
 @pytest.mark.parametrize("action", ["add", "backfill"])
-def test_ctrl_c_keeps_what_is_done_and_the_same_command_goes_on(shop: Path, monkeypatch, capsys, action: str) -> None:
+def test_ctrl_c_keeps_finished_rows_and_the_command_continues(shop: Path, monkeypatch, capsys, action: str) -> None:
     command = f"{action} shop --inputs photos --batch 5 --model "
     if action == "backfill":
         assert run("add shop --inputs photos --model v0") == 0
@@ -179,7 +179,7 @@ def test_ctrl_c_keeps_what_is_done_and_the_same_command_goes_on(shop: Path, monk
     assert "replaced 7 rows; no" in (out := capsys.readouterr().out) or "added 7 rows, 5 are in" in out
 
 
-def test_workers_share_rows_and_a_pause_is_said(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_workers_share_rows_and_a_pause_is_reported(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("add shop --inputs photos --model v0") == 0
     assert run("admit shop --model v1 --force test") == 0
     with Gallery.open("shop") as other:

@@ -14,7 +14,7 @@ from simplexfix.models import ModelIdentity
 
 @pytest.fixture
 def files(tmp_path, monkeypatch):
-    """Features by an old encoder of 6 dimensions and a better new one of 8, to fit an adapter and to judge it."""
+    """Returns a folder of features by an old encoder of 6 dimensions and a better one of 8, and of three adapters."""
     rng = np.random.default_rng(0)
     hidden = rng.standard_normal((800, 6))
     old = (hidden + 0.7 * rng.standard_normal((800, 6))).astype(np.float32)
@@ -40,7 +40,7 @@ def run(*flags: str, old: str = "old.npz", new: str = "new.npz") -> int:
     return main(["gate", "--old", old, "--new", new, *flags])
 
 
-def test_a_gallery_admits_by_it(files, capsys, monkeypatch) -> None:
+def test_a_gallery_admits_an_adapter_by_its_agreement(files, capsys, monkeypatch) -> None:
     assert main(["gallery", "create", "shop", "--model", "old.json"]) == 0
     # the adapter leaves stored vectors unchanged
     monkeypatch.setattr(select, "first_candidates", lambda _: [Procrustes()])
@@ -65,7 +65,7 @@ def test_an_adapter_is_judged_without_labels(files, capsys, suffix: str) -> None
     assert None not in report["fingerprints"]
 
 
-def test_of_many_items_some_search(files, capsys, monkeypatch) -> None:
+def test_of_many_items_a_sample_are_queries(files, capsys, monkeypatch) -> None:
     monkeypatch.setattr(gate, "DRAWN", 40)
     flags = ["--agreement", "3", "--adapter", "adapter", "--min-recall", "0.1", "--json"]
     assert run(*flags, old="old.npy", new="new.npy") == 0

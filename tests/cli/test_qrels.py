@@ -17,7 +17,7 @@ QUERIES, ITEMS = 30, 50
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Returns two versions with integer ids, and judgements of all queries but two."""
+    """Returns a folder of two versions with integer ids, and judgements of all queries but two."""
     monkeypatch.chdir(tmp_path)
     draw = np.random.default_rng(0)
     clean, of = draw.standard_normal((ITEMS, 8)), draw.integers(ITEMS, size=QUERIES)

@@ -1,4 +1,4 @@
-"""Tests `simplexfix runs`, also for folders in states that no run leaves."""
+"""Tests `simplexfix runs`, also for damaged folders and for runs of another release."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def features(tmp_path_factory) -> Path:
     return written_features(tmp_path_factory.mktemp("features"))
 
 
-def test_a_run_of_another_release_goes_on(tmp_path, features) -> None:
-    """A run of another release resumes; keys that it lacks have their defaults."""
+def test_a_run_of_another_release_resumes(tmp_path, features) -> None:
+    """Keys that the other release did not write have their defaults."""
     train = ["train", str(two_step_configuration(tmp_path, features)), "--out", str(tmp_path / "run")]
     assert main(train) == 0
     file = tmp_path / "run" / "run.json"
@@ -46,7 +46,7 @@ def test_a_run_of_another_release_and_configuration_is_refused(tmp_path, feature
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, features) -> tuple[str, Path]:
-    """A configuration and the folder of four runs of it."""
+    """Returns the path of a configuration and the folder of four runs of it."""
     folder = tmp_path_factory.mktemp("finished")
     config = str(two_step_configuration(folder, features))
     for name in ("a", "b", "c", "d"):

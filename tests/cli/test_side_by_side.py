@@ -1,4 +1,4 @@
-"""Tests `train_side_by_side`: reports by name; an error, a kill or Ctrl-C ends all of its processes."""
+"""Tests `train_side_by_side`: it returns reports by name; an error, a kill or Ctrl-C ends all of its processes."""
 
 from __future__ import annotations
 

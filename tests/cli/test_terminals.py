@@ -1,4 +1,4 @@
-"""Exit codes and output under any encoding, reader, disk, terminal width and environment, and after Ctrl-C."""
+"""Tests exit codes and output: any encoding, closed pipes, full disks, terminal widths, environments and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ full_disk = pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Two versions with names and groups in another script, a short training, and that training's finished run."""
+    """Returns a folder of two versions and a short training with its finished run, all with non-ASCII names."""
     folder = tmp_path_factory.mktemp("files")
     draw, labels = np.random.default_rng(0), np.arange(200) % 10
     for name, noise in (("é日本0", 1.0), ("é日本1", 0.8)):
@@ -42,7 +42,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def verb(name: str, out: Path) -> list[str]:
-    """A command of this verb that ends with exit code 0."""
+    """Returns the arguments of a command with this verb that ends with exit code 0."""
     return {
         "doctor": ["doctor"],
         "evaluate": ["evaluate", "é日本0.npz", "é日本1.npz", "--out", str(out)],
@@ -57,7 +57,7 @@ VERBS = ["doctor", "evaluate", "gate", "runs", "train", "--help"]
 
 
 def interpreter(folder: Path, arguments: list[str], tail: str = "", **environment: str) -> Done:
-    """The command in a shell and an interpreter of its own; the shell's exit code is the command's."""
+    """Runs the command in a shell and a new interpreter; the shell's exit code is the command's."""
     command = f'set -o pipefail; "$0" -m simplexfix "$@" {tail}; exit ${{PIPESTATUS[0]}}'
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
@@ -83,7 +83,7 @@ C_LOCALE = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
 @pytest.mark.parametrize(
     ("run", "name", "environment"),
     [
-        (interpreter, "runs", C_LOCALE),  # names of files are ASCII, too
+        (interpreter, "runs", C_LOCALE),  # the file system's encoding is ASCII, too
         *[pytest.param(interpreter, name, C_LOCALE, marks=pytest.mark.slow) for name in ("evaluate", "train")],
         *[(forked, name, ASCII) for name in ("gate", "runs", "train")],
         (forked, "gate", {"PYTHONIOENCODING": "latin-1"}),
@@ -107,14 +107,14 @@ def test_no_encoding_changes_an_exit_code(folder, tmp_path, run, name: str, envi
         pytest.param(interpreter, "| true", "runs", "", marks=pytest.mark.slow),
     ],
 )
-def test_a_reader_that_leaves_changes_nothing(folder, tmp_path, run, left: str, name: str, unbuffered: str) -> None:
+def test_a_closed_pipe_changes_nothing(folder, tmp_path, run, left: str, name: str, unbuffered: str) -> None:
     done = run(folder, verb(name, tmp_path / "out"), left, PYTHONUNBUFFERED=unbuffered)
     assert (done.returncode, done.stderr.count(b"Error")) == (0, 0), done.stderr.decode()
     if name == "evaluate":
         assert (tmp_path / "out" / "report.html").exists()
 
 
-def test_a_reader_of_messages_that_leaves_changes_nothing(folder, tmp_path) -> None:
+def test_a_closed_pipe_of_messages_changes_nothing(folder, tmp_path) -> None:
     done = forked(folder, verb("train", tmp_path / "out"), stderr="left", PYTHONUNBUFFERED="1")
     assert done.returncode == 0
     assert done.stdout.endswith(b"holds versions, logs and report.json\n")
@@ -130,7 +130,7 @@ def test_a_reader_of_messages_that_leaves_changes_nothing(folder, tmp_path) -> N
         pytest.param(interpreter, "> /dev/full", "runs", "", marks=pytest.mark.slow),
     ],
 )
-def test_a_full_disk_under_standard_output_is_bad_input(
+def test_a_full_disk_under_standard_output_exits_with_2(
     folder, tmp_path, run, full: str, name: str, unbuffered: str
 ) -> None:
     done = run(folder, verb(name, tmp_path / "out"), full, PYTHONUNBUFFERED=unbuffered)
@@ -158,8 +158,8 @@ def test_streams_that_are_full_or_closed_change_nothing(
 
 
 @pytest.mark.slow
-def test_settings_of_matplotlib_and_the_backend_of_a_notebook_are_passed_over(folder, tmp_path) -> None:
-    """test_demo.py has the settings for the figures of the demo."""
+def test_settings_of_matplotlib_and_the_backend_of_a_notebook_are_ignored(folder, tmp_path) -> None:
+    """test_demo.py tests this for the figures of the demo."""
     (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfigure.dpi: 7\n")
     settings = {"MATPLOTLIBRC": str(tmp_path), "MPLBACKEND": "module://backend_that_is_not_installed"}
     done = interpreter(folder, verb("evaluate", tmp_path / "out"), **settings)
@@ -179,7 +179,7 @@ def test_any_width_prints_everything(folder, tmp_path) -> None:
         columns: forked(folder, verb("evaluate", tmp_path / "out"), COLUMNS=columns).stdout
         for columns in ("80", "0", "1")
     }
-    assert printed["0"] == printed["80"]  # the width is unknown there
+    assert printed["0"] == printed["80"]  # 0: an unknown width
     assert b"AC" in printed["80"]
     assert b"AC" in printed["1"]
 
@@ -221,7 +221,7 @@ def failing(*_: object) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize("imported", [swallowed, turned_into_another_error, failing])
-def test_ctrl_c_that_another_library_loses(monkeypatch, capsys, imported) -> None:
+def test_ctrl_c_that_an_import_swallows_still_exits_with_130(monkeypatch, capsys, imported) -> None:
     monkeypatch.setattr("simplexfix.cli.importlib.import_module", imported)
     assert main(["doctor"]) == 130
     assert capsys.readouterr().err == "simplexfix doctor: interrupted; the same command starts again\n"
@@ -235,7 +235,7 @@ def test_ctrl_c_that_another_library_loses(monkeypatch, capsys, imported) -> Non
         ("train", "the same command resumes from the last checkpoint"),
     ],
 )
-def test_ctrl_c_says_in_one_line_how_to_go_on(folder, tmp_path, name: str, remedy: str) -> None:
+def test_ctrl_c_prints_one_line_with_the_remedy(folder, tmp_path, name: str, remedy: str) -> None:
     command = ["demo", "--out", str(tmp_path / "out")]
     if name == "train":
         command = ["train", str(configuration(tmp_path, folder / "features")), "--out", str(tmp_path / "out")]
@@ -254,7 +254,7 @@ def test_ctrl_c_says_in_one_line_how_to_go_on(folder, tmp_path, name: str, remed
     if name == "train":
         lines = log.read_text()
         again = Command(*command, folder=folder)
-        try:  # the same command trains from there
+        try:  # the same command resumes
             waited = time.monotonic() + 60
             while log.read_text().count("\n") <= lines.count("\n") and time.monotonic() < waited:
                 assert not again.has_ended(), again.wait()
@@ -265,11 +265,11 @@ def test_ctrl_c_says_in_one_line_how_to_go_on(folder, tmp_path, name: str, remed
         before, after = (
             [json.loads(line)["step"] for line in text.splitlines()[1:]] for text in (lines, log.read_text())
         )
-        assert after[: len(before)] == before  # lines after the checkpoint come again, with other speeds
+        assert after[: len(before)] == before  # lines after the checkpoint are written again, with other speeds
         assert len(after) > len(before)
 
 
-def test_an_error_of_this_package_has_a_code_of_its_own(folder, monkeypatch, capsys) -> None:
+def test_an_internal_error_exits_with_70(folder, monkeypatch, capsys) -> None:
     monkeypatch.setattr("simplexfix.cli.runs.run", lambda arguments: 1 / 0)
     assert main(["runs", str(folder / "runs")]) == 70
     assert "ZeroDivisionError" in capsys.readouterr().err
@@ -307,7 +307,7 @@ def test_help_and_bad_arguments_need_no_torch(arguments: list[str], code: int, e
     assert expected in done.stdout + done.stderr
 
 
-def test_the_grammar_knows_every_preset_and_verb() -> None:
+def test_the_grammar_has_every_preset_and_verb() -> None:
     assert tuple(PRESETS) == _arguments.PRESET_NAMES
     files = {path.stem for path in (ROOT / "simplexfix" / "cli").glob("*.py") if not path.name.startswith("_")}
     assert set(_arguments.VERBS) == files

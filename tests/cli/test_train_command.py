@@ -1,4 +1,4 @@
-"""Tests `simplexfix train` and `simplexfix runs` on a folder of features and on the preset."""
+"""Tests `simplexfix train` and `simplexfix runs` on a folder of features and on a preset."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def features(tmp_path_factory) -> Path:
     return written_features(tmp_path_factory.mktemp("features"))
 
 
-def test_a_run_stops_goes_on_and_is_listed(tmp_path, features, capsys) -> None:
+def test_a_run_stops_resumes_and_is_listed(tmp_path, features, capsys) -> None:
     config = str(configuration(tmp_path, features))
     assert main(["train", config, "--out", str(tmp_path / "runs" / "whole")]) == 0
     assert "nearest class mean: AC " in capsys.readouterr().out
@@ -75,7 +75,7 @@ OCA = {"name": "oca", "embedding_dim": 10, "extra": 4}
     ids=["er", "asnn", "oca", "hoc", "hoc with asnn"],
 )
 def test_the_folders_of_a_runs_versions_give_its_matrix(tmp_path, features, method: dict) -> None:
-    """The saved versions reproduce the run's matrix bit for bit, also after a replacement of the network."""
+    """The saved versions give the run's compatibility matrix bit for bit, also after a replacement of the network."""
     config = configuration(tmp_path, features, **method)
     assert main(["train", str(config), "model.hidden=[20]", "--out", str(tmp_path / "run")]) == 0
     report = json.loads((tmp_path / "run" / "report.json").read_text())
@@ -131,7 +131,7 @@ def test_methods_with_a_classifier_remember_by_herding(tmp_path, features, name:
     assert torch.equal(remembered["labels"], chosen.labels)
 
 
-def test_other_data_is_named(tmp_path, features, capsys) -> None:
+def test_changed_data_is_named(tmp_path, features, capsys) -> None:
     config = str(configuration(tmp_path, features))
     short = ["schedule.steps=2", "tasks.replacements={}", "--out", str(tmp_path / "run")]
     assert main(["train", config, *short]) == 0

@@ -24,7 +24,7 @@ def features(tmp_path_factory) -> Path:
         ("seed=-1", "seed must be 0 or more, got -1"),
     ],
 )
-def test_what_is_no_device_or_seed_is_named_and_nothing_is_written(tmp_path, features, capsys, change, message) -> None:
+def test_a_bad_device_or_seed_is_named_and_nothing_is_written(tmp_path, features, capsys, change, message) -> None:
     assert main(["train", str(two_step_configuration(tmp_path, features)), change, "--out", str(tmp_path / "run")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
@@ -53,7 +53,7 @@ def test_changes_may_follow_options(tmp_path, features, capsys) -> None:
 
 
 @pytest.mark.parametrize("kind", ["features", "images"])
-def test_data_that_is_not_there_is_said_with_the_layout_expected(tmp_path, features, capsys, kind: str) -> None:
+def test_missing_data_is_named_with_the_expected_layout(tmp_path, features, capsys, kind: str) -> None:
     expected = {
         "features": "has no train.npy, train_labels.npy, query.npy, query_labels.npy, gallery.npy, gallery_labels.npy; "
         "expected features [N, d] and labels [N]",
@@ -65,7 +65,7 @@ def test_data_that_is_not_there_is_said_with_the_layout_expected(tmp_path, featu
     assert f"{tmp_path / 'nothing'} {expected[kind]}" in capsys.readouterr().err
 
 
-def test_pre_training_images_that_are_not_there_are_said_with_the_layout(tmp_path, capsys) -> None:
+def test_missing_pre_training_images_are_named_with_the_expected_layout(tmp_path, capsys) -> None:
     image = pytest.importorskip("PIL.Image")
     for part in ("train", "query", "gallery"):
         for name in "ab":
@@ -83,8 +83,8 @@ def test_pre_training_images_that_are_not_there_are_said_with_the_layout(tmp_pat
 
 
 @pytest.mark.parametrize("file", ["version.safetensors", "memory.safetensors", "model/config.json"])
-def test_a_damaged_file_of_a_task_comes_again_once_it_is_deleted(tmp_path, features, capsys, file: str) -> None:
-    """Deleting the damaged file, as the message advises, gives the same bytes again."""
+def test_a_damaged_file_of_a_task_is_written_again_once_it_is_deleted(tmp_path, features, capsys, file: str) -> None:
+    """After the damaged file is deleted, as the message advises, the next run writes the same bytes again."""
     train = ["train", str(two_step_configuration(tmp_path, features)), "--out", str(tmp_path / "run")]
     assert main(train) == 0
     damaged, report = tmp_path / "run" / "task-00" / file, tmp_path / "run" / "report.json"

@@ -21,7 +21,7 @@ HIDDEN = np.random.default_rng(0).normal(size=(QUERIES + GALLERY, WIDTH))
 
 
 def version(noise: float, *, seed: int = 1, items: LabelledItems = ITEMS, **options) -> VersionFeatures:
-    """Returns an encoder that adds its own noise to the items."""
+    """Returns the features of an encoder that adds its own noise to the items' hidden features."""
     rows = HIDDEN + noise * np.random.default_rng(seed).normal(size=HIDDEN.shape)
     return items.version(rows[:QUERIES].astype(np.float32), rows[QUERIES:].astype(np.float32), **options)
 
@@ -72,11 +72,11 @@ def test_the_gate_compares_new_queries_with_old_ones_by_agreement() -> None:
     assert (result.protocol, result.absent, result.unjudged) == ("agreement@10", 0, None)
 
 
-def test_a_rotated_space_agrees_with_nothing() -> None:
+def test_a_rotated_space_fails_without_an_adapter() -> None:
     turn = np.linalg.qr(np.random.default_rng(5).normal(size=(WIDTH, WIDTH)))[0].astype(np.float32)
     apart = ITEMS.version(
         *(part.gather(np.arange(len(part))) @ turn for part in (NEW.query, NEW.gallery))
-    )  # searches its own gallery as NEW does
+    )  # ranks its own gallery as NEW does
     result = upgrade_gate(OLD, apart, protocol="agreement@10")
     assert not result.passed
     assert result.scores["new_on_old"] < 0.3 < result.scores["old_on_old"]
@@ -98,7 +98,7 @@ def test_an_adapter_is_judged_by_labels_too() -> None:
     assert result.scores == {"old_on_old": 0.0, "new_on_old": 1.0}
 
 
-def test_labels_have_no_part_in_it() -> None:
+def test_agreement_ignores_labels() -> None:
     plain = upgrade_gate(OLD, NEW, protocol="agreement@3").as_dict()
     labelled = LabelledItems(np.arange(QUERIES) % 2, np.zeros(GALLERY, dtype=np.int64))
     old, new = (version(noise, seed=seed, items=labelled) for noise, seed in ((1.0, 1), (0.1, 2)))
@@ -107,7 +107,7 @@ def test_labels_have_no_part_in_it() -> None:
     assert mixed.scores == plain["scores"]
 
 
-def test_groups_are_judged_apart() -> None:
+def test_groups_are_judged_separately() -> None:
     groups = np.where(np.arange(QUERIES) < 30, "a", "b")
     items = LabelledItems.without_labels(QUERIES, GALLERY, query_groups=groups)
     old, new = (version(noise, seed=seed, items=items) for noise, seed in ((1.0, 1), (0.1, 2)))

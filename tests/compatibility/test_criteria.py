@@ -120,7 +120,7 @@ def test_one_version_has_no_upgrade() -> None:
     assert average_accuracy([[0.4]]) == 0.4
 
 
-def test_squares_tensors_and_what_stands_above_the_diagonal() -> None:
+def test_cells_above_the_diagonal_are_ignored() -> None:
     square = np.array([[0.5, np.nan], [0.7, 0.6]])
     for matrix in (square, torch.tensor(square), np.where(np.isnan(square), 99.0, square)):
         assert average_compatibility(matrix) == 1.0

@@ -20,7 +20,7 @@ CLASSES = 4
 def version(
     right: list[bool], labels: torch.Tensor, width: int = CLASSES, seed: int = 0, items: LabelledItems | None = None
 ) -> VersionFeatures:
-    """Queries point to their own class where `right`, else to the next one; the gallery has two items per class."""
+    """Returns queries near their own class where `right`, else near the next one; each class has two gallery items."""
     generator = torch.Generator().manual_seed(seed)
     shown = torch.where(torch.tensor(right), labels, (labels + 1) % CLASSES)
     noise = 0.05 * torch.randn(len(labels), width, generator=generator)
@@ -58,7 +58,7 @@ def test_default_rule() -> None:
     assert outcome.verdict == "passed"
 
 
-def test_a_result_says_which_models_it_judged_and_comes_back_from_json() -> None:
+def test_a_result_names_its_models_and_survives_json() -> None:
     items = LabelledItems(LABELS, GALLERY_LABELS)
     sides = [version(right, LABELS, seed=seed, items=items) for seed, right in enumerate((OLD, NEW))]
     named = [replace(side, fingerprint=text) for side, text in zip(sides, ("aa", "bb"), strict=True)]
@@ -96,7 +96,7 @@ def test_each_rule_at_its_limit() -> None:
     assert tie.verdict == "failed: exactly the limit, and must be above"
 
 
-def test_confidence_asks_for_the_worse_end() -> None:
+def test_confidence_applies_to_the_worse_end() -> None:
     nfr, recall = exact_interval(5, 100), exact_interval(70, 100)
     result = gate(
         Rule("max_nfr", nfr.high + 1e-6, confidence=0.95),
@@ -122,7 +122,7 @@ def test_few_queries_prove_nothing() -> None:
     assert gate(Rule("ecc", confidence=0.8), **few).passed
     (outcome,) = gate(Rule("max_nfr", 0.01, confidence=0.95), old=hits("1111"), new=hits("1111")).outcomes
     assert outcome.value == 0
-    assert not outcome.passed  # nor do they prove that nothing breaks
+    assert not outcome.passed  # four queries do not prove that nothing breaks either
 
 
 def test_tax_against_an_unconstrained_model() -> None:
@@ -253,7 +253,7 @@ def test_an_outcome_does_not_depend_on_other_rules() -> None:
     assert {(o.low, o.high) for o in other} != {(o.low, o.high) for o in gate(*rules).outcomes}
 
 
-def test_a_lower_end_on_the_limit_is_called_that() -> None:
+def test_the_verdict_names_a_lower_end_on_the_limit() -> None:
     (outcome,) = gate(Rule("ecc", confidence=0.95)).outcomes
     (on_it,) = gate(Rule("ecc", limit=outcome.low, confidence=0.95)).outcomes
     assert on_it.verdict == "failed: lower end exactly the limit, and must be above"

@@ -17,13 +17,13 @@ from simplexfix.labelled import _rows
 
 
 def inequality_violations(new_query, old_query, old_gallery, query_labels, gallery_labels, **ids) -> Violations:
-    """`simplexfix.compatibility.inequality_violations` of separate arrays."""
+    """Calls `simplexfix.compatibility.inequality_violations` with separate arrays."""
     old, new = loose.upgrade(old_query, new_query, query_labels, old_gallery, gallery_labels, **ids)
     return compatibility.inequality_violations(old, new)
 
 
 def in_float64(new, old, gallery, query_labels, gallery_labels) -> Violations:
-    """The equation of the docstring in float64."""
+    """Computes the equation of `inequality_violations` in float64."""
 
     def unit(rows):
         rows = rows.astype(np.float64)
@@ -47,7 +47,7 @@ def test_by_hand() -> None:
     assert found.other == pytest.approx(1 / 3)
 
 
-# one tile; partial tiles in rows and columns; with small blocks several of those
+# one tile; partial tiles in rows and columns; several blocks of tiles
 @pytest.mark.parametrize(("queries", "items", "block_rows"), [(7, 5, 10**6), (300, 4100, 10**6), (300, 500, 90)])
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_against_float64(monkeypatch, queries: int, items: int, block_rows: int, dtype) -> None:
@@ -65,7 +65,7 @@ def test_against_float64(monkeypatch, queries: int, items: int, block_rows: int,
 
 @pytest.mark.parametrize("step", [1e-3, 1e-6, 1e-9])
 def test_where_float32_products_are_wrong(step: float) -> None:
-    """Rounding hides the sign of differences of float32 products; rationals have the exact sign."""
+    """Rounding can flip the sign of a difference of float32 products; rational numbers give the exact sign."""
     numbers = np.random.default_rng(1)
     old = numbers.normal(size=(40, 16))
     new = old + step * numbers.normal(size=old.shape)
@@ -78,7 +78,7 @@ def test_where_float32_products_are_wrong(step: float) -> None:
         a, b = ([Fraction(x) for x in rows[i].tolist()] for rows in (new, old))
         for j in range(50):
             g = [Fraction(x) for x in gallery[j].tolist()]
-            # the sign of  a.g / |a| - b.g / |b|  through squares that keep their sign
+            # a.g / |a| - b.g / |b|  has the sign of the difference of their signed squares
             p, q = (sum(x * y for x, y in zip(r, g, strict=True)) for r in (a, b))
             signed = p * abs(p) * sum(x * x for x in b) - q * abs(q) * sum(x * x for x in a)
             same = labels[0][i] == labels[1][j]
@@ -88,11 +88,11 @@ def test_where_float32_products_are_wrong(step: float) -> None:
     small = [(r / np.linalg.norm(r, axis=1, keepdims=True)).astype(np.float32) for r in (new, old, gallery)]
     naive = small[0] @ small[2].T - small[1] @ small[2].T
     same = labels[0][:, None] == labels[1]
-    if step < 1e-4:  # so that the case occurs
+    if step < 1e-4:  # the float32 products are wrong for such steps
         assert counts != [int((same & (naive < 0)).sum()), int((~same & (naive > 0)).sum())]
 
 
-def test_ties_break_nothing() -> None:
+def test_equal_scores_are_no_violations() -> None:
     numbers = np.random.default_rng(2)
     rows = numbers.normal(size=(100, 700)).astype(np.float32)
     labels = np.arange(100) % 4
@@ -105,7 +105,7 @@ def test_ties_break_nothing() -> None:
     assert (found.same_violations, found.other_violations) == (0, 0)
 
 
-def test_queries_that_stay_among_others_that_move() -> None:
+def test_unchanged_queries_among_changed_ones() -> None:
     numbers = np.random.default_rng(6)
     old, gallery = numbers.normal(size=(90, 12)), numbers.normal(size=(70, 12))
     new = np.where(np.arange(90)[:, None] % 3 == 0, old, numbers.normal(size=old.shape))

@@ -38,7 +38,10 @@ def versions(
     groups: bool = False,
     own_space: bool = False,
 ) -> list[VersionFeatures]:
-    """Returns versions of one space with queries near their relevant items; the last five queries have no judgement."""
+    """Returns versions with queries near their relevant items; the last five queries have no judgement.
+
+    All versions share a space; with `own_space` each later one is rotated into its own.
+    """
     draw = np.random.default_rng(0)
     clean = draw.standard_normal((ITEMS, max(widths)))
     of = draw.integers(ITEMS, size=QUERIES)
@@ -164,7 +167,7 @@ def test_regressions_are_the_queries_that_lose_most() -> None:
     assert worst_regressions(old, new, before, after, protocol="ndcg@10", limit=3) == worst[:3]
 
 
-def test_the_report_says_what_the_functions_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_report_has_the_numbers_of_the_functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     of, protocol = versions((0.8, 0.5, 1.0), widths=(D, D, D)), "ndcg@10"
     report = evaluate(of, protocol=protocol)
     np.testing.assert_array_equal(report.matrix, compatibility_matrix(of, protocol))
@@ -224,7 +227,7 @@ def test_one_version_alone_and_labels_by_a_metric() -> None:
     assert worst.label == items.gallery_labels[worst.own_item]
 
 
-def test_what_needs_classes_says_so() -> None:
+def test_functions_of_classes_refuse_judgements() -> None:
     old, new = versions()
     for call in (
         lambda: upgrade_gate(old, new),

@@ -1,4 +1,4 @@
-"""Tests the compatibility matrix: each cell equals its protocol's score, on difficult features and bad input."""
+"""Tests the compatibility matrix: each cell equals its protocol's score, also on difficult features; and bad input."""
 
 from __future__ import annotations
 
@@ -69,13 +69,13 @@ def rows_of(kind: str, labels: np.ndarray, d: int, rng: np.random.Generator) -> 
 def versions_of(kind: str, versions: int, d: int = 24, classes: int = 6, queries: int = 90, items: int = 60):
     rng = np.random.default_rng(sum(map(ord, kind)))
     labels = rng.integers(classes, size=queries + items) * 2**33 - 7
-    labels[:3] = 2**24 + 1, 2**24, -(2**62)  # classes without gallery items, in float32
+    labels[:3] = 2**24 + 1, 2**24, -(2**62)  # not in the gallery; float32 merges the first two
     both = [rows_of(kind, labels, d, rng) for _ in range(versions)]
     return [x[:queries] for x in both], [x[queries:] for x in both], labels[:queries], labels[queries:]
 
 
 def by_cells(queries, galleries, query_labels, gallery_labels, function) -> list[list[np.ndarray]]:
-    """The direct method: calls the protocol's function for each cell."""
+    """Calls the protocol's function for each cell."""
     q, g = ([torch.tensor(np.asarray(x)) for x in features] for features in (queries, galleries))
     labels = torch.from_numpy(query_labels), torch.from_numpy(gallery_labels)
     out = []
@@ -96,7 +96,7 @@ def check(found: list[list[np.ndarray]], expected: list[list[np.ndarray]]) -> No
 
 @both
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_cell_is_the_protocols(protocol, kind: str) -> None:
+def test_each_cell_is_the_score_of_the_protocol(protocol, kind: str) -> None:
     arguments = versions_of(kind, 4)
     expected = by_cells(*arguments, protocol.hits)
     hits = compatibility_hits(*arguments, protocol)
@@ -116,7 +116,7 @@ def test_blocks_and_groups_change_nothing(protocol, classes: int, monkeypatch: p
     for module in (class_means, nearest_items):
         monkeypatch.setattr(module, "_QUERY_ROWS", 7)
     monkeypatch.setattr("simplexfix.labelled._rows._BLOCK_BYTES", 4 * 24 * 11)
-    for columns, taken in ((1, 1), (2 * classes, 3 * 60 * (5 * 24 + 12) - 1)):  # one version at a time; two
+    for columns, taken in ((1, 1), (2 * classes, 3 * 60 * (5 * 24 + 12) - 1)):  # groups of one version; of two
         monkeypatch.setattr(class_means, "_PRODUCT_COLUMNS", columns)
         monkeypatch.setattr(nearest_items, "_INDEX_BYTES", taken)
         np.testing.assert_array_equal(compatibility_matrix(*arguments, protocol), expected)
@@ -147,8 +147,8 @@ def test_few_queries_are_left_to_the_search(kind: str, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("d", [1, 24, 1500])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_what_a_product_calls_sure_is_what_the_definition_says(kind: str, d: int, dtype: type) -> None:
-    """Compares the float32 decision with the definition, for templates that are off by one or two ulp."""
+def test_sure_decisions_agree_with_the_definition(kind: str, d: int, dtype: type) -> None:
+    """The definition decides by float32 scores; the templates are off by one or two ulp."""
     rng = np.random.default_rng(d)
     own = np.arange(300) % 5
     block = rows_of(kind, own, d, rng)
@@ -212,7 +212,7 @@ def resident(path: Path) -> int:
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/smaps"), reason="no /proc/self/smaps")
-def test_mapped_pages_are_given_back_and_private_changes_are_not(tmp_path: Path) -> None:
+def test_mapped_pages_are_released_and_private_changes_are_kept(tmp_path: Path) -> None:
     path = tmp_path / "rows.npy"
     np.save(path, np.ones((4000, 64), dtype=np.float32))
     labels = np.arange(4000)

@@ -23,11 +23,12 @@ ORDERS = {"farthest_from_class_mean": farthest_from_class_mean, "lowest_margin":
 
 
 def test_by_hand() -> None:
-    # the template of class 4 is along (2, 1), that of class 9 along (1, 4); own cosines: 0.89, 0.45, 0.99 and 0.24, 1
+    # the template of class 4 is along (2, 1), that of class 9 along (1, 4)
+    # own cosines: 0.89, 0.45, 0.96 and 0.24, 0.99
     rows = np.array([[1.0, 0.0], [0.0, 0.1], [1.0, 0.9], [0.7, 0.0], [0.3, 4.0]])
     labels = np.array([4, 4, 4, 9, 9])
     assert farthest_from_class_mean(rows, labels).tolist() == [3, 1, 0, 2, 4]
-    # margins: 0.89 - 0.24, 0.45 - 0.97, 0.997 - 0.83, 0.24 - 0.89, 0.9... - 0.51
+    # margins: 0.89 - 0.24, 0.45 - 0.97, 0.96 - 0.83, 0.24 - 0.89, 0.99 - 0.51
     assert lowest_margin(rows, labels).tolist() == [3, 1, 2, 4, 0]
 
 

@@ -69,7 +69,8 @@ def test_bootstrap_is_that_of_resampled_queries() -> None:
     for confidence in (0.8, 0.95):
         ends = [(1 - confidence) / 2, (1 + confidence) / 2]
         options = {"confidence": confidence, "resamples": 40_000, "generator": np.random.default_rng(1)}
-        assert bootstrap_interval(after, **options) == pytest.approx(np.quantile(hits, ends), abs=0.011)  # a query
+        # the tolerance is one of the 100 queries
+        assert bootstrap_interval(after, **options) == pytest.approx(np.quantile(hits, ends), abs=0.011)
         assert bootstrap_gain(before, after, **options) == pytest.approx(np.quantile(gain, ends), abs=0.011)
 
 
@@ -89,7 +90,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
     assert (covered / 400 < 0.96).all(), covered
 
 
-def test_a_seed_gives_the_same_numbers_and_nothing_global_moves() -> None:
+def test_a_seed_gives_the_same_numbers_and_no_global_state_changes() -> None:
     hits = np.arange(50) % 3 == 0
     before = np.random.get_state()[1].copy(), torch.get_rng_state()
     first = bootstrap_interval(hits)
@@ -119,7 +120,7 @@ def test_cells_and_tests_of_a_matrix() -> None:
 
 
 def scores(queries: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns scores as of nDCG: many queries keep their score, some have 0 or 1."""
+    """Returns scores such as nDCG: about 40 % of the queries keep theirs, and about 30 % begin with 0."""
     draw = np.random.default_rng(seed)
     before = np.where(draw.random(queries) < 0.3, 0.0, draw.random(queries))
     after = np.where(draw.random(queries) < 0.4, before, draw.random(queries))
@@ -174,7 +175,7 @@ def test_flips_of_scores_are_those_that_rise_and_fall() -> None:
     assert (negative_flip_rate(before, after), positive_flip_rate(before, after)) == (1 / 4, 1 / 4)
 
 
-def test_unanimous_queries() -> None:
+def test_queries_that_all_agree() -> None:
     assert bootstrap_interval([True] * 9) == (1.0, 1.0)
     assert bootstrap_gain([False] * 9, [True] * 9) == (1.0, 1.0)
     assert mcnemar_test([False] * 4, [True] * 4).p_value == 0.125  # four queries prove nothing at 95 %

@@ -31,7 +31,7 @@ def upgrade_threshold(
     new_gallery=None,
     **options,
 ):
-    """`simplexfix.compatibility.upgrade_threshold` of separate arrays."""
+    """Calls `simplexfix.compatibility.upgrade_threshold` with separate arrays."""
     ids = {} if query_ids is None else {"query_ids": query_ids, "gallery_ids": gallery_ids}
     old, new = loose.upgrade(
         old_query, new_query, query_labels, gallery, gallery_labels, new_gallery=new_gallery, **ids
@@ -44,7 +44,7 @@ def compare(*arguments, **ids) -> VerificationResults:
 
 
 def upgrade(queries: int = 120, items: int = 80, d: int = 12, seed: int = 0, noise: float = 0.7):
-    """Returns old queries, new queries with lower scores, labels, and the old gallery."""
+    """Returns old queries, noisier new queries, their labels, the old gallery and its labels."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(6, size=queries + items)
     centers = rng.standard_normal((6, d)) + 0.4
@@ -79,7 +79,7 @@ def test_rates_before_and_after_against_all_pairs() -> None:
     )
 
 
-def test_nothing_moves_where_nothing_changes() -> None:
+def test_equal_queries_keep_the_threshold() -> None:
     old, _, query_labels, gallery, gallery_labels = upgrade()
     move = upgrade_threshold(old, old, query_labels, gallery, gallery_labels, far=0.05)
     assert move.before == move.unmoved == move.after
@@ -89,7 +89,7 @@ def test_nothing_moves_where_nothing_changes() -> None:
     assert move.far_interval.low < 0.05 < move.far_interval.high
 
 
-def test_a_gallery_extracted_anew_and_items_left_out() -> None:
+def test_a_re_extracted_gallery_and_excluded_items() -> None:
     old, new, labels, *_ = upgrade()
     ids = np.arange(len(labels)) + 2**40
     given = {"query_ids": ids, "gallery_ids": ids}
@@ -103,7 +103,8 @@ def test_a_gallery_extracted_anew_and_items_left_out() -> None:
 def test_accepted_pairs_of_each_group(groups) -> None:
     old, _, query_labels, gallery, gallery_labels = upgrade()
     scores, same = pairs_of(old, query_labels, gallery, gallery_labels)
-    reached = int(np.floor(np.float64(scores[~same].max()) * STEPS)) + STEPS  # by exactly one impostor
+    # exactly one impostor pair reaches this edge
+    reached = int(np.floor(np.float64(scores[~same].max()) * STEPS)) + STEPS
     edges = np.array([STEPS + 30000, STEPS - 1, reached, STEPS + 30000, BINS, 0])
     ids = {"query_ids": np.arange(120), "gallery_ids": np.arange(80) * 2}
     kept = ids["query_ids"][:, None] != ids["gallery_ids"]
@@ -117,7 +118,7 @@ def test_accepted_pairs_of_each_group(groups) -> None:
 
 
 def test_the_interval_is_that_of_resampled_queries() -> None:
-    """Resamples queries in a loop over all pairs."""
+    """The expected intervals come from a loop that resamples queries and thresholds all of their pairs."""
     old, new, query_labels, gallery, gallery_labels = upgrade(200, 100)
     move = upgrade_threshold(old, new, query_labels, gallery, gallery_labels, threshold=0.7, confidence=0.8)
     was, same = pairs_of(old, query_labels, gallery, gallery_labels)
@@ -169,8 +170,8 @@ def test_the_interval_of_the_unmoved_rate_is_the_new_queries() -> None:
     assert not move.far_interval.low < move.before.far < move.far_interval.high
 
 
-def test_a_group_is_drawn_whole() -> None:
-    """Eight copies of every query give the same interval as one if the copies are resampled together."""
+def test_a_group_is_resampled_as_a_whole() -> None:
+    """Eight copies of each query, resampled as a group, give the same interval as one copy."""
     old, new, query_labels, gallery, gallery_labels = upgrade(60)
     once = upgrade_threshold(old, new, query_labels, gallery, gallery_labels, threshold=0.7)
     many = *(np.repeat(x, 8, axis=0) for x in (old, new, query_labels)), gallery, gallery_labels
@@ -180,7 +181,7 @@ def test_a_group_is_drawn_whole() -> None:
     assert np.ptp(apart.interval) < 0.6 * np.ptp(once.interval)
 
 
-def test_the_same_numbers_at_every_call_and_others_of_another_generator() -> None:
+def test_intervals_repeat_and_depend_on_the_generator() -> None:
     arguments = upgrade(40, 40)
     first = upgrade_threshold(*arguments, far=0.1, resamples=200)
     assert upgrade_threshold(*arguments, far=0.1, resamples=200) == first
@@ -205,8 +206,8 @@ def test_calibration_against_scikit_learn() -> None:
     assert found([[2.0, -2.0]]).tolist() == [[found.probabilities[-1], found.probabilities[0]]]
 
 
-def test_calibration_for_another_share_of_genuine_pairs() -> None:
-    """Bayes: odds times the ratio of the prior odds, where both kinds of pairs exist."""
+def test_calibration_for_another_fraction_of_genuine_pairs() -> None:
+    """By Bayes the odds are multiplied by the ratio of the prior odds."""
     old, _, query_labels, gallery, gallery_labels = upgrade()
     results = compare(old, query_labels, gallery, gallery_labels)
     as_found, half = calibrate_scores(results), calibrate_scores(results, prior=0.5)

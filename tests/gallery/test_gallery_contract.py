@@ -1,4 +1,4 @@
-"""Tests that every store keeps the contract of docs/guides/gallery.md; the headings below have its numbers."""
+"""Tests that every store keeps the contract of docs/guides/gallery.md."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ IDS = np.arange(40)
 
 @pytest.fixture
 def gallery(url: str) -> Gallery:
-    """40 rows of A, with payload."""
+    """Returns a gallery of 40 rows by model A, with payload."""
     made = Gallery.create(url, model=A)
     made.add(IDS, vectors(IDS), model=A, payload={"shop": IDS % 3, "name": [f"item {id_}" for id_ in IDS]})
     return made
 
 
 def upgraded(gallery: Gallery, replaced: object = ()) -> Gallery:
-    """Admits B and replaces rows by those of B."""
+    """Admits B and replaces the vectors of the ids in `replaced` by those of B."""
     gallery.admit(B, gate_of(A, B))
     if len(np.asarray(replaced)):
         gallery.replace(replaced, vectors(replaced, 1), model=B)
@@ -123,7 +123,7 @@ def test_admission_needs_a_passed_gate_of_exactly_these_models(gallery: Gallery)
 
 
 def mixed_rows() -> tuple[np.ndarray, np.ndarray]:
-    """Rows that tie, are the same, zero and huge, with the versions 0 and 1 across each other."""
+    """Returns rows, some tied, equal, zero, tiny or huge, and alternating versions 0 and 1."""
     rows = vectors(IDS)
     rows[5] = rows[6] = rows[7] = rows[20]
     rows[8] = 2 * rows[20]
@@ -275,7 +275,7 @@ def test_after_a_rollback_all_stored_bits_are_as_before(gallery: Gallery) -> Non
     after = gallery.search(vectors(IDS, 1), 5, model=A, where={"shop": [0, 1, 2]})
     np.testing.assert_array_equal(after.ids, found.ids)
     np.testing.assert_array_equal(after.scores, found.scores)
-    # what the new model has added is found, and stale
+    # a row that the new model added is still found, and is stale
     assert gallery.search(vectors([70]), 1, model=A).ids == 70
     assert gallery.search(vectors([70]), 1, model=B).versions == 1
     with pytest.raises(StrangerError, match=r"was rolled back; add with version 0 \(photos v0\), which serves, or adm"):
@@ -286,7 +286,7 @@ def test_after_a_rollback_all_stored_bits_are_as_before(gallery: Gallery) -> Non
     assert gallery.status()["stale"] == 0
     with pytest.raises(ValueError, match=r"nothing to roll back to: version 0 .* is the only model that has served"):
         gallery.rollback()
-    # again, and with two models one after the other
+    # once more, with two upgrades in a row
     gallery.admit(B, gate_of(A, B))
     gallery.replace(IDS[:25], vectors(IDS[:25], 1), model=B)
     between = stored_rows(gallery)
@@ -301,7 +301,7 @@ def test_after_a_rollback_all_stored_bits_are_as_before(gallery: Gallery) -> Non
 def test_every_bit_of_a_float32_comes_back(url: str) -> None:
     draw = np.random.default_rng(0)
     rows = draw.integers(0, 2**32, size=(300, DIM), dtype=np.uint32).view(np.float32)
-    rows[~np.isfinite(rows)] = -0.0  # the others have all exponents, subnormal numbers too
+    rows[~np.isfinite(rows)] = -0.0  # the other numbers have all exponents; some are subnormal
     rows[:3] = [[0.0] * DIM, [-0.0] * DIM, [1e-45] * DIM]
     rows[3], rows[4] = 3e38, np.where(IDS[:DIM] % 2, 3e38, -1e-45)
     gallery = Gallery.create(url, model=A)
@@ -352,7 +352,7 @@ def test_versions_of_several_widths_are_one_ranking(url: str) -> None:
     np.testing.assert_array_equal(gallery.read().vectors, rows[:, :DIM])
 
 
-def test_old_vectors_go_with_retire_alone(gallery: Gallery) -> None:
+def test_only_retire_deletes_old_vectors(gallery: Gallery) -> None:
     upgraded(gallery, IDS[:30])
     for version, message in (
         (0, r"10 rows are still of version 0 \(photos v0\) and would be lost: replace them first, as `stale\(\)`"),
@@ -376,7 +376,7 @@ def test_old_vectors_go_with_retire_alone(gallery: Gallery) -> None:
     assert stored_rows(gallery) == {int(i): (1, vectors([i], 1).tobytes(), stored_rows(gallery)[i][2]) for i in IDS}
 
 
-def test_a_removed_row_is_gone_with_what_it_replaced(gallery: Gallery) -> None:
+def test_remove_deletes_a_row_and_its_old_vector(gallery: Gallery) -> None:
     upgraded(gallery, IDS[:10])
     with pytest.raises(KeyError, match="id 99 is not in the gallery"):
         gallery.remove([1, 99])
@@ -388,7 +388,7 @@ def test_a_removed_row_is_gone_with_what_it_replaced(gallery: Gallery) -> None:
     gallery.add([1], vectors([1], 1), model=B)
     assert gallery.search(vectors([1]), 1, model=B).ids == 1
     assert gallery.rollback()["rows_that_stay"] == 1
-    # a worker that has a row which is then removed goes on
+    # a worker continues when a row of its batch is removed
     gallery.admit(B, gate_of(A, B))
     worker = gallery.stale(order=[2, 3])
     batch = next(worker)
@@ -398,7 +398,7 @@ def test_a_removed_row_is_gone_with_what_it_replaced(gallery: Gallery) -> None:
         gallery.replace([2], vectors([2], 1), model=B)
 
 
-def test_the_history_has_every_change_and_nothing_edits_it(gallery: Gallery) -> None:
+def test_the_history_has_every_change(gallery: Gallery) -> None:
     upgraded(gallery)
     for batch in gallery.stale(order=IDS[::-1], batch=30):
         gallery.replace(batch, vectors(batch, 1), model=B)
@@ -419,7 +419,7 @@ def test_the_history_has_every_change_and_nothing_edits_it(gallery: Gallery) -> 
 # 4. and 5. serving while rows are replaced; shared, resumable backfill
 
 
-def test_every_row_is_given_once_in_the_order_asked_for(url: str) -> None:
+def test_stale_gives_every_row_once_in_the_given_order(url: str) -> None:
     gallery = Gallery.create(url, model=A, count_traffic=True)
     gallery.add(IDS, vectors(IDS), model=A)
     for _ in range(3):
@@ -450,17 +450,17 @@ def test_every_row_is_given_once_in_the_order_asked_for(url: str) -> None:
         list(gallery.stale(order=[99]))
 
 
-def test_counts_are_written_now_and_then_and_bounded(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_traffic_counts_are_bounded_and_written_at_intervals(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     gallery = Gallery.create(url, model=A, count_traffic=True)
     gallery.add(IDS, vectors(IDS), model=A)
     upgraded(gallery)
     monkeypatch.setattr(_traffic, "_MOST", 6)
     for _ in range(2):
         gallery.search(vectors(IDS[30:33]), 1, model=A)
-    gallery.search(vectors(IDS[:8]), 1, model=A)  # more than are kept: those with the least hits are forgotten
+    gallery.search(vectors(IDS[:8]), 1, model=A)  # too many ids: those with the fewest hits are dropped
     assert len(gallery._traffic._times) == 3
     other = Gallery.open(url)
-    assert next(other.stale(order="traffic", batch=3)).tolist() == [0, 1, 2]  # not yet written
+    assert next(other.stale(order="traffic", batch=3)).tolist() == [0, 1, 2]  # the counts are not written yet
     monkeypatch.setattr(_traffic, "_SECONDS", 0.0)
     gallery.search(vectors([31]), 1, model=A)
     assert next(other.stale(order="traffic", batch=4)).tolist() == [31, 30, 32, 0]
@@ -480,7 +480,7 @@ def test_workers_share_the_rows_and_take_over_from_one_that_died(url: str, galle
     lost = next(died)
     status = other.status()
     assert status["leased"] == 19
-    assert [each["rows"] for each in status["workers"]] == [16, 3]  # that of the lease that ends first, and `slow`
+    assert [each["rows"] for each in status["workers"]] == [16, 3]  # the lease that ends first, then that of `slow`
     first, second = gallery.history()[-2:]
     assert [each["worker"] for each in status["workers"]] == [second["worker"], first["worker"]]
     assert second["worker"].split("/")[1] == str(os.getpid())
@@ -492,15 +492,15 @@ def test_workers_share_the_rows_and_take_over_from_one_that_died(url: str, galle
     for batch in other.stale(batch=16, lease=60):
         mine.append(batch)
         other.replace(batch, vectors(batch, 1), model=B)
-    # first what nobody had, then the dead worker's
+    # first the rows without a lease, then those of the dead worker
     assert [len(batch) for batch in mine] == [16, 8, 16]
     assert sorted(mine[-1].tolist()) == sorted(lost.tolist())
-    assert gallery.replace(lost, vectors(lost, 1), model=B) == 0  # it was not dead but slow
+    assert gallery.replace(lost, vectors(lost, 1), model=B) == 0  # the worker was slow, not dead
     assert gallery.status()["stale"] == gallery.status()["leased"] == 0
     assert gallery.status()["workers"] == []
 
 
-def test_a_pause_a_rollback_and_the_end_of_a_loop(gallery: Gallery) -> None:
+def test_a_pause_or_a_rollback_ends_the_loop_of_a_worker(gallery: Gallery) -> None:
     upgraded(gallery)
     worker = gallery.stale(batch=10)
     next(worker)
@@ -519,16 +519,16 @@ def test_a_pause_a_rollback_and_the_end_of_a_loop(gallery: Gallery) -> None:
     next(held)
     gallery.rollback()
     gallery.admit(B, gate_of(A, B))
-    (everything,) = gallery.stale(batch=40)  # the leases of the backfill before are over
+    (everything,) = gallery.stale(batch=40)  # the leases of the earlier backfill have ended
     assert len(everything) == 40
-    for batch in gallery.stale(batch=10):  # skips some, and ends all the same
+    for batch in gallery.stale(batch=10):  # the loop ends although each batch leaves a row
         gallery.replace(batch[:9], vectors(batch[:9], 1), model=B)
     assert gallery.status()["stale"] == 4
     assert gallery.status()["leased"] == 0
 
 
 def test_a_second_process_sees_what_was_committed(url: str, gallery: Gallery) -> None:
-    """Another `Gallery` shares nothing but the store."""
+    """A second `Gallery` stands for the process: it shares only the store."""
     other = Gallery.open(url)
     assert other.search(vectors([5]), 1, model=A).ids == 5
     gallery.add([60], vectors([60]), model=A)
@@ -544,7 +544,7 @@ def test_a_second_process_sees_what_was_committed(url: str, gallery: Gallery) ->
 
 
 def test_a_status_is_of_one_moment(url: str, gallery: Gallery, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another process rolls back after the first read of the store."""
+    """A second `Gallery`, which stands for another process, rolls back after the first read of the store."""
     upgraded(gallery, IDS)
     other, rolled_back = Gallery.open(url), []
 
@@ -639,7 +639,7 @@ def test_calls_about_the_same_rows_at_the_same_time_take_turns(gallery: Gallery)
 
 
 def test_the_last_of_several_workers_records_the_end_of_a_backfill(gallery: Gallery) -> None:
-    """Neither call reads the rows that the other is about to replace."""
+    """Two concurrent calls replace half of the rows each, and only the later one leaves no stale row."""
     for _ in range(5):
         upgraded(gallery)
         at_once(*[lambda ids=IDS[first::2]: gallery.replace(ids, vectors(ids, 1), model=B) for first in range(2)])
@@ -648,7 +648,7 @@ def test_the_last_of_several_workers_records_the_end_of_a_backfill(gallery: Gall
 
 
 def test_a_model_is_checked_again_where_the_rows_are_written(gallery: Gallery, monkeypatch) -> None:
-    """Another process may roll back or retire it between the first check and the transaction."""
+    """Another process may roll back or retire the model between the first check and the transaction."""
     upgraded(gallery)
     gallery.rollback()
     before = stored_rows(gallery)
@@ -659,7 +659,7 @@ def test_a_model_is_checked_again_where_the_rows_are_written(gallery: Gallery, m
     assert stored_rows(gallery) == before
 
 
-# 6. what cannot be used is refused before anything is sent
+# 6. bad input is refused before anything is sent
 
 
 BAD_ROWS: list[tuple[dict[str, Any], type[Exception], str]] = [
@@ -702,7 +702,7 @@ def test_bad_rows_are_refused_and_nothing_is_added(gallery: Gallery) -> None:
     assert stored_rows(gallery) == before
 
 
-def test_ids_that_are_there_and_that_are_not(gallery: Gallery) -> None:
+def test_present_ids_are_not_added_and_missing_ids_not_replaced(gallery: Gallery) -> None:
     before = stored_rows(gallery)
     with pytest.raises(ValueError, match="id 7 is in the gallery already: `replace` puts"):
         gallery.add([50, 7], vectors([50, 7]), model=A)
@@ -767,7 +767,7 @@ def test_an_empty_gallery_finds_nothing(url: str) -> None:
     assert list(gallery.stale()) == []
 
 
-def test_models_of_others_live_in_a_gallery_through_an_adapter(url: str) -> None:
+def test_an_external_model_is_admitted_with_an_adapter(url: str) -> None:
     first = ModelIdentity.external("text-embedder", "2024-01", 16)
     other = ModelIdentity.external("text-embedder", "2025-03", 16, version=1)
     adapted = ModelIdentity.external("text-embedder", "2025-03", 16, version=1, adapter="5eed", space=first)

@@ -1,7 +1,7 @@
-"""Tests the Milvus store beyond what test_gallery_contract.py tests of all stores.
+"""Tests the Milvus store; test_gallery_contract.py has the tests of all stores.
 
 Most tests use a file of Milvus Lite; the last one uses a server, which is killed and restarted.  A *turn* is the right
-to write to a gallery: one store has it at a time, and renews it regularly (its heartbeat).  The commit of a change
+to write to a gallery: one `Gallery` has it at a time, and renews it regularly (its heartbeat).  The commit of a change
 is one rename of a collection.
 """
 
@@ -124,7 +124,7 @@ def test_a_call_whose_nth_request_fails_takes_full_effect_or_none(tmp_path: Path
 
 
 def test_a_stalled_writer_loses_its_turn_and_writes_nothing(lite: str, gallery: Gallery, monkeypatch) -> None:
-    """Another store takes the turn once the writer has had no heartbeat for `DEAD_SECONDS`."""
+    """Another `Gallery` takes the turn once the writer has had no heartbeat for `DEAD_SECONDS`."""
     monkeypatch.setattr(_milvus_register, "DEAD_SECONDS", 0.2)
     before, other = stored_rows(gallery), Gallery.open(lite)
     pack, calls = _milvus_rows.pack, []
@@ -147,7 +147,7 @@ def test_a_stalled_writer_loses_its_turn_and_writes_nothing(lite: str, gallery: 
 
 
 def test_a_writer_whose_turn_was_taken_never_reports_a_commit(lite: str, gallery: Gallery, monkeypatch) -> None:
-    """The turn ends between the last heartbeat and the commit, and the other store commits a later change."""
+    """The turn ends between the last heartbeat and the commit, and another `Gallery` commits a later change."""
     monkeypatch.setattr(_milvus_register, "DEAD_SECONDS", 0.2)
     before, other = stored_rows(gallery), Gallery.open(lite)
     commit = _milvus_register.Register.commit
@@ -234,7 +234,7 @@ def test_a_version_is_retired_after_the_older_ones(gallery: Gallery) -> None:
 
 
 def test_a_writer_of_a_file_queries_rows_by_key(lite: str, gallery: Gallery, monkeypatch):
-    """A query by another field would make Milvus Lite read all vectors of a version.  Other stores write in between."""
+    """A query by another field would make Milvus Lite read all vectors.  Another `Gallery` writes in between."""
     other = Gallery.open(lite)
     gallery.admit(B, gate_of(A, B))
     assert gallery.replace(IDS[:10], vectors(IDS[:10], 1), model=B) == 10
@@ -302,7 +302,7 @@ def test_ties_beyond_the_first_fetch_are_fetched_too(lite: str, monkeypatch) -> 
     rows = np.repeat(vectors([1]), 90, axis=0) * (2.0 ** (order % 5))[:, None].astype(np.float32)
     gallery.add(order, rows, model=A)
     queries = np.concatenate([vectors([1, 2]), np.zeros((1, rows.shape[1]), np.float32)])
-    for limit in (16_384, 20):  # most hits of one search; beyond 20 the store reads all rows
+    for limit in (16_384, 20):  # the most hits of one search; beyond them the store reads all rows
         monkeypatch.setattr(_milvus_search, "_LIMIT", limit)
         for k in (1, 5, 30):
             hits = gallery.search(queries, k, model=A)
@@ -335,7 +335,7 @@ def print_serving_version(url: str) -> None:
         print("StoreError", error)
 
 
-def test_leftovers_of_a_killed_process_are_cleared_from_a_file(tmp_path: Path, lite: str, gallery: Gallery) -> None:
+def test_leftovers_of_a_killed_process_are_removed_from_a_file(tmp_path: Path, lite: str, gallery: Gallery) -> None:
     collections = Path(lite.partition("#")[0], "collections")
     logs = {log: log.read_bytes() for log in collections.glob("*/wal/*.arrow")}
     gallery.close()  # moves the rows of the logs to data files

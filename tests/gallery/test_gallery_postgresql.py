@@ -1,6 +1,6 @@
-"""Tests the PostgreSQL store beyond what test_gallery_contract.py tests of all stores.
+"""Tests the PostgreSQL store; test_gallery_contract.py has the tests of all stores.
 
-They cover urls and passwords, a server that stops, and the database's own constraints.
+The tests cover urls and passwords, a server that stops, and the database's own constraints.
 """
 
 from __future__ import annotations

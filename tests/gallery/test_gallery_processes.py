@@ -1,6 +1,7 @@
-"""Processes that are killed, that share a backfill, that fork, and that run out of disk.
+"""Tests galleries whose processes are killed, share a backfill, fork, or run out of disk space.
 
-`SIMPLEXFIX_KILLS=100 pytest -m '' tests/gallery/test_gallery_processes.py -k killed` kills a hundred times.
+`SIMPLEXFIX_KILLS=100 pytest -m '' tests/gallery/test_gallery_processes.py -k killed` kills 100 times per test and
+store, and fewer times on Milvus.
 """
 
 from __future__ import annotations
@@ -29,13 +30,14 @@ from simplexfix.gallery import Gallery, StoreError
 __all__ = ["url"]  # a fixture
 
 KILLS = int(os.environ.get("SIMPLEXFIX_KILLS", "10"))
-ROWS = int(os.environ.get("SIMPLEXFIX_ROWS", "0"))  # of the backfill beside a reader; 0: fewer on a server
+# rows of the backfill beside a reader; 0: 500 on a Milvus server, else 2000
+ROWS = int(os.environ.get("SIMPLEXFIX_ROWS", "0"))
 
 
 class Child:
-    """A process that runs a function, which gets a writer of lines; its exit code is 0 unless the function raises.
+    """A process that runs `call(say)`, where `say` sends a line; its exit code is 0 unless the call raises.
 
-    It is forked from this process.  With `fresh`, for a client that does not survive a fork, a fork server forks it.
+    It is forked from this process, or from a fork server if `fresh`, for a client that does not survive a fork.
     """
 
     fresh = False
@@ -63,7 +65,7 @@ class Child:
         return self._lines.readline()
 
     def end(self) -> tuple[list[str], int]:
-        """All its lines, and its exit code, negative for a signal."""
+        """Returns the remaining lines, and the exit code, which is negative for a signal."""
         lines = self._lines.read().split()
         self._lines.close()
         code = self._exit_code()
@@ -72,7 +74,7 @@ class Child:
         return lines, code
 
 
-DEAD_SECONDS = 10.0  # on Milvus: others take over from a killed writer sooner than by default
+DEAD_SECONDS = 10.0  # on Milvus: less than by default, so that others take over from a killed writer sooner
 
 
 def run_fresh(call: bytes, write: Any) -> None:
@@ -85,7 +87,7 @@ def run_fresh(call: bytes, write: Any) -> None:
 def run_child(call: Callable[[Callable[[object], None]], None], write: int) -> None:
     code = 1
     try:
-        os.environ["PGAPPNAME"] = f"child {os.getpid()}"  # of its connections to PostgreSQL
+        os.environ["PGAPPNAME"] = f"child {os.getpid()}"  # names its connections to PostgreSQL: settle()
         call(lambda line: os.write(write, f"{line}\n".encode()))
         code = 0
     except BaseException:
@@ -105,7 +107,7 @@ def fresh_children(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 
 
 def kills(url: str) -> int:
-    """The number of kills: fewer on Milvus, where all calls take seconds, and fewest on a server."""
+    """Returns the number of kills: fewer with Milvus, where all calls take seconds, and fewest with its server."""
     return max(2, KILLS // 10) if url.startswith("http") else max(2, KILLS // 4) if Child.fresh else KILLS
 
 
@@ -150,7 +152,7 @@ def take(gallery: Gallery, step: tuple[str, Any]) -> None:
 
 
 def expected(steps: int) -> tuple[dict[int, int], dict[int, int], tuple[int, ...]]:
-    """Returns the state after so many steps: each row's version, rows kept by version, and versions that served."""
+    """Returns the state after so many steps: versions of rows and of old rows by id, and the versions that served."""
     rows: dict[int, int] = {}
     old: dict[int, int] = {}
     serving: tuple[int, ...] = (0,)
@@ -172,7 +174,7 @@ def expected(steps: int) -> tuple[dict[int, int], dict[int, int], tuple[int, ...
 
 
 def is_after(gallery: Gallery, steps: int) -> bool:
-    """Whether the gallery is bit for bit as after so many steps."""
+    """Returns whether the gallery has the bits that it has after so many steps."""
     rows, old, serving = expected(steps)
     read, status = gallery.read(), gallery.status()
     columns = zip(read.ids.tolist(), read.versions.tolist(), read.vectors, strict=True)
@@ -190,7 +192,7 @@ def is_after(gallery: Gallery, steps: int) -> bool:
 
 
 @pytest.mark.parametrize("url", stores("milvus-lite", "postgresql"), indirect=True)
-def test_killed_at_any_moment_nothing_acknowledged_is_lost_and_nothing_is_half_done(url: str) -> None:
+def test_a_process_killed_at_any_moment_loses_no_acknowledged_call(url: str) -> None:
     """Every step is one call; a killed process leaves the state after its last acknowledged call, or after the next."""
 
     def run(place: str, begin: int) -> Callable[[Callable[[object], None]], None]:
@@ -231,7 +233,7 @@ def test_killed_at_any_moment_nothing_acknowledged_is_lost_and_nothing_is_half_d
             after = [steps for steps in (done, done + 1) if steps <= len(STEPS) and is_after(gallery, steps)]
             assert len(after) == 1, f"killed after {done} of {len(STEPS)} calls, the next is {STEPS[done]}"
             in_the_middle += after[0] < len(STEPS)
-        child = Child(run(place, after[0]))  # another process goes on
+        child = Child(run(place, after[0]))  # another process continues
         assert child.end()[1] == 0
         with Gallery.open(place) as gallery:
             assert is_after(gallery, len(STEPS))
@@ -239,8 +241,8 @@ def test_killed_at_any_moment_nothing_acknowledged_is_lost_and_nothing_is_half_d
 
 
 @pytest.mark.parametrize("kind", ["add", "replace", "remove", "rollback", "retire"])
-def test_killed_at_a_statement_of_a_call_it_is_whole_or_not_there(tmp_path, kind: str) -> None:
-    """The folder store is killed at each call's first SQL statements, at its last ones, and at some between."""
+def test_a_call_killed_at_a_statement_takes_full_effect_or_none(tmp_path, kind: str) -> None:
+    """A process with a folder is killed at a call's first SQL statements, at its last ones, and at two between."""
     before = next(at for at, step in enumerate(STEPS) if step[0] == kind)
     made = tmp_path / "made"
     with Gallery.create(made, model=A) as gallery:
@@ -281,7 +283,7 @@ def test_killed_at_a_statement_of_a_call_it_is_whole_or_not_there(tmp_path, kind
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["create", "add", "replace", "retire"])
 def test_killed_at_a_file_operation_of_milvus_lite(tmp_path, kind: str) -> None:
-    """It is killed at 20 operations that change the file; `SIMPLEXFIX_KILLS=1000` takes all of them."""
+    """A process is killed at 20 of the operations that change the file, or at all with `SIMPLEXFIX_KILLS=1000`."""
     pytest.importorskip("milvus_lite")
     before = next((at for at, step in enumerate(STEPS) if step[0] == kind), 0)
     made = tmp_path / "made.db"
@@ -340,7 +342,7 @@ def test_killed_at_a_file_operation_of_milvus_lite(tmp_path, kind: str) -> None:
             assert is_after(gallery, 0 if kind == "create" else before + 1)
 
 
-def test_a_killed_creation_is_made_again(url: str) -> None:
+def test_a_gallery_whose_creation_was_killed_can_be_created_again(url: str) -> None:
     begun = time.monotonic()
     Gallery.create(f"{url}_whole", model=A).close()
     whole = time.monotonic() - begun
@@ -375,7 +377,7 @@ def test_no_query_misses_a_row_while_two_workers_replace_all(url: str, tmp_path)
         gallery.add(ids, old, model=A)
         gallery.admit(B, force="test")
 
-    rounds = tmp_path / "rounds"  # has a byte for each round of searches
+    rounds = tmp_path / "rounds"  # has one byte for each round of searches
     rounds.touch()
 
     def work(say: Callable[[object], None]) -> None:
@@ -383,11 +385,11 @@ def test_no_query_misses_a_row_while_two_workers_replace_all(url: str, tmp_path)
             say("ready")
             for number, batch in enumerate(mine.stale(batch=64)):
                 next_round = rounds.stat().st_size + 1
-                for _ in range(10_000 if number < 5 else 0):  # so that both workers, and searches between, get a turn
+                for _ in range(10_000 if number < 5 else 0):  # so that both workers get batches, with searches between
                     if rounds.stat().st_size >= next_round:
                         break
                     time.sleep(0.001)
-                time.sleep(0.005)  # of a model
+                time.sleep(0.005)  # stands for a model
                 say(mine.replace(batch, new[batch], model=B))
 
     workers = [Child(work) for _ in range(2)]
@@ -440,7 +442,7 @@ def test_a_worker_that_is_killed_leaves_its_rows_to_the_others(url: str) -> None
 
 
 def test_a_gallery_that_is_open_survives_a_fork(url: str) -> None:
-    """Both processes go on, also if another thread searches during the fork."""
+    """Both processes can use the gallery, also if another thread searches during the fork."""
     if Child.fresh:
         pytest.skip("Milvus's client does not survive a fork: test_a_forked_child_gets_an_error_that_recommends_spawn")
     gallery = Gallery.create(url, model=A, count_traffic=True)
@@ -461,7 +463,7 @@ def test_a_gallery_that_is_open_survives_a_fork(url: str) -> None:
             assert gallery.search(ALL[0][[id_]], 1, model=A).ids == id_
 
     def look_and_use(first: int) -> None:
-        # SQLite's locks are not the child's: it must not even have the files open
+        # a child does not inherit SQLite's locks, and must not have the files open
         files = [os.path.realpath(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")]
         assert not [file for file in files if "gallery.db" in file]
         use(first)
@@ -480,7 +482,7 @@ def test_a_gallery_that_is_open_survives_a_fork(url: str) -> None:
 # the folder store: a disk that is full, files that move or are damaged
 
 
-def test_a_full_disk_is_an_error_and_the_gallery_goes_on(tmp_path) -> None:
+def test_a_full_disk_is_an_error_and_the_gallery_stays_usable(tmp_path) -> None:
     """A limit on the size of a file stands for a small disk."""
     place = tmp_path / "photos"
     with Gallery.create(place, model=A) as gallery:
@@ -501,7 +503,7 @@ def test_a_full_disk_is_an_error_and_the_gallery_goes_on(tmp_path) -> None:
 
         with pytest.raises(StoreError, match=message):
             add_all()
-        assert gallery.search(ALL[0][:1], 1, model=A).ids == 0  # reading goes on
+        assert gallery.search(ALL[0][:1], 1, model=A).ids == 0  # reading still works
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
         ids += 50
         gallery.add(ids, ALL[0][ids], model=A)
@@ -515,8 +517,8 @@ def test_a_full_disk_is_an_error_and_the_gallery_goes_on(tmp_path) -> None:
         assert gallery.read().ids.tolist() == [*range(100), *(int(f) + i for f in lines for i in range(50))]
 
 
-def test_taking_over_a_few_rows_reads_no_others(tmp_path) -> None:
-    """SQLite's query plans show it: in a million rows a scan would add 60 ms to every search beside a backfill."""
+def test_reading_a_few_changed_rows_scans_no_table(tmp_path) -> None:
+    """SQLite's query plans have no scan, which would add 60 ms to each search in a million rows beside a backfill."""
     gallery = Gallery.create(tmp_path / "photos", model=A)
     gallery.add(range(300), ALL[0][:300], model=A)
     gallery.search(ALL[0][:1], 1, model=A)
@@ -544,7 +546,7 @@ def test_files_that_are_moved_replaced_or_damaged_are_named(tmp_path) -> None:
         gallery.add([300], ALL[0][[300]], model=A)
     (place / "aside").rename(file)
     gallery.add([300], ALL[0][[300]], model=A)
-    gallery.close()  # all is in the file
+    gallery.close()  # moves the write-ahead log into the file
     gallery.search(ALL[0][:1], 1, model=A)
     shutil.copy(file, place / "copy")
     (place / "copy").rename(file)

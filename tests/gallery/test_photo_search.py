@@ -1,4 +1,4 @@
-"""examples/photo_search: its calls over HTTP, from many threads, and its page in a real browser."""
+"""Tests examples/photo_search: its calls over HTTP, from many threads, and its page in a real browser."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ ROWS = 4840
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder after two steps of training, with a gate that passes; `failed.json` is its own gate, which fails."""
+    """Returns a folder after two steps of training; `gate.json` passes, `failed.json` is the real gate, which fails."""
     folder = tmp_path_factory.mktemp("photo") / "search"
     prepare.prepare(folder, 2)
     (folder / "gate.json").rename(folder / "failed.json")
@@ -124,7 +124,7 @@ def test_a_drawing_finds_itself_on_any_paper(serve) -> None:
     assert best["score"] == pytest.approx(1, abs=1e-5)
     assert best["character"] == page.service.gallery.read([1234]).payload[0]["character"]
     ink = page.service.drawings[1234]
-    for paper in (120 - 60 * ink, 20 + 200 * ink):  # a pencil in the evening; chalk
+    for paper in (120 - 60 * ink, 20 + 200 * ink):  # dark on grey paper; light on a dark board
         assert page.call("/search", png(paper))[1]["hits"][0]["id"] == 1234
     assert torch.equal(on_clean_paper(torch.tensor([[0.2, 0.2, 0.2, 0.7]])), torch.tensor([[0.0, 0.0, 0.0, 1.0]]))
     code, image = page.call("/drawings/1234.png")
@@ -154,7 +154,7 @@ def test_bad_requests_have_a_clear_answer(serve) -> None:
     assert stored(page) == before
 
 
-def test_a_failed_gate_is_told_and_changes_nothing(serve, tmp_path) -> None:
+def test_a_failed_gate_is_reported_and_changes_nothing(serve, tmp_path) -> None:
     (tmp_path / "search" / "failed.json").replace(tmp_path / "search" / "gate.json")
     page = serve()
     code, message = page.call("/upgrade", b"")
@@ -162,7 +162,7 @@ def test_a_failed_gate_is_told_and_changes_nothing(serve, tmp_path) -> None:
     assert "did not pass the gate: gain of the new queries on the old gallery fail" in message
 
 
-def test_searches_go_on_through_upgrade_rollback_and_a_new_start(serve) -> None:
+def test_searches_work_during_upgrade_rollback_and_restart(serve) -> None:
     page = serve(pause=0.01)
     before = stored(page)
     ids = range(7, ROWS, 400)
@@ -180,7 +180,7 @@ def test_searches_go_on_through_upgrade_rollback_and_a_new_start(serve) -> None:
     assert (code, status["running"], status["serving"]) == (200, False, 1)
     assert 0 < status["stale"] < ROWS
     page.close()
-    again = serve()  # another process
+    again = serve()  # stands for another process
     assert again.status()["stale"] == status["stale"]
     assert again.call("/upgrade", b"")[0] == 200
     again.wait(lambda status: not status["stale"] and not status["running"])
@@ -188,7 +188,7 @@ def test_searches_go_on_through_upgrade_rollback_and_a_new_start(serve) -> None:
     assert (found["version"], found["hits"][0]["id"], found["hits"][0]["version"]) == (1, 55, 1)
     assert again.call("/rollback", b"")[1]["serving"] == 0
     assert stored(again) == before
-    assert again.call("/upgrade", b"")[0] == 200  # and back in the middle of a backfill
+    assert again.call("/upgrade", b"")[0] == 200  # and a rollback during a backfill
     assert again.call("/rollback", b"")[1]["running"] is False
     assert stored(again) == before
     with Gallery.open(again.service.gallery.url) as gallery:
@@ -218,7 +218,7 @@ def test_the_command_serves_until_ctrl_c(prepared: Path, tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_the_page_in_a_browser(serve, tmp_path) -> None:
-    """Draws, upgrades, watches the progress, opens an image with a hostile name, rolls back; also narrow and dark."""
+    """Draws, upgrades, stops, opens an image with a hostile name, rolls back; then checks three layouts."""
     page = serve(pause=0.03)
     evil = tmp_path / "<img src=x onerror=alert(1)>.png"
     evil.write_bytes(drawn(page, 3000))

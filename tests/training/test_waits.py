@@ -1,6 +1,6 @@
 """Nothing in a step asks the device for a value, or makes it wait for a copy: meta tensors, which have none, stand in.
 
-On a GPU: `test_a_step_waits_for_nothing` of tests/test_gpu.py.
+On a GPU: `test_a_training_step_does_not_synchronize` of tests/test_gpu.py.
 """
 
 from __future__ import annotations
