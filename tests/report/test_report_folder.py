@@ -128,7 +128,7 @@ def test_images_that_cannot_be_shown_are_refused_and_nothing_is_written(report, 
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_images_are_counted_as_given_where_labels_are_ignored(tmp_path, monkeypatch) -> None:
+def test_image_paths_count_ignored_items(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("simplexfix.report.figures.SHOWN", 3)
     found = evaluate(versions(junk=7), ignored_labels=[-1])
     images = {
