@@ -94,7 +94,7 @@ def test_damage_is_named(tmp_path, make, name: str, change, message: str) -> Non
     assert str(tmp_path / "d" / name) in str(error.value)
 
 
-def test_what_is_missing_is_named_with_where_it_is_published(tmp_path) -> None:
+def test_missing_files_are_named_with_their_source(tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no train\.bin, fine_label_names\.txt; expected a folder cifar-100-"):
         load_cifar100(tmp_path / "nowhere")
     folder = write_cifar10(tmp_path / "cifar-10-batches-bin", batches=(1, 3))
