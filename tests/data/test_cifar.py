@@ -88,7 +88,7 @@ def hundred(folder: Path, name: str, change):
         (hundred, "fine_label_names.txt", lambda b: b + b"\nx", "must name 100 classes, one per line, got 101"),
     ],
 )
-def test_damage_is_named(tmp_path, make, name: str, change, message: str) -> None:
+def test_damaged_files_are_named(tmp_path, make, name: str, change, message: str) -> None:
     with pytest.raises(CifarFileError, match=message) as error:
         make(tmp_path / "d", name, change)()
     assert str(tmp_path / "d" / name) in str(error.value)

@@ -191,7 +191,7 @@ def test_a_flipped_bit_in_an_archive(tmp_path) -> None:
         load_features(path)
 
 
-def test_headers_that_lie(tmp_path) -> None:
+def test_headers_that_declare_too_much_data_are_refused(tmp_path) -> None:
     """An array header in a valid archive declares more data than the file, or than memory, can hold."""
     for shape in ((6, 4), (2**40, 2**40), (2**62, 4)):
         header = io.BytesIO()

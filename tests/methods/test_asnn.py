@@ -96,7 +96,7 @@ CASES = {  # name -> (`first`, batch size)
 
 @pytest.mark.parametrize("neighbours", [1, 3, 50])
 @pytest.mark.parametrize("case", CASES)
-def test_losses_are_their_equations(case: str, neighbours: int) -> None:
+def test_losses_equal_their_equations(case: str, neighbours: int) -> None:
     first, number = CASES[case]
     pool, labels = rows_of(16), POOL
     if first is None:
@@ -248,7 +248,7 @@ OPTIONS = [{"neighbours": 4}, {"loss": "nnp", "alpha": 0.5}]
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_methods_with_classification_are_their_equations(options: dict) -> None:
+def test_methods_with_classification_equal_their_equations(options: dict) -> None:
     term = ASNN(queue=20, **options)
     rows, target = BATCH
     old = remembered(term)
@@ -275,7 +275,7 @@ def test_methods_with_classification_are_their_equations(options: dict) -> None:
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_hoc_takes_the_term_on_its_embedding(options: dict) -> None:
+def test_hoc_applies_classification_to_its_embedding(options: dict) -> None:
     method = HOC(SlotRegistry(11), lambda_=0.3, mu=4.0, classification=ASNN(queue=20, **options))
     old, model = remembered(method), model_of(method, 5)
     rows, target = BATCH

@@ -46,7 +46,7 @@ def naive_cross_entropy(logits: list[float], label: int) -> float:
 
 @pytest.mark.parametrize("scale", [None, 7.0])
 @pytest.mark.parametrize("distance", ["cosine", "l2"])
-def test_feature_distillation_is_its_equation(distance: str, scale: float | None) -> None:
+def test_feature_distillation_equals_its_equation(distance: str, scale: float | None) -> None:
     method = FD(weight=2.5, distance=distance, scale=scale)
     model, old = model_of(method, 5), model_of(method, 3, seed=1)
     rows, target = batch(0, 4, 2, 2, 3)
@@ -61,7 +61,7 @@ def test_feature_distillation_is_its_equation(distance: str, scale: float | None
 
 
 @pytest.mark.parametrize("scale", [None, 7.0])
-def test_influence_is_its_equation_over_the_classes_of_the_old_classifier(scale: float | None) -> None:
+def test_influence_equals_its_equation_over_the_classes_of_the_old_classifier(scale: float | None) -> None:
     method = BCT(weight=1.5, scale=scale)
     model, old = model_of(method, 5), model_of(BCT(scale=3.0), 3, seed=1)  # the old scale differs
     rows, target = batch(0, 4, 2, 2, 3)

@@ -24,7 +24,7 @@ def test_stages_have_the_published_sides_and_channels(stem: str, sides: list[int
     assert shapes == [(8 << i, side, side) for i, side in enumerate(sides)]
 
 
-def test_it_has_as_many_parameters_as_published() -> None:
+def test_the_number_of_parameters_is_the_published_one() -> None:
     """11.69 million parameters with a classifier of 1000 classes, which has 513,000 of them."""
     assert sum(p.numel() for p in ResNet18().parameters()) == 11_689_512 - 513_000
 

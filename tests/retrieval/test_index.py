@@ -53,7 +53,7 @@ def test_definition(kind_of_rows: str, dtype: str) -> None:
 
 @needs_library
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_it_finds_what_cosine_topk_finds_on_any_number_of_threads(dtype: str) -> None:
+def test_results_equal_cosine_topk_on_any_number_of_threads(dtype: str) -> None:
     vectors, query = rows(30_000, 64), rows(70, 64, 1)
     expected = index_of(vectors, dtype=dtype, threads=1).search(query, 20)
     if dtype == "float32":
@@ -354,7 +354,7 @@ def test_loading_a_pipe_does_not_block(kind: str, tmp_path: Path) -> None:
         CosineIndex.load(tmp_path / "pipe")
 
 
-def test_saving_that_fails_leaves_the_old_file(kind: str, tmp_path: Path) -> None:
+def test_a_failed_save_leaves_the_old_file(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "index"
     index_of(rows(3, 4)).save(path)
     before = path.read_bytes()
@@ -475,7 +475,7 @@ def test_file_names_of_maximum_length(kind: str, tmp_path: Path) -> None:
 # ---- threads
 
 
-def test_searches_beside_changes(kind: str, tmp_path: Path) -> None:
+def test_searches_during_concurrent_changes(kind: str, tmp_path: Path) -> None:
     """A search sees the rows of whole additions and removals, never a part of one."""
     vectors, query = rows(2400, 16), rows(5, 16, 1)
     steps = [index_of(vectors[:n]).search(query, 10) if n else None for n in range(0, 2401, 200)]

@@ -63,7 +63,7 @@ def test_a_version_is_rotated_by_the_isometry_nearest_to_the_older_ones(width: i
 
 
 def test_stored_embeddings_replace_those_of_older_versions() -> None:
-    """Embeddings by the first versions are stored, without rotations; later versions embed the items."""
+    """Embeddings by the first versions may be stored, without rotations; the other versions embed the items."""
     *older, version = models(19)
     stored = replace(REMEMBERED, references=older[0].extract(REMEMBERED.inputs)[:, None])
     older[0].rotation = torch.linalg.qr(torch.randn(19, 19))[0]
@@ -195,7 +195,7 @@ def test_a_folder_of_rotated_versions_is_refused_with_align_none(tmp_path: Path)
         (ER(), {"align": "older"}, True),
     ],
 )
-def test_which_versions_are_rotated(method, options: dict, rotated: bool) -> None:
+def test_versions_are_rotated_depending_on_method_and_reference(method, options: dict, rotated: bool) -> None:
     if "hoc_reference" in options:
         options = {"replacements": {}, **options}
     made = sequence(method=method, **options)

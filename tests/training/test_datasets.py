@@ -62,7 +62,7 @@ def test_a_dataset_trains_to_the_bits_of_items_in_memory(tmp_path) -> None:
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_random_draws_of_items_do_not_depend_on_the_number_of_workers(tmp_path, accumulate: int) -> None:
-    """Nor does it depend on earlier draws, and the global generators are unchanged."""
+    """They do not depend on earlier draws either, and the global generators are unchanged."""
     versions = []
     for workers in (0, 1, 2):
         random.seed(workers)
@@ -343,7 +343,7 @@ def test_data_sets_that_cannot_be_used_are_refused(dataset, labels, error, messa
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_items_of_unlike_shapes_are_named(workers: int) -> None:
+def test_items_of_different_shapes_are_named(workers: int) -> None:
     method = ER()
     parent = EmbeddingModel(jobs.network(), method.head(10))
     dataset = Plain([torch.zeros(12)] * 7 + [torch.zeros(13)])

@@ -61,7 +61,7 @@ def sequence(method=None, folder: Path | None = None, tasks=None, on_step=lambda
     )
 
 
-def test_remembered_items_are_held_to_every_older_version_and_new_ones_to_the_deployed_one() -> None:
+def test_remembered_items_are_tied_to_every_older_version_and_new_ones_to_the_deployed_one() -> None:
     method = Watch()
     made = sequence(method)
     assert len(method._seen) == 16  # the first task has no older version
@@ -148,7 +148,7 @@ def test_items_of_repeated_classes_are_embedded_by_all_versions(tmp_path: Path) 
     torch.testing.assert_close(state["references"], expected)
 
 
-def test_feature_distillation_may_be_held_to_all() -> None:
+def test_feature_distillation_may_use_all_older_versions() -> None:
     """Stored embeddings equal computed ones if there is one older version, and differ if there are two."""
     alone, held = (
         [version.backbone[0].weight for version in sequence(FD(), hoc_reference=name)] for name in ("deployed", "all")
@@ -158,7 +158,7 @@ def test_feature_distillation_may_be_held_to_all() -> None:
 
 
 @pytest.mark.parametrize("trained", [False, True])
-def test_the_first_replacement_is_held_to_itself_if_it_has_a_trained_head(trained: bool) -> None:
+def test_the_first_replacement_is_its_own_reference_if_it_has_a_trained_head(trained: bool) -> None:
     method = Watch()
 
     def replacement() -> nn.Module:

@@ -53,7 +53,7 @@ def translated(by: torch.Tensor) -> EmbeddingModel:
 
 
 def test_a_translation_of_queries_is_compensated() -> None:
-    """Queries lie on a circle. Versions move them along its axis, away from their documents and towards the others.
+    """Queries lie on a circle. Versions move them along its axis, away from their documents and towards other ones.
 
     Training queries have mean 0, so that the compensated queries are multiples of the first version's.
     """
@@ -225,7 +225,7 @@ def spoilt(folder: Path, name: str, before: str, after: str) -> None:
         ),
     ],
 )
-def test_damage_is_named(tmp_path, spoil, error, message: str) -> None:
+def test_damaged_sets_are_named(tmp_path, spoil, error, message: str) -> None:
     jobs.write_set(tmp_path / "set", 0)
     spoil(tmp_path / "set")
     with pytest.raises(error, match=message):

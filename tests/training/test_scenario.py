@@ -29,7 +29,7 @@ LABELS = torch.tensor([30, 7, 7, 2**40, 30, -5, 7, 2**40, -5, 30, 30, -5, 2**40]
 ITEMS = Items(torch.arange(13.0).view(13, 1), LABELS)
 
 
-def test_class_incremental_brings_each_class_once_under_a_new_id() -> None:
+def test_class_incremental_has_each_class_once_under_a_new_id() -> None:
     order = class_order(LABELS, seed=4)
     assert sorted(order.tolist()) == [-5, 7, 30, 2**40]
     tasks = class_incremental(ITEMS, (1, 2), seed=4)
@@ -233,7 +233,7 @@ def test_bytes_without_preprocessing_are_refused_before_any_step(lazy: bool) -> 
     assert len(list(train_versions(*alone, seed=0))) == 1  # the first version has no rotation
 
 
-def test_memory_is_half_of_each_batch_and_of_earlier_classes() -> None:
+def test_half_of_each_batch_is_remembered_items_of_earlier_classes() -> None:
     seen: list[list[int]] = []
 
     class Watch(ER):

@@ -179,7 +179,7 @@ def test_two_processes_have_the_neighbour_queue_of_one(tmp_path) -> None:
 
 
 def test_two_processes_have_the_prototypes_of_one(tmp_path) -> None:
-    """The first process reads the old version's embeddings for both."""
+    """The first process computes the old version's embeddings for both."""
     options = {"dropout": 0.0, "method": "oca"}
     assert train_in_group(tmp_path, "parts", options) == [0, 0]
     jobs.trained(tmp_path / "accumulated", **options, schedule={"accumulate": 2})
