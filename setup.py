@@ -109,7 +109,7 @@ class NinjaBuildExt(build_ext):
             raise SystemExit(f"the C++ compiler {cxx} was not found. {REMEDY}")
         archs, arch_flags = cuda_targets(nvcc) if nvcc else ("", [])
         out = Path(self.get_ext_fullpath(ext.name)).resolve()
-        # This folder is kept, so that the next build compiles only changed files; one for another Python, the module.
+        # This folder is kept: the next build compiles only changed files, and for another Python only the module.
         tmp = ROOT / "build" / f"ninja-{self.plat_name}"
         out.parent.mkdir(parents=True, exist_ok=True)
         tmp.mkdir(parents=True, exist_ok=True)

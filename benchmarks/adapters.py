@@ -1,9 +1,9 @@
-"""Adapters: time and peak memory of a fit beside SciPy's and scikit-learn's, and `simplexfix adapt` from end to end.
+"""Measures adapters: time and peak memory of a fit beside SciPy's and scikit-learn's, and time of `simplexfix adapt`.
 
 python benchmarks/adapters.py [--parts fit adapt] [--rows N] [--width D] [--rounds R] [--threads T]
                               [--work DIR] [--out FILE]
 
-Part "fit": float32 unit rows of the same N items by two encoders, D dimensions each, in two .npy files.
+Part "fit" fits maps of float32 unit rows of the same N items by two encoders, D dimensions each, in two .npy files.
 
     procrustes    ours maps the files; scipy.linalg.orthogonal_procrustes gets both in memory
     ridge         ours maps the files; sklearn.linear_model.Ridge(solver="cholesky", fit_intercept=False, copy_X=False)
@@ -13,7 +13,7 @@ interleaved, and the time is the minimum over the rounds.  The time of peers exc
 peak of the process minus its memory before it read any rows.  The error of a map W is |W - T|_F / |T|_F; NumPy computes
 T by the same equation in float64 over blocks of rows, centred for ours and not centred for peers.
 
-Part "adapt": `simplexfix adapt` on 20,000 pairs of 1,280 dimensions, wall time of the whole command.
+Part "adapt" measures the wall time of the command `simplexfix adapt` on 20,000 pairs of 1,280 dimensions.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def write_pairs(folder: Path, rows: int, width: int, *, classes: int = 0) -> Non
 
 
 def truth(folder: Path) -> dict[str, Any]:
-    """Computes in float64 the map of each method for ours and for its peer, and the peer's penalty."""
+    """Returns each method's map in float64, for ours and for its peer, and the penalty of both."""
     files = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("new", "old")]
     count, width = files[0].shape
     gram, cross = np.zeros((2, width, width))

@@ -2,9 +2,9 @@
 
 python benchmarks/busy.py [--calls 300] [--threads 2] [--gap 0.002] [--busy 0 1 2] [--out FILE]
 
-Each busy process computes all the time, on whichever core the system gives it.  Every round makes each call once,
-after a pause of `gap` seconds, as in a service.  So all calls run under the same conditions.  Our calls also run on one
-thread: where the other cores are busy, a call on `threads` threads should take no longer than that.
+Each busy process computes without pause, on a core that the system chooses.  Every round makes each call once, after a
+pause of `gap` seconds, as in a service.  So all calls run under the same conditions.  Our calls also run on one thread:
+if the other cores are busy, a call on `threads` threads should take no longer than on one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""All CUDA kernels against torch eager, torch.compile, dense losses and other searches, and this GPU's own limits.
+"""Measures all CUDA kernels beside torch eager, torch.compile, dense losses, other searches, and this GPU's limits.
 
 python benchmarks/gpu.py [--out FILE] [--seconds S] [--no-compile]     (on a machine with a GPU; under ten minutes)
 python benchmarks/gpu.py --device cpu --quick                           (tests only the script)

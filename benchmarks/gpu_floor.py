@@ -1,4 +1,4 @@
-"""Table "On a GPU" of docs/measurements/performance.md: bytes and operations of the kernels, times at published peaks.
+"""Prints the table "On a GPU" of docs/measurements/performance.md: bytes, operations, and times at published peaks.
 
 python benchmarks/gpu_floor.py            prints the table; nothing in it was measured
 python benchmarks/gpu_floor.py --check    compares REGISTERS with the built library (tests/native/machine_code.py)
@@ -29,8 +29,8 @@ class Gpu:
 H100 = Gpu(90, 3.35e12, 989e12, 228 << 10)  # SXM
 A100 = Gpu(80, 2.04e12, 312e12, 164 << 10)  # SXM, 80 GB
 
-# Built by CUDA 13.0: registers per thread on sm_90 and on sm_80, and bytes of static shared memory per block; for rows
-# in chunks the maximum over the sweeps.
+# As compiled by CUDA 13.0: registers per thread on sm_90 and on sm_80, and bytes of static shared memory per block.
+# Kernels for rows in chunks have several sweeps; theirs is the maximum.
 REGISTERS = {
     "contrast_rows<float>": (40, 40, 160),
     "cross_entropy<CubeLoss<float>, __nv_bfloat16, 128>": (64, 63, 128),
@@ -107,7 +107,7 @@ def losses() -> Iterator[Row]:
             d = {"Simplex": k - 1, "Orthoplex": k // 2, "Cube": k}[polytope]
             n, name = dtype.itemsize, "__nv_bfloat16" if dtype.itemsize == 2 else "float"
             staged = (d + 32 // n - 2) // (16 // n) * 16  # bytes, as staged_size() in csrc/cuda/cross_entropy.cuh
-            threads = 128 if staged <= 16 << 10 else 512  # no size here is short enough for a warp
+            threads = 128 if staged <= 16 << 10 else 512  # no row here is short enough for one warp
             if staged <= 44 << 10:
                 kernel = f"cross_entropy<{polytope}Loss<float>, {name}, {threads}>"
             else:
@@ -151,7 +151,7 @@ def registers_built() -> dict[str, tuple[int, int, int]]:
     found: dict[str, tuple[int, int, int]] = {}
     for kernel, by in machine_code.usage(machine_code.built_library()).items():
         name = re.sub(r", \(Sweep\)\d", "", kernel)
-        used = (by["90"].registers, by["80"].registers, by["80"].shared)  # on sm_90 it includes the reserved KiB
+        used = (by["90"].registers, by["80"].registers, by["80"].shared)  # sm_90's includes the reserved KiB
         found[name] = tuple(map(max, used, found.get(name, used)))
     return found
 

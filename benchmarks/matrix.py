@@ -1,11 +1,11 @@
-"""The compatibility matrix of T versions from mapped files, against the straightforward method, as T grows.
+"""Measures the compatibility matrix of T versions from mapped files beside the straightforward method, as T grows.
 
 python benchmarks/matrix.py [--versions 2 4 8] [--queries 50000] [--rows 10000] [--d 1023] [--classes 10]
                             [--threads N] [--no-straightforward] [--folder DIR] [--out FILE]
 
 The straightforward method reads both files for each cell, normalises the queries, averages and normalises the gallery
 per class, and searches with faiss.  It is measured with NumPy's norm and division, and with faiss.normalize_L2 in
-place.  All methods read the same .npy files, once before the clock starts, so that they come from the system's cache.
+place.  All methods read the same .npy files, which are read once before the clock starts, into the system's cache.
 Each method runs in its own process, whose peak memory includes mapped pages.  The files hold
 T * (queries + rows) * d * 4 bytes.  If the cache is too small for a T, --distinct D creates D files per kind, which
 versions share in turn.
@@ -38,7 +38,7 @@ except ModuleNotFoundError:
 
 
 def write_versions(folder: Path, distinct: int, queries: int, rows: int, d: int, classes: int) -> None:
-    """Writes versions whose class centers drift, with noise, so that every cell has another value."""
+    """Writes versions whose class centers drift, with noise, so that the cells have different values."""
     rng = np.random.default_rng(0)
     centers = rng.standard_normal((classes, d), dtype=np.float32)
     for kind, count in (("query", queries), ("gallery", rows)):

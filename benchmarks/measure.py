@@ -1,4 +1,4 @@
-"""Timing on shared, noisy machines: candidates are interleaved in one run, and only their ratios are reported."""
+"""Measures times on shared, noisy machines: candidates are interleaved in one run, so that their ratios are stable."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def interleave(
     times only the second 20 ms.  By then caches and allocators are in the state that the candidate itself leaves: after
     faiss had read its 50 MB, our search needed a dozen calls until its index was in the last-level cache again.
 
-    A call of more than SLOW seconds is timed once after its first call, and takes no part in the rounds.  One of more
-    than LONGEST seconds is timed at its first call, which is its only one, unless it may be compiled then.  There are
-    at least `least` rounds, or fewer if they would take more than LONGEST seconds.
+    A call of more than SLOW seconds is timed once after its first call, and takes no part in the rounds.  A call of
+    more than LONGEST seconds runs only once, and this run is timed, unless the candidate's name has "compile".  There
+    are at least `least` rounds, or fewer if they would take more than LONGEST seconds.
     """
     _time = {"cpu": _clock, "cuda": _events}[device]
     repeats = {}

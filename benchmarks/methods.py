@@ -67,7 +67,7 @@ VARIANTS = {
     "batch-256": (AUTHORS, "schedule.batch=256", "schedule.learning_rate=0.02"),
     "rate-0.003": (AUTHORS, "schedule.learning_rate=0.003"),
 }
-# with classification by neighbours, classes take no slots
+# changes that the pre-training depends on; with classification by neighbours, classes take no slots
 CHANGE_PRETRAINING = ("tasks.replacements", "method.normalize", "method.scale", "method.classification")
 FIRST = "nearest_class_mean"
 
@@ -77,7 +77,7 @@ def trained(
 ) -> dict[str, Any]:
     """Trains a run, unless it is finished; returns matrices and criteria of the search from its report."""
     seed_folder = runs / f"seed-{seed}"
-    # the name of the pre-training's folder has all changes that it depends on
+    # the folder's name has all changes that the pre-training depends on
     pretraining_changes = [c for c in changes if c.startswith(CHANGE_PRETRAINING)]
     shared = pretraining / f"seed-{seed}" / "-".join(["pretraining", *pretraining_changes])
     file = seed_folder / folder / "report.json"
@@ -131,7 +131,7 @@ def main() -> None:
     ablation = {
         name: (a.seeds[0], "hoc", (*changes, f'protocols=["{FIRST}"]', *VARIANTS[name]), name) for name in a.ablation
     }
-    # One run of each shared pre-training runs first; it stores the pre-training for the others.
+    # For each shared pre-training, one run goes first and stores it for the others.
     first = {METHODS[row][0] in ER_PRETRAINED: row for row in reversed(a.methods)}
     leaders = {key for key in jobs if key[1] in first.values()}
     with ThreadPoolExecutor(a.jobs) as pool:

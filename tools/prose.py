@@ -1,10 +1,10 @@
-"""Checks the rules of prose that a script can check (CONTRIBUTING.md, "Prose"), and exits with 1 where one is broken.
+"""Checks the rules of prose that a script can check (CONTRIBUTING.md, "Prose"), and exits with 1 if one is broken.
 
 python tools/prose.py
 
 1. Pages have no sentence of more than 30 words.  Code spans count as one word; code blocks are skipped.
-2. No tracked text has words that were private to this project.
-3. Commit subjects since the rule have at most 72 characters.
+2. No file in SOURCES has words that were private to this project.
+3. Commit subjects after LAST_COMMIT_BEFORE have at most 72 characters.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SOURCES = (
 SUFFIXES = {".py", ".md", ".cpp", ".h", ".inc", ".cu", ".cuh", ".jinja"}
 MOST_WORDS = 30
 MOST_CHARACTERS = 72
-LAST_COMMIT_BEFORE = "41e90bf4e6"  # of the rule on subjects
+LAST_COMMIT_BEFORE = "41e90bf4e6"  # before the rule on subjects
 PRIVATE = {  # word -> the term for it
     r"twins?": "reference implementation",
     r"past the caches": "by non-temporal stores",
@@ -47,7 +47,7 @@ PRIVATE = {  # word -> the term for it
 
 
 def sentences(page: str) -> Iterator[tuple[int, str]]:
-    """Line number and text of each sentence; a cell of a table and an item of a list are sentences of their own."""
+    """Yields line number and text of each sentence; a cell of a table and an item of a list are separate sentences."""
     page = re.sub(r"```.*?```", lambda block: "\n" * block[0].count("\n"), page, flags=re.DOTALL)
     page = re.sub(r"^ {4,}(?![-*]|\d+\. ).*$", "", page, flags=re.MULTILINE)  # indented code
     start = 1

@@ -77,13 +77,13 @@ def for_another_machine(machine: str, tag: str) -> dict[str, str]:
     return {
         "CXX": f"{compiler} -L{stub.parent} -Wl,--no-as-needed",
         "SIMPLEXFIX_CUDA": "0",
-        "_PYTHON_HOST_PLATFORM": f"linux-{machine}",  # of the wheel's tag
+        "_PYTHON_HOST_PLATFORM": f"linux-{machine}",  # for the wheel's tag
         "SETUPTOOLS_EXT_SUFFIX": f".{tag}-{machine}-linux-gnu.so",
     }
 
 
 def build(source: Path, python: str, environment: dict[str, str]) -> Path:
-    """Returns a new wheel, whose platform tag names no glibc yet."""
+    """Builds a wheel and returns its path; its platform tag has no glibc version yet."""
     folder = WORK / "unrepaired"
     before = set(folder.glob("*.whl"))
     # Of the packages here the build needs only Python code, headers and ninja, so another Python can use them.

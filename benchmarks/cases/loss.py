@@ -1,4 +1,4 @@
-"""Loss and gradient of the fixed classifiers: ours against the dense matrix, eager and compiled torch."""
+"""Cases of loss and gradient of the fixed classifiers: ours against the dense matrix, eager and compiled torch."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def dense(w: Tensor) -> Loss:
 
 
 def fused_dense(w: Tensor) -> dict[str, Loss]:
-    """Returns the installed losses that store W and never all logits; both use Triton and need a GPU."""
+    """Returns the installed losses that store the vertices W [K, d], but not all logits; they need Triton and a GPU."""
     found: dict[str, Loss] = {}
     if LigerFusedLinearCrossEntropyLoss is not None:
         liger = LigerFusedLinearCrossEntropyLoss()
@@ -81,7 +81,7 @@ class LossCase:
         if compiled and not crashes:
             torch.compiler.reset()
             found["closed form, torch.compile"] = torch.compile(self.reference, fullgraph=True)
-        if self.polytope != "cube" and self.num_classes**2 <= DENSE_LIMIT:  # whose softmax is over 2^d vertices
+        if self.polytope != "cube" and self.num_classes**2 <= DENSE_LIMIT:  # the cube's softmax is over 2^d
             prototypes = simplex_prototypes if self.polytope == "simplex" else orthoplex_prototypes
             w = prototypes(self.num_classes, dtype=self.dtype).to(self.device)
             found["dense matrix"] = dense(w)
@@ -105,7 +105,7 @@ class LossCase:
         return gradient_step(lambda z: loss(z, self.target), self.z)
 
     def limits(self) -> dict[str, Callable[[], object]]:
-        """The minimum traffic of loss and gradient: z is read, and as many bytes are written."""
+        """Returns a copy with the minimum traffic of loss and gradient: z is read, and as many bytes are written."""
         return {"copy bandwidth": copy_in_place(self.z.numel(), self.dtype, self.device)}
 
     def errors(self, skipped: Collection[str] = ()) -> dict[str, float]:

@@ -41,7 +41,7 @@ def gpu_peers(q: torch.Tensor, g: torch.Tensor, k: int) -> dict[str, Callable[[]
         index.add(g)
         found["faiss GpuIndexFlatIP"] = lambda: index.search(q, k)[1]
     if brute_force is not None:
-        torch.cuda.synchronize()  # it has its own stream; its calls wait until they have finished
+        torch.cuda.synchronize()  # cuVS has its own stream; its calls return when they have finished
         rows = brute_force.build(g, metric="inner_product")
         found["cuVS brute_force"] = lambda: torch.as_tensor(brute_force.search(rows, q, k)[1], device=q.device)
     return found
@@ -68,7 +68,7 @@ class SearchCase:
         return f"cosine top-{self.k} Q={self.queries} N={self.rows} d={self.d}"
 
     def candidates(self, compiled: bool = True) -> dict[str, Callable[[], torch.Tensor]]:
-        """Searches that return ids; none of them has a compiled form."""
+        """Returns searches that return ids; none of them has a compiled form."""
         q, g = F.normalize(self.query), F.normalize(self.gallery)
         found = {
             "simplexfix": lambda: SF.cosine_topk(self.query, self.gallery, self.k)[1],
@@ -83,14 +83,14 @@ class SearchCase:
         return found
 
     def limits(self) -> dict[str, Callable[[], object]]:
-        """The minimum of the first pass on a GPU: one bfloat16 product, of which the pass computes two."""
+        """Returns a lower bound of the first pass on a GPU: one bfloat16 product; the pass computes two."""
         if self.device == "cpu":
             return {}
         q, g = self.query.bfloat16(), self.gallery.bfloat16()
         return {"bfloat16 matrix product": lambda: q @ g.T}
 
     def errors(self, skipped: Collection[str] = ()) -> dict[str, float]:
-        """Fraction of ranks that differ from the float64 definition."""
+        """Returns the fraction of ranks that differ from the float64 definition."""
         _, truth = _reference.cosine_topk(self.query, self.gallery, self.k)
         return {
             name: float((search() != truth).double().mean())
@@ -152,7 +152,7 @@ class IndexCase:
         return unit_rows(self.kind, self.rows, self.d)[0][: self.queries]
 
     def candidates(self, compiled: bool = True) -> dict[str, Callable[[], torch.Tensor]]:
-        """Searches that return ids; none of them has a compiled form."""
+        """Returns searches that return ids; none of them has a compiled form."""
         return self._searches(self.query())
 
     def _searches(self, q: np.ndarray) -> dict[str, Callable[[], torch.Tensor]]:
@@ -168,7 +168,7 @@ class IndexCase:
         return found
 
     def limits(self) -> dict[str, Callable[[], object]]:
-        """The minimum of the first pass: its products in int8 by torch, or for one query reading the codes."""
+        """Returns a lower bound of the first pass: torch's int8 product, or for one query the reading of the codes."""
         if self.queries == 1:
             return {"copy bandwidth": copy_in_place(self.rows * self.d // 2, torch.int8)}
         if torch.backends.cpu.get_cpu_capability() != "AVX512":
@@ -177,13 +177,13 @@ class IndexCase:
         return {"int8 matrix product": lambda: torch._int_mm(q, g.T)}
 
     def memory(self) -> dict[str, float]:
-        """Memory of the index as a multiple of its vectors in float32."""
+        """Returns the memory of the index as a multiple of its vectors in float32."""
         plain = 4 * self.rows * self.d
         ours = indexes(self.kind, self.rows, self.d)
         return {name: index.nbytes / plain for name, index in ours.items() if isinstance(index, CosineIndex)}
 
     def errors(self, skipped: Collection[str] = ()) -> dict[str, float]:
-        """Fraction of ranks of the first 50 queries that differ from the float64 definition."""
+        """Returns the fraction of ranks of the first 50 queries that differ from the float64 definition."""
         q, g = self.query()[:50], unit_rows(self.kind, self.rows, self.d)[1]
         _, truth = _reference.cosine_topk(torch.from_numpy(q), torch.from_numpy(g), self.k)
         return {

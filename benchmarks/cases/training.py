@@ -1,4 +1,4 @@
-"""One step of training: ResNet-18 in ImageNet form on 32-pixel images, junction, loss, gradients, SGD."""
+"""Cases of one training step: ResNet-18 in ImageNet form on 32-pixel images, junction, loss, gradients, SGD."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from simplexfix.polytopes import simplex_prototypes
 
 
 def blocks(num_classes: int) -> tuple[Tensor, ...]:
-    """Returns the slots in blocks: prototypes are computed in float64, and all at once would dominate the memory."""
+    """Returns the slots in blocks: prototypes are computed in float64, and a single block would dominate the memory."""
     return torch.arange(num_classes).split(256)
 
 
@@ -67,7 +67,7 @@ class TrainingStepCase:
         return {name: self.step(loss) for name, loss in self.losses().items()}
 
     def limits(self) -> dict[str, Callable[[], Any]]:
-        """The step without a classifier, a lower bound for any loss."""
+        """Returns the step without a classifier, a lower bound for any loss."""
         return {"the step without a loss": self.step(lambda model: model(self.images).sum())}
 
     def step(self, loss: Callable[[EmbeddingModel], Tensor]) -> Callable[[], Any]:
@@ -84,7 +84,7 @@ class TrainingStepCase:
 
     @torch.no_grad()
     def errors(self, skipped: Collection[str] = ()) -> dict[str, float]:
-        """Errors of the first step's loss, relative to the loss of the same network in float64."""
+        """Returns errors of the first step's loss, relative to the loss of the same network in float64."""
         z = self.model().double()(self.images.double())
         parts = (simplex_prototypes(self.num_classes, slots, dtype=z.dtype) for slots in blocks(self.num_classes))
         truth = F.cross_entropy(torch.cat([z @ w.to(self.device).T for w in parts], 1), self.target)

@@ -16,7 +16,7 @@ from simplexfix.models import EmbeddingModel, ModelFolderError, ModelIdentity, r
 
 
 @pytest.mark.parametrize("method", METHODS, ids=method_name)
-def test_saved_and_loaded_it_maps_to_the_same_bits(method, tmp_path) -> None:
+def test_a_loaded_adapter_maps_to_the_same_bits(method, tmp_path) -> None:
     y, x, labels = paired_features(9, 14)
     adapter = method.fit(y, x, labels=labels)
     names = {"version": 3, "name": "third", "old": "0" * 64, "new": "a text encoder"}
@@ -32,7 +32,7 @@ def test_saved_and_loaded_it_maps_to_the_same_bits(method, tmp_path) -> None:
     assert ModelIdentity.from_dict(json.loads(json.dumps(identity.to_dict()))) == identity
 
 
-def test_it_may_search_the_galleries_it_was_fitted_for() -> None:
+def test_an_adapter_may_search_only_the_galleries_it_was_fitted_for() -> None:
     y, x, _ = paired_features()
     old, stranger = (ModelIdentity(letter * 64, 0, "", "linear", 10) for letter in "ab")
     left, mapped = (m.fit(y, x).identity(old=old.fingerprint) for m in (Procrustes(), WhitenedProcrustes()))
@@ -43,7 +43,7 @@ def test_it_may_search_the_galleries_it_was_fitted_for() -> None:
         assert "behind an adapter" in reason
 
 
-def test_its_queries_search_the_gallery_of_the_old_encoder(tmp_path) -> None:
+def test_queries_of_an_adapter_search_the_gallery_of_the_old_encoder(tmp_path) -> None:
     y, x, _ = paired_features()
     old = ModelIdentity.external("vendor/embed", "1", y.shape[1])
     adapter = Procrustes().fit(y, x)
@@ -66,7 +66,7 @@ def test_another_encoder_makes_another_fingerprint() -> None:
     assert adapter.identity(version=1, name="x").fingerprint in fingerprints
 
 
-def test_another_adapter_takes_its_place_and_nothing_else_does(tmp_path) -> None:
+def test_only_another_adapter_replaces_a_saved_one(tmp_path) -> None:
     y, x, _ = paired_features()
     Procrustes().fit(y, x).save_pretrained(tmp_path)
     WhitenedProcrustes().fit(y, x).save_pretrained(tmp_path)
@@ -106,14 +106,14 @@ def _without_weights(folder) -> None:
     (_without_weights, "which config.json names, is not there"),
     (lambda folder: (folder / "config.json").unlink(), "holds no adapter: it has no config.json"),
 ])  # fmt: skip
-def test_what_is_damaged_is_refused(change, message, tmp_path) -> None:
+def test_damaged_adapter_folders_are_refused(change, message, tmp_path) -> None:
     Procrustes().fit(*paired_features()[:2]).save_pretrained(tmp_path)
     change(tmp_path)
     with pytest.raises(ModelFolderError, match=message):
         Adapter.from_pretrained(tmp_path)
 
 
-def test_a_folder_that_is_not_there(tmp_path) -> None:
+def test_a_missing_folder_is_refused(tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match="is not a folder"):
         Adapter.from_pretrained(tmp_path / "none")
 

@@ -1,4 +1,4 @@
-"""Fits read mapped files in blocks, and release the memory of rows that were read."""
+"""Tests that fits read mapped files in blocks, and release the memory of rows that were read."""
 
 from __future__ import annotations
 

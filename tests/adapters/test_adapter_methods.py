@@ -164,7 +164,7 @@ def test_whitened_procrustes(old, new, labelled) -> None:
 
 
 def test_simplex_junction() -> None:
-    y, x, labels = paired_features(9, 11)  # within the span of 12 vertices, or the map would not be unique
+    y, x, labels = paired_features(9, 11)  # at most the 11 dimensions of 12 vertices, or the map would not be unique
     rng = np.random.default_rng(5)
     more = rng.standard_normal((50, 9)).astype(np.float32), rng.standard_normal((50, 11)).astype(np.float32)
     adapter = SimplexJunction(g=0.2, lam=0.4).fit(y, x, labels=labels, sample=more)

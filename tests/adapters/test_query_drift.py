@@ -178,8 +178,8 @@ def test_damaged_and_strange_files_are_refused(tmp_path: Path) -> None:
         QueryDrift.load(file)
 
 
-def test_it_is_saved_within_another_module(tmp_path: Path) -> None:
-    """safetensors.save_model works for a module that contains it, also after casts."""
+def test_a_drift_is_saved_within_another_module(tmp_path: Path) -> None:
+    """safetensors saves and loads a module that contains a QueryDrift; casts do not change its statistics."""
     model = nn.ModuleDict({"drift": accumulated(fine_tuned(2), normalize=False), "layer": nn.Linear(2, 2)})
     before = {name: value.clone() for name, value in model["drift"].state_dict().items()}
     safetensors.save_model(model, tmp_path / "model.safetensors")

@@ -51,7 +51,7 @@ def paired(labels: np.ndarray | None, items: int = 240) -> PairedFeatures:
 
 
 @pytest.mark.parametrize("seen_fraction", [0, 0.5])
-def test_a_third_of_the_classes_is_held_out_and_half_of_their_items_ask(seen_fraction) -> None:
+def test_a_third_of_the_classes_is_held_out_and_half_of_their_items_are_queries(seen_fraction) -> None:
     _, _, labels = paired_features()
     splits = list(_splits(paired(labels), 3, 0, seen_fraction))
     held = [set(labels[np.concatenate(s.kinds[HELD_OUT])]) for s in splits]
@@ -65,7 +65,7 @@ def test_a_third_of_the_classes_is_held_out_and_half_of_their_items_ask(seen_fra
             assert 0 <= (labels[searched] == c).sum() - (labels[asking] == c).sum() <= 1
 
 
-def test_a_quarter_of_the_items_of_fitted_classes_asks_and_half_is_searched() -> None:
+def test_a_quarter_of_the_items_of_fitted_classes_are_queries_and_half_is_searched() -> None:
     _, _, labels = paired_features()
     splits = list(_splits(paired(labels), 3, 0, 0.5))
     for split in splits:
@@ -76,7 +76,7 @@ def test_a_quarter_of_the_items_of_fitted_classes_asks_and_half_is_searched() ->
             assert abs((labels[asking] == c).sum() - size / 4) < 1
             assert abs((labels[searched] == c).sum() - size / 2) < 1
     asked = np.concatenate([split.kinds[FITTED][0] for split in splits])
-    assert len(np.unique(asked)) == len(asked)  # of another fold's quarter
+    assert len(np.unique(asked)) == len(asked)  # no item is a query of two folds
     assert not len(next(_splits(paired(labels), 1, 0, 0.0)).kinds[FITTED][0])
 
 
@@ -87,7 +87,7 @@ def test_without_labels_a_third_of_the_items_is_held_out() -> None:
     assert sorted(np.concatenate([split.fitted, asking, searched])) == list(range(240))
 
 
-def test_its_scores_are_those_of_the_definition() -> None:
+def test_scores_equal_the_definition() -> None:
     y, x, labels = paired_features(9, 14)
     found = select_adapter(y, x, labels, candidates=[WhitenedProcrustes(0.3)], seen_fraction=0)
     (split,) = _splits(PairedFeatures.read((y, x), labels, names=("old", "new")), 1, 0, 0)
@@ -108,7 +108,7 @@ def test_its_scores_are_those_of_the_definition() -> None:
     assert row.gain_interval.low <= row.gain <= row.gain_interval.high
     assert 0 <= row.losses <= 1
     assert row.kept == pytest.approx(cross / nearest_class_mean.score(items.version(*map(normalize, new))))
-    # fitted on all items
+    # the returned adapter is fitted on all items
     whole = WhitenedProcrustes(0.3).fit(y, x, labels=labels)
     assert torch.equal(found.adapter(new[0]), whole(new[0]))
     json.dumps(row.as_dict(), allow_nan=False)
@@ -181,7 +181,7 @@ def test_without_labels_the_score_is_agreement_with_the_new_encoder() -> None:
     assert found.winner.agreement_with_old == pytest.approx(1)
 
 
-def test_it_says_whether_the_new_encoder_finds_more() -> None:
+def test_better_is_true_only_if_the_new_encoder_finds_more() -> None:
     y, x, labels = paired_features(items=600)
     noise = np.random.default_rng(3).standard_normal(y.shape).astype(np.float32)
     assert select_adapter(y + noise, x, labels, candidates=QUICK, folds=3).better
@@ -245,7 +245,7 @@ def test_a_chain_of_three_has_the_adapters_of_its_pairs(method) -> None:
         torch.testing.assert_close(chain.query(2, 1, features), pair(features[2]))
 
 
-def test_local_correction_leaves_the_search_of_a_version_by_itself_as_it_is() -> None:
+def test_local_correction_does_not_change_search_within_a_version() -> None:
     features = [torch.from_numpy(rows) for rows in paired_features(9, 14)[:2]]
     corrected, plain = (fit_chain(method, features) for method in (LOCAL, LOCAL.of))
     for version in (0, 1):
@@ -267,12 +267,12 @@ def test_gallery_correction_moves_older_galleries_towards_the_newest_version(of)
     stored = [plain.gallery(0, features[0]), plain.query(2, 0, features)]
     weights = torch.softmax(20 * stored[0] @ stored[0].T, 1)
     torch.testing.assert_close(moved, normalize(stored[0] + 0.5 * weights @ (stored[1] - stored[0])))
-    assert torch.equal(chain.gallery(2, features[2]), plain.gallery(2, features[2]))  # of the newest: as before
+    assert torch.equal(chain.gallery(2, features[2]), plain.gallery(2, features[2]))  # not corrected
     assert torch.equal(chain.query(0, 0, features), moved)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=method_name)
-def test_a_method_says_whether_stored_vectors_are_mapped(method) -> None:
+def test_maps_gallery_of_a_method_equals_that_of_its_adapter(method) -> None:
     y, x, labels = paired_features()
     assert method.maps_gallery == method.fit(y, x, labels=labels).maps_gallery
 

@@ -88,13 +88,13 @@ def hundred(folder: Path, name: str, change):
         (hundred, "fine_label_names.txt", lambda b: b + b"\nx", "must name 100 classes, one per line, got 101"),
     ],
 )
-def test_damage_is_named(tmp_path, make, name: str, change, message: str) -> None:
+def test_damaged_files_are_named(tmp_path, make, name: str, change, message: str) -> None:
     with pytest.raises(CifarFileError, match=message) as error:
         make(tmp_path / "d", name, change)()
     assert str(tmp_path / "d" / name) in str(error.value)
 
 
-def test_what_is_missing_is_named_with_where_it_is_published(tmp_path) -> None:
+def test_missing_files_are_named_with_their_source(tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no train\.bin, fine_label_names\.txt; expected a folder cifar-100-"):
         load_cifar100(tmp_path / "nowhere")
     folder = write_cifar10(tmp_path / "cifar-10-batches-bin", batches=(1, 3))

@@ -20,7 +20,7 @@ def save(path: Path, color, *, size=(12, 12), mode: str = "RGB", **options) -> P
     return path
 
 
-def test_classes_order_and_what_is_passed_over(tmp_path) -> None:
+def test_classes_order_and_skipped_files(tmp_path) -> None:
     save(tmp_path / "dog" / "b.png", (0, 0, 255))
     save(tmp_path / "dog" / "a" / "z.PNG", (0, 255, 0))
     save(tmp_path / "Cat" / "10.bmp", (255, 0, 0))
@@ -45,7 +45,7 @@ def test_classes_order_and_what_is_passed_over(tmp_path) -> None:
         assert (image == np.array(color)[:, None, None]).all()
 
 
-def test_an_image_of_its_size_keeps_every_byte_and_others_their_middle(tmp_path) -> None:
+def test_images_of_the_given_size_keep_every_byte_and_others_their_middle(tmp_path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
     (tmp_path / "c").mkdir()
     Image.fromarray(pixels).save(tmp_path / "c" / "a.png")
@@ -57,14 +57,14 @@ def test_an_image_of_its_size_keeps_every_byte_and_others_their_middle(tmp_path)
     assert np.array_equal(found[0], pixels.transpose(2, 0, 1))
     assert np.array_equal(found[1], found[0])
     assert np.array_equal(found[2], pixels.transpose(2, 1, 0))
-    # scaled with antialiasing: every output pixel is near the mean of what it covers
+    # scaled with antialiasing: every output pixel is near the mean of the pixels that it covers
     board = (np.indices((16, 16)).sum(0) % 2 * 255).astype(np.uint8)
     (tmp_path / "d").mkdir()
     Image.fromarray(board).save(tmp_path / "d" / "a.png")
     assert abs(load_image_folder(tmp_path, size=4).images[3].astype(int) - 127).max() < 20
 
 
-def test_other_modes_become_rgb_and_cameras_pictures_stand_upright(tmp_path) -> None:
+def test_other_modes_become_rgb_and_exif_rotations_are_applied(tmp_path) -> None:
     save(tmp_path / "c" / "a.png", 77, mode="L")
     save(tmp_path / "c" / "b.png", (10, 20, 30, 0), mode="RGBA")
     save(tmp_path / "c" / "d.gif", 1, mode="1")
@@ -81,7 +81,7 @@ def test_other_modes_become_rgb_and_cameras_pictures_stand_upright(tmp_path) -> 
     assert found[3][:, :, :3].max() < 15
 
 
-def test_what_is_refused_by_name(tmp_path) -> None:
+def test_bad_folders_and_images_are_named(tmp_path) -> None:
     whole = save(tmp_path / "c" / "a.png", (1, 2, 3), size=(64, 64)).read_bytes()
     file = tmp_path / "c" / "b.png"
     for content in (b"", b"GIF89a", whole[: len(whole) // 2], whole[:8] + whole[9:]):
@@ -110,7 +110,7 @@ def test_what_is_refused_by_name(tmp_path) -> None:
         load_image_folder(tmp_path, size=8.0)
 
 
-def test_pillow_is_asked_for_when_it_is_needed(tmp_path, monkeypatch) -> None:
+def test_a_missing_pillow_is_named(tmp_path, monkeypatch) -> None:
     save(tmp_path / "c" / "a.png", (1, 2, 3))
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(
@@ -207,7 +207,7 @@ def test_files_that_cannot_be_read_are_named_before_any_is_decoded(tmp_path, mon
     with pytest.raises(ImageFileError, match=r"1\.png cannot be read, it may be truncated or damaged: it is empty"):
         ImageFolderDataset(tmp_path, size=4)
     strange.unlink()
-    # as for a user other than root
+    # simulates a user other than root, who may read every file
     monkeypatch.setattr(os, "access", lambda path, mode: not path.endswith("0.png"))
     with pytest.raises(ImageFileError, match=r"0\.png cannot be read: this user has no permission"):
         ImageFolderDataset(tmp_path, size=4)
@@ -225,7 +225,7 @@ def test_files_that_cannot_be_read_are_named_before_any_is_decoded(tmp_path, mon
         ImageFolderDataset(tmp_path, size=4)
 
 
-def test_a_dataset_reads_what_the_whole_folder_holds(tmp_path) -> None:
+def test_a_dataset_has_the_images_of_load_image_folder(tmp_path) -> None:
     for i, name in enumerate("abcab"):
         save(tmp_path / name / f"{i}.png", (i, 2 * i, 3 * i), size=(9, 7))
     whole, items = load_image_folder(tmp_path, size=4), ImageFolderDataset(tmp_path, size=4)

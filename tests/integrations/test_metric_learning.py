@@ -1,4 +1,4 @@
-"""Losses and nearest neighbours of pytorch-metric-learning: the naive equations, and labels beyond 2^24."""
+"""Tests losses and nearest neighbours for pytorch-metric-learning: naive equations, and labels beyond 2^24."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def rows(n: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(n, 7, requires_grad=True), LARGE + torch.arange(n) % 3
 
 
-def test_losses_are_called_as_theirs(slots) -> None:
+def test_losses_are_called_like_those_of_the_library(slots) -> None:
     z, labels = rows()
     target = slots.lookup("default", labels)
     each = SF.simplex_cross_entropy(z, target, reduction="none", **OPTIONS)
@@ -87,7 +87,7 @@ def test_bad_calls_of_the_losses_are_named(slots) -> None:
         SimplexLoss(slots, scale=0.0)
 
 
-def test_neighbours_are_theirs_without_faiss(monkeypatch, tmp_path) -> None:
+def test_neighbours_equal_those_of_the_library_without_faiss(monkeypatch, tmp_path) -> None:
     monkeypatch.setitem(sys.modules, "faiss", None)
     torch.manual_seed(0)
     query, reference = torch.randn(9, 5), torch.randn(40, 5)
@@ -98,7 +98,7 @@ def test_neighbours_are_theirs_without_faiss(monkeypatch, tmp_path) -> None:
     ):
         torch.testing.assert_close(found[0], expected[0])
         assert torch.equal(found[1], expected[1])
-    same = torch.ones(6, 5)  # a query's own row is not among the first of equal rows
+    same = torch.ones(6, 5)  # a query's own row is excluded among equal rows
     _, ids = CosineKNN()(same, 2, same, True)
     assert (ids != torch.arange(6)[:, None]).all()
     model = InferenceModel(torch.nn.Identity(), knn_func=CosineKNN(), data_device=torch.device("cpu"))
@@ -123,7 +123,7 @@ def test_accuracy_of_class_ids_beyond_float32(monkeypatch) -> None:
     torch.manual_seed(0)
     small = torch.arange(60) % 6
     rows = torch.eye(6)[small] + 0.4 * torch.randn(60, 6)
-    without = {"exclude": ("NMI", "AMI"), "knn_func": CosineKNN(), "k": "max_bin_count"}  # they need faiss's k-means
+    without = {"exclude": ("NMI", "AMI"), "knn_func": CosineKNN(), "k": "max_bin_count"}  # both need faiss's k-means
     for calls in (
         lambda labels: (rows, labels),
         lambda labels: (rows[:20], labels[:20], rows[20:], labels[20:]),
@@ -134,6 +134,6 @@ def test_accuracy_of_class_ids_beyond_float32(monkeypatch) -> None:
             assert AccuracyCalculator(**without, **options).get_accuracy(*calls(small + LARGE * 2**30)) == truth
     wrong = Original(**without).get_accuracy(rows, small + LARGE * 2**30)["precision_at_1"]
     assert wrong == 1 > AccuracyCalculator(**without).get_accuracy(rows, small + LARGE * 2**30)["precision_at_1"]
-    near = {"label_comparison_fn": lambda a, b: (a - b).abs() <= 1}  # such labels stay numbers
+    near = {"label_comparison_fn": lambda a, b: (a - b).abs() <= 1}  # labels stay numbers
     truth = Original(**without, **near).get_accuracy(rows, 2 * small)
     assert AccuracyCalculator(**without, **near).get_accuracy(rows, 2 * small) == truth

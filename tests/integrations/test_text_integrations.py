@@ -1,6 +1,6 @@
-"""sentence-transformers: losses by their equations, a replacement, its folder; MTEB on a task of a few texts.
+"""Tests sentence-transformers (losses by their equations, a replacement, a saved model), and MTEB on a few texts.
 
-One file, because both libraries take seconds to import.
+Both are in one file, because the libraries take seconds to import.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def test_the_losses_are_those_of_the_embeddings(slots) -> None:
 
 
 def test_a_replacement_searches_the_old_index(slots, tmp_path) -> None:
-    """It has other tokens and another width, so old embeddings are a column."""
+    """The replacement has other tokens and another width, so old embeddings are a column of the data set."""
     old = with_junction(slots)
     dataset = Dataset.from_dict({"text": TEXTS, "label": CLASSES})
     train(old, SimplexLoss(old, slots, namespace="banking"), dataset, tmp_path)
@@ -109,7 +109,7 @@ def test_a_replacement_searches_the_old_index(slots, tmp_path) -> None:
     loss = HOCLoss(new, slots, namespace="banking")
     train(new, loss, dataset, tmp_path, OldEmbeddingCollator(new.preprocess))
     assert (nearest() == torch.tensor(CLASSES)).all()
-    again = with_junction(slots)  # the old model's tokens: it embeds the batches itself
+    again = with_junction(slots)  # has the old model's tokens, so the old model embeds each batch
     before = old.encode(TEXTS)
     train(again, HOCLoss(again, slots, old, namespace="banking"), dataset.remove_columns("old_embedding"), tmp_path)
     assert normalize(again.encode(TEXTS, convert_to_tensor=True)).mul(normalize(stored)).sum(1).min() > 0.8
@@ -118,7 +118,7 @@ def test_a_replacement_searches_the_old_index(slots, tmp_path) -> None:
 
 
 @pytest.mark.slow
-def test_a_trained_model_loads_without_this_package_with_the_same_bits(slots, tmp_path) -> None:
+def test_a_saved_model_loads_without_this_package_with_the_same_bits(slots, tmp_path) -> None:
     model = with_junction(slots)
     model.save_pretrained(str(tmp_path / "model"), create_model_card=False)
     program = (
@@ -214,6 +214,6 @@ def test_mteb_scores_a_new_model_on_an_old_index(slots, tmp_path) -> None:
     names = {"mteb": mteb, "tasks": [Cards()], "new": model, "old": with_junction(slots, WORDS[::-1])}
     exec(snippet("integrations.md", "MTEB"), names)
     assert names["own"].task_results[0].get_score() == score
-    assert names["upgraded"].task_results[0].get_score() < score  # of spaces that are not the same
+    assert names["upgraded"].task_results[0].get_score() < score  # the models have different spaces
     with pytest.raises(ValueError, match="name must have the form \"organisation/model\", got 'b'"):
         Encoder(model.encode, name="b", revision="1")

@@ -1,4 +1,4 @@
-"""Tests feature files: all formats give the same arrays, maps where documented, and errors for every kind of damage."""
+"""Tests feature files: formats give the same arrays, some are memory-mapped, and every kind of damage is an error."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_bytes_that_are_no_labels_are_named_with_their_file(tmp_path, name: str,
 
 
 @pytest.mark.parametrize("name", ["f.npz", "f.safetensors", "folder/query.npy", "c.npz"])
-def test_truncated_anywhere(tmp_path, name: str) -> None:
+def test_files_truncated_anywhere_are_refused(tmp_path, name: str) -> None:
     made = arrays()
     if name == "c.npz":
         np.savez_compressed(tmp_path / name, **made)
@@ -191,7 +191,7 @@ def test_a_flipped_bit_in_an_archive(tmp_path) -> None:
         load_features(path)
 
 
-def test_headers_that_lie(tmp_path) -> None:
+def test_headers_that_declare_too_much_data_are_refused(tmp_path) -> None:
     """An array header in a valid archive declares more data than the file, or than memory, can hold."""
     for shape in ((6, 4), (2**40, 2**40), (2**62, 4)):
         header = io.BytesIO()
@@ -209,7 +209,7 @@ def test_headers_that_lie(tmp_path) -> None:
             load_features(folder)
 
 
-def test_a_directory_that_points_elsewhere(tmp_path) -> None:
+def test_an_archive_with_a_wrong_offset_is_refused(tmp_path) -> None:
     path = save(tmp_path / "f.npz", arrays())
     whole = bytearray(path.read_bytes())
     at = whole.rindex(b"PK\1\2")  # in the last entry: newer Pythons first reject overlapping entries
@@ -229,14 +229,14 @@ def test_pickled_objects_are_refused(tmp_path) -> None:
         load_features(tmp_path / "o.npz")
 
 
-def test_the_row_is_named_wherever_it_lies(tmp_path, monkeypatch) -> None:
+def test_a_row_with_nan_is_named_in_any_block(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(_rows, "_BLOCK_BYTES", 2 * 3 * 4)  # the reader compares two rows at a time
     path = save(tmp_path / "folder", arrays(gallery=nan_at(3)))
     with pytest.raises(FeatureFileError, match="gallery row 3 holds nan or inf"):
         load_features(path)
 
 
-def test_what_is_not_a_feature_file(tmp_path) -> None:
+def test_other_files_are_refused(tmp_path) -> None:
     for name in ("no.npz", "no.safetensors", "no", "no.bin"):
         with pytest.raises(FileNotFoundError, match=name):
             load_features(tmp_path / name)

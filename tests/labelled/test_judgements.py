@@ -1,4 +1,4 @@
-"""Tests relevance judgements: files, matching of ids to rows, and refusals."""
+"""Tests relevance judgements: files, matching of ids to rows, and bad input."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_a_part_of_the_items_has_its_judgements() -> None:
     assert items.num_relevant.tolist() == [2, 1]
 
 
-def test_what_needs_labels_says_so() -> None:
+def test_uses_of_labels_are_refused() -> None:
     items = judged()
     for call in (
         lambda: items.query_labels,

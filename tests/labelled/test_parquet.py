@@ -118,7 +118,7 @@ def test_errors_name_the_bad_column_or_row(tmp_path, change: dict, message: str)
     assert str(error.value).startswith(f"{tmp_path}: ")
 
 
-def test_of_several_columns_of_lists_embedding_is_read(tmp_path) -> None:
+def test_the_column_embedding_is_read_if_there_are_several_lists(tmp_path) -> None:
     for part, rows in (("query", QUERY), ("gallery", GALLERY)):
         content = columns(part, embedding=list(rows), vector=[[0.5]] * len(rows))
         with_arrow(tmp_path / f"{part}.parquet", content)

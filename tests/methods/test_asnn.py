@@ -96,7 +96,7 @@ CASES = {  # name -> (`first`, batch size)
 
 @pytest.mark.parametrize("neighbours", [1, 3, 50])
 @pytest.mark.parametrize("case", CASES)
-def test_losses_are_their_equations(case: str, neighbours: int) -> None:
+def test_losses_equal_their_equations(case: str, neighbours: int) -> None:
     first, number = CASES[case]
     pool, labels = rows_of(16), POOL
     if first is None:
@@ -129,7 +129,7 @@ def test_two_far_classes_have_no_loss() -> None:
 
 @pytest.mark.parametrize("first", [3, None])
 def test_gradients_are_right(first: int | None) -> None:
-    """Checks gradients of the rows, of the radius, and of pool rows that are batch rows; no neighbour changes."""
+    """Checks gradients of the rows, of the radius, and of pool rows that are batch rows; neighbours do not change."""
     pool, labels = rows_of(16).requires_grad_(), torch.tensor(POOL)
     radius = torch.tensor(1.7, dtype=torch.float64, requires_grad=True)
 
@@ -177,7 +177,7 @@ def test_distances_are_of_float32_under_autocast() -> None:
     assert found.item() == pytest.approx(truth.item(), rel=1e-4)
 
 
-# of head and queue
+# head and queue
 
 
 def test_the_queue_holds_the_newest_rows_as_a_pool() -> None:
@@ -192,7 +192,7 @@ def test_the_queue_holds_the_newest_rows_as_a_pool() -> None:
         assert head.loss(batch, labels).item() == pytest.approx(expected.item(), rel=1e-6)
         head.train()
         assert head.loss(batch, labels).item() == pytest.approx(expected.item(), rel=1e-6)
-    # after the last batch; a batch longer than the queue leaves its end there
+    # a batch longer than the queue leaves its last rows there
     assert set(head.queue.labels.tolist()) >= {0, 1, 2}
     head.loss(rows, target)
     assert sorted(head.queue.features[:, 0].tolist()) == sorted(rows[-7:, 0].tolist())
@@ -209,8 +209,8 @@ def test_overflown_rows_do_not_stay_in_the_queue() -> None:
     assert head.loss(torch.randn(4, 4), torch.tensor([0, 1, 1, 0])).isfinite()
 
 
-def test_the_radius_stays_in_its_bounds_and_comes_back() -> None:
-    torch.manual_seed(0)  # of rows whose neighbours lie so that the radius has a gradient at both bounds
+def test_the_radius_stays_in_its_bounds_and_keeps_a_gradient() -> None:
+    torch.manual_seed(0)  # a seed with a gradient of the radius at both bounds
     head = NeighbourHead(4)
     assert head.radius.item() == pytest.approx(4.0)
     target = torch.tensor([0, 0, 1, 1])
@@ -248,7 +248,7 @@ OPTIONS = [{"neighbours": 4}, {"loss": "nnp", "alpha": 0.5}]
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_methods_with_classification_are_their_equations(options: dict) -> None:
+def test_methods_with_classification_equal_their_equations(options: dict) -> None:
     term = ASNN(queue=20, **options)
     rows, target = BATCH
     old = remembered(term)
@@ -275,7 +275,7 @@ def test_methods_with_classification_are_their_equations(options: dict) -> None:
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_hoc_takes_the_term_on_its_embedding(options: dict) -> None:
+def test_hoc_applies_classification_to_its_embedding(options: dict) -> None:
     method = HOC(SlotRegistry(11), lambda_=0.3, mu=4.0, classification=ASNN(queue=20, **options))
     old, model = remembered(method), model_of(method, 5)
     rows, target = BATCH
@@ -312,10 +312,10 @@ def test_a_network_from_the_simplex_keeps_its_junction() -> None:
     assert head.queue.labels.max() >= 0
     method.add_classes(made, range(6))
     assert made.head is head
-    assert head.queue.labels.max() < 0  # the features of the task before are another model's
+    assert head.queue.labels.max() < 0  # features of the previous task are of another model
 
 
-# in training
+# training
 
 
 def items(rows: int, classes: int) -> Items:
@@ -349,7 +349,7 @@ MAKERS = {
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_a_stopped_training_goes_on_to_the_same_bits(tmp_path: Path, name: str) -> None:
+def test_a_stopped_training_resumes_to_the_same_bits(tmp_path: Path, name: str) -> None:
     make = MAKERS[name]
     whole = trained(make)
     for after in (8, 17):  # within the first task, and within the second
@@ -366,13 +366,13 @@ def test_a_stopped_training_goes_on_to_the_same_bits(tmp_path: Path, name: str) 
         for a, b in zip(whole, again, strict=True):
             for key, value in a.state_dict().items():
                 assert torch.equal(value, b.state_dict()[key]), key
-    # the comparison means something: the weights depend on the queue
+    # the weights depend on the queue, so the comparison above could fail
     small = trained(lambda: ASNN(queue=8)) if name == "asnn" else None
     assert small is None or not torch.equal(small[0].backbone[0].weight, whole[0].backbone[0].weight)
 
 
-def test_a_checkpoint_of_before_has_no_new_attributes() -> None:
-    """A checkpoint describes a method by its attributes: without classification, these are the old ones."""
+def test_methods_without_classification_have_their_old_attributes() -> None:
+    """A checkpoint describes a method by its attributes, and older checkpoints must resume."""
     assert set(vars(FD())) == {"scale", "weight", "distance"}
     assert set(vars(BCT())) == {"scale", "weight"}
     assert "classification" not in vars(HOC(SlotRegistry(4)))

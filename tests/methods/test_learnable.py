@@ -46,7 +46,7 @@ def naive_cross_entropy(logits: list[float], label: int) -> float:
 
 @pytest.mark.parametrize("scale", [None, 7.0])
 @pytest.mark.parametrize("distance", ["cosine", "l2"])
-def test_feature_distillation_is_its_equation(distance: str, scale: float | None) -> None:
+def test_feature_distillation_equals_its_equation(distance: str, scale: float | None) -> None:
     method = FD(weight=2.5, distance=distance, scale=scale)
     model, old = model_of(method, 5), model_of(method, 3, seed=1)
     rows, target = batch(0, 4, 2, 2, 3)
@@ -61,9 +61,9 @@ def test_feature_distillation_is_its_equation(distance: str, scale: float | None
 
 
 @pytest.mark.parametrize("scale", [None, 7.0])
-def test_influence_is_its_equation_over_the_classes_of_the_old_classifier(scale: float | None) -> None:
+def test_influence_equals_its_equation_over_the_classes_of_the_old_classifier(scale: float | None) -> None:
     method = BCT(weight=1.5, scale=scale)
-    model, old = model_of(method, 5), model_of(BCT(scale=3.0), 3, seed=1)  # its own scale
+    model, old = model_of(method, 5), model_of(BCT(scale=3.0), 3, seed=1)  # the old scale differs
     rows, target = batch(0, 4, 2, 2, 3)
     expected = 0.0
     for h, y in zip(model.backbone(rows), target.tolist(), strict=True):
@@ -81,7 +81,7 @@ def test_gradients_are_right_and_reach_the_new_model_alone(method) -> None:
     method.loss(model, rows, target, old).backward()
     assert all(p.grad is None for p in old.parameters())
     assert [p.requires_grad for p in old.parameters()] == trained  # requires_grad of the caller's model is unchanged
-    # otherwise DistributedDataParallel waits for a gradient
+    # a trained parameter without a gradient would block DistributedDataParallel
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     for p in model.parameters():
         direction = torch.randn_like(p)
@@ -124,8 +124,8 @@ def test_influence_of_a_rotated_old_model_is_that_of_its_rotated_classifier(scal
     torch.testing.assert_close(method.loss(model, rows, target, old), method.loss(model, rows, target, same))
 
 
-def test_a_classifier_that_knows_less_after_its_network_was_replaced() -> None:
-    """The new head has other rows and another initialisation than the deployed one, which does not change."""
+def test_an_old_classifier_of_fewer_classes_trains_a_replacement() -> None:
+    """The new head has more classes and another initialisation than the deployed one, which does not change."""
     method = BCT()
     deployed = model_of(method, 4)
     torch.manual_seed(3)
@@ -154,7 +154,7 @@ def test_without_an_old_model_it_is_experience_replay(method) -> None:
     assert torch.equal(method.loss(model, rows, target, None), ER().loss(model, rows, target, None))
 
 
-def test_zero_features_are_finite_and_equal_ones_cost_nothing() -> None:
+def test_zero_features_have_a_finite_loss_and_equal_ones_have_none() -> None:
     rows, target = torch.zeros(3, 5, dtype=torch.float64), torch.tensor([0, 1, 2])
     for distance in ("cosine", "l2"):
         method = FD(distance=distance, weight=3.0)
@@ -171,7 +171,7 @@ def test_zero_features_are_finite_and_equal_ones_cost_nothing() -> None:
 
 
 def test_distances_are_of_float32_under_autocast() -> None:
-    """The features differ in the last of bfloat16's 8 bits: a sum of squares in bfloat16 would lose rows."""
+    """A sum of 512 squares in bfloat16 would lose most of its bits."""
     method = FD(distance="l2", weight=1.0)
     torch.manual_seed(0)
     model = EmbeddingModel(nn.Linear(64, 512, bias=False), method.head(512))

@@ -213,7 +213,7 @@ def test_a_chain_searches_every_older_gallery_by_a_prefix(versions) -> None:
     assert any("search older galleries of 6 and 9 by as many leading dimensions" in line for line in report.remarks)
 
 
-def test_the_old_rows_of_the_junction_stay_and_the_objective_begins_anew(versions) -> None:
+def test_the_junction_keeps_its_old_rows_and_the_objective_is_new(versions) -> None:
     old, method = versions[0], OCA(embedding_dim=6, extra=3)
     model = EmbeddingModel(old.backbone, method.head(24))
     model.head.load_state_dict({"junction.weight": old.head.junction.weight})
@@ -224,7 +224,7 @@ def test_the_old_rows_of_the_junction_stay_and_the_objective_begins_anew(version
     assert torch.equal(model.head.objective.rotation.weight, torch.eye(9))
 
 
-def test_stopped_at_any_step_it_goes_on_to_the_same_bits(versions, tmp_path) -> None:
+def test_a_chain_stopped_at_any_step_resumes_to_the_same_bits(versions, tmp_path) -> None:
     class StopError(Exception):
         pass
 
@@ -246,7 +246,7 @@ def test_stopped_at_any_step_it_goes_on_to_the_same_bits(versions, tmp_path) -> 
     assert torch.equal(prototypes, versions[2].head.objective.prototypes)
 
 
-def test_a_model_folder_has_what_embeddings_need_and_goes_on_alike(versions, tmp_path) -> None:
+def test_a_loaded_model_embeds_and_trains_as_the_saved_one(versions, tmp_path) -> None:
     identity = versions[1].save_pretrained(tmp_path, version=1)
     again = EmbeddingModel.from_pretrained(tmp_path)
     rows = features(20, 8).inputs
@@ -283,7 +283,7 @@ def test_identities_state_which_galleries_a_prefix_searches(versions) -> None:
 
 
 def test_any_model_may_be_the_first_ancestor(tmp_path) -> None:
-    """The usual case of a service: a given model by others, of a given width."""
+    """The usual case of a service: the deployed model is by others and has a given width."""
     torch.manual_seed(0)
     head = LinearHead(24)
     head.grow(4)

@@ -1,4 +1,4 @@
-"""Tests QDC: its equation against a loop in float64, its gradients, and its refusals."""
+"""Tests QDC: its equation against a loop in float64, its gradients, and bad input."""
 
 from __future__ import annotations
 
@@ -113,6 +113,6 @@ def test_under_autocast_the_loss_is_of_float32() -> None:
         ),
     ],
 )
-def test_what_is_refused_by_name(act, error, message: str) -> None:
+def test_bad_input(act, error, message: str) -> None:
     with pytest.raises(error, match=message):
         act()

@@ -31,7 +31,7 @@ class Arrays(Dataset):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("dataset", [Arrays(), TensorDataset(ROWS), DatasetRows.in_memory(ROWS), ROWS])
-def test_all_rows_in_order_by_the_batch(model, dataset, workers: int) -> None:
+def test_rows_are_extracted_in_order_and_in_batches(model, dataset, workers: int) -> None:
     state = torch.get_rng_state()
     found = model.extract(dataset, workers=workers)
     size = len(ROWS) if isinstance(dataset, torch.Tensor) else 128
@@ -49,7 +49,7 @@ def test_a_loader_has_its_own_batches(model) -> None:
     assert torch.equal(found, model.extract(DataLoader(ROWS, batch_size=50)))
 
 
-def test_what_there_is_is_prepared_by_the_batch(model) -> None:
+def test_prepare_is_called_for_each_batch(model) -> None:
     sizes = []
 
     def prepare(batch: torch.Tensor) -> torch.Tensor:
@@ -89,7 +89,7 @@ def test_what_there_is_is_prepared_by_the_batch(model) -> None:
         (TensorDataset(ROWS[:0]), {}, ValueError, "dataset must have an item, this TensorDataset has none"),
     ],
 )
-def test_what_cannot_be_extracted_is_refused(model, input, options, error, message: str) -> None:
+def test_bad_input(model, input, options, error, message: str) -> None:
     with pytest.raises(error, match=message):
         model.extract(input, **options)
     assert all(module.training for module in model.modules())

@@ -59,7 +59,7 @@ def linear() -> LinearHead:
 
 
 def neighbours(**options) -> NeighbourHead:
-    """A head that has been trained: its queue holds features, and its radius is not the initial one."""
+    """Returns a head whose queue holds features; `trained` changes its radius."""
     head = NeighbourHead(16, queue=5, neighbours=3, **options)
     width = head.embedding_dim
     head.embedding_loss(torch.randn(8, width, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 2)
@@ -115,7 +115,7 @@ def test_embeddings_are_the_same_to_the_bit(tmp_path: Path, name: str, head: str
     inputs = torch.randn(40, *shape)
     assert torch.equal(again.extract(inputs), model.extract(inputs))
     assert again.preprocessing == preprocessing
-    # a gallery sees the same model: both ways to read the identity agree
+    # the loaded model and its folder have the identity of the saved model
     assert again.identity(version=3, name="three") == identity == read_identity(tmp_path / "model")
     assert identity.embedding_dim == again.extract(inputs[:1]).shape[1]
     assert sorted(path.name for path in (tmp_path / "model").iterdir())[0] == "config.json"
@@ -141,7 +141,7 @@ def test_embeddings_are_the_same_to_the_bit(tmp_path: Path, name: str, head: str
 
 
 @pytest.mark.parametrize("kind", [SimplexHead, OrthoplexHead, CubeHead])
-def test_a_junction_with_a_bias_comes_back(tmp_path: Path, kind: type) -> None:
+def test_a_junction_with_a_bias_is_restored(tmp_path: Path, kind: type) -> None:
     width = {"embedding_dim": 7} if kind is CubeHead else {}
     model = trained(FeatureMLP(12, (16,)), (12,), kind.from_slots(registry(), 16, bias=True, **width))
     model.save_pretrained(tmp_path)
@@ -152,7 +152,7 @@ def test_a_junction_with_a_bias_comes_back(tmp_path: Path, kind: type) -> None:
     assert again.identity() == model.identity()
 
 
-def test_the_fingerprint_in_a_gallery_stays_what_it_was() -> None:
+def test_fingerprints_in_galleries_never_change() -> None:
     """The expected hash is from the first release, when junctions had no bias and states held a dict."""
     model = EmbeddingModel(FeatureMLP(2), SimplexHead(2, 3, num_slots=4))
     model.head.junction.weight.data = torch.arange(6.0).view(3, 2)
@@ -214,7 +214,7 @@ def test_wrapped_parts_of_a_backbone_are_saved_as_plain_ones(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_the_dtype_comes_back(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_the_dtype_is_restored(tmp_path: Path, dtype: torch.dtype) -> None:
     model = small().to(dtype)
     model.save_pretrained(tmp_path)
     again = EmbeddingModel.from_pretrained(tmp_path)
@@ -228,12 +228,12 @@ def test_the_dtype_comes_back(tmp_path: Path, dtype: torch.dtype) -> None:
     "preprocessing",
     [None, Normalize((0.5, 0.4, 0.3), (0.1, 0.2, 0.3)), Photographs(32, Normalize((0.1,), (0.7,))), Drawings(28)],
 )
-def test_preprocessing_comes_back(tmp_path: Path, preprocessing) -> None:
+def test_preprocessing_is_restored(tmp_path: Path, preprocessing) -> None:
     small(preprocessing=preprocessing).save_pretrained(tmp_path)
     assert EmbeddingModel.from_pretrained(tmp_path).preprocessing == preprocessing
 
 
-def test_preprocessing_checks_what_it_takes() -> None:
+def test_preprocessing_checks_its_input() -> None:
     images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
     normalize = Normalize((0.5, 0.4, 0.3), (0.1, 0.2, 0.3))
     assert torch.equal(Photographs(32, normalize)(images), normalize(images))
@@ -249,7 +249,7 @@ def test_preprocessing_checks_what_it_takes() -> None:
             Vectors(3)(rows)
 
 
-def test_a_backbone_of_ones_own_is_handed_in_and_loaded_strictly(tmp_path: Path) -> None:
+def test_a_custom_backbone_is_passed_and_loaded_strictly(tmp_path: Path) -> None:
     model = trained(of_ones_own(), (12,), HEADS["simplex"]())
     model.save_pretrained(tmp_path)
     again = EmbeddingModel.from_pretrained(tmp_path, backbone=of_ones_own())
@@ -302,7 +302,7 @@ def test_the_fingerprint_can_be_computed_from_the_files_alone(tmp_path: Path) ->
     assert identity.fingerprint == "4433a867cd280c04533e89b19068b261c650d6d21f5a901a8455e1a6fdd725e0"
 
 
-def test_the_fingerprint_is_of_all_that_embeddings_and_slots_depend_on(tmp_path: Path) -> None:
+def test_the_fingerprint_covers_all_that_embeddings_and_slots_depend_on(tmp_path: Path) -> None:
     first = small()
     seen = {first.identity().fingerprint}
     # version and name are not part of the fingerprint
@@ -379,7 +379,7 @@ def test_a_config_edited_by_hand_is_refused_by_name(tmp_path: Path, change, mess
         (lambda c: c["preprocessing"].pop("width"), "width"),
     ],
 )
-def test_what_another_version_may_have_written_is_refused_by_name(tmp_path, change, message: str, monkeypatch) -> None:
+def test_values_of_other_releases_are_refused_by_name(tmp_path, change, message: str, monkeypatch) -> None:
     """The checksums are right, but the values are unknown to this version."""
 
     small(preprocessing=Vectors(12)).save_pretrained(tmp_path)
@@ -418,8 +418,8 @@ def test_damaged_and_exchanged_weights_are_refused(tmp_path: Path) -> None:
         EmbeddingModel.from_pretrained(tmp_path / "a")
 
 
-def test_killed_at_any_moment_the_folder_holds_one_whole_model(tmp_path: Path, monkeypatch) -> None:
-    """Copies the folder before and after each call that changes it: each copy is what a killed process would leave."""
+def test_a_save_killed_at_any_moment_leaves_one_whole_model(tmp_path: Path, monkeypatch) -> None:
+    """Copies the folder before and after each call that changes it: a killed process would leave such a folder."""
     old, new = small(), small(scale=2.0)
     new.backbone.layers[1].running_mean.zero_()
     folder = tmp_path / "model"
@@ -539,7 +539,7 @@ def test_bad_input(act, error: type[Exception], message: str, tmp_path: Path) ->
     assert not list(tmp_path.iterdir())
 
 
-def test_a_subclass_is_not_taken_for_what_it_derives_from(tmp_path: Path) -> None:
+def test_a_subclass_is_not_rebuilt_as_its_base_class(tmp_path: Path) -> None:
     trained(_Subclass(12, (16,)), (12,), linear()).save_pretrained(tmp_path)
     with pytest.raises(ModelFolderError, match=r"_Subclass, which is not of simplexfix: pass an instance as backbone="):
         EmbeddingModel.from_pretrained(tmp_path)
@@ -618,7 +618,7 @@ def test_cubes_and_learnable_classifiers() -> None:
         assert first.identity().why_not_search(first.identity(version=2)) == []
 
 
-def test_models_of_others_are_known_by_name_revision_and_adapter() -> None:
+def test_identities_of_external_models_depend_on_name_revision_and_adapter() -> None:
     first = ModelIdentity.external("vendor/embed", "2024-01", 384)
     newer = ModelIdentity.external("vendor/embed", "2025-03", 512, version=1)
     assert ModelIdentity.external("vendor/embed", "2024-01", 384, version=5).fingerprint == first.fingerprint
@@ -664,7 +664,7 @@ def test_models_of_others_are_known_by_name_revision_and_adapter() -> None:
         ({"adapter": b"5eed"}, TypeError, "adapter must be a string, got bytes"),
     ],
 )
-def test_bad_facts_of_a_model_of_others(changes, kind, message: str) -> None:
+def test_bad_identities_of_external_models(changes, kind, message: str) -> None:
     facts = {"name": "vendor/embed", "revision": "1", "dim": 8, **changes}
     with pytest.raises(kind, match=message):
         ModelIdentity.external(facts.pop("name"), facts.pop("revision"), facts.pop("dim"), **facts)

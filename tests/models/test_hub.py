@@ -1,4 +1,4 @@
-"""Models and adapters on a Hugging Face hub: they are loaded with the same bits, and errors name their cause."""
+"""Tests models and adapters on a Hugging Face hub: they are loaded with the same bits, and errors name their cause."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if importlib.util.find_spec("huggingface_hub") is None or importlib.util.find_sp
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[HubServer, Any]]:
-    """Starts a hub, and imports huggingface_hub again: it reads the hub's address from the environment at import."""
+    """Starts a hub, and imports huggingface_hub again, which reads the hub's address from the environment at import."""
     before = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "huggingface_hub"}
     with hub_server() as server, pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_ENDPOINT", server.url)
@@ -52,7 +52,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[HubServer
 
 @pytest.fixture
 def hub(client: tuple[HubServer, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> HubServer:
-    """The hub without repositories, and an empty cache."""
+    """Returns the hub without repositories, and sets an empty cache."""
     server, library = client
     server.repositories.clear()
     server.requests.clear()
@@ -78,7 +78,7 @@ def adapter_of(method: Any, width: int = 6) -> Adapter:
     return method.fit(rows, torch.tanh(rows @ torch.randn(6, width)), labels=torch.arange(60) % 3)
 
 
-def test_a_pushed_model_comes_back_to_the_bit(
+def test_a_pushed_model_is_restored_to_the_bit(
     hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -91,7 +91,7 @@ def test_a_pushed_model_comes_back_to_the_bit(
     assert loaded.identity(version=3) == model.identity(version=3)
     assert loaded.class_names == model.class_names
     asked = {path.rsplit("/", 1)[1] for method, path in hub.requests if method == "GET" and "/resolve/" in path}
-    assert asked == {"config.json", next(f for f in files if f.startswith("model-"))}  # and no card, and no other file
+    assert asked == {"config.json", next(f for f in files if f.startswith("model-"))}  # no card, no other file
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
     assert capfd.readouterr() == ("", "")
 
@@ -110,7 +110,7 @@ def test_a_revision_is_loaded_and_the_next_commit_replaces_its_files(hub: HubSer
         EmbeddingModel.from_pretrained("org/birds", revision="v9")
 
 
-def test_a_local_folder_wins(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_local_folder_takes_precedence(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     model_of(0).push_to_hub("org/birds")
     local = model_of(1)
@@ -125,7 +125,7 @@ def test_a_local_folder_wins(hub: HubServer, tmp_path: Path, monkeypatch: pytest
     assert not hub.requests
 
 
-def test_what_is_not_there(hub: HubServer) -> None:
+def test_missing_and_foreign_repositories_are_refused(hub: HubServer) -> None:
     for read in (EmbeddingModel.from_pretrained, Adapter.from_pretrained):
         with pytest.raises(
             FileNotFoundError, match=r"org/none is neither a local folder nor a repository at http://127"
@@ -145,7 +145,7 @@ def test_what_is_not_there(hub: HubServer) -> None:
         EmbeddingModel.from_pretrained("org/adapter")
 
 
-def test_a_download_that_broke_off_goes_on(hub: HubServer, monkeypatch: pytest.MonkeyPatch, client: Any) -> None:
+def test_an_interrupted_download_resumes(hub: HubServer, monkeypatch: pytest.MonkeyPatch, client: Any) -> None:
     model = model_of(0)
     commit = model.push_to_hub("org/birds")
     hub.failing = {file for file in hub.repositories["org/birds"][commit] if file.startswith("model-")}
@@ -170,7 +170,7 @@ def test_a_download_that_broke_off_goes_on(hub: HubServer, monkeypatch: pytest.M
     assert not hub.requests
 
 
-def test_what_may_not_be_pushed(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_pushes_are_refused(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(PermissionError, match=r"does not let you write to stranger/birds; log in with `hf auth login`"):
         model_of(0).push_to_hub("stranger/birds")
     monkeypatch.delenv("HF_TOKEN")
@@ -181,7 +181,7 @@ def test_what_may_not_be_pushed(hub: HubServer, monkeypatch: pytest.MonkeyPatch)
     assert not hub.repositories
 
 
-def test_an_upload_that_breaks_off_leaves_the_model_that_was_there(hub: HubServer) -> None:
+def test_an_interrupted_upload_leaves_the_previous_model(hub: HubServer) -> None:
     model_of(0).push_to_hub("org/birds")
     before = dict(hub.repositories["org/birds"])
     hub.failing = {"PUT"}
@@ -200,7 +200,7 @@ def test_a_damaged_download_is_refused(hub: HubServer) -> None:
 
 
 @pytest.mark.parametrize("method", [Procrustes(), WhitenedProcrustes()], ids=lambda method: method.name)
-def test_a_pushed_adapter_comes_back_to_the_bit(method: Any, hub: HubServer) -> None:
+def test_a_pushed_adapter_is_restored_to_the_bit(method: Any, hub: HubServer) -> None:
     adapter = adapter_of(method)
     commit = adapter.push_to_hub("adapters", version=1, old="vendor v1", new="vendor v2")
     again = Adapter.from_pretrained("me/adapters", revision=commit)
@@ -211,7 +211,7 @@ def test_a_pushed_adapter_comes_back_to_the_bit(method: Any, hub: HubServer) -> 
     assert 'Adapter.from_pretrained("me/adapters")' in card
     if adapter.maps_gallery:
         assert "vectors = adapter.gallery(stored)" in card
-        assert "vendor v1" not in card  # its own vectors are not searched
+        assert "vendor v1" not in card  # the old encoder's own vectors are not searched
     else:
         assert "| the old encoder | `vendor v1` | 6 | yes |" in card
 
@@ -252,7 +252,7 @@ def test_the_card_lists_galleries_and_scores(hub: HubServer) -> None:
         first.push_to_hub("org/birds", evaluation={"AC": 1})
 
 
-def test_the_card_lists_ancestors_and_what_a_reader_brings_along(hub: HubServer) -> None:
+def test_the_card_lists_ancestors_and_the_backbone_to_pass(hub: HubServer) -> None:
     backbone = torch.nn.Sequential(SmallConvNet(5, 16))
     model = EmbeddingModel(backbone, OCAHead(16, 40, ancestors=[("ab" * 32, 24), ("cd" * 32, 40)]))
     commit = model.push_to_hub("org/oca")
@@ -266,7 +266,7 @@ def test_the_card_lists_ancestors_and_what_a_reader_brings_along(hub: HubServer)
     assert yaml.safe_load(text.split("---")[1])["pipeline_tag"] == "image-feature-extraction"
 
 
-def test_the_snippet_of_the_page_runs(hub: HubServer) -> None:
+def test_the_snippet_in_frameworks_md_runs(hub: HubServer) -> None:
     from simplexfix.report import evaluate
 
     first, second, labels = model_of(0), model_of(1, width=10), torch.arange(7) % 4
@@ -280,7 +280,7 @@ def test_the_snippet_of_the_page_runs(hub: HubServer) -> None:
     assert "| AC |" in text
 
 
-def test_without_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_without_huggingface_hub_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     message = (
         r"org/birds is not a folder; repositories of the Hugging Face hub need huggingface_hub: pip install 'simplex"

@@ -6,7 +6,7 @@ import torch
 from simplexfix.models import FeatureMLP
 
 
-def test_layers_are_those_asked_for() -> None:
+def test_layers_have_the_given_widths() -> None:
     features = torch.randn(5, 7)
     same = FeatureMLP(7)
     assert same.out_features == 7

@@ -24,12 +24,12 @@ def test_stages_have_the_published_sides_and_channels(stem: str, sides: list[int
     assert shapes == [(8 << i, side, side) for i, side in enumerate(sides)]
 
 
-def test_it_has_as_many_parameters_as_published() -> None:
+def test_the_number_of_parameters_is_the_published_one() -> None:
     """11.69 million parameters with a classifier of 1000 classes, which has 513,000 of them."""
     assert sum(p.numel() for p in ResNet18().parameters()) == 11_689_512 - 513_000
 
 
-def test_every_parameter_learns_and_alone_decides() -> None:
+def test_every_parameter_has_a_gradient_and_the_state_determines_the_output() -> None:
     torch.manual_seed(0)
     model = ResNet18("cifar", width=4, in_channels=1)
     images = torch.randn(4, 1, 16, 16)
@@ -42,7 +42,7 @@ def test_every_parameter_learns_and_alone_decides() -> None:
 
 @pytest.mark.parametrize("width", [2, 4, 6, 16])
 def test_gradients_are_those_of_float64(width: int) -> None:
-    """torch computes the float64 gradients; oneDNN's are wrong for few channels in another layout, or crash."""
+    """For few channels in channels_last, oneDNN's float32 gradients are wrong, or it crashes; float64 avoids oneDNN."""
     torch.manual_seed(0)
     model = ResNet18(width=width)
     exact = copy.deepcopy(model).double()
@@ -54,8 +54,8 @@ def test_gradients_are_those_of_float64(width: int) -> None:
 
 
 @pytest.mark.parametrize("size", [(8, 8), (16, 16), (16, 40), (32, 32), (64, 64)])
-def test_layers_of_one_pixel_are_convolutions_too(size: tuple[int, int]) -> None:
-    """They run as matrix products; the same layers as convolutions give the same features and gradients."""
+def test_layers_on_one_pixel_equal_convolutions(size: tuple[int, int]) -> None:
+    """Layers on one pixel run as matrix products; as convolutions they give the same features and gradients."""
     torch.manual_seed(0)
     model = ResNet18(width=4).double()
     x = images = torch.randn(4, 3, *size, dtype=torch.float64)
@@ -110,7 +110,7 @@ def torchvision(monkeypatch) -> types.ModuleType:
     return module
 
 
-def test_a_network_of_torchvision_comes_without_its_classifier(torchvision) -> None:
+def test_a_torchvision_network_has_no_classifier(torchvision) -> None:
     model = external_backbone("torchvision:plain")
     images = torch.randn(2, 3, 8, 8)
     assert model.out_features == 3
@@ -127,14 +127,14 @@ def test_a_network_of_torchvision_comes_without_its_classifier(torchvision) -> N
         external_backbone("torchvision:plain", in_channels=1)
 
 
-def test_a_library_that_is_not_there_is_named(monkeypatch) -> None:
+def test_a_missing_library_is_named(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ModuleNotFoundError, match="networks of timm need it: pip install timm"):
         external_backbone("timm:resnet18")
 
 
 @pytest.mark.parametrize("name", ["timm:resnet18", "torchvision:resnet18"])
-def test_real_networks_where_they_are_installed(name: str) -> None:
+def test_networks_of_installed_libraries(name: str) -> None:
     pytest.importorskip(name.partition(":")[0], exc_type=ImportError)
     model = external_backbone(name)
     assert model.eval()(torch.randn(2, 3, 64, 64)).shape == (2, model.out_features) == (2, 512)

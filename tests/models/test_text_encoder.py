@@ -61,7 +61,7 @@ def test_many_texts_keep_their_order(folder, monkeypatch) -> None:
     assert torch.allclose(found, encoder(ids), atol=1e-5)  # with gradients, in one batch
 
 
-def test_all_weights_are_trained_and_a_folder_comes_back(folder, tmp_path) -> None:
+def test_all_weights_are_trained_and_a_saved_model_is_restored(folder, tmp_path) -> None:
     encoder = TextEncoder(folder)
     model = EmbeddingModel(encoder, FeatureHead(encoder.out_features))
     ids = token_ids(folder, TEXTS, 16)
@@ -103,7 +103,7 @@ def test_a_sequence_of_texts_trains_from_its_configuration(folder, tmp_path, cap
     assert 0 <= report["explained_fraction"][1] <= 1
 
 
-def test_what_is_missing_is_named(tmp_path, monkeypatch) -> None:
+def test_missing_folders_and_packages_are_named(tmp_path, monkeypatch) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere is not a folder; text encoders are read from local folders"):
         TextEncoder(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="length must be at least 1 token, got 0"):

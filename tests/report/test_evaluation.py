@@ -213,7 +213,7 @@ def test_one_version_has_no_upgrade(protocol: str) -> None:
     assert content["compatible"] == content["margins"] == content["p_values"] == [[None]]
 
 
-def test_violations_are_of_the_last_upgrade_by_drawn_pairs_where_there_are_many(monkeypatch) -> None:
+def test_violations_of_the_last_upgrade_are_sampled_if_there_are_many_pairs(monkeypatch) -> None:
     queries, galleries, labels = versions()
     of = labels[:QUERIES], labels[QUERIES:]
     found = evaluated(queries, galleries, *of).violations
@@ -279,7 +279,7 @@ def test_widths_tensors_and_names() -> None:
     assert tensors.names == ("v0", "v1", "v2")
     assert arrays.regressions == tensors.regressions
     everything = np.ones(QUERIES, bool)
-    narrow, _, last = loose.versions(queries, galleries, *of)  # the last query is wider than its gallery
+    narrow, _, last = loose.versions(queries, galleries, *of)  # the last version's queries are wider than v0's gallery
     wide = worst_regressions(narrow, last, everything, ~everything, limit=QUERIES)
     margins = naive_margins(queries[2][:, :12], galleries[0], *of, "nearest_class_mean")
     of_wrong = [r for r in wide if margins[r.query] > 0]
@@ -303,7 +303,7 @@ def test_bad_options(options, error, message: str) -> None:
 
 
 @both
-def test_hits_found_elsewhere(protocol: str) -> None:
+def test_given_hits_replace_the_search(protocol: str) -> None:
     queries, galleries, labels = versions()
     of = labels[:QUERIES], labels[QUERIES:]
     hits = compatibility_hits(loose.versions(queries, galleries, *of), protocol)

@@ -96,7 +96,7 @@ def test_names_are_drawn_by_a_font_that_has_them(report, fonts, tmp_path, caplog
     assert not caplog.records
 
 
-def test_of_control_characters_no_font_has_a_glyph(report) -> None:
+def test_no_font_is_used_for_control_characters(report) -> None:
     """Uses the installed fonts: mathematical fonts have glyphs at these code points."""
     assert {module._family_of(c) for c in "\t\n\x00\x7f\udce9\uffff"} == {None}
     assert module._family_of("\N{GREEK SMALL LETTER ALPHA}") == "DejaVu Sans"

@@ -69,7 +69,7 @@ def test_settings_of_matplotlib_change_no_figure(report, tmp_path) -> None:
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_a_report_replaces_a_report_and_nothing_else(report, tmp_path) -> None:
+def test_a_report_replaces_only_a_report(report, tmp_path) -> None:
     report.save(tmp_path / "report")
     evaluate(versions(1)).save(str(tmp_path / "report"))  # with fewer figures
     assert not (tmp_path / "report" / "figures" / "flips.svg").exists()
@@ -90,7 +90,7 @@ def test_a_report_replaces_a_report_and_nothing_else(report, tmp_path) -> None:
         report.save(tmp_path / "missing" / "report")
 
 
-def test_links_in_a_circle_are_an_error(report, tmp_path) -> None:
+def test_cyclic_links_are_an_error(report, tmp_path) -> None:
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(OSError, match=r"Too many levels of symbolic links: .*loop"):
         report.save(tmp_path / "loop")
@@ -128,7 +128,7 @@ def test_images_that_cannot_be_shown_are_refused_and_nothing_is_written(report, 
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_images_are_counted_as_given_where_labels_are_ignored(tmp_path, monkeypatch) -> None:
+def test_image_paths_count_ignored_items(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("simplexfix.report.figures.SHOWN", 3)
     found = evaluate(versions(junk=7), ignored_labels=[-1])
     images = {

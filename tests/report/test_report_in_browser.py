@@ -59,7 +59,7 @@ def show(browser: Any, report: Path, width: int = DESK, scheme: str = "light") -
     browser.execute_script("for (const d of document.querySelectorAll('details')) d.open = true")
 
 
-def test_nothing_is_wrong_and_nothing_comes_from_elsewhere(browser, report) -> None:
+def test_the_page_has_no_errors_and_loads_nothing_else(browser, report) -> None:
     show(browser, report)
     assert browser.get_log("browser") == []
     asked = [
@@ -89,7 +89,7 @@ def test_the_policy_is_in_force(browser, report) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_all_images_are_there_with_words(browser, report, scheme: str) -> None:
+def test_all_images_are_shown_and_have_alternative_texts(browser, report, scheme: str) -> None:
     show(browser, report, scheme=scheme)
     images = browser.execute_script(
         """return Promise.all([...document.images].map(i => i.decode().catch(() => 0))).then(() =>

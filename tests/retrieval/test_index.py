@@ -1,4 +1,4 @@
-"""Tests CosineIndex: the definition, additions and removals, its file, threads, and bad input."""
+"""Tests CosineIndex: the definition in exact_search.py, additions and removals, its file, threads, and bad input."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ DTYPES = ["float32", "bfloat16"]
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind_of_rows", GALLERIES)
 def test_definition(kind_of_rows: str, dtype: str) -> None:
-    """Rows are added in pieces, so that panels fill gradually and the codes' center moves, with ids in three orders."""
+    """Adds rows in pieces, with ids in three orders; panels fill gradually, and the center of the codes moves."""
     rng = np.random.default_rng(1)
     n, d = 3000, 37
     vectors = hard_gallery(kind_of_rows, n, d, rng)
@@ -53,7 +53,7 @@ def test_definition(kind_of_rows: str, dtype: str) -> None:
 
 @needs_library
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_it_finds_what_cosine_topk_finds_on_any_number_of_threads(dtype: str) -> None:
+def test_results_equal_cosine_topk_on_any_number_of_threads(dtype: str) -> None:
     vectors, query = rows(30_000, 64), rows(70, 64, 1)
     expected = index_of(vectors, dtype=dtype, threads=1).search(query, 20)
     if dtype == "float32":
@@ -141,7 +141,7 @@ def test_arrays_and_tensors_of_all_formats(kind: str, dtype: torch.dtype) -> Non
         assert_same(index_of(np.asfortranarray(array), torch.arange(40)).search(array[::-1][::-1], 3), expected)
 
 
-def test_lazy_signs_and_masks_of_nothing_are_numbers(kind: str) -> None:
+def test_lazy_negatives_and_empty_masks_are_accepted(kind: str) -> None:
     vectors = rows(4, 3)
     negative = torch.from_numpy(-vectors)._neg_view()
     assert negative.is_neg()
@@ -158,7 +158,7 @@ def test_properties(kind: str) -> None:
 
 @needs_library
 def test_memory() -> None:
-    """An index takes 1.3 times the vectors' bytes at most, in bfloat16 0.8 times, and frees them after removal."""
+    """An index takes at most 1.3 times the bytes of float32 vectors, in bfloat16 0.8 times. Removal frees them."""
     for d, n in ((64, 1 << 17), (128, 1 << 16), (1023, 20_000)):
         for dtype, most in (("float32", 1.3), ("bfloat16", 0.8)):
             index = index_of(rows(n, d), dtype=dtype)
@@ -219,7 +219,7 @@ BAD = [
 
 @pytest.mark.parametrize(("call", "error", "message"), BAD, ids=[message for _, _, message in BAD])
 @pytest.mark.parametrize("ids", [None, [4, 1, 2]], ids=["counted", "any order"])
-def test_what_is_refused_leaves_the_index_as_it_was(kind: str, call, error, message, ids) -> None:
+def test_refused_calls_leave_the_index_unchanged(kind: str, call, error, message, ids) -> None:
     index = index_of(rows(3, 3), ids)
     before = index.search(rows(2, 3, 1), 5)
     with pytest.raises(error, match=message):
@@ -280,7 +280,7 @@ def test_library_and_reference_write_the_same_bytes(dtype: str, tmp_path: Path) 
     assert_same(ours.search(vectors[:9], 7), theirs.search(vectors[:9], 7))
 
 
-def test_every_damage_is_seen(saved) -> None:
+def test_every_damage_is_detected(saved) -> None:
     _, path = saved
     whole = path.read_bytes()
     rng = np.random.default_rng(0)
@@ -303,7 +303,7 @@ FIELDS = {"version": (8, "<I"), "type": (12, "<I"), "dim": (16, "<q"), "rows": (
 
 
 def forge(whole: bytes, *changes: tuple[int, str, float]) -> bytes:
-    """Writes a file with other contents and matching checksums, as an attacker would."""
+    """Returns the bytes of a file with changed fields and matching checksums, as an attacker would write them."""
     data = bytearray(whole)
     for at, form, value in changes:
         struct.pack_into(form, data, at, value)
@@ -348,13 +348,13 @@ def test_forged_files(kind: str, tmp_path: Path, change: tuple[object, ...], mes
         CosineIndex.load(path)
 
 
-def test_a_pipe_is_not_waited_for(kind: str, tmp_path: Path) -> None:
+def test_loading_a_pipe_does_not_block(kind: str, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ValueError, match="it is not a regular file"):
         CosineIndex.load(tmp_path / "pipe")
 
 
-def test_saving_that_fails_leaves_the_old_file(kind: str, tmp_path: Path) -> None:
+def test_a_failed_save_leaves_the_old_file(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "index"
     index_of(rows(3, 4)).save(path)
     before = path.read_bytes()
@@ -362,7 +362,7 @@ def test_saving_that_fails_leaves_the_old_file(kind: str, tmp_path: Path) -> Non
     code = (
         "import numpy as np, resource, sys, simplexfix\n"
         "index = simplexfix.CosineIndex(64); index.add(np.ones((1000, 64), np.float32))\n"
-        # Python ignores the signal: write fails with an error
+        # Python ignores SIGXFSZ, so write fails with an error
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "try: index.save(sys.argv[1])\n"
         "except OSError as error: print(error)"
@@ -386,7 +386,7 @@ def test_saving_keeps_the_mode_and_the_links_of_the_file_it_replaces(kind: str, 
     index = index_of(rows(3, 4))
     umask = os.umask(0o022)
     try:
-        for mode in (0o600, 0o666):  # narrower and wider than those of a new file
+        for mode in (0o600, 0o666):  # narrower and wider than the mode of a new file
             path.touch()
             path.chmod(mode)
             index.save(path)
@@ -408,7 +408,7 @@ def test_saving_keeps_the_mode_and_the_links_of_the_file_it_replaces(kind: str, 
 
 
 def special(kind_of_file: str, path: Path) -> None:
-    """Creates a special file; the device has the numbers of /dev/null."""
+    """Creates a special file; the character device has the numbers of /dev/null."""
     if kind_of_file == "directory":
         path.mkdir()
     elif kind_of_file == "pipe":
@@ -429,7 +429,7 @@ def special(kind_of_file: str, path: Path) -> None:
 
 @pytest.mark.parametrize("linked", [False, True], ids=["itself", "behind a link"])
 @pytest.mark.parametrize("kind_of_file", ["directory", "pipe", "socket", "character device", "block device"])
-def test_saving_onto_what_is_no_regular_file(kind: str, kind_of_file: str, linked: bool, tmp_path: Path) -> None:
+def test_saving_onto_a_special_file_is_refused(kind: str, kind_of_file: str, linked: bool, tmp_path: Path) -> None:
     special(kind_of_file, tmp_path / "special")
     before = os.lstat(tmp_path / "special")
     path = tmp_path / ("link" if linked else "special")
@@ -444,7 +444,7 @@ def test_saving_onto_what_is_no_regular_file(kind: str, kind_of_file: str, linke
 
 
 def test_saving_onto_a_descriptor(kind: str, tmp_path: Path) -> None:
-    """/dev/stdout and >(...) are links in /proc whose targets are no paths."""
+    """/dev/stdout and >(...) are links in /proc whose targets may not be paths."""
     read, write = os.pipe()
     with open(tmp_path / "deleted", "wb") as file, os.fdopen(read), os.fdopen(write, "w"):
         os.unlink(tmp_path / "deleted")
@@ -457,7 +457,7 @@ def test_saving_onto_a_descriptor(kind: str, tmp_path: Path) -> None:
     assert len(CosineIndex.load(tmp_path / "there")) == 3
 
 
-def test_names_as_long_as_names_may_be(kind: str, tmp_path: Path) -> None:
+def test_file_names_of_maximum_length(kind: str, tmp_path: Path) -> None:
     for name in ("n" * 255, "ü" * 127, "名" * 85):
         index_of(rows(3, 4)).save(tmp_path / name)
         assert len(CosineIndex.load(tmp_path / name)) == 3
@@ -475,7 +475,7 @@ def test_names_as_long_as_names_may_be(kind: str, tmp_path: Path) -> None:
 # ---- threads
 
 
-def test_searches_beside_changes(kind: str, tmp_path: Path) -> None:
+def test_searches_during_concurrent_changes(kind: str, tmp_path: Path) -> None:
     """A search sees the rows of whole additions and removals, never a part of one."""
     vectors, query = rows(2400, 16), rows(5, 16, 1)
     steps = [index_of(vectors[:n]).search(query, 10) if n else None for n in range(0, 2401, 200)]
@@ -533,7 +533,7 @@ def test_other_python_threads_run_meanwhile() -> None:
         for _ in range(10_000):
             pass
         count += 1
-    # with a held lock, only the 5 ms until Python's first thread switch would be left
+    # if the search held the GIL, the loop would run only for the 5 ms until Python's first thread switch
     assert count * a_loop > 0.03
 
 

@@ -1,4 +1,4 @@
-"""Tests CosineIndex: its ids, stored vectors, searches among some ids, and faiss."""
+"""Tests CosineIndex: its ids, stored vectors, searches among some ids, and conversion from and to faiss."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_ids(kind: str, order: str) -> None:
 
 
 class OtherLibrary:
-    """An array of another library that NumPy can read, such as JAX."""
+    """An array of another library, such as JAX, that NumPy can read."""
 
     def __init__(self, values: np.ndarray) -> None:
         self.values = values
@@ -55,7 +55,7 @@ class OtherLibrary:
 
 @pytest.mark.parametrize("columns", ["lists", "masked", "other library", "pandas", "pyarrow", "ml_dtypes"])
 def test_vectors_and_ids_of_other_libraries(kind: str, columns: str) -> None:
-    """Vectors and ids are accepted as features and ids are everywhere, and as lists of numbers."""
+    """Vectors and ids may have the types of features and ids of other functions, and may be lists of numbers."""
     vectors, names = rows(4, 3).round(1), np.array([7, 5, 2**62, 0])
     given: tuple[Any, Any] = vectors.tolist(), names.tolist()
     if columns == "masked":
@@ -77,7 +77,7 @@ def test_vectors_and_ids_of_other_libraries(kind: str, columns: str) -> None:
     np.testing.assert_array_equal(index.search(given[0], 2)[1], expected.search(vectors, 2)[1])
 
 
-def test_what_add_returns_and_ids_are_copies(kind: str) -> None:
+def test_returned_ids_are_copies(kind: str) -> None:
     names = np.array([3, 1, 2])
     index = CosineIndex(4)
     index.add(rows(3, 4), names)[0] = 99
@@ -127,15 +127,15 @@ def test_vectors(kind: str, order: str, dtype: str) -> None:
 
 
 def selections(n: int) -> dict[str, np.ndarray]:
-    """Returns selections of rows for each way in which the search handles a mask, in several positions."""
+    """Returns selections of rows, in several positions, that reach every code path of a search with a mask."""
     rng = np.random.default_rng(4)
     return {
         "none": np.array([], np.int64),
         "one": np.array([n - 1]),
         "a few": rng.choice(n, 30, replace=False),
         "one in forty": rng.choice(n, n // 40, replace=False),  # each row is scored
-        "a sixth": rng.choice(n, n // 6, replace=False),  # codes with a mask; only candidates are scored
-        # rows are scored with the others, and the mask is applied afterwards
+        "a sixth": rng.choice(n, n // 6, replace=False),  # codes with a mask; then candidates are scored
+        # all rows are scored, and the mask is applied afterwards
         "most": rng.choice(n, 3 * n // 4, replace=False),
         "side by side": np.arange(n // 3, n // 3 + n // 5),
         "outside the sample": np.flatnonzero(np.arange(n) % 1024 >= 64),
@@ -171,13 +171,13 @@ def check_searches_of_some(vectors: np.ndarray, query: np.ndarray, dtype: str) -
 @needs_library
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("gallery", GALLERIES)
-def test_a_search_of_some_ids_is_one_of_an_index_with_these(gallery: str, dtype: str) -> None:
+def test_a_search_of_some_ids_equals_an_index_with_only_these(gallery: str, dtype: str) -> None:
     rng = np.random.default_rng(1)
     vectors = hard_gallery(gallery, 5000, 19, rng)
     check_searches_of_some(vectors, queries_for(vectors, 15, rng), dtype)
 
 
-def test_a_search_of_some_ids_by_either_kind(kind: str) -> None:
+def test_a_search_of_some_ids_by_both_implementations(kind: str) -> None:
     check_searches_of_some(rows(3000, 19), rows(5, 19, 1), "float32")
 
 
@@ -199,7 +199,7 @@ def test_rows_too_long_for_codes_are_searched_by_id() -> None:
         assert_same(index.search(query, 4, include=at), index_of(vectors[at], at).search(query, 4))
 
 
-def test_ids_to_search_may_come_twice_and_in_any_form(kind: str) -> None:
+def test_searched_ids_may_repeat_and_have_any_type(kind: str) -> None:
     index = index_of(rows(9, 4))
     expected = index.search(rows(2, 4, 1), 3, include=np.array([2, 4, 7]))
     for ids in ([7, 2, 4, 4, 2], torch.tensor([4, 2, 7]), np.array([7, 4, 2], np.uint8), range(2, 8, 1)):
@@ -283,7 +283,7 @@ def test_from_faiss_of_each_flat_index(kind: str, faiss: Any) -> None:
         np.testing.assert_array_equal(made.ids, np.arange(200) * 3 + 1)
 
 
-def test_what_is_no_flat_index_of_unit_rows_is_refused(kind: str, faiss: Any) -> None:
+def test_from_faiss_refuses_other_indexes_and_rows_that_are_not_unit(kind: str, faiss: Any) -> None:
     vectors = rows(300, 8)
     for wrong, message in (
         (faiss.IndexHNSWFlat(8, 4), "flat faiss index, or an IndexIDMap of one, got IndexHNSWFlat$"),
@@ -317,7 +317,7 @@ def test_what_is_no_flat_index_of_unit_rows_is_refused(kind: str, faiss: Any) ->
             CosineIndex.from_faiss(named)
 
 
-def test_faiss_is_imported_when_it_is_needed(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_conversions_without_faiss_name_the_extra(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "faiss", None)
     index = index_of(rows(3, 4))
     for call in (index.to_faiss, lambda: CosineIndex.from_faiss(None)):

@@ -50,7 +50,7 @@ def by_hand(protocol: str, version: VersionFeatures) -> list[bool]:
 
 
 def items_of(kind: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, dict]:
-    """Returns classes and ids of rows and of queries."""
+    """Returns the labels of gallery items, the labels of queries, and the ids of both."""
     if kind == "the same":  # 50 classes of 4
         labels = np.repeat(np.arange(50), 4)
         return labels, labels, {"query_ids": np.arange(200), "gallery_ids": np.arange(200)}
@@ -67,7 +67,8 @@ def items_of(kind: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarra
     if kind == "alone":  # every class has one item: no query has a match
         labels = np.arange(9)
         return labels, labels, {"query_ids": np.arange(9), "gallery_ids": np.arange(9)}
-    labels = rng.integers(6, size=80)  # an item with another label as a query, and an item that is a query twice
+    # each item is a query twice, and every third query has another label than its item
+    labels = rng.integers(6, size=80)
     order = np.concatenate([np.arange(40), np.arange(40)])
     return labels, (labels[order] + (np.arange(80) % 3 == 0)) % 6, {"query_ids": order, "gallery_ids": np.arange(80)}
 
@@ -110,7 +111,7 @@ def test_hits_of_one_pair(protocol: str, kind: str, clear: float) -> None:
 
 @both
 def test_by_hand(protocol: str) -> None:
-    # query 0 is the only item of class 0, and class 1 points away: class 0 has no item left
+    # query 0 is the only item of class 0, so its class has no item left; class 1 points away from it
     rows = np.array([[1.0, 0.0], [-1.0, 0.0], [-1.0, 0.5]], dtype=np.float32)
     ids = {"query_ids": [0, 1, 2], "gallery_ids": [0, 1, 2]}
     version = pair(rows, [0, 1, 1], rows, [0, 1, 1], **ids)
@@ -240,7 +241,7 @@ def test_worst_regressions_do_not_find_the_query_itself(protocol: str) -> None:
         assert r.own_score == pytest.approx(scores[labels == r.label].max(), abs=1e-6)
 
 
-def test_the_report_and_the_gate_say_what_was_left_out() -> None:
+def test_the_report_and_the_gate_count_left_out_queries() -> None:
     of = given("some", 2)
     report = evaluate(of)
     assert report.as_dict()["queries_in_gallery"] == {"left_out_by_id": 70, "bit_equal": [0, 0]}
@@ -257,12 +258,12 @@ def test_rows_of_the_same_bits_are_counted_without_ids() -> None:
     gallery = rng.standard_normal((50, 8)).astype(np.float32)
     query = rng.standard_normal((20, 8)).astype(np.float32)
     query[:7] = gallery[11:18]
-    query[7] = np.nextafter(gallery[30], np.float32(np.inf))  # not a single bit
+    query[7] = np.nextafter(gallery[30], np.float32(np.inf))  # differs by one ulp
     query[8:10] = gallery[3] = gallery[4] = 0  # zero rows are counted separately
     labels = np.arange(20) % 5, np.arange(50) % 5
     for kind in (np.float32, np.float64, np.float16):
         q, g = query.astype(kind), gallery.astype(kind)
-        expected = 7 + (kind == np.float16)  # float16 loses this bit
+        expected = 7 + (kind == np.float16)  # float16 rounds this ulp away
         old, new = upgrade(q, rng.standard_normal((20, 8)).astype(np.float32), labels[0], g, labels[1])
         assert (old.bit_equal, new.bit_equal) == (expected, 0)
         report = evaluate([old, new])
@@ -289,7 +290,7 @@ def test_ignored_labels(protocol: str) -> None:
     plain = pair(query[q], asked[q], gallery[g], labels[g])
     assert PROTOCOLS[protocol].hits(version).tolist() == PROTOCOLS[protocol].hits(plain).tolist()
     found, expected = RetrievalResults.search(version, k=3), RetrievalResults.search(plain, k=3)
-    assert found.positions.tolist() == np.flatnonzero(g)[expected.positions].tolist()  # rows as given
+    assert found.positions.tolist() == np.flatnonzero(g)[expected.positions].tolist()  # row numbers count ignored items
     both_versions = [LabelledItems(asked, labels).version(x, gallery) for x in (query, query[:, ::-1].copy())]
     report = evaluate(both_versions, protocol=protocol, ignored_labels=[-1])
     content = report.as_dict()
@@ -321,7 +322,7 @@ def test_ignored_names_and_ids_and_a_torch_tensor() -> None:
     assert found.positions.tolist() == [[2, 3], [0, 3], [0, 2]]
 
 
-def test_row_numbers_are_those_that_were_given() -> None:
+def test_row_numbers_count_ignored_items() -> None:
     """Orders, mixed galleries and groups with ignored items equal those without these items."""
     rng = np.random.default_rng(4)
     labels, asked = rng.integers(-1, 6, size=80), rng.integers(-1, 6, size=60)

@@ -15,7 +15,10 @@ RNG = np.random.default_rng(1)
 
 
 def ranked(rows: list[str], missing: tuple[int, ...] = (), full: bool = True) -> RetrievalResults:
-    """Returns results for rankings such as "10.1": relevant or not, "." past the end of the gallery."""
+    """Returns results for rankings such as "10.": 1 for a relevant item, 0 for another, "." past the gallery's end.
+
+    `missing` relevant items of each query are below the ranking, which is the whole gallery if `full`.
+    """
     table = np.array([list(row) for row in rows])
     relevant = table == "1"
     positions = np.where(table == ".", -1, np.arange(table.shape[1]))
@@ -27,7 +30,7 @@ def ranked(rows: list[str], missing: tuple[int, ...] = (), full: bool = True) ->
 
 
 def test_by_hand() -> None:
-    # R = 3, hits at ranks 1, 3, 6          R = 1, at rank 4   nothing relevant
+    # number R of relevant items: 3, at ranks 1, 3 and 6; 1, at rank 4; none
     found = ranked(["101001", "000100", "000000"])
     third, log = Fraction(1, 3), log2
 
@@ -147,7 +150,7 @@ def test_against_scikit_learn() -> None:
             assert ndcg[i] == pytest.approx(expected, rel=1e-12)
 
 
-def test_a_cut_ranking_gives_the_same_or_refuses() -> None:
+def test_a_cut_ranking_gives_the_same_values_or_none() -> None:
     state = RNG.bit_generator.state
     whole = metrics.summary(searched(noise=0.6), cutoffs=(1, 5, 30))
     told = {}
@@ -156,7 +159,7 @@ def test_a_cut_ranking_gives_the_same_or_refuses() -> None:
         cut = searched(noise=0.6, k=k)
         told[k] = metrics.summary(cut, cutoffs=(1, 5, 30))
         assert told[k] == {name: whole[name] for name in told[k]}
-    assert "map" not in told[30]  # some relevant item lies beyond
+    assert "map" not in told[30]  # some relevant items are below rank 30
     assert {"map@r", "r_precision"} <= set(told[30])  # at most 30 per class
     assert set(told[300]) == set(whole)
     assert list(whole) == [
@@ -200,7 +203,7 @@ def test_bad_input(call, error: type[Exception], message: str) -> None:
         call()
 
 
-def test_a_cut_that_hides_nothing_is_no_error() -> None:
+def test_a_cut_below_all_relevant_items_is_accepted() -> None:
     found = ranked(["010", "000"], missing=(0, 0), full=False)
     assert metrics.mean_average_precision(found, per_query=True).tolist() == [0.5, 0.0]
     assert metrics.mean_average_precision_at_r(found) == 0.0

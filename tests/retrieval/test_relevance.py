@@ -49,7 +49,10 @@ def check_equal(qrels: dict[str, dict[str, int]], version: VersionFeatures, quer
 
 
 def random_case(seed: int) -> tuple[dict[str, dict[str, int]], VersionFeatures, list[str], list[str]]:
-    """Returns grades from -1 to 3, queries without judgement or relevant item, and many tied scores."""
+    """Returns judgements with grades from -1 to 3, a version with many tied scores, query ids and gallery ids.
+
+    Some queries have no judgement or no relevant item.
+    """
     draw = np.random.default_rng(seed)
     queries, items = 25, 60
     query_ids = [f"q{i}" for i in draw.permutation(queries)]
@@ -105,7 +108,7 @@ def test_by_hand() -> None:
     assert read_protocol("map").score(version) == pytest.approx(np.mean([(1 + 2 / 3 + 3 / 5) / 3, 0, 1 / 4]))
 
 
-def test_a_perfect_ranking_is_at_most_1() -> None:
+def test_the_ndcg_of_a_perfect_ranking_is_at_most_1() -> None:
     """nDCG is at most 1: with six relevant items of ten, sums of six and of ten terms may differ in the last bit."""
     draw = np.random.default_rng(0)
     grades = -np.sort(-draw.integers(1, 4, size=(200, 6)), axis=1)
@@ -123,7 +126,7 @@ def test_a_perfect_ranking_is_at_most_1() -> None:
     assert values.min() > 1 - 1e-15
 
 
-def test_of_labels_a_metric_is_that_of_grades_0_and_1() -> None:
+def test_metrics_of_labels_equal_those_of_grades_0_and_1() -> None:
     draw = np.random.default_rng(0)
     query, gallery = draw.standard_normal((20, 6)), draw.standard_normal((50, 6))
     labels = draw.integers(5, size=20), draw.integers(5, size=50)

@@ -1,4 +1,4 @@
-"""Tests RetrievalResults against a sort of all scores and hand-computed values, items left out, and bad input."""
+"""Tests RetrievalResults against `cosine_topk` and hand-computed values; left-out items, and bad input."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_by_hand() -> None:
     assert found.ids is found.positions
 
 
-def test_it_is_cosine_topk_with_labels() -> None:
+def test_results_equal_cosine_topk_with_labels() -> None:
     query, query_labels, gallery, gallery_labels = some()
     for k in (1, 5, 90, 500, None):
         found = search(query, query_labels, gallery, gallery_labels, k=k)
@@ -85,7 +85,7 @@ def test_the_query_itself_is_left_out(k: int | None) -> None:
     assert np.isneginf(found.scores[found.positions < 0]).all()
 
 
-def test_a_gallery_of_the_query_alone_leaves_nothing() -> None:
+def test_a_gallery_of_only_the_query_gives_no_result() -> None:
     found = search(np.eye(1, 3), [4], np.eye(1, 3), [4], query_ids=[9], gallery_ids=[9])
     assert found.positions.tolist() == [[-1]]
     assert found.num_relevant.tolist() == [0]
@@ -101,7 +101,7 @@ def test_queries_without_a_match_are_counted() -> None:
     assert repr(found) == "RetrievalResults of 4 queries, k=4 (full), 2 without a match"
 
 
-def test_kinds_of_input_give_one_result(tmp_path) -> None:
+def test_all_kinds_of_input_give_the_same_result(tmp_path) -> None:
     query, query_labels, gallery, gallery_labels = some()
     expected = search(query, query_labels, gallery, gallery_labels)
     np.save(tmp_path / "gallery.npy", gallery)

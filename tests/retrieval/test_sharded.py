@@ -65,7 +65,11 @@ def environment(rank: int, size: int, port: int) -> dict[str, str]:
 
 
 def shards(n: int, size: int) -> list[list[slice]]:
-    """Returns the rows of each rank in four splits: even, all last, empty first and last, one row first."""
+    """Returns the rows of each rank in four splits.
+
+    They are: even; all rows on the last rank; none on the first and last rank (of two ranks, a third on the first); one
+    row on the first rank.
+    """
     cuts = [
         [shard_rows(n, rank, size).start for rank in range(size)] + [n],
         [0] * size + [n],
@@ -116,7 +120,7 @@ def check_protocols(rank: int, size: int, kinds: Sequence[str]) -> None:
     for seed, kind in enumerate(kinds):
         gallery, query = gallery_and_queries(kind, N, 19, seed)
         generator = torch.Generator().manual_seed(seed)
-        # ids above 2^24 and below 0; class 8 2^40 is only in the queries; most classes lie on several ranks
+        # ids above 2^24 and below 0; class 8 * 2^40 is only in the queries; most classes lie on several ranks
         labels = torch.randint(-3, 8, (N,), generator=generator) * 2**40
         wanted = torch.randint(-3, 9, (len(query),), generator=generator) * 2**40
         for cut in shards(N, size):
@@ -139,7 +143,7 @@ def check_protocols(rank: int, size: int, kinds: Sequence[str]) -> None:
 
 
 def check_sums(rank: int, size: int) -> None:
-    """(1, 0) finds class 7 or 8 depending on the last bits of the sum of class 7; class 8 points to (1, 1)."""
+    """The query (1, 0) finds class 7 or 8, depending on the last bits of the sum of class 7; class 8 is (1, 1)."""
     tiny = 2.0**-30
     cases = [
         # added row by row, the ones are lost beside 1e16; partial sums would keep them
@@ -261,7 +265,7 @@ def check_part_of_the_world(rank: int, size: int) -> None:
 def work_of_a_rank(rank: int, size: int, port: int) -> None:
     os.environ.update(environment(rank, size, port))
     torch.set_num_threads(1)
-    gc.disable()  # no reference cycle keeps the group alive
+    gc.disable()  # without the collector, a reference cycle would keep the group alive
     with process_group() as group:
         assert (group.rank(), group.size()) == (rank, size)
         check_searches(rank, size, ("normal", "duplicates", "one row", "one-hot", "signs", "zeros", "clusters 1e-7"))
@@ -286,7 +290,7 @@ def work_of_a_rank(rank: int, size: int, port: int) -> None:
 
 @needs_library
 @pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_sharded_is_whole_to_the_bit(size: int) -> None:
+def test_sharded_results_equal_one_process_to_the_bit(size: int) -> None:
     run_ranks(work_of_a_rank, size, free_port())
 
 
@@ -310,7 +314,7 @@ def search_until_a_rank_dies(how: str) -> None:
 
 @pytest.mark.parametrize("how", ["is killed", "raises", "hangs"])
 def test_a_rank_that_dies_ends_the_others_with_a_message(how: str, tmp_path: Path) -> None:
-    """The other is in the midst of a search, waits at the end for all, or has waited for its time."""
+    """The survivor is in a search, in the barrier at the end, or in a search that times out."""
     port = free_port()
     survivor, dies = (
         Child(search_until_a_rank_dies, how, folder=tmp_path, environment=environment(rank, 2, port))
@@ -333,7 +337,7 @@ def test_a_rank_that_dies_ends_the_others_with_a_message(how: str, tmp_path: Pat
             process.wait()
 
 
-def test_a_rank_that_never_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_rank_is_an_error_after_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in environment(0, 2, free_port()).items():
         monkeypatch.setenv(name, value)
     with (
@@ -344,7 +348,7 @@ def test_a_rank_that_never_comes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not dist.is_initialized()
 
 
-def test_there_is_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_without_a_group_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="there is no process group: start the processes with torchrun"):
         sharded_cosine_topk(torch.eye(3), torch.eye(3), 1)
     for name in environment(0, 1, 1):
@@ -365,7 +369,7 @@ def test_one_process_is_a_group_too(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not dist.is_initialized()
 
 
-def test_an_error_that_all_raise_leaves_no_group_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_on_all_ranks_releases_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
     """A group kept alive by a cycle until interpreter exit made some processes abort with SIGABRT."""
     for name, value in environment(0, 1, free_port()).items():
         monkeypatch.setenv(name, value)
@@ -398,7 +402,7 @@ assert group() is not None
 """
 
 
-def test_a_circle_holds_no_group_into_the_end_of_the_interpreter() -> None:
+def test_a_reference_cycle_does_not_keep_the_group_until_exit() -> None:
     here = {**os.environ, **environment(0, 1, free_port()), "PYTHONPATH": str(Path(simplexfix.__file__).parents[1])}
     assert subprocess.check_output([sys.executable, "-c", IN_A_CIRCLE], env=here, text=True) == "gone\n"
 

@@ -75,7 +75,7 @@ def test_ends_of_the_scale() -> None:
     results = compare(rows, np.arange(40), np.concatenate([rows, -rows]), np.arange(80) % 40)
     assert results.at(1 - 2 / STEPS).tar == pytest.approx(39 / 80)
     assert results.at(-1 + 2 / STEPS).tar == pytest.approx(41 / 80)
-    assert results.genuine[STEPS] == 2  # zero row with zero row
+    assert results.genuine[STEPS] == 2  # the zero row with the two zero rows of its class
 
 
 def test_roc_against_scikit_learn() -> None:
@@ -163,7 +163,7 @@ def test_blocks_change_nothing_and_pairs_are_not_held(monkeypatch: pytest.Monkey
     assert not found.genuine.flags.writeable
 
 
-def test_products_that_cancel_are_accepted_at_their_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cosines_that_cancel_pass_the_threshold_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     """Halves of rows cancel: every cosine is 0, and float64 rounds it up or down depending on the product's shape."""
     rng = np.random.default_rng(0)
     a, b = (rng.standard_normal((rows, 96)).astype(np.float32) for rows in (70, 90))
@@ -211,7 +211,7 @@ def test_cross_validation_against_a_loop() -> None:
 
 
 def test_cross_validation_by_hand() -> None:
-    """The threshold comes from the other fold: 0.5 separates it and decides 3 of 4 pairs here."""
+    """Each fold gets the threshold of the other, 0.5: it is right on 4 of 4 pairs of the first and 3 of the second."""
     found = cross_validated_accuracy(
         [0.9, 0.5, 0.1, 0.2, 0.7, 0.5, 0.4, 0.6], np.array([1, 1, 0, 0, 1, 1, 0, 0], dtype=bool), folds=2
     )

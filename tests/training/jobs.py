@@ -1,4 +1,4 @@
-"""Small trainings on features, and functions that tests run in processes of their own and kill."""
+"""Small trainings on features, and functions that tests run in separate processes and kill."""
 
 from __future__ import annotations
 
@@ -79,8 +79,9 @@ def trained(
 ) -> EmbeddingModel:
     """Trains a second version with an old model, rehearsal, augmentation and dropout, by HOC, ER, ASNN or OCA.
 
-    Items are in memory, or with `noise` in datasets that add noise of this size. Remembered items have embeddings by
-    `references` versions. Other options are those of `Trainer.fit`.
+    Items are in memory; with `noise`, they are read from data sets that add noise of this standard deviation.
+    With `references`, remembered items have random stored embeddings by this number of versions. Other options are
+    those of `Trainer.fit`.
     """
     processes = dist.group.WORLD if group else None
     chosen = {
@@ -147,7 +148,7 @@ def small_run(data: Path, **changes: object) -> RunConfig:
 def killed(folder: Path, moment: str, seed: int, options: dict) -> None:
     """Trains and kills itself with SIGKILL at a random moment.
 
-    `moment` is "step", between two steps, or a part of a save: "write", "fsync" or "replace".
+    `moment` is "step", between two steps, or a call during a save: "write", "fsync" or "replace".
     """
     count = [random.Random(seed).randrange(1, STEPS if moment == "step" else 4)]
 
@@ -196,7 +197,7 @@ def killed(folder: Path, moment: str, seed: int, options: dict) -> None:
 
 
 def trained_or_resumed(folder: Path, options: dict) -> None:
-    """Trains; resumes if the folder has a checkpoint.  `run_in_process` needs a function without keywords."""
+    """Trains; resumes if the folder has a checkpoint.  `run_in_process` passes no keyword arguments."""
     trained(folder, **options)
 
 
@@ -244,7 +245,7 @@ def slow_rank0(rank: int, world_size: int, folder: Path) -> None:
     else:
         try:
             processes.broadcast(None)
-        except RuntimeError:  # so the timeout holds, and the first assertion could fail
+        except RuntimeError:  # the timeout is in force, so the first assertion could have failed
             os._exit(0)
     os._exit(rank)
 

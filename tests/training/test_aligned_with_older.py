@@ -1,4 +1,4 @@
-"""Versions whose embeddings are rotated in closed form to all older ones, after their training."""
+"""Tests the rotation, in closed form after a training, of a version's embeddings to those of all older versions."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def models(width: int, count: int = 3) -> list[EmbeddingModel]:
 @pytest.mark.parametrize("width", [6, 19])
 @pytest.mark.parametrize("kind", ["neighbours", "simplex", "bias"])
 def test_a_version_is_rotated_by_the_isometry_nearest_to_the_older_ones(width: int, kind: str) -> None:
-    """It equals SciPy's in all dimensions; similarities and logits within a version do not change."""
+    """The rotation equals SciPy's solution in all dimensions; similarities within the version do not change."""
     *older, version = models(width)
     if kind != "neighbours":
         version.head = SimplexHead(10, width + 1, bias=kind == "bias")
@@ -62,8 +62,8 @@ def test_a_version_is_rotated_by_the_isometry_nearest_to_the_older_ones(width: i
     torch.testing.assert_close(again.rotation, made.rotation)
 
 
-def test_stored_embeddings_stand_for_the_older_versions() -> None:
-    """Those of the first so many, without their rotations; what was not stored is embedded."""
+def test_stored_embeddings_replace_those_of_older_versions() -> None:
+    """Embeddings by the first versions may be stored, without rotations; the other versions embed the items."""
     *older, version = models(19)
     stored = replace(REMEMBERED, references=older[0].extract(REMEMBERED.inputs)[:, None])
     older[0].rotation = torch.linalg.qr(torch.randn(19, 19))[0]
@@ -87,8 +87,8 @@ def test_a_rotated_version_is_saved_and_loaded(tmp_path: Path) -> None:
         EmbeddingModel(version.backbone, version.head, rotation=torch.zeros(6, 5))
 
 
-def test_a_rotated_old_version_is_held_to_as_it_is_deployed() -> None:
-    """Class means are of its rotated embeddings, and so are the rows that move towards them."""
+def test_old_embeddings_of_a_rotated_version_are_rotated() -> None:
+    """Rows and the class means that they move towards are rotated."""
     deployed = models(6, 1)[0]
     deployed.rotation = torch.linalg.qr(torch.randn(6, 6))[0]
     rows = deployed.extract(NEW.inputs)
@@ -126,7 +126,7 @@ def equal_weights(some: list[EmbeddingModel], others: list[EmbeddingModel]) -> b
 
 @pytest.mark.parametrize("reference", ["all", "deployed"])
 def test_the_deployed_version_is_the_rotated_one(tmp_path: Path, reference: str) -> None:
-    """Training is as without: it uses versions and stored embeddings without their rotations."""
+    """Training does not depend on rotations: it uses versions and stored embeddings without them."""
     made = sequence(tmp_path / "older", hoc_reference=reference)
     plain = sequence(tmp_path / "none", hoc_reference=reference, align="none")
     assert all(version.rotation is None for version in (made[0], *plain))
@@ -145,7 +145,7 @@ def test_the_deployed_version_is_the_rotated_one(tmp_path: Path, reference: str)
         assert (made[t].extract(NEW.inputs) - plain[t].extract(NEW.inputs)).abs().max() > 1e-3
 
 
-def test_a_rotation_of_the_parent_is_left_out() -> None:
+def test_a_version_does_not_inherit_the_rotation_of_its_parent() -> None:
     first, second = sequence()[:2]
     schedule = Schedule(2, 1e-2, batch=16)
     trainer = Trainer(HOC(SlotRegistry(20), classification=ASNN(queue=32)))
@@ -155,7 +155,7 @@ def test_a_rotation_of_the_parent_is_left_out() -> None:
 
 
 @pytest.mark.parametrize("moment", ["step 9", "step 12", "rotating", "rotated"])
-def test_a_stopped_sequence_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch, moment: str) -> None:
+def test_a_stopped_sequence_resumes_to_the_same_bits(tmp_path: Path, monkeypatch, moment: str) -> None:
     """It is stopped in a task, at its end, in the middle of a rotation, and after it."""
     whole = sequence()
     steps = []
@@ -179,7 +179,7 @@ def test_a_stopped_sequence_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch
     assert equal_weights(whole, sequence(tmp_path))  # a finished alignment is read
 
 
-def test_a_folder_of_rotated_versions_is_refused_without(tmp_path: Path) -> None:
+def test_a_folder_of_rotated_versions_is_refused_with_align_none(tmp_path: Path) -> None:
     sequence(tmp_path)
     with pytest.raises(ValueError, match="align: was 'older', is 'none'"):
         sequence(tmp_path, align="none")
@@ -195,14 +195,14 @@ def test_a_folder_of_rotated_versions_is_refused_without(tmp_path: Path) -> None
         (ER(), {"align": "older"}, True),
     ],
 )
-def test_which_versions_are_rotated(method, options: dict, rotated: bool) -> None:
+def test_versions_are_rotated_depending_on_method_and_reference(method, options: dict, rotated: bool) -> None:
     if "hoc_reference" in options:
         options = {"replacements": {}, **options}
     made = sequence(method=method, **options)
     assert [version.rotation is not None for version in made] == [False, rotated, rotated]
 
 
-def test_what_cannot_be_rotated_is_refused() -> None:
+def test_versions_that_cannot_be_rotated_are_refused() -> None:
     first, version = models(19, 2)
     with pytest.raises(ValueError, match="align must be one of 'none', 'older', got 'newer'"):
         sequence(align="newer")

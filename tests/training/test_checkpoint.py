@@ -31,7 +31,7 @@ def equal(a, b) -> bool:
     return type(a) is type(b) and a == b
 
 
-def test_what_is_written_comes_back(tmp_path: Path) -> None:
+def test_written_states_are_read_back(tmp_path: Path) -> None:
     write_state(tmp_path / "x", STATE)
     assert equal(STATE, read_state(tmp_path / "x"))
     for _ in range(8):
@@ -47,7 +47,7 @@ def test_tensors_are_read_to_aligned_memory(tmp_path: Path) -> None:
     assert all(tensor.data_ptr() % 64 == 0 for tensor in read_state(tmp_path / "x").values())
 
 
-def test_shared_memory_and_strides_are_no_matter(tmp_path: Path) -> None:
+def test_tensors_with_shared_memory_or_strides_are_read_back(tmp_path: Path) -> None:
     rows = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)
     write_state(tmp_path / "x", {"a": rows, "b": rows.t() if rows.ndim == 2 else rows[1:], "c": rows})
     read = read_state(tmp_path / "x")
@@ -56,7 +56,7 @@ def test_shared_memory_and_strides_are_no_matter(tmp_path: Path) -> None:
     assert read["a"].is_contiguous()
 
 
-def test_every_flipped_bit_and_every_truncation_is_noticed(tmp_path: Path) -> None:
+def test_flipped_bits_and_truncations_are_detected(tmp_path: Path) -> None:
     write_state(tmp_path / "x", STATE)
     content = (tmp_path / "x").read_bytes()
     draw, refused = random.Random(0), 0
@@ -77,7 +77,7 @@ def test_every_flipped_bit_and_every_truncation_is_noticed(tmp_path: Path) -> No
             read_state(tmp_path / "y")
 
 
-def test_the_newest_good_one_is_found_and_others_are_named(tmp_path: Path) -> None:
+def test_damaged_checkpoints_are_skipped_with_warnings(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path / "run", keep=3)
     assert checkpoints.newest() is None
     for step in (5, 900, 20, 1000, 1001):

@@ -54,7 +54,7 @@ def test_a_key_of_digits_is_overridden_in_place(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["2024", "1.50", "1e3", "-0"])
-def test_a_string_is_the_text_of_a_number(text: str) -> None:
+def test_a_string_option_takes_the_text_of_a_number(text: str) -> None:
     """This holds only on the command line: a file distinguishes strings from numbers."""
     assert read_config(Whole, overridden(GOOD, [f"name={text}"])).name == text
     assert type(read_config(Whole, overridden(GOOD, ["schedule.steps=7"])).schedule.steps) is int
@@ -86,12 +86,12 @@ GOOD = {"schedule": {"steps": 5, "learning_rate": 1.0}}
         (["name=x", "name.sub=1"], r"'name\.sub=1': name holds 'x', which nothing is below"),
     ],
 )
-def test_what_cannot_be_is_refused(change: list[str], message: str) -> None:
+def test_bad_values_are_refused(change: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         read_config(Whole, overridden(GOOD, change))
 
 
-def test_what_is_missing_is_named() -> None:
+def test_missing_options_are_named() -> None:
     with pytest.raises(ConfigError, match=r"schedule\.learning_rate must be given"):
         read_config(Whole, {"schedule": {"steps": 1}})
 
@@ -106,7 +106,7 @@ def test_what_is_missing_is_named() -> None:
         ("a.toml", "", r"a\.toml cannot be read: it must be \.json, \.yaml or \.yml"),
     ],
 )
-def test_files_that_are_none(tmp_path: Path, name: str, text: str, message: str) -> None:
+def test_files_without_a_configuration_are_refused(tmp_path: Path, name: str, text: str, message: str) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(ConfigError, match=message):
         read_mapping(tmp_path / name)
@@ -152,7 +152,7 @@ def test_descriptions_do_not_depend_on_the_process() -> None:
         ({1, 2}, {1, 3}),
     ],
 )
-def test_what_a_description_must_tell_apart(then: object, now: object) -> None:
+def test_descriptions_of_different_contents_differ(then: object, now: object) -> None:
     assert describe(then) == describe(copy.deepcopy(then))
     assert differences(describe({"x": then}), describe({"x": now}))
     json.dumps(describe(then))  # checkpoints store it

@@ -47,7 +47,7 @@ class StopError(Exception):
 WORKERS = {"trainer": {"workers": 2}}
 
 
-def test_a_dataset_gives_the_bits_of_what_is_in_memory(tmp_path) -> None:
+def test_a_dataset_trains_to_the_bits_of_items_in_memory(tmp_path) -> None:
     jobs.trained(tmp_path / "memory")
     jobs.trained(tmp_path / "dataset", noise=0.0)
     jobs.trained(tmp_path / "workers", noise=0.0, **WORKERS)
@@ -55,14 +55,14 @@ def test_a_dataset_gives_the_bits_of_what_is_in_memory(tmp_path) -> None:
     for name in ("dataset", "workers"):
         assert same_bits(weights(tmp_path / name), whole)
         assert log_lines(tmp_path / name) == log_lines(tmp_path / "memory")
-    # a dataset without random draws has one fingerprint
+    # the data set has the fingerprint of the same items in memory
     started_with = [read_state(tmp_path / name / "version.safetensors")["facts"] for name in ("memory", "workers")]
     assert started_with[0] == started_with[1]
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_what_items_draw_does_not_depend_on_the_processes_that_read(tmp_path, accumulate: int) -> None:
-    """Nor does it depend on earlier draws, and the global generators are unchanged."""
+def test_random_draws_of_items_do_not_depend_on_the_number_of_workers(tmp_path, accumulate: int) -> None:
+    """They do not depend on earlier draws either, and the global generators are unchanged."""
     versions = []
     for workers in (0, 1, 2):
         random.seed(workers)
@@ -77,7 +77,7 @@ def test_what_items_draw_does_not_depend_on_the_processes_that_read(tmp_path, ac
     assert not same_bits(versions[0], dict(jobs.trained(None, noise=0.0, schedule=schedule).state_dict()))
 
 
-def test_every_place_of_every_batch_draws_anew() -> None:
+def test_every_row_of_every_batch_has_its_own_draws() -> None:
     """A row that appears again, in another batch or the same one, is augmented differently."""
     seen = []
 
@@ -99,7 +99,7 @@ def test_every_place_of_every_batch_draws_anew() -> None:
 
 
 @pytest.mark.slow
-def test_killed_with_processes_that_read_ends_with_the_same_bits(tmp_path) -> None:
+def test_a_killed_training_with_workers_ends_with_the_same_bits(tmp_path) -> None:
     options = {"noise": 0.1, "trainer": {"workers": 2}}
     assert run_in_process(jobs.trained_or_resumed, tmp_path / "whole", options) == 0
     for attempt, workers in enumerate((2, 2, 0, 1)):
@@ -115,7 +115,7 @@ def test_killed_with_processes_that_read_ends_with_the_same_bits(tmp_path) -> No
     assert log_lines(tmp_path / "run") == log_lines(tmp_path / "whole")
 
 
-def test_a_stopped_training_goes_on_here_with_other_processes(tmp_path) -> None:
+def test_a_stopped_training_resumes_with_another_number_of_workers(tmp_path) -> None:
     jobs.trained(tmp_path / "whole", noise=0.1)
     stop_training(tmp_path / "run", 12, noise=0.1, **WORKERS)
     jobs.trained(tmp_path / "run", noise=0.1, trainer={"workers": 1})
@@ -123,7 +123,7 @@ def test_a_stopped_training_goes_on_here_with_other_processes(tmp_path) -> None:
 
 
 @pytest.mark.slow
-def test_processes_that_read_do_not_keep_the_folder(tmp_path) -> None:
+def test_workers_of_a_killed_training_do_not_keep_the_folder_locked(tmp_path) -> None:
     """Workers outlive a killed parent by seconds, and forked ones inherit its open files."""
     script = (
         "import multiprocessing, pathlib, sys, jobs; multiprocessing.set_start_method('fork'); "
@@ -137,11 +137,11 @@ def test_processes_that_read_do_not_keep_the_folder(tmp_path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
-def test_processes_that_read_end_when_their_parent_is_killed(method: str, tmp_path) -> None:
+def test_workers_end_when_their_parent_is_killed(method: str, tmp_path) -> None:
     script = (
         f"import multiprocessing, jobs; multiprocessing.set_start_method('{method}'); jobs.readers_without_a_parent()"
     )
-    with (tmp_path / "readers").open("w") as out:  # a pipe would stay open as long as they live
+    with (tmp_path / "readers").open("w") as out:  # a pipe would stay open until the workers end
         run = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent, stdout=out, check=False)
     assert run.returncode == -signal.SIGKILL
     readers = [Path("/proc", number) for number in (tmp_path / "readers").read_text().split()]
@@ -152,7 +152,7 @@ def test_processes_that_read_end_when_their_parent_is_killed(method: str, tmp_pa
     assert not any(reader.exists() for reader in readers)
 
 
-def test_processes_that_read_end_with_the_training(tmp_path) -> None:
+def test_workers_end_with_the_training(tmp_path) -> None:
     def children() -> set[str]:
         return set(Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split())
 
@@ -173,8 +173,8 @@ def test_two_processes_have_the_weights_and_losses_of_one(tmp_path) -> None:
 
 @pytest.mark.parametrize("workers", [None, 0, 2])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_batches_are_those_of_the_sampler_from_the_first_on(workers: int | None, accumulate: int, tmp_path) -> None:
-    """They are also after a stop; no other test would notice a shift of all batches."""
+def test_batches_are_those_of_the_sampler(workers: int | None, accumulate: int, tmp_path) -> None:
+    """This holds after a stop, too. No other test would detect a shift of all batches."""
     seen = []
 
     class Seen(ER):
@@ -205,7 +205,7 @@ def test_batches_are_those_of_the_sampler_from_the_first_on(workers: int | None,
 
 
 class Counted(Dataset):
-    """Constant images; counts how often each one is read."""
+    """Constant rows of 12 numbers; counts how often each one is read."""
 
     def __init__(self, labels: list[int], base: int = 0) -> None:
         self.targets, self.base, self.read = labels, base, [0] * len(labels)
@@ -222,7 +222,7 @@ class Counted(Dataset):
 LABELS = [i % 6 for i in range(30)]
 
 
-def test_scenarios_and_memory_read_nothing() -> None:
+def test_scenarios_and_memory_read_only_the_first_item() -> None:
     dataset, other = Counted(LABELS), Counted([0, 1, 2, 0], base=100)
     tasks = class_incremental(dataset, [2, 4], seed=0)
     parts = instance_incremental(dataset, 2, seed=0)
@@ -263,7 +263,7 @@ def chosen(version, items, generator) -> torch.Tensor:
     return random_rows(items.labels, 3, generator)
 
 
-def test_a_sequence_with_a_memory_of_rows_goes_on_to_the_same_bits(tmp_path) -> None:
+def test_a_sequence_with_a_memory_of_row_numbers_resumes_to_the_same_bits(tmp_path) -> None:
     whole = versions_of(None)
     for at in ((1, 3), (2, 1)):
 
@@ -279,7 +279,7 @@ def test_a_sequence_with_a_memory_of_rows_goes_on_to_the_same_bits(tmp_path) -> 
     assert set(saved) == {"facts", "rows"}
 
 
-def test_a_memory_for_loops_of_ones_own_holds_rows(tmp_path) -> None:
+def test_a_memory_in_a_custom_training_loop_holds_row_numbers(tmp_path) -> None:
     dataset = Counted(LABELS)
     items = Items.from_dataset(dataset)
     memories = [Rehearsal(2, generator=np.random.default_rng(0)) for _ in range(2)]
@@ -343,7 +343,7 @@ def test_data_sets_that_cannot_be_used_are_refused(dataset, labels, error, messa
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_items_of_unlike_shapes_are_named(workers: int) -> None:
+def test_items_of_different_shapes_are_named(workers: int) -> None:
     method = ER()
     parent = EmbeddingModel(jobs.network(), method.head(10))
     dataset = Plain([torch.zeros(12)] * 7 + [torch.zeros(13)])
@@ -359,7 +359,7 @@ def fail(request: int) -> int:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_image_that_cannot_be_read_says_so_and_no_more(workers: int) -> None:
+def test_an_unreadable_image_raises_one_line(workers: int) -> None:
     with pytest.raises(ImageFileError, match=r"^5\.png cannot be read$"):
         list(read_ahead(fail, [5, 6], workers=workers))
 
@@ -373,7 +373,7 @@ class Killed(Counted):
         return super().__getitem__(row)
 
 
-def test_a_process_that_was_ended_is_named() -> None:
+def test_a_killed_worker_raises_an_error_with_a_remedy() -> None:
     method = ER()
     parent = EmbeddingModel(jobs.network(), method.head(10))
     says = "a process that reads data was killed: DataLoader worker .* use fewer workers or a smaller"
@@ -390,14 +390,14 @@ class Failing(Counted):
         return super().__getitem__(row)
 
 
-def test_an_error_of_a_data_set_keeps_its_kind_and_its_lines() -> None:
+def test_an_error_in_a_worker_keeps_its_type_and_traceback() -> None:
     method = ER()
     parent = EmbeddingModel(jobs.network(), method.head(10))
     with pytest.raises(RuntimeError, match=r'raise RuntimeError\("its own"\)'):
         parent.extract(Failing(LABELS), workers=1)
 
 
-def test_bad_numbers_of_processes() -> None:
+def test_bad_numbers_of_workers() -> None:
     with pytest.raises(ValueError, match="workers must be 0 or more processes, got -1"):
         Trainer(ER(), workers=-1)
     with pytest.raises(TypeError, match="workers must be an integer, got float"):

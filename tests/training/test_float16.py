@@ -1,4 +1,4 @@
-"""Tests that a float16 overflow costs one step, and neither the version nor the log."""
+"""Tests that a float16 overflow skips one step and damages neither the version nor the log."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from simplexfix.training import Progress, Schedule, Trainer
 
 
 def trained(folder: Path, overflows: Callable[[int], bool], *, steps: int = 40, normalized: bool = False) -> None:
-    """Trains a learnable head; the network's outputs for chosen batches overflow float16."""
+    """Trains a learnable head; outputs for batch n, counted from 1, overflow float16 if `overflows(n)`."""
     count = iter(range(1, 1000))
 
     def augment(inputs: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -35,14 +35,14 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_statistics_of_an_overflown_batch_are_no_version(tmp_path) -> None:
-    """The loss scale skips the step, but batch normalisation has already used the batch."""
+def test_batch_statistics_of_an_overflow_are_not_saved(tmp_path) -> None:
+    """The loss scaler skips the step, but batch normalisation has already used the batch."""
     with pytest.raises(FloatingPointError, match=r"running_mean is nan or infinite after step 7.*bfloat16"):
         trained(tmp_path, lambda n: n == 7, normalized=True)
     assert names(tmp_path) == ["log.jsonl", "step-000000004.safetensors"]
 
 
-def test_a_line_without_a_loss_is_json(tmp_path, capsys) -> None:
+def test_a_log_line_without_a_loss_is_json(tmp_path, capsys) -> None:
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
 
@@ -53,7 +53,7 @@ def test_a_line_without_a_loss_is_json(tmp_path, capsys) -> None:
 
 
 @pytest.mark.parametrize(("first", "steps", "scale", "kept"), [(5, 40, "6.1e-05", 32), (1, 10, "64", 8)])
-def test_a_training_that_takes_no_step_ends(tmp_path, first: int, steps: int, scale: str, kept: int) -> None:
+def test_a_training_that_skips_every_step_stops(tmp_path, first: int, steps: int, scale: str, kept: int) -> None:
     """Training stops after 30 overflows in a row, or if every step overflows, since the version would not change."""
     with pytest.raises(FloatingPointError, match=f"too many steps were skipped .*loss scale fell to {scale}:"):
         trained(tmp_path, lambda n: n >= first, steps=steps)

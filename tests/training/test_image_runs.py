@@ -80,8 +80,8 @@ def weights(run: Path) -> list[str]:
     return [read_identity(run / f"task-{t:02d}" / "model").fingerprint for t in range(2)]
 
 
-def test_images_that_are_decoded_when_needed_end_with_the_same_bits(folder, tmp_path) -> None:
-    """Images in memory, decoded in this process, in workers, and after stops with other numbers of workers."""
+def test_lazily_decoded_images_train_to_the_same_bits(folder, tmp_path) -> None:
+    """Images are held in memory, decoded in this process or in workers; stopped runs change the number of workers."""
     reports = {
         name: train_run(run_of(folder, workers), tmp_path / name)
         for name, workers in (("memory", None), ("here", 0), ("others", 2))
@@ -94,13 +94,13 @@ def test_images_that_are_decoded_when_needed_end_with_the_same_bits(folder, tmp_
     assert reports["here"] == reports["others"] == reports["stopped"] == reports["memory"]
 
 
-def test_in_memory_or_not_is_part_of_a_run(folder, tmp_path) -> None:
+def test_a_run_cannot_change_between_memory_and_lazy_decoding(folder, tmp_path) -> None:
     train_run(run_of(folder, 0), tmp_path)
     with pytest.raises(ValueError, match=r"config\.data\.workers: was 0, is None"):
         train_run(run_of(folder, None), tmp_path)
 
 
-def test_names_of_classes_are_kept(folder, tmp_path) -> None:
+def test_names_of_classes_are_stored(folder, tmp_path) -> None:
     """Names are stored in one Unicode form, under the ids of tasks, of pre-training and of each search."""
     report = train_run(run_of(folder, 0), tmp_path)
     names = [*CLASSES[:4], "\u00e9mu"]
@@ -112,14 +112,14 @@ def test_names_of_classes_are_kept(folder, tmp_path) -> None:
     for t, count in enumerate((2, 4)):
         model = EmbeddingModel.from_pretrained(tmp_path / f"task-{t:02d}" / "model")
         assert model.class_names == tuple(names_by_use["tasks"][:count])
-    # the ids are those of these folders
+    # the colours of the images match the names of their labels
     data = load_run_data(run_of(folder, None))
     for task in data.tasks:
         for image, label in zip(task.items.inputs, task.items.labels.tolist(), strict=True):
             assert names[int(image.float().mean()) // 50] == names_by_use["tasks"][label]
 
 
-def test_a_run_that_began_without_names_goes_on(folder, tmp_path) -> None:
+def test_a_run_that_began_without_class_names_resumes(folder, tmp_path) -> None:
     with pytest.raises(StopError):
         train_run(run_of(folder, None), tmp_path, on_step=stop_at("task 0", 3))
     file = tmp_path / "run.json"
@@ -129,7 +129,7 @@ def test_a_run_that_began_without_names_goes_on(folder, tmp_path) -> None:
     train_run(run_of(folder, None), tmp_path)
 
 
-def test_names_are_no_part_of_a_models_fingerprint(folder, tmp_path) -> None:
+def test_a_models_fingerprint_excludes_class_names(folder, tmp_path) -> None:
     train_run(run_of(folder, 0), tmp_path)
     place = tmp_path / "task-00" / "model"
     model = EmbeddingModel.from_pretrained(place)
@@ -161,7 +161,7 @@ def test_sets_of_images_name_their_classes_by_set(folder, tmp_path) -> None:
     assert sorted(names[2:]) == ["birds/b", "birds/c"]
 
 
-def test_a_damaged_image_is_named_by_whoever_meets_it(folder, tmp_path) -> None:
+def test_the_error_for_a_damaged_image_names_it(folder, tmp_path) -> None:
     for part in ("train", "query", "gallery"):
         subprocess.run(["cp", "-r", folder / part, tmp_path / part], check=True)
     file = tmp_path / "train" / "bee" / "3.png"
@@ -171,7 +171,7 @@ def test_a_damaged_image_is_named_by_whoever_meets_it(folder, tmp_path) -> None:
             train_run(run_of(tmp_path, workers), tmp_path / "run")
 
 
-def test_another_image_is_noticed(folder, tmp_path) -> None:
+def test_changed_images_are_refused(folder, tmp_path) -> None:
     for part in ("train", "query", "gallery"):
         subprocess.run(["cp", "-r", folder / part, tmp_path / part], check=True)
     config = run_of(folder, 0)
@@ -208,7 +208,7 @@ MANY = 5_000
 
 
 def begin(root: str, run: str) -> None:
-    """Trains one step with two workers; prints the seconds until then and the peak memory of this process in KiB."""
+    """Trains one step with two workers; prints this process's CPU seconds and its growth of peak memory in KiB."""
     base = run_of(Path(root), 2)
     config = replace(
         base,
@@ -225,8 +225,8 @@ def begin(root: str, run: str) -> None:
     print(json.dumps({"seconds": time.process_time() - began, "kib": after - before}))
 
 
-def test_a_folder_of_many_images_begins_within_seconds_and_little_memory(tmp_path) -> None:
-    """5,000 links to files of about 1 KB in 100 classes; in memory they would take 980 MB at 256 pixels."""
+def test_a_run_on_many_images_starts_in_seconds_with_little_memory(tmp_path) -> None:
+    """5,000 hard links to files of about 1 KB in 100 classes; decoded to 256 pixels, they would take 980 MB."""
     draw = np.random.default_rng(0)
     for c in range(100):
         image = tmp_path / f"{c}.png"
@@ -240,5 +240,5 @@ def test_a_folder_of_many_images_begins_within_seconds_and_little_memory(tmp_pat
     arguments = [sys.executable, "-c", script, str(tmp_path / "root"), str(tmp_path / "run")]
     done = subprocess.run(arguments, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout)
-    assert found["seconds"] < 10  # CPU time of this process, which does not depend on other processes
+    assert found["seconds"] < 10  # CPU time, which does not depend on other processes
     assert found["kib"] < 200 * 1024

@@ -21,7 +21,7 @@ NEW, REMEMBERED = jobs.features(50, 8, 1), jobs.features(18, 4, 2)
 
 
 def turned(weight: torch.Tensor, own: torch.Tensor, held: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """Computes the SVD in all d dimensions; its null space does not affect the junction."""
+    """Returns `weight` [d, features] rotated by an SVD in all d dimensions; its null space does not matter."""
     targets = 0.3 * simplex_prototypes(own.shape[1] + 1, slots, dtype=torch.float64) + 0.7 * held.double()
     u, _, vt = torch.linalg.svd(own.double().T @ targets)
     return (u @ vt).T @ weight.double()
@@ -63,7 +63,7 @@ def models(method: HOC) -> tuple[EmbeddingModel, EmbeddingModel]:
 
 
 @pytest.mark.parametrize("optimizer", [{}, {"optimizer": "sgd", "weight_decay": 0.1}])
-def test_a_training_begins_at_the_turned_junction_with_the_backbone_frozen(optimizer: dict) -> None:
+def test_a_training_begins_at_the_rotated_junction_with_the_backbone_frozen(optimizer: dict) -> None:
     method = Watch()
     parent, old = models(method)
     schedule = Schedule(8, 1e-2, batch=16, clip=1.0, **optimizer)
@@ -75,7 +75,7 @@ def test_a_training_begins_at_the_turned_junction_with_the_backbone_frozen(optim
     backbones, junctions = zip(*method._seen, strict=True)
     torch.testing.assert_close(junctions[0].double(), expected, rtol=1e-4, atol=1e-5)
     changed = [not torch.equal(backbone, parent.backbone[0].weight) for backbone in backbones]
-    assert changed == [False] * 3 + [True] * 5  # two frozen steps, and the weights at the third one
+    assert changed == [False] * 3 + [True] * 5  # recorded before each update: two frozen steps, and the third one
     assert not torch.equal(junctions[1], junctions[0])
 
 
@@ -97,7 +97,7 @@ def sequence(folder: Path | None = None, method=None, on_step=lambda task, step:
 
 
 @pytest.mark.parametrize("after", [7, 8, 9])
-def test_a_stopped_alignment_goes_on_to_the_same_bits(tmp_path: Path, after: int) -> None:
+def test_a_stopped_alignment_resumes_to_the_same_bits(tmp_path: Path, after: int) -> None:
     """The moving average of the weights also starts from the rotated junction."""
     steps = []
 
@@ -113,7 +113,7 @@ def test_a_stopped_alignment_goes_on_to_the_same_bits(tmp_path: Path, after: int
         assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
 
 
-def test_the_mean_of_the_weights_begins_at_the_turned_junction() -> None:
+def test_the_moving_average_of_weights_begins_at_the_rotated_junction() -> None:
     method = Watch()
     parent, old = models(method)
     data = {"classes": range(8), "memory": REMEMBERED, "old": old, "junction": "aligned"}
@@ -121,8 +121,8 @@ def test_the_mean_of_the_weights_begins_at_the_turned_junction() -> None:
     torch.testing.assert_close(made.head.junction.weight, method._seen[0][1], rtol=0, atol=1e-4)
 
 
-def test_only_replacements_of_a_deployed_version_are_turned_and_frozen() -> None:
-    """The first network has no deployed version: its junction is not turned, and its backbone is not frozen."""
+def test_only_replacements_of_a_deployed_version_are_rotated_and_frozen() -> None:
+    """The first network has no deployed version: its junction is not rotated, and its backbone is not frozen."""
     method = Watch()
 
     def pretrained() -> EmbeddingModel:
@@ -147,7 +147,7 @@ def test_only_replacements_of_a_deployed_version_are_turned_and_frozen() -> None
         ({"slots": 12, "junction": "aligned"}, ValueError, "old must have .* as wide as the new ones, 11, got 19"),
     ],
 )
-def test_what_cannot_be_turned_is_refused(options: dict, error: type[Exception], message: str) -> None:
+def test_junctions_that_cannot_be_rotated_are_refused(options: dict, error: type[Exception], message: str) -> None:
     parent, old = models(HOC(SlotRegistry(20)))
     bias, slots = options.pop("bias", False), options.pop("slots", 20)
     parent.head = SimplexHead.from_slots(SlotRegistry(slots), 10, bias=bias)
@@ -158,12 +158,12 @@ def test_what_cannot_be_turned_is_refused(options: dict, error: type[Exception],
         )
 
 
-def test_a_replacement_that_is_held_to_itself_is_not_turned() -> None:
+def test_alignment_of_a_replacement_that_is_its_own_reference_is_refused() -> None:
     with pytest.raises(ValueError, match='replacement_junction="aligned" excludes hoc_reference="replacement"; pass'):
         sequence(hoc_reference="replacement")
 
 
-def test_a_folder_of_another_start_is_refused(tmp_path: Path) -> None:
+def test_a_folder_of_another_junction_option_is_refused(tmp_path: Path) -> None:
     method = HOC(SlotRegistry(20))
     parent, old = models(method)
     data = {"classes": range(8), "old": old, "seed": 0, "folder": tmp_path}

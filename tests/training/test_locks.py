@@ -31,14 +31,14 @@ def test_a_second_training_in_a_folder_is_refused(tmp_path) -> None:
     assert log_lines(tmp_path / "run") == log_lines(tmp_path / "whole")
 
 
-def test_a_killed_training_holds_nothing(tmp_path) -> None:
+def test_a_killed_training_releases_its_lock(tmp_path) -> None:
     assert run_in_process(jobs.killed, tmp_path, "step", 0, {}) == -signal.SIGKILL
     with folder_lock(tmp_path):
         pass
 
 
-def test_what_another_process_finished_in_the_meantime_is_read(tmp_path, monkeypatch) -> None:
-    """The version was finished after the first check and before the lock."""
+def test_a_version_that_another_process_finished_is_read(tmp_path, monkeypatch) -> None:
+    """The other process finishes after this one's first check and before its lock."""
     jobs.trained(tmp_path / "whole")
     looked = processes.broadcast
 
@@ -55,8 +55,8 @@ def test_what_another_process_finished_in_the_meantime_is_read(tmp_path, monkeyp
     assert same_bits(dict(jobs.trained(tmp_path / "run", on_step=no_step).state_dict()), weights(tmp_path / "whole"))
 
 
-def test_a_shared_pretraining_is_waited_for(tmp_path, monkeypatch) -> None:
-    """Runs of other methods wait for a shared pre-training; they do not wait for a run's own folder."""
+def test_runs_wait_for_a_shared_pretraining(tmp_path, monkeypatch) -> None:
+    """A run waits for a locked pre-training folder that runs share; a lock on its own folder is an error."""
     config = jobs.small_run(jobs.write_features(tmp_path))
     shared = replace(config, tasks=replace(config.tasks, pretraining_folder=str(tmp_path / "shared")))
     slept: list[float] = []
@@ -85,7 +85,7 @@ def held(folder: Path) -> Iterator[BinaryIO]:
         yield file
 
 
-def test_a_file_system_without_locks_is_told_of(tmp_path, monkeypatch) -> None:
+def test_a_file_system_without_locks_gives_a_warning(tmp_path, monkeypatch) -> None:
     def refuse(*arguments: object) -> None:
         raise OSError("no locks available")
 

@@ -1,4 +1,4 @@
-"""Tests that copies of the logs have each line of `log.jsonl` once, after any number of stops."""
+"""Tests that TensorBoard and wandb get each line of `log.jsonl` once, after any number of stops; and progress bars."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ def logged(folder: Path, stage: str) -> list[dict]:
 
 
 @pytest.mark.parametrize(("left", "steps"), [(None, [6, 9, 12, 13]), (-9, [3, 6, 9, 12, 13]), (40, [6, 9, 12, 13])])
-def test_a_log_that_lost_lines_goes_on_with_whole_ones(tmp_path, features, left: int | None, steps: list[int]) -> None:
+def test_a_shortened_log_continues_with_whole_lines(tmp_path, features, left: int | None, steps: list[int]) -> None:
     config = configuration(features)
-    train_and_stop(config, tmp_path, 7)  # its checkpoint is at step 5, after a line
+    train_and_stop(config, tmp_path, 7)  # the checkpoint is of step 5; lines are of steps 3 and 6
     log = tmp_path / "task-00" / "log.jsonl"
     content = log.read_bytes()
     log.unlink()
@@ -65,7 +65,7 @@ def test_a_log_that_lost_lines_goes_on_with_whole_ones(tmp_path, features, left:
     assert [line["step"] for line in logged(tmp_path, "task-00")] == steps
 
 
-def test_a_line_that_is_none_is_named(tmp_path, features) -> None:
+def test_a_damaged_log_is_refused(tmp_path, features) -> None:
     log = RunLog({"task-00": tmp_path})
     (tmp_path / "log.jsonl").write_bytes(b'{"step": 3}\n\0\0{"step": 6}\n')
     with pytest.raises(ValueError, match=r"log\.jsonl is damaged: .*remove it"):
@@ -90,7 +90,7 @@ def test_tensorboard_shows_each_line_of_the_log_once(tmp_path, features, after: 
             assert found == [(line["step"], np.float32(line[key])) for line in lines]
 
 
-def test_a_logger_that_comes_later_gets_what_there_was(tmp_path, features) -> None:
+def test_a_logger_that_is_added_later_gets_earlier_lines(tmp_path, features) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     train_and_stop(configuration(features), tmp_path, 17)
     train_run(configuration(features, "tensorboard"), tmp_path)
@@ -140,7 +140,7 @@ def test_wandb_is_sent_each_line_of_the_log_once(tmp_path, features, after: tupl
     expected = [(stage, line) for stage in STAGES for line in logged(folder, stage)]
     for i, (stage, line) in enumerate(expected):
         assert rows[i].keys() == {f"{stage}/{key}" for key in line}
-        # the speed is that of the first time
+        # steps_per_second is left out: wandb has the first value of steps that were trained twice
         assert all(rows[i][f"{stage}/{key}"] == line[key] for key in ("step", "loss", "learning_rate"))
 
 
@@ -185,12 +185,12 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_terminal_sees_a_bar_that_goes_on_where_it_was(tmp_path, features, monkeypatch) -> None:
+def test_a_progress_bar_resumes_at_its_step(tmp_path, features, monkeypatch) -> None:
     pytest.importorskip("rich", reason="pip install 'simplexfix[cli]'")
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "150")
     config, terminal = configuration(features), Terminal()
-    train_and_stop(config, tmp_path, 13 + 8)  # a line of pre-training; a checkpoint is at step 5
+    train_and_stop(config, tmp_path, 13 + 8)  # stops at step 8 of the pre-training, whose checkpoint is of step 5
     seen: list[Progress] = []
     with progress_on(terminal) as bar:
 
@@ -204,7 +204,7 @@ def test_a_terminal_sees_a_bar_that_goes_on_where_it_was(tmp_path, features, mon
     assert [p.step for p in seen if p.line is not None] == [6, 9, 12, 13, 3, 6, 9, 12, 13]
     # the cursor is visible again
     assert terminal.getvalue().count("\x1b[?25h") == terminal.getvalue().count("\x1b[?25l") == 2
-    # the text of a stage's line: what was written there last
+    # lines of the terminal without control sequences
     lines = [re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", line) for line in re.split("[\r\n]", terminal.getvalue())]
     ends = [line for line in lines if "13/13" in line]
     assert ends[0].startswith("pre-training for task 1: 100 % ")
@@ -214,7 +214,7 @@ def test_a_terminal_sees_a_bar_that_goes_on_where_it_was(tmp_path, features, mon
     assert "items/s" in ends[-1]
 
 
-def test_an_error_leaves_the_terminal_its_cursor(monkeypatch) -> None:
+def test_the_cursor_is_visible_after_an_error(monkeypatch) -> None:
     pytest.importorskip("rich", reason="pip install 'simplexfix[cli]'")
     monkeypatch.setenv("TERM", "xterm")
     terminal = Terminal()
@@ -224,7 +224,7 @@ def test_an_error_leaves_the_terminal_its_cursor(monkeypatch) -> None:
     assert terminal.getvalue().rstrip("\n").endswith("\x1b[?25h")
 
 
-def test_a_file_gets_lines(monkeypatch) -> None:
+def test_progress_in_a_file_is_lines(monkeypatch) -> None:
     clock = [0.0]
     monkeypatch.setattr("simplexfix.cli._progress.time.monotonic", lambda: clock[0])
     stream = io.StringIO()

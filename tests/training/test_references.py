@@ -1,4 +1,4 @@
-"""Tests that remembered items are held to their embeddings by all older versions."""
+"""Tests `hoc_reference="all"`: the loss ties remembered items to their embeddings by all older versions."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def sequence(method=None, folder: Path | None = None, tasks=None, on_step=lambda
     )
 
 
-def test_remembered_items_are_held_to_every_older_version_and_new_ones_to_the_deployed_one() -> None:
+def test_remembered_items_are_tied_to_every_older_version_and_new_ones_to_the_deployed_one() -> None:
     method = Watch()
     made = sequence(method)
     assert len(method._seen) == 16  # the first task has no older version
@@ -77,7 +77,7 @@ def test_remembered_items_are_held_to_every_older_version_and_new_ones_to_the_de
 
 @pytest.mark.parametrize("reference", ["all", "deployed"])
 def test_embeddings_may_be_drawn_to_their_class_means(reference: str) -> None:
-    """Means are over new and remembered items, by the version of the embedding."""
+    """Each mean is over new and remembered items, embedded by the version whose embedding moves."""
     method = Watch()
     tasks = class_incremental(STAGES, (4, 2, 2), seed=1)
     memories: list[Items] = []
@@ -108,7 +108,7 @@ def test_embeddings_may_be_drawn_to_their_class_means(reference: str) -> None:
 
 
 @pytest.mark.parametrize("lazy", [False, True])
-def test_embeddings_are_kept_with_the_memory_and_extracted_once(tmp_path: Path, monkeypatch, lazy: bool) -> None:
+def test_embeddings_are_stored_with_the_memory_and_extracted_once(tmp_path: Path, monkeypatch, lazy: bool) -> None:
     """Each version embeds the remembered items once; a resumed run reads the embeddings."""
     items = Items.from_dataset(jobs.Noisy(STAGES, 0.0)) if lazy else STAGES
     tasks = class_incremental(items, (4, 2, 2), seed=1)
@@ -125,7 +125,7 @@ def test_embeddings_are_kept_with_the_memory_and_extracted_once(tmp_path: Path, 
 
 
 @pytest.mark.parametrize(("after", "denoise"), [(9, 0.0), (13, 0.5), (16, 0.0), (21, 0.5)])
-def test_a_stopped_sequence_held_to_all_goes_on_to_the_same_bits(tmp_path: Path, after: int, denoise: float) -> None:
+def test_a_stopped_sequence_held_to_all_resumes_to_the_same_bits(tmp_path: Path, after: int, denoise: float) -> None:
     whole = sequence(denoise=denoise)
     steps = []
 
@@ -141,14 +141,14 @@ def test_a_stopped_sequence_held_to_all_goes_on_to_the_same_bits(tmp_path: Path,
         assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
 
 
-def test_classes_that_come_again_are_embedded_by_all_versions(tmp_path: Path) -> None:
+def test_items_of_repeated_classes_are_embedded_by_all_versions(tmp_path: Path) -> None:
     made = sequence(folder=tmp_path, tasks=instance_incremental(STAGES, 3, seed=0))
     state = read_state(tmp_path / "task-01" / "memory.safetensors")
     expected = torch.stack([version.extract(state["inputs"]) for version in made[:2]], 1)
     torch.testing.assert_close(state["references"], expected)
 
 
-def test_feature_distillation_may_be_held_to_all() -> None:
+def test_feature_distillation_may_use_all_older_versions() -> None:
     """Stored embeddings equal computed ones if there is one older version, and differ if there are two."""
     alone, held = (
         [version.backbone[0].weight for version in sequence(FD(), hoc_reference=name)] for name in ("deployed", "all")
@@ -158,7 +158,7 @@ def test_feature_distillation_may_be_held_to_all() -> None:
 
 
 @pytest.mark.parametrize("trained", [False, True])
-def test_the_first_replacement_is_held_to_itself_if_it_has_a_trained_head(trained: bool) -> None:
+def test_the_first_replacement_is_its_own_reference_if_it_has_a_trained_head(trained: bool) -> None:
     method = Watch()
 
     def replacement() -> nn.Module:
@@ -184,12 +184,12 @@ def test_the_first_replacement_is_held_to_itself_if_it_has_a_trained_head(traine
         ),
     ],
 )
-def test_what_cannot_be_held_to_all_is_refused(act, message: str) -> None:
+def test_bad_input(act, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         act()
 
 
-def test_items_carry_their_references_and_are_known_by_them() -> None:
+def test_items_keep_references_and_fingerprint_them() -> None:
     items = Items(torch.zeros(3, 2), torch.arange(3), references=torch.arange(12.0).view(3, 2, 2))
     assert torch.equal(items.take(torch.tensor([2, 0])).references, items.references[[2, 0]])
     assert torch.equal(items.joined(items).references, items.references.repeat(2, 1, 1))

@@ -22,20 +22,21 @@ def memory(per_class: int = 3, selection: str = "random", seed: int = 0) -> Rehe
 
 
 def test_herding_by_hand() -> None:
-    """Directions 0, 10, 40 and 90 degrees; twice the mean is (3.7509 / 2, 1.8164 / 2) in (cos, sin).
+    """Directions of 0, 10, 40 and 90 degrees as (cos, sin); their mean m is (.6877, .4541).
 
-    m = (.6877, .4541).  Nearest to it is 40 degrees, (.7660, .6428): .204 away (10 degrees: .409, 0: .551, 90: .878).
-    Second: the pair's mean with 10 degrees is (.8754, .4082), .193 away; with 0 (.8830, .3214), .236; with 90
-    (.3830, .8214), .477.  Third: 2.7508, .8165 to share with 0 -> (.9170, .2722), .293, or with 90 -> (.5836, .6055),
-    .184.  The one that is left comes last.
+    First: 40 degrees, (.7660, .6428), is .204 from m (10 degrees: .409, 0: .551, 90: .878).
+    Second: the mean of 40 and 10 degrees, (.8754, .4082), is .193 from m; of 40 and 0, (.8830, .3214): .236; of 40 and
+    90, (.3830, .8214): .477.
+    Third: the mean of 40, 10 and 90 degrees, (.5836, .6055), is .184 from m; of 40, 10 and 0, (.9170, .2722): .293.
+    0 degrees is last.
     """
     assert herding_rows(at(0, 10, 40, 90), [5, 5, 5, 5], 4).tolist() == [2, 1, 3, 0]
     # lengths have no effect
     assert herding_rows(at(0, 10, 40, 90) * [[9.0], [1e-200], [3.0], [1e30]], [5] * 4, 3).tolist() == [2, 1, 3]
 
 
-def test_herding_by_hand_greed_is_not_nearness() -> None:
-    """40, -40 and 30 degrees: 30 is nearest to the mean, then -40, which balances it, and not 40, which is nearer."""
+def test_herding_balances_the_mean() -> None:
+    """30 degrees is nearest to the mean. -40 degrees is second, since it balances 30, although 40 is nearer."""
     assert herding_rows(at(40, -40, 30), [0, 0, 0], 3).tolist() == [2, 1, 0]
 
 
@@ -54,7 +55,7 @@ def naive_herding(features: np.ndarray, count: int) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", ["float32", "float64", "tensor", "bfloat16"])
-def test_herding_is_its_equation_class_by_class(kind: str) -> None:
+def test_herding_equals_its_equation_in_each_class(kind: str) -> None:
     numbers = np.random.default_rng(4)
     features = numbers.normal(size=(90, 7)).astype(np.float64 if kind == "float64" else np.float32)
     features[13] = 0
@@ -72,7 +73,7 @@ def test_herding_is_its_equation_class_by_class(kind: str) -> None:
     assert torch.equal(torch.cat([part[:4] for part in found.split(6)]), herding_rows(given, labels, 4))  # a prefix
 
 
-def test_of_equal_rows_herding_takes_the_first() -> None:
+def test_herding_takes_the_first_of_equal_rows() -> None:
     features = np.repeat(np.random.default_rng(0).normal(size=(3, 33)).astype(np.float32), 5, axis=0)
     assert sorted(herding_rows(features, np.zeros(15, int), 3).tolist()) == [0, 5, 10]
 
@@ -100,7 +101,7 @@ def fill(remembered: Rehearsal, classes=(4, 1)) -> None:
 
 
 @pytest.mark.parametrize("selection", ["random", "herding"])
-def test_a_memory_holds_what_its_selection_chose(selection: str) -> None:
+def test_a_memory_holds_the_items_of_its_selection(selection: str) -> None:
     remembered = memory(3, selection)
     assert len(remembered) == 0
     assert remembered.classes == []
@@ -125,7 +126,7 @@ def test_a_memory_holds_what_its_selection_chose(selection: str) -> None:
     assert len(remembered) == 0
 
 
-def test_samples_show_every_item_once_before_any_again() -> None:
+def test_samples_contain_every_item_once_before_repeating() -> None:
     remembered = memory()
     fill(remembered)
     drawn = torch.cat([remembered.sample(4).inputs[:, 0, 0] for _ in range(6)])
@@ -141,7 +142,7 @@ def test_samples_show_every_item_once_before_any_again() -> None:
 
 
 @pytest.mark.parametrize("selection", ["random", "herding"])
-def test_a_saved_memory_goes_on_to_the_same_bits(tmp_path, selection: str) -> None:
+def test_a_saved_memory_resumes_to_the_same_bits(tmp_path, selection: str) -> None:
     pytest.importorskip("safetensors", reason="states are written as safetensors")
     first = memory(3, selection)
     saved = [first.state_dict()]  # of an empty memory

@@ -45,17 +45,17 @@ def embedded(model: EmbeddingModel, rows: torch.Tensor) -> torch.Tensor:
 
 
 def translated(by: torch.Tensor) -> EmbeddingModel:
-    """x -> x + by"""
+    """Returns the model x -> x + `by`."""
     network = FeatureLinear(3)
     with torch.no_grad():
         network.linear.bias.copy_(by)
     return EmbeddingModel(network, FeatureHead(3)).eval()
 
 
-def test_a_translation_of_queries_is_compensated_and_nothing_else_is() -> None:
-    """Queries lie on a circle, versions move them along its axis: away from their documents, towards the others.
+def test_a_translation_of_queries_is_compensated() -> None:
+    """Queries lie on a circle. Versions move them along its axis, away from their documents and towards other ones.
 
-    Training queries have mean 0, so that the compensated queries are the first version's times a number.
+    Training queries have mean 0, so that the compensated queries are multiples of the first version's.
     """
     angles = torch.arange(12) * (2 * math.pi / 12)
     circle = torch.stack([angles.cos(), angles.sin(), torch.zeros(12)], 1)
@@ -112,7 +112,7 @@ def test_a_run_reports_both_matrices_and_keeps_indexes_drifts_and_models(data, w
     assert report["explained_fraction"] == [None, drift.explained_fraction(1), drift.explained_fraction(2)]
 
 
-def test_distillation_holds_later_versions_and_leaves_the_first(data, whole, tmp_path) -> None:
+def test_distillation_reduces_the_drift_of_later_versions_only(data, whole, tmp_path) -> None:
     method = {"name": "qdc", "scale": 10.0, "weight": 0.0}
     train_run(jobs.config(data, {"method": method}), tmp_path)
     assert same_bits(weights(whole / "task-00"), weights(tmp_path / "task-00"))
@@ -125,7 +125,7 @@ class StopError(Exception):
 
 
 @pytest.mark.parametrize("stage", ["task 0", "task 2"])
-def test_a_run_that_was_stopped_goes_on_to_the_same_bits(data, whole, tmp_path, stage) -> None:
+def test_a_stopped_run_resumes_to_the_same_bits(data, whole, tmp_path, stage) -> None:
     def on_step(progress) -> None:
         if (progress.stage, progress.step) == (stage, 8):
             raise StopError
@@ -225,7 +225,7 @@ def spoilt(folder: Path, name: str, before: str, after: str) -> None:
         ),
     ],
 )
-def test_damage_is_named(tmp_path, spoil, error, message: str) -> None:
+def test_damaged_sets_are_named(tmp_path, spoil, error, message: str) -> None:
     jobs.write_set(tmp_path / "set", 0)
     spoil(tmp_path / "set")
     with pytest.raises(error, match=message):
@@ -264,7 +264,7 @@ def test_configurations_that_do_not_fit_are_refused(data, changes: dict, message
         jobs.config(data, changes)
 
 
-def test_the_configuration_of_the_page_is_read() -> None:
+def test_the_configuration_in_methods_md_is_read() -> None:
     (content,) = re.findall(
         r"```yaml\n(.*?)```", (ROOT / "docs" / "guides" / "methods.md").read_text(encoding="utf-8"), re.DOTALL
     )

@@ -82,7 +82,7 @@ def test_a_finished_run_may_be_judged_by_another_protocol(data, tmp_path) -> Non
 
 
 @pytest.mark.parametrize("method", [{"slots": 16, "normalize": True, "scale": 8.0}, {"name": "er"}], ids=["hoc", "er"])
-def test_a_replacement_that_learned_what_the_tasks_before_brought_knows_it_by_the_same_numbers(data, tmp_path, method):
+def test_a_replacement_pretrained_on_earlier_tasks_keeps_their_class_ids(data, tmp_path, method):
     """The last task changes almost nothing, so the version is the pre-trained network."""
     config = jobs.small_run(data, method=method)
     schedule = Schedule(80, 0.03, batch=16)
@@ -115,7 +115,7 @@ def test_a_replacement_that_learned_what_the_tasks_before_brought_knows_it_by_th
     ],
     ids=["oca", "asnn", "fd with asnn"],
 )
-def test_a_replacement_that_learned_the_tasks_before_gets_the_head_of_its_method(data, tmp_path, method) -> None:
+def test_a_replacement_pretrained_on_earlier_tasks_gets_the_head_of_its_method(data, tmp_path, method) -> None:
     """ER pre-trains a classifier that these methods do not use."""
     config = jobs.small_run(data, method=method)
     schedule = Schedule(2, 0.03, batch=16)
@@ -126,7 +126,7 @@ def test_a_replacement_that_learned_the_tasks_before_gets_the_head_of_its_method
     assert isinstance(head, OCAHead if method["name"] == "oca" else NeighbourHead)
 
 
-def test_the_same_data_may_be_somewhere_else(data, tmp_path) -> None:
+def test_the_same_data_may_have_another_path(data, tmp_path) -> None:
     """Data at another path is accepted if its fingerprint is the same; the error for other data names the path."""
     config = jobs.small_run(data)
     stop_training(data, tmp_path / "run", "task 1", 5)
@@ -185,10 +185,10 @@ def test_the_first_process_alone_extracts_and_judges(data, tmp_path) -> None:
     """All processes get the first one's results."""
     assert run_on_ranks(jobs.run_in_group, tmp_path, data) == [0, 0]
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
-    # 4 to judge; 4 to align the junction, and 4 to rotate, both of new and remembered items by two versions
+    # 4 calls to judge; 4 to align the junction and 4 to rotate, each for new and remembered items by two versions
     assert [entry["extracted"] for entry in found] == [12, 0]
     assert found[0]["report"] == found[1]["report"] == json.loads((tmp_path / "run" / "report.json").read_text())
 
 
-def test_others_wait_for_the_first_past_their_timeout(tmp_path) -> None:
+def test_ranks_wait_for_rank_0_longer_than_the_timeout(tmp_path) -> None:
     assert run_on_ranks(jobs.slow_rank0, tmp_path) == [0, 0]

@@ -87,7 +87,7 @@ FEATURES = {
         ),
     ],
 )
-def test_an_option_of_something_else_is_refused(changes: list[str], message: str) -> None:
+def test_options_that_the_chosen_kind_does_not_use_are_refused(changes: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         read_config(RunConfig, overridden(FEATURES, changes))
 
@@ -101,7 +101,7 @@ def test_an_option_of_something_else_is_refused(changes: list[str], message: str
         ["method.name=oca", "tasks.memory_per_class=0", "tasks.counts=[8]"],
         ["method.name=simplex", "method.slots=8", "method.normalize=true"],
         ["method.mu=3.0", "method.negatives=infonce", "method.gather=false"],
-        ["method.name=er", "method.slots=1024"],  # as everywhere
+        ["method.name=er", "method.slots=1024"],  # the default is accepted for every method
         ["method.name=nnp", "method.alpha=2", "method.neighbours=5", "method.queue=0"],
         ["method.name=fd", "method.classification=nnp", "method.alpha=2"],
         ["method.classification=asnn", "method.queue=100", "method.mu=3.0"],
@@ -109,20 +109,20 @@ def test_an_option_of_something_else_is_refused(changes: list[str], message: str
         ["tasks.kind=instance_incremental", "tasks.counts=[]", "tasks.parts=5"],
     ],
 )
-def test_an_option_of_what_was_chosen_is_none_of_them(changes: list[str]) -> None:
+def test_options_of_the_chosen_kind_are_accepted(changes: list[str]) -> None:
     read_config(RunConfig, overridden(FEATURES, changes))
 
 
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("method", ["er", "fd", "bct", "oca", "simplex", "hoc", "asnn", "nnp"])
-def test_a_preset_is_for_all_methods(name: str, method: str) -> None:
-    """A configuration must replace all of `method` if the preset's has options of another method."""
+def test_every_preset_accepts_every_method(name: str, method: str) -> None:
+    """The override replaces the whole `method` section, which may have options of the preset's method."""
     content = json.loads(json.dumps(asdict(PRESETS[name])))
     config = read_config(RunConfig, overridden(content, [f'method={{"name": "{method}"}}']))
     assert config.method == MethodConfig(name=method)
 
 
-def test_pre_training_has_the_options_that_it_knows() -> None:
+def test_pre_training_gets_the_options_that_it_uses() -> None:
     hoc = MethodConfig(slots=8, normalize=True, scale=4.0, mu=3.0)
     assert hoc.pretraining() == MethodConfig("simplex", slots=8, normalize=True, scale=4.0)
     assert MethodConfig("fd", weight=3.0, distance="l2", scale=4.0).pretraining() == MethodConfig("er", scale=4.0)
@@ -164,6 +164,6 @@ def test_a_pretrained_network_has_its_own_mean_and_std(place: str) -> None:
         ("bct", "all", None),
     ],
 )
-def test_what_a_method_is_held_to(method: str, given: str, expected: str | None) -> None:
+def test_the_reference_of_each_method(method: str, given: str, expected: str | None) -> None:
     changes = [f"method.name={method}", f"tasks.hoc_reference={given}"]
     assert read_config(RunConfig, overridden(FEATURES, changes)).hoc_reference == expected

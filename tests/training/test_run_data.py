@@ -32,7 +32,7 @@ PER_CLASS = 6
 
 @pytest.fixture(scope="module")
 def cifar(tmp_path_factory) -> Path:
-    """Writes both data sets in their published layout with a few images: each class is a colour with noise."""
+    """Writes CIFAR-10 and CIFAR-100 in their published layout with a few images; each class is a colour with noise."""
     root = tmp_path_factory.mktemp("cifar")
     draw = np.random.default_rng(0)
 
@@ -55,12 +55,12 @@ def cifar(tmp_path_factory) -> Path:
 
 
 def small(cifar: Path) -> RunConfig:
-    """Returns the preset with fewer images."""
+    """Returns the preset `cpu-small` with fewer images."""
     preset = PRESETS["cpu-small"]
     return replace(preset, data=replace(preset.data, path=str(cifar), per_class=PER_CLASS - 1))
 
 
-def test_the_preset_splits_as_it_says(cifar) -> None:
+def test_the_small_preset_splits_classes_between_tasks_and_pre_training(cifar) -> None:
     """Tasks have the classes below 50 in the seed's order, pre-training has the others; no item is in both."""
     config = small(cifar)
     data = load_run_data(config)
@@ -99,7 +99,7 @@ def test_the_half_width_preset_has_the_papers_tasks(cifar, tmp_path) -> None:
     assert (preset.tasks.epochs, preset.tasks.memory_per_class, preset.data.per_class) == (70, 20, 300)
 
 
-def test_drawings_are_searched_under_two_names_and_not_trained_on() -> None:
+def test_omniglot_searches_seen_and_unseen_characters_with_untrained_drawings() -> None:
     config = PRESETS["omniglot"]
     data = load_run_data(config)
     assert [task.items.inputs.shape for task in data.tasks] == [(12 * n, 28, 28) for n in (60, 40, 40, 45)]
@@ -131,7 +131,7 @@ def test_validation_is_held_out_of_every_class(cifar) -> None:
     assert len(held.pretraining.labels) == len(whole.pretraining.labels)
 
 
-def test_methods_share_their_pre_training_and_the_model_folder_embeds_alike(cifar, tmp_path) -> None:
+def test_methods_share_their_pre_training_and_saved_models_embed_alike(cifar, tmp_path) -> None:
     """Runs IAM-CL2R on images: `hoc` and `simplex` read the same pre-trained networks, `er` has its own."""
     config = RunConfig(
         data=DataConfig(kind="cifar", path=str(cifar), query_batches=(1,), validation=0.2),
@@ -179,7 +179,7 @@ def test_methods_share_their_pre_training_and_the_model_folder_embeds_alike(cifa
     assert report["versions"][1]["fingerprint"] == identity
 
 
-def test_image_folders_are_known_by_the_names_of_their_classes(tmp_path) -> None:
+def test_image_folders_are_matched_by_class_name(tmp_path) -> None:
     image = pytest.importorskip("PIL.Image")
     colours = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
     for part, names in (
@@ -242,7 +242,7 @@ def test_a_data_set_for_each_task(two_sets) -> None:
     assert sorted(set(tasks[1].items.labels.tolist())) == [2, 3, 4]
 
 
-def test_a_sequence_is_trained_and_judged_by_what_is_held_out_of_all_sets(two_sets) -> None:
+def test_validation_items_are_held_out_of_every_set(two_sets) -> None:
     config = sequence(two_sets, per_class=5, validation=0.2)
     data = load_run_data(config)
     assert [len(task.items.labels) for task in data.tasks] == [8, 12]
@@ -266,7 +266,7 @@ def test_a_sequence_is_trained_and_judged_by_what_is_held_out_of_all_sets(two_se
         ({"kind": "dataset_sequence", "sets": ("a",)}, {"kind": "cifar", "path": "a"}, "got 'cifar'"),
     ],
 )
-def test_a_sequence_that_cannot_be_is_refused(tasks, data, says) -> None:
+def test_bad_sequences_are_refused(tasks, data, says) -> None:
     with pytest.raises(ValueError, match=says):
         RunConfig(tasks=TasksConfig(**tasks), schedule=Schedule(1, 0.1), data=DataConfig(**data))
 
@@ -282,7 +282,7 @@ def test_a_sequence_that_cannot_be_is_refused(tasks, data, says) -> None:
         ({"model": ModelConfig(kind="resnet18")}, r"^model\.kind=resnet18 does not take .* \[2, 8\]: "),
     ],
 )
-def test_what_would_fail_later_is_refused_before_anything_is_there(two_sets, change, says) -> None:
+def test_bad_configurations_are_refused_before_the_folder_exists(two_sets, change, says) -> None:
     """The folder stays free for the intended configuration."""
     with pytest.raises(ValueError, match=says):
         train_run(replace(sequence(two_sets), **change), two_sets / "run")
@@ -308,7 +308,7 @@ def test_what_would_fail_later_is_refused_before_anything_is_there(two_sets, cha
         ),
     ],
 )
-def test_batches_of_one_with_batch_normalisation_are_refused_before_anything_is_there(
+def test_batches_of_one_with_batch_normalisation_are_refused_before_the_folder_exists(
     cifar, tmp_path, batch, accumulate, replaced, says
 ) -> None:
     """The network reduces 32 pixels to one, so batch normalisation needs two rows."""
@@ -337,7 +337,7 @@ def test_a_replacement_that_cannot_take_the_data_is_refused_at_once(two_sets, ki
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_network_that_makes_no_rows_is_refused_at_once(tmp_path) -> None:
+def test_a_network_whose_outputs_are_not_vectors_is_refused_at_once(tmp_path) -> None:
     config = RunConfig(tasks=TasksConfig(counts=(2,)), schedule=Schedule(1, 0.1), model=ModelConfig(kind="mlp"))
     says = r"^model\.kind=mlp must make \[2, 28\] of inputs \[2, 1, 28, 28\], got \[2, 1, 28, 28\]"
     with pytest.raises(ValueError, match=says):
@@ -345,7 +345,7 @@ def test_a_network_that_makes_no_rows_is_refused_at_once(tmp_path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_one_task_shares_its_batches_with_no_memory(two_sets) -> None:
+def test_batches_of_a_single_task_have_no_remembered_half(two_sets) -> None:
     config = sequence(two_sets)
     config = replace(
         config, tasks=replace(config.tasks, sets=("cars",)), schedule=Schedule(1, 0.1, batch=5, accumulate=5)
@@ -353,7 +353,7 @@ def test_one_task_shares_its_batches_with_no_memory(two_sets) -> None:
     assert len(train_run(config, two_sets / "run")["versions"]) == 1
 
 
-def test_what_is_searched_has_the_shape_of_what_is_trained_on(two_sets) -> None:
+def test_searched_items_must_have_the_shape_of_training_items(two_sets) -> None:
     np.save(two_sets / "gallery.npy", np.ones((12, 9), np.float32))
     np.save(two_sets / "query.npy", np.ones((12, 9), np.float32))
     with pytest.raises(ValueError, match=r"query has inputs of shape \[9\], what is trained on \[8\]"):
@@ -373,7 +373,7 @@ def test_a_replacement_that_is_its_own_reference_must_be_trained() -> None:
     with pytest.raises(ValueError, match=r"those of tasks \[1\] are not; give them classes and schedule"):
         RunConfig(tasks=tasks, schedule=Schedule(1, 0.1))
     mixed = replace(tasks, hoc_reference="deployed_or_replacement")
-    RunConfig(tasks=mixed, schedule=Schedule(1, 0.1))  # the deployed version exists by then
+    RunConfig(tasks=mixed, schedule=Schedule(1, 0.1))  # task 1 has a deployed version
     first = replace(mixed, replacements={0: ReplacementConfig(ModelConfig())})
     with pytest.raises(
         ValueError, match=r'hoc_reference="deployed_or_replacement" needs .* those of tasks \[0\] are not'

@@ -29,7 +29,7 @@ LABELS = torch.tensor([30, 7, 7, 2**40, 30, -5, 7, 2**40, -5, 30, 30, -5, 2**40]
 ITEMS = Items(torch.arange(13.0).view(13, 1), LABELS)
 
 
-def test_class_incremental_brings_each_class_once_under_a_new_id() -> None:
+def test_class_incremental_has_each_class_once_under_a_new_id() -> None:
     order = class_order(LABELS, seed=4)
     assert sorted(order.tolist()) == [-5, 7, 30, 2**40]
     tasks = class_incremental(ITEMS, (1, 2), seed=4)
@@ -42,7 +42,7 @@ def test_class_incremental_brings_each_class_once_under_a_new_id() -> None:
     assert len(orders) > 5
 
 
-def test_instance_incremental_shares_every_class_out() -> None:
+def test_instance_incremental_splits_every_class() -> None:
     tasks = instance_incremental(ITEMS, 3, seed=0)
     assert [task.classes for task in tasks] == [range(4)] * 3
     rows = torch.cat([task.items.inputs[:, 0] for task in tasks])
@@ -101,7 +101,7 @@ def versions(method=None, folder: Path | None = None, **options) -> list[Embeddi
     )
 
 
-def test_a_replacement_of_other_width_keeps_slots_and_gets_its_junction() -> None:
+def test_a_replacement_of_another_width_keeps_slots_and_gets_a_new_junction() -> None:
     method = Recorder()
     first, second, third = versions(method, align="none")
     assert [v.head.junction.in_features for v in (first, second, third)] == [10, 24, 24]
@@ -112,7 +112,7 @@ def test_a_replacement_of_other_width_keeps_slots_and_gets_its_junction() -> Non
     assert method._old == [None] * 5 + [first] * 5 + [second] * 5
 
 
-def test_a_new_junction_does_not_depend_on_what_its_maker_drew() -> None:
+def test_a_new_junction_does_not_depend_on_draws_of_the_replacement_function() -> None:
     """A function that trains draws random numbers on the first call; on the next one it only reads a file."""
 
     def drawing() -> nn.Module:
@@ -189,8 +189,8 @@ def test_how_a_replacement_begins_by_default(monkeypatch, method, options: dict,
 
 
 @pytest.mark.parametrize("trained", [True, False])
-def test_what_the_first_version_is_held_to_by_default(trained: bool) -> None:
-    """A replacement as it came, if it has a trained head; later versions are held to the deployed one."""
+def test_the_default_reference_of_the_first_version(trained: bool) -> None:
+    """A first replacement with a trained head is held to its initial state; later versions to the deployed one."""
     method = Recorder()
 
     def pretrained() -> EmbeddingModel:
@@ -203,8 +203,8 @@ def test_what_the_first_version_is_held_to_by_default(trained: bool) -> None:
     assert method._old[5:] == [result[0]] * 5 + [result[1]] * 5
 
 
-def test_the_authors_reference_keeps_the_authors_start(monkeypatch) -> None:
-    """It has neither an aligned junction nor a rotation."""
+def test_the_authors_reference_has_no_alignment(monkeypatch) -> None:
+    """`hoc_reference="replacement"`, the authors' reference, has neither an aligned junction nor a rotation."""
 
     def pretrained() -> EmbeddingModel:
         return EmbeddingModel(wider(), method.head(24))
@@ -220,7 +220,7 @@ def test_the_authors_reference_keeps_the_authors_start(monkeypatch) -> None:
 
 @pytest.mark.parametrize("lazy", [False, True])
 def test_bytes_without_preprocessing_are_refused_before_any_step(lazy: bool) -> None:
-    """Embeddings for the rotation are without augmentation."""
+    """Items are embedded for the rotation without augmentation, so they need a preprocessing."""
     inputs = (STAGES.inputs * 10).to(torch.uint8)
     pairs = [(row, int(label)) for row, label in zip(inputs, STAGES.labels, strict=True)]
     items = Items.from_dataset(pairs, STAGES.labels) if lazy else Items(inputs, STAGES.labels)
@@ -233,7 +233,7 @@ def test_bytes_without_preprocessing_are_refused_before_any_step(lazy: bool) -> 
     assert len(list(train_versions(*alone, seed=0))) == 1  # the first version has no rotation
 
 
-def test_memory_is_half_of_each_batch_and_of_earlier_classes() -> None:
+def test_half_of_each_batch_is_remembered_items_of_earlier_classes() -> None:
     seen: list[list[int]] = []
 
     class Watch(ER):
@@ -251,7 +251,7 @@ def test_memory_is_half_of_each_batch_and_of_earlier_classes() -> None:
 
 
 @pytest.mark.parametrize("after", [1, 4, 5, 6, 8, 11, 14])
-def test_a_stopped_sequence_goes_on_to_the_same_bits(tmp_path: Path, after: int) -> None:
+def test_a_stopped_sequence_resumes_to_the_same_bits(tmp_path: Path, after: int) -> None:
     state = torch.get_rng_state()
     whole = versions()
     assert torch.equal(torch.get_rng_state(), state)
@@ -275,8 +275,8 @@ def test_a_stopped_sequence_goes_on_to_the_same_bits(tmp_path: Path, after: int)
 
 @pytest.mark.parametrize("make", [BCT, FD, lambda: FD(distance="l2", scale=5.0)])
 @pytest.mark.parametrize("after", [6, 12])
-def test_versions_with_a_classifier_and_herding_go_on_to_the_same_bits(tmp_path: Path, make, after: int) -> None:
-    """The old classifier is read from its version's file, the memory from its own; the last network is new."""
+def test_versions_with_a_classifier_and_herding_resume_to_the_same_bits(tmp_path: Path, make, after: int) -> None:
+    """The old classifier and the memory are read from files; the last task has a replacement."""
 
     def herd(version: EmbeddingModel, items: Items, generator: np.random.Generator) -> torch.Tensor:
         return herding_rows(version.extract(items.inputs), items.labels, 3)
@@ -298,7 +298,7 @@ def test_versions_with_a_classifier_and_herding_go_on_to_the_same_bits(tmp_path:
         for x, y in zip(a.parameters(), b.parameters(), strict=True):
             assert torch.equal(x, y)
     alone = versions(ER(scale=make().scale), **options)
-    assert torch.equal(alone[0].backbone[0].weight, whole[0].backbone[0].weight)  # there was no old model
+    assert torch.equal(alone[0].backbone[0].weight, whole[0].backbone[0].weight)  # the first task has no old model
     assert not torch.equal(alone[1].backbone[0].weight, whole[1].backbone[0].weight)
 
 

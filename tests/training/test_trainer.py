@@ -66,7 +66,7 @@ def log_lines(folder: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory) -> Callable[[str], Path]:
-    """Returns a function that returns the folder of a training of a kind that never stopped."""
+    """Returns a function that maps a key of KINDS to the folder of a training that never stopped."""
     folders: dict[str, Path] = {}
 
     def folder_of(kind: str) -> Path:
@@ -79,7 +79,7 @@ def uninterrupted(tmp_path_factory) -> Callable[[str], Path]:
 
 
 def cases() -> list[Any]:
-    """Returns pairs of kind and moment of the kill; those of kills inside a save of most kinds are slow tests."""
+    """Returns pairs of kind and moment of the kill; kills inside a save are slow tests, except for float32."""
     moments = ("step", "write", "fsync", "replace")
     return [
         pytest.param(kind, moment, marks=[] if moment == "step" or kind == "float32" else pytest.mark.slow)
@@ -92,7 +92,7 @@ def cases() -> list[Any]:
 def test_a_training_killed_repeatedly_ends_with_the_same_bits(kind: str, moment: str, uninterrupted, tmp_path) -> None:
     kills, seed = 0, random.Random(f"{kind} {moment}").randrange(1000)
     folder = tmp_path / "run"
-    for attempt in range(3):  # each process is killed a few steps, or a save or two, later
+    for attempt in range(3):  # each process resumes from the files that the one before left
         code = run_in_process(jobs.killed, folder, moment, seed + attempt, KINDS[kind])
         if code != -signal.SIGKILL:
             break  # the training ended before the kill
@@ -107,7 +107,7 @@ def test_a_training_killed_repeatedly_ends_with_the_same_bits(kind: str, moment:
 
 
 def test_other_options_give_other_weights(uninterrupted) -> None:
-    """So the comparisons above can fail."""
+    """Shows that the comparisons above can fail."""
     without_dropout = jobs.trained(None, dropout=0.0)
     assert not same_bits(dict(without_dropout.state_dict()), weights(uninterrupted("float32")))
     without_mean = jobs.trained(None, convolutions=True, schedule={"accumulate": 2, "clip": 0.5})
@@ -143,7 +143,7 @@ def test_all_processes_have_the_memory_that_the_first_chose(tmp_path) -> None:
 
 
 def test_two_processes_have_the_weights_and_losses_of_one(tmp_path) -> None:
-    """Two processes equal one that accumulates two parts, and with gathered negatives one with the whole batch."""
+    """Two processes equal one that accumulates two parts; with gathered negatives they equal one without parts."""
     per_process = {"dropout": 0.0, "references": 3, "junction": "aligned", "frozen": 0.25, "denoise": 0.5}
     assert train_in_group(tmp_path, "parts", per_process) == [0, 0]
     jobs.trained(tmp_path / "accumulated", **per_process, schedule={"accumulate": 2})
@@ -161,7 +161,7 @@ def test_two_processes_have_the_weights_and_losses_of_one(tmp_path) -> None:
 
 
 def test_two_processes_train_a_scaled_learnable_head(tmp_path) -> None:
-    """Its bias gets no gradient, so it is frozen: DistributedDataParallel needs one for each trained parameter."""
+    """The head's bias is unused and frozen: DistributedDataParallel needs a gradient of each trained parameter."""
     options = {"dropout": 0.0, "method": "er"}
     assert train_in_group(tmp_path, "parts", options) == [0, 0]
     jobs.trained(tmp_path / "accumulated", **options, schedule={"accumulate": 2})
@@ -174,12 +174,12 @@ def test_two_processes_have_the_neighbour_queue_of_one(tmp_path) -> None:
     jobs.trained(tmp_path / "one", **options)
     first, second = weights(tmp_path / "gathered"), weights(tmp_path / "one")
     assert_close({key: value for key, value in first.items() if "queue" not in key}, second)
-    labels = [w["head.queue.labels"].sort().values for w in (first, second)]  # each batch is in another order
+    labels = [w["head.queue.labels"].sort().values for w in (first, second)]  # batches have another order of rows
     assert torch.equal(*labels)
 
 
 def test_two_processes_have_the_prototypes_of_one(tmp_path) -> None:
-    """The first process reads the old version's embeddings for both."""
+    """The first process computes the old version's embeddings for both."""
     options = {"dropout": 0.0, "method": "oca"}
     assert train_in_group(tmp_path, "parts", options) == [0, 0]
     jobs.trained(tmp_path / "accumulated", **options, schedule={"accumulate": 2})
@@ -329,7 +329,7 @@ def test_weights_of_nan_are_an_error_and_not_saved(tmp_path) -> None:
 
 
 def test_parts_of_one_row_with_batch_norm_are_refused_before_the_folder_exists(tmp_path) -> None:
-    """Images have many values per channel, and other normalisations have no batch statistics: they may."""
+    """Images with many pixels and networks with other normalisations are accepted."""
     method = ER()
     normalised = torch.nn.Sequential(torch.nn.Linear(12, 10), torch.nn.BatchNorm1d(10))
     for backbone in (normalised, jobs.network(0.0)):
@@ -371,7 +371,7 @@ def test_labels_outside_the_classes_are_refused(part: str) -> None:
 
 
 def test_seeded_does_not_change_the_generators_of_gpus(monkeypatch) -> None:
-    """They are the state of each process's dropout."""
+    """Dropout of each process draws from these generators."""
     seeds: list[int] = []
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
     torch.manual_seed(1)
@@ -384,7 +384,7 @@ def test_seeded_does_not_change_the_generators_of_gpus(monkeypatch) -> None:
 
 
 def test_the_version_has_the_moving_average_of_the_weights() -> None:
-    # after one step the mean is ema of the first weights and 1 - ema of the last
+    # after one step, the average is ema * first weights + (1 - ema) * last weights
     last = jobs.trained(None, schedule={"steps": 1})
     mean = jobs.trained(None, schedule={"steps": 1}, trainer={"ema": 0.75})
     torch.manual_seed(3)

@@ -17,7 +17,7 @@ from simplexfix.training import Items, RowBatches, Schedule, Trainer
 
 
 @pytest.mark.parametrize(("rows", "size"), [(10, 3), (3, 10), (4, 4), (1, 1)])
-def test_batches_show_every_row_once_before_any_again(rows: int, size: int) -> None:
+def test_batches_contain_every_row_once_before_repeating(rows: int, size: int) -> None:
     batches = RowBatches(rows, size, seed=0)
     seen = torch.cat([next(batches) for _ in range(rows)])  # `size` whole rounds
     for start in range(0, rows * size, rows):
@@ -33,14 +33,14 @@ def test_schedule_warms_up_and_ends_at_zero() -> None:
     assert rates[50] == pytest.approx(1.0)
 
 
-def test_a_schedule_of_nothing_is_refused() -> None:
+def test_bad_schedules_are_refused() -> None:
     for arguments, message in (((0, 1.0), "steps"), ((5, 0.0), "learning_rate"), ((5, 1.0, 8, 2.0), "warmup")):
         with pytest.raises(ValueError, match=message):
             Schedule(*arguments)
     assert Schedule(5, 1.0, warmup=0.0).at(0) == 1.0
 
 
-def test_warp_of_nothing_changes_nothing_and_of_something_does() -> None:
+def test_only_a_warp_of_zero_strength_keeps_images() -> None:
     images = (torch.rand(4, 28, 28) > 0.7).to(torch.uint8)
     still = RandomWarp(rotate=0, log_scale=0, shear=0, shift=0, elastic=0)
     torch.testing.assert_close(still(images, torch.Generator()), images.float()[:, None], atol=1e-4, rtol=0)
@@ -59,7 +59,7 @@ def model_of(method, seed: int = 0) -> EmbeddingModel:
     return model
 
 
-def test_losses_are_those_of_the_functions() -> None:
+def test_losses_equal_those_of_the_functional_module() -> None:
     slots = SlotRegistry(12)
     slots.add("elsewhere", range(3))  # so that slots and class ids differ
     images, target = torch.rand(6, 1, 28, 28), torch.tensor([0, 1, 2, 3, 4, 0])
@@ -77,7 +77,7 @@ def test_losses_are_those_of_the_functions() -> None:
         assert all(p.grad is None for p in old.parameters())
 
 
-def test_er_grows_and_keeps_its_rows() -> None:
+def test_er_adds_classes_and_keeps_their_old_weights() -> None:
     for scale in (None, 7.0):
         method = ER(scale=scale)
         model = model_of(method)
@@ -96,7 +96,7 @@ def test_er_grows_and_keeps_its_rows() -> None:
         assert torch.equal(model.head.embed(features), features)
 
 
-def test_a_version_is_a_copy_and_the_global_generator_is_left_alone() -> None:
+def test_training_changes_neither_the_parent_nor_the_global_generator() -> None:
     method = Simplex(SlotRegistry(8))
     parent = model_of(method)
     before = {name: value.clone() for name, value in parent.state_dict().items() if isinstance(value, torch.Tensor)}
@@ -151,7 +151,7 @@ def test_an_old_model_in_training_mode_is_refused() -> None:
         )
 
 
-def test_extract_is_normalised_and_leaves_the_mode() -> None:
+def test_extract_normalises_and_keeps_the_training_mode() -> None:
     model = model_of(Simplex(SlotRegistry(8))).train()
     model.backbone.layers[2].eval()
     rows = model.extract(torch.rand(5, 1, 28, 28))

@@ -1,6 +1,6 @@
-"""Nothing in a step asks the device for a value, or makes it wait for a copy: meta tensors, which have none, stand in.
+"""Tests on meta tensors, which have no values, that a step reads no value from the device and makes no blocking copy.
 
-On a GPU: `test_a_training_step_does_not_synchronize` of tests/test_gpu.py.
+`test_a_training_step_does_not_synchronize` in tests/test_gpu.py tests the same on a GPU.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DOWN = ("cpu", "meta")
 
 
 class Copies(TorchDispatchMode):
-    """Counts copies from the host to the device, asynchronous and synchronous ones."""
+    """Counts copies from the host to the device: asynchronous ones in `free`, synchronous ones in `waited`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Copies(TorchDispatchMode):
         lambda: HOC(SlotRegistry(32), classification=ASNN()),
     ],
 )
-def test_losses_ask_for_no_value(make: Callable[[], Any]) -> None:
+def test_losses_read_no_value_from_the_device(make: Callable[[], Any]) -> None:
     method = make()
     model = EmbeddingModel(jobs.network(), method.head(10))
     method.add_classes(model, range(5))
@@ -71,7 +71,7 @@ def test_losses_ask_for_no_value(make: Callable[[], Any]) -> None:
         method.loss(model, input, target, old).backward()
     assert first.waited == 2 * (
         isinstance(method, Simplex) and getattr(method, "classification", None) is None
-    )  # the slots of all classes, sent once
+    )  # the slots of all classes, which the first call copies
     assert (copies.waited, copies.free) == (0, 0)
 
 
@@ -82,12 +82,12 @@ def test_losses_ask_for_no_value(make: Callable[[], Any]) -> None:
         (RandomCropFlip(Normalize((0.5,) * 3, (0.2,) * 3)), torch.zeros(4, 3, 32, 32, dtype=torch.uint8), 2),
     ],
 )
-def test_augmentation_sends_what_it_drew_and_waits_for_nothing(
+def test_augmentation_copies_its_draws_asynchronously(
     augment, images: torch.Tensor, copies_sent: int, monkeypatch
 ) -> None:
     generator = torch.Generator()
     augment(images.to("meta"), generator)
-    monkeypatch.setattr(torch, "tensor", None)  # torch.tensor would synchronize; the channel means were sent before
+    monkeypatch.setattr(torch, "tensor", None)  # torch.tensor would synchronize; the channel means were copied before
     with Copies() as copies:
         augment(images.to("meta"), generator)
     assert (copies.waited, copies.free) == (1, copies_sent)  # the synchronous copy is that of the images
