@@ -23,8 +23,8 @@ SIMPLEXFIX_HD float unit_number(float x, double norm) { return norm > 0 ? float(
 SIMPLEXFIX_HD float gallery_error_bound(double residual) { return float(residual * (1 + 0x1p-16)); }
 
 // residual: |q - q'|; |g'| is below 1 + 2^-8. depth: the number of products, padding included. Assumption: a tensor
-// core adds 16 products to its accumulator with an error of at most 32 * 2^-23 |q'| |g'|. That is twice the error of
-// truncating every term and every sum of four to 24 bits.
+// core adds 16 products to its accumulator with an error of at most 32 * 2^-23 |q'| |g'|. That is twice the error if
+// every term, and every sum of four terms, is truncated to 24 bits.
 SIMPLEXFIX_HD float query_error_bound(double residual, int64_t depth) {
   return float(residual * (1 + 0x1p-7) + double(depth) * 0x1p-22 * (1 + 0x1p-6) + 0x1p-20);
 }

@@ -49,7 +49,7 @@ SIMPLEXFIX_HD void apply_margin(const CrossEntropyOptions<A>& options, A cosine,
 }
 
 // Returns upstream / divisor, the factor that turns a gradient of the sum into one of the mean. If no row counts, the
-// divisor is 0 and the gradient 0: it stays 0 instead of 0 / 0.
+// divisor is 0; the gradient is then 0, not 0 / 0.
 template <typename A>
 SIMPLEXFIX_HD A divide_upstream(A upstream, A divisor) {
   return divisor == A(0) ? upstream : upstream / divisor;

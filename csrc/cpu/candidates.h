@@ -40,9 +40,9 @@ class CandidateList {
   }
 
   // Moves about k pending rows with the highest upper bounds to best, in the order of the rows. Any choice is correct,
-  // but rows with high scores raise the cutoff most. For large k the k-th bound is estimated from a sample, at least
-  // every kStride-th candidate, plus two standard deviations. At most kMaxTaken * k rows are moved, also if many bounds
-  // are equal. selection is scratch memory for the bounds.
+  // but rows with high scores raise the cutoff most. For large k the k-th bound is estimated from every kStride-th
+  // candidate or more; the rank is two standard deviations above the expected one. At most kMaxTaken * k rows are
+  // moved, even if many bounds are equal. selection is scratch memory for the bounds.
   void take_best(int64_t k, std::vector<float>& selection) {
     constexpr size_t kStride = 4, kSampleSize = 64;
     constexpr int64_t kMaxTaken = 2;

@@ -2,7 +2,7 @@
 // kernel of contrast.inc between them.
 //
 // Features are not normalised beforehand: norms enter as factors of rows and columns. Memory besides the results: one
-// block of similarities (kBlockNumbers) and the chunks of the products.
+// block of similarities (kBlockNumbers, or kMinBlock rows if these are more) and the chunks of the products.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -16,8 +16,8 @@ namespace simplexfix::cpu {
 template <typename T>
 struct OldNewContrast {
   using A = accumulate_t<T>;
-  const T *anchors, *candidates;  // [rows, d], [count, d]
-  int64_t anchor_stride, candidate_stride;
+  const T *anchors, *candidates;            // [rows, d], [count, d]
+  int64_t anchor_stride, candidate_stride;  // elements from one row to the next
   const int64_t *anchor_class, *candidate_class;
   int64_t rows, count, d;
   int64_t first_positive;  // candidate first_positive + i is anchor i's own
@@ -25,7 +25,7 @@ struct OldNewContrast {
   Negatives negatives;
   A* loss;            // [rows]
   const A* upstream;  // [rows]: dL/d(loss), or nullptr if no gradient is requested
-  bool to_anchors;    // the gradient is by the anchors if true, else by the candidates
+  bool to_anchors;    // the gradient is with respect to the anchors if true, else to the candidates
   A* grad_unit;       // dL/d(z / |z|) times 1 / |z|, shaped like the gradient; may be the gradient itself
   T* gradient;        // dL/dz, contiguous
 };

@@ -16,9 +16,10 @@
 namespace simplexfix::cpu {
 namespace {
 constexpr int64_t kPiece = 16 * kPanelRows;            // rows per task when rows are written
-constexpr int64_t kResultsPerTask = int64_t(1) << 16;  // results per task when they are sorted, of at most 8 queries
-// Below this number of rows the center is recomputed each time the rows have become four times as many. If rows come
-// one by one, a center from the first would be bad for all. These changes encode a row at most 4/3 times on average.
+constexpr int64_t kResultsPerTask = int64_t(1) << 16;  // results that one task sorts, of at most 8 queries
+// Below this number of rows the center is recomputed each time the rows have become four times as many. If rows are
+// added one by one, a center computed from the first would be bad for all. These recomputations encode a row at most
+// 4/3 times on average.
 constexpr int64_t kEnoughToCentre = int64_t(1) << 16;
 
 void refuse_non_finite(const char* what, const float* rows, int64_t n, int64_t d, Interrupt& interrupt) {

@@ -50,8 +50,8 @@ class CosineIndex {
   // Writes the vectors of ids to out [n, d]. Throws std::out_of_range for an id that is not in the index.
   void vectors(const int64_t* ids, int64_t n, float* out) const;
 
-  // Adds vectors [n, d] under ids [n]. If ids is nullptr, new ids count up from one above the highest id ever used.
-  // Returns the id where such a count starts. Throws std::invalid_argument for a row that is not finite, and for an id
+  // Adds vectors [n, d] under ids [n]. If ids is nullptr, new ids count up from one above the highest id ever used;
+  // add() returns this first id in any case. Throws std::invalid_argument for a row that is not finite, and for an id
   // that is negative, in the index already, or given twice.
   int64_t add(const float* vectors, int64_t n, const int64_t* ids);
   // Removes rows, in one pass over the rows from the first removed one on. Throws std::out_of_range for an id that is

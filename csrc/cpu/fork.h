@@ -5,7 +5,7 @@
 
 namespace simplexfix::cpu {
 
-// fork() blocks while this mutex is held, so that no child sees its data half changed.  Hold it briefly.
+// fork() blocks while this mutex is held, so that no child finds half-changed data that it guards.  Hold it briefly.
 std::mutex& fork_mutex();
 
 // Calls mend(object) in every forked child, before anything else runs there.  Declare it as the last member of its

@@ -13,7 +13,7 @@ namespace simplexfix::cpu {
 namespace {
 constexpr size_t kChunkBytes = size_t(1) << 18;
 // A chunk of huge pages has at least kHugePanels panels, so less than a 32nd of it is unused. A gallery as large as
-// kManyChunks of them takes another one also when it needs fewer panels, so that growth row by row uses huge pages too.
+// kManyChunks such chunks allocates a whole further one even for a single panel. So growth row by row uses huge pages.
 constexpr size_t kHugePanels = 32, kManyChunks = 16;
 // A gallery's codes are in [-kRange, kRange]. They are stored plus 128, because the products need them unsigned.
 constexpr int kRange = 127;

@@ -36,8 +36,8 @@ class GalleryCodes {
 
   // Allocates memory for n rows; new rows must then be encoded. If it throws, nothing has changed.
   void resize(int64_t n);
-  // Encodes rows [begin, end) of the gallery, whose length is 1 or 0 up to rounding. Threads may encode ranges in
-  // parallel if each begins at a multiple of kPanelRows.
+  // Encodes rows [begin, end) of the gallery. Each row must have length 1 or 0, up to rounding. Threads may encode
+  // ranges in parallel if each begins at a multiple of kPanelRows.
   void encode(const GalleryRows& rows, int64_t begin, int64_t end);
 
   CodePanel panel(int64_t index) const;

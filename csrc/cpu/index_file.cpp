@@ -101,8 +101,8 @@ class File {
   int fd_;
 };
 
-// A temporary file beside `path`. commit() gives it the mode of the file at `path` and renames it to `path`. Without
-// commit() it is deleted.
+// A temporary file beside `path`. commit() gives it the mode of the file at `path`, if there is one, and renames it to
+// `path`. Without commit() it is deleted.
 class Replacement {
  public:
   explicit Replacement(const std::string& path) : path_(path) {
@@ -229,7 +229,7 @@ std::unique_ptr<CosineIndex> CosineIndex::load(const std::string& path, int64_t 
   }
   if (header.next_id < index->ids_.next()) reject("its next id is below an id that it holds");
   index->ids_.set_next(header.next_id);
-  for (int64_t i = 0; i < n;) {  // block by block, so that a file shorter than its header claims fails early
+  for (int64_t i = 0; i < n;) {  // block by block, so that a file that shrinks during the load fails early
     const int64_t end = std::min(n, i + index->rows_.rows_per_block());
     index->rows_.resize(end);
     read(index->rows_.row(i), size_t((end - i) * row_bytes(type, header.dim)));

@@ -73,7 +73,7 @@ IndexLock::Guard::~Guard() {
 }
 
 bool IndexLock::renew() noexcept {
-  int64_t own_reads = 0;  // reads of this thread, which continues: it forked in a signal handler during a call
+  int64_t own_reads = 0;  // reads of this thread, which go on in the child: a signal handler forked during a call
   bool own_write = false;
   for (const Guard* held = t_innermost; held; held = held->outer_) {
     if (&held->lock_ != this) continue;

@@ -1,5 +1,5 @@
 // The reader-writer lock of an index: new readers cannot overtake a writer that waits for the present ones.  Unlike
-// std::shared_mutex, a signal can interrupt a blocked thread, and the lock works in a forked child.
+// with std::shared_mutex, a signal can interrupt a blocked thread, and the lock works in a forked child.
 #pragma once
 #include <condition_variable>
 #include <cstdint>
@@ -42,7 +42,7 @@ class IndexLock {
   std::condition_variable changed_;
   // A thread takes the gate before it blocks on the lock and holds it meanwhile: otherwise readers starve a writer.
   bool gate_taken_ = false;
-  bool writing_ = false;  // changes under fork_mutex() only: a child sees true where data may be half changed
+  bool writing_ = false;  // changes under fork_mutex() only: it is true in a child whose data may be half changed
   int64_t readers_ = 0;
   bool lost_ = false;
 };

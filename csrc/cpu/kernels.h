@@ -60,7 +60,7 @@ using ClassIndex = std::conditional_t<std::is_same_v<A, double>, int64_t, int32_
 
 template <typename A>
 struct ContrastArgs {
-  // [rows, candidates]; dot products of features on entry, derivatives of the loss by them on return
+  // [rows, candidates]; on entry the dot products of features, on return the loss's derivatives with respect to them
   A* similarity;
   int64_t candidates;
   const ClassIndex<A>*anchor_class, *candidate_class;
@@ -100,7 +100,7 @@ struct Kernels {
   // For matrix products (matrix_product.h): panel[k][i] = element (i, k) of the view, zero for i >= count.
   void (*pack_a)(PanelView<T> view, int64_t count, int64_t depth, accumulate_t<T>* panel);
   void (*pack_b)(PanelView<T> view, int64_t count, int64_t depth, accumulate_t<T>* panel);
-  // out[row][column] = or += sum over k of a[k][row] b[k][column]
+  // out[row][column] = sum over k of a[k][row] b[k][column]; += if add
   void (*multiply_tile)(const accumulate_t<T>* a, const accumulate_t<T>* b, int64_t depth, accumulate_t<T>* out,
                         int64_t out_stride, int64_t rows, int64_t columns, bool add);
   int tile_rows, tile_columns;  // rows of a panel of A, columns of a panel of B

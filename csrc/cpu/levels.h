@@ -19,14 +19,14 @@ struct FirstPass {
   CodeLimits limits;
 };
 
-// The kernels that a level adds. Null: those of the level below.
+// The kernels that a level adds. Null: the level uses the kernels of the level below.
 struct Level {
   const Kernels<float>* of_float = nullptr;
   const Kernels<double>* of_double = nullptr;
   const Kernels<Half>* of_half = nullptr;
   const Kernels<BFloat16>* of_bfloat16 = nullptr;
   const SearchKernels* search = nullptr;
-  const FirstPass* first_pass = nullptr;  // replaces that of the search
+  const FirstPass* first_pass = nullptr;  // replaces the first pass of `search`
 };
 
 // Weak, because a build for developers may leave levels out (SIMPLEXFIX_LEVELS in setup.py).

@@ -15,8 +15,9 @@ namespace simplexfix::cpu {
 template <typename T>
 class MatrixProduct {
  public:
-  // out [m, n] = or += A [m, k] B [k, n]; rows of out are out_stride elements apart. split(count, numbers, work) calls
-  // work(begin, end) on ranges that cover [0, count), on any threads. An item costs about `numbers` operations.
+  // out [m, n] = A [m, k] B [k, n], or += if add; rows of out are out_stride elements apart. split(count, numbers,
+  // work) calls work(begin, end) on ranges that cover [0, count), on any threads. An item costs about `numbers`
+  // operations.
   template <typename TA, typename TB, typename Split>
   void operator()(int64_t m, int64_t n, int64_t k, PanelView<TA> a, PanelView<TB> b, T* out, int64_t out_stride,
                   bool add, const Split& split) {
@@ -49,7 +50,8 @@ class MatrixProduct {
   };
   Chunk a_, b_;
 
-  // Allocates a chunk for rows of A or columns of B, in panels of `panel`. Returns how many of them it holds.
+  // Allocates a chunk for at most `count` rows of A or columns of B, in panels of `panel` each. Returns how many rows
+  // or columns fit.
   static int64_t reserve(Chunk& chunk, int64_t count, int64_t panel, int64_t depth) {
     const int64_t most =
         std::min(ceil_div(count, panel), std::max<int64_t>(1, kChunkNumbers / (panel * depth))) * panel;

@@ -161,7 +161,7 @@ class Pool {
       std::exception_ptr failure = call.run(thread);
       lock.lock();
       if (!call.failure) call.failure = failure;
-      failure = nullptr;  // under the lock: after it the caller may read and destroy the exception
+      failure = nullptr;  // under the lock: once it is released, the caller may read and destroy the exception
       if (--call.running == 0) ended_.notify_all();
     }
   }

@@ -10,8 +10,8 @@
 
 namespace simplexfix::cpu {
 
-// Numbers to write that are worth one more thread. A thread that is awake joins a call within 0.2 us, so a few
-// microseconds of work are enough.
+// One more thread is worth it for this many numbers to write. A thread that is awake joins a call within 0.2 us, so a
+// few microseconds of work are enough.
 constexpr int64_t kNumbersPerThread = int64_t(1) << 14;
 // A thread that sleeps begins after 25 us, and waking it takes the caller 8 us.
 constexpr int64_t kNumbersPerWokenThread = int64_t(1) << 17;
@@ -23,8 +23,8 @@ inline int64_t threads_for(double numbers, double per_thread, int64_t most) {
 
 // Calls body(context, thread) once on the calling thread, where thread is 0, and 0 to threads - 1 times on threads of
 // the pool. So every body must take tasks until none is left.
-// - thread identifies a thread of the pool among those of the process, from 1 on. It may exceed threads - 1, and one
-//   thread may call body several times, one after the other.
+// - thread is the process-wide number of the pool's thread, from 1 on. It may exceed threads - 1, and one thread may
+//   call body several times, one after the other.
 // - At most woken - 1 sleeping threads are woken.
 // - Each body computes with the caller's rounding mode and treatment of denormals.
 // - Returns when every body that has begun has ended. Then it rethrows an exception, the caller's own if there is one.

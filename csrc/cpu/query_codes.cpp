@@ -86,7 +86,7 @@ float QueryCodes::cutoff(int64_t query, float score) const {
   // (d + 8) * 2^-53 times lengths that sum to less than 8 (norm + |q.center|). norm + |q.center| is at least 1 for a
   // query of length 1, since |q|^2 = q.center + q.(q - center). For a zero query the score is exactly 0.
   const double fp64_slack = double(d_ + 64) * 0x1p-50 * (norm_[q] + std::abs(center_dot_[q]));
-  return round_down(middle - center_dot_[q] - fp64_slack - 0x1p-100);  // 2^-100: products that underflow
+  return round_down(middle - center_dot_[q] - fp64_slack - 0x1p-100);  // 2^-100 covers products that underflow
 }
 
 }  // namespace simplexfix::cpu

@@ -16,17 +16,17 @@ constexpr int64_t kMaxQueryBlock = 252;  // a multiple of 6, the number of queri
 // Maximum of a block's queries times k. It bounds the candidates: at worst 32 k + 2048 of 8 bytes per query (see
 // kListGrowth).
 constexpr int64_t kMaxBlockResults = int64_t(1) << 18;
-constexpr int64_t kTasksPerThread = 2;      // balances the load; each task reads the gallery and finds its own cutoff
+constexpr int64_t kTasksPerThread = 2;      // balances the load; each further task must sample its own split
 constexpr int64_t kMinSplit = 4096;         // fewest gallery rows that are worth a task
 constexpr int64_t kStep = 16 * kPanelRows;  // rows between two reads of the other tasks' cutoffs
 constexpr int64_t kSparseSteps = 16;        // every 16th step has its first panel in the sparse sample
-// If a mask leaves fewer than 1 / kMaskedRows of the rows, these are scored without codes. Measured at d = 128: both
-// ways take equally long at 1 / 38.
+// If a mask admits fewer than 1 / kMaskedRows of the rows, these are scored without codes. Measured at d = 128: with
+// and without codes, a search takes equally long at 1 / 38.
 constexpr int64_t kMaskedRows = 32;
 static_assert(kPanelRows == 64, "a word of a mask is a panel");
 // A candidate list is rescored at its limit. At first this is kListPerWanted candidates per wanted row, plus
-// kListSlack, so that a selection costs little compared with the rows that it drops. While rescoring leaves the list
-// less than half full, the limit grows up to kListGrowth times that.
+// kListSlack, so that a selection costs little compared with the rows that it drops. Each rescoring doubles the limit,
+// up to kListGrowth times that, unless too many rows pass (kMostPass).
 constexpr int64_t kListPerWanted = 8, kListSlack = 512;
 constexpr size_t kListGrowth = 4;
 // If more than 1 / kMostPass of the rows stay candidates, bounds cost more than they save: score the next rows without
@@ -52,10 +52,10 @@ std::unique_ptr<std::atomic<float>[]> no_scores(int64_t n) {
 struct Search::QueryState {
   float speculative_cutoff;  // k rows reach this score with p > 0.999, not yet for certain; or -inf
   float cutoff_score;        // the score from which cutoff was computed
-  float cutoff;              // upper bound that a candidate must reach; -inf before k rows are scored
+  float cutoff;              // a candidate's upper bound must reach it; -inf before k rows are scored
   bool dense;                // the next rows are scored without codes
-  int64_t dense_until;       // value of `seen` at which that ends
-  int64_t dense_rows;        // number of such rows the next time; it doubles each time
+  int64_t dense_until;       // value of `seen` at which `dense` ends
+  int64_t dense_rows;        // rows to score without codes the next time; it doubles each time
   int64_t rescored_at;       // value of `seen` when all candidates were last scored
   size_t limit;              // number of candidates at which they are rescored
   size_t next;               // position in the list that is being scored
@@ -324,7 +324,7 @@ void Search::scan(Task& task, int64_t begin, int64_t end) {
   }
 }
 
-// Scores the best k candidates, and all others too if these leave too many.
+// Scores the best candidates of query q, and all others too if too many remain.
 void Search::rescore(Task& task, int64_t q) {
   QueryState& state = task.state[size_t(q)];
   CandidateList& list = state.candidates;
@@ -354,7 +354,7 @@ void Search::rescore(Task& task, int64_t q) {
   prune(task, q);
 }
 
-// Raises the cutoff to the scores so far, and drops the candidates below it.
+// Raises the cutoff by the scores so far, and drops the candidates below it.
 void Search::prune(Task& task, int64_t q) {
   QueryState& state = task.state[size_t(q)];
   if (task.wanted < k_)
@@ -394,8 +394,8 @@ void Search::score_best(Task& task) {
   for (int64_t q = 0; q < task.queries; ++q) prune(task, q);
 }
 
-// Scores one list of each query, window by window of the gallery. So a row that several queries want is read from
-// memory once, and reads go in one direction.
+// Scores one list of each query, window by window of the gallery. So a row in the lists of several queries is read from
+// memory once, and addresses ascend.
 void Search::score_in_windows(Task& task, std::vector<BoundedRow> CandidateList::* list) {
   size_t pairs = 0;
   for (QueryState& state : task.state) {

@@ -1,11 +1,11 @@
 // Exact top-k by cosine, free of torch. Every score is the fp64 dot product of dot.inc, rounded to fp32. core/ranking.h
 // defines the order. Codes of the gallery (gallery_codes.h), if given, yield an upper bound of each row's score. Then
-// only those rows are scored whose bound reaches the cutoff, a bound that follows from the best k scores so far.
+// only those rows are scored whose bound reaches the cutoff, which follows from the k-th best score so far.
 //
 // Mapping: a task is a block of queries against a split, a contiguous range of gallery rows. It reads the split in
 // panels of 64 rows. Rows whose bounds reach the cutoff become candidates of the query (candidates.h). When a list of
 // candidates is full, its best k are scored, which raises the cutoff and drops most of the others. The remaining
-// candidates are scored at the end. If most rows pass, the next rows are all scored, as without codes.
+// candidates are scored at the end. If too many rows pass (kMostPass), the next rows are all scored, as without codes.
 //
 // Sample: the first panel of each 16 is read before the others, and of these panels one in 16 before the rest. The
 // sample yields a speculative cutoff, a score that k rows reach with p > 0.999, so that few rows pass from there on. If
@@ -65,7 +65,7 @@ class Search {
 
   // Returns codes, or nullptr where scoring all searched rows is faster.
   static const GalleryCodes* codes_for(const GalleryRows& rows, const GalleryCodes* codes, int64_t k);
-  // Returns whether the mask leaves any of rows [begin, end); begin is a multiple of 64.
+  // Returns whether the mask admits any of rows [begin, end); begin is a multiple of 64.
   bool any_searched(int64_t begin, int64_t end) const;
   void check_interrupt() const {
     if (interrupt_) interrupt_->check();
@@ -73,7 +73,7 @@ class Search {
   Scratch take_scratch();
   void give_back(Scratch&& scratch);
   int64_t rank_in(double fraction) const;
-  // From run() down. In all of them rows are indices of the gallery, and q is a query of the task.
+  // The steps of run(). begin and end are rows of the gallery, and q is the index of a query in the task.
   void sweep(Task& task);  // finds the best k rows of the split for each query
   void search_again(Task& task);
   void sweep_pass(Task& task, Pass pass);  // reads the rows of one pass; candidates may remain in the lists

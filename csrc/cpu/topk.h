@@ -22,7 +22,7 @@ class TopK {
   void offer(const Candidate& candidate) { add(candidate); }
   // Returns the k-th best score so far, -inf if there are fewer candidates.
   float kth_score();
-  // Returns the score of a rank up to k, likewise.
+  // Returns the score at this rank, from 1 to k; -inf if there are fewer candidates.
   float nth_score(int64_t rank);
   // Writes k results, best first; missing ones get id -1 and score -inf.
   void write(float* scores, int64_t* ids);

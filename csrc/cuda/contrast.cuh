@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kContrastThreads) contrast_rows(const Contrast
   using Rows = Team<kContrastThreads>;
   const A lowest = -A(INFINITY);
   SIMPLEXFIX_SHARED(s_sums, ContrastSums<A>[Rows::kWarps]);
-  SIMPLEXFIX_SHARED(s_others, A[Rows::kWarps]);  // each is written a barrier after its last read
+  SIMPLEXFIX_SHARED(s_others, A[Rows::kWarps]);  // for both, a barrier separates the last read from the next write
   for (int64_t row = Rows::first_row(); row < p.rows; row += Rows::row_step()) {
     A* s = p.similarity + row * p.candidates;
     const int64_t anchor = p.anchor_class[row], own_at = p.first_positive + row;

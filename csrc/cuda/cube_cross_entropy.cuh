@@ -98,7 +98,7 @@ class CubeLoss {
 
   __device__ A compute_loss(const Sums& sums, const Terms& terms) {
     const int64_t slot = row_.slot();
-    const A none = A(0) * at_.label.value;  // nan if the logits are infinite, as in any softmax of them
+    const A none = A(0) * at_.label.value;  // nan if the logits are infinite, as a softmax of them would be
     CubeGap<A> gap{slope_ * sums.linear + terms.logs + none, A(1) + none};
     if (row_.options.margin != Margin::kNone) {
       tiny_ = gap.gap < A(kLeastCubeGap<A>);

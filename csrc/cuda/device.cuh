@@ -54,7 +54,7 @@ struct alignas(16) Vector {
   T v[kSize];
 };
 
-// Returns by how many elements a pointer exceeds a 16-byte boundary.
+// Returns the number of elements from the last 16-byte boundary to p.
 template <typename T>
 SIMPLEXFIX_HD int misalignment(const T* p) {
   return int(reinterpret_cast<uintptr_t>(p) % 16 / sizeof(T));
@@ -148,9 +148,9 @@ __device__ __forceinline__ void mma(float (&sums)[4], const uint32_t (&a)[4],
 #endif
 }
 
-// Starts a copy of the first `bytes` of 16 from global to shared memory, and zeros for the rest. Both addresses must be
-// at 16-byte boundaries, also if bytes is 0 and nothing is read. This thread may read the copy after wait_for_copies(),
-// other threads after a barrier that follows it.
+// Starts to write 16 bytes to shared memory: the first `bytes` are copied from global memory, the others are 0. Both
+// addresses must be at 16-byte boundaries, also if bytes is 0 and nothing is read. This thread may read the copy after
+// wait_for_copies(), other threads after a barrier that follows it.
 __device__ __forceinline__ void copy_async(void* s_to, const void* g_from, int bytes SIMPLEXFIX_AND_CALLER) {
 #ifdef SIMPLEXFIX_EMULATED
   ::emulator::copy_async(s_to, g_from, bytes SIMPLEXFIX_AND_AT);

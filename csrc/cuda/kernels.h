@@ -69,7 +69,8 @@ const char* simplex_logits_backward(const LogitsArgs&);
 
 // The steps of old_new_contrast (csrc/ops/old_new_contrast.cpp). A is the accumulating type of dtype.
 struct ContrastArgs {
-  // [rows, candidates] of A: dot products of features on entry, derivatives of the loss by them on return
+  // [rows, candidates] of A; on entry the dot products of features, on return the loss's derivatives with respect to
+  // them
   void* similarity;
   const int64_t *anchor_class, *candidate_class;
   const void *anchor_scale, *candidate_scale;  // of A: 1 / norm
@@ -146,7 +147,7 @@ struct CosineTopkArgs {
   int64_t query_stride, gallery_stride;
   int64_t queries, n, d, k;
   float* scores;  // [queries, k]; nan if the query, or any row of the gallery, has nan or inf
-  int64_t* ids;   // [queries, k]; -1 for such a query, and past the end of the gallery
+  int64_t* ids;   // [queries, k]; -1 where the score is nan, and past the end of the gallery
   CosineTopkPlan plan;
   void* buffers[kTopkBuffers];
   void* stream;

@@ -1,5 +1,5 @@
-// The sums before and after the rows of a loss: the divisor of a mean, the sum of the class weights, the loss of the
-// batch.
+// The sums that run before and after a loss's kernels for the rows: the divisor of a mean, the sum of the class
+// weights, the loss of the batch.
 //
 // The stream orders them with the rows' kernels, and no number is copied to the host. So a CUDA graph can hold all of
 // them, and targets and weights may change between its replays. They use no atomic addition.

@@ -48,7 +48,7 @@ __device__ __forceinline__ S reduce_team(S value, S* s_partials) {
 }
 
 // Calls f(j, in[j]) for j < d, with loads of 16 bytes if `in` is at a 16-byte boundary. Otherwise a lane loads the same
-// elements one by one, so that sums do not depend on the alignment; L1 then holds its neighbours' lines.
+// elements one by one, so that sums do not depend on the alignment; only the first of these loads misses L1.
 template <int kThreads, typename T, typename F>
 __device__ __forceinline__ void sweep_vectors(const T* in, int d, F f) {
   constexpr int n = Vector<T>::kSize;

@@ -1,9 +1,11 @@
 // The last steps of the search: cutoffs from the results of the first sweep, and results from the lists.
 //
 // find_cutoffs: a block per query finds the k-th largest of the query's buckets by radix select, 8 bits at a time.
-// finish_topk:  a block per query scores candidates, sorts and writes. They come from the query's list. Without a first
-//               pass, or if more rows passed than a list holds, they are all rows of the gallery: slower, still exact.
-//               Then the list holds the best so far and new candidates; only the best k remain whenever it is full.
+// finish_topk:  a block per query scores the candidates, sorts them and writes the best k. The candidates are the
+// query's
+//               list. Without a first pass, or if more rows passed than a list holds, they are all rows of the gallery:
+//               slower, still exact. Then the list holds the best so far and new candidates; whenever it is full, it is
+//               cut to the best k.
 //
 // Memory:  finish_topk reads 4 d bytes for each row that it scores; lists are sorted in place (L2).
 // Numerics: core/cosine_score.h: a score has the same bits as on the CPU.

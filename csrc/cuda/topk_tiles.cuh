@@ -7,9 +7,9 @@
 // may reach the cutoff. When a list is full, rows are still counted.
 //
 // Work:    a block of 128 threads processes a tile of 64 queries with one split of the gallery at a time. A split is
-//          every splits-th tile of 64 rows, 64 buckets. A warp keeps 32 x 32 products in registers. cp.async loads
-//          panels of 32 columns, the next one while this one is multiplied.
-// Memory:  (queries / 64) times the gallery's codes, twice, mostly from L2: blocks of one split run one after another.
+//          every splits-th tile of 64 rows; it contains 64 buckets. A warp keeps 32 x 32 products in registers.
+//          cp.async loads panels of 32 columns, the next one while this one is multiplied.
+// Memory:  (queries / 64) times the gallery's codes, twice, mostly from L2: consecutive blocks read the same split.
 //          Shared: 20 KiB.
 // Numerics: core/cosine_score.h: error bounds cover the rounding of these products, so results do not depend on it.
 // Determinism: the order of a list depends on timing. Its content depends only on the rounding of the sums.
@@ -51,7 +51,8 @@ __device__ __forceinline__ void copy_panel(__nv_bfloat16 (*s_to)[kTileDepth + 8]
   }
 }
 
-// A warp's products, in 8 fragments of 16 queries and 8 rows. Fragment f has queries f / 4 and rows f % 4.
+// A warp's products, in 8 fragments of 16 queries and 8 rows. Fragment f has the queries from 16 (f / 4) on and the
+// rows from 8 (f % 4) on, in the warp's part of the tile.
 struct WarpTile {
   float sums[8][4];
 

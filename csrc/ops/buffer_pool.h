@@ -1,6 +1,6 @@
 // Reused memory for results on the CPU, above all gradients. torch's CPU allocator returns large blocks to the system,
-// which hands them out again as zeroed pages. Touching a fresh 64 MiB costs several times as long as computing the
-// gradient in it. A training step needs the same size every time.
+// which hands them out again as zeroed pages. The page faults of a fresh 64 MiB take several times as long as computing
+// a gradient of this size. A training step needs the same size every time.
 #pragma once
 #include "common.h"
 

@@ -16,8 +16,8 @@
 
 namespace simplexfix {
 
-// Gradients of at least this size use non-temporal stores. Through the caches they would evict all other data before
-// anything reads them.
+// Gradients of at least this size use non-temporal stores. Cached stores would evict all other data, and the gradient
+// itself would be evicted before it is read.
 constexpr int64_t kNonTemporalBytes = int64_t(8) << 20;
 
 // Arguments common to the operators of all polytopes, as torch passes them.

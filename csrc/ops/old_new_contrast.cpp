@@ -13,8 +13,8 @@
 namespace simplexfix {
 namespace {
 // anchors [A, d], candidates [C, d]; candidate first_positive + i is anchor i's own. upstream [A], in the accumulating
-// dtype, is the factor of each row's gradient; without it no gradient is computed. The gradient is by the anchors if
-// to_anchors, else by the candidates.
+// dtype, is the factor of each row's gradient; without it no gradient is computed. The gradient is with respect to the
+// anchors if to_anchors, else to the candidates.
 struct ContrastCall {
   Tensor anchors, candidates, anchor_class, candidate_class, loss;
   std::optional<Tensor> upstream;

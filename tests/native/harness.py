@@ -39,7 +39,7 @@ TSAN = ["-O1", "-fsanitize=thread"]
 # TSan finds a race in any order of the threads, so one order and two dtypes are enough.
 FEW = ["--small", "--order", "forward", "--dtype", "float", "--dtype", "bfloat16"]
 LAYERS = {
-    "plain": Layer(["-O1", "-fPIC"]),  # as build_ops: the kernels are compiled once for both
+    "plain": Layer(["-O1", "-fPIC"]),  # the flags of build_ops(), so the kernels are compiled once for both
     "asan": Layer(["-O1", *ASAN], ["--order", "forward"]),  # addresses do not depend on the order
     "tsan": Layer(TSAN, FEW),
     "ptx": Layer(["-O1"], ["--ptx"], ptx=True),
@@ -52,7 +52,7 @@ class BuildError(Exception):
 
 
 def cuda_include() -> Path | None:
-    """The folder of CUDA's headers."""
+    """Returns the folder of CUDA's headers, or None."""
     for home in filter(None, (os.environ.get("CUDA_HOME"), "/usr/local/cuda")):
         if (Path(home) / "include" / "cuda_runtime.h").is_file():
             return Path(home) / "include"
@@ -87,7 +87,7 @@ def version(compiler: str) -> str:
 
 
 def rotating(items: list[T], count: int) -> list[T]:
-    """Returns `count` of the items, others for every commit."""
+    """Returns `count` of the items, different ones for successive commits."""
     commits = int(execute(["git", "-C", ROOT, "rev-list", "--count", "HEAD"]))
     return [items[(commits * count + i) % len(items)] for i in range(min(count, len(items)))]
 
@@ -197,7 +197,7 @@ def build_core(
     """Returns the test program and the fuzz program of a layer, built with the core of `csrc`."""
     cxx, flags = target.cxx, ["-pthread", *CORE_LAYERS[layer].flags]
     common = ["-std=c++20", "-g1", "-Wall", "-Wextra", "-Wno-psabi"]
-    if not has_avxvnni():  # level avxvnni by the instructions of AVX-512
+    if not has_avxvnni():  # compile level avxvnni with the instructions of AVX-512
         common.append("-DSIMPLEXFIX_AVXVNNI_AS_EVEX")
 
     def compiled(source: Path) -> Path:
@@ -236,7 +236,7 @@ def run_core(
 
 
 def run_core_on(target: Target, levels: list[str], program: Path) -> list[subprocess.CompletedProcess[str]]:
-    """Runs the test program on the target's machines of these levels, which it must choose by itself."""
+    """Runs the test program on the target's machine for each level.  The program must choose that level by itself."""
     done = []
     for level in levels:
         ran = start_program([*target.machines[level], program], EMULATED_TIMEOUT, {})
@@ -261,7 +261,7 @@ def build(layer: str, csrc: Path = ROOT / "csrc", jobs: int = 1) -> Path:
 
 
 def build_ops(jobs: int = 1) -> Path:
-    """Builds a library of the operators' CUDA halves for CPU tensors, in torch.ops.simplexfix_emulated."""
+    """Builds a library of the CUDA operators for CPU tensors.  They register in torch.ops.simplexfix_emulated."""
     import torch  # only this function needs it
 
     folder = Path(torch.__file__).parent

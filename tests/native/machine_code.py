@@ -3,7 +3,7 @@ and the instructions that each kernel is written for.  Prints registers by archi
 
 python tests/native/machine_code.py [LIBRARY]      (default: simplexfix/_C*.so as built in place)
 
-Needs cuobjdump and nvdisasm, of a CUDA toolkit or by `pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm`.
+Needs cuobjdump and nvdisasm, from a CUDA toolkit or by `pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm`.
 """
 
 import collections

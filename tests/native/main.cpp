@@ -1,5 +1,5 @@
 // kernel_tests [--order forward|reverse|random] [--small] [--ptx] [--dtype NAME]... [--only PART]
-// Exit status 0: all passed; 1: wrong results; 3: a launch that the emulator ended.
+// Exit status 0: all passed; 1: wrong results; 2: unknown option; 3: the emulator aborted a launch.
 #include <cstdio>
 #include <cstring>
 #include <exception>

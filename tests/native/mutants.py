@@ -30,7 +30,7 @@ LAUNCH, SCALE, CORE = "cuda/simplex_cross_entropy.cu", "cuda/scale_rows.cuh", "c
 @dataclass(frozen=True)
 class Mutant:
     name: str
-    file: str
+    file: str  # relative to csrc
     old: str
     new: str
     group: str = "cross_entropy"  # part of the kernels' test program
@@ -362,7 +362,7 @@ def plant(mutant: Mutant, folder: Path) -> Path:
 
 
 def verdict(mutant: Mutant, layer: str, jobs: int = 1) -> str | None:
-    """Returns the line by which the layer failed, or None if it passed."""
+    """Returns the line of output that tells why the layer failed, or None if it passed."""
     with tempfile.TemporaryDirectory() as folder:
         csrc = plant(mutant, Path(folder))
         programs = harness.build_core(layer, csrc, jobs) if mutant.in_core else harness.build(layer, csrc, jobs)
@@ -399,7 +399,7 @@ def run_all(names: list[str] | None = None, layers: tuple[str, ...] | None = Non
 
 
 def some(count: int) -> list[Mutant]:
-    """Returns `count` mutants, others for every commit.  Mutants that need nvcc are left out."""
+    """Returns `count` mutants, different ones for successive commits.  Mutants that need nvcc are left out."""
     return harness.rotating([mutant for mutant in MUTANTS if mutant.layers != ("ptx",)], count)
 
 

@@ -2,8 +2,8 @@
 // is a matrix (above 130 dimensions in closed form). The orthoplex and the cube are lists of vertices; a coded cube has
 // too many, and is a product over coordinates. Cross-entropy uses whole rows of logits, and angles use acos.
 //
-// R = long double gives the truth. R = the kernels' accumulating type gives the naive computation, with whose error
-// theirs is compared.
+// R = long double gives the truth. R = the kernels' accumulating type gives the naive computation. The kernels' error
+// is compared with the error of the latter.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -149,7 +149,7 @@ Unit<R> unit(const std::vector<R>& z) {
   return unit;
 }
 
-// Turns the gradient by u = z / |z| into the gradient by z.
+// Turns the gradient with respect to u = z / |z| into the gradient with respect to z.
 template <typename R>
 void through_unit(const Unit<R>& unit, std::vector<R>* g) {
   R dot = 0;

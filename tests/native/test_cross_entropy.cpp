@@ -57,7 +57,8 @@ const Config kConfigs[] = {
     {"angular margin+weights", {true, 10, MarginKind::kAngular, 0.5, 0.1}, true, Reduction::kSum, true},
     {"loss alone", {true, 4, MarginKind::kNone, 0, 1.0}, true, Reduction::kNone, false},
 };
-// all_of() counts through configurations and shapes, and every third or fifth count has its own kind of rows.
+// all_of() counts through configurations and shapes. Every third count has spoiled rows, and every fifth one has an
+// ignore_index that is a slot.
 static_assert(std::size(kConfigs) % 3 != 0 && std::size(kConfigs) % 5 != 0, "a configuration would miss some shapes");
 
 struct Shape {
@@ -331,7 +332,7 @@ void all_of(bool small) {
       if (std::is_same_v<P, CubeCase> && config.weighted && config.options.smoothing > 0) continue;
       if (d > 1024 && turn % 2) continue;
       if (small && turn % (d > 1024 ? 5 : 3)) continue;
-      // more rows than 3 blocks take at a time: see SIMPLEXFIX_MAX_BLOCKS in harness.py
+      // 37, and 5 beyond 256 columns, are more rows than 3 blocks take at a time (SIMPLEXFIX_MAX_BLOCKS in harness.py).
       const int64_t rows = d > 256 ? (small ? 2 : 5) : turn % 4 == 0 ? 1 : 37;
       const int64_t stride = d + int64_t(turn % 3) * (turn % 2 ? 1 : 3);
       check<P, T>(config, {rows, d, stride, turn % 4, turn % 8, turn % 5 ? -100 : d / 2}, turn % 3 == 0);

@@ -48,8 +48,8 @@ struct Case {
   int offset = 0;                        // of both buffers, in elements
 };
 
-// Lays rows out as a tensor may have them: from an unaligned address on, with nan between them. The buffer ends with
-// the last row.
+// Copies rows to a layout that a tensor may have: from an unaligned address on, with nan between them. The buffer ends
+// with the last row.
 std::unique_ptr<Buffer<float>> laid_out(const Rows& rows, int64_t d, int64_t stride, int offset) {
   const int64_t n = int64_t(rows.size()) / d;
   auto buffer = std::make_unique<Buffer<float>>(n ? (n - 1) * stride + d : 0, offset);

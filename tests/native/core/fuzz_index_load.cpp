@@ -1,9 +1,9 @@
-// Fuzzes CosineIndex::load with untrusted files. It may reject a file with either of its two exceptions. An index that
-// it returns must search correctly. Each input is tried as it is, and with checksums that match it.
+// Fuzzes CosineIndex::load with untrusted files. load() may reject a file with either of its two exceptions. An index
+// that it returns must search correctly. Each input is tried as it is, and with corrected checksums.
 //
 // For libFuzzer: clang++ -std=c++20 -O1 -g -fsanitize=fuzzer,address,undefined -DSIMPLEXFIX_LIBFUZZER
 //                csrc/cpu/*.cpp tests/native/core/fuzz_index_load.cpp -o fuzz && ./fuzz -max_len=8192 -rss_limit_mb=512
-// Without it, as run.py builds it: fuzz_index_load SECONDS [SEED] mutates files that it has written itself.
+// Without libFuzzer, as run.py builds it: fuzz_index_load SECONDS [SEED] mutates files that it has written itself.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -112,7 +112,7 @@ std::vector<uint8_t> example(RowType type, int64_t n, int64_t d, bool ids, Rando
   return bytes;
 }
 
-// Makes one small change, mostly where it matters: header fields and ids get numbers at the ends of their range.
+// Makes one small change to the file. Header fields and ids get numbers at or near the ends of their range.
 void mutate(std::vector<uint8_t>& bytes, Random& random) {
   constexpr uint64_t kNumbers[] = {0,          1,          2,          63,         64,          65,         255,
                                    1ull << 31, 1ull << 32, 1ull << 40, 1ull << 62, ~0ull >> 1,  ~0ull,      ~0ull - 1,

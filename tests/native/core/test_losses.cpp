@@ -19,7 +19,7 @@ using namespace simplexfix::cpu;
 namespace {
 
 #ifdef __aarch64__
-using CompilersHalf = __fp16;  // gcc 12 has no _Float16 there in C++
+using CompilersHalf = __fp16;  // on aarch64, gcc 12 has no _Float16 in C++
 #else
 using CompilersHalf = _Float16;
 #endif

@@ -168,7 +168,7 @@ int in_child(const Task& task) {
   return status;
 }
 
-// Runs body(thread) on three threads at the same time, and returns whether all three came.
+// Runs body(thread) on three threads at the same time, and returns whether all three ran.
 template <typename Body>
 bool on_three_threads(const Body& body) {
   std::atomic<int64_t> begun{0};
@@ -204,7 +204,8 @@ void test_signals() {
   check(right == 3, "%ld of 3 threads block the right signals", long(right));
 }
 
-// An exception of the interrupt check ends the call only when the others have ended, which use the caller's stack.
+// An exception of the interrupt check ends the call only after the bodies on other threads, which use the caller's
+// stack, have ended.
 void test_check_that_throws() {
   set_interrupt_check([]() -> bool { throw std::out_of_range("check"); });
   Interrupt interrupt;
@@ -261,7 +262,7 @@ void test_forks() {
   check(in_child([&] { return works() && in_child(works) == 0; }) == 0, "a child of a child has no threads");
   check(works(), "the pool has not worked after the fork");
 
-  // A signal handler that forks: the child finds itself in a call whose other thread does not exist.
+  // A signal handler that forks: the child continues a call whose other thread does not exist.
   static pid_t child;
   child = -1;
   set_interrupt_check([] {
@@ -294,7 +295,7 @@ void test_forks() {
 }  // namespace
 
 void test_parallel(const Options& options) {
-#if !defined(__SANITIZE_THREAD__)  // it ends a child that starts threads
+#if !defined(__SANITIZE_THREAD__)  // TSan ends a child that starts threads
   test_fork_during_the_first_call();
   test_forks();
 #endif

@@ -87,8 +87,8 @@ void best_in_the_sample(std::vector<float>& rows, int64_t n, int64_t d, Random& 
   }
 }
 
-// Rows with the largest sums of products that codes can have: all numbers of one magnitude, or only two neighbours.
-// The queries are rows, so a sum that overflows loses the best row.
+// Rows with the largest sums of products that codes can have: all numbers of one magnitude, or two adjacent numbers and
+// zeros. The queries are rows, so a sum that overflows loses the best row.
 void test_largest_sums(Random& random) {
   const int64_t n = 1500, d = 75, queries = 12;
   std::vector<float> raw(size_t(n * d), 0.f), gallery(raw.size());
@@ -182,15 +182,15 @@ void test_search(const Options& options) {
             check(through(query, queries, rows, &codes, k, threads) == by_definition(all, rows, k),
                   "n=%ld d=%ld spread=%g %s ids %d k=%ld threads=%ld", long(n), long(d), spread,
                   type == RowType::kFloat ? "float" : "bfloat16", kind, long(k), long(threads));
-            for (const int64_t few : {1, 2}) {  // they have a kernel of their own
+            for (const int64_t few : {1, 2}) {  // one or two queries have a kernel of their own
               const std::vector<std::vector<Ranked>> first(all.begin(), all.begin() + few);
               check(through(query, few, rows, &codes, k, threads) == by_definition(first, rows, k),
                     "n=%ld d=%ld spread=%g %s ids %d k=%ld threads=%ld, %ld queries", long(n), long(d), spread,
                     type == RowType::kFloat ? "float" : "bfloat16", kind, long(k), long(threads), long(few));
             }
           }
-        // each way to search a subset: rows one by one; codes, but a dense split one by one; codes alone; and rows that
-        // are never in the sample
+        // Each way to search a subset: without codes; with codes, and dense queries by score_searched(); with codes,
+        // and dense queries by tiles; rows that are never in the sample.
         for (const double fraction : {0.02, 0.3, 0.8, 2.0}) {
           std::vector<uint64_t> mask(size_t(simplexfix::ceil_div(n, kPanelRows)), 0);
           rows.searched = 0;

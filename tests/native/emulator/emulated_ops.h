@@ -1,5 +1,5 @@
 // Included before each file of csrc/ops in the library of emulated operators. Registrations for CUDA go to the CPU
-// instead, in a namespace of their own. Registrations for the CPU are dropped. So the operators' CUDA halves run on CPU
+// instead, in a namespace of their own. Registrations for the CPU are dropped. So the CUDA operators run on CPU
 // tensors, with the kernels in the emulator.
 #pragma once
 #define SIMPLEXFIX_WITH_CUDA

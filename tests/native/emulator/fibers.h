@@ -173,7 +173,7 @@ inline void run_block(Block& block, Order order, std::mt19937& random) {
     if (order == Order::kRandom && random() % 8 == 0) std::shuffle(turns.begin(), turns.end(), random);
     for (int i : turns) {
       Lane& l = block.lanes[i];
-      while (l.wait == Wait::kNone && block.error.empty()) {  // until it blocks: others see its writes late
+      while (l.wait == Wait::kNone && block.error.empty()) {  // until it blocks, so other lanes see its writes late
         progress = true;
         enter_lane(l);
         arrived(l);

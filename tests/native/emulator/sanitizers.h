@@ -49,7 +49,7 @@ struct Untracked {
 #endif
 };
 
-// release(p), then acquire(p): writes before the first are visible after the second.
+// Tell TSan that writes before release(p) are visible after a later acquire(p).
 inline void release([[maybe_unused]] void* p) {
 #ifdef EMULATOR_TSAN
   __tsan_release(p);

@@ -75,7 +75,7 @@ void mma(float* sums, const uint32_t* a, const uint32_t* b, EMULATOR_CALLER) {
 inline void copy_async(void* to, const void* from, int bytes, EMULATOR_CALLER) {
   if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % 16 || bytes < 0 || bytes > 16)
     die("misaligned asynchronous copy", EMULATOR_SITE);
-  // g++ makes a memset of a known size stores that TSan does not check
+  // No memset: g++ replaces one of known size by stores that TSan does not check.
   typedef uint64_t Word __attribute__((may_alias));
   for (int i = 0; i < 2; ++i) static_cast<Word*>(to)[i] = ~uint64_t(0);
   const Untracked books;
