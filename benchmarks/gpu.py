@@ -94,7 +94,9 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="one small case of each kind, and no torch.compile")
     parser.add_argument("--seconds", type=float, default=1.0, help="per case (default: 1)")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out: it takes minutes")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/gpu-NAME.json, of a GPU's results alone")
+    parser.add_argument(
+        "--out", type=Path, help="default: benchmarks/results/gpu-NAME.json on a GPU, no file on the CPU"
+    )
     arguments = parser.parse_args()
     on_gpu, usable = arguments.device == "cuda", diagnose()["CUDA usable"]
     if on_gpu and not usable.startswith("yes"):
@@ -128,7 +130,8 @@ def main() -> int:
         if out:
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps(results, indent=1) + "\n")
-    print(f"\n{failed} of {len(results['cases'])} cases failed; written to {out or 'nowhere, which --out changes'}")
+    written = f"written to {out}" if out else "not written: pass --out FILE"
+    print(f"\n{failed} of {len(results['cases'])} cases failed; {written}")
     return 1 if failed else 0
 
 

@@ -116,8 +116,14 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=10)
     parser.add_argument("--distinct", type=int, help="files of each kind (default: as many as versions)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--no-straightforward", action="store_true", help="it takes T (T + 1) / 2 of everything")
-    parser.add_argument("--folder", type=Path, help="where features are written and kept (default: nowhere)")
+    parser.add_argument(
+        "--no-straightforward",
+        action="store_true",
+        help="leave out the cell-by-cell alternative, which takes T (T + 1) / 2 searches",
+    )
+    parser.add_argument(
+        "--folder", type=Path, help="folder for the features, kept afterwards (default: a temporary one)"
+    )
     parser.add_argument("--out", type=Path, help="write the results as JSON too")
     a = parser.parse_args()
     distinct = min(a.distinct or max(a.versions), max(a.versions))

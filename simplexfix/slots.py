@@ -132,8 +132,8 @@ class SlotRegistry(nn.Module):
         for i, class_id in enumerate(ids):
             if class_id in known:
                 raise ValueError(
-                    f"class {class_id} of namespace {namespace!r} has a slot already, or comes twice (position {i}); "
-                    "a slot is given once and kept"
+                    f"class {class_id} of namespace {namespace!r} has a slot already, or comes twice (position {i}): "
+                    "pass only new classes, each once"
                 )
             known.add(class_id)
         if len(ids) > self.free:

@@ -14,7 +14,7 @@ from conftest import needs_library
 pytestmark = pytest.mark.slow  # computations on two threads beside each fork
 
 SCRIPT = Path(__file__).with_name("forks.py")
-LOST = "another thread was changing this index when the process was forked, so that it is lost in the child"
+LOST = "another thread was changing this index when the process was forked, so the child cannot use it"
 
 
 def run(folder: Path, cases: tuple[str, ...], native: bool) -> dict[str, list[str]]:

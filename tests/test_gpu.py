@@ -519,7 +519,7 @@ def test_messages_name_shape_and_device(device: str) -> None:
         ),
         (
             lambda: torch.ops.simplexfix.cosine_topk(z, z[:, :3], 1),
-            "query has 4 columns, gallery 3",
+            "query has 4 columns, gallery has 3",
         ),
         (
             lambda: torch.ops.simplexfix.scale_rows(z, torch.ones(2, device=device)),

@@ -90,8 +90,8 @@ def test_a_handler_that_returns_ends_nothing(tmp_path: Path) -> None:
 def test_a_handler_may_read_the_index_that_it_interrupts(tmp_path: Path) -> None:
     result = interrupted("handler_that_uses_the_index", tmp_path)
     refused = (
-        "a signal handler called this index during a call of it that the signal interrupted, "
-        "and one of the two calls changes the index: call it after the handler"
+        "a signal handler used this index during the call that it interrupted, and one of the two "
+        "calls changes the index: use the index after the handler"
     )
     assert result["handler"] == ["50000", refused, refused]
     assert (result["ended"], result["rows"], result["new"]) == ("KeyboardInterrupt", 50_000, [50_000])

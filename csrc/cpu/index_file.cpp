@@ -72,7 +72,7 @@ class File {
       const ssize_t done = ::read(fd_, p, size);
       if (done < 0 && errno == EINTR) continue;
       if (done < 0) fail_with_errno("read");
-      if (done == 0) reject("the file ends too early");
+      if (done == 0) reject("the file became shorter while it was read: load it again once it is written");
       p += done;
       size -= size_t(done);
     }
@@ -147,15 +147,17 @@ Header read_header(File& file) {
   file.read(&header, sizeof header);
   if (std::memcmp(header.magic, kMagic, sizeof kMagic) != 0) reject("it does not begin with SFXINDEX");
   if (header.version != kVersion) reject("it is of version " + std::to_string(header.version) + ", expected 1");
-  if (header.header_checksum != checksum_of(header)) reject("the header's checksum does not match");
+  if (header.header_checksum != checksum_of(header))
+    reject("the header's checksum does not match: the file is damaged");
   for (const uint32_t zero : header.zero)
     if (zero != 0) reject("a reserved field of the header is not 0");
-  if (header.row_type > uint32_t(RowType::kBFloat16)) reject("its row type is unknown");
-  if (header.dim < 1 || header.dim > kMaxDim) reject("its dim is out of range");
-  if (header.rows < 0 || header.rows > kMaxRows || header.next_id < 0) reject("a size in its header is out of range");
+  if (header.row_type > uint32_t(RowType::kBFloat16)) reject("its row type must be 0 (float32) or 1 (bfloat16)");
+  if (header.dim < 1 || header.dim > kMaxDim) reject("its dim must lie in [1, 2^31 - 2]");
+  if (header.rows < 0 || header.rows > kMaxRows || header.next_id < 0)
+    reject("its number of rows or its next id is out of range");
   const int64_t row = 8 + row_bytes(RowType(header.row_type), header.dim);
   if (header.rows > (size - int64_t(sizeof header)) / row || size != int64_t(sizeof header) + header.rows * row)
-    reject("it has " + std::to_string(size) + " bytes, which is not what its header says");
+    reject("it has " + std::to_string(size) + " bytes, which its header contradicts: it is truncated or damaged");
   return header;
 }
 
@@ -169,7 +171,7 @@ void check_rows(const GalleryRows& rows, int64_t begin, int64_t end) {
     double square = 0;
     for (int64_t j = 0; j < rows.d; ++j) square += double(row[j]) * double(row[j]);
     if (square != 0 && !(std::abs(square - 1) <= tolerance))
-      reject("row " + std::to_string(i) + " is not of length 1 or 0");
+      reject("row " + std::to_string(i) + " must have length 1 or 0");
   }
 }
 
@@ -227,7 +229,7 @@ std::unique_ptr<CosineIndex> CosineIndex::load(const std::string& path, int64_t 
       reject(error.what());
     }
   }
-  if (header.next_id < index->ids_.next()) reject("its next id is below an id that it holds");
+  if (header.next_id < index->ids_.next()) reject("its next id must be above all of its ids");
   index->ids_.set_next(header.next_id);
   for (int64_t i = 0; i < n;) {  // block by block, so that a file that shrinks during the load fails early
     const int64_t end = std::min(n, i + index->rows_.rows_per_block());
@@ -235,7 +237,8 @@ std::unique_ptr<CosineIndex> CosineIndex::load(const std::string& path, int64_t 
     read(index->rows_.row(i), size_t((end - i) * row_bytes(type, header.dim)));
     i = end;
   }
-  if (header.payload_checksum != checksum.value()) reject("the checksum of its content does not match");
+  if (header.payload_checksum != checksum.value())
+    reject("the checksum of its content does not match: the file is damaged");
   const GalleryRows rows = index->view(n);
   const auto check = [&](int64_t panel) {
     check_rows(rows, panel * kPanelRows, std::min(n, (panel + 1) * kPanelRows));

@@ -28,15 +28,16 @@ IndexLock::Guard::Guard(IndexLock& lock, Access access, Interrupt& interrupt)
     if (&held->lock_ != &lock) continue;
     if (access == Access::kWrite || held->access_ == Access::kWrite)
       throw std::runtime_error(
-          "a signal handler called this index during a call of it that the signal interrupted, "
-          "and one of the two calls changes the index: call it after the handler");
+          "a signal handler used this index during the call that it interrupted, and one of the two "
+          "calls changes the index: use the index after the handler");
     reads_already = true;
   }
   std::unique_lock own(lock.mutex_);
   if (lock.lost_)
     throw std::runtime_error(
-        "another thread was changing this index when the process was forked, so that it is lost in the child: load it "
-        "from a file there, or fork while no thread adds or removes");
+        "another thread was changing this index when the process was forked, so the child cannot use it: load it from "
+        "a "
+        "file there, or fork while no thread adds or removes");
   if (!reads_already) {
     lock.wait(own, interrupt, [&] { return !lock.gate_taken_; });
     lock.gate_taken_ = true;

@@ -79,7 +79,8 @@ class Pool {
       lock.lock();
     }
     while (call.running != 0) {
-      if (forks != forks_) throw std::runtime_error("a signal handler forked this process during the call");
+      if (forks != forks_)
+        throw std::runtime_error("a signal handler forked this process during the call: repeat the call in the child");
       // Use the system clock: ThreadSanitizer does not intercept a wait on the steady clock.
       ended_.wait_until(lock, std::chrono::system_clock::now() + Interrupt::kInterval);
       if (!interrupt || failure) continue;

@@ -37,7 +37,8 @@ class BufferPool {
     const size_t rounded = wanted >= cpu::kLeastHugeBlock ? cpu::whole_huge_pages(wanted) : wanted;
     void* memory = cpu::allocate_pages(rounded);
     if (!memory)
-      throw std::runtime_error(message("cannot allocate ", size, " bytes of memory for a loss or a gradient"));
+      throw std::runtime_error(
+          message("cannot allocate ", size, " bytes for a loss or a gradient: use a smaller batch"));
     *static_cast<size_t*>(memory) = rounded;
     return static_cast<char*>(memory) + kHeader;
   }

@@ -59,9 +59,9 @@ void check(const Tensor& query, const Tensor& gallery, int64_t k) {
     SIMPLEXFIX_CHECK(tensor->scalar_type() == ScalarType::Float, name, " must be float32, got ",
                      torch::headeronly::toString(tensor->scalar_type()));
   }
-  SIMPLEXFIX_CHECK(query.size(1) == gallery.size(1), "query has ", query.size(1), " columns, gallery ",
+  SIMPLEXFIX_CHECK(query.size(1) == gallery.size(1), "query has ", query.size(1), " columns, gallery has ",
                    gallery.size(1));
-  SIMPLEXFIX_CHECK(query.device() == gallery.device(), "query and gallery are on different devices");
+  SIMPLEXFIX_CHECK(query.device() == gallery.device(), "query and gallery must be on the same device");
   SIMPLEXFIX_CHECK(k >= 1 && k < (int64_t(1) << 31), "k must lie between 1 and 2^31 - 1, got ", k);
 }
 

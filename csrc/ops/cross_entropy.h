@@ -73,13 +73,15 @@ inline CrossEntropyCall check_cross_entropy(const CrossEntropyArguments& given, 
                    shape_of(target));
   SIMPLEXFIX_CHECK(target.scalar_type() == ScalarType::Long, "target must be int64, got ",
                    torch::headeronly::toString(target.scalar_type()));
-  SIMPLEXFIX_CHECK(target.device() == z.device(), "target and z are on different devices");
+  SIMPLEXFIX_CHECK(target.device() == z.device(), "target and z must be on the same device");
   SIMPLEXFIX_CHECK(scale > 0 && scale <= std::numeric_limits<double>::max(), "scale must be positive and finite, got ",
                    scale);
-  SIMPLEXFIX_CHECK(margin_kind >= 0 && margin_kind <= 2, "margin_kind must be 0, 1 or 2, got ", margin_kind);
+  SIMPLEXFIX_CHECK(margin_kind >= 0 && margin_kind <= 2,
+                   "margin_kind must be 0 (none), 1 (cosine) or 2 (angular), got ", margin_kind);
   SIMPLEXFIX_CHECK(margin_kind == 0 || normalize, "margin needs normalize=True: it is a margin on cosines");
   SIMPLEXFIX_CHECK(smoothing >= 0 && smoothing <= 1, "label_smoothing must lie in [0, 1], got ", smoothing);
-  SIMPLEXFIX_CHECK(reduction >= 0 && reduction <= 2, "reduction must be 0, 1 or 2, got ", reduction);
+  SIMPLEXFIX_CHECK(reduction >= 0 && reduction <= 2, "reduction must be 0 (none), 1 (mean) or 2 (sum), got ",
+                   reduction);
   SIMPLEXFIX_CHECK(loss_dtype == type || loss_dtype == accumulate, "loss_dtype must be ",
                    torch::headeronly::toString(type), " or ", torch::headeronly::toString(accumulate), ", got ",
                    torch::headeronly::toString(loss_dtype));
@@ -88,7 +90,7 @@ inline CrossEntropyCall check_cross_entropy(const CrossEntropyArguments& given, 
                      shape_of(*weight));
     SIMPLEXFIX_CHECK(weight->scalar_type() == accumulate, "weight must be ", torch::headeronly::toString(accumulate),
                      ", got ", torch::headeronly::toString(weight->scalar_type()));
-    SIMPLEXFIX_CHECK(weight->device() == z.device(), "weight and z are on different devices");
+    SIMPLEXFIX_CHECK(weight->device() == z.device(), "weight and z must be on the same device");
   }
   const bool divides_later =
       wants_gradient && type == ScalarType::Half && static_cast<Reduction>(reduction) == Reduction::kMean;

@@ -42,14 +42,14 @@ struct CubeLoss {
   int64_t number_of_slots(const Tensor& z) const {
     const int64_t d = z.size(1);
     if (!codes) {
-      SIMPLEXFIX_CHECK(d <= 62, "without codes z must have at most 62 columns, got ", d);
+      SIMPLEXFIX_CHECK(d <= 62, "z must have at most 62 columns without codes, got ", d, ": pass codes");
       return int64_t(1) << d;
     }
     SIMPLEXFIX_CHECK(codes->dim() == 2 && codes->size(1) == words, "codes must have shape [C, ", words, "] for d = ", d,
                      ", got ", shape_of(*codes));
     SIMPLEXFIX_CHECK(codes->scalar_type() == ScalarType::Long, "codes must be int64, got ",
                      torch::headeronly::toString(codes->scalar_type()));
-    SIMPLEXFIX_CHECK(codes->device() == z.device(), "codes and z are on different devices");
+    SIMPLEXFIX_CHECK(codes->device() == z.device(), "codes and z must be on the same device");
     return codes->size(0);
   }
 };

@@ -47,7 +47,7 @@ ContrastCall check_contrast(const Tensor& anchors, const Tensor& candidates, con
         "' classes must be int64 and have shape [", rows->size(0), "], got ",
         torch::headeronly::toString(classes->scalar_type()), " ", shape_of(*classes));
     SIMPLEXFIX_CHECK(rows->device() == anchors.device() && classes->device() == anchors.device(),
-                     "anchors, candidates and their classes are on different devices");
+                     "anchors, candidates and their classes must be on the same device");
   }
   const int64_t n = anchors.size(0), count = candidates.size(0);
   SIMPLEXFIX_CHECK(first_positive >= 0 && first_positive + n <= count,

@@ -26,13 +26,13 @@ ScaleCall check(const Tensor& gradient, const Tensor& upstream, const std::optio
   SIMPLEXFIX_CHECK(upstream.scalar_type() == accumulate_type(gradient.scalar_type()), "upstream must be ",
                    torch::headeronly::toString(accumulate_type(gradient.scalar_type())), ", got ",
                    torch::headeronly::toString(upstream.scalar_type()));
-  SIMPLEXFIX_CHECK(upstream.device() == gradient.device(), "upstream and gradient are on different devices");
+  SIMPLEXFIX_CHECK(upstream.device() == gradient.device(), "upstream and gradient must be on the same device");
   if (divisor) {
     SIMPLEXFIX_CHECK(one, "with a divisor upstream must be a scalar, got ", shape_of(upstream));
     SIMPLEXFIX_CHECK(divisor->dim() == 0 && divisor->scalar_type() == upstream.scalar_type(),
                      "divisor must be a scalar of ", torch::headeronly::toString(upstream.scalar_type()), ", got ",
                      shape_of(*divisor), " of ", torch::headeronly::toString(divisor->scalar_type()));
-    SIMPLEXFIX_CHECK(divisor->device() == gradient.device(), "divisor and gradient are on different devices");
+    SIMPLEXFIX_CHECK(divisor->device() == gradient.device(), "divisor and gradient must be on the same device");
   }
   return {.gradient = as_contiguous(gradient),
           .factor = as_contiguous(upstream),

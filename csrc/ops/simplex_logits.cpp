@@ -30,7 +30,7 @@ LogitsCall check(const Tensor& z, const Tensor* gradient, double scale) {
     SIMPLEXFIX_CHECK(gradient->scalar_type() == z.scalar_type(), "gradient must have the dtype of z, ",
                      torch::headeronly::toString(z.scalar_type()), ", got ",
                      torch::headeronly::toString(gradient->scalar_type()));
-    SIMPLEXFIX_CHECK(gradient->device() == z.device(), "gradient and z are on different devices");
+    SIMPLEXFIX_CHECK(gradient->device() == z.device(), "gradient and z must be on the same device");
     call.gradient = as_contiguous(*gradient);
   }
   call.out = torch::stable::new_empty(z, {rows, gradient ? d : d + 1});

@@ -33,12 +33,12 @@ _EXTRAS = {
     "yaml": "train",
 }  # package -> extra that installs it
 _AFTER_CTRL_C = {
-    "adapt": "no adapter was written; the same command starts again",
-    "demo": "nothing is kept; the same command starts again",
-    "embed": "no file was written; the same command starts again",
-    "evaluate": "no report was written; the same command starts again",
-    "gallery": "added and replaced rows stay; the same command continues",
-    "gate": "there is no verdict; the same command starts again",
+    "adapt": "no adapter was written; run the same command to start again",
+    "demo": "nothing is kept; run the same command to start again",
+    "embed": "no file was written; run the same command to start again",
+    "evaluate": "no report was written; run the same command to start again",
+    "gallery": "added and replaced rows stay; run the same command to continue",
+    "gate": "there is no verdict; run the same command to start again",
     "train": "the same command resumes from the last checkpoint",
 }
 
@@ -101,7 +101,7 @@ def _run(arguments: argparse.Namespace, interrupts: Interrupts) -> int:
 
 def _interrupted(arguments: argparse.Namespace) -> int:
     if os.environ.get("RANK", "0") == "0":
-        _complain(arguments, f"interrupted; {_AFTER_CTRL_C.get(arguments.verb, 'the same command starts again')}")
+        _complain(arguments, f"interrupted; {_AFTER_CTRL_C.get(arguments.verb, 'run the same command to start again')}")
     return INTERRUPTED
 
 

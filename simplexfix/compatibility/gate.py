@@ -150,9 +150,9 @@ class Outcome:
             return "passed"
         if self.margin == 0:
             what = "" if self.rule.confidence is None else "lower end "
-            return f"failed: {what}exactly the limit, and must be above"
+            return f"failed: {what}exactly at the limit, must exceed it"
         if self.margin > 0:
-            return f"failed: p = {self.p_value:.3g} with so few changed queries"
+            return f"failed: p = {self.p_value:.3g}: too few queries changed"
         end = "" if self.rule.confidence is None else "lower end " if KINDS[self.rule.kind][1] else "upper end "
         side = "below" if KINDS[self.rule.kind][1] else "above"
         compared = _compared(self.rule, self.value, self.low, self.high)
@@ -323,8 +323,8 @@ def upgrade_gate(
         elsewhere = next((rule for rule in rules if rule.gallery != "old"), None)
         if elsewhere is not None:
             raise ValueError(
-                f"{protocol} compares with the new gallery: a rule must ask of the old one, got kind "
-                f"{elsewhere.kind!r} of the {elsewhere.gallery} gallery"
+                f"{protocol} measures agreement with the new gallery, so rules apply to the old gallery only: remove "
+                f"the rule of kind {elsewhere.kind!r} for the {elsewhere.gallery} gallery"
             )
         protocol = agreement_protocol(versions["new"].pair(versions["new"], widths), k)
     assert isinstance(protocol, Protocol)

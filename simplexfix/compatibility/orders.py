@@ -96,8 +96,8 @@ def read_order(
         rows = read_ids("order", order, old.gallery.name, count, unique=True)
         bad = np.flatnonzero(~np.isin(rows, given))
         if len(bad):
-            ignored = ", but for ignored ones" if old.items.ignored_labels else ""
-            raise ValueError(f"order must hold the rows 0 to {given[-1]}{ignored}, each once, got {rows[bad[0]]}")
+            ignored = ", except ignored ones," if old.items.ignored_labels else ""
+            raise ValueError(f"order must hold each row from 0 to {given[-1]}{ignored} once, got {rows[bad[0]]}")
         return "given", np.searchsorted(given, rows)
     check_name("order", order, ORDERS)
     generator = check_generator(generator)

@@ -60,8 +60,8 @@ def image_reader(preprocessing: Preprocessing | None) -> Callable[[ImageSource],
         return partial(_read_ink, size=preprocessing.side)
     given = "none" if preprocessing is None else type(preprocessing).__name__
     raise ValueError(
-        f"image files need a model whose preprocessing is Photographs or Drawings, which state the size; this one's "
-        f"is {given}"
+        f"image files need a model whose preprocessing is Photographs or Drawings, which define the size; "
+        f"this one has {given}: save it with preprocessing="
     )
 
 

@@ -194,7 +194,7 @@ class CosineKNN:
     def save(self, filename: str | os.PathLike[str]) -> None:
         """Writes the stored rows, as `CosineIndex.save`."""
         if self.index is None:
-            raise ValueError("there are no rows to save; train or add stores some")
+            raise ValueError("there are no rows to save: call train or add first")
         self.index.save(filename)
 
     def load(self, filename: str | os.PathLike[str]) -> None:

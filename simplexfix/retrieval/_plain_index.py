@@ -134,30 +134,30 @@ class PlainIndex:
         if version != _VERSION:
             raise ValueError(f"it is of version {version}, expected 1")
         if struct.unpack_from("<I", data, 60)[0] != zlib.crc32(data[:60]):
-            raise ValueError("the header's checksum does not match")
+            raise ValueError("the header's checksum does not match: the file is damaged")
         if any(zero):
             raise ValueError("a reserved field of the header is not 0")
         if code >= len(_DTYPES):
-            raise ValueError("its row type is unknown")
+            raise ValueError("its row type must be 0 (float32) or 1 (bfloat16)")
         if not 1 <= dim <= 2**31 - 2:
-            raise ValueError("its dim is out of range")
+            raise ValueError("its dim must lie in [1, 2^31 - 2]")
         if not 0 <= count <= 2**40 or next_id < 0:
-            raise ValueError("a size in its header is out of range")
+            raise ValueError("its number of rows or its next id is out of range")
         if len(data) != 64 + count * (8 + dim * (2 if code else 4)):
-            raise ValueError(f"it has {len(data)} bytes, which is not what its header says")
+            raise ValueError(f"it has {len(data)} bytes, which its header contradicts: it is truncated or damaged")
         if checksum != zlib.crc32(data[64:]):
-            raise ValueError("the checksum of its content does not match")
+            raise ValueError("the checksum of its content does not match: the file is damaged")
         ids = np.frombuffer(data, "<i8", count, 64).astype(np.int64)
         _check_new(ids, ids[:0])
         if count and next_id <= ids.max():
-            raise ValueError("its next id is below an id that it holds")
+            raise ValueError("its next id must be above all of its ids")
         numbers = np.frombuffer(data, "<u2" if code else "<f4", count * dim, 64 + 8 * count)
         vectors = (numbers.astype(np.uint32) << 16).view(np.float32) if code else numbers.astype(np.float32)
         vectors = vectors.reshape(count, dim)
         square = np.square(vectors, dtype=np.float64).sum(1)
         wrong = ~((square == 0) | (np.abs(square - 1) <= (2.0**-7 if code else 2.0**-20)))
         if wrong.any():
-            raise ValueError(f"row {int(wrong.argmax())} is not of length 1 or 0")
+            raise ValueError(f"row {int(wrong.argmax())} must have length 1 or 0")
         index = cls(dim, _DTYPES[code], threads)
         index._rows = _Rows(vectors, ids, next_id)
         return index

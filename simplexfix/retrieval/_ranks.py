@@ -200,6 +200,6 @@ class Ranks:
             yield
         except RuntimeError as error:
             raise RankDiedError(
-                f"rank {self.rank} of {self.size} lost a peer, which died or did not answer in time; there is no "
-                f"result, and this rank ends too.  See the peer's output for the reason.  ({error})"
+                f"rank {self.rank} of {self.size} lost another process, which ended or timed out; there is no "
+                f"result, and this rank ends too.  See the other's output for the reason.  ({error})"
             ) from error

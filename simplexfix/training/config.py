@@ -87,7 +87,7 @@ def overridden(content: Mapping[str, Any], assignments: Sequence[str]) -> dict[s
             key = _as_written(name, level)
             below = level.get(key)
             if not isinstance(below, (Mapping, type(None))):
-                raise ConfigError(f"{assignment!r}: {key} holds {below!r}, which nothing is below")
+                raise ConfigError(f"{assignment!r}: {key} is the value {below!r}, not a section")
             level[key] = dict(below or {})
             level = level[key]
         level[_as_written(last, level)] = value

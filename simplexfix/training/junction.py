@@ -101,7 +101,7 @@ def aligned_with_older(
         )
     parts = tuple(part for part in parts if len(part.labels))
     if not parts:
-        raise ValueError("parts must hold items that all versions embed, got none")
+        raise ValueError("parts must hold at least one item, got none")
     plain = with_rotation(version, None)
     extract = partial(embeddings_of, preprocessing=preprocessing, workers=workers)
 

@@ -66,7 +66,7 @@ def _refusal(file: BinaryIO, folder: Path) -> str | None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return f"another process trains in {folder}; once it has ended, or was ended, the same call goes on from there"
+        return f"another process trains in {folder}: wait for it, or stop it; then the same call resumes"
     except OSError as error:
         says = f"{folder} cannot be locked, let no two processes train there: {error}"
         warnings.warn(says, CheckpointWarning, stacklevel=4)

@@ -157,7 +157,7 @@ class Rehearsal:
             ValueError: the memory is empty.
         """
         if self._items is None:
-            raise ValueError("nothing is remembered yet; add_class comes first")
+            raise ValueError("the memory is empty: call add_class first")
         return self._items
 
     def add_class(self, class_id: int, inputs: Tensor | DatasetRows, features: Rows | None = None) -> None:
@@ -179,7 +179,9 @@ class Rehearsal:
         """
         class_id = check_integer("class_id", class_id)
         if class_id in self.classes:
-            raise ValueError(f"class {class_id} is remembered already; pop_class({class_id}) gives its items back")
+            raise ValueError(
+                f"class {class_id} is remembered already: to replace its items, call pop_class({class_id}) first"
+            )
         if not len(inputs):
             raise ValueError(f"inputs of class {class_id} has no rows")
         if self._items is not None and (

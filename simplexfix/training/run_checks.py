@@ -95,7 +95,7 @@ def check_networks(config: RunConfig, inputs: int, prepared: Tensor) -> None:
                 ) from error
         if found != [len(prepared), widths[name]]:
             raise ValueError(
-                f"{name}.kind={model.kind} must make {[len(prepared), widths[name]]} of inputs "
+                f"{name}.kind={model.kind} must return shape {[len(prepared), widths[name]]} for inputs of shape "
                 f"{list(prepared.shape)}, got {found}"
             )
         for schedule in filter(None, schedules[name]):
@@ -143,8 +143,8 @@ def agree_on(folder: Path, record: dict[str, Any]) -> None:
             then["config"] = plain(read_config(RunConfig, then["config"]))
         if then.get("simplexfix") != __version__ and processes.rank() == 0:
             warnings.warn(
-                f"{file} was begun by simplexfix {then.get('simplexfix')}, this is {__version__}: it goes on, but what "
-                "comes out need not have the same bits",
+                f"{file} was begun by simplexfix {then.get('simplexfix')}, this is {__version__}: it resumes, but its "
+                "results may differ in the last bits",
                 stacklevel=3,
             )
         _set_free(then["config"], record["config"], _FREE)

@@ -112,8 +112,8 @@ def load_run_data(config: RunConfig) -> RunData:
         for items in (pair[i] for pair in searched.values()):
             if items.inputs.shape[1:] != train.inputs.shape[1:]:
                 raise ValueError(
-                    f"{name} has inputs of shape {list(items.inputs.shape[1:])}, what is trained on "
-                    f"{list(train.inputs.shape[1:])}"
+                    f"{name} has inputs of shape {list(items.inputs.shape[1:])}, training items have "
+                    f"{list(train.inputs.shape[1:])}: extract both with one encoder"
                 )
     held: Tensor | None = None
     if config.data.validation:

@@ -29,12 +29,12 @@ def batch_sizes(batch: int, remembers: bool, world_size: int, accumulate: int = 
     """
     sizes = (batch // 2, batch - batch // 2) if remembers else (batch, 0)
     if sizes[0] < 1:
-        raise ValueError(f"batch must hold a row, and two where some are remembered, got {batch}")
+        raise ValueError(f"batch must be at least 1, or at least 2 with remembered rows, got {batch}")
     if any(size % (world_size * accumulate) for size in sizes):
         parts = f" with {accumulate} parts each" if accumulate > 1 else ""
         raise ValueError(
-            f"{sizes[0]} new and {sizes[1]} remembered rows of a batch cannot be shared out evenly over {world_size} "
-            f"processes{parts}"
+            f"{sizes[0]} new and {sizes[1]} remembered rows of a batch are not divisible by {world_size} processes"
+            f"{parts}: change batch, accumulate or the number of processes"
         )
     return sizes
 

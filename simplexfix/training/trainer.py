@@ -363,8 +363,8 @@ class Trainer:
                 check_resumable(_on(self.device, newest["facts"]), started_with, str(checkpoints.folder))
                 if newest["facts"]["device"] != self.device.type:
                     warnings.warn(
-                        f"a training begun on {newest['facts']['device']} goes on on {self.device.type}: its last bits "
-                        "will differ",
+                        f"a training begun on {newest['facts']['device']} resumes on {self.device.type}: its results "
+                        "will differ in the last bits",
                         CheckpointWarning,
                         stacklevel=3,
                     )

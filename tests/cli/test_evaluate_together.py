@@ -87,7 +87,7 @@ def test_options_are_checked_before_the_search(models) -> None:
     assert [code for code, *_ in done] == [2, 2], done
     assert done[0][2].count("\n") == 1, done[0][2]
     assert "confidence must lie between 0 and 1" in done[0][2]
-    assert "lost a peer" not in done[0][2] + done[1][2]
+    assert "lost another process" not in done[0][2] + done[1][2]
 
 
 def test_an_error_of_the_writer_ends_all_ranks(models) -> None:

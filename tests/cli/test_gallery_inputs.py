@@ -170,7 +170,9 @@ def test_ctrl_c_keeps_finished_rows_and_the_command_continues(shop: Path, monkey
         capsys.readouterr()
         assert run(command + ("v1" if action == "backfill" else "v0")) == 130
     said = capsys.readouterr().err
-    assert said.endswith("simplexfix gallery: interrupted; added and replaced rows stay; the same command continues\n")
+    assert said.endswith(
+        "simplexfix gallery: interrupted; added and replaced rows stay; run the same command to continue\n"
+    )
     with Gallery.open("shop") as gallery:
         status = gallery.status()
         assert status["leased"] == 0
@@ -230,7 +232,7 @@ def test_features_are_embedded_by_models_and_adapters(tmp_path: Path, monkeypatc
     capsys.readouterr()
     np.savez("wide.npz", vectors=np.ones((2, 7), "f"), ids=[1, 2])
     for text, message in (
-        ("add other --inputs photos --model mlp", "Photographs or Drawings, which state the size; this one's is none"),
+        ("add other --inputs photos --model mlp", "Photographs or Drawings, which define the size; this one has none"),
         ("search shop --inputs photos/a.png --model adapter", "the adapter in adapter takes features, not images"),
         (
             "backfill shop --inputs new.npz --model old.json",
@@ -263,8 +265,8 @@ def test_embed_takes_images_as_the_gallery_does(shop: Path, monkeypatch, capsys:
     Procrustes().fit(*np.random.default_rng(0).standard_normal((2, 60, 6), np.float32)).save_pretrained("adapter")
     Path("empty").mkdir()
     for command, message in (
-        ("embed mlp photos no.npy", "Photographs or Drawings, which state the size; this one's is none"),
-        ("gallery search shop --inputs photos --model mlp", "Photographs or Drawings, which state the size; this"),
+        ("embed mlp photos no.npy", "Photographs or Drawings, which define the size; this one has none"),
+        ("gallery search shop --inputs photos --model mlp", "Photographs or Drawings, which define the size; this"),
         ("embed adapter photos no.npy", "the adapter in adapter takes features, not images"),
         ("embed v0 photos no.npy --gallery", "--old and --gallery are for adapters, v0 holds a model"),
         ("embed v0 photos no.txt", "OUT must be an .npy or .npz file, got no.txt"),

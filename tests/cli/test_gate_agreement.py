@@ -95,7 +95,7 @@ def test_bad_input(files, capsys) -> None:
         ([], {}, "old.npz: no query_labels, gallery_labels"),
         (["--agreement"], {"old": "old.npy", "new": "short.npy"}, "must be of the same items, got 300 and 7"),
         (["--agreement", "300"], {"old": "old.npy", "new": "new.npy"}, "more than k gallery items beside the query"),
-        (["--agreement", "--max-tax", "0.1", "--unconstrained", "new.npz"], {}, "must ask of the old one"),
+        (["--agreement", "--max-tax", "0.1", "--unconstrained", "new.npz"], {}, "rules apply to the old gallery only"),
         (["--agreement", "--adapter", "none"], {}, "none is no"),
         (["--agreement", "--adapter", "adapter", "--new-model", "old.json"], {}, "leave out --new-model"),
         (["--agreement", "--adapter", "adapter"], {"new": "old.npz"}, "must have 8 columns"),

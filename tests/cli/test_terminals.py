@@ -187,8 +187,8 @@ def test_any_width_prints_everything(folder, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("name", "step", "remedy"),
     [
-        ("evaluate", "_read", "no report was written; the same command starts again"),
-        ("gate", "_judge", "there is no verdict; the same command starts again"),
+        ("evaluate", "_read", "no report was written; run the same command to start again"),
+        ("gate", "_judge", "there is no verdict; run the same command to start again"),
     ],
 )
 def test_ctrl_c_while_features_are_judged(folder, tmp_path, monkeypatch, capsys, name: str, step: str, remedy: str):
@@ -224,14 +224,14 @@ def failing(*_: object) -> SimpleNamespace:
 def test_ctrl_c_that_an_import_swallows_still_exits_with_130(monkeypatch, capsys, imported) -> None:
     monkeypatch.setattr("simplexfix.cli.importlib.import_module", imported)
     assert main(["doctor"]) == 130
-    assert capsys.readouterr().err == "simplexfix doctor: interrupted; the same command starts again\n"
+    assert capsys.readouterr().err == "simplexfix doctor: interrupted; run the same command to start again\n"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize(
     ("name", "remedy"),
     [
-        ("demo", "nothing is kept; the same command starts again"),
+        ("demo", "nothing is kept; run the same command to start again"),
         ("train", "the same command resumes from the last checkpoint"),
     ],
 )

@@ -93,7 +93,7 @@ def test_each_rule_at_its_limit() -> None:
     assert result.outcomes[2].verdict == "failed: 70.00 %, 1.00 % below the limit"
     (tie,) = gate(Rule("ecc"), new=OLD).outcomes
     assert not tie.passed
-    assert tie.verdict == "failed: exactly the limit, and must be above"
+    assert tie.verdict == "failed: exactly at the limit, must exceed it"
 
 
 def test_confidence_applies_to_the_worse_end() -> None:
@@ -118,7 +118,7 @@ def test_few_queries_prove_nothing() -> None:
     (outcome,) = gate(Rule("ecc", confidence=0.95), **few).outcomes
     assert (outcome.value, outcome.low, outcome.high, outcome.p_value) == (1.0, 1.0, 1.0, pytest.approx(0.125))
     assert not outcome.passed
-    assert outcome.verdict == "failed: p = 0.125 with so few changed queries"
+    assert outcome.verdict == "failed: p = 0.125: too few queries changed"
     assert gate(Rule("ecc", confidence=0.8), **few).passed
     (outcome,) = gate(Rule("max_nfr", 0.01, confidence=0.95), old=hits("1111"), new=hits("1111")).outcomes
     assert outcome.value == 0
@@ -256,4 +256,4 @@ def test_an_outcome_does_not_depend_on_other_rules() -> None:
 def test_the_verdict_names_a_lower_end_on_the_limit() -> None:
     (outcome,) = gate(Rule("ecc", confidence=0.95)).outcomes
     (on_it,) = gate(Rule("ecc", limit=outcome.low, confidence=0.95)).outcomes
-    assert on_it.verdict == "failed: lower end exactly the limit, and must be above"
+    assert on_it.verdict == "failed: lower end exactly at the limit, must exceed it"

@@ -116,7 +116,7 @@ def test_few_changed_queries_do_not_pass_by_a_bootstrap_without_width() -> None:
     (outcome,) = upgrade_gate(old, new, protocol="mrr").outcomes
     assert (outcome.value, outcome.low, outcome.high, outcome.p_value) == (0.5, 0.5, 0.5, 0.125)
     assert not outcome.passed
-    assert outcome.verdict == "failed: p = 0.125 with so few changed queries"
+    assert outcome.verdict == "failed: p = 0.125: too few queries changed"
 
 
 def test_groups_need_query_groups() -> None:

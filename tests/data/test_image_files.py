@@ -76,5 +76,7 @@ def test_errors_name_the_unreadable_image_or_the_wrong_preprocessing(tmp_path) -
     with pytest.raises(ImageFileError, match="the image cannot be read"):
         read_images([io.BytesIO(b"GIF89a")], Drawings(4))
     for preprocessing, given in ((None, "none"), (HALF, "Normalize"), (Vectors(3), "Vectors")):
-        with pytest.raises(ValueError, match=f"Photographs or Drawings, which state the size; this one's is {given}$"):
+        with pytest.raises(
+            ValueError, match=f"Photographs or Drawings, which define the size; this one has {given}: save it"
+        ):
             read_images([tmp_path / "a.png"], preprocessing)

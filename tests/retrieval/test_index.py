@@ -295,7 +295,7 @@ def test_every_damage_is_detected(saved) -> None:
         with pytest.raises(ValueError, match="is not an index, or damaged: "):
             CosineIndex.load(path)
     path.write_bytes(whole + b"\0")
-    with pytest.raises(ValueError, match="bytes, which is not what its header says"):
+    with pytest.raises(ValueError, match="bytes, which its header contradicts"):
         CosineIndex.load(path)
 
 
@@ -316,25 +316,25 @@ def forge(whole: bytes, *changes: tuple[int, str, float]) -> bytes:
     ("change", "message"),
     [
         (("version", 2), "it is of version 2, expected 1"),
-        (("type", 2), "its row type is unknown"),
-        (("type", 1), "which is not what its header says"),
-        (("dim", 0), "its dim is out of range"),
-        (("dim", 2**40), "its dim is out of range"),
-        (("dim", 22), "which is not what its header says"),
-        (("rows", -1), "a size in its header is out of range"),
-        (("rows", 2**62), "a size in its header is out of range"),
-        (("rows", 2**40), "which is not what its header says"),
-        (("rows", 3), "which is not what its header says"),
-        (("next", -1), "a size in its header is out of range"),
-        (("next", 3), "its next id is below an id that it holds"),
+        (("type", 2), "its row type must be 0"),
+        (("type", 1), "which its header contradicts"),
+        (("dim", 0), "its dim must lie in"),
+        (("dim", 2**40), "its dim must lie in"),
+        (("dim", 22), "which its header contradicts"),
+        (("rows", -1), "its number of rows or its next id is out of range"),
+        (("rows", 2**62), "its number of rows or its next id is out of range"),
+        (("rows", 2**40), "which its header contradicts"),
+        (("rows", 3), "which its header contradicts"),
+        (("next", -1), "its number of rows or its next id is out of range"),
+        (("next", 3), "its next id must be above all of its ids"),
         ((44, "<I", 1), "a reserved field of the header is not 0"),
         ((64, "<q", -1), r"ids must lie between 0 and 2\^63 - 2, got -1"),
         ((64, "<q", 2**63 - 1), "ids must lie .* got 9223372036854775807"),
         ((64, "<q", 2), "id 2 is (given twice|in the index already)"),
-        ((64 + 5 * 8, "<f", 2.0), "row 0 is not of length 1 or 0"),
-        ((64 + 5 * 8, "<f", float("nan")), "row 0 is not of length 1 or 0"),
-        ((64 + 5 * 8 + 4 * 21 + 4, "<f", float("inf")), "row 1 is not of length 1 or 0"),
-        ((64 + 5 * 8 + 4 * 21, "<f", 3e38), "row 1 is not of length 1 or 0"),
+        ((64 + 5 * 8, "<f", 2.0), "row 0 must have length 1 or 0"),
+        ((64 + 5 * 8, "<f", float("nan")), "row 0 must have length 1 or 0"),
+        ((64 + 5 * 8 + 4 * 21 + 4, "<f", float("inf")), "row 1 must have length 1 or 0"),
+        ((64 + 5 * 8 + 4 * 21, "<f", 3e38), "row 1 must have length 1 or 0"),
     ],
     ids=str,
 )

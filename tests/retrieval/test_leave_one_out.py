@@ -339,7 +339,7 @@ def test_row_numbers_count_ignored_items() -> None:
         assert found.scores.tolist() == expected.scores.tolist()
         again = backfill_curve(old, new, order=found.order)
         assert (again.order_name, again.scores.tolist()) == ("given", expected.scores.tolist())
-    with pytest.raises(ValueError, match=r"order must hold the rows 0 to .*, but for ignored ones, each once, got"):
+    with pytest.raises(ValueError, match=r"order must hold each row from 0 to .*, except ignored ones, once, got"):
         backfill_curve(old, new, order=np.append(g[1:], np.flatnonzero(labels == -1)[0]))
     replaced = rng.random(80) < 0.5
     scores, ids = mixed_topk(old, new, replaced, 70)

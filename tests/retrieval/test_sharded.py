@@ -328,7 +328,7 @@ def test_a_rank_that_dies_ends_the_others_with_a_message(how: str, tmp_path: Pat
             dies.kill()
         done = survivor.wait(timeout=60)
         assert done.returncode == 1
-        assert b"RankDiedError: rank 0 of 2 lost a peer, which died or did not answer in time" in done.stderr
+        assert b"RankDiedError: rank 0 of 2 lost another process, which ended or timed out" in done.stderr
         if how == "raises":
             assert b"MemoryError: no room for the shard" in dies.wait(timeout=60).stderr
     finally:

@@ -83,7 +83,7 @@ GOOD = {"schedule": {"steps": 5, "learning_rate": 1.0}}
         (["name=true"], "name must be a string, got True"),
         (["name"], "'name' must be key=value"),
         (["=3"], "'=3' must be key=value"),
-        (["name=x", "name.sub=1"], r"'name\.sub=1': name holds 'x', which nothing is below"),
+        (["name=x", "name.sub=1"], r"'name\.sub=1': name is the value 'x', not a section"),
     ],
 )
 def test_bad_values_are_refused(change: list[str], message: str) -> None:

@@ -180,11 +180,15 @@ BAD = [
     (lambda: memory(selection="best"), ValueError, "selection must be one of 'random', 'herding', got 'best'"),
     (lambda: Rehearsal(3, generator=np.random.Generator(np.random.MT19937(0))), TypeError, "got .*MT19937"),
     (lambda: Rehearsal(3, generator=7), TypeError, "generator must be one of numpy.random.default_rng"),
-    (lambda: memory().items(), ValueError, "nothing is remembered yet; add_class comes first"),
-    (lambda: memory().sample(3), ValueError, "nothing is remembered yet"),
+    (lambda: memory().items(), ValueError, "the memory is empty: call add_class first"),
+    (lambda: memory().sample(3), ValueError, "the memory is empty"),
     (lambda: filled().sample(0), ValueError, "count must be at least 1, got 0"),
     (lambda: filled().pop_class(2), ValueError, "class 2 is not remembered"),
-    (lambda: fill(filled(), [4]), ValueError, r"class 4 is remembered already; pop_class\(4\) gives its items back"),
+    (
+        lambda: fill(filled(), [4]),
+        ValueError,
+        r"class 4 is remembered already: to replace its items, call pop_class\(4\) first",
+    ),
     (lambda: memory().add_class(1, torch.zeros(0, 2)), ValueError, "inputs of class 1 has no rows"),
     (
         lambda: filled().add_class(2, torch.zeros(3, 2, 1)),

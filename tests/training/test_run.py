@@ -62,7 +62,9 @@ def begun_on(device: str, *files: Path) -> None:
 def test_a_run_may_be_finished_on_another_device(data, tmp_path) -> None:
     stop_training(data, tmp_path, "task 1", 5)
     begun_on("cuda", tmp_path / "task-00" / "version.safetensors", *(tmp_path / "task-01").glob("step-*"))
-    with pytest.warns(CheckpointWarning, match="begun on cuda goes on on cpu: its last bits will differ"):
+    with pytest.warns(
+        CheckpointWarning, match="begun on cuda resumes on cpu: its results will differ in the last bits"
+    ):
         train_run(jobs.small_run(data), tmp_path)
 
 

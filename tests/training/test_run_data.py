@@ -356,7 +356,7 @@ def test_batches_of_a_single_task_have_no_remembered_half(two_sets) -> None:
 def test_searched_items_must_have_the_shape_of_training_items(two_sets) -> None:
     np.save(two_sets / "gallery.npy", np.ones((12, 9), np.float32))
     np.save(two_sets / "query.npy", np.ones((12, 9), np.float32))
-    with pytest.raises(ValueError, match=r"query has inputs of shape \[9\], what is trained on \[8\]"):
+    with pytest.raises(ValueError, match=r"query has inputs of shape \[9\], training items have \[8\]"):
         load_run_data(sequence(two_sets))
 
 

@@ -91,15 +91,21 @@ def test_the_order_depends_on_the_seed_alone() -> None:
     [
         (lambda: BalancedSampler(0, 4, 8, seed=0), "new must be at least 1 and remembered at least 0, got 0 and 4"),
         (lambda: BalancedSampler(5, -1, 8, seed=0), "new must be at least 1 and remembered at least 0, got 5 and -1"),
-        (lambda: BalancedSampler(5, 4, 1, seed=0), "batch must hold a row, and two where some are remembered, got 1"),
-        (lambda: BalancedSampler(5, 0, 0, seed=0), "batch must hold a row, and two where some are remembered, got 0"),
+        (
+            lambda: BalancedSampler(5, 4, 1, seed=0),
+            "batch must be at least 1, or at least 2 with remembered rows, got 1",
+        ),
+        (
+            lambda: BalancedSampler(5, 0, 0, seed=0),
+            "batch must be at least 1, or at least 2 with remembered rows, got 0",
+        ),
         (
             lambda: BalancedSampler(5, 4, 8, seed=0, rank=2, world_size=2),
             r"rank must lie in \[0, 2\), the processes, got 2",
         ),
         (
             lambda: BalancedSampler(5, 4, 8, seed=0, world_size=3),
-            "4 new and 4 remembered rows of a batch cannot be shared out evenly over 3 processes",
+            "4 new and 4 remembered rows of a batch are not divisible by 3 processes",
         ),
         (
             lambda: BalancedSampler(5, 4, 8, seed=0).load_state_dict(BalancedSampler(6, 4, 8, seed=0).state_dict()),

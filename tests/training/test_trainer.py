@@ -354,7 +354,7 @@ def test_parts_of_one_row_with_batch_norm_are_refused_before_the_folder_exists(t
 
 
 def test_an_uneven_split_of_the_batch_is_refused_before_the_folder_exists(tmp_path) -> None:
-    with pytest.raises(ValueError, match="cannot be shared out evenly"):
+    with pytest.raises(ValueError, match="are not divisible by"):
         jobs.trained(tmp_path / "run", schedule={"accumulate": 3})
     assert not (tmp_path / "run").exists()
 
@@ -434,7 +434,7 @@ def test_clip_and_compile() -> None:
         ({"trainer": {"precision": "half"}}, "precision must be one of 'float32', 'bfloat16', 'float16', got 'half'"),
         ({"trainer": {"ema": 1.0}}, r"ema must be None or lie in \(0, 1\), got 1\.0"),
         ({"trainer": {"save_every": 0}}, "save_every, keep and log_every must be at least 1, got 0, 3 and 4"),
-        ({"schedule": {"accumulate": 3}}, "8 new and 8 remembered rows of a batch cannot be shared out evenly over 1"),
+        ({"schedule": {"accumulate": 3}}, "8 new and 8 remembered rows of a batch are not divisible by 1"),
         ({"schedule": {"optimizer": "lion"}}, "optimizer must be one of 'adamw', 'sgd', got 'lion'"),
         ({"schedule": {"momentum": 1.0}}, r"momentum must lie in \[0, 1\), got 1\.0"),
         ({"schedule": {"final_learning_rate": 1.0}}, r"final_learning_rate must lie in \[0, 0\.01\]"),

@@ -68,7 +68,7 @@ inline uint64_t shared_address(SharedVariable* variables, size_t count, uint64_t
       const uint64_t bytes = dynamic ? uint64_t(1) << 20 : uint64_t(variables[i].size);
       if (pointer >= base && pointer < base + bytes) return (i << 20) + (pointer - base);
     }
-  emulator::die("a pointer that is none into shared memory", {"ptx", 0});
+  emulator::die("a pointer that does not point into shared memory", {"ptx", 0});
 }
 
 // If one argument is nan, returns the other. -0 is less than +0.
