@@ -144,7 +144,7 @@ def test_refused_commands_say_why_and_change_nothing(files: Path, capsys: pytest
         ("status none", "none holds no gallery: it has no gallery.db"),
         (
             "create shop --model old.json",
-            "shop/gallery.db holds a gallery, which Gallery.open opens, or som",
+            "shop/gallery.db holds tables already: open it with Gallery.open",
         ),
         ("create new --model old.npz", "old.npz is neither the folder of a model nor a JSON file of an identity"),
         ("add shop --vectors bare.npz --model old.json", "bare.npz has no ids"),

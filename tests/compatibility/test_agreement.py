@@ -136,7 +136,7 @@ def test_a_gallery_admits_by_agreement(tmp_path) -> None:
         ({"protocol": "agreement@60"}, ValueError, "more than k gallery items beside the query, got 60"),
         ({"protocol": "agreement"}, ValueError, "protocol must be one of"),
         ({"rules": [Rule("max_tax", 0.1)]}, ValueError, "only: remove the rule of kind 'max_tax'"),
-        ({"rules": [Rule("min_recall", 0.1, gallery="new")]}, ValueError, "'min_recall' of the new gallery"),
+        ({"rules": [Rule("min_recall", 0.1, gallery="new")]}, ValueError, "'min_recall' for the new gallery"),
         ({"rules": [Rule("ecc", group="*")]}, ValueError, "needs query_groups: items have no classes"),
         ({"protocol": "instance"}, ValueError, "have no labels: pass labels"),
         ({"new": LabelledItems.without_labels(1, 2).version(np.ones((1, 8)), np.ones((2, 8)))}, ValueError,

@@ -261,8 +261,8 @@ BAD_CURVE = [
     ({"order": "hardest"}, ValueError, "'random', 'farthest_from_class_mean', 'lowest_margin', got 'hardest'"),
     ({"order": [0, 1]}, ValueError, r"old.gallery has 3 rows, order has shape \[2\]"),
     ({"order": [0, 1, 1]}, ValueError, "order must hold each id once, got 1 in rows 1 and 2"),
-    ({"order": [1, 2, 3]}, ValueError, "order must hold the rows 0 to 2, each once, got 3"),
-    ({"order": [-1, 0, 1]}, ValueError, "order must hold the rows 0 to 2, each once, got -1"),
+    ({"order": [1, 2, 3]}, ValueError, "order must hold each row from 0 to 2 once, got 3"),
+    ({"order": [-1, 0, 1]}, ValueError, "order must hold each row from 0 to 2 once, got -1"),
     ({"order": [0.0, 1.0, 2.0]}, TypeError, "order must be integers, got float64"),
     ({"protocol": "nearest"}, ValueError, "protocol must be one of 'nearest_class_mean', 'instance', or a"),
     (

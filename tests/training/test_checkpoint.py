@@ -106,7 +106,7 @@ def test_bad_input(tmp_path: Path) -> None:
 
     with pytest.raises(TypeError, match=r"a state holds tensors, numbers, strings and None, got set at a\.1"):
         write_state(tmp_path / "x", {"a": [0, {1, 2}]})
-    with pytest.raises(TypeError, match=r"keys of a state must be strings or integers, got 1\.5 in a"):
+    with pytest.raises(TypeError, match=r"keys of a state must be strings or integers, got 1\.5 at a"):
         write_state(tmp_path / "x", {"a": {1.5: 0}})
     assert not list(tmp_path.iterdir())
     save_file({"a": torch.ones(1)}, tmp_path / "x")

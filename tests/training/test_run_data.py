@@ -339,7 +339,7 @@ def test_a_replacement_that_cannot_take_the_data_is_refused_at_once(two_sets, ki
 
 def test_a_network_whose_outputs_are_not_vectors_is_refused_at_once(tmp_path) -> None:
     config = RunConfig(tasks=TasksConfig(counts=(2,)), schedule=Schedule(1, 0.1), model=ModelConfig(kind="mlp"))
-    says = r"^model\.kind=mlp must make \[2, 28\] of inputs \[2, 1, 28, 28\], got \[2, 1, 28, 28\]"
+    says = r"^model\.kind=mlp must return shape \[2, 28\] for inputs of shape \[2, 1, 28, 28\], got \[2, 1, 28, 28\]"
     with pytest.raises(ValueError, match=says):
         train_run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
