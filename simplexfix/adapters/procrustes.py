@@ -16,7 +16,7 @@ __all__ = ["Procrustes", "procrustes_map"]
 class Procrustes(AdapterMethod):
     """Maps new queries into the old space by the orthogonal map with the smallest error; stored vectors stay.
 
-        X, Y = unit rows of new and old, less their means
+        X, Y = unit rows of new and old, minus their means
         Q = argmin |X Q - Y|^2 over maps with orthonormal columns, or rows if the old encoder is wider
           = U V^T of the SVD of X^T Y
         adapter(x) = n((n(x) - mean_new) Q + mean_old)      n(v) = v / |v|

@@ -176,7 +176,7 @@ class QueryDrift(nn.Module):
     def compensate(
         self, query: Tensor, *, from_version: int, to_version: int, normalize_result: bool = False
     ) -> Tensor:
-        """Returns queries for an index that an earlier version built, less the drifts between the two versions.
+        """Returns queries for an index that an earlier version built, minus the drifts between both versions.
 
             n(query) - sum_{s = to_version + 1 .. from_version} D_s
 

@@ -1,4 +1,4 @@
-"""Ridge regression from the new encoder's features to the old one's."""
+"""Ridge regression from the new encoder's features to those of the old encoder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["Ridge", "ridge_solution"]
 class Ridge(AdapterMethod):
     """Maps new queries into the old space by a linear map with a penalty; stored vectors stay.
 
-        X, Y = unit rows of new and old, less their means;  r = penalty * trace(X^T X) / f_new
+        X, Y = unit rows of new and old, minus their means;  r = penalty * trace(X^T X) / f_new
         W = argmin |X W - Y|^2 + r |W - A|^2 = (X^T X + r I)^{-1} (X^T Y + r A)
         A = 0 for anchor "zero", the map of `Procrustes` for anchor "procrustes"
         adapter(x) = n((n(x) - mean_new) W + mean_old)      n(v) = v / |v|

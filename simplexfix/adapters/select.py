@@ -1,4 +1,4 @@
-"""Selects an adapter: candidates are judged on classes, or items, that were held out of their fit."""
+"""Selects an adapter: candidates are scored on classes, or items, that were held out of their fit."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ BETAS = (0.25, 0.5)  # beta of LocalCorrection
 GALLERY_BETAS = (0.5, 0.75, 1.0)  # beta of GalleryCorrection
 ALPHAS = tuple(round(0.1 * step, 1) for step in range(1, 10))
 
-HELD_OUT, FITTED = 0, 1  # kinds of held-out queries: from held-out classes or items without labels; from fitted classes
+HELD_OUT, FITTED = 0, 1  # kinds of held-out queries: of held-out classes (or items without labels); of fitted classes
 WHITENED = (WhitenedProcrustes, SimplexJunction)
 
 Values = dict[tuple[int, int], NDArray[np.float64]]
@@ -140,7 +140,7 @@ def select_adapter(
     seed: int = 0,
     device: torch.device | str | None = None,
 ) -> Selection:
-    """Fits candidates, judges them on items held out of their fit, and fits the best one on all items.
+    """Fits candidates, scores them on items held out of their fit, and fits the best one on all items.
 
         with labels:    a third of the classes is held out; half of their items are queries, half the gallery;
                         if seen_fraction > 0, a quarter of the items of each other class is held out, too, as queries,
@@ -292,8 +292,8 @@ class _Split:
 
     Attributes:
         fitted: rows that the methods are fitted on.
-        kinds: one pair (rows of queries, rows of their gallery) for each kind of held-out queries: first of held-out
-            classes, or of held-out items without labels; then of fitted classes, with labels only.
+        kinds: one pair (rows of queries, rows of their gallery) for each kind of held-out queries.  The first kind is
+            of held-out classes, or without labels of held-out items.  The second, of fitted classes, needs labels.
     """
 
     fitted: NDArray[np.int64]

@@ -25,7 +25,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Regression:
-    """A query that was correct before an upgrade and is wrong after it, or whose score falls, in the same gallery.
+    """A query that an upgrade makes wrong in an unchanged gallery; with scores, a query that scores less after it.
 
     Attributes:
         query: row of the query.

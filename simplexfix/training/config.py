@@ -94,6 +94,7 @@ def overridden(content: Mapping[str, Any], assignments: Sequence[str]) -> dict[s
     return result
 
 
+# Numbers in assignments keep their text, for options that are strings.
 class _Integer(int):
     text: str
 

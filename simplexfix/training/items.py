@@ -46,7 +46,7 @@ class Items:
 
     @classmethod
     def from_dataset(cls, dataset: Dataset[Any], labels: Tensor | Sequence[int] | None = None) -> Items:
-        """Returns the items of a map-style dataset, whose inputs are read lazily.
+        """Returns the items of a map-style dataset; inputs are read lazily.
 
         Args:
             dataset: each item is a tensor, or a tuple that begins with one, all of one shape and dtype.  Class names

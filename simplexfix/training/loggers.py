@@ -81,7 +81,7 @@ class RunLog:
         self.folders = folders
         self.loggers = loggers
         self.stage = ""
-        self.bytes_read = 0  # of the stage's log
+        self.bytes_read = 0  # in the log of the current stage
         self.finished_stages: set[str] = set()
 
     def follow(self, stage: str, *, last: bool) -> Line | None:

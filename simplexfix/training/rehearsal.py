@@ -48,7 +48,7 @@ def random_rows(labels: Ids, per_class: int, generator: np.random.Generator) -> 
 
 
 def herding_rows(features: Rows, labels: Ids, per_class: int) -> Tensor:
-    """Returns rows of each class whose mean approximates the class mean, chosen greedily (herding).
+    """Selects rows of each class greedily, so that their mean approximates the class mean (herding).
 
         x_i = features_i / |features_i|,    m = mean of x over the class
         k-th choice = argmin_i | m - (x_i + sum of the k - 1 chosen) / k |     over rows not yet chosen

@@ -59,8 +59,8 @@ class _Loss(nn.Module):
 class _PartReader:
     """Reads the inputs and labels of one part of a batch, in this process or another one.
 
-    If the memory has references, it also returns the embeddings of the part's remembered items by one older version,
-    which is drawn for each step.
+    If the memory has references, it also returns old embeddings of the part's remembered items.  They are by one older
+    version, which is drawn at random for each step.
     """
 
     items: Items

@@ -159,7 +159,7 @@ class Trainer:
             classes: range of all class ids so far, from 0.
             seed: seed of batches, augmentation and new weights.
             memory: remembered items of earlier classes, half of every batch; None for no memory.
-            old: the deployed version, in evaluation mode, whose gallery must stay searchable; it is not trained.  Its
+            old: the deployed version, in evaluation mode; its gallery must stay searchable.  It is not trained.  Its
                 rotation is used; `train_versions` passes versions without one.
             junction: "kept" begins with the parent's junction.  "aligned" turns it towards `old` before the first step,
                 in closed form, from the embeddings of new and remembered items (`aligned_junction`).
