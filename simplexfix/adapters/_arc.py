@@ -8,7 +8,7 @@ from torch.nn.functional import normalize
 
 __all__ = ["slerp"]
 
-_SMALLEST_SINE = 1e-4  # below it rows are nearly parallel, and the straight line is the arc to float32's precision
+_SMALLEST_SINE = 1e-4  # below it the straight line equals the arc to float32 precision
 
 
 def slerp(old: Tensor, new: Tensor, alpha: float) -> Tensor:
@@ -22,7 +22,7 @@ def slerp(old: Tensor, new: Tensor, alpha: float) -> Tensor:
 
     Args:
         old, new: [B, d] unit rows.
-        alpha: in [0, 1].
+        alpha: position on the arc, in [0, 1].
 
     Reference:
         Shoemake, "Animating rotation with quaternion curves", 1985; for queries of two encoders arXiv 2609.39836.

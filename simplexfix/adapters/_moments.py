@@ -14,20 +14,22 @@ __all__ = ["Moments", "polar"]
 
 _T = TypeVar("_T")
 _LEAST_NORM = 1e-12
-_LEAST_VARIANCE = 1e-13  # of unit rows: what float64 sums of equal rows leave is below it
+_LEAST_VARIANCE = 1e-13  # of unit rows; rounding errors of equal rows in float64 are smaller
 
 
 class Moments:
-    """Sums over the rows of `PairedFeatures`, in float64; x is a unit row less the mean of all unit rows.
+    """Sums over the rows of `PairedFeatures`, items and sample, in float64.
 
-        mean(i)          = mean n(x_i)                         items and sample
+    For versions i and j, u_i is a unit row of version i, x_i = u_i - mean(i), and n(v) = v / |v|:
+
+        mean(i)          = mean of u_i
         gram(i)          = sum x_i^T x_i
         cross(i, j)      = sum x_i^T x_j
-        covariance(i)    = mean over labelled items of (x - mean of its class)^T (x - mean of its class)
+        covariance(i)    = mean over labelled items of (x_i - mean of its class)^T (x_i - mean of its class)
                            without labels: gram(i) / rows
-        whitening(i, g)  = S^{-1/2},  S = (1 - g) covariance(i) + g trace(covariance(i)) / f I
-        whitened(i, j, g) = sum a_i^T a_j,  a = n(x whitening)
-        whitened_classes(i, g) = sum of a_i over the labelled items of each class, and the mean of |x whitening|
+        whitening(i, g)  = S^{-1/2},  S = (1 - g) covariance(i) + g trace(covariance(i)) / f I,  f: width of version i
+        whitened(i, j, g) = sum a_i^T a_j,  a_i = n(x_i whitening(i, g))
+        whitened_classes(i, g) = sum of a_i over the labelled items of each class, and mean of |x_i whitening(i, g)|
 
     Memory: a few [f, f] and [C, f] matrices for each version and each pair that was requested, and values of `once`.
 
@@ -42,26 +44,26 @@ class Moments:
         self._made: dict[tuple[object, ...], object] = {}
 
     def mean(self, version: int) -> Tensor:
-        """[f]."""
+        """Returns mean(version), [f]."""
         if ("mean", version) not in self._made:
             for _ in self._blocks(version):
                 pass
         return self._made["mean", version]  # type: ignore[return-value]
 
     def gram(self, version: int) -> Tensor:
-        """[f, f]."""
+        """Returns gram(version), [f, f]."""
         return self._sums(version)[0]
 
     def cross(self, version: int, other: int) -> Tensor:
-        """[f_version, f_other]."""
+        """Returns cross(version, other), [f_version, f_other]."""
         return self._once(("cross", version, other), lambda: self._cross(version, other))
 
     def covariance(self, version: int) -> Tensor:
-        """[f, f]."""
+        """Returns covariance(version), [f, f]."""
         return self._sums(version)[1]
 
     def whitening(self, version: int, g: float) -> Tensor:
-        """[f, f], symmetric.
+        """Returns whitening(version, g), [f, f] and symmetric.
 
         Raises:
             ValueError: the shrunk covariance is singular, as for g = 0 with fewer items than dimensions.
@@ -70,23 +72,23 @@ class Moments:
         return vectors * scale @ vectors.T
 
     def whitened(self, version: int, other: int, g: float) -> Tensor:
-        """[f_version, f_other]."""
+        """Returns whitened(version, other, g), [f_version, f_other]."""
         if ("whitened", version, other, g) not in self._made:
             self._sum_whitened(version, other, g)
         return self._made["whitened", version, other, g]  # type: ignore[return-value]
 
     def whitened_classes(self, version: int, g: float) -> tuple[Tensor, float]:
-        """[C, f], and a norm."""
+        """Returns both values of whitened_classes(version, g): [C, f] and a mean norm."""
         if ("whitened classes", version, g) not in self._made:
-            self._sum_whitened(max(version, 1), 0, g)  # the pair that the junctions read next
+            self._sum_whitened(max(version, 1), 0, g)  # `junctions` reads this pair next
         return self._made["whitened classes", version, g]  # type: ignore[return-value]
 
     def once(self, key: tuple[object, ...], make: Callable[[], _T]) -> _T:
-        """The result of `make`, which is called once for each key; for values beyond those above."""
+        """Returns the result of `make()`, computed once per key, for values that this class does not define."""
         return self._once(("method", *key), make)
 
     def _axes(self, version: int, g: float) -> tuple[Tensor, Tensor]:
-        """[f] and [f, f]: whitening = vectors diag(scale) vectors^T."""
+        """Returns scale [f] and vectors [f, f]: whitening = vectors diag(scale) vectors^T."""
         values, vectors = self._once(("eigen", version), lambda: torch.linalg.eigh(self.covariance(version)))
         shrunk = (1 - g) * values.clamp(min=0) + g * values.mean()
         if not shrunk[0] > 1e-12 * shrunk[-1]:
@@ -146,9 +148,10 @@ class Moments:
         return out - len(self.features) * torch.outer(self.mean(version), self.mean(other))
 
     def _sum_whitened(self, version: int, other: int, g: float) -> None:
-        """Stores `whitened` of the pair and `whitened_classes` of both, for g and all shrinkages of the constructor.
+        """Stores `whitened` of the pair and `whitened_classes` of both, for all shrinkages if g is one, else for g.
 
-        Rows are multiplied by the eigenvectors once: in these axes whitening is a scale, and the sums are turned back.
+        Rows are multiplied by the eigenvectors once: in this basis whitening scales each axis.  The sums are rotated
+        back at the end.
         """
         features, which = self.features, (version, other)
         together = self._shrinkages if g in self._shrinkages else (g,)
@@ -185,6 +188,6 @@ class Moments:
 
 
 def polar(cross: Tensor) -> Tensor:
-    """U V^T of the SVD: the map Q of orthonormal columns, or rows, with the largest tr(Q^T cross)."""
+    """Returns U V^T of the SVD: the matrix Q with orthonormal columns (rows if wide) and the largest tr(Q^T cross)."""
     u, _, vt = torch.linalg.svd(cross, full_matrices=False)
     return u @ vt  # type: ignore[no-any-return]

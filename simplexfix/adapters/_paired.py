@@ -1,4 +1,4 @@
-"""Features of the same items by several encoders, read in blocks: they may be mapped files larger than memory."""
+"""Features of the same items by several encoders, read in blocks from memory-mapped files or from memory."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ BLOCK_BYTES = 2**25  # size of a block of one version's rows as float64
 
 @dataclass(frozen=True, eq=False)
 class PairedFeatures:
-    """Rows of all versions, oldest first: [N, f_i] of the items, which may have labels, and [M, f_i] of a sample.
+    """Rows of all versions i, oldest first: [N, f_i] of items, which may have labels, and [M, f_i] of a sample.
 
     Attributes:
         versions: one `FeatureRows` for each encoder, all of the same N items.
-        sample: rows of further items, without labels; None: there are none.
-        labels: [N] int64, the items' classes as numbers 0 to C - 1; None: they are unknown.
+        sample: rows of further items, without labels; None for no sample.
+        labels: [N] int64, the items' classes as numbers 0 to C - 1; None if they are unknown.
         num_classes: C, 0 without labels.
-        device: device that computes on blocks.
+        device: device of the blocks.
     """
 
     versions: tuple[FeatureRows, ...]
@@ -55,10 +55,10 @@ class PairedFeatures:
             labels: [N] integers or names.
             sample: [M, f_i] of further items by the same encoders.
             names: names of the versions, for messages.
-            device: None: that of the newest version's rows.
+            device: device of the blocks; None for that of the newest version's rows.
 
         Raises:
-            TypeError, ValueError: they do not belong together; by name.
+            TypeError, ValueError: rows, labels or sample do not fit together; the message names them.
         """
         rows = _same_items([_named(name, given) for name, given in zip(names, versions, strict=True)])
         if len(rows[0]) < 2:
@@ -90,7 +90,7 @@ class PairedFeatures:
         return cls(tuple(rows), None if further is None else tuple(further), numbers, classes, torch.device(device))
 
     def __len__(self) -> int:
-        """All rows: those of the items and those of the sample."""
+        """Returns the number of all rows: N of the items and M of the sample."""
         return self.num_items + (0 if self.sample is None else len(self.sample[0]))
 
     @property
@@ -101,7 +101,7 @@ class PairedFeatures:
         return self.versions[version].width
 
     def take(self, items: NDArray[np.int64], sample: NDArray[np.int64] | None = None) -> PairedFeatures:
-        """These items, and these of the sample (None: all), with classes numbered anew."""
+        """Returns these items and these rows of the sample (None for all); classes are renumbered."""
         more = self.sample
         if more is not None and sample is not None:
             more = tuple(rows.take(sample) for rows in more) if len(sample) else None
@@ -112,7 +112,7 @@ class PairedFeatures:
         return replace(taken, labels=places.astype(np.int64), num_classes=len(found))
 
     def blocks(self, *which: int) -> Iterator[tuple[tuple[Tensor, ...], Tensor | None]]:
-        """(unit rows in float64 of these versions, their classes or None) of one block of items after the other."""
+        """Yields blocks of (unit float64 rows of these versions, their classes or None), items before the sample."""
         sources = [(self.versions, self.labels)]
         if self.sample is not None:
             sources.append((self.sample, None))
@@ -121,12 +121,12 @@ class PairedFeatures:
             for begin in range(0, len(versions[0]), step):
                 end = min(len(versions[0]), begin + step)
                 rows = tuple(self._unit(versions[i].block_tensor(begin, end), torch.float64) for i in which)
-                for i in which:  # otherwise all read pages of a mapped file would stay in this process's memory
+                for i in which:  # otherwise all pages that were read would stay in this process's memory
                     versions[i].release()
                 yield rows, None if labels is None else torch.from_numpy(labels[begin:end]).to(self.device)
 
     def gather(self, version: int, at: Tensor) -> Tensor:
-        """[n, f] unit rows in float32 by their numbers; those past the items are of the sample."""
+        """Returns unit float32 rows [n, f] of a version; row numbers from N on are rows of the sample."""
         places = at.numpy()
         own = places < self.num_items
         out = np.empty((len(places), self.width(version)), dtype=np.float32)

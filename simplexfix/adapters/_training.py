@@ -12,7 +12,7 @@ from ._moments import Moments
 __all__ = ["descend", "draw", "row_reader"]
 
 _ROWS = 4096
-CACHE_BYTES = 2**27  # `row_reader` caches the rows of a version, and the mapped ones, up to this size
+CACHE_BYTES = 2**27  # `row_reader` caches rows, and mapped rows, up to this size each
 
 
 def descend(parameters: Sequence[Tensor], loss: Callable[[], Tensor], *, steps: int, learning_rate: float) -> None:

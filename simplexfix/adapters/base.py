@@ -29,19 +29,19 @@ __all__ = ["Adapter", "AdapterMethod", "QueryChange"]
 
 
 class Adapter(nn.Module):
-    """Lets queries of a new encoder search a gallery that an old encoder extracted: a few tensors, fitted once.
+    """Maps queries of a new encoder, so that they search a gallery that an old encoder extracted.
 
         score(query, item) = adapter(new(query)) . adapter.gallery(old(item))
 
-    A method either maps new queries into the old encoder's space, and stored vectors stay as they are, or it maps both
-    into a common space; then stored vectors must be mapped once (`maps_gallery` is True), which needs no re-extraction.
+    Some methods map new queries into the old encoder's space, and stored vectors stay as they are.  Others map both
+    into a common space (`maps_gallery` is True).  Then stored vectors must be mapped once; no item is extracted again.
 
     Args:
         query_map: [B, f_new] -> [B, d] unit rows.
-        gallery_map: [N, f_old] -> [N, d] unit rows; None where stored vectors stay as they are.
+        gallery_map: [N, f_old] -> [N, d] unit rows; None if stored vectors stay as they are.
         alpha: None, or in [0, 1]: the old encoder runs at query time as well, and a query is
             slerp(old query, adapted new query; alpha).
-        method: name and options of the method that fitted it: plain values, for its folder and its repr.
+        method: name and options of the method that fitted the adapter, as plain values.
 
     Attributes:
         maps_gallery: whether stored vectors must be mapped by `gallery`.
@@ -81,15 +81,14 @@ class Adapter(nn.Module):
         return int(self.query_map.out_features)  # type: ignore[arg-type]
 
     def forward(self, features: Tensor, old: Tensor | None = None) -> Tensor:
-        """[B, f_new] features of queries by the new encoder -> [B, d] unit float32 rows that search the gallery.
+        """Returns the queries, [B, d] unit float32 rows, that search the gallery.
 
         Args:
-            features: [B, f_new] floating; L2 norms do not matter.
-            old: [B, f_old] features of the same queries by the old encoder: needed where `alpha` is given, and only
-                there.
+            features: [B, f_new] floating, of the queries by the new encoder; L2 norms do not matter.
+            old: [B, f_old] features of the same queries by the old encoder; None if and only if `alpha` is None.
 
         Raises:
-            TypeError, ValueError: no floating rows, or of another width; `old` is missing, or not wanted.
+            TypeError, ValueError: rows are not floating or have another width; `old` is missing, or must be None.
         """
         _check_width("features", features, self.in_features)
         if self.alpha is None:
@@ -104,17 +103,17 @@ class Adapter(nn.Module):
         return self._query(features, unit(self.gallery(old), torch.float32))
 
     def _query(self, features: Tensor, before: Tensor) -> Tensor:
-        """`forward`, where `before` has the old encoder's [B, d] unit rows of the queries, in the gallery's space."""
+        """Returns the queries; `before` are the old encoder's [B, d] unit rows of them, in the gallery's space."""
         query: Tensor = self.query_map(features)
         return query if self.alpha is None else slerp(before, query, self.alpha)
 
     def gallery(self, stored: Tensor) -> Tensor:
-        """[N, f_old] vectors that the old encoder extracted -> [N, d] of the space that `adapter(features)` searches.
+        """Maps vectors [N, f_old] of the old encoder to the vectors [N, d] that `adapter(features)` searches.
 
-        The vectors themselves where `maps_gallery` is False.
+        If `maps_gallery` is False it returns the vectors unchanged.
 
         Raises:
-            TypeError, ValueError: no floating rows, or of another width.
+            TypeError, ValueError: rows are not floating, or have another width.
         """
         _check_width("stored", stored, self.old_features)
         return stored if self.gallery_map is None else self.gallery_map(stored)
@@ -128,31 +127,32 @@ class Adapter(nn.Module):
         old: str | None = None,
         new: str | None = None,
     ) -> ModelIdentity:
-        """Writes tensors, method and version into a folder, as docs/reference/formats.md says.
+        """Writes tensors, method and version to a folder (docs/reference/formats.md).
 
-        An adapter that was there is replaced; other files stay.  After an error or a crash the folder holds the adapter
-        that was there, whole, or the new one.
+        The adapter replaces an earlier one in the folder; other files stay.  After an error or a crash the folder holds
+        either the earlier adapter or the new one.
 
         Args:
-            folder: folder of the adapter, created if it does not exist.
-            version, name: version and name of the new encoder with this adapter, for searches of the vectors it wrote.
-            old, new: fingerprints of both encoders, as of `ModelIdentity`, or any names of encoders without one; part
-                of the adapter's own fingerprint.
+            folder: folder to write to; it is created if missing.
+            version, name: number (at least 0) and name of the version, recorded in its identity.
+            old, new: fingerprints of both encoders (`ModelIdentity.fingerprint`), or any names for encoders without
+                one.  The adapter's own fingerprint depends on them.
 
         Returns:
-            The identity of the encoder behind this adapter, which a gallery stores.
+            The identity of the new encoder with this adapter, which a gallery stores.
 
         Raises:
-            TypeError, ValueError: a version or name that is none; the folder holds the `config.json` of something else.
-            OSError: it cannot be written.
+            TypeError: `version` is not an integer, or a name not a string.
+            ValueError: `version` is negative, or the folder holds a `config.json` of something else.
+            OSError: the folder cannot be written.
         """
         return save_adapter(self, folder, version=version, name=name, old=old, new=new)
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str], *, revision: str | None = None) -> Adapter:
-        """The adapter that `save_pretrained` or `push_to_hub` wrote: on the CPU, in evaluation mode.
+        """Returns the adapter that `save_pretrained` or `push_to_hub` wrote, on the CPU and in evaluation mode.
 
-        Its embeddings are the same to the bit.  Nothing is unpickled, and no code is downloaded.
+        Its results are bitwise equal to those of the saved adapter.  Nothing is unpickled, and no code is downloaded.
 
         Args:
             source, revision: a local folder, or a repository of the Hugging Face hub, as in
@@ -161,7 +161,7 @@ class Adapter(nn.Module):
         Raises:
             FileNotFoundError: there is neither such a folder nor such a repository or revision.
             ConnectionError: the hub cannot be reached or a download broke off, and the cache does not have the files.
-            ModelFolderError: it holds no adapter; it is damaged, was changed by hand, or is of another format.
+            ModelFolderError: the folder holds no adapter, is damaged, was changed by hand, or has another format.
             ValueError: `revision` is given for a local folder.
         """
         return cls(**load_adapter(folder_of(source, revision, ADAPTER))).eval()
@@ -221,16 +221,16 @@ class Adapter(nn.Module):
 
 
 class AdapterMethod(ABC):
-    """A method that fits adapters: a frozen dataclass whose fields are its options.
+    """A method that fits adapters: a frozen dataclass with the options as fields.
 
         adapter = Procrustes().fit(old, new)
 
     Attributes:
-        name: for tables and files.
-        needs_labels: whether it cannot do without classes.
+        name: name of the method in tables and files.
+        needs_labels: whether the method needs the classes of the items.
         maps_gallery: whether its adapters also map stored vectors.
         common_space: whether each version has one map, which embeds its queries for the galleries of all versions.
-        kept: whether a selection keeps its adapters; those of a grid of corrections would fill the memory.
+        kept: whether `Moments` caches its adapters.  False for corrections: those of a grid would fill the memory.
     """
 
     name: ClassVar[str]
@@ -248,23 +248,22 @@ class AdapterMethod(ABC):
         sample: tuple[Features, Features] | None = None,
         device: torch.device | str | None = None,
     ) -> Adapter:
-        """The adapter of two encoders' features of the same items.
+        """Fits an adapter to two encoders' features of the same items.
 
-        Rows are read in blocks, a few times one after the other: they may be memory-mapped files.  Sums are in float64.
+        Rows are read in blocks, in several passes, so they may be memory-mapped files.  Sums are in float64.
 
         Args:
             old: [N, f_old] floating, by the encoder that extracted the gallery: tensor, array or mapped file.
             new: [N, f_new], by the new encoder, of the same items in the same order.
-            labels: [N] integers or names, the items' classes; None: they are unknown.
-            sample: ([M, f_old], [M, f_new]) of further items without labels, as a part of the gallery is.
-            device: device of the computation; None: that of the rows of `new`.
+            labels: [N] integers or names, the items' classes; None if they are unknown.
+            sample: ([M, f_old], [M, f_new]) of further items without labels, such as a part of the gallery.
+            device: device of the computation; None for that of the rows of `new`.
 
         Returns:
-            On `device`, in evaluation mode.
+            The adapter, on `device` and in evaluation mode.
 
         Raises:
-            TypeError, ValueError: rows, labels or sample that do not belong together; no labels where the method needs
-                them.
+            TypeError, ValueError: rows, labels or sample do not fit together, or the method needs labels and gets none.
         """
         versions = (old, new)
         features = PairedFeatures.read(versions, labels, sample, names=("old", "new"), device=device)
@@ -272,7 +271,7 @@ class AdapterMethod(ABC):
         return self.adapter(Moments(features), 0, 1)
 
     def adapter(self, moments: Moments, old: int, new: int) -> Adapter:
-        """The adapter of two versions of these features; if it is `kept`, fitted once for equal moments and options."""
+        """Returns the adapter of two versions; if the method is `kept`, `moments` caches it."""
 
         def make() -> Adapter:
             return self._adapter(moments, old, new).eval()
@@ -284,16 +283,16 @@ class AdapterMethod(ABC):
         """Fits the adapter of one pair of versions."""
 
     def own_maps(self, moments: Moments) -> Sequence[nn.Module | None]:
-        """Returns each version's map from its features to the vectors that its gallery stores; None: the identity."""
+        """Returns each version's map from its features to the vectors that its gallery stores; None for identity."""
         return [None] * len(moments.features.versions)
 
     def check(self, features: PairedFeatures) -> None:
-        """Raises ValueError where these features are not enough for the method."""
+        """Raises a ValueError if these features are not enough for the method."""
         if self.needs_labels and features.labels is None:
             raise ValueError(f"{self.name} needs labels, the classes of the items; whitened_procrustes does without")
 
     def described(self) -> dict[str, Any]:
-        """Name and options, in plain values."""
+        """Returns the name and the options as plain values."""
         options = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
         return {
             "name": self.name,

@@ -29,7 +29,7 @@ class Chain:
 
     Attributes:
         method: method that fitted the chain.
-        own: for each version the map from its features to the vectors that its gallery stores; None: the identity.
+        own: for each version the map from its features to the vectors that its gallery stores; None for the identity.
         adapters: (new, old) -> adapter of that pair.
     """
 
@@ -38,12 +38,12 @@ class Chain:
     adapters: dict[tuple[int, int], Adapter]
 
     def query(self, new: int, old: int, features: Sequence[Tensor]) -> Tensor:
-        """[B, d] unit rows that search the gallery of version `old`.
+        """Returns the queries, [B, d] unit rows, that search the gallery of version `old`.
 
         Args:
             new, old: numbers of versions, new >= old.
-            features: for each version its [B, f] features of the same queries; only those of `new` are read, and those
-                of `old` where the method is `Slerp`.
+            features: for each version its [B, f] features of the same queries.  Only those of `new` are read, and with
+                `Slerp` those of `old`.
         """
         if new == old:
             return self.gallery(old, features[old])
@@ -51,7 +51,7 @@ class Chain:
         return adapter(features[new], None if adapter.alpha is None else features[old])  # type: ignore[no-any-return]
 
     def gallery(self, version: int, stored: Tensor) -> Tensor:
-        """[N, d] unit rows of what this version has extracted."""
+        """Maps vectors [N, f] that a version extracted to unit rows [N, d] of its gallery."""
         own = self.own[version]
         return unit(stored, torch.float32) if own is None else own(stored)
 
@@ -64,15 +64,15 @@ def fit_chain(
     sample: Sequence[Features] | None = None,
     device: torch.device | str | None = None,
 ) -> Chain:
-    """The adapters of several encoders' features of the same items.
+    """Fits adapters between all pairs of several encoders, to features of the same items.
 
     Args:
-        method: such as `SimplexJunction()`.
-        versions: [N, f_i] floating, oldest first, at least two.
-        labels, sample, device: as of `AdapterMethod.fit`; the sample has rows by each encoder.
+        method: method that fits the adapters, such as `SimplexJunction()`.
+        versions: features [N, f_i] of each encoder i, floating, oldest first; at least two.
+        labels, sample, device: as in `AdapterMethod.fit`; the sample has rows by each encoder.
 
     Raises:
-        TypeError, ValueError: as `AdapterMethod.fit`.
+        TypeError, ValueError: as in `AdapterMethod.fit`.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""An adapter in a folder: `config.json` says what it is, a safetensors file holds its tensors."""
+"""Saves and loads adapters: `config.json` describes the adapter, a safetensors file holds its tensors."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ _ROLES = ("query_map", "gallery_map")
 def save_adapter(
     adapter: Adapter, folder: str | os.PathLike[str], *, version: int, name: str, old: str | None, new: str | None
 ) -> ModelIdentity:
-    """`Adapter.save_pretrained`."""
-    identity = identity_of(adapter, version=version, name=name, old=old, new=new)  # its errors first
+    """Implements `Adapter.save_pretrained`."""
+    identity = identity_of(adapter, version=version, name=name, old=old, new=new)  # raises before anything is written
     write_model_folder(Path(folder), _config(adapter, version, name, old, new), adapter.state_dict(), ADAPTER)
     return identity
 
@@ -52,13 +52,13 @@ def check_adapter_folder(folder: str | os.PathLike[str]) -> None:
 
 
 def identity_of(adapter: Adapter, *, version: int, name: str, old: str | None, new: str | None) -> ModelIdentity:
-    """`Adapter.identity`."""
+    """Implements `Adapter.identity`."""
     config = _config(adapter, version, name, old, new)
     return adapter_identity(add_checksums(config, fingerprint(adapter.state_dict()), ADAPTER))
 
 
 def load_adapter(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The arguments of `Adapter`."""
+    """Returns the constructor arguments of the `Adapter` that a folder holds."""
     folder = Path(folder)
     config = read_config(folder, ADAPTER)
     state = read_weights(folder, config)

@@ -1,4 +1,4 @@
-"""Stored vectors, moved to where the newest encoder puts similar items."""
+"""Moves stored vectors towards the vectors that the newest encoder gives similar items."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ __all__ = ["GalleryCorrection"]
 
 @dataclass(frozen=True)
 class GalleryCorrection(AdapterMethod):
-    """Another method's adapter, whose stored vectors are moved by the mean move of fitted items that are similar.
+    """Moves the stored vectors of another method's adapter, using similar items of the fit.
 
         A = adapter that `of` fits,  s(y) = n(A.gallery(y)),  e_i = A(new_i) - s(old_i)
         w = softmax_i(scale s(y) . s(old_i))                  i: drawn items of the fit, at most `rows`
         adapter.gallery(y) = n(s(y) + beta sum_i w_i e_i),  adapter(x) = A(x)
 
-    The sum is a kernel regression of the move from the old encoder's vector to the new one's.  It gives stored vectors
-    a part of the new encoder's knowledge about similar items, as a new extraction would.  In a chain e_i leads to the
-    newest version, so that each gallery is mapped in one way.
+    n(v) = v / |v|.  The sum is a kernel regression of the difference e between the vectors of the new and the old
+    encoder.  It moves stored vectors part of the way to those of a new extraction.  In a chain, e_i is the difference
+    to the newest version, so that each gallery has one map.
 
     Queries cost nothing more.  Each stored vector costs 2 * rows * d multiply-adds once, and the adapter stores
     2 * rows * d further numbers.
 
     Args:
         of: the method that fits the adapter; its query map must be affine, as for `LocalCorrection`.
-        scale: scale of the cosines, positive: larger values weigh fewer, more similar items.
-        beta: in [0, 1], fraction of the move; with 0 stored vectors are those of A.
-        rows: fitted items that the adapter stores, at least 1; all of them if the fit has fewer.
+        scale: scale of the cosines, positive; larger values concentrate the weights on fewer, more similar items.
+        beta: factor of the regressed difference, in [0, 1]; with 0 stored vectors are those of A.
+        rows: maximum number of fitted items that the adapter stores, at least 1.
         seed: seed of the draw.
 
     Reference:

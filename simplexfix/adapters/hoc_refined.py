@@ -1,4 +1,4 @@
-"""Gradient steps of the higher-order compatibility loss from the simplex junction."""
+"""Trains the simplex junction further, with the higher-order compatibility (HOC) loss."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ __all__ = ["HOCRefined"]
 
 @dataclass(frozen=True)
 class HOCRefined(AdapterMethod):
-    """The simplex junction, trained for some steps; one map for each version; stored vectors are mapped.
+    """Trains each version's map of `SimplexJunction` for some steps; stored vectors are mapped.
 
-        z = J n(x) + b                                       J, b start at the map of `SimplexJunction`
-        loss = lambda simplex_cross_entropy(z, y) + (1 - lambda) old_new_contrast(z, older embedding)
-        by Adam, version after version; the first by its cross-entropy alone
+        z = n(x) J + b                                       J, b start at the map of `SimplexJunction`; n(v) = v / |v|
+        loss = lambda simplex_cross_entropy(z, y) + (1 - lambda) old_new_contrast(z, embedding by the version before)
+        trained by Adam, oldest version first; the first version by cross-entropy alone
         embedding(x) = n(z)
 
-    The contrast takes items of the sample, too: an item without label is like itself alone.  Choose the number of
-    steps on held-out classes: large classes gain by them, small ones lose.
+    The contrast uses items of the sample, too; each of them is a class of its own.  Choose the number of steps on
+    held-out classes: more steps help classes with many items, and hurt classes with few.
 
     Args:
-        start: the junction.
-        steps: steps of Adam for each version; 0 is the junction itself.
+        start: method that fits the first values of J and b.
+        steps: steps of Adam for each version; 0 gives the maps of `start`.
         learning_rate, batch: learning rate and batch size of Adam; the rate falls to 0 as a cosine.
         scale: scale of the cosines in the cross-entropy.
         lambda_: weight of the cross-entropy, in [0, 1].
-        mu: factor mu of the contrast.
+        mu: factor mu of `old_new_contrast`.
         seed: seed of the batches.
 
     Reference:

@@ -1,4 +1,4 @@
-"""A trained affine map that stays within a distance of the orthogonal ones."""
+"""A trained affine map with a penalty on its distance from the orthogonal maps."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ __all__ = ["LambdaOrthogonal"]
 class LambdaOrthogonal(AdapterMethod):
     """Maps new queries into the old space, with a penalty on maps far from orthogonal; stored vectors stay.
 
-        D = |W^T W - I|_F      of W [f_new, f_old]; |W W^T - I|_F where the old encoder is wider
+        D = |W^T W - I|_F      of W [f_new, f_old]; |W W^T - I|_F if the old encoder is wider
         loss = mean(1 - n(n(x) W + b) . n(y)) + sigmoid(alpha (D - lambda)) D
         trained by Adam from the map of `Procrustes`
-        adapter(x) = n(n(x) W + b)
+        adapter(x) = n(n(x) W + b)                         n(v) = v / |v|
 
     Args:
-        lambda_: distance up to which the map is free.
-        alpha: steepness of the sigmoid with which the penalty begins there.
+        lambda_: distance D at which the penalty sets in.
+        alpha: steepness of the sigmoid at that distance.
         steps, learning_rate, batch: steps, learning rate and batch size of Adam; the rate falls to 0 as a cosine.
         seed: seed of the batches.
 
@@ -70,11 +70,11 @@ class LambdaOrthogonal(AdapterMethod):
         return Adapter(AffineMap(w.detach(), b.detach()), method=self.described())
 
     def penalty(self, w: Tensor) -> Tensor:
-        """The second term of the loss."""
+        """Returns the second term of the loss."""
         fixed = w.detach()
         square = fixed.T @ w if w.shape[0] >= w.shape[1] else w @ fixed.T
-        # the distance is symmetric in both factors: twice the gradient of one is that of both, with one product less
+        # the distance is symmetric in both factors of the product: differentiate one and double it, one product less
         square = 2 * square - square.detach()
-        # squared, and a root of what is never 0: the norm has no gradient at an orthogonal map
+        # 1e-12 under the root, since the norm has no gradient at an orthogonal map
         distance = ((square - torch.eye(len(square), dtype=w.dtype, device=w.device)).square().sum() + 1e-12).sqrt()
         return torch.sigmoid(self.alpha * (distance - self.lambda_)) * distance

@@ -1,4 +1,4 @@
-"""Another method's map, corrected by the errors that it makes at similar items of the fit."""
+"""Corrects the queries of another method by its errors at similar items of the fit."""
 
 from __future__ import annotations
 
@@ -27,22 +27,23 @@ _ROWS = 1024
 
 @dataclass(frozen=True)
 class LocalCorrection(QueryChange):
-    """Another method's adapter, whose queries are moved by the mean error at fitted items that are similar to them.
+    """Moves the queries of another method's adapter by its weighted mean error at similar items of the fit.
 
         A = adapter that `of` fits,  e_i = n(A.gallery(old_i)) - A(new_i)      i: drawn items of the fit, at most `rows`
         w = softmax_i(scale A(x) . A(new_i))
         adapter(x) = n(A(x) + beta sum_i w_i e_i),  adapter.gallery = A.gallery
 
-    The sum is a kernel regression of the error.  Queries in a gallery of the new encoder's own are not corrected.
+    n(v) = v / |v|.  The sum is a kernel regression of the error.  Queries that search a gallery by the new encoder are
+    not corrected.
 
     Each query costs 2 * rows * d multiply-adds more, and the adapter stores 2 * rows * d further numbers.
 
     Args:
         of: the method that fits the adapter; its query map must be affine: `Procrustes`, `Ridge`, `LambdaOrthogonal`,
             `WhitenedProcrustes`, `SimplexJunction` or `HOCRefined`.
-        scale: scale of the cosines, positive: larger values weigh fewer, more similar items.
-        beta: in [0, 1], fraction of the error that is corrected; with 0 the queries are those of A.
-        rows: fitted items that the adapter stores, at least 1; all of them if the fit has fewer.
+        scale: scale of the cosines, positive; larger values concentrate the weights on fewer, more similar items.
+        beta: fraction of the error that is corrected, in [0, 1]; with 0 queries are those of A.
+        rows: maximum number of fitted items that the adapter stores, at least 1.
         seed: seed of the draw.
 
     Reference:
@@ -81,7 +82,7 @@ def check_correction(of: AdapterMethod, scale: float, beta: float, rows: int) ->
 def fitted_pairs(
     moments: Moments, of: AdapterMethod, old: int, new: int, *, rows: int, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """[M, d] adapted new rows and [M, d] stored vectors of the same drawn items of the fit, unit rows in float32."""
+    """Returns [M, d] adapted new rows and [M, d] stored vectors of the same random items: unit float32 rows."""
     features, adapter = moments.features, of.adapter(moments, old, new)
 
     def make() -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""A map of low rank: small to keep and to apply."""
+"""An affine map of low rank, which needs little memory and few multiply-adds."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ __all__ = ["LowRank"]
 
 @dataclass(frozen=True)
 class LowRank(AdapterMethod):
-    """New queries into the old space by an affine map of rank r, in closed form; stored vectors stay.
+    """Maps new queries into the old space by an affine map of rank r, in closed form; stored vectors stay.
 
-        W = the map of `Ridge`,  V = the r leading eigenvectors of W^T (X^T X + r' I) W
-        adapter(x) = n((n(x) - mean_new) W V V^T + mean_old)
+        W, X = as in `Ridge`,  V = the r leading eigenvectors of W^T (X^T X + r' I) W,  r' = r of `Ridge`
+        adapter(x) = n((n(x) - mean_new) W V V^T + mean_old)                    n(v) = v / |v|
 
     W V V^T is the best map of that rank for the objective of `Ridge`.
 
     Args:
-        rank: at least 1; at most the smaller width counts.
-        penalty: as of `Ridge`.
+        rank: r, at least 1; it is limited to the smaller of both widths.
+        penalty: as in `Ridge`, with anchor "zero".
 
     Reference:
         Reinsel and Velu, "Multivariate reduced-rank regression", 1998; as an adapter: Drift-Adapter, arXiv 2509.23471,

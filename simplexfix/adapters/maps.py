@@ -1,4 +1,4 @@
-"""The maps that adapters are made of: features of any norm in, unit rows out.  n(x) = x / |x|."""
+"""The maps in adapters, from features of any norm to unit rows.  n(x) = x / |x|."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .._reference import unit_rows
 
 __all__ = ["AffineMap", "LocalMap", "LowRankMap", "ResidualMap", "unit"]
 
-_ROWS = 1024  # queries whose weights are in memory at a time
+_ROWS = 1024  # queries per chunk, to bound the memory of their [rows, M] weights
 
 
 def unit(rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -23,7 +23,7 @@ class AffineMap(nn.Module):
 
     Args:
         weight: [f, d].
-        bias: [d]; None: zero.
+        bias: [d]; None for zero.
     """
 
     weight: Tensor
@@ -98,7 +98,7 @@ class ResidualMap(nn.Module):
         return self.corrected(unit(features, self.weight.dtype) @ self.weight + self.bias)
 
     def corrected(self, p: Tensor) -> Tensor:
-        """[B, d] p of the equation -> [B, d] unit rows."""
+        """Maps p of the equation, [B, d], to unit rows [B, d]."""
         return normalize(p + nn.functional.gelu(p @ self.hidden + self.hidden_bias) @ self.up, dim=-1)
 
     def extra_repr(self) -> str:

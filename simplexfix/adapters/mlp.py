@@ -1,4 +1,4 @@
-"""A small network behind the orthogonal map."""
+"""The orthogonal map, followed by a small residual network."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ __all__ = ["MLP"]
 
 @dataclass(frozen=True)
 class MLP(AdapterMethod):
-    """New queries into the old space by the map of `Procrustes` and a trained correction; stored vectors stay.
+    """Maps new queries into the old space by the map of `Procrustes` and a trained correction; stored vectors stay.
 
         p = (n(x) - mean_new) Q + mean_old
-        adapter(x) = n(p + gelu(p H + c) U)
+        adapter(x) = n(p + gelu(p H + c) U)                                    n(v) = v / |v|
         trained by Adam:  loss = mean(1 - adapter(new(item)) . n(old(item))),  U starts at 0
 
     Args:
-        hidden: columns of H.
+        hidden: number of columns of H.
         steps, learning_rate, batch: steps, learning rate and batch size of Adam; the rate falls to 0 as a cosine.
         seed: seed of H's first values and of the batches.
 

@@ -14,12 +14,12 @@ __all__ = ["Procrustes", "procrustes_map"]
 
 @dataclass(frozen=True)
 class Procrustes(AdapterMethod):
-    """New queries into the old space by the orthogonal map nearest to the old features; stored vectors stay.
+    """Maps new queries into the old space by the orthogonal map with the smallest error; stored vectors stay.
 
-        X, Y = unit rows of new and old, less their means
-        Q = argmin |X Q - Y|^2 over maps with orthonormal columns, or rows where the old encoder is wider
+        X, Y = unit rows of new and old, minus their means
+        Q = argmin |X Q - Y|^2 over maps with orthonormal columns, or rows if the old encoder is wider
           = U V^T of the SVD of X^T Y
-        adapter(x) = n((n(x) - mean_new) Q + mean_old)
+        adapter(x) = n((n(x) - mean_new) Q + mean_old)      n(v) = v / |v|
 
     Reference:
         Schönemann, "A generalized solution of the orthogonal Procrustes problem", 1966.

@@ -37,8 +37,8 @@ class QueryDrift(nn.Module):
             drift.update(f_2(queries), f_1(queries), version=2)
         index.search(drift.compensate(f_2(queries), from_version=2, to_version=1), k=10)
 
-    Sums are float64, so the order of batches changes results by rounding alone.  `module.to(dtype)` and `module.half()`
-    leave the dtype of the statistics.
+    Sums are float64, so the order of batches changes results only by rounding.  `module.to(dtype)` and `module.half()`
+    do not change the dtype of the statistics.
 
     Args:
         embedding_dim: d, width of the features of all versions.
@@ -49,7 +49,7 @@ class QueryDrift(nn.Module):
         counts: [S] int64, queries of each step.
         sums: [S, d] float64, sum of n(f_t(q)) - n(f_{t-1}(q)).
         squares: [S] float64, sum of the squared lengths of these differences.
-        normalized: bool, the option `normalize`, which a state_dict holds and `load_state_dict` takes over.
+        normalized: bool, the option `normalize`; it is part of the state_dict, and `load_state_dict` sets it.
 
     Raises:
         TypeError, ValueError: embedding_dim is not an integer of at least 1; normalize is not a bool.
@@ -105,8 +105,8 @@ class QueryDrift(nn.Module):
             version: t, at least 1.
 
         Raises:
-            TypeError, ValueError: features of another kind or width, a row that holds nan or inf, version below 1.
-                Nothing is added then.
+            TypeError, ValueError: features have another dtype or width, a row holds nan or inf, or `version` is below
+                1.  The statistics do not change then.
         """
         version = _check_version("version", version, least=1)
         self._check_width("new", new)
@@ -116,11 +116,11 @@ class QueryDrift(nn.Module):
         self._add(version, len(moves), moves.sum(0), moves.square().sum())
 
     def merge(self, other: QueryDrift) -> None:
-        """Adds the queries of another accumulator of the same kind, as if this one had seen them itself.
+        """Adds the sums of another accumulator, as if its queries had been passed to `update`.
 
         Raises:
-            TypeError: not a QueryDrift.
-            ValueError: another width, or another `normalize`.
+            TypeError: `other` is not a QueryDrift.
+            ValueError: `other` has another width or another `normalize`, or is this accumulator itself.
         """
         if not isinstance(other, QueryDrift):
             raise TypeError(f"other must be a QueryDrift, got {type(other).__name__}")
@@ -134,15 +134,15 @@ class QueryDrift(nn.Module):
             self._add(int(version), int(count), total, square)
 
     def merged_ranks(self, group: dist.ProcessGroup | None = None) -> QueryDrift:
-        """A new accumulator of the queries of all processes, the same on each; this one stays as it is.
+        """Returns a new accumulator of the queries of all processes, equal on each; this one does not change.
 
-        A process that saw no query of a step, such as one whose loader was exhausted, adds nothing to it.
+        A process may have no query of a step, for example if its loader was exhausted.
 
         Args:
-            group: the processes; None: all.
+            group: process group; None for all processes.
 
         Raises:
-            ValueError: on every process: widths or `normalize` differ.
+            ValueError: widths or `normalize` differ; raised on every process.
         """
         everyone: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(everyone, self._state(), group=group)
@@ -152,7 +152,7 @@ class QueryDrift(nn.Module):
         return total
 
     def drift(self, version: int) -> Tensor:
-        """D_t, [d] float64: the mean drift of the step from `version` - 1 to `version`.
+        """Returns D_t, [d] float64: the mean drift of the step from `version` - 1 to `version`.
 
         Raises:
             ValueError: no query of that step was added.
@@ -161,7 +161,7 @@ class QueryDrift(nn.Module):
         return self.sums[at] / self.counts[at]
 
     def explained_fraction(self, version: int) -> float:
-        """Fraction of each step's drift that the translation D_t explains, in [0, 1]; nan where no query moved.
+        """Returns the fraction of a step's drift that the translation D_t explains, in [0, 1]; nan if no query moved.
 
             |D_t|^2 / mean |n(f_t(q)) - n(f_{t-1}(q))|^2
 
@@ -170,13 +170,13 @@ class QueryDrift(nn.Module):
         """
         at = self._place(version)
         square = float(self.squares[at] / self.counts[at])
-        # D_t of a pure translation may exceed the mean by rounding
+        # for a pure translation |D_t|^2 may exceed the mean by rounding
         return min(1.0, float(self.drift(version).square().sum()) / square) if square > 0 else math.nan
 
     def compensate(
         self, query: Tensor, *, from_version: int, to_version: int, normalize_result: bool = False
     ) -> Tensor:
-        """Queries for an index that an earlier version built: only the drifts between the two versions are subtracted.
+        """Returns queries for an index that an earlier version built, minus the drifts between both versions.
 
             n(query) - sum_{s = to_version + 1 .. from_version} D_s
 
@@ -184,14 +184,14 @@ class QueryDrift(nn.Module):
             query: [B, d] floating, finite, by version `from_version`.
             from_version: t, the version that embedded the queries.
             to_version: j <= t, the version that built the index; j = t subtracts nothing.
-            normalize_result: divide by the length.  That changes no ranking by cosine or inner product, but the scores:
-                use it where a threshold is applied to inner products.
+            normalize_result: whether to L2-normalise the result.  Rankings stay the same, scores by inner product
+                change; use it if a threshold applies to inner products.
 
         Returns:
             [B, d] in the dtype of the query, computed in float64.
 
         Raises:
-            TypeError, ValueError: as `update`; a query of a version older than the index; a step without queries.
+            TypeError, ValueError: as in `update`; `from_version` is below `to_version`; a step has no queries.
         """
         newest = _check_version("from_version", from_version)
         oldest = _check_version("to_version", to_version)
@@ -207,10 +207,10 @@ class QueryDrift(nn.Module):
         return (unit_rows(out) if normalize_result else out).to(query.dtype)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """One safetensors file with a checksum: docs/reference/formats.md.  Equal accumulators make equal files.
+        """Writes a safetensors file with a checksum (docs/reference/formats.md).  Equal accumulators make equal files.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the file cannot be written.
         """
         write_state(path, self._state())
 
@@ -219,8 +219,8 @@ class QueryDrift(nn.Module):
         """Returns the drift that `save` wrote, on the CPU.
 
         Raises:
-            OSError: it cannot be read.
-            CheckpointError: it is truncated, damaged, or something else than a query drift.
+            OSError: the file cannot be read.
+            CheckpointError: the file is truncated, damaged, or something else than a query drift.
         """
         state = read_state(path)
         if (state.get("kind"), state.get("format")) != (_KIND, _FORMAT):
@@ -281,7 +281,7 @@ class QueryDrift(nn.Module):
         check_features(name, features)
 
     def _rows(self, name: str, features: Tensor) -> Tensor:
-        """Returns the rows in float64, normalised if this accumulator is."""
+        """Returns the rows in float64, normalised if `normalize` is True."""
         rows = features.double()
         bad = (~rows.isfinite()).any(1).nonzero()
         if len(bad):
@@ -289,7 +289,7 @@ class QueryDrift(nn.Module):
         return unit_rows(rows) if self.normalize else rows
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QueryDrift:
-        """Moves to another device; the statistics stay float64."""
+        """Moves the module to another device; the statistics stay float64."""
         before = {name: getattr(self, name) for name in _STATISTICS}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, own in before.items():
@@ -299,7 +299,7 @@ class QueryDrift(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Takes as many steps as the state has."""
+        """Resizes the statistics to the number of steps in the state."""
         for name in _STATISTICS:
             given, own = state_dict.get(prefix + name), getattr(self, name)
             if isinstance(given, Tensor) and given.ndim == own.ndim and given.shape[1:] == own.shape[1:]:

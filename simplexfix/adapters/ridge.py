@@ -1,4 +1,4 @@
-"""Ridge regression from the new encoder's features to the old one's."""
+"""Ridge regression from the new encoder's features to those of the old encoder."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ __all__ = ["Ridge", "ridge_solution"]
 
 @dataclass(frozen=True)
 class Ridge(AdapterMethod):
-    """New queries into the old space by a linear map with a penalty; stored vectors stay.
+    """Maps new queries into the old space by a linear map with a penalty; stored vectors stay.
 
-        X, Y = unit rows of new and old, less their means;  r = penalty * trace(X^T X) / f_new
+        X, Y = unit rows of new and old, minus their means;  r = penalty * trace(X^T X) / f_new
         W = argmin |X W - Y|^2 + r |W - A|^2 = (X^T X + r I)^{-1} (X^T Y + r A)
         A = 0 for anchor "zero", the map of `Procrustes` for anchor "procrustes"
-        adapter(x) = n((n(x) - mean_new) W + mean_old)
+        adapter(x) = n((n(x) - mean_new) W + mean_old)      n(v) = v / |v|
 
     Args:
-        penalty: in units of the mean variance of a direction, so that it means the same for any number of rows.
-        anchor: "zero" or "procrustes", the map that the penalty draws to.
+        penalty: weight of the penalty, above 0, relative to the mean of X^T X's diagonal: it suits any number of rows.
+        anchor: "zero" or "procrustes", the map A from which the penalty measures W.
 
     Reference:
         Hoerl and Kennard, "Ridge regression", 1970.
@@ -58,7 +58,7 @@ class Ridge(AdapterMethod):
 
 
 def ridge_solution(moments: Moments, old: int, new: int, penalty: float, anchor: Tensor | None = None) -> Tensor:
-    """[f_new, f_old] W of `Ridge`."""
+    """Returns W of `Ridge`, [f_new, f_old]."""
     gram, cross = moments.gram(new), moments.cross(new, old)
     r = penalty * gram.trace() / len(gram)
     factor = torch.linalg.cholesky(gram + r * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))

@@ -1,4 +1,4 @@
-"""Selects an adapter: candidates are judged on classes, or items, that were held out of their fit."""
+"""Selects an adapter: candidates are scored on classes, or items, that were held out of their fit."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ __all__ = ["Judged", "Selection", "select_adapter", "select_chain"]
 
 QUERY_ENCODERS = ("new", "both")
 STORED_VECTORS = ("map", "keep")
-PARTS = 3  # parts of the classes, or of the items; each fold holds out one
+PARTS = 3  # number of parts of the classes, or of the items; each fold holds out one part
 RESAMPLES = 1000
 TOP = 10  # places that agreement compares
 SHRINKAGE = (0.1, 0.3, 0.6)
@@ -47,7 +47,7 @@ BETAS = (0.25, 0.5)  # beta of LocalCorrection
 GALLERY_BETAS = (0.5, 0.75, 1.0)  # beta of GalleryCorrection
 ALPHAS = tuple(round(0.1 * step, 1) for step in range(1, 10))
 
-HELD_OUT, FITTED = 0, 1  # kinds of held-out queries: from held-out classes or items without labels; from fitted classes
+HELD_OUT, FITTED = 0, 1  # kinds of held-out queries: of held-out classes (or items without labels); of fitted classes
 WHITENED = (WhitenedProcrustes, SimplexJunction)
 
 Values = dict[tuple[int, int], NDArray[np.float64]]
@@ -63,13 +63,13 @@ class Judged:
             old galleries with the new encoder's own ranking.
         interval: interval of the score.
         matrix: [T, T], rows: query versions, columns: gallery versions; nan above the diagonal.
-        gain: mean over pairs (new, old) of the score of new queries in the old gallery, less that of the old encoder
-            alone.
+        gain: mean over pairs (new, old) of the score of new queries in the old gallery, minus the score of the old
+            encoder alone.
         gain_interval: interval of the gain.
-        losses: fraction of queries that the old encoder alone answers correctly, and the new one in the old gallery
+        losses: fraction of queries that the old encoder alone answers correctly, but the new encoder in the old gallery
             does not; nan without labels.
-        kept: score of new queries in the old gallery as a fraction of the new encoder's score in its own gallery, which
-            a full re-extraction would reach; nan where that is 0.
+        kept: score of new queries in the old gallery as a fraction of the new encoder's score in its own gallery, the
+            score after a full re-extraction; nan if that score is 0.
         agreement_with_old: without labels, agreement with the old encoder's own ranking; else nan.
     """
 
@@ -106,8 +106,8 @@ class Selection:
     Attributes:
         winner: the candidate with the best score.
         table: all candidates, best first.
-        better: whether the low end of the interval of the winner's gain over the old encoder, in the old gallery, is
-            above 0.  If not, keep the old encoder.  The interval ignores that these queries chose the winner.
+        better: whether the lower bound of the winner's `gain_interval` is above 0.  If not, keep the old encoder.  The
+            interval does not correct for the selection of the winner on the same queries.
         old: score of the old encoder alone on the held-out items; without labels its agreement with the new encoder.
         chain: the winner, fitted on all items.
     """
@@ -140,7 +140,7 @@ def select_adapter(
     seed: int = 0,
     device: torch.device | str | None = None,
 ) -> Selection:
-    """Fits candidates, judges them on items held out of their fit, and fits the best one on all items.
+    """Fits candidates, scores them on items held out of their fit, and fits the best one on all items.
 
         with labels:    a third of the classes is held out; half of their items are queries, half the gallery;
                         if seen_fraction > 0, a quarter of the items of each other class is held out, too, as queries,
@@ -151,30 +151,31 @@ def select_adapter(
               = overlap of the 10 nearest of new queries in the old gallery with those that the new encoder finds
                 in a gallery of its own                                                               without labels
 
-    Pass no items on which you will report scores: the choice would bias them.  Rows of the sample that equal a held-out
-    query are left out of the fit.
+    Pass no items on which you will report scores: the selection would bias those scores.  Rows of the sample that equal
+    a held-out query are left out of the fit.
 
     Args:
         old, new: [N, f_old], [N, f_new] floating, of the same items.
         labels: [N] integers or names; at least 6 classes of at least 2 items.
         sample: ([M, f_old], [M, f_new]) of further items without labels.
-        candidates: None: procrustes, ridge, low rank, MLP, lambda-orthogonal, whitened procrustes and, with labels,
-            simplex junction with a grid of shrinkages, then HOC steps from the best junction, then gallery correction
-            of the best method whose query map is affine; local correction instead if stored vectors are kept.
-        query_encoders: "new": the new encoder alone runs at query time; "both": the old one as well, and slerp with a
-            grid of alpha from the two best adapters of all others is a candidate.
+        candidates: methods to compare.  None: Procrustes, Ridge, LowRank, MLP, LambdaOrthogonal, WhitenedProcrustes
+            and, with labels, SimplexJunction, some with several options; with labels HOCRefined from the best junction;
+            and GalleryCorrection of the best method that has an affine query map.  With stored_vectors="keep" it is
+            LocalCorrection instead, and all methods that map stored vectors are left out.
+        query_encoders: "new": only the new encoder runs at query time; "both": the old one runs, too, and Slerp of the
+            two best candidates, with a grid of alpha, is added to the candidates.
         stored_vectors: "map": methods that map stored vectors are candidates, too; "keep": only methods that leave the
             gallery as it is.
-        protocol: "nearest_class_mean", "instance", or one with hits; with labels only.
+        protocol: "nearest_class_mean", "instance", or a `Protocol` with `hits`; with labels only.
         seen_fraction: fraction of the service's queries that concern the labelled classes, in [0, 1]; with labels only.
-            0: all queries concern classes that come later; 1: none does.
-        folds: number of thirds that are held out in turn, 1 to 3: more take longer, and the scores vary less.
+            0: all queries concern classes that are added later; 1: none does.
+        folds: number of thirds that are held out in turn, 1 to 3; with more, scores vary less and time grows.
         confidence: confidence of the intervals, in (0, 1).
         seed: seed of the split and the bootstrap.
-        device: device of the computation; None: that of the rows of `new`.
+        device: device of the computation; None for that of the rows of `new`.
 
     Raises:
-        TypeError, ValueError: as `AdapterMethod.fit`; too few classes or items; an option out of its range.
+        TypeError, ValueError: as in `AdapterMethod.fit`; there are too few classes or items; an option is out of range.
 
     Example:
         >>> import torch
@@ -291,8 +292,8 @@ class _Split:
 
     Attributes:
         fitted: rows that the methods are fitted on.
-        kinds: one pair (rows of queries, rows of their gallery) for each kind of held-out queries: first of held-out
-            classes, or of held-out items without labels; then of fitted classes, with labels only.
+        kinds: one pair (rows of queries, rows of their gallery) for each kind of held-out queries.  The first kind is
+            of held-out classes, or without labels of held-out items.  The second, of fitted classes, needs labels.
     """
 
     fitted: NDArray[np.int64]
@@ -338,7 +339,8 @@ class _HeldOut:
 
     Attributes:
         own: [Q] float64, mean score over all encoders but the oldest, each in a gallery of its own.
-        alone: (new, old) -> [Q] float64, score of the old encoder in a gallery of its own.
+        alone: (new, old) -> [Q] float64, score of the old encoder in a gallery of its own: hits, or without labels
+            agreement with the new encoder.
     """
 
     def __init__(
@@ -397,7 +399,7 @@ class _HeldOut:
     def _own_mapped(self, chain: Chain) -> tuple[list[Tensor], list[Tensor]]:
         """Returns queries and galleries as each version stores them; computed once for slerps of the same method."""
         method = chain.method
-        while isinstance(method, QueryChange):  # its stored vectors are those of the other method
+        while isinstance(method, QueryChange):  # it stores the same vectors as the method `of`
             method = method.of
         if method != self._mapped_by:
             queries, galleries = (

@@ -1,4 +1,4 @@
-"""One common space for all versions: whitened features, turned towards the vertices of one simplex."""
+"""One common space for all versions: whitened features, rotated towards the vertices of one simplex."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ __all__ = ["SimplexJunction"]
 
 @dataclass(frozen=True)
 class SimplexJunction(AdapterMethod):
-    """Each version has one map into one common space, where it searches the galleries of all older versions; stored
-    vectors are mapped.
+    """Maps all versions into one common space; stored vectors are mapped, too.
 
-        a(x) = n((n(x) - mean) S^{-1/2})          as of `WhitenedProcrustes`
+    Each version has one map, with which it searches the galleries of all older versions.
+
+        a(x) = n((n(x) - mean) S^{-1/2})          as in `WhitenedProcrustes`; n(v) = v / |v|
         T = lam t_y + (1 - lam) n(mean of the older versions' embeddings of the item)
-        without label: (1 - lam) n(...);  first version: t_y
+            (1 - lam) n(...) for an item without a label;  t_y for the first version
         R = U V^T of the SVD of a(X)^T T                                 orthonormal rows
         embedding(x) = n(a(x) R)
 
@@ -37,8 +38,8 @@ class SimplexJunction(AdapterMethod):
     Args:
         g: shrinkage of the whitening, in [0, 1].
         lam: weight of the vertex, in [0, 1].
-        slots: number of vertices of the simplex, whose space has slots - 1 dimensions: at least the width of each
-            encoder plus 1, and the number of classes; None: the least number.
+        slots: number of vertices of the simplex; the common space has slots - 1 dimensions.  At least the width of each
+            encoder plus 1, and the number of classes; None for the smallest such number.
 
     Reference:
         Biondi et al., arXiv 2405.02581, for the simplex.
@@ -93,14 +94,14 @@ class SimplexJunction(AdapterMethod):
 
 
 def junctions(moments: Moments, *, g: float, lam: float, slots: int) -> list[AffineMap]:
-    """The map of each version, oldest first, in float64."""
+    """Returns the map of each version, oldest first, in float64."""
     turns: list[Tensor] = []
     maps: list[AffineMap] = []
     for version in range(len(moments.features.versions)):
         key = ("turn", version, g, lam if version else None, slots)
         turns.append(moments.once(key, lambda: polar(_towards_targets(moments, turns, maps, g, lam, slots))))
         _, norm = moments.whitened_classes(version, g)
-        # embeddings of length about 1: steps of `HOCRefined` begin here
+        # a mean length of 1 before normalisation, as `HOCRefined` starts from these maps
         weight = moments.whitening(version, g) @ turns[-1] / norm
         maps.append(AffineMap(weight, -moments.mean(version) @ weight))
     return maps
@@ -109,14 +110,14 @@ def junctions(moments: Moments, *, g: float, lam: float, slots: int) -> list[Aff
 def _towards_targets(
     moments: Moments, turns: Sequence[Tensor], older: Sequence[AffineMap], g: float, lam: float, slots: int
 ) -> Tensor:
-    """a(X)^T T of the next version, [f, slots - 1]."""
+    """Returns a(X)^T T of the next version, [f, slots - 1]."""
     features, version = moments.features, len(turns)
     of_class, _ = moments.whitened_classes(version, g)
     classes = torch.arange(features.num_classes, device=of_class.device)
     vertices = of_class.T @ simplex_prototypes(slots, classes, dtype=torch.float64)
     if not version:
         return vertices
-    if version == 1:  # one older embedding of each item, a unit row: its sum needs no pass over the rows
+    if version == 1:  # the mean of one older embedding is itself, so `whitened` has the sum
         return lam * vertices + (1 - lam) * moments.whitened(1, 0, g) @ turns[0]
     whitening, out = moments.whitening(version, g), lam * vertices
     for rows, _ in features.blocks(*range(version + 1)):

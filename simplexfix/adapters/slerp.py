@@ -1,4 +1,4 @@
-"""The old encoder at query time: queries between its own and the adapted ones of the new encoder."""
+"""Queries between those of the old encoder and the adapted ones; both encoders run at query time."""
 
 from __future__ import annotations
 
@@ -14,17 +14,16 @@ __all__ = ["Slerp"]
 
 @dataclass(frozen=True)
 class Slerp(QueryChange):
-    """Another method's adapter, whose queries stay on the arc to the old encoder's own query.
+    """Interpolates between the old encoder's query and the query of another method's adapter, on the arc between them.
 
         q = sin((1 - alpha) t) / sin t * u + sin(alpha t) / sin t * v,     cos t = u . v
         u = adapter.gallery(old(query)),  v = adapter(new(query))
 
-    `alpha` = 0 is the old system; an alpha chosen on held-out items cannot be worse than it there.  Both encoders run
-    for each query.
+    `alpha` = 0 is the search by the old encoder, 1 that by the adapter.  Both encoders run for each query.
 
     Args:
         of: the method that fits the adapter.
-        alpha: in [0, 1].
+        alpha: position on the arc, in [0, 1].
 
     Reference:
         arXiv 2609.39836.

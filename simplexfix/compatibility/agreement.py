@@ -1,4 +1,4 @@
-"""Agreement, a score without labels: the fraction of the top k in a re-extracted gallery that the old gallery gives."""
+"""Agreement, a score without labels: the fraction of a re-extracted gallery's top k that the old gallery returns."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def agreement_protocol(reference: VersionFeatures, k: int) -> Protocol:
 
 
 def overlap(found: NDArray[np.int64], other: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Returns the fraction of each row's entries that the other's row has, too: [Q].
+    """Returns for each row of `found` the fraction of its entries that are in the same row of `other`: [Q].
 
     Args:
         found, other: [Q, k] non-negative integers, distinct within each row.

@@ -87,7 +87,7 @@ def backfill_curve(
             gallery = old.gallery.clone();  gallery[replaced] = new.gallery[replaced]
             scores[t] = protocol.score(items.version(new.query, gallery))
 
-    Each step is an exact search; the first and the last are the protocol on the old and on the new gallery.  Class
+    Each step is an exact search.  The first score is that of the old gallery, and the last that of the new one.  Class
     means use rows without normalisation, so a model with longer rows has more weight; normalise both models' rows to
     avoid that.  A gallery item with the query's own id is left out.
 
@@ -102,12 +102,12 @@ def backfill_curve(
             or [N] row numbers, a permutation.
         protocol: "nearest_class_mean", "instance", a ranking metric such as "ndcg@10", or a `Protocol`.  A protocol
             without `mixed_hits` requires equal widths.
-        steps: number of steps S - 1, at least 1; at most one step per gallery row is taken.
+        steps: number of steps, at least 1; with more steps than gallery rows N, one step per row.
         widths: "equal" or "leading", as in `compatibility_matrix`.
         generator: generator of the random order; None for `np.random.default_rng(0)`.
 
     Returns:
-        The curve with S = steps + 1 points.
+        The curve with S = min(steps, N) + 1 points.
 
     Raises:
         TypeError: an argument has the wrong type.

@@ -255,7 +255,7 @@ def flips(before: ArrayLike | torch.Tensor, after: ArrayLike | torch.Tensor) -> 
 
 
 def mean_gain(before: NDArray[Any], after: NDArray[Any]) -> float:
-    """Returns `mean(after) - mean(before)`; for hits the difference of counts over Q, which is rounded only once."""
+    """Returns `mean(after) - mean(before)`; for hits as `(gains - losses) / Q`, which is rounded only once."""
     if after.dtype != np.bool_:
         return float(after.mean() - before.mean())
     gains, losses, queries = flips(before, after)

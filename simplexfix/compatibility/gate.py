@@ -35,7 +35,7 @@ KINDS: Mapping[str, tuple[str, bool, tuple[str, ...]]] = {
     "max_tax": ("compatibility tax", False, ("new",)),
     "min_recall": ("score of the new queries", True, ("old", "new")),
 }
-SHOWN_CONFIDENCE = 0.95  # of the reported interval if the rule has no confidence
+SHOWN_CONFIDENCE = 0.95  # level of the reported interval if the rule has no confidence
 EACH_GROUP = "*"
 
 
@@ -59,8 +59,8 @@ class Rule:
         kind: "ecc", "max_nfr", "max_tax" or "min_recall".
         limit: a fraction, in [-1, 1]; required except for "ecc", where the default is 0.
         confidence: in (0, 1): the worse end of a two-sided interval must satisfy the condition.  With a limit of at
-            least 0, "ecc" also requires p <= 1 - confidence, which very few queries cannot reach: by `mcnemar_test` for
-            hits, by `randomization_test` for scores.  None compares the measured value.
+            least 0, "ecc" also requires p <= 1 - confidence, by `mcnemar_test` for hits and by `randomization_test` for
+            scores; a handful of queries cannot satisfy that.  None: the measured value must satisfy the condition.
         gallery: "old" for the unchanged gallery, "new" for the re-extracted one; None for the first that `kind` allows.
         group: name of a group of queries; "*" applies the rule to each group; None to all queries together.
 
@@ -265,8 +265,8 @@ def upgrade_gate(
         score of (queries, gallery) = mean over queries of the protocol's hits
         "agreement@k": | top-k(query, gallery) and top-k(new query, new gallery) | / k
 
-    Agreement needs no labels.  It is the fraction of the results of a full re-extraction that the current gallery
-    gives.  Both galleries then hold the same sample of items, the new one re-extracted.
+    Agreement needs no labels.  It is the fraction of the results of a full re-extraction that a search of the current
+    gallery returns.  Both galleries then hold the same sample of items, the new one re-extracted.
 
         result = upgrade_gate(old, new, [Rule("ecc", confidence=0.95), Rule("max_nfr", 0.02)])
         result.passed, [outcome.verdict for outcome in result.outcomes]
@@ -274,11 +274,11 @@ def upgrade_gate(
     Args:
         old: version of the deployed model.
         new: version of the model that replaces it, of the same items.  Groups of rules are the items' `query_groups`,
-            or the classes without them.  Items with relevance judgements have no classes.
+            or the classes if there are none.  Items with relevance judgements have no classes.
         rules: at least one; the default is "ecc" at 95 % confidence.
         protocol: "nearest_class_mean", "instance", a ranking metric such as "ndcg@10", "agreement@k", or a `Protocol`
             with hits.
-        widths: "equal" raises if the widths differ; "leading" cuts the wider features to the leading dimensions.
+        widths: "equal" or "leading", as in `compatibility_matrix`.
         adapted: new queries and old gallery after an adapter (`simplexfix.adapters.adapted_version`); they are used for
             searches of new queries in the old gallery.
         unconstrained: version of a model that was trained without compatibility, of the same items, for "max_tax".
@@ -405,7 +405,7 @@ def _judge(rule: Rule, group: str | None, before: Hits, after: Hits, generator: 
     margin = compared - limit if more_is_better else limit - compared
     passed = margin > 0 if rule.kind == "ecc" else margin >= 0
     if p_value is not None and rule.confidence is not None and limit >= 0:
-        # the bootstrap interval of very few equal queries has no width; the exact test still gives a large p
+        # a few queries that all improve give an interval of width 0, but the exact test still gives a large p
         passed = passed and p_value <= 1 - rule.confidence
     return Outcome(rule, group, count, value, interval.low, interval.high, p_value, margin, passed)
 

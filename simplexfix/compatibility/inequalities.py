@@ -15,7 +15,7 @@ __all__ = ["Violations", "inequality_violations"]
 
 # A tile of 256 x 4096 float32 differences is 4 MB and stays in the last-level cache between passes.
 TILE_ROWS, TILE_COLUMNS = 256, 4096
-SAMPLE = 5_000, 20_000  # queries and gallery items that a report compares, for fractions within about 0.01
+SAMPLE = 5_000, 20_000  # queries and gallery items in a report's sample; its fractions are exact within about 0.01
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,12 @@ class Violations:
 
     @property
     def same(self) -> float:
-        """Fraction of same-class pairs that violate (1); nan without such pairs."""
+        """Fraction of same-class pairs that violate (1) of `inequality_violations`; nan without such pairs."""
         return self.same_violations / self.same_pairs if self.same_pairs else math.nan
 
     @property
     def other(self) -> float:
-        """Fraction of other-class pairs that violate (2); nan without such pairs."""
+        """Fraction of other-class pairs that violate (2) of `inequality_violations`; nan without such pairs."""
         return self.other_violations / self.other_pairs if self.other_pairs else math.nan
 
     def as_dict(self) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def inequality_violations(old: VersionFeatures, new: VersionFeatures) -> Violati
 
 
 def sampled_violations(old: VersionFeatures, new: VersionFeatures) -> Violations:
-    """`inequality_violations` of a fixed random sample of `SAMPLE` queries and gallery items."""
+    """Returns `inequality_violations` of a fixed random sample of `SAMPLE` queries and gallery items."""
     generator = np.random.default_rng(0)
     drawn = [
         np.sort(generator.choice(count, limit, replace=False)) if count > limit else None
@@ -131,7 +131,7 @@ def _violations(
     move_classes: NDArray[np.int64],
     target_classes: NDArray[np.int64],
 ) -> NDArray[np.int64]:
-    """Counts [2] the same-class pairs with a negative product and the other-class pairs with a positive product.
+    """Returns counts [2] of same-class pairs with a negative product, and of other-class pairs with a positive one.
 
     `moves` are differences between new and old queries, and `targets` gallery rows.  Both are sorted by class.
     """
@@ -169,7 +169,7 @@ def _violations(
 def _exact_products(
     moves: NDArray[np.float64], targets: NDArray[np.float64], i: NDArray[Any], j: NDArray[Any]
 ) -> NDArray[np.float64]:
-    """Dot products moves[i] . targets[j]: one by one if they are few, else from the whole matrix product."""
+    """Returns moves[i] . targets[j]: single dot products if they are few, else entries of the whole matrix product."""
     if len(i) > moves.shape[0] * targets.shape[0] // 32:
         product: NDArray[np.float64] = (moves @ targets.T)[i, j]
         return product
@@ -200,7 +200,7 @@ def _same_class_pairs(query_labels: NDArray[np.int64], gallery_labels: NDArray[n
 def _violations_of_pairs(
     new: FeatureRows, old: FeatureRows, gallery: FeatureRows, pairs: NDArray[np.int64], same_class: NDArray[np.bool_]
 ) -> NDArray[np.int64]:
-    """Counts [2] violations as `_violations` does, for a list of pairs."""
+    """Returns the counts [2] of `_violations` for a list of pairs."""
     tie = _tie_tolerance(new.width)
     counts = np.zeros(2, dtype=np.int64)
     for part in row_slices(pairs.shape[1], new.width):

@@ -116,7 +116,7 @@ def _with_templates(old: VersionFeatures) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _own_scores(rows: Tensor, index: Tensor, sums: Tensor) -> Tensor:
-    """Cosine [N] of each row with its class template, rounded to float32 as in a search."""
+    """Returns the cosine [N] of each row with its class template, rounded to float32 as in a search."""
     templates = _reference.unit_float32(sums)
     scores = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
     step = max(1, _BLOCK_NUMBERS // rows.shape[1])

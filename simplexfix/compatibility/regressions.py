@@ -25,12 +25,12 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Regression:
-    """A query that was correct before an upgrade and is wrong after it, or whose score falls, in the same gallery.
+    """A query that an upgrade makes wrong in an unchanged gallery; with scores, a query that scores less after it.
 
     Attributes:
         query: row of the query.
         label: class of the query; None with relevance judgements.
-        found_label: class that the new model's query is nearest to; None with relevance judgements.
+        found_label: class nearest to the new model's query; None with relevance judgements.
         score: cosine of the new query to the nearest class template, or to the nearest item.
         own_score: cosine of the new query to its own class template, or to the nearest relevant item.
         found_item: gallery row of the nearest item, or of the nearest item of class `found_label`.
@@ -83,12 +83,11 @@ def worst_regressions(
             relevant gallery item.
         after: [Q] of the same kind, after the upgrade, by the same protocol.
         protocol: "nearest_class_mean", "instance", or a ranking metric such as "ndcg@10".
-        limit: most queries to return, at least 0.
+        limit: maximum number of queries to return, at least 0.
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: versions or hits do not fit each other, or `before` marks a query as correct whose class the
-            gallery lacks.
+        ValueError: versions or hits do not fit each other, or a query that loses has no relevant gallery item.
 
     Example:
         >>> import numpy as np
@@ -150,7 +149,7 @@ def worst_regressions(
 
 
 class _Search:
-    """Scores of selected queries, in blocks: the gallery may be a mapped file, and one class may be most of it."""
+    """Scores of selected queries, in blocks, since the gallery may be a mapped file and one class most of it."""
 
     def __init__(self, version: VersionFeatures) -> None:
         self.queries, self.gallery = version.query, version.gallery
@@ -159,7 +158,7 @@ class _Search:
 
     @cached_property
     def members(self) -> list[Integers]:
-        """Gallery rows per class."""
+        """Gallery rows of each class."""
         classes = self.all_items.gallery_classes
         return np.split(np.argsort(classes.places, kind="stable"), np.cumsum(classes.sizes)[:-1])
 

@@ -6,9 +6,9 @@ O(1) instead of O(Q) and has exactly the bootstrap's distribution.  For scores i
 drawn one by one.
 
 Intervals are percentile intervals.  For a fraction of hits they stay in [0, 1], and the estimate is unbiased.  The two
-corrections of BCa would be differences of lattice points, and undefined if all queries agree.  If all queries agree,
-every resample is the same and the interval has width 0; `exact_interval` and `mcnemar_test` are valid for any number of
-queries.
+corrections of BCa would only measure that hits are discrete, and are undefined if all queries agree.  If all queries
+agree, every resample is the same and the interval has width 0; `exact_interval` and `mcnemar_test` are valid for any
+number of queries.
 """
 
 from __future__ import annotations
@@ -236,7 +236,7 @@ def randomization_test(
     numbers = check_options(0.95, resamples, generator)
     moved = np.subtract(new, old, dtype=np.float64)
     moved = moved[moved != 0]
-    # rounding depends on the summation order: sums that differ by no more count as equal
+    # rounding depends on the summation order, so sums that differ only by rounding count as equal
     least = abs(moved.sum()) - 1e-12 * np.abs(moved).sum()
     if len(moved) <= _EXACT_QUERIES:
         sums = np.zeros(1)
@@ -332,7 +332,7 @@ def _solve(k: int, n: int, tail: float) -> float:
 
 
 def _at_most(k: int, n: int, p: float) -> float:
-    """P(X <= k) for X ~ Binomial(n, p)."""
+    """Returns P(X <= k) for X ~ Binomial(n, p)."""
     if k >= n or p <= 0:
         return 1.0
     if p >= 1:
@@ -351,7 +351,7 @@ def _at_most(k: int, n: int, p: float) -> float:
 
 
 def _resampled_means(values: NDArray[np.float64], resamples: int, numbers: np.random.Generator) -> NDArray[np.float64]:
-    """Means [resamples] of bootstrap samples: len(values) values drawn with replacement."""
+    """Returns means [resamples] of bootstrap samples: len(values) values drawn with replacement."""
     means = np.empty(resamples)
     step = max(1, _BLOCK_NUMBERS // len(values))
     for begin in range(0, resamples, step):

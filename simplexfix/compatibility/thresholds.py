@@ -27,7 +27,7 @@ from .statistics import Interval, check_options, percentiles
 
 __all__ = ["Calibration", "ThresholdMove", "calibrate_scores", "upgrade_threshold"]
 
-_EDGES = 256  # candidate thresholds of a resample
+_EDGES = 256  # candidate thresholds of a resample, besides the threshold for all queries
 _SPAN = 4.0  # candidates cover false-accept rates from 1 / 4 of the old rate to 4 times the old rate
 _RESAMPLES_AT_A_TIME = 64
 
@@ -77,13 +77,13 @@ def upgrade_threshold(
         before = rates of (old.query, old.gallery) at `threshold`, or at the lowest threshold with FAR <= far
         after  = rates of (new.query, gallery) at the lowest threshold with FAR <= before.far
 
-    Confidence intervals are percentile intervals of a bootstrap over queries.  A resampled query brings all its pairs,
+    Confidence intervals are percentile intervals of a bootstrap over queries.  A query is resampled with all its pairs,
     old and new ones.  Pairs of one query are dependent, so resampling pairs would give intervals that are far too
     narrow.  Queries of one identity are dependent as well: put them into one group of `query_groups`, which is
     resampled as a whole.  The old threshold and the gallery are fixed, also if the threshold was found from `far`.
 
-    Each resample selects one of 257 candidate thresholds, which cover new FARs from 1 / 4 of the old FAR to 4 times the
-    old FAR.  A threshold beyond them counts as the nearest candidate.
+    Each resample selects one of up to 257 candidate thresholds, which cover new FARs from 1 / 4 of the old FAR to 4
+    times the old FAR.  A threshold beyond them counts as the nearest candidate.
 
     Args:
         old: deployed version.
@@ -254,7 +254,7 @@ def _groups(query_groups: Ids | None, items: LabelledItems) -> NDArray[np.int64]
 
 
 def _accepted(given: VersionFeatures, edges: NDArray[np.int64], groups: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Counts impostor and genuine pairs per group: [2, G, E + 1], accepted at each of E edges (bins), then in total."""
+    """Returns counts [2, G, E + 1] of impostor and genuine pairs per group: accepted at each edge, then in total."""
     order = np.argsort(edges, kind="stable")
     count = len(edges)
     size = count + 2  # bins for the number of edges that a pair reaches, 0 to E, and one for pairs that are left out

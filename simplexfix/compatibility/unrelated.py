@@ -24,7 +24,7 @@ def unrelated_remark(pairs: str) -> str:
     """Returns a remark for reports.
 
     Args:
-        pairs: queries and galleries that it is about, such as "the new queries in the old gallery".
+        pairs: text that names the queries and galleries, such as "the new queries in the old gallery".
     """
     return (
         f"The scores of {pairs} are at chance, and those of each version in its own gallery are not: the spaces are "

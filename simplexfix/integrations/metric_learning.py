@@ -156,7 +156,7 @@ class CosineKNN:
 
         Args:
             query: [Q, d] floating.
-            k: from 1 to the number of rows; a query's own row does not count.
+            k: from 1 to the number of rows, or one less if `ref_includes_query`.
             reference: [N, d] floating; None for the stored rows.
             ref_includes_query: whether the first Q rows of the reference are the queries; each is then left out of its
                 own search.
@@ -165,7 +165,7 @@ class CosineKNN:
             scores [Q, k] float32 cosines in descending order, and rows [Q, k] int64.
 
         Raises:
-            ValueError: k exceeds the number of rows, or there are none.
+            ValueError: k is out of range, or there are no rows.
         """
         rows = len(self.index or ()) if reference is None else len(reference)
         wanted = k + bool(ref_includes_query)
@@ -192,7 +192,7 @@ class CosineKNN:
         self.index.add(torch.as_tensor(embeddings).detach().cpu())
 
     def save(self, filename: str | os.PathLike[str]) -> None:
-        """Writes the stored rows, as `CosineIndex.save`."""
+        """Writes the stored rows by `CosineIndex.save`."""
         if self.index is None:
             raise ValueError("there are no rows to save: call train or add first")
         self.index.save(filename)
@@ -219,7 +219,7 @@ class AccuracyCalculator(accuracy_calculator.AccuracyCalculator):  # type: ignor
         include: tuple[str, ...] = (),
         exclude: tuple[str, ...] = (),
     ) -> dict[str, Any]:
-        """Returns the metrics by name, as the original."""
+        """Returns the metrics by name, as the original class does."""
         if self.label_comparison_fn is accuracy_calculator.EQUALITY:
             query_labels = torch.as_tensor(query_labels)
             if reference is None:

@@ -24,8 +24,8 @@ class Encoder(AbsEncoder):  # type: ignore[misc]
 
     Args:
         encode: maps a list of n texts to embeddings [n, d], a tensor or an array.
-        encode_documents: the same for the documents of retrieval tasks, such as `encode` of an older version; None for
-            `encode`.
+        encode_documents: like `encode`, for the documents of retrieval tasks, such as `encode` of an older version;
+            None for `encode`.
         name: name of the model in results, of the form "organisation/model".
         revision: version of the model; mteb returns stored results for a name and revision that it has evaluated.
 
@@ -59,6 +59,6 @@ class Encoder(AbsEncoder):  # type: ignore[misc]
         prompt_type: PromptType | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Returns the embeddings of batches of texts; mteb calls it."""
+        """Returns the embeddings [n, d] of all texts in the batches; mteb calls it."""
         function = self._encode_documents if prompt_type == PromptType.document else self._encode
         return torch.cat([torch.as_tensor(function(list(batch["text"]))).cpu() for batch in inputs])

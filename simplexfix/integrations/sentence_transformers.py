@@ -23,7 +23,7 @@ __all__ = ["HOCLoss", "OldEmbeddingCollator", "SimplexLoss", "add_junction"]
 
 
 def add_junction(model: SentenceTransformer, slots: SlotRegistry) -> None:
-    """Appends the linear map to the K - 1 dimensions of a simplex with K slots, a `Dense` module without bias.
+    """Appends a linear map to the K - 1 dimensions of a simplex with K slots, as a `Dense` module without bias.
 
         z = W embedding                                 # W: [K - 1, width of the embeddings before]
 
@@ -76,7 +76,7 @@ class SimplexLoss(nn.Module):
     ) -> None:
         super().__init__()
         _check_width(model, slots)
-        self.model = model  # the trainer replaces it by the wrapped model of several processes
+        self.model = model  # with several processes the trainer replaces it by the wrapped model
         self.method = Simplex(slots, namespace, normalize=normalize, scale=scale, margin=margin)
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ class HOCLoss(nn.Module):
         loss = simplexfix.functional.hoc_loss(z, u, slots.lookup(namespace, label))
 
     If `old` is None, the old embeddings come from a column of the data set, by `OldEmbeddingCollator`.  Otherwise the
-    old model embeds each batch, which needs the same tokens for both models.
+    old model embeds each batch, so both models must use the same tokens.
 
     Args:
         model: the model in training, with the junction of `add_junction`.
@@ -194,7 +194,7 @@ class OldEmbeddingCollator(SentenceTransformerDataCollator):  # type: ignore[mis
                 f"the data set must have a column {self.old_column!r} of the old model's embeddings, got "
                 f"{sorted(features[0])}; dataset.add_column({self.old_column!r}, list(old.encode(texts)))"
             )
-        # the trainer passes columns with this suffix on as embeddings
+        # the trainer passes columns with this suffix to the loss as embeddings
         old = np.asarray([row[self.old_column] for row in features], np.float32)
         batch[f"{self.old_column}_sentence_embedding"] = torch.from_numpy(old)
         return batch

@@ -37,8 +37,8 @@ from .verdict import Verdict, verdict
 
 __all__ = ["Counts", "Criteria", "EvaluationReport", "Upgrade", "evaluate"]
 
-BACKFILL_QUERIES = 5_000  # most queries per backfill curve; a curve takes about 30 searches of the whole gallery
-BACKFILL_BYTES = 4 * 2**30  # most float32 bytes of galleries for which curves are computed
+BACKFILL_QUERIES = 5_000  # maximum number per backfill curve; the curves take about 30 searches of the gallery
+BACKFILL_BYTES = 4 * 2**30  # maximum float32 size of both galleries; no curves are computed beyond it
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from .evaluation import EvaluationReport
 
 __all__ = ["Drawn", "Shown", "draw", "draw_matrices", "load_sheet"]
 
-SHOWN = 24  # most regressions that are shown as images
+SHOWN = 24  # maximum number of regressions with images
 PIXELS = 160  # longer side of a thumbnail
 _FAMILY = "DejaVu Sans"  # included in matplotlib
 
@@ -294,7 +294,7 @@ def _backfill(report: EvaluationReport, theme: Theme) -> Figure:
 
 
 def _pairs(report: EvaluationReport, theme: Theme) -> list[tuple[str, VersionPairs, str]]:
-    """Name, pair verification and colour of each version of the last upgrade."""
+    """Returns name, pair verification and colour of each version of the last upgrade."""
     pairs = report.pairs
     assert pairs is not None
     if pairs.after is None:
@@ -392,7 +392,7 @@ def _short(name: str) -> str:
 
 
 def _choose_fonts(figure: Figure) -> None:
-    """Sets a list of font families where a text needs it; matplotlib takes the first one that has a glyph."""
+    """Adds families to texts with characters that the default font lacks; matplotlib uses the first with a glyph."""
     ticks = [label for axes in figure.axes for label in (*axes.get_xticklabels(), *axes.get_yticklabels())]
     for text in {*figure.findobj(Text), *ticks}:
         others = {_family_of(c) for c in text.get_text()} - {_FAMILY, None}

@@ -53,7 +53,7 @@ def save(report: EvaluationReport, folder: Path, images: Mapping[str, Sequence[P
     """Implements `EvaluationReport.save`."""
     check_replaceable(folder)
     files = files_of(report, images)
-    check_replaceable(folder)  # first, since drawing takes seconds
+    check_replaceable(folder)  # again, since drawing takes seconds
     write_folder(folder, files)
 
 

@@ -120,7 +120,7 @@ def _heat_cell(report: EvaluationReport, i: int, j: int, fraction: float) -> _Ce
 
 
 def _pairs_versions(report: EvaluationReport) -> list[tuple[str, Any]]:
-    """Names and pair verifications of the last upgrade's versions."""
+    """Returns names and pair verifications of the last upgrade's versions."""
     pairs = report.pairs
     if pairs is None:
         return []
@@ -135,7 +135,7 @@ def _pairs_heads(report: EvaluationReport) -> list[str]:
 
 
 def _threshold(report: EvaluationReport) -> dict[str, Any] | None:
-    """Values of the section on the upgrade's effect on a service's threshold."""
+    """Returns the values of the section on the service's threshold; None without a threshold."""
     if report.pairs is None or report.pairs.threshold is None:
         return None
     move, old, new = report.pairs.threshold, report.names[-2], report.names[-1]

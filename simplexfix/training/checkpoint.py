@@ -15,15 +15,15 @@ __all__ = ["CheckpointError", "CheckpointWarning", "Checkpoints", "fingerprint",
 
 
 class CheckpointWarning(UserWarning):
-    """A damaged checkpoint was skipped, or a training resumes under conditions that change its random numbers."""
+    """A damaged checkpoint was skipped, results of a resumed training will differ, or its folder cannot be locked."""
 
 
 class Checkpoints:
     """The newest checkpoints of one training in a folder, by step.
 
     Args:
-        folder: is created if it is missing.
-        keep: number of checkpoints to keep, at least 1; the older ones serve if the newest is damaged.
+        folder: folder of the checkpoints; it is created if it is missing.
+        keep: number of checkpoints to keep, at least 1.  If the newest is damaged, `newest` returns an older one.
 
     Raises:
         ValueError: `keep` is below 1.
@@ -42,16 +42,16 @@ class Checkpoints:
     def __init__(self, folder: str | os.PathLike[str], *, keep: int = 3) -> None:
         if keep < 1:
             raise ValueError(f"keep must be at least 1, got {keep}")
-        safetensors()  # raises if it is missing: here, not at the first save
+        safetensors()  # raises here if the package is missing, not at the first save
         self.folder = Path(folder)
         self.keep = keep
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def save(self, step: int, state: Mapping[str, Any]) -> Path:
-        """Writes a checkpoint by `write_state` and deletes the oldest ones.
+        """Writes a checkpoint by `write_state` and deletes all but the newest `keep`.
 
         Args:
-            step: its number, at least 0.
+            step: number of the step, at least 0.
             state: tensors and plain values, nested.
 
         Returns:
@@ -77,7 +77,7 @@ class Checkpoints:
         return None
 
     def read(self, step: int) -> dict[str, Any]:
-        """Returns the state of one step; raises as `read_state`."""
+        """Returns the state of one step; raises the errors of `read_state`."""
         return read_state(self.folder / f"step-{step:09d}.safetensors")
 
     def clear(self) -> None:

@@ -33,7 +33,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
         The content as nested dicts, lists and values.
 
     Raises:
-        ConfigError: the file cannot be parsed, has a duplicate key, or holds no mapping.
+        ConfigError: the file has another suffix, cannot be parsed, has a duplicate key, or holds no mapping.
         OSError: the file cannot be opened.
         ModuleNotFoundError: the file is YAML and PyYAML is missing.
     """
@@ -58,14 +58,14 @@ def overridden(content: Mapping[str, Any], assignments: Sequence[str]) -> dict[s
     Args:
         content: a configuration, as `read_mapping` returns it; it is not changed.
         assignments: "key=value" or "key.sub=value", applied in order.  A value is parsed as JSON; if it is not JSON it
-            is a string.  `read_config` turns a number back into its text where a string is expected, such as a folder
-            with the name 2024.
+            is a string.  `read_config` accepts a number as text where a string is expected, such as the folder name
+            2024.
 
     Returns:
         A new mapping.
 
     Raises:
-        ConfigError: an assignment has no "=", or its key lies below a key that holds a value.
+        ConfigError: an assignment has no "=" or an empty key, or its key lies below a key that holds a value.
 
     Example:
         >>> from simplexfix.training import overridden
@@ -94,6 +94,7 @@ def overridden(content: Mapping[str, Any], assignments: Sequence[str]) -> dict[s
     return result
 
 
+# Numbers in assignments keep their text, for options that are strings.
 class _Integer(int):
     text: str
 
@@ -112,14 +113,14 @@ def _written(kind: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def _as_written(name: str, level: Mapping[Any, Any]) -> Any:
-    """Returns the key with this name: YAML parses keys of digits as numbers."""
+    """Returns the key of `level` with this text, or `name`: YAML parses keys of digits as numbers."""
     return next((key for key in level if str(key) == name), name)
 
 
 def read_config(kind: type[_T], content: Mapping[str, Any], place: str = "") -> _T:
     """Returns a dataclass with the values of a configuration; fields that are dataclasses are read recursively.
 
-    Values must have the annotated types; only an integer may stand for a float.
+    Values must have the annotated types; an integer is also accepted as a float.
 
     Args:
         kind: the dataclass, such as `RunConfig`.
@@ -168,11 +169,11 @@ def plain(config: Any) -> dict[str, Any]:
 
 
 def check_fits(options: Any, choice: str, belongs: Mapping[str, Sequence[str]]) -> None:
-    """Checks that options which the chosen value of `choice` does not use have their defaults.
+    """Checks that unused options have their defaults.
 
     Args:
         options: a dataclass.
-        choice: name of the field that decides, such as "kind".
+        choice: name of the field whose value decides which options are used, such as "kind".
         belongs: option name -> the values of `choice` that use it; other options are always used.
 
     Raises:

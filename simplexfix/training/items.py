@@ -26,7 +26,7 @@ class Items:
     """Labelled items: inputs in memory or read lazily, and class ids.
 
     Args:
-        inputs: [N, ...] tensor of any dtype, or `simplexfix.data.DatasetRows`, which has its `shape` and `dtype`.
+        inputs: [N, ...] tensor of any dtype, or `simplexfix.data.DatasetRows`, which has a `shape` and a `dtype`, too.
         labels: [N] int64 class ids.
         class_names: None, or the names of classes 0, 1, ...
         references: None, or [N, V, d] float32: the items' unit embeddings by versions 0 .. V - 1 (`train_versions`).
@@ -46,13 +46,13 @@ class Items:
 
     @classmethod
     def from_dataset(cls, dataset: Dataset[Any], labels: Tensor | Sequence[int] | None = None) -> Items:
-        """Returns the items of a map-style dataset, whose inputs are read lazily.
+        """Returns the items of a map-style dataset; inputs are read lazily.
 
         Args:
             dataset: each item is a tensor, or a tuple that begins with one, all of one shape and dtype.  Class names
                 are those of `dataset.class_names` or `dataset.classes`.
-            labels: [N] class ids; None for `dataset.targets`, which torchvision's data sets have, also inside
-                `torch.utils.data.Subset` and `ConcatDataset`.
+            labels: [N] class ids; None for `dataset.targets`, which torchvision's data sets have, or for the second
+                tensor of a `TensorDataset`.  Both are also found inside `torch.utils.data.Subset` and `ConcatDataset`.
 
         Raises:
             TypeError: the dataset is not map-style, or labels are not integers.
@@ -87,8 +87,8 @@ class Items:
     def joined(self, other: Items) -> Items:
         """Concatenates two sets of items.
 
-        The names are the longer list if the shorter one is its beginning, else None.  References stay if both have
-        them.
+        If one list of class names begins with the other, the result has the longer one, else None.  The result has
+        references if both sets have them.
         """
         labels = torch.cat([self.labels, other.labels])
         mine, theirs = sorted((self.class_names or (), other.class_names or ()), key=len)
@@ -110,7 +110,7 @@ class Items:
     def fingerprint(self) -> dict[str, Any]:
         """Returns shape, dtype and a checksum of the labels, the references, and up to 4096 evenly spaced inputs.
 
-        The checksum of a dataset's row is that of its input's bytes, or of `dataset.content(row)` if that exists.
+        The checksum of a dataset's row covers the input's bytes, or `dataset.content(row)` if that method exists.
         """
         step = max(1, -(-len(self.labels) // _FINGERPRINT_ROWS))
         digest = hashlib.sha256(bytes_of(self.labels))
@@ -140,7 +140,7 @@ def _targets(dataset: Any) -> Tensor | None:
 def _integers(labels: Any) -> Tensor:
     try:
         found = torch.as_tensor(labels)
-    except (TypeError, ValueError, RuntimeError):  # by torch, of strings and lists of unlike lengths
+    except (TypeError, ValueError, RuntimeError):  # torch raises them for strings and for lists of different lengths
         found = torch.empty(0)
     if found.dtype.is_floating_point or found.dtype.is_complex or found.dtype == torch.bool:
         kind = (
@@ -203,7 +203,7 @@ class RowBatches:
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the state of the generator and the rest of the permutation, for a checkpoint."""
+        """Returns the state of the generator and the unused rows of the permutation, for a checkpoint."""
         return {"generator": self._generator.get_state(), "left": self._left}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Rotations in closed form: of a replacement's junction before its training, of a version's embeddings after it."""
+"""Closed-form rotations of a replacement's junction before training, and of a version's embeddings after training."""
 
 from __future__ import annotations
 
@@ -22,19 +22,20 @@ ALIGN = ("none", "older")
 JUNCTIONS = ("aligned", "kept")
 
 _VERTEX_WEIGHT = 0.3  # lam of `simplexfix.adapters.SimplexJunction`
-_ROWS = 8192  # at a time, in float64
+_ROWS = 8192  # rows per chunk in float64
 
 
 def aligned_junction(weight: Tensor, own: Tensor, held: Tensor, slots: Tensor) -> Tensor:
-    """Turns a junction so that its embeddings lie nearest to those of the deployed version.
+    """Rotates a junction so that its embeddings lie nearest to those of the deployed version.
 
         T_i = lam t_{y_i} + (1 - lam) u_i                lam = 0.3
-        R   = U V^T of the SVD of sum_i n(z_i)^T T_i     rotates z, a row, to z R
+        R   = U V^T of the SVD of sum_i n(z_i)^T T_i     maps a row z to z R;  n(v) = v / |v|
         new weight = R^T weight
 
-    z_i are the embeddings by this junction, u_i those by the deployed version, and t the vertices.  R is an isometry:
-    the replacement searches its own gallery as before.  This is the map of `simplexfix.adapters.SimplexJunction`
-    without whitening and centring: embeddings of the deployed version have neither.
+    z_i is the embedding of item i by this junction, u_i that by the deployed version, and t_{y_i} the vertex of its
+    slot y_i.  R is an isometry, so the replacement's search of its own gallery does not change.  This is the map of
+    `simplexfix.adapters.SimplexJunction`, but without whitening and centring: the deployed version's embeddings are
+    neither whitened nor centred.
 
     Args:
         weight: [d, f] weight of the junction.
@@ -64,20 +65,20 @@ def aligned_with_older(
 ) -> EmbeddingModel:
     """Returns a version with its embeddings rotated towards those of all older versions.
 
-        T_i = n(sum_v n(v(x_i)))                                          v in older
+        T_i = n(sum_v n(v(x_i)))                                          v in older, x_i an item;  n(a) = a / |a|
         R   = argmin over isometries of mean |n(z_i) R - T_i|^2           every part has the same weight
             = U V^T of the SVD of sum_parts 1/N_part sum_i n(z_i)^T T_i
 
-    R is an isometry on the space of the version's embeddings, so the version's search of its own gallery stays as it
-    is, and its queries fit older galleries better.  R becomes the `rotation` of the result, and replaces the version's
-    own; logits and losses of the head stay as they are.  Each older version embeds all items once, except those whose
-    embeddings are in `Items.references`.
+    z_i are the version's embeddings without a rotation.  R is an isometry on the space of these embeddings, so the
+    version's search of its own gallery does not change, and its queries fit older galleries better.  R becomes the
+    `rotation` of the result, in place of the version's own rotation; logits and losses of the head do not use it.  Each
+    older version embeds all items once, except those whose embeddings are in `Items.references`.
 
     Args:
-        version: a model of any head whose embeddings have no `prefixes`.
+        version: a model with any head, and without `prefixes`.
         older: the older versions as they are deployed, oldest first, of the same width.
         parts: sets of items, such as a task's new ones and the remembered ones; empty sets are ignored.
-            `Items.references` hold the embeddings by the first older versions without their rotations.
+            `Items.references` of a set hold embeddings by the first older versions, without their rotations.
         preprocessing: preprocessing of all versions; None for each version's own.
         workers: number of processes that read items, as in `EmbeddingModel.extract`.
 
@@ -134,7 +135,7 @@ def with_rotation(version: EmbeddingModel, rotation: Tensor | None) -> Embedding
 
 
 def _basis(version: EmbeddingModel) -> Tensor:
-    """Returns orthonormal columns [d, f] in float64 that span the embeddings: those of the junction, or all of d."""
+    """Returns an orthonormal basis [d, r] in float64 of the junction's outputs; the identity without a junction."""
     junction = getattr(version.head, "junction", None)
     if junction is None:
         return torch.eye(version.embedding_dim or 0, dtype=torch.float64)
@@ -144,7 +145,7 @@ def _basis(version: EmbeddingModel) -> Tensor:
 
 
 def _isometry(basis: Tensor, pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """Returns M [f, d] that maximizes the sum of tr((own basis M)^T target) over pairs of rows [N, d]; M M^T = 1."""
+    """Returns M [r, d], M M^T = I, that maximizes the sum of tr((own basis M)^T target) over pairs of rows [N, d]."""
     cross = torch.zeros(basis.shape[1], len(basis), dtype=torch.float64)
     for own, target in pairs:
         cross += (own.double() @ basis).T @ target
@@ -153,6 +154,6 @@ def _isometry(basis: Tensor, pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
 
 def _turned(weight: Tensor, pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     """Returns R^T weight [d, f]; the isometry R maximizes the sum of tr(R^T own^T target) over pairs of rows [N, d]."""
-    basis, inner = torch.linalg.qr(weight.detach().double().cpu())  # z lies in f of the d dimensions
+    basis, inner = torch.linalg.qr(weight.detach().double().cpu())  # embeddings span only these columns
     turned: Tensor = (_isometry(basis, pairs).T @ inner).to(weight)
     return turned

@@ -25,12 +25,12 @@ class FolderInUseError(ValueError):
 
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Context manager that locks a folder; the first process holds the lock for its group, on the file `log.jsonl`.
+    """Context manager that locks a folder: the first process of a group locks the file `log.jsonl` for all of them.
 
-    The system releases the lock if the process dies.
+    The operating system releases the lock if the process dies.
 
     Args:
-        folder: is created if it is missing.
+        folder: folder of the training; it is created if it is missing.
 
     Raises:
         FolderInUseError: another process or group holds the lock; raised on every process.

@@ -1,7 +1,7 @@
 """Copies the log of a training to TensorBoard, Weights & Biases or a progress bar.
 
-A stage is one pre-training or one task.  Its log is `log.jsonl`, which has each logged step once, also if the training
-was stopped and resumed.  On resume the log is replayed from the start: no line is lost or duplicated in the copies.
+A stage is one pre-training or one task.  Its log is `log.jsonl`, which has one line per logged step, also if the
+training was stopped and resumed.  On resume the log is replayed from the start, so the copies have each line once.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ class Logger(Protocol):
     """Receives a copy of the log."""
 
     def begin(self, stage: str, finished: bool) -> None:
-        """Begins a stage.  All its lines follow, also those that an earlier process has logged already.
+        """Begins a stage.  `log` then receives all its lines, also those that an earlier process passed to the logger.
 
         Args:
             stage: name of the stage, such as "task-00".
-            finished: whether the stage's log is complete.  This logger may have received all, some or none of it.
+            finished: whether the stage's log is complete.  An earlier process may have passed all, some or none of it.
         """
         ...
 
@@ -59,12 +59,13 @@ class Logger(Protocol):
     def end(self) -> None:
         """Ends the current stage.
 
-        When this returns, its lines must be stored, unless the logger itself skips lines that it has already.
+        When this returns, the stage's lines must be stored, unless the logger itself detects after a restart which
+        lines are missing.
         """
         ...
 
     def close(self) -> None:
-        """Ends the run, also after an error."""
+        """Ends the run; it is also called after an error."""
         ...
 
 
@@ -80,7 +81,7 @@ class RunLog:
         self.folders = folders
         self.loggers = loggers
         self.stage = ""
-        self.bytes_read = 0  # of the stage's log
+        self.bytes_read = 0  # in the log of the current stage
         self.finished_stages: set[str] = set()
 
     def follow(self, stage: str, *, last: bool) -> Line | None:
@@ -148,7 +149,7 @@ class _TensorBoard:
         self.writer = None
         folder = self.folder / stage
         if not (finished and any(folder.glob("events.*"))):
-            # purge_step=0: TensorBoard ignores the events of older files
+            # purge_step=0 makes TensorBoard ignore the events of older files
             self.writer = _summary_writer()(str(folder), purge_step=0)
 
     def log(self, line: Line) -> None:
@@ -184,7 +185,7 @@ class _WandB:
             config=dict(config),
             resume="allow",
         )
-        self.lines_sent = self.run.step  # by earlier processes
+        self.lines_sent = self.run.step  # number of lines that earlier processes sent
         self.lines = 0
         self.stage = ""
 

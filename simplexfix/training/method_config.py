@@ -14,7 +14,7 @@ from .config import check_fits
 
 __all__ = ["ER_PRETRAINED", "SIMPLEX", "MethodConfig"]
 
-# methods whose replacements are pre-trained by ER; those of SIMPLEX by `Simplex`
+# Replacements of these methods are pre-trained with ER, those of the methods in SIMPLEX with `Simplex`.
 ER_PRETRAINED = ("asnn", "bct", "er", "fd", "nnp", "oca")
 SIMPLEX = ("hoc", "simplex")
 
@@ -46,21 +46,21 @@ class MethodConfig:
         name: "er", "fd", "bct" or "oca" (learnable classifier), "asnn" or "nnp" (nearest neighbours), "simplex" or
             "hoc" (fixed simplex), or "qdc" (retrieval data sets, no classifier).
         slots: K, the number of slots of the simplex.
-        normalize: whether the simplex normalises embeddings; a learnable classifier with a scale always does.
-        scale: factor of the logits, above 0; None for 1, or for 50 with "qdc".  With a classification by neighbours it
-            is the factor of pre-training only.
-        weight: weight of FD's distance or BCT's influence loss, above 0, or of QDC's distillation, 0 for none.
+        normalize: whether the simplex normalises embeddings; a learnable classifier does if it has a scale.
+        scale: factor of the logits, above 0; None for 1, or for 50 with "qdc".  With a classification by neighbours
+            only pre-training uses it.
+        weight: weight of FD's distance or BCT's influence loss, above 0, or of QDC's distillation, at least 0.
         distance: "cosine" or "l2", as in `simplexfix.methods.FD`.
         lambda_, mu, negatives, anchor: as in `simplexfix.functional.hoc_loss`.
         gather: whether HOC's negatives and QDC's documents come from all processes.
-        classification: first term of fd, bct and hoc: "cross_entropy", "asnn" or "nnp".  Replacements are pre-trained
-            by cross-entropy in any case.
+        classification: first term of the loss of fd, bct and hoc: "cross_entropy", "asnn" or "nnp".  Replacements are
+            always pre-trained by cross-entropy.
         neighbours, queue, alpha: as in `simplexfix.methods.ASNN`.
         embedding_dim, extra, weights, temperature, label_smoothing, normalize_prototypes, rotation: as in
             `simplexfix.methods.OCA`.
 
     Raises:
-        ValueError: a name is unknown, an option is out of range, or an option is set that the method does not use.
+        ValueError: a name is unknown, an option is out of range, or an option that the method does not use is set.
     """
 
     name: str = "hoc"
@@ -99,10 +99,10 @@ class MethodConfig:
                     f"{getattr(self, option.name)!r} with name={self.name!r} and "
                     f"classification={self.classification!r}; leave it out"
                 )
-        self.method(SlotRegistry(self.slots), "default")  # which checks the values
+        self.method(SlotRegistry(self.slots), "default")  # constructors check the values
 
     def _neighbours(self) -> ASNN | None:
-        """Returns the classification by neighbours of the method or of its first term, or None."""
+        """Returns the nearest-neighbour loss of this configuration, or None if it has none."""
         loss = self.name if self.name in _NEIGHBOURS else self.classification
         if loss not in _NEIGHBOURS:
             return None
@@ -157,16 +157,17 @@ class MethodConfig:
         )
 
     def pretraining(self) -> MethodConfig:
-        """Returns the method that pre-trains replacements; several methods can share its networks."""
+        """Returns the configuration of pre-training; equal for several methods, so that they can share the networks."""
         if self.name in ER_PRETRAINED:
             return MethodConfig("er", scale=self.scale)
         return MethodConfig("simplex", slots=self.slots, normalize=self.normalize, scale=self.scale)
 
     def goes_on_with(self, source: str) -> bool:
-        """Returns whether a replacement keeps the head of its pre-training on this source; else it gets a new head.
+        """Returns whether a replacement keeps the head of its pre-training; else it gets a new head.
 
-        A simplex head fits any classes.  A linear head fits only the classes that it was trained on.  OCA, and
-        classification by neighbours without a simplex, have heads that ER does not train.
+        `source` is that of `ReplacementConfig`, "apart" or "tasks".
+        A simplex head fits any classes.  A linear head fits only the classes that it was trained on.  ER does not
+        train the heads of OCA and of classification by neighbours without a simplex.
         """
         linear = self.name in ("er", "fd", "bct") and self.classification == "cross_entropy"
         return self.name in SIMPLEX or (linear and source == "tasks")

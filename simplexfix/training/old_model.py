@@ -1,4 +1,4 @@
-"""The old model of a training step: the deployed version; some of its embeddings are stored or denoised."""
+"""The old model of a training step: the deployed version, with stored embeddings and denoising as options."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ __all__ = ["OldModel", "class_means", "denoised"]
 class OldModel(EmbeddingModel):
     """The deployed version as the `old` argument of a method's loss.
 
-    Embeddings of remembered rows may be stored ones, which are not computed again, and the others may be `denoised`.
+    Stored embeddings of remembered rows are used instead of computed ones.  Computed ones are `denoised` if `means` are
+    given.
 
     Args:
         deployed: the deployed version, in evaluation mode.
-        denoise: `denoise` of `denoised`, in [0, 1].
-        means: [C, d] means of its embeddings by class; None for no denoising.
+        denoise: eta of `denoised`, in [0, 1].
+        means: [C, d] class means of the deployed version's embeddings; None for no denoising.
     """
 
     def __init__(self, deployed: EmbeddingModel, denoise: float, means: Tensor | None) -> None:

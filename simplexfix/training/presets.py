@@ -18,13 +18,13 @@ from .schedule import Schedule
 __all__ = ["PRESETS"]
 
 # The CL2R protocol of arXiv 2405.02581.  `_iamcl2r` adds replacements, pre-trained on a folder with ImageNet at 32
-# pixels; only the length of pre-training is our choice.
+# pixels.  The paper does not give the length of pre-training; 90 epochs are our choice.
 _PAPER = RunConfig(
     data=DataConfig(kind="cifar", path="data", per_class=300),
     model=ModelConfig(kind="resnet18"),
     tasks=TasksConfig(counts=(10, *[15] * 6), epochs=70, hoc_reference="replacement"),
     schedule=Schedule(
-        1,  # replaced by the epochs
+        1,  # unused: tasks.epochs sets the number of steps
         1e-3,
         warmup=0.0,
         weight_decay=5e-4,
@@ -58,8 +58,8 @@ def _paper_half() -> RunConfig:
 _NARROW = ModelConfig(kind="resnet18", width=32)
 
 PRESETS = {
-    # `simplexfix demo` runs this preset and two other methods: four versions; the last is a wider network that was
-    # trained from scratch on all earlier characters and then fine-tuned
+    # `simplexfix demo` runs this preset, and two other methods on the same tasks.  The last of the four versions is a
+    # wider network: trained from scratch on all earlier characters, then fine-tuned.
     "omniglot": RunConfig(
         tasks=TasksConfig(
             counts=(60, 40, 40, 45),
@@ -74,7 +74,7 @@ PRESETS = {
     "iamcl2r-7": _iamcl2r((10, *[15] * 6), (0, 2, 4)),
     "iamcl2r-31": _iamcl2r((10, *[3] * 30), (0, 10, 20)),
     # iamcl2r-7 for two cores: one seed of er, fd, bct, simplex and hoc takes 25 to 40 minutes.  The tasks use half of
-    # CIFAR-100, pre-training the other half.
+    # the classes of CIFAR-100, pre-training the other half.
     "cpu-small": RunConfig(
         data=DataConfig(kind="cifar", path="data", per_class=300, query_batches=(1,)),
         model=_NARROW,
@@ -87,7 +87,7 @@ PRESETS = {
         schedule=Schedule(1, 1e-2, weight_decay=5e-4, optimizer="sgd"),
     ),
     # iamcl2r-7 for one core and a few hours.  Tasks, their epochs and the optimizer are the paper's.  Differences: half
-    # the channels, pre-training for 30 epochs on 50, 100 and 200 classes of Tiny-ImageNet at 32 pixels, our default
-    # reference of HOC, 10,000 queries, and float32.
+    # the channels, pre-training for 30 epochs on 50, 100 and 200 classes of Tiny-ImageNet at 32 pixels, our default of
+    # `hoc_reference`, 10,000 queries, and float32.
     "paper-half": _paper_half(),
 }

@@ -17,12 +17,12 @@ __all__ = ["with_references"]
 
 
 def with_references(items: Items, *, versions: Sequence[EmbeddingModel], trainer: Trainer) -> Items:
-    """Returns items whose `references` also have the embeddings by later versions.
+    """Returns the items with `references` by all versions; embeddings that are missing are extracted.
 
-    The first of several processes extracts them.
+    The first process extracts them for all processes.
 
     Args:
-        items: with the references of the first versions, or none.
+        items: items with references by the first versions, or without references.
         versions: all versions so far, oldest first.
         trainer: its preprocessing and workers are used.
     """

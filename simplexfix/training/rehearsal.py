@@ -1,4 +1,4 @@
-"""Rehearsal memory: a few items of each earlier class, random ones, or such whose mean is near the class mean."""
+"""Rehearsal memory: a few items of each earlier class, chosen at random or by herding (mean near the class mean)."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def random_rows(labels: Ids, per_class: int, generator: np.random.Generator) -> 
     Args:
         labels: [N] integer class ids.
         per_class: rows of each class, at least 1.
-        generator: source of the permutation; one permutation is drawn, whatever the classes are.
+        generator: each call draws one permutation of all N rows from it.
 
     Returns:
-        [n] int64 row indices, grouped by class in ascending order of ids.  A smaller budget gives the first rows of
-        each class.
+        [n] int64 row indices, grouped by class in ascending order of ids.  A smaller `per_class` gives the first of
+        these rows for each class.
 
     Raises:
         TypeError: labels or `per_class` are not integers.
@@ -48,7 +48,7 @@ def random_rows(labels: Ids, per_class: int, generator: np.random.Generator) -> 
 
 
 def herding_rows(features: Rows, labels: Ids, per_class: int) -> Tensor:
-    """Returns rows of each class whose mean approximates the class mean, chosen greedily (herding).
+    """Selects rows of each class greedily, so that their mean approximates the class mean (herding).
 
         x_i = features_i / |features_i|,    m = mean of x over the class
         k-th choice = argmin_i | m - (x_i + sum of the k - 1 chosen) / k |     over rows not yet chosen
@@ -62,7 +62,7 @@ def herding_rows(features: Rows, labels: Ids, per_class: int) -> Tensor:
 
     Returns:
         [n] int64 row indices, grouped by class in ascending order of ids, each class in the order of choice.  A smaller
-        budget gives the first rows of each class.
+        `per_class` gives the first of these rows for each class.
 
     Raises:
         TypeError: features are not floating, or labels or `per_class` are not integers.
@@ -80,7 +80,7 @@ def herding_rows(features: Rows, labels: Ids, per_class: int) -> Tensor:
     """
     check_budget(per_class)
     held = FeatureRows("features", features)
-    for _ in held.blocks():  # nan and inf
+    for _ in held.blocks():  # raises for nan and inf
         pass
     rows = held.tensor().detach().cpu()
     ids = read_ids("labels", labels, "features", len(held))
@@ -88,11 +88,11 @@ def herding_rows(features: Rows, labels: Ids, per_class: int) -> Tensor:
     for c in np.unique(ids):
         of_class = np.flatnonzero(ids == c)
         x = rows[torch.from_numpy(of_class)].double().numpy()
-        x /= np.maximum(np.abs(x).max(axis=1, keepdims=True), np.finfo(np.float64).tiny)  # no square is lost to 0
+        x /= np.maximum(np.abs(x).max(axis=1, keepdims=True), np.finfo(np.float64).tiny)  # so squares do not underflow
         x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), np.finfo(np.float64).tiny)
         mean, total, left = x.mean(axis=0), np.zeros(x.shape[1]), np.ones(len(x), dtype=bool)
         for k in range(1, min(per_class, len(x)) + 1):
-            # k times the difference; row by row, for equal rows to give equal bits
+            # k times the difference; summed row by row, so that equal rows give equal bits
             apart = np.where(left, np.square(k * mean - total - x).sum(axis=1), np.inf)
             best = int(apart.argmin())
             left[best] = False
@@ -111,7 +111,8 @@ class Rehearsal:
     Args:
         per_class: items of each class, at least 1.
         selection: "random" (`random_rows`) or "herding" (`herding_rows`).
-        generator: from `numpy.random.default_rng`; it must not be used elsewhere.  It draws items and batches.
+        generator: from `numpy.random.default_rng`; it draws items and batches, and must not be used
+            elsewhere.
 
     Raises:
         TypeError: `per_class` is not an integer, or the generator is of another kind.

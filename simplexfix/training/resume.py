@@ -22,14 +22,14 @@ _ABSENT = object()
 def describe(value: Any) -> Any:
     """Describes an object's configuration in JSON values that are equal in every process.
 
-    | object                  | description                                              |
-    | ----------------------- | -------------------------------------------------------- |
-    | dataclass               | class and fields                                         |
-    | object with `to_dict`   | the result of `to_dict`                                  |
-    | tensor, array           | shape, dtype and checksum                                |
-    | function, class         | qualified name                                           |
-    | `functools.partial`     | function and bound arguments                             |
-    | other                   | class and the attributes that do not begin with "_"      |
+    | object                  | description                                                       |
+    | ----------------------- | ----------------------------------------------------------------- |
+    | dataclass               | class and fields                                                  |
+    | object with `to_dict`   | the result of `to_dict`                                           |
+    | tensor, array           | shape, dtype and checksum                                         |
+    | function, class         | qualified name                                                    |
+    | `functools.partial`     | function and bound arguments                                      |
+    | other                   | class and attributes, except `group` and those that begin with _  |
     """
     if value is None or isinstance(value, (str, int, float, bool)):
         return value
@@ -90,7 +90,7 @@ def check_resumable(then: Mapping[str, Any], now: Mapping[str, Any], what: str) 
     Args:
         then: description at its start.
         now: description of this call.
-        what: file or folder, for the message.
+        what: file or folder, for the error message.
 
     Raises:
         ValueError: the descriptions differ; the message lists all differences.

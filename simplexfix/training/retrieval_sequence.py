@@ -1,4 +1,4 @@
-"""Runs over a sequence of retrieval data sets: their training pairs, and searches in the indexes of all versions."""
+"""Data and evaluation of runs over a sequence of retrieval data sets, with one version and one index per data set."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def pair_items(found: RetrievalSet, documents: Tensor, queries: Tensor, *, negat
         found: the data set.
         documents: [N, ...] inputs of its documents.
         queries: [Q, ...] inputs of its queries, of the same shape and dtype.
-        negatives: n, the number of hard negatives per query, the first ones of the file.
+        negatives: n, the number of hard negatives per query; the first n in `hard_negatives.tsv` are taken.
 
     Returns:
-        Items with inputs [P, 2 + n, ...] (query, document, negatives) for P judgements above 0; labels are the rows of
-        the relevant documents.
+        Items with inputs [P, 2 + n, ...] (query, document, negatives), one for each of P judgements above 0.  Labels
+        are row numbers of the relevant documents.
 
     Raises:
         ValueError: a query has fewer than n hard negatives; the message names it.
@@ -88,8 +88,8 @@ class SearchedSet:
         name: name of the data set.
         documents: [N, ...] inputs of the corpus.
         queries: [Q, ...] inputs of the test queries.
-        items: the ids of both and their judgements.
-        train_queries: [M, ...] inputs of all training queries, without duplicates.
+        items: ids of documents and test queries, and the test judgements.
+        train_queries: [M, ...] inputs of the training queries that have a relevant document, without duplicates.
     """
 
     name: str
@@ -100,7 +100,7 @@ class SearchedSet:
 
     @classmethod
     def of(cls, name: str, found: RetrievalSet, documents: Tensor, queries: Tensor) -> SearchedSet:
-        """Returns the inputs for a data set, given the inputs of all its documents and queries."""
+        """Selects the test and training queries from the inputs [Q, ...] of all queries of a data set."""
         rows = _row_numbers(found.query_ids)
         test = _once(found.test.query_ids.tolist())
         at, train_at = (torch.tensor([rows[id_] for id_ in ids]) for ids in (test, training_queries(found)))
@@ -119,7 +119,7 @@ class RetrievalData:
     Attributes:
         tasks: one task per data set, with the items of `pair_items`.
         searched: the data set of each task.
-        prepare: preprocessing of rows.
+        prepare: preprocessing of input rows.
     """
 
     tasks: list[Task]
@@ -149,11 +149,11 @@ class RetrievalData:
         return self.searched[0].train_queries[:count]
 
     def class_names(self) -> dict[str, list[str]]:
-        """There are no classes."""
+        """Returns an empty dict: retrieval data has no classes."""
         return {}
 
     def names_of(self, task: int) -> None:
-        """There are no classes."""
+        """Returns None: retrieval data has no classes."""
 
 
 def load_retrieval_data(config: RunConfig) -> RetrievalData:
@@ -218,7 +218,7 @@ class RetrievalJudge:
         self.last: EmbeddingModel | None = None
 
     def add(self, t: int, version: EmbeddingModel) -> None:
-        """Builds the index of data set t by version t (in evaluation mode), and measures the drift of its queries."""
+        """Builds the index of data set t by version t (in evaluation mode); measures the drift since version t - 1."""
         found = self.data.searched[t]
         self.indexes.append(self.extract(version, found.documents))
         self.queries.append([self.extract(version, earlier.queries) for earlier in self.data.searched[: t + 1]])
@@ -231,7 +231,7 @@ class RetrievalJudge:
         self.last = version
 
     def report(self) -> dict[str, Any]:
-        """Returns JSON values: the matrices under "search", and the last version's scores in indexes of its own."""
+        """Returns JSON values: matrices C in "search", and the last version's scores in indexes that it built."""
         assert self.drift is not None
         assert self.last is not None
         size = len(self.indexes)

@@ -26,8 +26,8 @@ class RetrievalSet:
         documents: N texts (title and text), or features [N, d].
         query_ids: Q ids of training and test queries.
         queries: Q texts, or features [Q, d].
-        train, test: judgements of these queries and documents; a grade above 0 is relevant.
-        hard_negatives: query id -> ids of irrelevant documents near it; empty if there are none.
+        train, test: judgements of these queries and documents; a document with a grade above 0 is relevant.
+        hard_negatives: query id -> ids of irrelevant documents near the query; empty if there are none.
     """
 
     document_ids: tuple[str, ...]
@@ -56,7 +56,7 @@ def load_retrieval_set(folder: Path, *, features: bool = False) -> RetrievalSet:
 
     Raises:
         FileNotFoundError: a file is missing; the message names it.
-        ValueError: a file is damaged or has an unknown query or document id, or no judgement is above 0.
+        ValueError: a file is damaged, has an unknown query or document id, or has no judgement above 0.
     """
     corpus, queries = _texts(folder, "corpus"), _texts(folder, "queries")
     train, test = (
@@ -95,7 +95,7 @@ def _texts(folder: Path, name: str) -> dict[str, str]:
                 entry = json.loads(line)
                 if not isinstance(entry, dict) or not isinstance(entry.get("_id"), (str, int)):
                     raise ValueError('it must be an object with "_id" and "text"')
-                if (key := unicodedata.normalize("NFC", str(entry["_id"]))) in found:  # as judgements are read
+                if (key := unicodedata.normalize("NFC", str(entry["_id"]))) in found:  # as in judgements
                     raise ValueError(f"_id {key!r} is there twice")
             except ValueError as error:
                 raise ValueError(f"{file}, line {number}: {error}") from None

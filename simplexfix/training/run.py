@@ -56,7 +56,7 @@ def train_run(
     The folder has these entries:
 
         run.json                    configuration with all defaults, fingerprint of the data
-        pretraining-NN/, task-NN/   files of `Trainer.fit`
+        pretraining-NN/, task-NN/   files of `Trainer.fit`; memory and rotation of `train_versions`
         task-NN/model/              the version, for `EmbeddingModel.from_pretrained`
         task-NN/drift.safetensors   retrieval sequences: drifts so far, for `simplexfix.adapters.QueryDrift.load`
         report.json                 written at the end
@@ -89,7 +89,7 @@ def train_run(
     check_slots(config, run.data.tasks[-1].classes.stop)
 
     def remembered(version: EmbeddingModel, items: Items, generator: np.random.Generator) -> Tensor:
-        return remember(run, version, items, generator)  # memory files store the name of this function
+        return remember(run, version, items, generator)  # memory files store the name `remembered`
 
     versions = fit(run, remembered if config.tasks.remembers else None)
     agree_on(folder, facts)  # the first write: all checks of the configuration have passed
@@ -235,7 +235,7 @@ def fit(
 
 
 def remember(run: _Run, version: EmbeddingModel, items: Items, generator: np.random.Generator) -> Tensor:
-    """Returns the rows of items that rehearsal stores."""
+    """Returns the row numbers of the items that rehearsal stores."""
     tasks = run.config.tasks
     if tasks.rehearsal == "herding":
         return herding_rows(extract(run, version, items.inputs), items.labels, tasks.memory_per_class)
@@ -270,7 +270,7 @@ def _judge(run: _Run, names: dict[str, list[str]]) -> _Judge:
 
 
 class _LabelledJudge:
-    """Evaluates versions on labelled items, by all protocols for each search.
+    """Evaluates versions on labelled items: every search by every protocol.
 
     Args:
         data: data of the run.
@@ -318,7 +318,7 @@ def searches_of(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _waited_for(fit: Callable[[], EmbeddingModel]) -> EmbeddingModel:
-    """Calls `fit` until no other run trains in the shared folder; `fit` then reads what that run finished."""
+    """Calls `fit` again until no other run trains in the shared folder; `fit` then reads the finished network."""
     told = False
     while True:
         try:

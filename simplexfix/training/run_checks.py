@@ -1,4 +1,4 @@
-"""Checks before a run writes anything, and the record of a run that a resumed run is compared with."""
+"""Checks that a run makes before it writes anything, and the record of its configuration for a resumed run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .schedule import Schedule
 
 __all__ = ["agree_on", "check_batches", "check_networks", "check_slots", "usable_device"]
 
-# options that a resumed run may change; paths only if the data has the same fingerprint
+# Options that a resumed run may change: _FREE always, _PLACES (paths) only if the data has the same fingerprint.
 _FREE = ("protocols", *(f"trainer.{key}" for key in ("device", "keep", "log_every", "loggers", "save_every")))
 _PLACES = ("data.path", "data.pretraining", "model.path", "tasks.pretraining_folder")
 
@@ -41,7 +41,7 @@ def usable_device(name: str | None) -> str:
     gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
         torch.zeros(1, device=name or gpu).item()
-    except (RuntimeError, AssertionError) as error:  # the latter of a torch without CUDA
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
         reason = str(error).split("\n", 1)[0]
         raise ValueError(f"trainer.device={name or gpu!r} cannot be used here: {reason}") from None
     return name or gpu
@@ -51,7 +51,7 @@ def check_batches(config: RunConfig, tasks: int) -> None:
     """Checks that the batches of all stages can be split evenly over processes and parts.
 
     Raises:
-        ValueError: a batch cannot, or a schedule is for a task that does not exist.
+        ValueError: a batch cannot be split, or a schedule is for a task that does not exist.
     """
     plan = config.tasks
     strangers = sorted(set(plan.schedules) - set(range(tasks)))
@@ -64,12 +64,12 @@ def check_batches(config: RunConfig, tasks: int) -> None:
 
 
 def check_networks(config: RunConfig, inputs: int, prepared: Tensor) -> None:
-    """Checks all networks of a run: accepted inputs, output width, rows per part of a batch, and embedding width.
+    """Checks all networks of a run: accepted inputs, output width, batch normalisation, and embedding width.
 
     Args:
         config: configuration of the run.
-        inputs: argument of `ModelConfig.backbone`.
-        prepared: a few preprocessed inputs.
+        inputs: number of features or channels, as in `ModelConfig.backbone`.
+        prepared: [n, ...] a few preprocessed inputs.
 
     Raises:
         ValueError: a network fails a check; the message names its key in the configuration.
@@ -89,7 +89,7 @@ def check_networks(config: RunConfig, inputs: int, prepared: Tensor) -> None:
             widths[name] = made.out_features  # type: ignore[assignment]
             try:
                 found = list(made(prepared).shape)
-            except Exception as error:  # of whatever library
+            except Exception as error:  # networks of other libraries raise any class
                 raise ValueError(
                     f"{name}.kind={model.kind} does not take the data's inputs {list(prepared.shape)}: {error}"
                 ) from error
@@ -137,8 +137,8 @@ def agree_on(folder: Path, record: dict[str, Any]) -> None:
     file = folder / "run.json"
     if processes.broadcast(file.exists()):
         then = read_run_record(file)
-        # a record of an earlier release lacks newer options, which get their defaults; a record that this release
-        # cannot read stays as it is, and the comparison lists the differences
+        # Newer options that a record of an earlier release lacks get their defaults.  A record that this release cannot
+        # read is left unchanged, and the comparison lists the differences.
         with suppress(ConfigError):
             then["config"] = plain(read_config(RunConfig, then["config"]))
         if then.get("simplexfix") != __version__ and processes.rank() == 0:

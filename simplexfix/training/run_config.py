@@ -77,7 +77,7 @@ _OF_TASKS = {
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The training data of a run and its searches, by which the report judges all versions.
+    """The training data of a run, and the searches by which the report evaluates all versions.
 
         kind       in path                                               searches, by their names in the report
         omniglot   no path: it is part of the package                    "seen": other drawings of the first task's
@@ -87,29 +87,29 @@ class DataConfig:
                    query_labels, gallery_labels as .npy files
         cifar      CIFAR-100 and CIFAR-10 in their binary version        "search": CIFAR-10, training images in its test
                                                                          images
-        images     folders train, query and gallery, each with a         "search": query, gallery
-                   folder of images for every class
+        images     folders train, query and gallery, each with one       "search": query, gallery
+                   folder of images per class
         retrieval  a folder for each of `tasks.sets`, in BEIR's layout   the test queries of each set in its corpus
                    (`load_retrieval_set`)
 
     Args:
         kind, path: as in the table.
-        per_class: number of training items of each class, the first ones of the data; None for all.
+        per_class: number of training items of each class, the first ones in the data; None for all.
         validation: fraction of each class, in [0, 1), that is held out of training, drawn by the seed.  The report also
-            judges versions by these items, so that no choice depends on the search data.
+            evaluates versions on these items, so that you can choose options without the search data.
         query_batches: cifar only: numbers (1 to 5) of the files of training images that serve as queries.
         size: images only: side in pixels to which images are scaled.
-        mean, std: cifar and images only: of each channel, for pixels in [0, 1].  A network with pretrained weights
-            needs the values of its own training.
-        workers: images only: None decodes all images first and keeps them in memory, 3 * size^2 bytes each.  A number
-            of processes decodes them lazily; 0 decodes in the training process.
+        mean, std: cifar and images only: mean and standard deviation of each channel, for pixels in [0, 1].  A network
+            with pretrained weights needs the values of its own training.
+        workers: images only: None decodes all images first and keeps them in memory, 3 * size^2 bytes each.  Otherwise
+            this number of processes decodes them lazily; 0 decodes in the training process.
         tokens: retrieval with a text encoder only: tokens per text, at least 1; longer texts are cut off.
         hard_negatives: retrieval only: number of negatives per training query, the first ones of hard_negatives.tsv.
-        pretraining: cifar and images only: None, or a folder of images for every class, on which replacements are
-            pre-trained instead of on classes that no task uses.
+        pretraining: cifar and images only: None, or a folder with one folder of images per class.  Replacements are
+            pre-trained on these images instead of on classes that no task uses.
 
     Raises:
-        ValueError: a name is unknown, an option is out of range, or an option is set that `kind` does not use.
+        ValueError: a name is unknown, an option is out of range, or an option that `kind` does not use is set.
     """
 
     kind: str = "omniglot"
@@ -158,7 +158,7 @@ class ModelConfig:
 
     Args:
         kind: as in the table.
-        width: convnet and resnet18 only: channels of the first layers; None for 16 and 64.
+        width: convnet and resnet18 only: channels of the first layers; None for 16 (convnet) and 64 (resnet18).
         features: convnet only: width of its output.
         hidden: mlp only: widths of the hidden layers.
         stem: resnet18 only: "imagenet" or "cifar".
@@ -166,7 +166,7 @@ class ModelConfig:
         pretrained: timm and torchvision only: whether to load the library's default weights; it may download them.
 
     Raises:
-        ValueError: a name is unknown, "text" has no path, or an option is set that `kind` does not use.
+        ValueError: a name is unknown, "text" has no path, or an option that `kind` does not use is set.
     """
 
     kind: str = "convnet"
@@ -209,7 +209,7 @@ class ReplacementConfig:
 
     Args:
         model: the network.
-        classes: number of classes of pre-training with source="apart", the first ones in the seed's order; 0 for no
+        classes: with source="apart", number of classes of pre-training, the first ones in the seed's order; 0 for no
             pre-training.
         schedule: schedule of pre-training; None for no pre-training.
         epochs: passes over the items of pre-training, instead of the schedule's steps; None for the steps.
@@ -217,7 +217,8 @@ class ReplacementConfig:
             all items of the earlier tasks; classes keep their slots, and er, fd and bct keep the linear classifier.
 
     Raises:
-        ValueError: `source` is unknown, "tasks" has no schedule, or only one of `classes` and `schedule` is given.
+        ValueError: `source` is unknown, "tasks" has no schedule or has `classes`, "apart" has only one of `classes` and
+            `schedule`, `epochs` has no schedule, or a number is out of range.
     """
 
     model: ModelConfig
@@ -250,20 +251,21 @@ class TasksConfig:
             "retrieval_sequence" with `sets`.
         counts: number of new classes of each task.
         parts: number of tasks into which the items of each class are split.
-        sets: name of each task's data set, which is read instead of "train": a folder of images for every class, or
-            features NAME.npy and NAME_labels.npy.  Classes of different sets are different, also if their names are
-            equal.  For a retrieval sequence, names of folders of retrieval data sets.
-        pretraining_from: first class id that is reserved for pre-training; None for the classes that `counts` leave
-            over, in the seed's order.
+        sets: name of each task's data set, which is read instead of "train": a folder with one folder of images per
+            class, or features NAME.npy and NAME_labels.npy.  Classes of different sets are different, even if their
+            names are equal.  For a retrieval sequence, names of folders of retrieval data sets.
+        pretraining_from: classes with this id or a larger one are reserved for pre-training.  None: pre-training uses
+            the classes that no task uses, in the seed's order.
         epochs: passes over a task's new items, instead of the schedule's steps; None for the steps.
         schedules: task number -> schedule; other tasks have the run's schedule.
         memory_per_class: number of items of each class that rehearsal stores; 0 for no memory.
-        rehearsal: their choice: "random" (`random_rows`) or "herding" (`herding_rows`).
+        rehearsal: selection of these items: "random" (`random_rows`) or "herding" (`herding_rows`).
         replacements: task number -> network that replaces the current one before this task.
         pretraining_folder: folder in which runs of several methods share pre-trained networks and their logs: in
             `simplex` those of hoc and simplex, in `linear` those of er, fd, bct, oca, asnn and nnp; None for the run's
             own folder.
-        hoc_reference: as in `train_versions`, for hoc; "all" also for fd.  Other methods use the deployed version.
+        hoc_reference: as in `train_versions`, for hoc; "all" also for fd by cosine.  Other methods use the deployed
+            version.
         replacement_junction, replacement_frozen: as in `train_versions`; "aligned" needs hoc or simplex.
         denoise: as in `train_versions`, for hoc, and fd by cosine.
         align: as in `train_versions`; "older" is not for oca.
@@ -330,7 +332,7 @@ class TrainerConfig:
     Args:
         device: a device of torch; None for this process's GPU, or the CPU if there is none.
         precision, ema, compile, save_every, keep, log_every: as in `Trainer`.
-        loggers: receive a copy of the logs during training: "tensorboard", "wandb", or both.
+        loggers: names of loggers that receive a copy of the logs during training: "tensorboard", "wandb", or both.
 
     Raises:
         ValueError: the device or a logger is unknown.
@@ -356,13 +358,13 @@ class TrainerConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """The configuration of a run; a run depends only on this and the data.
+    """The configuration of a run; the results depend only on it and the data.
 
     Args:
         tasks: the sequence of tasks.
         schedule: schedule of every task without its own schedule.
-        data, model, method, trainer: options of the parts.
-        protocols: names of `simplexfix.retrieval.PROTOCOLS`, by which versions are judged at the end.
+        data, model, method, trainer: options of each of these.
+        protocols: names of `simplexfix.retrieval.PROTOCOLS`, by which versions are evaluated at the end.
         seed: seed of splits, weights, batches and memory, at least 0.
 
     Raises:
@@ -449,7 +451,7 @@ class RunConfig:
 
     @property
     def hoc_reference(self) -> str | None:
-        """The `hoc_reference` of `train_versions` that this method gets."""
+        """The `hoc_reference` that `train_versions` gets: None for methods without this option."""
         reference = self.tasks.hoc_reference
         return reference if self.method.name == "hoc" or (self.method.name, reference) == ("fd", "all") else None
 

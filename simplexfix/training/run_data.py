@@ -46,10 +46,10 @@ class RunData:
     Attributes:
         tasks: one task per version.
         pretraining: items for pre-training replacements; their classes are 0, 1, ... in the seed's order.
-        searched: name -> (query, gallery): the searches of `DataConfig`, and "validation" if items were held out, which
-            searches the training items with the held-out ones.
+        searched: name -> (query, gallery): the searches of `DataConfig`, and "validation" if items were held out.  Its
+            queries are the held-out items, and its gallery is the training items.
         augment: (inputs, generator) -> inputs of the network, in training; None for the inputs unchanged.
-        prepare: the same for extraction, without augmentation.
+        prepare: inputs -> inputs of the network for extraction, without augmentation.
     """
 
     tasks: list[Task]
@@ -169,7 +169,7 @@ def _read(config: DataConfig, names: Sequence[str]) -> tuple[list[Items], dict[s
     if config.kind == "images":
         _check_there(path, (*names, "query", "gallery"), "folders, each with a folder of images for every class")
         trained = [_images(path / name, config) for name in names]
-        if len(trained) > 1:  # their classes may have the same names
+        if len(trained) > 1:  # classes of different sets may have the same names
             trained = [
                 replace(items, class_names=tuple(f"{name}/{c}" for c in items.class_names or ()))
                 for name, items in zip(names, trained, strict=True)
@@ -185,7 +185,7 @@ def _read(config: DataConfig, names: Sequence[str]) -> tuple[list[Items], dict[s
 
 
 def _omniglot() -> tuple[list[Items], dict[str, _Search]]:
-    """Returns 12 drawings per character of six alphabets for training, 8 for search, and two alphabets for search."""
+    """Returns 12 drawings per character of six alphabets for training; "seen" has 8 others, "unseen" two alphabets."""
     omniglot = load_omniglot()
     images = torch.from_numpy(omniglot.images)
     unseen = torch.from_numpy(np.isin(np.array(omniglot.alphabets)[omniglot.alphabet_of], UNSEEN_ALPHABETS))
@@ -258,7 +258,7 @@ def _first_of_each_class(labels: Tensor, count: int) -> Tensor:
 
 
 def _held_out(labels: Tensor, fraction: float, seed: int, names: tuple[str, ...] | None) -> Tensor:
-    """Returns [N] bool: the rounded fraction of every class, but at least one item and never all of them."""
+    """Returns a mask [N] of held-out items: a random `fraction` of each class, at least one item and never all."""
     drawn = torch.from_numpy(np.random.default_rng([seed, 2]).permutation(len(labels)))
     held = torch.zeros(len(labels), dtype=torch.bool)
     for c in torch.unique(labels).tolist():

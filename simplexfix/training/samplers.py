@@ -24,8 +24,8 @@ def batch_sizes(batch: int, remembers: bool, world_size: int, accumulate: int = 
         accumulate: number of parts per process.
 
     Raises:
-        ValueError: the batch is too small, or a number is not divisible by `world_size * accumulate`: the mean of the
-            parts' gradients would not be the gradient of the batch.
+        ValueError: the batch is too small, or a number is not divisible by `world_size * accumulate`.  With unequal
+            parts the mean of their gradients would not be the gradient of the batch.
     """
     sizes = (batch // 2, batch - batch // 2) if remembers else (batch, 0)
     if sizes[0] < 1:
@@ -61,7 +61,7 @@ def check_batch_norm(
     with seeded(0), torch.no_grad():
         try:
             copy.deepcopy(network).train()(input)
-        except ValueError as error:  # torch raises if a channel has one value; an image has more
+        except ValueError as error:  # torch raises if a channel has a single value; a row with several pixels has more
             if "more than 1 value per channel" not in str(error):
                 raise
             raise ValueError(
@@ -84,13 +84,12 @@ class BalancedSampler:
     Args:
         new: number of new rows, at least 1.
         remembered: number of remembered rows; 0 for no memory.
-        batch: rows in a batch, of all processes; the remembered half is larger if it is odd.
+        batch: rows in a batch, of all processes; if it is odd, the remembered half is larger.
         seed: seed of both sequences.
         rank, world_size: rank of this process, and number of processes.
 
     Raises:
-        ValueError: a number is out of range, or a half cannot be split evenly over the processes: the mean of their
-            gradients would not be the gradient of the batch.
+        ValueError: a number is out of range, or a half cannot be split evenly over the processes (`batch_sizes`).
 
     Example:
         >>> from simplexfix.training import BalancedSampler

@@ -48,7 +48,7 @@ class Task:
     """The training data of one version.
 
     Args:
-        items: new items; labels are the scenario's class ids, which count up from 0 in the order of learning.
+        items: new items.  Labels are class ids that are numbered from 0 in the order in which tasks add the classes.
         classes: range of all class ids up to this task, from 0.
     """
 
@@ -57,14 +57,14 @@ class Task:
 
 
 def class_order(labels: Tensor, *, seed: int) -> Tensor:
-    """Returns the classes in a random order, in which a scenario numbers them from 0.
+    """Returns the classes in a random order, in which a task sequence numbers them from 0.
 
     Args:
         labels: [N] int64 class ids.
         seed: seed of the order.
 
     Returns:
-        [C] int64 distinct class ids of `labels`; entry i has id i in the scenario.
+        [C] int64 distinct class ids of `labels`; entry i has id i in the task sequence.
 
     Example:
         >>> import torch
@@ -78,7 +78,7 @@ def class_order(labels: Tensor, *, seed: int) -> Tensor:
 
 
 def class_incremental(items: Items | Dataset[Any], counts: Sequence[int], *, seed: int) -> list[Task]:
-    """Splits items into tasks with new classes each, in the order of `class_order`.
+    """Splits items into tasks; each task has new classes, in the order of `class_order`.
 
     Args:
         items: N labelled items, or a map-style dataset (`Items.from_dataset`).
@@ -116,7 +116,7 @@ def class_incremental(items: Items | Dataset[Any], counts: Sequence[int], *, see
 
 
 def instance_incremental(items: Items | Dataset[Any], parts: int, *, seed: int) -> list[Task]:
-    """Splits items into tasks with all classes each: every task has an equal fraction of each class's items.
+    """Splits items into tasks that have all classes: every task has an equal fraction of each class's items.
 
     Args:
         items: N labelled items, or a map-style dataset (`Items.from_dataset`).
@@ -222,27 +222,29 @@ def train_versions(
     Args:
         trainer: trainer with the method.
         tasks: tasks in order, from `class_incremental` and the like, or constructed.
-        start: returns the first network: an `EmbeddingModel`, or a backbone with `out_features`, which gets a new head.
+        start: function that returns the first network: an `EmbeddingModel`, or a backbone with `out_features`, which
+            gets a new head.
         schedule: one schedule for all tasks, or one for each.
         seed: seed of new weights, batches and the choice of remembered items.
         rehearsal: function (version, items, generator) -> indices [n] of items to remember; None for no memory.
         replacements: task number -> function that returns the replacement before this task, of any architecture.  An
             `EmbeddingModel` keeps its pre-trained head.  A backbone with `out_features` gets a new head, with a
             junction of its width and the same slots.
-        hoc_reference: the old model that a replacement is held to.
-            "deployed": the deployed version; the first version of all has no old model.
-            "replacement": the replacement as it came, as in the authors' code; it needs a trained head.
-            "deployed_or_replacement": the deployed version, or for the first version the replacement as it came.
-            "all": the same as None.  In every task each batch also draws one older version uniformly, and its
-            remembered items are held to their embeddings by that version.  The memory stores these embeddings,
-            [N, versions, d] float32, without augmentation.  A step does not run older versions, but they stay in memory
-            to embed the items that are remembered next.  "all" acts on methods whose loss calls `old(input)`, such as
-            HOC and FD by cosine.
+        hoc_reference: the old model in the loss of a replacement.
+            "deployed": the deployed version; the very first version has no old model.
+            "replacement": the replacement before its training on the task, as in the authors' code; it needs a trained
+            head.
+            "deployed_or_replacement": the deployed version, or for the first version the replacement before training.
+            "all": the same as None, but in every task the old embeddings of remembered items are those by one older
+            version, which is drawn uniformly for each batch.  The memory stores these embeddings, [N, versions, d]
+            float32, without augmentation.  A step does not run the older versions, but they are kept to embed the items
+            that each task adds to the memory.  "all" acts on methods whose loss calls `old(input)`, such as HOC and FD
+            by cosine.
             None: for HOC "deployed_or_replacement" if the first replacement has a trained head, else "deployed"; for
             other methods "deployed".
         replacement_junction: "kept" leaves the junction of a replacement that follows a deployed version as it is;
             "aligned" turns it towards that version in closed form (`Trainer.fit`).  None: "aligned" for HOC with the
-            simplex cross-entropy and another reference than "replacement", where the junction has no bias; else "kept".
+            simplex cross-entropy, a junction without bias and another reference than "replacement"; else "kept".
         replacement_frozen: fraction of the steps in which the backbone of such a replacement keeps its weights.  None:
             0.1 with an "aligned" junction, else 0.
         denoise: `denoise` of `Trainer.fit`, for every version with an old model.  Stored embeddings of "all" are moved
@@ -250,17 +252,17 @@ def train_versions(
         align: "none" or "older".  "older" rotates the embeddings of every version from the second on after its
             training, in closed form, towards those of all older versions (`aligned_with_older`).  New and remembered
             items have half of the weight each.  The iterator yields the rotated versions; training, rehearsal and
-            stored embeddings use the versions without rotations.  Older versions stay in memory, and each embeds these
-            items once a task.  None: "older" for HOC with another reference than "replacement", else "none".
+            stored embeddings use the versions without rotations.  Older versions stay in memory, and each embeds the
+            items once per task.  None: "older" for HOC with another reference than "replacement", else "none".
         folder: folder of the run; None to write nothing.
         on_step: function that is called after every step with the numbers of the task and of the step in it.
 
     Raises:
-        ValueError: the number of schedules differs from that of tasks; a replacement is for no task, or its embeddings
-            have another width; an option has an unknown name; "replacement" is chosen, and a replacement has no trained
-            head; "all" is chosen without rehearsal, or with a method that it cannot act on; an "aligned" junction is
-            combined with "replacement"; the folder began with another `align`; "older" is chosen, and items are uint8
-            without preprocessing.
+        ValueError: the number of schedules differs from that of tasks; a key of `replacements` is not a task, or the
+            embeddings of a replacement have another width; an option has an unknown name; "replacement" is chosen, and
+            a replacement has no trained head; "all" is chosen without rehearsal, or with a method that it cannot act
+            on; an "aligned" junction is combined with "replacement"; the folder began with another `align`; "older" is
+            chosen, and items are uint8 without preprocessing.
         TypeError: "older" is chosen, and versions have prefixes, such as OCA's.
 
     Example:
@@ -354,7 +356,7 @@ def _versions(
             make = replacements.get(t, start)
             with seeded(mixed_seed(seed, t, 0)):
                 made = make()
-            with seeded(mixed_seed(seed, t, 4)):  # its own seed: make() draws less if it only reads a trained network
+            with seeded(mixed_seed(seed, t, 4)):  # a separate seed: make() draws less if it reads a trained network
                 parent = _with_head(made, trainer, version)
             trained_head = version is None and isinstance(made, EmbeddingModel)
             own = {
@@ -401,9 +403,10 @@ def _versions(
 
 
 def _check_embeddable(items: Items, model: EmbeddingModel, trainer: Trainer) -> None:
-    """
+    """Checks that `align="older"` can embed the items.
+
     Raises:
-        ValueError: items are images of bytes, and nothing turns them into the network's input without augmentation.
+        ValueError: items are uint8 images, and neither trainer nor model has a preprocessing.
     """
     if (trainer.preprocessing or model.preprocessing) is not None:
         return
@@ -472,7 +475,7 @@ def _with_head(made: nn.Module, trainer: Trainer, before: EmbeddingModel | None)
             "start and replacements must return an EmbeddingModel, or a backbone with an int attribute out_features, "
             f"the width of its output; got {type(made).__name__}"
         )
-    fits = isinstance(trainer.method, ReadsOldEmbeddings)  # the method itself fits the width
+    fits = isinstance(trainer.method, ReadsOldEmbeddings)  # `fit_to_old` sets the width
     if before is not None and not fits and before.embedding_dim != model.embedding_dim:
         raise ValueError(
             f"a replacement's embeddings must be {before.embedding_dim} wide like those before, "
@@ -490,10 +493,10 @@ def _remembered(
     folder: Path | None,
     embed: Callable[[Items], Items] | None = None,
 ) -> Items:
-    """Returns the memory after a task: the task's classes are chosen again from old and new items, others stay.
+    """Returns the memory after a task: items of the task's classes are selected again, from remembered and new ones.
 
-    The folder stores the memory, since the choice may differ between machines.  Inputs of datasets are stored as
-    indices of the items to choose from.  `embed` adds references to items; the file stores them too.
+    Items of other classes stay.  The folder stores the memory, since the selection may differ between machines.  Items
+    of datasets are stored as indices into the candidates.  `embed` adds references to items; they are stored, too.
     """
     file = None if folder is None else folder / "memory.safetensors"
     started_with = {"seed": seed, "rehearsal": describe(rehearsal)}
@@ -510,7 +513,7 @@ def _remembered(
         again = torch.isin(memory.labels, task.items.labels)
         pool, kept = memory.take(again.nonzero()[:, 0]).joined(pool), memory.take((~again).nonzero()[:, 0])
     if saved is None:
-        # the first process chooses for all: on another device another feature may be nearer
+        # one process selects for all: features by another device may differ and change the selection
         rows = torch.tensor(processes.broadcast(rehearsal(version, pool, np.random.default_rng(seed)).tolist()))
     else:
         rows = saved["rows"]
@@ -529,10 +532,10 @@ def _remembered(
 
 
 def _check_directions(option: str, method: Method) -> None:
-    """Checks that the method's loss compares directions with `old(input)`.
+    """Checks that the method's loss compares directions of embeddings with those of `old(input)`.
 
     Raises:
-        ValueError: the loss does not.
+        ValueError: the loss does not compare them.
     """
     if isinstance(method, ReadsOldEmbeddings) or getattr(method, "distance", "cosine") != "cosine":
         raise ValueError(

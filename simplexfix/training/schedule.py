@@ -20,13 +20,14 @@ _OPTIMIZERS = ("adamw", "sgd")
 class Schedule:
     """Steps, batch, optimizer and learning rate of one version: a linear warm-up, then a cosine decay.
 
-        rate(step) = min(1, (step + 1) / (warmup * steps)) * (f + (learning_rate - f) (1 + cos(pi step / steps)) / 2)
+        rate(step) = min(1, (step + 1) / max(1, warmup * steps))
+                     * (f + (learning_rate - f) (1 + cos(pi step / steps)) / 2)
 
     f is `final_learning_rate`.  Every version starts the schedule again.
 
     Args:
         steps: number of optimizer steps, at least 1.
-        learning_rate: its maximum, above 0.
+        learning_rate: maximum learning rate, above 0.
         batch: rows in a step, of all processes; half of them come from the memory if there is one.
         warmup: fraction of the steps, in [0, 1].
         weight_decay: weight decay of weight matrices and filters, at least 0; biases and normalisation have none.

@@ -34,12 +34,12 @@ __all__ = ["DTYPES", "Augment", "Steps"]
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _SCALE = 2.0**16  # initial scale of the loss in float16
-_LEAST_SCALE = 1e-4  # after 30 overflows in a row; gradients that still overflow are nan
+_LEAST_SCALE = 1e-4  # reached after 30 overflows in a row: such gradients are nan
 _NEW_FOLDER = "in a new run folder: this one would repeat the same steps and fail again"
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 _Request = tuple[Any, ...]  # step, part, and its rows of new and of remembered items
-_Part = tuple[Tensor, Tensor, Tensor | None]  # inputs, labels, and references of the remembered items
+_Part = tuple[Tensor, Tensor, Tensor | None]  # inputs, labels, and old embeddings of the remembered items or None
 
 
 class _Loss(nn.Module):
@@ -48,7 +48,7 @@ class _Loss(nn.Module):
     def __init__(self, method: Method, model: EmbeddingModel, old: EmbeddingModel | None) -> None:
         super().__init__()
         self.model = model
-        self.untrained = (method, old)  # in a tuple, so that the old model is not a submodule and none of it is trained
+        self.untrained = (method, old)  # a tuple, so that the old model is no submodule and is not trained
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         method, old = self.untrained
@@ -59,8 +59,8 @@ class _Loss(nn.Module):
 class _PartReader:
     """Reads the inputs and labels of one part of a batch, in this process or another one.
 
-    If the memory has references, it also returns the embeddings of the part's remembered items by one older version,
-    which is drawn for each step.
+    If the memory has references, it also returns old embeddings of the part's remembered items.  They are by one older
+    version, which is drawn at random for each step.
     """
 
     items: Items
@@ -174,7 +174,7 @@ class Steps:
             self.total += loss.detach()
         if self.step < self.frozen:
             for p in self.model.backbone.parameters():
-                p.grad = None  # so the optimizer changes neither the weight, by weight decay, nor its momentum
+                p.grad = None  # the optimizer skips it: neither weight decay nor momentum changes
         if self.schedule.clip is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.schedule.clip)
@@ -193,7 +193,7 @@ class Steps:
             mean.copy_(p)
 
     def _gradient_synchronization(self, *, last_part: bool) -> AbstractContextManager[None]:
-        """Lets only the last part of a batch average gradients over the processes."""
+        """Averages gradients over the processes only in the last part of a batch."""
         if last_part or not isinstance(self.loss, DistributedDataParallel):
             return nullcontext()
         return self.loss.no_sync()
@@ -211,7 +211,7 @@ class Steps:
         if self.old is not None:
             self.old.set_batch(target, None if remembered is None else to_device_async(remembered, self.device))
         if self.augment is not None:
-            # number of the part over all processes: W processes draw as one process with W parts does
+            # number over all processes: W processes augment like one process with W times as many parts
             part = i * self.world_size + self.rank
             input = self.augment(input, torch.Generator().manual_seed(mixed_seed(self.seed, 2, self.step, part)))
         return input, target
@@ -227,8 +227,8 @@ class Steps:
         It synchronizes with the device.
 
         Raises:
-            FloatingPointError: the loss is nan or infinite.  In float16 the loss scale skips such steps; it raises only
-                if all steps, or too many in a row, were skipped.
+            FloatingPointError: the loss is nan or infinite.  In float16 such steps are skipped; the error is raised
+                only if all steps, or too many in a row, were skipped.
         """
         total = self.total.clone()
         if self.world_size > 1:
@@ -275,7 +275,7 @@ class Steps:
         )
 
     def report(self) -> dict[str, Any]:
-        """Returns a line of the log and starts the next mean of losses."""
+        """Returns a line of the log and starts a new mean of losses."""
         loss = self.mean_loss()
         self.total.zero_()
         self.reported = self.step

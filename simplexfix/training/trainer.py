@@ -57,11 +57,13 @@ class Trainer:
         method: a method of `simplexfix.methods`, or a custom one.
         augment: (inputs [B, ...] on the device, a generator on the CPU) -> inputs of the network; None for inputs
             unchanged.
-        preprocessing: the same without augmentation; every version gets it as its `preprocessing`, and methods that
-            read old embeddings, such as OCA, extract with it.  None keeps that of the parent.
+        preprocessing: inputs -> inputs of the network, without augmentation; every version gets it as its
+            `preprocessing`, and methods that read old embeddings, such as OCA, extract with it.  None keeps that of the
+            parent.
         device: device of the training.
         precision: "float32", or "bfloat16" or "float16" for autocast; float16 uses a loss scale.
-        ema: decay of an exponential mean of the weights, in (0, 1); the version has the mean.  None for no mean.
+        ema: decay of an exponential moving average of the weights, in (0, 1); the version has the averaged weights.
+            None for no average.
         compile: whether to compile the backbone with `torch.compile`.
         save_every: number of steps between checkpoints, at least 1.
         keep: number of checkpoints to keep, at least 1.
@@ -115,7 +117,7 @@ class Trainer:
         self.augment = augment
         self.preprocessing = preprocessing
         self.device = torch.device(device)
-        if self.device.type == "cuda" and self.device.index is None:  # as tensors there name it
+        if self.device.type == "cuda" and self.device.index is None:  # devices of tensors have one
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.precision = precision
         self.ema = ema
@@ -151,20 +153,20 @@ class Trainer:
         and restore the state of these; a new training uses the caller's state (`train_versions` seeds it).
 
         Args:
-            parent: the version before, a replacement, or a fresh network.  Its rotation is left out.
+            parent: the version before, a replacement, or a fresh network.  Its rotation is not used.
             items: new inputs and class ids, or a map-style dataset that `Items.from_dataset` takes.
             schedule: budget and learning rate.
-            classes: all class ids so far, 0 up to the last.
+            classes: range of all class ids so far, from 0.
             seed: seed of batches, augmentation and new weights.
             memory: remembered items of earlier classes, half of every batch; None for no memory.
-            old: the deployed version, in evaluation mode, whose gallery must stay searchable; it is not trained.  Its
+            old: the deployed version, in evaluation mode; its gallery must stay searchable.  It is not trained.  Its
                 rotation is used; `train_versions` passes versions without one.
             junction: "kept" begins with the parent's junction.  "aligned" turns it towards `old` before the first step,
                 in closed form, from the embeddings of new and remembered items (`aligned_junction`).
-            frozen: fraction of the steps, in [0, 1), in which the backbone keeps its weights and the head alone learns.
-            denoise: eta, in [0, 1].  Embeddings u by `old` move towards the mean m of their class over new and
-                remembered items: n((1 - eta) u + eta m).  0 leaves them as they are.  It acts on methods whose loss
-                calls `old(input)`.
+            frozen: fraction of the steps, in [0, 1), in which only the head is trained, not the backbone.
+            denoise: eta, in [0, 1].  Unit embeddings u by `old` move towards the mean m of their class over new and
+                remembered items: n((1 - eta) u + eta m), n(v) = v / |v|.  0 changes nothing.  It acts on methods whose
+                loss calls `old(input)`.
             folder: folder of this version only; None to write nothing.
             on_step: function that is called after every step, and after its line of the log is written, with the
                 number of the step, from 1 to `schedule.steps`.
@@ -185,8 +187,9 @@ class Trainer:
                 many steps in a row.  Checkpoints stay.
 
         Warns:
-            CheckpointWarning: a damaged checkpoint is skipped, or training resumes on another kind of device or with
-                another number of processes, which changes the random numbers of the network.
+            CheckpointWarning: a damaged checkpoint is skipped; the file system does not support locks; or training
+                resumes on another kind of device, which changes the last bits, or with another number of processes,
+                which changes the random numbers of the network.
         """
         items = Items.of(items)
         check_name("junction", junction, JUNCTIONS)
@@ -423,7 +426,7 @@ class _Log:
 
 
 def _fingerprint(model: EmbeddingModel) -> str:
-    """Fingerprints a model's state with the head's classes as a dict, the form of the first checkpoints."""
+    """Fingerprints a model's state; the head's classes are decoded to a dict, their form in the first checkpoints."""
     state = model.state_dict()
     if isinstance(model.head, (CubeHead, OrthoplexHead, SimplexHead)):
         state["head._extra_state"] = decode_state(state["head._extra_state"])
