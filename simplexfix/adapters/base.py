@@ -289,7 +289,9 @@ class AdapterMethod(ABC):
     def check(self, features: PairedFeatures) -> None:
         """Raises a ValueError if these features are not enough for the method."""
         if self.needs_labels and features.labels is None:
-            raise ValueError(f"{self.name} needs labels, the classes of the items; whitened_procrustes does without")
+            raise ValueError(
+                f"{self.name} needs labels, the classes of the items: pass labels, or use WhitenedProcrustes"
+            )
 
     def described(self) -> dict[str, Any]:
         """Returns the name and the options as plain values."""

@@ -261,7 +261,7 @@ def _select(
         for method in candidates:
             method.check(features)
             if keep and method.maps_gallery:
-                raise ValueError(f'stored_vectors="keep" leaves out {method.name}, which maps them: drop it')
+                raise ValueError(f'stored_vectors="keep" excludes {method.name}, which maps stored vectors: remove it')
         judge.add(candidates)
     if query_encoders == "both":
         bases = [row.method for row in judge.ranked() if not isinstance(row.method, Slerp)][:2]

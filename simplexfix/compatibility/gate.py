@@ -245,7 +245,7 @@ class GateResult:
         except (KeyError, IndexError, TypeError) as error:
             raise ValueError(f"this is not a result of the upgrade gate: {error!r}; `gate --out` writes one") from None
         if not outcomes or result.passed != saved["passed"]:
-            raise ValueError("the gate's verdict is not what its rules say: the result was changed; run the gate again")
+            raise ValueError('"passed" contradicts the rules: the result was edited; run the gate again')
         return result
 
 

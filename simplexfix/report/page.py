@@ -185,7 +185,7 @@ def _criteria(report: EvaluationReport) -> list[tuple[str, float, str, str, str]
             "FC",
             c.fc,
             f"{_signed(c.fc)} points",
-            "what each gains on the gallery before its own",
+            "score in the previous gallery minus score in the own gallery",
             "mean over i ≥ 1 of C[i, i − 1] − C[i, i]",
         ),
     ]

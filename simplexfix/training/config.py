@@ -185,7 +185,7 @@ def check_fits(options: Any, choice: str, belongs: Mapping[str, Sequence[str]]) 
         if chosen not in belongs.get(option.name, (chosen,)) and value != option.default:
             raise ValueError(
                 f"{option.name} needs {choice}={' or '.join(map(repr, belongs[option.name]))}, got {value!r} with "
-                f"{choice}={chosen!r}; leave it out, or put {json.dumps({choice: chosen})} in place of all"
+                f"{choice}={chosen!r}; leave it out, or replace the section by {json.dumps({choice: chosen})}"
             )
 
 

@@ -146,9 +146,7 @@ def _integers(labels: Any) -> Tensor:
         kind = (
             type(labels[0]).__name__ if isinstance(labels, (list, tuple)) and labels else getattr(labels, "dtype", "?")
         )
-        raise TypeError(
-            f"labels must be integers, got {kind}; of names np.unique(names, return_inverse=True)[1] makes them"
-        )
+        raise TypeError(f"labels must be integers, got {kind}; for names pass np.unique(names, return_inverse=True)[1]")
     return found.to("cpu", torch.int64)
 
 

@@ -196,7 +196,7 @@ class Rehearsal:
         labels = torch.full((len(inputs),), class_id)
         if self.selection == "herding":
             if features is None:
-                raise ValueError('features must be given: selection="herding" goes by them')
+                raise ValueError('selection="herding" needs features [N, d]: pass them')
             if len(features) != len(inputs):
                 raise ValueError(f"features has {len(features)} rows, inputs has {len(inputs)}")
             rows = herding_rows(features, labels, self.per_class)

@@ -120,8 +120,8 @@ def read_run_record(file: Path) -> dict[str, Any]:
             raise ValueError('it holds no "config" and "data"')
     except ValueError as error:
         raise ValueError(
-            f"{file} is damaged: {error}; delete it and train with the same configuration, "
-            "which the files of each task are compared with too"
+            f"{file} is damaged: {error}; delete it and train again with the same configuration; "
+            "the files of each task refuse another one"
         ) from None
     result: dict[str, Any] = record
     return result

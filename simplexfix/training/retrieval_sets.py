@@ -110,7 +110,7 @@ def _judgements(file: Path, queries: Mapping[str, str], documents: Mapping[str, 
     for ids, known, name in ((found.query_ids, queries, "queries"), (found.item_ids, documents, "corpus")):
         strangers = [id_ for id_ in ids.tolist() if id_ not in known]
         if strangers:
-            raise ValueError(f"{file} has {strangers[0]!r}, which {name}.jsonl has not")
+            raise ValueError(f"{file} has the id {strangers[0]!r}, which is missing in {name}.jsonl")
     return found
 
 
@@ -128,7 +128,8 @@ def _features(folder: Path, name: str, lines: int) -> Tensor:
     file = folder / f"{name}.npy"
     if not file.exists():
         raise FileNotFoundError(
-            f'{file} is not there: a row of features for each line of {name}.jsonl; for texts take model.kind="text"'
+            f"{file} is missing: it must hold one row of features per line of {name}.jsonl; for texts set "
+            'model.kind="text"'
         )
     rows = FeatureRows(name, np.load(file, allow_pickle=False)).whole()
     if len(rows) != lines:

@@ -105,7 +105,7 @@ def load_run_data(config: RunConfig) -> RunData:
     rest = None if config.data.pretraining is None else _images(Path(config.data.pretraining), config.data)
     if plan.pretraining_from is not None:
         if rest is not None:
-            raise ValueError("tasks.pretraining_from and data.pretraining: replacements are pre-trained on one of them")
+            raise ValueError("tasks.pretraining_from and data.pretraining exclude each other: set one of them")
         apart = train.labels >= plan.pretraining_from
         train, rest = train.take((~apart).nonzero()[:, 0]), train.take(apart.nonzero()[:, 0])
     for i, name in _PARTS:

@@ -267,11 +267,12 @@ class Steps:
         name = list(values)[int(finite.argmin())]
         if name not in self.statistics:
             raise FloatingPointError(
-                f"a weight is nan or infinite after step {self.step - 1}, whose loss was finite: its gradient was not"
+                f"a weight is nan or infinite after step {self.step - 1}, because its gradient was: lower the learning "
+                f"rate or clip the gradient, {_NEW_FOLDER}"
             )
         raise FloatingPointError(
-            f"{name} is nan or infinite after step {self.step - 1}: activations of a batch were; where they overflow "
-            f"float16, precision bfloat16 may help, {_NEW_FOLDER}"
+            f"{name} is nan or infinite after step {self.step - 1}, because activations were: with float16 try "
+            f"precision bfloat16, {_NEW_FOLDER}"
         )
 
     def report(self) -> dict[str, Any]:

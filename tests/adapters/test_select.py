@@ -318,7 +318,7 @@ BAD_INPUT = [
     ({"folds": 4}, r"folds must lie in \[1, 3\], got 4"),
     ({"query_encoders": "old"}, "query_encoders must be one of 'new', 'both', got 'old'"),
     ({"stored_vectors": "all"}, "stored_vectors must be one of 'map', 'keep', got 'all'"),
-    ({"stored_vectors": "keep"}, "leaves out whitened_procrustes, which maps them: drop it"),
+    ({"stored_vectors": "keep"}, "excludes whitened_procrustes, which maps stored vectors: remove it"),
     ({"protocol": "maps"}, "protocol must be one of"),
     ({"confidence": 1.0}, "confidence must lie between 0 and 1"),
     ({"candidates": []}, "candidates must hold at least one method"),

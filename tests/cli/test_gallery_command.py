@@ -165,7 +165,7 @@ def test_refused_commands_say_why_and_change_nothing(files: Path, capsys: pytest
         ("search shop --vectors old.npz --model old.json -k 0", "k must be at least 1, got 0"),
         ("admit shop --model new.json", "needs the result of upgrade_gate(old, new), or force= with the reason"),
         ("admit shop --model new.json --gate unnamed.json", "the gate result does not say which models it judged"),
-        ("admit shop --model new.json --gate forged.json", "forged.json: the gate's verdict is not what its rules say"),
+        ("admit shop --model new.json --gate forged.json", 'forged.json: "passed" contradicts the rules'),
         ("admit shop --model new.json --gate word.json", "word.json: this is not a result of the upgrade gate"),
         ("backfill shop --vectors new.npz --model new.json --order traffic", 'order "traffic" needs Gallery.create'),
         ("rollback shop", "there is nothing to roll back to"),

@@ -71,8 +71,8 @@ def test_a_result_names_its_models_and_survives_json() -> None:
     assert GateResult.from_dict(saved) == result
     assert GateResult.from_dict(saved).as_dict() == result.as_dict()
     for change, message in (
-        ({"passed": True}, "the gate's verdict is not what its rules say: the result was changed"),
-        ({"rules": []}, "the gate's verdict is not what its rules say"),
+        ({"passed": True}, '"passed" contradicts the rules: the result was edited'),
+        ({"rules": []}, '"passed" contradicts the rules'),
         ({"rules": [{"rule": {"kind": "ecc"}}]}, "this is not a result of the upgrade gate: TypeError"),
         ({"fingerprints": ["aa"]}, "this is not a result of the upgrade gate: IndexError"),
     ):

@@ -331,7 +331,7 @@ class Stream(IterableDataset):
         (Plain([torch.zeros(2)]), None, ValueError, "labels must be given: the Plain has no targets"),
         (Plain([torch.zeros(2)]), [0, 1], ValueError, r"labels must be \[1\], one for each item, got \[2\]"),
         (Plain([torch.zeros(2)]), [0.5], TypeError, "labels must be integers, got float"),
-        (Plain([torch.zeros(2)]), ["cat"], TypeError, r"labels must be integers, got str; of names np\.unique"),
+        (Plain([torch.zeros(2)]), ["cat"], TypeError, r"labels must be integers, got str; for names pass np\.unique"),
         (Plain([torch.zeros(2)]), torch.tensor([True]), TypeError, r"labels must be integers, got torch\.bool"),
         (Plain([{"image": 1, "label": 2}]), [0], TypeError, "item 0 of the Plain is dict of image, label"),
         (Plain([("a.png", 2)]), [0], TypeError, "item 0 of the Plain is tuple of str; give it a transform"),

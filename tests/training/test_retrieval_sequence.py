@@ -215,7 +215,11 @@ def spoilt(folder: Path, name: str, before: str, after: str) -> None:
             r"queries\.jsonl, line 2: _id 'q0' is there twice",
         ),
         (lambda f: spoilt(f, "qrels/test.tsv", "c13", "c99"), ValueError, r"test\.tsv has 'c99', which corpus\.jsonl"),
-        (lambda f: spoilt(f, "qrels/train.tsv", "q5", "qx"), ValueError, r"train\.tsv has 'qx', which queries\.jsonl"),
+        (
+            lambda f: spoilt(f, "qrels/train.tsv", "q5", "qx"),
+            ValueError,
+            r"train\.tsv has the id 'qx', which is missing in quenl",
+        ),
         (lambda f: np.save(f / "queries.npy", np.ones((24, 5))), ValueError, r"one width, got corpus \[24, 8\] and"),
         (lambda f: np.save(f / "corpus.npy", np.ones((3, 8))), ValueError, r"row for each of the 24 lines .* got 3"),
         (

@@ -204,7 +204,7 @@ def test_image_folders_are_matched_by_class_name(tmp_path) -> None:
     assert gallery.labels.tolist() == [0] * 3 + [1] * 3
     assert len(data.pretraining.labels) == 6
     both = replace(config, tasks=replace(config.tasks, pretraining_from=1))
-    with pytest.raises(ValueError, match="pre-trained on one of them"):
+    with pytest.raises(ValueError, match="exclude each other: set one of them"):
         load_run_data(both)
 
 
