@@ -131,7 +131,6 @@ def writers() -> Iterator[str]:
                 said.add("ok")
             except RuntimeError as error:
                 said.add(str(error))
-        calls.clear()  # frees the closures; the index, perhaps inconsistent here, stays in the frame of writers()
         return " ".join(sorted(said))
 
     with busy(changes):

@@ -442,7 +442,7 @@ BAD_INPUT = [
     (Procrustes(), (Y, WITH_NAN), {}, V, "new row 3 holds nan or inf"),
     (WhitenedProcrustes(), (Y, X), {"labels": LABELS[:5]}, V, "labels must have 20 entries, .* got 5"),
     (WhitenedProcrustes(), (Y, X), {"labels": LABELS + 0.5}, T, "labels must be integers"),
-    (SimplexJunction(), (Y, X), {}, V, "simplex_junction needs labels, .*; whitened_procrustes does"),
+    (SimplexJunction(), (Y, X), {}, V, "simplex_junction needs labels, .*: pass labels, or use Whitened"),
     (HOCRefined(), (Y, X), {}, V, "hoc_refined needs labels"),
     (Slerp(SimplexJunction()), (Y, X), {}, V, "simplex_junction needs labels"),
     (LocalCorrection(SimplexJunction()), (Y, X), {}, V, "simplex_junction needs labels"),

@@ -569,7 +569,7 @@ def test_files_that_are_moved_replaced_or_damaged_are_named(tmp_path) -> None:
             content[:68] + b"abcd" + content[72:],
             "is not a gallery of format 1: expected application_id and user_version",
         ),
-        (content[:60] + (2).to_bytes(4, "big") + content[64:], r"is of application and format \[1397119047, 2\]"),
+        (content[:60] + (2).to_bytes(4, "big") + content[64:], r"got \[1397119047, 2\]; another program"),
     ):
         file.write_bytes(damage)
         with pytest.raises(StoreError, match=message):

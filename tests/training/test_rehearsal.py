@@ -196,7 +196,7 @@ BAD = [
         r"inputs must be torch.int64 \[N, 2, 2\] like those remembered, got torch.float32 \[3, 2, 1\]",
     ),
     (lambda: memory().add_class(1, torch.zeros(3), at(0, 1, 2)), ValueError, "features must be left out"),
-    (lambda: memory(selection="herding").add_class(1, torch.zeros(3)), ValueError, "features must be given"),
+    (lambda: memory(selection="herding").add_class(1, torch.zeros(3)), ValueError, r"needs features \[N, d\]"),
     (
         lambda: memory(selection="herding").add_class(1, torch.zeros(3), at(0, 1)),
         ValueError,

@@ -202,7 +202,7 @@ def spoilt(folder: Path, name: str, before: str, after: str) -> None:
             FileNotFoundError,
             r"has no qrels/test\.tsv and no qrels_test\.tsv",
         ),
-        (lambda f: (f / "queries.npy").unlink(), FileNotFoundError, r'queries\.npy is not there.*model\.kind="text"'),
+        (lambda f: (f / "queries.npy").unlink(), FileNotFoundError, r'queries\.npy is missing: .*model\.kind="text"'),
         (
             lambda f: spoilt(f, "corpus.jsonl", '{"_id": "c1",', "{"),
             ValueError,
@@ -214,11 +214,15 @@ def spoilt(folder: Path, name: str, before: str, after: str) -> None:
             ValueError,
             r"queries\.jsonl, line 2: _id 'q0' is there twice",
         ),
-        (lambda f: spoilt(f, "qrels/test.tsv", "c13", "c99"), ValueError, r"test\.tsv has 'c99', which corpus\.jsonl"),
+        (
+            lambda f: spoilt(f, "qrels/test.tsv", "c13", "c99"),
+            ValueError,
+            r"test\.tsv has the id 'c99', which is missing in corpus",
+        ),
         (
             lambda f: spoilt(f, "qrels/train.tsv", "q5", "qx"),
             ValueError,
-            r"train\.tsv has the id 'qx', which is missing in quenl",
+            r"train\.tsv has the id 'qx', which is missing in queries",
         ),
         (lambda f: np.save(f / "queries.npy", np.ones((24, 5))), ValueError, r"one width, got corpus \[24, 8\] and"),
         (lambda f: np.save(f / "corpus.npy", np.ones((3, 8))), ValueError, r"row for each of the 24 lines .* got 3"),
