@@ -1,7 +1,7 @@
 // Kernels that each use one feature of device.cuh, for test_primitives.cpp. Unlike the deliberately invalid kernels of
 // test_emulator.cpp, they are also compiled by nvcc: the `ptx` layer translates that PTX, with its inline assembly, to
-// C++ and runs it. They must be templates in a named namespace: these have weak symbols, which the strong symbols of the
-// translated PTX override.
+// C++ and runs it. They must be templates in a named namespace: these have weak symbols, which the strong symbols of
+// the translated PTX override.
 #include "primitives.h"
 
 #include "../../csrc/cuda/launch.cuh"
