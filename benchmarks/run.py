@@ -1,15 +1,17 @@
 """Prints for each case the time of each alternative over ours, the fraction of the machine's limit, and errors.
 
 python benchmarks/run.py [--only loss logits contrast search index training] [--out FILE] [--seconds S] [--threads N]
-                         [--no-compile]
+                         [--no-compile] [--minutes M]
 
---out also writes the results as JSON.
+--out also writes the results as JSON.  A run that falls behind its limit of minutes measures further cases without
+torch.compile, and leaves out the cases that remain when the limit is reached.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ PARTS = {
     "index": search.INDEX_CASES,
     "training": training.CASES,
 }
+DELAY = 0.25  # a run is behind if it has used this much more of its minutes than of its cases
 
 
 def measure(case: Any, seconds: float, compiled: bool, with_memory: bool = True) -> dict[str, Any]:
@@ -66,19 +69,33 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=1, help="1 is steadiest on a shared machine (default: 1)")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out: it takes minutes")
+    parser.add_argument("--minutes", type=float, default=10.0, help="limit of the whole run (default: 10)")
     arguments = parser.parse_args()
+    start = time.monotonic()
     torch.set_num_threads(arguments.threads)
     if search.faiss is not None:
         search.faiss.omp_set_num_threads(arguments.threads)
     results: dict[str, Any] = {"machine": machine_card(), "cases": []}
     for key, value in results["machine"].items():
         print(f"{key:>17}  {value}")
-    for case in (case for part in arguments.only for case in PARTS[part]):
-        results["cases"].append(measure(case, arguments.seconds, not arguments.no_compile))
+    cases = [case for part in arguments.only for case in PARTS[part]]
+    for at, case in enumerate(cases):
+        used = (time.monotonic() - start) / (60 * arguments.minutes)
+        if used >= 1:
+            results["left out"] = [case.name for case in cases[at:]]
+            print(f"\n{arguments.minutes:g} minutes are over; left out:", *results["left out"], sep="\n  ")
+            save(results, arguments.out)
+            break
+        compiled = not arguments.no_compile and used <= at / len(cases) + DELAY
+        results["cases"].append(measure(case, arguments.seconds, compiled))
         show(results["cases"][-1], case.error_name)
-        if arguments.out:  # writes after each case, so that an interrupted run keeps its results
-            arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+        save(results, arguments.out)  # after each case, so that an interrupted run keeps its results
+
+
+def save(results: dict[str, Any], out: Path | None) -> None:
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def show(result: dict[str, Any], kind: str) -> None:
