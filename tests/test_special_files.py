@@ -1,4 +1,4 @@
-"""Tests `write_whole` on a file, a link, a device, a pipe and a descriptor."""
+"""Tests `write_whole` on links, devices, pipes and descriptors; it refuses folders, sockets and block devices."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from simplexfix._files import write_whole
 
 CONTENT = b"content\n" * 100
-root = pytest.mark.skipif(os.geteuid() != 0, reason="only root makes device nodes")
+root = pytest.mark.skipif(os.geteuid() != 0, reason="making device nodes needs root")
 
 
 def test_a_link_stays_and_its_target_is_replaced(tmp_path) -> None:
@@ -35,7 +35,7 @@ def test_a_link_stays_and_its_target_is_replaced(tmp_path) -> None:
     assert sorted(os.listdir(tmp_path / "folder")) == ["target"]
 
 
-def test_a_link_to_nothing_gets_its_target(tmp_path) -> None:
+def test_the_target_of_a_dangling_link_is_created(tmp_path) -> None:
     (tmp_path / "link").symlink_to("nothing")
     write_whole(tmp_path / "link", CONTENT)
     assert (tmp_path / "link").is_symlink()
@@ -100,8 +100,8 @@ def test_a_folder_and_a_socket_are_refused(tmp_path) -> None:
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="there is no /proc")
 @pytest.mark.parametrize("kind", ["file", "pipe"])
 @pytest.mark.parametrize("target", ["/dev/fd/{}", "/proc/self/fd/{}", "link", "chain"])
-def test_a_descriptor_is_written_at_its_position(tmp_path, target: str, kind: str) -> None:
-    """A child writes a line to a descriptor, then `write_whole` writes to it, then the child writes another line."""
+def test_a_descriptor_is_written_at_its_current_offset(tmp_path, target: str, kind: str) -> None:
+    """A process writes to a descriptor directly, then by `write_whole`, then directly again; all three must follow."""
     program = (
         "import os, sys\nfrom simplexfix._files import write_whole\n"
         "descriptor = int(sys.argv[2])\n"

@@ -1,4 +1,4 @@
-"""Trains the simplex junction further, with the higher-order compatibility (HOC) loss."""
+"""Trains the maps of `SimplexJunction` further, with the higher-order compatibility (HOC) loss."""
 
 from __future__ import annotations
 
@@ -23,20 +23,22 @@ __all__ = ["HOCRefined"]
 
 @dataclass(frozen=True)
 class HOCRefined(AdapterMethod):
-    """Trains each version's map of `SimplexJunction` for some steps; stored vectors are mapped.
+    """Trains the maps of `SimplexJunction` further, by gradient steps.  Stored vectors must be mapped as well.
 
         z = n(x) J + b                                       J, b start at the map of `SimplexJunction`; n(v) = v / |v|
         loss = lambda simplex_cross_entropy(z, y) + (1 - lambda) old_new_contrast(z, embedding by the version before)
         trained by Adam, oldest version first; the first version by cross-entropy alone
         embedding(x) = n(z)
 
-    The contrast uses items of the sample, too; each of them is a class of its own.  Choose the number of steps on
-    held-out classes: more steps help classes with many items, and hurt classes with few.
+    x are features and y their classes.  The cross-entropy has the scale `scale`, the contrast the factor `mu`.  The
+    contrast also uses the unlabelled items of `fit`'s `sample`, each as a class of its own.  Choose the number of steps
+    on held-out classes: more steps raise the accuracy of classes with many items, and lower that of classes with few.
 
     Args:
-        start: method that fits the first values of J and b.
+        start: method that gives the initial J and b.
         steps: steps of Adam for each version; 0 gives the maps of `start`.
-        learning_rate, batch: learning rate and batch size of Adam; the rate falls to 0 as a cosine.
+        learning_rate: learning rate of Adam, which falls to 0 by a cosine schedule.
+        batch: labelled items per step, and as many items of a sample.
         scale: scale of the cosines in the cross-entropy.
         lambda_: weight of the cross-entropy, in [0, 1].
         mu: factor mu of `old_new_contrast`.

@@ -1,4 +1,4 @@
-"""Queries between those of the old encoder and the adapted ones; both encoders run at query time."""
+"""Interpolates between the old encoder's query and the adapted new query; both encoders run at query time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Slerp(QueryChange):
     """Interpolates between the old encoder's query and the query of another method's adapter, on the arc between them.
 
         q = sin((1 - alpha) t) / sin t * u + sin(alpha t) / sin t * v,     cos t = u . v
-        u = adapter.gallery(old(query)),  v = adapter(new(query))
+        u = n(adapter.gallery(old(query))),  v = adapter(new(query)),      n(a) = a / |a|
 
     `alpha` = 0 is the search by the old encoder, 1 that by the adapter.  Both encoders run for each query.
 

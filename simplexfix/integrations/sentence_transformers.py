@@ -1,4 +1,7 @@
-"""Losses for `SentenceTransformerTrainer`; trained models load with sentence-transformers alone."""
+"""Losses, a junction and a data collator for `SentenceTransformerTrainer`.
+
+Trained models load with sentence-transformers alone.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +26,11 @@ __all__ = ["HOCLoss", "OldEmbeddingCollator", "SimplexLoss", "add_junction"]
 
 
 def add_junction(model: SentenceTransformer, slots: SlotRegistry) -> None:
-    """Appends a linear map to the K - 1 dimensions of a simplex with K slots, as a `Dense` module without bias.
+    """Appends a `Dense` module without bias that maps embeddings to K - 1 dimensions, for a simplex with K slots.
 
         z = W embedding                                 # W: [K - 1, width of the embeddings before]
 
-    `model.save_pretrained` saves it with the model.  It corresponds to the junction of `simplexfix.SimplexHead`.
+    `model.save_pretrained` saves the module too.  It corresponds to the junction of `simplexfix.SimplexHead`.
 
     Args:
         model: the model, changed in place.
@@ -38,7 +41,10 @@ def add_junction(model: SentenceTransformer, slots: SlotRegistry) -> None:
     """
     width, wanted = model.get_embedding_dimension(), slots.num_slots - 1
     if width == wanted:
-        raise ValueError(f"model must have no junction yet, got embeddings of {wanted} dimensions, as {slots} needs")
+        raise ValueError(
+            f"the embeddings of model have {wanted} dimensions already, as {slots.num_slots} slots need: "
+            "do not call add_junction"
+        )
     model.append(Dense(width, wanted, bias=False, activation_function=None).to(model.device, model.dtype))
 
 
@@ -48,8 +54,8 @@ class SimplexLoss(nn.Module):
         z = model(sentences)
         loss = simplexfix.functional.simplex_cross_entropy(z, slots.lookup(namespace, label))
 
-    A data set has one column of texts and a column `label` of class ids.  This loss replaces other losses of labelled
-    texts, such as `BatchAllTripletLoss` and `SoftmaxLoss`.
+    The training set must have one column of texts and a column `label` of class ids.  This loss replaces
+    other losses of labelled texts, such as `BatchAllTripletLoss` and `SoftmaxLoss`.
 
     Args:
         model: the model in training, with the junction of `add_junction`.
@@ -90,18 +96,20 @@ class SimplexLoss(nn.Module):
 
 
 class HOCLoss(nn.Module):
-    """HOC, for a model that replaces another one: `SimplexLoss` plus a contrast to the old model's embeddings.
+    """HOC, for a model that replaces another one: `SimplexLoss` and a contrast to the old model's embeddings.
+
+    `lambda_` is the weight of the first, 1 - `lambda_` that of the contrast.
 
         z, u = model(sentences), old(sentences)
         loss = simplexfix.functional.hoc_loss(z, u, slots.lookup(namespace, label))
 
     If `old` is None, the old embeddings come from a column of the data set, by `OldEmbeddingCollator`.  Otherwise the
-    old model embeds each batch, so both models must use the same tokens.
+    old model reads the tokens of each batch, so both models need the same tokenizer and `max_seq_length`.
 
     Args:
         model: the model in training, with the junction of `add_junction`.
         slots: registry that all versions share.
-        old: the deployed model; the loss keeps a frozen copy of it.  None for a column of its embeddings.
+        old: the deployed model; the loss keeps a frozen copy of it.  None to read its embeddings from a column.
         namespace: namespace of the classes in the registry.
         lambda_, mu, negatives, anchor, normalize, scale, margin, group: as in `simplexfix.functional.hoc_loss`.
 
@@ -135,8 +143,8 @@ class HOCLoss(nn.Module):
             _check_width(old, slots, "old")
             if _tokenization(old) != _tokenization(model):
                 raise ValueError(
-                    "old must have the tokenizer and max_seq_length of model, whose tokens a batch holds, got others; "
-                    "leave old out, and pass old.encode(texts) as a column with OldEmbeddingCollator"
+                    "old and model must have the same tokenizer and max_seq_length, because both read the same tokens; "
+                    "otherwise leave old out, and pass old.encode(texts) as a column with OldEmbeddingCollator"
                 )
         self.model = model
         self.old = None if old is None else copy.deepcopy(old).eval().requires_grad_(False)
@@ -156,7 +164,9 @@ class HOCLoss(nn.Module):
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor:
         """Returns the scalar loss of a batch; the trainer calls it."""
         if self.old is None:
-            texts, old = _columns(sentence_features, 2, "a column of texts and one of old embeddings")
+            texts, old = _columns(
+                sentence_features, 2, "a column of texts and one of old embeddings (OldEmbeddingCollator)"
+            )
             reference = old["sentence_embedding"]
         else:
             (texts,) = _columns(sentence_features, 1, "one column of texts")
@@ -192,7 +202,7 @@ class OldEmbeddingCollator(SentenceTransformerDataCollator):  # type: ignore[mis
         if any(self.old_column not in row for row in features):
             raise ValueError(
                 f"the data set must have a column {self.old_column!r} of the old model's embeddings, got "
-                f"{sorted(features[0])}; dataset.add_column({self.old_column!r}, list(old.encode(texts)))"
+                f"{sorted(features[0])}: add it with dataset.add_column({self.old_column!r}, list(old.encode(texts)))"
             )
         # the trainer passes columns with this suffix to the loss as embeddings
         old = np.asarray([row[self.old_column] for row in features], np.float32)
@@ -203,21 +213,26 @@ class OldEmbeddingCollator(SentenceTransformerDataCollator):  # type: ignore[mis
 def _check_width(model: SentenceTransformer, slots: SlotRegistry, name: str = "model") -> None:
     width = model.get_embedding_dimension()
     if width != slots.num_slots - 1:
+        remedy = (
+            "call add_junction(model, slots) before training"
+            if name == "model"
+            else "pass a model that was trained with these slots"
+        )
         raise ValueError(
             f"{name} must have embeddings of {slots.num_slots - 1} dimensions for {slots.num_slots} slots, got "
-            f"{width}; add_junction({name}, slots) appends the layer"
+            f"{width}: {remedy}"
         )
 
 
 def _columns(sentence_features: Iterable[dict[str, Tensor]], number: int, expected: str) -> Sequence[dict[str, Tensor]]:
     columns = list(sentence_features)
     if len(columns) != number:
-        raise ValueError(f"the data set must have {expected} beside the label, got {len(columns)} columns")
+        raise ValueError(f"the data set must have {expected} besides the label, got {len(columns)}")
     return columns
 
 
 def _embed(model: nn.Module, texts: Mapping[str, Tensor]) -> Tensor:
-    embedding: Tensor = model(dict(texts))["sentence_embedding"]  # models add their outputs to the dict
+    embedding: Tensor = model(dict(texts))["sentence_embedding"]  # a copy: the model adds its outputs to the dict
     return embedding
 
 

@@ -30,10 +30,10 @@ def oca_loss(
 ) -> Tensor:
     """Returns the OCA loss: cross-entropy in all dimensions, and alignment of the leading ones with old class means.
 
-        h    = F.normalize(z);  h_c = F.normalize(h[:, :d_o])
+        h    = F.normalize(z);  h_c = F.normalize(h[:, :d_o])     # d_o: width of the old version's embeddings
         P    = objective.prototypes                       # [C, d_o]
-        h_o  = objective.rotation(h)                      # h Q^T (+ b); h itself without a rotation
-        loss = weights[0] * cross_entropy(h_o W^T / temperature, target, label_smoothing)
+        h_r  = objective.rotation(h)                      # h Q^T (+ b); h itself without a rotation
+        loss = weights[0] * cross_entropy(h_r W^T / temperature, target, label_smoothing)
              + weights[1] * cross_entropy(h_c P^T / temperature, target, label_smoothing)
              + weights[2] * mean(1 - cos(h_c, P[target]))
 
@@ -62,7 +62,7 @@ def oca_loss(
     """
     check_target(target, z)
     check_known(target, objective.classifier.out_features, "OCA.add_classes")
-    with no_autocast(z):  # bfloat16 has only 8 significant bits for cosines near 1
+    with no_autocast(z):  # bfloat16's 8 significant bits are too few for cosines near 1
         h = F.normalize(z.to(accumulate_dtype(z.dtype)))
         turned = h if objective.rotation is None else objective.rotation(h)
         classify = F.cross_entropy(objective.classifier(turned) / temperature, target, label_smoothing=label_smoothing)
@@ -78,25 +78,26 @@ def oca_loss(
 
 
 class OCA:
-    """Trains with `oca_loss`; each version adds `extra` dimensions to the embeddings.
+    """Trains with `oca_loss`; each later version adds `extra` dimensions to the embeddings.
 
     Version t has d_t = d_{t-1} + extra dimensions.  Its first d_{t-1} dimensions, normalised again, search the gallery
-    of version t - 1, its first d_{t-2} that of version t - 2, and so on.  The prototypes of a task are the class means
-    of the old version's unit embeddings of new and rehearsed items, also for classes that are new to the old version.
+    of version t - 1, its first d_{t-2} that of version t - 2, and so on.  Each prototype is a class mean of
+    the old version's unit embeddings, over new and rehearsed items.  Classes that the old version never saw have one,
+    too.
 
-    The old version does not run during training steps.  The junction keeps its rows from version to version.
-    Classifier and rotation are initialised anew, since deployed models do not have them.  So training from a model
-    folder equals training from the model in memory.
+    The old version does not run during training steps.  The next version's junction begins with the rows of the
+    previous one.  Classifier and rotation are initialised anew, since deployed models do not have them.  So training
+    gives the same result from a model folder as from the model in memory.
 
     Args:
         embedding_dim: d_0, width of the first version, at least 1.
         extra: number of dimensions that each later version adds, at least 0.
         weights, temperature, label_smoothing, normalize_prototypes: as in `oca_loss`.
-        rotation: "orthogonal", "orthogonal_bias" as in the authors' code, or "none".
+        rotation: "orthogonal" (Q without bias), "orthogonal_bias" (with bias, as in the authors' code) or "none".
 
     Raises:
-        TypeError, ValueError: an option is out of range.  `Trainer.fit` raises if the head is not an `OCAHead`, or if a
-            class has no item.
+        TypeError, ValueError: an option has a wrong type or is out of range.  `Trainer.fit` raises if the head is not
+            an `OCAHead`, or, with an old version, if a class has no item.
 
     Reference:
         Ricci et al., "Backward-Compatible Aligned Representations via an Orthogonal Transformation Layer",
@@ -119,7 +120,7 @@ class OCA:
         if check_integer("extra", extra) < 0:
             raise ValueError(f"extra must be 0 or more dimensions, got {extra}")
         if len(weights) != 3:
-            raise ValueError(f"weights must be three, of classifier, prototypes and distance, got {len(weights)}")
+            raise ValueError(f"weights must hold 3 numbers (classifier, prototypes, distance), got {len(weights)}")
         for weight in weights:
             check_number("weights", weight)
         if not all(0 <= weight < float("inf") for weight in weights) or not any(weights):
@@ -142,7 +143,7 @@ class OCA:
         self._begin(_head_of(model), classes.stop, prefix=None)
 
     def fit_to_old(self, model: EmbeddingModel, old: EmbeddingModel) -> None:
-        """Widens the embeddings to the old version's width plus `extra`, and records the old version as an ancestor."""
+        """Widens the embeddings to the old version's width plus `extra`, and adds the old version to `ancestors`."""
         head, width = _head_of(model), old.embedding_dim
         if width is None:
             raise ValueError(
@@ -163,16 +164,20 @@ class OCA:
         missing = (counts == 0).nonzero()[:, 0].tolist()
         if missing:
             raise ValueError(
-                f"OCA needs an item of every class for its prototypes, and {len(missing)} have none "
+                f"OCA needs an item of every class for its prototypes, and {len(missing)} classes have none "
                 f"({listed(missing)}): keep a memory of earlier classes"
             )
-        sums = torch.zeros(objective.prototypes.shape, dtype=torch.float64)  # the summation order is fixed on the CPU
+        sums = torch.zeros(
+            objective.prototypes.shape, dtype=torch.float64
+        )  # on the CPU: index_add_ sums in a fixed order
         sums.index_add_(0, labels, embeddings.double())
         objective.prototypes.copy_(sums / counts[:, None])
 
     def loss(self, model: EmbeddingModel, input: Tensor, target: Tensor, old: EmbeddingModel | None) -> Tensor:
         head = _head_of(model)
-        if head.objective is None or (head.objective.prototypes is None) != (old is None):
+        if head.objective is not None and head.objective.prototypes is not None and old is None:
+            raise ValueError("the head was prepared with an old version, but old is None: pass the old version")
+        if head.objective is None or (head.objective.prototypes is None and old is not None):
             raise ValueError(
                 "the model's head is not ready for this task: call add_classes and, with an old version, fit_to_old "
                 "and read_old before the first step, as Trainer.fit does"

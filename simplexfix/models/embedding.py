@@ -34,11 +34,12 @@ class EmbeddingModel(nn.Module):
         backbone: module that maps inputs [B, ...] to features [B, f].
         head: `SimplexHead`, or a module with the same `embed(features)` and `loss(features, target)`.
         preprocessing: a preprocessing of `simplexfix.data` that turns raw data into inputs, or None.  It is saved with
-            the model; the caller applies it.
+            the model.  `forward` does not apply it: pass it to `extract`
+            as `prepare`.
         class_names: names of class 0, 1, ..., or None; saved with the model.
-        rotation: [d, d] isometry of the embeddings, or None; saved with the model.  `aligned_with_older` of
-            `simplexfix.training` computes it.  The head computes logits and losses without the rotation, so set it to
-            None before further training, as `Trainer.fit` does.
+        rotation: [d, d] orthogonal matrix that turns the embeddings, or None; saved with the model.
+            `aligned_with_older` of `simplexfix.training` computes it.  The head's losses ignore the rotation, so
+            training makes it invalid: set it to None first, as `Trainer.fit` does.
 
     Example:
         >>> import tempfile, torch
@@ -51,7 +52,7 @@ class EmbeddingModel(nn.Module):
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     identity = model.save_pretrained(folder, version=1)
         ...     loaded = EmbeddingModel.from_pretrained(folder)
-        >>> loaded.identity(version=1).why_not_search(identity)
+        >>> loaded.identity(version=1).why_not_search(identity)     # no reason: its queries can search that gallery
         []
     """
 
@@ -73,6 +74,8 @@ class EmbeddingModel(nn.Module):
         self.preprocessing = preprocessing
         self.class_names = None if class_names is None else tuple(class_names)
         width = self.embedding_dim
+        if rotation is not None and width is None:
+            raise ValueError("rotation needs a known width: give the head an attribute embedding_dim")
         if rotation is not None and rotation.shape != (width, width):
             raise ValueError(f"rotation must have shape [{width}, {width}], got {list(rotation.shape)}")
         # contiguous: the layout affects the last bits of a product, and a model folder does not store it
@@ -80,13 +83,13 @@ class EmbeddingModel(nn.Module):
 
     @property
     def embedding_dim(self) -> int | None:
-        """Width of the embeddings; None if neither head nor backbone has the attribute."""
+        """Width of the embeddings: `head.embedding_dim`, else `backbone.out_features`, else None."""
         found = getattr(self.head, "embedding_dim", None) or getattr(self.backbone, "out_features", None)
         return found if isinstance(found, int) else None
 
     @property
     def prefixes(self) -> tuple[int, ...]:
-        """Widths of older galleries that the leading dimensions of these embeddings can search, ascending."""
+        """Widths of older galleries that only the leading dimensions of this model's queries can search, ascending."""
         widths = {width for _, width in getattr(self.head, "ancestors", ())}
         return tuple(sorted(widths - {self.embedding_dim}))
 
@@ -110,11 +113,13 @@ class EmbeddingModel(nn.Module):
 
         Args:
             input: [N, ...] tensor; or a map-style dataset whose items are tensors of equal shape, or tuples that begin
-                with one; or a `DataLoader` of such batches.  Batch sizes: 1024 rows of a tensor, 128 of a dataset.
-            prepare: function that turns a batch into inputs, such as `preprocessing`; None for the batch itself.
-            workers: number of processes that read a dataset's items; 0 for none.
-            width: None for all dimensions, or one of `prefixes` to search an older gallery of that width; only the
-                leading dimensions are then returned, normalised.  `ModelIdentity.search_width` returns this number.
+                with one; or a `DataLoader` of batches of such items.  A tensor is read 1024 rows at a time, a
+                dataset 128.
+            prepare: function that turns a batch into inputs, such as `model.preprocessing`; None for no function.
+            workers: number of processes that read a dataset's items; 0 to read in this process.
+            width: None or `embedding_dim` for all dimensions; or one of `prefixes` to search an older gallery of that
+                width: only the leading dimensions are then returned, normalised.  `ModelIdentity.search_width` returns
+                this number.
 
         Returns:
             [N, d] or [N, width], on the device of an input tensor, on the CPU for datasets and loaders.
@@ -122,13 +127,13 @@ class EmbeddingModel(nn.Module):
         Raises:
             TypeError: `input` has another type, such as a dict or a list; the message says what to pass.
             ChildProcessError: a reader process was killed, for example because memory ran out.
-            ValueError: there are no rows, a loader shuffles or drops rows, shapes of items differ, or `width` is not
-                one of `prefixes`.
+            ValueError: there are no rows, a loader shuffles or drops rows, shapes of items differ, `width` is neither
+                `embedding_dim` nor one of `prefixes`, or `workers` is given with a loader.
         """
         if width is not None and width not in (*self.prefixes, self.embedding_dim):
             known = ", ".join(map(str, self.prefixes)) or "none"
             raise ValueError(
-                f"width must be {self.embedding_dim}, of all dimensions, or one of the model's prefixes ({known}), "
+                f"width must be {self.embedding_dim} (all dimensions) or one of the model's prefixes ({known}), "
                 f"got {width}"
             )
         device = next(self.parameters(), torch.empty(0)).device
@@ -149,7 +154,9 @@ class EmbeddingModel(nn.Module):
         return torch.cat(rows)
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, version: int = 0, name: str = "") -> ModelIdentity:
-        """Writes weights, head, slots, preprocessing, class names and version to a folder (docs/reference/formats.md).
+        """Writes the model to a folder: weights, head, slots, preprocessing, class names, rotation, version and name.
+
+        docs/reference/formats.md defines the files.
 
         The model replaces an earlier one in the folder; other files stay.  After an error or a crash the folder holds
         either the earlier model or the new one.  Modules that are compiled, or wrapped in DataParallel or
@@ -163,10 +170,10 @@ class EmbeddingModel(nn.Module):
             The identity of the model, for galleries that hold its embeddings.
 
         Raises:
-            TypeError: the head or the preprocessing is not of this package, the model has other submodules than
-                backbone and head, or the backbone's state holds something else than tensors and plain values.
-            ValueError: `version` is negative, the folder holds a `config.json` of something else, or a backbone of this
-                package was modified so that its constructor cannot rebuild it.
+            TypeError: the head or the preprocessing is not of this package, the model has parameters or buffers
+                outside backbone and head, or the backbone's state holds something else than tensors and plain values.
+            ValueError: `version` is negative, the folder holds a `config.json` of another program, or a backbone
+                of this package was modified so that its constructor cannot rebuild it.
             OSError: the folder cannot be written.
         """
         return save_model(self, folder, version=version, name=name)
@@ -181,8 +188,8 @@ class EmbeddingModel(nn.Module):
 
         Args:
             source: a local folder; or, as a string, "owner/name" of a repository on the Hugging Face hub, if there is
-                no such folder.  Its `config.json` and weights are downloaded into the cache of huggingface_hub, unless
-                they are there.
+                no such folder.  The repository's `config.json` and weights are downloaded, unless the cache of
+                huggingface_hub has them.
             backbone: a backbone with the saved one's architecture, into which the weights are loaded; None for
                 backbones of `simplexfix.models`, which are rebuilt from their saved arguments.
             revision: branch, tag or commit hash of the repository; None for its main branch.
@@ -208,7 +215,9 @@ class EmbeddingModel(nn.Module):
         earlier: Sequence[ModelIdentity] = (),
         evaluation: Mapping[str, Any] | None = None,
     ) -> str:
-        """Publishes the model, with a card, in a repository of the Hugging Face hub (the extra `hub`).
+        """Publishes the model, with a model card, in a repository of the Hugging Face hub.
+
+        It needs `pip install 'simplexfix[hub]'`.
 
         One commit replaces the model and the card that were there; other files stay.  The token is that of
         `hf auth login` or HF_TOKEN.
@@ -216,22 +225,23 @@ class EmbeddingModel(nn.Module):
         Args:
             repo_id: "owner/name", or "name" for the user who is logged in; the repository is created if missing.
             version, name: as in `save_pretrained`.
-            private: visibility of a new repository; None for the owner's default, which may be public.
+            private: whether a new repository is private; None for the owner's default, which may be public.
             license: the hub's name of a license, such as "mit"; None to leave it out.
             earlier: identities of earlier versions; the card's table says which of their galleries this model's queries
-                may search.  `ancestors` of the model are in the table anyway.
-            evaluation: `EvaluationReport.as_dict()` or `GateResult.as_dict()` for the card's scores; None for none.
+                may search.  The table always lists the older versions that the head's `ancestors` name.
+            evaluation: `EvaluationReport.as_dict()` or `GateResult.as_dict()` for the card's scores; None for a
+                card without scores.
 
         Returns:
             The commit's hash, which `from_pretrained` takes as `revision`.
 
         Raises:
             ConnectionError: the hub cannot be reached or refused the files.
-            ModelFolderError: the repository holds the `config.json` of something else.
+            ModelFolderError: the repository holds a `config.json` of another program.
             ModuleNotFoundError: huggingface_hub is not installed.
             PermissionError: the token may not write there.
-            TypeError, ValueError: the model cannot be saved, as in `save_pretrained`; `evaluation` is of another form,
-                or of another model.
+            TypeError, ValueError: the model cannot be saved, as in `save_pretrained`; `evaluation` is neither of
+                the two dicts, or describes another model.
         """
         backbone = unwrapped(self.backbone)
         given = "" if type(backbone) in BACKBONES.values() else f", backbone={type(backbone).__name__}(...)"

@@ -10,6 +10,8 @@ from .._native import is_readable
 
 __all__ = ["LinearHead", "check_known"]
 
+IGNORED = -100  # class id of ignored rows, as in torch
+
 
 class LinearHead(nn.Module):
     """A learnable linear classifier; the embedding is the features themselves.
@@ -63,8 +65,8 @@ class LinearHead(nn.Module):
         Raises:
             ValueError: a label has no class (only checked on the CPU).
         """
-        check_known(target, self.num_classes, "head.grow")
-        return F.cross_entropy(self(features), target)
+        check_known(target, self.num_classes, "head.grow", ignored=IGNORED)
+        return F.cross_entropy(self(features), target, ignore_index=IGNORED)
 
     @torch.no_grad()
     def grow(self, classes: int) -> None:
@@ -78,11 +80,17 @@ class LinearHead(nn.Module):
             self.num_classes = classes
 
 
-def check_known(target: Tensor, classes: int, remedy: str) -> None:
-    """Raises ValueError if a label has no class (only on the CPU); `remedy` names the function that adds classes."""
-    if is_readable(target) and target.numel() and target.max().item() >= classes:
-        row = int((target >= classes).nonzero()[0])
-        raise ValueError(
-            f"target row {row} has label {int(target[row])}, but labels of {classes} classes lie in "
-            f"[0, {classes - 1}]; {remedy} adds classes"
-        )
+def check_known(target: Tensor, classes: int, remedy: str, *, ignored: int | None = None) -> None:
+    """Raises ValueError if a label has no class and is not `ignored` (only on the CPU).
+
+    `remedy` names the function that adds classes.
+    """
+    if not is_readable(target):
+        return
+    unknown = (target < 0) | (target >= classes)
+    if ignored is not None:
+        unknown &= target != ignored
+    if unknown.any():
+        row = int(unknown.nonzero()[0])
+        known = f"labels of {classes} classes lie in [0, {classes - 1}]" if classes else "there are no classes yet"
+        raise ValueError(f"target row {row} has label {int(target[row])}, but {known}; {remedy} adds classes")

@@ -1,4 +1,5 @@
-"""Rehearsal memory: a few items of each earlier class, chosen at random or by herding (mean near the class mean)."""
+"""Rehearsal memory: a few items of each earlier class, chosen at random or by herding, whose chosen items
+have a mean feature near the class mean."""
 
 from __future__ import annotations
 
@@ -27,8 +28,8 @@ def random_rows(labels: Ids, per_class: int, generator: np.random.Generator) -> 
         generator: each call draws one permutation of all N rows from it.
 
     Returns:
-        [n] int64 row indices, grouped by class in ascending order of ids.  A smaller `per_class` gives the first of
-        these rows for each class.
+        [n] int64 row indices, grouped by class in ascending order of ids.  With a generator in the same state,
+        a smaller `per_class` returns a prefix of each class's rows.
 
     Raises:
         TypeError: labels or `per_class` are not integers.
@@ -58,11 +59,11 @@ def herding_rows(features: Rows, labels: Ids, per_class: int) -> Tensor:
     Args:
         features: [N, d] floating, finite.
         labels: [N] integer class ids.
-        per_class: rows of each class, at least 1; smaller classes are returned as a whole, in the order of choice.
+        per_class: rows of each class, at least 1; all rows of a smaller class are returned, in the order of choice.
 
     Returns:
         [n] int64 row indices, grouped by class in ascending order of ids, each class in the order of choice.  A smaller
-        `per_class` gives the first of these rows for each class.
+        `per_class` returns a prefix of each class's rows.
 
     Raises:
         TypeError: features are not floating, or labels or `per_class` are not integers.
@@ -92,7 +93,7 @@ def herding_rows(features: Rows, labels: Ids, per_class: int) -> Tensor:
         x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), np.finfo(np.float64).tiny)
         mean, total, left = x.mean(axis=0), np.zeros(x.shape[1]), np.ones(len(x), dtype=bool)
         for k in range(1, min(per_class, len(x)) + 1):
-            # k times the difference; summed row by row, so that equal rows give equal bits
+            # squared norm of k times the difference; without a matrix product, so equal rows give equal bits
             apart = np.where(left, np.square(k * mean - total - x).sum(axis=1), np.inf)
             best = int(apart.argmin())
             left[best] = False
@@ -111,11 +112,11 @@ class Rehearsal:
     Args:
         per_class: items of each class, at least 1.
         selection: "random" (`random_rows`) or "herding" (`herding_rows`).
-        generator: from `numpy.random.default_rng`; it draws items and batches, and must not be used
-            elsewhere.
+        generator: made by `numpy.random.default_rng`.  The memory draws items and batches from it; other draws from it
+            change the results.
 
     Raises:
-        TypeError: `per_class` is not an integer, or the generator is of another kind.
+        TypeError: `per_class` is not an integer, or the generator has another bit generator than PCG64.
         ValueError: `per_class` is below 1, or the selection is unknown.
 
     Example:
@@ -133,7 +134,7 @@ class Rehearsal:
         check_name("selection", selection, SELECTIONS)
         if not isinstance(generator, np.random.Generator) or not isinstance(generator.bit_generator, np.random.PCG64):
             raise TypeError(
-                "generator must be one of numpy.random.default_rng(seed), whose state is plain numbers, "
+                "generator must be made by numpy.random.default_rng(seed) (bit generator PCG64), "
                 f"got {getattr(generator, 'bit_generator', generator)!r}"
             )
         self.per_class = per_class
@@ -164,13 +165,13 @@ class Rehearsal:
     def add_class(self, class_id: int, inputs: Tensor | DatasetRows, features: Rows | None = None) -> None:
         """Adds a class: selects up to `per_class` of its items and stores them.
 
-        If a class gets new items later, choose again among stored and new ones:
-        `add_class(c, torch.cat([memory.pop_class(c), inputs]), ...)`.
+        If a class gets new items later, pop the stored inputs, join them with the new ones, by `torch.cat` or
+        `stored.joined(inputs)` of `DatasetRows`, and add the class again; with herding, pass features of all of them.
 
         Args:
             class_id: a class that is not in memory.
-            inputs: [N, ...], N >= 1, all of this class, with the shape and dtype of other classes' inputs.  Rows of
-                `DatasetRows` are stored as row indices and read lazily.
+            inputs: [N, ...], N >= 1, all of this class, with the item shape and dtype of the classes in memory.  Rows
+                of `DatasetRows` are stored as row indices and read lazily.
             features: [N, d] floating, of these inputs by the current model; required for "herding", else None.
 
         Raises:
@@ -181,16 +182,16 @@ class Rehearsal:
         class_id = check_integer("class_id", class_id)
         if class_id in self.classes:
             raise ValueError(
-                f"class {class_id} is remembered already: to replace its items, call pop_class({class_id}) first"
+                f"class {class_id} is in memory already: to replace its items, call pop_class({class_id}) first"
             )
         if not len(inputs):
-            raise ValueError(f"inputs of class {class_id} has no rows")
+            raise ValueError(f"inputs of class {class_id} must have at least one row")
         if self._items is not None and (
             inputs.shape[1:] != self._items.inputs.shape[1:] or inputs.dtype != self._items.inputs.dtype
         ):
             there = self._items.inputs
             raise ValueError(
-                f"inputs must be {there.dtype} [N, {', '.join(map(str, there.shape[1:]))}] like those remembered, "
+                f"inputs must be {there.dtype} [N, {', '.join(map(str, there.shape[1:]))}] like those in memory, "
                 f"got {inputs.dtype} {list(inputs.shape)}"
             )
         labels = torch.full((len(inputs),), class_id)
@@ -201,7 +202,7 @@ class Rehearsal:
                 raise ValueError(f"features has {len(features)} rows, inputs has {len(inputs)}")
             rows = herding_rows(features, labels, self.per_class)
         elif features is not None:
-            raise ValueError('features must be left out: selection="random" does not look at them')
+            raise ValueError('features must be left out: selection="random" does not use them')
         else:
             rows = random_rows(labels, self.per_class, self._generator)
         chosen = Items(inputs[rows.to(inputs.device)], labels[rows])
@@ -214,7 +215,7 @@ class Rehearsal:
             ValueError: the class is not in memory.
         """
         if self._items is None or class_id not in self.classes:
-            raise ValueError(f"class {class_id} is not remembered")
+            raise ValueError(f"class {class_id} is not in memory, which has {self.classes}")
         of_class = self._items.labels == class_id
         popped, kept = (self._items.take(mask.nonzero()[:, 0]) for mask in (of_class, ~of_class))
         self._hold(kept if len(kept.labels) else None)
@@ -238,7 +239,10 @@ class Rehearsal:
         return items.take(rows)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the state as tensors and plain values for `write_state`; inputs of datasets are read into it."""
+        """Returns the state as tensors and plain values for `simplexfix.training.write_state`.
+
+        Inputs of `DatasetRows` are read and stored as a tensor.
+        """
         return {
             "per_class": self.per_class,
             "selection": self.selection,
@@ -249,14 +253,17 @@ class Rehearsal:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Replaces the memory by a saved state.
+        """Replaces the items and the state of the generator by those of a saved state.
 
         Raises:
             ValueError: the state has another `per_class` or selection.
         """
         for name in ("per_class", "selection"):
             if state[name] != getattr(self, name):
-                raise ValueError(f"the state has {name}={state[name]!r}, but this memory has {getattr(self, name)!r}")
+                raise ValueError(
+                    f"the state has {name}={state[name]!r}, but this memory has {getattr(self, name)!r}: "
+                    f"load it into Rehearsal with {name}={state[name]!r}"
+                )
         self._items = None if state["inputs"] is None else Items(state["inputs"], state["labels"])
         self._left = state["left"]
         self._generator.bit_generator.state = state["generator"]

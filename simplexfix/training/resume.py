@@ -1,4 +1,4 @@
-"""Descriptions of a training's configuration for its checkpoints, and their comparison on resume."""
+"""Describes configurations, compares them on resume, and reads `run.json`."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ _ABSENT = object()
 
 
 def describe(value: Any) -> Any:
-    """Describes an object's configuration in JSON values that are equal in every process.
+    """Returns a JSON description of an object's configuration, which is the same in every process.
 
     | object                  | description                                                       |
     | ----------------------- | ----------------------------------------------------------------- |
     | dataclass               | class and fields                                                  |
     | object with `to_dict`   | the result of `to_dict`                                           |
-    | tensor, array           | shape, dtype and checksum                                         |
+    | tensor, numeric array   | shape, dtype and checksum                                         |
+    | list, set, mapping      | description of each entry                                         |
     | function, class         | qualified name                                                    |
     | `functools.partial`     | function and bound arguments                                      |
     | other                   | class and attributes, except `group` and those that begin with _  |
@@ -98,7 +99,7 @@ def check_resumable(then: Mapping[str, Any], now: Mapping[str, Any], what: str) 
     found = differences(then, now)
     if found:
         raise ValueError(
-            f"{what} belongs to a training with other settings; use another folder, or its settings:\n  "
+            f"{what} was written with other settings or data; use another folder, or the earlier settings and data:\n  "
             + "\n  ".join(found)
         )
 
@@ -117,11 +118,11 @@ def read_run_record(file: Path) -> dict[str, Any]:
     try:
         record = json.loads(file.read_bytes())
         if not isinstance(record, dict) or not all(isinstance(record.get(part), dict) for part in ("config", "data")):
-            raise ValueError('it holds no "config" and "data"')
+            raise ValueError('it must hold the objects "config" and "data"')
     except ValueError as error:
         raise ValueError(
             f"{file} is damaged: {error}; delete it and train again with the same configuration; "
-            "the files of each task refuse another one"
+            "finished tasks do not resume with another one"
         ) from None
     result: dict[str, Any] = record
     return result

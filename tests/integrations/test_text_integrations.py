@@ -159,14 +159,14 @@ def test_bad_models_columns_and_classes_are_named(slots) -> None:
         ValueError, match=r"old must have the tokenizer and max_seq_length of model.*OldEmbeddingCollator"
     ):
         HOCLoss(model, slots, with_junction(slots, WORDS[::-1]))
-    with pytest.raises(ValueError, match="model must have no junction yet, got embeddings of 11 dimensions"):
+    with pytest.raises(ValueError, match="the embeddings of model have 11 dimensions already"):
         add_junction(model, slots)
     with pytest.raises(ValueError, match=r"lambda_ must lie in \[0, 1\], got 2"):
         HOCLoss(model, slots, lambda_=2)
     features, labels = batch(model)
-    with pytest.raises(ValueError, match="one column of texts beside the label, got 2 columns"):
+    with pytest.raises(ValueError, match="one column of texts besides the label, got 2"):
         SimplexLoss(model, slots, namespace="banking")(features * 2, labels)
-    with pytest.raises(ValueError, match="a column of texts and one of old embeddings beside the label, got 1 columns"):
+    with pytest.raises(ValueError, match="one of old embeddings \\(OldEmbeddingCollator\\) besides the label, got 1"):
         HOCLoss(model, slots, namespace="banking")(features, labels)
     with pytest.raises(ValueError, match="class 8 has no slot in namespace 'banking'"):
         SimplexLoss(model, slots, namespace="banking")(features, labels + 1)

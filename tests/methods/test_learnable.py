@@ -226,7 +226,10 @@ def test_a_learnable_head_refuses_labels_without_a_class(classes: int) -> None:
     """A head without classes refuses them too: it has one row, so label 0 would pass."""
     head = LinearHead(5)
     head.grow(classes)
-    with pytest.raises(ValueError, match=rf"target row 1 has label {classes}, but labels of {classes} classes lie in"):
+    known = r"labels of 3 classes lie in \[0, 2\]" if classes else "there are no classes yet"
+    with pytest.raises(ValueError, match=rf"target row 1 has label {classes}, but {known}; head.grow"):
         head.loss(torch.randn(3, 5), torch.tensor([-100, classes, -100]))
+    with pytest.raises(ValueError, match="target row 0 has label -1, but"):
+        head.loss(torch.randn(2, 5), torch.tensor([-1, -100]))
     if classes:
         assert head.loss(torch.randn(3, 5), torch.tensor([-100, classes - 1, 0])).isfinite()

@@ -329,7 +329,7 @@ def batch(classes: int) -> tuple[Tensor, Tensor]:
         (
             lambda: OCA(weights=(1.0, 2.0)),
             ValueError,
-            "weights must be three, .* got 2",
+            "weights must hold 3 numbers .*, got 2",
         ),
         (
             lambda: OCA(weights=(1.0, -2.0, 0.0)),
@@ -358,6 +358,11 @@ def batch(classes: int) -> tuple[Tensor, Tensor]:
         ),
         (lambda: OCA().loss(chain_start(2), *batch(1), chain_start(2)), ValueError, "head is not ready for this task"),
         (
+            lambda: OCA().loss(chain_start(2), batch(1)[0], torch.full_like(batch(1)[1], -100), None),
+            ValueError,
+            r"target row 0 has label -100, but labels of 2 classes lie in \[0, 1\]",
+        ),
+        (
             lambda: OCA().loss(chain_start(2), *batch(2), None),
             ValueError,
             r"target row 1 has label 2, but labels of 2 classes lie in \[0, 1\]; OCA.add_classes adds classes",
@@ -365,12 +370,12 @@ def batch(classes: int) -> tuple[Tensor, Tensor]:
         (
             without_class,
             ValueError,
-            r"of every class for its prototypes, and 3 have none \(0, 1, 2\): keep a",
+            r"of every class for its prototypes, and 3 classes have none \(0, 1, 2\): keep a",
         ),
         (
             lambda: chain_start(2).extract(torch.randn(2, 12), width=5),
             ValueError,
-            r"width must be 6, of all dimensions, or one of the model's prefixes \(none\), got 5",
+            r"width must be 6 \(all dimensions\) or one of the model's prefixes \(none\), got 5",
         ),
     ],
 )

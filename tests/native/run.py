@@ -1,7 +1,7 @@
-"""Runs layers of the native tests, of the CUDA kernels and of the CPU core:
+"""Tests the CUDA kernels and the CPU core in the given layers, which README.md in this folder lists:
 
 python tests/native/run.py [--jobs N] plain | asan | tsan | ptx | ptx-tsan | mutants ...
-python tests/native/run.py --target aarch64 [--some N] plain      the core alone, cross compiled and run by qemu
+python tests/native/run.py --target aarch64 [--some N] plain      only the core, cross compiled and run by qemu
 """
 
 import argparse
@@ -15,23 +15,30 @@ import mutants
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("layers", nargs="+", choices=[*harness.LAYERS, "mutants"])
-    parser.add_argument("--jobs", type=int, default=1, help="compilers at a time")
-    parser.add_argument("--target", choices=harness.TARGETS, default="native", help="not native: the CPU core alone")
-    parser.add_argument("--some", type=int, metavar="N", help="N of the emulated machines, others for every commit")
+    parser.add_argument("--jobs", type=int, default=1, help="number of compilers that run at the same time")
+    parser.add_argument(
+        "--target",
+        choices=harness.TARGETS,
+        default="native",
+        help="machine to build for; only native tests the CUDA kernels",
+    )
+    parser.add_argument(
+        "--some", type=int, metavar="N", help="only N of the emulated CPUs of a target, different ones for each commit"
+    )
     options = parser.parse_args()
     target = harness.TARGETS[options.target]
     if options.target != "native" and options.layers != ["plain"]:
-        parser.error(f"--target {options.target} runs only the layer plain, got {' '.join(options.layers)}")
+        parser.error(f"--target {options.target} supports only the layer plain, got {' '.join(options.layers)}")
     if reason := target.missing():
-        print(f"skipped: {reason}")
-        return 1  # a layer that was named must run
+        print(f"cannot run: {reason}")
+        return 1  # a requested layer that cannot run is a failure
     native = options.target == "native"
     levels = list(target.machines)
     if options.some:
         levels = harness.rotating(levels, options.some)
     reason = harness.missing() if native else None
     if reason:
-        print(f"the CUDA kernels are skipped: {reason}")
+        print(f"the CUDA kernels cannot be tested here: {reason}")
     failed = ["kernels"] if reason else []
     for layer in options.layers:
         if layer == "mutants":

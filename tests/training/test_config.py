@@ -124,7 +124,7 @@ def test_changed_settings_are_named() -> None:
     now = {"a": {"b": 2, "c": float("nan")}, "d": [1], "f": "x"}
     found = ["a.b: was 1, is 2", "d: was [1, 2], is [1]", "e: was 3, is absent", "f: was absent, is 'x'"]
     assert differences(then, now) == found
-    with pytest.raises(ValueError, match=r"run belongs to a training with other settings.*\n  a\.b: was 1, is 2\n"):
+    with pytest.raises(ValueError, match=r"run was written with other settings or data.*\n  a\.b: was 1, is 2\n"):
         check_resumable(then, now, "run")
 
 
