@@ -150,13 +150,13 @@ def test_the_snippet_of_sentence_transformers_runs(tmp_path) -> None:
 def test_bad_models_columns_and_classes_are_named(slots) -> None:
     model, plain = with_junction(slots), encoder()
     with pytest.raises(
-        ValueError, match=r"model must have embeddings of 11 dimensions for 12 slots, got 6; add_junction\(model"
+        ValueError, match=r"model must have embeddings of 11 dimensions for 12 slots, got 6: call add_junction\(model"
     ):
         SimplexLoss(plain, slots)
     with pytest.raises(ValueError, match="old must have embeddings of 11 dimensions for 12 slots, got 6"):
         HOCLoss(model, slots, plain)
     with pytest.raises(
-        ValueError, match=r"old must have the tokenizer and max_seq_length of model.*OldEmbeddingCollator"
+        ValueError, match=r"old and model must have the same tokenizer and max_seq_length.*OldEmbeddingCollator"
     ):
         HOCLoss(model, slots, with_junction(slots, WORDS[::-1]))
     with pytest.raises(ValueError, match="the embeddings of model have 11 dimensions already"):
