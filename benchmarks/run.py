@@ -27,7 +27,7 @@ PARTS = {
     "index": search.INDEX_CASES,
     "training": training.CASES,
 }
-DELAY = 0.25  # a run is behind if it has used this much more of its minutes than of its cases
+DELAY = 0.15  # a run is behind if it has used this much more of its minutes than of its cases
 
 
 def measure(case: Any, seconds: float, compiled: bool, with_memory: bool = True) -> dict[str, Any]:
