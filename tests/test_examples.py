@@ -179,7 +179,7 @@ def test_galleries_are_upgraded_rolled_back_and_upgraded_again(tmp_path) -> None
 
 def test_missing_data_is_named(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(sys, "argv", ["replace_text_encoder.py", str(tmp_path)])
-    with pytest.raises(SystemExit, match=r"banking_train\.csv is not there; it is published at"):
+    with pytest.raises(SystemExit, match=r"banking_train\.csv is missing: copy banking_data/train.csv from"):
         importlib.import_module("replace_text_encoder").main()
 
 
