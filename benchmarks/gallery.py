@@ -61,8 +61,9 @@ class Folder:
         self._file.execute("pragma journal_mode=wal")
         self._file.execute("pragma synchronous=full")
         self._file.execute("create table rows (id integer primary key, version integer, vector blob, payload text)")
-        self._file.execute("create table old (id integer, version integer, vector blob, payload text)")
-        self._file.execute("create index old_of on old (id)")
+        if safe:
+            self._file.execute("create table old (id integer, version integer, vector blob, payload text)")
+            self._file.execute("create index old_of on old (id)")
         self._index = CosineIndex(dim)
 
     def add(self, ids: Ids, vectors: Vectors, payload: list[dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""Atomic writes of files and folders, and reading of text files with a byte-order mark."""
+"""Atomic writes of files and folders, and reading of text files: byte-order marks, and JSON with duplicate keys."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import stat
 import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
-__all__ = ["read_text", "write_folder", "write_whole"]
+__all__ = ["read_text", "unique_keys", "write_folder", "write_whole"]
 
 # UTF-32 first: its little-endian mark begins with UTF-16's
 _MARKS = {
@@ -44,6 +45,19 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 
 _BEGIN = 64  # a temporary name begins with at most this many bytes of the target's name
+
+
+def unique_keys(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    """Returns an object of JSON or YAML as a dict; `json.loads` takes this function as `object_pairs_hook`.
+
+    Raises:
+        ValueError: a key comes twice; without this check the last value would be used.
+    """
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        names = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in names if names.count(key) > 1)!r} comes twice")
+    return content
 
 
 def write_whole(path: str | bytes | os.PathLike[str], content: bytes | Iterable[bytes]) -> None:

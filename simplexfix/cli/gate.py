@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from .._files import read_text, write_whole
+from .._files import read_text, unique_keys, write_whole
 from .._text import printable
 from ..compatibility import DEFAULT_RULES, GateResult, Outcome, Rule, upgrade_gate
 from ..compatibility.unrelated import unrelated_remark
@@ -155,7 +155,7 @@ def _parse(path: Path) -> Any:
     try:
         text = read_text(path)
         if path.suffix != ".toml":
-            return json.loads(text, object_pairs_hook=_without_repeats)
+            return json.loads(text, object_pairs_hook=unique_keys)
         try:
             import tomllib
         except ModuleNotFoundError:
@@ -163,15 +163,6 @@ def _parse(path: Path) -> Any:
         return tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Returns the pairs as a dict; raises for duplicate keys, of which JSON would silently use the last."""
-    names = [name for name, _ in pairs]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"key {name!r} comes twice")
-    return dict(pairs)
 
 
 def _interval(outcome: Outcome) -> str:

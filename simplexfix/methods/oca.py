@@ -167,17 +167,17 @@ class OCA:
                 f"OCA needs an item of every class for its prototypes, and {len(missing)} classes have none "
                 f"({listed(missing)}): keep a memory of earlier classes"
             )
-        sums = torch.zeros(
-            objective.prototypes.shape, dtype=torch.float64
-        )  # on the CPU: index_add_ sums in a fixed order
+        # on the CPU, where index_add_ sums in a fixed order
+        sums = torch.zeros(objective.prototypes.shape, dtype=torch.float64)
         sums.index_add_(0, labels, embeddings.double())
         objective.prototypes.copy_(sums / counts[:, None])
 
     def loss(self, model: EmbeddingModel, input: Tensor, target: Tensor, old: EmbeddingModel | None) -> Tensor:
         head = _head_of(model)
-        if head.objective is not None and head.objective.prototypes is not None and old is None:
+        has_prototypes = head.objective is not None and head.objective.prototypes is not None
+        if has_prototypes and old is None:
             raise ValueError("the head was prepared with an old version, but old is None: pass the old version")
-        if head.objective is None or (head.objective.prototypes is None and old is not None):
+        if head.objective is None or has_prototypes != (old is not None):
             raise ValueError(
                 "the model's head is not ready for this task: call add_classes and, with an old version, fit_to_old "
                 "and read_old before the first step, as Trainer.fit does"

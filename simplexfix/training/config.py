@@ -12,7 +12,7 @@ from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .._files import read_text
+from .._files import read_text, unique_keys
 
 __all__ = ["ConfigError", "check_fits", "overridden", "plain", "read_config", "read_mapping"]
 
@@ -40,7 +40,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     try:
         text = read_text(path)
         if path.suffix == ".json":
-            content = json.loads(text, object_pairs_hook=_no_key_twice)
+            content = json.loads(text, object_pairs_hook=unique_keys)
         elif path.suffix in (".yaml", ".yml"):
             content = _parsed_yaml(text)
         else:
@@ -248,14 +248,6 @@ def _hint_of_yaml(value: Any, hint: Any) -> str:
     return ""
 
 
-def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) != len(pairs):
-        names = [key for key, _ in pairs]
-        raise ValueError(f"key {next(key for key in names if names.count(key) > 1)!r} comes twice")
-    return content
-
-
 def _parsed_yaml(text: str) -> Any:
     try:
         import yaml
@@ -269,7 +261,7 @@ def _parsed_yaml(text: str) -> Any:
 
     def mapping(loader: Any, node: Any) -> dict[Any, Any]:
         pairs = [(loader.construct_object(k, deep=True), loader.construct_object(v, deep=True)) for k, v in node.value]
-        return _no_key_twice(pairs)
+        return unique_keys(pairs)
 
     Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
     try:

@@ -316,6 +316,13 @@ def chain_start(classes: int) -> EmbeddingModel:
     return model
 
 
+def fitted_to(old: EmbeddingModel) -> EmbeddingModel:
+    """Returns a next version, whose prototypes are not set yet."""
+    model = chain_start(2)
+    OCA().fit_to_old(model, old)
+    return model
+
+
 def batch(classes: int) -> tuple[Tensor, Tensor]:
     return torch.randn(3, 12), torch.tensor([0, classes, 1])
 
@@ -357,6 +364,11 @@ def batch(classes: int) -> tuple[Tensor, Tensor]:
             "head is not ready for this task: call add_classes and, with an old version, fit_to_old",
         ),
         (lambda: OCA().loss(chain_start(2), *batch(1), chain_start(2)), ValueError, "head is not ready for this task"),
+        (
+            lambda: OCA().loss(fitted_to(chain_start(2)), *batch(1), None),
+            ValueError,
+            "the head was prepared with an old version, but old is None: pass the old version",
+        ),
         (
             lambda: OCA().loss(chain_start(2), batch(1)[0], torch.full_like(batch(1)[1], -100), None),
             ValueError,

@@ -85,6 +85,8 @@ def test_a_rotated_version_is_saved_and_loaded(tmp_path: Path) -> None:
     assert torch.equal(transposed.eval().extract(NEW.inputs), made.extract(NEW.inputs))
     with pytest.raises(ValueError, match=r"rotation must have shape \[6, 6\], got \[6, 5\]"):
         EmbeddingModel(version.backbone, version.head, rotation=torch.zeros(6, 5))
+    with pytest.raises(ValueError, match="rotation needs a known width: give the head an attribute embedding_dim"):
+        EmbeddingModel(torch.nn.Flatten(), torch.nn.Identity(), rotation=torch.eye(6))
 
 
 def test_old_embeddings_of_a_rotated_version_are_rotated() -> None:
